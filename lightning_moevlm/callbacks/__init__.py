@@ -1,0 +1,7 @@
+"""Callbacks: telemetry, and guards that act."""
+
+from lightning_moevlm.callbacks.divergence_guard import DivergenceGuard
+from lightning_moevlm.callbacks.feature_writer import FeatureWriter
+from lightning_moevlm.callbacks.telemetry import Telemetry
+
+__all__ = ["DivergenceGuard", "FeatureWriter", "Telemetry"]

@@ -1,0 +1,40 @@
+"""Writes what `moevlm predict` computes: pooled features and the samples' keys."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_moevlm.records import Batch
+
+
+class FeatureWriter(BasePredictionWriter):
+    """One `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys` (newline-separated).
+
+    Args:
+        folder: where the files go; made if missing.
+    """
+
+    def __init__(self, folder: str = "runs/features") -> None:
+        super().__init__(write_interval="batch")
+        self.folder = Path(folder)
+
+    def write_on_batch_end(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: dict[str, Tensor],
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one batch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: features.detach().to("cpu", torch.float32).contiguous() for name, features in prediction.items()}
+        target = self.folder / f"features-{trainer.global_rank:04d}-{batch_idx:06d}.safetensors"
+        save_file(tensors, target, metadata={"keys": "\n".join(batch.keys)})

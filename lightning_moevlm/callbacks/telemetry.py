@@ -1,0 +1,129 @@
+"""Logs what training does: losses apart, routing per layer and modality, gradient norm, throughput.
+
+Everything is computed on logging steps alone (every `trainer.log_every_n_steps` optimiser steps, and the first), from
+the plans that the step itself used; between them the callback only counts samples and tokens.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_moevlm import keys
+from lightning_moevlm.metrics import RoutingMetrics, join_plans, routing_metrics
+from lightning_moevlm.models import Backbone, model_card
+from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.records import Batch, LossReport, NamedPlan, Term
+from lightning_moevlm.training import StepOutput
+
+_SCALARS = {
+    "load_entropy": keys.LOAD_ENTROPY,
+    "token_entropy": keys.TOKEN_ENTROPY,
+    "max_violation": keys.MAX_VIOLATION,
+    "drop_rate": keys.DROP_RATE,
+    "dead_experts": keys.DEAD_EXPERTS,
+    "logit_max": keys.LOGIT_MAX,
+}
+
+
+class Telemetry(Callback):
+    """Writes training metrics to the run's loggers; the step of a point is the number of optimiser steps done."""
+
+    def __init__(self) -> None:
+        self._gradient_norm: float | None = None
+        self._samples = 0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._resumed_at = time.perf_counter()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the model costs."""
+        backbone = pl_module.backbone
+        assert isinstance(backbone, Backbone)
+        card = model_card(backbone)
+        self._write(
+            trainer,
+            {
+                keys.TOTAL_PARAMETERS.key(): card.total_parameters,
+                keys.ACTIVE_PARAMETERS.key(): card.active_parameters,
+                keys.ACTIVE_FLOPS.key(): card.active_flops_per_sample,
+            },
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._resumed_at = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock: throughput is that of training."""
+        self._seconds += time.perf_counter() - self._resumed_at
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock again."""
+        self._resumed_at = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure the gradient before it is clipped."""
+        if _is_logging_step(trainer, trainer.global_step + 1):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count, and on logging steps measure and write."""
+        self._samples += outputs["num_samples"] * trainer.world_size
+        self._tokens += outputs["num_tokens"] * trainer.world_size
+        if trainer.fit_loop._should_accumulate() or not _is_logging_step(trainer, trainer.global_step):
+            return
+        now = time.perf_counter()
+        seconds = self._seconds + now - self._resumed_at
+        values = loss_values(outputs["report"]) | routing_values(outputs["plans"])
+        values[keys.LEARNING_RATE.key()] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        values[keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
+        values[keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds
+        if self._gradient_norm is not None:
+            values[keys.GRAD_NORM.key()] = self._gradient_norm
+        self._write(trainer, values)
+        self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
+
+    @staticmethod
+    def _write(trainer: Trainer, values: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def loss_values(report: LossReport) -> dict[str, float]:
+    """Return task loss, total loss and every term raw and weighted, by key."""
+    terms: Iterable[tuple[str, Term]] = (*report.task.items(), *report.auxiliary.items())
+    values = {
+        keys.TASK_LOSS.key(stage="train"): float(report.task_loss),
+        keys.TOTAL_LOSS.key(stage="train"): float(report.total_loss),
+    }
+    for name, term in terms:
+        values[keys.TERM_RAW.key(term=name)] = float(term.raw)
+        values[keys.TERM_WEIGHTED.key(term=name)] = float(term.weighted)
+    return values
+
+
+def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
+    """Return the routing metrics of every layer and modality, by key; forward passes of one step are joined."""
+    by_layer: dict[tuple[int, Modality], list[PairPlan]] = defaultdict(list)
+    for named in plans:
+        for modality in named.modalities:
+            by_layer[named.block, modality].append(named.plan.detached())
+    values: dict[str, float] = {}
+    for (block, modality), layer_plans in by_layer.items():
+        metrics: RoutingMetrics = routing_metrics(join_plans(layer_plans), modality)
+        for field, metric_key in _SCALARS.items():
+            values[metric_key.key(block=block, modality=modality.label)] = float(getattr(metrics, field))
+        for expert, load in enumerate(metrics.load_E.tolist()):
+            values[keys.EXPERT_LOAD.key(block=block, modality=modality.label, expert=expert)] = load
+    return values
+
+
+def _is_logging_step(trainer: Trainer, step: int) -> bool:
+    return step == 1 or step % trainer.log_every_n_steps == 0

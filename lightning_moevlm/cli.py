@@ -1,0 +1,64 @@
+"""The `moevlm` command: training goes to LightningCLI, everything else to typed functions.
+
+Exit codes: 0 done, 1 something failed while running, 2 a mistake in what was asked, 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lightning_moevlm import __version__
+from lightning_moevlm.errors import UserError
+
+_TRAINING = ("fit", "validate", "test", "predict")
+_HELP = f"""\
+moevlm {__version__}: train sparse mixture-of-experts vision-language models, ablate stabilisers, compare with honest statistics
+
+  moevlm fit -c conf/quickstart.yaml                train one model; validate, test and predict take the same options
+  moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a declared study, resumable
+  moevlm sweep plan|status|report FILE              what would run, what has run, what it showed
+  moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
+  moevlm data check DIR                             verify a set and show what is in it
+  moevlm list [KIND]                                parts that a configuration can name
+  moevlm describe NAME                              one part: what it does, its options
+
+Every command takes --help. MOEVLM_TRACEBACK=1 shows where an error was raised."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        Console().print(_HELP, highlight=False, markup=False, soft_wrap=True)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        Console().print(__version__, highlight=False)
+        return 0
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get("MOEVLM_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"moevlm: error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("moevlm: interrupted", highlight=False)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    # imports are local: `moevlm data check` need not wait for Lightning
+    if arguments[0] in _TRAINING:
+        from lightning_moevlm import lightning_cli
+
+        lightning_cli.run(arguments)
+        return 0
+    from lightning_moevlm.commands import run_command
+
+    return run_command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Commands that are no training: each a typed function whose signature is its options and whose docstring is its help."""
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError, auto_cli
+
+from lightning_moevlm.commands import data, parts, sweep
+from lightning_moevlm.errors import UserError
+
+COMMANDS = {
+    "data": data.COMMANDS,
+    "sweep": sweep.COMMANDS,
+    "list": parts.list_parts,
+    "describe": parts.describe,
+}
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Parse and run; a function that returns an int sets the exit code.
+
+    Raises:
+        UserError: an unknown command, option or value.
+    """
+    try:
+        result = auto_cli(COMMANDS, args=list(arguments), prog="moevlm", exit_on_error=False)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return result if isinstance(result, int) else 0

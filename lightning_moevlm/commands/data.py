@@ -1,0 +1,177 @@
+"""`moevlm data`: build, check and prepare sets of shards.
+
+Plain typed functions; the command line makes options of their arguments and help of their docstrings. What
+they need is imported when they run, so that `moevlm --help` stays quick.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from lightning_moevlm.errors import UserError
+
+
+def build_openmoji(
+    out: str = "data/shards/openmoji",
+    image_size: int = 64,
+    image_format: Literal["jpg", "png"] = "jpg",
+    skin_tones: bool = False,
+    samples_per_shard: int = 256,
+    vocab_size: int = 1024,
+    force: bool = False,
+) -> None:
+    """Build the set `openmoji`: OpenMoji pictures with names in 14 languages (CC BY-SA 4.0).
+
+    Args:
+        out: Folder of the set.
+        image_size: Pixels per side, 16 to 1024.
+        image_format: jpg on a white ground, or png with transparency.
+        skin_tones: Whether to include skin-tone variants (they share the split of their base picture).
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        force: Replace a set that was built with other arguments.
+
+    """
+    from lightning_moevlm.shards import openmoji
+
+    manifest, built = openmoji.build_openmoji(
+        Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
+    )
+    _tell(out, built, manifest.digest, {split: manifest.num_samples(split) for split in manifest.splits})
+
+
+def build_scenes(
+    out: str = "data/shards/scenes",
+    num_samples: int = 3000,
+    image_size: int = 64,
+    image_format: Literal["jpg", "png"] = "jpg",
+    num_pictures: int = 64,
+    seed: int = 0,
+    samples_per_shard: int = 256,
+    vocab_size: int = 1024,
+    force: bool = False,
+) -> None:
+    """Build the set `scenes`: 1-4 pictures on tinted grounds, with captions, questions and scene graphs.
+
+    Args:
+        out: Folder of the set.
+        num_samples: Scenes over all splits (80 % train, 10 % val, 10 % test).
+        image_size: Pixels per side, 32 to 1024.
+        image_format: jpg, or png without losses.
+        num_pictures: How many different pictures the scenes draw from, 8 to 84.
+        seed: Of the scenes; the same seed gives the same scenes, whatever their number.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        force: Replace a set that was built with other arguments.
+
+    """
+    from lightning_moevlm.shards import scenes
+
+    manifest, built = scenes.build_scenes(
+        Path(out),
+        num_samples,
+        image_size,
+        image_format,
+        num_pictures,
+        seed,
+        samples_per_shard,
+        vocab_size,
+        force,
+    )
+    _tell(out, built, manifest.digest, {split: manifest.num_samples(split) for split in manifest.splits})
+
+
+def check(path: str, json: str | None = None, contact_sheet: str | None = None) -> None:
+    """Verify every shard and sample of a set against its manifest, and print its card.
+
+    Args:
+        path: Folder of the set.
+        json: Write one record per split to this file instead of the table; - is standard output.
+        contact_sheet: Also write a PNG with pictures and captions of the validation split to this file.
+
+    """
+    from rich.table import Table
+
+    from lightning_moevlm.commands.output import show
+    from lightning_moevlm.shards.check import check_set
+    from lightning_moevlm.shards.contact_sheet import write_contact_sheet
+    from lightning_moevlm.shards.source import refuse_remote
+
+    root = refuse_remote(path)
+    report = check_set(root)
+    manifest = report.manifest
+    if report.problems:
+        for problem in report.problems:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(problem, markup=False)
+        raise UserError(
+            f"{path} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}"
+        )
+    about_set = (
+        f"{manifest.image_size} px, {manifest.tokenizer.vocab_size} token ids, digest {manifest.digest[:12]}"
+    )
+    table = Table(title=f"{manifest.name} ({path}): {about_set}", caption=manifest.attribution)
+    table.add_column("split")
+    for title in ("shards", "samples", "MB", "tokens min", "median", "95 %", "max"):
+        table.add_column(title, justify="right")
+    for card in report.cards:
+        counts = (card.caption_min, card.caption_median, card.caption_p95, card.caption_max)
+        megabytes = f"{card.num_bytes / 1e6:.1f}"
+        table.add_row(
+            card.split, str(card.num_shards), f"{card.num_samples:,}", megabytes, *(str(c) for c in counts)
+        )
+    about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
+    show(table, [{**about, **card._asdict()} for card in report.cards], json)
+    if contact_sheet is not None:
+        write_contact_sheet(root, manifest, "val", 36, Path(contact_sheet))
+        Console(stderr=True, highlight=False).print(f"wrote {contact_sheet}")
+
+
+def codebook(
+    path: str,
+    num_codes: int = 512,
+    patch_size: int = 16,
+    seed: int = 0,
+    max_samples: int = 20000,
+    out: str | None = None,
+) -> None:
+    """Fit a k-means codebook on patches of a set's training pictures: targets for masked image modelling.
+
+    Args:
+        path: Folder of the set.
+        num_codes: Codes, the one for patches of a single grey included.
+        patch_size: Pixels per side of a patch; must divide the image size.
+        seed: Of the k-means.
+        max_samples: Use at most this many training pictures.
+        out: File to write; by default codebook-CODESxPATCH.safetensors in the set's folder.
+
+    """
+    from lightning_moevlm.shards.codebook import codebook_file, save_codebook
+    from lightning_moevlm.shards.fit_codebook import fit_codebook
+    from lightning_moevlm.shards.source import refuse_remote
+
+    root = refuse_remote(path)
+    fitted = fit_codebook(root, num_codes, patch_size, seed, max_samples)
+    target = Path(out) if out else root / codebook_file(num_codes, patch_size)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_codebook(fitted, target)
+    Console().print(
+        f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False
+    )
+
+
+Command = Callable[..., None]
+COMMANDS: dict[str, Command | dict[str, Command]] = {
+    "build": {"openmoji": build_openmoji, "scenes": build_scenes},
+    "check": check,
+    "codebook": codebook,
+}
+
+
+def _tell(out: str, built: bool, digest: str, counts: dict[Literal["train", "val", "test"], int]) -> None:
+    said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    verb = "built" if built else "already built, nothing to do:"
+    Console(soft_wrap=True, highlight=False).print(
+        f"{verb} {out} ({said} samples; manifest {digest[:12]})", markup=False
+    )

@@ -1,0 +1,34 @@
+"""How a listing command shows itself: a table for people, or records for programs."""
+
+import json as json_format
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: str | None) -> None:
+    """Print the table, or write the rows as a JSON list.
+
+    Args:
+        table: anything that rich can print.
+        rows: one record per row; values that JSON can hold.
+        json: a file, "-" for standard output (nothing else is printed then), or None for the table.
+    """
+    if json is None:
+        from rich.console import Console
+
+        Console().print(table)
+        return
+    text = json_format.dumps(list(rows), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if json == "-":
+        sys.stdout.write(text)
+        return
+    target = Path(json)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)

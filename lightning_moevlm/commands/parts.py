@@ -1,0 +1,116 @@
+"""`moevlm list` and `moevlm describe`: the parts that a configuration can name."""
+
+import inspect
+from typing import Literal
+
+Kind = Literal[
+    "backbones", "routers", "experts", "dispatchers", "losses", "objectives", "image_targets", "schedules", "callbacks"
+]
+
+
+def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
+    """List the parts that a configuration can name, plug-ins included.
+
+    Args:
+        kind: one kind only.
+        json: write the rows to this file as JSON; - is standard output.
+    """
+    from rich.table import Table
+
+    from lightning_moevlm.commands.output import show
+
+    rows = [
+        {"kind": name, "name": part.__name__, "class_path": class_path(part), "summary": summary(part)}
+        for name, parts in _parts().items()
+        if kind in (None, name)
+        for part in parts
+    ]
+    table = Table("kind", "name", "what it is", title=None)
+    for row in rows:
+        table.add_row(row["kind"], row["name"], row["summary"])
+    show(table, rows, json)
+
+
+def describe(name: str, json: str | None = None) -> None:
+    """Describe one part: what it does, where it comes from, its options.
+
+    Args:
+        name: class name as in `moevlm list`, or its full path.
+        json: write the options to this file as JSON; - is standard output.
+    """
+    from difflib import get_close_matches
+
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lightning_moevlm.commands.output import show
+    from lightning_moevlm.errors import UserError
+
+    known = {part.__name__: part for parts in _parts().values() for part in parts}
+    part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
+    if part is None:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "moevlm list shows what there is"
+        raise UserError(f"no part is called {name}: {hint}")
+    rows = [
+        {
+            "option": parameter.name,
+            "type": inspect.formatannotation(parameter.annotation),
+            "default": None if parameter.default is inspect.Parameter.empty else repr(parameter.default),
+        }
+        for parameter in inspect.signature(part).parameters.values()
+    ]
+    table = Table("option", "type", "default")
+    for row in rows:
+        table.add_row(row["option"], row["type"], row["default"] or "required, or given by the model")
+    module = inspect.getmodule(part)
+    texts = [class_path(part), inspect.getdoc(module) or "", inspect.getdoc(part) or ""]
+    show(Group(Text("\n\n".join(text for text in texts if text)), Text(""), table), rows, json)
+
+
+def class_path(part: type) -> str:
+    """Return the path that a configuration names the class by: the package that exports it."""
+    package = part.__module__.rsplit(".", 1)[0]
+    exported = getattr(__import__(package, fromlist=["_"]), part.__name__, None) is part if "." in part.__module__ else False
+    return f"{package if exported else part.__module__}.{part.__qualname__}"
+
+
+def summary(part: type) -> str:
+    """Return the first sentence of the docstring."""
+    return (inspect.getdoc(part) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _parts() -> dict[str, list[type]]:
+    from dataclasses import fields
+    from typing import get_args, get_type_hints
+
+    import lightning_moevlm.callbacks as callbacks
+    from lightning_moevlm.dispatch import Dispatcher
+    from lightning_moevlm.experts import ExpertStack
+    from lightning_moevlm.lightning_cli import load_plugins
+    from lightning_moevlm.losses import AuxiliaryLosses
+    from lightning_moevlm.models import Backbone
+    from lightning_moevlm.objectives import ImageTargets, Objective
+    from lightning_moevlm.optim import WarmupCosine
+    from lightning_moevlm.routers import Router
+
+    load_plugins()
+    hints = get_type_hints(AuxiliaryLosses)
+    return {
+        "backbones": _leaves(Backbone),
+        "routers": _leaves(Router),
+        "experts": _leaves(ExpertStack),
+        "dispatchers": _leaves(Dispatcher),
+        "losses": [get_args(hints[entry.name])[0] for entry in fields(AuxiliaryLosses)],
+        "objectives": _leaves(Objective),
+        "image_targets": _leaves(ImageTargets),
+        "schedules": [WarmupCosine],
+        "callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
+    }
+
+
+def _leaves(base: type) -> list[type]:
+    """Return every concrete class below an interface, by name."""
+    found = {below for child in base.__subclasses__() for below in (child, *_leaves(child)) if not inspect.isabstract(below)}
+    return sorted(found, key=lambda part: part.__name__)

@@ -1,0 +1,214 @@
+"""`moevlm sweep`: plan, run, watch and report a declared study.
+
+Plain typed functions; the command line makes options of their arguments and help of their docstrings. What they need is
+imported when they run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_moevlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightning_moevlm.study.claim import Experiment
+    from lightning_moevlm.study.plan import Plan
+
+_REPORT_FOLDER = "report"
+
+
+def plan(file: str, json: str | None = None) -> None:
+    """Show every run of a study with its difference from the base; check all of them, start none.
+
+    Args:
+        file: Study file, e.g. ablations/quickstart.yaml.
+        json: Write the rows to this file as JSON; - is standard output.
+    """
+    from lightning_moevlm.commands.output import show
+    from lightning_moevlm.study.ledger import read_ledger
+    from lightning_moevlm.study.listing import plan_records
+    from lightning_moevlm.study.report import rich_table
+    from lightning_moevlm.study.tables import plan_table
+
+    planned = _plan(file)
+    statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
+    records = [dataclasses.asdict(record) for record in plan_records(planned, statuses)]
+    show(rich_table(plan_table(planned, statuses)), records, json)
+
+
+def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
+    """Run what a study still lacks, then report. Running it again does nothing; after any interruption it goes on.
+
+    Args:
+        file: Study file, e.g. ablations/quickstart.yaml.
+        jobs: Runs at once; by default one per GPU, or, without a GPU, one per core.
+        retry: Run crashed runs again, from zero.
+    """
+    from rich.console import Console
+
+    from lightning_moevlm.study.child import training_command, usable_cores
+    from lightning_moevlm.study.execute import execute, to_do
+    from lightning_moevlm.study.ledger import Status, hold_study, read_ledger
+    from lightning_moevlm.study.progress import SweepProgress
+
+    console = Console()
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
+    planned = _plan(file)
+    with hold_study(planned.folder):
+        experiment = _open(planned)
+        waiting = to_do(planned, experiment, retry)
+        gpus = _num_gpus()
+        at_once = min(jobs or gpus or usable_cores(), max(1, len(waiting)))
+        total = len(planned.runs)
+        if waiting:
+            console.print(
+                f"{planned.study.name}: {total} runs, {len(waiting)} to do, {at_once} at a time",
+                highlight=False,
+            )
+            with SweepProgress(console, total, total - len(waiting), at_once) as progress:
+                tally = execute(
+                    planned,
+                    experiment,
+                    lambda overrides, run_id, checkpoint: _with_identity(
+                        training_command(planned.study.base, overrides), run_id, checkpoint
+                    ),
+                    progress,
+                    at_once,
+                    num_gpus=gpus,
+                    retry=retry,
+                )
+            if tally.stopped:
+                console.print(
+                    f"Stopped by {tally.stopped}; the state is kept. Go on with: moevlm sweep run {file}"
+                )
+                return 130
+        failed = [run.name for run, state in read_ledger(planned) if state.status is Status.FAILED]
+        if not waiting and not failed:
+            console.print(f"Nothing left to do: all {total} runs have results.", highlight=False)
+        _report(planned, experiment, console, redraw=bool(waiting))
+    if failed:
+        console.print(f"[red]{len(failed)} of {total} runs failed[/]: {', '.join(failed)}", highlight=False)
+        console.print(
+            f"Their last lines are in the report. After mending: moevlm sweep run {file} --retry=true"
+        )
+        return 1
+    return 0
+
+
+def status(file: str, json: str | None = None) -> None:
+    """Show where every run of a study stands.
+
+    Args:
+        file: Study file, e.g. ablations/quickstart.yaml.
+        json: Write the rows to this file as JSON; - is standard output.
+    """
+    from lightning_moevlm.commands.output import show
+    from lightning_moevlm.study.ledger import read_ledger
+    from lightning_moevlm.study.listing import status_records
+    from lightning_moevlm.study.report import rich_table
+    from lightning_moevlm.study.tables import status_table
+
+    planned = _plan(file)
+    ledger = read_ledger(planned)
+    records = [dataclasses.asdict(record) for record in status_records(planned, ledger)]
+    show(rich_table(status_table(planned, ledger)), records, json)
+
+
+def report(file: str, json: str | None = None) -> None:
+    """Compare the arms: tables here, HTML, Markdown and pictures in runs/sweeps/<study>/report, and in MLflow.
+
+    Args:
+        file: Study file, e.g. ablations/quickstart.yaml.
+        json: Write one record per arm to this file as JSON instead of the tables; - is standard output.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from lightning_moevlm.commands.output import show
+    from lightning_moevlm.study.ledger import read_ledger
+    from lightning_moevlm.study.listing import arm_record
+    from lightning_moevlm.study.results import gather
+
+    planned = _plan(file)
+    experiment = _open(planned)
+    if json is None:
+        _report(planned, experiment, Console(), redraw=True)
+        return
+    result = gather(planned, read_ledger(planned), experiment.uri)
+    show(Text(), [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], json)
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    "plan": plan,
+    "run": run,
+    "status": status,
+    "report": report,
+}
+
+
+def _plan(file: str) -> "Plan":
+    from lightning_moevlm.study.plan import plan_study
+    from lightning_moevlm.study.spec import read_study
+
+    study = read_study(_study_file(file))  # its mistakes are told before the seconds of importing Lightning
+    from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+
+    return plan_study(study, ConfigResolver(), describe_model)
+
+
+def _study_file(file: str) -> Path:
+    """Return the file itself, or the one of that name that the package ships."""
+    shipped = Path(__file__).parent.parent / file
+    return shipped if not Path(file).is_file() and shipped.is_file() else Path(file)
+
+
+def _open(planned: "Plan") -> "Experiment":
+    from lightning_moevlm.study.claim import open_experiment, tracking_uri_of
+    from lightning_moevlm.study.ledger import keep_to_store
+
+    uri = tracking_uri_of(planned)
+    keep_to_store(planned.folder, uri)
+    return open_experiment(uri, planned.study.name)
+
+
+def _with_identity(command: list[str], run_id: str, checkpoint: Path | None) -> list[str]:
+    resume = ["--ckpt_path", str(checkpoint)] if checkpoint else []
+    return [*command, f"--trainer.logger.init_args.run_id={run_id}", *resume]
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _report(planned: "Plan", experiment: "Experiment", console: "Console", redraw: bool) -> None:
+    """Print the tables; draw and write the report unless it is newer than every run and the study file."""
+    from lightning_moevlm.study.ledger import STATE_FILE, read_ledger
+    from lightning_moevlm.study.report import HTML_FILE, make_report, print_tables, write_report
+    from lightning_moevlm.study.results import gather
+    from lightning_moevlm.study.summary_run import log_summary
+    from lightning_moevlm.study.tables import effects_table, models_table
+    from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
+
+    result = gather(planned, read_ledger(planned), experiment.uri)
+    folder = planned.folder / _REPORT_FOLDER
+    page = folder / HTML_FILE
+    sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]
+    newest = max(source.stat().st_mtime for source in sources if source.exists())
+    if redraw or not page.exists() or page.stat().st_mtime < newest:
+        whole = make_report(planned, result)
+        write_report(whole, folder)
+        log_summary(experiment, whole, folder)
+    print_tables(console, (effects_table(result), models_table(result)))
+    command = server_command(experiment.uri)
+    console.print(f"Report: {page.absolute()}", highlight=False, soft_wrap=True)
+    if command:
+        console.print(f"MLflow: {command}", highlight=False, soft_wrap=True, markup=False)
+    address = ui_address(experiment.uri)
+    link = compare_link(address, experiment.experiment_id, planned.study.name)
+    console.print(f"        {link}", highlight=False, soft_wrap=True, markup=False)

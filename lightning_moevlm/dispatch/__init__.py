@@ -1,0 +1,16 @@
+"""Run a plan: (plan, tokens, experts) -> tokens. The slow loop is the oracle, the others must equal it."""
+
+from lightning_moevlm.dispatch.capacity import Capacity, apply_capacity
+from lightning_moevlm.dispatch.dispatcher import Dispatcher
+from lightning_moevlm.dispatch.grouped import GroupedDispatcher
+from lightning_moevlm.dispatch.loop import LoopDispatcher
+from lightning_moevlm.dispatch.segments import SegmentDispatcher
+
+__all__ = [
+    "Capacity",
+    "Dispatcher",
+    "GroupedDispatcher",
+    "LoopDispatcher",
+    "SegmentDispatcher",
+    "apply_capacity",
+]

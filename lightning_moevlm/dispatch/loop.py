@@ -1,0 +1,22 @@
+"""The oracle: one expert after the other, in as few ideas as possible. Slow for many experts; use it to check."""
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.dispatch.dispatcher import Dispatcher, Experts, combine
+from lightning_moevlm.plans import PairPlan
+
+
+class LoopDispatcher(Dispatcher):
+    """For each expert: pick its rows, run it, add the weighted result."""
+
+    def __call__(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+        """Return (T, D) in the tokens' dtype."""
+        out_TD = torch.zeros_like(tokens_TD)
+        for expert in range(plan.num_experts):
+            pair_M = torch.nonzero((plan.expert_N == expert) & plan.kept_N).squeeze(-1)
+            token_M = plan.token_N[pair_M]
+            weights = tuple(stack[expert] for stack in experts.stacks())
+            rows_MD = experts.run(tokens_TD[token_M], weights, torch.matmul)
+            out_TD = out_TD + combine(rows_MD, token_M, plan.weight_N[pair_M], tokens_TD)
+        return out_TD

@@ -1,0 +1,33 @@
+"""The contract of an expert stack: E feed-forwards whose weights are stacked along the first axis.
+
+An expert's mathematics is written once, in `run`, over a `linear` that the dispatcher provides: a plain matrix
+product when it runs one expert, a grouped one when it runs rows of all experts at once. Stacked weights keep
+optimisers, compile and sharding simple; nobody indexes the stack under autograd, because the backward of
+`weight[e]` writes a zero tensor of the whole stack for each expert.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""(rows, weight) -> rows: the matrix product of a dispatcher."""
+
+
+class ExpertStack(nn.Module, ABC):
+    """E feed-forwards D -> D; the first two constructor arguments are `dim` and `num_experts`."""
+
+    num_experts: int
+
+    @abstractmethod
+    def stacks(self) -> tuple[Tensor, ...]:
+        """Return the weight stacks, each (E, in, out)."""
+
+    @abstractmethod
+    def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
+        """Apply the feed-forward to rows; `weights` are the stacks, or one expert's slices of them."""
+
+    @abstractmethod
+    def forward_flops_per_row(self) -> int:
+        """Matrix FLOPs of one row through one expert."""

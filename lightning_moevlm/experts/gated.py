@@ -1,0 +1,39 @@
+"""Gated experts (SwiGLU): (SiLU(x W_gate) * x W_up) W_down. Shazeer 2020 (arXiv 2002.05202)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_moevlm.experts.expert_stack import ExpertStack, Linear
+
+
+class GatedExperts(ExpertStack):
+    """E SwiGLU feed-forwards without bias.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        hidden_dim: hidden width F of one expert.
+    """
+
+    def __init__(self, dim: int, num_experts: int, hidden_dim: int = 256) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+
+    def stacks(self) -> tuple[Tensor, ...]:
+        """Return (gate_EDF, up_EDF, down_EFD)."""
+        return self.gate_EDF, self.up_EDF, self.down_EFD
+
+    def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
+        """Return (SiLU(x W_gate) * x W_up) W_down."""
+        gate, up, down = weights
+        return linear(F.silu(linear(rows_ND, gate)) * linear(rows_ND, up), down)
+
+    def forward_flops_per_row(self) -> int:
+        """6 D F."""
+        return 6 * self.dim * self.hidden_dim

@@ -1,0 +1,67 @@
+"""Every metric key, declared once, with its unit and its better direction.
+
+A key is a pattern: braces stand for a name or a number (`loss/{term}`, `load/block{block}/{modality}/expert{expert}`).
+Writers call `.key(...)`, readers (report, comparison) find the declaration of a key with `declared`.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MetricKey:
+    """A family of metric keys. unit: for axis labels ("" = pure number). better: the direction that is progress."""
+
+    pattern: str
+    title: str
+    unit: str
+    better: Literal["lower", "higher", "neither"]
+
+    def key(self, **parts: str | int) -> str:
+        """Return the key with its braces filled."""
+        return self.pattern.format(**parts)
+
+    def match(self, key: str) -> dict[str, str] | None:
+        """Return the parts that the braces hold in `key`, or None where it belongs to another family."""
+        found = self._regex.fullmatch(key)
+        return found.groupdict() if found else None
+
+    @property
+    def _regex(self) -> re.Pattern[str]:
+        literal = re.split(r"\{(\w+)\}", self.pattern)
+        parts = [re.escape(p) if i % 2 == 0 else f"(?P<{p}>[^/]+)" for i, p in enumerate(literal)]
+        return re.compile("".join(parts))
+
+
+TASK_LOSS = MetricKey("{stage}/task_loss", "task loss", "nats per target", "lower")
+TOTAL_LOSS = MetricKey("{stage}/total_loss", "total loss", "nats per target", "lower")
+TERM_RAW = MetricKey("loss/{term}", "loss term, raw", "term's own", "lower")
+TERM_WEIGHTED = MetricKey("loss_weighted/{term}", "loss term, weighted", "nats per target", "lower")
+EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "term's own", "lower")
+ACCURACY = MetricKey("{stage}/accuracy_{term}", "masked accuracy", "fraction", "higher")
+MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")
+
+EXPERT_LOAD = MetricKey("load/block{block}/{modality}/expert{expert}", "expert load", "fraction of kept pairs", "neither")
+LOAD_ENTROPY = MetricKey("load_entropy/block{block}/{modality}", "load entropy / ln E", "fraction", "higher")
+TOKEN_ENTROPY = MetricKey("token_entropy/block{block}/{modality}", "mean token entropy / ln E", "fraction", "neither")
+MAX_VIOLATION = MetricKey("max_violation/block{block}/{modality}", "max load / mean load - 1 (MaxVio)", "", "lower")
+DROP_RATE = MetricKey("drop_rate/block{block}/{modality}", "dropped pairs", "fraction", "lower")
+DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts without a token", "experts", "lower")
+LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")
+
+GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
+LEARNING_RATE = MetricKey("optim/learning_rate", "learning rate", "", "neither")
+FIRST_NONFINITE_STEP = MetricKey("stability/first_nonfinite_step", "first step with a non-finite loss", "optimiser steps", "neither")
+SAMPLES_PER_SECOND = MetricKey("throughput/samples_per_second", "throughput", "samples/s", "higher")
+TOKENS_PER_SECOND = MetricKey("throughput/tokens_per_second", "throughput", "tokens/s", "higher")
+TOTAL_PARAMETERS = MetricKey("model/total_parameters", "parameters", "parameters", "neither")
+ACTIVE_PARAMETERS = MetricKey("model/active_parameters", "active parameters", "parameters", "neither")
+ACTIVE_FLOPS = MetricKey("model/active_flops_per_sample", "active forward FLOPs", "FLOP/sample", "neither")
+
+ALL: tuple[MetricKey, ...] = tuple(value for value in list(globals().values()) if isinstance(value, MetricKey))
+
+
+def declared(key: str) -> MetricKey | None:
+    """Return the declaration that `key` belongs to, or None for a key that nobody declared."""
+    return next((metric for metric in ALL if metric.match(key) is not None), None)

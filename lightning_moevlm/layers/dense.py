@@ -1,0 +1,43 @@
+"""The dense feed-forward, and the twin that costs what a MoE costs."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput
+from lightning_moevlm.layers.moe import MoEFFN
+from lightning_moevlm.plans import Modality
+from lightning_moevlm.records import Layout
+
+
+class DenseFFN(FeedForward):
+    """GELU(x W_up) W_down without bias.
+
+    Args:
+        dim: model width D.
+        hidden_dim: hidden width F.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
+        """Apply to every position; the layout does not matter."""
+        return FFNOutput(self.down(F.gelu(self.up(tokens_BSD))), ())
+
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """4 D F per token."""
+        return 4.0 * self.up.in_features * self.up.out_features * sum(num_tokens.values())
+
+
+def dense_twin(moe: MoEFFN) -> DenseFFN:
+    """Return the dense feed-forward whose FLOPs per token equal the MoE's active ones, router included.
+
+    Solves 4 D F = active FLOPs per token for the hidden width F, rounded to the nearest integer. Compared at equal
+    active FLOPs, not at equal parameters: the MoE's unused experts cost memory, not arithmetic.
+    """
+    hidden_dim = max(1, round(moe.forward_flops_per_token() / (4 * moe.dim)))
+    return DenseFFN(moe.dim, hidden_dim)

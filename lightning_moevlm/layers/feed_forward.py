@@ -1,0 +1,39 @@
+"""The feed-forward contract: FeedForward = DenseFFN | MoEFFN | MultiwayFFN.
+
+Multiway and MoE compose, so VL-MoE, LIMoE, MoMa and their dense twins are arrangements of one block.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.records import Layout
+
+
+class RoutedPlan(NamedTuple):
+    """A plan and the modalities that occur among its tokens."""
+
+    modalities: tuple[Modality, ...]
+    plan: PairPlan
+
+
+class FFNOutput(NamedTuple):
+    """tokens_BSD: same shape and dtype as the input. plans: of every MoE that ran, none for a dense layer."""
+
+    tokens_BSD: Tensor
+    plans: tuple[RoutedPlan, ...]
+
+
+class FeedForward(nn.Module, ABC):
+    """Position-wise map D -> D over a sequence whose layout says which modality lies where."""
+
+    @abstractmethod
+    def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
+        """Apply the feed-forward."""
+
+    @abstractmethod
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active matrix FLOPs (multiply and add counted apart) of one forward pass over so many tokens."""

@@ -1,0 +1,77 @@
+"""The mixture-of-experts feed-forward: route, limit, dispatch."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from lightning_moevlm.dispatch import Capacity, Dispatcher, SegmentDispatcher, apply_capacity
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.experts import ExpertStack, MLPExperts
+from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput, RoutedPlan
+from lightning_moevlm.plans import Modality, RoutingInput
+from lightning_moevlm.precision import PrecisionPolicy, region
+from lightning_moevlm.records import Layout
+from lightning_moevlm.routers import Router, TopKRouter
+
+
+class MoEFFN(FeedForward):
+    """Sparse feed-forward: each token runs through the experts that the router gives it.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        router: factory (dim, num_experts) -> Router.
+        experts: factory (dim, num_experts) -> ExpertStack.
+        capacity: factors and priority; null is dropless.
+        dispatcher: how a plan is run; null is SegmentDispatcher.
+        precision: dtype per region.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int = 8,
+        router: Callable[[int, int], Router] = TopKRouter,
+        experts: Callable[[int, int], ExpertStack] = MLPExperts,
+        capacity: Capacity | None = None,
+        dispatcher: Dispatcher | None = None,
+        precision: PrecisionPolicy = PrecisionPolicy(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise UserError(f"num_experts is {num_experts}: a mixture needs at least 1 expert")
+        self.dim = dim
+        self.num_experts = num_experts
+        self.router = router(dim, num_experts)
+        self.experts = experts(dim, num_experts)
+        self.capacity = capacity
+        self.dispatcher = dispatcher or SegmentDispatcher()
+        self.precision = precision
+
+    def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
+        """Route and run; padding and dropped tokens come out as zeros for the residual to carry."""
+        batch, length, dim = tokens_BSD.shape
+        tokens_TD = tokens_BSD.reshape(batch * length, dim)
+        modality_T = layout.modality_S.expand(batch, length).reshape(-1)
+        with region(self.precision.router, tokens_TD.device.type) as cast:
+            plan = self.router(RoutingInput(cast(tokens_TD), modality_T, layout.valid_BS.reshape(-1)))
+        factor = self._capacity_factor()
+        if factor is not None and self.capacity is not None:
+            plan = apply_capacity(plan, factor, self.capacity.priority)
+        out_TD = self.dispatcher(plan, tokens_TD, self.experts)
+        modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
+        return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(modalities, plan),))
+
+    def forward_flops_per_token(self) -> float:
+        """Router plus the experts that run; nothing is counted as dropped."""
+        experts = self.router.experts_per_token * self.experts.forward_flops_per_row()
+        return self.router.forward_flops_per_token() + experts
+
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active FLOPs over all tokens."""
+        return self.forward_flops_per_token() * sum(num_tokens.values())
+
+    def _capacity_factor(self) -> float | None:
+        if self.capacity is None:
+            return None
+        return self.capacity.train_factor if self.training else self.capacity.eval_factor

@@ -1,0 +1,7 @@
+"""Models: arrangements of layers."""
+
+from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.models.card import ModelCard, model_card
+from lightning_moevlm.models.vl_moe import VLMoE
+
+__all__ = ["Backbone", "BackboneOutput", "BackboneSpec", "ModelCard", "VLMoE", "model_card"]

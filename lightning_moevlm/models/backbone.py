@@ -1,0 +1,73 @@
+"""The backbone contract: images, texts or both in, contextual tokens and routing plans out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_moevlm.plans import Modality
+from lightning_moevlm.records import Layout, NamedPlan
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The dimensions that objectives and data must agree with.
+
+    Args:
+        dim: model width D.
+        image_size: pixels, height and width.
+        patch_size: pixels, height and width.
+        vocab_size: V.
+        max_text_len: longest text L.
+    """
+
+    dim: int
+    image_size: int
+    patch_size: int
+    vocab_size: int
+    max_text_len: int
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class BackboneOutput(NamedTuple):
+    """tokens_BSD: normalised features. layout: where the modalities lie. plans: of every MoE that ran."""
+
+    tokens_BSD: Tensor
+    layout: Layout
+    plans: tuple[NamedPlan, ...]
+
+    def features(self, modality: Modality) -> Tensor:
+        """Return the features of one modality's span."""
+        span = next(span for span in self.layout.spans if span.modality == modality)
+        return self.tokens_BSD[:, span.start : span.stop]
+
+
+class Backbone(nn.Module, ABC):
+    """A vision-language trunk for image-only, text-only and pair inputs."""
+
+    spec: BackboneSpec
+
+    @abstractmethod
+    def forward(
+        self,
+        images_BRYX: Tensor | None = None,
+        text_BL: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        image_mask_BP: Tensor | None = None,
+    ) -> BackboneOutput:
+        """Encode; images uint8, text int64, text_mask True on real tokens, image_mask True on hidden patches."""
+
+    @property
+    @abstractmethod
+    def text_embedding_VD(self) -> Tensor:
+        """Token embedding matrix, for heads that share it."""
+
+    @abstractmethod
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active matrix FLOPs of one forward pass of one sample with so many tokens per modality."""

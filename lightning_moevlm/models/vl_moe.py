@@ -1,0 +1,144 @@
+"""VL-MoE: a multiway transformer with a mixture of experts per modality (arXiv 2303.07226, sections 3.1 and 3.2).
+
+    block below the top F:  shared self-attention, then image and text feed-forwards of their own; in every second
+                            block each of the two is a MoE with its own router
+    top F blocks:           shared self-attention, then a vision-language feed-forward for pairs; inputs of a single
+                            modality keep their own
+
+Image-only, text-only and pair inputs run through the same attention weights on their own paths. The split by modality
+is hard; learning to route happens inside a modality.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import (
+    Attention,
+    Block,
+    DenseFFN,
+    FeedForward,
+    MoEFFN,
+    MultiwayFFN,
+    PatchEmbedding,
+    TextEmbedding,
+    dense_twin,
+)
+from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.plans import Modality
+from lightning_moevlm.records import Layout, NamedPlan, Span
+
+
+class VLMoE(Backbone):
+    """VL-MoE backbone.
+
+    Args:
+        dim: model width D.
+        num_heads: attention heads H.
+        num_blocks: transformer blocks.
+        num_vl_blocks: F, blocks on top whose feed-forward is shared by the tokens of a pair (paper: 2 at BASE, 3 at LARGE).
+        hidden_dim: hidden width of dense feed-forwards.
+        image_size: pixels, height and width.
+        patch_size: pixels, height and width.
+        vocab_size: V.
+        max_text_len: longest text L.
+        moe: factory (dim) -> MoEFFN for the sparse blocks.
+        moe_every: every n-th block below the top F is sparse; the paper uses 2.
+        sparse_modalities: modalities with experts; the others get the dense twin of equal active FLOPs in those blocks,
+            so [] is the dense twin of the whole model.
+        sparse_top: count every n-th block of the top F too; only the feed-forwards of single modalities become sparse
+            there, the one for pairs stays dense. BASE with 32 experts then has 1.96 B parameters, as published (about
+            2.0 B); without, 1.66 B.
+        qk_norm: RMS-normalise queries and keys per head.
+
+    Raises:
+        UserError: dimensions that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        dim: int = 768,
+        num_heads: int = 12,
+        num_blocks: int = 12,
+        num_vl_blocks: int = 2,
+        hidden_dim: int = 3072,
+        image_size: int = 224,
+        patch_size: int = 16,
+        vocab_size: int = 64_000,
+        max_text_len: int = 40,
+        moe: Callable[[int], MoEFFN] = MoEFFN,
+        moe_every: int = 2,
+        sparse_modalities: tuple[Literal["image", "text"], ...] = ("image", "text"),
+        sparse_top: bool = False,
+        qk_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 <= num_vl_blocks <= num_blocks:
+            raise UserError(f"num_vl_blocks is {num_vl_blocks}: choose between 0 and num_blocks {num_blocks}")
+        if moe_every < 1:
+            raise UserError(f"moe_every is {moe_every}: choose 1 (every block below the top) or more")
+        self.spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
+        self.patches = PatchEmbedding(dim, image_size, patch_size)
+        self.text = TextEmbedding(dim, vocab_size, max_text_len)
+
+        def single(modality: Modality, is_sparse: bool) -> FeedForward:
+            if not is_sparse:
+                return DenseFFN(dim, hidden_dim)
+            experts = moe(dim)
+            return experts if modality.label in sparse_modalities else dense_twin(experts)
+
+        def feed_forward(block: int) -> FeedForward:
+            is_top = block >= num_blocks - num_vl_blocks
+            is_sparse = block % moe_every == moe_every - 1 and (sparse_top or not is_top)
+            pair = DenseFFN(dim, hidden_dim) if is_top else None
+            return MultiwayFFN(single(Modality.IMAGE, is_sparse), single(Modality.TEXT, is_sparse), pair)
+
+        self.blocks = nn.ModuleList(
+            Block(dim, Attention(dim, num_heads, qk_norm), feed_forward(block)) for block in range(num_blocks)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    @property
+    def text_embedding_VD(self) -> Tensor:
+        """Token embedding matrix."""
+        return self.text.token.weight
+
+    def forward(
+        self,
+        images_BRYX: Tensor | None = None,
+        text_BL: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        image_mask_BP: Tensor | None = None,
+    ) -> BackboneOutput:
+        """Encode images, texts or pairs; at least one of the two must be given."""
+        pieces: list[Tensor] = []
+        valid: list[Tensor] = []
+        spans: list[Span] = []
+        if images_BRYX is not None:
+            patches_BPD = self.patches(images_BRYX, image_mask_BP)
+            spans.append(Span(Modality.IMAGE, 0, patches_BPD.shape[1]))
+            pieces.append(patches_BPD)
+            valid.append(torch.ones(patches_BPD.shape[:2], dtype=torch.bool, device=patches_BPD.device))
+        if text_BL is not None:
+            assert text_mask_BL is not None, "text comes with its mask"
+            start = spans[-1].stop if spans else 0
+            spans.append(Span(Modality.TEXT, start, start + text_BL.shape[1]))
+            pieces.append(self.text(text_BL))
+            valid.append(text_mask_BL)
+        assert spans, "a forward pass needs images, text or both"
+        source = "pair" if len(spans) > 1 else spans[0].modality.label
+        layout = Layout(tuple(spans), torch.cat(valid, dim=1))
+        tokens_BSD = torch.cat(pieces, dim=1)
+        plans: list[NamedPlan] = []
+        for index, block in enumerate(self.blocks):
+            tokens_BSD, routed = block(tokens_BSD, layout)
+            plans.extend(NamedPlan(source, index, modalities, plan) for modalities, plan in routed)
+        return BackboneOutput(self.norm(tokens_BSD), layout, tuple(plans))
+
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active matrix FLOPs of one forward pass of one sample."""
+        embedding = self.patches.forward_flops() if num_tokens.get(Modality.IMAGE) else 0.0
+        return embedding + sum(block.forward_flops(num_tokens) for block in self.blocks)

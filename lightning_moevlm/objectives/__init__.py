@@ -1,0 +1,16 @@
+"""Objectives: (backbone, batch) -> loss terms. They own their heads, because targets decide what a head predicts."""
+
+from lightning_moevlm.objectives.codebook_targets import CodebookTargets
+from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets
+from lightning_moevlm.objectives.masked_modelling import MaskedModelling
+from lightning_moevlm.objectives.objective import Objective
+from lightning_moevlm.objectives.vq_targets import VQCheckpointTargets
+
+__all__ = [
+    "CodebookTargets",
+    "ImageTargets",
+    "MaskedModelling",
+    "Objective",
+    "PixelTargets",
+    "VQCheckpointTargets",
+]

@@ -1,0 +1,182 @@
+"""Masked data modelling: one objective on images, texts and pairs (BEiT-3, arXiv 2208.10442, section 2.2; VL-MoE, 3.3).
+
+    text        masked language modelling on texts alone
+    image       masked image modelling on images alone
+    pair_text   masked words of a text whose image is seen, some patches hidden
+    pair_image  masked patches of an image whose text is seen, some words hidden
+
+A batch of pairs is used three times: as images, as texts and as pairs. Sources of one modality give their own term.
+Each term is the mean over its masked positions, in nats for classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.models import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets, cross_entropy
+from lightning_moevlm.objectives.objective import Objective
+from lightning_moevlm.plans import Modality
+from lightning_moevlm.records import Batch, NamedPlan, ObjectiveOutput, Predictions, Term
+from lightning_moevlm.shards.tokenizer import MASK, SPECIAL_TOKENS
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Weight of each term in the task loss; null leaves the term, and the forward pass only it needs, out."""
+
+    text: float | None = 1.0
+    image: float | None = 1.0
+    pair_text: float | None = 1.0
+    pair_image: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class MaskRatios:
+    """Share of positions that are hidden, in (0, 1). BEiT-3: 15 % of text alone, 50 % of text in pairs, 40 % of patches."""
+
+    text: float = 0.15
+    pair_text: float = 0.5
+    image: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Refuse ratios that hide nothing or everything."""
+        for name, ratio in vars(self).items():
+            if not 0 < ratio < 1:
+                raise UserError(f"mask ratio {name} is {ratio}: choose a share between 0 and 1, both exclusive")
+
+
+class MaskedText(NamedTuple):
+    """input_BL: ids with [MASK] at hidden positions. hidden_BL: bool."""
+
+    input_BL: Tensor
+    hidden_BL: Tensor
+
+
+class MaskedModelling(Objective):
+    """Masked data modelling with pluggable image targets.
+
+    Args:
+        spec: the backbone's dimensions.
+        image_targets: factory (spec) -> ImageTargets; pixels by default.
+        weights: weight of each term.
+        ratios: share of hidden positions.
+    """
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        image_targets: Callable[[BackboneSpec], ImageTargets] = PixelTargets,
+        weights: TermWeights = TermWeights(),  # noqa: B008 - frozen
+        ratios: MaskRatios = MaskRatios(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__()
+        if all(weight is None for weight in vars(weights).values()):
+            raise UserError("every weight of MaskedModelling is null: give at least one term a weight")
+        self.spec = spec
+        self.weights = weights
+        self.ratios = ratios
+        self.image_targets = image_targets(spec)
+        self.text_head = nn.Sequential(nn.Linear(spec.dim, spec.dim), nn.GELU(), nn.LayerNorm(spec.dim))
+        self.text_bias_V = nn.Parameter(torch.empty(spec.vocab_size))
+        self.image_head = nn.Linear(spec.dim, self.image_targets.output_dim)
+        self.num_classes = {"text": spec.vocab_size, "pair_text": spec.vocab_size}
+        if self.image_targets.num_classes is not None:
+            self.num_classes |= dict.fromkeys(("image", "pair_image"), self.image_targets.num_classes)
+
+    def forward(self, backbone: Backbone, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
+        """Run the passes that have a term; a batch without one modality skips what needs it."""
+        step = _Step(self, backbone)
+        images, text, text_mask = batch.images_BRYX, batch.text_BL, batch.text_mask_BL
+        if text is not None and text_mask is not None and self.weights.text is not None:
+            masked = mask_text(text, text_mask, self.ratios.text, generator)
+            output = step.encode(None, masked.input_BL, text_mask, None)
+            step.add_text("text", self.weights.text, output, text, masked.hidden_BL)
+        if images is not None and self.weights.image is not None:
+            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(images.device)
+            output = step.encode(images, None, None, hidden_BP)
+            step.add_image("image", self.weights.image, output, images, hidden_BP)
+        if images is not None and text is not None and text_mask is not None and self._uses_pairs():
+            masked = mask_text(text, text_mask, self.ratios.pair_text, generator)
+            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(images.device)
+            output = step.encode(images, masked.input_BL, text_mask, hidden_BP)
+            if self.weights.pair_text is not None:
+                step.add_text("pair_text", self.weights.pair_text, output, text, masked.hidden_BL)
+            if self.weights.pair_image is not None:
+                step.add_image("pair_image", self.weights.pair_image, output, images, hidden_BP)
+        if not step.terms:
+            raise UserError(
+                "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the data's "
+                "modalities a weight (image-only data: image; text-only data: text)"
+            )
+        return ObjectiveOutput(step.terms, step.predictions, tuple(step.plans), step.num_tokens)
+
+    def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Return fp32 logits over the vocabulary, sharing the embedding matrix."""
+        return F.linear(self.text_head(features_MD), embedding_VD, self.text_bias_V).float()
+
+    def _uses_pairs(self) -> bool:
+        return self.weights.pair_text is not None or self.weights.pair_image is not None
+
+
+class _Step:
+    """Collects what the passes of one step produce."""
+
+    def __init__(self, objective: MaskedModelling, backbone: Backbone) -> None:
+        self.objective = objective
+        self.backbone = backbone
+        self.terms: dict[str, Term] = {}
+        self.predictions: dict[str, Predictions] = {}
+        self.plans: list[NamedPlan] = []
+        self.num_tokens = 0
+        self.image_target: Tensor | None = None  # of the batch; two terms need it
+
+    def encode(
+        self, images: Tensor | None, text: Tensor | None, text_mask: Tensor | None, image_mask: Tensor | None
+    ) -> BackboneOutput:
+        output: BackboneOutput = self.backbone(images, text, text_mask, image_mask)
+        self.plans.extend(output.plans)
+        self.num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
+        return output
+
+    def add_text(self, name: str, weight: float, output: BackboneOutput, text_BL: Tensor, hidden_BL: Tensor) -> None:
+        features_MD = output.features(Modality.TEXT)[hidden_BL]
+        target_M = text_BL[hidden_BL]
+        logits_MV = self.objective.text_logits(features_MD, self.backbone.text_embedding_VD)
+        self.terms[name] = Term(cross_entropy(logits_MV, target_M), weight)
+        self.predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
+
+    def add_image(self, name: str, weight: float, output: BackboneOutput, images: Tensor, hidden_BP: Tensor) -> None:
+        targets = self.objective.image_targets
+        if self.image_target is None:
+            self.image_target = targets(images)
+        target_M = self.image_target[hidden_BP]
+        output_MO = self.objective.image_head(output.features(Modality.IMAGE)[hidden_BP])
+        self.terms[name] = Term(targets.loss(output_MO, target_M), weight)
+        predictions = targets.predictions(output_MO.detach(), target_M)
+        if predictions is not None:
+            self.predictions[name] = predictions
+
+
+def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, generator: torch.Generator) -> MaskedText:
+    """Hide words: in each text round(ratio x words) of them, at least one; special tokens and padding never.
+
+    A hidden word becomes [MASK] always; BERT's 80/10/10 mixture is not used.
+    """
+    noise_BL = torch.rand(text_BL.shape, generator=generator).to(text_BL.device)
+    word_BL = text_mask_BL & (text_BL >= len(SPECIAL_TOKENS))
+    rank_BL = torch.where(word_BL, noise_BL, 2.0).argsort(dim=-1).argsort(dim=-1)
+    count_B = (word_BL.sum(dim=-1) * ratio).round().clamp(min=1)
+    hidden_BL = word_BL & (rank_BL < count_B.unsqueeze(-1))
+    return MaskedText(torch.where(hidden_BL, MASK, text_BL), hidden_BL)
+
+
+def mask_patches(batch: int, num_patches: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Hide round(ratio x P) patches of each image, at least one: bool (B, P) on the CPU."""
+    noise_BP = torch.rand((batch, num_patches), generator=generator)
+    return noise_BP.argsort(dim=-1).argsort(dim=-1) < max(1, round(ratio * num_patches))

@@ -1,0 +1,22 @@
+"""The objective contract."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.records import Batch, ObjectiveOutput
+
+
+class Objective(nn.Module, ABC):
+    """Makes task terms of a batch; the first constructor argument is the backbone's spec.
+
+    num_classes: number of classes of every term that predicts classes, by term name.
+    """
+
+    num_classes: dict[str, int]
+
+    @abstractmethod
+    def forward(self, backbone: Backbone, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
+        """Compute the terms; every random choice is drawn from `generator` (on the CPU), so a step can be repeated."""

@@ -1,0 +1,113 @@
+"""Records that cross borders between the parts of the house."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.plans import Modality, PairPlan
+
+
+class Batch(NamedTuple):
+    """One collated batch; a modality that the source lacks is None.
+
+    images_BRYX: uint8, RGB. text_BL: int64 token ids, padded. text_mask_BL: bool, True on real tokens.
+    keys: the samples' WebDataset keys, in order.
+    """
+
+    images_BRYX: Tensor | None
+    text_BL: Tensor | None
+    text_mask_BL: Tensor | None
+    keys: tuple[str, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.keys)
+
+
+class Span(NamedTuple):
+    """Sequence positions start..stop-1 hold tokens of one modality."""
+
+    modality: Modality
+    start: int
+    stop: int
+
+
+class Layout(NamedTuple):
+    """Where the modalities lie in a sequence, and which positions are real.
+
+    spans: in order and without gaps. valid_BS: bool, False on padding.
+    """
+
+    spans: tuple[Span, ...]
+    valid_BS: Tensor
+
+    @property
+    def modality_S(self) -> Tensor:
+        """Modality of each position, int64."""
+        pieces = [torch.full((s.stop - s.start,), int(s.modality)) for s in self.spans]
+        return torch.cat(pieces).to(self.valid_BS.device, non_blocking=True)
+
+    def select(self, span: Span) -> "Layout":
+        """Return the layout of one span alone."""
+        inner = Span(span.modality, 0, span.stop - span.start)
+        return Layout((inner,), self.valid_BS[:, span.start : span.stop])
+
+
+class NamedPlan(NamedTuple):
+    """A plan with its place in the model.
+
+    source: which forward pass made it ("image", "text" or "pair"). block: index of the transformer block.
+    modalities: those that occur among its tokens.
+    """
+
+    source: str
+    block: int
+    modalities: tuple[Modality, ...]
+    plan: PairPlan
+
+
+class Term(NamedTuple):
+    """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total."""
+
+    raw: Tensor
+    weight: float
+
+    @property
+    def weighted(self) -> Tensor:
+        """raw x weight."""
+        return self.raw * self.weight
+
+
+class LossReport(NamedTuple):
+    """Every term of a step. The task loss never contains auxiliary terms."""
+
+    task: dict[str, Term]
+    auxiliary: dict[str, Term]
+
+    @property
+    def task_loss(self) -> Tensor:
+        """Weighted sum of the task terms."""
+        return torch.stack([term.weighted for term in self.task.values()]).sum()
+
+    @property
+    def total_loss(self) -> Tensor:
+        """Task loss plus weighted auxiliary terms: what is differentiated."""
+        return torch.stack([term.weighted for term in (*self.task.values(), *self.auxiliary.values())]).sum()
+
+
+class Predictions(NamedTuple):
+    """Predicted and true classes at the masked positions of one term, both int64."""
+
+    predicted_M: Tensor
+    target_M: Tensor
+
+
+class ObjectiveOutput(NamedTuple):
+    """What an objective makes of a batch: task terms, class predictions by term, and the plans of every MoE that ran."""
+
+    terms: dict[str, Term]
+    predictions: dict[str, Predictions]
+    plans: tuple[NamedPlan, ...]
+    num_tokens: int

@@ -1,0 +1,35 @@
+"""The router contract: tokens in, routing plan out."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from lightning_moevlm.plans import PairPlan, RoutingInput
+
+
+class Router(nn.Module, ABC):
+    """Turns tokens into a plan.
+
+    A router's first two constructor arguments are `dim` (D) and `num_experts` (E). The plan's logits and probabilities
+    are fp32 whatever the tokens are; padding (`valid_T` False) is never kept; evaluation is deterministic; nothing is
+    counted in `forward`, because activation checkpointing runs it twice.
+    """
+
+    @abstractmethod
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        """Route T tokens."""
+
+    @property
+    @abstractmethod
+    def experts_per_token(self) -> float:
+        """Experts that run for one token, on average: what active FLOPs are counted with."""
+
+    @abstractmethod
+    def forward_flops_per_token(self) -> int:
+        """Matrix FLOPs of the routing itself for one token."""
+
+    def rebalance(self, load_E: Tensor) -> None:
+        """Adapt routing state once per optimiser step; load_E: int64 counts over ranks and accumulation.
+
+        Most routers have no such state.
+        """

@@ -1,0 +1,26 @@
+"""The one legend of axis letters.
+
+A tensor's name ends in its axes, one capital letter each, slowest first: `tokens_BSD` has shape
+(batch, sequence, model width). A letter means the same thing in every file.
+
+| letter | axis                                                                   |
+|--------|------------------------------------------------------------------------|
+| B      | batch: samples of one step on one device                               |
+| C      | codes of a visual codebook                                             |
+| D      | model width                                                            |
+| E      | experts                                                                |
+| F      | hidden width of a feed-forward                                         |
+| H      | attention heads                                                        |
+| K      | experts chosen per token                                               |
+| L      | text positions                                                         |
+| M      | masked positions                                                       |
+| N      | routed pairs (token, expert)                                           |
+| P      | image patches                                                          |
+| Q      | numbers in one patch (channels x patch height x patch width)           |
+| R      | colour channels (RGB)                                                  |
+| S      | sequence: patches, then text                                           |
+| T      | tokens: batch and sequence flattened                                   |
+| V      | vocabulary                                                             |
+| W      | width of one attention head                                            |
+| X, Y   | image column, image row                                                |
+"""

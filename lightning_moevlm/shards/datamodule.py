@@ -1,0 +1,141 @@
+"""A set of shards as a LightningDataModule: `data.root` names the set, everything else how it is read.
+
+Training reads in a new order every epoch and resumes to the batch; validation, testing and prediction (on
+the test split) read every sample once, in fixed order. `num_workers` 0 is the fastest on two cores for
+small models: workers take a core from the arithmetic.
+"""
+
+from functools import cached_property
+
+from lightning.pytorch import LightningDataModule
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.collate import Collate
+from lightning_moevlm.shards.loader import ShardLoader
+from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest, Split, read_manifest
+from lightning_moevlm.shards.reader import Rank, ShardReader
+from lightning_moevlm.shards.source import refuse_remote
+from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
+
+
+class ShardDataModule(LightningDataModule):
+    """Loaders over one set of shards.
+
+    Args:
+        root: Folder of the set, as made by `moevlm data build`.
+        batch_size: Samples per rank and step.
+        image_size: Pixels per side that the model sees; other sizes are scaled.
+        max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut.
+        vocab_size: Ids that the model can embed; the set's tokenizer must not have more.
+        num_workers: Processes that read and decode; 0 reads in the training process.
+        shuffle_buffer: Samples per worker from which the next training sample is chosen.
+        seed: Of the order of training samples.
+
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int,
+        image_size: int,
+        max_text_len: int,
+        vocab_size: int,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("image_size", image_size, 8),
+            ("max_text_len", max_text_len, 3),
+            ("num_workers", num_workers, 0),
+            ("shuffle_buffer", shuffle_buffer, 1),
+        ):
+            if value < least:
+                raise UserError(f"data.{name} is {value}, but must be at least {least}")
+        self.root = refuse_remote(root)
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.max_text_len = max_text_len
+        self.vocab_size = vocab_size
+        self.num_workers = num_workers
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What the set holds.
+
+        Raises:
+            UserError: if there is no set, with the command that builds one; or if its manifest is broken.
+
+        """
+        if not (self.root / MANIFEST_FILE).is_file():
+            recipe = "openmoji" if "openmoji" in self.root.name else "scenes"
+            raise UserError(
+                f"there is no set of shards in {self.root}; build one with "
+                f"`moevlm data build {recipe} --out {self.root}`"
+            )
+        return read_manifest(self.root)
+
+    @property
+    def manifest_digest(self) -> str:
+        """The hash that names the exact data."""
+        return self.manifest.digest
+
+    @cached_property
+    def tokenizer(self) -> CaptionTokenizer:
+        """The set's tokenizer.
+
+        Raises:
+            UserError: if it is missing, altered, or has more ids than the model.
+
+        """
+        entry = self.manifest.tokenizer
+        if entry.vocab_size > self.vocab_size:
+            raise UserError(
+                f"the tokenizer of {self.root} has {entry.vocab_size} ids, "
+                f"data.vocab_size is {self.vocab_size}; "
+                f"raise it to {entry.vocab_size} or more, or build the set with a smaller --vocab_size"
+            )
+        return load_tokenizer(self.root, entry)
+
+    def prepare_data(self) -> None:
+        """Fail before training starts if the set, its manifest or its tokenizer is not in order."""
+        assert self.tokenizer.vocab_size <= self.vocab_size
+
+    def train_dataloader(self) -> ShardLoader:
+        """Whole batches in a new order every epoch; in fixed order while overfitting a few batches."""
+        trainer = self.trainer
+        overfitting = trainer is not None and trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        reader = self._reader("train", 0 if overfitting else self.shuffle_buffer)
+        return ShardLoader(reader, self.num_workers, self._train_limit(reader.num_batches))
+
+    def val_dataloader(self) -> ShardLoader:
+        """Every validation sample once, in fixed order; the last batch may be short."""
+        return ShardLoader(self._reader("val", 0), self.num_workers)
+
+    def test_dataloader(self) -> ShardLoader:
+        """Every test sample once, in fixed order; the last batch may be short."""
+        return ShardLoader(self._reader("test", 0), self.num_workers)
+
+    def predict_dataloader(self) -> ShardLoader:
+        """Every test sample once, in fixed order; the last batch may be short."""
+        return self.test_dataloader()
+
+    def _reader(self, split: Split, shuffle_buffer: int) -> ShardReader:
+        collate = Collate(self.manifest.members, self.tokenizer, self.image_size, self.max_text_len)
+        rank = Rank(0, 1)
+        if self.trainer is not None:
+            rank = Rank(self.trainer.global_rank, self.trainer.world_size)
+        return ShardReader(
+            self.root, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed
+        )
+
+    def _train_limit(self, num_batches: int) -> int | None:
+        """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""
+        if self.trainer is None:
+            return None
+        limit = self.trainer.limit_train_batches
+        return limit if isinstance(limit, int) else int(num_batches * limit)

@@ -1,0 +1,246 @@
+"""A set's manifest: everything that can be known about its shards without opening them.
+
+`manifest.json` lies beside the shards and says which files each split has, how many samples and bytes they
+hold and what they hash to, under which licence the set stands and with which arguments it was built.
+Readers trust nothing else: a shard that is not what its manifest says is refused. The manifest's `digest`
+names the exact data of a run.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lightning_moevlm.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "moevlm-shards/1"
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file: its name in the set, its samples, its size in bytes, the sha256 of its bytes in hex."""
+
+    file: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """The set's tokenizer file, the sha256 of its bytes in hex, and the number of ids."""
+
+    file: str
+    sha256: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a set holds.
+
+    image_size: pixels per side of the stored pictures. members: file extensions that every sample has.
+    build: the arguments it was built with. sources: versions of the packages its pictures come from.
+    """
+
+    name: str
+    version: int
+    licence: str
+    licence_url: str
+    attribution: str
+    image_size: int
+    members: tuple[str, ...]
+    build: dict[str, Scalar]
+    sources: dict[str, str]
+    tokenizer: TokenizerEntry
+    splits: dict[Split, tuple[ShardEntry, ...]]
+
+    @property
+    def digest(self) -> str:
+        """Sha256, in hex, of the canonical form (sorted keys, no blanks)."""
+        canonical = json.dumps(self._as_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def num_samples(self, split: Split) -> int:
+        """Samples of one split."""
+        return sum(shard.num_samples for shard in self.splits[split])
+
+    def write(self, root: Path) -> None:
+        """Write `manifest.json` into `root`, whole or not at all."""
+        unfinished = root / f".{MANIFEST_FILE}.unfinished"
+        unfinished.write_text(
+            json.dumps(self._as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        unfinished.replace(root / MANIFEST_FILE)
+
+    def _as_json(self) -> dict[str, object]:
+        return {"format": FORMAT, **asdict(self)}
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and validate `root/manifest.json`.
+
+    Raises:
+        UserError: if it is missing, is not JSON (with the line), or a field is missing or of the wrong kind.
+
+    """
+    path = root / MANIFEST_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, so {root} is no finished set of shards; build it with `moevlm data build`"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(
+            f"{path} is not JSON ({where}); restore it or rebuild the set with --force true"
+        ) from None
+    return _Fields(content, str(path), "").manifest()
+
+
+def check_shard_size(root: Path, shard: ShardEntry) -> Path:
+    """Return the shard's path if it exists with the size that the manifest says (one `stat`, no reading).
+
+    Raises:
+        UserError: if it is missing or has another size.
+
+    """
+    path = root / shard.file
+    if not path.is_file():
+        raise UserError(f"shard {path} is missing; restore it or rebuild the set with --force true")
+    size = path.stat().st_size
+    if size != shard.num_bytes:
+        what = "truncated" if size < shard.num_bytes else "longer than it should be"
+        raise UserError(
+            f"shard {path} is {what}: {size} bytes, its manifest says {shard.num_bytes}; "
+            "restore it or rebuild the set with --force true"
+        )
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_shard(root: Path, shard: ShardEntry) -> Path:
+    """Return the shard's path if its size and its sha256 are those of the manifest (reads the file once).
+
+    Raises:
+        UserError: if it is missing, or size or hash differ.
+
+    """
+    path = check_shard_size(root, shard)
+    found = file_sha256(path)
+    if found != shard.sha256:
+        raise UserError(
+            f"shard {path} is not the one its manifest names: sha256 {found[:12]}..., "
+            f"expected {shard.sha256[:12]}...; restore it or rebuild the set with --force true"
+        )
+    return path
+
+
+class _Fields:
+    """A JSON object being read field by field; complaints name the file and the field."""
+
+    def __init__(self, content: object, file: str, place: str) -> None:
+        self._file = file
+        self._place = place
+        if not isinstance(content, dict):
+            raise UserError(
+                f"{file}: {place or 'the whole file'} must be an object, not {type(content).__name__}"
+            )
+        self._content = content
+
+    def _name(self, key: str) -> str:
+        return f"{self._place}.{key}" if self._place else key
+
+    def _get(self, key: str, kind: type) -> object:
+        if key not in self._content:
+            raise UserError(
+                f"{self._file}: field {self._name(key)!r} is missing; rebuild the set with --force true"
+            )
+        value = self._content[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise UserError(
+                f"{self._file}: field {self._name(key)!r} must be {kind.__name__}, got {type(value).__name__}"
+            )
+        return value
+
+    def text(self, key: str) -> str:
+        value = self._get(key, str)
+        assert isinstance(value, str)
+        return value
+
+    def count(self, key: str) -> int:
+        value = self._get(key, int)
+        assert isinstance(value, int)
+        if value < 0:
+            raise UserError(f"{self._file}: field {self._name(key)!r} must not be negative, got {value}")
+        return value
+
+    def file(self, key: str) -> str:
+        value = self.text(key)
+        # a name with a slash or a scheme could make a reader open, or run, something outside the set
+        if value in ("", ".", "..") or any(mark in value for mark in ("/", "\\", ":", "\0")):
+            raise UserError(
+                f"{self._file}: {self._name(key)!r} must be a file name inside the set, got {value!r}"
+            )
+        return value
+
+    def inner(self, key: str) -> "_Fields":
+        return _Fields(self._get(key, dict), self._file, self._name(key))
+
+    def items(self, key: str) -> list["_Fields"]:
+        values = self._get(key, list)
+        assert isinstance(values, list)
+        return [_Fields(value, self._file, f"{self._name(key)}[{i}]") for i, value in enumerate(values)]
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self._get(key, list)
+        assert isinstance(values, list)
+        return tuple(str(value) for value in values)
+
+    def scalars(self, key: str) -> dict[str, Scalar]:
+        values = self._get(key, dict)
+        assert isinstance(values, dict)
+        for name, value in values.items():
+            if not isinstance(value, str | int | float | bool):
+                raise UserError(
+                    f"{self._file}: field {self._name(key)}.{name} must be a plain value, got {value!r}"
+                )
+        return dict(values)
+
+    def manifest(self) -> Manifest:
+        found = self.text("format")
+        if found != FORMAT:
+            raise UserError(f"{self._file}: format {found!r} is not known, only {FORMAT!r}; rebuild the set")
+        tokenizer, splits = self.inner("tokenizer"), self.inner("splits")
+        return Manifest(
+            name=self.text("name"),
+            version=self.count("version"),
+            licence=self.text("licence"),
+            licence_url=self.text("licence_url"),
+            attribution=self.text("attribution"),
+            image_size=self.count("image_size"),
+            members=self.texts("members"),
+            build=self.scalars("build"),
+            sources={name: str(value) for name, value in self.scalars("sources").items()},
+            tokenizer=TokenizerEntry(
+                tokenizer.file("file"), tokenizer.text("sha256"), tokenizer.count("vocab_size")
+            ),
+            splits={split: tuple(entry.shard() for entry in splits.items(split)) for split in SPLITS},
+        )
+
+    def shard(self) -> ShardEntry:
+        return ShardEntry(
+            self.file("file"), self.count("num_samples"), self.count("num_bytes"), self.text("sha256")
+        )

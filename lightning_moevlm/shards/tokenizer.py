@@ -1,0 +1,106 @@
+"""The set's own tokenizer: byte-level BPE, learnt from its training captions.
+
+Nothing is fetched from anywhere: the vocabulary is trained when the set is built, lies beside the shards,
+and its hash stands in the manifest. Being byte-level, it can spell every text, and no id for "unknown" is
+needed. Training takes no random decisions: the same captions give the same file.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.manifest import TokenizerEntry, file_sha256
+
+PAD, MASK, BOS, EOS = 0, 1, 2, 3
+SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[BOS]", "[EOS]")
+TOKENIZER_FILE = "tokenizer.json"
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+"""Special tokens and one token per byte."""
+
+
+class EncodedText(NamedTuple):
+    """text_BL: int64 ids, padded with PAD. text_mask_BL: bool, True on real tokens."""
+
+    text_BL: Tensor
+    text_mask_BL: Tensor
+
+
+class CaptionTokenizer:
+    """Texts to ids and back: [BOS] ids [EOS], cut or padded to a fixed length."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text, without [BOS] and [EOS]."""
+        # one at a time on purpose: encode_batch starts threads, which a forked worker must not inherit
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode(self, texts: Sequence[str], max_text_len: int) -> EncodedText:
+        """Encode texts to (B, max_text_len); a longer text loses its end but keeps its [EOS]."""
+        text_BL = torch.full((len(texts), max_text_len), PAD, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            ids = [BOS, *self.ids(text)[: max_text_len - 2], EOS]
+            text_BL[row, : len(ids)] = torch.tensor(ids)
+        return EncodedText(text_BL, text_BL != PAD)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, leaving out special tokens."""
+        return str(self._tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)]))
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> TokenizerEntry:
+    """Learn at most `vocab_size` ids from captions and write `root/tokenizer.json`.
+
+    Raises:
+        UserError: if `vocab_size` leaves no room for special tokens and bytes.
+
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {vocab_size}, but bytes and special tokens alone need {MIN_VOCAB_SIZE}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [PAD, MASK, BOS, EOS]
+    path, unfinished = root / TOKENIZER_FILE, root / f".{TOKENIZER_FILE}.unfinished"
+    unfinished.write_text(tokenizer.to_str(), encoding="utf-8")
+    unfinished.replace(path)
+    return TokenizerEntry(path.name, file_sha256(path), int(tokenizer.get_vocab_size()))
+
+
+def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
+    """Load a set's tokenizer.
+
+    Raises:
+        UserError: if the file is missing, is not the one of the manifest, or is no tokenizer.
+
+    """
+    path = root / entry.file
+    if not path.is_file():
+        raise UserError(f"tokenizer {path} is missing; restore it or rebuild the set with --force true")
+    found = file_sha256(path)
+    if found != entry.sha256:
+        raise UserError(
+            f"tokenizer {path} is not the one its manifest names: sha256 {found[:12]}..., expected "
+            f"{entry.sha256[:12]}...; restore it or rebuild the set with --force true"
+        )
+    return CaptionTokenizer(Tokenizer.from_file(str(path)))

@@ -1,0 +1,1 @@
+"""Declared ablation studies: spec -> plan -> execute -> results -> report."""

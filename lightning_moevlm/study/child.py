@@ -1,0 +1,148 @@
+"""One run as a process of its own: the public command line, its environment, its log, its clean end.
+
+A child is a session of its own, so Ctrl-C in the terminal reaches the sweep alone, which then ends its children in
+order. If the sweep itself is killed, the system ends them (Linux); elsewhere the next `sweep run` does.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+LOG_FILE = "log.txt"
+_LOG_LINES = 20
+_PR_SET_PDEATHSIG = 1
+# glibc hands tensors over 32 MiB back at every free and faults every page in again at the next step; measured up to
+# a third of a step. (0.5 GB and more are still mapped.)
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+
+def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
+    """Return the public command of a run: `python -m lightning_moevlm fit -c BASE... -c OVERRIDES`."""
+    configs = [word for file in (*base, overrides) for word in ("-c", str(file))]
+    return [sys.executable, "-m", "lightning_moevlm", "fit", *configs]
+
+
+def share_environment(
+    env: Mapping[str, str], jobs: int, cores: int, slot: int, num_gpus: int
+) -> dict[str, str]:
+    """Return a child's environment: its share of the cores, the allocator, and its GPU where there are any.
+
+    What the user has set himself stays, save for the GPU, which the slot decides among those he made visible.
+    """
+    threads = str(max(1, cores // jobs))
+    shared = {**_ALLOCATOR, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **env}
+    if num_gpus:
+        visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",") if env.get("CUDA_VISIBLE_DEVICES") else []
+        shared["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus] if visible else str(slot % num_gpus)
+    return shared
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class Child:
+    """A started process and its open log."""
+
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    started: float
+
+    @classmethod
+    def start(cls, command: list[str], env: Mapping[str, str], log_file: Path) -> "Child":
+        """Start a command; its output is appended to the log."""
+        log = log_file.open("ab")
+        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+        return cls(process, log, time.time())
+
+    @property
+    def pid_started(self) -> float:
+        """Start of the process as the system tells it, seconds since 1970."""
+        try:
+            return psutil.Process(self.process.pid).create_time()
+        except psutil.NoSuchProcess:
+            return self.started
+
+    def exit_code(self) -> int | None:
+        """Return the exit code (negative: the signal that ended it), or None while it runs."""
+        code = self.process.poll()
+        if code is not None:
+            self.log.close()
+        return code
+
+
+def end_all(pids: list[int], patience_seconds: float) -> None:
+    """End processes and all below them: first asked (SIGTERM), after the patience made to (SIGKILL)."""
+    asked: list[psutil.Process] = []
+    family: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            family += process.children(recursive=True)
+            process.terminate()
+            asked.append(process)
+    psutil.wait_procs(asked, timeout=patience_seconds)
+    left = [process for process in (*asked, *family) if process.is_running()]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=patience_seconds)
+
+
+def log_tail(log_file: Path) -> tuple[str, ...]:
+    """Return the last lines of a log, without empty ones."""
+    try:
+        text = log_file.read_bytes()[-20_000:].decode(errors="replace")
+    except FileNotFoundError:
+        return ()
+    return tuple(
+        [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-_LOG_LINES:]
+    )
+
+
+def last_checkpoint(*folders: Path) -> Path | None:
+    """Return the newest whole checkpoint below the folders, or None.
+
+    A checkpoint is a zip archive whose directory stands at its end: one that a kill cut short has none and is passed over.
+    """
+    found = [file for folder in folders if folder.is_dir() for file in folder.rglob("*.ckpt")]
+    newest_first = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+    return next((file for file in newest_first if zipfile.is_zipfile(file)), None)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Return what a child does between fork and exec so that the kernel ends it when its parent dies."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def bind() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return bind

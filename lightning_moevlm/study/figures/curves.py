@@ -1,0 +1,100 @@
+"""Learning curves: the primary metric over steps, mean and range over seeds, from the untrained model on."""
+
+import math
+
+from matplotlib.axes import Axes
+
+from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_figure, png_of
+from lightning_moevlm.study.results import ArmResult, StudyResult
+from lightning_moevlm.study.tables import NOTHING, Table, name_and_unit
+
+_MANY_STEPS = 12  # a table shows at most about so many
+
+
+def draw_curves(result: StudyResult) -> Picture | None:
+    """Draw the whole training left and its second half enlarged right; None without any point."""
+    metric = result.study.primary.metric
+    title, unit = name_and_unit(metric)
+    columns = {arm.arm.name: by_step(arm, metric) for arm in result.arms}
+    steps = sorted({step for column in columns.values() for step in column})
+    if not steps:
+        return None
+    look = looks(tuple(columns), result.study.baseline)
+    figure = new_figure(3.7)
+    whole, late = figure.subplots(1, 2)
+    half = steps[-1] / 2
+    for arm in result.arms:
+        column = columns[arm.arm.name]
+        _draw(whole, column, look[arm.arm.name], arm.arm.name)
+        _draw(late, {s: v for s, v in column.items() if s >= half}, look[arm.arm.name], arm.arm.name)
+        _mark_divergence(whole, arm, metric, look[arm.arm.name])
+    whole.set_title("from the untrained model (first point)", fontsize=10)
+    late.set_title("second half, enlarged", fontsize=10)
+    for axes in (whole, late):
+        axes.set_xlabel("optimiser steps")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    whole.set_ylabel(f"{title}\n({unit})" if unit else title)
+    handles, names = whole.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    num_seeds = len(result.study.seeds)
+    alt = (
+        f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means, bands the range over "
+        f"{num_seeds} seeds. "
+        + " ".join(_sentence(name, column) for name, column in columns.items() if column)
+    )
+    return Picture(
+        "curves",
+        f"{title[0].upper()}{title[1:]} over training",
+        alt,
+        png_of(figure),
+        _table(columns, steps, title, unit),
+    )
+
+
+def by_step(arm: ArmResult, metric: str) -> dict[int, list[float]]:
+    """Return the finite values of all seeds at each step."""
+    column: dict[int, list[float]] = {}
+    for run in arm.runs:
+        series = run.series.get(metric)
+        for step, value in zip(series.steps, series.values, strict=True) if series else ():
+            if math.isfinite(value):
+                column.setdefault(step, []).append(value)
+    return dict(sorted(column.items()))
+
+
+def _draw(axes: Axes, column: dict[int, list[float]], look: Look, name: str) -> None:
+    if not column:
+        return
+    steps = list(column)
+    means = [sum(values) / len(values) for values in column.values()]
+    every = max(1, len(steps) // 10)
+    axes.plot(steps, means, color=look.colour, marker=look.marker, markersize=5, markevery=every, label=name)
+    low, high = [min(v) for v in column.values()], [max(v) for v in column.values()]
+    axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
+
+
+def _mark_divergence(axes: Axes, arm: ArmResult, metric: str, look: Look) -> None:
+    """Put a cross where a run's values stop being numbers."""
+    for run in arm.runs:
+        series = run.series.get(metric)
+        pairs = list(zip(series.steps, series.values, strict=True)) if series else []
+        finite = [(step, value) for step, value in pairs if math.isfinite(value)]
+        if len(finite) < len(pairs) and finite:
+            axes.plot(*finite[-1], marker="x", markersize=11, markeredgewidth=2.5, color=look.colour)
+
+
+def _sentence(name: str, column: dict[int, list[float]]) -> str:
+    first, last = next(iter(column.values())), list(column.values())[-1]
+    return f"{name} goes from {sum(first) / len(first):.3f} to {sum(last) / len(last):.3f}."
+
+
+def _table(columns: dict[str, dict[int, list[float]]], steps: list[int], title: str, unit: str) -> Table:
+    every = max(1, math.ceil(len(steps) / _MANY_STEPS))
+    shown = sorted({*steps[::every], steps[-1]})
+    rows = tuple((str(step), *(_mean(column.get(step, [])) for column in columns.values())) for step in shown)
+    return Table(f"{title} ({unit}), mean over seeds", ("step", *columns), rows)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.4f}" if values else NOTHING

@@ -1,0 +1,180 @@
+"""What has happened to each run, on disk, readable after any crash.
+
+One `state.json` per run folder, always replaced as a whole (written beside, flushed, renamed). A run that says
+`running` while its process is gone was interrupted; nothing needs to be cleaned up for that to be seen.
+A lock per study keeps two sweeps of the same study apart; the system frees it when its holder dies.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import filelock
+import psutil
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.plan import Plan, PlannedRun
+from lightning_moevlm.tracking.masking import masked_url
+
+STATE_FILE = "state.json"
+
+
+class Status(StrEnum):
+    """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run."""
+
+    PLANNED = "planned"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    FINISHED = "finished"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the run went to its end."""
+        return self in (Status.FINISHED, Status.DIVERGED)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run's entry.
+
+    run_id: its one run in MLflow. pid, pid_started: process and its start (seconds since 1970), which together name a
+    process for good. started, ended: of the latest attempt, seconds since 1970. attempts: how often it was started.
+    reason: why it failed or what made it diverge. log_tail: last lines of a crashed run's log.
+    """
+
+    status: Status = Status.PLANNED
+    run_id: str | None = None
+    pid: int | None = None
+    pid_started: float | None = None
+    started: float | None = None
+    ended: float | None = None
+    attempts: int = 0
+    exit_code: int | None = None
+    reason: str = ""
+    log_tail: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the latest attempt, or None while it has no end."""
+        return self.ended - self.started if self.ended is not None and self.started is not None else None
+
+
+def read_state(folder: Path) -> RunState:
+    """Return the state kept in a run's folder; a folder without one is planned, `running` without a process interrupted.
+
+    Raises:
+        UserError: where the file is no state of ours (edited by hand).
+    """
+    file = folder / STATE_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return RunState()
+    except ValueError as error:
+        raise UserError(
+            f"{file}: not readable as JSON ({error}); remove the folder to run this again"
+        ) from error
+    try:
+        raw["status"] = Status(raw["status"])
+        raw["log_tail"] = tuple(raw["log_tail"])
+        state = RunState(**raw)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{file}: not a run's state ({error}); remove the folder to run this again"
+        ) from error
+    if state.status is Status.RUNNING and living_process(state) is None:
+        return dataclasses.replace(state, status=Status.INTERRUPTED)
+    return state
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Replace a run's state as a whole."""
+    write_whole(folder / STATE_FILE, json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def read_ledger(plan: Plan) -> list[tuple[PlannedRun, RunState]]:
+    """Return every planned run with its state, in the plan's order."""
+    return [(run, read_state(plan.run_folder(run))) for run in plan.runs]
+
+
+def keep_to_store(folder: Path, uri: str) -> None:
+    """Remember in which MLflow store a study's runs are, so that a changed address cannot make results look lost.
+
+    Raises:
+        UserError: where the study's runs are in another store.
+    """
+    file, here = folder / "tracking.txt", masked_url(uri)
+    if not file.exists():
+        write_whole(file, here + "\n")
+        return
+    before = file.read_text(encoding="utf-8").strip()
+    if before != here:
+        raise UserError(
+            f"the runs of this study are in {before}, but the tracking URI is now {here}: set it back "
+            f"(MLFLOW_TRACKING_URI), or remove {folder} to run everything again"
+        )
+
+
+def living_process(state: RunState) -> psutil.Process | None:
+    """Return the process that a state names, or None where it is gone (or its number now belongs to another)."""
+    if state.pid is None or state.pid_started is None:
+        return None
+    try:
+        process = psutil.Process(state.pid)
+        same = abs(process.create_time() - state.pid_started) < 1.0
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+@contextlib.contextmanager
+def hold_study(folder: Path) -> Iterator[None]:
+    """Hold a study alone while the block runs.
+
+    Raises:
+        UserError: where another `sweep run` holds it; says which process on which machine since when.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / "owner.json"
+    lock = filelock.FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserError(
+            f"{folder}: another `sweep run` of this study is at work ({_owner(owner)}); wait for it or end it first"
+        ) from error
+    try:
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_whole(owner, json.dumps(me) + "\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(file: Path) -> str:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {told['pid']} on {told['host']} since {told['since']}"
+    except (OSError, ValueError, KeyError):  # it has the lock and is about to write who it is
+        return "just started"

@@ -1,0 +1,211 @@
+"""From a study to its runs: arms x seeds, every one resolved and checked before the first one starts.
+
+A run's identity is the digest of its *resolved* config (all defaults filled in) without cosmetic keys. So a changed
+base, a changed default and a changed arm give new runs, while a new output folder or progress bar does not.
+Resolving needs the command line's parser, which lies above this folder; it is handed in as a function.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.spec import Arm, Study
+
+if TYPE_CHECKING:  # it lies beside the models, which import torch
+    from lightning_moevlm.models.card import ModelCard
+
+
+Result = TypeVar("Result")
+
+# Both raise UserError. resolve: (config files, overrides) -> nested plain config with all defaults.
+Resolve = Callable[[list[Path], dict[str, Any]], dict[str, Any]]
+Describe = Callable[[dict[str, Any]], "ModelCard"]
+
+
+class Cosmetic(NamedTuple):
+    """A dotted prefix (or, for callbacks, the end of a class path) that does not change what a run learns."""
+
+    name: str
+    reason: str
+
+
+COSMETIC_KEYS: tuple[Cosmetic, ...] = (
+    Cosmetic("config", "names of config files; what they say is resolved already"),
+    Cosmetic("print_config", "an action of the parser"),
+    Cosmetic("ckpt_path", "where an interrupted run goes on; the result is the same"),
+    Cosmetic("verbose", "terminal output"),
+    Cosmetic("trainer.logger", "where results are written"),
+    Cosmetic("trainer.default_root_dir", "where files are written"),
+    Cosmetic("trainer.enable_progress_bar", "terminal output"),
+    Cosmetic("trainer.enable_model_summary", "terminal output"),
+)
+COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
+    Cosmetic("ProgressBar", "terminal output"),
+    Cosmetic("ModelSummary", "terminal output"),
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One arm with one seed.
+
+    overrides: nested config that goes over the base; resolved: the whole config, for reading only; digest: identity,
+    12 hex digits.
+    """
+
+    study: str
+    arm: str
+    seed: int
+    overrides: dict[str, Any]
+    resolved: dict[str, Any]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """Name in the tracker and in tables."""
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder; a changed config gets a new one."""
+        return f"{self.name}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every run of a study, seeds innermost, and the model card of each arm."""
+
+    study: Study
+    folder: Path
+    runs: tuple[PlannedRun, ...]
+    cards: "dict[str, ModelCard]"
+
+    def run_folder(self, run: PlannedRun) -> Path:
+        """Where a run keeps its state, log and checkpoints."""
+        return self.folder / run.folder
+
+
+def plan_study(
+    study: Study, resolve: Resolve, describe: Describe, sweeps: Path = Path("runs/sweeps")
+) -> Plan:
+    """Resolve and check every run of a study.
+
+    Args:
+        study: As read by `read_study`.
+        resolve: Gives the whole config of (config files, overrides).
+        describe: Gives the model card of a whole config.
+        sweeps: Folder that holds one folder per study.
+
+    Raises:
+        UserError: where a run does not resolve (names the arm), or two arms are the same.
+    """
+    folder = sweeps / study.name
+    runs = tuple(_planned(study, arm, seed, resolve, folder) for arm in study.arms for seed in study.seeds)
+    _refuse_twins(study, runs)
+    first = {run.arm: run for run in reversed(runs)}
+    cards = {arm.name: _in_arm(study, arm, partial(describe, first[arm.name].resolved)) for arm in study.arms}
+    return Plan(study, folder, runs, cards)
+
+
+def digest_of(resolved: Mapping[str, Any]) -> str:
+    """Return the first 12 hex digits of the SHA-256 of the config's canonical JSON, cosmetic keys left out."""
+    essential = copy.deepcopy(dict(resolved))
+    for cosmetic in COSMETIC_KEYS:
+        _remove(essential, cosmetic.name.split("."))
+    trainer = essential.get("trainer")
+    if isinstance(trainer, dict) and isinstance(trainer.get("callbacks"), list):
+        trainer["callbacks"] = [c for c in trainer["callbacks"] if not _is_cosmetic_callback(c)]
+    text = json.dumps(essential, sort_keys=True, separators=(",", ":"), default=_path_as_text)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as dotted keys, in order; empty mappings stay values."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        leaves.update(flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
+    return leaves
+
+
+def _planned(study: Study, arm: Arm, seed: int, resolve: Resolve, folder: Path) -> PlannedRun:
+    overrides = copy.deepcopy(arm.changes)
+    _set(overrides, "seed_everything", seed)
+    _set(overrides, "trainer.max_steps", study.budget.max_steps)
+    _set(
+        overrides, "trainer.max_epochs", -1
+    )  # the budget is steps; an epoch limit of the base must not cut it
+    # Checked with everything that the child will get, although the digest that some keys name is not known yet.
+    draft = PlannedRun(study.name, arm.name, seed, overrides, {}, digest="0" * 12)
+    resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _with_places(draft, folder)))
+    run = dataclasses.replace(draft, resolved=resolved, digest=digest_of(resolved))
+    return dataclasses.replace(run, overrides=_with_places(run, folder))
+
+
+def _with_places(run: PlannedRun, folder: Path) -> dict[str, Any]:
+    """Return the overrides with what is cosmetic: where the run is written and under which name."""
+    overrides = copy.deepcopy(run.overrides)
+    _set(overrides, "trainer.default_root_dir", str(folder / run.folder))
+    _set(overrides, "trainer.logger.init_args.experiment_name", run.study)
+    _set(overrides, "trainer.logger.init_args.run_name", run.name)
+    _set(overrides, "trainer.logger.init_args.tags", tags_of(run))
+    return overrides
+
+
+def tags_of(run: PlannedRun) -> dict[str, str]:
+    """Return the tags by which a run is found again in the tracker."""
+    return {"sweep": run.study, "arm": run.arm, "seed": str(run.seed), "digest": run.digest}
+
+
+def _in_arm(study: Study, arm: Arm, work: Callable[[], Result]) -> Result:
+    try:
+        return work()
+    except UserError as error:
+        raise UserError(f"{study.file}: arm {arm.name!r}: {error}") from error
+
+
+def _refuse_twins(study: Study, runs: tuple[PlannedRun, ...]) -> None:
+    seen: dict[str, PlannedRun] = {}
+    for run in runs:
+        twin = seen.setdefault(run.digest, run)
+        if twin is not run and twin.arm != run.arm:
+            raise UserError(
+                f"{study.file}: arms {twin.arm!r} and {run.arm!r} are the same run (digest {run.digest}): "
+                f"{run.arm!r} sets nothing that differs; change a value or remove the arm"
+            )
+        if twin is not run:
+            raise UserError(
+                f"{study.file}: seeds {twin.seed} and {run.seed} of arm {run.arm!r} resolve to one config: "
+                "seed_everything has no effect on it; remove what fixes the seed in the base"
+            )
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value
+
+
+def _remove(config: Any, path: list[str]) -> None:
+    for part in path[:-1]:
+        config = config.get(part) if isinstance(config, dict) else None
+    if isinstance(config, dict):
+        config.pop(path[-1], None)
+
+
+def _is_cosmetic_callback(callback: Any) -> bool:
+    class_path = callback.get("class_path", "") if isinstance(callback, dict) else ""
+    return any(str(class_path).endswith(cosmetic.name) for cosmetic in COSMETIC_CALLBACKS)
+
+
+def _path_as_text(value: Any) -> str:
+    assert isinstance(value, Path), f"a resolved config holds plain data, got {type(value).__name__}"
+    return str(value)

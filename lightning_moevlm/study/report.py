@@ -1,0 +1,182 @@
+"""The report of a study: terminal table, one self-contained HTML file, Markdown, pictures and records.
+
+Everything is written to a folder beside and then moved over, so a reader never meets half a report.
+"""
+
+import base64
+import dataclasses
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lightning_moevlm.study.effects import Verdict
+from lightning_moevlm.study.figures import Picture, draw_all
+from lightning_moevlm.study.listing import arm_record
+from lightning_moevlm.study.plan import Plan, flat
+from lightning_moevlm.study.results import ArmResult, StudyResult
+from lightning_moevlm.study.tables import (
+    Table,
+    effects_table,
+    models_table,
+    name_and_unit,
+    percent,
+)
+
+HTML_FILE, MARKDOWN_FILE, RECORDS_FILE = "report.html", "report.md", "report.json"
+_TEMPLATES = Path(__file__).parent / "templates"
+_STYLES: dict[str, str] = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.INCONCLUSIVE: "yellow"}
+_PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
+
+
+@dataclass(frozen=True)
+class ArmStory:
+    """What the report says of an arm besides numbers. changes: difference from the base; commands: one per seed."""
+
+    name: str
+    description: str
+    changes: tuple[str, ...]
+    commands: tuple[str, ...]
+    log_tails: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole report before it is written. finding: one sentence per arm; learned: one sentence on both baselines."""
+
+    result: StudyResult
+    finding: tuple[str, ...]
+    learned: tuple[str, ...]
+    tables: tuple[Table, ...]
+    pictures: tuple[Picture, ...]
+    arms: tuple[ArmStory, ...]
+    rerun: str
+    versions: str
+    written: str
+
+
+def make_report(plan: Plan, result: StudyResult) -> Report:
+    """Compute everything that the report shows."""
+    study = result.study
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return Report(
+        result=result,
+        finding=tuple(finding(result, arm) for arm in result.arms if arm.effect is not None),
+        learned=tuple(learned(result, arm) for arm in result.arms),
+        tables=(effects_table(result), models_table(result)),
+        pictures=tuple(draw_all(result)),
+        arms=tuple(_story(plan, arm) for arm in result.arms),
+        rerun=shlex.join(["moevlm", "sweep", "run", str(study.file)]),
+        versions=packages,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write HTML, Markdown, pictures and records into a folder, replacing what was there; return the HTML file."""
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for picture in report.pictures:
+        (beside / f"{picture.name}.png").write_bytes(picture.png)
+    (beside / HTML_FILE).write_text(_render("report.html.j2", report), encoding="utf-8")
+    (beside / MARKDOWN_FILE).write_text(_render("report.md.j2", report), encoding="utf-8")
+    records = [dataclasses.asdict(arm_record(report.result, arm)) for arm in report.result.arms]
+    (beside / RECORDS_FILE).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.replace(folder)
+    return folder / HTML_FILE
+
+
+def print_tables(console: Console, tables: Sequence[Table]) -> None:
+    """Print tables for people, each with its notes."""
+    for table in tables:
+        console.print(rich_table(table))
+
+
+def rich_table(table: Table) -> Group:
+    """Return a table with its notes for a terminal; verdicts are coloured where it has colours."""
+    shown = RichTable(
+        title=table.title, title_justify="left", title_style="bold", header_style="", pad_edge=False
+    )
+    for column in table.columns:
+        shown.add_column(column, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    return Group(shown, *(Text(note, style="dim") for note in table.notes), Text())
+
+
+def finding(result: StudyResult, arm: ArmResult) -> str:
+    """Return one sentence: what this arm's difference amounts to."""
+    study, effect = result.study, arm.effect
+    assert effect is not None
+    title, unit = name_and_unit(study.primary.metric)
+    start = f"{arm.arm.name}: {effect.verdict}"
+    if effect.mean is None or effect.interval is None:
+        return f"{start} ({effect.note})."
+    size = f"{effect.mean:+.4f} {unit}".strip()
+    interval = f"[{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]"
+    sentence = (
+        f"{start}. {title} {size} against {study.baseline}, interval {interval}, {len(effect.seeds)} seeds"
+    )
+    if effect.verdict is Verdict.INCONCLUSIVE and effect.seeds_needed:
+        sentence += f"; about {effect.seeds_needed} seeds would show an effect of this size"
+    extra = f" ({effect.note})" if effect.note and effect.note != "the interval holds 0" else ""
+    return f"{sentence}{extra}."
+
+
+def learned(result: StudyResult, arm: ArmResult) -> str:
+    """Return one sentence: whether the arm learned anything, held against the untrained model and the constant answer."""
+    if arm.final is None or arm.untrained is None:
+        return f"{arm.arm.name}: no result yet."
+    title, _ = name_and_unit(result.study.primary.metric)
+    word = "learned" if arm.learned else "did not learn in every seed"
+    accuracies = [
+        f"accuracy {term} {percent(mean.mean)} (majority {percent(arm.majority[term].mean)})"
+        for term, mean in arm.accuracy.items()
+        if term in arm.majority
+    ]
+    loss = f"{title} {arm.final.mean:.4f} (untrained {arm.untrained.mean:.4f})"
+    return f"{arm.arm.name} {word}: " + "; ".join([loss, *accuracies]) + "."
+
+
+def _story(plan: Plan, arm: ArmResult) -> ArmStory:
+    base = [word for file in plan.study.base for word in ("-c", str(file))]
+    commands = [
+        shlex.join(["moevlm", "fit", *base, "-c", str(plan.run_folder(r.run) / "overrides.yaml")])
+        for r in arm.runs
+    ]
+    changes = tuple(
+        f"{key}: {'null' if value is None else value}" for key, value in flat(arm.arm.changes).items()
+    )
+    tails = tuple(
+        f"{r.run.name}: {r.state.reason}\n" + "\n".join(r.state.log_tail)
+        for r in arm.runs
+        if r.state.log_tail
+    )
+    return ArmStory(arm.arm.name, arm.arm.description, changes, tuple(commands), tails)
+
+
+def _render(template: str, report: Report) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=template.startswith("report.html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
+    return environment.get_template(template).render(
+        report=report, result=report.result, study=report.result.study
+    )

@@ -1,0 +1,258 @@
+"""A declared study: one YAML file read into frozen records, or refused with file, line, key and nearest name.
+
+    question: Does the router z-loss matter at this size?     # required
+    hypothesis: ...   source: ...                             # optional texts
+    base: [conf/quickstart.yaml]                              # LightningCLI files, later ones win
+    baseline: baseline                                        # default: the first arm; it changes nothing
+    arms:
+      baseline: {description: everything on}
+      no_router_z: {model.losses.router_z: null}              # changes over the base; dotted keys are expanded
+    seeds: [0, 1, 2]
+    budget: {max_steps: 200}
+    primary: {metric: val/task_loss, direction: lower}
+    also: [val/accuracy_text]
+    diverged: {metric: val/task_loss, times_untrained: 1.0}   # non-finite always counts as diverged
+    decide: {alpha: 0.05}
+
+What a study owns (seed, budget, logger, output folder) is refused inside an arm: arms differ in the question only.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_moevlm import keys
+from lightning_moevlm.study.located import Located, nearest, read
+
+Direction = Literal["lower", "higher"]
+
+# Key -> the field of the study file that sets it.
+_OWNED: dict[str, str] = {
+    "seed_everything": "seeds",
+    "trainer.max_steps": "budget.max_steps",
+    "trainer.max_epochs": "budget.max_steps",
+    "trainer.logger": "the study itself (one MLflow run per arm and seed)",
+    "trainer.default_root_dir": "the study itself (runs/sweeps/...)",
+}
+_PACKAGE = Path(__file__).parent.parent
+_NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. changes: nested config that is merged over the base; empty for the baseline."""
+
+    name: str
+    description: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run may spend. max_steps: optimiser steps."""
+
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The metric that decides, and the direction that is progress."""
+
+    metric: str
+    direction: Direction
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """When a run counts as diverged: a non-finite value, or a last value above `times_untrained` x the first one."""
+
+    metric: str
+    times_untrained: float
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        return f"{self.metric} not finite, or its last value above {self.times_untrained:g} x the untrained model's"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a verdict is reached. alpha: two-sided error rate of one comparison; intervals cover 1 - alpha."""
+
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file as read. file: where it was read; base: config files as the command line takes them."""
+
+    name: str
+    file: Path
+    question: str
+    hypothesis: str
+    source: str
+    base: tuple[Path, ...]
+    baseline: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+    primary: Primary
+    also: tuple[str, ...]
+    diverged: Divergence
+    decide: Decision
+
+
+def read_study(file: Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        UserError: one line with file, line, key and what is allowed.
+    """
+    root = read(file)
+    if not _NAME.fullmatch(file.stem):
+        raise root.error(f"the file's name is the study's name: use letters, digits and _, not {file.stem!r}")
+    top = root.fields(
+        required=("question", "base", "arms", "seeds", "budget", "primary"),
+        optional=("hypothesis", "source", "baseline", "also", "diverged", "decide"),
+    )
+    arms = tuple(_arm(name, node) for name, node in top["arms"].items())
+    if not arms:
+        raise top["arms"].error("no arm declared; name a baseline and what it is compared with")
+    primary = _primary(top["primary"])
+    return Study(
+        name=file.stem,
+        file=file,
+        question=top["question"].text(),
+        hypothesis=top["hypothesis"].text() if "hypothesis" in top else "",
+        source=top["source"].text() if "source" in top else "",
+        base=tuple(_config_file(node) for node in top["base"].sequence()),
+        baseline=_baseline(top, arms),
+        arms=arms,
+        seeds=_seeds(top["seeds"]),
+        budget=Budget(top["budget"].fields(required=("max_steps",))["max_steps"].integer(least=1)),
+        primary=primary,
+        also=tuple(_metric(node) for node in top["also"].sequence()) if "also" in top else (),
+        diverged=_divergence(top.get("diverged"), primary),
+        decide=_decision(top.get("decide")),
+    )
+
+
+def _arm(name: str, node: Located) -> Arm:
+    if not _NAME.fullmatch(name):
+        raise node.error(f"an arm's name is letters, digits and _, got {name!r}")
+    if node.is_null:
+        return Arm(name, "")
+    description = ""
+    changes: dict[str, Any] = {}
+    for key, child in node.items():
+        if key == "description":
+            description = child.text()
+            continue
+        for dotted, value in _leaves(key, child):
+            _refuse_owned(dotted, value)
+            _put(changes, dotted, value)
+    return Arm(name, description, changes)
+
+
+def _leaves(dotted: str, node: Located) -> list[tuple[str, Located]]:
+    """Flatten nested mappings to dotted keys; lists, numbers, texts and empty mappings are leaves."""
+    if node.is_filled_mapping:
+        return [leaf for key, child in node.items() for leaf in _leaves(f"{dotted}.{key}", child)]
+    return [(dotted, node)]
+
+
+def _refuse_owned(dotted: str, node: Located) -> None:
+    for owned, by in _OWNED.items():
+        if dotted == owned or dotted.startswith(owned + "."):
+            raise node.error(f"{dotted!r} may not differ between arms: it is set by {by}; remove it here")
+
+
+def _put(changes: dict[str, Any], dotted: str, node: Located) -> None:
+    *path, last = dotted.split(".")
+    if not all((*path, last)):
+        raise node.error(f"{dotted!r} has an empty part; write keys like model.losses.router_z")
+    here = changes
+    for part in path:
+        here = here.setdefault(part, {})
+        if not isinstance(here, dict):
+            raise node.error(f"{dotted!r} lies below a key that this arm has already set to a plain value")
+    if last in here:
+        raise node.error(f"{dotted!r} is set twice in this arm (dotted and nested?)")
+    here[last] = node.plain()
+
+
+def _baseline(top: dict[str, Located], arms: tuple[Arm, ...]) -> str:
+    names = tuple(arm.name for arm in arms)
+    name = top["baseline"].choice(names) if "baseline" in top else names[0]
+    if next(arm for arm in arms if arm.name == name).changes:
+        node = dict(top["arms"].items())[name]
+        raise node.error(
+            "the baseline changes nothing over the base; move its changes to a base file or another arm"
+        )
+    return name
+
+
+def _config_file(node: Located) -> Path:
+    """Find a base file: as given (from the working directory), beside the study file, or shipped with the package."""
+    given = Path(node.text())
+    places = (given, node.file.parent / given, _PACKAGE / given)
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise node.error(
+            f"no such config file: {given} (looked here, in {node.file.parent} and among the shipped ones)"
+        )
+    return found
+
+
+def _seeds(node: Located) -> tuple[int, ...]:
+    seeds: list[int] = []
+    for child in node.sequence():
+        seed = child.integer(least=0)
+        if seed in seeds:
+            raise child.error(f"seed {seed} occurs twice; every seed is one independent repetition")
+        seeds.append(seed)
+    return tuple(seeds)
+
+
+def _metric(node: Located) -> str:
+    name = node.text()
+    if keys.declared(name) is None:
+        # The usual fillings of the patterns are offered too, so that a slip in a real key finds the real key.
+        stages = [m.pattern.replace("{stage}", stage) for m in keys.ALL for stage in ("val", "train")]
+        hint = nearest(name, [*stages, *(m.pattern for m in keys.ALL)])
+        raise node.error(
+            f"unknown metric {name!r}; {hint}every metric is declared in lightning_moevlm/keys.py"
+        )
+    return name
+
+
+def _primary(node: Located) -> Primary:
+    fields = node.fields(required=("metric",), optional=("direction",))
+    metric = _metric(fields["metric"])
+    if "direction" in fields:
+        word = fields["direction"].choice(("lower", "higher"))
+    else:
+        declared = keys.declared(metric)
+        word = declared.better if declared else "neither"
+    if word == "neither":
+        raise node.error(
+            f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
+        )
+    return Primary(metric, "lower" if word == "lower" else "higher")
+
+
+def _divergence(node: Located | None, primary: Primary) -> Divergence:
+    if node is None:
+        return Divergence(primary.metric, times_untrained=1.0)
+    fields = node.fields(required=(), optional=("metric", "times_untrained"))
+    return Divergence(
+        metric=_metric(fields["metric"]) if "metric" in fields else primary.metric,
+        times_untrained=fields["times_untrained"].number(above=0.0) if "times_untrained" in fields else 1.0,
+    )
+
+
+def _decision(node: Located | None) -> Decision:
+    if node is None:
+        return Decision(alpha=0.05)
+    return Decision(alpha=node.fields(required=("alpha",))["alpha"].number(above=0.0, below=1.0))

@@ -1,0 +1,45 @@
+"""The report in MLflow: one flat summary run per study, used again when the report is written again.
+
+MLflow's chart view cannot draw tables, nor what lies in artifacts of many runs, so the study's own report hangs on a run
+of its own (tag role=summary) with the verdicts as its description.
+"""
+
+from pathlib import Path
+
+from lightning_moevlm.study.claim import ROLE, Experiment
+from lightning_moevlm.study.report import MARKDOWN_FILE, Report
+from lightning_moevlm.tracking.runs import find_runs
+
+ROLE_SUMMARY = "summary"
+_NOTE = "mlflow.note.content"
+_ARTIFACTS = "report"
+
+
+def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
+    """Put the written report and its verdicts on the summary run and return that run's id.
+
+    Args:
+        experiment: The study's.
+        report: What was written.
+        folder: Where it was written.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(experiment.uri)
+    tags = {"sweep": experiment.name, ROLE: ROLE_SUMMARY}
+    found = find_runs(experiment.uri, experiment.name, tags)
+    if found:
+        run_id = found[0].run_id
+    else:
+        run = client.create_run(experiment.experiment_id, tags=tags, run_name=f"{experiment.name} summary")
+        run_id = str(run.info.run_id)
+    client.log_artifacts(run_id, str(folder), _ARTIFACTS)
+    study = report.result.study
+    verdicts = "\n".join(f"- {sentence}" for sentence in (*report.finding, *report.learned))
+    client.set_tag(
+        run_id, _NOTE, f"**{study.question}**\n\n{verdicts}\n\nSee artifacts, `{_ARTIFACTS}/{MARKDOWN_FILE}`."
+    )
+    client.set_tag(run_id, "complete", str(report.result.complete).lower())
+    client.set_experiment_tag(experiment.experiment_id, _NOTE, f"**{study.question}**\n\n{study.hypothesis}")
+    client.set_terminated(run_id, "FINISHED")
+    return run_id

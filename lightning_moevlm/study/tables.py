@@ -1,0 +1,212 @@
+"""The numbers of a study as tables of text.
+
+One builder serves the terminal, Markdown and HTML, so that they cannot say different things.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_moevlm import keys
+from lightning_moevlm.study.ledger import RunState
+from lightning_moevlm.study.listing import plan_records
+from lightning_moevlm.study.plan import Plan, PlannedRun
+from lightning_moevlm.study.progress import duration
+from lightning_moevlm.study.results import ArmResult, Mean, StudyResult
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text. The first column names the row. notes: what a reader must know to read it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> Table:
+    """Return where every run stands."""
+    rows = tuple(
+        (
+            run.name,
+            str(state.status),
+            NOTHING if state.seconds is None else duration(state.seconds),
+            str(state.attempts),
+            state.run_id or NOTHING,
+            state.reason or NOTHING,
+        )
+        for run, state in ledger
+    )
+    counts = Counter(str(state.status) for _, state in ledger)
+    total = ", ".join(f"{count} {word}" for word, count in counts.items())
+    return Table(plan.study.name, ("run", "status", "time", "attempts", "MLflow run", "why"), rows, (total,))
+
+
+def effects_table(result: StudyResult) -> Table:
+    """Return what the study found: final value, effect with interval, verdict."""
+    study = result.study
+    title, unit = name_and_unit(study.primary.metric)
+    level = f"{100 * (1 - study.decide.alpha):g} %"
+    columns = (
+        "arm",
+        "final",
+        "untrained",
+        f"effect [{level} interval]",
+        "p",
+        "seeds better",
+        "verdict",
+        "seeds needed",
+    )
+    rows = tuple(_effect_row(arm) for arm in result.arms)
+    notes = [
+        f"final, untrained, effect: {title} ({study.primary.metric}) in {unit or 'its own unit'}, "
+        f"{study.primary.direction} is better; mean ± standard deviation over seeds.",
+        f"effect: arm minus {study.baseline}, paired by seed; the wider of the t and the bootstrap interval decides; "
+        "one comparison each, not corrected for their number.",
+        "seeds needed: for 80 % power, if effect and spread are as seen here.",
+    ]
+    notes += [f"{arm.arm.name}: {arm.effect.note}." for arm in result.arms if arm.effect and arm.effect.note]
+    return Table(f"Effect on {title}", columns, rows, tuple(notes))
+
+
+def models_table(result: StudyResult) -> Table:
+    """Return what the arms are and cost: accuracy beside the constant answer, size, compute, speed, runs."""
+    terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
+    columns = (
+        "arm",
+        *(f"accuracy {term} (majority)" for term in terms),
+        "parameters",
+        "active",
+        "active FLOPs",
+        "samples/s",
+        "time/run",
+        "runs",
+    )
+    rows = tuple(
+        (
+            arm.arm.name,
+            *(_accuracy(arm, term) for term in terms),
+            scaled(arm.card.total_parameters),
+            scaled(arm.card.active_parameters),
+            scaled(arm.card.active_flops_per_sample),
+            with_deviation(arm.samples_per_second, 0),
+            duration(arm.seconds.mean) if arm.seconds else NOTHING,
+            _runs(arm),
+        )
+        for arm in result.arms
+    )
+    notes = (
+        "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
+        "active FLOPs: forward, per sample. parameters and FLOPs are the backbone's, without heads.",
+        "samples/s and time depend on what else ran on the machine; runs of one sweep share it.",
+    )
+    return Table("Models and cost", columns, rows, notes)
+
+
+def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
+    """Return every planned run with its difference from the base. statuses: by run folder."""
+    rows = []
+    for record in plan_records(plan, statuses):
+        changes = ", ".join(f"{key}={_shown(value)}" for key, value in record.changes.items())
+        sizes = (scaled(record.total_parameters), scaled(record.active_parameters))
+        flops = scaled(record.active_flops_per_sample)
+        rows.append(
+            (
+                f"{record.arm}-seed{record.seed}",
+                changes or NOTHING,
+                record.digest,
+                *sizes,
+                flops,
+                record.status,
+            )
+        )
+    columns = (
+        "run",
+        "difference from the base",
+        "digest",
+        "parameters",
+        "active",
+        "active FLOPs/sample",
+        "status",
+    )
+    study = plan.study
+    notes = (
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.max_steps} steps each. "
+        f"Decided by {study.primary.metric}, {study.primary.direction} is better.",
+        f"diverged: {study.diverged.rule}.",
+    )
+    return Table(f"{study.name}: {study.question}", columns, tuple(rows), notes)
+
+
+def name_and_unit(key: str) -> tuple[str, str]:
+    """Return a metric's title and unit, as declared; the key itself where it is not."""
+    metric = keys.declared(key)
+    if metric is None:
+        return key, ""
+    parts = metric.match(key) or {}
+    stage = {"val": "validation ", "train": "training ", "test": "test "}.get(parts.get("stage", ""), "")
+    return stage + metric.title, metric.unit
+
+
+def with_deviation(mean: Mean | None, decimals: int) -> str:
+    """Return `mean ± deviation`."""
+    if mean is None:
+        return NOTHING
+    spread = f" ± {mean.deviation:.{decimals}f}" if mean.deviation is not None else ""
+    return f"{mean.mean:.{decimals}f}{spread}"
+
+
+def scaled(number: float) -> str:
+    """Return a count with three digits and a k, M, G or T."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.3g}"
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as percent."""
+    return f"{100 * fraction:.1f} %"
+
+
+def _effect_row(arm: ArmResult) -> tuple[str, ...]:
+    final = with_deviation(arm.final, 4)
+    untrained = f"{arm.untrained.mean:.4f}" if arm.untrained else NOTHING
+    effect = arm.effect
+    if effect is None:
+        return (arm.arm.name, final, untrained, NOTHING, NOTHING, NOTHING, str(arm.verdict), NOTHING)
+    shown = NOTHING if effect.mean is None else f"{effect.mean:+.4f}"
+    if effect.interval is not None:
+        shown += f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]"
+    return (
+        arm.arm.name,
+        final,
+        untrained,
+        shown,
+        NOTHING if effect.p_value is None else f"{effect.p_value:.2g}",
+        NOTHING
+        if effect.share_better is None
+        else f"{round(effect.share_better * len(effect.seeds))}/{len(effect.seeds)}",
+        str(effect.verdict),
+        NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
+    )
+
+
+def _accuracy(arm: ArmResult, term: str) -> str:
+    if term not in arm.accuracy:
+        return NOTHING
+    majority = f" ({percent(arm.majority[term].mean)})" if term in arm.majority else ""
+    return percent(arm.accuracy[term].mean) + majority
+
+
+def _runs(arm: ArmResult) -> str:
+    rest = arm.planned - arm.finished - arm.diverged - arm.failed
+    parts = [(arm.finished, "finished"), (arm.diverged, "diverged"), (arm.failed, "failed"), (rest, "to do")]
+    return ", ".join(f"{count} {word}" for count, word in parts if count)
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)

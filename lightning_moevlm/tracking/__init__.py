@@ -1,0 +1,46 @@
+"""Where runs are kept, how they are written, how they are read back.
+
+Reading (`runs`, `links`, `store`) is cheap to import; writing (`RunLogger`, `RunRecord`) needs Lightning,
+which takes seconds, so those two are loaded on first use: `moevlm sweep status` never pays for them.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+from lightning_moevlm.tracking.links import compare_link, run_link, server_command
+from lightning_moevlm.tracking.runs import Point, RunRow, find_runs, metric_histories, metric_history
+from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri
+
+if TYPE_CHECKING:
+    from lightning_moevlm.tracking.run_logger import RunLogger
+    from lightning_moevlm.tracking.run_record import RunRecord
+
+__all__ = [
+    "Point",
+    "RunLogger",
+    "RunRecord",
+    "RunRow",
+    "compare_link",
+    "find_runs",
+    "metric_histories",
+    "metric_history",
+    "prepare_store",
+    "resolve_tracking_uri",
+    "run_link",
+    "server_command",
+]
+
+# Read by MLflow when it is first imported, and every import of it in this package comes after this line.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+_NEEDS_LIGHTNING = {
+    "RunLogger": "lightning_moevlm.tracking.run_logger",
+    "RunRecord": "lightning_moevlm.tracking.run_record",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _NEEDS_LIGHTNING:
+        return getattr(importlib.import_module(_NEEDS_LIGHTNING[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

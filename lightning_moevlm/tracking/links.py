@@ -1,0 +1,52 @@
+"""Links into the MLflow UI that open on the right page.
+
+MLflow's UI starts in its GenAI view (traces); `workflowType=machine_learning` brings runs and charts. The
+page is named after the `#`, with a query of its own.
+"""
+
+import shlex
+from urllib.parse import quote
+
+from lightning_moevlm.tracking.masking import masked_url
+from lightning_moevlm.tracking.store import sqlite_path
+
+DEFAULT_PORT = 5000
+_WORKFLOW = "workflowType=machine_learning"
+
+
+def server_command(uri: str, port: int = DEFAULT_PORT) -> str | None:
+    """Return the shell command that shows an SQLite store in a browser; None for a store that is a server."""
+    if sqlite_path(uri) is None:
+        return None
+    words = [
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        uri,
+    ]
+    return shlex.join(words)
+
+
+def ui_address(uri: str, port: int = DEFAULT_PORT) -> str:
+    """Return where the UI of a store is: the server's own address, or loopback once `server_command` runs."""
+    return f"http://127.0.0.1:{port}" if sqlite_path(uri) is not None else masked_url(uri).rstrip("/")
+
+
+def run_link(address: str, experiment_id: str, run_id: str) -> str:
+    """Return the page of one run."""
+    return f"{address}/?{_WORKFLOW}#/experiments/{experiment_id}/runs/{run_id}?{_WORKFLOW}"
+
+
+def compare_link(address: str, experiment_id: str, sweep: str | None = None) -> str:
+    """Return the chart view of an experiment's runs, of those with tag `sweep` if it is given."""
+    page = f"{address}/?{_WORKFLOW}#/experiments/{experiment_id}/runs?{_WORKFLOW}&compareRunsMode=CHART"
+    if sweep is None:
+        return page
+    wanted = quote(f"tags.`sweep` = '{sweep}'", safe="")
+    return f"{page}&searchFilter={wanted}"

@@ -1,0 +1,56 @@
+"""Which code made a run: the git commit, whether it was edited since, the versions of what it stands on."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_moevlm import __version__
+
+_GIT_SECONDS = 10
+_PACKAGES = ("torch", "lightning", "mlflow")
+
+
+class Checkout(NamedTuple):
+    """A git checkout. dirty: files differ from the commit, or lie beside it unknown to git."""
+
+    commit: str
+    dirty: bool
+
+
+def checkout_of(directory: Path) -> Checkout | None:
+    """Return the checkout around `directory`; None outside of one, before a first commit, without git."""
+    commit = _git(directory, "rev-parse", "--verify", "HEAD")
+    changed = _git(directory, "status", "--porcelain")
+    if commit is None or changed is None:
+        return None
+    return Checkout(commit, bool(changed))
+
+
+def code_checkout() -> Checkout | None:
+    """Return the checkout that this package runs from; if it is installed, the working directory's."""
+    package = Path(__file__).parent
+    if _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is not None:
+        return checkout_of(package)
+    return checkout_of(Path.cwd())
+
+
+def versions() -> dict[str, str]:
+    """Return {name: version} of Python and of the packages whose version changes results."""
+    own = {"python": platform.python_version(), "lightning_moevlm": __version__}
+    return own | {name: version(name) for name in _PACKAGES}
+
+
+def _git(directory: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *words],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=False,
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,283 @@
+"""A run in MLflow, written while it trains.
+
+Lightning's MLFlowLogger writes every call at once, to a store that MLflow no longer opens by default, and
+moves the process's global tracking URI. This one buffers, keeps to its own client, survives a store that goes
+away, and says where it could not keep what it was given.
+"""
+
+import math
+import shutil
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from typing_extensions import override
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.tracking.masking import masked_url
+from lightning_moevlm.tracking.metric_names import LONGEST_NAME, MetricNames
+from lightning_moevlm.tracking.point_buffer import PointBuffer
+from lightning_moevlm.tracking.run_opening import (
+    NONFINITE_TAG,
+    OpenRun,
+    create_run,
+    local_artifacts,
+    reopen_run,
+)
+from lightning_moevlm.tracking.run_params import sort_params
+from lightning_moevlm.tracking.run_writer import METRICS_PER_WRITE, RunWriter
+from lightning_moevlm.tracking.runs import Point
+from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from PIL.Image import Image
+
+UNDELIVERED_POINTS = "undelivered.jsonl"
+UNDELIVERED_FILES = "undelivered"
+
+
+class RunLogger(MLFlowLogger):
+    """Logs one run; nothing is created before the first access to `experiment`, and only on rank 0.
+
+    Points that are not finite are kept: NaN as NaN, infinities as MLflow keeps them (the largest float;
+    `runs` reads them back as infinities). The first of each metric is also a tag, `nonfinite/<metric>`, for
+    searches to find.
+
+    Args:
+        experiment_name: the experiment to log to, made if there is none. Ignored when `run_id` is given.
+        run_name: shown in the UI; MLflow invents one if None. Ignored when `run_id` is given.
+        tracking_uri: see `resolve_tracking_uri`.
+        tags: tags of the run.
+        run_id: continue this run. Params that differ from its own become tags `changed_param/<key>`, since
+            params are immutable.
+        artifact_location: where a new experiment keeps its files; None = `artifacts/<experiment>` beside the
+            SQLite file, or a server's own choice.
+        flush_points: write when this many points wait.
+        flush_seconds: write when the last write is this many seconds ago.
+
+    Raises:
+        UserError: the tracking URI cannot be used; on first access what `prepare_store`, `create_run` and
+            `reopen_run` raise.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str = "moevlm",
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        tags: dict[str, str] | None = None,
+        run_id: str | None = None,
+        artifact_location: str | None = None,
+        flush_points: int = 500,
+        flush_seconds: float = 5.0,
+    ) -> None:
+        # Not MLFlowLogger's own: it opens the store at once and on every rank, which creates a database for a
+        # fast_dev_run that logs nothing and races on a fresh one.
+        Logger.__init__(self)
+        if flush_points < 1:
+            raise UserError(f"flush_points is {flush_points}: give at least 1")
+        if flush_seconds < 0:
+            raise UserError(f"flush_seconds is {flush_seconds}: give 0 or more seconds")
+        self._tracking_uri = resolve_tracking_uri(tracking_uri)
+        self._experiment_name = experiment_name
+        self._run_name = run_name
+        self._run_id = run_id
+        self._artifact_location = artifact_location
+        self._experiment_id: str | None = None
+        self._run_tags = dict(tags or {})
+        self._resumed = run_id is not None
+        self._writer: RunWriter | None = None
+        self._params: dict[str, str] = {}
+        self._names = MetricNames()
+        self._buffer = PointBuffer(flush_points, flush_seconds)
+        self._nonfinite_seen: set[str] = set()
+        self._nonfinite_tags: dict[str, str] = {}  # not written yet
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> "MlflowClient":
+        """MLflow's client; the first access prepares the store and creates or reopens the run.
+
+        Raises:
+            UserError: see the class.
+        """
+        return self._write.client
+
+    @property
+    def tracking_uri(self) -> str:
+        """The URI in force."""
+        return self._tracking_uri
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        """Absolute directory under which Lightning puts `<experiment id>/<run id>/checkpoints`."""
+        return str(runs_dir(self._tracking_uri))
+
+    @property
+    def run_dir(self) -> Path:
+        """This run's local directory: checkpoints, configurations, what was not delivered. Rank 0 only."""
+        assert self.experiment_id is not None and self.run_id is not None
+        return Path(self.save_dir) / self.experiment_id / self.run_id
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep the points of a step, to be written when due. A text is skipped with a warning."""
+        time_ms = int(time.time() * 1000)
+        at = step or 0
+        safe, add = self._names.safe, self._buffer.add
+        for name, value in metrics.items():
+            if isinstance(value, str):
+                rank_zero_warn(f"metric {name} is the text {value!r}: not logged", category=RuntimeWarning)
+                continue
+            key, number = safe(name), float(value)
+            add(Point(key, at, number, time_ms))
+            if not math.isfinite(number) and key not in self._nonfinite_seen:
+                self._nonfinite_seen.add(key)
+                self._nonfinite_tags[f"{NONFINITE_TAG}{key}"[:LONGEST_NAME]] = f"{number} first at step {at}"
+        if self._buffer.due:
+            self.flush()
+
+    @rank_zero_only
+    def log_from_thread(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep points without ever writing: safe beside the training thread, which delivers them."""
+        time_ms = int(time.time() * 1000)
+        for name, value in metrics.items():
+            self._buffer.add(Point(self._names.safe(name), step, float(value), time_ms))
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write what waits. A store that does not answer is warned about once and tried again later."""
+        writer = self._write
+
+        def deliver() -> None:
+            if self._nonfinite_tags:
+                writer.tags(self._nonfinite_tags)
+                self._nonfinite_tags = {}
+            self._buffer.deliver(writer.points, METRICS_PER_WRITE)
+
+        writer.attempt(deliver)
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Log params under dotted keys, secrets masked; one that exists with another value becomes a tag.
+
+        Values longer than MLflow takes (6,000 characters) are cut there, and whole in the artifact
+        `params/<key>.txt`.
+        """
+        writer = self._write
+        found = sort_params(params, self._params)
+        writer.params(found.new)
+        self._params |= found.new
+        writer.tags({f"changed_param/{key}"[:LONGEST_NAME]: value for key, value in found.changed.items()})
+        for key, whole in found.too_long.items():
+            self.log_artifact_text(f"params/{key}.txt", whole)
+
+    @rank_zero_only
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; an existing one is replaced."""
+        self._write.attempt(lambda: self._write.tags(tags))
+
+    @rank_zero_only
+    def log_artifact_text(self, name: str, text: str) -> None:
+        """Keep a text as artifact `name`, a relative path with `/`."""
+        self._deliver_file(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @rank_zero_only
+    def log_figure(self, name: str, figure: "Figure") -> None:
+        """Keep a matplotlib figure as artifact `name`; the ending (`.png`, `.svg` ...) chooses the format."""
+        self._deliver_file(name, lambda path: figure.savefig(path, bbox_inches="tight"))
+
+    @rank_zero_only
+    def log_image(self, key: str, image: "Image", step: int) -> None:
+        """Keep a picture of a series; the UI shows the series with a slider over steps."""
+        writer, safe_key = self._write, self._names.safe(key)
+        taken = writer.attempt(lambda: writer.client.log_image(writer.run_id, image, key=safe_key, step=step))
+        if not taken:
+            kept = self.run_dir / UNDELIVERED_FILES / f"{safe_key}_step{step}.png"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            image.save(kept)
+
+    @rank_zero_only
+    def log_directory(self, directory: Path, artifact_path: str) -> None:
+        """Keep every file below a directory, which stays, as artifacts under `artifact_path`."""
+        writer = self._write
+        writer.attempt(lambda: writer.client.log_artifacts(writer.run_id, str(directory), artifact_path))
+
+    @override
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Write what waits: a checkpoint and the points before it belong together."""
+        if self._writer is not None:
+            self.flush()
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Write what waits and set the run's status: FINISHED, FAILED, or KILLED (Ctrl-C, SIGTERM).
+
+        What the store does not take goes to `undelivered.jsonl` in `run_dir`, with a warning.
+        """
+        if self._writer is None and not len(self._buffer):
+            return  # the run was never opened: fast_dev_run, or the store was refused
+        writer = self._write
+        self.flush()
+        if len(self._buffer):
+            path = self.run_dir / UNDELIVERED_POINTS
+            count = self._buffer.save(path)
+            shown = masked_url(self._tracking_uri)
+            rank_zero_warn(
+                f"{count} points of run {self.run_id} were not delivered to {shown}; they are in {path}",
+                category=RuntimeWarning,
+            )
+        # Lightning says "failed" from within its except block, whatever the exception is.
+        killed = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SIGTERMException))
+        ending = ("KILLED" if killed else "FAILED") if status == "failed" else "FINISHED"
+        writer.attempt(lambda: writer.client.set_terminated(writer.run_id, ending))
+
+    @property
+    def _write(self) -> RunWriter:
+        if self._writer is None:
+            from mlflow import MlflowClient
+
+            prepare_store(self._tracking_uri)
+            client = MlflowClient(self._tracking_uri)
+            run = self._open(client)
+            self._run_id, self._experiment_id = run.run_id, run.experiment_id
+            self._params, self._nonfinite_seen = dict(run.params), set(run.nonfinite)
+            self._writer = RunWriter(client, run.run_id, self._tracking_uri)
+            if self._resumed:
+                self._writer.tags(self._run_tags)
+        return self._writer
+
+    def _open(self, client: "MlflowClient") -> OpenRun:
+        if self._run_id is not None:
+            return reopen_run(client, self._run_id, self._tracking_uri)
+        location = self._artifact_location
+        if location is None and sqlite_path(self._tracking_uri) is not None:
+            location = local_artifacts(Path(self.save_dir), self._experiment_name)
+        return create_run(client, self._experiment_name, location, self._run_name, self._run_tags)
+
+    def _deliver_file(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file and hand it to the store; if that takes nothing, keep it in `run_dir/undelivered`."""
+        writer, parent = self._write, name.rpartition("/")[0] or None
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / Path(name).name
+            write(path)
+            if not writer.attempt(lambda: writer.client.log_artifact(writer.run_id, str(path), parent)):
+                kept = self.run_dir / UNDELIVERED_FILES / name
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, kept)

@@ -1,0 +1,183 @@
+"""What it takes to understand and repeat a run, recorded with it.
+
+The resolved configuration, the files and the command line it came from, what sets it apart from its base, the
+commit, the versions and the data. Lightning's own callback saves only the first, insists on a directory that
+its MLflow logger does not have, and refuses to resume where a config.yaml lies.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers.logger import DummyLogger
+from rich.console import Console
+from typing_extensions import override
+
+from lightning_moevlm.tracking.config_diff import changes, flat
+from lightning_moevlm.tracking.config_folder import write_config_folder
+from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, dataset_input
+from lightning_moevlm.tracking.links import run_link, server_command, ui_address
+from lightning_moevlm.tracking.masking import masked, masked_argv, masked_yaml
+from lightning_moevlm.tracking.provenance import code_checkout, versions
+from lightning_moevlm.tracking.run_logger import RunLogger
+from lightning_moevlm.tracking.system_metrics import SystemSampler
+
+
+class RunRecord(SaveConfigCallback):
+    """For LightningCLI's `save_config_callback`; it acts on rank 0, and not at all under fast_dev_run.
+
+    In the run's directory and among its artifacts appears `config/`: `config.yaml` (resolved), `changed.yaml`
+    (against the first -c file, or the defaults), `command.txt`, and the -c files as they were,
+    `source0_<name>` first. A run that is continued gets `config.1/`, and so on; nothing is overwritten.
+    Secrets are masked, see `masking`.
+
+    Args:
+        parser: of the subcommand.
+        config: what it parsed.
+        argv: the command line; None = sys.argv.
+        system_metrics: sample CPU, memory, disk, network and GPU during fit.
+    """
+
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        argv: Sequence[str] | None = None,
+        system_metrics: bool = True,
+    ) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self._argv = tuple(sys.argv if argv is None else argv)
+        self._system_metrics = system_metrics
+        self._sampler: SystemSampler | None = None
+        self._log_dir: str | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Record once, before the first step."""
+        self._log_dir = trainer.log_dir  # a collective call: every rank makes it
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config/` and all that MLflow holds beside it; Lightning calls this on rank 0 alone."""
+        if not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger):
+            return
+        resolved = self._resolved(self.config)
+        files = self._files(resolved)
+        logger = _run_logger(trainer)
+        if logger is None:
+            if self._log_dir is not None:
+                write_config_folder(Path(self._log_dir), files, taken=())
+            return
+        taken = [info.path for info in logger.experiment.list_artifacts(logger.run_id)]
+        folder = write_config_folder(logger.run_dir, files, taken)
+        logger.log_directory(folder, folder.name)
+        logger.log_hyperparams(flat(resolved))
+        logger.log_tags(self._tags())
+        _log_dataset(logger, trainer)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to sample the machine."""
+        logger = _run_logger(trainer)
+        if logger is None or not self._system_metrics or not trainer.is_global_zero:
+            return
+        start_ms = logger.experiment.get_run(logger.run_id).info.start_time
+        self._sampler = SystemSampler(logger.log_from_thread, start_ms)
+        self._sampler.start()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where everything is."""
+        logger = _run_logger(trainer)
+        if logger is None or not trainer.is_global_zero:
+            return
+        assert logger.experiment_id is not None and logger.run_id is not None
+        link = run_link(ui_address(logger.tracking_uri), logger.experiment_id, logger.run_id)
+        server = server_command(logger.tracking_uri)
+        show = f"{link}" if server is None else f"{server}  then  {link}"
+        line = f"Run {logger.run_id} is done. Checkpoints and configuration: {logger.run_dir}  Curves: {show}"
+        Console().print(line, soft_wrap=True, highlight=False, markup=False)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop sampling before the logger closes the run."""
+        self._stop_sampling()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop sampling."""
+        self._stop_sampling()
+
+    def _stop_sampling(self) -> None:
+        if self._sampler is not None:
+            self._sampler.stop()
+            self._sampler = None
+
+    def _files(self, resolved: Mapping[str, object]) -> dict[str, str]:
+        sources = [Path(os.fspath(path)) for path in self.config.get("config") or []]
+        files = {
+            "config.yaml": yaml.safe_dump(dict(resolved), sort_keys=False),
+            "changed.yaml": self._changed(sources, resolved),
+            "command.txt": shlex.join(masked_argv(self._argv, os.environ)) + "\n",
+        }
+        for index, path in enumerate(sources):
+            files[f"source{index}_{path.name}"] = masked_yaml(path.read_text(encoding="utf-8"), os.environ)
+        return files
+
+    def _changed(self, sources: Sequence[Path], resolved: Mapping[str, object]) -> str:
+        """Every key that the later files and the command line changed, with both values."""
+        base, told = self._base(sources)
+        different = changes(flat(base), flat(resolved))
+        rows = {key: {"base": change.base, "now": change.now} for key, change in different.items()}
+        return f"# {told}\n" + yaml.safe_dump(rows, sort_keys=False)
+
+    def _base(self, sources: Sequence[Path]) -> tuple[dict[str, object], str]:
+        defaults = self._resolved(self.parser.get_defaults(skip_validation=True))
+        if not sources:
+            return defaults, "against the defaults: no configuration file was given"
+        exits, self.parser.exit_on_error = self.parser.exit_on_error, False
+        try:
+            base = self.parser.parse_args(["--config", str(sources[0])])
+        except ArgumentError as error:
+            reason = str(error).splitlines()[0]
+            return defaults, f"against the defaults: {sources[0].name} is not complete alone ({reason})"
+        finally:
+            self.parser.exit_on_error = exits
+        return self._resolved(base), f"against {sources[0].name} alone"
+
+    def _resolved(self, config: Namespace) -> dict[str, object]:
+        dumped = self.parser.dump(config, skip_none=False, skip_link_targets=False, skip_validation=True)
+        tree = yaml.safe_load(dumped) or {}
+        tree.pop("config", None)  # the files' names; their content is recorded
+        clean = masked(tree, os.environ)
+        assert isinstance(clean, dict)
+        return clean
+
+    @staticmethod
+    def _tags() -> dict[str, str]:
+        tags = {f"version/{name}": number for name, number in versions().items()}
+        checkout = code_checkout()
+        if checkout is not None:
+            tags |= {"commit": checkout.commit, "commit_dirty": str(checkout.dirty).lower()}
+        return tags
+
+
+def _run_logger(trainer: Trainer) -> RunLogger | None:
+    """The first of our loggers; under fast_dev_run Lightning has put a dummy in its place."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+
+
+def _log_dataset(logger: RunLogger, trainer: Trainer) -> None:
+    data: Any = getattr(trainer, "datamodule", None)
+    if isinstance(data, HasManifest):
+        entry = dataset_input(data)
+        logger.experiment.log_inputs(logger.run_id, [entry])
+        logger.log_tags({DIGEST_TAG: data.manifest_digest})

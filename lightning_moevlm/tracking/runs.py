@@ -1,0 +1,203 @@
+"""Runs read back: which there are, and every point that they logged.
+
+MLflow's client fetches the history of one key of one run per call: 12 runs x 100 keys are 1,200 queries. In
+SQLite all keys of all runs come in one query; behind a server, where only the REST interface is open, keys
+are fetched in parallel.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_moevlm.tracking.store import sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_RUNS_PER_PAGE = 200
+_KEYS_PER_QUERY = 500  # SQLite takes at most 32,766 bound values in one statement
+_PARALLEL_REQUESTS = 8
+
+
+class Point(NamedTuple):
+    """One logged value. step: optimiser step as Lightning counts it. time_ms: Unix time, milliseconds.
+
+    value is NaN or infinite where the run logged that: a divergence is data.
+    """
+
+    key: str
+    step: int
+    value: float
+    time_ms: int
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run as MLflow knows it.
+
+    status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED. start_ms, end_ms: Unix time, milliseconds; end_ms
+        is None
+    while it runs. params: dotted keys of the resolved config. last: last logged value of each metric.
+    """
+
+    run_id: str
+    name: str
+    status: str
+    experiment_id: str
+    artifact_uri: str
+    start_ms: int
+    end_ms: int | None
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    last: Mapping[str, float]
+
+
+def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) -> list[RunRow]:
+    """Return the runs of an experiment that carry all of `tags`, oldest first.
+
+    A store or an experiment that does not exist yet has no runs; nothing is created by asking. Deleted runs
+    are left out.
+
+    Args:
+        uri: as `resolve_tracking_uri` returns it.
+        experiment: the experiment's name.
+        tags: exact values; None or empty for every run.
+
+    Raises:
+        MlflowException: the store cannot be read (server gone, schema of another MLflow version).
+    """
+    wanted = dict(tags or {})
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        return []
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    rows: list[RunRow] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [found.experiment_id],
+            filter_string=_tag_filter(wanted),
+            order_by=["attributes.start_time ASC"],
+            max_results=_RUNS_PER_PAGE,
+            page_token=token,
+        )
+        for run in page:
+            row = RunRow(
+                run_id=run.info.run_id,
+                name=run.info.run_name or "",
+                status=run.info.status,
+                experiment_id=run.info.experiment_id,
+                artifact_uri=run.info.artifact_uri,
+                start_ms=run.info.start_time,
+                end_ms=run.info.end_time or None,
+                tags=dict(run.data.tags),
+                params=dict(run.data.params),
+                last={key: _as_logged(value) for key, value in run.data.metrics.items()},
+            )
+            if all(row.tags.get(key) == value for key, value in wanted.items()):
+                rows.append(row)
+        token = page.token
+        if not token:
+            return rows
+
+
+def metric_history(uri: str, run_id: str, keys: Sequence[str] | None = None) -> list[Point]:
+    """Return what one run logged under `keys` (None = every key), ordered by key, then step.
+
+    One point per key and step: where a step was logged twice (resume from an older checkpoint), the later one
+    counts.
+
+    Raises:
+        MlflowException: the store cannot be read, or, behind a server, there is no such run.
+    """
+    return metric_histories(uri, [run_id], keys)[run_id]
+
+
+def metric_histories(
+    uri: str, run_ids: Sequence[str], keys: Sequence[str] | None = None
+) -> dict[str, list[Point]]:
+    """Return `metric_history` of several runs, by run id; a run that logged nothing has an empty list."""
+    raw = (
+        _from_sqlite(uri, run_ids, keys) if sqlite_path(uri) is not None else _from_server(uri, run_ids, keys)
+    )
+    newest: dict[str, dict[tuple[str, int], Point]] = {run_id: {} for run_id in run_ids}
+    for run_id, point in raw:
+        earlier = newest[run_id].get((point.key, point.step))
+        if earlier is None or point.time_ms >= earlier.time_ms:
+            newest[run_id][point.key, point.step] = point
+    return {
+        run_id: sorted(points.values(), key=lambda p: (p.key, p.step)) for run_id, points in newest.items()
+    }
+
+
+def _from_sqlite(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:
+    import sqlalchemy
+    from mlflow.store.tracking.dbmodels.models import SqlMetric
+
+    path = sqlite_path(uri)
+    assert path is not None
+    if not path.exists():
+        return
+    columns = (
+        SqlMetric.run_uuid,
+        SqlMetric.key,
+        SqlMetric.step,
+        SqlMetric.value,
+        SqlMetric.is_nan,
+        SqlMetric.timestamp,
+    )
+    base: Any = sqlalchemy.select(*columns).where(SqlMetric.run_uuid.in_(list(run_ids)))
+    selections = [base] if keys is None else [base.where(SqlMetric.key.in_(part)) for part in _parts(keys)]
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("PRAGMA query_only = ON"))
+        for selection in selections:
+            for run_id, key, step, value, is_nan, time_ms in connection.execute(selection):
+                yield run_id, Point(key, step, math.nan if is_nan else _as_logged(value), time_ms)
+
+
+def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:
+    client = _client(uri)
+    wanted = None if keys is None else set(keys)
+    pairs = [
+        (run_id, key)
+        for run_id in run_ids
+        for key in client.get_run(run_id).data.metrics
+        if wanted is None or key in wanted
+    ]
+
+    def fetch(pair: tuple[str, str]) -> list[tuple[str, Point]]:
+        run_id, key = pair
+        history = client.get_metric_history(run_id, key)
+        return [(run_id, Point(m.key, m.step, _as_logged(m.value), m.timestamp)) for m in history]
+
+    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        for points in pool.map(fetch, pairs):
+            yield from points
+
+
+def _parts(keys: Sequence[str]) -> list[list[str]]:
+    return [list(keys[start : start + _KEYS_PER_QUERY]) for start in range(0, len(keys), _KEYS_PER_QUERY)]
+
+
+def _as_logged(value: float) -> float:
+    """SQL has no infinity: MLflow keeps it as the largest float, which no measurement ever equals."""
+    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value
+
+
+def _tag_filter(tags: Mapping[str, str]) -> str:
+    """MLflow's filter language has no escapes: what cannot be said in it is compared by the caller alone."""
+    sayable = {k: v for k, v in tags.items() if not any(mark in k + v for mark in "'\"`\\")}
+    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in sayable.items())
+
+
+def _client(uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)

@@ -1,0 +1,6 @@
+"""The LightningModule."""
+
+from lightning_moevlm.training.evaluation import Evaluation
+from lightning_moevlm.training.vision_language_module import StepOutput, VisionLanguageModule
+
+__all__ = ["Evaluation", "StepOutput", "VisionLanguageModule"]

@@ -1,0 +1,63 @@
+"""What is measured over an evaluation epoch: losses, masked accuracy, and the accuracy of a constant answer."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_moevlm import keys
+from lightning_moevlm.metrics import MajorityAccuracy
+from lightning_moevlm.records import LossReport, Predictions
+
+
+class Evaluation(nn.Module):
+    """Metrics of one stage; means are weighted by samples.
+
+    Args:
+        stage: "val" or "test", the prefix of its keys.
+        num_classes: classes of every class-predicting term.
+    """
+
+    def __init__(self, stage: str, num_classes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.stage = stage
+        self.task_loss = MeanMetric()
+        self.total_loss = MeanMetric()
+        self.terms = nn.ModuleDict()
+        self.accuracy = nn.ModuleDict(
+            {term: MulticlassAccuracy(num_classes=count, average="micro") for term, count in num_classes.items()}
+        )
+        self.majority = nn.ModuleDict({term: MajorityAccuracy(count) for term, count in num_classes.items()})
+
+    def update(self, report: LossReport, predictions: Mapping[str, Predictions], num_samples: int) -> None:
+        """Add one batch."""
+        self.task_loss.update(report.task_loss, num_samples)
+        self.total_loss.update(report.total_loss, num_samples)
+        for name, term in {**report.task, **report.auxiliary}.items():
+            if name not in self.terms:
+                self.terms[name] = MeanMetric().to(term.raw.device)
+            self.terms[name].update(term.raw, num_samples)
+        for name, prediction in predictions.items():
+            self.accuracy[name].update(prediction.predicted_M, prediction.target_M)
+            self.majority[name].update(prediction.target_M)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return every metric under its key and start anew; terms that never occurred are left out."""
+        values = {
+            keys.TASK_LOSS.key(stage=self.stage): self.task_loss.compute(),
+            keys.TOTAL_LOSS.key(stage=self.stage): self.total_loss.compute(),
+        }
+        for name, term in self.terms.items():
+            values[keys.EVAL_TERM.key(stage=self.stage, term=name)] = term.compute()
+        for name, accuracy in self.accuracy.items():
+            if accuracy.update_called:
+                values[keys.ACCURACY.key(stage=self.stage, term=name)] = accuracy.compute()
+                values[keys.MAJORITY_ACCURACY.key(stage=self.stage, term=name)] = self.majority[name].compute()
+        self.reset()
+        return values
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for metric in (self.task_loss, self.total_loss, *self.terms.values(), *self.accuracy.values(), *self.majority.values()):
+            metric.reset()

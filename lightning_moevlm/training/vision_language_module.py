@@ -1,0 +1,142 @@
+"""The LightningModule: a backbone, an objective, auxiliary losses, an optimiser. It computes; callbacks look on."""
+
+from collections.abc import Callable, Iterable
+from typing import TypedDict
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers.initialise import initialise, seed_of
+from lightning_moevlm.losses import AuxiliaryLosses
+from lightning_moevlm.models import Backbone, BackboneSpec
+from lightning_moevlm.objectives import MaskedModelling, Objective
+from lightning_moevlm.optim import parameter_groups
+from lightning_moevlm.records import Batch, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.training.evaluation import Evaluation
+
+
+class StepOutput(TypedDict):
+    """What a training step hands to callbacks (Lightning asks for a dict); all but `loss` is detached by Lightning."""
+
+    loss: Tensor
+    report: LossReport
+    plans: tuple[NamedPlan, ...]
+    num_tokens: int
+    num_samples: int
+
+
+class VisionLanguageModule(LightningModule):
+    """Trains any backbone with any objective.
+
+    Initial weights and masks depend on `seed` and on names and step numbers alone, so that arms of a study share them
+    and an interrupted run goes on as if it had not stopped.
+
+    Args:
+        backbone: the vision-language trunk.
+        objective: factory (spec) -> Objective.
+        losses: auxiliary losses on routing.
+        optimizer: factory (parameter groups) -> Optimizer.
+        schedule: factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps the rate constant.
+        seed: of initial weights and masks.
+        init_std: standard deviation of initial matrices.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        objective: Callable[[BackboneSpec], Objective] = MaskedModelling,
+        losses: AuxiliaryLosses = AuxiliaryLosses(),  # noqa: B008 - frozen
+        optimizer: Callable[[Iterable], Optimizer] = AdamW,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        seed: int = 0,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.objective = objective(backbone.spec)
+        self.losses = losses
+        self.optimizer_factory = optimizer
+        self.schedule_factory = schedule
+        self.seed = seed
+        initialise(self, seed, init_std)
+        self.val_evaluation = Evaluation("val", self.objective.num_classes)
+        self.test_evaluation = Evaluation("test", self.objective.num_classes)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
+        """Return the total loss, and what callbacks may want to measure."""
+        output, report = self._losses(batch, "train", self.global_step * self._accumulation() + batch_idx % self._accumulation())
+        self.log("loss", report.total_loss.detach(), prog_bar=True, logger=False)
+        return StepOutput(
+            loss=report.total_loss,
+            report=report,
+            plans=output.plans,
+            num_tokens=output.num_tokens,
+            num_samples=batch.num_samples,
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure one batch; its masks are the same in every epoch."""
+        output, report = self._losses(batch, "val", batch_idx)
+        self.val_evaluation.update(report, output.predictions, batch.num_samples)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch. Lightning's sanity check before the first step is the untrained model: step 0 of every curve."""
+        self._log_evaluation(self.val_evaluation)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure one batch."""
+        output, report = self._losses(batch, "test", batch_idx)
+        self.test_evaluation.update(report, output.predictions, batch.num_samples)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the epoch."""
+        self._log_evaluation(self.test_evaluation)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return features averaged over real positions, (B, D) each: `image`, `text`, `pair`, as far as the data has them."""
+        inputs = {
+            "image": (batch.images_BRYX, None, None),
+            "text": (None, batch.text_BL, batch.text_mask_BL),
+            "pair": (batch.images_BRYX, batch.text_BL, batch.text_mask_BL),
+        }
+        needed = {"image": (0,), "text": (1,), "pair": (0, 1)}
+        features: dict[str, Tensor] = {}
+        for name, arguments in inputs.items():
+            if all(arguments[position] is not None for position in needed[name]):
+                output = self.backbone(*arguments)
+                valid_BS1 = output.layout.valid_BS.unsqueeze(-1)
+                features[name] = (output.tokens_BSD * valid_BS1).sum(dim=1) / valid_BS1.sum(dim=1).clamp(min=1)
+        return features
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """Build the optimiser over decayed and undecayed parameters, and the schedule per step."""
+        optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
+        if self.schedule_factory is None:
+            return {"optimizer": optimizer}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule_factory(optimizer), "interval": "step"},
+        }
+
+    def _accumulation(self) -> int:
+        return self.trainer.accumulate_grad_batches
+
+    def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))
+        output: ObjectiveOutput = self.objective(self.backbone, batch, generator)
+        auxiliary = self.losses.terms([named.plan for named in output.plans])
+        clash = auxiliary.keys() & output.terms.keys()
+        if clash:
+            raise UserError(f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's")
+        return output, LossReport(output.terms, auxiliary)
+
+    def _log_evaluation(self, evaluation: Evaluation) -> None:
+        values = {key: float(value) for key, value in evaluation.compute().items()}
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
+        if not self.trainer.sanity_checking:
+            self.log_dict(values, logger=False, rank_zero_only=False, sync_dist=False)

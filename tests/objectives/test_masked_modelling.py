@@ -1,0 +1,153 @@
+"""Masked data modelling: what is hidden, what is predicted, what it costs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import initialise
+from lightning_moevlm.objectives import MaskedModelling, PixelTargets, VQCheckpointTargets
+from lightning_moevlm.objectives.image_targets import cross_entropy, standardise
+from lightning_moevlm.objectives.masked_modelling import MaskRatios, TermWeights, mask_patches, mask_text
+from tests.small_model import pair_batch, small_vl_moe
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_only_words_are_hidden_and_in_the_asked_share() -> None:
+    batch = pair_batch(64)
+    masked = mask_text(batch.text_BL, batch.text_mask_BL, 0.4, generator())
+    assert masked.hidden_BL.sum(dim=1).tolist() == [2] * 64  # 40 % of 5 words
+    assert not bool(masked.hidden_BL[:, [0, 6, 7]].any())  # [BOS], [EOS], padding
+    assert bool((masked.input_BL[masked.hidden_BL] == 1).all())
+    assert torch.equal(masked.input_BL[~masked.hidden_BL], batch.text_BL[~masked.hidden_BL])
+
+
+def test_at_least_one_word_is_hidden() -> None:
+    batch = pair_batch(8)
+    assert mask_text(batch.text_BL, batch.text_mask_BL, 0.01, generator()).hidden_BL.sum(dim=1).tolist() == [1] * 8
+
+
+def test_text_without_words_hides_nothing_and_costs_nothing() -> None:
+    text = torch.tensor([[2, 3, 0]])
+    masked = mask_text(text, text != 0, 0.5, generator())
+    assert not bool(masked.hidden_BL.any())
+    assert float(cross_entropy(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))) == 0.0
+
+
+def test_patches_are_hidden_in_the_asked_share_and_at_random() -> None:
+    hidden = mask_patches(200, 16, 0.4, generator())
+    assert hidden.sum(dim=1).tolist() == [6] * 200
+    assert bool((hidden.float().mean(dim=0) > 0.25).all())
+
+
+def test_masks_repeat_with_the_generator() -> None:
+    batch = pair_batch()
+    one, again, other = (mask_text(batch.text_BL, batch.text_mask_BL, 0.4, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one.hidden_BL, again.hidden_BL) and not torch.equal(one.hidden_BL, other.hidden_BL)
+
+
+def objective(**options: object) -> tuple[MaskedModelling, object]:
+    backbone = small_vl_moe()
+    head = MaskedModelling(backbone.spec, **options)
+    initialise(head, seed=0)
+    return head, backbone
+
+
+def test_untrained_terms_are_those_of_guessing() -> None:
+    head, backbone = objective()
+    output = head(backbone, pair_batch(16), generator())
+    assert set(output.terms) == {"text", "image", "pair_text", "pair_image"}
+    uniform = float(torch.tensor(300.0).log())
+    assert float(output.terms["text"].raw) == pytest.approx(uniform, rel=0.02)
+    assert float(output.terms["pair_text"].raw) == pytest.approx(uniform, rel=0.02)
+    assert float(output.terms["image"].raw) == pytest.approx(1.0, rel=0.02)  # unit variance per patch
+    # 4 samples x (8 text + 4 patches + 12 of the pair)
+    assert output.num_tokens == 16 * (8 + 4 + 12)
+    assert {plan.source for plan in output.plans} == {"text", "image", "pair"}
+
+
+def test_a_null_weight_leaves_term_and_pass_out() -> None:
+    head, backbone = objective(weights=TermWeights(text=None, pair_text=None, pair_image=None))
+    output = head(backbone, pair_batch(), generator())
+    assert list(output.terms) == ["image"] and {plan.source for plan in output.plans} == {"image"}
+
+
+def test_sources_of_one_modality() -> None:
+    head, backbone = objective()
+    batch = pair_batch()
+    assert list(head(backbone, batch._replace(images_BRYX=None), generator()).terms) == ["text"]
+    assert list(head(backbone, batch._replace(text_BL=None, text_mask_BL=None), generator()).terms) == ["image"]
+
+
+def test_a_batch_that_no_term_can_use_is_refused() -> None:
+    head, backbone = objective(weights=TermWeights(image=None, pair_text=None, pair_image=None))
+    with pytest.raises(UserError, match="no modality that a weighted term"):
+        head(backbone, pair_batch()._replace(text_BL=None, text_mask_BL=None), generator())
+
+
+def test_all_null_weights_are_refused() -> None:
+    with pytest.raises(UserError, match="every weight"):
+        objective(weights=TermWeights(None, None, None, None))
+
+
+def test_ratios_outside_the_open_interval_are_refused() -> None:
+    with pytest.raises(UserError, match=r"mask ratio text is 1\.0"):
+        MaskRatios(text=1.0)
+
+
+def test_pixel_targets_are_standardised_by_hand() -> None:
+    # values 0, 0, 4, 4: mean 2, deviation 2
+    torch.testing.assert_close(standardise(torch.tensor([0.0, 0, 4, 4])), torch.tensor([-1.0, -1, 1, 1]))
+    flat = PixelTargets(small_vl_moe().spec)(torch.full((1, 3, 16, 16), 9, dtype=torch.uint8))
+    assert torch.equal(flat, torch.zeros(1, 4, 192))
+
+
+class BrightnessCodes(torch.nn.Module):
+    """A visual tokeniser in one line: the code of an 8 px patch is its mean brightness in 10 steps."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = torch.nn.functional.avg_pool2d(images.mean(dim=1, keepdim=True), 8)
+        return (pooled.flatten(1) * 9.999).to(torch.int64)
+
+
+@pytest.fixture(scope="session")
+def vq_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vq") / "encoder.pt2"
+    batch = torch.export.Dim("batch")
+    images = torch.zeros(2, 3, 16, 16)
+    torch.export.save(torch.export.export(BrightnessCodes(), (images,), dynamic_shapes=({0: batch},)), path)
+    return path
+
+
+def test_codes_of_a_users_checkpoint_are_targets(vq_checkpoint: Path) -> None:
+    head, backbone = objective(image_targets=lambda spec: VQCheckpointTargets(spec, str(vq_checkpoint), num_codes=10))
+    batch = pair_batch(16)
+    assert torch.equal(head.image_targets(batch.images_BRYX), BrightnessCodes()(batch.images_BRYX.float() / 255))
+    output = head(backbone, batch, generator())
+    assert float(output.terms["image"].raw) == pytest.approx(float(torch.tensor(10.0).log()), rel=0.05)
+    assert head.num_classes["image"] == 10 and "image" in output.predictions
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.pt2", None, "no VQ checkpoint at"),
+        ("text.pt2", b"not an archive", "is no exported program"),
+    ],
+)
+def test_unusable_checkpoints_are_explained(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        VQCheckpointTargets(small_vl_moe().spec, str(path), num_codes=10)
+
+
+def test_a_checkpoint_with_more_codes_than_said_is_explained(vq_checkpoint: Path) -> None:
+    targets = VQCheckpointTargets(small_vl_moe().spec, str(vq_checkpoint), num_codes=3)
+    with pytest.raises(UserError, match="returned code 9 with num_codes 3"):
+        targets(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))

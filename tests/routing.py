@@ -1,0 +1,34 @@
+"""Small routing inputs and plans, written out by hand where a test does arithmetic."""
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
+
+
+def routing_input(num_tokens: int, dim: int, *, num_padding: int = 0, seed: int = 0) -> RoutingInput:
+    """Random tokens; the last `num_padding` are padding, filled with huge values that must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_TD = torch.randn(num_tokens, dim, generator=generator)
+    valid_T = torch.arange(num_tokens) < num_tokens - num_padding
+    tokens_TD[~valid_T] = 1e4
+    modality_T = torch.where(torch.arange(num_tokens) % 2 == 0, int(Modality.IMAGE), int(Modality.TEXT))
+    return RoutingInput(tokens_TD, modality_T, valid_T)
+
+
+def top_1_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, modality: Modality = Modality.IMAGE) -> PairPlan:
+    """The plan of a top-1 softmax router with these logits."""
+    num_tokens = logits_TE.shape[0]
+    probs_TE = logits_TE.softmax(dim=-1)
+    weight_T, expert_T = probs_TE.max(dim=-1)
+    valid = torch.ones(num_tokens, dtype=torch.bool) if valid_T is None else valid_T
+    return PairPlan(
+        token_N=torch.arange(num_tokens),
+        expert_N=expert_T,
+        weight_N=weight_T,
+        kept_N=valid,
+        logits_TE=logits_TE,
+        probs_TE=probs_TE,
+        modality_T=torch.full((num_tokens,), int(modality)),
+        valid_T=valid,
+    )

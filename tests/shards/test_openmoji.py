@@ -1,0 +1,52 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lightning_moevlm.shards.art import encode, rasterise
+from lightning_moevlm.shards.decode import decode_image
+from lightning_moevlm.shards.manifest import SPLITS
+from lightning_moevlm.shards.openmoji import LANGUAGES, SKIN_TONES, build_openmoji, catalogue
+from lightning_moevlm.shards.writer import split_of
+
+
+def test_the_whole_set(tmp_path: Path) -> None:
+    manifest, built = build_openmoji(tmp_path / "set", 16, "png", False, 256, 600, False)
+    assert built
+    assert sum(manifest.num_samples(split) for split in SPLITS) > 1600
+    assert "OpenMoji" in manifest.attribution and manifest.licence == "CC BY-SA 4.0"
+    found = {}
+    for split in SPLITS:
+        for shard in manifest.splits[split]:
+            with tarfile.open(tmp_path / "set" / shard.file) as tar:
+                found |= {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    assert found["openmoji-1F34E.txt"] == b"red apple"
+    about = json.loads(found["openmoji-1F34E.json"])
+    assert about["names"]["de"] == "roter apfel" and about["names"]["fr"] == "pomme rouge"
+    assert set(about["names"]) == set(LANGUAGES) and len(LANGUAGES) == 14
+    assert (about["group"], about["subgroup"]) == ("Food & Drink", "food-fruit")
+    assert about["code_points"] == ["1F34E"]
+    assert Image.open(io.BytesIO(found["openmoji-1F34E.png"])).size == (16, 16)
+    assert not build_openmoji(tmp_path / "set", 16, "png", False, 256, 600, False)[1]
+
+
+def test_skin_tones_are_left_out_or_share_the_split_of_their_base() -> None:
+    plain, toned = catalogue(False), catalogue(True)
+    assert not any(SKIN_TONES & set(entry.code.split("-")) for entry in plain)
+    assert len(toned) > len(plain) + 1500
+    assert {entry.code for entry in plain} < {entry.code for entry in toned}
+    # waving hand 1F44B and its tones: one identity
+    assert split_of("1F44B") == split_of("-".join(p for p in "1F44B-1F3FD".split("-") if p not in SKIN_TONES))
+
+
+def test_transparent_art_goes_on_white() -> None:
+    red = rasterise("1F34E", 64)
+    assert red.shape == (64, 64, 4) and red[0, 0, 3] == 0
+    for image_format in ("jpg", "png"):
+        image_RYX = decode_image(encode(red, image_format), image_format, 64)
+        assert image_RYX[:, 0, 0].tolist() == [255, 255, 255]
+        middle = image_RYX[:, 40, 32].numpy().astype(int)
+        assert np.abs(middle - np.array([234, 90, 71])).max() < 12  # OpenMoji's red

@@ -1,0 +1,53 @@
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.manifest import read_manifest
+from lightning_moevlm.shards.tokenizer import BOS, EOS, MASK, PAD, load_tokenizer, train_tokenizer
+
+CAPTIONS = ["a red apple left of a cat face", "two stars above a red car", "a cat face on a blue ground"] * 5
+
+
+def test_special_ids_are_fixed() -> None:
+    assert (PAD, MASK, BOS, EOS) == (0, 1, 2, 3)
+
+
+def test_training_is_deterministic_and_spells_everything(tmp_path: Path) -> None:
+    entries = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        entries.append(train_tokenizer(CAPTIONS, 300, tmp_path / name))
+    assert entries[0] == entries[1]
+    assert entries[0].sha256 == hashlib.sha256((tmp_path / "a" / "tokenizer.json").read_bytes()).hexdigest()
+    tokenizer = load_tokenizer(tmp_path / "a", entries[0])
+    assert tokenizer.vocab_size == entries[0].vocab_size <= 300
+    for text in (*CAPTIONS, "Ünïcode 🙂 不明", "[MASK] is only a word"[7:]):
+        assert tokenizer.decode(tokenizer.ids(text)) == text
+
+
+def test_encode_frames_cuts_and_pads(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path, train_tokenizer(CAPTIONS, 300, tmp_path))
+    long, short = "a red apple left of a cat face", "a"
+    ids = tokenizer.ids(long)
+    assert len(ids) > 4
+    text_BL, text_mask_BL = tokenizer.encode([long, short], max_text_len=6)
+    assert text_BL.tolist() == [[BOS, *ids[:4], EOS], [BOS, *tokenizer.ids(short), EOS, PAD, PAD, PAD]]
+    assert text_mask_BL.tolist() == [[True] * 6, [True] * 3 + [False] * 3]
+
+
+def test_too_small_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="260"):
+        train_tokenizer(CAPTIONS, 259, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_or_altered_tokenizer(scenes_copy: Path) -> None:
+    entry = read_manifest(scenes_copy).tokenizer
+    with pytest.raises(UserError, match="not the one its manifest names"):
+        load_tokenizer(scenes_copy, replace(entry, sha256="0" * 64))
+    (scenes_copy / entry.file).unlink()
+    with pytest.raises(UserError, match=r"tokenizer .*tokenizer.json is missing"):
+        load_tokenizer(scenes_copy, entry)

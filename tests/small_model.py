@@ -1,0 +1,61 @@
+"""A VL-MoE small enough to build in milliseconds, and batches for it."""
+
+from functools import partial
+from typing import Literal
+
+import torch
+
+from lightning_moevlm.dispatch import Capacity, Dispatcher
+from lightning_moevlm.experts import MLPExperts
+from lightning_moevlm.layers import MoEFFN, initialise
+from lightning_moevlm.models import VLMoE
+from lightning_moevlm.records import Batch
+from lightning_moevlm.routers import TopKRouter
+
+
+def small_vl_moe(
+    *,
+    top_k: int = 1,
+    num_blocks: int = 4,
+    num_vl_blocks: int = 1,
+    num_experts: int = 4,
+    sparse_modalities: tuple[Literal["image", "text"], ...] = ("image", "text"),
+    capacity: Capacity | None = None,
+    dispatcher: Dispatcher | None = None,
+    seed: int = 0,
+) -> VLMoE:
+    """Width 32, 2 heads, 16 px images in 8 px patches (4 of them), texts of 8 out of 300 tokens."""
+    moe = partial(
+        MoEFFN,
+        num_experts=num_experts,
+        router=partial(TopKRouter, top_k=top_k),
+        experts=partial(MLPExperts, hidden_dim=48),
+        capacity=capacity,
+        dispatcher=dispatcher,
+    )
+    model = VLMoE(
+        dim=32,
+        num_heads=2,
+        num_blocks=num_blocks,
+        num_vl_blocks=num_vl_blocks,
+        hidden_dim=64,
+        image_size=16,
+        patch_size=8,
+        vocab_size=300,
+        max_text_len=8,
+        moe=moe,
+        sparse_modalities=sparse_modalities,
+    )
+    initialise(model, seed)
+    return model
+
+
+def pair_batch(num_samples: int = 4, *, seed: int = 0) -> Batch:
+    """Random pairs: texts of 5 words between [BOS] = 2 and [EOS] = 3, one position of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (num_samples, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    words = torch.randint(10, 300, (num_samples, 5), generator=generator)
+    ends = (torch.full((num_samples, 1), token) for token in (2, 3, 0))
+    begin, end, padding = ends
+    text = torch.cat([begin, words, end, padding], dim=1)
+    return Batch(images, text, text != 0, tuple(f"sample{index}" for index in range(num_samples)))

@@ -1,0 +1,192 @@
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.tracking import prepare_store, resolve_tracking_uri
+from lightning_moevlm.tracking.store import impatient_requests, runs_dir, sqlite_path
+
+_OPEN_AND_LOG = """
+import sys, time
+from lightning_moevlm.tracking.store import prepare_store
+import mlflow.store.tracking.sqlalchemy_store  # the slow part, before the start signal
+print("ready", flush=True)
+sys.stdin.readline()
+prepare_store(sys.argv[1])
+from mlflow import MlflowClient
+client = MlflowClient(sys.argv[1])
+client.log_metric(client.create_run("0").info.run_id, "a", 1.0)
+"""
+
+
+def test_explicit_before_environment_before_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_tracking_uri(None) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000/")
+    assert resolve_tracking_uri(None) == "http://127.0.0.1:5000"
+    assert resolve_tracking_uri("sqlite:///other.db") == f"sqlite:///{tmp_path}/other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert resolve_tracking_uri(None) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "mlruns"])
+def test_file_stores_are_refused(uri: str) -> None:
+    """MLflow >= 3.13 refuses them at the first write, with a page of text."""
+    with pytest.raises(UserError, match=r"sqlite:///runs/mlflow\.db.*migrate-filestore"):
+        resolve_tracking_uri(uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://me:pw@host/db", "databricks://x", "htp://host", "sqlite://", "sqlite:///"]
+)
+def test_other_schemes_are_refused_without_their_passwords(uri: str) -> None:
+    with pytest.raises(UserError, match="tracking URI") as refusal:
+        resolve_tracking_uri(uri)
+    assert "pw" not in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_paths(tmp_path: Path) -> None:
+    assert sqlite_path("http://127.0.0.1:5000") is None
+    assert sqlite_path(f"sqlite:///{tmp_path}/a.db") == tmp_path / "a.db"
+    assert runs_dir(f"sqlite:///{tmp_path}/a.db") == tmp_path
+    assert runs_dir("http://127.0.0.1:5000") == Path.cwd() / "runs"
+
+
+def test_three_processes_on_a_fresh_database(tmp_path: Path) -> None:
+    """Unlocked, MLflow's clients fail here with `table experiments already exists`, in 3 of 3 trials."""
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _OPEN_AND_LOG, uri],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:  # only now, so that they really start together
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    errors = [child.communicate(timeout=120)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], "\n".join(errors)
+    with sqlite3.connect(tmp_path / "runs" / "mlflow.db") as connection:
+        assert connection.execute("SELECT count(*) FROM metrics").fetchone() == (3,)
+        assert connection.execute("SELECT count(*) FROM experiments").fetchone() == (1,)
+    assert not (tmp_path / "runs" / "mlflow.db.new").exists()
+
+
+def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path, migrated_database: Path) -> None:
+    half_made = tmp_path / "mlflow.db.new"
+    half_made.write_bytes(migrated_database.read_bytes()[:4096])
+    (tmp_path / "mlflow.db").touch()
+    prepare_store(f"sqlite:///{tmp_path}/mlflow.db")
+    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+        assert connection.execute("SELECT count(*) FROM experiments").fetchone() == (1,)
+    assert not half_made.exists()
+
+
+def test_a_prepared_database_costs_nothing(uri: str) -> None:
+    prepare_store(uri)
+    before = Path(uri.removeprefix("sqlite:///")).stat()
+    start = time.perf_counter()
+    prepare_store(uri)
+    assert time.perf_counter() - start < 0.5  # creating one takes seconds
+    after = Path(uri.removeprefix("sqlite:///")).stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+
+
+def test_another_schema_is_told_and_left_alone(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0000abcd'")
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=r"schema 0000abcd.*mlflow db upgrade sqlite:///"):
+        prepare_store(uri)
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, and longer than the header of one " * 10)
+    with pytest.raises(UserError, match="no database of MLflow"):
+        prepare_store(f"sqlite:///{path}")
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    with pytest.raises(UserError, match="no database of MLflow"):
+        prepare_store(f"sqlite:///{tmp_path}/other.db")
+
+
+def test_a_uri_that_does_not_answer(unused_port: int) -> None:
+    start = time.perf_counter()
+    with pytest.raises(UserError) as refusal:
+        prepare_store(f"http://user:pw@127.0.0.1:{unused_port}")
+    assert time.perf_counter() - start < 5
+    message = str(refusal.value)
+    assert f"127.0.0.1:{unused_port} does not answer" in message
+    assert f"mlflow server --host 127.0.0.1 --port {unused_port}" in message
+    assert "pw" not in message
+    assert "\n" not in message
+
+
+def test_something_else_answers(unused_port: int) -> None:
+    class Teapot(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(418)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", unused_port), Teapot)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="does not answer as an MLflow server"):
+            prepare_store(f"http://127.0.0.1:{unused_port}")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_impatience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with pytest.raises(RuntimeError), impatient_requests():
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+        raise RuntimeError
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "true"), ("false", "false")])
+def test_telemetry_is_off_unless_the_user_says_otherwise(before: str | None, after: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
+    if before is not None:
+        environment["MLFLOW_DISABLE_TELEMETRY"] = before
+    code = "import os, lightning_moevlm.tracking; print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == after
+
+
+def test_reading_needs_neither_lightning_nor_torch() -> None:
+    code = "import sys, lightning_moevlm.tracking; print({'lightning', 'torch', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
