@@ -36,7 +36,9 @@ from lightning_moevlm.training import VisionLanguageModule
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning's own
 _PARSER_OPTIONS: dict[str, object] = {"parser_mode": "omegaconf+", "exit_on_error": False}
+_NOISE = ("💡", "litlogger", "TPU available", "was configured so")
 _DEFAULTS: dict[str, object] = {
     "trainer.logger": {"class_path": "lightning_moevlm.tracking.RunLogger"},
     "trainer.callbacks": [
@@ -46,10 +48,11 @@ _DEFAULTS: dict[str, object] = {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
             "init_args": {"monitor": "val/task_loss", "save_last": True, "save_on_train_epoch_end": False},
         },
-        {"class_path": "lightning.pytorch.callbacks.RichProgressBar"},
+        {"class_path": "lightning_moevlm.callbacks.StepProgress"},
     ],
     # the whole validation set before the first step: the untrained model is step 0 of every curve
     "trainer.num_sanity_val_steps": -1,
+    "trainer.enable_model_summary": False,  # Telemetry says it in one line, with what is active
 }
 
 
@@ -75,6 +78,12 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the Trainer our logger and callbacks unless a configuration names others."""
         parser.set_defaults(_DEFAULTS)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that is not there before anything is built or written."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and path not in _CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
+            raise UserError(f"no checkpoint at {path}: give a .ckpt file, or one of {', '.join(_CHECKPOINT_WORDS)}")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
@@ -212,10 +221,12 @@ def _calm_terminal() -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     # the logging interval is set by the study, not by the length of an epoch
     warnings.filterwarnings("ignore", message=r".*The number of training batches.*smaller than the logging interval.*")
+    # keys travel in the batch itself
+    warnings.filterwarnings("ignore", message=r".*Couldn't infer the batch indices.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).addFilter(_no_advertising)
 
 
 def _no_advertising(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return "💡" not in message and "litlogger" not in message and "TPU available" not in message
+    return not any(noise in message for noise in _NOISE)

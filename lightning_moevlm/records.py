@@ -67,6 +67,10 @@ class NamedPlan(NamedTuple):
     modalities: tuple[Modality, ...]
     plan: PairPlan
 
+    def detached(self) -> "NamedPlan":
+        """Return the same plan without gradients, for callbacks."""
+        return self._replace(plan=self.plan.detached())
+
 
 class Term(NamedTuple):
     """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total."""
@@ -78,6 +82,10 @@ class Term(NamedTuple):
     def weighted(self) -> Tensor:
         """raw x weight."""
         return self.raw * self.weight
+
+    def detached(self) -> "Term":
+        """Return the same term without gradient."""
+        return Term(self.raw.detach(), self.weight)
 
 
 class LossReport(NamedTuple):
@@ -95,6 +103,11 @@ class LossReport(NamedTuple):
     def total_loss(self) -> Tensor:
         """Task loss plus weighted auxiliary terms: what is differentiated."""
         return torch.stack([term.weighted for term in (*self.task.values(), *self.auxiliary.values())]).sum()
+
+    def detached(self) -> "LossReport":
+        """Return the same report without gradients, for callbacks."""
+        task, auxiliary = ({name: term.detached() for name, term in terms.items()} for terms in self)
+        return LossReport(task, auxiliary)
 
 
 class Predictions(NamedTuple):

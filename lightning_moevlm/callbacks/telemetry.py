@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_moevlm import keys
@@ -40,10 +41,14 @@ class Telemetry(Callback):
         self._resumed_at = time.perf_counter()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the model costs."""
+        """Say and log what the model costs."""
         backbone = pl_module.backbone
         assert isinstance(backbone, Backbone)
         card = model_card(backbone)
+        rank_zero_info(
+            f"{type(backbone).__name__}: {card.total_parameters / 1e6:.2f} M parameters, {card.active_parameters / 1e6:.2f} M "
+            f"active, {card.active_flops_per_sample / 1e6:.1f} MFLOP forward per pair"
+        )
         self._write(
             trainer,
             {
@@ -114,7 +119,7 @@ def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
     by_layer: dict[tuple[int, Modality], list[PairPlan]] = defaultdict(list)
     for named in plans:
         for modality in named.modalities:
-            by_layer[named.block, modality].append(named.plan.detached())
+            by_layer[named.block, modality].append(named.plan)
     values: dict[str, float] = {}
     for (block, modality), layer_plans in by_layer.items():
         metrics: RoutingMetrics = routing_metrics(join_plans(layer_plans), modality)

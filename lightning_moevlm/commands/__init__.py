@@ -22,7 +22,13 @@ def run_command(arguments: Sequence[str]) -> int:
         UserError: an unknown command, option or value.
     """
     try:
-        result = auto_cli(COMMANDS, args=list(arguments), prog="moevlm", exit_on_error=False)
+        result = auto_cli(COMMANDS, args=[_underscored(argument) for argument in arguments], prog="moevlm", exit_on_error=False)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
     return result if isinstance(result, int) else 0
+
+
+def _underscored(argument: str) -> str:
+    """Let --num-samples stand for --num_samples, the name in the signature."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument

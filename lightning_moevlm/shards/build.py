@@ -148,11 +148,13 @@ def _put_in_place(building: Path, out: Path) -> None:
         building.replace(out)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
+    out.replace(aside)
     try:
-        out.replace(aside)
         building.replace(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError:
+        aside.replace(out)  # the older set goes back: better that than none
+        raise
+    shutil.rmtree(aside)
 
 
 def canonical_json(content: object) -> str:

@@ -83,17 +83,15 @@ def save_codebook(codebook: Codebook, path: Path) -> None:
     unfinished.replace(path)
 
 
-def load_codebook(path: str) -> Codebook:
+def load_codebook(path: Path) -> Codebook:
     """Load a codebook.
 
     Raises:
         UserError: if the file is missing (with the command that makes one) or is no codebook.
 
     """
-    if not Path(path).is_file():
-        raise UserError(
-            f"there is no codebook {path}; make one with `moevlm data codebook {Path(path).parent}`"
-        )
+    if not path.is_file():
+        raise UserError(f"there is no codebook {path}; make one with `moevlm data codebook {path.parent}`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, set(file.keys())

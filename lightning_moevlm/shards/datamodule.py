@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
-from lightning_moevlm.shards.loader import ShardLoader
+from lightning_moevlm.shards.loader import LoaderState, ShardLoader
 from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest, Split, read_manifest
 from lightning_moevlm.shards.reader import Rank, ShardReader
 from lightning_moevlm.shards.source import refuse_remote
@@ -62,6 +62,8 @@ class ShardDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
+        self._train_loader: ShardLoader | None = None
+        self._resume_from: LoaderState | None = None
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -110,7 +112,12 @@ class ShardDataModule(LightningDataModule):
         trainer = self.trainer
         overfitting = trainer is not None and trainer.overfit_batches > 0  # type: ignore[attr-defined]
         reader = self._reader("train", 0 if overfitting else self.shuffle_buffer)
-        return ShardLoader(reader, self.num_workers, self._train_limit(reader.num_batches))
+        loader = ShardLoader(reader, self.num_workers, self._train_limit(reader.num_batches))
+        if self._resume_from is not None:
+            loader.load_state_dict(self._resume_from)
+            self._resume_from = None
+        self._train_loader = loader
+        return loader
 
     def val_dataloader(self) -> ShardLoader:
         """Every validation sample once, in fixed order; the last batch may be short."""
@@ -123,6 +130,18 @@ class ShardDataModule(LightningDataModule):
     def predict_dataloader(self) -> ShardLoader:
         """Every test sample once, in fixed order; the last batch may be short."""
         return self.test_dataloader()
+
+    def state_dict(self) -> LoaderState:
+        """Return the place in the training data; Lightning puts it into every checkpoint.
+
+        Lightning saves the loader's own state as well, but restores it only from checkpoints inside an epoch:
+        from one at the end of an epoch, the data would begin anew.
+        """
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: LoaderState) -> None:
+        """Remember the place; it is taken when the training loader is made."""
+        self._resume_from = state_dict
 
     def _reader(self, split: Split, shuffle_buffer: int) -> ShardReader:
         collate = Collate(self.manifest.members, self.tokenizer, self.image_size, self.max_text_len)

@@ -20,7 +20,8 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
 from lightning_moevlm.shards.reader import BatchStream, Cursor, Failure, ShardReader
 
-StateValue = int | str
+LoaderState = dict[str, int | str]
+"""A cursor and all that the order of batches depends on, as plain values."""
 
 
 class ShardLoader:
@@ -68,11 +69,11 @@ class ShardLoader:
             return Cursor(self._cursor.epoch + 1, 0)
         return self._cursor
 
-    def state_dict(self) -> dict[str, StateValue]:
+    def state_dict(self) -> LoaderState:
         """Return the cursor, and all that the order of batches depends on."""
         return {**asdict(self._cursor), **self._order()}
 
-    def load_state_dict(self, state_dict: dict[str, StateValue]) -> None:
+    def load_state_dict(self, state_dict: LoaderState) -> None:
         """Go on from a saved cursor.
 
         Raises:
@@ -89,7 +90,7 @@ class ShardLoader:
         self._cursor = Cursor(int(state_dict["epoch"]), int(state_dict["batch"]))
         self._resume_here = True
 
-    def _order(self) -> dict[str, StateValue]:
+    def _order(self) -> LoaderState:
         reader = self._reader
         return {
             "manifest_digest": reader.manifest.digest,

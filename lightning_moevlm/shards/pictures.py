@@ -103,7 +103,7 @@ PICTURES: tuple[Picture, ...] = (
     _row("1F418", "elephant", "animal", "grey"),
     _row("1F4D7", "green book", "household", "green"),
     _row("1F40C", "snail", "animal", "brown"),
-    _row("1F34A", "tangerine", "fruit", "orange"),
+    _row("1F34A", "tangerine", "fruit", None),
     _row("1F6B2", "bicycle", "vehicle", None),
     _row("1F433", "whale", "animal", "blue"),
     _row("1F4A1", "light bulb", "household", "yellow"),

@@ -18,7 +18,7 @@ class ArmRecord:
     final_mean: float | None
     final_deviation: float | None
     untrained: float | None
-    learned: bool
+    seeds_learned: int
     effect: float | None
     effect_low: float | None
     effect_high: float | None
@@ -91,7 +91,7 @@ def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
         final_mean=arm.final.mean if arm.final else None,
         final_deviation=arm.final.deviation if arm.final else None,
         untrained=arm.untrained.mean if arm.untrained else None,
-        learned=arm.learned,
+        seeds_learned=arm.learned,
         effect=effect.mean if effect else None,
         effect_low=interval.low if interval else None,
         effect_high=interval.high if interval else None,

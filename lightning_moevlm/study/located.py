@@ -33,16 +33,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Located:
-    """A YAML node with its file and dotted key. key: "" for the whole document."""
+    """A YAML node with its place. key: dotted, "" for the whole document; line: of its key, else of itself, from 1."""
 
     file: Path
     key: str
     node: yaml.Node
-
-    @property
-    def line(self) -> int:
-        """Line of the node's beginning, from 1."""
-        return self.node.start_mark.line + 1
+    line: int
 
     def error(self, message: str) -> UserError:
         """Return (to be raised) the one-line refusal of this node."""
@@ -83,13 +79,15 @@ class Located:
             raise self.error(f"expected a mapping (`key: value` lines), got {self._shown()}")
         children: dict[str, Located] = {}
         for key_node, value_node in self.node.value:
-            at_key = Located(self.file, self.key, key_node)
+            line = key_node.start_mark.line + 1
+            at_key = Located(self.file, self.key, key_node, line)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise at_key.error("a key must be plain text")
             name = key_node.value
             if name in children:
                 raise at_key.error(f"the key {name!r} occurs twice (first in line {children[name].line})")
-            children[name] = Located(self.file, f"{self.key}.{name}" if self.key else name, value_node)
+            dotted = f"{self.key}.{name}" if self.key else name
+            children[name] = Located(self.file, dotted, value_node, line)
         return list(children.items())
 
     def fields(self, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, "Located"]:
@@ -113,7 +111,10 @@ class Located:
         """Return the children of a non-empty list."""
         if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:
             raise self.error(f"expected a list with at least one entry, got {self._shown()}")
-        return [Located(self.file, f"{self.key}[{i}]", child) for i, child in enumerate(self.node.value)]
+        return [
+            Located(self.file, f"{self.key}[{i}]", child, child.start_mark.line + 1)
+            for i, child in enumerate(self.node.value)
+        ]
 
     def text(self) -> str:
         """Return a non-empty text, line breaks folded to spaces."""
@@ -176,7 +177,7 @@ def read(file: Path) -> Located:
         raise UserError(
             f"{file}: the file is empty; it needs at least question, base, arms, seeds, budget, primary"
         )
-    return Located(file, "", node)
+    return Located(file, "", node, node.start_mark.line + 1)
 
 
 def _one_line(error: Exception) -> str:

@@ -62,8 +62,8 @@ class RunResult:
 class ArmResult:
     """One arm over its seeds.
 
-    final, untrained: the primary metric's last and first value. learned: whether every seed's last value is ahead of the
-    first. accuracy, majority: by term of the objective, masked accuracy and that of the constant answer, both at the end.
+    final, untrained: the primary metric's last and first value. learned: in how many seeds the last value is
+    ahead of the first. accuracy, majority: by term of the objective, masked accuracy and that of the constant answer, both at the end.
     also: last values of the study's other metrics. samples_per_second: median after warm-up. seconds: wall time of a run.
     finished, diverged, failed, planned: numbers of runs; planned is the study's.
     """
@@ -73,7 +73,7 @@ class ArmResult:
     runs: tuple[RunResult, ...]
     final: Mean | None
     untrained: Mean | None
-    learned: bool
+    learned: int
     effect: Effect | None
     accuracy: Mapping[str, Mean]
     majority: Mapping[str, Mean]
@@ -168,7 +168,7 @@ def _arm_result(plan: Plan, arm: Arm, runs: tuple[RunResult, ...], base: tuple[R
         runs=runs,
         final=mean_of([r.last(primary) for r in done]),
         untrained=mean_of([r.first(primary) for r in done]),
-        learned=bool(done) and all(_ahead(r, primary, sign) for r in done),
+        learned=sum(_ahead(r, primary, sign) for r in done),
         effect=None if arm.name == study.baseline else _effect(study, done, base),
         accuracy=_by_term(done, keys.ACCURACY),
         majority=_by_term(done, keys.MAJORITY_ACCURACY),

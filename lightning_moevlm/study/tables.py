@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.ledger import RunState
-from lightning_moevlm.study.listing import plan_records
-from lightning_moevlm.study.plan import Plan, PlannedRun
+from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.progress import duration
 from lightning_moevlm.study.results import ArmResult, Mean, StudyResult
 
@@ -19,12 +18,16 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The first column names the row. notes: what a reader must know to read it."""
+    """A table of text. The first column names the row.
+
+    notes: what a reader must know to read it. essential: how many columns, from the left, a narrow terminal shows; 0 = all.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    essential: int = 0
 
 
 def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> Table:
@@ -49,46 +52,48 @@ def effects_table(result: StudyResult) -> Table:
     """Return what the study found: final value, effect with interval, verdict."""
     study = result.study
     title, unit = name_and_unit(study.primary.metric)
-    level = f"{100 * (1 - study.decide.alpha):g} %"
-    columns = (
-        "arm",
-        "final",
-        "untrained",
-        f"effect [{level} interval]",
-        "p",
-        "seeds better",
-        "verdict",
-        "seeds needed",
-    )
+    interval = f"{100 * (1 - study.decide.alpha):g} % interval"
+    columns = ("arm", "final", "effect", interval, "verdict", "p", "seeds better", "seeds needed")
     rows = tuple(_effect_row(arm) for arm in result.arms)
     notes = [
-        f"final, untrained, effect: {title} ({study.primary.metric}) in {unit or 'its own unit'}, "
-        f"{study.primary.direction} is better; mean ± standard deviation over seeds.",
+        f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
+        "standard deviation over seeds.",
         f"effect: arm minus {study.baseline}, paired by seed; the wider of the t and the bootstrap interval decides; "
         "one comparison each, not corrected for their number.",
         "seeds needed: for 80 % power, if effect and spread are as seen here.",
     ]
     notes += [f"{arm.arm.name}: {arm.effect.note}." for arm in result.arms if arm.effect and arm.effect.note]
-    return Table(f"Effect on {title}", columns, rows, tuple(notes))
+    return Table(f"Effect on {title}", columns, rows, tuple(notes), essential=5)
 
 
-def models_table(result: StudyResult) -> Table:
-    """Return what the arms are and cost: accuracy beside the constant answer, size, compute, speed, runs."""
+def learning_table(result: StudyResult) -> Table:
+    """Return what each arm learned, beside both baselines: the untrained model and the constant answer."""
+    title, _ = name_and_unit(result.study.primary.metric)
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
-    columns = (
-        "arm",
-        *(f"accuracy {term} (majority)" for term in terms),
-        "parameters",
-        "active",
-        "active FLOPs",
-        "samples/s",
-        "time/run",
-        "runs",
-    )
+    columns = ("arm", f"{title}: untrained", "final", *(f"accuracy {term} (majority)" for term in terms), "learned")
     rows = tuple(
         (
             arm.arm.name,
+            f"{arm.untrained.mean:.4f}" if arm.untrained else NOTHING,
+            f"{arm.final.mean:.4f}" if arm.final else _no_final(arm),
             *(_accuracy(arm, term) for term in terms),
+            _learned(arm),
+        )
+        for arm in result.arms
+    )
+    notes = (
+        "learned: in how many seeds the final value is ahead of the untrained model's.",
+        "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
+    )
+    return Table("Has anything been learned?", columns, rows, notes)
+
+
+def models_table(result: StudyResult) -> Table:
+    """Return what the arms are and cost: size, compute, speed, runs."""
+    columns = ("arm", "parameters", "active", "active FLOPs", "samples/s", "time/run", "runs")
+    rows = tuple(
+        (
+            arm.arm.name,
             scaled(arm.card.total_parameters),
             scaled(arm.card.active_parameters),
             scaled(arm.card.active_flops_per_sample),
@@ -99,46 +104,50 @@ def models_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
         "active FLOPs: forward, per sample. parameters and FLOPs are the backbone's, without heads.",
         "samples/s and time depend on what else ran on the machine; runs of one sweep share it.",
     )
     return Table("Models and cost", columns, rows, notes)
 
 
-def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
-    """Return every planned run with its difference from the base. statuses: by run folder."""
+def also_table(result: StudyResult) -> Table | None:
+    """Return the last values of the study's other metrics, or None where it names none."""
+    if not result.study.also:
+        return None
+    units = {key: name_and_unit(key)[1] for key in result.study.also}
+    columns = ("arm", *(f"{key} ({unit})" if unit else key for key, unit in units.items()))
+    rows = tuple((arm.arm.name, *(with_deviation(arm.also.get(key), 4) for key in units)) for arm in result.arms)
+    return Table("Also measured, mean ± standard deviation over seeds", columns, rows)
+
+
+def report_tables(result: StudyResult) -> tuple[Table, ...]:
+    """Return every table of the report, in order."""
+    also = also_table(result)
+    return (effects_table(result), learning_table(result), *((also,) if also else ()), models_table(result))
+
+
+def arms_table(plan: Plan) -> Table:
+    """Return the arms with their differences from the base and the size of their models."""
     rows = []
-    for record in plan_records(plan, statuses):
-        changes = ", ".join(f"{key}={_shown(value)}" for key, value in record.changes.items())
-        sizes = (scaled(record.total_parameters), scaled(record.active_parameters))
-        flops = scaled(record.active_flops_per_sample)
-        rows.append(
-            (
-                f"{record.arm}-seed{record.seed}",
-                changes or NOTHING,
-                record.digest,
-                *sizes,
-                flops,
-                record.status,
-            )
-        )
-    columns = (
-        "run",
-        "difference from the base",
-        "digest",
-        "parameters",
-        "active",
-        "active FLOPs/sample",
-        "status",
-    )
+    for arm in plan.study.arms:
+        card = plan.cards[arm.name]
+        sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
+        changes = "\n".join(f"{key}: {_shown(value)}" for key, value in flat(arm.changes).items())
+        rows.append((arm.name, *(scaled(size) for size in sizes), changes or NOTHING))
+    columns = ("arm", "parameters", "active", "active FLOPs/sample", "difference from the base")
+    return Table(f"{plan.study.name}: {plan.study.question}", columns, tuple(rows))
+
+
+def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
+    """Return every planned run with its identity. statuses: by run folder."""
+    rows = tuple((run.name, run.digest, statuses[run.folder], str(plan.run_folder(run))) for run in plan.runs)
     study = plan.study
     notes = (
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.max_steps} steps each. "
-        f"Decided by {study.primary.metric}, {study.primary.direction} is better.",
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.max_steps} steps each; decided by "
+        f"{study.primary.metric}, {study.primary.direction} is better.",
         f"diverged: {study.diverged.rule}.",
     )
-    return Table(f"{study.name}: {study.question}", columns, tuple(rows), notes)
+    return Table("Runs", ("run", "digest", "status", "folder"), rows, notes, essential=3)
 
 
 def name_and_unit(key: str) -> tuple[str, str]:
@@ -173,26 +182,30 @@ def percent(fraction: float) -> str:
 
 
 def _effect_row(arm: ArmResult) -> tuple[str, ...]:
-    final = with_deviation(arm.final, 4)
-    untrained = f"{arm.untrained.mean:.4f}" if arm.untrained else NOTHING
+    final = with_deviation(arm.final, 4) if arm.final else _no_final(arm)
     effect = arm.effect
     if effect is None:
-        return (arm.arm.name, final, untrained, NOTHING, NOTHING, NOTHING, str(arm.verdict), NOTHING)
-    shown = NOTHING if effect.mean is None else f"{effect.mean:+.4f}"
-    if effect.interval is not None:
-        shown += f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]"
+        return (arm.arm.name, final, NOTHING, NOTHING, str(arm.verdict), NOTHING, NOTHING, NOTHING)
+    better = None if effect.share_better is None else round(effect.share_better * len(effect.seeds))
     return (
         arm.arm.name,
         final,
-        untrained,
-        shown,
-        NOTHING if effect.p_value is None else f"{effect.p_value:.2g}",
-        NOTHING
-        if effect.share_better is None
-        else f"{round(effect.share_better * len(effect.seeds))}/{len(effect.seeds)}",
+        NOTHING if effect.mean is None else f"{effect.mean:+.4f}",
+        NOTHING if effect.interval is None else f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}",
         str(effect.verdict),
+        NOTHING if effect.p_value is None else f"{effect.p_value:.2g}",
+        NOTHING if better is None else f"{better} of {len(effect.seeds)}",
         NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
     )
+
+
+def _no_final(arm: ArmResult) -> str:
+    return "diverged" if arm.diverged else NOTHING
+
+
+def _learned(arm: ArmResult) -> str:
+    done = arm.finished + arm.diverged
+    return f"{arm.learned} of {done} seeds" if done else NOTHING
 
 
 def _accuracy(arm: ArmResult, term: str) -> str:

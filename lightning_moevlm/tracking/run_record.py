@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from typing_extensions import override
 
@@ -146,7 +147,7 @@ class RunRecord(SaveConfigCallback):
         exits, self.parser.exit_on_error = self.parser.exit_on_error, False
         try:
             base = self.parser.parse_args(["--config", str(sources[0])])
-        except ArgumentError as error:
+        except (ArgumentError, OmegaConfBaseException) as error:
             reason = str(error).splitlines()[0]
             return defaults, f"against the defaults: {sources[0].name} is not complete alone ({reason})"
         finally:
@@ -154,7 +155,7 @@ class RunRecord(SaveConfigCallback):
         return self._resolved(base), f"against {sources[0].name} alone"
 
     def _resolved(self, config: Namespace) -> dict[str, object]:
-        dumped = self.parser.dump(config, skip_none=False, skip_link_targets=False, skip_validation=True)
+        dumped = self.parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True)
         tree = yaml.safe_load(dumped) or {}
         tree.pop("config", None)  # the files' names; their content is recorded
         clean = masked(tree, os.environ)

@@ -192,9 +192,9 @@ def _ask_server(uri: str) -> None:
         with impatient_requests():
             MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
-        where = urlsplit(uri)
+        port = urlsplit(uri).port or 5000
         raise UserError(
-            f"tracking URI {masked_url(uri)} does not answer as an MLflow server ({reason_of(error)}): start one "
-            f"with `mlflow server --host 127.0.0.1 --port {where.port or 5000} --backend-store-uri {_EXAMPLE}`, "
+            f"tracking URI {masked_url(uri)} does not answer as an MLflow server ({reason_of(error)}): "
+            f"start one, `mlflow server --host 127.0.0.1 --port {port} --backend-store-uri {_EXAMPLE}`, "
             "or unset tracking_uri and MLFLOW_TRACKING_URI to use SQLite"
         ) from error

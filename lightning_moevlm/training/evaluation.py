@@ -22,8 +22,8 @@ class Evaluation(nn.Module):
     def __init__(self, stage: str, num_classes: Mapping[str, int]) -> None:
         super().__init__()
         self.stage = stage
-        self.task_loss = MeanMetric()
-        self.total_loss = MeanMetric()
+        self.task_loss = _mean()
+        self.total_loss = _mean()
         self.terms = nn.ModuleDict()
         self.accuracy = nn.ModuleDict(
             {term: MulticlassAccuracy(num_classes=count, average="micro") for term, count in num_classes.items()}
@@ -36,7 +36,7 @@ class Evaluation(nn.Module):
         self.total_loss.update(report.total_loss, num_samples)
         for name, term in {**report.task, **report.auxiliary}.items():
             if name not in self.terms:
-                self.terms[name] = MeanMetric().to(term.raw.device)
+                self.terms[name] = _mean().to(term.raw.device)
             self.terms[name].update(term.raw, num_samples)
         for name, prediction in predictions.items():
             self.accuracy[name].update(prediction.predicted_M, prediction.target_M)
@@ -61,3 +61,8 @@ class Evaluation(nn.Module):
         """Forget all batches."""
         for metric in (self.task_loss, self.total_loss, *self.terms.values(), *self.accuracy.values(), *self.majority.values()):
             metric.reset()
+
+
+def _mean() -> MeanMetric:
+    """Return a mean that stays NaN where a loss was NaN: torchmetrics' default leaves such batches out."""
+    return MeanMetric(nan_strategy="disable")

@@ -20,7 +20,7 @@ from lightning_moevlm.training.evaluation import Evaluation
 
 
 class StepOutput(TypedDict):
-    """What a training step hands to callbacks (Lightning asks for a dict); all but `loss` is detached by Lightning."""
+    """What a training step hands to callbacks (Lightning asks for a dict); all but `loss` is detached."""
 
     loss: Tensor
     report: LossReport
@@ -69,11 +69,10 @@ class VisionLanguageModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
         output, report = self._losses(batch, "train", self.global_step * self._accumulation() + batch_idx % self._accumulation())
-        self.log("loss", report.total_loss.detach(), prog_bar=True, logger=False)
         return StepOutput(
             loss=report.total_loss,
-            report=report,
-            plans=output.plans,
+            report=report.detached(),
+            plans=tuple(plan.detached() for plan in output.plans),
             num_tokens=output.num_tokens,
             num_samples=batch.num_samples,
         )

@@ -27,7 +27,7 @@ def test_pieces_by_hand() -> None:
 
 
 def test_streams_by_hand() -> None:
-    # 23 samples, batches of 2, 2 ranks: 5 batches each, 3 samples left out; 3 streams serve batches 0,3 / 1,4 / 2
+    # 23 samples, batches of 2, 2 ranks: 5 batches each, 3 samples left out; 3 streams: batches 0,3 / 1,4 / 2
     assert train_batches(23, 2, 2) == 5
     assert [train_stretch(5, 2, 0, s, 3) for s in range(3)] == [(0, 4), (4, 8), (8, 10)]
     assert [train_stretch(5, 2, 1, s, 3) for s in range(3)] == [(10, 14), (14, 18), (18, 20)]

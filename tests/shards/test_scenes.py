@@ -1,11 +1,10 @@
-"""What is said of a scene is held against its boxes and its pixels, by code that shares nothing with the writer's."""
+"""What is said of a scene, held against boxes and pixels by code that shares nothing with the writer's."""
 
 import io
 import json
 import re
 from collections import Counter
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest

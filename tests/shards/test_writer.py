@@ -71,5 +71,5 @@ def test_split_depends_on_identity_alone_and_is_80_10_10() -> None:
     assert abs(shares["train"] - 8000) < 200
     assert abs(shares["val"] - 1000) < 150
     assert abs(shares["test"] - 1000) < 150
-    # sha256("a") begins ca978112..., 0xca/256 = 0.789 < 0.8; sha256("c") begins 2e7d..., 0.18; "g" cd0a..., 0.801
+    # sha256("a") begins ca97, 0xca/256 = 0.789 < 0.8; sha256("c") 2e7d, 0.18; sha256("g") cd0a, 0.801
     assert [split_of(identity) for identity in "acg"] == ["train", "train", "val"]

@@ -2,7 +2,9 @@ import math
 import shutil
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import mlflow
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.tracking import RunLogger, find_runs, metric_history
+from lightning_moevlm.tracking.run_opening import find_or_create_experiment
 from lightning_moevlm.tracking.run_params import LONGEST_VALUE
 from tests.tracking.tiny import TinyData, TinyModule, tiny_trainer
 
@@ -113,7 +116,7 @@ def test_more_points_than_one_batch_may_hold(uri: str) -> None:
 
 
 def test_default_uri_is_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    """`MLFlowLogger()` names a file store, which MLflow >= 3.13 refuses, and reads the environment at import."""
+    """`MLFlowLogger()` names a file store, which MLflow refuses, and reads the environment at import."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -274,3 +277,17 @@ def test_a_call_costs_little(uri: str) -> None:
     for step in range(1000):
         logger.log_metrics(metrics, step)
     assert (time.perf_counter() - start) / 1000 < 0.5e-3
+
+
+def test_arms_that_start_together_share_one_new_experiment(uri: str) -> None:
+    client = MlflowClient(uri)
+    together = Barrier(4)
+
+    def start(_: int) -> str:
+        together.wait()
+        return find_or_create_experiment(client, "new", None)
+
+    with ThreadPoolExecutor(4) as pool:
+        ids = set(pool.map(start, range(4)))
+    assert len(ids) == 1
+    assert [found.name for found in client.search_experiments()].count("new") == 1

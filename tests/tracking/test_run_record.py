@@ -39,7 +39,7 @@ class Command:
             save_config_callback=RunRecord,
             save_config_kwargs={"argv": ["moevlm", *words]},
             seed_everything_default=0,
-            parser_kwargs={**settings, **{name: settings for name in ("fit", "validate", "test", "predict")}},
+            parser_kwargs={**settings, **dict.fromkeys(("fit", "validate", "test", "predict"), settings)},
             auto_configure_optimizers=False,
             args=list(words),
         )
@@ -62,7 +62,9 @@ class Command:
         return found
 
     def artifact(self, name: str) -> str:
-        return Path(MlflowClient(self.uri).download_artifacts(self.run().run_id, name)).read_text(encoding="utf-8")
+        return Path(MlflowClient(self.uri).download_artifacts(self.run().run_id, name)).read_text(
+            encoding="utf-8"
+        )
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def command(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comman
 
 
 def test_a_fit_is_recorded_lightning_19441(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lightning #19441, #20273: SaveConfigCallback asserts `trainer.log_dir`, which its MLflow logger lacks."""
+    """Lightning #19441, #20273: SaveConfigCallback asserts `trainer.log_dir`; Lightning's logger has none."""
     base = command.base()
     override = command.directory / "arm.yaml"
     override.write_text("model:\n  scale: 3.0\n")
@@ -92,7 +94,12 @@ def test_a_fit_is_recorded_lightning_19441(command: Command, capsys: pytest.Capt
     assert (run.params["model.scale"], run.params["trainer.max_steps"]) == ("3.0", "3")
     assert run.params["trainer.logger.init_args.experiment_name"] == "record"
     assert run.tags["version/torch"] == torch.__version__
-    assert {"version/python", "version/lightning", "version/mlflow", "version/lightning_moevlm"} <= run.tags.keys()
+    assert {
+        "version/python",
+        "version/lightning",
+        "version/mlflow",
+        "version/lightning_moevlm",
+    } <= run.tags.keys()
     assert ("commit" in run.tags) == ("commit_dirty" in run.tags)
 
     run_dir = Path(command.uri.removeprefix("sqlite:///")).parent / run.experiment_id / run.run_id
@@ -134,7 +141,9 @@ def test_a_resume_adds_its_config_and_overwrites_none(command: Command) -> None:
     first = command.run()
     assert first.status == "FAILED"
     before = command.artifact("config/config.yaml")
-    command("fit", "-c", str(base), f"--trainer.logger.init_args.run_id={first.run_id}", "--trainer.max_steps=4")
+    command(
+        "fit", "-c", str(base), f"--trainer.logger.init_args.run_id={first.run_id}", "--trainer.max_steps=4"
+    )
 
     run = command.run()
     assert run.status == "FINISHED"
@@ -166,7 +175,10 @@ def test_secrets_stay_out(command: Command, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_system_metrics_are_sampled_and_stop(command: Command) -> None:
     command("fit", "-c", str(command.base()))
-    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= command.run().last.keys()
+    assert {
+        "system/cpu_utilization_percentage",
+        "system/system_memory_usage_megabytes",
+    } <= command.run().last.keys()
     with pytest.raises(RuntimeError, match="the step failed"):
         command("fit", "-c", str(command.base()), "--model.fail_at=1")
     assert "SystemSampler" not in [thread.name for thread in threading.enumerate()]

@@ -14,8 +14,8 @@ def draw_throughput(result: StudyResult) -> Picture | None:
     names = tuple(arm.arm.name for arm in result.arms)
     figure = new_figure(1.2 + 0.42 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
-    _bars(left, result, [arm.samples_per_second for arm in result.arms], "{:.0f}")
-    _bars(right, result, [arm.seconds for arm in result.arms], "{:.0f}")
+    _bars(left, result, [arm.samples_per_second for arm in result.arms], "{:.3g}")
+    _bars(right, result, [arm.seconds for arm in result.arms], "{:.3g}")
     left.set_xlabel("training throughput (samples/s)")
     right.set_xlabel("wall time of a run, start-up included (s)")
     rows = tuple(
@@ -45,14 +45,9 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
             if majority is not None:
                 place = 100 * majority.mean
                 label = "always the commonest class" if row == 0 else None
-                axes.plot(
-                    [place, place],
-                    [row - 0.42, row + 0.42],
-                    color="black",
-                    linewidth=2,
-                    linestyle=(0, (2, 1)),
-                    label=label,
-                )
+                edges = [row - 0.42, row + 0.42]
+                axes.plot([place, place], edges, color="white", linewidth=5)  # keeps the mark apart from a dark bar
+                axes.plot([place, place], edges, color="black", linewidth=2, label=label)
         axes.set_xlabel(f"masked accuracy, {term} (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)

@@ -24,10 +24,11 @@ def draw_curves(result: StudyResult) -> Picture | None:
     whole, late = figure.subplots(1, 2)
     half = steps[-1] / 2
     for arm in result.arms:
-        column = columns[arm.arm.name]
-        _draw(whole, column, look[arm.arm.name], arm.arm.name)
-        _draw(late, {s: v for s, v in column.items() if s >= half}, look[arm.arm.name], arm.arm.name)
-        _mark_divergence(whole, arm, metric, look[arm.arm.name])
+        name = arm.arm.name
+        is_baseline = name == result.study.baseline
+        _draw(whole, columns[name], look[name], name, is_baseline)
+        _draw(late, {s: v for s, v in columns[name].items() if s >= half}, look[name], name, is_baseline)
+        _mark_divergence(whole, arm, metric, look[name])
     whole.set_title("from the untrained model (first point)", fontsize=10)
     late.set_title("second half, enlarged", fontsize=10)
     for axes in (whole, late):
@@ -36,7 +37,7 @@ def draw_curves(result: StudyResult) -> Picture | None:
         axes.spines[["top", "right"]].set_visible(False)
     whole.set_ylabel(f"{title}\n({unit})" if unit else title)
     handles, names = whole.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False)
     num_seeds = len(result.study.seeds)
     alt = (
         f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means, bands the range over "
@@ -63,15 +64,17 @@ def by_step(arm: ArmResult, metric: str) -> dict[int, list[float]]:
     return dict(sorted(column.items()))
 
 
-def _draw(axes: Axes, column: dict[int, list[float]], look: Look, name: str) -> None:
+def _draw(axes: Axes, column: dict[int, list[float]], look: Look, name: str, is_baseline: bool) -> None:
     if not column:
         return
     steps = list(column)
     means = [sum(values) / len(values) for values in column.values()]
     every = max(1, len(steps) // 10)
-    axes.plot(steps, means, color=look.colour, marker=look.marker, markersize=5, markevery=every, label=name)
+    # The baseline is thick and below, so that an arm that runs upon it shows as a line within a line.
+    place, width = (2, 4.0) if is_baseline else (3, 1.6)
+    axes.plot(steps, means, color=look.colour, marker=look.marker, markersize=5, markevery=every, label=name, linewidth=width, zorder=place)
     low, high = [min(v) for v in column.values()], [max(v) for v in column.values()]
-    axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    axes.fill_between(steps, low, high, color=look.colour, alpha=0.12, linewidth=0)
 
 
 def _mark_divergence(axes: Axes, arm: ArmResult, metric: str, look: Look) -> None:
@@ -81,7 +84,7 @@ def _mark_divergence(axes: Axes, arm: ArmResult, metric: str, look: Look) -> Non
         pairs = list(zip(series.steps, series.values, strict=True)) if series else []
         finite = [(step, value) for step, value in pairs if math.isfinite(value)]
         if len(finite) < len(pairs) and finite:
-            axes.plot(*finite[-1], marker="x", markersize=11, markeredgewidth=2.5, color=look.colour)
+            axes.plot(*finite[-1], marker="x", markersize=10, markeredgewidth=2.5, color=look.colour)
 
 
 def _sentence(name: str, column: dict[int, list[float]]) -> str:

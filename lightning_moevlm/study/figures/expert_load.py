@@ -3,8 +3,11 @@
 Experts have no identity across seeds, so seeds are not averaged: the first seed with data is shown.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.image import AxesImage
 
 from lightning_moevlm import keys
@@ -13,6 +16,15 @@ from lightning_moevlm.study.results import ArmResult, RunResult, StudyResult
 from lightning_moevlm.study.tables import Table, percent
 
 Layer = tuple[int, str]  # block, modality
+
+
+class Load(NamedTuple):
+    """Load of one layer over time. shares: experts x steps, fraction of kept pairs."""
+
+    steps: tuple[int, ...]
+    shares: np.ndarray
+
+
 _MANY_TICKS = 8
 
 
@@ -22,50 +34,50 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     layers = sorted({layer for _, run in shown for layer in loads_of(run)})
     if not layers:
         return None
-    figure = new_figure(max(2.6, 1.35 * len(layers) + 1.2))
+    figure = new_figure(max(2.8, 1.3 * len(layers) + 1.2))
     grid = figure.subplots(len(layers), len(shown), squeeze=False, sharex=True)
-    highest = max(float(np.nanmax(load)) for _, run in shown for _, load in loads_of(run).values())
+    relative = {run.run.folder: _relative(loads_of(run)) for _, run in shown}
+    highest = max(float(np.nanmax(load)) for loads in relative.values() for _, load in loads.values())
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
     image: AxesImage | None = None
     for column, (arm, run) in enumerate(shown):
-        loads = loads_of(run)
+        loads = relative[run.run.folder]
         for row, layer in enumerate(layers):
             axes = grid[row][column]
             if layer in loads:
-                image = _draw(axes, *loads[layer], highest)
+                image = _draw(axes, *loads[layer], norm)
             else:
                 axes.text(0.5, 0.5, "no experts", ha="center", va="center", transform=axes.transAxes)
             if row == 0:
                 axes.set_title(f"{arm.arm.name}\nseed {run.run.seed}", fontsize=9)
-            if row == len(layers) - 1:
-                axes.set_xlabel("optimiser steps", fontsize=9)
             if column == 0:
                 axes.set_ylabel(f"block {layer[0]}\n{layer[1]} expert", fontsize=9)
-            axes.tick_params(labelsize=8)
+            axes.tick_params(labelsize=8, labelleft=column == 0)
+    grid[0][0].set_xlim(0, result.study.budget.max_steps)
+    figure.supxlabel("optimiser steps", fontsize=10)
     assert image is not None
     bar = figure.colorbar(image, ax=grid, shrink=0.9, aspect=30, pad=0.01)
-    experts = {load.shape[0] for _, run in shown for _, load in loads_of(run).values()}
-    uniform = 1 / experts.pop() if len(experts) == 1 else None
-    bar.set_label(
-        "share of kept token-expert pairs" + (f"\n(line: even load {uniform:.3f})" if uniform else ""),
-        fontsize=9,
-    )
-    if uniform is not None:
-        bar.ax.axhline(uniform, color="white", linewidth=2)
-    table = _table(shown)
+    bar.set_label("expert load / even load  (1 = even, 0 = idle)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return Picture("expert_load", "Expert load by block and modality", _sentence(result, shown), png_of(figure), _table(shown))
+
+
+def _sentence(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> str:
     drawn = {arm.arm.name for arm, _ in shown}
     missing = [arm.arm.name for arm in result.arms if arm.arm.name not in drawn]
-    ends = ", ".join(
-        f"{fullest} ({arm}, {block}, {modality})" for arm, block, modality, fullest, *_ in table.rows
-    )
-    alt = (
-        f"Heatmaps of expert load over steps for {len(shown)} arms and {len(layers)} layers; one row per expert, "
-        f"brighter is more load. At the end the fullest expert holds {ends}."
+    ends = []
+    for arm, run in shown:
+        last = {layer: float(np.nanmax(load[:, -1])) for layer, (_, load) in loads_of(run).items()}
+        (block, modality), share = max(last.items(), key=lambda item: item[1])
+        ends.append(f"{arm.arm.name}: at the end the fullest expert takes {percent(share)} (block {block}, {modality}).")
+    return (
+        "Heatmaps of expert load over optimiser steps, one row of cells per expert, red above and blue below the even "
+        f"share, one column of panels per arm. {' '.join(ends)}"
         + (f" Not shown, for want of experts or data: {', '.join(missing)}." if missing else "")
     )
-    return Picture("expert_load", "Expert load by block and modality", alt, png_of(figure), table)
 
 
-def loads_of(run: RunResult) -> dict[Layer, tuple[tuple[int, ...], np.ndarray]]:
+def loads_of(run: RunResult) -> dict[Layer, Load]:
     """Return steps and load (experts x steps, fraction of kept pairs) of every layer of a run."""
     series: dict[Layer, dict[int, str]] = {}
     for key in run.series:
@@ -81,23 +93,30 @@ def loads_of(run: RunResult) -> dict[Layer, tuple[tuple[int, ...], np.ndarray]]:
             for step, value in zip(*run.series[key], strict=True):
                 if step in place:
                     load[expert, place[step]] = value
-        loads[layer] = (steps, load)
+        loads[layer] = Load(steps, load)
     return loads
 
 
-def _draw(axes: Axes, steps: tuple[int, ...], load: np.ndarray, highest: float) -> AxesImage:
+def _relative(loads: dict[Layer, Load]) -> dict[Layer, Load]:
+    """Return loads as multiples of the even share, so that layers of different width can be compared."""
+    return {layer: Load(steps, shares * len(shares)) for layer, (steps, shares) in loads.items()}
+
+
+def _draw(axes: Axes, steps: tuple[int, ...], load: np.ndarray, norm: TwoSlopeNorm) -> AxesImage:
+    axes.set_facecolor("#bbbbbb")  # where there is no number
+    last = steps[-1] if len(steps) > 1 else steps[0] + 1
+    extent = (steps[0], last, -0.5, load.shape[0] - 0.5)
     image = axes.imshow(
-        load, aspect="auto", cmap="cividis", vmin=0.0, vmax=highest, interpolation="nearest", origin="lower",
-        extent=(steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1, -0.5, load.shape[0] - 0.5),
-    )  # fmt: skip
-    axes.set_yticks(
-        range(0, load.shape[0], max(1, load.shape[0] // _MANY_TICKS) * (2 if load.shape[0] > 4 else 1))
+        load, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest", origin="lower", extent=extent
     )
+    axes.set_yticks(range(0, load.shape[0], max(1, 2 * load.shape[0] // _MANY_TICKS)))
     return image
 
 
 def _first_with_load(arm: ArmResult) -> RunResult | None:
-    return next((run for run in arm.runs if any(keys.EXPERT_LOAD.match(key) for key in run.series)), None)
+    """Return the first run with load, one with a result before one that crashed or still goes on."""
+    loaded = [run for run in arm.runs if any(keys.EXPERT_LOAD.match(key) for key in run.series)]
+    return min(loaded, key=lambda run: (not run.state.status.has_result, run.run.seed), default=None)
 
 
 def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:

@@ -1,0 +1,58 @@
+"""What more than one folder of tests needs: a small real set and a migrated database, made once per session."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.cli import main
+from lightning_moevlm.shards.scenes import build_scenes
+from lightning_moevlm.tracking.store import prepare_store
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 scenes of 32 pixels in shards of 16, jpg."""
+    root = tmp_path_factory.mktemp("sets") / "scenes"
+    build_scenes(root, 150, 32, "jpg", 16, seed=3, samples_per_shard=16, vocab_size=400, force=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow; making one takes seconds, copying it milliseconds."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    prepare_store(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def workplace(
+    tmp_path: Path, scenes_root: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """An empty folder to work in: the shipped configurations, the small set where they look for it, an empty store."""
+    for folder in ("conf", "ablations"):
+        shutil.copytree(PROJECT / folder, tmp_path / folder)
+    (tmp_path / "data/shards").mkdir(parents=True)
+    (tmp_path / "data/shards/scenes").symlink_to(scenes_root, target_is_directory=True)
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(migrated_database, tmp_path / "runs/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def moevlm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command in the workplace as `moevlm` would; returns what it printed on standard error, fails if it fails."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        actual = main(list(arguments))
+        printed = capfd.readouterr().err
+        assert actual == code, f"moevlm {' '.join(arguments)} ended with {actual}, expected {code}:\n{printed}"
+        return printed
+
+    return run

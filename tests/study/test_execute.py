@@ -1,0 +1,222 @@
+"""Sweeps with real processes, a real SQLite store and real kills: nothing twice, nothing lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from lightning_moevlm.study.claim import ROLE, ROLE_ARM, Experiment
+from lightning_moevlm.study.execute import OVERRIDES_FILE, to_do
+from lightning_moevlm.study.ledger import RunState, Status, read_ledger, read_state, write_state
+from lightning_moevlm.study.plan import Plan
+from lightning_moevlm.tracking.runs import RunRow, find_runs
+from tests.study.tiny_study import plan_of, sweep, write_project
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def tracked(experiment: Experiment) -> list[RunRow]:
+    """Return every run of the study that MLflow has, by name."""
+    rows = find_runs(experiment.uri, experiment.name, {ROLE: ROLE_ARM})
+    return sorted(rows, key=lambda row: row.name)
+
+
+def assert_each_once(plan: Plan, experiment: Experiment) -> None:
+    """Every planned run is in MLflow exactly once, finished, with every step exactly once."""
+    rows = tracked(experiment)
+    assert [row.name for row in rows] == sorted(run.name for run in plan.runs)
+    assert {row.tags["digest"] for row in rows} == {run.digest for run in plan.runs}
+    assert {row.run_id for row in rows} == {state.run_id for _, state in read_ledger(plan)}
+    for row in rows:
+        assert row.status == "FINISHED"
+        assert row.tags["outcome"] == "finished"
+        steps = [point.step for point in experiment.history(row.run_id, "val/task_loss")]
+        assert steps == list(range(plan.study.budget.max_steps + 1))
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.05)
+
+
+def start_sweep(file: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.study.tiny_study", str(file)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_each_run_once_and_twice_is_nothing(tmp_path, uri):
+    file = write_project(tmp_path, uri)
+    plan, experiment, tally, watcher = sweep(file)
+    assert (tally.started, tally.stopped) == (4, "")
+    assert sorted(watcher.lines) == sorted(
+        [f"{w} {r.name}" for r in plan.runs for w in ("start", "finished")]
+    )
+    assert_each_once(plan, experiment)
+    log = (plan.run_folder(plan.runs[0]) / "log.txt").read_text()
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert f"with {threads} threads" in log
+
+    before = {row.run_id for row in tracked(experiment)}
+    _, _, again, _ = sweep(file)
+    assert again.started == 0
+    assert {row.run_id for row in tracked(experiment)} == before
+
+    # A ledger that was removed is found again in MLflow ...
+    shutil.rmtree(plan.folder)
+    _, _, again, _ = sweep(file)
+    assert again.started == 0
+    assert_each_once(plan, experiment)
+    # ... and a run that was deleted in MLflow is run again, alone.
+    MlflowClient(uri).delete_run(next(iter(before)))
+    _, _, again, _ = sweep(file)
+    assert again.started == 1
+    assert_each_once(plan, experiment)
+
+
+def test_crash_and_divergence_are_recorded_and_the_rest_goes_on(tmp_path, uri):
+    arms = {"baseline": None, "crash": {"model.crash_at": 2}, "explode": {"model": {"nan_at": 3}}}
+    file = write_project(tmp_path, uri, {"arms": arms, "seeds": [0]})
+    plan, experiment, tally, _ = sweep(file)
+    assert tally.started == 3
+    states = {run.arm: state for run, state in read_ledger(plan)}
+    assert states["baseline"].status is Status.FINISHED
+    assert states["crash"].status is Status.FAILED
+    assert (states["crash"].exit_code, states["crash"].reason) == (1, "exit code 1")
+    assert states["crash"].log_tail[-1] == "RuntimeError: the tiny training was told to crash"
+    assert states["explode"].status is Status.DIVERGED
+    assert states["explode"].reason == "val/task_loss is nan at step 3"
+    assert [(r.tags["arm"], r.tags["outcome"], r.status) for r in tracked(experiment)] == [
+        ("baseline", "finished", "FINISHED"),
+        ("crash", "failed", "FAILED"),
+        ("explode", "diverged", "FINISHED"),
+    ]
+
+    _, _, again, _ = sweep(file)
+    assert again.started == 0  # a crash is not repeated for nothing
+    _, _, again, _ = sweep(file, retry=True)
+    assert again.started == 1
+    crash = {run.arm: state for run, state in read_ledger(plan)}["crash"]
+    assert crash.run_id != states["crash"].run_id  # from zero, so in a run of its own
+    assert [row.tags["arm"] for row in tracked(experiment)] == ["baseline", "crash", "explode"]
+    assert len(experiment.history(crash.run_id, "val/task_loss")) == 3
+
+
+def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
+    file = write_project(tmp_path, uri, {"budget": {"max_steps": 12}}, model={"seconds_per_step": 0.15})
+    plan = plan_of(file)
+    parent = start_sweep(file)
+    first = [plan.run_folder(run) for run in plan.runs[:2]]
+    wait_for(lambda: all((folder / "checkpoints" / "last.ckpt").exists() for folder in first))
+    children = psutil.Process(parent.pid).children()
+    assert len(children) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_for(
+        lambda: not any(child.is_running() for child in children), 10
+    )  # the kernel ends them with their parent
+    states = [state for _, state in read_ledger(plan)]
+    assert [s.status for s in states] == [Status.INTERRUPTED] * 2 + [Status.PLANNED] * 2
+
+    _, experiment, tally, _ = sweep(file)
+    assert tally.started == 4
+    assert_each_once(plan, experiment)
+    after = [state for _, state in read_ledger(plan)]
+    assert [s.attempts for s in after] == [2, 2, 1, 1]
+    assert [s.run_id for s in after[:2]] == [s.run_id for s in states[:2]]  # went on in the same run
+    assert "training from step 0 " not in (first[0] / "log.txt").read_text().split("\n# ")[1]
+
+
+def test_sigint_ends_children_and_restart_from_zero_does_not_mix(tmp_path, uri):
+    model = {"seconds_per_step": 0.3, "checkpoints": False}
+    file = write_project(tmp_path, uri, {"seeds": [0]}, model)
+    plan = plan_of(file)
+    parent = start_sweep(file)
+    logs = [plan.run_folder(run) / "log.txt" for run in plan.runs]
+    wait_for(lambda: all(log.exists() and "training from" in log.read_text() for log in logs))
+    children = psutil.Process(parent.pid).children()
+    time.sleep(0.5)
+    parent.send_signal(signal.SIGINT)
+    out, _ = parent.communicate(timeout=30)
+    assert "SIGINT" in out.splitlines()
+    assert not any(child.is_running() for child in children)
+    before = [state for _, state in read_ledger(plan)]
+    assert [state.status for state in before] == [Status.INTERRUPTED] * 2
+
+    _, experiment, tally, _ = sweep(file)
+    assert tally.started == 2
+    assert_each_once(plan, experiment)
+    assert {s.run_id for _, s in read_ledger(plan)}.isdisjoint({s.run_id for s in before})
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_orphan_of_a_killed_sweep_is_ended(tmp_path, uri, has_run):
+    from lightning_moevlm.study.claim import open_experiment
+
+    file = write_project(tmp_path, uri, {"seeds": [0]})
+    plan = plan_of(file)
+    experiment = open_experiment(uri, "tiny")
+    run_id = experiment.create(plan.runs[0])
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    started = psutil.Process(orphan.pid).create_time()
+    pid_started = started if has_run else started - 5000  # the number was given to somebody else since
+    state = RunState(Status.RUNNING, run_id, orphan.pid, pid_started, time.time(), attempts=1)
+    write_state(plan.run_folder(plan.runs[0]), state)
+    try:
+        assert read_state(plan.run_folder(plan.runs[0])).status is (
+            Status.RUNNING if has_run else Status.INTERRUPTED
+        )
+        assert to_do(plan, experiment, retry=False) == list(plan.runs)
+        assert (orphan.poll() is not None) is has_run
+    finally:
+        orphan.kill()
+        orphan.wait()
+
+
+def test_killed_between_mlflow_and_ledger(tmp_path, uri):
+    """The parent died after creating the run in MLflow, before it wrote so: the next start leaves no second one."""
+    from lightning_moevlm.study.claim import open_experiment
+
+    file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]})
+    plan = plan_of(file)
+    open_experiment(uri, "tiny").create(plan.runs[0])
+    _, experiment, _, _ = sweep(file, jobs=1)
+    assert_each_once(plan, experiment)
+
+
+def test_good_end_without_the_primary_metric_is_a_failure(tmp_path, uri):
+    file = write_project(
+        tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0], "primary": {"metric": "test/task_loss"}}
+    )
+    plan, _, _, _ = sweep(file, jobs=1)
+    [(_, state)] = read_ledger(plan)
+    assert state.status is Status.FAILED
+    assert "logged no test/task_loss" in state.reason
+
+
+def test_overrides_rerun_the_arm_by_hand(tmp_path, uri):
+    file = write_project(tmp_path, uri, {"seeds": [3], "budget": {"max_steps": 1}})
+    plan, _, _, _ = sweep(file)
+    import yaml
+
+    written = yaml.safe_load((plan.run_folder(plan.runs[1]) / OVERRIDES_FILE).read_text())
+    assert written["model"] == {"speed": 0.9}
+    assert written["seed_everything"] == 3
+    assert written["trainer"]["max_steps"] == 1
+    assert written["trainer"]["logger"]["init_args"] == {
+        "experiment_name": "tiny",
+        "run_name": "fast-seed3",
+        "tags": {"sweep": "tiny", "arm": "fast", "seed": "3", "digest": plan.runs[1].digest},
+    }

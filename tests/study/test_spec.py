@@ -1,0 +1,179 @@
+"""A study file is read whole or refused with file, line, key and the nearest valid name."""
+
+import re
+
+import pytest
+import yaml
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.spec import Divergence, Primary, read_study
+
+GOOD = """\
+question: Does it help?
+hypothesis: >
+  It does,
+  a little.
+base: [base.yaml]
+arms:
+  baseline: {description: as it is}
+  no_z:
+    description: without
+    model.losses.router_z: null
+    model:
+      backbone: {init_args: {dim: 32, sparse_modalities: []}}
+  hot: {model.optimizer.init_args.lr: 1e-2}
+seeds: [0, 1]
+budget: {max_steps: 10}
+primary: {metric: val/task_loss}
+also: [val/accuracy_text]
+diverged: {times_untrained: 1.5}
+decide: {alpha: 0.1}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed_everything: 0\n")
+
+    def write(text: str):
+        file = tmp_path / "study.yaml"
+        file.write_text(text)
+        return file
+
+    return write
+
+
+def test_whole_study(write, tmp_path):
+    study = read_study(write(GOOD))
+    assert (study.name, study.question, study.hypothesis) == ("study", "Does it help?", "It does, a little.")
+    assert study.base == (tmp_path / "base.yaml",)  # found beside the study file
+    assert study.baseline == "baseline"
+    assert [arm.name for arm in study.arms] == ["baseline", "no_z", "hot"]
+    assert study.arms[1].changes == {
+        "model": {
+            "losses": {"router_z": None},
+            "backbone": {"init_args": {"dim": 32, "sparse_modalities": []}},
+        }
+    }
+    assert study.arms[2].changes == {"model": {"optimizer": {"init_args": {"lr": 0.01}}}}  # 1e-2 is a number
+    assert study.seeds == (0, 1)
+    assert study.budget.max_steps == 10
+    assert study.primary == Primary("val/task_loss", "lower")  # the direction is declared in keys.py
+    assert study.diverged == Divergence("val/task_loss", 1.5)
+    assert study.decide.alpha == 0.1
+
+
+def test_shipped_study_is_valid():
+    from pathlib import Path
+
+    study = read_study(Path(__file__).parents[2] / "ablations" / "quickstart.yaml")
+    assert [arm.name for arm in study.arms] == ["baseline", "no_load_balance", "no_router_z", "dense_twin"]
+    assert all(arm.description for arm in study.arms)
+    assert len(study.seeds) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        (
+            "seeds: [0, 1]",
+            "sedes: [0, 1]",
+            14,
+            ["unknown key 'sedes'", "did you mean 'seeds'?", "allowed here"],
+        ),
+        ("seeds: [0, 1]\n", "", 1, ["'seeds' is missing"]),
+        ("seeds: [0, 1]", "seeds: [0, 0]", 14, ["seed 0 occurs twice"]),
+        ("seeds: [0, 1]", "seeds: []", 14, ["seeds: expected a list", "an empty list"]),
+        ("seeds: [0, 1]", "seeds: [0, -1]", 14, ["seeds[1]: expected a whole number >= 0, got '-1'"]),
+        ("max_steps: 10", "max_step: 10", 15, ["budget.max_step", "did you mean 'max_steps'?"]),
+        (
+            "max_steps: 10",
+            "max_steps: ten",
+            15,
+            ["budget.max_steps: expected a whole number >= 1, got 'ten'"],
+        ),
+        ("max_steps: 10", "max_steps: true", 15, ["expected a whole number"]),
+        (
+            "metric: val/task_loss",
+            "metric: val/tsk_loss",
+            16,
+            ["unknown metric 'val/tsk_loss'", "'val/task_loss'"],
+        ),
+        ("metric: val/task_loss", "metric: val/majority_text", 16, ["add `direction: lower`"]),
+        (
+            "{metric: val/task_loss}",
+            "{metric: val/task_loss, direction: down}",
+            16,
+            ["got 'down'", "lower, higher"],
+        ),
+        ("also: [val/accuracy_text]", "also: val/accuracy_text", 17, ["also: expected a list"]),
+        ("times_untrained: 1.5", "times_untrained: 0", 18, ["expected a number > 0, got '0'"]),
+        ("alpha: 0.1", "alpha: 5", 19, ["expected a number between 0 and 1, got '5'"]),
+        ("base: [base.yaml]", "base: [bse.yaml]", 5, ["base[0]: no such config file: bse.yaml"]),
+        ("description: as it is", "model.losses.router_z: null", 7, ["the baseline changes nothing"]),
+        (
+            "    model:\n",
+            "    model.losses: {router_z: null}\n    model:\n",
+            11,
+            ["'model.losses.router_z' is set twice"],
+        ),
+        ("    model:\n", "    model.losses.router_z.weight: 1\n    model:\n", 11, ["plain value"]),
+        ("model.losses.router_z", "trainer.max_steps", 10, ["set by budget.max_steps"]),
+        ("model.losses.router_z", "seed_everything", 10, ["set by seeds"]),
+        ("model.losses.router_z", "trainer.logger.init_args.run_name", 10, ["may not differ between arms"]),
+        ("model.losses.router_z", "model..router_z", 10, ["empty part"]),
+        ("  no_z:\n", "  no z:\n", 8, ["an arm's name is letters, digits and _"]),
+        ("  hot:", "  no_z:", 13, ["the key 'no_z' occurs twice (first in line 8)"]),
+        ("question: Does it help?", "question: [no]", 1, ["question: expected a text"]),
+        (
+            "question: Does it help?",
+            "baseline: nozz\nquestion: x",
+            1,
+            ["did you mean 'no_z'?", "baseline, no_z, hot"],
+        ),
+        ("arms:\n", "arms: &a\n  - b\nbogus:\n", 8, ["unknown key 'bogus'"]),
+        ("seeds: [0, 1]", "seeds: [0, 1", 15, ["not valid YAML"]),
+        ("dim: 32", "dim: !!python/object/apply:os.getcwd []", 12, ["could not determine a constructor"]),
+    ],
+)
+def test_refusals_name_file_line_key_and_nearest(write, old, new, line, words):
+    assert old in GOOD
+    file = write(GOOD.replace(old, new, 1))
+    with pytest.raises(UserError) as refusal:
+        read_study(file)
+    message = str(refusal.value)
+    assert "\n" not in message
+    found = re.match(re.escape(str(file)) + r":(\d+): ", message)
+    assert found, message
+    assert int(found[1]) == line, message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just words\n", "\x00"])
+def test_files_that_are_no_study(write, text):
+    with pytest.raises(UserError, match=r"study\.yaml"):
+        read_study(write(text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.yaml: cannot be read"):
+        read_study(tmp_path / "gone.yaml")
+
+
+def test_name_of_the_file_is_the_name_of_the_study(tmp_path):
+    (tmp_path / "base.yaml").write_text("")
+    file = tmp_path / "my study.yaml"
+    file.write_text(GOOD)
+    with pytest.raises(UserError, match="letters, digits and _"):
+        read_study(file)
+
+
+def test_every_truncation_is_refused_or_read(write):
+    """No prefix of a study file ever ends in anything but a study or a one-line refusal."""
+    for length in range(0, len(GOOD), 7):
+        try:
+            read_study(write(GOOD[:length]))
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert yaml.safe_load(GOOD)

@@ -1,0 +1,108 @@
+"""A whole small study without Lightning: configs are merged by OmegaConf, runs are `tiny_training.py`.
+
+Run as a program it is a sweep of its own process, so that tests can kill it: python -m tests.study.tiny_study FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+
+from lightning_moevlm.study.claim import Experiment, open_experiment, tracking_uri_of
+from lightning_moevlm.study.execute import Tally, execute
+from lightning_moevlm.study.ledger import RunState, hold_study
+from lightning_moevlm.study.plan import Plan, PlannedRun, plan_study
+from lightning_moevlm.study.spec import read_study
+
+BASE = {
+    "seed_everything": 0,
+    "model": {
+        "speed": 0.5, "skew": 0.1, "crash_at": None, "nan_at": None, "seconds_per_step": 0.0, "checkpoints": True,
+    },
+    "trainer": {"max_steps": 1, "max_epochs": 5, "logger": {"class_path": "RunLogger", "init_args": {}}},
+}  # fmt: skip
+STUDY: dict[str, Any] = {
+    "question": "Does a faster model learn faster?",
+    "base": ["base.yaml"],
+    "arms": {"baseline": None, "fast": {"model.speed": 0.9}},
+    "seeds": [0, 1],
+    "budget": {"max_steps": 4},
+    "primary": {"metric": "val/task_loss", "direction": "lower"},
+}
+
+
+class Card(NamedTuple):
+    """A `ModelCard`; the real one lies beside models that import torch."""
+
+    total_parameters: int
+    active_parameters: int
+    active_flops_per_sample: int
+
+
+class Silent:
+    """A watcher that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def started(self, run: PlannedRun, state: RunState) -> None:
+        self.lines.append(f"start {run.name}")
+
+    def ended(self, run: PlannedRun, state: RunState) -> None:
+        self.lines.append(f"{state.status} {run.name}")
+
+    def tick(self) -> None:
+        pass
+
+
+def write_project(
+    folder: Path, uri: str, study: dict[str, Any] | None = None, model: dict[str, Any] | None = None
+) -> Path:
+    """Write base.yaml and tiny.yaml and return the study file."""
+    base = OmegaConf.merge(
+        BASE, {"model": model or {}, "trainer": {"logger": {"init_args": {"tracking_uri": uri}}}}
+    )
+    (folder / "base.yaml").write_text(OmegaConf.to_yaml(base))
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(STUDY | (study or {}), sort_keys=False))
+    return file
+
+
+def resolve(files: list[Path], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), overrides)
+    return OmegaConf.to_container(merged, resolve=True)
+
+
+def describe(resolved: dict[str, Any]) -> Card:
+    return Card(1_000_000, 400_000, 12_000_000)
+
+
+def plan_of(file: Path) -> Plan:
+    return plan_study(read_study(file), resolve, describe, sweeps=file.parent / "sweeps")
+
+
+def command_of(plan: Plan):
+    script = Path(__file__).with_name("tiny_training.py")
+
+    def command(overrides: Path, run_id: str, checkpoint: Path | None) -> list[str]:
+        resume = [str(checkpoint)] if checkpoint else []
+        return [sys.executable, str(script), str(plan.study.base[0]), str(overrides), run_id, *resume]
+
+    return command
+
+
+def sweep(file: Path, jobs: int = 2, retry: bool = False) -> tuple[Plan, Experiment, Tally, Silent]:
+    """Run a study to its end in this process."""
+    plan, watcher = plan_of(file), Silent()
+    with hold_study(plan.folder):
+        experiment = open_experiment(tracking_uri_of(plan), plan.study.name)
+        tally = execute(plan, experiment, command_of(plan), watcher, jobs, retry=retry)
+    return plan, experiment, tally, watcher
+
+
+if __name__ == "__main__":
+    _, _, done, told = sweep(Path(sys.argv[1]))
+    print(os.getpid(), done.started, done.stopped, *told.lines, sep="\n")

@@ -1,0 +1,85 @@
+"""A mistake is one line on standard error and exit code 2; nothing is half-written."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm import __version__
+from tests.small_run import BACKBONE, SMALL, budget
+
+Moevlm = Callable[..., str]
+
+MISTAKES = {
+    "unknown command": (("frobnicate",), "frobnicate"),
+    "unknown option": (("fit", *SMALL, "--model.loses.router_z=null"), "loses"),
+    "unknown class": (("fit", *SMALL, f"{BACKBONE}.moe.init_args.router.class_path=NoRouter"), "NoRouter"),
+    "a class of another kind": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router.class_path=subprocess.Popen"),
+        "subprocess.Popen",
+    ),
+    "wrong type": (("fit", *SMALL, f"{BACKBONE}.dim=wide"), "wide"),
+    "top_k beyond the experts": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router.init_args.top_k=5"),
+        "top_k is 5 with num_experts 4: choose top_k between 1 and 4",
+    ),
+    "unresolvable reference": (("fit", *SMALL, "--data.image_size=${nowhere.at_all}"), "nowhere"),
+    "no such config": (("fit", "-c", "conf/none.yaml"), "no configuration file conf/none.yaml"),
+    "no such set": (("fit", *SMALL, "--data.root=data/shards/none"), "moevlm data build scenes"),
+    "no such checkpoint": (("validate", *SMALL, "--ckpt_path=none.ckpt"), "none.ckpt"),
+    "no such study": (("sweep", "plan", "ablations/none.yaml"), "ablations/none.yaml"),
+    "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
+    "no such kind": (("list", "--kind=rooters"), "rooters"),
+    "tracking server that does not answer": (
+        ("fit", *SMALL, *budget(1), "--trainer.logger.init_args.tracking_uri=http://127.0.0.1:9"),
+        "http://127.0.0.1:9",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_code_2(mistake: str, moevlm: Moevlm, workplace: Path) -> None:
+    arguments, expected = MISTAKES[mistake]
+    before = sorted(workplace.rglob("*"))
+    lines = [line for line in moevlm(*arguments, code=2).splitlines() if line.startswith("moevlm: error:")]
+    assert len(lines) == 1 and expected in lines[0]
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_unknown_option_names_the_nearest(moevlm: Moevlm) -> None:
+    assert "load_balance" in moevlm("fit", *SMALL, "--model.losses.load_balanc=null", code=2)
+
+
+def test_no_traceback_from_the_real_process(workplace: Path) -> None:
+    command = [sys.executable, "-m", "lightning_moevlm", "fit", "-c", "conf/quickstart.yaml", "--data.batch_size=0"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "data.batch_size is 0" in done.stderr
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_moevlm.cli import main
+
+    assert main(["--help"]) == 0 and "sweep run" in capsys.readouterr().out
+    assert main(["--version"]) == 0 and __version__ in capsys.readouterr().out
+
+
+def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None:
+    import json
+
+    moevlm("list", "--json", "parts.json")
+    rows = json.loads((workplace / "parts.json").read_text())
+    paths = {row["class_path"] for row in rows}
+    assert {"lightning_moevlm.routers.TopKRouter", "lightning_moevlm.losses.RouterZ"} <= paths
+    assert all(row["summary"] for row in rows)
+    moevlm("describe", "TopKRouter", "--json", "options.json")
+    options = {row["option"]: row["default"] for row in json.loads((workplace / "options.json").read_text())}
+    assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
+
+
+def test_light_commands_do_not_wait_for_lightning() -> None:
+    probe = "import sys; import lightning_moevlm.cli, lightning_moevlm.commands; print('torch' in sys.modules, 'lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

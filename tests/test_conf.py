@@ -1,0 +1,71 @@
+"""Every shipped configuration parses, has the costs it claims, and trains a step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+from tests.conftest import PROJECT
+
+CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("**/*.yaml"))
+BACKBONE = "--model.backbone.init_args"
+
+
+@pytest.fixture(scope="module")
+def resolver() -> ConfigResolver:
+    return ConfigResolver()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_fast_dev_run(config: str, moevlm: Callable[..., str], scenes_root: Path) -> None:
+    # widths and lengths that a laptop can hold; everything else is as shipped
+    moevlm(
+        "fit", "-c", config, "--trainer.fast_dev_run=true", "--trainer.precision=32-true",
+        f"--data.root={scenes_root}", "--data.batch_size=4", "--data.image_size=32", "--data.num_workers=0",
+        f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2", f"{BACKBONE}.hidden_dim=32", f"{BACKBONE}.patch_size=8",
+        f"{BACKBONE}.moe.init_args.experts.init_args.hidden_dim=32",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_model_can_be_described_as_shipped(config: str, resolver: ConfigResolver) -> None:
+    card = describe_model(resolver([PROJECT / config], {}))
+    assert 0 < card.active_parameters <= card.total_parameters
+    dense = config.startswith("conf/dense")
+    assert (card.active_parameters == card.total_parameters) is dense
+
+
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_dense_twin_differs_in_one_value_and_costs_the_same(size: str, resolver: ConfigResolver) -> None:
+    sparse, dense = (OmegaConf.load(PROJECT / f"conf/{kind}_{size}.yaml") for kind in ("vl_moe", "dense"))
+    sparse.model.backbone.init_args.sparse_modalities = []
+    assert sparse == dense
+    cards = [describe_model(resolver([PROJECT / f"conf/{kind}_{size}.yaml"], {})) for kind in ("vl_moe", "dense")]
+    assert cards[0].active_flops_per_sample == pytest.approx(cards[1].active_flops_per_sample, rel=0.01)
+
+
+def test_base_is_the_published_model(resolver: ConfigResolver) -> None:
+    card = describe_model(resolver([PROJECT / "conf/vl_moe_base.yaml"], {}))
+    assert 1.9e9 < card.total_parameters < 2.0e9
+
+
+def test_later_files_and_flags_move_what_refers_to_them(resolver: ConfigResolver) -> None:
+    resolved = resolver([PROJECT / "conf/quickstart.yaml"], {"data": {"image_size": 32}, "seed_everything": 7})
+    assert resolved["model"]["backbone"]["init_args"]["image_size"] == 32
+    assert resolved["model"]["seed"] == resolved["data"]["seed"] == 7
+
+
+def test_an_arm_turns_one_loss_off_and_leaves_the_other(resolver: ConfigResolver) -> None:
+    resolved = resolver([PROJECT / "conf/quickstart.yaml"], {"model": {"losses": {"load_balance": None}}})
+    assert resolved["model"]["losses"] == {"load_balance": None, "router_z": {"weight": 0.001}}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_files_are_short_and_say_how_to_run_them(config: str) -> None:
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    assert "moevlm fit -c" in text.split("\nseed_everything")[0]
+    assert isinstance(yaml.safe_load(text), dict)

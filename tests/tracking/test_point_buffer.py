@@ -1,0 +1,96 @@
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.tracking.point_buffer import PointBuffer
+from lightning_moevlm.tracking.runs import Point
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def point(step: int, value: float = 0.5) -> Point:
+    return Point("a", step, value, 1)
+
+
+def test_due_by_number_or_time() -> None:
+    clock = Clock()
+    buffer = PointBuffer(flush_points=3, flush_seconds=5.0, clock=clock)
+    clock.now += 60
+    assert not buffer.due  # nothing waits
+    buffer.deliver(lambda points: None, per_write=10)
+    buffer.add(point(0))
+    assert not buffer.due
+    clock.now += 5
+    assert buffer.due
+    buffer.deliver(lambda points: None, per_write=10)
+    for step in range(3):
+        assert not buffer.due
+        buffer.add(point(step))
+    assert buffer.due
+
+
+def test_order_and_size_of_writes() -> None:
+    buffer = PointBuffer(flush_points=1, flush_seconds=1.0)
+    written: list[list[int]] = []
+    for step in range(7):
+        buffer.add(point(step))
+    buffer.deliver(lambda points: written.append([p.step for p in points]), per_write=3)
+    assert written == [[0, 1, 2], [3, 4, 5], [6]]
+    assert len(buffer) == 0
+
+
+def test_a_failed_write_keeps_its_points_and_waits_longer() -> None:
+    clock = Clock()
+    buffer = PointBuffer(flush_points=1, flush_seconds=5.0, clock=clock)
+    for step in range(5):
+        buffer.add(point(step))
+    written: list[int] = []
+
+    def once(points: Sequence[Point]) -> None:
+        if written:
+            raise OSError("gone")
+        written.extend(p.step for p in points)
+
+    with pytest.raises(OSError, match="gone"):
+        buffer.deliver(once, per_write=2)
+    assert (written, len(buffer)) == ([0, 1], 3)
+    pauses = []
+    for _ in range(6):
+        assert not buffer.due  # although more than flush_points wait
+        pause = 0
+        while not buffer.due:
+            clock.now += 1
+            pause += 1
+        pauses.append(pause)
+        with pytest.raises(OSError, match="gone"):
+            buffer.deliver(once, per_write=2)
+    assert pauses == [5, 10, 20, 40, 60, 60]
+    buffer.deliver(lambda points: written.extend(p.step for p in points), per_write=2)
+    assert written == [0, 1, 2, 3, 4]
+    buffer.add(point(5))
+    assert buffer.due
+
+
+def test_saved_points_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "undelivered.jsonl"
+    buffer = PointBuffer(flush_points=1, flush_seconds=1.0)
+    values = [0.1, math.nan, math.inf, -math.inf]
+    for step, value in enumerate(values[:2]):
+        buffer.add(point(step, value))
+    assert buffer.save(path) == 2
+    for step, value in enumerate(values[2:], start=2):
+        buffer.add(point(step, value))
+    assert buffer.save(path) == 2
+    assert len(buffer) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0] == {"key": "a", "step": 0, "value": 0.1, "time_ms": 1}
+    assert str([float(row["value"]) for row in rows]) == str(values)
+    assert [file.name for file in path.parent.iterdir()] == ["undelivered.jsonl"]

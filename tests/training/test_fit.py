@@ -1,0 +1,151 @@
+"""Training through the public command line, on real shards, into a real store."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from lightning_moevlm import keys
+from tests.small_run import BACKBONE, SMALL, budget
+
+Moevlm = Callable[..., str]
+
+
+def runs(workplace: Path) -> list[Run]:
+    """Every run of the store, oldest first."""
+    client = MlflowClient(f"sqlite:///{workplace}/runs/mlflow.db")
+    return client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time"])
+
+
+def history(workplace: Path, run: Run, key: str) -> list[tuple[int, float]]:
+    client = MlflowClient(f"sqlite:///{workplace}/runs/mlflow.db")
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
+
+
+def last_checkpoint(workplace: Path) -> Path:
+    (path,) = workplace.glob("runs/**/last.ckpt")
+    return path
+
+
+def test_two_steps_are_logged_and_kept(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(2, val_every=1))
+    (run,) = runs(workplace)
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in history(workplace, run, "val/task_loss")] == [0, 1, 2]  # 0 is the untrained model
+    assert [step for step, _ in history(workplace, run, "train/task_loss")] == [1, 2]
+    logged = set(run.data.metrics)
+    for key in (
+        "loss/text",
+        "loss_weighted/router_z",
+        "load/block1/image/expert3",
+        "load_entropy/block1/text",
+        "token_entropy/block1/image",
+        "max_violation/block1/text",
+        "drop_rate/block1/image",
+        "dead_experts/block1/text",
+        "router_logit_max/block1/image",
+        "optim/grad_norm",
+        "throughput/samples_per_second",
+        "throughput/tokens_per_second",
+        "val/accuracy_pair_text",
+        "val/majority_text",
+        "model/active_flops_per_sample",
+    ):
+        assert key in logged, key
+    undeclared = {key for key in logged if keys.declared(key) is None and not key.startswith("system/")}
+    assert undeclared == set()
+    checkpoint = torch.load(last_checkpoint(workplace), weights_only=True)
+    assert checkpoint["global_step"] == 2
+
+
+def test_terms_add_up_and_auxiliary_ones_stay_out_of_the_task_loss(moevlm: Moevlm, workplace: Path) -> None:
+    # open_lm pull request 255: the auxiliary loss was inside the reported loss
+    moevlm("fit", *SMALL, *budget(1))
+    (run,) = runs(workplace)
+    value = run.data.metrics
+    task = sum(value[f"loss_weighted/{term}"] for term in ("text", "image", "pair_text", "pair_image"))
+    auxiliary = sum(value[f"loss_weighted/{term}"] for term in ("load_balance", "router_z"))
+    assert value["train/task_loss"] == pytest.approx(task, rel=1e-5)
+    assert value["train/total_loss"] == pytest.approx(task + auxiliary, rel=1e-5)
+    assert value["loss_weighted/router_z"] == pytest.approx(1e-3 * value["loss/router_z"], rel=1e-5)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(22, val_every=11))
+    whole = last_checkpoint(workplace).rename(workplace / "whole.ckpt")
+    moevlm("fit", *SMALL, *budget(11, total=22))  # 14 batches an epoch: stops within the first, ends in the second
+    half = last_checkpoint(workplace).rename(workplace / "half.ckpt")
+    moevlm("fit", *SMALL, *budget(22, val_every=11), "--ckpt_path", str(half))
+    resumed = last_checkpoint(workplace)
+    one, two = (torch.load(path, weights_only=True) for path in (whole, resumed))
+    assert one["global_step"] == two["global_step"] == 22
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name]), name
+    for index, state in one["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, two["optimizer_states"][0]["state"][index][name]), (index, name)
+    first, _, third = runs(workplace)
+    late = [point for point in history(workplace, first, "train/task_loss") if point[0] > 11]
+    assert late and history(workplace, third, "train/task_loss") == late
+
+
+def test_a_checkpoint_does_not_configure(moevlm: Moevlm, workplace: Path) -> None:
+    # Lightning issue 21455: hyperparameters of a checkpoint overwrote the command line
+    moevlm("fit", *SMALL, *budget(1, total=4))
+    checkpoint = last_checkpoint(workplace).rename(workplace / "one.ckpt")
+    moevlm("fit", *SMALL, *budget(2, total=4), "--ckpt_path", str(checkpoint), "--model.losses.router_z.weight=0.5")
+    metrics = runs(workplace)[-1].data.metrics
+    assert metrics["loss_weighted/router_z"] == pytest.approx(0.5 * metrics["loss/router_z"], rel=1e-5)
+
+
+def test_arms_share_data_order_and_masks(moevlm: Moevlm, workplace: Path) -> None:
+    # before the first update, equal samples and equal masks give equal losses where the model is the same
+    moevlm("fit", *SMALL, *budget(1))
+    moevlm("fit", *SMALL, *budget(1), "--model.losses.load_balance=null")
+    moevlm("fit", *SMALL, *budget(1), "--seed_everything=1")
+    base, arm, other_seed = ([history(workplace, run, key) for key in ("loss/text", "loss/image")] for run in runs(workplace))
+    assert base == arm
+    assert base != other_seed
+
+
+def test_validate_test_and_predict(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(2))
+    checkpoint = str(last_checkpoint(workplace))
+    moevlm("validate", *SMALL, "--ckpt_path", checkpoint)
+    moevlm("test", *SMALL, "--ckpt_path", checkpoint)
+    fitted, validated, tested = runs(workplace)
+    assert validated.data.metrics["val/task_loss"] == pytest.approx(fitted.data.metrics["val/task_loss"], rel=1e-6)
+    assert "test/task_loss" in tested.data.metrics and "test/accuracy_text" in tested.data.metrics
+    moevlm(
+        "predict", *SMALL, "--ckpt_path", checkpoint, "--trainer.limit_predict_batches=1", "--trainer.logger=false",
+        "--trainer.callbacks=[lightning_moevlm.callbacks.FeatureWriter]",
+    )
+    from safetensors import safe_open
+
+    with safe_open(workplace / "runs/features/features-0000-000000.safetensors", "pt") as features:
+        assert sorted(features.keys()) == ["image", "pair", "text"]
+        assert features.get_tensor("pair").shape == (8, 16)
+        assert len(features.metadata()["keys"].splitlines()) == 8
+
+
+def test_a_diverged_run_stops_and_says_when(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(60), "--model.optimizer.init_args.lr=1e30", "--trainer.gradient_clip_val=null")
+    (run,) = runs(workplace)
+    assert run.data.metrics["stability/first_nonfinite_step"] == 10
+    assert run.info.status == "FINISHED"  # an outcome, not a crash
+    assert max(step for step, _ in history(workplace, run, "train/task_loss")) == 10
+    assert not math.isfinite(history(workplace, run, "val/task_loss")[-1][1])  # torchmetrics would leave NaN out
+
+
+def test_dense_twin_by_one_change(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(1))
+    moevlm("fit", *SMALL, *budget(1), f"{BACKBONE}.sparse_modalities=[]")
+    sparse, dense = (run.data.metrics for run in runs(workplace))
+    assert dense["model/active_flops_per_sample"] == pytest.approx(sparse["model/active_flops_per_sample"], rel=0.01)
+    assert dense["model/total_parameters"] < sparse["model/total_parameters"]
+    assert not any(key.startswith("load/") for key in dense)
