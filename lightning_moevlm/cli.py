@@ -14,13 +14,14 @@ from lightning_moevlm.errors import UserError
 
 _TRAINING = ("fit", "validate", "test", "predict")
 _HELP = f"""\
-moevlm {__version__}: train sparse mixture-of-experts vision-language models, ablate stabilisers, compare with honest statistics
+moevlm {__version__}: train sparse mixture-of-experts vision-language models, ablate stabilisers, compare honestly
 
   moevlm fit -c conf/quickstart.yaml                train one model; validate, test and predict take the same options
   moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a declared study, resumable
   moevlm sweep plan|status|report FILE              what would run, what has run, what it showed
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
   moevlm data check DIR                             verify a set and show what is in it
+  moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
   moevlm list [KIND]                                parts that a configuration can name
   moevlm describe NAME                              one part: what it does, its options
 

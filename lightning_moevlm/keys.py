@@ -42,7 +42,9 @@ EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", 
 ACCURACY = MetricKey("{stage}/accuracy_{term}", "masked accuracy", "fraction", "higher")
 MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")
 
-EXPERT_LOAD = MetricKey("load/block{block}/{modality}/expert{expert}", "expert load", "fraction of kept pairs", "neither")
+EXPERT_LOAD = MetricKey(
+    "load/block{block}/{modality}/expert{expert}", "expert load", "fraction of kept pairs", "neither"
+)
 LOAD_ENTROPY = MetricKey("load_entropy/block{block}/{modality}", "load entropy / ln E", "fraction", "higher")
 TOKEN_ENTROPY = MetricKey("token_entropy/block{block}/{modality}", "mean token entropy / ln E", "fraction", "neither")
 MAX_VIOLATION = MetricKey("max_violation/block{block}/{modality}", "max load / mean load - 1 (MaxVio)", "", "lower")
@@ -52,7 +54,9 @@ LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |rout
 
 GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
 LEARNING_RATE = MetricKey("optim/learning_rate", "learning rate", "", "neither")
-FIRST_NONFINITE_STEP = MetricKey("stability/first_nonfinite_step", "first step with a non-finite loss", "optimiser steps", "neither")
+FIRST_NONFINITE_STEP = MetricKey(
+    "stability/first_nonfinite_step", "first step with a non-finite loss", "optimiser steps", "neither"
+)
 SAMPLES_PER_SECOND = MetricKey("throughput/samples_per_second", "throughput", "samples/s", "higher")
 TOKENS_PER_SECOND = MetricKey("throughput/tokens_per_second", "throughput", "tokens/s", "higher")
 TOTAL_PARAMETERS = MetricKey("model/total_parameters", "parameters", "parameters", "neither")

@@ -1,7 +1,7 @@
 """fit, validate, test, predict: LightningCLI with the faults mended that would bite an ablation.
 
-- Configurations are merged first and interpolated last (`parser_mode="omegaconf+"`), so an overriding file or flag moves
-  everything that refers to it; absolute references work although the subcommand is their root.
+- Configurations are merged first and interpolated last (`parser_mode="omegaconf+"`), so an overriding file or flag
+  moves everything that refers to it; absolute references work although the subcommand is their root.
 - Values stored in a checkpoint never beat the command line (Lightning #21455).
 - The configuration is kept as artifacts of the MLflow run; Lightning's own callback fails on a logger without a
   directory (Lightning #19441).
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import yaml
@@ -30,14 +31,14 @@ import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selecte
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.shards.datamodule import ShardDataModule
-from lightning_moevlm.tracking import RunLogger, RunRecord
+from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule
 
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning's own
-_PARSER_OPTIONS: dict[str, object] = {"parser_mode": "omegaconf+", "exit_on_error": False}
+_PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
 _NOISE = ("💡", "litlogger", "TPU available", "was configured so")
 _DEFAULTS: dict[str, object] = {
     "trainer.logger": {"class_path": "lightning_moevlm.tracking.RunLogger"},

@@ -118,7 +118,7 @@ class Predictions(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """What an objective makes of a batch: task terms, class predictions by term, and the plans of every MoE that ran."""
+    """What an objective makes of a batch: task terms, class predictions by term, the plans of every MoE that ran."""
 
     terms: dict[str, Term]
     predictions: dict[str, Predictions]

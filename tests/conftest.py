@@ -30,9 +30,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(
-    tmp_path: Path, scenes_root: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def workplace(tmp_path: Path, scenes_root: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in: the shipped configurations, the small set where they look for it, an empty store."""
     for folder in ("conf", "ablations"):
         shutil.copytree(PROJECT / folder, tmp_path / folder)
@@ -47,7 +45,7 @@ def workplace(
 
 @pytest.fixture
 def moevlm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command in the workplace as `moevlm` would; returns what it printed on standard error, fails if it fails."""
+    """Run a command in the workplace as `moevlm` would; returns its standard error, fails if it fails."""
 
     def run(*arguments: str, code: int = 0) -> str:
         actual = main(list(arguments))

@@ -53,7 +53,15 @@ def test_unknown_option_names_the_nearest(moevlm: Moevlm) -> None:
 
 
 def test_no_traceback_from_the_real_process(workplace: Path) -> None:
-    command = [sys.executable, "-m", "lightning_moevlm", "fit", "-c", "conf/quickstart.yaml", "--data.batch_size=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_moevlm",
+        "fit",
+        "-c",
+        "conf/quickstart.yaml",
+        "--data.batch_size=0",
+    ]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "data.batch_size is 0" in done.stderr
@@ -80,6 +88,9 @@ def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None
 
 
 def test_light_commands_do_not_wait_for_lightning() -> None:
-    probe = "import sys; import lightning_moevlm.cli, lightning_moevlm.commands; print('torch' in sys.modules, 'lightning' in sys.modules)"
+    probe = (
+        "import sys; import lightning_moevlm.cli, lightning_moevlm.commands; "
+        "print('torch' in sys.modules, 'lightning' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

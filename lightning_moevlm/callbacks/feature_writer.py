@@ -13,7 +13,7 @@ from lightning_moevlm.records import Batch
 
 
 class FeatureWriter(BasePredictionWriter):
-    """One `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys` (newline-separated).
+    """One `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys` (a line each).
 
     Args:
         folder: where the files go; made if missing.
@@ -23,7 +23,7 @@ class FeatureWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
 
-    def write_on_batch_end(  # type: ignore[override]
+    def write_on_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -35,6 +35,8 @@ class FeatureWriter(BasePredictionWriter):
     ) -> None:
         """Write one batch."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: features.detach().to("cpu", torch.float32).contiguous() for name, features in prediction.items()}
+        tensors = {
+            name: features.detach().to("cpu", torch.float32).contiguous() for name, features in prediction.items()
+        }
         target = self.folder / f"features-{trainer.global_rank:04d}-{batch_idx:06d}.safetensors"
         save_file(tensors, target, metadata={"keys": "\n".join(batch.keys)})

@@ -3,8 +3,16 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from lightning_moevlm.callbacks.telemetry import log_interval
 from lightning_moevlm.records import Batch
 from lightning_moevlm.training import StepOutput
 
@@ -51,7 +59,7 @@ class StepProgress(ProgressBar):
         if self._progress is None:
             return
         self._progress.update(self._task, completed=trainer.global_step)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % log_interval(trainer) == 0:
             self._progress.update(self._task, loss=float(outputs["loss"]))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

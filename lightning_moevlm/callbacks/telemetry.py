@@ -46,8 +46,9 @@ class Telemetry(Callback):
         assert isinstance(backbone, Backbone)
         card = model_card(backbone)
         rank_zero_info(
-            f"{type(backbone).__name__}: {card.total_parameters / 1e6:.2f} M parameters, {card.active_parameters / 1e6:.2f} M "
-            f"active, {card.active_flops_per_sample / 1e6:.1f} MFLOP forward per pair"
+            f"{type(backbone).__name__}: {card.total_parameters / 1e6:.2f} M parameters, "
+            f"{card.active_parameters / 1e6:.2f} M active, "
+            f"{card.active_flops_per_sample / 1e6:.1f} MFLOP forward per pair"
         )
         self._write(
             trainer,
@@ -82,7 +83,7 @@ class Telemetry(Callback):
         """Count, and on logging steps measure and write."""
         self._samples += outputs["num_samples"] * trainer.world_size
         self._tokens += outputs["num_tokens"] * trainer.world_size
-        if trainer.fit_loop._should_accumulate() or not _is_logging_step(trainer, trainer.global_step):
+        if _accumulates(trainer) or not _is_logging_step(trainer, trainer.global_step):
             return
         now = time.perf_counter()
         seconds = self._seconds + now - self._resumed_at
@@ -131,4 +132,15 @@ def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
 
 
 def _is_logging_step(trainer: Trainer, step: int) -> bool:
-    return step == 1 or step % trainer.log_every_n_steps == 0
+    return step == 1 or step % log_interval(trainer) == 0
+
+
+def log_interval(trainer: Trainer) -> int:
+    """Return `trainer.log_every_n_steps`, which Lightning sets but does not declare."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return interval
+
+
+def _accumulates(trainer: Trainer) -> bool:
+    """Return whether this batch only added to the gradient."""
+    return bool(trainer.fit_loop._should_accumulate())

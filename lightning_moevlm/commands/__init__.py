@@ -1,13 +1,14 @@
-"""Commands that are no training: each a typed function whose signature is its options and whose docstring is its help."""
+"""Commands that are no training: typed functions whose signature is the options and whose docstring is the help."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import ArgumentError, auto_cli
 
 from lightning_moevlm.commands import data, parts, sweep
 from lightning_moevlm.errors import UserError
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
     "list": parts.list_parts,
@@ -22,7 +23,12 @@ def run_command(arguments: Sequence[str]) -> int:
         UserError: an unknown command, option or value.
     """
     try:
-        result = auto_cli(COMMANDS, args=[_underscored(argument) for argument in arguments], prog="moevlm", exit_on_error=False)
+        result = auto_cli(
+            COMMANDS,
+            args=[_underscored(argument) for argument in arguments],
+            prog="moevlm",
+            exit_on_error=False,
+        )
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
     return result if isinstance(result, int) else 0

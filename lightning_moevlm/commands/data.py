@@ -105,12 +105,8 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     if report.problems:
         for problem in report.problems:
             Console(stderr=True, soft_wrap=True, highlight=False).print(problem, markup=False)
-        raise UserError(
-            f"{path} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}"
-        )
-    about_set = (
-        f"{manifest.image_size} px, {manifest.tokenizer.vocab_size} token ids, digest {manifest.digest[:12]}"
-    )
+        raise UserError(f"{path} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}")
+    about_set = f"{manifest.image_size} px, {manifest.tokenizer.vocab_size} token ids, digest {manifest.digest[:12]}"
     table = Table(title=f"{manifest.name} ({path}): {about_set}", caption=manifest.attribution)
     table.add_column("split")
     for title in ("shards", "samples", "MB", "tokens min", "median", "95 %", "max"):
@@ -118,9 +114,7 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     for card in report.cards:
         counts = (card.caption_min, card.caption_median, card.caption_p95, card.caption_max)
         megabytes = f"{card.num_bytes / 1e6:.1f}"
-        table.add_row(
-            card.split, str(card.num_shards), f"{card.num_samples:,}", megabytes, *(str(c) for c in counts)
-        )
+        table.add_row(card.split, str(card.num_shards), f"{card.num_samples:,}", megabytes, *(str(c) for c in counts))
     about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
     show(table, [{**about, **card._asdict()} for card in report.cards], json)
     if contact_sheet is not None:
@@ -156,9 +150,7 @@ def codebook(
     target = Path(out) if out else root / codebook_file(num_codes, patch_size)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_codebook(fitted, target)
-    Console().print(
-        f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False
-    )
+    Console().print(f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False)
 
 
 Command = Callable[..., None]

@@ -1,10 +1,19 @@
 """`moevlm list` and `moevlm describe`: the parts that a configuration can name."""
 
 import inspect
+import sys
 from typing import Literal
 
 Kind = Literal[
-    "backbones", "routers", "experts", "dispatchers", "losses", "objectives", "image_targets", "schedules", "callbacks"
+    "backbones",
+    "routers",
+    "experts",
+    "dispatchers",
+    "losses",
+    "objectives",
+    "image_targets",
+    "schedules",
+    "callbacks",
 ]
 
 
@@ -72,7 +81,7 @@ def describe(name: str, json: str | None = None) -> None:
 def class_path(part: type) -> str:
     """Return the path that a configuration names the class by: the package that exports it."""
     package = part.__module__.rsplit(".", 1)[0]
-    exported = getattr(__import__(package, fromlist=["_"]), part.__name__, None) is part if "." in part.__module__ else False
+    exported = getattr(sys.modules.get(package), part.__name__, None) is part
     return f"{package if exported else part.__module__}.{part.__qualname__}"
 
 
@@ -112,5 +121,6 @@ def _parts() -> dict[str, list[type]]:
 
 def _leaves(base: type) -> list[type]:
     """Return every concrete class below an interface, by name."""
-    found = {below for child in base.__subclasses__() for below in (child, *_leaves(child)) if not inspect.isabstract(below)}
+    children: list[type] = base.__subclasses__()
+    found = {part for child in children for part in (child, *_leaves(child)) if not inspect.isabstract(part)}
     return sorted(found, key=lambda part: part.__name__)

@@ -5,7 +5,8 @@ imported when they run.
 """
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from lightning_moevlm.study.claim import Experiment
     from lightning_moevlm.study.plan import Plan
+    from lightning_moevlm.study.tables import Table
 
 _REPORT_FOLDER = "report"
 
@@ -27,16 +29,14 @@ def plan(file: str, json: str | None = None) -> None:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write the rows to this file as JSON; - is standard output.
     """
-    from lightning_moevlm.commands.output import show
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.listing import plan_records
-    from lightning_moevlm.study.report import rich_table
-    from lightning_moevlm.study.tables import plan_table
+    from lightning_moevlm.study.tables import arms_table, plan_table
 
     planned = _plan(file)
     statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
     records = [dataclasses.asdict(record) for record in plan_records(planned, statuses)]
-    show(rich_table(plan_table(planned, statuses)), records, json)
+    _show((arms_table(planned), plan_table(planned, statuses)), records, json)
 
 
 def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
@@ -47,14 +47,12 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
         jobs: Runs at once; by default one per GPU, or, without a GPU, one per core.
         retry: Run crashed runs again, from zero.
     """
-    from rich.console import Console
-
     from lightning_moevlm.study.child import training_command, usable_cores
     from lightning_moevlm.study.execute import execute, to_do
     from lightning_moevlm.study.ledger import Status, hold_study, read_ledger
     from lightning_moevlm.study.progress import SweepProgress
 
-    console = Console()
+    console = _console()
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
     planned = _plan(file)
@@ -82,9 +80,7 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
                     retry=retry,
                 )
             if tally.stopped:
-                console.print(
-                    f"Stopped by {tally.stopped}; the state is kept. Go on with: moevlm sweep run {file}"
-                )
+                console.print(f"Stopped by {tally.stopped}; the state is kept. Go on with: moevlm sweep run {file}")
                 return 130
         failed = [run.name for run, state in read_ledger(planned) if state.status is Status.FAILED]
         if not waiting and not failed:
@@ -92,9 +88,7 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
         _report(planned, experiment, console, redraw=bool(waiting))
     if failed:
         console.print(f"[red]{len(failed)} of {total} runs failed[/]: {', '.join(failed)}", highlight=False)
-        console.print(
-            f"Their last lines are in the report. After mending: moevlm sweep run {file} --retry=true"
-        )
+        console.print(f"Their last lines are in the report. After mending: moevlm sweep run {file} --retry=true")
         return 1
     return 0
 
@@ -106,16 +100,14 @@ def status(file: str, json: str | None = None) -> None:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write the rows to this file as JSON; - is standard output.
     """
-    from lightning_moevlm.commands.output import show
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.listing import status_records
-    from lightning_moevlm.study.report import rich_table
     from lightning_moevlm.study.tables import status_table
 
     planned = _plan(file)
     ledger = read_ledger(planned)
     records = [dataclasses.asdict(record) for record in status_records(planned, ledger)]
-    show(rich_table(status_table(planned, ledger)), records, json)
+    _show((status_table(planned, ledger),), records, json)
 
 
 def report(file: str, json: str | None = None) -> None:
@@ -125,10 +117,6 @@ def report(file: str, json: str | None = None) -> None:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write one record per arm to this file as JSON instead of the tables; - is standard output.
     """
-    from rich.console import Console
-    from rich.text import Text
-
-    from lightning_moevlm.commands.output import show
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.listing import arm_record
     from lightning_moevlm.study.results import gather
@@ -136,10 +124,10 @@ def report(file: str, json: str | None = None) -> None:
     planned = _plan(file)
     experiment = _open(planned)
     if json is None:
-        _report(planned, experiment, Console(), redraw=True)
+        _report(planned, experiment, _console(), redraw=True)
         return
     result = gather(planned, read_ledger(planned), experiment.uri)
-    show(Text(), [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], json)
+    _show((), [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], json)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -180,6 +168,26 @@ def _with_identity(command: list[str], run_id: str, checkpoint: Path | None) -> 
     return [*command, f"--trainer.logger.init_args.run_id={run_id}", *resume]
 
 
+def _show(tables: "Sequence[Table]", records: list[dict[str, object]], json: str | None) -> None:
+    from rich.text import Text
+
+    from lightning_moevlm.commands.output import show
+    from lightning_moevlm.study.report import print_tables
+
+    if json is None:
+        print_tables(_console(), tables)
+    else:
+        show(Text(), records, json)
+
+
+def _console() -> "Console":
+    """Return a console; a log file has no width of its own and gets one that tables fit in."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+
+
 def _num_gpus() -> int:
     import torch
 
@@ -192,7 +200,7 @@ def _report(planned: "Plan", experiment: "Experiment", console: "Console", redra
     from lightning_moevlm.study.report import HTML_FILE, make_report, print_tables, write_report
     from lightning_moevlm.study.results import gather
     from lightning_moevlm.study.summary_run import log_summary
-    from lightning_moevlm.study.tables import effects_table, models_table
+    from lightning_moevlm.study.tables import report_tables
     from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
 
     result = gather(planned, read_ledger(planned), experiment.uri)
@@ -204,7 +212,7 @@ def _report(planned: "Plan", experiment: "Experiment", console: "Console", redra
         whole = make_report(planned, result)
         write_report(whole, folder)
         log_summary(experiment, whole, folder)
-    print_tables(console, (effects_table(result), models_table(result)))
+    print_tables(console, report_tables(result))
     command = server_command(experiment.uri)
     console.print(f"Report: {page.absolute()}", highlight=False, soft_wrap=True)
     if command:

@@ -49,7 +49,7 @@ class _Contiguous(torch.autograd.Function):
         return values.contiguous()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 

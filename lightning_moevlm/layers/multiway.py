@@ -7,7 +7,7 @@ the top blocks of VLMo and VL-MoE), while sequences of a single modality keep th
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput
 from lightning_moevlm.plans import Modality
@@ -25,7 +25,8 @@ class MultiwayFFN(FeedForward):
 
     def __init__(self, image: FeedForward, text: FeedForward, pair: FeedForward | None = None) -> None:
         super().__init__()
-        self.branches = nn.ModuleDict({Modality.IMAGE.label: image, Modality.TEXT.label: text})
+        self.image = image
+        self.text = text
         self.pair = pair
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
@@ -34,7 +35,7 @@ class MultiwayFFN(FeedForward):
             output: FFNOutput = self.pair(tokens_BSD, layout)
             return output
         outputs: list[FFNOutput] = [
-            self.branches[span.modality.label](tokens_BSD[:, span.start : span.stop], layout.select(span))
+            self.branch(span.modality)(tokens_BSD[:, span.start : span.stop], layout.select(span))
             for span in layout.spans
         ]
         tokens = torch.cat([output.tokens_BSD for output in outputs], dim=1)
@@ -45,5 +46,9 @@ class MultiwayFFN(FeedForward):
         if self.pair is not None and len(num_tokens) > 1:
             return self.pair.forward_flops(num_tokens)
         return sum(
-            self.branches[modality.label].forward_flops({modality: count}) for modality, count in num_tokens.items()
+            self.branch(modality).forward_flops({modality: count}) for modality, count in num_tokens.items()
         )
+
+    def branch(self, modality: Modality) -> FeedForward:
+        """Return the feed-forward of one modality."""
+        return self.image if modality == Modality.IMAGE else self.text

@@ -1,6 +1,6 @@
 """Router z-loss of ST-MoE (arXiv 2202.08906, equation 5): keeps router logits small, so that softmax stays exact.
 
-    loss = mean over tokens of (logsumexp over experts of the logits)^2
+loss = mean over tokens of (logsumexp over experts of the logits)^2
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,12 @@
 """Routing telemetry of one plan and one modality. Formulas:
 
-    load_e          kept pairs of e / kept pairs
-    load entropy    H(load) / ln E                               1 = even use, 0 = one expert
-    token entropy   mean over tokens of H(p_x) / ln E            1 = undecided, 0 = certain
-    max violation   max_e c_e / mean_e c_e - 1, c = chosen pairs before capacity   (arXiv 2408.15664, section 4.1)
-    drop rate       1 - kept pairs / chosen pairs
-    dead experts    experts that nobody chose
-    logit max       max |router logit|
+load_e          kept pairs of e / kept pairs
+load entropy    H(load) / ln E                               1 = even use, 0 = one expert
+token entropy   mean over tokens of H(p_x) / ln E            1 = undecided, 0 = certain
+max violation   max_e c_e / mean_e c_e - 1, c = chosen pairs before capacity   (arXiv 2408.15664, section 4.1)
+drop rate       1 - kept pairs / chosen pairs
+dead experts    experts that nobody chose
+logit max       max |router logit|
 """
 
 import math

@@ -39,7 +39,7 @@ class VLMoE(Backbone):
         dim: model width D.
         num_heads: attention heads H.
         num_blocks: transformer blocks.
-        num_vl_blocks: F, blocks on top whose feed-forward is shared by the tokens of a pair (paper: 2 at BASE, 3 at LARGE).
+        num_vl_blocks: F, blocks on top whose feed-forward the tokens of a pair share (paper: 2 at BASE, 3 at LARGE).
         hidden_dim: hidden width of dense feed-forwards.
         image_size: pixels, height and width.
         patch_size: pixels, height and width.
@@ -141,4 +141,5 @@ class VLMoE(Backbone):
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one forward pass of one sample."""
         embedding = self.patches.forward_flops() if num_tokens.get(Modality.IMAGE) else 0.0
-        return embedding + sum(block.forward_flops(num_tokens) for block in self.blocks)
+        blocks = (block for block in self.blocks if isinstance(block, Block))
+        return embedding + sum(block.forward_flops(num_tokens) for block in blocks)

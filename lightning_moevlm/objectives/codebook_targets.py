@@ -36,7 +36,7 @@ class CodebookTargets(Codes):
         codebook = load_codebook(Path(path))
         if codebook.patch_size != spec.patch_size:
             raise UserError(
-                f"{path} was fitted on patches of {codebook.patch_size} px, the model cuts patches of {spec.patch_size} px: "
+                f"{path} was fitted on patches of {codebook.patch_size} px, the model cuts {spec.patch_size} px: "
                 f"run moevlm data codebook with --patch-size {spec.patch_size}"
             )
         self.patch_size = spec.patch_size

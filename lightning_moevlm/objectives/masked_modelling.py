@@ -38,7 +38,7 @@ class TermWeights:
 
 @dataclass(frozen=True)
 class MaskRatios:
-    """Share of positions that are hidden, in (0, 1). BEiT-3: 15 % of text alone, 50 % of text in pairs, 40 % of patches."""
+    """Share of hidden positions, in (0, 1). BEiT-3: 15 % of text alone, 50 % of text in pairs, 40 % of patches."""
 
     text: float = 0.15
     pair_text: float = 0.5
@@ -72,8 +72,8 @@ class MaskedModelling(Objective):
         self,
         spec: BackboneSpec,
         image_targets: Callable[[BackboneSpec], ImageTargets] = PixelTargets,
-        weights: TermWeights = TermWeights(),  # noqa: B008 - frozen
-        ratios: MaskRatios = MaskRatios(),  # noqa: B008 - frozen
+        weights: TermWeights = TermWeights(),
+        ratios: MaskRatios = MaskRatios(),
     ) -> None:
         super().__init__()
         if all(weight is None for weight in vars(weights).values()):
@@ -98,12 +98,16 @@ class MaskedModelling(Objective):
             output = step.encode(None, masked.input_BL, text_mask, None)
             step.add_text("text", self.weights.text, output, text, masked.hidden_BL)
         if images is not None and self.weights.image is not None:
-            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(images.device)
+            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(
+                images.device
+            )
             output = step.encode(images, None, None, hidden_BP)
             step.add_image("image", self.weights.image, output, images, hidden_BP)
         if images is not None and text is not None and text_mask is not None and self._uses_pairs():
             masked = mask_text(text, text_mask, self.ratios.pair_text, generator)
-            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(images.device)
+            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(
+                images.device
+            )
             output = step.encode(images, masked.input_BL, text_mask, hidden_BP)
             if self.weights.pair_text is not None:
                 step.add_text("pair_text", self.weights.pair_text, output, text, masked.hidden_BL)
@@ -111,8 +115,8 @@ class MaskedModelling(Objective):
                 step.add_image("pair_image", self.weights.pair_image, output, images, hidden_BP)
         if not step.terms:
             raise UserError(
-                "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the data's "
-                "modalities a weight (image-only data: image; text-only data: text)"
+                "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the "
+                "data's modalities a weight (image-only data: image; text-only data: text)"
             )
         return ObjectiveOutput(step.terms, step.predictions, tuple(step.plans), step.num_tokens)
 

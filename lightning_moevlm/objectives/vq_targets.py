@@ -37,8 +37,9 @@ class VQCheckpointTargets(Codes):
         codes_BP = self(probe_BRYX)
         if codes_BP.dtype != torch.int64 or codes_BP.shape != (2, spec.num_patches):
             raise UserError(
-                f"{path} returned {codes_BP.dtype} of shape {tuple(codes_BP.shape)} for two images of {spec.image_size} px; "
-                f"expected torch.int64 of shape (2, {spec.num_patches}): match image_size and patch_size to the encoder"
+                f"{path} returned {codes_BP.dtype} of shape {tuple(codes_BP.shape)} for two images of "
+                f"{spec.image_size} px; expected torch.int64 of shape (2, {spec.num_patches}): "
+                "match image_size and patch_size to the encoder"
             )
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,9 +19,7 @@ class WarmupCosine(LRScheduler):
         final_ratio: share of the peak at the end.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.1
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.1) -> None:
         if not 0 <= warmup_steps <= total_steps:
             raise UserError(f"warmup_steps is {warmup_steps} with total_steps {total_steps}: choose 0 to {total_steps}")
         self.total_steps = total_steps
@@ -28,7 +27,7 @@ class WarmupCosine(LRScheduler):
         self.final_ratio = final_ratio
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each group at `last_epoch` (= optimiser steps done)."""
         return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
 

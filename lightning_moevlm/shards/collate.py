@@ -24,9 +24,7 @@ class Collate:
     image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included.
     """
 
-    def __init__(
-        self, members: Sequence[str], tokenizer: CaptionTokenizer, image_size: int, max_text_len: int
-    ) -> None:
+    def __init__(self, members: Sequence[str], tokenizer: CaptionTokenizer, image_size: int, max_text_len: int) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._has_captions = CAPTION_EXTENSION in members
         self._tokenizer = tokenizer

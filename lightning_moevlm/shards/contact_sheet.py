@@ -33,9 +33,7 @@ def write_contact_sheet(root: Path, manifest: Manifest, split: Split, num_sample
     extension = next((e for e in IMAGE_EXTENSIONS if e in manifest.members), None)
     if extension is None:
         raise UserError(f"{root} holds no pictures, so there is nothing to put on a contact sheet")
-    samples = list(
-        islice(read_shard(root, manifest.splits[split][0], frozenset(manifest.members)), num_samples)
-    )
+    samples = list(islice(read_shard(root, manifest.splits[split][0], frozenset(manifest.members)), num_samples))
     rows = -(-len(samples) // COLUMNS)
     width, height = TILE + MARGIN, TILE + LINES * LINE + MARGIN
     sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN), "white")

@@ -148,9 +148,7 @@ class ShardDataModule(LightningDataModule):
         rank = Rank(0, 1)
         if self.trainer is not None:
             rank = Rank(self.trainer.global_rank, self.trainer.world_size)
-        return ShardReader(
-            self.root, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed
-        )
+        return ShardReader(self.root, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed)
 
     def _train_limit(self, num_batches: int) -> int | None:
         """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""

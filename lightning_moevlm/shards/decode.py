@@ -67,6 +67,4 @@ def _fit(image_RYX: Tensor, size: int) -> Tensor:
 
 def undecodable(key: str, shard: str, extension: str, error: ValueError) -> UserError:
     """Return the error to raise for a member that cannot be decoded."""
-    return UserError(
-        f"{key}.{extension} in shard {shard} cannot be decoded ({error}); rebuild the set without it"
-    )
+    return UserError(f"{key}.{extension} in shard {shard} cannot be decoded ({error}); rebuild the set without it")

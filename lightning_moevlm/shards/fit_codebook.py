@@ -33,12 +33,8 @@ def fit_codebook(root: Path, num_codes: int, patch_size: int, seed: int, max_sam
     if num_codes < 2:
         raise UserError(f"num_codes is {num_codes}, but a codebook needs at least 2")
     manifest = read_manifest(root)
-    collate = Collate(
-        manifest.members, load_tokenizer(root, manifest.tokenizer), manifest.image_size, max_text_len=2
-    )
-    reader = ShardReader(
-        root, manifest, "train", collate, BATCH_SIZE, Rank(0, 1), shuffle_buffer=0, seed=seed
-    )
+    collate = Collate(manifest.members, load_tokenizer(root, manifest.tokenizer), manifest.image_size, max_text_len=2)
+    reader = ShardReader(root, manifest, "train", collate, BATCH_SIZE, Rank(0, 1), shuffle_buffer=0, seed=seed)
     loader = ShardLoader(reader, num_workers=0)
     num_batches = min(len(loader), -(-max_samples // BATCH_SIZE))
     found: list[Tensor] = []

@@ -74,9 +74,7 @@ class Manifest:
     def write(self, root: Path) -> None:
         """Write `manifest.json` into `root`, whole or not at all."""
         unfinished = root / f".{MANIFEST_FILE}.unfinished"
-        unfinished.write_text(
-            json.dumps(self._as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        unfinished.write_text(json.dumps(self._as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.replace(root / MANIFEST_FILE)
 
     def _as_json(self) -> dict[str, object]:
@@ -92,16 +90,12 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST_FILE
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing, so {root} is no finished set of shards; build it with `moevlm data build`"
-        )
+        raise UserError(f"{path} is missing, so {root} is no finished set of shards; build it with `moevlm data build`")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(
-            f"{path} is not JSON ({where}); restore it or rebuild the set with --force true"
-        ) from None
+        raise UserError(f"{path} is not JSON ({where}); restore it or rebuild the set with --force true") from None
     return _Fields(content, str(path), "").manifest()
 
 
@@ -155,9 +149,7 @@ class _Fields:
         self._file = file
         self._place = place
         if not isinstance(content, dict):
-            raise UserError(
-                f"{file}: {place or 'the whole file'} must be an object, not {type(content).__name__}"
-            )
+            raise UserError(f"{file}: {place or 'the whole file'} must be an object, not {type(content).__name__}")
         self._content = content
 
     def _name(self, key: str) -> str:
@@ -165,9 +157,7 @@ class _Fields:
 
     def _get(self, key: str, kind: type) -> object:
         if key not in self._content:
-            raise UserError(
-                f"{self._file}: field {self._name(key)!r} is missing; rebuild the set with --force true"
-            )
+            raise UserError(f"{self._file}: field {self._name(key)!r} is missing; rebuild the set with --force true")
         value = self._content[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(
@@ -191,9 +181,7 @@ class _Fields:
         value = self.text(key)
         # a name with a slash or a scheme could make a reader open, or run, something outside the set
         if value in ("", ".", "..") or any(mark in value for mark in ("/", "\\", ":", "\0")):
-            raise UserError(
-                f"{self._file}: {self._name(key)!r} must be a file name inside the set, got {value!r}"
-            )
+            raise UserError(f"{self._file}: {self._name(key)!r} must be a file name inside the set, got {value!r}")
         return value
 
     def inner(self, key: str) -> "_Fields":
@@ -214,9 +202,7 @@ class _Fields:
         assert isinstance(values, dict)
         for name, value in values.items():
             if not isinstance(value, str | int | float | bool):
-                raise UserError(
-                    f"{self._file}: field {self._name(key)}.{name} must be a plain value, got {value!r}"
-                )
+                raise UserError(f"{self._file}: field {self._name(key)}.{name} must be a plain value, got {value!r}")
         return dict(values)
 
     def manifest(self) -> Manifest:
@@ -234,13 +220,9 @@ class _Fields:
             members=self.texts("members"),
             build=self.scalars("build"),
             sources={name: str(value) for name, value in self.scalars("sources").items()},
-            tokenizer=TokenizerEntry(
-                tokenizer.file("file"), tokenizer.text("sha256"), tokenizer.count("vocab_size")
-            ),
+            tokenizer=TokenizerEntry(tokenizer.file("file"), tokenizer.text("sha256"), tokenizer.count("vocab_size")),
             splits={split: tuple(entry.shard() for entry in splits.items(split)) for split in SPLITS},
         )
 
     def shard(self) -> ShardEntry:
-        return ShardEntry(
-            self.file("file"), self.count("num_samples"), self.count("num_bytes"), self.text("sha256")
-        )
+        return ShardEntry(self.file("file"), self.count("num_samples"), self.count("num_bytes"), self.text("sha256"))

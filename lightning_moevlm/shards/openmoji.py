@@ -33,9 +33,7 @@ from lightning_moevlm.shards.writer import Sample
 VERSION = 1
 LANGUAGES: tuple[str, ...] = tuple(emoji.LANGUAGES)
 SKIN_TONES = frozenset({"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"})
-_PRESENTATION = (
-    "FE0F"  # asks for the colour variant; OpenMoji and Unicode data disagree about where it stands
-)
+_PRESENTATION = "FE0F"  # asks for the colour variant; OpenMoji and Unicode data disagree about where it stands
 
 
 class Entry(NamedTuple):

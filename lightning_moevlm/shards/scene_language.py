@@ -79,9 +79,7 @@ def questions(scene: Scene, world: tuple[Picture, ...], random: Random) -> tuple
         one, relation, other = random.choice(pairs)
         true = random.random() < 0.5
         said = relation if true else INVERSE[relation]
-        asked.append(
-            Question("relation", f"{_is(one)} {_the(one)} {said} {_the(other)}?", "yes" if true else "no")
-        )
+        asked.append(Question("relation", f"{_is(one)} {_the(one)} {said} {_the(other)}?", "yes" if true else "no"))
         unique = [(r, o) for r in RELATIONS for o in groups if len(_standing(scene, r, o)) == 1]
         if unique:
             said, other = random.choice(unique)

@@ -66,9 +66,7 @@ def build_scenes(
         version=VERSION,
         licence=LICENCE,
         licence_url=LICENCE_URL,
-        attribution=attribution(
-            "The drawings were rendered to pixels, scaled and arranged on tinted grounds."
-        ),
+        attribution=attribution("The drawings were rendered to pixels, scaled and arranged on tinted grounds."),
         image_size=image_size,
         image_format=image_format,
         arguments={"num_samples": num_samples, "num_pictures": num_pictures, "seed": seed},

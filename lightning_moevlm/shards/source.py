@@ -33,9 +33,7 @@ def refuse_remote(root: str) -> Path:
 
     """
     if "://" in root or root.startswith(("pipe:", "|")):
-        raise UserError(
-            f"data root is {root!r}, but sets are read from local folders only; copy it and give its path"
-        )
+        raise UserError(f"data root is {root!r}, but sets are read from local folders only; copy it and give its path")
     return Path(root)
 
 
@@ -58,9 +56,7 @@ def read_shard(root: Path, shard: ShardEntry, wanted: frozenset[str]) -> Iterato
             try:
                 grouped = next(samples, None)
             except (tarfile.TarError, ValueError) as error:
-                raise UserError(
-                    f"shard {path} is no tar of samples ({error.args[0]}); rebuild the set"
-                ) from error
+                raise UserError(f"shard {path} is no tar of samples ({error.args[0]}); rebuild the set") from error
             if grouped is None:
                 break
             num_samples += 1

@@ -67,9 +67,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> Tok
 
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"vocab_size is {vocab_size}, but bytes and special tokens alone need {MIN_VOCAB_SIZE}"
-        )
+        raise UserError(f"vocab_size is {vocab_size}, but bytes and special tokens alone need {MIN_VOCAB_SIZE}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

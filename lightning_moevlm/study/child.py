@@ -33,9 +33,7 @@ def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
     return [sys.executable, "-m", "lightning_moevlm", "fit", *configs]
 
 
-def share_environment(
-    env: Mapping[str, str], jobs: int, cores: int, slot: int, num_gpus: int
-) -> dict[str, str]:
+def share_environment(env: Mapping[str, str], jobs: int, cores: int, slot: int, num_gpus: int) -> dict[str, str]:
     """Return a child's environment: its share of the cores, the allocator, and its GPU where there are any.
 
     What the user has set himself stays, save for the GPU, which the slot decides among those he made visible.
@@ -118,9 +116,7 @@ def log_tail(log_file: Path) -> tuple[str, ...]:
         text = log_file.read_bytes()[-20_000:].decode(errors="replace")
     except FileNotFoundError:
         return ()
-    return tuple(
-        [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-_LOG_LINES:]
-    )
+    return tuple([line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-_LOG_LINES:])
 
 
 def last_checkpoint(*folders: Path) -> Path | None:

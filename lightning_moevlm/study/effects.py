@@ -76,7 +76,8 @@ def paired_effect(
     seeds: tuple[int, ...],
     direction: Direction,
     alpha: float,
-    more_diverged: int = 0,
+    arm_diverged: int = 0,
+    baseline_diverged: int = 0,
 ) -> Effect:
     """Compare an arm with the baseline.
 
@@ -86,20 +87,23 @@ def paired_effect(
         seeds: All seeds of the study.
         direction: Which way is progress.
         alpha: Two-sided error rate; intervals cover 1 - alpha.
-        more_diverged: Diverged runs of the arm less those of the baseline. Where positive, no mean over the survivors
-            may call the arm better.
+        arm_diverged: Diverged runs of the arm. Where there are more than of the baseline, no mean over the survivors may
+            call the arm better.
+        baseline_diverged: Diverged runs of the baseline.
     """
     paired = {s: arm[s] - baseline[s] for s in seeds if s in arm and s in baseline}
     paired = {s: d for s, d in paired.items() if math.isfinite(d)}
     differences = tuple(paired.values())
     left_out = tuple(s for s in seeds if s not in paired)
     if not differences:
-        note = "no seed has a result in both arms"
+        note = "no seed has a finite result in both arms"
+        if arm_diverged or baseline_diverged:
+            note += f"; {arm_diverged} runs diverged, {baseline_diverged} of the baseline"
         return Effect((), left_out, (), None, None, None, None, None, None, None, Verdict.INCONCLUSIVE, note)
     bootstrap = bootstrap_interval(differences, alpha)
     t = t_interval(differences, alpha)
     interval = max((i for i in (t, bootstrap) if i is not None), key=lambda i: i.width, default=None)
-    verdict, note = decide(interval, len(differences), direction, more_diverged)
+    verdict, note = decide(interval, len(differences), direction, arm_diverged - baseline_diverged)
     sign = -1.0 if direction == "lower" else 1.0
     return Effect(
         seeds=tuple(paired),
@@ -117,9 +121,7 @@ def paired_effect(
     )
 
 
-def decide(
-    interval: Interval | None, num_pairs: int, direction: Direction, more_diverged: int
-) -> tuple[Verdict, str]:
+def decide(interval: Interval | None, num_pairs: int, direction: Direction, more_diverged: int) -> tuple[Verdict, str]:
     """Return the word for an interval of differences, and what limits it."""
     if interval is None:
         return Verdict.INCONCLUSIVE, f"{num_pairs} seed gives no interval; at least 2 are needed"
@@ -132,7 +134,7 @@ def decide(
         )
     if ahead or behind:
         return (Verdict.BETTER if ahead else Verdict.WORSE), ""
-    return Verdict.INCONCLUSIVE, "the interval holds 0"
+    return Verdict.INCONCLUSIVE, ""
 
 
 def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:

@@ -156,9 +156,7 @@ def execute(
     return Tally(started, stop.name)
 
 
-def _start(
-    plan: Plan, run: PlannedRun, experiment: Experiment, command: Command, env: dict[str, str]
-) -> Child:
+def _start(plan: Plan, run: PlannedRun, experiment: Experiment, command: Command, env: dict[str, str]) -> Child:
     folder = plan.run_folder(run)
     state = read_state(folder)
     checkpoint = None
@@ -196,9 +194,7 @@ def _collect(plan: Plan, experiment: Experiment, pool: _Pool, watcher: Watcher) 
 def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, code: int) -> RunState:
     """Tell a result from a crash. A run that stopped because its loss is not finite has diverged, not crashed."""
     folder = plan.run_folder(run)
-    state = dataclasses.replace(
-        read_state(folder), ended=time.time(), exit_code=code, pid=None, pid_started=None
-    )
+    state = dataclasses.replace(read_state(folder), ended=time.time(), exit_code=code, pid=None, pid_started=None)
     assert state.run_id is not None
     rule, primary = plan.study.diverged, plan.study.primary.metric
     why = divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
@@ -221,9 +217,7 @@ def _stop_children(plan: Plan, pool: _Pool) -> None:
         child.process.wait()
         child.log.close()
         folder = plan.run_folder(run)
-        write_state(
-            folder, dataclasses.replace(read_state(folder), status=Status.INTERRUPTED, ended=time.time())
-        )
+        write_state(folder, dataclasses.replace(read_state(folder), status=Status.INTERRUPTED, ended=time.time()))
 
 
 def _end_orphans(plan: Plan) -> None:
@@ -239,9 +233,7 @@ def _adopt(run: PlannedRun, folder: Path, experiment: Experiment) -> RunState | 
         outcome = row.tags.get(OUTCOME, "")
         if outcome in (Status.FINISHED, Status.DIVERGED):
             ended = row.end_ms / 1000 if row.end_ms else None
-            state = RunState(
-                Status(outcome), row.run_id, started=row.start_ms / 1000, ended=ended, attempts=1
-            )
+            state = RunState(Status(outcome), row.run_id, started=row.start_ms / 1000, ended=ended, attempts=1)
             write_whole(folder / OVERRIDES_FILE, yaml.safe_dump(run.overrides, sort_keys=False))
             write_state(folder, state)
             return state

@@ -80,17 +80,13 @@ def read_state(folder: Path) -> RunState:
     except FileNotFoundError:
         return RunState()
     except ValueError as error:
-        raise UserError(
-            f"{file}: not readable as JSON ({error}); remove the folder to run this again"
-        ) from error
+        raise UserError(f"{file}: not readable as JSON ({error}); remove the folder to run this again") from error
     try:
         raw["status"] = Status(raw["status"])
         raw["log_tail"] = tuple(raw["log_tail"])
         state = RunState(**raw)
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{file}: not a run's state ({error}); remove the folder to run this again"
-        ) from error
+        raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
     if state.status is Status.RUNNING and living_process(state) is None:
         return dataclasses.replace(state, status=Status.INTERRUPTED)
     return state

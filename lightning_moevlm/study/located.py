@@ -142,9 +142,7 @@ class Located:
         """Return one of the allowed words."""
         value = self.plain()
         if value not in allowed:
-            raise self.error(
-                f"got {self._shown()}; {nearest(str(value), allowed)}allowed: {', '.join(allowed)}"
-            )
+            raise self.error(f"got {self._shown()}; {nearest(str(value), allowed)}allowed: {', '.join(allowed)}")
         return str(value)
 
     def _shown(self) -> str:
@@ -174,9 +172,7 @@ def read(file: Path) -> Located:
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {_one_line(error)}") from error
     if node is None:
-        raise UserError(
-            f"{file}: the file is empty; it needs at least question, base, arms, seeds, budget, primary"
-        )
+        raise UserError(f"{file}: the file is empty; it needs at least question, base, arms, seeds, budget, primary")
     return Located(file, "", node, node.start_mark.line + 1)
 
 

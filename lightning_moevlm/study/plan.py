@@ -92,9 +92,7 @@ class Plan:
         return self.folder / run.folder
 
 
-def plan_study(
-    study: Study, resolve: Resolve, describe: Describe, sweeps: Path = Path("runs/sweeps")
-) -> Plan:
+def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path = Path("runs/sweeps")) -> Plan:
     """Resolve and check every run of a study.
 
     Args:
@@ -139,9 +137,7 @@ def _planned(study: Study, arm: Arm, seed: int, resolve: Resolve, folder: Path) 
     overrides = copy.deepcopy(arm.changes)
     _set(overrides, "seed_everything", seed)
     _set(overrides, "trainer.max_steps", study.budget.max_steps)
-    _set(
-        overrides, "trainer.max_epochs", -1
-    )  # the budget is steps; an epoch limit of the base must not cut it
+    _set(overrides, "trainer.max_epochs", -1)  # the budget is steps; an epoch limit of the base must not cut it
     # Checked with everything that the child will get, although the digest that some keys name is not known yet.
     draft = PlannedRun(study.name, arm.name, seed, overrides, {}, digest="0" * 12)
     resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _with_places(draft, folder)))

@@ -75,9 +75,7 @@ class SweepProgress:
         self._console.print(line, highlight=False, soft_wrap=True)
         if state.status is Status.FAILED:
             for text in state.log_tail[-3:]:
-                self._console.print(
-                    f"      {text}", style="dim", markup=False, highlight=False, soft_wrap=True
-                )
+                self._console.print(f"      {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
         self._refresh()
 
     def tick(self) -> None:
@@ -90,9 +88,7 @@ class SweepProgress:
         rest = self._total - self._done
         if not rest or not self._seconds:
             return ""
-        return (
-            f"about {duration(rest * sum(self._seconds) / len(self._seconds) / min(self._jobs, rest))} left"
-        )
+        return f"about {duration(rest * sum(self._seconds) / len(self._seconds) / min(self._jobs, rest))} left"
 
     def _refresh(self) -> None:
         self._shown = time.time()

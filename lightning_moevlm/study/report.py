@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -25,13 +27,12 @@ from lightning_moevlm.study.plan import Plan, flat
 from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.tables import (
     Table,
-    effects_table,
-    models_table,
     name_and_unit,
-    percent,
+    report_tables,
 )
 
 HTML_FILE, MARKDOWN_FILE, RECORDS_FILE = "report.html", "report.md", "report.json"
+_WIDE = Console(width=10_000)
 _TEMPLATES = Path(__file__).parent / "templates"
 _STYLES: dict[str, str] = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.INCONCLUSIVE: "yellow"}
 _PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
@@ -50,11 +51,11 @@ class ArmStory:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole report before it is written. finding: one sentence per arm; learned: one sentence on both baselines."""
+    """A whole report before it is written. finding: one sentence per arm; learned: one on the untrained models."""
 
     result: StudyResult
     finding: tuple[str, ...]
-    learned: tuple[str, ...]
+    learned: str
     tables: tuple[Table, ...]
     pictures: tuple[Picture, ...]
     arms: tuple[ArmStory, ...]
@@ -70,8 +71,8 @@ def make_report(plan: Plan, result: StudyResult) -> Report:
     return Report(
         result=result,
         finding=tuple(finding(result, arm) for arm in result.arms if arm.effect is not None),
-        learned=tuple(learned(result, arm) for arm in result.arms),
-        tables=(effects_table(result), models_table(result)),
+        learned=learned(result),
+        tables=report_tables(result),
         pictures=tuple(draw_all(result)),
         arms=tuple(_story(plan, arm) for arm in result.arms),
         rerun=shlex.join(["moevlm", "sweep", "run", str(study.file)]),
@@ -99,19 +100,31 @@ def write_report(report: Report, folder: Path) -> Path:
 def print_tables(console: Console, tables: Sequence[Table]) -> None:
     """Print tables for people, each with its notes."""
     for table in tables:
-        console.print(rich_table(table))
+        console.print(rich_table(table, console.width))
 
 
-def rich_table(table: Table) -> Group:
-    """Return a table with its notes for a terminal; verdicts are coloured where it has colours."""
-    shown = RichTable(
-        title=table.title, title_justify="left", title_style="bold", header_style="", pad_edge=False
-    )
-    for column in table.columns:
-        shown.add_column(column, overflow="fold")
-    for row in table.rows:
-        shown.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+def rich_table(table: Table, width: int) -> Group:
+    """Return a table with its notes for a terminal of that width; verdicts are coloured where it has colours."""
+    shown = _rich_columns(table, len(table.columns))
+    if table.essential and Measurement.get(_WIDE, _WIDE.options, shown).maximum > width:
+        shown = _rich_columns(table, table.essential)
     return Group(shown, *(Text(note, style="dim") for note in table.notes), Text())
+
+
+def _rich_columns(table: Table, count: int) -> RichTable:
+    shown = RichTable(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        header_style="",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for i, column in enumerate(table.columns[:count]):
+        shown.add_column(column, overflow="fold", no_wrap=i == 0)
+    for row in table.rows:
+        shown.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row[:count]))
+    return shown
 
 
 def finding(result: StudyResult, arm: ArmResult) -> str:
@@ -124,43 +137,36 @@ def finding(result: StudyResult, arm: ArmResult) -> str:
         return f"{start} ({effect.note})."
     size = f"{effect.mean:+.4f} {unit}".strip()
     interval = f"[{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]"
-    sentence = (
-        f"{start}. {title} {size} against {study.baseline}, interval {interval}, {len(effect.seeds)} seeds"
-    )
+    sentence = f"{start}. {title} {size} against {study.baseline}, interval {interval}, {len(effect.seeds)} seeds"
     if effect.verdict is Verdict.INCONCLUSIVE and effect.seeds_needed:
         sentence += f"; about {effect.seeds_needed} seeds would show an effect of this size"
-    extra = f" ({effect.note})" if effect.note and effect.note != "the interval holds 0" else ""
+    extra = f" ({effect.note})" if effect.note else ""
     return f"{sentence}{extra}."
 
 
-def learned(result: StudyResult, arm: ArmResult) -> str:
-    """Return one sentence: whether the arm learned anything, held against the untrained model and the constant answer."""
-    if arm.final is None or arm.untrained is None:
-        return f"{arm.arm.name}: no result yet."
-    title, _ = name_and_unit(result.study.primary.metric)
-    word = "learned" if arm.learned else "did not learn in every seed"
-    accuracies = [
-        f"accuracy {term} {percent(mean.mean)} (majority {percent(arm.majority[term].mean)})"
-        for term, mean in arm.accuracy.items()
-        if term in arm.majority
+def learned(result: StudyResult) -> str:
+    """Return one sentence: whether training was worth anything, held against the untrained models."""
+    behind = [
+        f"{arm.arm.name} ({arm.learned} of {done} seeds)"
+        for arm in result.arms
+        if (done := arm.finished + arm.diverged) and arm.learned < done
     ]
-    loss = f"{title} {arm.final.mean:.4f} (untrained {arm.untrained.mean:.4f})"
-    return f"{arm.arm.name} {word}: " + "; ".join([loss, *accuracies]) + "."
+    title, _ = name_and_unit(result.study.primary.metric)
+    if not any(arm.finished + arm.diverged for arm in result.arms):
+        return "No run has a result yet."
+    if behind:
+        return f"Not every run ended ahead of its untrained model in {title}: {', '.join(behind)} did."
+    return f"Every run with a result ended ahead of its untrained model in {title}."
 
 
 def _story(plan: Plan, arm: ArmResult) -> ArmStory:
     base = [word for file in plan.study.base for word in ("-c", str(file))]
     commands = [
-        shlex.join(["moevlm", "fit", *base, "-c", str(plan.run_folder(r.run) / "overrides.yaml")])
-        for r in arm.runs
+        shlex.join(["moevlm", "fit", *base, "-c", str(plan.run_folder(r.run) / "overrides.yaml")]) for r in arm.runs
     ]
-    changes = tuple(
-        f"{key}: {'null' if value is None else value}" for key, value in flat(arm.arm.changes).items()
-    )
+    changes = tuple(f"{key}: {'null' if value is None else value}" for key, value in flat(arm.arm.changes).items())
     tails = tuple(
-        f"{r.run.name}: {r.state.reason}\n" + "\n".join(r.state.log_tail)
-        for r in arm.runs
-        if r.state.log_tail
+        f"{r.run.name}: {r.state.reason}\n" + "\n".join(r.state.log_tail) for r in arm.runs if r.state.log_tail
     )
     return ArmStory(arm.arm.name, arm.arm.description, changes, tuple(commands), tails)
 
@@ -177,6 +183,4 @@ def _render(template: str, report: Report) -> str:
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
-    return environment.get_template(template).render(
-        report=report, result=report.result, study=report.result.study
-    )
+    return environment.get_template(template).render(report=report, result=report.result, study=report.result.study)

@@ -117,9 +117,7 @@ def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) 
     """
     ids = [state.run_id for _, state in ledger if state.run_id is not None]
     histories = metric_histories(uri, ids)
-    results = [
-        RunResult(run, state, series_of(histories.get(state.run_id or "", []))) for run, state in ledger
-    ]
+    results = [RunResult(run, state, series_of(histories.get(state.run_id or "", []))) for run, state in ledger]
     return compare(plan, results)
 
 
@@ -195,7 +193,8 @@ def _effect(study: Study, done: Sequence[RunResult], base: Sequence[RunResult]) 
         seeds=study.seeds,
         direction=study.primary.direction,
         alpha=study.decide.alpha,
-        more_diverged=_count(done, Status.DIVERGED) - _count(base_done, Status.DIVERGED),
+        arm_diverged=_count(done, Status.DIVERGED),
+        baseline_diverged=_count(base_done, Status.DIVERGED),
     )
 
 

@@ -187,9 +187,7 @@ def _baseline(top: dict[str, Located], arms: tuple[Arm, ...]) -> str:
     name = top["baseline"].choice(names) if "baseline" in top else names[0]
     if next(arm for arm in arms if arm.name == name).changes:
         node = dict(top["arms"].items())[name]
-        raise node.error(
-            "the baseline changes nothing over the base; move its changes to a base file or another arm"
-        )
+        raise node.error("the baseline changes nothing over the base; move its changes to a base file or another arm")
     return name
 
 
@@ -221,9 +219,7 @@ def _metric(node: Located) -> str:
         # The usual fillings of the patterns are offered too, so that a slip in a real key finds the real key.
         stages = [m.pattern.replace("{stage}", stage) for m in keys.ALL for stage in ("val", "train")]
         hint = nearest(name, [*stages, *(m.pattern for m in keys.ALL)])
-        raise node.error(
-            f"unknown metric {name!r}; {hint}every metric is declared in lightning_moevlm/keys.py"
-        )
+        raise node.error(f"unknown metric {name!r}; {hint}every metric is declared in lightning_moevlm/keys.py")
     return name
 
 
@@ -236,9 +232,7 @@ def _primary(node: Located) -> Primary:
         declared = keys.declared(metric)
         word = declared.better if declared else "neither"
     if word == "neither":
-        raise node.error(
-            f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
-        )
+        raise node.error(f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`")
     return Primary(metric, "lower" if word == "lower" else "higher")
 
 

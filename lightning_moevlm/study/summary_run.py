@@ -35,7 +35,7 @@ def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
         run_id = str(run.info.run_id)
     client.log_artifacts(run_id, str(folder), _ARTIFACTS)
     study = report.result.study
-    verdicts = "\n".join(f"- {sentence}" for sentence in (*report.finding, *report.learned))
+    verdicts = "\n".join(f"- {sentence}" for sentence in (*report.finding, report.learned))
     client.set_tag(
         run_id, _NOTE, f"**{study.question}**\n\n{verdicts}\n\nSee artifacts, `{_ARTIFACTS}/{MARKDOWN_FILE}`."
     )

@@ -70,7 +70,13 @@ def learning_table(result: StudyResult) -> Table:
     """Return what each arm learned, beside both baselines: the untrained model and the constant answer."""
     title, _ = name_and_unit(result.study.primary.metric)
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
-    columns = ("arm", f"{title}: untrained", "final", *(f"accuracy {term} (majority)" for term in terms), "learned")
+    columns = (
+        "arm",
+        "untrained",
+        "final",
+        *(f"accuracy {term} (majority)" for term in terms),
+        "learned",
+    )
     rows = tuple(
         (
             arm.arm.name,
@@ -82,7 +88,7 @@ def learning_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        "learned: in how many seeds the final value is ahead of the untrained model's.",
+        f"untrained, final: {title}, mean over seeds. learned: in how many seeds the final value is ahead of the untrained model's.",
         "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
     )
     return Table("Has anything been learned?", columns, rows, notes)
@@ -90,7 +96,17 @@ def learning_table(result: StudyResult) -> Table:
 
 def models_table(result: StudyResult) -> Table:
     """Return what the arms are and cost: size, compute, speed, runs."""
-    columns = ("arm", "parameters", "active", "active FLOPs", "samples/s", "time/run", "runs")
+    columns = (
+        "arm",
+        "parameters",
+        "active",
+        "active FLOPs",
+        "samples/s",
+        "time/run",
+        "finished",
+        "diverged",
+        "failed",
+    )
     rows = tuple(
         (
             arm.arm.name,
@@ -99,7 +115,9 @@ def models_table(result: StudyResult) -> Table:
             scaled(arm.card.active_flops_per_sample),
             with_deviation(arm.samples_per_second, 0),
             duration(arm.seconds.mean) if arm.seconds else NOTHING,
-            _runs(arm),
+            f"{arm.finished}/{arm.planned}",
+            str(arm.diverged),
+            str(arm.failed),
         )
         for arm in result.arms
     )
@@ -213,12 +231,6 @@ def _accuracy(arm: ArmResult, term: str) -> str:
         return NOTHING
     majority = f" ({percent(arm.majority[term].mean)})" if term in arm.majority else ""
     return percent(arm.accuracy[term].mean) + majority
-
-
-def _runs(arm: ArmResult) -> str:
-    rest = arm.planned - arm.finished - arm.diverged - arm.failed
-    parts = [(arm.finished, "finished"), (arm.diverged, "diverged"), (arm.failed, "failed"), (rest, "to do")]
-    return ", ".join(f"{count} {word}" for count, word in parts if count)
 
 
 def _shown(value: object) -> str:

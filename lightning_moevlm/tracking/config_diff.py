@@ -35,9 +35,7 @@ def _leaves(prefix: str, value: object) -> list[tuple[str, object]]:
         inner = {str(index): item for index, item in enumerate(value)}
     if inner is None:
         return [(prefix, value)]
-    return [
-        leaf for key, item in inner.items() for leaf in _leaves(f"{prefix}.{key}" if prefix else key, item)
-    ]
+    return [leaf for key, item in inner.items() for leaf in _leaves(f"{prefix}.{key}" if prefix else key, item)]
 
 
 def _spelled(value: object) -> str:

@@ -23,9 +23,7 @@ class PointBuffer:
     clock: seconds that only grow.
     """
 
-    def __init__(
-        self, flush_points: int, flush_seconds: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, flush_points: int, flush_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._points: list[Point] = []
         self._flush_points = flush_points
         self._flush_seconds = flush_seconds
@@ -46,9 +44,7 @@ class PointBuffer:
         waited = self._clock() - self._last_attempt
         if self._pause:
             return waited >= self._pause
-        return len(self._points) >= self._flush_points or (
-            bool(self._points) and waited >= self._flush_seconds
-        )
+        return len(self._points) >= self._flush_points or (bool(self._points) and waited >= self._flush_seconds)
 
     def deliver(self, write: Callable[[Sequence[Point]], None], per_write: int) -> None:
         """Hand every point to `write`, at most `per_write` at once; a point leaves after its write.

@@ -87,9 +87,7 @@ def reopen_run(client: "MlflowClient", run_id: str, shown_uri: str) -> OpenRun:
             "or leave run_id out to start a new one"
         ) from error
     if run.info.lifecycle_stage == "deleted":
-        raise UserError(
-            f"run {run_id} was deleted: bring it back with `mlflow runs restore --run-id {run_id}`"
-        )
+        raise UserError(f"run {run_id} was deleted: bring it back with `mlflow runs restore --run-id {run_id}`")
     client.update_run(run_id, status="RUNNING")
     nonfinite = {tag.removeprefix(NONFINITE_TAG) for tag in run.data.tags if tag.startswith(NONFINITE_TAG)}
     return OpenRun(run_id, run.info.experiment_id, dict(run.data.params), frozenset(nonfinite))

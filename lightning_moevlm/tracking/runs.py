@@ -119,21 +119,15 @@ def metric_history(uri: str, run_id: str, keys: Sequence[str] | None = None) -> 
     return metric_histories(uri, [run_id], keys)[run_id]
 
 
-def metric_histories(
-    uri: str, run_ids: Sequence[str], keys: Sequence[str] | None = None
-) -> dict[str, list[Point]]:
+def metric_histories(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None = None) -> dict[str, list[Point]]:
     """Return `metric_history` of several runs, by run id; a run that logged nothing has an empty list."""
-    raw = (
-        _from_sqlite(uri, run_ids, keys) if sqlite_path(uri) is not None else _from_server(uri, run_ids, keys)
-    )
+    raw = _from_sqlite(uri, run_ids, keys) if sqlite_path(uri) is not None else _from_server(uri, run_ids, keys)
     newest: dict[str, dict[tuple[str, int], Point]] = {run_id: {} for run_id in run_ids}
     for run_id, point in raw:
         earlier = newest[run_id].get((point.key, point.step))
         if earlier is None or point.time_ms >= earlier.time_ms:
             newest[run_id][point.key, point.step] = point
-    return {
-        run_id: sorted(points.values(), key=lambda p: (p.key, p.step)) for run_id, points in newest.items()
-    }
+    return {run_id: sorted(points.values(), key=lambda p: (p.key, p.step)) for run_id, points in newest.items()}
 
 
 def _from_sqlite(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:

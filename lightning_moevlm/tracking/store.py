@@ -160,13 +160,9 @@ def _revision(path: Path) -> str | None:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
             row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     except sqlite3.DatabaseError as error:
-        raise UserError(
-            f"{path} is no database of MLflow ({error}): name another file in the tracking URI"
-        ) from error
+        raise UserError(f"{path} is no database of MLflow ({error}): name another file in the tracking URI") from error
     if row is None:
-        raise UserError(
-            f"{path} is a database of MLflow without a schema revision: move it away and run again"
-        )
+        raise UserError(f"{path} is a database of MLflow without a schema revision: move it away and run again")
     return str(row[0])
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_moevlm import keys
@@ -24,11 +24,11 @@ class Evaluation(nn.Module):
         self.stage = stage
         self.task_loss = _mean()
         self.total_loss = _mean()
-        self.terms = nn.ModuleDict()
-        self.accuracy = nn.ModuleDict(
+        self.terms = _collection({})
+        self.accuracy = _collection(
             {term: MulticlassAccuracy(num_classes=count, average="micro") for term, count in num_classes.items()}
         )
-        self.majority = nn.ModuleDict({term: MajorityAccuracy(count) for term, count in num_classes.items()})
+        self.majority = _collection({term: MajorityAccuracy(count) for term, count in num_classes.items()})
 
     def update(self, report: LossReport, predictions: Mapping[str, Predictions], num_samples: int) -> None:
         """Add one batch."""
@@ -36,7 +36,7 @@ class Evaluation(nn.Module):
         self.total_loss.update(report.total_loss, num_samples)
         for name, term in {**report.task, **report.auxiliary}.items():
             if name not in self.terms:
-                self.terms[name] = _mean().to(term.raw.device)
+                self.terms.add_metrics({name: _mean().to(term.raw.device)})
             self.terms[name].update(term.raw, num_samples)
         for name, prediction in predictions.items():
             self.accuracy[name].update(prediction.predicted_M, prediction.target_M)
@@ -59,10 +59,15 @@ class Evaluation(nn.Module):
 
     def reset(self) -> None:
         """Forget all batches."""
-        for metric in (self.task_loss, self.total_loss, *self.terms.values(), *self.accuracy.values(), *self.majority.values()):
-            metric.reset()
+        for metrics in (self.task_loss, self.total_loss, self.terms, self.accuracy, self.majority):
+            metrics.reset()
 
 
 def _mean() -> MeanMetric:
     """Return a mean that stays NaN where a loss was NaN: torchmetrics' default leaves such batches out."""
     return MeanMetric(nan_strategy="disable")
+
+
+def _collection(metrics: dict[str, Metric | MetricCollection]) -> MetricCollection:
+    """Return metrics that are updated one by one: sharing state between them would be wrong, their targets differ."""
+    return MetricCollection(metrics, compute_groups=False)

@@ -5,6 +5,7 @@ from typing import TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -68,7 +69,9 @@ class VisionLanguageModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
-        output, report = self._losses(batch, "train", self.global_step * self._accumulation() + batch_idx % self._accumulation())
+        output, report = self._losses(
+            batch, "train", self.global_step * self._accumulation() + batch_idx % self._accumulation()
+        )
         return StepOutput(
             loss=report.total_loss,
             report=report.detached(),
@@ -83,7 +86,7 @@ class VisionLanguageModule(LightningModule):
         self.val_evaluation.update(report, output.predictions, batch.num_samples)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the epoch. Lightning's sanity check before the first step is the untrained model: step 0 of every curve."""
+        """Log the epoch. Lightning's sanity check before the first step is the untrained model: step 0 of a curve."""
         self._log_evaluation(self.val_evaluation)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -96,7 +99,7 @@ class VisionLanguageModule(LightningModule):
         self._log_evaluation(self.test_evaluation)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return features averaged over real positions, (B, D) each: `image`, `text`, `pair`, as far as the data has them."""
+        """Return features averaged over real positions, (B, D) each: `image`, `text` and `pair`, as the data allows."""
         inputs = {
             "image": (batch.images_BRYX, None, None),
             "text": (None, batch.text_BL, batch.text_mask_BL),
@@ -111,7 +114,7 @@ class VisionLanguageModule(LightningModule):
                 features[name] = (output.tokens_BSD * valid_BS1).sum(dim=1) / valid_BS1.sum(dim=1).clamp(min=1)
         return features
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over decayed and undecayed parameters, and the schedule per step."""
         optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
         if self.schedule_factory is None:
@@ -130,7 +133,9 @@ class VisionLanguageModule(LightningModule):
         auxiliary = self.losses.terms([named.plan for named in output.plans])
         clash = auxiliary.keys() & output.terms.keys()
         if clash:
-            raise UserError(f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's")
+            raise UserError(
+                f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's"
+            )
         return output, LossReport(output.terms, auxiliary)
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:

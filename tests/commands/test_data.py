@@ -78,9 +78,7 @@ def test_check_prints_a_card_and_writes_records(
     assert {record["manifest_digest"] for record in records} == {manifest.digest}
 
 
-def test_check_fails_on_a_truncated_shard(
-    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_fails_on_a_truncated_shard(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in built.iterdir():
         data = path.read_bytes()
         (tmp_path / path.name).write_bytes(data[:2000] if path.name == "test-000000.tar" else data)
@@ -134,7 +132,5 @@ def test_importing_the_commands_is_cheap() -> None:
         "heavy = {'torch', 'lightning', 'mlflow', 'sklearn', 'matplotlib', 'numpy', 'emoji'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

@@ -55,9 +55,7 @@ def run(dispatcher: Dispatcher, experts: ExpertStack, top_k: int, num_padding: i
 @pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("num_experts", [1, 4, 16])
 @pytest.mark.parametrize(("top_k", "factor"), [(1, None), (2, None), (2, 0.5)])
-def test_fast_path_equals_loop(
-    fast: Dispatcher, kind: str, num_experts: int, top_k: int, factor: float | None
-) -> None:
+def test_fast_path_equals_loop(fast: Dispatcher, kind: str, num_experts: int, top_k: int, factor: float | None) -> None:
     top_k = min(top_k, num_experts)
     slow = run(LoopDispatcher(), EXPERTS[kind](num_experts), top_k, 5, factor)
     quick = run(fast, EXPERTS[kind](num_experts), top_k, 5, factor)
@@ -68,8 +66,9 @@ def test_fast_path_equals_loop(
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS, ids=lambda d: type(d).__name__)
 def test_one_expert_by_hand(dispatcher: Dispatcher) -> None:
-    # dim 4 (grouped_mm wants multiples of 4), every weight 1: up gives the sum s of a token in each hidden unit, GELU of
-    # a large s is s, down sums F = 4 units: 4 s. Weight 0.5: 2 s. Tokens (10, 0, 0, 0) and (0, 20, 20, 0): 20 and 80.
+    # dim 4 (grouped_mm wants multiples of 4), every weight 1: up gives the sum s of a token in each hidden unit,
+    # GELU of a large s is s, down sums F = 4 units: 4 s. Weight 0.5: 2 s.
+    # Tokens (10, 0, 0, 0) and (0, 20, 20, 0): 20 and 80.
     experts = MLPExperts(4, 1, 4)
     for parameter in experts.parameters():
         torch.nn.init.ones_(parameter)
@@ -127,5 +126,5 @@ def test_bf16_autocast_equals_loop(fast: Dispatcher) -> None:
 def test_grouped_refuses_widths_that_its_kernel_cannot_run() -> None:
     experts = MLPExperts(6, 2, 8)
     initialise(experts, seed=0)
-    with pytest.raises(UserError, match="width 6 in torch.float32: widths must be multiples of 4"):
+    with pytest.raises(UserError, match=r"width 6 in torch\.float32: widths must be multiples of 4"):
         GroupedDispatcher()(top_1_plan(torch.zeros(3, 2)), torch.ones(3, 6), experts)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from lightning_moevlm.dispatch import Capacity
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import MLPExperts
-from lightning_moevlm.layers import DenseFFN, FeedForward, FFNOutput, MoEFFN, MultiwayFFN, dense_twin, initialise
+from lightning_moevlm.layers import (
+    DenseFFN,
+    FeedForward,
+    FFNOutput,
+    MoEFFN,
+    MultiwayFFN,
+    dense_twin,
+    initialise,
+)
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy
 from lightning_moevlm.records import Layout, Span

@@ -98,6 +98,4 @@ def test_annotations_are_one_json_object_per_sample(scenes_root: Path) -> None:
     with tarfile.open(scenes_root / "val-000000.tar") as tar:
         members = [m for m in tar if m.name.endswith(".json")]
         about = [json.loads(tar.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
-    assert members and all(
-        {"ground", "objects", "relations", "questions", "statements"} == set(a) for a in about
-    )
+    assert members and all({"ground", "objects", "relations", "questions", "statements"} == set(a) for a in about)

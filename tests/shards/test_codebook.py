@@ -41,10 +41,7 @@ def test_codes_are_the_nearest_centres() -> None:
     images_BRYX = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     patches_BPQ = standardised_patches(images_BRYX, 8)
     slow = [
-        [
-            min(range(7), key=lambda c, x=x: float((x - codebook.centroids_CQ[c]).square().sum()))
-            for x in image
-        ]
+        [min(range(7), key=lambda c, x=x: float((x - codebook.centroids_CQ[c]).square().sum())) for x in image]
         for image in patches_BPQ
     ]
     assert codebook.codes(images_BRYX).tolist() == slow

@@ -69,13 +69,9 @@ def test_resumed_training_sees_the_batches_of_an_uninterrupted_run(
     assert len(set(whole.seen)) == 32
     assert len(data.train_dataloader()) == 15
 
-    saver = ModelCheckpoint(
-        tmp_path, "at", every_n_train_steps=stop, save_top_k=-1, enable_version_counter=False
-    )
+    saver = ModelCheckpoint(tmp_path, "at", every_n_train_steps=stop, save_top_k=-1, enable_version_counter=False)
     first = Recorder(estimate_steps)
-    _trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(
-        first, _data(scenes_root, num_workers=num_workers)
-    )
+    _trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(first, _data(scenes_root, num_workers=num_workers))
     assert first.seen == whole.seen[:stop]
 
     second = Recorder(estimate_steps)
@@ -91,9 +87,7 @@ def test_resume_with_limited_epochs(scenes_root: Path, tmp_path: Path, limit: fl
     trainer.fit(whole, _data(scenes_root))
     saver = ModelCheckpoint(tmp_path, "at", every_n_epochs=1, save_top_k=-1, enable_version_counter=False)
     first = Recorder()
-    _trainer(tmp_path, max_epochs=2, limit_train_batches=limit, callbacks=[saver]).fit(
-        first, _data(scenes_root)
-    )
+    _trainer(tmp_path, max_epochs=2, limit_train_batches=limit, callbacks=[saver]).fit(first, _data(scenes_root))
     second = Recorder()
     trainer = _trainer(tmp_path, max_epochs=4, limit_train_batches=limit, enable_checkpointing=False)
     trainer.fit(second, _data(scenes_root), ckpt_path=tmp_path / "at.ckpt")
@@ -103,9 +97,7 @@ def test_resume_with_limited_epochs(scenes_root: Path, tmp_path: Path, limit: fl
 def test_checkpoints_are_read_back_without_unpickling_code(scenes_root: Path, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, "at", every_n_train_steps=2, enable_version_counter=False)
     _trainer(tmp_path, max_steps=2, callbacks=[saver]).fit(Recorder(), _data(scenes_root))
-    state = torch.load(tmp_path / "at.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"][
-        "combined_loader"
-    ]
+    state = torch.load(tmp_path / "at.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert state[0]["batch"] == 2 and state[0]["epoch"] == 0
 
 
@@ -151,9 +143,7 @@ def test_a_missing_set_tells_the_exact_command(tmp_path: Path, name: str) -> Non
         ({"root": "pipe:touch PWNED"}, "local folders only"),
     ],
 )
-def test_bad_arguments_are_told_before_training(
-    scenes_root: Path, options: dict[str, Any], message: str
-) -> None:
+def test_bad_arguments_are_told_before_training(scenes_root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _data(**{"root": scenes_root, **options}).prepare_data()
 

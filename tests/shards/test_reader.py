@@ -35,17 +35,11 @@ def _keys(loader: ShardLoader) -> Keys:
 
 
 def _stored(root: Path, split: Split) -> list[str]:
-    return [
-        s.key
-        for shard in read_manifest(root).splits[split]
-        for s in read_shard(root, shard, frozenset({"txt"}))
-    ]
+    return [s.key for shard in read_manifest(root).splits[split] for s in read_shard(root, shard, frozenset({"txt"}))]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_sees_each_sample_at_most_once_an_epoch_in_whole_batches(
-    scenes_root: Path, num_workers: int
-) -> None:
+def test_training_sees_each_sample_at_most_once_an_epoch_in_whole_batches(scenes_root: Path, num_workers: int) -> None:
     loader = ShardLoader(_reader(scenes_root), num_workers)
     stored = _stored(scenes_root, "train")
     keys = _keys(loader)
@@ -191,9 +185,7 @@ def test_missing_and_altered_shards(scenes_copy: Path) -> None:
 def test_a_manifest_that_miscounts_is_found_at_the_end_of_the_shard(scenes_root: Path) -> None:
     entry = read_manifest(scenes_root).splits["train"][0]
     wrong = ShardEntry(entry.file, entry.num_samples + 1, entry.num_bytes, entry.sha256)
-    with pytest.raises(
-        UserError, match=f"holds {entry.num_samples} samples, its manifest says {wrong.num_samples}"
-    ):
+    with pytest.raises(UserError, match=f"holds {entry.num_samples} samples, its manifest says {wrong.num_samples}"):
         list(read_shard(scenes_root, wrong, frozenset({"txt"})))
 
 

@@ -188,9 +188,7 @@ def test_caption_by_hand() -> None:
     )
     assert caption(scene) == "a red apple left of a cat face, above two stars, on a blue ground"
     # between apple and star 40 pixels down, 10 across: a person says "above"
-    assert (
-        salient_relation(Group(apple, (Box(0, 0, 10, 10),)), Group(star, (Box(10, 40, 20, 50),))) == "above"
-    )
+    assert salient_relation(Group(apple, (Box(0, 0, 10, 10),)), Group(star, (Box(10, 40, 20, 50),))) == "above"
     # overlapping in both directions: nothing is said
     assert salient_relation(Group(apple, (Box(0, 0, 10, 10),)), Group(star, (Box(5, 5, 15, 15),))) is None
 
@@ -210,9 +208,7 @@ def _nearest_colour(pixel: np.ndarray) -> str:
         "white": ((255, 255, 255),),
         "black": ((0, 0, 0), (63, 63, 63)),
     }
-    distances = {
-        name: min(np.abs(pixel - np.array(tone)).sum() for tone in tones) for name, tones in palette.items()
-    }
+    distances = {name: min(np.abs(pixel - np.array(tone)).sum() for tone in tones) for name, tones in palette.items()}
     return min(distances, key=lambda name: distances[name])
 
 

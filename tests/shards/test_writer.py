@@ -9,10 +9,7 @@ from lightning_moevlm.shards.writer import Sample, ShardWriter, split_of
 
 
 def _samples(count: int) -> list[Sample]:
-    return [
-        Sample(f"s{i:03d}", f"id{i}", bytes([i]) * (100 + i), "jpg", f"caption {i}", "{}")
-        for i in range(count)
-    ]
+    return [Sample(f"s{i:03d}", f"id{i}", bytes([i]) * (100 + i), "jpg", f"caption {i}", "{}") for i in range(count)]
 
 
 def _write(root: Path, count: int) -> dict[str, list[str]]:

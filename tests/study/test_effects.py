@@ -112,6 +112,17 @@ def test_no_pair_at_all():
     effect = paired_effect({}, {0: 1.0}, (0,), "lower", 0.05)
     assert effect.mean is None
     assert effect.verdict is Verdict.INCONCLUSIVE
+    assert effect.note == "no seed has a finite result in both arms"
+    effect = paired_effect({0: math.nan}, {0: 1.0}, (0,), "lower", 0.05, arm_diverged=1)
+    assert effect.note == "no seed has a finite result in both arms; 1 runs diverged, 0 of the baseline"
+
+
+def test_survivors_alone_do_not_make_an_arm_better():
+    arm, baseline = {0: 1.0, 1: 1.01, 2: math.nan}, {0: 2.0, 1: 2.01, 2: 2.02}
+    assert paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05).verdict is Verdict.BETTER
+    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, arm_diverged=1)
+    assert effect.verdict is Verdict.INCONCLUSIVE
+    assert "1 more runs diverged than of the baseline" in effect.note
 
 
 def test_wider_interval_covers_at_three_seeds():

@@ -6,16 +6,13 @@ from lightning_moevlm.tracking.links import ui_address
 
 def test_links_open_the_machine_learning_view() -> None:
     assert run_link("http://127.0.0.1:5000", "3", "ab12") == (
-        "http://127.0.0.1:5000/?workflowType=machine_learning"
-        "#/experiments/3/runs/ab12?workflowType=machine_learning"
+        "http://127.0.0.1:5000/?workflowType=machine_learning#/experiments/3/runs/ab12?workflowType=machine_learning"
     )
     assert compare_link("http://h", "3") == (
         "http://h/?workflowType=machine_learning"
         "#/experiments/3/runs?workflowType=machine_learning&compareRunsMode=CHART"
     )
-    assert compare_link("http://h", "3", sweep="a b").endswith(
-        "&searchFilter=tags.%60sweep%60%20%3D%20%27a%20b%27"
-    )
+    assert compare_link("http://h", "3", sweep="a b").endswith("&searchFilter=tags.%60sweep%60%20%3D%20%27a%20b%27")
 
 
 def test_addresses() -> None:

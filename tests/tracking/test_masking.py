@@ -89,7 +89,4 @@ def test_command_lines() -> None:
 
 
 def test_urls() -> None:
-    assert (
-        masked_url("http://user:p@127.0.0.1:5000 and https://x/y@z")
-        == "http://***@127.0.0.1:5000 and https://x/y@z"
-    )
+    assert masked_url("http://user:p@127.0.0.1:5000 and https://x/y@z") == "http://***@127.0.0.1:5000 and https://x/y@z"

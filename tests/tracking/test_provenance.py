@@ -8,9 +8,7 @@ from lightning_moevlm.tracking.provenance import checkout_of, versions
 
 def git(directory: Path, *words: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    done = subprocess.run(
-        ["git", *identity, *words], cwd=directory, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["git", *identity, *words], cwd=directory, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

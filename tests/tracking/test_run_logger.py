@@ -88,9 +88,7 @@ def test_a_checkpoint_writes_the_points_before_it(uri: str, tmp_path: Path) -> N
             seen.append(len(values(uri, trainer.logger.run_id, "train/task_loss")))
 
     logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
-    tiny_trainer(logger, tmp_path, max_steps=4, callbacks=[Spy(every_n_train_steps=2)]).fit(
-        TinyModule(), TinyData()
-    )
+    tiny_trainer(logger, tmp_path, max_steps=4, callbacks=[Spy(every_n_train_steps=2)]).fit(TinyModule(), TinyData())
     assert seen == [0, 2, 2, 4]  # steps 2 and 4 are checkpoints
     assert list((logger.run_dir / "checkpoints").glob("*.ckpt"))
 

@@ -62,9 +62,7 @@ class Command:
         return found
 
     def artifact(self, name: str) -> str:
-        return Path(MlflowClient(self.uri).download_artifacts(self.run().run_id, name)).read_text(
-            encoding="utf-8"
-        )
+        return Path(MlflowClient(self.uri).download_artifacts(self.run().run_id, name)).read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -141,9 +139,7 @@ def test_a_resume_adds_its_config_and_overwrites_none(command: Command) -> None:
     first = command.run()
     assert first.status == "FAILED"
     before = command.artifact("config/config.yaml")
-    command(
-        "fit", "-c", str(base), f"--trainer.logger.init_args.run_id={first.run_id}", "--trainer.max_steps=4"
-    )
+    command("fit", "-c", str(base), f"--trainer.logger.init_args.run_id={first.run_id}", "--trainer.max_steps=4")
 
     run = command.run()
     assert run.status == "FINISHED"

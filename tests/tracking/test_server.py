@@ -16,9 +16,7 @@ from tests.tracking.tiny import TinyData, TinyModule, tiny_trainer
 def test_a_run_over_http(mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepare_store(mlflow_server)
-    logger = RunLogger(
-        experiment_name="http", tracking_uri=mlflow_server, tags={"sweep": "s", "it's": 'a "quote"'}
-    )
+    logger = RunLogger(experiment_name="http", tracking_uri=mlflow_server, tags={"sweep": "s", "it's": 'a "quote"'})
     logger.log_hyperparams({"dim": 8})
     tiny_trainer(logger, tmp_path, max_steps=4).fit(TinyModule(poison_at=1), TinyData())
     logger.log_artifact_text("notes/a.txt", "text")
@@ -35,9 +33,7 @@ def test_a_run_over_http(mlflow_server: str, tmp_path: Path, monkeypatch: pytest
     page = requests.get(run_link(mlflow_server, run.experiment_id, run.run_id), timeout=10)
     assert page.status_code == 200
     assert "<title>MLflow</title>" in page.text
-    text = requests.get(
-        f"{mlflow_server}/get-artifact?path=notes/a.txt&run_uuid={run.run_id}", timeout=10
-    ).text
+    text = requests.get(f"{mlflow_server}/get-artifact?path=notes/a.txt&run_uuid={run.run_id}", timeout=10).text
     assert text == "text"
 
 

@@ -180,9 +180,7 @@ def test_telemetry_is_off_unless_the_user_says_otherwise(before: str | None, aft
     if before is not None:
         environment["MLFLOW_DISABLE_TELEMETRY"] = before
     code = "import os, lightning_moevlm.tracking; print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == after
 
 

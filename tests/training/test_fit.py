@@ -35,7 +35,11 @@ def test_two_steps_are_logged_and_kept(moevlm: Moevlm, workplace: Path) -> None:
     moevlm("fit", *SMALL, *budget(2, val_every=1))
     (run,) = runs(workplace)
     assert run.info.status == "FINISHED"
-    assert [step for step, _ in history(workplace, run, "val/task_loss")] == [0, 1, 2]  # 0 is the untrained model
+    assert [step for step, _ in history(workplace, run, "val/task_loss")] == [
+        0,
+        1,
+        2,
+    ]  # 0 is the untrained model
     assert [step for step, _ in history(workplace, run, "train/task_loss")] == [1, 2]
     logged = set(run.data.metrics)
     for key in (
@@ -98,7 +102,14 @@ def test_a_checkpoint_does_not_configure(moevlm: Moevlm, workplace: Path) -> Non
     # Lightning issue 21455: hyperparameters of a checkpoint overwrote the command line
     moevlm("fit", *SMALL, *budget(1, total=4))
     checkpoint = last_checkpoint(workplace).rename(workplace / "one.ckpt")
-    moevlm("fit", *SMALL, *budget(2, total=4), "--ckpt_path", str(checkpoint), "--model.losses.router_z.weight=0.5")
+    moevlm(
+        "fit",
+        *SMALL,
+        *budget(2, total=4),
+        "--ckpt_path",
+        str(checkpoint),
+        "--model.losses.router_z.weight=0.5",
+    )
     metrics = runs(workplace)[-1].data.metrics
     assert metrics["loss_weighted/router_z"] == pytest.approx(0.5 * metrics["loss/router_z"], rel=1e-5)
 
@@ -108,7 +119,9 @@ def test_arms_share_data_order_and_masks(moevlm: Moevlm, workplace: Path) -> Non
     moevlm("fit", *SMALL, *budget(1))
     moevlm("fit", *SMALL, *budget(1), "--model.losses.load_balance=null")
     moevlm("fit", *SMALL, *budget(1), "--seed_everything=1")
-    base, arm, other_seed = ([history(workplace, run, key) for key in ("loss/text", "loss/image")] for run in runs(workplace))
+    base, arm, other_seed = (
+        [history(workplace, run, key) for key in ("loss/text", "loss/image")] for run in runs(workplace)
+    )
     assert base == arm
     assert base != other_seed
 
@@ -122,7 +135,12 @@ def test_validate_test_and_predict(moevlm: Moevlm, workplace: Path) -> None:
     assert validated.data.metrics["val/task_loss"] == pytest.approx(fitted.data.metrics["val/task_loss"], rel=1e-6)
     assert "test/task_loss" in tested.data.metrics and "test/accuracy_text" in tested.data.metrics
     moevlm(
-        "predict", *SMALL, "--ckpt_path", checkpoint, "--trainer.limit_predict_batches=1", "--trainer.logger=false",
+        "predict",
+        *SMALL,
+        "--ckpt_path",
+        checkpoint,
+        "--trainer.limit_predict_batches=1",
+        "--trainer.logger=false",
         "--trainer.callbacks=[lightning_moevlm.callbacks.FeatureWriter]",
     )
     from safetensors import safe_open

@@ -19,12 +19,9 @@ def draw_throughput(result: StudyResult) -> Picture | None:
     left.set_xlabel("training throughput (samples/s)")
     right.set_xlabel("wall time of a run, start-up included (s)")
     rows = tuple(
-        (arm.arm.name, with_deviation(arm.samples_per_second, 1), with_deviation(arm.seconds, 1))
-        for arm in result.arms
+        (arm.arm.name, with_deviation(arm.samples_per_second, 1), with_deviation(arm.seconds, 1)) for arm in result.arms
     )
-    table = Table(
-        "Throughput, mean ± standard deviation over seeds", ("arm", "samples/s", "wall time (s)"), rows
-    )
+    table = Table("Throughput, mean ± standard deviation over seeds", ("arm", "samples/s", "wall time (s)"), rows)
     alt = "Bar charts of training throughput and wall time by arm. " + " ".join(
         f"{name}: {speed} samples per second, {seconds} s." for name, speed, seconds in rows
     )
@@ -62,9 +59,8 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
         for arm in result.arms
         for term in terms
     ]
-    alt = (
-        "Bar charts of masked accuracy by arm, with the accuracy of the commonest class marked. "
-        + " ".join(sentences)
+    alt = "Bar charts of masked accuracy by arm, with the accuracy of the commonest class marked. " + " ".join(
+        sentences
     )
     return Picture("accuracy", "Masked accuracy against the majority class", alt, png_of(figure), table)
 

@@ -41,8 +41,7 @@ def draw_curves(result: StudyResult) -> Picture | None:
     num_seeds = len(result.study.seeds)
     alt = (
         f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means, bands the range over "
-        f"{num_seeds} seeds. "
-        + " ".join(_sentence(name, column) for name, column in columns.items() if column)
+        f"{num_seeds} seeds. " + " ".join(_sentence(name, column) for name, column in columns.items() if column)
     )
     return Picture(
         "curves",
@@ -72,7 +71,17 @@ def _draw(axes: Axes, column: dict[int, list[float]], look: Look, name: str, is_
     every = max(1, len(steps) // 10)
     # The baseline is thick and below, so that an arm that runs upon it shows as a line within a line.
     place, width = (2, 4.0) if is_baseline else (3, 1.6)
-    axes.plot(steps, means, color=look.colour, marker=look.marker, markersize=5, markevery=every, label=name, linewidth=width, zorder=place)
+    axes.plot(
+        steps,
+        means,
+        color=look.colour,
+        marker=look.marker,
+        markersize=5,
+        markevery=every,
+        label=name,
+        linewidth=width,
+        zorder=place,
+    )
     low, high = [min(v) for v in column.values()], [max(v) for v in column.values()]
     axes.fill_between(steps, low, high, color=look.colour, alpha=0.12, linewidth=0)
 

@@ -59,17 +59,24 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     bar = figure.colorbar(image, ax=grid, shrink=0.9, aspect=30, pad=0.01)
     bar.set_label("expert load / even load  (1 = even, 0 = idle)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return Picture("expert_load", "Expert load by block and modality", _sentence(result, shown), png_of(figure), _table(shown))
+    missing = _missing(result, shown)
+    title = "Expert load by block and modality" + (f" (nothing to show for {', '.join(missing)})" if missing else "")
+    return Picture("expert_load", title, _sentence(shown, missing), png_of(figure), _table(shown))
 
 
-def _sentence(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> str:
+def _missing(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> list[str]:
     drawn = {arm.arm.name for arm, _ in shown}
-    missing = [arm.arm.name for arm in result.arms if arm.arm.name not in drawn]
+    return [arm.arm.name for arm in result.arms if arm.arm.name not in drawn]
+
+
+def _sentence(shown: list[tuple[ArmResult, RunResult]], missing: list[str]) -> str:
     ends = []
     for arm, run in shown:
         last = {layer: float(np.nanmax(load[:, -1])) for layer, (_, load) in loads_of(run).items()}
         (block, modality), share = max(last.items(), key=lambda item: item[1])
-        ends.append(f"{arm.arm.name}: at the end the fullest expert takes {percent(share)} (block {block}, {modality}).")
+        ends.append(
+            f"{arm.arm.name}: at the end the fullest expert takes {percent(share)} (block {block}, {modality})."
+        )
     return (
         "Heatmaps of expert load over optimiser steps, one row of cells per expert, red above and blue below the even "
         f"share, one column of panels per arm. {' '.join(ends)}"

@@ -1,0 +1,42 @@
+# Every target works from a clean clone with nothing but Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format plan-golden clean
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Draw a demo set, train a real ablation of a real MoE vision-language model, write its report
+	$(BIN)/moevlm data build scenes
+	$(BIN)/moevlm sweep run ablations/quickstart.yaml
+
+test: $(INSTALLED) ## Run the tests (minutes)
+	$(BIN)/python -m pytest -n auto
+
+test-slow: $(INSTALLED) ## Run the tests that are left out of `make test`
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED) ## Format, lint, types, import contracts; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+plan-golden: $(INSTALLED) ## Write the golden plans of the shipped studies anew
+	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/study/test_golden_plan.py
+
+clean: ## Remove what builds and tests left; keeps data and runs
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
