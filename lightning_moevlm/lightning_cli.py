@@ -35,7 +35,6 @@ from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule
 
 PLUGIN_GROUP = "lightning_moevlm.plugins"
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning's own
 _PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
@@ -61,20 +60,24 @@ class CommandLine(LightningCLI):
     """LightningCLI for `VisionLanguageModule` on `ShardDataModule`."""
 
     def __init__(self, args: Sequence[str]) -> None:
+        self._asked = args[0]
         super().__init__(
             VisionLanguageModule,
             ShardDataModule,
             save_config_callback=RunRecord,
             save_config_kwargs={"argv": ["moevlm", *args]},
             seed_everything_default=0,
-            parser_kwargs={
-                **_PARSER_OPTIONS,
-                "prog": "moevlm",
-                **{name: dict(_PARSER_OPTIONS) for name in SUBCOMMANDS},
-            },
+            parser_kwargs={**_PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(_PARSER_OPTIONS)},
             auto_configure_optimizers=False,
             args=list(args),
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Build the parser of the subcommand that was asked for alone: each costs a fifth of a second.
+
+        Static in LightningCLI, which calls it on the instance all the same.
+        """
+        return {self._asked: LightningCLI.subcommands()[self._asked]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the Trainer our logger and callbacks unless a configuration names others."""
@@ -135,7 +138,7 @@ class ConfigResolver:
             files = [shipped_config(path) for path in config_files]
             namespace = self._parser.parse_args([flag for path in (*files, last) for flag in ("-c", str(path))])
             namespace.pop("config", None)
-            resolved = yaml.safe_load(self._parser.dump(namespace, skip_none=False))
+            resolved = yaml.safe_load(self._parser.dump(namespace, skip_unset=False))
         return dict(resolved)
 
 
@@ -150,7 +153,7 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
     parser.add_lightning_class_args(VisionLanguageModule, "model")
     with _teaching_errors(), torch.device("meta"):
         namespace = parser.parse_object({"model": resolved["model"]})
-        return model_card(parser.instantiate_classes(namespace).model.backbone)
+        return model_card(parser.instantiate(namespace).model.backbone)
 
 
 def shipped_config(path: Path) -> Path:

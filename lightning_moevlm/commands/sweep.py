@@ -48,16 +48,22 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
         retry: Run crashed runs again, from zero.
     """
     from lightning_moevlm.study.child import training_command, usable_cores
+    from lightning_moevlm.study.claim import open_experiment
     from lightning_moevlm.study.execute import execute, to_do
-    from lightning_moevlm.study.ledger import Status, hold_study, read_ledger
+    from lightning_moevlm.study.ledger import Status, hold_study, keep_store, read_ledger
     from lightning_moevlm.study.progress import SweepProgress
 
     console = _console()
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
     planned = _plan(file)
+    # What is wrong is told before anything is written.
+    if not all(state.status.has_result for _, state in read_ledger(planned)):
+        _check_data(planned)
+    uri = _store_of(planned)
     with hold_study(planned.folder):
-        experiment = _open(planned)
+        experiment = open_experiment(uri, planned.study.name)
+        keep_store(planned.folder, uri)
         waiting = to_do(planned, experiment, retry)
         gpus = _num_gpus()
         at_once = min(jobs or gpus or usable_cores(), max(1, len(waiting)))
@@ -71,13 +77,13 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
                 tally = execute(
                     planned,
                     experiment,
+                    waiting,
                     lambda overrides, run_id, checkpoint: _with_identity(
                         training_command(planned.study.base, overrides), run_id, checkpoint
                     ),
                     progress,
                     at_once,
                     num_gpus=gpus,
-                    retry=retry,
                 )
             if tally.stopped:
                 console.print(f"Stopped by {tally.stopped}; the state is kept. Go on with: moevlm sweep run {file}")
@@ -117,16 +123,20 @@ def report(file: str, json: str | None = None) -> None:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write one record per arm to this file as JSON instead of the tables; - is standard output.
     """
+    from lightning_moevlm.study.claim import open_experiment
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.listing import arm_record
     from lightning_moevlm.study.results import gather
 
     planned = _plan(file)
-    experiment = _open(planned)
+    ledger = read_ledger(planned)
+    if all(state.run_id is None for _, state in ledger):
+        raise UserError(f"nothing of {planned.study.name} has run yet; start it with `moevlm sweep run {file}`")
+    experiment = open_experiment(_store_of(planned), planned.study.name)
     if json is None:
         _report(planned, experiment, _console(), redraw=True)
         return
-    result = gather(planned, read_ledger(planned), experiment.uri)
+    result = gather(planned, ledger, experiment.uri)
     _show((), [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], json)
 
 
@@ -154,13 +164,28 @@ def _study_file(file: str) -> Path:
     return shipped if not Path(file).is_file() and shipped.is_file() else Path(file)
 
 
-def _open(planned: "Plan") -> "Experiment":
-    from lightning_moevlm.study.claim import open_experiment, tracking_uri_of
-    from lightning_moevlm.study.ledger import keep_to_store
+def _store_of(planned: "Plan") -> str:
+    """Return the tracking URI in force, after it has answered and has been found to be the study's own."""
+    from lightning_moevlm.study.claim import tracking_uri_of
+    from lightning_moevlm.study.ledger import check_store
+    from lightning_moevlm.tracking.store import prepare_store
 
     uri = tracking_uri_of(planned)
-    keep_to_store(planned.folder, uri)
-    return open_experiment(uri, planned.study.name)
+    check_store(planned.folder, uri)
+    prepare_store(uri)
+    return uri
+
+
+def _check_data(planned: "Plan") -> None:
+    """Look at every set of shards that the runs name, so that a missing one is told once and not by every run."""
+    from lightning_moevlm.shards.datamodule import ShardDataModule
+
+    checked: list[object] = []
+    for run in planned.runs:
+        data = {name: value for name, value in run.resolved["data"].items() if name != "seed"}
+        if data not in checked:
+            checked.append(data)
+            ShardDataModule(**data).prepare_data()
 
 
 def _with_identity(command: list[str], run_id: str, checkpoint: Path | None) -> list[str]:

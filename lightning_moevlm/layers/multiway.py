@@ -45,9 +45,7 @@ class MultiwayFFN(FeedForward):
         """Sum over the branches that these tokens take."""
         if self.pair is not None and len(num_tokens) > 1:
             return self.pair.forward_flops(num_tokens)
-        return sum(
-            self.branch(modality).forward_flops({modality: count}) for modality, count in num_tokens.items()
-        )
+        return sum(self.branch(modality).forward_flops({modality: count}) for modality, count in num_tokens.items())
 
     def branch(self, modality: Modality) -> FeedForward:
         """Return the feed-forward of one modality."""

@@ -122,7 +122,8 @@ def log_tail(log_file: Path) -> tuple[str, ...]:
 def last_checkpoint(*folders: Path) -> Path | None:
     """Return the newest whole checkpoint below the folders, or None.
 
-    A checkpoint is a zip archive whose directory stands at its end: one that a kill cut short has none and is passed over.
+    A checkpoint is a zip archive whose directory stands at its end: one that a kill cut short has none and
+    is passed over.
     """
     found = [file for folder in folders if folder.is_dir() for file in folder.rglob("*.ckpt")]
     newest_first = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)

@@ -70,7 +70,7 @@ class Experiment:
 
 
 def tracking_uri_of(plan: Plan) -> str:
-    """Return the tracking URI that the plan's runs will use: the base's logger says it, else the environment, else SQLite.
+    """Return the tracking URI that the plan's runs will use: what the base's logger says, the environment, or SQLite.
 
     Raises:
         UserError: where the URI cannot be used, or the base has no MLflow logger to hand a run to.
@@ -78,7 +78,7 @@ def tracking_uri_of(plan: Plan) -> str:
     logger = plan.runs[0].resolved.get("trainer", {}).get("logger")
     if not isinstance(logger, dict):
         raise UserError(
-            f"{plan.study.file}: the base's trainer.logger is {logger!r}; a study needs one logger that writes to MLflow, "
+            f"{plan.study.file}: the base's trainer.logger is {logger!r}; a study needs one that writes to MLflow, "
             "remove the key to get the default"
         )
     return resolve_tracking_uri((logger.get("init_args") or {}).get("tracking_uri"))

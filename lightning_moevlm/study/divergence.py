@@ -1,7 +1,7 @@
-"""When a run counts as diverged. A divergence is a result of the run, not a failure of the job (papers: ST-MoE, Wortsman 2023).
+"""When a run counts as diverged. A divergence is a result of the run, not a failure of the job.
 
-Diverged is: the training loss was not finite at some step (the run's guard logs the first one); or the rule's metric was
-not finite at some point; or it ended above `times_untrained` x its first value, which is the untrained model's.
+Diverged is: the training loss was not finite at some step (the run's guard logs the first one); or the rule's metric
+was not finite at some point; or it ended above `times_untrained` x its first value, which is the untrained model's.
 """
 
 import math

@@ -87,8 +87,8 @@ def paired_effect(
         seeds: All seeds of the study.
         direction: Which way is progress.
         alpha: Two-sided error rate; intervals cover 1 - alpha.
-        arm_diverged: Diverged runs of the arm. Where there are more than of the baseline, no mean over the survivors may
-            call the arm better.
+        arm_diverged: Diverged runs of the arm. Where there are more than of the baseline, no mean over the
+            survivors may call the arm better.
         baseline_diverged: Diverged runs of the baseline.
     """
     paired = {s: arm[s] - baseline[s] for s in seeds if s in arm and s in baseline}

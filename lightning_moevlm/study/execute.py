@@ -1,4 +1,4 @@
-"""Run what a plan still lacks: a bounded pool of child processes, a ledger that survives any kill, one run in MLflow each.
+"""Run what a plan still lacks: a bounded pool of child processes, a ledger that survives any kill, one MLflow run each.
 
 Running twice does nothing. An interrupted run goes on from its last whole checkpoint in the same MLflow run, or starts
 again in a new one. A crash is recorded and the rest goes on; a divergence is a result. A crashed run is left alone
@@ -10,7 +10,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -42,6 +43,7 @@ from lightning_moevlm.study.plan import Plan, PlannedRun
 OVERRIDES_FILE = "overrides.yaml"
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 10.0
+_MISTAKE = "moevlm: error: "  # how the command line begins the one line that says what to mend
 
 # (overrides file, id of the MLflow run to write to, checkpoint to go on from) -> command line
 Command = Callable[[Path, str, Path | None], list[str]]
@@ -62,7 +64,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Tally:
-    """What a call of `execute` did. started: runs that were started. stopped: name of the signal that ended it, or ""."""
+    """What a call of `execute` did. started: number of runs. stopped: name of the signal that ended it, or ""."""
 
     started: int
     stopped: str
@@ -92,8 +94,8 @@ class _Pool:
 def to_do(plan: Plan, experiment: Experiment, retry: bool) -> list[PlannedRun]:
     """Return the runs that still need to run, in the plan's order, after the ledger has been held against MLflow.
 
-    Orphans of a killed sweep are ended. A ledger entry whose MLflow run was deleted counts for nothing; a result in MLflow
-    that the ledger has lost (folder removed) is taken up again.
+    Orphans of a killed sweep are ended. A ledger entry whose MLflow run was deleted counts for nothing; a result in
+    MLflow that the ledger has lost (folder removed) is taken up again.
     """
     _end_orphans(plan)
     in_store = experiment.ids()
@@ -114,31 +116,31 @@ def to_do(plan: Plan, experiment: Experiment, retry: bool) -> list[PlannedRun]:
 def execute(
     plan: Plan,
     experiment: Experiment,
+    waiting: Sequence[PlannedRun],
     command: Command,
     watcher: Watcher,
     jobs: int,
     num_gpus: int = 0,
-    retry: bool = False,
 ) -> Tally:
-    """Run every run that lacks a result. Call it from the main thread, holding the study.
+    """Run what waits. Call it from the main thread, holding the study.
 
     Args:
-        plan: The runs.
+        plan: All runs.
         experiment: Where they are tracked.
+        waiting: Those to run, in order: what `to_do` returned.
         command: Makes the command line of one run.
         watcher: Is told about starts and ends.
         jobs: Processes at once.
         num_gpus: GPUs to spread the processes over; 0 leaves them to the CPU.
-        retry: Run crashed runs again, from zero.
     """
-    waiting = to_do(plan, experiment, retry)
+    queue = deque(waiting)
     pool, stop, started = _Pool(jobs), _Stop(), 0
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while (waiting or pool.busy) and not stop.name:
+        while (queue or pool.busy) and not stop.name:
             slot = pool.free_slot()
-            if waiting and slot is not None:
-                run = waiting.pop(0)
+            if queue and slot is not None:
+                run = queue.popleft()
                 env = share_environment(os.environ, jobs, usable_cores(), slot, num_gpus)
                 env["MLFLOW_TRACKING_URI"] = experiment.uri
                 pool.busy[slot] = (run, _start(plan, run, experiment, command, env))
@@ -207,6 +209,8 @@ def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, code: int) -> Ru
         why = f"it ended well but logged no {primary}: the study has nothing to compare"
     else:
         why = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
+        why += f", {told[-1]}" if told else ""
     return dataclasses.replace(state, status=Status.FAILED, reason=why, log_tail=tail)
 
 

@@ -24,6 +24,7 @@ from lightning_moevlm.study.plan import Plan, PlannedRun
 from lightning_moevlm.tracking.masking import masked_url
 
 STATE_FILE = "state.json"
+_STORE_FILE = "tracking.txt"
 
 
 class Status(StrEnum):
@@ -69,7 +70,7 @@ class RunState:
 
 
 def read_state(folder: Path) -> RunState:
-    """Return the state kept in a run's folder; a folder without one is planned, `running` without a process interrupted.
+    """Return the state kept in a run's folder: planned without a file, interrupted where it `runs` without a process.
 
     Raises:
         UserError: where the file is no state of ours (edited by hand).
@@ -113,22 +114,23 @@ def read_ledger(plan: Plan) -> list[tuple[PlannedRun, RunState]]:
     return [(run, read_state(plan.run_folder(run))) for run in plan.runs]
 
 
-def keep_to_store(folder: Path, uri: str) -> None:
-    """Remember in which MLflow store a study's runs are, so that a changed address cannot make results look lost.
+def check_store(folder: Path, uri: str) -> None:
+    """Make sure that a study's runs are looked for where they are: a changed address would make them look lost.
 
     Raises:
         UserError: where the study's runs are in another store.
     """
-    file, here = folder / "tracking.txt", masked_url(uri)
-    if not file.exists():
-        write_whole(file, here + "\n")
-        return
-    before = file.read_text(encoding="utf-8").strip()
-    if before != here:
+    file, here = folder / _STORE_FILE, masked_url(uri)
+    if file.exists() and (before := file.read_text(encoding="utf-8").strip()) != here:
         raise UserError(
             f"the runs of this study are in {before}, but the tracking URI is now {here}: set it back "
             f"(MLFLOW_TRACKING_URI), or remove {folder} to run everything again"
         )
+
+
+def keep_store(folder: Path, uri: str) -> None:
+    """Remember in which MLflow store a study's runs are, secrets masked."""
+    write_whole(folder / _STORE_FILE, masked_url(uri) + "\n")
 
 
 def living_process(state: RunState) -> psutil.Process | None:

@@ -6,13 +6,16 @@ Without a terminal (a log file, CI) only the lasting lines are written, so nothi
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.plan import PlannedRun
 
 _STYLES = {Status.FINISHED: "green", Status.DIVERGED: "yellow", Status.FAILED: "red"}
 _REFRESH_SECONDS = 1.0
+_LONGEST = 200  # characters of a crashed run's log line; the report has it whole
 
 
 class SweepProgress:
@@ -68,14 +71,14 @@ class SweepProgress:
         seconds = state.seconds or 0.0
         self._seconds.append(seconds)
         word = f"[{_STYLES[state.status]}]{state.status}[/]"
-        why = f": {state.reason}" if state.reason else ""
+        why = f": {escape(state.reason)}" if state.reason else ""
         left = f", {self._left()}" if self._left() else ""
         width = len(str(self._total))
         line = f"{self._done:>{width}}/{self._total}  {run.name} {word} after {duration(seconds)}{why}{left}"
         self._console.print(line, highlight=False, soft_wrap=True)
-        if state.status is Status.FAILED:
-            for text in state.log_tail[-3:]:
-                self._console.print(f"      {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        if state.status is Status.FAILED and state.exit_code != 2:  # 2: the reason says it all
+            for line in state.log_tail[-3:]:
+                self._console.print(Text(f"      {line[:_LONGEST]}", style="dim"), soft_wrap=True)
         self._refresh()
 
     def tick(self) -> None:

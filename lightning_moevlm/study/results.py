@@ -63,9 +63,9 @@ class ArmResult:
     """One arm over its seeds.
 
     final, untrained: the primary metric's last and first value. learned: in how many seeds the last value is
-    ahead of the first. accuracy, majority: by term of the objective, masked accuracy and that of the constant answer, both at the end.
-    also: last values of the study's other metrics. samples_per_second: median after warm-up. seconds: wall time of a run.
-    finished, diverged, failed, planned: numbers of runs; planned is the study's.
+    ahead of the first. accuracy, majority: by term of the objective, masked accuracy and that of the constant answer,
+    both at the end. also: last values of the study's other metrics. samples_per_second: median after warm-up.
+    seconds: wall time of a run. finished, diverged, failed, planned: numbers of runs; planned is the study's.
     """
 
     arm: Arm

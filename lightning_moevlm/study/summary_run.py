@@ -1,7 +1,7 @@
 """The report in MLflow: one flat summary run per study, used again when the report is written again.
 
-MLflow's chart view cannot draw tables, nor what lies in artifacts of many runs, so the study's own report hangs on a run
-of its own (tag role=summary) with the verdicts as its description.
+MLflow's chart view cannot draw tables, nor what lies in artifacts of many runs, so the study's own report hangs on a
+run of its own (tag role=summary) with the verdicts as its description.
 """
 
 from pathlib import Path

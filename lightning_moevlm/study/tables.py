@@ -20,7 +20,8 @@ NOTHING = "–"
 class Table:
     """A table of text. The first column names the row.
 
-    notes: what a reader must know to read it. essential: how many columns, from the left, a narrow terminal shows; 0 = all.
+    notes: what a reader must know to read it. essential: how many columns, from the left, a narrow terminal shows;
+    0 = all.
     """
 
     title: str
@@ -88,7 +89,7 @@ def learning_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        f"untrained, final: {title}, mean over seeds. learned: in how many seeds the final value is ahead of the untrained model's.",
+        f"untrained, final: {title}, mean over seeds. learned: in how many seeds final is ahead of untrained.",
         "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
     )
     return Table("Has anything been learned?", columns, rows, notes)

@@ -99,9 +99,7 @@ def test_paired_effect_pairs_by_seed():
 
 
 def test_missing_and_non_finite_seeds_are_left_out_and_named():
-    effect = paired_effect(
-        {0: 1.0, 1: math.nan, 3: 2.0}, {0: 2.0, 1: 1.0, 2: 1.0, 3: 3.5}, (0, 1, 2, 3), "lower", 0.05
-    )
+    effect = paired_effect({0: 1.0, 1: math.nan, 3: 2.0}, {0: 2.0, 1: 1.0, 2: 1.0, 3: 3.5}, (0, 1, 2, 3), "lower", 0.05)
     assert effect.seeds == (0, 3)
     assert effect.left_out == (1, 2)
     assert effect.bootstrap is None
@@ -136,9 +134,7 @@ def test_wider_interval_covers_at_three_seeds():
     bootstrap = np.mean([covers(bootstrap_interval(d, 0.05)) for d in studies[:60]])
     decided = np.mean(
         [
-            covers(
-                paired_effect(dict(enumerate(d)), {0: 0.0, 1: 0.0, 2: 0.0}, (0, 1, 2), "lower", 0.05).interval
-            )
+            covers(paired_effect(dict(enumerate(d)), {0: 0.0, 1: 0.0, 2: 0.0}, (0, 1, 2), "lower", 0.05).interval)
             for d in studies[:60]
         ]
     )

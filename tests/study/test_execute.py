@@ -61,9 +61,7 @@ def test_each_run_once_and_twice_is_nothing(tmp_path, uri):
     file = write_project(tmp_path, uri)
     plan, experiment, tally, watcher = sweep(file)
     assert (tally.started, tally.stopped) == (4, "")
-    assert sorted(watcher.lines) == sorted(
-        [f"{w} {r.name}" for r in plan.runs for w in ("start", "finished")]
-    )
+    assert sorted(watcher.lines) == sorted([f"{w} {r.name}" for r in plan.runs for w in ("start", "finished")])
     assert_each_once(plan, experiment)
     log = (plan.run_folder(plan.runs[0]) / "log.txt").read_text()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -124,9 +122,7 @@ def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     assert len(children) == 2
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    wait_for(
-        lambda: not any(child.is_running() for child in children), 10
-    )  # the kernel ends them with their parent
+    wait_for(lambda: not any(child.is_running() for child in children), 10)  # the kernel ends them with their parent
     states = [state for _, state in read_ledger(plan)]
     assert [s.status for s in states] == [Status.INTERRUPTED] * 2 + [Status.PLANNED] * 2
 
@@ -175,9 +171,7 @@ def test_orphan_of_a_killed_sweep_is_ended(tmp_path, uri, has_run):
     state = RunState(Status.RUNNING, run_id, orphan.pid, pid_started, time.time(), attempts=1)
     write_state(plan.run_folder(plan.runs[0]), state)
     try:
-        assert read_state(plan.run_folder(plan.runs[0])).status is (
-            Status.RUNNING if has_run else Status.INTERRUPTED
-        )
+        assert read_state(plan.run_folder(plan.runs[0])).status is (Status.RUNNING if has_run else Status.INTERRUPTED)
         assert to_do(plan, experiment, retry=False) == list(plan.runs)
         assert (orphan.poll() is not None) is has_run
     finally:

@@ -16,8 +16,9 @@ from lightning_moevlm.study.ledger import (
     STATE_FILE,
     RunState,
     Status,
+    check_store,
     hold_study,
-    keep_to_store,
+    keep_store,
     read_state,
     write_state,
     write_whole,
@@ -90,16 +91,15 @@ def test_one_sweep_at_a_time_and_the_second_is_told_who(tmp_path):
 
 
 def test_another_store_does_not_make_results_look_lost(tmp_path):
-    keep_to_store(tmp_path, "sqlite:////a/mlflow.db")
-    keep_to_store(tmp_path, "sqlite:////a/mlflow.db")
-    with pytest.raises(
-        UserError, match=r"are in sqlite:////a/mlflow\.db, but the tracking URI is now http://b"
-    ):
-        keep_to_store(tmp_path, "http://b")
+    check_store(tmp_path, "http://dead")  # nothing has run: any store will do
+    keep_store(tmp_path, "sqlite:////a/mlflow.db")
+    check_store(tmp_path, "sqlite:////a/mlflow.db")
+    with pytest.raises(UserError, match=r"are in sqlite:////a/mlflow\.db, but the tracking URI is now http://b"):
+        check_store(tmp_path, "http://b")
 
 
 def test_secrets_of_an_address_are_not_written(tmp_path):
-    keep_to_store(tmp_path, "https://me:swordfish@host")
+    keep_store(tmp_path, "https://me:swordfish@host")
     assert "swordfish" not in (tmp_path / "tracking.txt").read_text()
 
 
@@ -111,10 +111,7 @@ def test_divergence_rule():
 
     assert divergence(points(4.0, 9.0, 3.0), rule) == ""  # a spike that recovered
     assert divergence(points(4.0, 5.9), rule) == ""
-    assert (
-        divergence(points(4.0, 6.1), rule)
-        == "val/task_loss ended at 6.1, above 1.5 x 4 of the untrained model"
-    )
+    assert divergence(points(4.0, 6.1), rule) == "val/task_loss ended at 6.1, above 1.5 x 4 of the untrained model"
     assert divergence(points(4.0, float("nan"), 3.0), rule) == "val/task_loss is nan at step 10"
     assert divergence(points(4.0, float("inf")), rule) == "val/task_loss is inf at step 10"
     assert divergence(points(4.0), rule) == ""
@@ -131,14 +128,10 @@ def test_share_of_the_machine():
     assert "CUDA_VISIBLE_DEVICES" not in env
     assert int(env["MALLOC_MMAP_THRESHOLD_"]) > 2**31
     assert share_environment({}, jobs=8, cores=2, slot=0, num_gpus=0)["OMP_NUM_THREADS"] == "1"
-    assert (
-        share_environment({"OMP_NUM_THREADS": "3"}, 2, 8, 0, 0)["OMP_NUM_THREADS"] == "3"
-    )  # the user's word
+    assert share_environment({"OMP_NUM_THREADS": "3"}, 2, 8, 0, 0)["OMP_NUM_THREADS"] == "3"  # the user's word
     gpus = [share_environment({}, 4, 8, slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
     assert gpus == ["0", "1", "0", "1"]
-    chosen = [
-        share_environment({"CUDA_VISIBLE_DEVICES": "5,7"}, 2, 8, s, 2)["CUDA_VISIBLE_DEVICES"] for s in (0, 1)
-    ]
+    chosen = [share_environment({"CUDA_VISIBLE_DEVICES": "5,7"}, 2, 8, s, 2)["CUDA_VISIBLE_DEVICES"] for s in (0, 1)]
     assert chosen == ["5", "7"]
 
 

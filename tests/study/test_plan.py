@@ -98,9 +98,7 @@ def test_digests_do_not_depend_on_the_place(tmp_path):
     digests = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        digests.append(
-            [run.digest for run in plan_of(write_project(tmp_path / name, f"sqlite:///{name}.db")).runs]
-        )
+        digests.append([run.digest for run in plan_of(write_project(tmp_path / name, f"sqlite:///{name}.db")).runs])
     assert digests[0] == digests[1]
 
 
@@ -124,12 +122,8 @@ def test_changed_arm_changes_its_runs_only(tmp_path):
 
 
 def test_arm_that_changes_nothing_is_refused(tmp_path):
-    file = write_project(
-        tmp_path, "sqlite:///x.db", {"arms": {"baseline": None, "same": {"model.speed": 0.5}}}
-    )
-    with pytest.raises(
-        UserError, match=r"arms 'baseline' and 'same' are the same run .* sets nothing that differs"
-    ):
+    file = write_project(tmp_path, "sqlite:///x.db", {"arms": {"baseline": None, "same": {"model.speed": 0.5}}})
+    with pytest.raises(UserError, match=r"arms 'baseline' and 'same' are the same run .* sets nothing that differs"):
         plan_of(file)
 
 

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from lightning_moevlm.study.claim import Experiment, open_experiment, tracking_uri_of
-from lightning_moevlm.study.execute import Tally, execute
+from lightning_moevlm.study.execute import Tally, execute, to_do
 from lightning_moevlm.study.ledger import RunState, hold_study
 from lightning_moevlm.study.plan import Plan, PlannedRun, plan_study
 from lightning_moevlm.study.spec import read_study
@@ -62,9 +62,7 @@ def write_project(
     folder: Path, uri: str, study: dict[str, Any] | None = None, model: dict[str, Any] | None = None
 ) -> Path:
     """Write base.yaml and tiny.yaml and return the study file."""
-    base = OmegaConf.merge(
-        BASE, {"model": model or {}, "trainer": {"logger": {"init_args": {"tracking_uri": uri}}}}
-    )
+    base = OmegaConf.merge(BASE, {"model": model or {}, "trainer": {"logger": {"init_args": {"tracking_uri": uri}}}})
     (folder / "base.yaml").write_text(OmegaConf.to_yaml(base))
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(STUDY | (study or {}), sort_keys=False))
@@ -99,7 +97,8 @@ def sweep(file: Path, jobs: int = 2, retry: bool = False) -> tuple[Plan, Experim
     plan, watcher = plan_of(file), Silent()
     with hold_study(plan.folder):
         experiment = open_experiment(tracking_uri_of(plan), plan.study.name)
-        tally = execute(plan, experiment, command_of(plan), watcher, jobs, retry=retry)
+        waiting = to_do(plan, experiment, retry)
+        tally = execute(plan, experiment, waiting, command_of(plan), watcher, jobs)
     return plan, experiment, tally, watcher
 
 

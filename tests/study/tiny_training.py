@@ -19,9 +19,7 @@ EXPERTS = 4
 
 
 def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) -> None:
-    config = OmegaConf.to_container(
-        OmegaConf.merge(*(yaml.safe_load(Path(f).read_text()) for f in (base, overrides)))
-    )
+    config = OmegaConf.to_container(OmegaConf.merge(*(yaml.safe_load(Path(f).read_text()) for f in (base, overrides))))
     model, seed = config["model"], config["seed_everything"]
     store = sqlite3.connect(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), timeout=60)
     folder = Path(config["trainer"]["default_root_dir"])
@@ -55,12 +53,7 @@ def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) 
 
 
 def points(step: int, seed: int, model: dict) -> dict[str, float]:
-    loss = (
-        4.0
-        + 3.0 * math.exp(-model["speed"] * step)
-        + 0.3 * seed
-        + 0.01 * math.sin(7 * seed + 11 * model["speed"])
-    )
+    loss = 4.0 + 3.0 * math.exp(-model["speed"] * step) + 0.3 * seed + 0.01 * math.sin(7 * seed + 11 * model["speed"])
     if model["nan_at"] is not None and step >= model["nan_at"]:
         loss = math.nan
     values = {
@@ -71,9 +64,7 @@ def points(step: int, seed: int, model: dict) -> dict[str, float]:
     }
     for block in (1, 3):
         for modality in ("image", "text"):
-            weights = [
-                math.exp(model["skew"] * step * math.sin(1 + expert + block)) for expert in range(EXPERTS)
-            ]
+            weights = [math.exp(model["skew"] * step * math.sin(1 + expert + block)) for expert in range(EXPERTS)]
             for expert, weight in enumerate(weights):
                 values[f"load/block{block}/{modality}/expert{expert}"] = weight / sum(weights)
     return values

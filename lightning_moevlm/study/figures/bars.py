@@ -68,7 +68,8 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
 def _bars(axes: Axes, result: StudyResult, means: list[Mean | None], form: str) -> None:
     names = tuple(arm.arm.name for arm in result.arms)
     look = looks(names, result.study.baseline)
-    highest = max((m.mean + (m.deviation or 0.0) for m in means if m), default=1.0)
+    # all bars may be 0 (an accuracy after two steps), and an axis needs a length
+    highest = max((m.mean + (m.deviation or 0.0) for m in means if m), default=0.0) or 1.0
     for row, (name, mean) in enumerate(zip(names, means, strict=True)):
         if mean is None:
             continue

@@ -22,7 +22,8 @@ def draw_forest(result: StudyResult) -> Picture | None:
     for row, arm in enumerate(rows):
         assert arm.effect is not None
         _draw_row(axes, row, arm.effect, look[arm.arm.name])
-        word = str(arm.verdict) + (f"\n{arm.diverged} of {arm.planned} diverged" if arm.diverged else "")
+        lost = [(arm.diverged, "diverged"), (arm.failed, "failed")]
+        word = "\n".join([str(arm.verdict), *(f"{n} of {arm.planned} {what}" for n, what in lost if n)])
         colour = look[arm.arm.name].colour
         axes.annotate(word, (1.01, row), xycoords=("axes fraction", "data"), va="center", color=colour, weight="bold")
     axes.set_yticks(range(len(rows)), [arm.arm.name for arm in rows])

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lightning_moevlm.study.tables import Table
 
-# Okabe and Ito (2008): told apart by people with any of the common colour deficiencies; its yellow is too pale for lines.
+# Okabe and Ito (2008): told apart with any of the common colour deficiencies; its yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _BASELINE_COLOUR = "#222222"
 _MARKERS = "osD^vPX"

@@ -1,0 +1,132 @@
+"""`moevlm sweep` as a person calls it: real training in processes of its own, real SQLite."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_moevlm.tracking.runs import find_runs
+
+Moevlm = Callable[..., str]
+Study = Callable[..., str]
+
+SMALL = {
+    "data": {"batch_size": 8, "image_size": 32},
+    "model": {
+        "backbone": {
+            "init_args": {
+                "dim": 16,
+                "num_heads": 2,
+                "num_blocks": 3,
+                "hidden_dim": 32,
+                "patch_size": 8,
+                "moe": {"init_args": {"num_experts": 4, "experts": {"init_args": {"hidden_dim": 32}}}},
+            }
+        },
+        "schedule": {"init_args": {"warmup_steps": 1}},
+    },
+    "trainer": {"val_check_interval": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 1, "limit_val_batches": 1},
+}
+STUDY = {
+    "question": "Does the whole line work?",
+    "base": ["conf/quickstart.yaml", "small.yaml"],
+    "arms": {"baseline": None, "dense_twin": {"model.backbone.init_args.sparse_modalities": []}},
+    "seeds": [0],
+    "budget": {"max_steps": 2},
+    "primary": {"metric": "val/task_loss"},
+}
+
+
+@pytest.fixture
+def study(workplace: Path) -> Study:
+    """Write a study (with changes) into the workplace and return its name."""
+    (workplace / "small.yaml").write_text(yaml.safe_dump(SMALL))
+
+    def write(**changes: object) -> str:
+        (workplace / "line.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+        return "line.yaml"
+
+    return write
+
+
+def rows(file: Path) -> list[dict]:
+    return json.loads(file.read_text())
+
+
+def test_plan_run_status_report(moevlm: Moevlm, study: Study, workplace: Path) -> None:
+    file = study()
+    moevlm("sweep", "plan", file, "--json", "plan.json")
+    planned = rows(workplace / "plan.json")
+    assert [(row["arm"], row["seed"], row["status"]) for row in planned] == [
+        ("baseline", 0, "planned"),
+        ("dense_twin", 0, "planned"),
+    ]
+    assert planned[1]["changes"] == {"model.backbone.init_args.sparse_modalities": []}
+    assert planned[0]["total_parameters"] > planned[1]["total_parameters"] > 0
+    assert planned[0]["active_flops_per_sample"] == pytest.approx(planned[1]["active_flops_per_sample"], rel=0.01)
+    assert not (workplace / "runs/sweeps").exists()  # planning writes nothing
+    assert "nothing of line has run yet" in moevlm("sweep", "report", file, code=2)
+
+    moevlm("sweep", "run", file, "--jobs", "2")
+    moevlm("sweep", "status", file, "--json", "status.json")
+    assert [(row["status"], row["attempts"], row["exit_code"]) for row in rows(workplace / "status.json")] == [
+        ("finished", 1, 0),
+        ("finished", 1, 0),
+    ]
+    uri = f"sqlite:///{workplace / 'runs/mlflow.db'}"
+    tracked = find_runs(uri, "line", {"role": "arm"})
+    assert [row.run_id for row in tracked] == [row["run_id"] for row in rows(workplace / "status.json")]
+    assert [row.tags["digest"] for row in tracked] == [row["digest"] for row in planned]
+    assert all({"val/task_loss", "train/task_loss", "val/accuracy_text"} <= row.last.keys() for row in tracked)
+
+    moevlm("sweep", "run", file)  # nothing is left to do
+    moevlm("sweep", "report", file, "--json", "report.json")
+    assert [row["runs_finished"] for row in rows(workplace / "report.json")] == [1, 1]
+    assert [row["verdict"] for row in rows(workplace / "report.json")] == ["baseline", "inconclusive"]
+    assert len(find_runs(uri, "line")) == 3  # two arms and one summary
+    html = (workplace / "runs/sweeps/line/report/report.html").read_text()
+    assert html.count("<img ") == 5
+    assert "at least 2 are needed" in html
+
+
+def test_mistakes_are_told_before_anything_is_written(moevlm: Moevlm, study: Study, workplace: Path) -> None:
+    def refused(*expected: str, **changes: object) -> None:
+        file = study(**changes)
+        before = sorted(workplace.rglob("*"))
+        [line] = moevlm("sweep", "run", file, code=2).splitlines()
+        assert line.startswith("moevlm: error: ")
+        for words in expected:
+            assert words in line
+        assert sorted(workplace.rglob("*")) == before
+
+    router = "model.backbone.init_args.moe.init_args.router"
+    refused("line.yaml:1", "'qestion'", "did you mean 'question'?", question="x", qestion="y")
+    refused("arm 'odd'", "load_balanc", arms={"baseline": None, "odd": {"model.losses.load_balanc": None}})
+    refused("arm 'odd'", "NoRouter", arms={"baseline": None, "odd": {f"{router}.class_path": "NoRouter"}})
+    refused("arm 'odd'", "top_k is 5", arms={"baseline": None, "odd": {f"{router}.init_args.top_k": 5}})
+    refused("are the same run", arms={"baseline": None, "same": {"data.batch_size": 8}})
+    refused("moevlm data build scenes", arms={"baseline": {}, "other": {"data.root": "data/shards/none"}})
+
+
+def test_dead_tracking_server_is_one_line(moevlm: Moevlm, study: Study, workplace: Path, monkeypatch) -> None:
+    file = study()
+    before = sorted(workplace.rglob("*"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    [line] = moevlm("sweep", "run", file, code=2).splitlines()
+    assert "http://127.0.0.1:9 does not answer" in line
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_jobs_must_be_positive(moevlm: Moevlm, study: Study) -> None:
+    assert "--jobs is 0" in moevlm("sweep", "run", study(), "--jobs", "0", code=2)
+
+
+def test_importing_the_command_is_cheap() -> None:
+    heavy = ("torch", "lightning", "mlflow", "matplotlib", "scipy", "numpy")
+    probe = f"import sys, lightning_moevlm.commands.sweep; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,227 @@
+"""From a real sweep to tables, pictures, one self-contained page and the summary run."""
+
+import base64
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from rich.console import Console
+
+from lightning_moevlm.study.effects import Verdict
+from lightning_moevlm.study.figures import draw_all
+from lightning_moevlm.study.figures.expert_load import loads_of
+from lightning_moevlm.study.figures.picture import looks
+from lightning_moevlm.study.ledger import read_ledger
+from lightning_moevlm.study.listing import arm_record
+from lightning_moevlm.study.report import make_report, print_tables, write_report
+from lightning_moevlm.study.results import StudyResult, gather
+from lightning_moevlm.study.summary_run import log_summary
+from lightning_moevlm.study.tables import report_tables, scaled
+from lightning_moevlm.tracking.runs import find_runs
+from tests.study.tiny_study import sweep, write_project
+
+ARMS = {
+    "baseline": {"description": "Everything on."},
+    "slow": {"description": "Learns <slowly>.", "model.speed": 0.2, "model.skew": 0.5},
+    "explode": {"model.nan_at": 3},
+    "crash": {"model.crash_at": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def swept(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One real sweep of four arms and three seeds; one arm diverges, one crashes."""
+    folder = tmp_path_factory.mktemp("swept")
+    shutil.copyfile(migrated_database, folder / "mlflow.db")
+    study = {"arms": ARMS, "seeds": [0, 1, 2], "also": ["throughput/samples_per_second"], "hypothesis": "Slow & worse."}
+    plan, experiment, _, _ = sweep(write_project(folder, f"sqlite:///{folder / 'mlflow.db'}", study))
+    return plan, experiment
+
+
+@pytest.fixture(scope="module")
+def result(swept) -> StudyResult:
+    plan, experiment = swept
+    return gather(plan, read_ledger(plan), experiment.uri)
+
+
+def expected_loss(step: int, seed: int, speed: float) -> float:
+    """The formula of tiny_training.py, written again."""
+    return 4 + 3 * math.exp(-speed * step) + 0.3 * seed + 0.01 * math.sin(7 * seed + 11 * speed)
+
+
+def test_numbers_of_the_arms(result):
+    baseline, slow, explode, crash = result.arms
+    finals = [expected_loss(4, seed, 0.5) for seed in range(3)]
+    assert baseline.final.mean == pytest.approx(sum(finals) / 3)
+    assert baseline.untrained.mean == pytest.approx(sum(expected_loss(0, s, 0.5) for s in range(3)) / 3)
+    assert (baseline.learned, baseline.finished, baseline.planned) == (3, 3, 3)
+    assert baseline.effect is None
+    assert baseline.accuracy["text"].mean == pytest.approx(0.5 - 0.4 * math.exp(-2) + 0.01)
+    assert baseline.majority["text"].mean == pytest.approx(0.14)
+    assert baseline.samples_per_second.mean == pytest.approx(100 + 5 + 10)
+    assert baseline.also["throughput/samples_per_second"].deviation == pytest.approx(5)
+
+    differences = [expected_loss(4, s, 0.2) - expected_loss(4, s, 0.5) for s in range(3)]
+    assert slow.effect.differences == pytest.approx(differences)
+    assert slow.verdict is Verdict.WORSE
+    assert (explode.diverged, explode.finished, explode.final) == (3, 0, None)
+    assert explode.verdict is Verdict.INCONCLUSIVE
+    assert "3 runs diverged, 0 of the baseline" in explode.effect.note
+    assert (crash.failed, crash.final) == (3, None)
+    assert not result.complete
+
+
+def test_load_of_experts(result):
+    steps, shares = loads_of(result.arms[0].runs[0])[1, "text"]
+    assert steps == (0, 1, 2, 3, 4)
+    assert shares.shape == (4, 5)
+    assert shares.sum(axis=0) == pytest.approx([1.0] * 5)
+    assert shares[:, 0] == pytest.approx([0.25] * 4)
+
+
+def test_tables_say_what_the_records_say(result):
+    effects, learning, also, models = report_tables(result)
+    assert [row[0] for row in effects.rows] == list(ARMS)
+    assert effects.rows[1][4] == "worse"
+    assert effects.rows[2][1] == "diverged"
+    record = arm_record(result, result.arms[1])
+    assert effects.rows[1][2] == f"{record.effect:+.4f}"
+    assert effects.rows[1][3] == f"{record.effect_low:+.4f} to {record.effect_high:+.4f}"
+    assert learning.rows[0][-1] == "3 of 3 seeds"
+    assert learning.rows[0][3] == "45.6 % (14.0 %)"
+    assert also.rows[0] == ("baseline", "115.0000 ± 5.0000")
+    assert models.rows[2][-3:] == ("0/3", "3", "0")
+    for table in (effects, learning, also, models):
+        assert all(len(row) == len(table.columns) for row in table.rows)
+    json.dumps([arm_record(result, arm).__dict__ for arm in result.arms], allow_nan=False)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_terminal_tables_fit(result, width):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    print_tables(console, report_tables(result))
+    text = console.export_text()
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "slow" in text
+    assert "worse" in text
+    assert ("seeds needed  " in text or "seeds better" in text) is (width == 120)
+
+
+def test_pictures_are_drawn_and_described(result, tmp_path):
+    pictures = {picture.name: picture for picture in draw_all(result)}
+    assert list(pictures) == ["effects", "curves", "accuracy", "expert_load", "throughput"]
+    for picture in pictures.values():
+        file = tmp_path / f"{picture.name}.png"
+        file.write_bytes(picture.png)
+        with Image.open(file) as image:
+            assert image.width == 1040
+            assert image.height > 250
+            assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50  # not empty
+        assert len(picture.alt) > 60
+        assert picture.table.rows
+    assert "slow goes from" in pictures["curves"].alt
+    assert "worse" in pictures["effects"].alt
+    last = pictures["curves"].table.rows[-1]
+    assert last[:2] == ("4", f"{result.arms[0].final.mean:.4f}")
+
+
+def test_nothing_to_draw_is_no_picture(swept):
+    plan, experiment = swept
+    from lightning_moevlm.study.ledger import RunState
+
+    empty = gather(plan, [(run, RunState()) for run in plan.runs], experiment.uri)
+    assert draw_all(empty) == []
+    assert "No run has a result yet" in make_report(plan, empty).learned
+
+
+class Page(HTMLParser):
+    """What a page refers to and whether its tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str]] = []
+        self.outside: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(attributes)
+        self.scripts += tag == "script"
+        for name in ("src", "href"):
+            if name in attributes and not attributes[name].startswith(("data:", "#")):
+                self.outside.append(attributes[name])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
+    plan, _ = swept
+    file = write_report(make_report(plan, result), tmp_path / "report")
+    html = file.read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert page.outside == []
+    assert page.scripts == 0
+    assert "url(" not in html
+    assert "@import" not in html
+    assert len(page.images) == 5
+    for image in page.images:
+        kind, data = image["src"].split(",", 1)
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+        assert image["alt"]
+    assert html.count("<details>") == 5 + 3  # a table behind each picture, a log behind each crash
+    assert "Learns &lt;slowly&gt;." in html
+    assert "the tiny training was told to crash" in html
+    assert "prefers-color-scheme: dark" in html
+    assert 'class="incomplete"' in html
+    for run in plan.runs:
+        assert f"-c {plan.run_folder(run)}/overrides.yaml" in html
+
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "| slow | " in markdown
+    for name in re.findall(r"\]\((\w+\.png)\)", markdown):
+        assert (tmp_path / "report" / name).is_file()
+    records = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [record["arm"] for record in records] == list(ARMS)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["report"]
+
+
+def test_summary_run_is_used_again(swept, result, tmp_path):
+    plan, experiment = swept
+    report = make_report(plan, result)
+    write_report(report, tmp_path / "report")
+    first = log_summary(experiment, report, tmp_path / "report")
+    assert log_summary(experiment, report, tmp_path / "report") == first
+    [row] = find_runs(experiment.uri, experiment.name, {"role": "summary"})
+    assert row.tags["sweep"] == "tiny"
+    assert row.status == "FINISHED"
+    assert "slow: worse" in row.tags["mlflow.note.content"]
+    client = MlflowClient(experiment.uri)
+    assert {"report/report.html", "report/curves.png"} <= {f.path for f in client.list_artifacts(first, "report")}
+    assert len(experiment.ids()) == len(plan.runs)  # the summary is no arm
+
+
+def test_every_arm_looks_different():
+    arms = tuple(f"arm{i}" for i in range(30))
+    chosen = looks(("base", *arms), "base")
+    assert len(set(chosen.values())) == 31
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (1500, "1.5 k"), (914_000, "914 k"), (1.9e7, "19 M"), (2.5e12, "2.5 T")]
+)
+def test_scaled(number, text):
+    assert scaled(number) == text

@@ -1,0 +1,60 @@
+"""Rules of the house that a tool does not check."""
+
+import tomllib
+from pathlib import Path
+
+from lightning_moevlm import keys
+from tests.conftest import PROJECT
+
+SOURCES = sorted((PROJECT / "lightning_moevlm").rglob("*.py"))
+
+
+def test_no_file_is_long() -> None:
+    long = {path.name: lines for path in SOURCES if (lines := len(path.read_text("utf-8").splitlines())) > 400}
+    assert long == {}
+
+
+def test_nothing_is_unpickled_and_no_shell_is_called() -> None:
+    for path in SOURCES:
+        text = path.read_text("utf-8")
+        for forbidden in ("import pickle", "shell=True", "os.system", "weights_only=False", "eval("):
+            assert forbidden not in text.replace(".eval(", ""), f"{path}: {forbidden}"
+
+
+def test_metric_keys_are_declared_once() -> None:
+    patterns = [metric.pattern for metric in keys.ALL]
+    assert len(patterns) == len(set(patterns)) > 20
+    for metric in keys.ALL:
+        example = metric.pattern.replace("{stage}", "val").replace("{modality}", "text")
+        example = example.replace("{term}", "text").replace("{block}", "1").replace("{expert}", "0")
+        assert keys.declared(example) is metric
+        assert metric.match(example) is not None
+
+
+def test_constraints_pin_every_dependency() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (PROJECT / "constraints.txt").read_text("utf-8").splitlines()
+        if "==" in line
+    }
+    names = {name_of(requirement) for requirement in wanted}
+    assert names <= pinned, names - pinned
+    assert "torch==2.13.0" in (PROJECT / "constraints.txt").read_text("utf-8").splitlines()
+
+
+def name_of(requirement: str) -> str:
+    for mark in ("[", ">", "=", "<", "!"):
+        requirement = requirement.split(mark)[0]
+    return requirement.strip().lower().replace("_", "-")
+
+
+def test_top_level_is_the_agreed_one() -> None:
+    allowed = {
+        "pyproject.toml", "README.md", "Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md",
+        "lightning_moevlm", "conf", "ablations", "data", "tests",
+    }  # fmt: skip
+    ignored = {"runs", "build", "dist", "mlruns"}
+    present = {path.name for path in Path(PROJECT).iterdir() if not path.name.startswith(".")}
+    assert {name for name in present if not name.endswith(".egg-info")} - ignored <= allowed

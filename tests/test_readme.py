@@ -1,0 +1,50 @@
+"""Every command of the README runs: as written here, or by `make demo`."""
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.conftest import PROJECT
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
+COMMANDS = [line.split("  # ")[0].strip() for line in re.findall(r"^    (\S.*)$", README, flags=re.MULTILINE)]
+
+
+def test_every_command_is_one_that_runs_here_or_is_a_target() -> None:
+    assert len(COMMANDS) >= 10
+    for command in COMMANDS:
+        tool, first, *_ = shlex.split(command)
+        assert tool in ("moevlm", "make"), command
+        if tool == "make":
+            assert re.search(rf"^{first}:", MAKEFILE, flags=re.MULTILINE), command
+
+
+def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) -> None:
+    (workplace / "data/shards/scenes").unlink()  # the first command builds the real set
+    for command in COMMANDS:
+        tool, *arguments = shlex.split(command)
+        if tool == "moevlm":
+            moevlm(*arguments)
+    assert (workplace / "data/shards/scenes/manifest.json").is_file()
+
+
+def test_the_map_names_every_folder() -> None:
+    folders = {path.name for path in (PROJECT / "lightning_moevlm").iterdir() if (path / "__init__.py").is_file()}
+    named = set(re.findall(r"`(\w+)/`", README))
+    assert folders - {"commands"} <= named
+
+
+def test_pictures_and_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (PROJECT / target).is_file(), target
+    for target in re.findall(r"`((?:conf|ablations|data|tests)/[\w/]+\.\w+)`", README):
+        assert (PROJECT / target).is_file(), target
+
+
+def test_demo_runs_what_the_readme_says() -> None:
+    demo = MAKEFILE.split("\ndemo:")[1].split("\n\n")[0]
+    assert "moevlm data build scenes" in demo and "moevlm sweep run ablations/quickstart.yaml" in demo
+    assert shutil.which("make")
