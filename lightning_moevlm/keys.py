@@ -34,10 +34,10 @@ class MetricKey:
         return re.compile("".join(parts))
 
 
-TASK_LOSS = MetricKey("{stage}/task_loss", "task loss", "nats per target", "lower")
-TOTAL_LOSS = MetricKey("{stage}/total_loss", "total loss", "nats per target", "lower")
+TASK_LOSS = MetricKey("{stage}/task_loss", "task loss", "sum of term losses", "lower")
+TOTAL_LOSS = MetricKey("{stage}/total_loss", "total loss", "sum of term losses", "lower")
 TERM_RAW = MetricKey("loss/{term}", "loss term, raw", "term's own", "lower")
-TERM_WEIGHTED = MetricKey("loss_weighted/{term}", "loss term, weighted", "nats per target", "lower")
+TERM_WEIGHTED = MetricKey("loss_weighted/{term}", "loss term, weighted", "term's own", "lower")
 EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "term's own", "lower")
 ACCURACY = MetricKey("{stage}/accuracy_{term}", "masked accuracy", "fraction", "higher")
 MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")
