@@ -38,14 +38,16 @@ class RoutingInput(NamedTuple):
 class PairPlan(NamedTuple):
     """N routed pairs (token, expert, weight); shapes are static, so pairs are masked and never removed.
 
-    token_N, expert_N: int64. weight_N: fp32 combine weight, carries the router's gradient. kept_N: bool, False where
-    the token is padding or the pair was dropped over capacity. logits_TE: fp32 raw scores, before noise and bias.
+    token_N, expert_N: int64. weight_N: fp32 combine weight, carries the router's gradient. chosen_N: bool, what the
+    router asked for: False on padding and on pairs that it did not take up. kept_N: bool, the chosen pairs that
+    capacity left, which are the ones that run. logits_TE: fp32 raw scores, before noise and bias.
     probs_TE: fp32 over all E experts. modality_T: int64. valid_T: bool; padding is never routed, counted or in a loss.
     """
 
     token_N: Tensor
     expert_N: Tensor
     weight_N: Tensor
+    chosen_N: Tensor
     kept_N: Tensor
     logits_TE: Tensor
     probs_TE: Tensor

@@ -59,11 +59,12 @@ class NamedPlan(NamedTuple):
     """A plan with its place in the model.
 
     source: which forward pass made it ("image", "text" or "pair"). block: index of the transformer block.
-    modalities: those that occur among its tokens.
+    layer: path of the MoE layer in the backbone. modalities: those that occur among its tokens.
     """
 
     source: str
     block: int
+    layer: str
     modalities: tuple[Modality, ...]
     plan: PairPlan
 

@@ -26,6 +26,7 @@ def top_1_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, modality: Mo
         token_N=torch.arange(num_tokens),
         expert_N=expert_T,
         weight_N=weight_T,
+        chosen_N=valid,
         kept_N=valid,
         logits_TE=logits_TE,
         probs_TE=probs_TE,

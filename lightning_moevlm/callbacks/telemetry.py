@@ -35,6 +35,7 @@ class Telemetry(Callback):
 
     def __init__(self) -> None:
         self._gradient_norm: float | None = None
+        self._step_seen = 0
         self._samples = 0
         self._tokens = 0
         self._seconds = 0.0
@@ -61,6 +62,7 @@ class Telemetry(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
+        self._step_seen = trainer.global_step
         self._resumed_at = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,7 +85,10 @@ class Telemetry(Callback):
         """Count, and on logging steps measure and write."""
         self._samples += outputs["num_samples"] * trainer.world_size
         self._tokens += outputs["num_tokens"] * trainer.world_size
-        if _accumulates(trainer) or not _is_logging_step(trainer, trainer.global_step):
+        if trainer.global_step == self._step_seen:
+            return  # the batch only added to the gradient
+        self._step_seen = trainer.global_step
+        if not _is_logging_step(trainer, trainer.global_step):
             return
         now = time.perf_counter()
         seconds = self._seconds + now - self._resumed_at
@@ -139,8 +144,3 @@ def log_interval(trainer: Trainer) -> int:
     """Return `trainer.log_every_n_steps`, which Lightning sets but does not declare."""
     interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return interval
-
-
-def _accumulates(trainer: Trainer) -> bool:
-    """Return whether this batch only added to the gradient."""
-    return bool(trainer.fit_loop._should_accumulate())

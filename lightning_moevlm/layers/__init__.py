@@ -6,7 +6,7 @@ from lightning_moevlm.layers.dense import DenseFFN, dense_twin
 from lightning_moevlm.layers.embeddings import PatchEmbedding, TextEmbedding
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput, RoutedPlan
 from lightning_moevlm.layers.initialise import initialise
-from lightning_moevlm.layers.moe import MoEFFN
+from lightning_moevlm.layers.moe import MoEFFN, name_layers
 from lightning_moevlm.layers.multiway import MultiwayFFN
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "TextEmbedding",
     "dense_twin",
     "initialise",
+    "name_layers",
 ]

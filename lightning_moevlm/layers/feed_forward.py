@@ -14,8 +14,9 @@ from lightning_moevlm.records import Layout
 
 
 class RoutedPlan(NamedTuple):
-    """A plan and the modalities that occur among its tokens."""
+    """A plan, the layer that made it (its path in the backbone) and the modalities that occur among its tokens."""
 
+    layer: str
     modalities: tuple[Modality, ...]
     plan: PairPlan
 

@@ -4,7 +4,7 @@ Each parameter is drawn from a generator seeded with (seed, its full name). Two 
 and shape share its initial value, whatever else differs between them: arms of a study start from the same point.
 
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
-Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales are 1.
+Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales are 1. A module with an `initial_std` has its own.
 """
 
 import hashlib
@@ -26,6 +26,11 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
     norm_scales = {
         f"{name}.weight" if name else "weight" for name, module in model.named_modules() if isinstance(module, _NORMS)
     }
+    own_std = {
+        name: module.initial_std
+        for name, module in model.named_modules()
+        if getattr(module, "initial_std", None) is not None
+    }
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
@@ -36,7 +41,11 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
         else:
             values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             generator = torch.Generator("cpu").manual_seed(seed_of(seed, name))
-            nn.init.trunc_normal_(values, std=std, a=-2 * std, b=2 * std, generator=generator)
+            scale = own_std.get(name.rpartition(".")[0], std)
+            if scale == 0:
+                values.zero_()
+            else:
+                nn.init.trunc_normal_(values, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
             with torch.no_grad():
                 parameter.copy_(values)
 

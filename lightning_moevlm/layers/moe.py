@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_moevlm.dispatch import Capacity, Dispatcher, SegmentDispatcher, apply_capacity
 from lightning_moevlm.errors import UserError
@@ -35,7 +35,7 @@ class MoEFFN(FeedForward):
         experts: Callable[[int, int], ExpertStack] = MLPExperts,
         capacity: Capacity | None = None,
         dispatcher: Dispatcher | None = None,
-        precision: PrecisionPolicy = PrecisionPolicy(),  # noqa: B008 - frozen
+        precision: PrecisionPolicy = PrecisionPolicy(),
     ) -> None:
         super().__init__()
         if num_experts < 1:
@@ -47,6 +47,7 @@ class MoEFFN(FeedForward):
         self.capacity = capacity
         self.dispatcher = dispatcher or SegmentDispatcher()
         self.precision = precision
+        self.path = ""  # in the backbone, see name_layers
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Route and run; padding and dropped tokens come out as zeros for the residual to carry."""
@@ -60,7 +61,7 @@ class MoEFFN(FeedForward):
             plan = apply_capacity(plan, factor, self.capacity.priority)
         out_TD = self.dispatcher(plan, tokens_TD, self.experts)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
-        return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(modalities, plan),))
+        return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
     def forward_flops_per_token(self) -> float:
         """Router plus the experts that run; nothing is counted as dropped."""
@@ -75,3 +76,10 @@ class MoEFFN(FeedForward):
         if self.capacity is None:
             return None
         return self.capacity.train_factor if self.training else self.capacity.eval_factor
+
+
+def name_layers(backbone: nn.Module) -> None:
+    """Tell every MoE layer its path in the backbone, so that plans say where they come from."""
+    for path, module in backbone.named_modules():
+        if isinstance(module, MoEFFN):
+            module.path = path

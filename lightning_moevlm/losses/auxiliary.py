@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from lightning_moevlm.losses.importance import Importance
 from lightning_moevlm.losses.load_balance import LoadBalance
+from lightning_moevlm.losses.modality_entropy import GlobalEntropy, LocalEntropy
 from lightning_moevlm.losses.router_z import RouterZ
 from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.records import Term
@@ -21,10 +23,16 @@ class AuxiliaryLosses:
     Args:
         load_balance: Switch load-balancing loss.
         router_z: ST-MoE router z-loss.
+        importance: equal total gate weight.
+        local_entropy: LIMoE, every token sure of its expert, per modality.
+        global_entropy: LIMoE, every modality spread over experts.
     """
 
     load_balance: LoadBalance | None = field(default_factory=LoadBalance)
     router_z: RouterZ | None = field(default_factory=RouterZ)
+    importance: Importance | None = None
+    local_entropy: LocalEntropy | None = None
+    global_entropy: GlobalEntropy | None = None
 
     def terms(self, plans: Sequence[PairPlan]) -> dict[str, Term]:
         """Return each enabled loss, averaged over plans; empty where nothing was routed (a dense model)."""

@@ -8,7 +8,6 @@ is 1 under perfect balance, but 1 is no minimum of the expression as a plain fun
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_moevlm.plans import PairPlan
@@ -31,9 +30,9 @@ class LoadBalance:
 
 def load_balance(plan: PairPlan) -> Tensor:
     """Return E * sum_e f_e P_e over valid tokens, a scalar fp32 tensor; 0 where no token is valid."""
-    valid_N = plan.valid_T[plan.token_N]
-    choices_E = torch.zeros_like(plan.probs_TE[0]).index_add(0, plan.expert_N, valid_N.to(plan.probs_TE.dtype))
+    probs_TE = plan.probs_TE
+    choices_E = probs_TE.new_zeros(plan.num_experts).index_add(0, plan.expert_N, plan.chosen_N.to(probs_TE.dtype))
     share_E = choices_E / choices_E.sum().clamp(min=1)
     valid_T1 = plan.valid_T.unsqueeze(-1)
-    mean_prob_E = (plan.probs_TE * valid_T1).sum(dim=0) / valid_T1.sum().clamp(min=1)
+    mean_prob_E = (probs_TE * valid_T1).sum(dim=0) / valid_T1.sum().clamp(min=1)
     return plan.num_experts * (share_E.detach() * mean_prob_E).sum()

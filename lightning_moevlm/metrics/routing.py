@@ -45,9 +45,9 @@ def join_plans(plans: Sequence[PairPlan]) -> PairPlan:
 def routing_metrics(plan: PairPlan, modality: Modality) -> RoutingMetrics:
     """Measure how the valid tokens of one modality were routed."""
     token_T = plan.valid_T & (plan.modality_T == modality)
-    chosen_N = token_T[plan.token_N]
-    chosen_E = torch.bincount(plan.expert_N[chosen_N], minlength=plan.num_experts)
-    kept_E = torch.bincount(plan.expert_N[chosen_N & plan.kept_N], minlength=plan.num_experts)
+    here_N = token_T[plan.token_N]
+    chosen_E = torch.bincount(plan.expert_N[here_N & plan.chosen_N], minlength=plan.num_experts)
+    kept_E = torch.bincount(plan.expert_N[here_N & plan.kept_N], minlength=plan.num_experts)
     load_E = kept_E / kept_E.sum().clamp(min=1)
     log_experts = max(math.log(plan.num_experts), 1e-12)
     probs_TE = plan.probs_TE[token_T]

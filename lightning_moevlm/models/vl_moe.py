@@ -26,6 +26,7 @@ from lightning_moevlm.layers import (
     PatchEmbedding,
     TextEmbedding,
     dense_twin,
+    name_layers,
 )
 from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.plans import Modality
@@ -100,6 +101,7 @@ class VLMoE(Backbone):
             Block(dim, Attention(dim, num_heads, qk_norm), feed_forward(block)) for block in range(num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
+        name_layers(self)
 
     @property
     def text_embedding_VD(self) -> Tensor:
@@ -135,7 +137,7 @@ class VLMoE(Backbone):
         plans: list[NamedPlan] = []
         for index, block in enumerate(self.blocks):
             tokens_BSD, routed = block(tokens_BSD, layout)
-            plans.extend(NamedPlan(source, index, modalities, plan) for modalities, plan in routed)
+            plans.extend(NamedPlan(source, index, *plan) for plan in routed)
         return BackboneOutput(self.norm(tokens_BSD), layout, tuple(plans))
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:

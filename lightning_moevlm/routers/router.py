@@ -5,15 +5,32 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.routers.gate import Gate
 
 
 class Router(nn.Module, ABC):
     """Turns tokens into a plan.
 
     A router's first two constructor arguments are `dim` (D) and `num_experts` (E). The plan's logits and probabilities
-    are fp32 whatever the tokens are; padding (`valid_T` False) is never kept; evaluation is deterministic; nothing is
+    are fp32 whatever the tokens are; padding (`valid_T` False) is never chosen; evaluation is deterministic; nothing is
     counted in `forward`, because activation checkpointing runs it twice.
+
+    competes: tokens compete for places across positions, so what one token gets depends on others, later ones too. A
+    causal model must refuse such a router.
     """
+
+    competes = False
+
+    def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_experts = num_experts
+        self.gate = gate
+
+    @property
+    def initial_std(self) -> float | None:
+        """Standard deviation of the initial weights; None takes the model's."""
+        return self.gate.initial_std
 
     @abstractmethod
     def forward(self, inputs: RoutingInput) -> PairPlan:

@@ -18,6 +18,7 @@ from lightning_moevlm.objectives import MaskedModelling, Objective
 from lightning_moevlm.optim import parameter_groups
 from lightning_moevlm.records import Batch, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.evaluation import Evaluation
+from lightning_moevlm.training.rebalancing import LoadCounter, balances_itself
 
 
 class StepOutput(TypedDict):
@@ -50,7 +51,7 @@ class VisionLanguageModule(LightningModule):
         self,
         backbone: Backbone,
         objective: Callable[[BackboneSpec], Objective] = MaskedModelling,
-        losses: AuxiliaryLosses = AuxiliaryLosses(),  # noqa: B008 - frozen
+        losses: AuxiliaryLosses = AuxiliaryLosses(),
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         seed: int = 0,
@@ -64,14 +65,19 @@ class VisionLanguageModule(LightningModule):
         self.schedule_factory = schedule
         self.seed = seed
         initialise(self, seed, init_std)
+        self._self_balancing = bool(balances_itself(backbone))
+        self._load_counter = LoadCounter()
+        self._steps_done = 0
         self.val_evaluation = Evaluation("val", self.objective.num_classes)
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
-        output, report = self._losses(
-            batch, "train", self.global_step * self._accumulation() + batch_idx % self._accumulation()
-        )
+        micro_batches = self.trainer.accumulate_grad_batches
+        step = self.global_step * micro_batches + batch_idx % micro_batches
+        # whatever noise a router or a dropout draws is a function of seed and step, so a resumed run draws it again
+        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
+        output, report = self._losses(batch, "train", step)
         return StepOutput(
             loss=report.total_loss,
             report=report.detached(),
@@ -79,6 +85,19 @@ class VisionLanguageModule(LightningModule):
             num_tokens=output.num_tokens,
             num_samples=batch.num_samples,
         )
+
+    def on_train_start(self) -> None:
+        """Remember where training starts."""
+        self._steps_done = self.global_step
+
+    def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        """Let routers that balance themselves adapt, once per optimiser step."""
+        if not self._self_balancing:
+            return
+        self._load_counter.add(outputs["plans"])
+        if self.global_step > self._steps_done:
+            self._steps_done = self.global_step
+            self._load_counter.rebalance(self.backbone, self._sum_over_ranks)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch; its masks are the same in every epoch."""
@@ -124,8 +143,9 @@ class VisionLanguageModule(LightningModule):
             "lr_scheduler": {"scheduler": self.schedule_factory(optimizer), "interval": "step"},
         }
 
-    def _accumulation(self) -> int:
-        return self.trainer.accumulate_grad_batches
+    def _sum_over_ranks(self, count_E: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(count_E, reduce_op="sum")
+        return total
 
     def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))

@@ -3,11 +3,27 @@
 import pytest
 import torch
 
-from lightning_moevlm.losses import AuxiliaryLosses, LoadBalance, RouterZ, load_balance, router_z
-from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.losses import (
+    AuxiliaryLosses,
+    GlobalEntropy,
+    Importance,
+    LoadBalance,
+    LocalEntropy,
+    RouterZ,
+    importance,
+    load_balance,
+    router_z,
+)
+from lightning_moevlm.plans import Modality, PairPlan
 from tests.routing import top_1_plan
 
-LOSSES = {"load_balance": load_balance, "router_z": router_z}
+LOSSES = {
+    "load_balance": load_balance,
+    "router_z": router_z,
+    "importance": importance,
+    "local_entropy": LocalEntropy(modalities=("image", "text")),
+    "global_entropy": GlobalEntropy(),
+}
 
 
 def test_load_balance_by_hand() -> None:
@@ -75,6 +91,46 @@ def test_gradient_is_finite_for_a_zero_router_and_reaches_logits(name: str, scal
         assert float(logits_TE.grad.abs().sum()) > 0
 
 
+def test_importance_by_hand() -> None:
+    # p = (3/4, 1/4) and (1/4, 3/4) is even: 0. Twice the first: I = (3/2, 1/2), mean 1, variance 1/4
+    even = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
+    assert float(importance(top_1_plan(even))) == pytest.approx(0.0, abs=1e-7)
+    assert float(importance(top_1_plan(even[[0, 0]]))) == pytest.approx(0.25)
+
+
+def mixed_plan() -> PairPlan:
+    """Two image tokens, sure of experts 0 and 1; two text tokens, undecided between 0 and 1."""
+    probs_TE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.5, 0.5]])
+    plan = top_1_plan(torch.zeros(4, 2))
+    modality_T = torch.tensor([Modality.IMAGE, Modality.IMAGE, Modality.TEXT, Modality.TEXT])
+    return plan._replace(probs_TE=probs_TE, modality_T=modality_T)
+
+
+def test_modality_entropies_by_hand() -> None:
+    ln2 = float(torch.tensor(2.0).log())
+    plan = mixed_plan()
+    assert float(LocalEntropy(modalities=("image",))(plan)) == pytest.approx(0.0, abs=1e-6)
+    assert float(LocalEntropy(modalities=("text",))(plan)) == pytest.approx(ln2)
+    assert float(LocalEntropy(modalities=("image", "text"))(plan)) == pytest.approx(ln2 / 2)
+    assert float(GlobalEntropy()(plan)) == pytest.approx(0.0, abs=1e-6)  # both modalities use both experts
+    collapsed = plan._replace(probs_TE=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
+    assert float(GlobalEntropy(modalities=("text",))(collapsed)) == pytest.approx(ln2)
+    assert float(GlobalEntropy()(collapsed)) == pytest.approx(ln2 / 2)
+
+
+def test_global_entropy_is_content_above_its_threshold() -> None:
+    # e^tau = 1.5 experts: ln 1.5 is below the ln 2 that text uses
+    assert float(GlobalEntropy(min_experts=1.5)(mixed_plan())) == 0.0
+
+
+def test_a_modality_that_is_absent_does_not_dilute_the_mean() -> None:
+    # LIMoE's pooled balance hides the collapse of the smaller modality; here a missing one must not halve the other
+    plan = mixed_plan()
+    text_only = plan._replace(valid_T=plan.modality_T == Modality.TEXT)
+    both = LocalEntropy(modalities=("image", "text"))
+    assert float(both(text_only)) == pytest.approx(float(torch.tensor(2.0).log()))
+
+
 def random_plans(count: int) -> list[PairPlan]:
     generator = torch.Generator().manual_seed(0)
     return [top_1_plan(torch.randn(8, 4, generator=generator)) for _ in range(count)]
@@ -98,6 +154,8 @@ def test_terms_are_means_over_plans_with_their_weights() -> None:
 
 def test_null_turns_one_loss_off_and_leaves_the_other() -> None:
     assert list(AuxiliaryLosses(load_balance=None).terms(random_plans(1))) == ["router_z"]
+    three = AuxiliaryLosses(importance=Importance(), router_z=None, local_entropy=LocalEntropy())
+    assert list(three.terms(random_plans(1))) == ["load_balance", "importance", "local_entropy"]
     assert list(AuxiliaryLosses(router_z=None).terms(random_plans(1))) == ["load_balance"]
 
 

@@ -30,9 +30,9 @@ def test_each_input_takes_its_own_path() -> None:
     image = model(batch.images_BRYX)
     text = model(None, batch.text_BL, batch.text_mask_BL)
     assert pair.tokens_BSD.shape == (4, 4 + 8, 32)
-    assert [(plan.source, plan.block, plan.modalities) for plan in pair.plans] == [
-        ("pair", 1, (Modality.IMAGE,)),
-        ("pair", 1, (Modality.TEXT,)),
+    assert [(plan.source, plan.block, plan.layer, plan.modalities) for plan in pair.plans] == [
+        ("pair", 1, "blocks.1.ffn.image", (Modality.IMAGE,)),
+        ("pair", 1, "blocks.1.ffn.text", (Modality.TEXT,)),
     ]
     assert [(plan.source, plan.modalities) for plan in image.plans] == [("image", (Modality.IMAGE,))]
     assert [(plan.source, plan.modalities) for plan in text.plans] == [("text", (Modality.TEXT,))]

@@ -1,27 +1,68 @@
-"""The contract that every router keeps, and what is particular to softmax top-k."""
+"""The contract that every router keeps, with capacity and every dispatcher behind it."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
+from lightning_moevlm.experts import MLPExperts
 from lightning_moevlm.layers import initialise
-from lightning_moevlm.routers import Router, TopKRouter
+from lightning_moevlm.losses import load_balance, router_z
+from lightning_moevlm.metrics import routing_metrics
+from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.routers import (
+    CosineRouter,
+    ExpertChoiceRouter,
+    FixedRouter,
+    Gate,
+    GroupLimitedRouter,
+    GShardRouter,
+    NoisyTopKRouter,
+    ReLURouter,
+    Router,
+    SigmoidBiasRouter,
+    SinkhornRouter,
+    TopKRouter,
+    TopPRouter,
+)
 from tests.routing import routing_input
 
 ROUTERS: dict[str, Callable[[], Router]] = {
     "top-1": lambda: TopKRouter(16, 8, top_k=1),
     "top-2": lambda: TopKRouter(16, 8, top_k=2),
     "top-2 renormalised": lambda: TopKRouter(16, 8, top_k=2, renormalise=True),
+    "top-1 with every switch": lambda: TopKRouter(16, 8, gate=Gate(0.01, 0.1, 2.0)),
+    "noisy": lambda: NoisyTopKRouter(16, 8),
+    "noisy, learned": lambda: NoisyTopKRouter(16, 8, learned_noise=True),
+    "GShard": lambda: GShardRouter(16, 8),
+    "sigmoid with bias": lambda: SigmoidBiasRouter(16, 8),
+    "sigmoid with bias, top-1": lambda: SigmoidBiasRouter(16, 8, top_k=1),
+    "group-limited": lambda: GroupLimitedRouter(16, 8, num_groups=4, top_groups=2, top_k=3),
+    "top-p": lambda: TopPRouter(16, 8),
+    "cosine": lambda: CosineRouter(16, 8),
+    "Sinkhorn": lambda: SinkhornRouter(16, 8),
+    "Sinkhorn top-2": lambda: SinkhornRouter(16, 8, top_k=2),
+    "expert choice": lambda: ExpertChoiceRouter(16, 8, capacity_factor=1.5),
+    "ReLU": lambda: ReLURouter(16, 8),
+    "random": lambda: FixedRouter(16, 8, "random"),
+    "balanced": lambda: FixedRouter(16, 8, "balanced", top_k=2),
+    "by modality": lambda: FixedRouter(16, 8, "modality"),
 }
+LEARNED = [name for name in ROUTERS if name not in ("random", "balanced", "by modality")]
+EVERY_CHOICE_TAKEN_UP = [name for name in ROUTERS if name not in ("GShard", "top-p", "ReLU", "expert choice")]
+
+
+def build(name: str) -> Router:
+    router = ROUTERS[name]()
+    initialise(router, seed=0, std=0.5)
+    return router
 
 
 @pytest.fixture(params=ROUTERS)
 def router(request: pytest.FixtureRequest) -> Router:
-    router = ROUTERS[request.param]()
-    initialise(router, seed=0, std=0.5)
-    return router
+    return build(request.param)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -31,22 +72,36 @@ def test_plan_is_well_formed(router: Router, training: bool, dtype: torch.dtype)
     inputs = routing_input(40, 16, num_padding=7)
     plan = router(inputs._replace(tokens_TD=inputs.tokens_TD.to(dtype)))
     num_pairs = plan.token_N.shape[0]
-    assert plan.expert_N.shape == plan.weight_N.shape == plan.kept_N.shape == (num_pairs,)
+    assert plan.expert_N.shape == plan.weight_N.shape == plan.kept_N.shape == plan.chosen_N.shape == (num_pairs,)
+    assert plan.expert_N.dtype == plan.token_N.dtype == torch.int64
+    assert plan.kept_N.dtype == plan.chosen_N.dtype == torch.bool
     assert plan.logits_TE.dtype == plan.probs_TE.dtype == plan.weight_N.dtype == torch.float32
     assert plan.logits_TE.shape == (40, 8)
     assert int(plan.expert_N.min()) >= 0 and int(plan.expert_N.max()) < 8
     assert int(plan.token_N.min()) >= 0 and int(plan.token_N.max()) < 40
     assert bool(plan.weight_N.isfinite().all())
-    torch.testing.assert_close(plan.probs_TE.sum(dim=-1), torch.ones(40))
+    assert bool((plan.weight_N >= 0).all())
+    sums_T = plan.probs_TE.sum(dim=-1)
+    torch.testing.assert_close(sums_T[sums_T > 0], torch.ones_like(sums_T[sums_T > 0]))  # ReLU may choose nobody
+    pairs = torch.stack([plan.token_N, plan.expert_N])[:, plan.chosen_N]
+    assert pairs.unique(dim=1).shape == pairs.shape, "a token chose an expert twice"
 
 
-def test_padding_is_never_routed(router: Router) -> None:
-    plan = router(routing_input(40, 16, num_padding=7))
-    assert not bool(plan.kept_N[plan.token_N >= 33].any())
-    assert bool(plan.kept_N[plan.token_N < 33].all())
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_is_never_routed(router: Router, training: bool) -> None:
+    plan = router.train(training)(routing_input(40, 16, num_padding=7))
+    assert not bool(plan.chosen_N[plan.token_N >= 33].any())
+    assert torch.equal(plan.kept_N, plan.chosen_N)  # only capacity drops
+
+
+@pytest.mark.parametrize("name", EVERY_CHOICE_TAKEN_UP)
+def test_every_real_token_takes_up_its_choices(name: str) -> None:
+    plan = build(name)(routing_input(40, 16, num_padding=7))
+    assert bool(plan.chosen_N[plan.token_N < 33].all())
 
 
 def test_padding_content_changes_nothing(router: Router) -> None:
+    router.eval()
     inputs = routing_input(40, 16, num_padding=7)
     other_TD = inputs.tokens_TD.clone()
     other_TD[33:] = -3.0
@@ -57,9 +112,11 @@ def test_padding_content_changes_nothing(router: Router) -> None:
     assert torch.equal(plan.weight_N[kept_N], other.weight_N[kept_N])
 
 
-def test_task_gradient_reaches_the_gate(router: Router) -> None:
+@pytest.mark.parametrize("name", LEARNED)
+def test_task_gradient_reaches_the_gate(name: str) -> None:
+    router = build(name)
     plan = router(routing_input(40, 16))
-    (plan.weight_N * torch.linspace(0, 1, plan.weight_N.shape[0])).sum().backward()
+    (plan.weight_N * plan.kept_N * torch.linspace(0, 1, plan.weight_N.shape[0])).sum().backward()
     gradients = [parameter.grad for parameter in router.parameters()]
     assert gradients and all(gradient is not None and float(gradient.abs().sum()) > 0 for gradient in gradients)
 
@@ -71,16 +128,29 @@ def test_evaluation_is_deterministic(router: Router) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_token_order_does_not_matter(router: Router) -> None:
-    router.eval()
+@pytest.mark.parametrize("name", LEARNED)
+def test_token_order_does_not_matter(name: str) -> None:
+    router = build(name).eval()
     inputs = routing_input(40, 16)
     order_T = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     plan = router(inputs)
     shuffled = router(inputs._replace(tokens_TD=inputs.tokens_TD[order_T]))
     torch.testing.assert_close(shuffled.probs_TE, plan.probs_TE[order_T])
+    back_T = order_T.argsort()
+    expected = dense_weights(plan)
+    torch.testing.assert_close(dense_weights(shuffled)[back_T], expected)
 
 
-def test_state_round_trip(router: Router) -> None:
+def dense_weights(plan: PairPlan) -> Tensor:
+    """Weight of every token at every expert, 0 where it does not go."""
+    weights_TE = torch.zeros(plan.num_tokens, plan.num_experts)
+    kept = plan.kept_N
+    return weights_TE.index_put((plan.token_N[kept], plan.expert_N[kept]), plan.weight_N.detach()[kept])
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_state_round_trip(name: str) -> None:
+    router = build(name).eval()
     inputs = routing_input(40, 16)
     expected = router(inputs)
     state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
@@ -96,26 +166,37 @@ def test_few_tokens(router: Router, num_tokens: int) -> None:
     assert plan.num_tokens == num_tokens and plan.num_experts == 8
 
 
-def test_top_2_by_hand() -> None:
-    # W = identity, so logits = tokens. softmax(ln 1, ln 2, ln 5) = (1/8, 2/8, 5/8): experts 2 and 1 with 5/8 and 2/8.
-    router = TopKRouter(3, 3, top_k=2)
-    with torch.no_grad():
-        router.weight_ED.copy_(torch.eye(3))
-    tokens_TD = torch.tensor([[1.0, 2.0, 5.0]]).log()
-    plan = router(routing_input(1, 3)._replace(tokens_TD=tokens_TD))
-    assert plan.expert_N.tolist() == [2, 1]
-    torch.testing.assert_close(plan.weight_N, torch.tensor([5 / 8, 2 / 8]))
-    router.renormalise = True
-    renormalised = router(routing_input(1, 3)._replace(tokens_TD=tokens_TD))
-    torch.testing.assert_close(renormalised.weight_N, torch.tensor([5 / 7, 2 / 7]))
+@pytest.mark.parametrize("dispatcher", [SegmentDispatcher(), GroupedDispatcher()], ids=lambda d: type(d).__name__)
+def test_fast_dispatch_equals_the_loop(router: Router, dispatcher: Dispatcher) -> None:
+    router.eval()
+    experts = MLPExperts(16, 8, 32)
+    initialise(experts, seed=1, std=0.3)
+    inputs = routing_input(40, 16, num_padding=7)
+    results = []
+    for each in (LoopDispatcher(), dispatcher):
+        router.zero_grad()
+        experts.zero_grad()
+        out_TD = each(router(inputs), inputs.tokens_TD, experts)
+        (out_TD * torch.linspace(-1, 1, 16)).sum().backward()
+        parameters = {**dict(router.named_parameters()), **dict(experts.named_parameters())}
+        gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        assert torch.equal(out_TD[33:], torch.zeros(7, 16))
+        results.append((out_TD.detach(), gradients))
+    (slow, slow_gradients), (fast, fast_gradients) = results
+    torch.testing.assert_close(fast, slow)
+    assert fast_gradients.keys() == slow_gradients.keys()
+    for name, gradient in slow_gradients.items():
+        torch.testing.assert_close(fast_gradients[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("top_k", [0, 9])
-def test_impossible_top_k_is_refused(top_k: int) -> None:
-    with pytest.raises(UserError, match=f"top_k is {top_k} with num_experts 8: choose top_k between 1 and 8"):
-        TopKRouter(16, 8, top_k=top_k)
+def test_losses_and_metrics_read_every_plan(router: Router) -> None:
+    plan = router(routing_input(40, 16, num_padding=7))
+    assert bool(load_balance(plan).isfinite()) and bool(router_z(plan).isfinite())
+    metrics = routing_metrics(plan, Modality.IMAGE)
+    assert all(bool(value.isfinite().all()) for value in metrics)
+    assert float(metrics.load_E.sum()) == pytest.approx(1.0) and float(metrics.drop_rate) == 0.0
 
 
-def test_renormalised_top_1_is_refused_because_the_gate_would_get_no_gradient() -> None:
-    with pytest.raises(UserError, match="renormalise needs top_k >= 2"):
-        TopKRouter(16, 8, top_k=1, renormalise=True)
+def test_flops_and_experts_per_token_are_positive(router: Router) -> None:
+    assert 0 < router.experts_per_token <= router.num_experts
+    assert router.forward_flops_per_token() >= 0

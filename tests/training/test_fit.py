@@ -167,3 +167,35 @@ def test_dense_twin_by_one_change(moevlm: Moevlm, workplace: Path) -> None:
     assert dense["model/active_flops_per_sample"] == pytest.approx(sparse["model/active_flops_per_sample"], rel=0.01)
     assert dense["model/total_parameters"] < sparse["model/total_parameters"]
     assert not any(key.startswith("load/") for key in dense)
+
+
+ROUTER = f"{BACKBONE}.moe.init_args.router"
+
+
+def test_loss_free_bias_moves_by_its_rate_once_per_step(moevlm: Moevlm, workplace: Path) -> None:
+    # counted over both micro-batches of a step and both passes of a batch, and never twice
+    options = (
+        f"--model.backbone.init_args.moe.init_args.router={PACKAGE}.SigmoidBiasRouter",
+        f"{ROUTER}.recentre=false",
+    )
+    moevlm("fit", *SMALL, *budget(3, val_every=6), *options, "--trainer.accumulate_grad_batches=2")
+    state = torch.load(last_checkpoint(workplace), weights_only=True)["state_dict"]
+    bias_E = state["backbone.blocks.1.ffn.image.router.bias_E"]
+    assert bool((bias_E != 0).any())
+    steps_E = bias_E / 1e-3
+    torch.testing.assert_close(steps_E, steps_E.round())  # three moves of -1, 0 or 1
+    assert float(steps_E.abs().max()) <= 3
+
+
+def test_noise_of_a_router_is_drawn_again_after_a_resume(moevlm: Moevlm, workplace: Path) -> None:
+    options = (f"{ROUTER}={PACKAGE}.NoisyTopKRouter", f"{ROUTER}.init_args.gate.jitter=0.1")
+    moevlm("fit", *SMALL, *budget(4, val_every=2), *options)
+    whole = last_checkpoint(workplace).rename(workplace / "whole.ckpt")
+    moevlm("fit", *SMALL, *budget(2, total=4), *options)
+    half = last_checkpoint(workplace).rename(workplace / "half.ckpt")
+    moevlm("fit", *SMALL, *budget(4, val_every=2), *options, "--ckpt_path", str(half))
+    one, two = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, last_checkpoint(workplace)))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+PACKAGE = "lightning_moevlm.routers"

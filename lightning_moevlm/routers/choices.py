@@ -1,0 +1,57 @@
+"""From each token's k choices to a plan."""
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.plans import PairPlan, RoutingInput
+
+
+def plan_of_choices(
+    inputs: RoutingInput,
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    chosen_TK: Tensor | None = None,
+) -> PairPlan:
+    """Return the plan in which token t goes to expert_TK[t]; pairs are ordered by choice, then token.
+
+    Choice-major order serves all first choices before any second one when capacity is short. chosen_TK: bool, False
+    where a choice is not taken up; None takes up all of them.
+    """
+    num_tokens, num_choices = expert_TK.shape
+    taken_TK = inputs.valid_T.unsqueeze(-1).expand(num_tokens, num_choices)
+    if chosen_TK is not None:
+        taken_TK = taken_TK & chosen_TK
+    taken_N = _choice_major(taken_TK)
+    return PairPlan(
+        token_N=torch.arange(num_tokens, device=expert_TK.device).repeat(num_choices),
+        expert_N=_choice_major(expert_TK),
+        weight_N=_choice_major(weight_TK),
+        chosen_N=taken_N,
+        kept_N=taken_N,
+        logits_TE=logits_TE,
+        probs_TE=probs_TE,
+        modality_T=inputs.modality_T,
+        valid_T=inputs.valid_T,
+    )
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Refuse a number of choices that the experts cannot serve.
+
+    Raises:
+        UserError: top_k outside 1..num_experts.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise UserError(f"top_k is {top_k} with num_experts {num_experts}: choose top_k between 1 and {num_experts}")
+
+
+def renormalised(weight_TK: Tensor) -> Tensor:
+    """Divide each token's weights by their sum."""
+    return weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+def _choice_major(values_TK: Tensor) -> Tensor:
+    return values_TK.t().reshape(-1)

@@ -1,0 +1,64 @@
+"""Cosine routing: scores are angles, so neither long tokens nor long rows win by length.
+
+    z = x P (to few dimensions),   logits_e = cos(z, w_e) / tau,   then softmax top-k
+
+X-MoE (arXiv 2204.09179, section 3.2). tau is learned from 0.07 in its paper, fixed here by `gate.temperature`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
+from lightning_moevlm.routers.gate import Gate
+from lightning_moevlm.routers.router import Router
+
+
+class CosineRouter(Router):
+    """Top-k by angle in a small space.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        top_k: experts per token.
+        routing_dim: width of the space; X-MoE uses 16.
+        gate: jitter, dropout, temperature (tau), initial scale.
+
+    Raises:
+        UserError: top_k outside 1..E.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        routing_dim: int = 16,
+        gate: Gate = Gate(temperature=0.07),
+    ) -> None:
+        super().__init__(dim, num_experts, gate)
+        check_top_k(top_k, num_experts)
+        self.top_k = top_k
+        self.routing_dim = routing_dim
+        self.project_weight = nn.Parameter(torch.empty(routing_dim, dim))
+        self.expert_weight = nn.Parameter(torch.empty(num_experts, routing_dim))
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
+
+    def forward_flops_per_token(self) -> int:
+        """2 D d + 2 d E with routing_dim d."""
+        return 2 * self.routing_dim * (self.dim + self.num_experts)
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        """Route T tokens to K experts each."""
+        tokens_TD = self.gate.inputs(inputs.tokens_TD, self.training)
+        projected = F.linear(tokens_TD, self.project_weight.to(tokens_TD.dtype)).float()
+        angles_TE = F.normalize(projected, dim=-1) @ F.normalize(self.expert_weight.float(), dim=-1).t()
+        logits_TE = angles_TE / self.gate.temperature
+        probs_TE = logits_TE.softmax(dim=-1)
+        weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
+        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK)

@@ -1,0 +1,54 @@
+"""The learned scores of a router, and the switches that every learned router has.
+
+    logits = (x * jitter) W^T / temperature
+
+Scores are divided by the temperature before anything else, so every rule built on them sees the same numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_moevlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Switches on the way from tokens to logits; the defaults are off.
+
+    Args:
+        jitter: multiply each input by a uniform draw from 1 - jitter to 1 + jitter while training (Switch, arXiv
+            2101.03961, section 2.4; it uses 1e-2).
+        dropout: share of inputs set to zero while training.
+        temperature: divides the logits; above 1 softens the choice.
+        initial_std: standard deviation of the initial weights; null takes the model's, 0 starts undecided.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    jitter: float = 0.0
+    dropout: float = 0.0
+    temperature: float = 1.0
+    initial_std: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, value, low, high in (("jitter", self.jitter, 0, 1), ("dropout", self.dropout, 0, 1)):
+            if not low <= value < high:
+                raise UserError(f"gate.{name} is {value}: choose a value from {low} up to, not including, {high}")
+        if self.temperature <= 0:
+            raise UserError(f"gate.temperature is {self.temperature}: choose a value above 0")
+
+    def inputs(self, tokens_TD: Tensor, training: bool) -> Tensor:
+        """Return the tokens as the router sees them."""
+        if training and self.jitter:
+            tokens_TD = tokens_TD * torch.empty_like(tokens_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+        return F.dropout(tokens_TD, self.dropout, training) if self.dropout else tokens_TD
+
+    def logits(self, tokens_TD: Tensor, weight_ED: Tensor, training: bool) -> Tensor:
+        """Return (T, E) fp32 logits; the product is computed in the tokens' dtype."""
+        scores_TE = F.linear(self.inputs(tokens_TD, training), weight_ED.to(tokens_TD.dtype)).float()
+        return scores_TE / self.temperature if self.temperature != 1.0 else scores_TE

@@ -1,0 +1,72 @@
+"""Noisy top-k: normal noise on the logits while training, so that near-ties are explored.
+
+    selection by logits + sigma * N(0, 1),   weights from the softmax of the noisy logits
+
+fixed noise, sigma = noise_scale / E: V-MoE (arXiv 2106.05974, section 2.1, noise_scale 1). Learned noise,
+sigma = softplus(x W_noise): Shazeer et al. 2017 (arXiv 1701.06538, equations 4 and 5). Evaluation uses no noise.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
+from lightning_moevlm.routers.gate import Gate
+from lightning_moevlm.routers.router import Router
+
+
+class NoisyTopKRouter(Router):
+    """Softmax top-k on noisy logits.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        top_k: experts per token.
+        noise_scale: sigma of fixed noise in units of 1 / E.
+        learned_noise: learn sigma per token and expert instead.
+        gate: jitter, dropout, temperature, initial scale.
+
+    Raises:
+        UserError: top_k outside 1..E.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        noise_scale: float = 1.0,
+        learned_noise: bool = False,
+        gate: Gate = Gate(),
+    ) -> None:
+        super().__init__(dim, num_experts, gate)
+        check_top_k(top_k, num_experts)
+        self.top_k = top_k
+        self.noise_scale = noise_scale
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+        self.noise_weight_ED = nn.Parameter(torch.empty(num_experts, dim)) if learned_noise else None
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
+
+    def forward_flops_per_token(self) -> int:
+        """2 D E, twice with learned noise."""
+        return (2 if self.noise_weight_ED is None else 4) * self.dim * self.num_experts
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        """Route T tokens to K experts each; logits_TE of the plan are without noise."""
+        logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
+        noisy_TE = logits_TE
+        if self.training:
+            noise_TE = torch.randn_like(logits_TE)
+            if self.noise_weight_ED is None:
+                noisy_TE = logits_TE + noise_TE * (self.noise_scale / self.num_experts)
+            else:
+                weight_ED = self.noise_weight_ED.to(inputs.tokens_TD.dtype)
+                noisy_TE = logits_TE + noise_TE * F.softplus(F.linear(inputs.tokens_TD, weight_ED).float())
+        probs_TE = noisy_TE.softmax(dim=-1)
+        weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
+        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK)

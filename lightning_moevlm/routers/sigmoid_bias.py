@@ -1,0 +1,89 @@
+"""Sigmoid scores with loss-free balancing: a bias steers who is chosen and never touches the weights.
+
+    s = sigmoid(x W^T),   experts = top-k(s + b),   weight_e = s_e (divided by the sum of the chosen s)
+    after each optimiser step:  b += u * sign(mean load - load)      or  b += u * (mean load - load) / mean load
+
+Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
+step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.routers.choices import check_top_k, plan_of_choices, renormalised
+from lightning_moevlm.routers.gate import Gate
+from lightning_moevlm.routers.router import Router
+
+
+class SigmoidBiasRouter(Router):
+    """Sigmoid top-k balanced by a bias.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        top_k: experts per token.
+        renormalise: divide the chosen weights by their sum; switched off with top_k 1, where it would cut the gradient.
+        update_rate: u, 0 switches balancing off; 1e-3 in the papers.
+        update: by the sign of the imbalance or in proportion to it.
+        recentre: keep the mean of the bias at 0.
+        gate: jitter, dropout, temperature, initial scale.
+
+    Raises:
+        UserError: top_k outside 1..E.
+    """
+
+    bias_E: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        renormalise: bool = True,
+        update_rate: float = 1e-3,
+        update: Literal["sign", "proportional"] = "sign",
+        recentre: bool = True,
+        gate: Gate = Gate(),
+    ) -> None:
+        super().__init__(dim, num_experts, gate)
+        check_top_k(top_k, num_experts)
+        self.top_k = top_k
+        self.renormalise = renormalise and top_k > 1
+        self.update_rate = update_rate
+        self.update = update
+        self.recentre = recentre
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
+
+    def forward_flops_per_token(self) -> int:
+        """2 D E."""
+        return 2 * self.dim * self.num_experts
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        """Route T tokens; probs_TE are the scores divided by their sum, so that losses see a distribution."""
+        logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
+        scores_TE = logits_TE.sigmoid()
+        expert_TK = (scores_TE.detach() + self.bias_E.float()).topk(self.top_k, dim=-1).indices
+        weight_TK = scores_TE.gather(-1, expert_TK)
+        if self.renormalise:
+            weight_TK = renormalised(weight_TK)
+        return plan_of_choices(inputs, logits_TE, renormalised(scores_TE), expert_TK, weight_TK)
+
+    @torch.no_grad()
+    def rebalance(self, load_E: Tensor) -> None:
+        """Raise the bias of experts below the mean load and lower that of the others; no load, no change."""
+        mean = load_E.float().mean()
+        shortfall_E = mean - load_E.float()
+        direction_E = shortfall_E.sign() if self.update == "sign" else shortfall_E / mean.clamp(min=1)
+        self.bias_E += self.update_rate * direction_E
+        if self.recentre:
+            self.bias_E -= self.bias_E.mean()

@@ -1,0 +1,238 @@
+"""What is particular to each router, by hand."""
+
+import pytest
+import torch
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import initialise
+from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.routers import (
+    CosineRouter,
+    ExpertChoiceRouter,
+    FixedRouter,
+    Gate,
+    GroupLimitedRouter,
+    GShardRouter,
+    NoisyTopKRouter,
+    ReLURouter,
+    Router,
+    SigmoidBiasRouter,
+    SinkhornRouter,
+    TopKRouter,
+    TopPRouter,
+)
+from lightning_moevlm.routers.sinkhorn import balanced_log_plan
+from tests.routing import routing_input
+
+LN = torch.tensor([[1.0, 2.0, 5.0]]).log()  # softmax: 1/8, 2/8, 5/8
+
+
+def identity(router: Router) -> Router:
+    """Make the logits equal to the tokens."""
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.eye(*router.weight_ED.shape))
+    return router.eval()
+
+
+def route(router: Router, tokens_TD: torch.Tensor) -> PairPlan:
+    return router(routing_input(*tokens_TD.shape)._replace(tokens_TD=tokens_TD))
+
+
+def test_top_2() -> None:
+    plan = route(identity(TopKRouter(3, 3, top_k=2)), LN)
+    assert plan.expert_N.tolist() == [2, 1]
+    torch.testing.assert_close(plan.weight_N, torch.tensor([5 / 8, 2 / 8]))
+    renormalised = route(identity(TopKRouter(3, 3, top_k=2, renormalise=True)), LN)
+    torch.testing.assert_close(renormalised.weight_N, torch.tensor([5 / 7, 2 / 7]))
+
+
+def test_temperature_divides_the_logits() -> None:
+    plan = route(identity(TopKRouter(3, 3, gate=Gate(temperature=0.5))), LN)  # squares: 1, 4, 25
+    torch.testing.assert_close(plan.probs_TE, torch.tensor([[1 / 30, 4 / 30, 25 / 30]]))
+
+
+def test_jitter_and_dropout_act_in_training_alone() -> None:
+    for gate in (Gate(jitter=0.1), Gate(dropout=0.5)):
+        router = TopKRouter(16, 4, gate=gate)
+        initialise(router, seed=0, std=0.5)
+        inputs = routing_input(10, 16)
+        assert not torch.equal(router.train()(inputs).logits_TE, router(inputs).logits_TE)
+        assert torch.equal(router.eval()(inputs).logits_TE, router(inputs).logits_TE)
+    jittered = Gate(jitter=0.1).inputs(torch.ones(1000), training=True)
+    assert 0.9 <= float(jittered.min()) < 0.91 and 1.09 < float(jittered.max()) <= 1.1
+
+
+def test_initial_scale_of_a_router_is_its_own() -> None:
+    undecided, plain = TopKRouter(16, 4, gate=Gate(initial_std=0.0)), TopKRouter(16, 4)
+    for router in (undecided, plain):
+        initialise(router, seed=0, std=0.5)
+    assert torch.equal(undecided.weight_ED, torch.zeros(4, 16))
+    assert float(plain.weight_ED.detach().std()) > 0.2
+
+
+def test_noise_has_the_scale_of_v_moe_and_only_in_training() -> None:
+    router = identity(NoisyTopKRouter(4, 4, top_k=1, noise_scale=2.0))
+    tokens_TD = torch.zeros(20_000, 4)
+    plan = route(router.train(), tokens_TD)
+    assert torch.equal(plan.logits_TE, tokens_TD)  # the plan keeps them without noise
+    noisy_TE = plan.probs_TE.log() - plan.probs_TE.log().mean(dim=-1, keepdim=True)
+    # sigma 2 / E = 0.5; removing the mean of four leaves sqrt(3/4) of it
+    assert float(noisy_TE.detach().std()) == pytest.approx(0.5 * (3 / 4) ** 0.5, rel=0.02)
+    assert torch.equal(route(router.eval(), tokens_TD).probs_TE, torch.full((20_000, 4), 0.25))
+
+
+def test_second_expert_of_gshard_is_used_as_often_as_its_weight_says() -> None:
+    # softmax of (ln 3, 0): 3/4 and 1/4; with threshold 0.5 the second is used with probability 1/2
+    router = identity(GShardRouter(2, 2))
+    tokens_TD = torch.tensor([[3.0, 1.0]]).log().expand(20_000, 2)
+    second_N = route(router.train(), tokens_TD).chosen_N[20_000:]
+    assert float(second_N.float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert bool(route(router.eval(), tokens_TD).chosen_N.all())
+
+
+def test_bias_steers_the_choice_and_not_the_weight() -> None:
+    router = identity(SigmoidBiasRouter(3, 3, top_k=1))
+    tokens_TD = torch.tensor([[0.0, 1.0, -1.0]])
+    before = route(router, tokens_TD)
+    router.bias_E.copy_(torch.tensor([0.9, 0.0, 0.0]))
+    after = route(router, tokens_TD)
+    assert before.expert_N.tolist() == [1] and after.expert_N.tolist() == [0]
+    torch.testing.assert_close(after.weight_N, torch.tensor([0.5]))  # sigmoid(0), without the bias
+
+
+def test_bias_update_by_hand() -> None:
+    # loads 6, 2, 1: mean 3. sign: -u, +u, +u; proportional: -3/3 u, 1/3 u, 2/3 u
+    load_E = torch.tensor([6, 2, 1])
+    sign = SigmoidBiasRouter(4, 3, update_rate=0.1, recentre=False)
+    sign.rebalance(load_E)
+    torch.testing.assert_close(sign.bias_E, torch.tensor([-0.1, 0.1, 0.1]))
+    proportional = SigmoidBiasRouter(4, 3, update_rate=0.3, update="proportional", recentre=False)
+    proportional.rebalance(load_E)
+    torch.testing.assert_close(proportional.bias_E, torch.tensor([-0.3, 0.1, 0.2]))
+    # torchtitan issue 1506: the mean of the bias drifted
+    centred = SigmoidBiasRouter(4, 3, update_rate=0.1)
+    for _ in range(100):
+        centred.rebalance(load_E)
+    assert float(centred.bias_E.mean()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_bias_is_state_and_takes_no_gradient() -> None:
+    # KempnerForge: a trainable bias inside the sigmoid
+    router = SigmoidBiasRouter(4, 3)
+    assert "bias_E" in router.state_dict() and "bias_E" not in dict(router.named_parameters())
+
+
+def test_rebalancing_evens_out_a_lopsided_router() -> None:
+    router = SigmoidBiasRouter(16, 8, top_k=1, update_rate=0.01)
+    initialise(router, seed=0, std=0.5)
+    inputs = routing_input(512, 16)
+    inputs = inputs._replace(tokens_TD=inputs.tokens_TD + 1.0)
+    violation = []
+    for _ in range(300):
+        load_E = torch.bincount(router(inputs).expert_N, minlength=8)
+        violation.append(float(load_E.max() / load_E.float().mean() - 1))
+        router.rebalance(load_E)
+    assert violation[0] > 1.0 and violation[-1] < 0.2
+
+
+def test_groups_by_hand() -> None:
+    # two groups of two: p = (5, 1 | 3, 4) / 13. By the sum of both: 6 against 7, so the second group; its order is 3, 2
+    router = identity(GroupLimitedRouter(4, 4, num_groups=2, top_groups=1, top_k=2))
+    tokens_TD = torch.tensor([[5.0, 1.0, 3.0, 4.0]]).log()
+    assert route(router, tokens_TD).expert_N.tolist() == [3, 2]
+    # by the largest alone: 5 against 4, so the first group
+    router.experts_per_score = 1
+    assert route(router, tokens_TD).expert_N.tolist() == [0, 1]
+
+
+def test_top_p_takes_as_many_as_it_needs() -> None:
+    # 5/8 reaches 0.6 alone; 0.7 needs 5/8 + 2/8; 0.9 needs all three
+    for threshold, expected in ((0.6, 1), (0.7, 2), (0.9, 3)):
+        plan = route(identity(TopPRouter(3, 3, threshold=threshold, max_k=3)), LN)
+        assert int(plan.chosen_N.sum()) == expected
+
+
+def test_cosine_is_blind_to_length() -> None:
+    router = CosineRouter(16, 8)
+    initialise(router, seed=0, std=0.5)
+    inputs = routing_input(10, 16)
+    scaled = router(inputs._replace(tokens_TD=inputs.tokens_TD * 100))
+    torch.testing.assert_close(scaled.logits_TE, router(inputs).logits_TE, rtol=1e-4, atol=1e-4)
+    assert float(scaled.logits_TE.detach().abs().max()) <= 1 / 0.07 + 1e-4
+
+
+def test_sinkhorn_balances_columns_and_rows() -> None:
+    logits_TE = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) * 3
+    valid_T = torch.arange(64) < 60
+    plan_TE = balanced_log_plan(logits_TE, valid_T, 50).exp()
+    torch.testing.assert_close(plan_TE.sum(dim=0), torch.full((4,), 15.0))
+    torch.testing.assert_close(plan_TE[:60].sum(dim=1), torch.ones(60), rtol=1e-2, atol=1e-2)
+    assert torch.equal(plan_TE[60:], torch.zeros(4, 4))
+
+
+def test_sinkhorn_routes_evenly_in_training_and_greedily_in_evaluation() -> None:
+    router = SinkhornRouter(16, 8)
+    initialise(router, seed=0, std=0.5)
+    inputs = routing_input(512, 16)
+    inputs = inputs._replace(tokens_TD=inputs.tokens_TD + 1.0)
+
+    def violation() -> float:
+        load_E = torch.bincount(router(inputs).expert_N, minlength=8).float()
+        return float(load_E.max() / load_E.mean() - 1)
+
+    assert violation() < 0.3
+    router.eval()
+    assert violation() > 1.0
+
+
+def test_expert_choice_gives_every_expert_the_same_load() -> None:
+    router = ExpertChoiceRouter(16, 8, capacity_factor=2.0)
+    initialise(router, seed=0, std=0.5)
+    plan = router(routing_input(40, 16, num_padding=8))
+    load_E = torch.bincount(plan.expert_N[plan.chosen_N], minlength=8)
+    assert load_E.tolist() == [8] * 8  # ceil(2 * 32 / 8)
+
+
+def test_relu_uses_positive_scores_alone() -> None:
+    plan = route(identity(ReLURouter(3, 3)), torch.tensor([[1.0, -2.0, 0.5]]))
+    assert plan.expert_N[plan.chosen_N].tolist() == [0, 2]
+    assert plan.weight_N[plan.chosen_N].tolist() == [1.0, 0.5]
+
+
+def test_controls() -> None:
+    inputs = routing_input(64, 16)
+    balanced = FixedRouter(16, 8, "balanced")(inputs)
+    assert torch.bincount(balanced.expert_N, minlength=8).tolist() == [8] * 8
+    by_modality = FixedRouter(16, 8, "modality")(inputs)
+    assert torch.equal(by_modality.expert_N % 2, inputs.modality_T)
+    assert int(Modality.IMAGE) == 0
+    random = FixedRouter(16, 8, "random")(inputs)
+    assert len(set(random.expert_N.tolist())) == 8 and not torch.equal(random.expert_N, balanced.expert_N)
+
+
+def test_competing_routers_say_so() -> None:
+    assert SinkhornRouter(4, 2).competes and ExpertChoiceRouter(4, 2).competes
+    assert not TopKRouter(4, 2).competes and not SigmoidBiasRouter(4, 2).competes
+
+
+REFUSED = {
+    "top_k is 0": lambda: TopKRouter(16, 8, top_k=0),
+    "top_k is 9 with num_experts 8: choose top_k between 1 and 8": lambda: TopKRouter(16, 8, top_k=9),
+    "renormalise needs top_k >= 2": lambda: TopKRouter(16, 8, top_k=1, renormalise=True),
+    "top_k is 2 with num_experts 1": lambda: GShardRouter(16, 1),
+    "threshold is 0": lambda: GShardRouter(16, 4, threshold=0),
+    "num_experts 8 is no multiple of num_groups 3": lambda: GroupLimitedRouter(16, 8, num_groups=3),
+    "top_groups is 3 with num_groups 2": lambda: GroupLimitedRouter(16, 8, num_groups=2, top_groups=3),
+    "threshold is 1.5": lambda: TopPRouter(16, 8, threshold=1.5),
+    "capacity_factor is 9": lambda: ExpertChoiceRouter(16, 8, capacity_factor=9),
+    "top_k is 5 with num_experts 4": lambda: FixedRouter(16, 8, "modality", top_k=5),
+    "gate.jitter is 1.0": lambda: Gate(jitter=1.0),
+    "gate.dropout is -0.1": lambda: Gate(dropout=-0.1),
+    "gate.temperature is 0": lambda: Gate(temperature=0),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_impossible_options_are_refused(message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        REFUSED[message]()
