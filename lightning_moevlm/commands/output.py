@@ -1,13 +1,14 @@
 """How a listing command shows itself: a table for people, or records for programs."""
 
 import json as json_format
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 
 def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: str | None) -> None:
@@ -19,9 +20,7 @@ def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: st
         json: a file, "-" for standard output (nothing else is printed then), or None for the table.
     """
     if json is None:
-        from rich.console import Console
-
-        Console().print(table)
+        console().print(table)
         return
     text = json_format.dumps(list(rows), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if json == "-":
@@ -32,3 +31,11 @@ def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: st
     partial = target.with_name(target.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(target)
+
+
+def console() -> "Console":
+    """Return a console; a log file has no width of its own and gets one that tables fit in."""
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120)

@@ -5,11 +5,11 @@ imported when they run.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_moevlm.commands.output import console, show
 from lightning_moevlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
     from lightning_moevlm.study.ledger import Status, hold_study, keep_store, read_ledger
     from lightning_moevlm.study.progress import SweepProgress
 
-    console = _console()
+    terminal = console()
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
     planned = _plan(file)
@@ -69,11 +69,11 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
         at_once = min(jobs or gpus or usable_cores(), max(1, len(waiting)))
         total = len(planned.runs)
         if waiting:
-            console.print(
+            terminal.print(
                 f"{planned.study.name}: {total} runs, {len(waiting)} to do, {at_once} at a time",
                 highlight=False,
             )
-            with SweepProgress(console, total, total - len(waiting), at_once) as progress:
+            with SweepProgress(terminal, total, total - len(waiting), at_once) as progress:
                 tally = execute(
                     planned,
                     experiment,
@@ -86,15 +86,15 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
                     num_gpus=gpus,
                 )
             if tally.stopped:
-                console.print(f"Stopped by {tally.stopped}; the state is kept. Go on with: moevlm sweep run {file}")
+                terminal.print(f"Stopped by {tally.stopped}; the state is kept. Go on with: moevlm sweep run {file}")
                 return 130
         failed = [run.name for run, state in read_ledger(planned) if state.status is Status.FAILED]
         if not waiting and not failed:
-            console.print(f"Nothing left to do: all {total} runs have results.", highlight=False)
-        _report(planned, experiment, console, redraw=bool(waiting))
+            terminal.print(f"Nothing left to do: all {total} runs have results.", highlight=False)
+        _report(planned, experiment, terminal, redraw=bool(waiting))
     if failed:
-        console.print(f"[red]{len(failed)} of {total} runs failed[/]: {', '.join(failed)}", highlight=False)
-        console.print(f"Their last lines are in the report. After mending: moevlm sweep run {file} --retry=true")
+        terminal.print(f"[red]{len(failed)} of {total} runs failed[/]: {', '.join(failed)}", highlight=False)
+        terminal.print(f"Their last lines are in the report. After mending: moevlm sweep run {file} --retry=true")
         return 1
     return 0
 
@@ -134,7 +134,7 @@ def report(file: str, json: str | None = None) -> None:
         raise UserError(f"nothing of {planned.study.name} has run yet; start it with `moevlm sweep run {file}`")
     experiment = open_experiment(_store_of(planned), planned.study.name)
     if json is None:
-        _report(planned, experiment, _console(), redraw=True)
+        _report(planned, experiment, console(), redraw=True)
         return
     result = gather(planned, ledger, experiment.uri)
     _show((), [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], json)
@@ -196,21 +196,12 @@ def _with_identity(command: list[str], run_id: str, checkpoint: Path | None) -> 
 def _show(tables: "Sequence[Table]", records: list[dict[str, object]], json: str | None) -> None:
     from rich.text import Text
 
-    from lightning_moevlm.commands.output import show
     from lightning_moevlm.study.report import print_tables
 
     if json is None:
-        print_tables(_console(), tables)
+        print_tables(console(), tables)
     else:
         show(Text(), records, json)
-
-
-def _console() -> "Console":
-    """Return a console; a log file has no width of its own and gets one that tables fit in."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
 
 
 def _num_gpus() -> int:
@@ -219,7 +210,7 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _report(planned: "Plan", experiment: "Experiment", console: "Console", redraw: bool) -> None:
+def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redraw: bool) -> None:
     """Print the tables; draw and write the report unless it is newer than every run and the study file."""
     from lightning_moevlm.study.ledger import STATE_FILE, read_ledger
     from lightning_moevlm.study.report import HTML_FILE, make_report, print_tables, write_report
@@ -237,11 +228,11 @@ def _report(planned: "Plan", experiment: "Experiment", console: "Console", redra
         whole = make_report(planned, result)
         write_report(whole, folder)
         log_summary(experiment, whole, folder)
-    print_tables(console, report_tables(result))
+    print_tables(terminal, report_tables(result))
     command = server_command(experiment.uri)
-    console.print(f"Report: {page.absolute()}", highlight=False, soft_wrap=True)
+    terminal.print(f"Report: {page.absolute()}", highlight=False, soft_wrap=True)
     if command:
-        console.print(f"MLflow: {command}", highlight=False, soft_wrap=True, markup=False)
+        terminal.print(f"MLflow: {command}", highlight=False, soft_wrap=True, markup=False)
     address = ui_address(experiment.uri)
     link = compare_link(address, experiment.experiment_id, planned.study.name)
-    console.print(f"        {link}", highlight=False, soft_wrap=True, markup=False)
+    terminal.print(f"        {link}", highlight=False, soft_wrap=True, markup=False)
