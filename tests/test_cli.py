@@ -84,6 +84,7 @@ def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None
     assert all(row["summary"] for row in rows)
     moevlm("describe", "TopKRouter", "--json", "options.json")
     options = {row["option"]: row["default"] for row in json.loads((workplace / "options.json").read_text())}
+    assert options.pop("gate").startswith("Gate(jitter=0.0")
     assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
 
 
