@@ -31,7 +31,7 @@ MISTAKES = {
     "no such checkpoint": (("validate", *SMALL, "--ckpt_path=none.ckpt"), "none.ckpt"),
     "no such study": (("sweep", "plan", "ablations/none.yaml"), "ablations/none.yaml"),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
-    "no such kind": (("list", "--kind=rooters"), "rooters"),
+    "no such kind": (("list", "rooters"), "rooters"),
     "tracking server that does not answer": (
         ("fit", *SMALL, *budget(1), "--trainer.logger.init_args.tracking_uri=http://127.0.0.1:9"),
         "http://127.0.0.1:9",

@@ -1,0 +1,76 @@
+"""A router of another package: listed, accepted by class_path and by short name, without an edit here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import SMALL, budget
+
+MODULE = '''
+import torch
+
+from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.routers import Router
+from lightning_moevlm.routers.choices import plan_of_choices
+
+
+class FirstExpertRouter(Router):
+    """Everybody to one expert.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        expert: which one.
+    """
+
+    def __init__(self, dim: int, num_experts: int, expert: int = 0) -> None:
+        super().__init__(dim, num_experts)
+        self.expert = expert
+
+    @property
+    def experts_per_token(self) -> float:
+        return 1.0
+
+    def forward_flops_per_token(self) -> int:
+        return 0
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        num_tokens = inputs.valid_T.shape[0]
+        logits = torch.zeros(num_tokens, self.num_experts)
+        expert = torch.full((num_tokens, 1), self.expert)
+        return plan_of_choices(inputs, logits, logits.softmax(-1), expert, torch.ones(num_tokens, 1))
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the package `elsewhere` is installed, as pip leaves it."""
+    site = tmp_path / "site"
+    info = site / "elsewhere-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "elsewhere.py").write_text(MODULE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lightning_moevlm.plugins]\nelsewhere = elsewhere\n")
+    return os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+
+def test_router_of_another_package(plugin: dict[str, str], workplace: Path) -> None:
+    def moevlm(*arguments: str) -> str:
+        command = [sys.executable, "-m", "lightning_moevlm", *arguments]
+        return subprocess.run(command, cwd=workplace, env=plugin, capture_output=True, text=True, check=True).stdout
+
+    assert "FirstExpertRouter" in moevlm("list", "routers")
+    assert "which one" in moevlm("describe", "FirstExpertRouter")
+    for name in ("FirstExpertRouter", "elsewhere.FirstExpertRouter"):
+        router = f"--model.backbone.init_args.moe.init_args.router={name}"
+        expert = "--model.backbone.init_args.moe.init_args.router.expert=2"
+        moevlm("fit", *SMALL, *budget(1), router, expert)
+    database = workplace / "runs/mlflow.db"
+    import sqlite3
+
+    with sqlite3.connect(database) as store:
+        loads = store.execute("SELECT value FROM latest_metrics WHERE key = 'load/block1/text/expert2'").fetchall()
+    assert loads == [(1.0,), (1.0,)]
