@@ -8,6 +8,7 @@
 - A mistake in a configuration is one line and exit code 2.
 """
 
+import json
 import logging
 import sys
 import warnings
@@ -29,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.models import ModelCard, model_card
+from lightning_moevlm.models import Backbone, ModelCard, model_card
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule
@@ -57,19 +58,23 @@ _DEFAULTS: dict[str, object] = {
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI for `VisionLanguageModule` on `ShardDataModule`."""
+    """LightningCLI for `VisionLanguageModule` on `ShardDataModule`; it parses `sys.argv`.
 
-    def __init__(self, args: Sequence[str]) -> None:
-        self._asked = args[0]
+    Args:
+        asked: the subcommand.
+        argv: the command line as the user typed it, for the record.
+    """
+
+    def __init__(self, asked: str, argv: Sequence[str]) -> None:
+        self._asked = asked
         super().__init__(
             VisionLanguageModule,
             ShardDataModule,
             save_config_callback=RunRecord,
-            save_config_kwargs={"argv": ["moevlm", *args]},
+            save_config_kwargs={"argv": ["moevlm", *argv]},
             seed_everything_default=0,
             parser_kwargs={**_PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(_PARSER_OPTIONS)},
             auto_configure_optimizers=False,
-            args=list(args),
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -84,10 +89,15 @@ class CommandLine(LightningCLI):
         parser.set_defaults(_DEFAULTS)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there before anything is built or written."""
-        path = self.config[self.subcommand].get("ckpt_path")
+        """Refuse a checkpoint that is not there before anything is built or written; drop the bar if bars are off."""
+        config = self.config[self.subcommand]
+        path = config.get("ckpt_path")
         if path and path not in _CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
             raise UserError(f"no checkpoint at {path}: give a .ckpt file, or one of {', '.join(_CHECKPOINT_WORDS)}")
+        if config.trainer.enable_progress_bar is False and isinstance(config.trainer.callbacks, list):
+            config.trainer.callbacks = [
+                callback for callback in config.trainer.callbacks if not callback.class_path.endswith(".StepProgress")
+            ]
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
@@ -98,10 +108,19 @@ def run(args: Sequence[str]) -> None:
 
     Raises:
         UserError: a mistake in the configuration or in what it points to.
+        KeyboardInterrupt: the user interrupted; Lightning has closed the run.
     """
     _prepare()
-    with _teaching_errors(), _alone_on_the_command_line():
-        CommandLine(_with_shipped_configs(args))
+    with TemporaryDirectory() as folder, _teaching_errors():
+        words = _with_nulls_as_files(_with_shipped_configs(args), Path(folder))
+        # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
+        sys.argv = [sys.argv[0], *words]
+        try:
+            CommandLine(args[0], args)
+        except SystemExit as exit_:
+            if isinstance(exit_.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from exit_
+            raise
 
 
 def resolve_config(config_files: Sequence[Path], overrides: Mapping[str, object]) -> dict[str, object]:
@@ -134,7 +153,7 @@ class ConfigResolver:
         """Resolve one configuration."""
         with TemporaryDirectory() as folder, _teaching_errors():
             last = Path(folder) / "overrides.yaml"
-            last.write_text(yaml.safe_dump(dict(overrides)), encoding="utf-8")
+            last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
             files = [shipped_config(path) for path in config_files]
             namespace = self._parser.parse_args([flag for path in (*files, last) for flag in ("-c", str(path))])
             namespace.pop("config", None)
@@ -149,11 +168,13 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
         UserError: dimensions that do not fit each other.
     """
     _prepare()
+    model = resolved["model"]
+    assert isinstance(model, Mapping)
     parser = LightningArgumentParser(**_PARSER_OPTIONS)
-    parser.add_lightning_class_args(VisionLanguageModule, "model")
+    parser.add_subclass_arguments(Backbone, "backbone")
     with _teaching_errors(), torch.device("meta"):
-        namespace = parser.parse_object({"model": resolved["model"]})
-        return model_card(parser.instantiate(namespace).model.backbone)
+        namespace = parser.parse_object({"backbone": model["backbone"]})
+        return model_card(parser.instantiate(namespace).backbone)
 
 
 def shipped_config(path: Path) -> Path:
@@ -178,7 +199,8 @@ def load_plugins() -> None:
 
 def _prepare() -> None:
     load_plugins()
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
     _calm_terminal()
 
 
@@ -187,6 +209,28 @@ def _with_shipped_configs(args: Sequence[str]) -> list[str]:
         str(shipped_config(Path(arg))) if before in ("-c", "--config") else arg
         for before, arg in zip(("", *args), args, strict=False)
     ]
+
+
+def _with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
+    """Put `--model...init_args.capacity null` into a file in its place: in a factory, jsonargparse reads 'None'."""
+    result: list[str] = []
+    position = 0
+    while position < len(words):
+        key, equals, value = words[position].partition("=")
+        if not equals and key.startswith("--") and position + 1 < len(words):
+            value = words[position + 1]
+        if value == "null" and key.startswith("--") and ".init_args." in key:
+            path = folder / f"null{position}.yaml"
+            nested: object = None
+            for part in reversed(key.removeprefix("--").split(".")):
+                nested = {part: nested}
+            path.write_text(json.dumps(nested), encoding="utf-8")
+            result += ["-c", str(path)]
+            position += 1 if equals else 2
+        else:
+            result.append(words[position])
+            position += 1
+    return result
 
 
 @contextmanager
@@ -208,16 +252,6 @@ def _one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-@contextmanager
-def _alone_on_the_command_line() -> Iterator[None]:
-    """Hide sys.argv while LightningCLI gets its arguments from us: it warns about having both."""
-    kept, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        yield
-    finally:
-        sys.argv = kept
-
-
 def _calm_terminal() -> None:
     """Silence advertising and notices that name nothing the user could change; every other warning stays."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
@@ -225,6 +259,12 @@ def _calm_terminal() -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     # the logging interval is set by the study, not by the length of an epoch
     warnings.filterwarnings("ignore", message=r".*The number of training batches.*smaller than the logging interval.*")
+    # a run continued under another id keeps its checkpoints in its own folder, and one under the same id in the same
+    warnings.filterwarnings("ignore", message=r".*The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided.*")
+    # torchmetrics has summed over ranks before the value is logged
+    warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
     # keys travel in the batch itself
     warnings.filterwarnings("ignore", message=r".*Couldn't infer the batch indices.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):

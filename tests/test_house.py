@@ -17,7 +17,7 @@ def test_no_file_is_long() -> None:
 def test_nothing_is_unpickled_and_no_shell_is_called() -> None:
     for path in SOURCES:
         text = path.read_text("utf-8")
-        for forbidden in ("import pickle", "shell=True", "os.system", "weights_only=False", "eval("):
+        for forbidden in ("pickle.load", "Unpickler(", "shell=True", "os.system", "weights_only=False", "eval("):
             assert forbidden not in text.replace(".eval(", ""), f"{path}: {forbidden}"
 
 

@@ -1,8 +1,8 @@
 """Stops a run whose loss is no longer a number. Divergence is an outcome to record, not a crash."""
 
-import math
-
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_moevlm import keys
 from lightning_moevlm.records import Batch
@@ -10,21 +10,33 @@ from lightning_moevlm.training import StepOutput
 
 
 class DivergenceGuard(Callback):
-    """Ends training cleanly after a non-finite loss, and logs the step.
+    """Ends training cleanly after a non-finite loss on any rank, and logs the first such step.
+
+    Every loss is looked at on its device; only every n steps the host waits for the answer.
 
     Args:
-        every_n_steps: optimiser steps between looks; each look waits for the device.
+        every_n_steps: optimiser steps between waits, 1 or more.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = max(1, every_n_steps)
+        self._first_bad: Tensor | None = None  # int64, on the device; a huge number while all is well
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start with a clean record."""
+        self._first_bad = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """Look at the loss."""
-        if trainer.global_step % self.every_n_steps or math.isfinite(float(outputs["loss"])):
+        """Look at the loss; now and then, and at the last step, ask all ranks."""
+        assert self._first_bad is not None
+        step = trainer.global_step
+        self._first_bad = torch.where(outputs["loss"].isfinite(), self._first_bad, self._first_bad.clamp(max=step))
+        if step % self.every_n_steps and step != trainer.max_steps:
             return
-        for logger in trainer.loggers:
-            logger.log_metrics({keys.FIRST_NONFINITE_STEP.key(): trainer.global_step}, step=trainer.global_step)
-        trainer.should_stop = True
+        first: Tensor = -trainer.strategy.reduce(-self._first_bad.double(), reduce_op="max")
+        if first <= step:
+            for logger in trainer.loggers:
+                logger.log_metrics({keys.FIRST_NONFINITE_STEP.key(): int(first)}, step=step)
+            trainer.should_stop = True

@@ -41,7 +41,7 @@ class StepProgress(ProgressBar):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps, loss {task.fields[loss]:.3f},"),
+            TextColumn("steps, loss {task.fields[loss]},"),
             TimeElapsedColumn(),
             TextColumn("elapsed,"),
             TimeRemainingColumn(),
@@ -49,7 +49,7 @@ class StepProgress(ProgressBar):
             console=Console(stderr=True),
         )
         total = trainer.max_steps if trainer.max_steps > 0 else None
-        self._task = self._progress.add_task("train", total=total, completed=trainer.global_step, loss=float("nan"))
+        self._task = self._progress.add_task("train", total=total, completed=trainer.global_step, loss="-")
         self._progress.start()
 
     def on_train_batch_end(  # type: ignore[override]
@@ -59,8 +59,8 @@ class StepProgress(ProgressBar):
         if self._progress is None:
             return
         self._progress.update(self._task, completed=trainer.global_step)
-        if trainer.global_step % log_interval(trainer) == 0:
-            self._progress.update(self._task, loss=float(outputs["loss"]))
+        if trainer.global_step % log_interval(trainer) == 0 or trainer.global_step == trainer.max_steps:
+            self._progress.update(self._task, loss=f"{float(outputs['loss']):.3f}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say why the bar stands still."""

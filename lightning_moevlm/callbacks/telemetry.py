@@ -35,6 +35,7 @@ class Telemetry(Callback):
 
     def __init__(self) -> None:
         self._gradient_norm: float | None = None
+        self._learning_rate = 0.0
         self._step_seen = 0
         self._samples = 0
         self._tokens = 0
@@ -51,6 +52,8 @@ class Telemetry(Callback):
             f"{card.active_parameters / 1e6:.2f} M active, "
             f"{card.active_flops_per_sample / 1e6:.1f} MFLOP forward per pair"
         )
+        if trainer.ckpt_path is not None:
+            return  # a resumed run has it already
         self._write(
             trainer,
             {
@@ -63,6 +66,7 @@ class Telemetry(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._step_seen = trainer.global_step
+        self._samples, self._tokens, self._seconds = 0, 0, 0.0  # of the validation before the first step
         self._resumed_at = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,6 +82,7 @@ class Telemetry(Callback):
         if _is_logging_step(trainer, trainer.global_step + 1):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._learning_rate = float(optimizer.param_groups[0]["lr"])  # the one that this step is made with
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
@@ -93,11 +98,11 @@ class Telemetry(Callback):
         now = time.perf_counter()
         seconds = self._seconds + now - self._resumed_at
         values = loss_values(outputs["report"]) | routing_values(outputs["plans"])
-        values[keys.LEARNING_RATE.key()] = float(trainer.optimizers[0].param_groups[0]["lr"])
         values[keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
         values[keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds
         if self._gradient_norm is not None:
             values[keys.GRAD_NORM.key()] = self._gradient_norm
+            values[keys.LEARNING_RATE.key()] = self._learning_rate
         self._write(trainer, values)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
 

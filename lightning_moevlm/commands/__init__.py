@@ -22,13 +22,11 @@ def run_command(arguments: Sequence[str]) -> int:
     Raises:
         UserError: an unknown command, option or value.
     """
+    words = [_underscored(argument) for argument in arguments]
+    if words[0] == "list" and len(words) > 1 and not words[1].startswith("-"):
+        words.insert(1, "--kind")  # an option in its signature, but `moevlm list routers` is what people type
     try:
-        result = auto_cli(
-            COMMANDS,
-            args=[_underscored(argument) for argument in arguments],
-            prog="moevlm",
-            exit_on_error=False,
-        )
+        result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
     return result if isinstance(result, int) else 0

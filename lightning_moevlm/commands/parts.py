@@ -6,12 +6,14 @@ from typing import Literal
 
 Kind = Literal[
     "backbones",
+    "layers",
     "routers",
     "experts",
     "dispatchers",
     "losses",
     "objectives",
     "image_targets",
+    "options",
     "schedules",
     "callbacks",
 ]
@@ -59,8 +61,9 @@ def describe(name: str, json: str | None = None) -> None:
     known = {part.__name__: part for parts in _parts().values() for part in parts}
     part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
     if part is None:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "moevlm list shows what there is"
+        by_lower = {each.lower(): each for each in known}
+        near = get_close_matches(name.lower(), by_lower, n=1)
+        hint = f"did you mean {by_lower[near[0]]}?" if near else "moevlm list shows what there is"
         raise UserError(f"no part is called {name}: {hint}")
     rows = [
         {
@@ -95,25 +98,30 @@ def _parts() -> dict[str, list[type]]:
     from typing import get_args, get_type_hints
 
     import lightning_moevlm.callbacks as callbacks
-    from lightning_moevlm.dispatch import Dispatcher
+    from lightning_moevlm.dispatch import Capacity, Dispatcher
     from lightning_moevlm.experts import ExpertStack
+    from lightning_moevlm.layers import FeedForward
     from lightning_moevlm.lightning_cli import load_plugins
     from lightning_moevlm.losses import AuxiliaryLosses
     from lightning_moevlm.models import Backbone
     from lightning_moevlm.objectives import ImageTargets, Objective
+    from lightning_moevlm.objectives.masked_modelling import MaskRatios, TermWeights
     from lightning_moevlm.optim import WarmupCosine
-    from lightning_moevlm.routers import Router
+    from lightning_moevlm.precision import PrecisionPolicy
+    from lightning_moevlm.routers import Gate, Router
 
     load_plugins()
     hints = get_type_hints(AuxiliaryLosses)
     return {
         "backbones": _leaves(Backbone),
+        "layers": _leaves(FeedForward),
         "routers": _leaves(Router),
         "experts": _leaves(ExpertStack),
         "dispatchers": _leaves(Dispatcher),
         "losses": [get_args(hints[entry.name])[0] for entry in fields(AuxiliaryLosses)],
         "objectives": _leaves(Objective),
         "image_targets": _leaves(ImageTargets),
+        "options": [Capacity, Gate, MaskRatios, PrecisionPolicy, TermWeights],
         "schedules": [WarmupCosine],
         "callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
     }

@@ -43,5 +43,6 @@ def apply_capacity(plan: PairPlan, factor: float, priority: Priority) -> PairPla
     sorted_bucket_N = bucket_N[order_N]
     rank_sorted_N = torch.arange(order_N.shape[0], device=order_N.device) - start[sorted_bucket_N]
     rank_N = torch.empty_like(rank_sorted_N).scatter_(0, order_N, rank_sorted_N)
-    capacity = torch.ceil(factor * plan.kept_N.sum() / plan.num_experts)
+    # in float64 and with a little slack: 1.2 * 25 / 3 is 10, not the 11 that rounding errors make of it
+    capacity = torch.ceil(plan.kept_N.sum().double() * factor / plan.num_experts - 1e-9)
     return plan._replace(kept_N=plan.kept_N & (rank_N < capacity))

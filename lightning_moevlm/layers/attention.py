@@ -29,14 +29,14 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         width = dim // num_heads
-        self.query_norm = nn.RMSNorm(width) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(width) if qk_norm else nn.Identity()
+        self.query_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else None
+        self.key_norm = nn.RMSNorm(width, eps=1e-6) if qk_norm else None
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> Tensor:
         """Return (B, S, D)."""
         query, key, value = self.query_key_value(tokens_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        query_BHSW = self.query_norm(query).transpose(1, 2)
-        key_BHSW = self.key_norm(key).transpose(1, 2)
+        query_BHSW = _normalised(query, self.query_norm).transpose(1, 2)
+        key_BHSW = _normalised(key, self.key_norm).transpose(1, 2)
         attended_BHSW = F.scaled_dot_product_attention(
             query_BHSW, key_BHSW, value.transpose(1, 2), attn_mask=layout.valid_BS[:, None, None, :]
         )
@@ -45,3 +45,10 @@ class Attention(nn.Module):
     def forward_flops(self, num_tokens: int) -> float:
         """8 S D^2 for the projections and 4 S^2 D for scores and values, for one sequence of S tokens."""
         return 8.0 * num_tokens * self.dim**2 + 4.0 * num_tokens**2 * self.dim
+
+
+def _normalised(heads: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """Apply a norm in the dtype of its input: under autocast the fused kernel refuses a fp32 weight."""
+    if norm is None:
+        return heads
+    return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(heads.dtype), norm.eps)

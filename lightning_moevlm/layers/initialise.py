@@ -16,7 +16,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
-    """Set every parameter of the model in place; those without memory (device "meta") are left alone.
+    """Set every parameter of the model in place; frozen ones and those without memory ("meta") are left alone.
 
     Args:
         model: parameters named as in `named_parameters`.
@@ -32,8 +32,8 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
         if getattr(module, "initial_std", None) is not None
     }
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
+        if parameter.is_meta or not parameter.requires_grad:
+            continue  # no memory, or somebody's own frozen weights
         if name in norm_scales:
             nn.init.ones_(parameter)
         elif "bias" in name.rsplit(".", 1)[-1]:

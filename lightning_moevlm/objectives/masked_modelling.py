@@ -172,7 +172,7 @@ def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, generator: to
 
     A hidden word becomes [MASK] always; BERT's 80/10/10 mixture is not used.
     """
-    noise_BL = torch.rand(text_BL.shape, generator=generator).to(text_BL.device)
+    noise_BL = torch.rand(text_BL.shape, generator=generator, dtype=torch.float32).to(text_BL.device)
     word_BL = text_mask_BL & (text_BL >= len(SPECIAL_TOKENS))
     rank_BL = torch.where(word_BL, noise_BL, 2.0).argsort(dim=-1).argsort(dim=-1)
     count_B = (word_BL.sum(dim=-1) * ratio).round().clamp(min=1)
@@ -182,5 +182,5 @@ def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, generator: to
 
 def mask_patches(batch: int, num_patches: int, ratio: float, generator: torch.Generator) -> Tensor:
     """Hide round(ratio x P) patches of each image, at least one: bool (B, P) on the CPU."""
-    noise_BP = torch.rand((batch, num_patches), generator=generator)
+    noise_BP = torch.rand((batch, num_patches), generator=generator, dtype=torch.float32)
     return noise_BP.argsort(dim=-1).argsort(dim=-1) < max(1, round(ratio * num_patches))

@@ -2,9 +2,12 @@
 
 Its architecture is not ours to know: the user exports the encoder with `torch.export` and saves it as `.pt2`. The
 program takes fp32 images (B, 3, Y, X) in [0, 1] and returns int64 codes (B, P), patches row by row. A `.pt2` holds a
-graph of tensor operations and weights; no Python object is unpickled.
+graph of tensor operations and weights. torch would unpickle whatever else lies in it; here such a file is refused.
 """
 
+import io
+import pickle  # for the name of its error alone
+import zipfile
 from pathlib import Path
 
 import torch
@@ -57,8 +60,27 @@ def _load(path: Path) -> torch.nn.Module:
     advice = "save the encoder with torch.export.save(torch.export.export(encoder.eval(), (images,)), 'encoder.pt2')"
     if not path.is_file():
         raise UserError(f"no VQ checkpoint at {path}: {advice}")
+    _refuse_pickles(path)
     try:
         program = torch.export.load(str(path))
     except Exception as error:
         raise UserError(f"{path} is no exported program ({type(error).__name__}: {error}): {advice}") from error
-    return program.module()
+    return program.module().requires_grad_(False)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Refuse a file with members that are more than tensors: torch.export.load falls back to unpickling them."""
+    if not zipfile.is_zipfile(path):
+        return  # torch.export.load says what it is not
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            content = archive.read(member) if member.endswith((".pt", ".pkl", ".pth")) else b""
+            if not content:
+                continue
+            try:
+                torch.load(io.BytesIO(content), weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError) as error:
+                raise UserError(
+                    f"{path} holds {member}, which is no plain tensor data and could run code when loaded: export the "
+                    "encoder anew, on a machine that you trust"
+                ) from error

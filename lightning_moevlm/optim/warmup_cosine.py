@@ -1,6 +1,7 @@
 """Linear warm-up, then cosine decay. The budget is given in steps, never derived from the data's length."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -8,22 +9,33 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_moevlm.errors import UserError
 
+_PROGRESS = ("last_epoch", "_step_count", "_last_lr")
+
 
 class WarmupCosine(LRScheduler):
-    """Learning-rate factor: step / warmup while warming up, then a half cosine from 1 to final_ratio.
+    """Learning-rate factor: linear while warming up, then a half cosine from 1 to final_ratio.
+
+    A checkpoint keeps how far the schedule is, not its shape: whoever resumes with another budget gets the schedule of
+    that budget.
 
     Args:
         optimizer: its learning rates are the peak.
         total_steps: optimiser steps until final_ratio is reached; constant from there on.
-        warmup_steps: optimiser steps; 5 % of the total is customary.
+        warmup: share of total_steps; 0.05 is customary, at small budgets more.
         final_ratio: share of the peak at the end.
+
+    Raises:
+        UserError: a share outside 0 to 1, or a budget without steps.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.1) -> None:
-        if not 0 <= warmup_steps <= total_steps:
-            raise UserError(f"warmup_steps is {warmup_steps} with total_steps {total_steps}: choose 0 to {total_steps}")
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.05, final_ratio: float = 0.1) -> None:
+        if total_steps < 1:
+            raise UserError(f"total_steps of the schedule is {total_steps}: give a budget of 1 optimiser step or more")
+        for name, share in (("warmup", warmup), ("final_ratio", final_ratio)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} of the schedule is {share}: choose a share from 0 to 1")
         self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = round(warmup * total_steps)
         self.final_ratio = final_ratio
         super().__init__(optimizer)
 
@@ -37,3 +49,13 @@ class WarmupCosine(LRScheduler):
             return (step + 1) / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the schedule is."""
+        return {name: value for name, value in super().state_dict().items() if name in _PROGRESS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, with the shape and the peak of this schedule."""
+        super().load_state_dict({name: value for name, value in state_dict.items() if name in _PROGRESS})
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate

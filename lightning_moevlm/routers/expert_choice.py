@@ -60,7 +60,7 @@ class ExpertChoiceRouter(Router):
         liked_TE = probs_TE.detach().masked_fill(~inputs.valid_T.unsqueeze(-1), -1.0)
         token_CE = liked_TE.topk(places, dim=0).indices
         weight_CE = probs_TE.gather(0, token_CE)
-        taken = torch.ceil(self.capacity_factor * inputs.valid_T.sum() / self.num_experts)
+        taken = torch.ceil(inputs.valid_T.sum().double() * self.capacity_factor / self.num_experts - 1e-9)
         place_C1 = torch.arange(places, device=token_CE.device).unsqueeze(-1)
         chosen_N = (inputs.valid_T[token_CE] & (place_C1 < taken)).reshape(-1)
         expert_CE = torch.arange(self.num_experts, device=token_CE.device).expand_as(token_CE)

@@ -91,7 +91,9 @@ class VisionLanguageModule(LightningModule):
         self._steps_done = self.global_step
 
     def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
-        """Let routers that balance themselves adapt, once per optimiser step."""
+        """Let routers that balance themselves adapt, once per optimiser step; see that the last step is validated."""
+        if 0 < self.trainer.max_steps <= self.global_step:
+            self.trainer.should_stop = True  # Lightning validates and saves once more when it is asked to stop
         if not self._self_balancing:
             return
         self._load_counter.add(outputs["plans"])
@@ -143,13 +145,16 @@ class VisionLanguageModule(LightningModule):
             "lr_scheduler": {"scheduler": self.schedule_factory(optimizer), "interval": "step"},
         }
 
+    def mask_generator(self, stage: str, step: int) -> torch.Generator:
+        """Return the generator of a step's masks: the same for the same seed, stage, (micro-)step and rank."""
+        return torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))
+
     def _sum_over_ranks(self, count_E: Tensor) -> Tensor:
         total: Tensor = self.trainer.strategy.reduce(count_E, reduce_op="sum")
         return total
 
     def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))
-        output: ObjectiveOutput = self.objective(self.backbone, batch, generator)
+        output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
         auxiliary = self.losses.terms([named.plan for named in output.plans])
         clash = auxiliary.keys() & output.terms.keys()
         if clash:

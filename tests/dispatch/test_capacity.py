@@ -1,5 +1,6 @@
 """Capacity by hand: who stays, who is dropped."""
 
+import pytest
 import torch
 
 from lightning_moevlm.dispatch import apply_capacity
@@ -28,6 +29,19 @@ def test_capacity_is_rounded_up() -> None:
     # 5 pairs, 2 experts, factor 1: ceil(2.5) = 3
     plan = plan_of([0, 0, 0, 0, 0], [0.5] * 5)
     assert int(apply_capacity(plan, 1.0, "position").kept_N.sum()) == 3
+
+
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.bfloat16])
+def test_capacity_is_exact_under_every_precision(default_dtype: torch.dtype) -> None:
+    # bf16-true makes bf16 the default dtype; 1.25 * 5000 / 8 = 781.25 became 780, and in fp32 1.2 * 25 / 3 became 11
+    torch.set_default_dtype(default_dtype)
+    try:
+        many = top_1_plan(torch.zeros(5000, 8))._replace(expert_N=torch.zeros(5000, dtype=torch.int64))
+        assert int(apply_capacity(many, 1.25, "position").kept_N.sum()) == 782
+        few = top_1_plan(torch.zeros(25, 3))._replace(expert_N=torch.zeros(25, dtype=torch.int64))
+        assert int(apply_capacity(few, 1.2, "position").kept_N.sum()) == 10
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_padding_takes_no_place() -> None:

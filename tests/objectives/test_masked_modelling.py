@@ -1,5 +1,7 @@
 """Masked data modelling: what is hidden, what is predicted, what it costs."""
 
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,11 @@ import torch
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import initialise
+from lightning_moevlm.layers.embeddings import patchify
 from lightning_moevlm.objectives import MaskedModelling, PixelTargets, VQCheckpointTargets
 from lightning_moevlm.objectives.image_targets import cross_entropy, standardise
 from lightning_moevlm.objectives.masked_modelling import MaskRatios, TermWeights, mask_patches, mask_text
+from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 
 
@@ -130,6 +134,56 @@ def test_codes_of_a_users_checkpoint_are_targets(vq_checkpoint: Path) -> None:
     output = head(backbone, batch, generator())
     assert float(output.terms["image"].raw) == pytest.approx(float(torch.tensor(10.0).log()), rel=0.05)
     assert head.num_classes["image"] == 10 and "image" in output.predictions
+
+
+class CodesWithWeights(torch.nn.Module):
+    """A tokeniser with parameters: the nearest of ten random directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directions = torch.nn.Parameter(torch.randn(10, 192, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (patchify(images, 8) @ self.directions.t()).argmax(dim=-1)
+
+
+def test_weights_of_a_users_checkpoint_stay_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.pt2"
+    encoder, images = CodesWithWeights(), pair_batch(16).images_BRYX
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(encoder, (torch.rand(2, 3, 16, 16),), dynamic_shapes=shapes), path)
+    module = VisionLanguageModule(
+        small_vl_moe(),
+        lambda spec: MaskedModelling(spec, lambda spec: VQCheckpointTargets(spec, str(path), num_codes=10)),
+    )
+    assert torch.equal(module.objective.image_targets(images), encoder(images.float() / 255))
+    optimizer = module.configure_optimizers()["optimizer"]
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert not any(id(parameter) in trained for parameter in module.objective.image_targets.parameters())
+
+
+def test_a_checkpoint_that_could_run_code_is_refused(vq_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "touched"
+    payload = pickle.dumps(Exploit(str(target)))
+    evil = tmp_path / "evil.pt2"
+    with zipfile.ZipFile(vq_checkpoint) as source, zipfile.ZipFile(evil, "w") as copy:
+        members = [member for member in source.namelist() if member.endswith(".pt")]
+        assert members
+        for member in source.namelist():
+            copy.writestr(member, payload if member in members else source.read(member))
+    with pytest.raises(UserError, match="could run code"):
+        VQCheckpointTargets(small_vl_moe().spec, str(evil), num_codes=10)
+    assert not target.exists()
+
+
+class Exploit:
+    """Touches a file when unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path(self.path),)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.small_model import small_vl_moe
 
 def test_warmup_then_half_cosine_by_hand() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = WarmupCosine(optimizer, total_steps=12, warmup_steps=4, final_ratio=0.1)
+    schedule = WarmupCosine(optimizer, total_steps=12, warmup=1 / 3, final_ratio=0.1)
     rates = []
     for _ in range(14):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -27,7 +27,7 @@ def test_warmup_then_half_cosine_by_hand() -> None:
 def test_schedule_state_round_trip() -> None:
     def build() -> tuple[torch.optim.Optimizer, WarmupCosine]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        return optimizer, WarmupCosine(optimizer, total_steps=10, warmup_steps=2)
+        return optimizer, WarmupCosine(optimizer, total_steps=10, warmup=0.2)
 
     optimizer, schedule = build()
     for _ in range(5):
@@ -42,9 +42,31 @@ def test_schedule_state_round_trip() -> None:
     assert other.get_last_lr() == schedule.get_last_lr()
 
 
-def test_longer_warmup_than_training_is_refused() -> None:
-    with pytest.raises(UserError, match="warmup_steps is 20 with total_steps 10"):
-        WarmupCosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), total_steps=10, warmup_steps=20)
+def test_a_checkpoint_does_not_bring_its_budget_along() -> None:
+    # resumed with ten times the budget, training must not go on at the floor of the old schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    short = WarmupCosine(optimizer, total_steps=100, warmup=0.0)
+    for _ in range(100):
+        optimizer.step()
+        short.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    longer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = WarmupCosine(longer, total_steps=1000, warmup=0.0)
+    schedule.load_state_dict(short.state_dict())
+    expected = 2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.1)))
+    assert longer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 0}, "total_steps of the schedule is 0"),
+        ({"total_steps": 10, "warmup": 20}, "warmup of the schedule is 20: choose a share"),
+    ],
+)
+def test_impossible_schedules_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        WarmupCosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), **options)
 
 
 def test_matrices_are_decayed_and_nothing_else() -> None:

@@ -1,6 +1,9 @@
 """Training through the public command line, on real shards, into a real store."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,7 +157,9 @@ def test_validate_test_and_predict(moevlm: Moevlm, workplace: Path) -> None:
 def test_a_diverged_run_stops_and_says_when(moevlm: Moevlm, workplace: Path) -> None:
     moevlm("fit", *SMALL, *budget(60), "--model.optimizer.init_args.lr=1e30", "--trainer.gradient_clip_val=null")
     (run,) = runs(workplace)
-    assert run.data.metrics["stability/first_nonfinite_step"] == 10
+    losses = history(workplace, run, "train/task_loss")
+    first = next(step for step, loss in losses if not math.isfinite(loss))
+    assert first < 10 and run.data.metrics["stability/first_nonfinite_step"] == first
     assert run.info.status == "FINISHED"  # an outcome, not a crash
     assert max(step for step, _ in history(workplace, run, "train/task_loss")) == 10
     assert not math.isfinite(history(workplace, run, "val/task_loss")[-1][1])  # torchmetrics would leave NaN out
@@ -199,3 +204,45 @@ def test_noise_of_a_router_is_drawn_again_after_a_resume(moevlm: Moevlm, workpla
 
 
 PACKAGE = "lightning_moevlm.routers"
+
+
+def test_the_last_step_is_validated_whatever_the_interval(moevlm: Moevlm, workplace: Path) -> None:
+    # a study would otherwise take an earlier point, or the untrained model, for the result
+    moevlm("fit", *SMALL, *budget(5, val_every=3))
+    (run,) = runs(workplace)
+    assert [step for step, _ in history(workplace, run, "val/task_loss")] == [0, 3, 5]
+    assert torch.load(last_checkpoint(workplace), weights_only=True)["global_step"] == 5
+
+
+def test_logged_learning_rate_is_the_one_of_the_step(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(10))  # warm-up 0.2: two steps, 1.5e-3 and 3e-3
+    (run,) = runs(workplace)
+    rates = dict(history(workplace, run, "optim/learning_rate"))
+    assert rates[1] == pytest.approx(1.5e-3) and rates[2] == rates[3] == pytest.approx(3e-3)
+    assert rates[10] < rates[4]
+
+
+def test_null_turns_a_nested_option_off_from_the_command_line(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(1), f"{BACKBONE}.moe.init_args.capacity", "null")
+    (run,) = runs(workplace)
+    assert run.data.metrics["drop_rate/block1/text"] == 0.0
+
+
+def test_progress_bar_can_be_turned_off(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("fit", *SMALL, *budget(1), "--trainer.enable_progress_bar=false")
+
+
+def test_functions_cannot_be_smuggled_in(moevlm: Moevlm, workplace: Path) -> None:
+    for group in ("schedule", "optimizer", "objective"):
+        smuggled = f'--model.{group}={{"class_path": "os.system", "init_args": {{"command": "touch PWNED"}}}}'
+        moevlm("fit", *SMALL, *budget(1), smuggled, code=2)
+    assert not (workplace / "PWNED").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(workplace: Path) -> None:
+    command = [sys.executable, "-m", "lightning_moevlm", "fit", *SMALL, *budget(4), "--trainer.accelerator=cpu"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    subprocess.run(command, cwd=workplace, check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    (run,) = runs(workplace)
+    assert [step for step, _ in history(workplace, run, "val/task_loss")] == [0, 4]

@@ -43,3 +43,12 @@ def test_step_does_not_depend_on_what_ran_before() -> None:
     first = losses(3)
     torch.rand(100)
     assert losses(3) == first and losses(4) != first
+
+
+def test_masks_follow_from_seed_stage_and_step() -> None:
+    def draw(seed: int, stage: str, step: int) -> float:
+        module = VisionLanguageModule(small_vl_moe(), seed=seed)
+        return float(torch.rand((), generator=module.mask_generator(stage, step)))
+
+    assert draw(1, "train", 3) == draw(1, "train", 3)
+    assert len({draw(1, "train", 3), draw(2, "train", 3), draw(1, "train", 4), draw(1, "val", 3)}) == 4
