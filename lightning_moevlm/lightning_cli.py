@@ -10,6 +10,7 @@
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, set_dumper, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -50,6 +51,7 @@ _DEFAULTS: dict[str, object] = {
             "init_args": {"monitor": "val/task_loss", "save_last": True, "save_on_train_epoch_end": False},
         },
         {"class_path": "lightning_moevlm.callbacks.StepProgress"},
+        {"class_path": "lightning_moevlm.callbacks.ResultTable"},
     ],
     # the whole validation set before the first step: the untrained model is step 0 of every curve
     "trainer.num_sanity_val_steps": -1,
@@ -89,8 +91,10 @@ class CommandLine(LightningCLI):
         parser.set_defaults(_DEFAULTS)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there before anything is built or written; drop the bar if bars are off."""
+        """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
         config = self.config[self.subcommand]
+        if self.subcommand == "predict":
+            config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
         path = config.get("ckpt_path")
         if path and path not in _CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
             raise UserError(f"no checkpoint at {path}: give a .ckpt file, or one of {', '.join(_CHECKPOINT_WORDS)}")
@@ -171,10 +175,17 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
     model = resolved["model"]
     assert isinstance(model, Mapping)
     parser = LightningArgumentParser(**_PARSER_OPTIONS)
-    parser.add_subclass_arguments(Backbone, "backbone")
+    parser.add_class_arguments(_BackboneAlone, "model")
     with _teaching_errors(), torch.device("meta"):
-        namespace = parser.parse_object({"backbone": model["backbone"]})
-        return model_card(parser.instantiate(namespace).backbone)
+        namespace = parser.parse_object({"model": {"backbone": model["backbone"]}})
+        return model_card(parser.instantiate(namespace).model.backbone)
+
+
+class _BackboneAlone:
+    """The part of the model section that costs are counted of; a plan builds nothing else."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
 
 
 def shipped_config(path: Path) -> Path:
@@ -201,14 +212,35 @@ def _prepare() -> None:
     load_plugins()
     # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
+    set_dumper("omegaconf+", _dump_yaml)
     _calm_terminal()
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as 632471343e91, which the parser that reads them back takes for numbers."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"), list("-+0123456789.")
+)
+
+
+def _dump_yaml(data: object) -> str:
+    """Write YAML for jsonargparse, which dumps a merged configuration and reads it back."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def _with_shipped_configs(args: Sequence[str]) -> list[str]:
-    return [
-        str(shipped_config(Path(arg))) if before in ("-c", "--config") else arg
-        for before, arg in zip(("", *args), args, strict=False)
-    ]
+    words = []
+    for before, word in zip(("", *args), args, strict=False):
+        flag, equals, value = word.partition("=")
+        if before in ("-c", "--config"):
+            word = str(shipped_config(Path(word)))
+        elif flag == "--config" and equals:
+            word = f"--config={shipped_config(Path(value))}"
+        words.append(word)
+    return words
 
 
 def _with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:

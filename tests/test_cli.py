@@ -1,5 +1,6 @@
 """A mistake is one line on standard error and exit code 2; nothing is half-written."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,35 @@ def test_mistakes_are_one_line_and_code_2(mistake: str, moevlm: Moevlm, workplac
     before = sorted(workplace.rglob("*"))
     lines = [line for line in moevlm(*arguments, code=2).splitlines() if line.startswith("moevlm: error:")]
     assert len(lines) == 1 and expected in lines[0]
+    assert sorted(workplace.rglob("*")) == before
+
+
+def damage_truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-600])
+
+
+def damage_flip(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, Path.unlink], ids=["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["train-000001.tar", "val-000000.tar", "tokenizer.json", "manifest.json"])
+def test_a_damaged_set_is_refused_before_anything_is_written(
+    name: str, damage: Callable[[Path], None], moevlm: Moevlm, workplace: Path, scenes_root: Path
+) -> None:
+    link = workplace / "data/shards/scenes"
+    link.unlink()
+    shutil.copytree(scenes_root, link)
+    if name == "manifest.json" and damage is not Path.unlink:
+        (link / name).write_text((link / name).read_text().replace('"sha256": "', '"sha256": "0', 1))
+    else:
+        damage(link / name)
+    before = sorted(workplace.rglob("*"))
+    lines = moevlm("fit", *SMALL, *budget(1), code=2).splitlines()
+    told = [line for line in lines if line.startswith("moevlm: error:")]
+    assert len(told) == 1 and ("data/shards/scenes" in told[0] or name in told[0])
     assert sorted(workplace.rglob("*")) == before
 
 

@@ -12,10 +12,19 @@ from lightning.pytorch import LightningDataModule
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
 from lightning_moevlm.shards.loader import LoaderState, ShardLoader
-from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest, Split, read_manifest
+from lightning_moevlm.shards.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Split,
+    check_shard,
+    check_shard_size,
+    read_manifest,
+)
 from lightning_moevlm.shards.reader import Rank, ShardReader
 from lightning_moevlm.shards.source import refuse_remote
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
+
+_HASHED_BEFOREHAND_BYTES = 256 * 2**20
 
 
 class ShardDataModule(LightningDataModule):
@@ -104,8 +113,16 @@ class ShardDataModule(LightningDataModule):
         return load_tokenizer(self.root, entry)
 
     def prepare_data(self) -> None:
-        """Fail before training starts if the set, its manifest or its tokenizer is not in order."""
-        assert self.tokenizer.vocab_size <= self.vocab_size
+        """Fail before anything is written if the set is not in order: manifest, tokenizer, every shard.
+
+        Shards are hashed here when the whole set is small; those of a large set have their size checked here and are
+        hashed whenever one is opened.
+        """
+        assert self.tokenizer.vocab_size <= self.vocab_size  # the property refuses, with the remedy
+        shards = [shard for split in self.manifest.splits.values() for shard in split]
+        small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
+        for shard in shards:
+            (check_shard if small else check_shard_size)(self.root, shard)
 
     def train_dataloader(self) -> ShardLoader:
         """Whole batches in a new order every epoch; in fixed order while overfitting a few batches."""

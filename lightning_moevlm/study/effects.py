@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import integrate, special, stats
 
 from lightning_moevlm.study.spec import Direction
 
+_SPREAD_LEAST = 3  # a spread of two numbers is off by a factor of 2 every third time
 _BOOTSTRAP_LEAST = 3  # of two numbers there are three distinct resamples: no interval worth the name
 _BOOTSTRAP_RESAMPLES = 9_999
 _MOST_SEEDS = 1_000
@@ -46,6 +48,18 @@ class Interval:
         return self.high - self.low
 
 
+class Lost(NamedTuple):
+    """Runs of an arm that gave no sound result, by kind."""
+
+    diverged: int = 0
+    crashed: int = 0
+
+    @property
+    def runs(self) -> int:
+        """All of them."""
+        return self.diverged + self.crashed
+
+
 @dataclass(frozen=True)
 class Effect:
     """An arm against the baseline; differences are arm minus baseline, in the metric's unit.
@@ -53,7 +67,8 @@ class Effect:
     seeds: those compared. left_out: seeds of the study that have no difference (crashed, diverged to a non-finite value
     or not yet run, in either arm). bootstrap, t: the two intervals; interval: the wider one, which decides. p_value:
     two-sided paired t-test. share_better: fraction of compared seeds in which the arm is ahead. seeds_needed: for 80 %
-    power at this effect and spread; None where it cannot be told or is beyond 1,000. note: what limits the verdict.
+    power at this effect and spread; None where it cannot be told (fewer than 3 seeds) or is
+    beyond 1,000. note: what limits the verdict.
     """
 
     seeds: tuple[int, ...]
@@ -76,8 +91,8 @@ def paired_effect(
     seeds: tuple[int, ...],
     direction: Direction,
     alpha: float,
-    arm_diverged: int = 0,
-    baseline_diverged: int = 0,
+    arm_lost: Lost | None = None,
+    baseline_lost: Lost | None = None,
 ) -> Effect:
     """Compare an arm with the baseline.
 
@@ -87,23 +102,24 @@ def paired_effect(
         seeds: All seeds of the study.
         direction: Which way is progress.
         alpha: Two-sided error rate; intervals cover 1 - alpha.
-        arm_diverged: Diverged runs of the arm. Where there are more than of the baseline, no mean over the
-            survivors may call the arm better.
-        baseline_diverged: Diverged runs of the baseline.
+        arm_lost: Runs of the arm that diverged or crashed. Where they are more than of the baseline, no mean over the
+            survivors may call the arm better; where they are fewer, none may call it worse.
+        baseline_lost: The same of the baseline.
     """
+    arm_lost, baseline_lost = arm_lost or Lost(), baseline_lost or Lost()
     paired = {s: arm[s] - baseline[s] for s in seeds if s in arm and s in baseline}
     paired = {s: d for s, d in paired.items() if math.isfinite(d)}
     differences = tuple(paired.values())
     left_out = tuple(s for s in seeds if s not in paired)
+    losses = _losses(left_out, seeds, arm_lost, baseline_lost)
     if not differences:
-        note = "no seed has a finite result in both arms"
-        if arm_diverged or baseline_diverged:
-            note += f"; {arm_diverged} runs diverged, {baseline_diverged} of the baseline"
+        note = "; ".join(["no seed has a finite result in both arms", *losses])
         return Effect((), left_out, (), None, None, None, None, None, None, None, Verdict.INCONCLUSIVE, note)
     bootstrap = bootstrap_interval(differences, alpha)
     t = t_interval(differences, alpha)
     interval = max((i for i in (t, bootstrap) if i is not None), key=lambda i: i.width, default=None)
-    verdict, note = decide(interval, len(differences), direction, arm_diverged - baseline_diverged)
+    verdict, limit = decide(interval, len(differences), direction, arm_lost.runs - baseline_lost.runs)
+    note = "; ".join([*([limit] if limit else []), *losses])
     sign = -1.0 if direction == "lower" else 1.0
     return Effect(
         seeds=tuple(paired),
@@ -121,20 +137,44 @@ def paired_effect(
     )
 
 
-def decide(interval: Interval | None, num_pairs: int, direction: Direction, more_diverged: int) -> tuple[Verdict, str]:
-    """Return the word for an interval of differences, and what limits it."""
+def decide(interval: Interval | None, num_pairs: int, direction: Direction, more_lost: int) -> tuple[Verdict, str]:
+    """Return the word for an interval of differences, and what limits it.
+
+    more_lost: diverged and crashed runs of the arm, minus those of the baseline.
+    """
     if interval is None:
         return Verdict.INCONCLUSIVE, f"{num_pairs} seed gives no interval; at least 2 are needed"
+    if interval.width == 0:
+        return Verdict.INCONCLUSIVE, f"all {num_pairs} seeds give exactly the same difference: are they repetitions?"
     ahead = interval.high < 0 if direction == "lower" else interval.low > 0
     behind = interval.low > 0 if direction == "lower" else interval.high < 0
-    if ahead and more_diverged > 0:
+    if ahead and more_lost > 0:
         return (
             Verdict.INCONCLUSIVE,
-            f"ahead where it survives, but {more_diverged} more runs diverged than of the baseline",
+            f"ahead where it survives, but it lost {more_lost} more than the baseline",
+        )
+    if behind and more_lost < 0:
+        return (
+            Verdict.INCONCLUSIVE,
+            f"behind where the baseline survives, but that lost {-more_lost} more than this arm",
         )
     if ahead or behind:
         return (Verdict.BETTER if ahead else Verdict.WORSE), ""
     return Verdict.INCONCLUSIVE, ""
+
+
+def _losses(left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost) -> list[str]:
+    """Return what a reader must know of the seeds that are missing from a comparison."""
+    told = []
+    if left_out:
+        told.append(f"{len(left_out)} of {len(seeds)} seeds left out")
+    for whose, lost in (("this arm", arm), ("the baseline", baseline)):
+        for count, what in ((lost.diverged, "diverged"), (lost.crashed, "crashed")):
+            if count == len(seeds):
+                told.append(f"every run of {whose} {what}")
+            elif count:
+                told.append(f"{count} {'run' if count == 1 else 'runs'} of {whose} {what}")
+    return told
 
 
 def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
@@ -144,7 +184,7 @@ def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval
     """
     if len(differences) < _BOOTSTRAP_LEAST:
         return None
-    if max(differences) == min(differences):  # BCa divides by the spread
+    if _is_constant(differences):  # BCa divides by the spread
         return Interval(differences[0], differences[0], "bootstrap")
     found = stats.bootstrap(
         (np.asarray(differences),),
@@ -162,6 +202,8 @@ def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
     n = len(differences)
     if n < 2:
         return None
+    if _is_constant(differences):
+        return Interval(differences[0], differences[0], "t")
     mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
     half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * deviation / math.sqrt(n)
     return Interval(mean - half, mean + half, "t")
@@ -170,11 +212,9 @@ def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
 def paired_p(differences: tuple[float, ...]) -> float | None:
     """Return the two-sided p of "the mean difference is 0", or None where n < 2 or nothing varies."""
     n = len(differences)
-    if n < 2:
+    if n < 2 or _is_constant(differences):
         return None
     deviation = float(np.std(differences, ddof=1))
-    if deviation == 0:
-        return None
     statistic = float(np.mean(differences)) / (deviation / math.sqrt(n))
     return float(2 * stats.t.sf(abs(statistic), n - 1))
 
@@ -183,15 +223,13 @@ def seeds_needed(differences: tuple[float, ...], alpha: float) -> int | None:
     """Return the least n whose two-sided paired t-test finds this mean at this spread with 80 % power.
 
     With d = |mean| / s the test statistic is noncentral t with n - 1 degrees of freedom and noncentrality d sqrt(n).
-    None where n < 2, the mean is 0, or more than 1,000 are needed.
+    None where n < 3 or nothing varies (too little to tell the spread), the mean is 0, or more than 1,000 are needed.
     """
-    if len(differences) < 2:
+    if len(differences) < _SPREAD_LEAST or _is_constant(differences):
         return None
     mean, deviation = abs(float(np.mean(differences))), float(np.std(differences, ddof=1))
     if mean == 0:
         return None
-    if deviation == 0:
-        return 2
     size = mean / deviation
     low, high = 2, _MOST_SEEDS
     if power(size, high, alpha) < _POWER:
@@ -203,9 +241,21 @@ def seeds_needed(differences: tuple[float, ...], alpha: float) -> int | None:
 
 
 def power(size: float, n: int, alpha: float) -> float:
-    """Return the power of a two-sided paired t-test. size: |mean| / standard deviation of the differences; n >= 2."""
+    """Return the power of a two-sided paired t-test. size: |mean| / standard deviation of the differences; n >= 2.
+
+    Given u = (estimated / true deviation) the statistic is normal, so power = E[Phi(shift - edge u) + Phi(-shift -
+    edge u)], taken over the quantiles of u. SciPy's noncentral t gives NaN at large effects.
+    """
     edge = stats.t.ppf(1 - alpha / 2, n - 1)
     shift = size * math.sqrt(n)
-    wrong_side = float(stats.nct.cdf(-edge, n - 1, shift))
-    # SciPy's noncentral t gives NaN far out in the tail, where the chance of the wrong sign is below 1e-30.
-    return float(stats.nct.sf(edge, n - 1, shift)) + (0.0 if math.isnan(wrong_side) else wrong_side)
+
+    def given_quantile(p: float) -> float:
+        u = math.sqrt(special.chdtri(n - 1, 1 - p) / (n - 1))
+        return float(special.ndtr(shift - edge * u) + special.ndtr(-shift - edge * u))
+
+    return float(integrate.quad(given_quantile, 0.0, 1.0)[0])
+
+
+def _is_constant(differences: tuple[float, ...]) -> bool:
+    """Whether nothing varies; a computed deviation may be 1e-17 where it ought to be 0."""
+    return max(differences) == min(differences)

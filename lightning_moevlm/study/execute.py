@@ -49,6 +49,16 @@ _MISTAKE = "moevlm: error: "  # how the command line begins the one line that sa
 Command = Callable[[Path, str, Path | None], list[str]]
 
 
+class _QuotingDumper(yaml.SafeDumper):
+    """YAML with every text in quotes: unquoted, the digest 632471343e91 is a number to the command line's parser."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+
+_QuotingDumper.add_representer(str, _QuotingDumper.represent_text)
+
+
 class Watcher(Protocol):
     """Who is told what happens, to show it."""
 
@@ -92,7 +102,10 @@ class _Pool:
 
 
 def to_do(plan: Plan, experiment: Experiment, retry: bool) -> list[PlannedRun]:
-    """Return the runs that still need to run, in the plan's order, after the ledger has been held against MLflow.
+    """Return the runs that still need to run, after the ledger has been held against MLflow.
+
+    All arms of the first seed come first, then those of the next: what changes on the machine while a sweep goes on
+    meets every arm alike.
 
     Orphans of a killed sweep are ended. A ledger entry whose MLflow run was deleted counts for nothing; a result in
     MLflow that the ledger has lost (folder removed) is taken up again.
@@ -107,10 +120,10 @@ def to_do(plan: Plan, experiment: Experiment, retry: bool) -> list[PlannedRun]:
             state = RunState()
             shutil.rmtree(folder, ignore_errors=True)
         if not state.status.has_result:
-            state = _adopt(run, folder, experiment) or state
+            state = _adopt(plan, run, experiment) or state
         if not state.status.has_result and (state.status is not Status.FAILED or retry):
             waiting.append(run)
-    return waiting
+    return sorted(waiting, key=lambda run: plan.study.seeds.index(run.seed))  # stable: arms stay in order
 
 
 def execute(
@@ -158,6 +171,13 @@ def execute(
     return Tally(started, stop.name)
 
 
+def write_overrides(run: PlannedRun, folder: Path) -> Path:
+    """Write what goes over the base, as the command line reads it back unchanged; return the file."""
+    file = folder / OVERRIDES_FILE
+    write_whole(file, yaml.dump(run.overrides, Dumper=_QuotingDumper, sort_keys=False, width=10_000))
+    return file
+
+
 def _start(plan: Plan, run: PlannedRun, experiment: Experiment, command: Command, env: dict[str, str]) -> Child:
     folder = plan.run_folder(run)
     state = read_state(folder)
@@ -170,8 +190,7 @@ def _start(plan: Plan, run: PlannedRun, experiment: Experiment, command: Command
     else:
         run_id = state.run_id
         experiment.reopen(run_id)
-    overrides = folder / OVERRIDES_FILE
-    write_whole(overrides, yaml.safe_dump(run.overrides, sort_keys=False))
+    overrides = write_overrides(run, folder)
     state = RunState(Status.RUNNING, run_id, started=time.time(), attempts=state.attempts + 1)
     write_state(folder, state)  # before the process: whatever dies now, the MLflow run is known
     child = Child.start(command(overrides, run_id, checkpoint), env, folder / LOG_FILE)
@@ -198,20 +217,33 @@ def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, code: int) -> Ru
     folder = plan.run_folder(run)
     state = dataclasses.replace(read_state(folder), ended=time.time(), exit_code=code, pid=None, pid_started=None)
     assert state.run_id is not None
-    rule, primary = plan.study.diverged, plan.study.primary.metric
+    rule = plan.study.diverged
     why = divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
     if why:
         return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
-    if code == 0 and experiment.history(state.run_id, primary):
+    lack = _lack(plan, experiment, state.run_id)
+    if code == 0 and not lack:
         return dataclasses.replace(state, status=Status.FINISHED)
     tail = log_tail(folder / LOG_FILE)
     if code == 0:
-        why = f"it ended well but logged no {primary}: the study has nothing to compare"
+        why = f"it ended well but {lack}"
     else:
         why = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
         why += f", {told[-1]}" if told else ""
     return dataclasses.replace(state, status=Status.FAILED, reason=why, log_tail=tail)
+
+
+def _lack(plan: Plan, experiment: Experiment, run_id: str) -> str:
+    """Return what a run lacks to be a result, or "": the primary metric after the whole budget, not before."""
+    primary, budget = plan.study.primary.metric, plan.study.budget.max_steps
+    points = experiment.history(run_id, primary)
+    if not points:
+        return f"logged no {primary}: the study has nothing to compare"
+    last = max(point.step for point in points)
+    if last != budget:
+        return f"logged {primary} last at step {last} of {budget}: no value of the trained model; validate at the end"
+    return ""
 
 
 def _stop_children(plan: Plan, pool: _Pool) -> None:
@@ -231,14 +263,16 @@ def _end_orphans(plan: Plan) -> None:
     end_all([process.pid for process in living], _PATIENCE_SECONDS)
 
 
-def _adopt(run: PlannedRun, folder: Path, experiment: Experiment) -> RunState | None:
+def _adopt(plan: Plan, run: PlannedRun, experiment: Experiment) -> RunState | None:
     """Return the state of a run whose result is in MLflow but not in the ledger, and write it there."""
+    folder = plan.run_folder(run)
     for row in experiment.find(run):
         outcome = row.tags.get(OUTCOME, "")
-        if outcome in (Status.FINISHED, Status.DIVERGED):
+        finished = outcome == Status.FINISHED and not _lack(plan, experiment, row.run_id)
+        if finished or outcome == Status.DIVERGED:
             ended = row.end_ms / 1000 if row.end_ms else None
             state = RunState(Status(outcome), row.run_id, started=row.start_ms / 1000, ended=ended, attempts=1)
-            write_whole(folder / OVERRIDES_FILE, yaml.safe_dump(run.overrides, sort_keys=False))
+            write_overrides(run, folder)
             write_state(folder, state)
             return state
     return None

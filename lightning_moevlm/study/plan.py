@@ -38,9 +38,6 @@ class Cosmetic(NamedTuple):
 
 COSMETIC_KEYS: tuple[Cosmetic, ...] = (
     Cosmetic("config", "names of config files; what they say is resolved already"),
-    Cosmetic("print_config", "an action of the parser"),
-    Cosmetic("ckpt_path", "where an interrupted run goes on; the result is the same"),
-    Cosmetic("verbose", "terminal output"),
     Cosmetic("trainer.logger", "where results are written"),
     Cosmetic("trainer.default_root_dir", "where files are written"),
     Cosmetic("trainer.enable_progress_bar", "terminal output"),
@@ -48,6 +45,8 @@ COSMETIC_KEYS: tuple[Cosmetic, ...] = (
 )
 COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
     Cosmetic("ProgressBar", "terminal output"),
+    Cosmetic("StepProgress", "terminal output"),
+    Cosmetic("ResultTable", "terminal output"),
     Cosmetic("ModelSummary", "terminal output"),
 )
 
@@ -102,11 +101,12 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
         sweeps: Folder that holds one folder per study.
 
     Raises:
-        UserError: where a run does not resolve (names the arm), or two arms are the same.
+        UserError: where a run does not resolve (names the arm), two arms are the same, or seeds change nothing.
     """
     folder = sweeps / study.name
     runs = tuple(_planned(study, arm, seed, resolve, folder) for arm in study.arms for seed in study.seeds)
     _refuse_twins(study, runs)
+    _refuse_idle_seeds(study, runs)
     first = {run.arm: run for run in reversed(runs)}
     cards = {arm.name: _in_arm(study, arm, partial(describe, first[arm.name].resolved)) for arm in study.arms}
     return Plan(study, folder, runs, cards)
@@ -180,6 +180,20 @@ def _refuse_twins(study: Study, runs: tuple[PlannedRun, ...]) -> None:
             raise UserError(
                 f"{study.file}: seeds {twin.seed} and {run.seed} of arm {run.arm!r} resolve to one config: "
                 "seed_everything has no effect on it; remove what fixes the seed in the base"
+            )
+
+
+def _refuse_idle_seeds(study: Study, runs: tuple[PlannedRun, ...]) -> None:
+    """Refuse seeds that nothing follows: weights, masks and data order come from other keys than seed_everything."""
+    seen: dict[tuple[str, str], PlannedRun] = {}
+    for run in runs:
+        rest = digest_of({key: value for key, value in run.resolved.items() if key != "seed_everything"})
+        twin = seen.setdefault((run.arm, rest), run)
+        if twin is not run:
+            raise UserError(
+                f"{study.file}: seeds {twin.seed} and {run.seed} of arm {run.arm!r} differ in seed_everything alone, "
+                "which nothing follows, so both give the same run; set `data.seed: ${seed_everything}` and "
+                "`model.seed: ${seed_everything}` in the base"
             )
 
 

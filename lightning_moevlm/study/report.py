@@ -135,6 +135,7 @@ def finding(result: StudyResult, arm: ArmResult) -> str:
     start = f"{arm.arm.name}: {effect.verdict}"
     if effect.mean is None or effect.interval is None:
         return f"{start} ({effect.note})."
+    title = title[0].upper() + title[1:]
     size = f"{effect.mean:+.4f} {unit}".strip()
     interval = f"[{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]"
     sentence = f"{start}. {title} {size} against {study.baseline}, interval {interval}, {len(effect.seeds)} seeds"

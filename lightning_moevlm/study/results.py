@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_moevlm import keys
-from lightning_moevlm.study.effects import Effect, Verdict, paired_effect
+from lightning_moevlm.study.effects import Effect, Lost, Verdict, paired_effect
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.plan import Plan, PlannedRun
 from lightning_moevlm.study.spec import Arm, Study
@@ -167,7 +167,7 @@ def _arm_result(plan: Plan, arm: Arm, runs: tuple[RunResult, ...], base: tuple[R
         final=mean_of([r.last(primary) for r in done]),
         untrained=mean_of([r.first(primary) for r in done]),
         learned=sum(_ahead(r, primary, sign) for r in done),
-        effect=None if arm.name == study.baseline else _effect(study, done, base),
+        effect=None if arm.name == study.baseline else _effect(study, runs, base),
         accuracy=_by_term(done, keys.ACCURACY),
         majority=_by_term(done, keys.MAJORITY_ACCURACY),
         also={key: mean for key in study.also if (mean := mean_of([r.last(key) for r in done]))},
@@ -185,21 +185,25 @@ def _ahead(result: RunResult, key: str, sign: int) -> bool:
     return first is not None and last is not None and sign * last < sign * first
 
 
-def _effect(study: Study, done: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
-    base_done = [r for r in base if r.state.status.has_result]
+def _effect(study: Study, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
     return paired_effect(
-        arm=_finals(done, study.primary.metric),
-        baseline=_finals(base_done, study.primary.metric),
+        arm=_finals(runs, study.primary.metric),
+        baseline=_finals(base, study.primary.metric),
         seeds=study.seeds,
         direction=study.primary.direction,
         alpha=study.decide.alpha,
-        arm_diverged=_count(done, Status.DIVERGED),
-        baseline_diverged=_count(base_done, Status.DIVERGED),
+        arm_lost=_lost(runs),
+        baseline_lost=_lost(base),
     )
 
 
 def _finals(results: Sequence[RunResult], key: str) -> dict[int, float]:
-    return {r.run.seed: value for r in results if (value := r.last(key)) is not None}
+    done = [r for r in results if r.state.status.has_result]
+    return {r.run.seed: value for r in done if (value := r.last(key)) is not None}
+
+
+def _lost(results: Sequence[RunResult]) -> Lost:
+    return Lost(_count(results, Status.DIVERGED), _count(results, Status.FAILED))
 
 
 def _by_term(results: Sequence[RunResult], family: keys.MetricKey) -> dict[str, Mean]:

@@ -30,6 +30,8 @@ Direction = Literal["lower", "higher"]
 # Key -> the field of the study file that sets it.
 _OWNED: dict[str, str] = {
     "seed_everything": "seeds",
+    "data.seed": "seeds",
+    "model.seed": "seeds",
     "trainer.max_steps": "budget.max_steps",
     "trainer.max_epochs": "budget.max_steps",
     "trainer.logger": "the study itself (one MLflow run per arm and seed)",
@@ -37,6 +39,8 @@ _OWNED: dict[str, str] = {
 }
 _PACKAGE = Path(__file__).parent.parent
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
+_LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
+_SEEDS_END = 2**32  # what NumPy and Lightning take
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ def read_study(file: Path) -> Study:
     root = read(file)
     if not _NAME.fullmatch(file.stem):
         raise root.error(f"the file's name is the study's name: use letters, digits and _, not {file.stem!r}")
+    if len(file.stem) > _LONGEST_NAME:
+        raise root.error(
+            f"the file's name is the study's name and has {len(file.stem)} characters; use at most {_LONGEST_NAME}"
+        )
     top = root.fields(
         required=("question", "base", "arms", "seeds", "budget", "primary"),
         optional=("hypothesis", "source", "baseline", "also", "diverged", "decide"),
@@ -141,6 +149,8 @@ def read_study(file: Path) -> Study:
 def _arm(name: str, node: Located) -> Arm:
     if not _NAME.fullmatch(name):
         raise node.error(f"an arm's name is letters, digits and _, got {name!r}")
+    if len(name) > _LONGEST_NAME:
+        raise node.error(f"an arm's name has at most {_LONGEST_NAME} characters, this one has {len(name)}; shorten it")
     if node.is_null:
         return Arm(name, "")
     description = ""
@@ -207,6 +217,8 @@ def _seeds(node: Located) -> tuple[int, ...]:
     seeds: list[int] = []
     for child in node.sequence():
         seed = child.integer(least=0)
+        if seed >= _SEEDS_END:
+            raise child.error(f"expected a seed below 2**32 = {_SEEDS_END}, got {seed}; take a small one such as 0")
         if seed in seeds:
             raise child.error(f"seed {seed} occurs twice; every seed is one independent repetition")
         seeds.append(seed)

@@ -56,7 +56,7 @@ class RunLogger(MLFlowLogger):
 
     Args:
         experiment_name: the experiment to log to, made if there is none. Ignored when `run_id` is given.
-        run_name: shown in the UI; MLflow invents one if None. Ignored when `run_id` is given.
+        run_name: shown in the UI; None = the local time of its start. Ignored when `run_id` is given.
         tracking_uri: see `resolve_tracking_uri`.
         tags: tags of the run.
         run_id: continue this run. Params that differ from its own become tags `changed_param/<key>`, since

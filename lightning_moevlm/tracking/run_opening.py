@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,18 @@ def create_run(
 ) -> OpenRun:
     """Create a run; tags of the user and the source are added, as MLflow's own `start_run` does.
 
+    A run without a name gets its local start time as one. The names that MLflow invents come from `random`, which a
+    fixed seed has set: every run would be called the same.
+
     Raises:
         UserError: the experiment was deleted.
     """
     from mlflow.tracking.context.registry import resolve_tags
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
     experiment_id = find_or_create_experiment(client, experiment_name, artifact_location)
+    if run_name is None and MLFLOW_RUN_NAME not in tags:
+        run_name = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     run = client.create_run(experiment_id, tags=resolve_tags(dict(tags)), run_name=run_name)
     return OpenRun(run.info.run_id, experiment_id, {}, frozenset())
 

@@ -15,16 +15,19 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from typing_extensions import override
 
 from lightning_moevlm.tracking.config_diff import changes, flat
 from lightning_moevlm.tracking.config_folder import write_config_folder
+from lightning_moevlm.tracking.config_sources import config_sources
 from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, dataset_input
-from lightning_moevlm.tracking.links import run_link, server_command, ui_address
+from lightning_moevlm.tracking.last_words import command_to_go_on, where_everything_is
 from lightning_moevlm.tracking.masking import masked, masked_argv, masked_yaml
 from lightning_moevlm.tracking.provenance import code_checkout, versions
 from lightning_moevlm.tracking.run_logger import RunLogger
@@ -32,7 +35,7 @@ from lightning_moevlm.tracking.system_metrics import SystemSampler
 
 
 class RunRecord(SaveConfigCallback):
-    """For LightningCLI's `save_config_callback`; it acts on rank 0, and not at all under fast_dev_run.
+    """For LightningCLI's `save_config_callback`; it acts on rank 0, and not at all under fast_dev_run or in predict.
 
     In the run's directory and among its artifacts appears `config/`: `config.yaml` (resolved), `changed.yaml`
     (against the first -c file, or the defaults), `command.txt`, and the -c files as they were,
@@ -42,7 +45,7 @@ class RunRecord(SaveConfigCallback):
     Args:
         parser: of the subcommand.
         config: what it parsed.
-        argv: the command line; None = sys.argv.
+        argv: the command line, which also tells the -c files; None = sys.argv.
         system_metrics: sample CPU, memory, disk, network and GPU during fit.
     """
 
@@ -68,6 +71,8 @@ class RunRecord(SaveConfigCallback):
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config/` and all that MLflow holds beside it; Lightning calls this on rank 0 alone."""
+        if stage == TrainerFn.PREDICTING:
+            return  # nothing will be logged: there would be a run without content
         if not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger):
             return
         resolved = self._resolved(self.config)
@@ -101,16 +106,19 @@ class RunRecord(SaveConfigCallback):
         if logger is None or not trainer.is_global_zero:
             return
         assert logger.experiment_id is not None and logger.run_id is not None
-        link = run_link(ui_address(logger.tracking_uri), logger.experiment_id, logger.run_id)
-        server = server_command(logger.tracking_uri)
-        show = f"{link}" if server is None else f"{server}  then  {link}"
-        line = f"Run {logger.run_id} is done. Checkpoints and configuration: {logger.run_dir}  Curves: {show}"
-        Console().print(line, soft_wrap=True, highlight=False, markup=False)
+        for line in where_everything_is(logger.tracking_uri, logger.experiment_id, logger.run_id, logger.run_dir):
+            Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop sampling before the logger closes the run."""
+        """Stop sampling before the logger closes the run; say how to go on if fit has left a checkpoint."""
         self._stop_sampling()
+        logger, checkpoint = _run_logger(trainer), _newest_checkpoint(trainer)
+        if trainer.state.fn != TrainerFn.FITTING or logger is None or checkpoint is None or not trainer.is_global_zero:
+            return
+        run_id = None if isinstance(self.config.get("trainer.logger"), list) else logger.run_id  # a list has no option
+        command = command_to_go_on(masked_argv(self._argv, os.environ), checkpoint, run_id)
+        Console(stderr=True).print(f"Go on with: {command}", soft_wrap=True, highlight=False, markup=False)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,7 +131,7 @@ class RunRecord(SaveConfigCallback):
             self._sampler = None
 
     def _files(self, resolved: Mapping[str, object]) -> dict[str, str]:
-        sources = [Path(os.fspath(path)) for path in self.config.get("config") or []]
+        sources = config_sources(self._argv)
         files = {
             "config.yaml": yaml.safe_dump(dict(resolved), sort_keys=False),
             "changed.yaml": self._changed(sources, resolved),
@@ -174,6 +182,18 @@ class RunRecord(SaveConfigCallback):
 def _run_logger(trainer: Trainer) -> RunLogger | None:
     """The first of our loggers; under fast_dev_run Lightning has put a dummy in its place."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+
+
+def _newest_checkpoint(trainer: Trainer) -> Path | None:
+    """What a ModelCheckpoint has saved in this run; `last.ckpt` before the best one."""
+    saved = (
+        Path(path)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+        for path in (callback.last_model_path, callback.best_model_path)
+        if path
+    )
+    return next((path for path in saved if path.exists()), None)
 
 
 def _log_dataset(logger: RunLogger, trainer: Trainer) -> None:

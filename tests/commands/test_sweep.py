@@ -27,7 +27,7 @@ SMALL = {
                 "moe": {"init_args": {"num_experts": 4, "experts": {"init_args": {"hidden_dim": 32}}}},
             }
         },
-        "schedule": {"init_args": {"warmup_steps": 1}},
+        "schedule": {"init_args": {"warmup": 0.5}},
     },
     "trainer": {"val_check_interval": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 1, "limit_val_batches": 1},
 }
@@ -123,6 +123,16 @@ def test_dead_tracking_server_is_one_line(moevlm: Moevlm, study: Study, workplac
 
 def test_jobs_must_be_positive(moevlm: Moevlm, study: Study) -> None:
     assert "--jobs is 0" in moevlm("sweep", "run", study(), "--jobs", "0", code=2)
+
+
+def test_run_id_that_looks_like_a_number_stays_a_text(workplace: Path) -> None:
+    from lightning_moevlm.commands.sweep import _with_identity
+    from lightning_moevlm.lightning_cli import ConfigResolver
+
+    resolver = ConfigResolver()
+    for run_id in ("632471343e91", "1234567890" * 3 + "12", "c15a7ec36b46"):
+        command = _with_identity(["-c", "conf/quickstart.yaml"], run_id, None)
+        assert resolver._parser.parse_args(command).trainer.logger.init_args.run_id == run_id
 
 
 def test_importing_the_command_is_cheap() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from lightning_moevlm.study.effects import (
     Interval,
+    Lost,
     Verdict,
     bootstrap_interval,
     decide,
@@ -49,7 +50,7 @@ def test_bootstrap_without_spread():
 
 
 @pytest.mark.parametrize(
-    ("interval", "direction", "more_diverged", "verdict"),
+    ("interval", "direction", "more_lost", "verdict"),
     [
         (Interval(-2, -1, "t"), "lower", 0, Verdict.BETTER),
         (Interval(-2, -1, "t"), "higher", 0, Verdict.WORSE),
@@ -61,10 +62,23 @@ def test_bootstrap_without_spread():
         (Interval(-2, -1, "t"), "lower", 1, Verdict.INCONCLUSIVE),  # survivors only
         (Interval(1, 2, "t"), "lower", 1, Verdict.WORSE),
         (Interval(-2, -1, "t"), "lower", -1, Verdict.BETTER),
+        (Interval(1, 2, "t"), "lower", -1, Verdict.INCONCLUSIVE),  # the baseline's survivors only
+        (Interval(-2, -1, "t"), "higher", -1, Verdict.INCONCLUSIVE),
+        (Interval(1, 2, "t"), "higher", -1, Verdict.BETTER),
+        (Interval(-1, -1, "t"), "lower", 0, Verdict.INCONCLUSIVE),  # seeds that repeat nothing
     ],
 )
-def test_decide(interval, direction, more_diverged, verdict):
-    assert decide(interval, 3, direction, more_diverged)[0] is verdict
+def test_decide(interval, direction, more_lost, verdict):
+    assert decide(interval, 3, direction, more_lost)[0] is verdict
+
+
+def test_seeds_that_change_nothing_are_no_repetitions():
+    # 0.1 three times has a computed standard deviation above 0, the true one is 0.
+    effect = paired_effect({0: 0.9, 1: 0.9, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2), "lower", 0.05)
+    assert effect.interval.width == 0
+    assert effect.verdict is Verdict.INCONCLUSIVE
+    assert effect.note == "all 3 seeds give exactly the same difference: are they repetitions?"
+    assert (effect.p_value, effect.seeds_needed) == (None, None)
 
 
 def test_power_against_published_value():
@@ -75,11 +89,17 @@ def test_power_against_published_value():
 
 def test_seeds_needed_is_the_least_n():
     # Mean 0.5 and s = 1 exactly: the same d = 0.5 as above.
-    half = math.sqrt(0.5)
-    assert seeds_needed((0.5 - half, 0.5 + half), 0.05) == 34
-    assert seeds_needed((1.0, 1.0), 0.05) == 2
-    assert seeds_needed((1.0, -1.0), 0.05) is None  # no effect, no number of seeds shows it
-    assert seeds_needed((1.0, -0.999), 0.05) is None  # beyond 1,000
+    assert seeds_needed((-0.5, 0.5, 1.5), 0.05) == 34
+    assert seeds_needed((1.0, 0.0, -1.0), 0.05) is None  # no effect, no number of seeds shows it
+    assert seeds_needed((1.0, 0.001, -0.999), 0.05) is None  # beyond 1,000
+    assert seeds_needed((0.4, 0.6), 0.05) is None  # two numbers do not tell a spread
+    assert seeds_needed((1.0, 1.0, 1.0), 0.05) is None
+
+
+@pytest.mark.parametrize("size", [5.0, 40.0, 1e3, 1e6, 1e12])
+def test_huge_effects_need_few_seeds(size):
+    assert 0.99 < power(size, 1_000, 0.05) <= 1.0
+    assert seeds_needed((size - 1, size, size + 1), 0.05) in (2, 3)
 
 
 def test_paired_effect_pairs_by_seed():
@@ -110,17 +130,41 @@ def test_no_pair_at_all():
     effect = paired_effect({}, {0: 1.0}, (0,), "lower", 0.05)
     assert effect.mean is None
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert effect.note == "no seed has a finite result in both arms"
-    effect = paired_effect({0: math.nan}, {0: 1.0}, (0,), "lower", 0.05, arm_diverged=1)
-    assert effect.note == "no seed has a finite result in both arms; 1 runs diverged, 0 of the baseline"
+    assert effect.note == "no seed has a finite result in both arms; 1 of 1 seeds left out"
+    effect = paired_effect({0: math.nan}, {0: 1.0}, (0,), "lower", 0.05, arm_lost=Lost(diverged=1))
+    assert effect.note == (
+        "no seed has a finite result in both arms; 1 of 1 seeds left out; every run of this arm diverged"
+    )
 
 
 def test_survivors_alone_do_not_make_an_arm_better():
-    arm, baseline = {0: 1.0, 1: 1.01, 2: math.nan}, {0: 2.0, 1: 2.01, 2: 2.02}
+    arm, baseline = {0: 1.0, 1: 1.02, 2: math.nan}, {0: 2.0, 1: 2.01, 2: 2.02}
     assert paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05).verdict is Verdict.BETTER
-    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, arm_diverged=1)
+    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, Lost(diverged=1))
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert "1 more runs diverged than of the baseline" in effect.note
+    assert effect.note == (
+        "ahead where it survives, but it lost 1 more than the baseline; 1 of 3 seeds left out; "
+        "1 run of this arm diverged"
+    )
+
+
+@pytest.mark.parametrize(("lost", "what"), [(Lost(diverged=1), "diverged"), (Lost(crashed=1), "crashed")])
+def test_survivors_of_the_baseline_do_not_make_an_arm_worse(lost, what):
+    arm, baseline = {0: 2.0, 1: 2.01, 2: 2.02}, {0: 1.0, 1: 1.02}
+    assert paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05).verdict is Verdict.WORSE
+    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, baseline_lost=lost)
+    assert effect.verdict is Verdict.INCONCLUSIVE
+    assert "that lost 1 more than this arm" in effect.note
+    assert effect.note.endswith(f"1 of 3 seeds left out; 1 run of the baseline {what}")
+
+
+def test_losses_are_told_although_they_do_not_limit_the_verdict():
+    arm, baseline = {0: 1.0, 1: 1.02, 2: math.nan}, {0: 2.0, 1: 2.01}
+    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, Lost(diverged=1), Lost(crashed=1))
+    assert effect.verdict is Verdict.BETTER
+    assert effect.note == "1 of 3 seeds left out; 1 run of this arm diverged; 1 run of the baseline crashed"
+    effect = paired_effect(arm, {}, (0, 1, 2), "lower", 0.05, Lost(diverged=1), Lost(diverged=3))
+    assert effect.note.endswith("1 run of this arm diverged; every run of the baseline diverged")
 
 
 def test_wider_interval_covers_at_three_seeds():

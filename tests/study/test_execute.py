@@ -1,5 +1,6 @@
 """Sweeps with real processes, a real SQLite store and real kills: nothing twice, nothing lost."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM, Experiment
-from lightning_moevlm.study.execute import OVERRIDES_FILE, to_do
+from lightning_moevlm.study.execute import OVERRIDES_FILE, to_do, write_overrides
 from lightning_moevlm.study.ledger import RunState, Status, read_ledger, read_state, write_state
 from lightning_moevlm.study.plan import Plan
 from lightning_moevlm.tracking.runs import RunRow, find_runs
@@ -39,6 +40,11 @@ def assert_each_once(plan: Plan, experiment: Experiment) -> None:
         assert row.tags["outcome"] == "finished"
         steps = [point.step for point in experiment.history(row.run_id, "val/task_loss")]
         assert steps == list(range(plan.study.budget.max_steps + 1))
+
+
+def by_seed(plan: Plan) -> list[RunState]:
+    """Return where the runs stand in the order in which they are run."""
+    return [state for _, state in sorted(read_ledger(plan), key=lambda pair: pair[0].seed)]
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
@@ -116,20 +122,20 @@ def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     file = write_project(tmp_path, uri, {"budget": {"max_steps": 12}}, model={"seconds_per_step": 0.15})
     plan = plan_of(file)
     parent = start_sweep(file)
-    first = [plan.run_folder(run) for run in plan.runs[:2]]
+    first = [plan.run_folder(run) for run in plan.runs if run.seed == 0]  # both arms of a seed go together
     wait_for(lambda: all((folder / "checkpoints" / "last.ckpt").exists() for folder in first))
     children = psutil.Process(parent.pid).children()
     assert len(children) == 2
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     wait_for(lambda: not any(child.is_running() for child in children), 10)  # the kernel ends them with their parent
-    states = [state for _, state in read_ledger(plan)]
+    states = by_seed(plan)
     assert [s.status for s in states] == [Status.INTERRUPTED] * 2 + [Status.PLANNED] * 2
 
     _, experiment, tally, _ = sweep(file)
     assert tally.started == 4
     assert_each_once(plan, experiment)
-    after = [state for _, state in read_ledger(plan)]
+    after = by_seed(plan)
     assert [s.attempts for s in after] == [2, 2, 1, 1]
     assert [s.run_id for s in after[:2]] == [s.run_id for s in states[:2]]  # went on in the same run
     assert "training from step 0 " not in (first[0] / "log.txt").read_text().split("\n# ")[1]
@@ -198,6 +204,51 @@ def test_good_end_without_the_primary_metric_is_a_failure(tmp_path, uri):
     [(_, state)] = read_ledger(plan)
     assert state.status is Status.FAILED
     assert "logged no test/task_loss" in state.reason
+
+
+@pytest.mark.parametrize(
+    ("every", "status", "reason"),
+    [
+        (2, Status.FINISHED, ""),
+        (3, Status.FAILED, "it ended well but logged val/task_loss last at step 3 of 4: no value of the trained model"),
+        (9, Status.FAILED, "last at step 0 of 4"),
+    ],
+)
+def test_result_is_measured_after_the_whole_budget(tmp_path, uri, every, status, reason):
+    file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]}, {"validate_every": every})
+    plan, experiment, _, _ = sweep(file, jobs=1)
+    [(_, state)] = read_ledger(plan)
+    assert state.status is status
+    assert reason in state.reason
+    # Nor is it taken up from MLflow, where an earlier version may have called it finished.
+    MlflowClient(uri).set_tag(state.run_id, "outcome", "finished")
+    shutil.rmtree(plan.folder)
+    assert bool(to_do(plan, experiment, retry=False)) is (status is Status.FAILED)
+
+
+def test_all_arms_of_a_seed_before_the_next_seed(tmp_path, uri):
+    file = write_project(tmp_path, uri, {"seeds": [5, 0], "budget": {"max_steps": 1}})
+    plan, _, _, watcher = sweep(file, jobs=1)
+    starts = [line.split()[1] for line in watcher.lines if line.startswith("start")]
+    assert starts == ["baseline-seed5", "fast-seed5", "baseline-seed0", "fast-seed0"]
+    assert [run.name for run in plan.runs] == ["baseline-seed5", "baseline-seed0", "fast-seed5", "fast-seed0"]
+
+
+def test_texts_that_look_like_numbers_stay_texts_for_the_command_line(tmp_path):
+    from lightning_moevlm.lightning_cli import ConfigResolver
+
+    tags = {"sweep": "1e5", "arm": "0x10", "seed": "0", "digest": "632471343e91"}
+    logger = {"init_args": {"experiment_name": "1e5", "run_name": "2e5", "tags": tags}}
+    overrides = {"seed_everything": 3, "model": {"losses": {"router_z": None}}, "trainer": {"logger": logger}}
+    run = dataclasses.replace(
+        plan_of(write_project(tmp_path, "sqlite:///x.db")).runs[0], overrides=overrides, digest="632471343e91"
+    )
+    file = write_overrides(run, tmp_path)
+    resolved = ConfigResolver()([REPOSITORY / "conf" / "quickstart.yaml", file], {})
+    told = resolved["trainer"]["logger"]["init_args"]
+    assert (told["experiment_name"], told["run_name"], told["tags"]) == ("1e5", "2e5", tags)
+    assert resolved["seed_everything"] == resolved["model"]["seed"] == 3
+    assert resolved["model"]["losses"]["router_z"] is None
 
 
 def test_overrides_rerun_the_arm_by_hand(tmp_path, uri):

@@ -18,6 +18,8 @@ CONFIG = {
         "default_root_dir": "x",
         "callbacks": [
             {"class_path": "a.RichProgressBar", "init_args": {"refresh_rate": 1}},
+            {"class_path": "lightning_moevlm.callbacks.StepProgress"},
+            {"class_path": "lightning_moevlm.callbacks.ResultTable"},
             {"class_path": "a.Guard"},
         ],
     },
@@ -62,6 +64,7 @@ def test_progress_bars_are_cosmetic_and_other_callbacks_are_not():
         ("model.dim", 9),
         ("model.losses.router_z", {"weight": 1}),
         ("trainer.max_steps", 6),
+        ("ckpt_path", "pretrained.ckpt"),
     ],
 )
 def test_everything_else_changes_identity(dotted, value):
@@ -125,6 +128,16 @@ def test_arm_that_changes_nothing_is_refused(tmp_path):
     file = write_project(tmp_path, "sqlite:///x.db", {"arms": {"baseline": None, "same": {"model.speed": 0.5}}})
     with pytest.raises(UserError, match=r"arms 'baseline' and 'same' are the same run .* sets nothing that differs"):
         plan_of(file)
+
+
+def test_seeds_that_nothing_follows_are_refused(tmp_path):
+    file = write_project(tmp_path, "sqlite:///x.db", model={"seed": 7})
+    with pytest.raises(UserError) as refusal:
+        plan_of(file)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert "tiny.yaml: seeds 0 and 1 of arm 'baseline' differ in seed_everything alone" in message
+    assert "`data.seed: ${seed_everything}` and `model.seed: ${seed_everything}`" in message
 
 
 def test_refusal_of_the_parser_names_the_arm_and_nothing_is_written(tmp_path):

@@ -1,6 +1,7 @@
 """From a real sweep to tables, pictures, one self-contained page and the summary run."""
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -14,13 +15,14 @@ from PIL import Image
 from rich.console import Console
 
 from lightning_moevlm.study.effects import Verdict
-from lightning_moevlm.study.figures import draw_all
+from lightning_moevlm.study.figures import curves, draw_all, expert_load
 from lightning_moevlm.study.figures.expert_load import loads_of
-from lightning_moevlm.study.figures.picture import looks
+from lightning_moevlm.study.figures.picture import looks, png_of
 from lightning_moevlm.study.ledger import read_ledger
 from lightning_moevlm.study.listing import arm_record
-from lightning_moevlm.study.report import make_report, print_tables, write_report
-from lightning_moevlm.study.results import StudyResult, gather
+from lightning_moevlm.study.report import finding, make_report, print_tables, write_report
+from lightning_moevlm.study.results import Series, StudyResult, gather
+from lightning_moevlm.study.spec import Budget
 from lightning_moevlm.study.summary_run import log_summary
 from lightning_moevlm.study.tables import report_tables, scaled
 from lightning_moevlm.tracking.runs import find_runs
@@ -72,7 +74,7 @@ def test_numbers_of_the_arms(result):
     assert slow.verdict is Verdict.WORSE
     assert (explode.diverged, explode.finished, explode.final) == (3, 0, None)
     assert explode.verdict is Verdict.INCONCLUSIVE
-    assert "3 runs diverged, 0 of the baseline" in explode.effect.note
+    assert "every run of this arm diverged" in explode.effect.note
     assert (crash.failed, crash.final) == (3, None)
     assert not result.complete
 
@@ -129,6 +131,43 @@ def test_pictures_are_drawn_and_described(result, tmp_path):
     assert "worse" in pictures["effects"].alt
     last = pictures["curves"].table.rows[-1]
     assert last[:2] == ("4", f"{result.arms[0].final.mean:.4f}")
+
+
+def test_finding_is_a_sentence(result):
+    assert finding(result, result.arms[1]).startswith("slow: worse. Validation task loss +")
+
+
+def figures_of(monkeypatch, module, draw, result):
+    kept = []
+    monkeypatch.setattr(module, "png_of", lambda figure: kept.append(figure) or png_of(figure))
+    assert draw(result) is not None
+    return kept[0]
+
+
+def test_second_half_is_drawn_only_with_points_enough(result, monkeypatch):
+    assert len(figures_of(monkeypatch, curves, curves.draw_curves, result).axes) == 2  # steps 2, 3, 4
+    key = result.study.primary.metric
+    ends = [
+        dataclasses.replace(r, series={key: Series(s.steps[::2], s.values[::2])})
+        for arm in result.arms
+        for r in arm.runs
+        if (s := r.series.get(key))
+    ]
+    arms = tuple(
+        dataclasses.replace(arm, runs=tuple(r for r in ends if r.run.arm == arm.arm.name)) for arm in result.arms
+    )
+    thinned = dataclasses.replace(result, arms=arms)
+    assert len(figures_of(monkeypatch, curves, curves.draw_curves, thinned).axes) == 1  # steps 2, 4
+
+
+def test_steps_on_the_heatmap_are_whole_numbers(result, monkeypatch):
+    short = dataclasses.replace(result, study=dataclasses.replace(result.study, budget=Budget(2)))
+    for shown in (result, short):
+        figure = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, shown)
+        for axes in figure.axes[:-1]:  # the last is the colour bar
+            ticks = axes.get_xticks()
+            assert len(ticks) >= 2
+            assert all(tick == round(tick) for tick in ticks)
 
 
 def test_nothing_to_draw_is_no_picture(swept):

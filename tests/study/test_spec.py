@@ -120,6 +120,10 @@ def test_shipped_study_is_valid():
         ("    model:\n", "    model.losses.router_z.weight: 1\n    model:\n", 11, ["plain value"]),
         ("model.losses.router_z", "trainer.max_steps", 10, ["set by budget.max_steps"]),
         ("model.losses.router_z", "seed_everything", 10, ["set by seeds"]),
+        ("model.losses.router_z", "data.seed", 10, ["'data.seed' may not differ between arms", "set by seeds"]),
+        ("model.losses.router_z: null", "model.seed: 3", 10, ["'model.seed' may not differ", "set by seeds"]),
+        ("seeds: [0, 1]", "seeds: [0, 4294967296]", 14, ["seeds[1]: expected a seed below 2**32"]),
+        ("  no_z:\n", f"  {'n' * 65}:\n", 8, ["at most 64 characters, this one has 65"]),
         ("model.losses.router_z", "trainer.logger.init_args.run_name", 10, ["may not differ between arms"]),
         ("model.losses.router_z", "model..router_z", 10, ["empty part"]),
         ("  no_z:\n", "  no z:\n", 8, ["an arm's name is letters, digits and _"]),
@@ -166,6 +170,10 @@ def test_name_of_the_file_is_the_name_of_the_study(tmp_path):
     file = tmp_path / "my study.yaml"
     file.write_text(GOOD)
     with pytest.raises(UserError, match="letters, digits and _"):
+        read_study(file)
+    file = tmp_path / f"{'s' * 65}.yaml"
+    file.write_text(GOOD)
+    with pytest.raises(UserError, match="has 65 characters; use at most 64"):
         read_study(file)
 
 

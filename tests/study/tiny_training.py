@@ -42,6 +42,7 @@ def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) 
                         step,
                     )
                     for key, value in points(step, seed, model).items()
+                    if step % model["validate_every"] == 0
                 ],
             )
         if model["checkpoints"]:

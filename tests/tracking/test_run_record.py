@@ -103,11 +103,10 @@ def test_a_fit_is_recorded_lightning_19441(command: Command, capsys: pytest.Capt
     run_dir = Path(command.uri.removeprefix("sqlite:///")).parent / run.experiment_id / run.run_id
     assert (run_dir / "config" / "config.yaml").read_text() == command.artifact("config/config.yaml")
     assert list((run_dir / "checkpoints").glob("*.ckpt"))
-    out = capsys.readouterr().out
-    (line,) = [line for line in out.splitlines() if run.run_id in line]
-    assert str(run_dir) in line
-    assert "mlflow server --host 127.0.0.1 --port 5000" in line
-    assert f"#/experiments/{run.experiment_id}/runs/{run.run_id}" in line
+    where, server, link = capsys.readouterr().out.splitlines()[-3:]
+    assert where == f"Checkpoints and configuration: {run_dir}"
+    assert server.startswith("MLflow: mlflow server --host 127.0.0.1 --port 5000")
+    assert link.startswith(" ") and f"#/experiments/{run.experiment_id}/runs/{run.run_id}" in link
 
 
 def test_the_recorded_config_repeats_the_run(command: Command) -> None:

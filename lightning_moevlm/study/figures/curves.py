@@ -8,11 +8,12 @@ from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_fig
 from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.tables import NOTHING, Table, name_and_unit
 
+_FEWEST_LATE_STEPS = 3  # of fewer points the second half shows nothing that the whole does not
 _MANY_STEPS = 12  # a table shows at most about so many
 
 
 def draw_curves(result: StudyResult) -> Picture | None:
-    """Draw the whole training left and its second half enlarged right; None without any point."""
+    """Draw the whole training left and its second half enlarged right, if it has points enough; None without any."""
     metric = result.study.primary.metric
     title, unit = name_and_unit(metric)
     columns = {arm.arm.name: by_step(arm, metric) for arm in result.arms}
@@ -21,17 +22,21 @@ def draw_curves(result: StudyResult) -> Picture | None:
         return None
     look = looks(tuple(columns), result.study.baseline)
     figure = new_figure(3.7)
-    whole, late = figure.subplots(1, 2)
     half = steps[-1] / 2
+    num_panels = 2 if sum(step >= half for step in steps) >= _FEWEST_LATE_STEPS else 1
+    panels = figure.subplots(1, num_panels, squeeze=False)[0]
+    whole = panels[0]
     for arm in result.arms:
         name = arm.arm.name
         is_baseline = name == result.study.baseline
         _draw(whole, columns[name], look[name], name, is_baseline)
-        _draw(late, {s: v for s, v in columns[name].items() if s >= half}, look[name], name, is_baseline)
+        for late in panels[1:]:
+            _draw(late, {s: v for s, v in columns[name].items() if s >= half}, look[name], name, is_baseline)
         _mark_divergence(whole, arm, metric, look[name])
     whole.set_title("from the untrained model (first point)", fontsize=10)
-    late.set_title("second half, enlarged", fontsize=10)
-    for axes in (whole, late):
+    for late in panels[1:]:
+        late.set_title("second half, enlarged", fontsize=10)
+    for axes in panels:
         axes.set_xlabel("optimiser steps")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

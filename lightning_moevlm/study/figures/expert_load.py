@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.figures.picture import Picture, new_figure, png_of
@@ -54,6 +55,7 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
                 axes.set_ylabel(f"block {layer[0]}\n{layer[1]} expert", fontsize=9)
             axes.tick_params(labelsize=8, labelleft=column == 0)
     grid[0][0].set_xlim(0, result.study.budget.max_steps)
+    grid[0][0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # shared by all panels
     figure.supxlabel("optimiser steps", fontsize=10)
     assert image is not None
     bar = figure.colorbar(image, ax=grid, shrink=0.9, aspect=30, pad=0.01)
