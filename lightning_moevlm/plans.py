@@ -3,12 +3,16 @@
 A router turns tokens into a plan, capacity turns a plan into a plan, a dispatcher runs it, losses and metrics
 read it. Nobody else holds routing state, so every one of them can be exchanged or tested alone.
 
+A `PairPlan` lists routed pairs (token, expert), a `MixPlan` holds soft slots. Both answer the same questions about
+tokens, so that losses and metrics need not ask which of the two they have.
+
 Plans are `NamedTuple`s: immutable, and pytree nodes for torch (DDP, checkpointing, compile) without registration.
 """
 
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,12 +31,16 @@ class Modality(IntEnum):
 class RoutingInput(NamedTuple):
     """What a router may look at.
 
-    tokens_TD: float, the tokens to route. modality_T: int64, `Modality` values. valid_T: bool, False on padding.
+    tokens_TD: float, the tokens to route: num_sequences samples of equal length, one after the other. modality_T:
+    int64, `Modality` values. valid_T: bool, False on padding. identity_T: int64, what a token is before the model sees
+    it (token id, patch code), or None where no router asked for it.
     """
 
     tokens_TD: Tensor
     modality_T: Tensor
     valid_T: Tensor
+    num_sequences: int = 1
+    identity_T: Tensor | None = None
 
 
 class PairPlan(NamedTuple):
@@ -42,6 +50,8 @@ class PairPlan(NamedTuple):
     router asked for: False on padding and on pairs that it did not take up. kept_N: bool, the chosen pairs that
     capacity left, which are the ones that run. logits_TE: fp32 raw scores, before noise and bias.
     probs_TE: fp32 over all E experts. modality_T: int64. valid_T: bool; padding is never routed, counted or in a loss.
+    num_sequences: samples of the batch, equally long, one after the other. noise_std_TE: fp32, deviation of the normal
+    noise that the router added to its logits, or None.
     """
 
     token_N: Tensor
@@ -53,6 +63,8 @@ class PairPlan(NamedTuple):
     probs_TE: Tensor
     modality_T: Tensor
     valid_T: Tensor
+    num_sequences: int = 1
+    noise_std_TE: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -64,6 +76,86 @@ class PairPlan(NamedTuple):
         """T, padding included."""
         return self.logits_TE.shape[0]
 
+    @property
+    def sequence_T(self) -> Tensor:
+        """The sample that a token belongs to, int64."""
+        return _sequence_T(self.valid_T, self.num_sequences)
+
+    def chosen_load(self, token_T: Tensor) -> Tensor:
+        """Return how many pairs of the selected tokens (bool) the router asked for, per expert: int64 (E,)."""
+        return self._count(self.chosen_N & token_T[self.token_N])
+
+    def kept_load(self, token_T: Tensor) -> Tensor:
+        """Return how many pairs of the selected tokens (bool) run, per expert: int64 (E,)."""
+        return self._count(self.kept_N & token_T[self.token_N])
+
     def detached(self) -> "PairPlan":
         """Return the same plan without gradients, for metrics."""
-        return PairPlan(*(field.detach() for field in self))
+        return self._replace(
+            weight_N=self.weight_N.detach(),
+            logits_TE=self.logits_TE.detach(),
+            probs_TE=self.probs_TE.detach(),
+            noise_std_TE=None if self.noise_std_TE is None else self.noise_std_TE.detach(),
+        )
+
+    def _count(self, pair_N: Tensor) -> Tensor:
+        # no bincount: its output size would be read from the device
+        zero_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_N.device)
+        return zero_E.index_add(0, self.expert_N, pair_N.to(torch.int64))
+
+
+class MixPlan(NamedTuple):
+    """Soft slots: each of an expert's Z slots is a mix of its sequence's tokens, each token a mix of all slot outputs.
+
+    dispatch_BEZS: fp32, sums to 1 over the sequence's S positions. combine_BSEZ: fp32, sums to 1 over all E x Z slots.
+    Padding has no share in either. logits_TE: fp32, logsumexp of a token's scores over an expert's slots, so that its
+    softmax is probs_TE: fp32, the share of each expert in a token's mix. modality_T: int64. valid_T: bool.
+    """
+
+    dispatch_BEZS: Tensor
+    combine_BSEZ: Tensor
+    logits_TE: Tensor
+    probs_TE: Tensor
+    modality_T: Tensor
+    valid_T: Tensor
+    num_sequences: int
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits_TE.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return self.logits_TE.shape[0]
+
+    @property
+    def sequence_T(self) -> Tensor:
+        """The sample that a token belongs to, int64."""
+        return _sequence_T(self.valid_T, self.num_sequences)
+
+    def chosen_load(self, token_T: Tensor) -> Tensor:
+        """Return the share of the selected tokens (bool) that each expert holds, in tokens: fp32 (E,), no gradient."""
+        return (self.probs_TE.detach() * token_T.unsqueeze(-1)).sum(dim=0)
+
+    def kept_load(self, token_T: Tensor) -> Tensor:
+        """Return the same as `chosen_load`: nothing is dropped."""
+        return self.chosen_load(token_T)
+
+    def detached(self) -> "MixPlan":
+        """Return the same plan without gradients, for metrics."""
+        return self._replace(
+            dispatch_BEZS=self.dispatch_BEZS.detach(),
+            combine_BSEZ=self.combine_BSEZ.detach(),
+            logits_TE=self.logits_TE.detach(),
+            probs_TE=self.probs_TE.detach(),
+        )
+
+
+def _sequence_T(valid_T: Tensor, num_sequences: int) -> Tensor:
+    return torch.arange(valid_T.shape[0], device=valid_T.device) // max(1, valid_T.shape[0] // num_sequences)
+
+
+RoutingPlan = PairPlan | MixPlan
+"""What a router returns."""

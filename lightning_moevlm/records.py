@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.plans import Modality, RoutingPlan
 
 
 class Batch(NamedTuple):
@@ -37,11 +37,13 @@ class Span(NamedTuple):
 class Layout(NamedTuple):
     """Where the modalities lie in a sequence, and which positions are real.
 
-    spans: in order and without gaps. valid_BS: bool, False on padding.
+    spans: in order and without gaps. valid_BS: bool, False on padding. identity_BS: int64, token ids and patch codes,
+    or None where no router asked for them.
     """
 
     spans: tuple[Span, ...]
     valid_BS: Tensor
+    identity_BS: Tensor | None = None
 
     @property
     def modality_S(self) -> Tensor:
@@ -52,7 +54,8 @@ class Layout(NamedTuple):
     def select(self, span: Span) -> "Layout":
         """Return the layout of one span alone."""
         inner = Span(span.modality, 0, span.stop - span.start)
-        return Layout((inner,), self.valid_BS[:, span.start : span.stop])
+        identity_BS = None if self.identity_BS is None else self.identity_BS[:, span.start : span.stop]
+        return Layout((inner,), self.valid_BS[:, span.start : span.stop], identity_BS)
 
 
 class NamedPlan(NamedTuple):
@@ -66,7 +69,7 @@ class NamedPlan(NamedTuple):
     block: int
     layer: str
     modalities: tuple[Modality, ...]
-    plan: PairPlan
+    plan: RoutingPlan
 
     def detached(self) -> "NamedPlan":
         """Return the same plan without gradients, for callbacks."""

@@ -5,6 +5,7 @@ A tensor's name ends in its axes, one capital letter each, slowest first: `token
 
 | letter | axis                                                                   |
 |--------|------------------------------------------------------------------------|
+| A      | modalities: image, text                                                |
 | B      | batch: samples of one step on one device                               |
 | C      | codes of a visual codebook                                             |
 | D      | model width                                                            |
@@ -23,4 +24,5 @@ A tensor's name ends in its axes, one capital letter each, slowest first: `token
 | V      | vocabulary                                                             |
 | W      | width of one attention head                                            |
 | X, Y   | image column, image row                                                |
+| Z      | soft slots of one expert                                               |
 """

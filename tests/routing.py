@@ -13,7 +13,8 @@ def routing_input(num_tokens: int, dim: int, *, num_padding: int = 0, seed: int 
     valid_T = torch.arange(num_tokens) < num_tokens - num_padding
     tokens_TD[~valid_T] = 1e4
     modality_T = torch.where(torch.arange(num_tokens) % 2 == 0, int(Modality.IMAGE), int(Modality.TEXT))
-    return RoutingInput(tokens_TD, modality_T, valid_T)
+    num_sequences = 4 if num_tokens and num_tokens % 4 == 0 else 1
+    return RoutingInput(tokens_TD, modality_T, valid_T, num_sequences, torch.arange(num_tokens) * 7 % 50)
 
 
 def top_1_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, modality: Modality = Modality.IMAGE) -> PairPlan:

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_moevlm import keys
-from lightning_moevlm.metrics import RoutingMetrics, join_plans, routing_metrics
+from lightning_moevlm.metrics import RoutingMetrics, routing_metrics
 from lightning_moevlm.models import Backbone, model_card
-from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import Batch, LossReport, NamedPlan, Term
 from lightning_moevlm.training import StepOutput
 
@@ -127,13 +127,13 @@ def loss_values(report: LossReport) -> dict[str, float]:
 
 def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
     """Return the routing metrics of every layer and modality, by key; forward passes of one step are joined."""
-    by_layer: dict[tuple[int, Modality], list[PairPlan]] = defaultdict(list)
+    by_layer: dict[tuple[int, Modality], list[RoutingPlan]] = defaultdict(list)
     for named in plans:
         for modality in named.modalities:
             by_layer[named.block, modality].append(named.plan)
     values: dict[str, float] = {}
     for (block, modality), layer_plans in by_layer.items():
-        metrics: RoutingMetrics = routing_metrics(join_plans(layer_plans), modality)
+        metrics: RoutingMetrics = routing_metrics(layer_plans, modality)
         for field, metric_key in _SCALARS.items():
             values[metric_key.key(block=block, modality=modality.label)] = float(getattr(metrics, field))
         for expert, load in enumerate(metrics.load_E.tolist()):

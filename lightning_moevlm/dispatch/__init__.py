@@ -2,6 +2,7 @@
 
 from lightning_moevlm.dispatch.capacity import Capacity, apply_capacity
 from lightning_moevlm.dispatch.dispatcher import Dispatcher
+from lightning_moevlm.dispatch.expert_protocol import Experts, Linear
 from lightning_moevlm.dispatch.grouped import GroupedDispatcher
 from lightning_moevlm.dispatch.loop import LoopDispatcher
 from lightning_moevlm.dispatch.segments import SegmentDispatcher
@@ -9,7 +10,9 @@ from lightning_moevlm.dispatch.segments import SegmentDispatcher
 __all__ = [
     "Capacity",
     "Dispatcher",
+    "Experts",
     "GroupedDispatcher",
+    "Linear",
     "LoopDispatcher",
     "SegmentDispatcher",
     "apply_capacity",

@@ -1,32 +1,14 @@
 """The dispatch contract, and the sort that every fast path starts with."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_moevlm.plans import PairPlan
-
-
-class Linear(Protocol):
-    """(rows, weight) -> rows: how a dispatcher multiplies."""
-
-    def __call__(self, rows: Tensor, weight: Tensor, /) -> Tensor:
-        """Multiply rows by weight."""
-        ...
-
-
-class Experts(Protocol):
-    """What a dispatcher needs of an expert stack (`experts.ExpertStack` has it)."""
-
-    def stacks(self) -> tuple[Tensor, ...]:
-        """Weight stacks, each (E, in, out)."""
-        ...
-
-    def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
-        """Apply the feed-forward to rows."""
-        ...
+from lightning_moevlm.dispatch.expert_protocol import Experts
+from lightning_moevlm.dispatch.slots import run_slots
+from lightning_moevlm.plans import MixPlan, PairPlan, RoutingPlan
 
 
 class Dispatcher(ABC):
@@ -35,9 +17,19 @@ class Dispatcher(ABC):
     A token without a kept pair gets zeros: the residual connection around the layer carries it on.
     """
 
-    @abstractmethod
-    def __call__(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+    def __call__(self, plan: RoutingPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
+        if isinstance(plan, MixPlan):
+            return self.run_slots(plan, tokens_TD, experts)
+        return self.run_pairs(plan, tokens_TD, experts)
+
+    @abstractmethod
+    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+        """Return (T, D) in the tokens' dtype."""
+
+    def run_slots(self, plan: MixPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+        """Return (T, D) in the tokens' dtype. Slots are full by construction, so one stacked product serves all."""
+        return run_slots(plan, tokens_TD, experts)
 
 
 class SortedPairs(NamedTuple):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_moevlm.dispatch.dispatcher import Dispatcher, Experts, combine, sort_by_expert
+from lightning_moevlm.dispatch.dispatcher import Dispatcher, combine, sort_by_expert
+from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import PairPlan
 
@@ -19,7 +20,7 @@ _ALIGNMENT_BYTES = 16
 class GroupedDispatcher(Dispatcher):
     """The fast path on CUDA."""
 
-    def __call__(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
         dtype = _matmul_dtype(tokens_TD)
         stacks = tuple(stack.to(dtype) for stack in experts.stacks())

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from lightning_moevlm.dispatch.dispatcher import Dispatcher, Experts, combine
+from lightning_moevlm.dispatch.dispatcher import Dispatcher, combine
+from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.plans import PairPlan
 
 
 class LoopDispatcher(Dispatcher):
     """For each expert: pick its rows, run it, add the weighted result."""
 
-    def __call__(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
         out_TD = torch.zeros_like(tokens_TD)
         for expert in range(plan.num_experts):

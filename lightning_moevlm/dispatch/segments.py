@@ -7,14 +7,15 @@ synchronises once per layer; the grouped dispatcher is meant for there.
 import torch
 from torch import Tensor
 
-from lightning_moevlm.dispatch.dispatcher import Dispatcher, Experts, combine, sort_by_expert
+from lightning_moevlm.dispatch.dispatcher import Dispatcher, combine, sort_by_expert
+from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.plans import PairPlan
 
 
 class SegmentDispatcher(Dispatcher):
     """The fast path on CPUs, and the fallback everywhere."""
 
-    def __call__(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
         pairs = sort_by_expert(plan)
         lengths: list[int] = pairs.load_E.tolist()

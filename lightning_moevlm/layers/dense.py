@@ -33,11 +33,12 @@ class DenseFFN(FeedForward):
         return 4.0 * self.up.in_features * self.up.out_features * sum(num_tokens.values())
 
 
-def dense_twin(moe: MoEFFN) -> DenseFFN:
-    """Return the dense feed-forward whose FLOPs per token equal the MoE's active ones, router included.
+def dense_twin(moe: MoEFFN, num_tokens: Mapping[Modality, int]) -> DenseFFN:
+    """Return the dense feed-forward whose FLOPs on such a sequence equal the MoE's active ones, router included.
 
-    Solves 4 D F = active FLOPs per token for the hidden width F, rounded to the nearest integer. Compared at equal
+    Solves 4 D F T = active FLOPs on T tokens for the hidden width F, rounded to the nearest integer. Compared at equal
     active FLOPs, not at equal parameters: the MoE's unused experts cost memory, not arithmetic.
     """
-    hidden_dim = max(1, round(moe.forward_flops_per_token() / (4 * moe.dim)))
+    total = sum(num_tokens.values())
+    hidden_dim = max(1, round(moe.forward_flops(num_tokens) / (4 * moe.dim * total)))
     return DenseFFN(moe.dim, hidden_dim)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import Layout
 
 
@@ -18,7 +18,7 @@ class RoutedPlan(NamedTuple):
 
     layer: str
     modalities: tuple[Modality, ...]
-    plan: PairPlan
+    plan: RoutingPlan
 
 
 class FFNOutput(NamedTuple):

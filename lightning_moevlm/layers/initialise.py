@@ -4,7 +4,8 @@ Each parameter is drawn from a generator seeded with (seed, its full name). Two 
 and shape share its initial value, whatever else differs between them: arms of a study start from the same point.
 
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
-Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales are 1. A module with an `initial_std` has its own.
+Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. A module with an
+`initial_std` has its own.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.requires_grad:
             continue  # no memory, or somebody's own frozen weights
-        if name in norm_scales:
+        if name in norm_scales or parameter.ndim == 0:
             nn.init.ones_(parameter)
         elif "bias" in name.rsplit(".", 1)[-1]:
             nn.init.zeros_(parameter)

@@ -8,7 +8,7 @@ from lightning_moevlm.dispatch import Capacity, Dispatcher, SegmentDispatcher, a
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import ExpertStack, MLPExperts
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput, RoutedPlan
-from lightning_moevlm.plans import Modality, RoutingInput
+from lightning_moevlm.plans import Modality, PairPlan, RoutingInput, RoutingPlan
 from lightning_moevlm.precision import PrecisionPolicy, region
 from lightning_moevlm.records import Layout
 from lightning_moevlm.routers import Router, TopKRouter
@@ -55,22 +55,27 @@ class MoEFFN(FeedForward):
         tokens_TD = tokens_BSD.reshape(batch * length, dim)
         modality_T = layout.modality_S.expand(batch, length).reshape(-1)
         with region(self.precision.router, tokens_TD.device.type) as cast:
-            plan = self.router(RoutingInput(cast(tokens_TD), modality_T, layout.valid_BS.reshape(-1)))
+            plan: RoutingPlan = self.router(
+                RoutingInput(
+                    cast(tokens_TD),
+                    modality_T,
+                    layout.valid_BS.reshape(-1),
+                    batch,
+                    None if layout.identity_BS is None else layout.identity_BS.reshape(-1),
+                )
+            )
         factor = self._capacity_factor()
-        if factor is not None and self.capacity is not None:
+        if factor is not None and self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
             plan = apply_capacity(plan, factor, self.capacity.priority)
         out_TD = self.dispatcher(plan, tokens_TD, self.experts)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
-    def forward_flops_per_token(self) -> float:
-        """Router plus the experts that run; nothing is counted as dropped."""
-        experts = self.router.experts_per_token * self.experts.forward_flops_per_row()
-        return self.router.forward_flops_per_token() + experts
-
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Active FLOPs over all tokens."""
-        return self.forward_flops_per_token() * sum(num_tokens.values())
+        """Router plus the experts that run, of one sequence; nothing is counted as dropped."""
+        total = sum(num_tokens.values())
+        experts = self.router.expert_rows(total) * self.experts.forward_flops_per_row()
+        return self.router.forward_flops_per_token() * total + experts
 
     def _capacity_factor(self) -> float | None:
         if self.capacity is None:
@@ -83,3 +88,8 @@ def name_layers(backbone: nn.Module) -> None:
     for path, module in backbone.named_modules():
         if isinstance(module, MoEFFN):
             module.path = path
+
+
+def reads_identity(backbone: nn.Module) -> bool:
+    """Say whether a router of the backbone wants token ids and patch codes."""
+    return any(isinstance(module, MoEFFN) and module.router.reads_identity for module in backbone.modules())

@@ -12,7 +12,7 @@ from lightning_moevlm.losses.importance import Importance
 from lightning_moevlm.losses.load_balance import LoadBalance
 from lightning_moevlm.losses.modality_entropy import GlobalEntropy, LocalEntropy
 from lightning_moevlm.losses.router_z import RouterZ
-from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.plans import RoutingPlan
 from lightning_moevlm.records import Term
 
 
@@ -34,7 +34,7 @@ class AuxiliaryLosses:
     local_entropy: LocalEntropy | None = None
     global_entropy: GlobalEntropy | None = None
 
-    def terms(self, plans: Sequence[PairPlan]) -> dict[str, Term]:
+    def terms(self, plans: Sequence[RoutingPlan]) -> dict[str, Term]:
         """Return each enabled loss, averaged over plans; empty where nothing was routed (a dense model)."""
         if not plans:
             return {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.plans import RoutingPlan
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Importance:
 
     weight: float = 5e-3
 
-    def __call__(self, plan: PairPlan) -> Tensor:
+    def __call__(self, plan: RoutingPlan) -> Tensor:
         """Return the raw loss of one plan, a scalar fp32 tensor."""
         return importance(plan)
 
 
-def importance(plan: PairPlan) -> Tensor:
+def importance(plan: RoutingPlan) -> Tensor:
     """Return the squared coefficient of variation of summed probabilities; 0 where no token is valid."""
     total_E = (plan.probs_TE * plan.valid_T.unsqueeze(-1)).sum(dim=0)
     # the square is taken before any root, so the gradient at perfect balance is 0 and not NaN

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.plans import RoutingPlan
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class LoadBalance:
 
     weight: float = 1e-2
 
-    def __call__(self, plan: PairPlan) -> Tensor:
+    def __call__(self, plan: RoutingPlan) -> Tensor:
         """Return the raw loss of one plan, a scalar fp32 tensor."""
         return load_balance(plan)
 
 
-def load_balance(plan: PairPlan) -> Tensor:
+def load_balance(plan: RoutingPlan) -> Tensor:
     """Return E * sum_e f_e P_e over valid tokens, a scalar fp32 tensor; 0 where no token is valid."""
     probs_TE = plan.probs_TE
-    choices_E = probs_TE.new_zeros(plan.num_experts).index_add(0, plan.expert_N, plan.chosen_N.to(probs_TE.dtype))
+    choices_E = plan.chosen_load(plan.valid_T).to(probs_TE.dtype)
     share_E = choices_E / choices_E.sum().clamp(min=1)
     valid_T1 = plan.valid_T.unsqueeze(-1)
     mean_prob_E = (probs_TE * valid_T1).sum(dim=0) / valid_T1.sum().clamp(min=1)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.plans import Modality, RoutingPlan
 
 Modalities = tuple[Literal["image", "text"], ...]
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ class LocalEntropy:
     weight: float = 1e-2
     modalities: Modalities = ("text",)
 
-    def __call__(self, plan: PairPlan) -> Tensor:
+    def __call__(self, plan: RoutingPlan) -> Tensor:
         """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
         return _mean_over_modalities(plan, self.modalities, local_entropy)
 
@@ -53,7 +53,7 @@ class GlobalEntropy:
     modalities: Modalities = ("image", "text")
     min_experts: float | None = None
 
-    def __call__(self, plan: PairPlan) -> Tensor:
+    def __call__(self, plan: RoutingPlan) -> Tensor:
         """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
         threshold = math.log(self.min_experts or plan.num_experts)
 
@@ -78,7 +78,7 @@ def _entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp(min=1e-20).log()).sum(dim=-1)
 
 
-def _mean_over_modalities(plan: PairPlan, labels: Modalities, measure: Measure) -> Tensor:
+def _mean_over_modalities(plan: RoutingPlan, labels: Modalities, measure: Measure) -> Tensor:
     """Average over the modalities that occur among the plan's valid tokens."""
     values, present = [], []
     for modality in Modality:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.plans import RoutingPlan
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class RouterZ:
 
     weight: float = 1e-3
 
-    def __call__(self, plan: PairPlan) -> Tensor:
+    def __call__(self, plan: RoutingPlan) -> Tensor:
         """Return the raw loss of one plan, a scalar fp32 tensor."""
         return router_z(plan)
 
 
-def router_z(plan: PairPlan) -> Tensor:
+def router_z(plan: RoutingPlan) -> Tensor:
     """Return the mean squared logsumexp over valid tokens, a scalar fp32 tensor; 0 where no token is valid."""
     squared_T = plan.logits_TE.logsumexp(dim=-1).square() * plan.valid_T
     return squared_T.sum() / plan.valid_T.sum().clamp(min=1)

@@ -1,6 +1,6 @@
 """Metrics: pure functions of plans and logits, and torchmetrics classes where state must span batches."""
 
 from lightning_moevlm.metrics.majority import MajorityAccuracy
-from lightning_moevlm.metrics.routing import RoutingMetrics, join_plans, routing_metrics
+from lightning_moevlm.metrics.routing import RoutingMetrics, routing_metrics
 
-__all__ = ["MajorityAccuracy", "RoutingMetrics", "join_plans", "routing_metrics"]
+__all__ = ["MajorityAccuracy", "RoutingMetrics", "routing_metrics"]

@@ -1,4 +1,4 @@
-"""Routing telemetry of one plan and one modality. Formulas:
+"""Routing telemetry of one layer and one modality. Formulas:
 
 load_e          kept pairs of e / kept pairs
 load entropy    H(load) / ln E                               1 = even use, 0 = one expert
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.plans import Modality, RoutingPlan
 
 
 class RoutingMetrics(NamedTuple):
@@ -31,36 +31,36 @@ class RoutingMetrics(NamedTuple):
     logit_max: Tensor
 
 
-def join_plans(plans: Sequence[PairPlan]) -> PairPlan:
-    """Join plans of one layer from several forward passes into one, token numbers shifted."""
-    first_token = 0
-    shifted = []
-    for plan in plans:
-        shifted.append(plan._replace(token_N=plan.token_N + first_token))
-        first_token += plan.num_tokens
-    return PairPlan(*(torch.cat(fields) for fields in zip(*shifted, strict=True)))
-
-
 @torch.no_grad()
-def routing_metrics(plan: PairPlan, modality: Modality) -> RoutingMetrics:
-    """Measure how the valid tokens of one modality were routed."""
-    token_T = plan.valid_T & (plan.modality_T == modality)
-    here_N = token_T[plan.token_N]
-    chosen_E = torch.bincount(plan.expert_N[here_N & plan.chosen_N], minlength=plan.num_experts)
-    kept_E = torch.bincount(plan.expert_N[here_N & plan.kept_N], minlength=plan.num_experts)
-    load_E = kept_E / kept_E.sum().clamp(min=1)
-    log_experts = max(math.log(plan.num_experts), 1e-12)
-    probs_TE = plan.probs_TE[token_T]
-    num_tokens = max(probs_TE.shape[0], 1)
+def routing_metrics(plans: Sequence[RoutingPlan], modality: Modality) -> RoutingMetrics:
+    """Measure how the valid tokens of one modality were routed by one layer, in all its forward passes together."""
+    num_experts = plans[0].num_experts
+    tokens = [plan.valid_T & (plan.modality_T == modality) for plan in plans]
+    chosen_E = _total([plan.chosen_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)])
+    kept_E = _total([plan.kept_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)])
+    num_tokens = _total([token_T.sum() for token_T in tokens]).clamp(min=1)
+    entropies = [(entropy(plan.probs_TE) * token_T).sum() for plan, token_T in zip(plans, tokens, strict=True)]
+    largest = [_largest(plan.logits_TE, token_T) for plan, token_T in zip(plans, tokens, strict=True)]
+    load_E = kept_E / kept_E.sum().clamp(min=1e-20)
+    log_experts = max(math.log(num_experts), 1e-12)
     return RoutingMetrics(
         load_E=load_E,
         load_entropy=entropy(load_E) / log_experts,
-        token_entropy=entropy(probs_TE).sum() / num_tokens / log_experts,
-        max_violation=chosen_E.max() * plan.num_experts / chosen_E.sum().clamp(min=1) - 1,
-        drop_rate=1 - kept_E.sum() / chosen_E.sum().clamp(min=1),
+        token_entropy=_total(entropies) / num_tokens / log_experts,
+        max_violation=chosen_E.max() * num_experts / chosen_E.sum().clamp(min=1e-20) - 1,
+        drop_rate=1 - kept_E.sum() / chosen_E.sum().clamp(min=1e-20),
         dead_experts=(chosen_E == 0).sum(),
-        logit_max=torch.where(token_T.unsqueeze(-1), plan.logits_TE, 0.0).abs().max(),
+        logit_max=torch.stack(largest).max(),
     )
+
+
+def _total(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum(dim=0)
+
+
+def _largest(logits_TE: Tensor, token_T: Tensor) -> Tensor:
+    masked_TE = torch.where(token_T.unsqueeze(-1), logits_TE, 0.0).abs()
+    return masked_TE.max() if masked_TE.numel() else masked_TE.new_zeros(())
 
 
 def entropy(probs: Tensor) -> Tensor:

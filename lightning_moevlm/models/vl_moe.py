@@ -23,10 +23,12 @@ from lightning_moevlm.layers import (
     FeedForward,
     MoEFFN,
     MultiwayFFN,
+    PatchCodes,
     PatchEmbedding,
     TextEmbedding,
     dense_twin,
     name_layers,
+    reads_identity,
 )
 from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.plans import Modality
@@ -54,6 +56,7 @@ class VLMoE(Backbone):
             there, the one for pairs stays dense. BASE with 32 experts then has 1.96 B parameters, as published (about
             2.0 B); without, 1.66 B.
         qk_norm: RMS-normalise queries and keys per head.
+        patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
 
     Raises:
         UserError: dimensions that do not fit each other.
@@ -75,6 +78,7 @@ class VLMoE(Backbone):
         sparse_modalities: tuple[Literal["image", "text"], ...] = ("image", "text"),
         sparse_top: bool = False,
         qk_norm: bool = True,
+        patch_codebook: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= num_vl_blocks <= num_blocks:
@@ -85,11 +89,13 @@ class VLMoE(Backbone):
         self.patches = PatchEmbedding(dim, image_size, patch_size)
         self.text = TextEmbedding(dim, vocab_size, max_text_len)
 
+        length = {Modality.IMAGE: self.spec.num_patches, Modality.TEXT: max_text_len}
+
         def single(modality: Modality, is_sparse: bool) -> FeedForward:
             if not is_sparse:
                 return DenseFFN(dim, hidden_dim)
             experts = moe(dim)
-            return experts if modality.label in sparse_modalities else dense_twin(experts)
+            return experts if modality.label in sparse_modalities else dense_twin(experts, {modality: length[modality]})
 
         def feed_forward(block: int) -> FeedForward:
             is_top = block >= num_blocks - num_vl_blocks
@@ -101,6 +107,7 @@ class VLMoE(Backbone):
             Block(dim, Attention(dim, num_heads, qk_norm), feed_forward(block)) for block in range(num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
+        self.patch_codes = PatchCodes(patch_size, codebook=patch_codebook) if reads_identity(self) else None
         name_layers(self)
 
     @property
@@ -119,20 +126,25 @@ class VLMoE(Backbone):
         pieces: list[Tensor] = []
         valid: list[Tensor] = []
         spans: list[Span] = []
+        identity: list[Tensor] = []
         if images_BRYX is not None:
             patches_BPD = self.patches(images_BRYX, image_mask_BP)
             spans.append(Span(Modality.IMAGE, 0, patches_BPD.shape[1]))
             pieces.append(patches_BPD)
             valid.append(torch.ones(patches_BPD.shape[:2], dtype=torch.bool, device=patches_BPD.device))
+            if self.patch_codes is not None:
+                identity.append(self.spec.vocab_size + self.patch_codes(images_BRYX, image_mask_BP))
         if text_BL is not None:
             assert text_mask_BL is not None, "text comes with its mask"
             start = spans[-1].stop if spans else 0
             spans.append(Span(Modality.TEXT, start, start + text_BL.shape[1]))
             pieces.append(self.text(text_BL))
             valid.append(text_mask_BL)
+            if self.patch_codes is not None:
+                identity.append(text_BL)
         assert spans, "a forward pass needs images, text or both"
         source = "pair" if len(spans) > 1 else spans[0].modality.label
-        layout = Layout(tuple(spans), torch.cat(valid, dim=1))
+        layout = Layout(tuple(spans), torch.cat(valid, dim=1), torch.cat(identity, dim=1) if identity else None)
         tokens_BSD = torch.cat(pieces, dim=1)
         plans: list[NamedPlan] = []
         for index, block in enumerate(self.blocks):

@@ -14,11 +14,12 @@ def plan_of_choices(
     expert_TK: Tensor,
     weight_TK: Tensor,
     chosen_TK: Tensor | None = None,
+    noise_std_TE: Tensor | None = None,
 ) -> PairPlan:
     """Return the plan in which token t goes to expert_TK[t]; pairs are ordered by choice, then token.
 
     Choice-major order serves all first choices before any second one when capacity is short. chosen_TK: bool, False
-    where a choice is not taken up; None takes up all of them.
+    where a choice is not taken up; None takes up all of them. noise_std_TE: of the noise on the logits, if any.
     """
     num_tokens, num_choices = expert_TK.shape
     taken_TK = inputs.valid_T.unsqueeze(-1).expand(num_tokens, num_choices)
@@ -35,6 +36,8 @@ def plan_of_choices(
         probs_TE=probs_TE,
         modality_T=inputs.modality_T,
         valid_T=inputs.valid_T,
+        num_sequences=inputs.num_sequences,
+        noise_std_TE=noise_std_TE,
     )
 
 
@@ -51,6 +54,11 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 def renormalised(weight_TK: Tensor) -> Tensor:
     """Divide each token's weights by their sum."""
     return weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+def even_weights(expert_TK: Tensor) -> Tensor:
+    """Return 1 / K for every choice, fp32: what routers without scores combine with."""
+    return torch.full(expert_TK.shape, 1.0 / max(1, expert_TK.shape[1]), dtype=torch.float32, device=expert_TK.device)
 
 
 def _choice_major(values_TK: Tensor) -> Tensor:

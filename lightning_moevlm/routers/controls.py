@@ -1,7 +1,7 @@
 """Controls: routers that learn nothing, so that an ablation can ask what learning to route is worth.
 
-random: a fixed pseudo-random expert for each position of the batch. balanced: experts in turn, so loads are equal.
-by modality: each modality has experts of its own and takes them in turn. Weights are 1 / k; there are no parameters.
+random: a fixed pseudo-random draw for each position of the batch. balanced: experts in turn, so loads are equal, which
+is the forced balance that throughput benchmarks use. Weights are 1 / k; there are no parameters.
 """
 
 from typing import Literal
@@ -10,30 +10,29 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
+from lightning_moevlm.routers.choices import check_top_k, even_weights, plan_of_choices
+from lightning_moevlm.routers.hashed import scrambled
 from lightning_moevlm.routers.router import Router
-
-_PRIME = 2_654_435_761  # Knuth's multiplicative hash: spreads neighbours over the experts
 
 
 class FixedRouter(Router):
-    """Routes by position or modality alone.
+    """Routes by position alone.
 
     Args:
         dim: model width D, not used.
         num_experts: E.
-        rule: "random", "balanced" or "modality" (even experts for images, odd ones for text; needs an even E).
+        rule: "random" or "balanced".
         top_k: experts per token.
 
     Raises:
-        UserError: top_k outside 1..E (for "modality" of a modality's share of E).
+        UserError: top_k outside 1..E.
     """
 
     def __init__(
-        self, dim: int, num_experts: int, rule: Literal["random", "balanced", "modality"] = "balanced", top_k: int = 1
+        self, dim: int, num_experts: int, rule: Literal["random", "balanced"] = "balanced", top_k: int = 1
     ) -> None:
         super().__init__(dim, num_experts)
-        check_top_k(top_k, num_experts // 2 if rule == "modality" else num_experts)
+        check_top_k(top_k, num_experts)
         self.rule = rule
         self.top_k = top_k
 
@@ -43,23 +42,19 @@ class FixedRouter(Router):
         return float(self.top_k)
 
     def forward_flops_per_token(self) -> int:
-        """0: nothing is computed."""
+        """0: nothing is multiplied."""
         return 0
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
-        """Route T tokens to K neighbouring experts each; logits_TE are 0 and probs_TE even."""
-        first_T = self._first(inputs)
-        step = 2 if self.rule == "modality" else 1
-        choice_K = torch.arange(self.top_k, device=first_T.device) * step
-        expert_TK = (first_T.unsqueeze(-1) + choice_K) % self.num_experts
-        logits_TE = torch.zeros(first_T.shape[0], self.num_experts, device=first_T.device)
-        weight_TK = torch.full(expert_TK.shape, 1.0 / self.top_k, device=first_T.device)
-        return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, weight_TK)
+        """Route T tokens to K experts each; logits_TE are 0 and probs_TE even."""
+        turn_T1 = (inputs.valid_T.cumsum(dim=0) - 1).clamp(min=0).unsqueeze(-1)  # padding takes no turn
+        expert_TK = self._random(turn_T1) if self.rule == "random" else self._balanced(turn_T1)
+        logits_TE = torch.zeros(expert_TK.shape[0], self.num_experts, dtype=torch.float32, device=expert_TK.device)
+        return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, even_weights(expert_TK))
 
-    def _first(self, inputs: RoutingInput) -> Tensor:
-        rank_T = inputs.valid_T.cumsum(dim=0) - 1  # padding takes no turn
-        if self.rule == "random":
-            return (rank_T.clamp(min=0) * _PRIME % 2**32 // 2**16) % self.num_experts
-        if self.rule == "modality":
-            return (rank_T.clamp(min=0) * 2 + inputs.modality_T) % (self.num_experts // 2 * 2)
-        return rank_T.clamp(min=0) % self.num_experts
+    def _balanced(self, turn_T1: Tensor) -> Tensor:
+        return (turn_T1 * self.top_k + torch.arange(self.top_k, device=turn_T1.device)) % self.num_experts
+
+    def _random(self, turn_T1: Tensor) -> Tensor:
+        expert_E = torch.arange(self.num_experts, device=turn_T1.device)
+        return scrambled(turn_T1 * self.num_experts + expert_E, seed=0).topk(self.top_k, dim=-1).indices

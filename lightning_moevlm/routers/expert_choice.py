@@ -74,4 +74,5 @@ class ExpertChoiceRouter(Router):
             probs_TE=probs_TE,
             modality_T=inputs.modality_T,
             valid_T=inputs.valid_T,
+            num_sequences=inputs.num_sequences,
         )

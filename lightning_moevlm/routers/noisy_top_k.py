@@ -8,7 +8,7 @@ sigma = softplus(x W_noise): Shazeer et al. 2017 (arXiv 1701.06538, equations 4 
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
@@ -59,14 +59,13 @@ class NoisyTopKRouter(Router):
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each; logits_TE of the plan are without noise."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
-        noisy_TE = logits_TE
-        if self.training:
-            noise_TE = torch.randn_like(logits_TE)
-            if self.noise_weight_ED is None:
-                noisy_TE = logits_TE + noise_TE * (self.noise_scale / self.num_experts)
-            else:
-                weight_ED = self.noise_weight_ED.to(inputs.tokens_TD.dtype)
-                noisy_TE = logits_TE + noise_TE * F.softplus(F.linear(inputs.tokens_TD, weight_ED).float())
+        std_TE = self._noise_std(inputs.tokens_TD, logits_TE) if self.training else None
+        noisy_TE = logits_TE if std_TE is None else logits_TE + torch.randn_like(logits_TE) * std_TE
         probs_TE = noisy_TE.softmax(dim=-1)
         weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
-        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK)
+        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK, noise_std_TE=std_TE)
+
+    def _noise_std(self, tokens_TD: Tensor, logits_TE: Tensor) -> Tensor:
+        if self.noise_weight_ED is None:
+            return torch.full_like(logits_TE, self.noise_scale / self.num_experts)
+        return F.softplus(F.linear(tokens_TD, self.noise_weight_ED.to(tokens_TD.dtype)).float())

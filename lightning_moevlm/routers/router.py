@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.plans import RoutingInput, RoutingPlan
 from lightning_moevlm.routers.gate import Gate
 
 
@@ -17,9 +17,12 @@ class Router(nn.Module, ABC):
 
     competes: tokens compete for places across positions, so what one token gets depends on others, later ones too. A
     causal model must refuse such a router.
+
+    reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only if asked.
     """
 
     competes = False
+    reads_identity = False
 
     def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:
         super().__init__()
@@ -33,20 +36,24 @@ class Router(nn.Module, ABC):
         return self.gate.initial_std
 
     @abstractmethod
-    def forward(self, inputs: RoutingInput) -> PairPlan:
+    def forward(self, inputs: RoutingInput) -> RoutingPlan:
         """Route T tokens."""
 
     @property
     @abstractmethod
     def experts_per_token(self) -> float:
-        """Experts that run for one token, on average: what active FLOPs are counted with."""
+        """Experts that run for one token, on average: what active parameters are counted with."""
+
+    def expert_rows(self, num_tokens: int) -> float:
+        """Return how many rows all experts run together for a sequence of so many tokens, on average."""
+        return self.experts_per_token * num_tokens
 
     @abstractmethod
     def forward_flops_per_token(self) -> int:
         """Matrix FLOPs of the routing itself for one token."""
 
-    def rebalance(self, load_E: Tensor) -> None:
-        """Adapt routing state once per optimiser step; load_E: int64 counts over ranks and accumulation.
+    def rebalance(self, load_AE: Tensor) -> None:
+        """Adapt routing state once per optimiser step. Most routers have none.
 
-        Most routers have no such state.
+        load_AE: chosen pairs of each modality at each expert, summed over ranks and accumulation; int64.
         """

@@ -5,7 +5,8 @@
 
 Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
-step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0.
+step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0. With a bias
+per modality, each modality's load is evened out on its own, as LIMoE's losses do (arXiv 2206.02770, section 2.2).
 """
 
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices, renormalised
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
@@ -30,13 +31,14 @@ class SigmoidBiasRouter(Router):
         update_rate: u, 0 switches balancing off; 1e-3 in the papers.
         update: by the sign of the imbalance or in proportion to it.
         recentre: keep the mean of the bias at 0.
+        per_modality: one bias for each modality, moved by that modality's load alone.
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
         UserError: top_k outside 1..E.
     """
 
-    bias_E: Tensor
+    bias_AE: Tensor
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class SigmoidBiasRouter(Router):
         update_rate: float = 1e-3,
         update: Literal["sign", "proportional"] = "sign",
         recentre: bool = True,
+        per_modality: bool = False,
         gate: Gate = Gate(),
     ) -> None:
         super().__init__(dim, num_experts, gate)
@@ -56,8 +59,10 @@ class SigmoidBiasRouter(Router):
         self.update_rate = update_rate
         self.update = update
         self.recentre = recentre
+        self.per_modality = per_modality
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
-        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        rows = len(Modality) if per_modality else 1
+        self.register_buffer("bias_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
 
     @property
     def experts_per_token(self) -> float:
@@ -72,18 +77,20 @@ class SigmoidBiasRouter(Router):
         """Route T tokens; probs_TE are the scores divided by their sum, so that losses see a distribution."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         scores_TE = logits_TE.sigmoid()
-        expert_TK = (scores_TE.detach() + self.bias_E.float()).topk(self.top_k, dim=-1).indices
+        bias_TE = self.bias_AE.float()[inputs.modality_T if self.per_modality else 0]
+        expert_TK = (scores_TE.detach() + bias_TE).topk(self.top_k, dim=-1).indices
         weight_TK = scores_TE.gather(-1, expert_TK)
         if self.renormalise:
             weight_TK = renormalised(weight_TK)
         return plan_of_choices(inputs, logits_TE, renormalised(scores_TE), expert_TK, weight_TK)
 
     @torch.no_grad()
-    def rebalance(self, load_E: Tensor) -> None:
+    def rebalance(self, load_AE: Tensor) -> None:
         """Raise the bias of experts below the mean load and lower that of the others; no load, no change."""
-        mean = load_E.float().mean()
-        shortfall_E = mean - load_E.float()
-        direction_E = shortfall_E.sign() if self.update == "sign" else shortfall_E / mean.clamp(min=1)
-        self.bias_E += self.update_rate * direction_E
+        load_AE = (load_AE if self.per_modality else load_AE.sum(dim=0, keepdim=True)).float()
+        mean_A1 = load_AE.mean(dim=1, keepdim=True)
+        shortfall_AE = mean_A1 - load_AE
+        direction_AE = shortfall_AE.sign() if self.update == "sign" else shortfall_AE / mean_A1.clamp(min=1)
+        self.bias_AE += self.update_rate * direction_AE
         if self.recentre:
-            self.bias_E -= self.bias_E.mean()
+            self.bias_AE -= self.bias_AE.mean(dim=1, keepdim=True)

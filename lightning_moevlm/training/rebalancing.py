@@ -11,30 +11,31 @@ from torch import Tensor
 
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.models import Backbone
+from lightning_moevlm.plans import Modality
 from lightning_moevlm.records import NamedPlan
 from lightning_moevlm.routers import Router
 
 
 class LoadCounter:
-    """Chosen pairs per expert, by layer, since the last `rebalance`."""
+    """Chosen pairs per modality and expert, by layer, since the last `rebalance`."""
 
     def __init__(self) -> None:
-        self._load_E: dict[str, Tensor] = {}
+        self._load_AE: dict[str, Tensor] = {}
 
     def add(self, plans: Iterable[NamedPlan]) -> None:
         """Count the plans of one micro-batch."""
         for named in plans:
-            chosen_N = named.plan.expert_N[named.plan.chosen_N]
-            load_E = torch.bincount(chosen_N, minlength=named.plan.num_experts)
-            self._load_E[named.layer] = self._load_E.get(named.layer, 0) + load_E
+            plan = named.plan
+            load_AE = torch.stack([plan.chosen_load(plan.valid_T & (plan.modality_T == each)) for each in Modality])
+            self._load_AE[named.layer] = self._load_AE.get(named.layer, 0) + load_AE
 
     def rebalance(self, backbone: Backbone, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Tell every self-balancing router its counts, and start anew."""
-        for path, load_E in self._load_E.items():
+        for path, load_AE in self._load_AE.items():
             layer = backbone.get_submodule(path)
             assert isinstance(layer, MoEFFN)
-            layer.router.rebalance(sum_over_ranks(load_E))
-        self._load_E.clear()
+            layer.router.rebalance(sum_over_ranks(load_AE))
+        self._load_AE.clear()
 
 
 def balances_itself(backbone: Backbone) -> Sequence[Router]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_moevlm.metrics import MajorityAccuracy, join_plans, routing_metrics
+from lightning_moevlm.metrics import MajorityAccuracy, routing_metrics
 from lightning_moevlm.plans import Modality
 from tests.routing import top_1_plan
 
@@ -14,7 +14,7 @@ def test_by_hand() -> None:
     # four tokens choose experts 0, 0, 0, 1 of four; the third was dropped
     logits_TE = torch.tensor([[5.0, 0, 0, 0], [5.0, 0, 0, 0], [5.0, 0, 0, 0], [0, 5.0, 0, 0]])
     plan = top_1_plan(logits_TE)._replace(kept_N=torch.tensor([True, True, False, True]))
-    metrics = routing_metrics(plan, Modality.IMAGE)
+    metrics = routing_metrics([plan], Modality.IMAGE)
     torch.testing.assert_close(metrics.load_E, torch.tensor([2 / 3, 1 / 3, 0.0, 0.0]))
     # H(2/3, 1/3) / ln 4
     expected = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(4)
@@ -26,30 +26,30 @@ def test_by_hand() -> None:
 
 
 def test_token_entropy_is_one_when_undecided() -> None:
-    assert float(routing_metrics(top_1_plan(torch.zeros(3, 4)), Modality.IMAGE).token_entropy) == pytest.approx(1.0)
+    assert float(routing_metrics([top_1_plan(torch.zeros(3, 4))], Modality.IMAGE).token_entropy) == pytest.approx(1.0)
 
 
 def test_modalities_and_padding_are_kept_apart() -> None:
     logits_TE = torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 99.0]])
     plan = top_1_plan(logits_TE, valid_T=torch.tensor([True, True, False]))
     plan = plan._replace(modality_T=torch.tensor([int(Modality.IMAGE), int(Modality.TEXT), int(Modality.TEXT)]))
-    assert routing_metrics(plan, Modality.IMAGE).load_E.tolist() == [1.0, 0.0]
-    text = routing_metrics(plan, Modality.TEXT)
+    assert routing_metrics([plan], Modality.IMAGE).load_E.tolist() == [1.0, 0.0]
+    text = routing_metrics([plan], Modality.TEXT)
     assert text.load_E.tolist() == [0.0, 1.0]
     assert float(text.logit_max) == 9.0
 
 
 def test_no_token_of_a_modality_gives_numbers_not_nan() -> None:
-    metrics = routing_metrics(top_1_plan(torch.zeros(2, 3)), Modality.TEXT)
+    metrics = routing_metrics([top_1_plan(torch.zeros(2, 3))], Modality.TEXT)
     assert all(bool(value.isfinite().all()) for value in metrics)
 
 
-def test_joined_plans_count_both() -> None:
+def test_passes_of_one_layer_count_together() -> None:
     first = top_1_plan(torch.tensor([[9.0, 0.0]]))
     second = top_1_plan(torch.tensor([[0.0, 9.0], [0.0, 9.0]]))
-    joined = join_plans([first, second])
-    assert joined.token_N.tolist() == [0, 1, 2]
-    torch.testing.assert_close(routing_metrics(joined, Modality.IMAGE).load_E, torch.tensor([1 / 3, 2 / 3]))
+    metrics = routing_metrics([first, second], Modality.IMAGE)
+    torch.testing.assert_close(metrics.load_E, torch.tensor([1 / 3, 2 / 3]))
+    assert float(metrics.max_violation) == pytest.approx(2 / 1.5 - 1)  # chosen (1, 2): max 2, mean 1.5
 
 
 def test_majority_accuracy_over_batches() -> None:

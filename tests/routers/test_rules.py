@@ -13,11 +13,14 @@ from lightning_moevlm.routers import (
     Gate,
     GroupLimitedRouter,
     GShardRouter,
+    HashRouter,
+    ModalityRouter,
     NoisyTopKRouter,
     ReLURouter,
     Router,
     SigmoidBiasRouter,
     SinkhornRouter,
+    SoftRouter,
     TopKRouter,
     TopPRouter,
 )
@@ -94,7 +97,7 @@ def test_bias_steers_the_choice_and_not_the_weight() -> None:
     router = identity(SigmoidBiasRouter(3, 3, top_k=1))
     tokens_TD = torch.tensor([[0.0, 1.0, -1.0]])
     before = route(router, tokens_TD)
-    router.bias_E.copy_(torch.tensor([0.9, 0.0, 0.0]))
+    router.bias_AE.copy_(torch.tensor([[0.9, 0.0, 0.0]]))
     after = route(router, tokens_TD)
     assert before.expert_N.tolist() == [1] and after.expert_N.tolist() == [0]
     torch.testing.assert_close(after.weight_N, torch.tensor([0.5]))  # sigmoid(0), without the bias
@@ -102,24 +105,24 @@ def test_bias_steers_the_choice_and_not_the_weight() -> None:
 
 def test_bias_update_by_hand() -> None:
     # loads 6, 2, 1: mean 3. sign: -u, +u, +u; proportional: -3/3 u, 1/3 u, 2/3 u
-    load_E = torch.tensor([6, 2, 1])
+    load_AE = torch.tensor([[4, 2, 0], [2, 0, 1]])
     sign = SigmoidBiasRouter(4, 3, update_rate=0.1, recentre=False)
-    sign.rebalance(load_E)
-    torch.testing.assert_close(sign.bias_E, torch.tensor([-0.1, 0.1, 0.1]))
+    sign.rebalance(load_AE)
+    torch.testing.assert_close(sign.bias_AE, torch.tensor([[-0.1, 0.1, 0.1]]))
     proportional = SigmoidBiasRouter(4, 3, update_rate=0.3, update="proportional", recentre=False)
-    proportional.rebalance(load_E)
-    torch.testing.assert_close(proportional.bias_E, torch.tensor([-0.3, 0.1, 0.2]))
+    proportional.rebalance(load_AE)
+    torch.testing.assert_close(proportional.bias_AE, torch.tensor([[-0.3, 0.1, 0.2]]))
     # torchtitan issue 1506: the mean of the bias drifted
     centred = SigmoidBiasRouter(4, 3, update_rate=0.1)
     for _ in range(100):
-        centred.rebalance(load_E)
-    assert float(centred.bias_E.mean()) == pytest.approx(0.0, abs=1e-5)
+        centred.rebalance(load_AE)
+    assert float(centred.bias_AE.mean()) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_bias_is_state_and_takes_no_gradient() -> None:
     # KempnerForge: a trainable bias inside the sigmoid
     router = SigmoidBiasRouter(4, 3)
-    assert "bias_E" in router.state_dict() and "bias_E" not in dict(router.named_parameters())
+    assert "bias_AE" in router.state_dict() and "bias_AE" not in dict(router.named_parameters())
 
 
 def test_rebalancing_evens_out_a_lopsided_router() -> None:
@@ -131,7 +134,7 @@ def test_rebalancing_evens_out_a_lopsided_router() -> None:
     for _ in range(300):
         load_E = torch.bincount(router(inputs).expert_N, minlength=8)
         violation.append(float(load_E.max() / load_E.float().mean() - 1))
-        router.rebalance(load_E)
+        router.rebalance(load_E.unsqueeze(0))
     assert violation[0] > 1.0 and violation[-1] < 0.2
 
 
@@ -203,14 +206,47 @@ def test_controls() -> None:
     inputs = routing_input(64, 16)
     balanced = FixedRouter(16, 8, "balanced")(inputs)
     assert torch.bincount(balanced.expert_N, minlength=8).tolist() == [8] * 8
-    by_modality = FixedRouter(16, 8, "modality")(inputs)
+    by_modality = ModalityRouter(16, 8)(inputs)
     assert torch.equal(by_modality.expert_N % 2, inputs.modality_T)
     assert int(Modality.IMAGE) == 0
+    assert torch.bincount(by_modality.expert_N, minlength=8).tolist() == [8] * 8  # each modality takes turns of its own
+    one_each = ModalityRouter(16, 2)(inputs)
+    assert torch.equal(one_each.expert_N, inputs.modality_T)
     random = FixedRouter(16, 8, "random")(inputs)
     assert len(set(random.expert_N.tolist())) == 8 and not torch.equal(random.expert_N, balanced.expert_N)
 
 
+def test_hash_follows_the_identity_alone() -> None:
+    inputs = routing_input(1000, 16)._replace(identity_T=torch.arange(1000) % 100)
+    plan = HashRouter(16, 8, top_k=2)(inputs)
+    first_T, second_T = plan.expert_N[:1000], plan.expert_N[1000:]
+    assert not bool((first_T == second_T).any())
+    assert torch.equal(first_T[:100], first_T[100:200])  # the same identities again
+    other = HashRouter(16, 8, top_k=2, seed=1)(inputs)
+    assert not torch.equal(other.expert_N, plan.expert_N)
+    # 10,000 identities over 8 experts: 1,250 each, give or take 4 standard deviations of sqrt(10,000 / 8 * 7 / 8) = 33
+    many = routing_input(10_000, 4)._replace(identity_T=torch.arange(10_000))
+    load_E = torch.bincount(HashRouter(4, 8)(many).expert_N, minlength=8)
+    assert int(load_E.min()) > 1250 - 132 and int(load_E.max()) < 1250 + 132
+
+
+def test_hash_without_identities_is_refused() -> None:
+    with pytest.raises(UserError, match="needs to know what each token is"):
+        HashRouter(16, 8)(routing_input(4, 16)._replace(identity_T=None))
+
+
+def test_bias_per_modality_moves_by_its_own_load() -> None:
+    router = SigmoidBiasRouter(4, 2, top_k=1, update_rate=0.5, recentre=False, per_modality=True)
+    router.rebalance(torch.tensor([[4, 2], [0, 6]]))  # means 3 and 3
+    torch.testing.assert_close(router.bias_AE, torch.tensor([[-0.5, 0.5], [0.5, -0.5]]))
+    with torch.no_grad():
+        router.weight_ED.zero_()  # all scores equal
+    plan = router.eval()(routing_input(8, 4))
+    assert torch.equal(plan.expert_N, torch.tensor([1, 0] * 4))  # images prefer 1, texts 0
+
+
 def test_competing_routers_say_so() -> None:
+    assert SoftRouter(4, 2).competes
     assert SinkhornRouter(4, 2).competes and ExpertChoiceRouter(4, 2).competes
     assert not TopKRouter(4, 2).competes and not SigmoidBiasRouter(4, 2).competes
 
@@ -225,7 +261,9 @@ REFUSED = {
     "top_groups is 3 with num_groups 2": lambda: GroupLimitedRouter(16, 8, num_groups=2, top_groups=3),
     "threshold is 1.5": lambda: TopPRouter(16, 8, threshold=1.5),
     "capacity_factor is 9": lambda: ExpertChoiceRouter(16, 8, capacity_factor=9),
-    "top_k is 5 with num_experts 4": lambda: FixedRouter(16, 8, "modality", top_k=5),
+    "top_k is 5 with num_experts 4": lambda: ModalityRouter(16, 8, top_k=5),
+    "num_experts is 1: ModalityRouter needs one": lambda: ModalityRouter(16, 1),
+    "slots_per_expert is 0": lambda: SoftRouter(16, 4, slots_per_expert=0),
     "gate.jitter is 1.0": lambda: Gate(jitter=1.0),
     "gate.dropout is -0.1": lambda: Gate(dropout=-0.1),
     "gate.temperature is 0": lambda: Gate(temperature=0),

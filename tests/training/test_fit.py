@@ -185,7 +185,7 @@ def test_loss_free_bias_moves_by_its_rate_once_per_step(moevlm: Moevlm, workplac
     )
     moevlm("fit", *SMALL, *budget(3, val_every=6), *options, "--trainer.accumulate_grad_batches=2")
     state = torch.load(last_checkpoint(workplace), weights_only=True)["state_dict"]
-    bias_E = state["backbone.blocks.1.ffn.image.router.bias_E"]
+    bias_E = state["backbone.blocks.1.ffn.image.router.bias_AE"]
     assert bool((bias_E != 0).any())
     steps_E = bias_E / 1e-3
     torch.testing.assert_close(steps_E, steps_E.round())  # three moves of -1, 0 or 1
