@@ -1,5 +1,6 @@
 """Every shipped configuration parses, has the costs it claims, and trains a step."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import lightning_moevlm.routers as routers_module
 from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+from lightning_moevlm.routers import Router
 from tests.conftest import PROJECT
 
-CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("**/*.yaml"))
+CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
+ROUTERS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/routers").glob("*.yaml"))
 BACKBONE = "--model.backbone.init_args"
 
 
@@ -28,6 +32,28 @@ def test_fast_dev_run(config: str, moevlm: Callable[..., str], scenes_root: Path
         f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2", f"{BACKBONE}.hidden_dim=32", f"{BACKBONE}.patch_size=8",
         f"{BACKBONE}.moe.init_args.experts.init_args.hidden_dim=32",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", ROUTERS)
+def test_every_router_trains_a_step(config: str, moevlm: Callable[..., str], scenes_root: Path) -> None:
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    assert f"moevlm fit -c conf/quickstart.yaml -c {config}" in text
+    moevlm(
+        "fit", "-c", "conf/quickstart.yaml", "-c", config, "--trainer.fast_dev_run=true", f"--data.root={scenes_root}",
+        "--data.batch_size=4", f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2", f"{BACKBONE}.hidden_dim=32",
+    )  # fmt: skip
+
+
+def test_every_router_has_a_configuration_and_an_arm() -> None:
+    routers = {part.__name__ for part in vars(routers_module).values() if is_router(part)}
+    for place in (ROUTERS, ["ablations/routers.yaml"]):
+        text = "".join((PROJECT / path).read_text(encoding="utf-8") for path in place)
+        named = set(re.findall(r"lightning_moevlm\.routers\.(\w+)", text))
+        assert named | {"TopKRouter"} == routers  # top-k is the baseline, named in conf/quickstart.yaml
+
+
+def is_router(part: object) -> bool:
+    return isinstance(part, type) and issubclass(part, Router) and part is not Router
 
 
 @pytest.mark.parametrize("config", CONFIGS)

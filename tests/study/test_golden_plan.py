@@ -1,4 +1,4 @@
-"""The golden plan of the shipped study: any change of an arm, a base, a default or the digest shows here first.
+"""The golden plans of the shipped studies: any change of an arm, a base, a default or the digest shows here first.
 
 After a change that is meant: MOEVLM_WRITE_GOLDEN=1 pytest tests/study/test_golden_plan.py, and read the difference.
 """
@@ -7,17 +7,25 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
-from lightning_moevlm.study.plan import plan_study
+from lightning_moevlm.study.plan import Plan, plan_study
 from lightning_moevlm.study.spec import read_study
 
 REPOSITORY = Path(__file__).parents[2]
-GOLDEN = REPOSITORY / "tests" / "golden" / "quickstart_plan.json"
+STUDIES = sorted(path.stem for path in (REPOSITORY / "ablations").glob("*.yaml"))
 
 
-def test_plan_of_the_quickstart_study(monkeypatch):
+@pytest.fixture(scope="module")
+def resolver() -> ConfigResolver:
+    return ConfigResolver()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_plan_is_the_golden_one(study: str, resolver: ConfigResolver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    plan = plan_study(read_study(Path("ablations/quickstart.yaml")), ConfigResolver(), describe_model)
+    plan = plan_study(read_study(Path(f"ablations/{study}.yaml")), resolver, describe_model)
     told = {
         "arms": {name: card._asdict() for name, card in plan.cards.items()},
         "runs": [
@@ -25,22 +33,27 @@ def test_plan_of_the_quickstart_study(monkeypatch):
         ],
     }
     text = json.dumps(told, indent=1) + "\n"
+    golden = REPOSITORY / "tests" / "golden" / f"{study}_plan.json"
     if os.environ.get("MOEVLM_WRITE_GOLDEN"):
-        GOLDEN.write_text(text)
-    assert json.loads(text) == json.loads(GOLDEN.read_text())
+        golden.write_text(text)
+    assert json.loads(text) == json.loads(golden.read_text())
+    check_pairing(plan)
+    if study == "quickstart":
+        check_quickstart(plan)
 
-    # What the study claims, whatever the numbers are.
-    cards = plan.cards
-    assert cards["dense_twin"].active_flops_per_sample == approximately(cards["baseline"].active_flops_per_sample)
-    assert cards["dense_twin"].total_parameters < cards["baseline"].total_parameters
-    assert cards["no_router_z"] == cards["no_load_balance"] == cards["baseline"]
-    for run in plan.runs:  # the data order and the initial weights of a seed are those of every arm
+
+def check_pairing(plan: Plan) -> None:
+    """The data order and the initial weights of a seed are those of every arm."""
+    for run in plan.runs:
         assert (
             run.resolved["seed_everything"] == run.resolved["data"]["seed"] == run.resolved["model"]["seed"] == run.seed
         )
 
 
-def approximately(value: float):
-    import pytest
-
-    return pytest.approx(value, rel=0.01)
+def check_quickstart(plan: Plan) -> None:
+    """What the study claims, whatever the numbers are."""
+    cards = plan.cards
+    flops = cards["baseline"].active_flops_per_sample
+    assert cards["dense_twin"].active_flops_per_sample == pytest.approx(flops, rel=0.01)
+    assert cards["dense_twin"].total_parameters < cards["baseline"].total_parameters
+    assert cards["no_router_z"] == cards["no_load_balance"] == cards["baseline"]
