@@ -24,7 +24,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, set_dumper, set_parsing_settings
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,6 +32,7 @@ import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import Backbone, ModelCard, model_card
+from lightning_moevlm.parse_errors import told_from_the_mistake
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule
@@ -89,6 +90,14 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the Trainer our logger and callbacks unless a configuration names others."""
         parser.set_defaults(_DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; for an unknown option, name the nearest."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            options = self._parser(self._asked)._option_string_actions
+            raise UserError(told_from_the_mistake(str(error), options)) from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
@@ -271,7 +280,7 @@ def _teaching_errors() -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise UserError(_one_line(str(error))) from error
+        raise UserError(told_from_the_mistake(str(error))) from error
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
     except yaml.YAMLError as error:

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentError, auto_cli
 
 from lightning_moevlm.commands import data, parts, sweep
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.parse_errors import told_from_the_mistake
 
 COMMANDS: dict[str, Any] = {
     "data": data.COMMANDS,
@@ -28,7 +29,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False)
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(told_from_the_mistake(str(error))) from error
     return result if isinstance(result, int) else 0
 
 
