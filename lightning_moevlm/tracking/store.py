@@ -121,9 +121,9 @@ def reason_of(error: BaseException) -> str:
 def _create(path: Path) -> None:
     from filelock import FileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with lock:
             if _revision(path) is None:
                 unfinished = path.with_name(f"{path.name}.new")
@@ -133,6 +133,11 @@ def _create(path: Path) -> None:
     except Timeout as error:
         raise UserError(
             f"another process has been creating {path} for {_LOCK_SECONDS:.0f} s: end it, then run again"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"tracking database {path} cannot be created ({error.strerror or error}): "
+            "name a file in a folder that can be written, in tracking_uri or MLFLOW_TRACKING_URI"
         ) from error
 
 

@@ -188,3 +188,9 @@ def test_reading_needs_neither_lightning_nor_torch() -> None:
     code = "import sys, lightning_moevlm.tracking; print({'lightning', 'torch', 'mlflow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("a file where a folder is needed")
+    with pytest.raises(UserError, match=r"notes.txt/runs/mlflow.db cannot be created \(Not a directory\)"):
+        prepare_store(f"sqlite:///{tmp_path}/notes.txt/runs/mlflow.db")
