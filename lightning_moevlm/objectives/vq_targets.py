@@ -49,10 +49,13 @@ class VQCheckpointTargets(Codes):
     def forward(self, images_BRYX: Tensor) -> Tensor:
         """Return (B, P) int64 codes."""
         codes_BP: Tensor = self.encoder(images_BRYX.float() / 255.0)
-        if codes_BP.dtype == torch.int64 and codes_BP.numel() and int(codes_BP.max()) >= self.num_classes:
-            raise UserError(
-                f"{self.path} returned code {int(codes_BP.max())} with num_codes {self.num_classes}: raise num_codes"
-            )
+        if codes_BP.dtype == torch.int64 and codes_BP.numel():
+            least, most = (int(code) for code in codes_BP.aminmax())
+            if least < 0 or most >= self.num_classes:
+                raise UserError(
+                    f"{self.path} returned codes {least} to {most} with num_codes {self.num_classes}: allowed are 0 to "
+                    f"{self.num_classes - 1}; raise num_codes, or export an encoder that numbers its codes from 0"
+                )
         return codes_BP
 
 

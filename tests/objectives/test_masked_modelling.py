@@ -203,5 +203,5 @@ def test_unusable_checkpoints_are_explained(tmp_path: Path, name: str, content: 
 
 def test_a_checkpoint_with_more_codes_than_said_is_explained(vq_checkpoint: Path) -> None:
     targets = VQCheckpointTargets(small_vl_moe().spec, str(vq_checkpoint), num_codes=3)
-    with pytest.raises(UserError, match="returned code 9 with num_codes 3"):
+    with pytest.raises(UserError, match="codes 9 to 9 with num_codes 3: allowed are 0 to 2"):
         targets(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
