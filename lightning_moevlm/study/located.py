@@ -119,6 +119,8 @@ class Located:
     def text(self) -> str:
         """Return a non-empty text, line breaks folded to spaces."""
         value = self.plain()
+        if isinstance(value, bool | int | float):
+            raise self.error(f"expected a text, got {self._shown()}, which YAML reads as {value!r}; put it in quotes")
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"expected a text, got {self._shown()}")
         return " ".join(value.split())

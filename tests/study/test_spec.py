@@ -129,6 +129,7 @@ def test_shipped_study_is_valid():
         ("  no_z:\n", "  no z:\n", 8, ["an arm's name is letters, digits and _"]),
         ("  hot:", "  no_z:", 13, ["the key 'no_z' occurs twice (first in line 8)"]),
         ("question: Does it help?", "question: [no]", 1, ["question: expected a text"]),
+        ("question: Does it help?", "question: no", 1, ["got 'no', which YAML reads as False; put it in quotes"]),
         (
             "question: Does it help?",
             "baseline: nozz\nquestion: x",
