@@ -6,6 +6,7 @@ graph of tensor operations and weights. torch would unpickle whatever else lies 
 """
 
 import io
+import logging
 import pickle  # for the name of its error alone
 import zipfile
 from pathlib import Path
@@ -64,10 +65,15 @@ def _load(path: Path) -> torch.nn.Module:
     if not path.is_file():
         raise UserError(f"no VQ checkpoint at {path}: {advice}")
     _refuse_pickles(path)
+    chatter = logging.getLogger("torch.export")  # it logs the traceback of what it raises as well
+    before, chatter.disabled = chatter.disabled, True
     try:
         program = torch.export.load(str(path))
     except Exception as error:
-        raise UserError(f"{path} is no exported program ({type(error).__name__}: {error}): {advice}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no exported program ({type(error).__name__}: {reason}): {advice}") from error
+    finally:
+        chatter.disabled = before
     return program.module().requires_grad_(False)
 
 
