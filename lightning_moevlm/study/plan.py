@@ -164,7 +164,7 @@ def _in_arm(study: Study, arm: Arm, work: Callable[[], Result]) -> Result:
     try:
         return work()
     except UserError as error:
-        raise UserError(f"{study.file}: arm {arm.name!r}: {error}") from error
+        raise UserError(f"{study.file}:{arm.line}: arm {arm.name!r}: {error}") from error
 
 
 def _refuse_twins(study: Study, runs: tuple[PlannedRun, ...]) -> None:

@@ -45,11 +45,15 @@ _SEEDS_END = 2**32  # what NumPy and Lightning take
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. changes: nested config that is merged over the base; empty for the baseline."""
+    """One way to train. changes: nested config that is merged over the base; empty for the baseline.
+
+    line: where the study file declares it, from 1; for messages, no part of what the arm is.
+    """
 
     name: str
     description: str
     changes: dict[str, Any] = field(default_factory=dict)
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _arm(name: str, node: Located) -> Arm:
     if len(name) > _LONGEST_NAME:
         raise node.error(f"an arm's name has at most {_LONGEST_NAME} characters, this one has {len(name)}; shorten it")
     if node.is_null:
-        return Arm(name, "")
+        return Arm(name, "", line=node.line)
     description = ""
     changes: dict[str, Any] = {}
     for key, child in node.items():
@@ -162,7 +166,7 @@ def _arm(name: str, node: Located) -> Arm:
         for dotted, value in _leaves(key, child):
             _refuse_owned(dotted, value)
             _put(changes, dotted, value)
-    return Arm(name, description, changes)
+    return Arm(name, description, changes, node.line)
 
 
 def _leaves(dotted: str, node: Located) -> list[tuple[str, Located]]:

@@ -148,7 +148,8 @@ def test_refusal_of_the_parser_names_the_arm_and_nothing_is_written(tmp_path):
 
     file = write_project(tmp_path, "sqlite:///x.db", {"arms": {"baseline": None, "odd": {"model.bogus": 1}}})
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"tiny\.yaml: arm 'odd': unknown option model\.bogus"):
+    line = 1 + file.read_text().splitlines().index("  odd:")
+    with pytest.raises(UserError, match=rf"tiny\.yaml:{line}: arm 'odd': unknown option model\.bogus"):
         plan_study(read_study(file), strict, describe, tmp_path / "sweeps")
     assert sorted(tmp_path.rglob("*")) == before
 
