@@ -1,5 +1,6 @@
 """A mistake is one line on standard error and exit code 2; nothing is half-written."""
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,21 @@ def test_no_traceback_from_the_real_process(workplace: Path) -> None:
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "data.batch_size is 0" in done.stderr
+
+
+def test_advertising_is_dropped_and_warnings_stay() -> None:
+    from lightning_moevlm.lightning_cli import _calm_terminal
+
+    _calm_terminal()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def is_shown(text: str) -> bool:
+        return bool(logger.filter(logging.LogRecord(logger.name, logging.INFO, "", 0, text, None, None)))
+
+    assert not is_shown("💡 Tip: For seamless cloud logging and experiment tracking, try installing litlogger")
+    assert not is_shown("TPU available: False, using: 0 TPU cores")
+    assert is_shown("`Trainer.fit` stopped: `max_steps=80` reached.")
+    assert is_shown("Checkpoint directory is not writable")
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
