@@ -26,8 +26,8 @@ def test_an_outlier_of_the_window_by_hand() -> None:
     rule = SkipSpikes(sigma=2.0, window=4)
     calm = [3.0, 1.0, 2.0, 2.0]
     for loss, spike in ((3.6, False), (3.7, True)):
-        assert run(rule, [*calm, loss], [1.0, 1.1, 1.2, 1.1, 1.1])[0] == [False] * 4 + [spike]
-        assert run(rule, [1.0, 1.1, 1.2, 1.1, 1.1], [*calm, loss])[0] == [False] * 4 + [spike]
+        assert run(rule, [*calm, loss], [1.2, 1.0, 1.1, 1.1, 1.1])[0] == [False] * 4 + [spike]
+        assert run(rule, [1.2, 1.0, 1.1, 1.1, 1.1], [*calm, loss])[0] == [False] * 4 + [spike]
 
 
 def test_nothing_is_a_spike_before_half_the_window_is_seen() -> None:
