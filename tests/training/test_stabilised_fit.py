@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
+from lightning_moevlm.callbacks import DivergenceGuard
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.optim import AdaGC, GradientStabilisers, GroupOptions, SkipSpikes, StableAdamW, ZClip
 from lightning_moevlm.records import Batch, LossReport, ObjectiveOutput, Term
@@ -115,7 +116,8 @@ class Spoilt(VisionLanguageModule):
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[arg-type]
-        self.seen = [*getattr(self, "seen", []), (float(self.gradient_events.norm), self._flat())]
+        if self.gradient_events is not None:
+            self.seen = [*getattr(self, "seen", []), (float(self.gradient_events.norm), self._flat())]
 
     def _flat(self) -> torch.Tensor:
         return torch.cat([p.detach().flatten().clone() for p in self.parameters()])
@@ -144,6 +146,16 @@ def test_a_spoilt_step_is_left_out_and_training_goes_on(bad: float) -> None:
     moved = [not torch.equal(a, b) for (_, a), (_, b) in pairwise(module.seen)]
     assert moved == [True] * 5 + [False, True]  # the seventh step, from the sixth on
     assert int(module.gradient_events.num_skipped) == 1
+
+
+def test_a_run_that_leaves_spoilt_steps_out_has_not_diverged_until_every_one_is() -> None:
+    nan_from_5 = dict.fromkeys(range(5, 40), math.nan)  # that is the sixth step
+    options = GradientStabilisers(skip_spikes=SkipSpikes(window=8))
+    for at, steps in (({6: math.nan}, 20), (nan_from_5, 10)):  # the fifth NaN in a row is that of the tenth step
+        module = fit(spoilt(at, gradient=options), 20, callbacks=[DivergenceGuard(every_n_steps=5)])
+        assert module.trainer.global_step == steps
+    module = fit(spoilt({6: math.nan}), 20, callbacks=[DivergenceGuard(every_n_steps=5)])
+    assert module.trainer.global_step == 10
 
 
 def test_stabilisers_see_the_whole_step_under_accumulation() -> None:
