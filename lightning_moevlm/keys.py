@@ -53,6 +53,9 @@ DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts withou
 LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")
 
 GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
+CLIP_COEFFICIENT = MetricKey("optim/clip_coefficient", "gradient norm after / before clipping", "fraction", "neither")
+UPDATE_NORM = MetricKey("optim/update_norm", "norm of the parameters' update", "", "neither")
+SKIPPED_STEPS = MetricKey("optim/skipped_steps", "steps left out so far", "optimiser steps", "lower")
 LEARNING_RATE = MetricKey("optim/learning_rate", "learning rate", "", "neither")
 FIRST_NONFINITE_STEP = MetricKey(
     "stability/first_nonfinite_step", "first step with a non-finite loss", "optimiser steps", "neither"

@@ -11,7 +11,9 @@ A tensor's name ends in its axes, one capital letter each, slowest first: `token
 | D      | model width                                                            |
 | E      | experts                                                                |
 | F      | hidden width of a feed-forward                                         |
+| G      | gradients whose norm is taken: tensors, and each matrix of a stack     |
 | H      | attention heads                                                        |
+| J      | the last optimiser steps, a window of them                             |
 | K      | experts chosen per token                                               |
 | L      | text positions                                                         |
 | M      | masked positions                                                       |

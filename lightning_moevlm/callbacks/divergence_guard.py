@@ -6,13 +6,15 @@ from torch import Tensor
 
 from lightning_moevlm import keys
 from lightning_moevlm.records import Batch
-from lightning_moevlm.training import StepOutput
+from lightning_moevlm.training import StepOutput, VisionLanguageModule
 
 
 class DivergenceGuard(Callback):
     """Ends training cleanly after a non-finite loss on any rank, and logs the first such step.
 
-    Every loss is looked at on its device; only every n steps the host waits for the answer.
+    Every loss is looked at on its device; only every n steps the host waits for the answer. Where such steps are left out
+    (`model.gradient.skip_spikes`), weights are still sound after one: the run has diverged when n batches in a row are
+    no numbers.
 
     Args:
         every_n_steps: optimiser steps between waits, 1 or more.
@@ -21,18 +23,24 @@ class DivergenceGuard(Callback):
     def __init__(self, every_n_steps: int = 10) -> None:
         self.every_n_steps = max(1, every_n_steps)
         self._first_bad: Tensor | None = None  # int64, on the device; a huge number while all is well
+        self._bad_in_a_row: Tensor | None = None  # int64, on the device: batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with a clean record."""
         self._first_bad = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=pl_module.device)
+        self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
         """Look at the loss; now and then, and at the last step, ask all ranks."""
-        assert self._first_bad is not None
+        assert self._first_bad is not None and self._bad_in_a_row is not None
+        assert isinstance(pl_module, VisionLanguageModule)
         step = trainer.global_step
-        self._first_bad = torch.where(outputs["loss"].isfinite(), self._first_bad, self._first_bad.clamp(max=step))
+        patience = 1 if pl_module.gradient.skip_spikes is None else self.every_n_steps
+        self._bad_in_a_row = torch.where(outputs["loss"].isfinite(), 0, self._bad_in_a_row + 1)
+        has_diverged = self._bad_in_a_row >= patience
+        self._first_bad = torch.where(has_diverged, self._first_bad.clamp(max=step), self._first_bad)
         if step % self.every_n_steps and step != trainer.max_steps:
             return
         first: Tensor = -trainer.strategy.reduce(-self._first_bad.double(), reduce_op="max")

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_moevlm import keys
@@ -18,7 +20,7 @@ from lightning_moevlm.metrics import RoutingMetrics, routing_metrics
 from lightning_moevlm.models import Backbone, model_card
 from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import Batch, LossReport, NamedPlan, Term
-from lightning_moevlm.training import StepOutput
+from lightning_moevlm.training import StepOutput, VisionLanguageModule
 
 _SCALARS = {
     "load_entropy": keys.LOAD_ENTROPY,
@@ -31,9 +33,15 @@ _SCALARS = {
 
 
 class Telemetry(Callback):
-    """Writes training metrics to the run's loggers; the step of a point is the number of optimiser steps done."""
+    """Writes training metrics to the run's loggers; the step of a point is the number of optimiser steps done.
 
-    def __init__(self) -> None:
+    Args:
+        update_norm: measure how far a logging step moved the parameters, for which it copies them.
+    """
+
+    def __init__(self, update_norm: bool = True) -> None:
+        self._measures_update = update_norm
+        self._before: list[Tensor] = []
         self._gradient_norm: float | None = None
         self._learning_rate = 0.0
         self._step_seen = 0
@@ -81,8 +89,10 @@ class Telemetry(Callback):
         """Measure the gradient before it is clipped."""
         if _is_logging_step(trainer, trainer.global_step + 1):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._gradient_norm = float(get_total_norm(gradients))
             self._learning_rate = float(optimizer.param_groups[0]["lr"])  # the one that this step is made with
+            if self._measures_update:
+                self._before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
@@ -103,8 +113,25 @@ class Telemetry(Callback):
         if self._gradient_norm is not None:
             values[keys.GRAD_NORM.key()] = self._gradient_norm
             values[keys.LEARNING_RATE.key()] = self._learning_rate
+        values |= self._step_values(pl_module)
         self._write(trainer, values)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
+
+    def _step_values(self, pl_module: LightningModule) -> dict[str, float]:
+        """Return how far the step went and what the gradient stabilisers did, by key."""
+        assert isinstance(pl_module, VisionLanguageModule)
+        values: dict[str, float] = {}
+        if self._before:
+            optimizer = pl_module.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, Optimizer)
+            after = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+            values[keys.UPDATE_NORM.key()] = float(get_total_norm(torch._foreach_sub(after, self._before)))
+            self._before = []
+        events = pl_module.gradient_events
+        if events is not None:
+            values[keys.CLIP_COEFFICIENT.key()] = float(events.coefficient)
+            values[keys.SKIPPED_STEPS.key()] = float(events.num_skipped)
+        return values
 
     @staticmethod
     def _write(trainer: Trainer, values: dict[str, float]) -> None:

@@ -14,6 +14,8 @@ Kind = Literal[
     "objectives",
     "image_targets",
     "options",
+    "optimizers",
+    "stabilisers",
     "schedules",
     "callbacks",
 ]
@@ -97,6 +99,8 @@ def _parts() -> dict[str, list[type]]:
     from dataclasses import fields
     from typing import get_args, get_type_hints
 
+    from torch.optim import AdamW
+
     import lightning_moevlm.callbacks as callbacks
     from lightning_moevlm.dispatch import Capacity, Dispatcher
     from lightning_moevlm.experts import ExpertStack
@@ -106,9 +110,20 @@ def _parts() -> dict[str, list[type]]:
     from lightning_moevlm.models import Backbone
     from lightning_moevlm.objectives import ImageTargets, Objective
     from lightning_moevlm.objectives.masked_modelling import MaskRatios, TermWeights
-    from lightning_moevlm.optim import WarmupCosine
+    from lightning_moevlm.optim import (
+        AdaGC,
+        GradientStabilisers,
+        GroupOptions,
+        Lion,
+        MuonAdamW,
+        SkipSpikes,
+        StableAdamW,
+        WarmupSchedule,
+        ZClip,
+    )
     from lightning_moevlm.precision import PrecisionPolicy
     from lightning_moevlm.routers import Gate, Router
+    from lightning_moevlm.schedules import Ramp
 
     load_plugins()
     hints = get_type_hints(AuxiliaryLosses)
@@ -121,8 +136,10 @@ def _parts() -> dict[str, list[type]]:
         "losses": [get_args(hints[entry.name])[0] for entry in fields(AuxiliaryLosses)],
         "objectives": _leaves(Objective),
         "image_targets": _leaves(ImageTargets),
-        "options": [Capacity, Gate, MaskRatios, PrecisionPolicy, TermWeights],
-        "schedules": [WarmupCosine],
+        "options": [Capacity, Gate, GroupOptions, MaskRatios, PrecisionPolicy, Ramp, TermWeights],
+        "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW],
+        "stabilisers": [AdaGC, GradientStabilisers, SkipSpikes, ZClip],
+        "schedules": _leaves(WarmupSchedule),
         "callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
     }
 

@@ -1,10 +1,11 @@
 """The LightningModule: a backbone, an objective, auxiliary losses, an optimiser. It computes; callbacks look on."""
 
 from collections.abc import Callable, Iterable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -15,10 +16,12 @@ from lightning_moevlm.layers.initialise import initialise, seed_of
 from lightning_moevlm.losses import AuxiliaryLosses
 from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import MaskedModelling, Objective
-from lightning_moevlm.optim import parameter_groups
+from lightning_moevlm.optim import GradientControl, GradientEvents, GradientStabilisers, GroupOptions, parameter_groups
 from lightning_moevlm.records import Batch, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.evaluation import Evaluation
+from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.rebalancing import LoadCounter, balances_itself
+from lightning_moevlm.training.refusals import refuse_unsuited_optimizer, refuse_unsuited_trainer
 
 
 class StepOutput(TypedDict):
@@ -42,6 +45,8 @@ class VisionLanguageModule(LightningModule):
         objective: factory (spec) -> Objective.
         losses: auxiliary losses on routing.
         optimizer: factory (parameter groups) -> Optimizer.
+        groups: how routers and experts differ in learning rate and weight decay.
+        gradient: clipping of gradients and updates, skipping of spikes.
         schedule: factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps the rate constant.
         seed: of initial weights and masks.
         init_std: standard deviation of initial matrices.
@@ -53,6 +58,8 @@ class VisionLanguageModule(LightningModule):
         objective: Callable[[BackboneSpec], Objective] = MaskedModelling,
         losses: AuxiliaryLosses = AuxiliaryLosses(),
         optimizer: Callable[[Iterable], Optimizer] = AdamW,
+        groups: GroupOptions = GroupOptions(),
+        gradient: GradientStabilisers = GradientStabilisers(),
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         seed: int = 0,
         init_std: float = 0.02,
@@ -62,14 +69,25 @@ class VisionLanguageModule(LightningModule):
         self.objective = objective(backbone.spec)
         self.losses = losses
         self.optimizer_factory = optimizer
+        self.groups = groups
+        self.gradient = gradient
         self.schedule_factory = schedule
         self.seed = seed
         initialise(self, seed, init_std)
         self._self_balancing = bool(balances_itself(backbone))
         self._load_counter = LoadCounter()
         self._steps_done = 0
+        self._gradient_control: GradientControl | None = None
+        self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
+        self._micro_losses: list[Tensor] = []
+        self._hyperparameters: Hyperparameters | None = None
         self.val_evaluation = Evaluation("val", self.objective.num_classes)
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a trainer that the gradient stabilisers do not fit, before anything is trained."""
+        if stage == "fit" and self.gradient.any_on:
+            refuse_unsuited_trainer(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
@@ -78,6 +96,7 @@ class VisionLanguageModule(LightningModule):
         # whatever noise a router or a dropout draws is a function of seed and step, so a resumed run draws it again
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
         output, report = self._losses(batch, "train", step)
+        self._micro_losses.append(report.task_loss.detach())
         return StepOutput(
             loss=report.total_loss,
             report=report.detached(),
@@ -87,8 +106,52 @@ class VisionLanguageModule(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Remember where training starts."""
+        """Remember where training starts; options that a checkpoint brought along give way to those of this run."""
         self._steps_done = self.global_step
+        assert self._hyperparameters is not None
+        self._hyperparameters.restore()
+
+    @property
+    def gradient_events(self) -> GradientEvents | None:
+        """What the gradient stabilisers did in the last optimiser step; None where none is on."""
+        return None if self._gradient_control is None else self._gradient_control.events
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Let the gradient stabilisers work, on unscaled gradients, once per optimiser step; without any, Lightning."""
+        losses, self._micro_losses = self._micro_losses, []
+        if self._gradient_control is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        loss = torch.stack(losses).mean()
+        if self.gradient.skip_spikes is not None:  # the others do not ask for the loss
+            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        self._gradient_control.before_update(loss)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take the step, then let the stabilisers that act on updates work."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._gradient_control is not None:
+            self._gradient_control.after_update()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the gradient stabilisers remember."""
+        if self._gradient_control is not None:
+            checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it over."""
+        self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
 
     def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """Let routers that balance themselves adapt, once per optimiser step; see that the last step is validated."""
@@ -136,14 +199,18 @@ class VisionLanguageModule(LightningModule):
         return features
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over decayed and undecayed parameters, and the schedule per step."""
+        """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
         optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
-        if self.schedule_factory is None:
+        self.groups.apply(optimizer)
+        if self.gradient.any_on:
+            refuse_unsuited_optimizer(self.trainer, optimizer)
+            self._gradient_control = GradientControl(self.gradient, optimizer)
+            self._gradient_control.load_state_dict(self._gradient_memory)
+        schedule = None if self.schedule_factory is None else self.schedule_factory(optimizer)
+        self._hyperparameters = Hyperparameters(optimizer, keeps_rate=schedule is None)
+        if schedule is None:
             return {"optimizer": optimizer}
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule_factory(optimizer), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def mask_generator(self, stage: str, step: int) -> torch.Generator:
         """Return the generator of a step's masks: the same for the same seed, stage, (micro-)step and rank."""

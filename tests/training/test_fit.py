@@ -155,7 +155,7 @@ def test_validate_test_and_predict(moevlm: Moevlm, workplace: Path) -> None:
 
 
 def test_a_diverged_run_stops_and_says_when(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(60), "--model.optimizer.init_args.lr=1e30", "--trainer.gradient_clip_val=null")
+    moevlm("fit", *SMALL, *budget(60), "--model.optimizer.init_args.lr=1e30", "--model.gradient.clip_norm=null")
     (run,) = runs(workplace)
     losses = history(workplace, run, "train/task_loss")
     first = next(step for step, loss in losses if not math.isfinite(loss))

@@ -1,10 +1,25 @@
 """The model can learn: one batch is learnt by heart, from every dispatch path."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch.optim import Optimizer
 
 from lightning_moevlm.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
 from lightning_moevlm.objectives import MaskedModelling
+from lightning_moevlm.optim import (
+    AdaGC,
+    GradientControl,
+    GradientStabilisers,
+    Lion,
+    MuonAdamW,
+    SkipSpikes,
+    StableAdamW,
+    ZClip,
+    parameter_groups,
+)
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 
@@ -52,3 +67,51 @@ def test_masks_follow_from_seed_stage_and_step() -> None:
 
     assert draw(1, "train", 3) == draw(1, "train", 3)
     assert len({draw(1, "train", 3), draw(2, "train", 3), draw(1, "train", 4), draw(1, "val", 3)}) == 4
+
+
+OPTIMIZERS = [
+    pytest.param(partial(torch.optim.AdamW, lr=1e-2), id="AdamW"),
+    pytest.param(partial(torch.optim.AdamW, lr=1e-2, fused=True), id="AdamW-fused"),
+    pytest.param(partial(StableAdamW, lr=1e-2), id="StableAdamW"),
+    pytest.param(partial(Lion, lr=1e-3), id="Lion"),
+    pytest.param(partial(MuonAdamW, lr=1e-2), id="MuonAdamW"),
+]
+STABILISERS = [
+    GradientStabilisers(clip_norm=1.0),
+    GradientStabilisers(clip_value=0.1),
+    GradientStabilisers(z_clip=ZClip(warmup_steps=5)),
+    GradientStabilisers(ada_gc=AdaGC(warmup_steps=5)),
+    GradientStabilisers(clip_update=0.5),
+    GradientStabilisers(skip_spikes=SkipSpikes(window=16)),
+]
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS)
+def test_every_optimiser_learns_one_batch_by_heart(build: Callable[..., Optimizer]) -> None:
+    learn_by_heart(build, GradientStabilisers(clip_norm=1.0))
+
+
+@pytest.mark.parametrize("options", STABILISERS, ids=lambda options: next(k for k, v in vars(options).items() if v))
+def test_one_batch_is_learnt_by_heart_under_every_stabiliser(options: GradientStabilisers) -> None:
+    learn_by_heart(partial(torch.optim.AdamW, lr=1e-2), options)
+
+
+def learn_by_heart(build: Callable[..., Optimizer], options: GradientStabilisers) -> None:
+    module = VisionLanguageModule(small_vl_moe(num_blocks=3), MaskedModelling, init_std=0.1)
+    optimizer = build(parameter_groups(module.named_parameters()))
+    control = GradientControl(options, optimizer)
+    batch = pair_batch(2)
+    for step in range(150):
+        generator = torch.Generator().manual_seed(0)  # the same masks every time
+        output = module.objective(module.backbone, batch, generator)
+        loss = torch.stack([term.raw for term in output.terms.values()]).sum()
+        if step == 0:
+            first = {name: float(term.raw.detach()) for name, term in output.terms.items()}
+        optimizer.zero_grad()
+        loss.backward()
+        control.before_update(loss.detach())
+        optimizer.step()
+        control.after_update()
+    last = {name: float(term.raw.detach()) for name, term in output.terms.items()}
+    assert last["text"] < 0.01 * first["text"] and last["pair_text"] < 0.01 * first["pair_text"]
+    assert last["image"] < 0.5 * first["image"] and last["pair_image"] < 0.5 * first["pair_image"]

@@ -1,0 +1,158 @@
+"""Runs the gradient stabilisers around an optimiser's update, and keeps what they remember.
+
+`before_update` is called with gradients in place, `after_update` when the optimiser is done. Nothing here waits for the
+device. All ranks decide alike: they hold the same averaged gradient, and are told the same loss.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.optim.ada_gc import AdaGC, NormAverages
+from lightning_moevlm.optim.clip_update import clip_update_
+from lightning_moevlm.optim.gradient_stabilisers import GradientStabilisers
+from lightning_moevlm.optim.roles import is_stack, norms
+from lightning_moevlm.optim.skip_spikes import SpikeWindow
+from lightning_moevlm.optim.undo import UndoableStep
+from lightning_moevlm.optim.z_clip import NormStatistics
+
+
+class GradientEvents(NamedTuple):
+    """What was done in a step; scalar tensors on the device.
+
+    norm: of the gradient as it came, fp32. coefficient: its norm after clipping over the one before, fp32.
+    num_skipped: steps left out since training began, int64.
+    """
+
+    norm: Tensor
+    coefficient: Tensor
+    num_skipped: Tensor
+
+
+class GradientControl:
+    """Stabilisers at work on one optimiser.
+
+    Args:
+        options: which of them are on.
+        optimizer: over groups of `parameter_groups`, or any.
+    """
+
+    def __init__(self, options: GradientStabilisers, optimizer: Optimizer) -> None:
+        self.options = options
+        self.events: GradientEvents | None = None
+        self._optimizer = optimizer
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        device = self._params[0].device
+        num_tensors = sum(len(p) if is_stack(group) else 1 for group in optimizer.param_groups for p in group["params"])
+        window = options.skip_spikes.window if options.skip_spikes else 0
+        self._statistics = NormStatistics.empty(device)
+        self._averages = NormAverages.empty(num_tensors if options.ada_gc else 0, device)
+        self._spikes = SpikeWindow.empty(window, device)
+        self._undoable: UndoableStep | None = None
+        self._old: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def before_update(self, loss: Tensor) -> None:
+        """Clip the gradients and decide whether the step is taken.
+
+        Args:
+            loss: task loss of the step, scalar, the mean over its micro-batches and the ranks.
+        """
+        options = self.options
+        gradients = [p.grad for p in self._params if p.grad is not None]
+        norm = clipped = get_total_norm(gradients).float()
+        skip = None
+        if options.skip_spikes is not None:
+            skip, self._spikes = options.skip_spikes(loss.float(), norm, self._spikes)
+        if options.clip_value is not None:
+            clip_grad_value_(self._params, options.clip_value)
+        if options.ada_gc is not None:
+            self._clip_tensors(options.ada_gc)
+        if options.clip_value is not None or options.ada_gc is not None:
+            clipped = get_total_norm(gradients).float()
+        if options.z_clip is not None:
+            coefficient, self._statistics = options.z_clip(clipped, self._statistics)
+            torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
+            clipped = clipped * coefficient
+        if options.clip_norm is not None:
+            clip_grads_with_norm_(self._params, options.clip_norm, clipped.to(gradients[0].dtype))
+            clipped = clipped.clamp(max=options.clip_norm)
+        ratio = torch.where(norm > 0, clipped / norm, torch.ones_like(norm))
+        self.events = GradientEvents(norm, ratio, self._spikes.num_skipped)
+        if options.clip_update is not None:
+            self._old = [p.detach().clone() for p in self._params]
+        if skip is not None:
+            self._undoable = UndoableStep(self._optimizer, skip)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Shorten the update, or undo it; does nothing where no update was announced."""
+        if self._old is not None:
+            assert self.options.clip_update is not None
+            old = iter(self._old)
+            for group in self._optimizer.param_groups:
+                before = [next(old) for _ in group["params"]]
+                clip_update_(group["params"], before, group["lr"], self.options.clip_update, is_stack(group))
+            self._old = None
+        if self._undoable is not None:
+            self._undoable.finish()
+            self._undoable = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the stabilisers that are on remember."""
+        state: dict[str, Any] = {}
+        if self.options.z_clip is not None:
+            state["z_clip"] = self._statistics._asdict()
+        if self.options.ada_gc is not None:
+            state["ada_gc"] = self._averages._asdict()
+        if self.options.skip_spikes is not None:
+            state["skip_spikes"] = self._spikes._asdict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from there; a stabiliser that was off starts anew, one that is off now forgets.
+
+        Raises:
+            UserError: averages of a model with other tensors.
+        """
+        device = self._params[0].device
+        memories = {name: {part: value.to(device) for part, value in parts.items()} for name, parts in state.items()}
+        if self.options.z_clip is not None and "z_clip" in memories:
+            self._statistics = NormStatistics(**memories["z_clip"])
+        if self.options.ada_gc is not None and "ada_gc" in memories:
+            averages = NormAverages(**memories["ada_gc"])
+            if averages.average_G.shape != self._averages.average_G.shape:
+                raise UserError(
+                    f"the checkpoint has AdaGC averages of {len(averages.average_G)} tensors, this model has "
+                    f"{len(self._averages.average_G)}: resume with the model that was trained"
+                )
+            self._averages = averages
+        if self.options.skip_spikes is not None and "skip_spikes" in memories:
+            self._spikes = SpikeWindow(**memories["skip_spikes"]).resized(self.options.skip_spikes.window)
+
+    def _clip_tensors(self, ada_gc: AdaGC) -> None:
+        """Scale each gradient by itself; a tensor without one counts as zero."""
+        gradients: list[Tensor] = []
+        sizes: list[Tensor] = []
+        nothing = self._averages.average_G.new_zeros(())
+        for group in self._optimizer.param_groups:
+            present = [p.grad for p in group["params"] if p.grad is not None]
+            found = iter(norms(present, is_stack(group)))
+            gradients += present
+            for p in group["params"]:
+                absent = nothing.expand(len(p), 1, 1) if is_stack(group) else nothing
+                sizes.append(absent if p.grad is None else next(found))
+        coefficient_G, self._averages = ada_gc(torch.cat([size.flatten() for size in sizes]), self._averages)
+        pieces = coefficient_G.split([size.numel() for size in sizes])
+        scales = [
+            piece.view(size.shape)
+            for piece, size, p in zip(pieces, sizes, self._params, strict=True)
+            if p.grad is not None
+        ]
+        for gradient, scale in zip(gradients, scales, strict=True):
+            gradient.mul_(scale.to(gradient.dtype))

@@ -1,0 +1,33 @@
+"""What a step of every optimiser here begins with."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.errors import UserError
+
+
+def evaluate(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """Run the closure, which computes gradients, with gradients on."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters of a group that have a gradient, and the gradients."""
+    params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+    return params, [p.grad for p in params if p.grad is not None]
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Refuse averages that do not average.
+
+    Raises:
+        UserError: a beta outside 0 to 1.
+    """
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas of the optimiser are {tuple(betas)}: choose two values from 0 up to, not including, 1")
