@@ -15,9 +15,11 @@ from lightning_moevlm.layers.initialise import initialise, seed_of
 from lightning_moevlm.losses import AuxiliaryLosses
 from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import MaskedModelling, Objective
-from lightning_moevlm.optim import parameter_groups
+from lightning_moevlm.optim import parameter_groups, round_state
+from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.records import Batch, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.evaluation import Evaluation
+from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.rebalancing import LoadCounter, balances_itself
 
 
@@ -45,6 +47,7 @@ class VisionLanguageModule(LightningModule):
         schedule: factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps the rate constant.
         seed: of initial weights and masks.
         init_std: standard deviation of initial matrices.
+        precision: dtype per region, for the backbone, the objective, the losses and the optimiser's state.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class VisionLanguageModule(LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         seed: int = 0,
         init_std: float = 0.02,
+        precision: PrecisionPolicy = PrecisionPolicy(),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -64,12 +68,18 @@ class VisionLanguageModule(LightningModule):
         self.optimizer_factory = optimizer
         self.schedule_factory = schedule
         self.seed = seed
+        self.precision = precision
+        set_precision(self, precision)
         initialise(self, seed, init_std)
         self._self_balancing = bool(balances_itself(backbone))
         self._load_counter = LoadCounter()
         self._steps_done = 0
         self.val_evaluation = Evaluation("val", self.objective.num_classes)
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
+
+    def setup(self, stage: str) -> None:
+        """Keep in fp32 what the policy pins to it, before Lightning casts the module."""
+        keep_pinned_regions(self.trainer, self.precision)
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
@@ -138,6 +148,7 @@ class VisionLanguageModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over decayed and undecayed parameters, and the schedule per step."""
         optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
+        round_state(optimizer, self.precision)
         if self.schedule_factory is None:
             return {"optimizer": optimizer}
         return {
@@ -155,7 +166,8 @@ class VisionLanguageModule(LightningModule):
 
     def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
-        auxiliary = self.losses.terms([named.plan for named in output.plans])
+        with region(self.precision, "losses", self.device.type):
+            auxiliary = self.losses.terms([named.plan for named in output.plans])
         clash = auxiliary.keys() & output.terms.keys()
         if clash:
             raise UserError(
