@@ -74,7 +74,7 @@ class SimulatedArithmetic(TorchFunctionMode):
                 return self.round(func(*args, **kwargs))
             out = kwargs.pop("out", None)
             args, kwargs = tree_map(self._round_leaf, (args, kwargs))
-            if func is F.scaled_dot_product_attention:
+            if func is F.scaled_dot_product_attention and self.dtype is not None:
                 return self._attention(*args, **kwargs)
             result = self.round(func(*args, **kwargs))
             return result if out is None else out.copy_(result)

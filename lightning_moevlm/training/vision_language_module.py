@@ -83,10 +83,8 @@ class VisionLanguageModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
-        micro_batches = self.trainer.accumulate_grad_batches
-        step = self.global_step * micro_batches + batch_idx % micro_batches
-        # whatever noise a router or a dropout draws is a function of seed and step, so a resumed run draws it again
-        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
+        step = self.micro_step(batch_idx)
+        self.seed_noise(step)
         output, report = self._losses(batch, "train", step)
         return StepOutput(
             loss=report.total_loss,
@@ -159,6 +157,15 @@ class VisionLanguageModule(LightningModule):
     def mask_generator(self, stage: str, step: int) -> torch.Generator:
         """Return the generator of a step's masks: the same for the same seed, stage, (micro-)step and rank."""
         return torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))
+
+    def micro_step(self, batch_idx: int) -> int:
+        """Return the number of a training batch: its masks and noise follow from it."""
+        micro_batches = self.trainer.accumulate_grad_batches
+        return self.global_step * micro_batches + batch_idx % micro_batches
+
+    def seed_noise(self, step: int) -> None:
+        """Make whatever a router or a dropout draws a function of seed and step, so a resumed run draws it again."""
+        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
 
     def _sum_over_ranks(self, count_E: Tensor) -> Tensor:
         total: Tensor = self.trainer.strategy.reduce(count_E, reduce_op="sum")

@@ -44,8 +44,8 @@ def test_by_hand(dtype: RegionDtype, value: float, expected: float) -> None:
 
 
 def test_a_scaled_tensor_uses_the_whole_range() -> None:
-    # the largest, 2000, becomes 448 and comes back; 1000 becomes 224 = 1.75 * 2^7, exact; 10 becomes 2.24, nearest to 2.25:
-    # 2.25 * 2000 / 448 = 10.0446
+    # the largest, 2000, becomes 448 and comes back; 1000 becomes 224 = 1.75 * 2^7, exact; 10 becomes 2.24, nearest to
+    # 2.25: 2.25 * 2000 / 448 = 10.0446
     values = torch.tensor([2000.0, 1000.0, 10.0])
     torch.testing.assert_close(rounded(values, "float8_e4m3fn", scale=True), torch.tensor([2000.0, 1000.0, 10.044643]))
     assert rounded(values, "float8_e4m3fn").tolist() == [448.0, 448.0, 10.0]

@@ -82,9 +82,18 @@ def test_attention_of_a_wide_format_is_torchs() -> None:
     (x,) = operands((2, 3, 5, 8))
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     mask[1, :, :, 3:] = False
-    with SimulatedArithmetic(None, Simulation()):
-        open_kernel = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-    torch.testing.assert_close(open_kernel, F.scaled_dot_product_attention(x, x, x, attn_mask=mask))
+    expected = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+    wide = SimulatedArithmetic(None, Simulation())
+    with wide:
+        assert torch.equal(F.scaled_dot_product_attention(x, x, x, attn_mask=mask), expected)
+    # the one in the open, which narrow formats take
+    torch.testing.assert_close(wide._attention(x, x, x, attn_mask=mask), expected)
+    added = torch.zeros(2, 1, 1, 5).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(wide._attention(x, x, x, attn_mask=added), expected)
+    torch.testing.assert_close(
+        wide._attention(x, x, x, is_causal=True, scale=0.5),
+        F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.5),
+    )
 
 
 def test_gradient_flows_through_rounded_operands() -> None:
@@ -140,8 +149,10 @@ def test_off_is_bit_equal() -> None:
         tokens, others = features(policy)
         assert torch.equal(tokens, plain)
         assert all(torch.equal(others[name], gradients[name]) for name in gradients)
-    tokens, _ = features(PrecisionPolicy(simulate=Simulation()))
-    assert torch.equal(tokens, plain)
+    for policy in (PrecisionPolicy(simulate=Simulation()), PrecisionPolicy(trunk="float32", simulate=Simulation())):
+        tokens, others = features(policy)
+        assert torch.equal(tokens, plain)
+        assert all(torch.equal(others[name], gradients[name]) for name in gradients)
 
 
 @pytest.mark.parametrize("dispatcher", [LoopDispatcher(), SegmentDispatcher(), GroupedDispatcher()])

@@ -102,8 +102,8 @@ def test_plan_is_fp32_under_autocast(router: Router, training: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_plan_does_not_depend_on_the_default_dtype(router: Router, training: bool) -> None:
-    # bf16-true sets torch's default dtype to bf16 inside forward: a tensor made without a dtype, or a ratio of two integers,
-    # would lose what is above 256
+    # bf16-true sets torch's default dtype to bf16 inside forward: a tensor made without a dtype, or a ratio of two
+    # integers, would lose what is above 256
     router.train(training)
     inputs = routing_input(600, 16, num_padding=7)
     plans = []
