@@ -9,7 +9,8 @@ stay as they are.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,7 +20,7 @@ from torch.func import functional_call
 from lightning_moevlm import keys
 from lightning_moevlm.callbacks.telemetry import log_interval
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.metrics import join_plans, routing_shift
+from lightning_moevlm.metrics import routing_shift
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.objectives import Objective
 from lightning_moevlm.plans import Modality, PairPlan
@@ -142,8 +143,7 @@ class _Rerun:
     @contextmanager
     def _repeatable(self) -> Iterator[None]:
         device = self.module.device
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.module.seed_noise(self.step)
             yield
 
@@ -154,19 +154,19 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _first(batch: Batch, num_samples: int) -> Batch:
     """Return the first samples of a batch."""
-    fields = batch._asdict().items()
-    return batch._replace(**{name: None if value is None else value[:num_samples] for name, value in fields})
+    fields: dict[str, Any] = batch._asdict()
+    first: dict[str, Any] = {name: None if value is None else value[:num_samples] for name, value in fields.items()}
+    return batch._replace(**first)
 
 
 def _shift_by_layer(trained: ObjectiveOutput, shadow: ObjectiveOutput) -> dict[str, float]:
     pairs: dict[tuple[int, Modality], list[tuple[PairPlan, PairPlan]]] = defaultdict(list)
-    for named, reference in _paired(trained, shadow):
+    for named, ours, theirs in _paired(trained, shadow):
         for modality in named.modalities:
-            pairs[named.block, modality].append((named.plan, reference.plan))
+            pairs[named.block, modality].append((ours, theirs))
     values: dict[str, float] = {}
     for (block, modality), plans in pairs.items():
-        ours, theirs = (join_plans(side) for side in zip(*plans, strict=True))
-        shift = routing_shift(ours, theirs, modality)
+        shift = routing_shift([ours for ours, _ in plans], [theirs for _, theirs in plans], modality)
         for field, metric_key in _SHIFTS.items():
             values[metric_key.key(block=block, modality=modality.label)] = float(getattr(shift, field))
     return values
@@ -174,22 +174,19 @@ def _shift_by_layer(trained: ObjectiveOutput, shadow: ObjectiveOutput) -> dict[s
 
 def _shift_of_region(name: Region, output: ObjectiveOutput, shadow: ObjectiveOutput) -> dict[str, float]:
     values = {keys.REGION_LOSS_ERROR.key(region=name): _loss_error(output, shadow)}
-    shifts = [routing_shift(named.plan, reference.plan) for named, reference in _paired(output, shadow)]
-    tokens = [int(named.plan.valid_T.sum()) for named, _ in _paired(output, shadow)]
-    if sum(tokens):
-        shares = [count / sum(tokens) for count in tokens]
-        flips = sum(share * float(shift.flip_rate) for share, shift in zip(shares, shifts, strict=True))
-        square = sum(share * float(shift.logit_error_rms) ** 2 for share, shift in zip(shares, shifts, strict=True))
-        values[keys.REGION_FLIP_RATE.key(region=name)] = flips
-        values[keys.REGION_LOGIT_ERROR.key(region=name)] = square**0.5
+    plans = list(_paired(output, shadow))
+    if plans:
+        shift = routing_shift([ours for _, ours, _ in plans], [theirs for _, _, theirs in plans])
+        values[keys.REGION_FLIP_RATE.key(region=name)] = float(shift.flip_rate)
+        values[keys.REGION_LOGIT_ERROR.key(region=name)] = float(shift.logit_error_rms)
     return values
 
 
-def _paired(output: ObjectiveOutput, shadow: ObjectiveOutput) -> Iterator[tuple[NamedPlan, NamedPlan]]:
+def _paired(output: ObjectiveOutput, shadow: ObjectiveOutput) -> Iterator[tuple[NamedPlan, PairPlan, PairPlan]]:
     for named, reference in zip(output.plans, shadow.plans, strict=True):
         assert (named.source, named.layer) == (reference.source, reference.layer)
-        if isinstance(named.plan, PairPlan):  # soft slots choose nobody
-            yield named, reference
+        if isinstance(named.plan, PairPlan) and isinstance(reference.plan, PairPlan):  # soft slots choose nobody
+            yield named, named.plan, reference.plan
 
 
 def _loss_error(output: ObjectiveOutput, shadow: ObjectiveOutput) -> float:
