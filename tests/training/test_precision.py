@@ -122,8 +122,7 @@ def test_every_region_trains_in_every_precision(precision: str, region: str, dty
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("policy", [PrecisionPolicy(), PrecisionPolicy(router=None)], ids=["fp32 router", "free
-router"])
+@pytest.mark.parametrize("policy", [PrecisionPolicy(), PrecisionPolicy(router=None)], ids=["pinned", "free"])
 def test_soft_slots_train_in_every_precision(precision: str, policy: PrecisionPolicy) -> None:
     module, seen = VisionLanguageModule(small_vl_moe(router=SoftRouter), precision=policy), Plans()
     trainer(precision, seen, steps=1).fit(module, loader(1))
