@@ -1,11 +1,13 @@
 """Simulated arithmetic against the real one, and against nothing at all where it is off."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_moevlm.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
 from lightning_moevlm.precision import (
@@ -167,6 +169,21 @@ def test_a_model_in_simulated_bf16_is_near_the_real_one(dispatcher: Dispatcher) 
     assert noise == pytest.approx(float((real.float() - plain).square().mean().sqrt()), rel=0.5)
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     assert all(float(gradient.abs().sum()) > 0 for name, gradient in gradients.items() if "experts" in name)
+
+
+def test_recomputation_rounds_again() -> None:
+    # activation checkpointing runs a block a second time, in the backward pass and outside of every region above it
+    results = []
+    for recompute in (False, True):
+        model, batch = small_vl_moe(), pair_batch()
+        set_precision(model, BF16)
+        if recompute:
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        tokens_BSD = model(batch.images_BRYX, batch.text_BL, batch.text_mask_BL).tokens_BSD
+        tokens_BSD.square().sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
 
 
 def test_nothing_but_the_pinned_region_changes() -> None:

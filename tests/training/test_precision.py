@@ -204,6 +204,20 @@ def test_simulated_optimiser_state_holds_numbers_of_its_format() -> None:
     assert not all(torch.equal(value, value.bfloat16().float()) for value in free)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-mixed"])
+def test_contracts_on_a_gpu(precision: str) -> None:
+    module, seen = VisionLanguageModule(small_vl_moe(top_k=2)), Plans()
+    Trainer(
+        accelerator="gpu", devices=1, precision=precision, max_steps=2, callbacks=[seen], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
+    ).fit(module, loader(2))  # fmt: skip
+    assert dtypes(module)["router"] == {torch.float32}
+    for output in seen.outputs:
+        assert output["loss"].dtype == torch.float32 and bool(output["loss"].isfinite())
+        assert all(named.plan.logits_TE.dtype == torch.float32 for named in output["plans"])
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_fast_dev_run_on_the_command_line(precision: str, moevlm: Moevlm) -> None:
     moevlm("fit", *SMALL, f"--trainer.precision={precision}", "--trainer.fast_dev_run=true")
