@@ -52,6 +52,26 @@ DROP_RATE = MetricKey("drop_rate/block{block}/{modality}", "dropped pairs", "fra
 DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts without a token", "experts", "lower")
 LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")
 
+SHADOW_FLIP_RATE = MetricKey(
+    "shadow_flip_rate/block{block}/{modality}", "tokens that fp32 routes elsewhere", "fraction", "lower"
+)
+SHADOW_LOGIT_ERROR_MAX = MetricKey(
+    "shadow_logit_error_max/block{block}/{modality}", "largest |router logit - fp32|", "", "lower"
+)
+SHADOW_LOGIT_ERROR_RMS = MetricKey(
+    "shadow_logit_error_rms/block{block}/{modality}", "RMS of router logit - fp32", "", "lower"
+)
+SHADOW_LOSS_ERROR = MetricKey("shadow_loss_error", "|task loss - fp32|", "sum of term losses", "lower")
+REGION_LOGIT_ERROR = MetricKey(
+    "shadow_region_logit_error_rms/{region}", "RMS of router logit - fp32, one region narrow", "", "lower"
+)
+REGION_FLIP_RATE = MetricKey(
+    "shadow_region_flip_rate/{region}", "tokens that fp32 routes elsewhere, one region narrow", "fraction", "lower"
+)
+REGION_LOSS_ERROR = MetricKey(
+    "shadow_region_loss_error/{region}", "|task loss - fp32|, one region narrow", "sum of term losses", "lower"
+)
+
 GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
 CLIP_COEFFICIENT = MetricKey("optim/clip_coefficient", "gradient norm after / before clipping", "fraction", "neither")
 UPDATE_NORM = MetricKey("optim/update_norm", "norm of the parameters' update", "", "neither")

@@ -1,5 +1,6 @@
 """A VL-MoE small enough to build in milliseconds, and batches for it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -10,7 +11,7 @@ from lightning_moevlm.experts import MLPExperts
 from lightning_moevlm.layers import MoEFFN, initialise
 from lightning_moevlm.models import VLMoE
 from lightning_moevlm.records import Batch
-from lightning_moevlm.routers import TopKRouter
+from lightning_moevlm.routers import Router, TopKRouter
 
 
 def small_vl_moe(
@@ -22,13 +23,14 @@ def small_vl_moe(
     sparse_modalities: tuple[Literal["image", "text"], ...] = ("image", "text"),
     capacity: Capacity | None = None,
     dispatcher: Dispatcher | None = None,
+    router: Callable[[int, int], Router] | None = None,
     seed: int = 0,
 ) -> VLMoE:
     """Width 32, 2 heads, 16 px images in 8 px patches (4 of them), texts of 8 out of 300 tokens."""
     moe = partial(
         MoEFFN,
         num_experts=num_experts,
-        router=partial(TopKRouter, top_k=top_k),
+        router=router or partial(TopKRouter, top_k=top_k),
         experts=partial(MLPExperts, hidden_dim=48),
         capacity=capacity,
         dispatcher=dispatcher,

@@ -12,9 +12,11 @@ import lightning_moevlm.routers as routers_module
 from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
 from lightning_moevlm.routers import Router
 from tests.conftest import PROJECT
+from tests.small_run import SMALL, budget
 
 CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
 ROUTERS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/routers").glob("*.yaml"))
+CALLBACKS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/callbacks").glob("*.yaml"))
 BACKBONE = "--model.backbone.init_args"
 
 
@@ -42,6 +44,21 @@ def test_every_router_trains_a_step(config: str, moevlm: Callable[..., str], sce
         "fit", "-c", "conf/quickstart.yaml", "-c", config, "--trainer.fast_dev_run=true", f"--data.root={scenes_root}",
         "--data.batch_size=4", f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2", f"{BACKBONE}.hidden_dim=32",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CALLBACKS)
+def test_a_callback_is_added_and_takes_nothing_away(config: str, resolver: ConfigResolver) -> None:
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    (base,) = re.findall(rf"moevlm fit -c (conf/\w+\.yaml) -c {config}", text)
+    plain, added = ([PROJECT / base], [PROJECT / base, PROJECT / config])
+    before, after = (
+        [callback["class_path"] for callback in resolver(files, {})["trainer"]["callbacks"]] for files in (plain, added)
+    )
+    assert after[:-1] == before and after[-1].startswith("lightning_moevlm.callbacks.")
+
+
+def test_the_precision_shadow_runs_with_the_quickstart(moevlm: Callable[..., str]) -> None:
+    moevlm("fit", *SMALL, "-c", "conf/callbacks/precision_shadow.yaml", *budget(2), "--trainer.precision=bf16-mixed")
 
 
 def test_every_router_has_a_configuration_and_an_arm() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lightning_moevlm.precision import Region
+
 Linear = Callable[[Tensor, Tensor], Tensor]
 """(rows, weight) -> rows: the matrix product of a dispatcher."""
 
@@ -19,6 +21,7 @@ class ExpertStack(nn.Module, ABC):
     """E feed-forwards D -> D; the first two constructor arguments are `dim` and `num_experts`."""
 
     num_experts: int
+    region: Region = "experts"
 
     @abstractmethod
     def stacks(self) -> tuple[Tensor, ...]:

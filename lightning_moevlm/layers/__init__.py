@@ -8,6 +8,7 @@ from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput, RoutedP
 from lightning_moevlm.layers.initialise import initialise
 from lightning_moevlm.layers.moe import MoEFFN, name_layers, reads_identity
 from lightning_moevlm.layers.multiway import MultiwayFFN
+from lightning_moevlm.layers.normalise import normalised
 from lightning_moevlm.layers.patch_codes import PatchCodes
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "dense_twin",
     "initialise",
     "name_layers",
+    "normalised",
     "reads_identity",
 ]

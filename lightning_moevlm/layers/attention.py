@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers.normalise import normalised
+from lightning_moevlm.precision import PrecisionPolicy, region
 from lightning_moevlm.records import Layout
 
 
@@ -19,6 +21,8 @@ class Attention(nn.Module):
         num_heads: H; must divide D.
         qk_norm: RMS-normalise queries and keys per head.
     """
+
+    precision = PrecisionPolicy()
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -35,20 +39,25 @@ class Attention(nn.Module):
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> Tensor:
         """Return (B, S, D)."""
         query, key, value = self.query_key_value(tokens_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        query_BHSW = _normalised(query, self.query_norm).transpose(1, 2)
-        key_BHSW = _normalised(key, self.key_norm).transpose(1, 2)
-        attended_BHSW = F.scaled_dot_product_attention(
-            query_BHSW, key_BHSW, value.transpose(1, 2), attn_mask=layout.valid_BS[:, None, None, :]
-        )
-        return self.out(attended_BHSW.transpose(1, 2).flatten(2))
+        query_BHSW = self._normalised(query, self.query_norm).transpose(1, 2)
+        key_BHSW = self._normalised(key, self.key_norm).transpose(1, 2)
+        with region(self.precision, "attention_logits", tokens_BSD.device.type) as cast:
+            attended_BHSW = F.scaled_dot_product_attention(
+                cast(query_BHSW),
+                cast(key_BHSW),
+                cast(value.transpose(1, 2)),
+                attn_mask=layout.valid_BS[:, None, None, :],
+            )
+        return self.out(attended_BHSW.to(value.dtype).transpose(1, 2).flatten(2))
 
     def forward_flops(self, num_tokens: int) -> float:
         """8 S D^2 for the projections and 4 S^2 D for scores and values, for one sequence of S tokens."""
         return 8.0 * num_tokens * self.dim**2 + 4.0 * num_tokens**2 * self.dim
 
-
-def _normalised(heads: Tensor, norm: nn.RMSNorm | None) -> Tensor:
-    """Apply a norm in the dtype of its input: under autocast the fused kernel refuses a fp32 weight."""
-    if norm is None:
-        return heads
-    return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(heads.dtype), norm.eps)
+    def _normalised(self, heads: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """Apply a norm; unless pinned in its input's dtype: under autocast the fused kernel refuses a fp32 weight."""
+        if norm is None:
+            return heads
+        if self.precision.dtype_of("norms") is None:
+            return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(heads.dtype), norm.eps)
+        return normalised(norm, heads, self.precision)

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from lightning_moevlm.layers.attention import Attention
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput
+from lightning_moevlm.layers.normalise import normalised
 from lightning_moevlm.plans import Modality
+from lightning_moevlm.precision import PrecisionPolicy, region
 from lightning_moevlm.records import Layout
 
 
@@ -19,6 +21,8 @@ class Block(nn.Module):
         ffn: dense, MoE or multiway.
     """
 
+    precision = PrecisionPolicy()
+
     def __init__(self, dim: int, attention: Attention, ffn: FeedForward) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
@@ -28,9 +32,11 @@ class Block(nn.Module):
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Return tokens of the same shape, and the plans of the MoEs inside."""
-        tokens_BSD = tokens_BSD + self.attention(self.attention_norm(tokens_BSD), layout)
-        output: FFNOutput = self.ffn(self.ffn_norm(tokens_BSD), layout)
-        return FFNOutput(tokens_BSD + output.tokens_BSD, output.plans)
+        with region(self.precision, "trunk", tokens_BSD.device.type):
+            attended_BSD = self.attention(normalised(self.attention_norm, tokens_BSD, self.precision), layout)
+            tokens_BSD = tokens_BSD + attended_BSD
+            output: FFNOutput = self.ffn(normalised(self.ffn_norm, tokens_BSD, self.precision), layout)
+            return FFNOutput(tokens_BSD + output.tokens_BSD, output.plans)
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one sequence."""

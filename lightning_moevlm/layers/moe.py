@@ -24,8 +24,9 @@ class MoEFFN(FeedForward):
         experts: factory (dim, num_experts) -> ExpertStack.
         capacity: factors and priority; null is dropless.
         dispatcher: how a plan is run; null is SegmentDispatcher.
-        precision: dtype per region.
     """
+
+    precision = PrecisionPolicy()
 
     def __init__(
         self,
@@ -35,7 +36,6 @@ class MoEFFN(FeedForward):
         experts: Callable[[int, int], ExpertStack] = MLPExperts,
         capacity: Capacity | None = None,
         dispatcher: Dispatcher | None = None,
-        precision: PrecisionPolicy = PrecisionPolicy(),
     ) -> None:
         super().__init__()
         if num_experts < 1:
@@ -46,7 +46,6 @@ class MoEFFN(FeedForward):
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
         self.dispatcher = dispatcher or SegmentDispatcher()
-        self.precision = precision
         self.path = ""  # in the backbone, see name_layers
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
@@ -54,7 +53,7 @@ class MoEFFN(FeedForward):
         batch, length, dim = tokens_BSD.shape
         tokens_TD = tokens_BSD.reshape(batch * length, dim)
         modality_T = layout.modality_S.expand(batch, length).reshape(-1)
-        with region(self.precision.router, tokens_TD.device.type) as cast:
+        with region(self.precision, "router", tokens_TD.device.type) as cast:
             plan: RoutingPlan = self.router(
                 RoutingInput(
                     cast(tokens_TD),
@@ -67,7 +66,8 @@ class MoEFFN(FeedForward):
         factor = self._capacity_factor()
         if factor is not None and self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
             plan = apply_capacity(plan, factor, self.capacity.priority)
-        out_TD = self.dispatcher(plan, tokens_TD, self.experts)
+        with region(self.precision, "experts", tokens_TD.device.type) as cast:
+            out_TD = self.dispatcher(plan, cast(tokens_TD), self.experts).to(tokens_TD.dtype)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 

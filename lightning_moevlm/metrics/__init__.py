@@ -2,5 +2,6 @@
 
 from lightning_moevlm.metrics.majority import MajorityAccuracy
 from lightning_moevlm.metrics.routing import RoutingMetrics, routing_metrics
+from lightning_moevlm.metrics.routing_shift import RoutingShift, routing_shift
 
-__all__ = ["MajorityAccuracy", "RoutingMetrics", "routing_metrics"]
+__all__ = ["MajorityAccuracy", "RoutingMetrics", "RoutingShift", "routing_metrics", "routing_shift"]

@@ -28,4 +28,4 @@ class MajorityAccuracy(Metric):
 
     def compute(self) -> Tensor:
         """Return the share in [0, 1]; 0 before any target was seen."""
-        return self.count_V.max() / self.count_V.sum().clamp(min=1)
+        return self.count_V.max().float() / self.count_V.sum().clamp(min=1)

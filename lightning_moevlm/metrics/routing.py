@@ -36,8 +36,9 @@ def routing_metrics(plans: Sequence[RoutingPlan], modality: Modality) -> Routing
     """Measure how the valid tokens of one modality were routed by one layer, in all its forward passes together."""
     num_experts = plans[0].num_experts
     tokens = [plan.valid_T & (plan.modality_T == modality) for plan in plans]
-    chosen_E = _total([plan.chosen_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)])
-    kept_E = _total([plan.kept_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)])
+    # fp32 from here on: a ratio of two integers would take torch's default dtype, which bf16-true sets to bf16
+    chosen_E = _total([plan.chosen_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)]).float()
+    kept_E = _total([plan.kept_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)]).float()
     num_tokens = _total([token_T.sum() for token_T in tokens]).clamp(min=1)
     entropies = [(entropy(plan.probs_TE) * token_T).sum() for plan, token_T in zip(plans, tokens, strict=True)]
     largest = [_largest(plan.logits_TE, token_T) for plan, token_T in zip(plans, tokens, strict=True)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import Modality
+from lightning_moevlm.precision import PrecisionPolicy
 from lightning_moevlm.records import Layout, NamedPlan
 
 
@@ -52,6 +53,7 @@ class Backbone(nn.Module, ABC):
     """A vision-language trunk for image-only, text-only and pair inputs."""
 
     spec: BackboneSpec
+    precision = PrecisionPolicy()
 
     @abstractmethod
     def forward(

@@ -28,10 +28,12 @@ from lightning_moevlm.layers import (
     TextEmbedding,
     dense_twin,
     name_layers,
+    normalised,
     reads_identity,
 )
 from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.plans import Modality
+from lightning_moevlm.precision import region
 from lightning_moevlm.records import Layout, NamedPlan, Span
 
 
@@ -128,7 +130,8 @@ class VLMoE(Backbone):
         spans: list[Span] = []
         identity: list[Tensor] = []
         if images_BRYX is not None:
-            patches_BPD = self.patches(images_BRYX, image_mask_BP)
+            with region(self.precision, "trunk", images_BRYX.device.type):
+                patches_BPD = self.patches(images_BRYX, image_mask_BP)
             spans.append(Span(Modality.IMAGE, 0, patches_BPD.shape[1]))
             pieces.append(patches_BPD)
             valid.append(torch.ones(patches_BPD.shape[:2], dtype=torch.bool, device=patches_BPD.device))
@@ -138,7 +141,8 @@ class VLMoE(Backbone):
             assert text_mask_BL is not None, "text comes with its mask"
             start = spans[-1].stop if spans else 0
             spans.append(Span(Modality.TEXT, start, start + text_BL.shape[1]))
-            pieces.append(self.text(text_BL))
+            with region(self.precision, "trunk", text_BL.device.type):
+                pieces.append(self.text(text_BL))
             valid.append(text_mask_BL)
             if self.patch_codes is not None:
                 identity.append(text_BL)
@@ -150,7 +154,7 @@ class VLMoE(Backbone):
         for index, block in enumerate(self.blocks):
             tokens_BSD, routed = block(tokens_BSD, layout)
             plans.extend(NamedPlan(source, index, *plan) for plan in routed)
-        return BackboneOutput(self.norm(tokens_BSD), layout, tuple(plans))
+        return BackboneOutput(normalised(self.norm, tokens_BSD, self.precision), layout, tuple(plans))
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one forward pass of one sample."""

@@ -26,7 +26,7 @@ class ImageTargets(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, output_MO: Tensor, target_M: Tensor) -> Tensor:
-        """Return the mean loss over M masked patches, a scalar fp32 tensor."""
+        """Return the mean loss over M masked patches, a scalar tensor in the dtype of the output."""
 
     def predictions(self, output_MO: Tensor, target_M: Tensor) -> Predictions | None:
         """Return predicted and true codes, or None for continuous targets."""
@@ -58,7 +58,7 @@ class PixelTargets(ImageTargets):
 
     def loss(self, output_MO: Tensor, target_M: Tensor) -> Tensor:
         """Return the mean squared error."""
-        return F.mse_loss(output_MO.float(), target_M)
+        return F.mse_loss(output_MO, target_M.to(output_MO.dtype))
 
 
 class Codes(ImageTargets, ABC):
@@ -68,7 +68,7 @@ class Codes(ImageTargets, ABC):
 
     def loss(self, output_MO: Tensor, target_M: Tensor) -> Tensor:
         """Return the cross-entropy in nats."""
-        return cross_entropy(output_MO.float(), target_M)
+        return cross_entropy(output_MO, target_M)
 
 
 def cross_entropy(logits_MV: Tensor, target_M: Tensor) -> Tensor:

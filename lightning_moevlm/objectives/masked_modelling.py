@@ -22,6 +22,7 @@ from lightning_moevlm.models import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets, cross_entropy
 from lightning_moevlm.objectives.objective import Objective
 from lightning_moevlm.plans import Modality
+from lightning_moevlm.precision import region
 from lightning_moevlm.records import Batch, NamedPlan, ObjectiveOutput, Predictions, Term
 from lightning_moevlm.shards.tokenizer import MASK, SPECIAL_TOKENS
 
@@ -121,8 +122,15 @@ class MaskedModelling(Objective):
         return ObjectiveOutput(step.terms, step.predictions, tuple(step.plans), step.num_tokens)
 
     def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
-        """Return fp32 logits over the vocabulary, sharing the embedding matrix."""
-        return F.linear(self.text_head(features_MD), embedding_VD, self.text_bias_V).float()
+        """Return logits over the vocabulary, sharing the embedding matrix."""
+        with region(self.precision, "heads", features_MD.device.type) as cast:
+            return F.linear(self.text_head(cast(features_MD)), cast(embedding_VD), self.text_bias_V)
+
+    def image_output(self, features_MD: Tensor) -> Tensor:
+        """Return what the image targets ask for, per patch."""
+        with region(self.precision, "heads", features_MD.device.type) as cast:
+            output_MO: Tensor = self.image_head(cast(features_MD))
+            return output_MO
 
     def _uses_pairs(self) -> bool:
         return self.weights.pair_text is not None or self.weights.pair_image is not None
@@ -152,7 +160,8 @@ class _Step:
         features_MD = output.features(Modality.TEXT)[hidden_BL]
         target_M = text_BL[hidden_BL]
         logits_MV = self.objective.text_logits(features_MD, self.backbone.text_embedding_VD)
-        self.terms[name] = Term(cross_entropy(logits_MV, target_M), weight)
+        with region(self.objective.precision, "losses", logits_MV.device.type) as cast:
+            self.terms[name] = Term(cross_entropy(cast(logits_MV), target_M), weight)
         self.predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
 
     def add_image(self, name: str, weight: float, output: BackboneOutput, images: Tensor, hidden_BP: Tensor) -> None:
@@ -160,8 +169,9 @@ class _Step:
         if self.image_target is None:
             self.image_target = targets(images)
         target_M = self.image_target[hidden_BP]
-        output_MO = self.objective.image_head(output.features(Modality.IMAGE)[hidden_BP])
-        self.terms[name] = Term(targets.loss(output_MO, target_M), weight)
+        output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden_BP])
+        with region(self.objective.precision, "losses", output_MO.device.type) as cast:
+            self.terms[name] = Term(targets.loss(cast(output_MO), target_M), weight)
         predictions = targets.predictions(output_MO.detach(), target_M)
         if predictions is not None:
             self.predictions[name] = predictions
@@ -175,7 +185,7 @@ def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, generator: to
     noise_BL = torch.rand(text_BL.shape, generator=generator, dtype=torch.float32).to(text_BL.device)
     word_BL = text_mask_BL & (text_BL >= len(SPECIAL_TOKENS))
     rank_BL = torch.where(word_BL, noise_BL, 2.0).argsort(dim=-1).argsort(dim=-1)
-    count_B = (word_BL.sum(dim=-1) * ratio).round().clamp(min=1)
+    count_B = (word_BL.sum(dim=-1).float() * ratio).round().clamp(min=1)
     hidden_BL = word_BL & (rank_BL < count_B.unsqueeze(-1))
     return MaskedText(torch.where(hidden_BL, MASK, text_BL), hidden_BL)
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lightning_moevlm.models import Backbone
+from lightning_moevlm.precision import PrecisionPolicy, Region
 from lightning_moevlm.records import Batch, ObjectiveOutput
 
 
@@ -16,6 +17,8 @@ class Objective(nn.Module, ABC):
     """
 
     num_classes: dict[str, int]
+    region: Region = "heads"
+    precision = PrecisionPolicy()
 
     @abstractmethod
     def forward(self, backbone: Backbone, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:

@@ -6,6 +6,7 @@ from lightning_moevlm.optim.gradient_stabilisers import GradientStabilisers
 from lightning_moevlm.optim.lion import Lion
 from lightning_moevlm.optim.muon import MuonAdamW
 from lightning_moevlm.optim.parameter_groups import GroupOptions, ParameterGroup, parameter_groups
+from lightning_moevlm.optim.rounded_state import round_state
 from lightning_moevlm.optim.skip_spikes import SkipSpikes
 from lightning_moevlm.optim.stable_adamw import StableAdamW
 from lightning_moevlm.optim.warmup import WarmupSchedule
@@ -31,4 +32,5 @@ __all__ = [
     "WarmupStableDecay",
     "ZClip",
     "parameter_groups",
+    "round_state",
 ]

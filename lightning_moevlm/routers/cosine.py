@@ -58,7 +58,7 @@ class CosineRouter(Router):
         tokens_TD = self.gate.inputs(inputs.tokens_TD, self.training)
         projected = F.linear(tokens_TD, self.project_weight.to(tokens_TD.dtype)).float()
         angles_TE = F.normalize(projected, dim=-1) @ F.normalize(self.expert_weight.float(), dim=-1).t()
-        logits_TE = angles_TE / self.gate.temperature
+        logits_TE = angles_TE.float() / self.gate.temperature  # autocast may have had the product
         probs_TE = logits_TE.softmax(dim=-1)
         weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
         return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK)

@@ -45,7 +45,9 @@ class Gate:
     def inputs(self, tokens_TD: Tensor, training: bool) -> Tensor:
         """Return the tokens as the router sees them."""
         if training and self.jitter:
-            tokens_TD = tokens_TD * torch.empty_like(tokens_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+            # drawn in fp32: the same noise whatever dtype the router computes in
+            noise_TD = torch.empty_like(tokens_TD, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            tokens_TD = tokens_TD * noise_TD.to(tokens_TD.dtype)
         return F.dropout(tokens_TD, self.dropout, training) if self.dropout else tokens_TD
 
     def logits(self, tokens_TD: Tensor, weight_ED: Tensor, training: bool) -> Tensor:

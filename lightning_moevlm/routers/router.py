@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import RoutingInput, RoutingPlan
+from lightning_moevlm.precision import Region
 from lightning_moevlm.routers.gate import Gate
 
 
@@ -23,6 +24,7 @@ class Router(nn.Module, ABC):
 
     competes = False
     reads_identity = False
+    region: Region = "router"
 
     def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:
         super().__init__()

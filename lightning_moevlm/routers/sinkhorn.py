@@ -68,7 +68,7 @@ def balanced_log_plan(logits_TE: Tensor, valid_T: Tensor, num_iterations: int) -
     Computed in log space; padding has no mass. The last normalisation is over experts, so columns are exact.
     """
     log_plan_TE = logits_TE.masked_fill(~valid_T.unsqueeze(-1), -torch.inf)
-    log_share = (valid_T.sum().clamp(min=1) / logits_TE.shape[1]).log()
+    log_share = (valid_T.sum().clamp(min=1).to(logits_TE.dtype) / logits_TE.shape[1]).log()
     for _ in range(num_iterations):
         rows_T1 = log_plan_TE.logsumexp(dim=1, keepdim=True)
         log_plan_TE = log_plan_TE - torch.where(rows_T1.isfinite(), rows_T1, 0.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -36,7 +37,7 @@ class Evaluation(nn.Module):
         self.total_loss.update(report.total_loss, num_samples)
         for name, term in {**report.task, **report.auxiliary}.items():
             if name not in self.terms:
-                self.terms.add_metrics({name: _mean().to(term.raw.device)})
+                self.terms.add_metrics({name: _mean(term.raw.device)})
             self.terms[name].update(term.raw, num_samples)
         for name, prediction in predictions.items():
             self.accuracy[name].update(prediction.predicted_M, prediction.target_M)
@@ -63,9 +64,18 @@ class Evaluation(nn.Module):
             metrics.reset()
 
 
-def _mean() -> MeanMetric:
-    """Return a mean that stays NaN where a loss was NaN: torchmetrics' default leaves such batches out."""
-    return MeanMetric(nan_strategy="disable")
+def _mean(device: torch.device | None = None) -> MeanMetric:
+    """Return a mean that stays NaN where a loss was NaN: torchmetrics' default leaves such batches out.
+
+    In fp32 wherever it is made: in the first batch of an epoch under bf16-true, torch's default dtype is bf16, whose
+    sums stop growing at 256 samples.
+    """
+    mean = MeanMetric(nan_strategy="disable")
+    # the dtype last: moving a metric sets it to torch's default
+    if device is not None:
+        mean.to(device)
+    mean.set_dtype(torch.float32)
+    return mean
 
 
 def _collection(metrics: dict[str, Metric | MetricCollection]) -> MetricCollection:

@@ -16,9 +16,18 @@ from lightning_moevlm.layers.initialise import initialise, seed_of
 from lightning_moevlm.losses import AuxiliaryLosses
 from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import MaskedModelling, Objective
-from lightning_moevlm.optim import GradientControl, GradientEvents, GradientStabilisers, GroupOptions, parameter_groups
+from lightning_moevlm.optim import (
+    GradientControl,
+    GradientEvents,
+    GradientStabilisers,
+    GroupOptions,
+    parameter_groups,
+    round_state,
+)
+from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.records import Batch, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.evaluation import Evaluation
+from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.rebalancing import LoadCounter, balances_itself
 from lightning_moevlm.training.refusals import refuse_unsuited_optimizer, refuse_unsuited_trainer
@@ -50,6 +59,7 @@ class VisionLanguageModule(LightningModule):
         schedule: factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps the rate constant.
         seed: of initial weights and masks.
         init_std: standard deviation of initial matrices.
+        precision: dtype per region, for the backbone, the objective, the losses and the optimiser's state.
     """
 
     def __init__(
@@ -63,6 +73,7 @@ class VisionLanguageModule(LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         seed: int = 0,
         init_std: float = 0.02,
+        precision: PrecisionPolicy = PrecisionPolicy(),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -73,6 +84,8 @@ class VisionLanguageModule(LightningModule):
         self.gradient = gradient
         self.schedule_factory = schedule
         self.seed = seed
+        self.precision = precision
+        set_precision(self, precision)
         initialise(self, seed, init_std)
         self._self_balancing = bool(balances_itself(backbone))
         self._load_counter = LoadCounter()
@@ -85,16 +98,15 @@ class VisionLanguageModule(LightningModule):
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
 
     def setup(self, stage: str) -> None:
-        """Refuse a trainer that the gradient stabilisers do not fit, before anything is trained."""
+        """Refuse a trainer that does not fit; keep in fp32 what is pinned to it, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
             refuse_unsuited_trainer(self.trainer)
+        keep_pinned_regions(self.trainer, self.precision)
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
-        micro_batches = self.trainer.accumulate_grad_batches
-        step = self.global_step * micro_batches + batch_idx % micro_batches
-        # whatever noise a router or a dropout draws is a function of seed and step, so a resumed run draws it again
-        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
+        step = self.micro_step(batch_idx)
+        self.seed_noise(step)
         output, report = self._losses(batch, "train", step)
         self._micro_losses.append(report.task_loss.detach())
         return StepOutput(
@@ -201,6 +213,7 @@ class VisionLanguageModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
         optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
+        round_state(optimizer, self.precision)
         self.groups.apply(optimizer)
         if self.gradient.any_on:
             refuse_unsuited_optimizer(self.trainer, optimizer)
@@ -216,13 +229,23 @@ class VisionLanguageModule(LightningModule):
         """Return the generator of a step's masks: the same for the same seed, stage, (micro-)step and rank."""
         return torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))
 
+    def micro_step(self, batch_idx: int) -> int:
+        """Return the number of a training batch: its masks and noise follow from it."""
+        micro_batches = self.trainer.accumulate_grad_batches
+        return self.global_step * micro_batches + batch_idx % micro_batches
+
+    def seed_noise(self, step: int) -> None:
+        """Make whatever a router or a dropout draws a function of seed and step, so a resumed run draws it again."""
+        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
+
     def _sum_over_ranks(self, count_E: Tensor) -> Tensor:
         total: Tensor = self.trainer.strategy.reduce(count_E, reduce_op="sum")
         return total
 
     def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
-        auxiliary = self.losses.terms([named.plan for named in output.plans])
+        with region(self.precision, "losses", self.device.type):
+            auxiliary = self.losses.terms([named.plan for named in output.plans])
         clash = auxiliary.keys() & output.terms.keys()
         if clash:
             raise UserError(

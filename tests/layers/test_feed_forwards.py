@@ -19,7 +19,7 @@ from lightning_moevlm.layers import (
     initialise,
 )
 from lightning_moevlm.plans import Modality
-from lightning_moevlm.precision import PrecisionPolicy
+from lightning_moevlm.precision import PrecisionPolicy, set_precision
 from lightning_moevlm.records import Layout, Span
 from lightning_moevlm.routers import TopKRouter
 
@@ -72,8 +72,8 @@ def moe(capacity: Capacity | None = None, precision: PrecisionPolicy | None = No
         router=partial(TopKRouter, top_k=2),
         experts=partial(MLPExperts, hidden_dim=24),
         capacity=capacity,
-        precision=precision or PrecisionPolicy(),
     )
+    set_precision(layer, precision or PrecisionPolicy())
     initialise(layer, seed=0, std=0.5)
     return layer
 

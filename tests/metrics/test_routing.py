@@ -57,3 +57,19 @@ def test_majority_accuracy_over_batches() -> None:
     metric.update(torch.tensor([1, 1, 2]))
     metric.update(torch.tensor([3, 1]))
     assert float(metric.compute()) == pytest.approx(3 / 5)
+
+
+def test_counts_are_exact_whatever_the_default_dtype() -> None:
+    # 257 of 600 tokens at expert 0: bf16 has no 257
+    logits_TE = torch.where(torch.arange(600).unsqueeze(-1) < 257, torch.tensor([1.0, 0]), torch.tensor([0.0, 1]))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        metrics = routing_metrics([top_1_plan(logits_TE)], Modality.IMAGE)
+        majority = MajorityAccuracy(2)
+        majority.update(top_1_plan(logits_TE).expert_N)
+        share = majority.compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert metrics.load_E.tolist() == pytest.approx([257 / 600, 343 / 600], rel=1e-6)
+    assert float(metrics.max_violation) == pytest.approx(343 * 2 / 600 - 1, rel=1e-6)
+    assert float(share) == pytest.approx(343 / 600, rel=1e-6)

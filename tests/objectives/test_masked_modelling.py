@@ -208,3 +208,18 @@ def test_a_checkpoint_with_more_codes_than_said_is_explained(vq_checkpoint: Path
     targets = VQCheckpointTargets(small_vl_moe().spec, str(vq_checkpoint), num_codes=3)
     with pytest.raises(UserError, match="codes 9 to 9 with num_codes 3: allowed are 0 to 2"):
         targets(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
+
+
+def test_masks_do_not_depend_on_the_default_dtype() -> None:
+    # bf16-true sets torch's default dtype to bf16: 76 words x 0.151 = 11.476 is 11, in steps of 1/16 it is 11.5, which
+    # is 12
+    text_BL = torch.full((1, 76), 17)
+    masks = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            masks.append(mask_text(text_BL, text_BL > 0, 0.151, generator()).hidden_BL)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert int(masks[0].sum()) == 11
+    assert torch.equal(*masks)

@@ -94,6 +94,34 @@ def test_plan_is_well_formed(router: Router, training: bool, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("training", [True, False])
+def test_plan_is_fp32_under_autocast(router: Router, training: bool) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = router.train(training)(routing_input(40, 16, num_padding=7))
+    assert plan.logits_TE.dtype == plan.probs_TE.dtype == plan.weight_N.dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_plan_does_not_depend_on_the_default_dtype(router: Router, training: bool) -> None:
+    # bf16-true sets torch's default dtype to bf16 inside forward: a tensor made without a dtype, or a ratio of two
+    # integers, would lose what is above 256
+    router.train(training)
+    inputs = routing_input(600, 16, num_padding=7)
+    plans = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        torch.set_default_dtype(default)
+        try:
+            plans.append(router(inputs))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for field, expected, found in zip(plans[0]._fields, *plans, strict=True):
+        if isinstance(expected, Tensor):
+            assert found.dtype == expected.dtype and torch.equal(found, expected), field
+        else:
+            assert found == expected, field
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_padding_is_never_routed(router: Router, training: bool) -> None:
     plan = router.train(training)(routing_input(40, 16, num_padding=7))
     assert not bool(plan.chosen_N[plan.token_N >= 33].any())

@@ -1,0 +1,93 @@
+"""bf16-true and 16-true that leave fp32 what the policy pins to it.
+
+Lightning casts the whole module, so a router's weights would lose their low bits before the first step, and sums over
+an evaluation epoch would stop growing (bf16 holds integers up to 256). Here are left in their dtype: parameters of
+regions pinned to float32, what a router keeps to balance itself, what makes image targets, and metrics.
+"""
+
+from collections.abc import Iterable
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import HalfPrecision
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.objectives import ImageTargets
+from lightning_moevlm.precision import PrecisionPolicy, Region, region_of_parameters
+
+_WEIGHTED: tuple[Region, ...] = ("router", "norms", "experts", "heads", "trunk")
+
+
+class RegionHalfPrecision(HalfPrecision):
+    """Lightning's half precision, by region; the module puts it in the place of Lightning's own.
+
+    Args:
+        precision: "bf16-true" or "16-true".
+        policy: which regions stay fp32.
+    """
+
+    def __init__(self, precision: str, policy: PrecisionPolicy) -> None:
+        assert precision in ("bf16-true", "16-true")
+        super().__init__(precision)  # type: ignore[arg-type]
+        self.policy = policy
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Cast all but what stays."""
+        kept = {name: tensor.detach().clone() for name, tensor in self._stays(module)}
+        metrics = {name: metric.dtype for name, metric in module.named_modules() if isinstance(metric, Metric)}
+        module = super().convert_module(module)
+        for name, values in kept.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            tensor = getattr(owner, leaf)
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = values
+            else:
+                setattr(owner, leaf, values)
+        for name, dtype in metrics.items():
+            metric = module.get_submodule(name)
+            assert isinstance(metric, Metric)
+            metric.set_dtype(dtype)
+        return module
+
+    def _stays(self, module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        regions = region_of_parameters(module)
+        targets = [name for name, part in module.named_modules() if isinstance(part, ImageTargets)]
+        for name, parameter in module.named_parameters():
+            if self.policy.dtype_of(regions[name]) == "float32" or _inside(name, targets):
+                yield name, parameter
+        for name, buffer in module.named_buffers():
+            if buffer.is_floating_point() and (regions[name] == "router" or _inside(name, targets)):
+                yield name, buffer
+
+
+def keep_pinned_regions(trainer: Trainer, policy: PrecisionPolicy) -> None:
+    """Put `RegionHalfPrecision` in the place of Lightning's half precision; other precisions keep weights in fp32.
+
+    Called before Lightning converts the module, so nobody has to configure a plugin.
+
+    Raises:
+        UserError: a strategy or policy that cannot keep a region in fp32.
+    """
+    plugin = trainer.precision_plugin
+    if plugin.precision not in ("bf16-true", "16-true"):
+        return
+    if policy.optimizer_state == "float32":
+        raise UserError(
+            f"precision.optimizer_state is float32 with trainer.precision {plugin.precision}: the optimiser's state "
+            "has the dtype of the parameters; set trainer.precision to bf16-mixed, or precision.optimizer_state to null"
+        )
+    pinned = [name for name in _WEIGHTED if policy.dtype_of(name) == "float32"]
+    if isinstance(plugin, HalfPrecision):
+        trainer.strategy.precision_plugin = RegionHalfPrecision(plugin.precision, policy)
+    elif pinned:
+        raise UserError(
+            f"trainer.precision {plugin.precision} with {type(plugin).__name__} casts every weight, also those of "
+            f"regions pinned to float32 ({', '.join(pinned)}): set trainer.precision to bf16-mixed, or unpin them with "
+            "null"
+        )
+
+
+def _inside(name: str, paths: list[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
