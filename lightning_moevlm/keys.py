@@ -52,6 +52,15 @@ DROP_RATE = MetricKey("drop_rate/block{block}/{modality}", "dropped pairs", "fra
 DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts without a token", "experts", "lower")
 LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")
 
+ATTENTION_LOGIT_MAX = MetricKey("attention_logit_max/block{block}", "largest attention logit", "", "neither")
+
+QK_CLIPPED_HEADS = MetricKey(
+    "action/qk_clipped_heads", "heads clipped since the last logging step", "heads x steps", "neither"
+)
+REVIVED_EXPERTS = MetricKey("action/revived_experts/{layer}", "experts revived", "experts", "neither")
+ROUTER_FROZEN = MetricKey("action/router_frozen", "routers stand still from here on", "", "neither")
+ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after step", "optimiser steps", "neither")
+
 GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
 LEARNING_RATE = MetricKey("optim/learning_rate", "learning rate", "", "neither")
 FIRST_NONFINITE_STEP = MetricKey(

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from lightning_moevlm import keys
 from lightning_moevlm.records import Batch
-from lightning_moevlm.training import StepOutput
+from lightning_moevlm.training import StepOutput, VisionLanguageModule
 
 
 class DivergenceGuard(Callback):
     """Ends training cleanly after a non-finite loss on any rank, and logs the first such step.
 
-    Every loss is looked at on its device; only every n steps the host waits for the answer.
+    Every loss is looked at on its device; only every n steps the host waits for the answer. While a rollback will answer
+    the next such loss, it is none of the guard's business.
 
     Args:
         every_n_steps: optimiser steps between waits, 1 or more.
@@ -31,6 +32,9 @@ class DivergenceGuard(Callback):
     ) -> None:
         """Look at the loss; now and then, and at the last step, ask all ranks."""
         assert self._first_bad is not None
+        assert isinstance(pl_module, VisionLanguageModule)
+        if pl_module.can_go_back:
+            return
         step = trainer.global_step
         self._first_bad = torch.where(outputs["loss"].isfinite(), self._first_bad, self._first_bad.clamp(max=step))
         if step % self.every_n_steps and step != trainer.max_steps:

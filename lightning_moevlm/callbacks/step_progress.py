@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_moevlm.callbacks.telemetry import log_interval
+from lightning_moevlm.training.logging_steps import log_interval
 from lightning_moevlm.records import Batch
 from lightning_moevlm.training import StepOutput
 

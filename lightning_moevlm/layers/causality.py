@@ -26,8 +26,8 @@ def check_causal(backbone: nn.Module) -> None:
 def _check_router(layer: MoEFFN) -> None:
     if layer.router.competes:
         raise UserError(
-            f"a causal model cannot use {type(layer.router).__name__}: its tokens compete for experts across "
-            "positions, so what an early token gets depends on later ones; use a router that decides token by token, such as "
+            f"a causal model cannot use {type(layer.router).__name__}: its tokens compete for experts "
+            "across positions, so what an early token gets depends on later ones; use a router that decides token by token, such as "
             "TopKRouter, or set causal to false"
         )
 

@@ -10,7 +10,7 @@ With s = `init_scale` (Switch: 0.1), N blocks and n the number of a block from 1
     x (8 N)^(-1/4)             values, outputs and feed-forwards, with residual_scaling deepnorm (arXiv 2203.00555)
 
 All are cut at two std but `normal`. Draws depend on the name alone, so that schemes differ by a factor or in the tails.
-Embeddings, patches and heads lie outside of the blocks and stay truncated normal; a router with its `initial_std` keeps it.
+Embeddings, patches and heads lie outside of blocks and stay truncated normal; a router with an `initial_std` keeps it.
 """
 
 import math

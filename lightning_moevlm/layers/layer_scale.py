@@ -2,8 +2,8 @@
 
     x + g * f(x),   g starts at a small constant
 
-Small starts keep deep stacks near the identity; 0 makes every block the identity at first, which is what let the authors
-of StableAdamW train in fp8 (arXiv 2304.13013, section 2).
+Small starts keep deep stacks near the identity; 0 makes every block the identity at first, which let the authors of
+StableAdamW train in fp8 (arXiv 2304.13013, section 2).
 """
 
 import torch

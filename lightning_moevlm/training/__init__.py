@@ -1,6 +1,7 @@
 """The LightningModule."""
 
+from lightning_moevlm.training.actions import Actions
 from lightning_moevlm.training.evaluation import Evaluation
 from lightning_moevlm.training.vision_language_module import StepOutput, VisionLanguageModule
 
-__all__ = ["Evaluation", "StepOutput", "VisionLanguageModule"]
+__all__ = ["Actions", "Evaluation", "StepOutput", "VisionLanguageModule"]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import TypedDict
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -16,9 +16,10 @@ from lightning_moevlm.losses import AuxiliaryLosses
 from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import MaskedModelling, Objective
 from lightning_moevlm.optim import parameter_groups
-from lightning_moevlm.records import Batch, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.training.actions import ActionRunner, Actions, build_actions
 from lightning_moevlm.training.evaluation import Evaluation
-from lightning_moevlm.training.rebalancing import LoadCounter, balances_itself
+from lightning_moevlm.training.logging_steps import is_logging_step
 
 
 class StepOutput(TypedDict):
@@ -27,6 +28,7 @@ class StepOutput(TypedDict):
     loss: Tensor
     report: LossReport
     plans: tuple[NamedPlan, ...]
+    attention: tuple[AttentionLogits, ...]
     num_tokens: int
     num_samples: int
 
@@ -45,6 +47,10 @@ class VisionLanguageModule(LightningModule):
         schedule: factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps the rate constant.
         seed: of initial weights and masks.
         init_std: standard deviation of initial matrices.
+        actions: what acts on the model after each optimiser step.
+
+    Raises:
+        UserError: an action that could not act on this backbone.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class VisionLanguageModule(LightningModule):
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         seed: int = 0,
         init_std: float = 0.02,
+        actions: Actions = Actions(),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -65,9 +72,9 @@ class VisionLanguageModule(LightningModule):
         self.schedule_factory = schedule
         self.seed = seed
         initialise(self, seed, init_std)
-        self._self_balancing = bool(balances_itself(backbone))
-        self._load_counter = LoadCounter()
-        self._steps_done = 0
+        self._needs_attention = actions.qk_clip is not None
+        acting = build_actions(actions, backbone)
+        self._action_runner = ActionRunner(acting, backbone, seed) if acting else None
         self.val_evaluation = Evaluation("val", self.objective.num_classes)
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
 
@@ -77,29 +84,31 @@ class VisionLanguageModule(LightningModule):
         step = self.global_step * micro_batches + batch_idx % micro_batches
         # whatever noise a router or a dropout draws is a function of seed and step, so a resumed run draws it again
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
+        self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
         output, report = self._losses(batch, "train", step)
+        self.backbone.measure_attention = False
         return StepOutput(
             loss=report.total_loss,
             report=report.detached(),
             plans=tuple(plan.detached() for plan in output.plans),
+            attention=output.attention,
             num_tokens=output.num_tokens,
             num_samples=batch.num_samples,
         )
 
-    def on_train_start(self) -> None:
-        """Remember where training starts."""
-        self._steps_done = self.global_step
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring what acts after each optimiser step along."""
+        return [] if self._action_runner is None else [self._action_runner]
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a rollback will answer the next loss that is no number."""
+        return self._action_runner is not None and self._action_runner.can_go_back
 
     def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
-        """Let routers that balance themselves adapt, once per optimiser step; see that the last step is validated."""
+        """See that the last step is validated."""
         if 0 < self.trainer.max_steps <= self.global_step:
             self.trainer.should_stop = True  # Lightning validates and saves once more when it is asked to stop
-        if not self._self_balancing:
-            return
-        self._load_counter.add(outputs["plans"])
-        if self.global_step > self._steps_done:
-            self._steps_done = self.global_step
-            self._load_counter.rebalance(self.backbone, self._sum_over_ranks)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch; its masks are the same in every epoch."""
@@ -148,10 +157,6 @@ class VisionLanguageModule(LightningModule):
     def mask_generator(self, stage: str, step: int) -> torch.Generator:
         """Return the generator of a step's masks: the same for the same seed, stage, (micro-)step and rank."""
         return torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))
-
-    def _sum_over_ranks(self, count_E: Tensor) -> Tensor:
-        total: Tensor = self.trainer.strategy.reduce(count_E, reduce_op="sum")
-        return total
 
     def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
