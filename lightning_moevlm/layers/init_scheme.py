@@ -47,7 +47,8 @@ def _scale(block: Block, name: str, parameter: Tensor, std: float) -> InitialSca
     switches = block.stabilisers
     writes_residual = any(parameter is output for output in residual_outputs(block))
     if switches.init_scheme in ("fan_in", "depth_scaled"):
-        std = parameter.shape[1] ** -0.5  # (out, in) of a linear layer, (E, in, out) of a stack, (E, in) of a router
+        is_stack = any(parameter is stack for stack in _expert_stacks(block))
+        std = parameter.shape[1 if is_stack else -1] ** -0.5  # (E, in, out) of a stack, (..., in) of all others
     std *= switches.init_scale**0.5
     if switches.init_scheme == "depth_scaled" and writes_residual:
         std *= (2 * (block.depth.block + 1)) ** -0.5
@@ -74,3 +75,7 @@ def residual_outputs(block: nn.Module) -> list[Tensor]:
         elif isinstance(module, ExpertStack):
             outputs.append(module.stacks()[-1])
     return outputs
+
+
+def _expert_stacks(block: nn.Module) -> list[Tensor]:
+    return [stack for module in block.modules() if isinstance(module, ExpertStack) for stack in module.stacks()]

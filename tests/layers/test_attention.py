@@ -30,7 +30,7 @@ def attention(stabilisers: ModelStabilisers) -> Attention:
 
 
 def layout(spans: tuple[Span, ...] = TEXT, num_padding: int = 0, causal: bool = False) -> Layout:
-    return Layout(spans, (torch.arange(4) < 4 - num_padding).unsqueeze(0), causal)
+    return Layout(spans, (torch.arange(4) < 4 - num_padding).unsqueeze(0), causal=causal)
 
 
 def random_tokens() -> Tensor:

@@ -22,7 +22,8 @@ Fact = Literal["load", "attention", "loss"]
 class StepFacts(NamedTuple):
     """What one optimiser step showed, over its micro-batches and all ranks; empty or None where no action needs it.
 
-    step: optimiser steps done, this one included. load: by MoE layer, chosen pairs per expert before capacity, int64 (E).
+    step: optimiser steps done, this one included. load: by MoE layer, chosen pairs of each modality at each
+    expert before capacity, int64 (A, E).
     attention: by attention layer, the largest logit per head before any cap, fp32 (H). loss: mean total loss, a scalar.
     """
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_moevlm.layers import Attention, MoEFFN
 from lightning_moevlm.models import Backbone
+from lightning_moevlm.plans import Modality
 from lightning_moevlm.records import AttentionLogits, NamedPlan
 from lightning_moevlm.training.actions.action import Fact, StepFacts
 
@@ -38,9 +39,9 @@ class FactGatherer:
         """Take in one micro-batch."""
         if "load" in self._needs:
             for named in plans:
-                chosen_N = named.plan.expert_N[named.plan.chosen_N]
-                load_E = torch.bincount(chosen_N, minlength=named.plan.num_experts)
-                self._load[named.layer] = self._load.get(named.layer, 0) + load_E
+                plan = named.plan
+                load_AE = torch.stack([plan.chosen_load(plan.valid_T & (plan.modality_T == each)) for each in Modality])
+                self._load[named.layer] = self._load.get(named.layer, 0) + load_AE
         if "attention" in self._needs:
             for logits in attention:
                 before = self._attention.get(logits.layer)
@@ -54,9 +55,8 @@ class FactGatherer:
         attention: dict[str, Tensor] = {}
         loss = None
         if "load" in self._needs and self._num_experts:
-            zeros = {
-                path: torch.zeros(count, dtype=torch.int64, device=device) for path, count in self._num_experts.items()
-            }
+            shapes = {path: (len(Modality), count) for path, count in self._num_experts.items()}
+            zeros = {path: torch.zeros(shape, dtype=torch.int64, device=device) for path, shape in shapes.items()}
             load = _reduced(zeros | self._load, lambda flat: reduce(flat, "sum"))
         if "attention" in self._needs:
             assert self._attention, "QK-clip acts on attention logits, and the objective handed none on"
@@ -70,5 +70,6 @@ class FactGatherer:
 
 def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Reduce all tensors in one exchange."""
-    flat = reduce(torch.cat(list(values.values())))
-    return dict(zip(values, flat.split([value.shape[0] for value in values.values()]), strict=True))
+    flat = reduce(torch.cat([value.flatten() for value in values.values()]))
+    pieces = flat.split([value.numel() for value in values.values()])
+    return {path: piece.view_as(value) for (path, value), piece in zip(values.items(), pieces, strict=True)}

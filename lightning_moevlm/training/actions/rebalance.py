@@ -27,10 +27,10 @@ class Rebalancer(Action):
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Rebalance each router."""
         if self._last_step is None or facts.step <= self._last_step:
-            for path, load_E in facts.load.items():
+            for path, load_AE in facts.load.items():
                 layer = training.backbone.get_submodule(path)
                 assert isinstance(layer, MoEFFN)
-                layer.router.rebalance(load_E)
+                layer.router.rebalance(load_AE)
         return {}
 
 

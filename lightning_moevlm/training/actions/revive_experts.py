@@ -23,6 +23,7 @@ from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.layers.initialise import seed_of
+from lightning_moevlm.routers import ExpertAxis
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -72,7 +73,8 @@ class ExpertReviver(Action):
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Count, and now and then look and restart."""
-        for path, load_E in facts.load.items():
+        for path, load_AE in facts.load.items():
+            load_E = load_AE.sum(dim=0)
             idle_E = self._idle.get(path, torch.zeros_like(load_E)).to(load_E.device)
             # a layer that routed nothing at all (its modality was not in the batch) says nothing about its experts
             self._idle[path] = torch.where(load_E > 0, 0, idle_E + (load_E.sum() > 0))
@@ -99,7 +101,7 @@ class ExpertReviver(Action):
     def _revive(self, training: Training, facts: StepFacts, path: str, dead: Sequence[int]) -> int:
         layer = training.backbone.get_submodule(path)
         assert isinstance(layer, MoEFFN)
-        load_E = facts.load[path]
+        load_E = facts.load[path].sum(dim=0)
         busy = load_E.argsort(descending=True, stable=True)[: int((load_E > 0).sum())].tolist()
         if not busy:
             return 0
@@ -121,20 +123,21 @@ def copy_expert(
 ) -> None:
     """Make one expert and its router rows a noisy copy of another, without a past in the optimisers; buffers exactly."""
     optimizers = list(optimizers)
-    for stack in (*layer.experts.stacks(), *layer.router.expert_rows()):
-        row = stack[source].clone()
-        if isinstance(stack, nn.Parameter):
-            draw = torch.randn(row.shape, generator=generator, dtype=torch.float32).to(row.device)
-            row += (noise * row.float().std(correction=0) * draw).to(row.dtype)
-            forget_row(stack, target, optimizers)
-        stack[target] = row
+    for tensor, axis in (*(ExpertAxis(stack, 0) for stack in layer.experts.stacks()), *layer.router.per_expert()):
+        copied = tensor.select(axis, source).clone()
+        if isinstance(tensor, nn.Parameter):
+            draw = torch.randn(copied.shape, generator=generator, dtype=torch.float32).to(copied.device)
+            copied += (noise * copied.float().std(correction=0) * draw).to(copied.dtype)
+            forget(tensor, axis, target, optimizers)
+        tensor.select(axis, target).copy_(copied)
 
 
-def forget_row(parameter: nn.Parameter, row: int, optimizers: Iterable[Optimizer]) -> None:
-    """Set one row to zero in everything that the optimisers remember per row of the parameter."""
+def forget(parameter: nn.Parameter, axis: int, expert: int, optimizers: Iterable[Optimizer]) -> None:
+    """Set an expert's place to zero in everything that the optimisers remember with the parameter's axis of experts."""
     for optimizer in optimizers:
         if parameter not in optimizer.state:
             continue
         for value in optimizer.state[parameter].values():
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == parameter.shape[0]:
-                value[row] = 0
+            is_like = isinstance(value, Tensor) and value.ndim == parameter.ndim
+            if is_like and value.shape[axis] == parameter.shape[axis]:
+                value.select(axis, expert).zero_()
