@@ -12,8 +12,8 @@ from lightning_moevlm.training import StepOutput, VisionLanguageModule
 class DivergenceGuard(Callback):
     """Ends training cleanly after a non-finite loss on any rank, and logs the first such step.
 
-    Every loss is looked at on its device; only every n steps the host waits for the answer. While a rollback will answer
-    the next such loss, it is none of the guard's business.
+    Every loss is looked at on its device; only every n steps the host waits for the answer. While a rollback will
+    answer the next such loss, it is none of the guard's business.
 
     Args:
         every_n_steps: optimiser steps between waits, 1 or more.

@@ -26,14 +26,14 @@ def check_causal(backbone: nn.Module) -> None:
 def _check_router(layer: MoEFFN) -> None:
     if layer.router.competes:
         raise UserError(
-            f"a causal model cannot use {type(layer.router).__name__}: its tokens compete for experts "
-            "across positions, so what an early token gets depends on later ones; use a router that decides token by token, such as "
-            "TopKRouter, or set causal to false"
+            f"a causal model cannot use {type(layer.router).__name__}: its tokens compete for experts across "
+            "positions, so what an early token gets depends on later ones; use a router that decides token by token, "
+            "such as TopKRouter, or set causal to false"
         )
 
 
 def _check_capacity(layer: MoEFFN) -> None:
-    capacity = layer.capacity
+    capacity, top_k = layer.capacity, layer.router.experts_per_token
     if capacity is None or capacity.train_factor is capacity.eval_factor is None:
         return
     if capacity.priority != "position":
@@ -41,9 +41,9 @@ def _check_capacity(layer: MoEFFN) -> None:
             f"a causal model cannot use capacity priority {capacity.priority}: a later token with a larger gate would "
             "take the place of an earlier one; set capacity.priority to position, or capacity to null (dropless)"
         )
-    if layer.router.experts_per_token > 1:
+    if top_k > 1:
         raise UserError(
-            f"a causal model cannot limit capacity with {layer.router.experts_per_token:g} experts per token: "
-            "every first choice is served before any second one, so a later token would take the place of an earlier one; set "
-            "capacity to null (dropless), or top_k to 1"
+            f"a causal model cannot limit capacity with {top_k:g} experts per token: every first choice is served "
+            "before any second one, so a later token would take the place of an earlier one; set capacity to null "
+            "(dropless), or top_k to 1"
         )

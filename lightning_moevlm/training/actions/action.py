@@ -1,8 +1,8 @@
 """The contract of an action: what acts on a model once per optimiser step, after the update and never in `forward`.
 
 A loss pulls, an action moves: it changes weights or routing state directly, from what the step showed. Facts are summed
-over the micro-batches and the ranks of the step before any action sees them, so every rank decides alike, and an action's
-state is in the checkpoint, so a resumed run acts as the uninterrupted one would have.
+over the micro-batches and the ranks of the step before any action sees them, so every rank decides alike, and an
+action's state is in the checkpoint, so a resumed run acts as the uninterrupted one would have.
 """
 
 from abc import ABC, abstractmethod

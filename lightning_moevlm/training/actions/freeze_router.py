@@ -1,9 +1,9 @@
 """Freeze the routers after some steps: what is learnt from then on is learnt by fixed assignments.
 
-StableMoE (arXiv 2204.08396, section 3.2) trains the router first and freezes it, because tokens that keep changing experts
-waste what the experts learnt of them. Here the gradient of every router parameter is taken away before the optimiser
-looks: it then neither steps, nor decays, nor moves on old momentum. Balancing state of a router stands still too. The
-parameters keep `requires_grad`, which data-parallel training could not bear to lose half-way.
+StableMoE (arXiv 2204.08396, section 3.2) trains the router first and freezes it, because tokens that keep changing
+experts waste what the experts learnt of them. Here the gradient of every router parameter is taken away before the
+optimiser looks: it then neither steps, nor decays, nor moves on old momentum. Balancing state of a router stands still
+too. The parameters keep `requires_grad`, which data-parallel training could not bear to lose half-way.
 """
 
 from dataclasses import dataclass

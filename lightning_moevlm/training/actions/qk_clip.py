@@ -2,11 +2,12 @@
 
     gamma_h = min(1, threshold / largest logit of head h),   W_q^h and W_k^h  *=  sqrt(gamma_h)
 
-Kimi K2 (arXiv 2507.20534, section 2.1.2): the logits of such a head shrink by gamma_h, those of other heads are untouched,
-and gradients are not. The largest logit is that of the step's own forward passes, over all micro-batches and ranks.
+Kimi K2 (arXiv 2507.20534, section 2.1.2): the logits of such a head shrink by gamma_h, those of other heads are
+untouched, and gradients are not. The largest logit is that of the step's own forward passes, over all micro-batches and
+ranks.
 
-With qk-norm it would do nothing: the norm takes out whatever scale the weights have, and bounds the logits itself. The two
-are refused together.
+With qk-norm it would do nothing: the norm takes out whatever scale the weights have, and bounds the logits itself. The
+two are refused together.
 """
 
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ class QKClip:
         for module in backbone.modules():
             if isinstance(module, Attention) and module.query_norm is not None:
                 raise UserError(
-                    "actions.qk_clip cannot act on a model with qk_norm: the norm takes out whatever scale the query and "
-                    "key weights have, and bounds the logits itself; set stabilisers.qk_norm to false, or "
+                    "actions.qk_clip cannot act on a model with qk_norm: the norm takes out whatever scale the query "
+                    "and key weights have, and bounds the logits itself; set stabilisers.qk_norm to false, or "
                     "actions.qk_clip to null"
                 )
 
@@ -94,7 +95,7 @@ class QKClipper(Action):
 
 @torch.no_grad()
 def clip_heads(attention: Attention, logit_max_H: Tensor, threshold: float) -> Tensor:
-    """Rescale the query and key rows of each head in place and return gamma_H; a logit that is no number is left alone."""
+    """Rescale the query and key rows of each head in place and return gamma_H; 1 where the logit is no number."""
     gamma_H = torch.where(logit_max_H.isfinite(), threshold / logit_max_H.clamp(min=threshold), 1.0)
     weight = attention.query_key_value.weight.unflatten(0, (3, attention.num_heads, -1))  # a view: (3, H, W, D)
     weight[:2] *= gamma_H.sqrt().to(weight.dtype)[:, None, None]

@@ -1,7 +1,7 @@
 """Loss-free balancing: routers that balance themselves are told the counts of the step.
 
-`Router.rebalance` moves a router's state, such as the bias of `SigmoidBiasRouter` (arXiv 2408.15664, algorithm 1), on the
-counts of the router's own choices. It is on wherever a router has such state and needs no option.
+`Router.rebalance` moves a router's state, such as the bias of `SigmoidBiasRouter` (arXiv 2408.15664, algorithm 1), on
+the counts of the router's own choices. It is on wherever a router has such state and needs no option.
 """
 
 from collections.abc import Sequence

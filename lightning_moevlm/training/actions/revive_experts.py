@@ -1,7 +1,7 @@
 """Revive dead experts: one that got no token for long starts anew as a noisy copy of a busy one.
 
-An expert without tokens gets no gradient from the task, so it never comes back by itself. Its weights and its row of the
-router become those of the busiest expert (the second dead one takes the second busiest, and so on), plus noise:
+An expert without tokens gets no gradient from the task, so it never comes back by itself. Its weights and its row of
+the router become those of the busiest expert (the second dead one takes the second busiest, and so on), plus noise:
 
     w_dead = w_busy + noise * std(w_busy) * N(0, 1)
 
@@ -121,7 +121,7 @@ def copy_expert(
     generator: torch.Generator,
     optimizers: Iterable[Optimizer],
 ) -> None:
-    """Make one expert and its router rows a noisy copy of another, without a past in the optimisers; buffers exactly."""
+    """Make an expert and its place in the router a noisy copy of another, without a past; buffers exactly."""
     optimizers = list(optimizers)
     for tensor, axis in (*(ExpertAxis(stack, 0) for stack in layer.experts.stacks()), *layer.router.per_expert()):
         copied = tensor.select(axis, source).clone()

@@ -1,17 +1,18 @@
 """Rollback: after a loss spike or a loss that is no number, go back to an earlier state and on with fresh data.
 
-PaLM (arXiv 2204.02311, section 5.1) restarted about 100 steps before a spike and skipped the batches around it; the spikes
-did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers and schedules go back,
-while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a budget of steps.
+PaLM (arXiv 2204.02311, section 5.1) restarted about 100 steps before a spike and skipped the batches around it; the
+spikes did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers and schedules go
+back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a budget of
+steps.
 
     bad:    the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there are
             that many
     where:  the newest snapshot at least `lookback` steps old, else the oldest; it and newer ones leave the ring, so that a
             second rollback goes further back; the last snapshot is never given up
 
-The loss is the mean total loss of the step over micro-batches and ranks. Snapshots lie in memory beside the weights: each
-costs what weights and optimiser state cost, and the ring is part of every checkpoint, so that a resumed run can go back
-as far. Every step makes the host wait for the loss once.
+The loss is the mean total loss of the step over micro-batches and ranks. Snapshots lie in memory beside the weights:
+each costs what weights and optimiser state cost, and the ring is part of every checkpoint, so that a resumed run can go
+back as far. Every step makes the host wait for the loss once.
 """
 
 import copy
@@ -34,7 +35,7 @@ class Rollback:
         every_n_steps: optimiser steps between snapshots; one more is taken before the first step.
         keep: snapshots in the ring.
         lookback: least age of the snapshot to go back to, in steps.
-        spike_threshold: standard deviations above the mean that make a spike; null acts on losses that are no number alone.
+        spike_threshold: standard deviations above the mean that make a spike; null leaves losses that are no number.
         window: good losses that mean and std are taken of.
         max_rollbacks: after that many, training is left to its fate.
 
