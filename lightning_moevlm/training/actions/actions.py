@@ -44,6 +44,7 @@ def build_actions(options: Actions, backbone: Backbone) -> dict[str, Action]:
         options.qk_clip.check(backbone)
         actions["qk_clip"] = QKClipper(options.qk_clip)
     if options.revive_dead_experts is not None:
+        options.revive_dead_experts.check(backbone)
         actions["revive_dead_experts"] = ExpertReviver(options.revive_dead_experts, last_step)
     if options.rollback is not None:
         actions["rollback"] = SnapshotRing(options.rollback)

@@ -23,6 +23,7 @@ from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.layers.initialise import seed_of
+from lightning_moevlm.models import Backbone
 from lightning_moevlm.routers import ExpertAxis
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
@@ -54,6 +55,20 @@ class ReviveDeadExperts:
                 f"actions.revive_dead_experts.noise is {self.noise}: choose a value above 0; an exact copy would never "
                 "win a token from the expert it was copied from"
             )
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse routers that could never send a token to a revived expert.
+
+        Raises:
+            UserError: a router without anything learned per expert.
+        """
+        for module in backbone.modules():
+            if isinstance(module, MoEFFN) and not module.router.per_expert():
+                raise UserError(
+                    f"actions.revive_dead_experts cannot act with {type(module.router).__name__}: it has nothing per "
+                    "expert that a copy could take over, so a revived expert would get no token either; set "
+                    "actions.revive_dead_experts to null, or choose a learned router"
+                )
 
 
 class ExpertReviver(Action):

@@ -5,10 +5,10 @@ spikes did not come back, so they come from a state meeting a batch. Here weight
 back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a budget of
 steps.
 
-    bad:    the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there are
-            that many
-    where:  the newest snapshot at least `lookback` steps old, else the oldest; it and newer ones leave the ring, so that a
-            second rollback goes further back; the last snapshot is never given up
+    bad:    the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there
+            are that many
+    where:  the newest snapshot at least `lookback` steps old, else the oldest; it and newer ones leave the ring, so
+            that a second rollback goes further back; the last snapshot is never given up
 
 The loss is the mean total loss of the step over micro-batches and ranks. Snapshots lie in memory beside the weights:
 each costs what weights and optimiser state cost, and the ring is part of every checkpoint, so that a resumed run can go
