@@ -71,6 +71,14 @@ REGION_FLIP_RATE = MetricKey(
 REGION_LOSS_ERROR = MetricKey(
     "shadow_region_loss_error/{region}", "|task loss - fp32|, one region narrow", "sum of term losses", "lower"
 )
+ATTENTION_LOGIT_MAX = MetricKey("attention_logit_max/block{block}", "largest attention logit", "", "neither")
+
+QK_CLIPPED_HEADS = MetricKey(
+    "action/qk_clipped_heads", "heads clipped since the last logging step", "heads x steps", "neither"
+)
+REVIVED_EXPERTS = MetricKey("action/revived_experts/{layer}", "experts revived", "experts", "neither")
+ROUTER_FROZEN = MetricKey("action/router_frozen", "routers stand still from here on", "", "neither")
+ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after step", "optimiser steps", "neither")
 
 GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
 CLIP_COEFFICIENT = MetricKey("optim/clip_coefficient", "gradient norm after / before clipping", "fraction", "neither")

@@ -38,12 +38,13 @@ class Layout(NamedTuple):
     """Where the modalities lie in a sequence, and which positions are real.
 
     spans: in order and without gaps. valid_BS: bool, False on padding. identity_BS: int64, token ids and patch codes,
-    or None where no router asked for them.
+    or None where no router asked for them. causal: text sees no later text, and patches see no text.
     """
 
     spans: tuple[Span, ...]
     valid_BS: Tensor
     identity_BS: Tensor | None = None
+    causal: bool = False
 
     @property
     def modality_S(self) -> Tensor:
@@ -55,7 +56,7 @@ class Layout(NamedTuple):
         """Return the layout of one span alone."""
         inner = Span(span.modality, 0, span.stop - span.start)
         identity_BS = None if self.identity_BS is None else self.identity_BS[:, span.start : span.stop]
-        return Layout((inner,), self.valid_BS[:, span.start : span.stop], identity_BS)
+        return Layout((inner,), self.valid_BS[:, span.start : span.stop], identity_BS, self.causal)
 
 
 class NamedPlan(NamedTuple):
@@ -74,6 +75,19 @@ class NamedPlan(NamedTuple):
     def detached(self) -> "NamedPlan":
         """Return the same plan without gradients, for callbacks."""
         return self._replace(plan=self.plan.detached())
+
+
+class AttentionLogits(NamedTuple):
+    """The largest attention logits of one forward pass, with their place in the model.
+
+    source: which forward pass ("image", "text" or "pair"). block: index of the transformer block. layer: path of the
+    attention in the backbone. max_H: fp32, the largest logit of each head before any cap; it has no gradient.
+    """
+
+    source: str
+    block: int
+    layer: str
+    max_H: Tensor
 
 
 class Term(NamedTuple):
@@ -122,9 +136,14 @@ class Predictions(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """What an objective makes of a batch: task terms, class predictions by term, the plans of every MoE that ran."""
+    """What an objective makes of a batch.
+
+    terms: of the task. predictions: classes, by term. plans: of every MoE that ran. num_tokens: encoded, padding
+    included. attention: the largest logits of every attention that ran, where the backbone was asked for them.
+    """
 
     terms: dict[str, Term]
     predictions: dict[str, Predictions]
     plans: tuple[NamedPlan, ...]
     num_tokens: int
+    attention: tuple[AttentionLogits, ...] = ()

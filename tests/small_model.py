@@ -8,8 +8,8 @@ import torch
 
 from lightning_moevlm.dispatch import Capacity, Dispatcher
 from lightning_moevlm.experts import MLPExperts
-from lightning_moevlm.layers import MoEFFN, initialise
-from lightning_moevlm.models import VLMoE
+from lightning_moevlm.layers import ModelStabilisers, MoEFFN, initialise
+from lightning_moevlm.models import LIMoE, VLMoE
 from lightning_moevlm.records import Batch
 from lightning_moevlm.routers import Router, TopKRouter
 
@@ -24,17 +24,12 @@ def small_vl_moe(
     capacity: Capacity | None = None,
     dispatcher: Dispatcher | None = None,
     router: Callable[[int, int], Router] | None = None,
+    stabilisers: ModelStabilisers = ModelStabilisers(),
+    causal: bool = False,
     seed: int = 0,
 ) -> VLMoE:
     """Width 32, 2 heads, 16 px images in 8 px patches (4 of them), texts of 8 out of 300 tokens."""
-    moe = partial(
-        MoEFFN,
-        num_experts=num_experts,
-        router=router or partial(TopKRouter, top_k=top_k),
-        experts=partial(MLPExperts, hidden_dim=48),
-        capacity=capacity,
-        dispatcher=dispatcher,
-    )
+    moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher)
     model = VLMoE(
         dim=32,
         num_heads=2,
@@ -47,9 +42,60 @@ def small_vl_moe(
         max_text_len=8,
         moe=moe,
         sparse_modalities=sparse_modalities,
+        stabilisers=stabilisers,
+        causal=causal,
     )
     initialise(model, seed)
     return model
+
+
+def small_limoe(
+    *,
+    top_k: int = 1,
+    num_blocks: int = 4,
+    num_experts: int = 4,
+    is_sparse: bool = True,
+    capacity: Capacity | None = None,
+    dispatcher: Dispatcher | None = None,
+    router: Callable[[int, int], Router] | None = None,
+    stabilisers: ModelStabilisers = ModelStabilisers(),
+    causal: bool = False,
+    seed: int = 0,
+) -> LIMoE:
+    """The same widths, one mixture for both modalities in blocks 1 and 3."""
+    model = LIMoE(
+        dim=32,
+        num_heads=2,
+        num_blocks=num_blocks,
+        hidden_dim=64,
+        image_size=16,
+        patch_size=8,
+        vocab_size=300,
+        max_text_len=8,
+        moe=small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher),
+        is_sparse=is_sparse,
+        stabilisers=stabilisers,
+        causal=causal,
+    )
+    initialise(model, seed)
+    return model
+
+
+def small_moe(
+    num_experts: int,
+    router: Callable[[int, int], Router],
+    capacity: Capacity | None,
+    dispatcher: Dispatcher | None,
+) -> Callable[[int], MoEFFN]:
+    """Experts of hidden width 48."""
+    return partial(
+        MoEFFN,
+        num_experts=num_experts,
+        router=router,
+        experts=partial(MLPExperts, hidden_dim=48),
+        capacity=capacity,
+        dispatcher=dispatcher,
+    )
 
 
 def pair_batch(num_samples: int = 4, *, seed: int = 0) -> Batch:

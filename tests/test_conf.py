@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import yaml
 from omegaconf import OmegaConf
 
 import lightning_moevlm.routers as routers_module
+from lightning_moevlm.layers import ModelStabilisers
 from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
 from lightning_moevlm.routers import Router
+from lightning_moevlm.training import Actions
 from tests.conftest import PROJECT
 from tests.small_run import SMALL, budget
 
@@ -73,6 +76,14 @@ def is_router(part: object) -> bool:
     return isinstance(part, type) and issubclass(part, Router) and part is not Router
 
 
+def test_every_switch_and_action_has_an_arm() -> None:
+    arms = yaml.safe_load((PROJECT / "ablations/stabilisers.yaml").read_text(encoding="utf-8"))["arms"].values()
+    for prefix, record in (("model.backbone.init_args.stabilisers", ModelStabilisers), ("model.actions", Actions)):
+        set_here = {key.removeprefix(f"{prefix}.") for arm in arms for key in arm if key.startswith(f"{prefix}.")}
+        set_together = {name for arm in arms for name in arm.get(prefix, {})}
+        assert set_here | set_together == {entry.name for entry in fields(record)}
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_model_can_be_described_as_shipped(config: str, resolver: ConfigResolver) -> None:
     card = describe_model(resolver([PROJECT / config], {}))
@@ -105,6 +116,14 @@ def test_an_arm_turns_one_loss_off_and_leaves_the_other(resolver: ConfigResolver
     resolved = resolver([PROJECT / "conf/quickstart.yaml"], {"model": {"losses": {"load_balance": None}}})
     on = {name: loss for name, loss in resolved["model"]["losses"].items() if loss is not None}
     assert on == {"router_z": {"weight": 0.001}}
+
+
+def test_an_arm_sets_one_switch_and_one_action_and_leaves_the_others(resolver: ConfigResolver) -> None:
+    stabilisers = {"backbone": {"init_args": {"stabilisers": {"sub_norm": True}}}}
+    resolved = resolver([PROJECT / "conf/quickstart.yaml"], {"model": {**stabilisers, "actions": {"rollback": {}}}})
+    switches = resolved["model"]["backbone"]["init_args"]["stabilisers"]
+    assert switches == vars(ModelStabilisers()) | {"sub_norm": True}
+    assert {name for name, action in resolved["model"]["actions"].items() if action is not None} == {"rollback"}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -12,9 +12,9 @@ from lightning_moevlm.training import StepOutput, VisionLanguageModule
 class DivergenceGuard(Callback):
     """Ends training cleanly after a non-finite loss on any rank, and logs the first such step.
 
-    Every loss is looked at on its device; only every n steps the host waits for the answer. Where such steps are left out
-    (`model.gradient.skip_spikes`), weights are still sound after one: the run has diverged when n batches in a row are
-    no numbers.
+    Every loss is looked at on its device; only every n steps the host waits for the answer. Where such steps are left
+    out (`model.gradient.skip_spikes`), weights are still sound after one: the run has diverged when n batches in a row
+    are no numbers. While a rollback will answer the next such loss, it is none of the guard's business.
 
     Args:
         every_n_steps: optimiser steps between waits, 1 or more.
@@ -36,6 +36,8 @@ class DivergenceGuard(Callback):
         """Look at the loss; now and then, and at the last step, ask all ranks."""
         assert self._first_bad is not None and self._bad_in_a_row is not None
         assert isinstance(pl_module, VisionLanguageModule)
+        if pl_module.can_go_back:
+            return
         step = trainer.global_step
         patience = 1 if pl_module.gradient.skip_spikes is None else self.every_n_steps
         self._bad_in_a_row = torch.where(outputs["loss"].isfinite(), 0, self._bad_in_a_row + 1)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_moevlm import keys
-from lightning_moevlm.callbacks.telemetry import log_interval
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.metrics import routing_shift
 from lightning_moevlm.models import Backbone
@@ -34,6 +33,7 @@ from lightning_moevlm.precision import (
 )
 from lightning_moevlm.records import Batch, NamedPlan, ObjectiveOutput, Term
 from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.logging_steps import log_interval
 
 _NARROW: dict[str, RegionDtype] = {
     "bf16-mixed": "bfloat16",

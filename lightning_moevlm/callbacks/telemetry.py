@@ -1,4 +1,4 @@
-"""Logs what training does: losses apart, routing per layer and modality, gradient norm, throughput.
+"""Logs what training does: losses apart, routing per layer and modality, attention logits, gradient norm, throughput.
 
 Everything is computed on logging steps alone (every `trainer.log_every_n_steps` optimiser steps, and the first), from
 the plans that the step itself used; between them the callback only counts samples and tokens.
@@ -19,8 +19,9 @@ from lightning_moevlm import keys
 from lightning_moevlm.metrics import RoutingMetrics, routing_metrics
 from lightning_moevlm.models import Backbone, model_card
 from lightning_moevlm.plans import Modality, RoutingPlan
-from lightning_moevlm.records import Batch, LossReport, NamedPlan, Term
+from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, Term
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
+from lightning_moevlm.training.logging_steps import is_logging_step
 
 _SCALARS = {
     "load_entropy": keys.LOAD_ENTROPY,
@@ -87,7 +88,7 @@ class Telemetry(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure the gradient before it is clipped."""
-        if _is_logging_step(trainer, trainer.global_step + 1):
+        if is_logging_step(trainer, trainer.global_step + 1):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._gradient_norm = float(get_total_norm(gradients))
             self._learning_rate = float(optimizer.param_groups[0]["lr"])  # the one that this step is made with
@@ -103,11 +104,12 @@ class Telemetry(Callback):
         if trainer.global_step == self._step_seen:
             return  # the batch only added to the gradient
         self._step_seen = trainer.global_step
-        if not _is_logging_step(trainer, trainer.global_step):
+        if not is_logging_step(trainer, trainer.global_step):
             return
         now = time.perf_counter()
         seconds = self._seconds + now - self._resumed_at
         values = loss_values(outputs["report"]) | routing_values(outputs["plans"])
+        values |= attention_values(outputs["attention"])
         values[keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
         values[keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds
         if self._gradient_norm is not None:
@@ -168,11 +170,12 @@ def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
     return values
 
 
-def _is_logging_step(trainer: Trainer, step: int) -> bool:
-    return step == 1 or step % log_interval(trainer) == 0
-
-
-def log_interval(trainer: Trainer) -> int:
-    """Return `trainer.log_every_n_steps`, which Lightning sets but does not declare."""
-    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return interval
+def attention_values(attention: Iterable[AttentionLogits]) -> dict[str, float]:
+    """Return the largest attention logit of every block, by key; over the heads and forward passes of the step."""
+    by_block: dict[int, list[Tensor]] = defaultdict(list)
+    for logits in attention:
+        by_block[logits.block].append(logits.max_H)
+    return {
+        keys.ATTENTION_LOGIT_MAX.key(block=block): float(torch.stack(values).max())
+        for block, values in by_block.items()
+    }

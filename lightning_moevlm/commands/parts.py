@@ -11,6 +11,7 @@ Kind = Literal[
     "experts",
     "dispatchers",
     "losses",
+    "actions",
     "objectives",
     "image_targets",
     "options",
@@ -104,7 +105,7 @@ def _parts() -> dict[str, list[type]]:
     import lightning_moevlm.callbacks as callbacks
     from lightning_moevlm.dispatch import Capacity, Dispatcher
     from lightning_moevlm.experts import ExpertStack
-    from lightning_moevlm.layers import FeedForward
+    from lightning_moevlm.layers import FeedForward, ModelStabilisers
     from lightning_moevlm.lightning_cli import load_plugins
     from lightning_moevlm.losses import AuxiliaryLosses
     from lightning_moevlm.models import Backbone
@@ -124,9 +125,10 @@ def _parts() -> dict[str, list[type]]:
     from lightning_moevlm.precision import PrecisionPolicy
     from lightning_moevlm.routers import Gate, Router
     from lightning_moevlm.schedules import Ramp
+    from lightning_moevlm.training import Actions
 
     load_plugins()
-    hints = get_type_hints(AuxiliaryLosses)
+    hints, action_hints = get_type_hints(AuxiliaryLosses), get_type_hints(Actions)
     return {
         "backbones": _leaves(Backbone),
         "layers": _leaves(FeedForward),
@@ -134,9 +136,10 @@ def _parts() -> dict[str, list[type]]:
         "experts": _leaves(ExpertStack),
         "dispatchers": _leaves(Dispatcher),
         "losses": [get_args(hints[entry.name])[0] for entry in fields(AuxiliaryLosses)],
+        "actions": [get_args(action_hints[entry.name])[0] for entry in fields(Actions)],
         "objectives": _leaves(Objective),
         "image_targets": _leaves(ImageTargets),
-        "options": [Capacity, Gate, GroupOptions, MaskRatios, PrecisionPolicy, Ramp, TermWeights],
+        "options": [Capacity, Gate, GroupOptions, MaskRatios, ModelStabilisers, PrecisionPolicy, Ramp, TermWeights],
         "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW],
         "stabilisers": [AdaGC, GradientStabilisers, SkipSpikes, ZClip],
         "schedules": _leaves(WarmupSchedule),

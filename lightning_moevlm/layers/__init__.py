@@ -1,30 +1,38 @@
 """Feed-forwards (dense, MoE, multiway), attention, block: what models are arranged from."""
 
-from lightning_moevlm.layers.attention import Attention
-from lightning_moevlm.layers.block import Block
+from lightning_moevlm.layers.attention import Attention, AttentionOutput
+from lightning_moevlm.layers.block import Block, BlockOutput, Depth
+from lightning_moevlm.layers.causality import check_causal
 from lightning_moevlm.layers.dense import DenseFFN, dense_twin
 from lightning_moevlm.layers.embeddings import PatchEmbedding, TextEmbedding
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput, RoutedPlan
 from lightning_moevlm.layers.initialise import initialise
 from lightning_moevlm.layers.moe import MoEFFN, name_layers, reads_identity
 from lightning_moevlm.layers.multiway import MultiwayFFN
-from lightning_moevlm.layers.normalise import normalised
+from lightning_moevlm.layers.norms import make_norm, normalised
 from lightning_moevlm.layers.patch_codes import PatchCodes
+from lightning_moevlm.layers.stabilisers import ModelStabilisers
 
 __all__ = [
     "Attention",
+    "AttentionOutput",
     "Block",
+    "BlockOutput",
     "DenseFFN",
+    "Depth",
     "FFNOutput",
     "FeedForward",
     "MoEFFN",
+    "ModelStabilisers",
     "MultiwayFFN",
     "PatchCodes",
     "PatchEmbedding",
     "RoutedPlan",
     "TextEmbedding",
+    "check_causal",
     "dense_twin",
     "initialise",
+    "make_norm",
     "name_layers",
     "normalised",
     "reads_identity",

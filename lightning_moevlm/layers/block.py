@@ -1,43 +1,124 @@
-"""The transformer block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+"""The transformer block: attention, then a feed-forward, each added to the residual stream.
+
+With n a norm and f a branch, `norm_placement` says where the norms stand:
+
+    pre       x + f(n(x))          the default; arXiv 2002.04745 says why it needs no warm-up
+    post      n(x + f(x))          Vaswani et al. 2017 (arXiv 1706.03762)
+    sandwich  x + n(f(n(x)))       CogView (arXiv 2105.13290, section 2.4)
+    output    x + n(f(x))          Swin v2 (arXiv 2111.09883, section 3.2), OLMo 2 (arXiv 2501.00656, section 3.2)
+
+`layer_scale` multiplies f by a learned factor per channel. DeepNorm is n(alpha x + f(x)) with alpha = (2 N)^(1/4) for N
+blocks (DeepNet, arXiv 2203.00555, section 4.1); its smaller start, beta, is in init_scheme.py.
+"""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_moevlm.layers.attention import Attention
-from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput
-from lightning_moevlm.layers.normalise import normalised
+from lightning_moevlm.layers.feed_forward import FeedForward, RoutedPlan
+from lightning_moevlm.layers.layer_scale import LayerScale
+from lightning_moevlm.layers.norms import make_norm, normalised
+from lightning_moevlm.layers.stabilisers import ModelStabilisers
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy, region
 from lightning_moevlm.records import Layout
 
 
+class Depth(NamedTuple):
+    """Where a block stands: its index from 0, of num_blocks."""
+
+    block: int
+    num_blocks: int
+
+
+class BlockOutput(NamedTuple):
+    """tokens_BSD: as the input. plans: of the MoEs inside. logit_max_H: see `AttentionOutput`."""
+
+    tokens_BSD: Tensor
+    plans: tuple[RoutedPlan, ...]
+    logit_max_H: Tensor | None
+
+
 class Block(nn.Module):
-    """Pre-norm block with any feed-forward.
+    """A block with any feed-forward.
 
     Args:
         dim: model width D.
         attention: shared by the modalities.
         ffn: dense, MoE or multiway.
+        stabilisers: norms, layer scale and residual scaling act here, and the initial scale of all that is inside.
+        depth: where the block stands; initial scales and DeepNorm depend on it.
     """
 
     precision = PrecisionPolicy()
 
-    def __init__(self, dim: int, attention: Attention, ffn: FeedForward) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attention: Attention,
+        ffn: FeedForward,
+        stabilisers: ModelStabilisers = ModelStabilisers(),
+        depth: Depth = Depth(0, 1),
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
+        self.stabilisers = stabilisers
+        self.depth = depth
+        placement = stabilisers.norm_placement
+        has_norm, has_out_norm = placement != "output", placement in ("sandwich", "output")
+        self.attention_norm = make_norm(stabilisers.norm, dim) if has_norm else None
         self.attention = attention
-        self.ffn_norm = nn.LayerNorm(dim)
+        self.attention_out_norm = make_norm(stabilisers.norm, dim) if has_out_norm else None
+        self.ffn_norm = make_norm(stabilisers.norm, dim) if has_norm else None
         self.ffn = ffn
+        self.ffn_out_norm = make_norm(stabilisers.norm, dim) if has_out_norm else None
+        value = stabilisers.layer_scale
+        self.attention_scale = None if value is None else LayerScale(dim, value)
+        self.ffn_scale = None if value is None else LayerScale(dim, value)
+        self.residual_weight = deepnorm_alpha(depth) if stabilisers.residual_scaling == "deepnorm" else 1.0
+        self.norms_sum = placement == "post"
 
-    def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
-        """Return tokens of the same shape, and the plans of the MoEs inside."""
+    def forward(self, tokens_BSD: Tensor, layout: Layout, measure: bool = False) -> BlockOutput:
+        """Return tokens of the same shape, the plans of the MoEs inside and, if asked, the largest attention logits."""
         with region(self.precision, "trunk", tokens_BSD.device.type):
-            attended_BSD = self.attention(normalised(self.attention_norm, tokens_BSD, self.precision), layout)
-            tokens_BSD = tokens_BSD + attended_BSD
-            output: FFNOutput = self.ffn(normalised(self.ffn_norm, tokens_BSD, self.precision), layout)
-            return FFNOutput(tokens_BSD + output.tokens_BSD, output.plans)
+            attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure)
+            tokens_BSD = self._add(
+                tokens_BSD, attended.tokens_BSD, self.attention_out_norm, self.attention_scale, self.attention_norm
+            )
+            output = self.ffn(self._input(tokens_BSD, self.ffn_norm), layout)
+            tokens_BSD = self._add(tokens_BSD, output.tokens_BSD, self.ffn_out_norm, self.ffn_scale, self.ffn_norm)
+            return BlockOutput(tokens_BSD, output.plans, attended.logit_max_H)
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one sequence."""
         return self.attention.forward_flops(sum(num_tokens.values())) + self.ffn.forward_flops(num_tokens)
+
+    def _input(self, tokens_BSD: Tensor, norm: nn.Module | None) -> Tensor:
+        return tokens_BSD if self.norms_sum else normalised(tokens_BSD, norm, self.precision)
+
+    def _add(
+        self,
+        tokens_BSD: Tensor,
+        branch_BSD: Tensor,
+        out_norm: nn.Module | None,
+        scale: LayerScale | None,
+        norm: nn.Module | None,
+    ) -> Tensor:
+        branch_BSD = normalised(branch_BSD, out_norm, self.precision)
+        if scale is not None:
+            branch_BSD = scale(branch_BSD)
+        if self.residual_weight != 1.0:
+            tokens_BSD = tokens_BSD * self.residual_weight
+        total_BSD = tokens_BSD + branch_BSD
+        return normalised(total_BSD, norm, self.precision) if self.norms_sum else total_BSD
+
+
+def deepnorm_alpha(depth: Depth) -> float:
+    """Return (2 N)^(1/4): the weight of the residual in a stack of N blocks without cross-attention."""
+    return float((2 * depth.num_blocks) ** 0.25)
+
+
+def deepnorm_beta(depth: Depth) -> float:
+    """Return (8 N)^(-1/4): the factor on the initial values, outputs and feed-forwards of such a stack."""
+    return float((8 * depth.num_blocks) ** -0.25)

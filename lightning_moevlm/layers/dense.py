@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput
 from lightning_moevlm.layers.moe import MoEFFN
+from lightning_moevlm.layers.norms import NormKind, make_norm, normalised
 from lightning_moevlm.plans import Modality
+from lightning_moevlm.precision import PrecisionPolicy
 from lightning_moevlm.records import Layout
 
 
@@ -19,14 +21,21 @@ class DenseFFN(FeedForward):
         hidden_dim: hidden width F.
     """
 
+    precision = PrecisionPolicy()
+
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
+
+    def add_hidden_norm(self, kind: NormKind) -> None:
+        """Normalise the hidden units before the last matrix."""
+        self.hidden_norm = make_norm(kind, self.up.out_features)
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Apply to every position; the layout does not matter."""
-        return FFNOutput(self.down(F.gelu(self.up(tokens_BSD))), ())
+        return FFNOutput(self.down(normalised(F.gelu(self.up(tokens_BSD)), self.hidden_norm, self.precision)), ())
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """4 D F per token."""

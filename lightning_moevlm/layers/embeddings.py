@@ -13,16 +13,18 @@ class PatchEmbedding(nn.Module):
         dim: model width D.
         image_size: height and width in pixels; a multiple of patch_size.
         patch_size: height and width of a patch in pixels.
+        is_frozen: leave the projection at its random start. Gradient spikes of self-supervised vision transformers
+            begin there, and a random projection serves as well (MoCo v3, arXiv 2104.02057, section 4).
     """
 
-    def __init__(self, dim: int, image_size: int, patch_size: int) -> None:
+    def __init__(self, dim: int, image_size: int, patch_size: int, is_frozen: bool = False) -> None:
         super().__init__()
         if image_size % patch_size:
             raise UserError(f"image_size {image_size} is no multiple of patch_size {patch_size}: change one of them")
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_patches = (image_size // patch_size) ** 2
-        self.project = nn.Linear(3 * patch_size**2, dim)
+        self.project = (_RandomLinear if is_frozen else nn.Linear)(3 * patch_size**2, dim)
         self.position_PD = nn.Parameter(torch.empty(self.num_patches, dim))
         self.modality_D = nn.Parameter(torch.empty(dim))
         self.mask_D = nn.Parameter(torch.empty(dim))
@@ -38,6 +40,16 @@ class PatchEmbedding(nn.Module):
     def forward_flops(self) -> float:
         """Matrix FLOPs for one image."""
         return 2.0 * self.num_patches * self.project.in_features * self.project.out_features
+
+
+class _RandomLinear(nn.Linear):
+    """A linear layer that is not trained; `initialise` draws it all the same."""
+
+    starts_frozen = True
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.requires_grad_(False)
 
 
 class TextEmbedding(nn.Module):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_moevlm.layers.norms import NormKind
 from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import Layout
 
@@ -34,6 +35,10 @@ class FeedForward(nn.Module, ABC):
     @abstractmethod
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Apply the feed-forward."""
+
+    @abstractmethod
+    def add_hidden_norm(self, kind: NormKind) -> None:
+        """Normalise the hidden units before the last matrix (Sub-LN, Magneto, arXiv 2210.06423, section 2.2)."""
 
     @abstractmethod
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:

@@ -4,51 +4,60 @@ Each parameter is drawn from a generator seeded with (seed, its full name). Two 
 and shape share its initial value, whatever else differs between them: arms of a study start from the same point.
 
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
-Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. A module with an
-`initial_std` has its own.
+Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. Matrices of blocks follow the
+block's scheme (init_scheme.py); a module with an `initial_std` or an `initial_value` has its own.
 """
 
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_moevlm.layers.init_scheme import InitialScale, initial_scales
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
-    """Set every parameter of the model in place; frozen ones and those without memory ("meta") are left alone.
+    """Set every parameter of the model in place.
+
+    Parameters without memory ("meta") and frozen ones are left alone; those of a module with `starts_frozen` are drawn.
 
     Args:
         model: parameters named as in `named_parameters`.
         seed: any integer.
         std: standard deviation of matrices before truncation.
     """
-    norm_scales = {
-        f"{name}.weight" if name else "weight" for name, module in model.named_modules() if isinstance(module, _NORMS)
-    }
-    own_std = {
-        name: module.initial_std
-        for name, module in model.named_modules()
-        if getattr(module, "initial_std", None) is not None
-    }
+    modules = dict(model.named_modules())
+    scales = initial_scales(model, std)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.requires_grad:
+        path, _, own_name = name.rpartition(".")
+        owner = modules[path]
+        if parameter.is_meta or not (parameter.requires_grad or getattr(owner, "starts_frozen", False)):
             continue  # no memory, or somebody's own frozen weights
-        if name in norm_scales or parameter.ndim == 0:
+        initial_value = getattr(owner, "initial_value", None)
+        own_std = getattr(owner, "initial_std", None)
+        if initial_value is not None:
+            nn.init.constant_(parameter, initial_value)
+        elif parameter.ndim == 0 or (isinstance(owner, _NORMS) and own_name == "weight"):
             nn.init.ones_(parameter)
-        elif "bias" in name.rsplit(".", 1)[-1]:
+        elif "bias" in own_name:
             nn.init.zeros_(parameter)
         else:
-            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            generator = torch.Generator("cpu").manual_seed(seed_of(seed, name))
-            scale = own_std.get(name.rpartition(".")[0], std)
-            if scale == 0:
-                values.zero_()
-            else:
-                nn.init.trunc_normal_(values, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
+            scale = scales.get(name, InitialScale(std)) if own_std is None else InitialScale(own_std)
             with torch.no_grad():
-                parameter.copy_(values)
+                parameter.copy_(_drawn(parameter.shape, scale, seed_of(seed, name)))
+
+
+def _drawn(shape: torch.Size, scale: InitialScale, seed: int) -> Tensor:
+    values = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    if scale.std > 0:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        bound = scale.cut * scale.std
+        nn.init.trunc_normal_(values, std=scale.std, a=-bound, b=bound, generator=generator)
+    if scale.value_factor != 1.0:
+        values.view(3, -1)[2] *= scale.value_factor  # queries, keys, values
+    return values
 
 
 def seed_of(seed: int, *parts: str | int) -> int:

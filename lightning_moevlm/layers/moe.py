@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from lightning_moevlm.dispatch import Capacity, Dispatcher, SegmentDispatcher, apply_capacity
+from lightning_moevlm.dispatch import Capacity, Dispatcher, Experts, SegmentDispatcher, apply_capacity
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import ExpertStack, MLPExperts
+from lightning_moevlm.layers.attention import Attention
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput, RoutedPlan
+from lightning_moevlm.layers.norms import NormKind, make_norm
+from lightning_moevlm.layers.sub_norm import SubNormedExperts
 from lightning_moevlm.plans import Modality, PairPlan, RoutingInput, RoutingPlan
 from lightning_moevlm.precision import PrecisionPolicy, region
 from lightning_moevlm.records import Layout
@@ -46,7 +49,12 @@ class MoEFFN(FeedForward):
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
         self.dispatcher = dispatcher or SegmentDispatcher()
+        self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
         self.path = ""  # in the backbone, see name_layers
+
+    def add_hidden_norm(self, kind: NormKind) -> None:
+        """Normalise the hidden units before the last matrix; the experts share the norm's scale."""
+        self.hidden_norm = make_norm(kind, self.experts.stacks()[-1].shape[1])
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Route and run; padding and dropped tokens come out as zeros for the residual to carry."""
@@ -66,8 +74,11 @@ class MoEFFN(FeedForward):
         factor = self._capacity_factor()
         if factor is not None and self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
             plan = apply_capacity(plan, factor, self.capacity.priority)
+        experts: Experts = self.experts
+        if self.hidden_norm is not None:
+            experts = SubNormedExperts(self.experts, self.hidden_norm, self.precision)
         with region(self.precision, "experts", tokens_TD.device.type) as cast:
-            out_TD = self.dispatcher(plan, cast(tokens_TD), self.experts).to(tokens_TD.dtype)
+            out_TD = self.dispatcher(plan, cast(tokens_TD), experts).to(tokens_TD.dtype)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
@@ -84,9 +95,9 @@ class MoEFFN(FeedForward):
 
 
 def name_layers(backbone: nn.Module) -> None:
-    """Tell every MoE layer its path in the backbone, so that plans say where they come from."""
+    """Tell every MoE and attention layer its path in the backbone, so that records say where they come from."""
     for path, module in backbone.named_modules():
-        if isinstance(module, MoEFFN):
+        if isinstance(module, MoEFFN | Attention):
             module.path = path
 
 

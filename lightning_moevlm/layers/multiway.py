@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput
+from lightning_moevlm.layers.norms import NormKind
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.records import Layout
 
@@ -40,6 +41,12 @@ class MultiwayFFN(FeedForward):
         ]
         tokens = torch.cat([output.tokens_BSD for output in outputs], dim=1)
         return FFNOutput(tokens, tuple(plan for output in outputs for plan in output.plans))
+
+    def add_hidden_norm(self, kind: NormKind) -> None:
+        """Give one to every branch."""
+        for branch in (self.image, self.text, self.pair):
+            if branch is not None:
+                branch.add_hidden_norm(kind)
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Sum over the branches that these tokens take."""

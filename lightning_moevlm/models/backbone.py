@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy
-from lightning_moevlm.records import Layout, NamedPlan
+from lightning_moevlm.records import AttentionLogits, Layout, NamedPlan
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,15 @@ class BackboneSpec:
 
 
 class BackboneOutput(NamedTuple):
-    """tokens_BSD: normalised features. layout: where the modalities lie. plans: of every MoE that ran."""
+    """tokens_BSD: normalised features. layout: where the modalities lie. plans: of every MoE that ran.
+
+    attention: the largest logits of every attention that ran, empty unless `measure_attention` is set.
+    """
 
     tokens_BSD: Tensor
     layout: Layout
     plans: tuple[NamedPlan, ...]
+    attention: tuple[AttentionLogits, ...] = ()
 
     def features(self, modality: Modality) -> Tensor:
         """Return the features of one modality's span."""
@@ -50,10 +54,15 @@ class BackboneOutput(NamedTuple):
 
 
 class Backbone(nn.Module, ABC):
-    """A vision-language trunk for image-only, text-only and pair inputs."""
+    """A vision-language trunk for image-only, text-only and pair inputs.
+
+    measure_attention: a mode like `training`, off at first: while it is on, outputs carry the largest attention logits,
+    which costs one product of queries and keys per block. Nothing is kept in the model.
+    """
 
     spec: BackboneSpec
     precision = PrecisionPolicy()
+    measure_attention: bool = False
 
     @abstractmethod
     def forward(

@@ -12,29 +12,27 @@ is hard; learning to route happens inside a modality.
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import (
-    Attention,
-    Block,
     DenseFFN,
     FeedForward,
+    ModelStabilisers,
     MoEFFN,
     MultiwayFFN,
     PatchCodes,
     PatchEmbedding,
     TextEmbedding,
+    check_causal,
     dense_twin,
+    make_norm,
     name_layers,
-    normalised,
     reads_identity,
 )
 from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.models.trunk import build_blocks, check_moe_every, embed, run_blocks, trunk_flops
 from lightning_moevlm.plans import Modality
-from lightning_moevlm.precision import region
-from lightning_moevlm.records import Layout, NamedPlan, Span
 
 
 class VLMoE(Backbone):
@@ -57,11 +55,12 @@ class VLMoE(Backbone):
         sparse_top: count every n-th block of the top F too; only the feed-forwards of single modalities become sparse
             there, the one for pairs stays dense. BASE with 32 experts then has 1.96 B parameters, as published (about
             2.0 B); without, 1.66 B.
-        qk_norm: RMS-normalise queries and keys per head.
+        stabilisers: switches of the trunk.
+        causal: text sees patches and earlier text alone, and patches see patches.
         patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
 
     Raises:
-        UserError: dimensions that do not fit each other.
+        UserError: dimensions that do not fit each other, or a causal model with a part that looks ahead.
     """
 
     def __init__(
@@ -79,16 +78,16 @@ class VLMoE(Backbone):
         moe_every: int = 2,
         sparse_modalities: tuple[Literal["image", "text"], ...] = ("image", "text"),
         sparse_top: bool = False,
-        qk_norm: bool = True,
+        stabilisers: ModelStabilisers = ModelStabilisers(),
+        causal: bool = False,
         patch_codebook: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= num_vl_blocks <= num_blocks:
             raise UserError(f"num_vl_blocks is {num_vl_blocks}: choose between 0 and num_blocks {num_blocks}")
-        if moe_every < 1:
-            raise UserError(f"moe_every is {moe_every}: choose 1 (every block below the top) or more")
+        check_moe_every(moe_every)
         self.spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
-        self.patches = PatchEmbedding(dim, image_size, patch_size)
+        self.patches = PatchEmbedding(dim, image_size, patch_size, stabilisers.freeze_patches)
         self.text = TextEmbedding(dim, vocab_size, max_text_len)
 
         length = {Modality.IMAGE: self.spec.num_patches, Modality.TEXT: max_text_len}
@@ -105,12 +104,13 @@ class VLMoE(Backbone):
             pair = DenseFFN(dim, hidden_dim) if is_top else None
             return MultiwayFFN(single(Modality.IMAGE, is_sparse), single(Modality.TEXT, is_sparse), pair)
 
-        self.blocks = nn.ModuleList(
-            Block(dim, Attention(dim, num_heads, qk_norm), feed_forward(block)) for block in range(num_blocks)
-        )
-        self.norm = nn.LayerNorm(dim)
+        self.blocks = build_blocks(dim, num_heads, num_blocks, feed_forward, stabilisers)
+        self.norm = make_norm(stabilisers.norm, dim)
+        self.causal = causal
         self.patch_codes = PatchCodes(patch_size, codebook=patch_codebook) if reads_identity(self) else None
         name_layers(self)
+        if causal:
+            check_causal(self)
 
     @property
     def text_embedding_VD(self) -> Tensor:
@@ -125,39 +125,9 @@ class VLMoE(Backbone):
         image_mask_BP: Tensor | None = None,
     ) -> BackboneOutput:
         """Encode images, texts or pairs; at least one of the two must be given."""
-        pieces: list[Tensor] = []
-        valid: list[Tensor] = []
-        spans: list[Span] = []
-        identity: list[Tensor] = []
-        if images_BRYX is not None:
-            with region(self.precision, "trunk", images_BRYX.device.type):
-                patches_BPD = self.patches(images_BRYX, image_mask_BP)
-            spans.append(Span(Modality.IMAGE, 0, patches_BPD.shape[1]))
-            pieces.append(patches_BPD)
-            valid.append(torch.ones(patches_BPD.shape[:2], dtype=torch.bool, device=patches_BPD.device))
-            if self.patch_codes is not None:
-                identity.append(self.spec.vocab_size + self.patch_codes(images_BRYX, image_mask_BP))
-        if text_BL is not None:
-            assert text_mask_BL is not None, "text comes with its mask"
-            start = spans[-1].stop if spans else 0
-            spans.append(Span(Modality.TEXT, start, start + text_BL.shape[1]))
-            with region(self.precision, "trunk", text_BL.device.type):
-                pieces.append(self.text(text_BL))
-            valid.append(text_mask_BL)
-            if self.patch_codes is not None:
-                identity.append(text_BL)
-        assert spans, "a forward pass needs images, text or both"
-        source = "pair" if len(spans) > 1 else spans[0].modality.label
-        layout = Layout(tuple(spans), torch.cat(valid, dim=1), torch.cat(identity, dim=1) if identity else None)
-        tokens_BSD = torch.cat(pieces, dim=1)
-        plans: list[NamedPlan] = []
-        for index, block in enumerate(self.blocks):
-            tokens_BSD, routed = block(tokens_BSD, layout)
-            plans.extend(NamedPlan(source, index, *plan) for plan in routed)
-        return BackboneOutput(normalised(self.norm, tokens_BSD, self.precision), layout, tuple(plans))
+        sequence = embed(self, images_BRYX, text_BL, text_mask_BL, image_mask_BP)
+        return run_blocks(self.blocks, self.norm, sequence, self.precision, self.measure_attention)
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one forward pass of one sample."""
-        embedding = self.patches.forward_flops() if num_tokens.get(Modality.IMAGE) else 0.0
-        blocks = (block for block in self.blocks if isinstance(block, Block))
-        return embedding + sum(block.forward_flops(num_tokens) for block in blocks)
+        return trunk_flops(self.patches, self.blocks, num_tokens)

@@ -23,7 +23,7 @@ from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets
 from lightning_moevlm.objectives.objective import Objective
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import region
-from lightning_moevlm.records import Batch, NamedPlan, ObjectiveOutput, Predictions, Term
+from lightning_moevlm.records import AttentionLogits, Batch, NamedPlan, ObjectiveOutput, Predictions, Term
 from lightning_moevlm.shards.tokenizer import MASK, SPECIAL_TOKENS
 
 
@@ -119,7 +119,7 @@ class MaskedModelling(Objective):
                 "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the "
                 "data's modalities a weight (image-only data: image; text-only data: text)"
             )
-        return ObjectiveOutput(step.terms, step.predictions, tuple(step.plans), step.num_tokens)
+        return ObjectiveOutput(step.terms, step.predictions, tuple(step.plans), step.num_tokens, tuple(step.attention))
 
     def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
         """Return logits over the vocabulary, sharing the embedding matrix."""
@@ -145,6 +145,7 @@ class _Step:
         self.terms: dict[str, Term] = {}
         self.predictions: dict[str, Predictions] = {}
         self.plans: list[NamedPlan] = []
+        self.attention: list[AttentionLogits] = []
         self.num_tokens = 0
         self.image_target: Tensor | None = None  # of the batch; two terms need it
 
@@ -153,6 +154,7 @@ class _Step:
     ) -> BackboneOutput:
         output: BackboneOutput = self.backbone(images, text, text_mask, image_mask)
         self.plans.extend(output.plans)
+        self.attention.extend(output.attention)
         self.num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
         return output
 

@@ -10,7 +10,7 @@ from lightning_moevlm.routers.gshard import GShardRouter
 from lightning_moevlm.routers.hashed import HashRouter
 from lightning_moevlm.routers.noisy_top_k import NoisyTopKRouter
 from lightning_moevlm.routers.relu import ReLURouter
-from lightning_moevlm.routers.router import Router
+from lightning_moevlm.routers.router import ExpertAxis, Router
 from lightning_moevlm.routers.sigmoid_bias import SigmoidBiasRouter
 from lightning_moevlm.routers.sinkhorn import SinkhornRouter
 from lightning_moevlm.routers.soft import SoftRouter
@@ -19,6 +19,7 @@ from lightning_moevlm.routers.top_p import TopPRouter
 
 __all__ = [
     "CosineRouter",
+    "ExpertAxis",
     "ExpertChoiceRouter",
     "FixedRouter",
     "GShardRouter",

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_moevlm.plans import PairPlan, RoutingInput
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
 from lightning_moevlm.routers.gate import Gate
-from lightning_moevlm.routers.router import Router
+from lightning_moevlm.routers.router import ExpertAxis, Router
 
 
 class CosineRouter(Router):
@@ -48,6 +48,10 @@ class CosineRouter(Router):
     def experts_per_token(self) -> float:
         """K."""
         return float(self.top_k)
+
+    def per_expert(self) -> tuple[ExpertAxis, ...]:
+        """The experts' directions; the projection is shared."""
+        return (ExpertAxis(self.expert_weight, 0),)
 
     def forward_flops_per_token(self) -> int:
         """2 D d + 2 d E with routing_dim d."""

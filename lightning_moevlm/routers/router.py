@@ -1,12 +1,20 @@
 """The router contract: tokens in, routing plan out."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import RoutingInput, RoutingPlan
 from lightning_moevlm.precision import Region
 from lightning_moevlm.routers.gate import Gate
+
+
+class ExpertAxis(NamedTuple):
+    """A tensor of a router and which of its axes is the experts."""
+
+    tensor: Tensor
+    axis: int
 
 
 class Router(nn.Module, ABC):
@@ -53,6 +61,15 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def forward_flops_per_token(self) -> int:
         """Matrix FLOPs of the routing itself for one token."""
+
+    def per_expert(self) -> tuple[ExpertAxis, ...]:
+        """Return the parameters and buffers with an axis of experts, which the axes at the end of their names tell.
+
+        Whoever replaces an expert replaces its place in each.
+        """
+        named = (*self.named_parameters(), *self.named_buffers())
+        axes = [(tensor, name.rpartition("_")[2]) for name, tensor in named]
+        return tuple(ExpertAxis(tensor, axis.index("E")) for tensor, axis in axes if axis.isupper() and "E" in axis)
 
     def rebalance(self, load_AE: Tensor) -> None:
         """Adapt routing state once per optimiser step. Most routers have none.

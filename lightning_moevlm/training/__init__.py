@@ -1,7 +1,8 @@
 """The LightningModule."""
 
+from lightning_moevlm.training.actions import Actions
 from lightning_moevlm.training.evaluation import Evaluation
 from lightning_moevlm.training.half_precision import RegionHalfPrecision
 from lightning_moevlm.training.vision_language_module import StepOutput, VisionLanguageModule
 
-__all__ = ["Evaluation", "RegionHalfPrecision", "StepOutput", "VisionLanguageModule"]
+__all__ = ["Actions", "Evaluation", "RegionHalfPrecision", "StepOutput", "VisionLanguageModule"]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -25,11 +25,12 @@ from lightning_moevlm.optim import (
     round_state,
 )
 from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
-from lightning_moevlm.records import Batch, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.training.actions import ActionRunner, Actions, build_actions
 from lightning_moevlm.training.evaluation import Evaluation
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.hyperparameters import Hyperparameters
-from lightning_moevlm.training.rebalancing import LoadCounter, balances_itself
+from lightning_moevlm.training.logging_steps import is_logging_step
 from lightning_moevlm.training.refusals import refuse_unsuited_optimizer, refuse_unsuited_trainer
 
 
@@ -39,6 +40,7 @@ class StepOutput(TypedDict):
     loss: Tensor
     report: LossReport
     plans: tuple[NamedPlan, ...]
+    attention: tuple[AttentionLogits, ...]
     num_tokens: int
     num_samples: int
 
@@ -60,6 +62,10 @@ class VisionLanguageModule(LightningModule):
         seed: of initial weights and masks.
         init_std: standard deviation of initial matrices.
         precision: dtype per region, for the backbone, the objective, the losses and the optimiser's state.
+        actions: what acts on the model after each optimiser step.
+
+    Raises:
+        UserError: an action that could not act on this backbone.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class VisionLanguageModule(LightningModule):
         seed: int = 0,
         init_std: float = 0.02,
         precision: PrecisionPolicy = PrecisionPolicy(),
+        actions: Actions = Actions(),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -87,13 +94,13 @@ class VisionLanguageModule(LightningModule):
         self.precision = precision
         set_precision(self, precision)
         initialise(self, seed, init_std)
-        self._self_balancing = bool(balances_itself(backbone))
-        self._load_counter = LoadCounter()
-        self._steps_done = 0
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
         self._micro_losses: list[Tensor] = []
         self._hyperparameters: Hyperparameters | None = None
+        self._needs_attention = actions.qk_clip is not None
+        acting = build_actions(actions, backbone)
+        self._action_runner = ActionRunner(acting, backbone, seed) if acting else None
         self.val_evaluation = Evaluation("val", self.objective.num_classes)
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
 
@@ -107,19 +114,21 @@ class VisionLanguageModule(LightningModule):
         """Return the total loss, and what callbacks may want to measure."""
         step = self.micro_step(batch_idx)
         self.seed_noise(step)
+        self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
         output, report = self._losses(batch, "train", step)
+        self.backbone.measure_attention = False
         self._micro_losses.append(report.task_loss.detach())
         return StepOutput(
             loss=report.total_loss,
             report=report.detached(),
             plans=tuple(plan.detached() for plan in output.plans),
+            attention=output.attention,
             num_tokens=output.num_tokens,
             num_samples=batch.num_samples,
         )
 
     def on_train_start(self) -> None:
-        """Remember where training starts; options that a checkpoint brought along give way to those of this run."""
-        self._steps_done = self.global_step
+        """Let options that a checkpoint brought along give way to those of this run."""
         assert self._hyperparameters is not None
         self._hyperparameters.restore()
 
@@ -165,16 +174,19 @@ class VisionLanguageModule(LightningModule):
         """Take it over."""
         self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring what acts after each optimiser step along."""
+        return [] if self._action_runner is None else [self._action_runner]
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a rollback will answer the next loss that is no number."""
+        return self._action_runner is not None and self._action_runner.can_go_back
+
     def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
-        """Let routers that balance themselves adapt, once per optimiser step; see that the last step is validated."""
+        """See that the last step is validated."""
         if 0 < self.trainer.max_steps <= self.global_step:
             self.trainer.should_stop = True  # Lightning validates and saves once more when it is asked to stop
-        if not self._self_balancing:
-            return
-        self._load_counter.add(outputs["plans"])
-        if self.global_step > self._steps_done:
-            self._steps_done = self.global_step
-            self._load_counter.rebalance(self.backbone, self._sum_over_ranks)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch; its masks are the same in every epoch."""
@@ -237,10 +249,6 @@ class VisionLanguageModule(LightningModule):
     def seed_noise(self, step: int) -> None:
         """Make whatever a router or a dropout draws a function of seed and step, so a resumed run draws it again."""
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
-
-    def _sum_over_ranks(self, count_E: Tensor) -> Tensor:
-        total: Tensor = self.trainer.strategy.reduce(count_E, reduce_op="sum")
-        return total
 
     def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))

@@ -18,6 +18,7 @@ from lightning_moevlm.layers import (
     dense_twin,
     initialise,
 )
+from lightning_moevlm.layers.norms import NormKind
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy, set_precision
 from lightning_moevlm.records import Layout, Span
@@ -40,6 +41,9 @@ class AddConstant(FeedForward):
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         return FFNOutput(tokens_BSD + self.value, ())
+
+    def add_hidden_norm(self, kind: NormKind) -> None:
+        raise AssertionError("no hidden units")
 
     def forward_flops(self, num_tokens: dict[Modality, int]) -> float:
         return self.value * sum(num_tokens.values())

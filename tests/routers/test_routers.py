@@ -236,3 +236,26 @@ def test_losses_and_metrics_read_every_plan(router: Router) -> None:
 def test_flops_and_experts_per_token_are_positive(router: Router) -> None:
     assert 0 < router.experts_per_token <= router.num_experts
     assert router.forward_flops_per_token() >= 0
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_expert_that_takes_over_anothers_place_gets_its_scores(name: str) -> None:
+    # what reviving dead experts relies on; every parameter but a shared projection or scale has a place for each expert
+    router = build(name).eval()
+    inputs = routing_input(40, 16)
+    assert {id(tensor) for tensor, _ in router.per_expert()} == {
+        id(tensor)
+        for own_name, tensor in (*router.named_parameters(), *router.named_buffers())
+        if own_name not in ("project_weight", "scale")
+    }
+    with torch.no_grad():
+        for tensor, axis in router.per_expert():
+            assert tensor.shape[axis] == 8
+            tensor.select(axis, 5).copy_(tensor.select(axis, 2))
+    logits_TE = router(inputs).logits_TE
+    torch.testing.assert_close(logits_TE[:, 5], logits_TE[:, 2])
+    assert not torch.allclose(logits_TE[:, 5], logits_TE[:, 3])
+
+
+def test_controls_have_nothing_per_expert() -> None:
+    assert all(build(name).per_expert() == () for name in ROUTERS if name not in LEARNED)

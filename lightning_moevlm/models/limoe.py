@@ -1,0 +1,112 @@
+"""LIMoE: one tower and one mixture of experts for images and texts (arXiv 2206.02770, sections 2.1 and 3.1).
+
+    every n-th block:   shared self-attention, then one MoE whose router sees patches and words alike
+    the other blocks:   shared self-attention, then a shared dense feed-forward
+
+The opposite of VL-MoE: no hard split by modality, so whether experts specialise is left to training. Balance over the
+pooled tokens hides the collapse of the rarer modality; the entropy losses per modality are the paper's remedy.
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from lightning_moevlm.layers import (
+    DenseFFN,
+    FeedForward,
+    ModelStabilisers,
+    MoEFFN,
+    PatchCodes,
+    PatchEmbedding,
+    TextEmbedding,
+    check_causal,
+    dense_twin,
+    make_norm,
+    name_layers,
+    reads_identity,
+)
+from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.models.trunk import build_blocks, check_moe_every, embed, run_blocks, trunk_flops
+from lightning_moevlm.plans import Modality
+
+
+class LIMoE(Backbone):
+    """LIMoE backbone.
+
+    Args:
+        dim: model width D.
+        num_heads: attention heads H.
+        num_blocks: transformer blocks.
+        hidden_dim: hidden width of dense feed-forwards.
+        image_size: pixels, height and width.
+        patch_size: pixels, height and width.
+        vocab_size: V.
+        max_text_len: longest text L.
+        moe: factory (dim) -> MoEFFN for the sparse blocks; top-1 by default, as in the paper.
+        moe_every: every n-th block is sparse; the paper uses 2.
+        is_sparse: false is the dense twin: sparse blocks get a dense feed-forward of equal active FLOPs.
+        stabilisers: switches of the trunk.
+        causal: text sees patches and earlier text alone, and patches see patches.
+        patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
+
+    Raises:
+        UserError: dimensions that do not fit each other, or a causal model with a part that looks ahead.
+    """
+
+    def __init__(
+        self,
+        dim: int = 768,
+        num_heads: int = 12,
+        num_blocks: int = 12,
+        hidden_dim: int = 3072,
+        image_size: int = 224,
+        patch_size: int = 16,
+        vocab_size: int = 64_000,
+        max_text_len: int = 40,
+        moe: Callable[[int], MoEFFN] = MoEFFN,
+        moe_every: int = 2,
+        is_sparse: bool = True,
+        stabilisers: ModelStabilisers = ModelStabilisers(),
+        causal: bool = False,
+        patch_codebook: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_moe_every(moe_every)
+        self.spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
+        self.patches = PatchEmbedding(dim, image_size, patch_size, stabilisers.freeze_patches)
+        self.text = TextEmbedding(dim, vocab_size, max_text_len)
+
+        length = {Modality.IMAGE: self.spec.num_patches, Modality.TEXT: max_text_len}
+
+        def feed_forward(block: int) -> FeedForward:
+            if block % moe_every != moe_every - 1:
+                return DenseFFN(dim, hidden_dim)
+            return moe(dim) if is_sparse else dense_twin(moe(dim), length)
+
+        self.blocks = build_blocks(dim, num_heads, num_blocks, feed_forward, stabilisers)
+        self.norm = make_norm(stabilisers.norm, dim)
+        self.causal = causal
+        self.patch_codes = PatchCodes(patch_size, codebook=patch_codebook) if reads_identity(self) else None
+        name_layers(self)
+        if causal:
+            check_causal(self)
+
+    @property
+    def text_embedding_VD(self) -> Tensor:
+        """Token embedding matrix."""
+        return self.text.token.weight
+
+    def forward(
+        self,
+        images_BRYX: Tensor | None = None,
+        text_BL: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        image_mask_BP: Tensor | None = None,
+    ) -> BackboneOutput:
+        """Encode images, texts or pairs; at least one of the two must be given."""
+        sequence = embed(self, images_BRYX, text_BL, text_mask_BL, image_mask_BP)
+        return run_blocks(self.blocks, self.norm, sequence, self.precision, self.measure_attention)
+
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active matrix FLOPs of one forward pass of one sample."""
+        return trunk_flops(self.patches, self.blocks, num_tokens)

@@ -1,0 +1,18 @@
+"""What acts on a model once per optimiser step: QK-clip, revival of experts, frozen routers, rollback."""
+
+from lightning_moevlm.training.actions.actions import Actions, build_actions
+from lightning_moevlm.training.actions.freeze_router import FreezeRouter
+from lightning_moevlm.training.actions.qk_clip import QKClip
+from lightning_moevlm.training.actions.revive_experts import ReviveDeadExperts
+from lightning_moevlm.training.actions.rollback import Rollback
+from lightning_moevlm.training.actions.runner import ActionRunner
+
+__all__ = [
+    "ActionRunner",
+    "Actions",
+    "FreezeRouter",
+    "QKClip",
+    "ReviveDeadExperts",
+    "Rollback",
+    "build_actions",
+]

@@ -1,0 +1,70 @@
+"""The contract of an action: what acts on a model once per optimiser step, after the update and never in `forward`.
+
+A loss pulls, an action moves: it changes weights or routing state directly, from what the step showed. Facts are summed
+over the micro-batches and the ranks of the step before any action sees them, so every rank decides alike, and an
+action's state is in the checkpoint, so a resumed run acts as the uninterrupted one would have.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_moevlm.models import Backbone
+
+Fact = Literal["load", "attention", "loss"]
+"""What can be gathered; only what some action needs is."""
+
+
+class StepFacts(NamedTuple):
+    """What one optimiser step showed, over its micro-batches and all ranks; empty or None where no action needs it.
+
+    step: optimiser steps done, this one included. load: by MoE layer, chosen pairs of each modality at each
+    expert before capacity, int64 (A, E).
+    attention: by attention layer, the largest logit per head before any cap, fp32 (H). loss: mean total loss, a scalar.
+    """
+
+    step: int
+    load: Mapping[str, Tensor]
+    attention: Mapping[str, Tensor]
+    loss: Tensor | None
+
+
+class Training(NamedTuple):
+    """What an action may act on.
+
+    module: everything that is trained, in which the backbone lies. seed: of the run; draws follow from it and a name.
+    """
+
+    module: nn.Module
+    backbone: Backbone
+    optimizers: Sequence[Optimizer]
+    schedulers: Sequence[LRScheduler]
+    seed: int
+
+
+class Action(ABC):
+    """Acts once per optimiser step; holds its options and its state."""
+
+    needs: frozenset[Fact] = frozenset()
+
+    def before_step(self, training: Training, step: int) -> None:  # noqa: B027 - most actions have nothing to do here
+        """Look at the gradients before they are clipped and used; step: the number of the step to be made, from 1."""
+
+    @abstractmethod
+    def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
+        """Act, and return what happened by metric key; empty if nothing did."""
+
+    def pending(self) -> dict[str, float]:
+        """Return what has gathered on the device since it was last asked; called on logging steps."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for the checkpoint: tensors, numbers, texts, and containers of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most actions have none
+        """Go on from there."""

@@ -1,0 +1,75 @@
+"""Gathers the facts of an optimiser step: over its micro-batches as they come, over ranks when it is done.
+
+Every layer has its place from the start, so that ranks agree on what they exchange even if one of them saw no text.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.layers import Attention, MoEFFN
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.plans import Modality
+from lightning_moevlm.records import AttentionLogits, NamedPlan
+from lightning_moevlm.training.actions.action import Fact, StepFacts
+
+Reduce = Callable[[Tensor, str], Tensor]
+"""(tensor, "sum" or "mean" or "max") -> the same over ranks."""
+
+
+class FactGatherer:
+    """Loads, largest attention logits and loss since the last step.
+
+    Args:
+        backbone: whose layers are listened to.
+        needs: what is gathered; the rest is left out.
+    """
+
+    def __init__(self, backbone: Backbone, needs: frozenset[Fact]) -> None:
+        layers = dict(backbone.named_modules())
+        self._needs = needs
+        self._num_experts = {path: layer.num_experts for path, layer in layers.items() if isinstance(layer, MoEFFN)}
+        self._num_heads = {path: layer.num_heads for path, layer in layers.items() if isinstance(layer, Attention)}
+        self._load: dict[str, Tensor] = {}
+        self._attention: dict[str, Tensor] = {}
+        self._losses: list[Tensor] = []
+
+    def add(self, plans: Iterable[NamedPlan], attention: Iterable[AttentionLogits], loss: Tensor) -> None:
+        """Take in one micro-batch."""
+        if "load" in self._needs:
+            for named in plans:
+                plan = named.plan
+                load_AE = torch.stack([plan.chosen_load(plan.valid_T & (plan.modality_T == each)) for each in Modality])
+                self._load[named.layer] = self._load.get(named.layer, 0) + load_AE
+        if "attention" in self._needs:
+            for logits in attention:
+                before = self._attention.get(logits.layer)
+                self._attention[logits.layer] = logits.max_H if before is None else before.maximum(logits.max_H)
+        if "loss" in self._needs:
+            self._losses.append(loss)
+
+    def finish(self, step: int, device: torch.device, reduce: Reduce) -> StepFacts:
+        """Return the facts of the step over all ranks, and start anew."""
+        load: dict[str, Tensor] = {}
+        attention: dict[str, Tensor] = {}
+        loss = None
+        if "load" in self._needs and self._num_experts:
+            shapes = {path: (len(Modality), count) for path, count in self._num_experts.items()}
+            zeros = {path: torch.zeros(shape, dtype=torch.int64, device=device) for path, shape in shapes.items()}
+            load = _reduced(zeros | self._load, lambda flat: reduce(flat, "sum"))
+        if "attention" in self._needs:
+            assert self._attention, "QK-clip acts on attention logits, and the objective handed none on"
+            none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}
+            attention = _reduced(none | self._attention, lambda flat: reduce(flat, "max"))
+        if "loss" in self._needs:
+            loss = reduce(torch.stack(self._losses).float().mean(), "mean")
+        self._load, self._attention, self._losses = {}, {}, []
+        return StepFacts(step, load, attention, loss)
+
+
+def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Reduce all tensors in one exchange."""
+    flat = reduce(torch.cat([value.flatten() for value in values.values()]))
+    pieces = flat.split([value.numel() for value in values.values()])
+    return {path: piece.view_as(value) for (path, value), piece in zip(values.items(), pieces, strict=True)}

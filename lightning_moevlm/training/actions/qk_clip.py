@@ -1,0 +1,102 @@
+"""QK-clip: heads whose attention logits grew too large get smaller query and key weights after the step.
+
+    gamma_h = min(1, threshold / largest logit of head h),   W_q^h and W_k^h  *=  sqrt(gamma_h)
+
+Kimi K2 (arXiv 2507.20534, section 2.1.2): the logits of such a head shrink by gamma_h, those of other heads are
+untouched, and gradients are not. The largest logit is that of the step's own forward passes, over all micro-batches and
+ranks.
+
+With qk-norm it would do nothing: the norm takes out whatever scale the weights have, and bounds the logits itself. The
+two are refused together.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm import keys
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import Attention
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.training.actions.action import Action, StepFacts, Training
+
+
+@dataclass(frozen=True)
+class QKClip:
+    """Clip of query and key weights.
+
+    Args:
+        threshold: largest logit that is left alone; 100 in Kimi K2.
+
+    Raises:
+        UserError: a threshold that is not positive.
+    """
+
+    threshold: float = 100.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.threshold <= 0:
+            raise UserError(f"actions.qk_clip.threshold is {self.threshold}: choose a logit above 0, 100 is customary")
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a model on which it could not act.
+
+        Raises:
+            UserError: an attention with qk-norm.
+        """
+        for module in backbone.modules():
+            if isinstance(module, Attention) and module.query_norm is not None:
+                raise UserError(
+                    "actions.qk_clip cannot act on a model with qk_norm: the norm takes out whatever scale the query "
+                    "and key weights have, and bounds the logits itself; set stabilisers.qk_norm to false, or "
+                    "actions.qk_clip to null"
+                )
+
+
+class QKClipper(Action):
+    """Rescales heads; counts on the device and so never makes the host wait.
+
+    Args:
+        options: the threshold.
+    """
+
+    needs = frozenset({"attention"})
+
+    def __init__(self, options: QKClip) -> None:
+        self._options = options
+        self._clipped: Tensor | None = None  # int64, on the device; heads since the last logging step
+
+    def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
+        """Clip every attention."""
+        for path, logit_max_H in facts.attention.items():
+            attention = training.backbone.get_submodule(path)
+            assert isinstance(attention, Attention)
+            clipped = (clip_heads(attention, logit_max_H, self._options.threshold) < 1).sum()
+            self._clipped = clipped if self._clipped is None else self._clipped.to(clipped.device) + clipped
+        return {}
+
+    def pending(self) -> dict[str, float]:
+        """Return the number of heads clipped since last asked."""
+        count = 0 if self._clipped is None else int(self._clipped)
+        self._clipped = None
+        return {keys.QK_CLIPPED_HEADS.key(): float(count)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count that has not been logged yet."""
+        return {"clipped": self._clipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._clipped = state["clipped"]
+
+
+@torch.no_grad()
+def clip_heads(attention: Attention, logit_max_H: Tensor, threshold: float) -> Tensor:
+    """Rescale the query and key rows of each head in place and return gamma_H; 1 where the logit is no number."""
+    gamma_H = torch.where(logit_max_H.isfinite(), threshold / logit_max_H.clamp(min=threshold), 1.0)
+    weight = attention.query_key_value.weight.unflatten(0, (3, attention.num_heads, -1))  # a view: (3, H, W, D)
+    weight[:2] *= gamma_H.sqrt().to(weight.dtype)[:, None, None]
+    return gamma_H

@@ -1,0 +1,158 @@
+"""Revive dead experts: one that got no token for long starts anew as a noisy copy of a busy one.
+
+An expert without tokens gets no gradient from the task, so it never comes back by itself. Its weights and its row of
+the router become those of the busiest expert (the second dead one takes the second busiest, and so on), plus noise:
+
+    w_dead = w_busy + noise * std(w_busy) * N(0, 1)
+
+The noise on the router's row makes the two share the tokens of the one. What the optimiser remembers of the old weights
+(momentum, second moments) is set to zero for those rows. With a softmax router the twins also share the probability, so
+each of those tokens is weighted less at first. Restarts of idle codes are customary in vector quantisation
+(arXiv 2005.00341, section 3.1, "random restarts"); for experts, only private forks have them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_moevlm import keys
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.layers.initialise import seed_of
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.routers import ExpertAxis
+from lightning_moevlm.training.actions.action import Action, StepFacts, Training
+
+
+@dataclass(frozen=True)
+class ReviveDeadExperts:
+    """Restart of experts without tokens.
+
+    Args:
+        idle_steps: optimiser steps in a row without a chosen token, on any rank, that make an expert dead.
+        noise: std of the noise, in units of the std of what is copied.
+        every_n_steps: optimiser steps between looks; at each the host waits for the device once.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    idle_steps: int = 100
+    noise: float = 0.1
+    every_n_steps: int = 10
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("idle_steps", "every_n_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"actions.revive_dead_experts.{name} is {getattr(self, name)}: choose 1 step or more")
+        if self.noise <= 0:
+            raise UserError(
+                f"actions.revive_dead_experts.noise is {self.noise}: choose a value above 0; an exact copy would never "
+                "win a token from the expert it was copied from"
+            )
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse routers that could never send a token to a revived expert.
+
+        Raises:
+            UserError: a router without anything learned per expert.
+        """
+        for module in backbone.modules():
+            if isinstance(module, MoEFFN) and not module.router.per_expert():
+                raise UserError(
+                    f"actions.revive_dead_experts cannot act with {type(module.router).__name__}: it has nothing per "
+                    "expert that a copy could take over, so a revived expert would get no token either; set "
+                    "actions.revive_dead_experts to null, or choose a learned router"
+                )
+
+
+class ExpertReviver(Action):
+    """Counts idle steps and restarts experts.
+
+    Args:
+        options: when and how.
+        last_step: the step after which routers stand still, so that nothing can be revived; None for never.
+    """
+
+    needs = frozenset({"load"})
+
+    def __init__(self, options: ReviveDeadExperts, last_step: int | None = None) -> None:
+        self._options = options
+        self._last_step = last_step
+        self._idle: dict[str, Tensor] = {}  # by layer, int64 (E), on the device
+
+    def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
+        """Count, and now and then look and restart."""
+        for path, load_AE in facts.load.items():
+            load_E = load_AE.sum(dim=0)
+            idle_E = self._idle.get(path, torch.zeros_like(load_E)).to(load_E.device)
+            # a layer that routed nothing at all (its modality was not in the batch) says nothing about its experts
+            self._idle[path] = torch.where(load_E > 0, 0, idle_E + (load_E.sum() > 0))
+        if facts.step % self._options.every_n_steps or (self._last_step is not None and facts.step > self._last_step):
+            return {}
+        dead = {path: idle_E >= self._options.idle_steps for path, idle_E in self._idle.items()}
+        if not dead or not bool(torch.cat(list(dead.values())).any()):
+            return {}
+        events: dict[str, float] = {}
+        for path, dead_E in dead.items():
+            revived = self._revive(training, facts, path, dead_E.nonzero().squeeze(-1).tolist())
+            if revived:
+                events[keys.REVIVED_EXPERTS.key(layer=path)] = float(revived)
+        return events
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the idle steps of every expert."""
+        return {"idle": dict(self._idle)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._idle = dict(state["idle"])
+
+    def _revive(self, training: Training, facts: StepFacts, path: str, dead: Sequence[int]) -> int:
+        layer = training.backbone.get_submodule(path)
+        assert isinstance(layer, MoEFFN)
+        load_E = facts.load[path].sum(dim=0)
+        busy = load_E.argsort(descending=True, stable=True)[: int((load_E > 0).sum())].tolist()
+        if not busy:
+            return 0
+        generator = torch.Generator().manual_seed(seed_of(training.seed, "revive", facts.step, path))
+        for position, expert in enumerate(dead):
+            copy_expert(layer, busy[position % len(busy)], expert, self._options.noise, generator, training.optimizers)
+            self._idle[path][expert] = 0
+        return len(dead)
+
+
+@torch.no_grad()
+def copy_expert(
+    layer: MoEFFN,
+    source: int,
+    target: int,
+    noise: float,
+    generator: torch.Generator,
+    optimizers: Iterable[Optimizer],
+) -> None:
+    """Make an expert and its place in the router a noisy copy of another, without a past; buffers exactly."""
+    optimizers = list(optimizers)
+    for tensor, axis in (*(ExpertAxis(stack, 0) for stack in layer.experts.stacks()), *layer.router.per_expert()):
+        copied = tensor.select(axis, source).clone()
+        if isinstance(tensor, nn.Parameter):
+            draw = torch.randn(copied.shape, generator=generator, dtype=torch.float32).to(copied.device)
+            copied += (noise * copied.float().std(correction=0) * draw).to(copied.dtype)
+            forget(tensor, axis, target, optimizers)
+        tensor.select(axis, target).copy_(copied)
+
+
+def forget(parameter: nn.Parameter, axis: int, expert: int, optimizers: Iterable[Optimizer]) -> None:
+    """Set an expert's place to zero in everything that the optimisers remember with the parameter's axis of experts."""
+    for optimizer in optimizers:
+        if parameter not in optimizer.state:
+            continue
+        for value in optimizer.state[parameter].values():
+            is_like = isinstance(value, Tensor) and value.ndim == parameter.ndim
+            if is_like and value.shape[axis] == parameter.shape[axis]:
+                value.select(axis, expert).zero_()

@@ -1,0 +1,161 @@
+"""Rollback: after a loss spike or a loss that is no number, go back to an earlier state and on with fresh data.
+
+PaLM (arXiv 2204.02311, section 5.1) restarted about 100 steps before a spike and skipped the batches around it; the
+spikes did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers and schedules go
+back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a budget of
+steps.
+
+    bad:    the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there
+            are that many
+    where:  the newest snapshot at least `lookback` steps old, else the oldest; it and newer ones leave the ring, so
+            that a second rollback goes further back; the last snapshot is never given up
+
+The loss is the mean total loss of the step over micro-batches and ranks. Snapshots lie in memory beside the weights:
+each costs what weights and optimiser state cost, and the ring is part of every checkpoint, so that a resumed run can go
+back as far. Every step makes the host wait for the loss once.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightning_moevlm import keys
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.training.actions.action import Action, StepFacts, Training
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """When to take snapshots and when to go back.
+
+    Args:
+        every_n_steps: optimiser steps between snapshots; one more is taken before the first step.
+        keep: snapshots in the ring.
+        lookback: least age of the snapshot to go back to, in steps.
+        spike_threshold: standard deviations above the mean that make a spike; null leaves losses that are no number.
+        window: good losses that mean and std are taken of.
+        max_rollbacks: after that many, training is left to its fate.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    every_n_steps: int = 100
+    keep: int = 2
+    lookback: int = 20
+    spike_threshold: float | None = 7.0
+    window: int = 100
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (("every_n_steps", 1), ("keep", 1), ("lookback", 1), ("window", 2), ("max_rollbacks", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"actions.rollback.{name} is {getattr(self, name)}: choose {least} or more")
+        if self.spike_threshold is not None and self.spike_threshold <= 0:
+            raise UserError(
+                f"actions.rollback.spike_threshold is {self.spike_threshold}: choose a value above 0, or null"
+            )
+
+
+class Snapshot(NamedTuple):
+    """A state to go back to: after `step` optimiser steps. losses: the good ones that were in the window then."""
+
+    step: int
+    module: dict[str, Any]
+    optimizers: list[dict[str, Any]]
+    schedulers: list[dict[str, Any]]
+    losses: list[float]
+
+
+class SnapshotRing(Action):
+    """Takes snapshots and goes back to them.
+
+    Args:
+        options: when.
+    """
+
+    needs = frozenset({"loss"})
+
+    def __init__(self, options: Rollback) -> None:
+        self._options = options
+        self._ring: list[Snapshot] = []
+        self._losses: list[float] = []
+        self._done = 0
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether the next bad loss will be answered."""
+        return self._done < self._options.max_rollbacks
+
+    def start(self, training: Training, step: int) -> None:
+        """Take the first snapshot, unless a checkpoint brought some."""
+        if not self._ring:
+            self._ring.append(take_snapshot(training, step, self._losses))
+
+    def rewind(self, training: Training, facts: StepFacts) -> dict[str, float]:
+        """Go back if the loss is bad; empty if it is not, or if the rollbacks are used up."""
+        assert facts.loss is not None
+        if not self.can_go_back or not is_bad(float(facts.loss), self._losses, self._options):
+            return {}
+        old_enough = [place for place, one in enumerate(self._ring) if facts.step - one.step >= self._options.lookback]
+        place = old_enough[-1] if old_enough else 0
+        snapshot = self._ring[place]
+        restore(snapshot, training)
+        self._ring = self._ring[: max(1, place)]
+        self._losses = list(snapshot.losses)
+        self._done += 1
+        return {keys.ROLLBACK.key(): float(snapshot.step)}
+
+    def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
+        """Remember a good loss; now and then take a snapshot."""
+        assert facts.loss is not None
+        loss = float(facts.loss)
+        if not math.isfinite(loss):
+            return {}
+        self._losses = [*self._losses, loss][-self._options.window :]
+        if self.can_go_back and facts.step % self._options.every_n_steps == 0:
+            self._ring = [*self._ring, take_snapshot(training, facts.step, self._losses)][-self._options.keep :]
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ring, the window and the rollbacks done."""
+        return {"ring": [snapshot._asdict() for snapshot in self._ring], "losses": self._losses, "done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._ring = [Snapshot(**snapshot) for snapshot in state["ring"]]
+        self._losses = list(state["losses"])
+        self._done = int(state["done"])
+
+
+def is_bad(loss: float, good: Sequence[float], options: Rollback) -> bool:
+    """Apply the rule at the top of this file."""
+    if not math.isfinite(loss):
+        return True
+    if options.spike_threshold is None or len(good) < options.window:
+        return False
+    return loss > statistics.fmean(good) + options.spike_threshold * statistics.pstdev(good)
+
+
+def take_snapshot(training: Training, step: int, losses: Sequence[float] = ()) -> Snapshot:
+    """Copy everything that an update changes; on the devices where it lies."""
+    return Snapshot(
+        step,
+        {name: tensor.detach().clone() for name, tensor in training.module.state_dict().items()},
+        [copy.deepcopy(optimizer.state_dict()) for optimizer in training.optimizers],
+        [copy.deepcopy(scheduler.state_dict()) for scheduler in training.schedulers],
+        list(losses),
+    )
+
+
+def restore(snapshot: Snapshot, training: Training) -> None:
+    """Put the copy back; the snapshot stays as it is."""
+    training.module.load_state_dict(snapshot.module)
+    for optimizer, state in zip(training.optimizers, snapshot.optimizers, strict=True):
+        optimizer.load_state_dict(copy.deepcopy(state))  # torch keeps the tensors that it is given
+    for scheduler, state in zip(training.schedulers, snapshot.schedulers, strict=True):
+        scheduler.load_state_dict(copy.deepcopy(state))

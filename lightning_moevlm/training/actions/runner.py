@@ -1,0 +1,102 @@
+"""Runs the actions of a module at their moment, logs what they did, and keeps their state in the checkpoint.
+
+A callback, because callbacks act before checkpoints are written: a checkpoint then holds the model after the actions of
+its step. `VisionLanguageModule` brings it along; it is not meant to be configured.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.records import Batch
+from lightning_moevlm.training.actions.action import Action, Training
+from lightning_moevlm.training.actions.gather import FactGatherer
+from lightning_moevlm.training.actions.rollback import SnapshotRing
+from lightning_moevlm.training.logging_steps import is_logging_step
+
+if TYPE_CHECKING:
+    from lightning_moevlm.training.vision_language_module import StepOutput
+
+
+class ActionRunner(Callback):
+    """Runs actions once per optimiser step, after the update.
+
+    Args:
+        actions: by name, in their order.
+        backbone: that they act on.
+        seed: of their draws.
+    """
+
+    def __init__(self, actions: dict[str, Action], backbone: Backbone, seed: int) -> None:
+        self._actions = actions
+        self._backbone = backbone
+        self._seed = seed
+        self._gatherer = FactGatherer(backbone, frozenset().union(*(action.needs for action in actions.values())))
+        self._steps_done = 0
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a rollback will answer the next loss that is no number."""
+        ring = self._ring
+        return ring is not None and ring.can_go_back
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember where training starts."""
+        self._steps_done = trainer.global_step
+        if self._ring is not None:
+            self._ring.start(self._training(trainer, pl_module), trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let actions look at the gradients, before they are clipped."""
+        for action in self._actions.values():
+            action.before_step(self._training(trainer, pl_module), trainer.global_step + 1)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LightningModule, outputs: "StepOutput", batch: Batch, batch_idx: int
+    ) -> None:
+        """Gather, and after an update act. A step that is taken back is no reason for any other action."""
+        self._gatherer.add(outputs["plans"], outputs["attention"], outputs["report"].total_loss)
+        step = trainer.global_step
+        if step == self._steps_done:
+            return  # the batch only added to the gradient
+        self._steps_done = step
+
+        def reduce(tensor: Tensor, operation: str) -> Tensor:
+            total: Tensor = trainer.strategy.reduce(tensor, reduce_op=operation)
+            return total
+
+        facts = self._gatherer.finish(step, pl_module.device, reduce)
+        training = self._training(trainer, pl_module)
+        events = {} if self._ring is None else self._ring.rewind(training, facts)
+        if not events:
+            for action in self._actions.values():
+                events |= action.after_step(training, facts)
+        if is_logging_step(trainer, step):
+            for action in self._actions.values():
+                events |= action.pending()
+        if events:
+            for logger in trainer.loggers:
+                logger.log_metrics(events, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every action."""
+        return {name: action.state_dict() for name, action in self._actions.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; an action that the checkpoint does not know starts fresh."""
+        for name, action in self._actions.items():
+            if name in state_dict:
+                action.load_state_dict(state_dict[name])
+
+    @property
+    def _ring(self) -> SnapshotRing | None:
+        ring = self._actions.get("rollback")
+        assert ring is None or isinstance(ring, SnapshotRing)
+        return ring
+
+    def _training(self, trainer: Trainer, module: LightningModule) -> Training:
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        return Training(module, self._backbone, trainer.optimizers, schedulers, self._seed)

@@ -1,0 +1,359 @@
+"""Each action by hand, on models and optimisers alone."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import Attention, ModelStabilisers, MoEFFN, initialise
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.plans import Modality
+from lightning_moevlm.records import AttentionLogits, Layout, NamedPlan, Span
+from lightning_moevlm.routers import (
+    CosineRouter,
+    FixedRouter,
+    NoisyTopKRouter,
+    Router,
+    SigmoidBiasRouter,
+    SoftRouter,
+    TopKRouter,
+)
+from lightning_moevlm.training import Actions, VisionLanguageModule
+from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback, build_actions
+from lightning_moevlm.training.actions.action import StepFacts, Training
+from lightning_moevlm.training.actions.freeze_router import RouterFreezer
+from lightning_moevlm.training.actions.gather import FactGatherer
+from lightning_moevlm.training.actions.qk_clip import clip_heads
+from lightning_moevlm.training.actions.revive_experts import ExpertReviver, copy_expert
+from lightning_moevlm.training.actions.rollback import SnapshotRing, is_bad
+from tests.routing import top_1_plan
+from tests.small_model import pair_batch, small_vl_moe
+
+LEARNED: dict[str, Callable[[int, int], Router]] = {
+    "top-1": TopKRouter,
+    "noisy, learned": partial(NoisyTopKRouter, learned_noise=True),
+    "sigmoid with bias": partial(SigmoidBiasRouter, top_k=1, per_modality=True),
+    "cosine": CosineRouter,
+    "soft": SoftRouter,
+}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "AdamW": partial(AdamW, lr=1e-2, weight_decay=0.1),
+    "SGD": partial(SGD, lr=1e-2, momentum=0.9, weight_decay=0.1),
+}
+PATH = "blocks.1.ffn.image"
+
+
+def training_of(backbone: Backbone, *optimizers: Optimizer) -> Training:
+    return Training(backbone, backbone, optimizers, (), seed=0)
+
+
+def facts(step: int, load_E: list[int] | None = None, loss: float = 1.0) -> StepFacts:
+    """Counts of a layer of images; the row of texts is empty."""
+    load = {} if load_E is None else {PATH: torch.tensor([load_E, [0] * len(load_E)])}
+    return StepFacts(step, load, {}, torch.tensor(loss))
+
+
+def update(backbone: Backbone, optimizer: Optimizer) -> None:
+    """Gradients of one batch, ready for the step."""
+    batch = pair_batch()
+    optimizer.zero_grad()
+    backbone(batch.images_BRYX, batch.text_BL, batch.text_mask_BL).tokens_BSD.pow(3).mean().backward()
+
+
+# QK-clip
+
+
+def test_qk_clip_by_hand() -> None:
+    # heads with largest logits 200, 50, 400 at threshold 100: gamma 1/2, 1, 1/4; both weights by its root
+    attention = Attention(12, 3, ModelStabilisers(qk_norm=False))
+    initialise(attention, seed=0, std=0.3)
+    before = attention.query_key_value.weight.detach().clone().view(3, 3, 4, 12)
+    gamma_H = clip_heads(attention, torch.tensor([200.0, 50.0, 400.0]), 100.0)
+    assert gamma_H.tolist() == [0.5, 1.0, 0.25]
+    after = attention.query_key_value.weight.detach().view(3, 3, 4, 12)
+    for head, factor in enumerate([math.sqrt(0.5), 1.0, 0.5]):
+        torch.testing.assert_close(after[:2, head], before[:2, head] * factor)
+    assert torch.equal(after[2], before[2]) and torch.equal(after[:2, 1], before[:2, 1])
+
+
+@pytest.mark.parametrize("logit_cap", [None, 1.0])
+def test_clipped_heads_have_their_largest_logit_at_the_threshold(logit_cap: float | None) -> None:
+    attention = Attention(16, 4, ModelStabilisers(qk_norm=False, logit_cap=logit_cap))
+    initialise(attention, seed=0, std=0.5)
+    tokens = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    layout = Layout((Span(Modality.TEXT, 0, 6),), torch.ones(2, 6, dtype=torch.bool))
+    before = attention(tokens, layout, measure=True).logit_max_H
+    assert before is not None
+    threshold = float(before.sort().values[1:3].mean())  # between the second and the third head
+    clip_heads(attention, before, threshold)
+    after = attention(tokens, layout, measure=True).logit_max_H
+    torch.testing.assert_close(after, before.clamp(max=threshold))
+
+
+def test_a_logit_that_is_no_number_leaves_its_head_alone() -> None:
+    attention = Attention(8, 2, ModelStabilisers(qk_norm=False))
+    initialise(attention, seed=0, std=0.5)
+    before = attention.query_key_value.weight.detach().clone()
+    assert clip_heads(attention, torch.tensor([torch.nan, torch.inf]), 1.0).tolist() == [1.0, 1.0]
+    assert torch.equal(attention.query_key_value.weight, before)
+
+
+def test_qk_clip_and_qk_norm_are_refused_together() -> None:
+    with pytest.raises(UserError, match=r"the norm takes out whatever scale .* set stabilisers\.qk_norm to false"):
+        VisionLanguageModule(small_vl_moe(), actions=Actions(qk_clip=QKClip()))
+    VisionLanguageModule(small_vl_moe(stabilisers=ModelStabilisers(qk_norm=False)), actions=Actions(qk_clip=QKClip()))
+
+
+# what a step showed
+
+
+def test_facts_are_gathered_over_micro_batches_and_ranks() -> None:
+    backbone = small_vl_moe()
+    gatherer = FactGatherer(backbone, frozenset({"load", "attention", "loss"}))
+    plan = top_1_plan(torch.eye(4)[[0, 0, 3]], valid_T=torch.tensor([True, True, True]))
+    for max_H, loss in (([1.0, 5.0], 1.0), ([3.0, 2.0], 3.0)):
+        logits = AttentionLogits("pair", 0, "blocks.0.attention", torch.tensor(max_H))
+        gatherer.add([NamedPlan("image", 1, PATH, (Modality.IMAGE,), plan)], [logits], torch.tensor(loss))
+
+    def of_two_ranks(tensor: Tensor, operation: str) -> Tensor:  # the other one saw the same
+        return tensor * 2 if operation == "sum" else tensor
+
+    step = gatherer.finish(7, torch.device("cpu"), of_two_ranks)
+    # two micro-batches of two ranks: experts 0 and 3 get 2 and 1 image tokens in each
+    assert step.load[PATH].tolist() == [[8, 0, 0, 4], [0, 0, 0, 0]]
+    assert step.load["blocks.1.ffn.text"].tolist() == [[0] * 4] * 2  # no text here; other ranks may have had some
+    assert step.attention["blocks.0.attention"].tolist() == [3.0, 5.0]
+    assert step.attention["blocks.1.attention"].tolist() == [-torch.inf] * 2
+    assert float(step.loss) == 2.0 and step.step == 7
+    gatherer.add([], [AttentionLogits("pair", 0, "blocks.0.attention", torch.zeros(2))], torch.tensor(0.0))
+    assert int(gatherer.finish(8, torch.device("cpu"), of_two_ranks).load[PATH].sum()) == 0  # it starts anew
+
+
+# dead experts
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("router", LEARNED)
+def test_a_revived_expert_is_a_noisy_copy_without_a_past(router: str, optimizer_name: str) -> None:
+    backbone = small_vl_moe(router=LEARNED[router])
+    optimizer = OPTIMIZERS[optimizer_name](backbone.parameters())
+    for _ in range(2):
+        update(backbone, optimizer)
+        optimizer.step()
+    layer = backbone.blocks[1].ffn.image
+    tensors = [(stack, 0) for stack in layer.experts.stacks()] + list(layer.router.per_expert())
+    old = [tensor.detach().clone() for tensor, _ in tensors]
+    pasts = [
+        [(value, value.clone(), axis) for value in optimizer.state[tensor].values() if value.ndim > 0]
+        for tensor, axis in tensors
+        if tensor.requires_grad
+    ]
+    copy_expert(layer, 2, 0, 0.1, torch.Generator().manual_seed(0), [optimizer])
+    for (tensor, axis), before in zip(tensors, old, strict=True):
+        assert torch.equal(tensor.select(axis, 1), before.select(axis, 1))
+        assert torch.equal(tensor.select(axis, 2), before.select(axis, 2))
+        error = tensor.detach().select(axis, 0) - before.select(axis, 2)
+        if tensor.requires_grad:
+            assert float(error.std() / before.select(axis, 2).std()) == pytest.approx(0.1, rel=0.4)
+        else:
+            assert not bool(error.any())
+    assert all(len(past) == (2 if optimizer_name == "AdamW" else 1) for past in pasts)
+    for value, before, axis in (entry for past in pasts for entry in past):
+        assert not bool(value.select(axis, 0).any()) and bool(before.any())
+        rest = [place for place in range(4) if place != 0]
+        at = torch.tensor(rest)
+        assert torch.equal(value.index_select(axis, at), before.index_select(axis, at))
+
+
+def test_an_expert_is_dead_after_so_many_steps_without_a_token() -> None:
+    backbone = small_vl_moe()
+    training = training_of(backbone)
+    reviver = ExpertReviver(ReviveDeadExperts(idle_steps=3, every_n_steps=1))
+    loads = [[5, 0, 9, 1], [5, 0, 9, 0], [0, 0, 0, 0], [5, 0, 9, 0], [5, 0, 9, 0]]
+    # the third step routed nothing here and counts for nobody: expert 1 is idle for 3 steps after the fourth, expert 3
+    # after the fifth
+    events = [reviver.after_step(training, facts(step, load)) for step, load in enumerate(loads, start=1)]
+    assert events[:3] == [{}, {}, {}]
+    assert events[3] == events[4] == {f"action/revived_experts/{PATH}": 1.0}
+    up_EDF = backbone.blocks[1].ffn.image.experts.up_EDF.detach()
+    for revived in (1, 3):  # copies of the busiest
+        assert float((up_EDF[revived] - up_EDF[2]).std()) < 0.2 * float(up_EDF[2].std())
+    assert float((up_EDF[0] - up_EDF[2]).std()) > float(up_EDF[2].std())
+
+
+def test_several_dead_experts_copy_different_ones() -> None:
+    backbone = small_vl_moe()
+    reviver = ExpertReviver(ReviveDeadExperts(idle_steps=1, noise=1e-4, every_n_steps=1))
+    before = backbone.blocks[1].ffn.image.experts.up_EDF.detach().clone()
+    assert reviver.after_step(training_of(backbone), facts(1, [0, 3, 7, 0])) == {f"action/revived_experts/{PATH}": 2.0}
+    after = backbone.blocks[1].ffn.image.experts.up_EDF.detach()
+    torch.testing.assert_close(after[[0, 3]], before[[2, 1]], atol=1e-4, rtol=1e-2)
+
+
+def test_counting_goes_on_from_a_checkpoint_and_looks_only_now_and_then() -> None:
+    backbone = small_vl_moe()
+    options = ReviveDeadExperts(idle_steps=2, every_n_steps=2)
+    one, two = ExpertReviver(options), ExpertReviver(options)
+    assert one.after_step(training_of(backbone), facts(1, [1, 0, 1, 1])) == {}
+    two.load_state_dict(one.state_dict())
+    assert two.after_step(training_of(backbone), facts(2, [1, 0, 1, 1])) != {}
+    assert two.after_step(training_of(backbone), facts(3, [1, 0, 1, 1])) == {}
+    late = ExpertReviver(options, last_step=3)  # routers stand still from step 4 on
+    assert not any(late.after_step(training_of(backbone), facts(step, [1, 0, 1, 1])) for step in (3, 4, 6))
+
+
+def test_a_revived_expert_gets_tokens() -> None:
+    backbone, batch = small_vl_moe(), pair_batch(32)
+    layer = backbone.blocks[1].ffn.image
+
+    def load() -> list[int]:
+        plan = next(plan.plan for plan in backbone(batch.images_BRYX).plans if plan.layer == PATH)
+        return plan.chosen_load(plan.valid_T).tolist()
+
+    order = sorted(range(4), key=load().__getitem__)
+    with torch.no_grad():  # no token likes this expert any more: its logit is the lowest of all
+        layer.router.weight_ED[order[0]] = -10 * layer.router.weight_ED[order[1:]].mean(dim=0)
+    copy_expert(layer, order[-1], order[0], 0.1, torch.Generator().manual_seed(0), [])
+    after = load()
+    assert after[order[0]] > 0 and after[order[-1]] > 0
+
+
+def test_reviving_needs_a_router_that_can_be_told() -> None:
+    backbone = small_vl_moe(router=FixedRouter)
+    with pytest.raises(UserError, match="cannot act with FixedRouter: it has nothing per expert"):
+        build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), backbone)
+    dense = small_vl_moe(sparse_modalities=(), router=FixedRouter)
+    assert set(build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), dense)) == {"revive_dead_experts"}
+
+
+# frozen routers
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("router", LEARNED)
+def test_frozen_routers_do_not_move_by_decay_or_momentum(router: str, optimizer_name: str) -> None:
+    backbone = small_vl_moe(router=LEARNED[router])
+    optimizer = OPTIMIZERS[optimizer_name](backbone.parameters())
+    freezer = RouterFreezer(FreezeRouter(after_steps=2))
+    training = training_of(backbone, optimizer)
+    routers = [module.router for module in backbone.modules() if isinstance(module, MoEFFN)]
+    states = []
+    for step in range(1, 5):
+        update(backbone, optimizer)
+        freezer.before_step(training, step)
+        optimizer.step()
+        states.append([parameter.detach().clone() for router in routers for parameter in router.parameters()])
+        expected = {"action/router_frozen": 1.0} if step == 3 else {}
+        assert freezer.after_step(training, facts(step)) == expected
+    assert all(not torch.equal(one, two) for one, two in zip(states[0], states[1], strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(states[1], states[3], strict=True))
+    assert all(p.requires_grad for router in routers for p in router.parameters())  # as data-parallel training needs
+    moved = backbone.blocks[0].attention.out.weight.grad
+    assert moved is not None and bool(moved.any())  # the rest goes on learning
+
+
+def test_a_frozen_router_does_not_rebalance_either() -> None:
+    backbone = small_vl_moe(router=LEARNED["sigmoid with bias"])
+    actions = build_actions(Actions(freeze_router=FreezeRouter(after_steps=1)), backbone)
+    bias_AE = backbone.blocks[1].ffn.image.router.bias_AE
+    values = []
+    for step in (1, 2):
+        actions["rebalance"].after_step(training_of(backbone), facts(step, [4, 0, 0, 0]))
+        values.append(bias_AE.clone())
+    assert bool(values[0].any()) and torch.equal(values[0], values[1])
+
+
+# rollback
+
+
+def test_bad_losses_by_hand() -> None:
+    # mean 2, std sqrt(2/3) = 0.816: the bound at 3 std is 4.449
+    options = Rollback(spike_threshold=3.0, window=3)
+    assert not is_bad(4.44, [1.0, 2.0, 3.0], options) and is_bad(4.46, [1.0, 2.0, 3.0], options)
+    assert not is_bad(100.0, [1.0, 2.0], options)  # too few to tell
+    assert is_bad(math.nan, [], options) and is_bad(math.inf, [], options)
+    assert not is_bad(100.0, [1.0, 2.0, 3.0], Rollback(spike_threshold=None, window=3))
+
+
+def trained(backbone: Backbone, optimizer: Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        update(backbone, optimizer)
+        optimizer.step()
+
+
+def test_going_back_restores_weights_and_optimiser_to_the_bit() -> None:
+    backbone = small_vl_moe()
+    optimizer = AdamW(backbone.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    training = training_of(backbone, optimizer)._replace(schedulers=[schedule])
+    ring = SnapshotRing(Rollback(every_n_steps=2, keep=2, lookback=2, window=3, max_rollbacks=2))
+    ring.start(training, 0)
+    wanted = {}
+    for step in range(1, 6):
+        trained(backbone, optimizer, 1)
+        schedule.step()
+        assert ring.rewind(training, facts(step)) == {}
+        ring.after_step(training, facts(step))
+        wanted[step] = [parameter.detach().clone() for parameter in backbone.parameters()]
+    # snapshots after 2 and 4 are in the ring; at step 6, both are 2 steps old or more: back to 4
+    trained(backbone, optimizer, 1)
+    assert ring.rewind(training, facts(6, loss=math.nan)) == {"action/rollback_to_step": 4.0}
+    assert all(torch.equal(p, old) for p, old in zip(backbone.parameters(), wanted[4], strict=True))
+    assert optimizer.param_groups[0]["lr"] == 1e-2 * 0.5**4 and schedule.last_epoch == 4
+    assert {int(state["step"]) for state in optimizer.state.values()} == {4}
+    # the same update leads to the same place: momentum and second moments are those of then
+    trained(backbone, optimizer, 1)
+    assert all(torch.equal(p, old) for p, old in zip(backbone.parameters(), wanted[5], strict=True))
+    # the second time it goes further back, and the third time it has given up
+    assert ring.rewind(training, facts(7, loss=math.inf)) == {"action/rollback_to_step": 2.0}
+    assert all(torch.equal(p, old) for p, old in zip(backbone.parameters(), wanted[2], strict=True))
+    assert not ring.can_go_back and ring.rewind(training, facts(8, loss=math.nan)) == {}
+
+
+def test_a_snapshot_younger_than_the_lookback_is_not_trusted() -> None:
+    backbone = small_vl_moe()
+    training = training_of(backbone)
+    ring = SnapshotRing(Rollback(every_n_steps=5, keep=3, lookback=3, window=3))
+    ring.start(training, 0)
+    for step in range(1, 11):
+        ring.after_step(training, facts(step))
+    assert ring.rewind(training, facts(12, loss=math.nan)) == {"action/rollback_to_step": 5.0}  # 10 is 2 steps old
+
+
+def test_ring_and_count_go_through_a_checkpoint() -> None:
+    backbone = small_vl_moe()
+    training = training_of(backbone, AdamW(backbone.parameters()))
+    options = Rollback(every_n_steps=1, keep=2, lookback=1, window=2, spike_threshold=1.0, max_rollbacks=2)
+    one, two = SnapshotRing(options), SnapshotRing(options)
+    one.start(training, 0)
+    for step, loss in ((1, 3.0), (2, 5.0), (3, 4.0)):
+        one.after_step(training, facts(step, loss=loss))
+    two.load_state_dict(one.state_dict())
+    two.start(training, 3)  # brings no snapshot of its own
+    for ring in (one, two):  # mean 4.5, std 0.5
+        assert ring.rewind(training, facts(4, loss=4.9)) == {}
+        assert ring.rewind(training, facts(4, loss=5.1)) == {"action/rollback_to_step": 3.0}
+        # back with the ring the window is the one of then, and the newest snapshot is gone
+        assert ring.rewind(training, facts(5, loss=math.nan)) == {"action/rollback_to_step": 2.0}
+        assert ring.rewind(training, facts(6, loss=math.nan)) == {}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: QKClip(0.0), "qk_clip.threshold is 0.0"),
+        (lambda: FreezeRouter(-1), "freeze_router.after_steps is -1"),
+        (lambda: ReviveDeadExperts(idle_steps=0), "revive_dead_experts.idle_steps is 0"),
+        (lambda: ReviveDeadExperts(noise=0.0), "an exact copy would never win a token"),
+        (lambda: Rollback(keep=0), "rollback.keep is 0: choose 1 or more"),
+        (lambda: Rollback(spike_threshold=0.0), "rollback.spike_threshold is 0.0"),
+    ],
+)
+def test_impossible_options_are_refused(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build()
