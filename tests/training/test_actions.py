@@ -315,6 +315,36 @@ def test_going_back_restores_weights_and_optimiser_to_the_bit() -> None:
     assert not ring.can_go_back and ring.rewind(training, facts(8, loss=math.nan)) == {}
 
 
+def test_a_snapshot_can_be_gone_back_to_again() -> None:
+    # the last one stays in the ring, and training on from it must not change it
+    backbone = small_vl_moe()
+    optimizer = AdamW(backbone.parameters(), lr=1e-2)
+    training = training_of(backbone, optimizer)
+    trained(backbone, optimizer, 2)
+    ring = SnapshotRing(Rollback(keep=1, lookback=1))
+    ring.start(training, 2)
+    places = []
+    for step in (3, 5):
+        trained(backbone, optimizer, 1)
+        assert ring.rewind(training, facts(step, loss=math.nan)) == {"action/rollback_to_step": 2.0}
+        trained(backbone, optimizer, 1)
+        places.append([parameter.detach().clone() for parameter in backbone.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*places, strict=True))
+
+
+def test_the_window_goes_back_with_the_weights() -> None:
+    # window [3, 5] at the snapshot: bound 4 + 1 = 5; [5, 10] when it goes wrong: bound 7.5 + 2.5 = 10
+    training = training_of(small_vl_moe())
+    ring = SnapshotRing(Rollback(every_n_steps=2, lookback=1, window=2, spike_threshold=1.0))
+    ring.start(training, 0)
+    for step, loss in ((1, 3.0), (2, 5.0), (3, 10.0)):
+        ring.after_step(training, facts(step, loss=loss))
+    assert ring.rewind(training, facts(4, loss=9.0)) == {}
+    assert ring.rewind(training, facts(4, loss=math.nan)) == {"action/rollback_to_step": 2.0}
+    assert ring.rewind(training, facts(5, loss=4.9)) == {}
+    assert ring.rewind(training, facts(5, loss=9.0)) == {"action/rollback_to_step": 0.0}
+
+
 def test_a_snapshot_younger_than_the_lookback_is_not_trusted() -> None:
     backbone = small_vl_moe()
     training = training_of(backbone)

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_moevlm.callbacks import DivergenceGuard, Telemetry
+from lightning_moevlm.routers import SigmoidBiasRouter
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import QKClip, Rollback
 from tests.conftest import PROJECT
@@ -66,6 +69,23 @@ def test_rollback_rescues_a_run_and_the_guard_lets_it() -> None:
     assert without["stability/first_nonfinite_step"] == [(6, 6.0)]
 
 
+def test_a_step_that_is_taken_back_moves_nothing_else() -> None:
+    class Biases(Callback):
+        after: ClassVar[dict[int, torch.Tensor]] = {}
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+            bias_AE = pl_module.backbone.blocks[1].ffn.image.router.bias_AE
+            self.after[trainer.global_step] = bias_AE.clone()
+
+    biases = Biases()
+    actions = Actions(rollback=Rollback(every_n_steps=2, lookback=1))
+    module = tiny_module(actions, router=SigmoidBiasRouter)
+    points = fit(module, 8, callbacks=[Poison(at_step=6), biases])
+    assert points["action/rollback_to_step"] == [(6, 4.0)]
+    assert torch.equal(biases.after[6], biases.after[4])  # loss-free balancing did not act on step 6
+    assert not torch.equal(biases.after[5], biases.after[4]) and not torch.equal(biases.after[7], biases.after[6])
+
+
 def test_rollback_gives_up_and_then_the_guard_stops() -> None:
     actions = Actions(rollback=Rollback(every_n_steps=2, lookback=1, max_rollbacks=2))
     seen = LossesSeen()
@@ -93,17 +113,17 @@ def test_a_spike_is_answered_too() -> None:
 
 
 def test_every_action_acts_and_goes_on_after_a_resume(tmp_path: Path) -> None:
-    # at step 4 the counts of idle steps, the ring and the window matter for what comes
+    # after step 4 the rollback goes to a snapshot, and counts are of idle steps, that only the checkpoint knows
     keys = ("action/qk_clipped_heads", "action/router_frozen", "action/rollback_to_step")
 
     def run(steps: int, poisoned: bool, **options: Path) -> dict[str, list[tuple[int, float]]]:
-        callbacks = [Poison(at_step=7)] if poisoned else []
+        callbacks = [Poison(at_step=6)] if poisoned else []
         return fit(tiny_module(every_action(), lr=1e-2), steps, callbacks=callbacks, **options)
 
     whole = run(12, True, save_to=tmp_path / "whole.ckpt")
     run(4, False, save_to=tmp_path / "half.ckpt")
     resumed = run(12, True, resume_from=tmp_path / "half.ckpt", save_to=tmp_path / "resumed.ckpt")
-    assert whole["action/rollback_to_step"] == [(7, 6.0)] and whole["action/router_frozen"] == [(9, 1.0)]
+    assert whole["action/rollback_to_step"] == [(6, 2.0)] and whole["action/router_frozen"] == [(9, 1.0)]
     assert any(key.startswith("action/revived_experts") for key in whole)
     for key in {*keys, *(key for key in whole if key.startswith("action/revived"))}:
         assert resumed.get(key, []) == [point for point in whole[key] if point[0] > 4], key
@@ -163,5 +183,5 @@ def test_two_ranks_agree_to_the_bit_with_every_action_on(tmp_path: Path) -> None
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
     subprocess.run(command, cwd=PROJECT, check=True, timeout=200, env=environment)
     points = json.loads(target.read_text())
-    assert points["action/rollback_to_step"] == [[6, 4.0]] and points["action/router_frozen"] == [[9, 1.0]]
+    assert points["action/rollback_to_step"] == [[6, 2.0]] and points["action/router_frozen"] == [[9, 1.0]]
     assert points["action/qk_clipped_heads"] and any(key.startswith("action/revived_experts") for key in points)

@@ -1,7 +1,7 @@
 """A Lightning fit of the small VL-MoE on batches in memory, with a logger that remembers, and faults to inject."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_moevlm.layers import ModelStabilisers
 from lightning_moevlm.records import Batch
+from lightning_moevlm.routers import Router
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
 from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from tests.small_model import pair_batch, small_vl_moe
@@ -66,20 +67,22 @@ class LossesSeen(Callback):
         self.measured.append(bool(outputs["attention"]))
 
 
-def tiny_module(actions: Actions, lr: float = 1e-3, **options: Any) -> VisionLanguageModule:
+def tiny_module(
+    actions: Actions, lr: float = 1e-3, router: Callable[[int, int], Router] | None = None
+) -> VisionLanguageModule:
     """Without qk-norm, so that QK-clip can act."""
-    backbone = small_vl_moe(stabilisers=ModelStabilisers(qk_norm=False))
+    backbone = small_vl_moe(stabilisers=ModelStabilisers(qk_norm=False), router=router)
     optimizer = partial(torch.optim.AdamW, lr=lr)
-    return VisionLanguageModule(backbone, optimizer=optimizer, actions=actions, init_std=0.1, **options)
+    return VisionLanguageModule(backbone, optimizer=optimizer, actions=actions, init_std=0.1)
 
 
 def every_action() -> Actions:
     """All of them, so eager that each does something within ten steps."""
     return Actions(
         qk_clip=QKClip(threshold=0.05),
-        revive_dead_experts=ReviveDeadExperts(idle_steps=1, every_n_steps=1),
+        revive_dead_experts=ReviveDeadExperts(idle_steps=3, every_n_steps=1),
         freeze_router=FreezeRouter(after_steps=8),
-        rollback=Rollback(every_n_steps=2, lookback=1, window=3, spike_threshold=None),
+        rollback=Rollback(every_n_steps=2, keep=4, lookback=4, window=8, spike_threshold=None),
     )
 
 
