@@ -57,7 +57,7 @@ EVERY_ONE = (
     "--model.gradient.z_clip.warmup_steps=2",
     "--model.gradient.ada_gc.warmup_steps=2",
     "--model.gradient.clip_update=0.5",
-    "--model.gradient.skip_spikes={sigma: 0.5, window: 4}",
+    "--model.gradient.skip_spikes={sigma: 0.01, window: 4}",
 )
 
 
@@ -79,7 +79,7 @@ def test_stabilised_training_resumes_bit_for_bit(moevlm: Moevlm, workplace: Path
         assert len(late) == 5 and history(workplace, third, key) == late
     skipped = dict(history(workplace, first, "optim/skipped_steps"))
     moved = dict(history(workplace, first, "optim/update_norm"))
-    assert skipped[10] >= 1  # at half a standard deviation some step is a spike
+    assert 1 <= skipped[10] < 9  # what is above the mean is a spike here
     for step in range(2, 11):  # a skipped step moves nothing, any other does
         assert (moved[step] == 0.0) is (skipped[step] > skipped[step - 1])
 
