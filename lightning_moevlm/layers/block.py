@@ -32,11 +32,15 @@ class Block(nn.Module):
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Return tokens of the same shape, and the plans of the MoEs inside."""
+        if self.precision.trunk is None:
+            return self._transform(tokens_BSD, layout)
         with region(self.precision, "trunk", tokens_BSD.device.type):
-            attended_BSD = self.attention(normalised(self.attention_norm, tokens_BSD, self.precision), layout)
-            tokens_BSD = tokens_BSD + attended_BSD
-            output: FFNOutput = self.ffn(normalised(self.ffn_norm, tokens_BSD, self.precision), layout)
-            return FFNOutput(tokens_BSD + output.tokens_BSD, output.plans)
+            return self._transform(tokens_BSD, layout)
+
+    def _transform(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
+        tokens_BSD = tokens_BSD + self.attention(normalised(self.attention_norm, tokens_BSD, self.precision), layout)
+        output: FFNOutput = self.ffn(normalised(self.ffn_norm, tokens_BSD, self.precision), layout)
+        return FFNOutput(tokens_BSD + output.tokens_BSD, output.plans)
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one sequence."""

@@ -66,8 +66,7 @@ class MoEFFN(FeedForward):
         factor = self._capacity_factor()
         if factor is not None and self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
             plan = apply_capacity(plan, factor, self.capacity.priority)
-        with region(self.precision, "experts", tokens_TD.device.type) as cast:
-            out_TD = self.dispatcher(plan, cast(tokens_TD), self.experts).to(tokens_TD.dtype)
+        out_TD = self._dispatched(plan, tokens_TD)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
@@ -76,6 +75,12 @@ class MoEFFN(FeedForward):
         total = sum(num_tokens.values())
         experts = self.router.expert_rows(total) * self.experts.forward_flops_per_row()
         return self.router.forward_flops_per_token() * total + experts
+
+    def _dispatched(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
+        if self.precision.dtype_of("experts") is None:
+            return self.dispatcher(plan, tokens_TD, self.experts)
+        with region(self.precision, "experts", tokens_TD.device.type) as cast:
+            return self.dispatcher(plan, cast(tokens_TD), self.experts).to(tokens_TD.dtype)
 
     def _capacity_factor(self) -> float | None:
         if self.capacity is None:

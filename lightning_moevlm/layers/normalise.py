@@ -9,11 +9,11 @@ from lightning_moevlm.precision import PrecisionPolicy, region
 
 def normalised(norm: nn.LayerNorm | nn.RMSNorm, tokens: Tensor, policy: PrecisionPolicy) -> Tensor:
     """Apply a norm over the last axis; pinned, it returns the dtype of its input, else what torch makes of it."""
+    if policy.dtype_of("norms") is None:
+        result: Tensor = norm(tokens)
+        return result
     device_type = tokens.device.type
     with region(policy, "norms", device_type) as cast:
-        if policy.dtype_of("norms") is None:
-            result: Tensor = norm(tokens)
-            return result
         inputs = cast(tokens)
         # autocast lifts a norm to fp32 on CUDA; a region says itself what it computes in
         with torch.autocast(device_type, enabled=False):
