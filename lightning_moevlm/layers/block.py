@@ -81,14 +81,19 @@ class Block(nn.Module):
 
     def forward(self, tokens_BSD: Tensor, layout: Layout, measure: bool = False) -> BlockOutput:
         """Return tokens of the same shape, the plans of the MoEs inside and, if asked, the largest attention logits."""
+        if self.precision.trunk is None:
+            return self._transform(tokens_BSD, layout, measure)
         with region(self.precision, "trunk", tokens_BSD.device.type):
-            attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure)
-            tokens_BSD = self._add(
-                tokens_BSD, attended.tokens_BSD, self.attention_out_norm, self.attention_scale, self.attention_norm
-            )
-            output = self.ffn(self._input(tokens_BSD, self.ffn_norm), layout)
-            tokens_BSD = self._add(tokens_BSD, output.tokens_BSD, self.ffn_out_norm, self.ffn_scale, self.ffn_norm)
-            return BlockOutput(tokens_BSD, output.plans, attended.logit_max_H)
+            return self._transform(tokens_BSD, layout, measure)
+
+    def _transform(self, tokens_BSD: Tensor, layout: Layout, measure: bool) -> BlockOutput:
+        attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure)
+        tokens_BSD = self._add(
+            tokens_BSD, attended.tokens_BSD, self.attention_out_norm, self.attention_scale, self.attention_norm
+        )
+        output = self.ffn(self._input(tokens_BSD, self.ffn_norm), layout)
+        tokens_BSD = self._add(tokens_BSD, output.tokens_BSD, self.ffn_out_norm, self.ffn_scale, self.ffn_norm)
+        return BlockOutput(tokens_BSD, output.plans, attended.logit_max_H)
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one sequence."""

@@ -74,11 +74,7 @@ class MoEFFN(FeedForward):
         factor = self._capacity_factor()
         if factor is not None and self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
             plan = apply_capacity(plan, factor, self.capacity.priority)
-        experts: Experts = self.experts
-        if self.hidden_norm is not None:
-            experts = SubNormedExperts(self.experts, self.hidden_norm, self.precision)
-        with region(self.precision, "experts", tokens_TD.device.type) as cast:
-            out_TD = self.dispatcher(plan, cast(tokens_TD), experts).to(tokens_TD.dtype)
+        out_TD = self._dispatched(plan, tokens_TD)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
@@ -87,6 +83,15 @@ class MoEFFN(FeedForward):
         total = sum(num_tokens.values())
         experts = self.router.expert_rows(total) * self.experts.forward_flops_per_row()
         return self.router.forward_flops_per_token() * total + experts
+
+    def _dispatched(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
+        experts: Experts = self.experts
+        if self.hidden_norm is not None:
+            experts = SubNormedExperts(self.experts, self.hidden_norm, self.precision)
+        if self.precision.dtype_of("experts") is None:
+            return self.dispatcher(plan, tokens_TD, experts)
+        with region(self.precision, "experts", tokens_TD.device.type) as cast:
+            return self.dispatcher(plan, cast(tokens_TD), experts).to(tokens_TD.dtype)
 
     def _capacity_factor(self) -> float | None:
         if self.capacity is None:

@@ -36,10 +36,10 @@ def normalised(values: Tensor, norm: nn.Module | None, precision: PrecisionPolic
     if norm is None:
         return values
     assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+    if precision.dtype_of("norms") is None:
+        return _applied(values, norm) if isinstance(norm, nn.RMSNorm) else norm(values)
     device_type = values.device.type
     with region(precision, "norms", device_type) as cast:
-        if precision.dtype_of("norms") is None:
-            return _applied(values, norm) if isinstance(norm, nn.RMSNorm) else norm(values)
         # autocast lifts a norm to fp32 on CUDA; a region says itself what it computes in
         with torch.autocast(device_type, enabled=False):
             return _applied(cast(values), norm).to(values.dtype)

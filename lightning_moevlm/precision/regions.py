@@ -23,7 +23,8 @@ def region(policy: PrecisionPolicy, name: Region, device_type: str) -> Iterator[
     """Compute a block in the dtype that the policy has for a region; the yielded function casts its inputs.
 
     float32 switches autocast off inside, a narrower dtype switches it on, a simulated one rounds. None changes nothing,
-    and the function returns its argument.
+    and the function returns its argument; whoever computes more than a few functions inside tests for None first,
+    because torch.compile gives up on a frame whose graph breaks inside a context manager.
     """
     dtype = policy.dtype_of(name)
     if dtype is None:
