@@ -14,7 +14,7 @@ class DivergenceGuard(Callback):
 
     Every loss is looked at on its device; only every n steps the host waits for the answer. Where such steps are left
     out (`model.gradient.skip_spikes`), weights are still sound after one: the run has diverged when the losses of n
-    batches in a row are no numbers. While a rollback will answer the next such loss, it is none of the guard's business.
+    batches in a row are no numbers. While a rollback will answer the next such loss, it is not the guard's business.
 
     Args:
         every_n_steps: optimiser steps between waits, 1 or more.

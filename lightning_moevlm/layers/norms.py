@@ -39,10 +39,9 @@ def normalised(values: Tensor, norm: nn.Module | None, precision: PrecisionPolic
     if precision.dtype_of("norms") is None:
         return _applied(values, norm) if isinstance(norm, nn.RMSNorm) else norm(values)
     device_type = values.device.type
-    with region(precision, "norms", device_type) as cast:
-        # autocast lifts a norm to fp32 on CUDA; a region says itself what it computes in
-        with torch.autocast(device_type, enabled=False):
-            return _applied(cast(values), norm).to(values.dtype)
+    # autocast lifts a norm to fp32 on CUDA; a region says itself what it computes in
+    with region(precision, "norms", device_type) as cast, torch.autocast(device_type, enabled=False):
+        return _applied(cast(values), norm).to(values.dtype)
 
 
 def _applied(values: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
