@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_moevlm import keys
@@ -13,6 +13,7 @@ from lightning_moevlm.callbacks import PrecisionShadow
 from lightning_moevlm.callbacks.precision_shadow import narrow_regions
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.precision import PrecisionPolicy, Simulation
+from lightning_moevlm.records import Batch
 from lightning_moevlm.routers import Gate, NoisyTopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import small_vl_moe
@@ -106,6 +107,21 @@ def test_a_run_with_the_shadow_is_the_run_without(precision: str) -> None:
     _, without = train(policy, precision)
     _, state = train(policy, precision, PrecisionShadow(every_n_steps=1))
     assert all(torch.equal(without[name], state[name]) for name in without)
+
+
+def test_the_random_state_is_put_back() -> None:
+    states: list[torch.Tensor] = []
+
+    class Watched(PrecisionShadow):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+        ) -> None:
+            states.append(torch.get_rng_state())
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            states.append(torch.get_rng_state())
+
+    points, _ = train(PrecisionPolicy(), shadow=Watched(every_n_steps=1), steps=1)
+    assert points and torch.equal(*states)
 
 
 def test_regions_that_are_not_fp32() -> None:
