@@ -5,6 +5,7 @@ from lightning_moevlm.dispatch.dispatcher import Dispatcher
 from lightning_moevlm.dispatch.expert_protocol import Experts, Linear
 from lightning_moevlm.dispatch.grouped import GroupedDispatcher
 from lightning_moevlm.dispatch.loop import LoopDispatcher
+from lightning_moevlm.dispatch.padded import PaddedDispatcher
 from lightning_moevlm.dispatch.segments import SegmentDispatcher
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GroupedDispatcher",
     "Linear",
     "LoopDispatcher",
+    "PaddedDispatcher",
     "SegmentDispatcher",
     "apply_capacity",
 ]

@@ -1,8 +1,12 @@
 """What a dispatcher needs of an expert stack (`experts.ExpertStack` has it)."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
+
+Activation = Callable[..., Tensor]
+"""(inner products, each (rows, F)) -> hidden units (rows, F); elementwise, draws nothing at random."""
 
 
 class Linear(Protocol):
@@ -22,4 +26,8 @@ class Experts(Protocol):
 
     def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
         """Apply the feed-forward to rows."""
+        ...
+
+    def activation(self) -> Activation | None:
+        """Return a where `run` is linear(a(linear(rows, W) for every W but the last), last W), else None."""
         ...

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_moevlm.dispatch.dispatcher import Dispatcher, combine
+from lightning_moevlm.dispatch.dispatcher import Dispatcher
 from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.plans import PairPlan
 
@@ -19,5 +19,7 @@ class LoopDispatcher(Dispatcher):
             token_M = plan.token_N[pair_M]
             weights = tuple(stack[expert] for stack in experts.stacks())
             rows_MD = experts.run(tokens_TD[token_M], weights, torch.matmul)
-            out_TD = out_TD + combine(rows_MD, token_M, plan.weight_N[pair_M], tokens_TD)
+            weighted_MD = rows_MD * plan.weight_N[pair_M].unsqueeze(-1)
+            zeros_TD = torch.zeros(tokens_TD.shape, dtype=weighted_MD.dtype, device=tokens_TD.device)
+            out_TD = out_TD + zeros_TD.index_add(0, token_M, weighted_MD).to(tokens_TD.dtype)
         return out_TD

@@ -1,31 +1,40 @@
 """Sort by expert, then one matrix product per expert on its contiguous rows.
 
-No width or dtype limits, works under autocast, no padding. Segment lengths are read on the host, so on CUDA it
-synchronises once per layer; the grouped dispatcher is meant for there.
+No width or dtype limits, works under autocast, no padding, no work for experts without rows. Segment lengths are read on
+the host, so on CUDA it waits for the device once per layer, and `torch.compile` breaks the graph around it.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_moevlm.dispatch.dispatcher import Dispatcher, combine, sort_by_expert
+from lightning_moevlm.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.dispatch.expert_protocol import Experts
+from lightning_moevlm.dispatch.pairs import combine, gather_rows, sort_by_expert
+from lightning_moevlm.dispatch.segment_ffn import segment_ffn
+from lightning_moevlm.dispatch.segment_linear import segment_linear
 from lightning_moevlm.plans import PairPlan
 
 
 class SegmentDispatcher(Dispatcher):
-    """The fast path on CPUs, and the fallback everywhere."""
+    """The fast path on CPUs, and the one that runs everywhere.
 
+    Experts that name their `activation` run as one node of the graph (`segment_ffn`), any others through
+    `segment_linear`, product by product.
+    """
+
+    @torch.compiler.disable
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
-        pairs = sort_by_expert(plan)
-        lengths: list[int] = pairs.load_E.tolist()
-        num_kept = sum(lengths)
-        token_N = pairs.token_N[:num_kept]
-        weight_N = pairs.weight_N[:num_kept]
-        segments = tokens_TD[token_N].split(lengths)
-        # unbind once: its backward stacks the experts' gradients, where indexing would write the whole stack per expert
-        per_expert = zip(*(stack.unbind(0) for stack in experts.stacks()), strict=True)
-        rows_ND = torch.cat(
-            [experts.run(segment, weights, torch.matmul) for segment, weights in zip(segments, per_expert, strict=True)]
-        )
-        return combine(rows_ND, token_N, weight_N, tokens_TD)
+        dtype = matmul_dtype(tokens_TD)
+        stacks = tuple(stack.to(dtype) for stack in experts.stacks())
+        pairs = sort_by_expert(plan, wait=True)
+        assert pairs.lengths is not None
+        activation = experts.activation()
+        if activation is not None:
+            out_TD = segment_ffn(tokens_TD.to(dtype), plan.weight_N, pairs, activation, stacks)
+            return out_TD.to(tokens_TD.dtype)
+        rows_MD = gather_rows(tokens_TD.to(dtype), pairs)
+        rows_MD = experts.run(rows_MD, stacks, partial(segment_linear, lengths=pairs.lengths))
+        return combine(rows_MD, plan.weight_N, pairs, tokens_TD.dtype)

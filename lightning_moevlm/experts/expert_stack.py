@@ -16,6 +16,9 @@ from lightning_moevlm.precision import Region
 Linear = Callable[[Tensor, Tensor], Tensor]
 """(rows, weight) -> rows: the matrix product of a dispatcher."""
 
+Activation = Callable[..., Tensor]
+"""(inner products, each (rows, F)) -> hidden units (rows, F); elementwise, draws nothing at random."""
+
 
 class ExpertStack(nn.Module, ABC):
     """E feed-forwards D -> D; the first two constructor arguments are `dim` and `num_experts`."""
@@ -30,6 +33,13 @@ class ExpertStack(nn.Module, ABC):
     @abstractmethod
     def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
         """Apply the feed-forward to rows; `weights` are the stacks, or one expert's slices of them."""
+
+    def activation(self) -> Activation | None:
+        """Return a where `run` is linear(a(linear(rows, W) for every W but the last), last W), else None.
+
+        With it a dispatcher may run the layer in one piece; without, product by product. Both are right.
+        """
+        return None
 
     @abstractmethod
     def forward_flops_per_row(self) -> int:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moevlm.experts.expert_stack import ExpertStack, Linear
+from lightning_moevlm.experts.expert_stack import Activation, ExpertStack, Linear
 
 
 class GatedExperts(ExpertStack):
@@ -32,8 +32,16 @@ class GatedExperts(ExpertStack):
     def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
         """Return (SiLU(x W_gate) * x W_up) W_down."""
         gate, up, down = weights
-        return linear(F.silu(linear(rows_ND, gate)) * linear(rows_ND, up), down)
+        return linear(_swiglu(linear(rows_ND, gate), linear(rows_ND, up)), down)
+
+    def activation(self) -> Activation | None:
+        """SiLU(gate) * up."""
+        return _swiglu
 
     def forward_flops_per_row(self) -> int:
         """6 D F."""
         return 6 * self.dim * self.hidden_dim
+
+
+def _swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    return F.silu(gate_NF) * up_NF

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moevlm.experts.expert_stack import ExpertStack, Linear
+from lightning_moevlm.experts.expert_stack import Activation, ExpertStack, Linear
 
 
 class MLPExperts(ExpertStack):
@@ -32,6 +32,10 @@ class MLPExperts(ExpertStack):
         """Return GELU(x W_up) W_down."""
         up, down = weights
         return linear(F.gelu(linear(rows_ND, up)), down)
+
+    def activation(self) -> Activation | None:
+        """GELU."""
+        return F.gelu
 
     def forward_flops_per_row(self) -> int:
         """4 D F."""

@@ -11,6 +11,7 @@ from lightning_moevlm.dispatch import (
     Dispatcher,
     GroupedDispatcher,
     LoopDispatcher,
+    PaddedDispatcher,
     SegmentDispatcher,
     apply_capacity,
 )
@@ -21,7 +22,7 @@ from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.routers import TopKRouter
 from tests.routing import routing_input, top_1_plan
 
-FAST = [SegmentDispatcher(), GroupedDispatcher()]
+FAST = [SegmentDispatcher(), GroupedDispatcher(), PaddedDispatcher()]
 DISPATCHERS = [LoopDispatcher(), *FAST]
 EXPERTS: dict[str, Callable[[int], ExpertStack]] = {
     "mlp": lambda num_experts: MLPExperts(16, num_experts, 32),
