@@ -5,15 +5,26 @@ from typing import Protocol
 
 from torch import Tensor
 
-Activation = Callable[..., Tensor]
-"""(inner products, each (rows, F)) -> hidden units (rows, F); elementwise, draws nothing at random."""
-
 
 class Linear(Protocol):
     """(rows, weight) -> rows: how a dispatcher multiplies."""
 
     def __call__(self, rows: Tensor, weight: Tensor, /) -> Tensor:
         """Multiply rows by weight."""
+        ...
+
+
+class Activation(Protocol):
+    """What stands between two matrix stages, and its derivative; elementwise, draws nothing at random."""
+
+    @property
+    def forward(self) -> Callable[..., Tensor]:
+        """(p_1, ...) -> h, each (rows, F)."""
+        ...
+
+    @property
+    def backward(self) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+        """(gradient of h, p_1, ...) -> h again, and the gradients of p_1, ..."""
         ...
 
 

@@ -40,16 +40,16 @@ def sort_by_expert(plan: PairPlan, *, wait: bool) -> SortedPairs:
     """
     num_pairs, device = plan.token_N.shape[0], plan.token_N.device
     bucket_N = torch.where(plan.kept_N, plan.expert_N, plan.num_experts)
-    load = torch.bincount(bucket_N, minlength=plan.num_experts + 1)
+    load = _count(bucket_N, plan.num_experts + 1)
     load_E = load[: plan.num_experts]
     pair_M = bucket_N.argsort(stable=True)
     row_N = torch.empty_like(pair_M).scatter_(0, pair_M, torch.arange(num_pairs, device=device))
-    by_token_M = _by_token(plan)
+    by_token_M = _by_token(plan, wait)
     lengths: list[int] | None = load_E.tolist() if wait else None
     if lengths is not None and sum(lengths) < num_pairs:
         pair_M = pair_M[: sum(lengths)]
         by_token_M = by_token_M[plan.kept_N[by_token_M]]
-    num_rows_T = torch.bincount(plan.token_N[by_token_M], minlength=plan.num_tokens)
+    num_rows_T = _count(plan.token_N[by_token_M], plan.num_tokens)
     offset_T = num_rows_T.cumsum(0) - num_rows_T
     return SortedPairs(pair_M, plan.token_N[pair_M], load_E, row_N[by_token_M], offset_T, lengths)
 
@@ -110,10 +110,15 @@ class _Combine(torch.autograd.Function):
         return gradient_MD * weight_N[pairs.pair_M].unsqueeze(-1), weight_gradient_N, None
 
 
-def _by_token(plan: PairPlan) -> Tensor:
+def _count(values_N: Tensor, num_values: int) -> Tensor:
+    # no bincount: its output size would be read from the device
+    return values_N.new_zeros(num_values).scatter_add_(0, values_N, torch.ones_like(values_N))
+
+
+def _by_token(plan: PairPlan, wait: bool) -> Tensor:
     """Return the pairs ordered by token, in plan order within one."""
     num_pairs, num_tokens = plan.token_N.shape[0], plan.num_tokens
-    if plan.token_N.device.type == "cpu" and num_tokens and num_pairs % num_tokens == 0:
+    if wait and plan.token_N.device.type == "cpu" and num_tokens and num_pairs % num_tokens == 0:
         choices = num_pairs // num_tokens  # most routers give pairs choice by choice: then no second sort is needed
         if torch.equal(plan.token_N.view(choices, num_tokens), torch.arange(num_tokens).expand(choices, num_tokens)):
             return torch.arange(num_pairs).view(choices, num_tokens).t().reshape(-1)

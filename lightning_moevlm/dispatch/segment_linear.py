@@ -6,8 +6,6 @@ Weight gradients are written straight into one buffer of the stack's shape. Thro
 zero tensor of the whole stack per expert, and `unbind` would stack the experts' gradients in one more copy.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -19,22 +17,30 @@ def segment_linear(rows_MI: Tensor, stack_EIO: Tensor, lengths: list[int]) -> Te
     return product_MO
 
 
-def segments(lengths: list[int]) -> Iterator[tuple[int, slice]]:
-    """Yield (expert, its rows) for every expert that has any."""
-    start = 0
-    for expert, length in enumerate(lengths):
+def multiply_segments(rows_MI: Tensor, stack_EIO: Tensor, lengths: list[int], out_MO: Tensor) -> None:
+    """Write rows_e x W_e for every segment; no gradient."""
+    pieces = zip(lengths, rows_MI.split(lengths), stack_EIO.unbind(0), out_MO.split(lengths), strict=True)
+    for length, rows, matrix, out in pieces:
         if length:
-            yield expert, slice(start, start + length)
-        start += length
+            torch.mm(rows, matrix, out=out)
 
 
-def new_stack_gradient(stack_EIO: Tensor, lengths: list[int]) -> Tensor:
-    """Return a buffer for a stack's gradient in which the experts without rows are zero and the rest is not written."""
-    gradient_EIO = torch.empty_like(stack_EIO, memory_format=torch.contiguous_format)
-    for expert, length in enumerate(lengths):
-        if not length:
-            gradient_EIO[expert].zero_()
-    return gradient_EIO
+def add_segments(rows_MI: Tensor, stack_EIO: Tensor, lengths: list[int], out_MO: Tensor) -> None:
+    """Add rows_e x W_e for every segment; no gradient."""
+    pieces = zip(lengths, rows_MI.split(lengths), stack_EIO.unbind(0), out_MO.split(lengths), strict=True)
+    for length, rows, matrix, out in pieces:
+        if length:
+            out.addmm_(rows, matrix)
+
+
+def stack_gradient(rows_MI: Tensor, gradient_MO: Tensor, lengths: list[int], out_EIO: Tensor) -> None:
+    """Write rows_e^T x gradient_e for every segment, zeros for an expert without rows."""
+    pieces = zip(lengths, rows_MI.split(lengths), gradient_MO.split(lengths), out_EIO.unbind(0), strict=True)
+    for length, rows, gradient, out in pieces:
+        if length:
+            torch.mm(rows.t(), gradient, out=out)
+        else:
+            out.zero_()
 
 
 class _SegmentLinear(torch.autograd.Function):
@@ -43,8 +49,7 @@ class _SegmentLinear(torch.autograd.Function):
         ctx.save_for_backward(rows_MI, stack_EIO)
         ctx.lengths = lengths  # type: ignore[attr-defined]
         product_MO = rows_MI.new_empty(rows_MI.shape[0], stack_EIO.shape[2])
-        for expert, here in segments(lengths):
-            torch.mm(rows_MI[here], stack_EIO[expert], out=product_MO[here])
+        multiply_segments(rows_MI, stack_EIO, lengths, product_MO)
         return product_MO
 
     @staticmethod
@@ -53,12 +58,11 @@ class _SegmentLinear(torch.autograd.Function):
         rows_MI, stack_EIO = ctx.saved_tensors  # type: ignore[attr-defined]
         lengths: list[int] = ctx.lengths  # type: ignore[attr-defined]
         needs_rows, needs_stack = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        rows_gradient_MI = torch.empty_like(rows_MI) if needs_rows else None
-        stack_gradient_EIO = new_stack_gradient(stack_EIO, lengths) if needs_stack else None
-        for expert, here in segments(lengths):
-            gradient = gradient_MO[here]
-            if rows_gradient_MI is not None:
-                torch.mm(gradient, stack_EIO[expert].t(), out=rows_gradient_MI[here])
-            if stack_gradient_EIO is not None:
-                torch.mm(rows_MI[here].t(), gradient, out=stack_gradient_EIO[expert])
+        rows_gradient_MI, stack_gradient_EIO = None, None
+        if needs_rows:
+            rows_gradient_MI = torch.empty_like(rows_MI)
+            multiply_segments(gradient_MO, stack_EIO.transpose(1, 2), lengths, rows_gradient_MI)
+        if needs_stack:
+            stack_gradient_EIO = torch.empty_like(stack_EIO, memory_format=torch.contiguous_format)
+            stack_gradient(rows_MI, gradient_MO, lengths, stack_gradient_EIO)
         return rows_gradient_MI, stack_gradient_EIO, None

@@ -8,6 +8,7 @@ optimisers, compile and sharding simple; nobody indexes the stack under autograd
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,8 +17,15 @@ from lightning_moevlm.precision import Region
 Linear = Callable[[Tensor, Tensor], Tensor]
 """(rows, weight) -> rows: the matrix product of a dispatcher."""
 
-Activation = Callable[..., Tensor]
-"""(inner products, each (rows, F)) -> hidden units (rows, F); elementwise, draws nothing at random."""
+
+class Activation(NamedTuple):
+    """What stands between two matrix stages, elementwise in the rows; it draws nothing at random.
+
+    forward: (p_1, ...) -> h, each (rows, F). backward: (gradient of h, p_1, ...) -> (h again, gradients of p_1, ...).
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
 class ExpertStack(nn.Module, ABC):

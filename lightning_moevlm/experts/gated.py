@@ -36,7 +36,7 @@ class GatedExperts(ExpertStack):
 
     def activation(self) -> Activation | None:
         """SiLU(gate) * up."""
-        return _swiglu
+        return Activation(_swiglu, _swiglu_backward)
 
     def forward_flops_per_row(self) -> int:
         """6 D F."""
@@ -45,3 +45,9 @@ class GatedExperts(ExpertStack):
 
 def _swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     return F.silu(gate_NF) * up_NF
+
+
+def _swiglu_backward(gradient_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    activated_NF = F.silu(gate_NF)
+    gate_gradient_NF = torch.ops.aten.silu_backward(gradient_NF * up_NF, gate_NF)
+    return activated_NF * up_NF, (gate_gradient_NF, gradient_NF * activated_NF)

@@ -35,8 +35,12 @@ class MLPExperts(ExpertStack):
 
     def activation(self) -> Activation | None:
         """GELU."""
-        return F.gelu
+        return Activation(F.gelu, _gelu_backward)
 
     def forward_flops_per_row(self) -> int:
         """4 D F."""
         return 4 * self.dim * self.hidden_dim
+
+
+def _gelu_backward(gradient_NF: Tensor, product_NF: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return F.gelu(product_NF), (torch.ops.aten.gelu_backward(gradient_NF, product_NF),)
