@@ -50,6 +50,7 @@ TOKEN_ENTROPY = MetricKey("token_entropy/block{block}/{modality}", "mean token e
 MAX_VIOLATION = MetricKey("max_violation/block{block}/{modality}", "max load / mean load - 1 (MaxVio)", "", "lower")
 DROP_RATE = MetricKey("drop_rate/block{block}/{modality}", "dropped pairs", "fraction", "lower")
 DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts without a token", "experts", "lower")
+CAPACITY = MetricKey("capacity/block{block}/{modality}", "capacity factor after rounding", "", "neither")
 LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")
 
 SHADOW_FLIP_RATE = MetricKey(

@@ -51,7 +51,8 @@ class PairPlan(NamedTuple):
     capacity left, which are the ones that run. logits_TE: fp32 raw scores, before noise and bias.
     probs_TE: fp32 over all E experts. modality_T: int64. valid_T: bool; padding is never routed, counted or in a loss.
     num_sequences: samples of the batch, equally long, one after the other. noise_std_TE: fp32, deviation of the normal
-    noise that the router added to its logits, or None.
+    noise that the router added to its logits, or None. capacity_T: fp32, the capacity factor that holds for a token
+    after rounding, or None where nothing limits the experts.
     """
 
     token_N: Tensor
@@ -65,6 +66,7 @@ class PairPlan(NamedTuple):
     valid_T: Tensor
     num_sequences: int = 1
     noise_std_TE: Tensor | None = None
+    capacity_T: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_moevlm.dispatch import Capacity, apply_capacity
+from lightning_moevlm.dispatch.capacity import Priority
 from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
 
 
@@ -34,3 +36,8 @@ def top_1_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, modality: Mo
         modality_T=torch.full((num_tokens,), int(modality)),
         valid_T=valid,
     )
+
+
+def limited(plan: PairPlan, factor: float, priority: Priority = "position") -> PairPlan:
+    """The plan under a capacity with this factor in training."""
+    return apply_capacity(plan, Capacity(train_factor=factor, priority=priority), training=True)

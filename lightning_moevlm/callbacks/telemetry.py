@@ -6,7 +6,8 @@ the plans that the step itself used; between them the callback only counts sampl
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +17,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_moevlm import keys
-from lightning_moevlm.metrics import RoutingMetrics, routing_metrics
+from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.models import Backbone, model_card
 from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, Term
@@ -31,6 +33,14 @@ _SCALARS = {
     "dead_experts": keys.DEAD_EXPERTS,
     "logit_max": keys.LOGIT_MAX,
 }
+
+
+@runtime_checkable
+class TakesTags(Protocol):
+    """A logger whose runs can be tagged."""
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
 
 
 class Telemetry(Callback):
@@ -50,6 +60,7 @@ class Telemetry(Callback):
         self._tokens = 0
         self._seconds = 0.0
         self._resumed_at = time.perf_counter()
+        self._dispatch: dict[str, str] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log what the model costs."""
@@ -117,6 +128,7 @@ class Telemetry(Callback):
             values[keys.LEARNING_RATE.key()] = self._learning_rate
         values |= self._step_values(pl_module)
         self._write(trainer, values)
+        self._tell_dispatch(trainer, pl_module)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
 
     def _step_values(self, pl_module: LightningModule) -> dict[str, float]:
@@ -134,6 +146,19 @@ class Telemetry(Callback):
             values[keys.CLIP_COEFFICIENT.key()] = float(events.coefficient)
             values[keys.SKIPPED_STEPS.key()] = float(events.num_skipped)
         return values
+
+    def _tell_dispatch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tag the run with the dispatch path that each layer takes and why; arms compare only on equal paths."""
+        layers = {path: layer for path, layer in pl_module.named_modules() if isinstance(layer, MoEFFN)}
+        now = {f"dispatch/{path}": layer.dispatcher.record() for path, layer in layers.items()}
+        new = {tag: text for tag, text in now.items() if self._dispatch.get(tag) != text}
+        self._dispatch |= new
+        for text in dict.fromkeys(new.values()):
+            rank_zero_info(f"dispatch: {text}")
+        if new:
+            for logger in trainer.loggers:
+                if isinstance(logger, TakesTags):
+                    logger.log_tags(new)
 
     @staticmethod
     def _write(trainer: Trainer, values: dict[str, float]) -> None:
@@ -165,6 +190,9 @@ def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
         metrics: RoutingMetrics = routing_metrics(layer_plans, modality)
         for field, metric_key in _SCALARS.items():
             values[metric_key.key(block=block, modality=modality.label)] = float(getattr(metrics, field))
+        capacity = capacity_factor(layer_plans, modality)
+        if capacity is not None:
+            values[keys.CAPACITY.key(block=block, modality=modality.label)] = capacity
         for expert, load in enumerate(metrics.load_E.tolist()):
             values[keys.EXPERT_LOAD.key(block=block, modality=modality.label, expert=expert)] = load
     return values

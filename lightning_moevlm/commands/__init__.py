@@ -5,11 +5,12 @@ from typing import Any
 
 from jsonargparse import ArgumentError, auto_cli
 
-from lightning_moevlm.commands import data, parts, sweep
+from lightning_moevlm.commands import bench, data, parts, sweep
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.parse_errors import told_from_the_mistake
 
 COMMANDS: dict[str, Any] = {
+    "bench": bench.COMMANDS,
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
     "list": parts.list_parts,

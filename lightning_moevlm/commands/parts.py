@@ -103,8 +103,8 @@ def _parts() -> dict[str, list[type]]:
     from torch.optim import AdamW
 
     import lightning_moevlm.callbacks as callbacks
-    from lightning_moevlm.dispatch import Capacity, Dispatcher
-    from lightning_moevlm.experts import ExpertStack
+    from lightning_moevlm.dispatch import Capacity, Dispatcher, ModalityFactors
+    from lightning_moevlm.experts import ExpertInit, ExpertStack
     from lightning_moevlm.layers import FeedForward, ModelStabilisers
     from lightning_moevlm.lightning_cli import load_plugins
     from lightning_moevlm.losses import AuxiliaryLosses
@@ -139,7 +139,18 @@ def _parts() -> dict[str, list[type]]:
         "actions": [get_args(action_hints[entry.name])[0] for entry in fields(Actions)],
         "objectives": _leaves(Objective),
         "image_targets": _leaves(ImageTargets),
-        "options": [Capacity, Gate, GroupOptions, MaskRatios, ModelStabilisers, PrecisionPolicy, Ramp, TermWeights],
+        "options": [
+            Capacity,
+            ExpertInit,
+            Gate,
+            GroupOptions,
+            MaskRatios,
+            ModalityFactors,
+            ModelStabilisers,
+            PrecisionPolicy,
+            Ramp,
+            TermWeights,
+        ],  # fmt: skip
         "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW],
         "stabilisers": [AdaGC, GradientStabilisers, SkipSpikes, ZClip],
         "schedules": _leaves(WarmupSchedule),

@@ -34,6 +34,10 @@ class Dispatcher(ABC):
         """Return why this dispatcher cannot run such tokens and experts, with the remedy; None where it can."""
         return None
 
+    def record(self) -> str:
+        """Say which path runs, for the record of a run."""
+        return type(self).__name__
+
 
 def matmul_dtype(tokens_TD: Tensor) -> torch.dtype:
     """Return the dtype that matrix products run in: autocast's where it is on, else the tokens'."""

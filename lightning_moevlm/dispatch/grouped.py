@@ -80,7 +80,7 @@ class _Contiguous(torch.autograd.Function):
 
 
 def _grouped_mm(rows: Tensor, weight: Tensor, offset_E: Tensor) -> Tensor:
-    return _Contiguous.apply(F.grouped_mm(_Contiguous.apply(rows), weight, offs=offset_E))  # type: ignore[no-any-return]
+    return _Contiguous.apply(F.grouped_mm(_Contiguous.apply(rows.to(weight.dtype)), weight, offs=offset_E))
 
 
 _uncompiled_grouped_mm = torch.compiler.disable(_grouped_mm)

@@ -40,7 +40,7 @@ class PaddedDispatcher(Dispatcher):
         slot_M, row_S = _slots(plan, pairs, places)
 
         def batched(rows: Tensor, weight: Tensor, /) -> Tensor:
-            product = torch.bmm(rows.view(plan.num_experts, places, rows.shape[1]), weight)
+            product = torch.bmm(rows.to(weight.dtype).reshape(plan.num_experts, places, rows.shape[1]), weight)
             return product.view(plan.num_experts * places, weight.shape[2])
 
         rows_SD = _Rearrange.apply(gather_rows(tokens_TD.to(dtype), pairs), row_S, slot_M)

@@ -1,6 +1,6 @@
-"""The whole layer as one node of the autograd graph, for experts of two matrix stages with an activation between them.
+"""The whole layer as one node of the autograd graph, for experts of two matrix stages and an activation between them.
 
-    p_i = x W_i,   h = a(p_1, ...),   y = h W_out,   out = sum over a token's pairs of g y        (per expert, on its rows)
+    p_i = x W_i,   h = a(p_1, ...),   y = h W_out,   out = sum over a token's pairs of g y     (each expert on its rows)
 
 Backward, with r = the token's gradient in each of its rows and r' = r W_out^T:
 

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 def segment_linear(rows_MI: Tensor, stack_EIO: Tensor, lengths: list[int]) -> Tensor:
     """Multiply consecutive segments of rows, lengths[e] of them, by the matrices of a stack; any dtype, any width."""
-    product_MO: Tensor = _SegmentLinear.apply(rows_MI, stack_EIO, lengths)
+    product_MO: Tensor = _SegmentLinear.apply(rows_MI.to(stack_EIO.dtype), stack_EIO, lengths)
     return product_MO
 
 

@@ -1,7 +1,7 @@
 """Sort by expert, then one matrix product per expert on its contiguous rows.
 
-No width or dtype limits, works under autocast, no padding, no work for experts without rows. Segment lengths are read on
-the host, so on CUDA it waits for the device once per layer, and `torch.compile` breaks the graph around it.
+No width or dtype limits, works under autocast, no padding, no work for experts without rows. Segment lengths are read
+on the host, so on CUDA it waits for the device once per layer, and `torch.compile` breaks the graph around it.
 """
 
 from functools import partial

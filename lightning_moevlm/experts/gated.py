@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moevlm.experts.expert_stack import Activation, ExpertStack, Linear
+from lightning_moevlm.experts.expert_stack import Activation, ExpertInit, ExpertStack, Linear, check_dropout
 
 
 class GatedExperts(ExpertStack):
@@ -14,13 +14,26 @@ class GatedExperts(ExpertStack):
         dim: model width D.
         num_experts: E.
         hidden_dim: hidden width F of one expert.
+        dropout: share of hidden units left out in training (expert dropout, arXiv 2101.03961, section 2.4). Which ones
+            is drawn per row, so it differs between dispatchers.
+        init: initial weights.
     """
 
-    def __init__(self, dim: int, num_experts: int, hidden_dim: int = 256) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        hidden_dim: int = 256,
+        dropout: float = 0.0,
+        init: ExpertInit = ExpertInit(),
+    ) -> None:
         super().__init__()
+        check_dropout(dropout)
         self.dim = dim
         self.num_experts = num_experts
         self.hidden_dim = hidden_dim
+        self.dropout = dropout
+        self.init = init
         self.gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -32,10 +45,13 @@ class GatedExperts(ExpertStack):
     def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
         """Return (SiLU(x W_gate) * x W_up) W_down."""
         gate, up, down = weights
-        return linear(_swiglu(linear(rows_ND, gate), linear(rows_ND, up)), down)
+        hidden_NF = _swiglu(linear(rows_ND, gate), linear(rows_ND, up))
+        return linear(F.dropout(hidden_NF, self.dropout, self.training), down)
 
     def activation(self) -> Activation | None:
-        """SiLU(gate) * up."""
+        """SiLU(gate) * up; none while dropout draws at random."""
+        if self.training and self.dropout:
+            return None
         return Activation(_swiglu, _swiglu_backward)
 
     def forward_flops_per_row(self) -> int:

@@ -5,14 +5,17 @@ and shape share its initial value, whatever else differs between them: arms of a
 
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
 Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. Matrices of blocks follow the
-block's scheme (init_scheme.py); a module with an `initial_std` or an `initial_value` has its own.
+block's scheme (init_scheme.py); a module with an `initial_std` or an `initial_value` has its own, and the `ExpertInit` of
+an expert stack may ask for a scale per fan-in, or for experts that start alike.
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
 
+from lightning_moevlm.experts import ExpertInit, ExpertStack
 from lightning_moevlm.layers.init_scheme import InitialScale, initial_scales
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -45,8 +48,14 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
             nn.init.zeros_(parameter)
         else:
             scale = scales.get(name, InitialScale(std)) if own_std is None else InitialScale(own_std)
+            init = owner.init if isinstance(owner, ExpertStack) else ExpertInit()
+            if init.scale is not None:
+                scale = InitialScale(math.sqrt(init.scale / parameter.shape[-2]))
+            values = _drawn(parameter.shape, scale, seed_of(seed, name))
+            if init.same:
+                values = values[:1].expand_as(values)  # the first expert is the same in both kinds of arm
             with torch.no_grad():
-                parameter.copy_(_drawn(parameter.shape, scale, seed_of(seed, name)))
+                parameter.copy_(values)
 
 
 def _drawn(shape: torch.Size, scale: InitialScale, seed: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from lightning_moevlm.dispatch import Capacity, Dispatcher, Experts, SegmentDispatcher, apply_capacity
+from lightning_moevlm.dispatch import AutoDispatcher, Capacity, Dispatcher, Experts, apply_capacity, run_everywhere
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import ExpertStack, MLPExperts
 from lightning_moevlm.layers.attention import Attention
@@ -26,7 +27,13 @@ class MoEFFN(FeedForward):
         router: factory (dim, num_experts) -> Router.
         experts: factory (dim, num_experts) -> ExpertStack.
         capacity: factors and priority; null is dropless.
-        dispatcher: how a plan is run; null is SegmentDispatcher.
+        dispatcher: how a plan is run; null is AutoDispatcher.
+        shared: factory (dim, num_shared) -> ExpertStack of experts that every token visits beside its routed ones, with
+            weight 1 (DeepSeekMoE, arXiv 2401.06066, section 3.2); null is none.
+        num_shared: how many shared experts there are.
+
+    Raises:
+        UserError: no experts, or shared ones that are none.
     """
 
     precision = PrecisionPolicy()
@@ -39,22 +46,30 @@ class MoEFFN(FeedForward):
         experts: Callable[[int, int], ExpertStack] = MLPExperts,
         capacity: Capacity | None = None,
         dispatcher: Dispatcher | None = None,
+        shared: Callable[[int, int], ExpertStack] | None = None,
+        num_shared: int = 1,
     ) -> None:
         super().__init__()
         if num_experts < 1:
             raise UserError(f"num_experts is {num_experts}: a mixture needs at least 1 expert")
+        if num_shared < 1:
+            raise UserError(f"num_shared is {num_shared}: choose at least 1, or leave `shared` null for none")
         self.dim = dim
         self.num_experts = num_experts
         self.router = router(dim, num_experts)
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
-        self.dispatcher = dispatcher or SegmentDispatcher()
+        self.shared = None if shared is None else shared(dim, num_shared)
+        self.dispatcher = dispatcher or AutoDispatcher()
         self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
+        self.shared_hidden_norm: nn.Module | None = None
         self.path = ""  # in the backbone, see name_layers
 
     def add_hidden_norm(self, kind: NormKind) -> None:
         """Normalise the hidden units before the last matrix; the experts share the norm's scale."""
         self.hidden_norm = make_norm(kind, self.experts.stacks()[-1].shape[1])
+        if self.shared is not None:
+            self.shared_hidden_norm = make_norm(kind, self.shared.stacks()[-1].shape[1])
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Route and run; padding and dropped tokens come out as zeros for the residual to carry."""
@@ -71,10 +86,9 @@ class MoEFFN(FeedForward):
                     None if layout.identity_BS is None else layout.identity_BS.reshape(-1),
                 )
             )
-        factor = self._capacity_factor()
-        if factor is not None and self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
-            plan = apply_capacity(plan, factor, self.capacity.priority)
-        out_TD = self._dispatched(plan, tokens_TD)
+        if self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
+            plan = apply_capacity(plan, self.capacity, self.training)
+        out_TD = self._computed(plan, tokens_TD)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
@@ -82,21 +96,25 @@ class MoEFFN(FeedForward):
         """Router plus the experts that run, of one sequence; nothing is counted as dropped."""
         total = sum(num_tokens.values())
         experts = self.router.expert_rows(total) * self.experts.forward_flops_per_row()
+        if self.shared is not None:
+            experts += total * self.shared.num_experts * self.shared.forward_flops_per_row()
         return self.router.forward_flops_per_token() * total + experts
 
-    def _dispatched(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
-        experts: Experts = self.experts
-        if self.hidden_norm is not None:
-            experts = SubNormedExperts(self.experts, self.hidden_norm, self.precision)
+    def _computed(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
         if self.precision.dtype_of("experts") is None:
-            return self.dispatcher(plan, tokens_TD, experts)
+            return self._run(plan, tokens_TD)
         with region(self.precision, "experts", tokens_TD.device.type) as cast:
-            return self.dispatcher(plan, cast(tokens_TD), experts).to(tokens_TD.dtype)
+            return self._run(plan, cast(tokens_TD)).to(tokens_TD.dtype)
 
-    def _capacity_factor(self) -> float | None:
-        if self.capacity is None:
-            return None
-        return self.capacity.train_factor if self.training else self.capacity.eval_factor
+    def _run(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
+        out_TD = self.dispatcher(plan, tokens_TD, self._normed(self.experts, self.hidden_norm))
+        if self.shared is None:
+            return out_TD
+        shared_TD = run_everywhere(tokens_TD, self._normed(self.shared, self.shared_hidden_norm))
+        return out_TD + torch.where(plan.valid_T.unsqueeze(-1), shared_TD, 0.0)
+
+    def _normed(self, experts: ExpertStack, norm: nn.Module | None) -> Experts:
+        return experts if norm is None else SubNormedExperts(experts, norm, self.precision)
 
 
 def name_layers(backbone: nn.Module) -> None:

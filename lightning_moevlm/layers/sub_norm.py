@@ -38,3 +38,7 @@ class SubNormedExperts:
             return linear(normalised(rows, self._norm, self._precision) if weight is weights[-1] else rows, weight)
 
         return self._experts.run(rows_ND, weights, with_norm)
+
+    def activation(self) -> None:
+        """None: there is more than an activation between the matrix stages."""
+        return

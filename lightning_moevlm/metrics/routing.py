@@ -7,6 +7,7 @@ max violation   max_e c_e / mean_e c_e - 1, c = chosen pairs before capacity   (
 drop rate       1 - kept pairs / chosen pairs
 dead experts    experts that nobody chose
 logit max       max |router logit|
+capacity        mean over tokens of the capacity factor that holds after rounding
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moevlm.plans import Modality, RoutingPlan
+from lightning_moevlm.plans import Modality, PairPlan, RoutingPlan
 
 
 class RoutingMetrics(NamedTuple):
@@ -53,6 +54,18 @@ def routing_metrics(plans: Sequence[RoutingPlan], modality: Modality) -> Routing
         dead_experts=(chosen_E == 0).sum(),
         logit_max=torch.stack(largest).max(),
     )
+
+
+@torch.no_grad()
+def capacity_factor(plans: Sequence[RoutingPlan], modality: Modality) -> float | None:
+    """Return the mean capacity factor that holds for the valid tokens of a modality; None where nothing limits them."""
+    limits = [
+        plan.capacity_T[plan.valid_T & (plan.modality_T == modality)]
+        for plan in plans
+        if isinstance(plan, PairPlan) and plan.capacity_T is not None
+    ]
+    factor = float(torch.cat(limits).mean()) if limits else math.inf
+    return factor if math.isfinite(factor) else None
 
 
 def _total(values: Sequence[Tensor]) -> Tensor:

@@ -19,12 +19,11 @@ from typing import IO
 
 import psutil
 
+from lightning_moevlm import allocator
+
 LOG_FILE = "log.txt"
 _LOG_LINES = 20
 _PR_SET_PDEATHSIG = 1
-# glibc hands tensors over 32 MiB back at every free and faults every page in again at the next step; measured up to
-# a third of a step. (0.5 GB and more are still mapped.)
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
 def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
@@ -39,7 +38,7 @@ def share_environment(env: Mapping[str, str], jobs: int, cores: int, slot: int, 
     What the user has set himself stays, save for the GPU, which the slot decides among those he made visible.
     """
     threads = str(max(1, cores // jobs))
-    shared = {**_ALLOCATOR, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **env}
+    shared = {**allocator.ENVIRONMENT, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **env}
     if num_gpus:
         visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",") if env.get("CUDA_VISIBLE_DEVICES") else []
         shared["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus] if visible else str(slot % num_gpus)

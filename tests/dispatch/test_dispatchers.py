@@ -13,14 +13,13 @@ from lightning_moevlm.dispatch import (
     LoopDispatcher,
     PaddedDispatcher,
     SegmentDispatcher,
-    apply_capacity,
 )
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import ExpertStack, GatedExperts, MLPExperts
 from lightning_moevlm.layers import initialise
 from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.routers import TopKRouter
-from tests.routing import routing_input, top_1_plan
+from tests.routing import limited, routing_input, top_1_plan
 
 FAST = [SegmentDispatcher(), GroupedDispatcher(), PaddedDispatcher()]
 DISPATCHERS = [LoopDispatcher(), *FAST]
@@ -43,7 +42,7 @@ def run(dispatcher: Dispatcher, experts: ExpertStack, top_k: int, num_padding: i
     tokens_TD = inputs.tokens_TD.requires_grad_()
     plan: PairPlan = router(inputs)
     if factor is not None:
-        plan = apply_capacity(plan, factor, "position")
+        plan = limited(plan, factor)
     out_TD = dispatcher(plan, tokens_TD, experts)
     (out_TD * torch.linspace(-1, 1, 16)).sum().backward()
     parameters = {**dict(router.named_parameters()), **dict(experts.named_parameters())}
@@ -85,8 +84,8 @@ def test_padding_and_dropped_pairs_come_out_as_zeros(dispatcher: Dispatcher) -> 
     initialise(experts, seed=0, std=0.3)
     logits_TE = torch.zeros(10, 4).index_fill(1, torch.tensor([2]), 9.0)  # everybody wants expert 2
     plan = top_1_plan(logits_TE, valid_T=torch.arange(10) < 8)
-    limited = apply_capacity(plan, 1.0, "position")  # capacity ceil(1.0 * 8 / 4) = 2
-    out_TD = dispatcher(limited, torch.randn(10, 16, generator=torch.Generator().manual_seed(0)), experts)
+    some = limited(plan, 1.0)  # capacity ceil(1.0 * 8 / 4) = 2
+    out_TD = dispatcher(some, torch.randn(10, 16, generator=torch.Generator().manual_seed(0)), experts)
     assert bool((out_TD[:2] != 0).any(dim=-1).all())
     assert torch.equal(out_TD[2:], torch.zeros(8, 16))
 

@@ -12,14 +12,13 @@ from lightning_moevlm.dispatch import (
     LoopDispatcher,
     PaddedDispatcher,
     SegmentDispatcher,
-    apply_capacity,
 )
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import ExpertStack, GatedExperts, Linear, MLPExperts
 from lightning_moevlm.layers import initialise
 from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.routers import ExpertChoiceRouter, TopKRouter, TopPRouter
-from tests.routing import routing_input, top_1_plan
+from tests.routing import limited, routing_input, top_1_plan
 
 FAST = [SegmentDispatcher(), GroupedDispatcher(), PaddedDispatcher(), PaddedDispatcher(factor=8.0)]
 DISPATCHERS = [LoopDispatcher(), *FAST]
@@ -81,7 +80,7 @@ def plans() -> dict[str, PairPlan]:
         "all to one expert": one_only,
         "pairs in no order": top_2._replace(**by_pair),
         "nothing kept": top_2._replace(kept_N=torch.zeros_like(top_2.kept_N)),
-        "capacity": apply_capacity(top_2, 0.5, "position"),
+        "capacity": limited(top_2, 0.5),
     }
 
 
@@ -230,7 +229,7 @@ def test_fast_path_equals_loop_on_cuda(fast: Dispatcher) -> None:
     inputs = routing_input(256, 64, num_padding=5)
     router = TopKRouter(64, 8, 2)
     initialise(router, seed=1, std=0.5)
-    plan = apply_capacity(router(inputs), 1.0, "position")
+    plan = limited(router(inputs), 1.0)
     plan = plan._replace(**{k: v.cuda() for k, v in plan._asdict().items() if isinstance(v, Tensor)})
     results = []
     for dispatcher in (LoopDispatcher(), fast):

@@ -1,0 +1,52 @@
+"""`moevlm bench layer`: whole layers, forward and backward, ours beside dense twin, ceiling and peers."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from lightning_moevlm.bench.candidates import DENSE, GEMM, Candidate, own_candidates
+from lightning_moevlm.bench.cases import Case, make_tokens
+from lightning_moevlm.bench.memory import peak_mib
+from lightning_moevlm.bench.peers import Peers, peer_candidates
+from lightning_moevlm.bench.timing import Seconds, interleave
+
+
+class LayerResult(NamedTuple):
+    """A case, every candidate's times, and its peak memory in MiB where it allocates any."""
+
+    case: Case
+    seconds: Seconds
+    peaks: dict[str, float]
+
+    def records(self) -> list[dict[str, object]]:
+        """Return one record per candidate, as `--json` writes them."""
+        medians = {name: statistics.median(times) for name, times in self.seconds.items()}
+        shape = asdict(self.case.shape)
+        return [
+            {
+                "bench": "layer",
+                "shape": shape,
+                "skew": self.case.skew,
+                "dtype": "float32",
+                "device": "cpu",
+                "impl": name,
+                "median_ms": round(1e3 * median, 3),
+                "ratio_dense": round(median / medians[DENSE], 4),
+                "ratio_gemm": round(median / medians[GEMM], 4),
+                "peak_mib": round(self.peaks[name], 2) if name in self.peaks else None,
+            }
+            for name, median in medians.items()
+        ]
+
+
+def candidates_of(case: Case, peers: Peers) -> list[Candidate]:
+    """Return every candidate that can run the case."""
+    tokens = make_tokens(case)
+    return [*own_candidates(case, tokens), *peer_candidates(case, tokens, peers)]
+
+
+def run_case(case: Case, rounds: int, candidates: Sequence[Candidate], tick: Callable[[], None]) -> LayerResult:
+    """Time all candidates of a case together; tick after each step."""
+    peaks = {each.name: peak_mib(each.step, each.release) for each in candidates if each.release is not None}
+    return LayerResult(case, interleave(candidates, rounds, tick), peaks)

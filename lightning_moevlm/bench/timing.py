@@ -1,0 +1,74 @@
+"""Fair timing on a machine that is never quiet: candidates interleaved, in random order each round, compared in ratios.
+
+best ratio: of the second-smallest times. median ratio: median over rounds of the ratio within a round, so that a slow
+spell counts for both. Neither is worth more than about 5 %. With one thread and no GPU a step is timed by the CPU time of
+the process, which other processes cannot take from; with more, by the clock on the wall, because threads wait.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from lightning_moevlm.bench.candidates import Candidate
+
+Seconds = Mapping[str, Sequence[float]]
+"""Times by candidate, one per round, rounds in the same order for all."""
+
+
+class Ratio(NamedTuple):
+    """How much longer one takes than another, twice."""
+
+    best: float
+    median: float
+
+    @property
+    def fairest(self) -> float:
+        """The smaller of the two: a goal is missed only if both miss it."""
+        return min(self.best, self.median)
+
+
+def interleave(
+    candidates: Sequence[Candidate], rounds: int, tick: Callable[[], None], seed: int = 0
+) -> dict[str, list[float]]:
+    """Time every candidate once per round after one untimed call each; tick after each call."""
+    order = random.Random(seed)
+    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    for candidate in candidates:
+        _timed(candidate)
+        tick()
+    for _ in range(rounds):
+        for candidate in order.sample(list(candidates), len(candidates)):
+            seconds[candidate.name].append(_timed(candidate))
+            tick()
+    return seconds
+
+
+def ratio(seconds: Seconds, name: str, over: str) -> Ratio:
+    """Return how much longer `name` takes than `over`."""
+    in_round = [mine / theirs for mine, theirs in zip(seconds[name], seconds[over], strict=True)]
+    return Ratio(best(seconds[name]) / best(seconds[over]), statistics.median(in_round))
+
+
+def best(times: Sequence[float]) -> float:
+    """Return the second-smallest time: the smallest may be a fluke."""
+    return sorted(times)[min(1, len(times) - 1)]
+
+
+def wall_clock() -> bool:
+    """Say whether steps are timed by the clock on the wall."""
+    return torch.cuda.is_available() or torch.get_num_threads() > 1
+
+
+def _timed(candidate: Candidate) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    clock = time.perf_counter if wall_clock() else time.process_time
+    start = clock()
+    candidate.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - start

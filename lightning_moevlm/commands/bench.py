@@ -1,0 +1,217 @@
+"""`moevlm bench`: time layers and dispatch on this machine, peers beside.
+
+Plain typed functions; the command line makes options of their arguments and help of their docstrings. What they need is
+imported when they run. They run in a child process whose allocator is set as that of every training child of a sweep.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from lightning_moevlm.commands.output import console, show
+from lightning_moevlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from lightning_moevlm.bench.goals import Verdict
+    from lightning_moevlm.bench.layer import LayerResult
+
+Peers = Literal["all", "none", "transformers", "st-moe"]
+
+
+def layer(
+    only: str | None = None, rounds: int = 9, peers: Peers = "all", threads: int | None = None, json: str | None = None
+) -> int:
+    """Time whole MoE layers, forward and backward, against a dense twin, the pure expert products and peers.
+
+    Args:
+        only: Cases that agree with it, e.g. E=8 or E=8,act=gelu,skew=zipf.
+        rounds: Interleaved rounds; each times every candidate once.
+        peers: Packages to compare with, where they are installed (extra `peers`).
+        threads: Threads of torch; by default one per core.
+        json: Write one record per case and candidate to this file instead of the tables; - is standard output.
+    """
+    code = _in_tuned_child(
+        ["layer"], {"only": only, "rounds": rounds, "peers": peers, "threads": threads, "json": json}
+    )
+    if code is not None:
+        return code
+    from lightning_moevlm.bench.cases import LAYER_CASES, select
+    from lightning_moevlm.bench.goals import layer_verdicts
+    from lightning_moevlm.bench.layer import candidates_of, run_case
+    from lightning_moevlm.bench.peers import missing_peers
+
+    _prepare(rounds, threads)
+    cases = select(LAYER_CASES, only)
+    for package in missing_peers(peers):
+        _note(f"{package} is not installed and left out: pip install 'lightning-moevlm[peers]'")
+    results = []
+    with _progress() as progress:
+        for case in cases:
+            candidates = candidates_of(case, peers)
+            task = progress.add_task(f"{case.shape} {case.skew}", total=(rounds + 1) * len(candidates))
+            results.append(run_case(case, rounds, candidates, lambda task=task: progress.advance(task)))  # type: ignore[misc]
+    records = [record for result in results for record in result.records()]
+    _show_layer(results, layer_verdicts(results), records, json)
+    return 0
+
+
+def dispatch(
+    rounds: int = 9, table: str | None = None, threads: int | None = None, growth: bool = True, json: str | None = None
+) -> int:
+    """Measure every dispatcher over a grid of cases, write the table that AutoDispatcher chooses by, and show how
+    dispatch alone grows.
+
+    Args:
+        rounds: Interleaved rounds; each times every candidate once.
+        table: File to write; by default this machine's own, in the cache folder.
+        threads: Threads of torch; by default one per core.
+        growth: Also time dispatch alone over growing T and E.
+        json: Write the records of dispatch alone to this file instead of the tables; - is standard output.
+    """
+    options = {"rounds": rounds, "table": table, "threads": threads, "growth": str(growth).lower(), "json": json}
+    code = _in_tuned_child(["dispatch"], options)
+    if code is not None:
+        return code
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from lightning_moevlm.bench.dispatch_alone import growth_shapes, measure_growth
+    from lightning_moevlm.bench.goals import dispatch_verdicts
+    from lightning_moevlm.bench.table import grid, measure_row, provenance
+    from lightning_moevlm.dispatch.measured import user_file, write_measured
+
+    _prepare(rounds, threads)
+    target = Path(table) if table else user_file()
+    alone = None
+    with _progress() as progress:
+        cases = grid()
+        task = progress.add_task("dispatchers", total=3 * (rounds + 1) * len(cases))
+        rows = [measure_row(case, rounds, lambda: progress.advance(task)) for case in cases]
+        if growth:
+            step = progress.add_task("dispatch alone", total=(rounds + 1) * (1 + len(growth_shapes())))
+            alone = measure_growth(rounds, lambda: progress.advance(step))
+    write_measured(
+        target,
+        provenance(f"moevlm bench dispatch --rounds {rounds}" + (f" --threads {threads}" if threads else "")),
+        rows,
+    )
+    if json is None:
+        listing = Table("case", *rows[0].milliseconds, title="forward and backward, ms; the fastest runs")
+        for row in rows:
+            listing.add_row(str(row.case), *(f"{time:.2f}" for time in row.milliseconds.values()))
+        console().print(listing)
+    if alone is not None:
+        shown = Table("dispatch alone", "ms", "of the dense FFN at T=2048", title=_setting())
+        for record, name in zip(alone.records(), alone.shapes, strict=True):
+            share = f"{record['ratio_dense']:.1%}" if record["ratio_dense"] is not None else ""
+            shown.add_row(name.removeprefix("dispatch alone "), f"{record['median_ms']:.2f}", share)
+        show(shown, alone.records(), json)
+        if json is None:
+            _show_verdicts(dispatch_verdicts(alone))
+    _note(f"wrote {target}: AutoDispatcher chooses by it")
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"layer": layer, "dispatch": dispatch}
+
+
+def _in_tuned_child(command: list[str], options: Mapping[str, object]) -> int | None:
+    """Run the same command in a child with the allocator set, and return its exit code; None in that child."""
+    from lightning_moevlm import allocator
+
+    if allocator.is_set():
+        return None
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    child = [sys.executable, "-m", "lightning_moevlm", "bench", *command, *given]
+    return subprocess.run(
+        child, env={**os.environ, **allocator.ENVIRONMENT, "KINETO_LOG_LEVEL": "99"}, check=False
+    ).returncode
+
+
+def _prepare(rounds: int, threads: int | None) -> None:
+    import torch
+
+    if rounds < 1:
+        raise UserError(f"--rounds is {rounds}: give at least 1, or 9 for ratios that repeat within some percent")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is {threads}: give at least 1")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+
+
+def _progress() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _show_layer(
+    results: "Sequence[LayerResult]",
+    verdicts: "Sequence[Verdict]",
+    records: list[dict[str, object]],
+    json: str | None,
+) -> None:
+    from rich.console import Group
+    from rich.table import Table
+
+    from lightning_moevlm.bench.candidates import DENSE, GEMM
+    from lightning_moevlm.bench.timing import ratio
+
+    tables = []
+    for result in results:
+        table = Table(title=f"{result.case.shape}, {result.case.skew} load", caption=_setting())
+        for title in (
+            "candidate",
+            "median ms",
+            "over dense, best",
+            "med",
+            "over GEMMs, best",
+            "med",
+            "peak MiB",
+            "dense",
+        ):
+            table.add_column(title, justify="left" if title == "candidate" else "right")
+        for record in result.records():
+            name = str(record["impl"])
+            dense, gemm = ratio(result.seconds, name, DENSE), ratio(result.seconds, name, GEMM)
+            peak = result.peaks.get(name)
+            shown = ("", "") if peak is None else (f"{peak:.1f}", f"{peak / result.peaks[DENSE]:.2f}")
+            times = (f"{value:.2f}" for value in (*dense, *gemm))
+            table.add_row(name, f"{record['median_ms']:.1f}", *times, *shown)
+        tables.append(table)
+    show(Group(*tables), records, json)
+    if json is None:
+        _show_verdicts(verdicts)
+
+
+def _show_verdicts(verdicts: "Sequence[Verdict]") -> None:
+    from rich.table import Table
+
+    table = Table("goal", "figure", "at most", "", title="goals")
+    for each in verdicts:
+        table.add_row(each.what, f"{each.figure:.2f}", f"{each.goal:.2f}", "met" if each.met else "[red]missed[/]")
+    if verdicts:
+        console().print(table)
+
+
+def _setting() -> str:
+    import torch
+
+    from lightning_moevlm.bench.timing import wall_clock
+
+    threads = f"{torch.get_num_threads()} threads by the wall clock" if wall_clock() else "1 thread by its CPU time"
+    return f"fp32, {threads}, torch {torch.__version__}, glibc allocator keeps its memory"
+
+
+def _note(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

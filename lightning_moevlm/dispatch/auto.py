@@ -1,0 +1,114 @@
+"""Pick the dispatcher that was measured fastest for a case, and say which one ran and why.
+
+The choice is a pure function of device, dtype, shape and the table, never of the data or the clock, so arms of a study
+on one machine take the same path, and their records say which. Without a measurement for a device and dtype a rule
+decides. A dispatcher that cannot run a case is passed over by name: nothing falls back in silence.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.dispatch.dispatcher import Dispatcher, matmul_dtype
+from lightning_moevlm.dispatch.expert_protocol import Experts
+from lightning_moevlm.dispatch.grouped import GroupedDispatcher
+from lightning_moevlm.dispatch.measured import Case, measurements, rounded_rows
+from lightning_moevlm.dispatch.padded import PaddedDispatcher
+from lightning_moevlm.dispatch.segments import SegmentDispatcher
+from lightning_moevlm.plans import PairPlan
+
+_log = logging.getLogger(__name__)
+
+
+class Choice(NamedTuple):
+    """name: class of the dispatcher that runs. why: measurement or rule, and who was passed over for what reason."""
+
+    name: str
+    why: str
+
+
+class AutoDispatcher(Dispatcher):
+    """Runs the fastest dispatcher for each case: segments, grouped_mm, or padded where a capacity bounds the load.
+
+    Args:
+        table: file of measurements; null takes the one that `moevlm bench dispatch` wrote on this machine, then the one
+            that the package ships.
+    """
+
+    def __init__(self, table: str | None = None) -> None:
+        self.table = table
+        if table is not None:
+            measurements(table)  # a mistake in the path is told now, not in the first step
+        self._choices: dict[Case, Choice] = {}
+        each = (SegmentDispatcher(), GroupedDispatcher(), PaddedDispatcher())
+        self._dispatchers: dict[str, Dispatcher] = {type(dispatcher).__name__: dispatcher for dispatcher in each}
+
+    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+        """Return (T, D) in the tokens' dtype."""
+        return self._dispatchers[self.choose(plan, tokens_TD, experts).name].run_pairs(plan, tokens_TD, experts)
+
+    def record(self) -> str:
+        """Say what has run so far and why, for the record of a run."""
+        told = dict.fromkeys(f"{choice.name} for {case}: {choice.why}" for case, choice in self._choices.items())
+        return "; ".join(told)
+
+    @torch.compiler.disable
+    def choose(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Choice:
+        """Return the choice for such a plan; made once per case, and logged then."""
+        case = case_of(plan, tokens_TD, experts)
+        if case not in self._choices:
+            self._choices[case] = self._decide(case, tokens_TD, experts)
+            _log.info("%s runs %s: %s", self._choices[case].name, case, self._choices[case].why)
+        return self._choices[case]
+
+    def _decide(self, case: Case, tokens_TD: Tensor, experts: Experts) -> Choice:
+        refused: list[str] = []
+        ranked, why = self._ranked(case, tokens_TD.device)
+        for name in ranked:
+            if name == "PaddedDispatcher" and not case.bounded:
+                refused.append("PaddedDispatcher passed over: no capacity bounds the load")
+                continue
+            refusal = self._dispatchers[name].refusal(tokens_TD, experts)
+            if refusal is None:
+                return Choice(name, "; ".join([why, *refused]))
+            refused.append(f"{name} passed over: {refusal}")
+        raise AssertionError(f"SegmentDispatcher runs everything, yet nothing was left of {ranked}")
+
+    def _ranked(self, case: Case, device: torch.device) -> tuple[list[str], str]:
+        """Return dispatchers, best first, and the reason for the order."""
+        for table in measurements(self.table):
+            row = table.nearest(case)
+            if row is not None:
+                times = {name: time for name, time in row.milliseconds.items() if name in self._dispatchers}
+                ranked = sorted(times, key=lambda name: times[name])
+                told = ", ".join(f"{name} {times[name]:.3g} ms" for name in ranked)
+                rest = [name for name in self._dispatchers if name not in times]
+                return [*ranked, *rest], f"measured at {row.case} ({told}; table {table.digest})"
+        return _rule(case, device)
+
+
+def case_of(plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Case:
+    """Return the case of a plan; it depends on shapes alone."""
+    stacks = experts.stacks()
+    return Case(
+        device=tokens_TD.device.type,
+        dtype=str(matmul_dtype(tokens_TD)).removeprefix("torch."),
+        num_experts=plan.num_experts,
+        rows=rounded_rows(plan.token_N.shape[0], plan.num_experts),
+        dim=tokens_TD.shape[1],
+        hidden_dim=stacks[0].shape[2],
+        bounded=plan.capacity_T is not None,
+    )
+
+
+def _rule(case: Case, device: torch.device) -> tuple[list[str], str]:
+    """Return an order for what was not measured."""
+    segments, grouped, padded = "SegmentDispatcher", "GroupedDispatcher", "PaddedDispatcher"
+    start = f"no measurement for {case.device} in {case.dtype}, so by rule"
+    if device.type == "cuda" and case.dtype == "bfloat16" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return [grouped, segments, padded], f"{start}: grouped_mm has a kernel for it and waits for nothing"
+    if device.type != "cpu" and case.bounded:
+        return [padded, segments, grouped], f"{start}: one batched product, as the load is bounded"
+    return [segments, grouped, padded], f"{start}: runs everywhere"
