@@ -1,7 +1,7 @@
 """Fair timing on a machine that is never quiet: candidates interleaved, in random order each round, compared in ratios.
 
 best ratio: of the second-smallest times. median ratio: median over rounds of the ratio within a round, so that a slow
-spell counts for both. Neither is worth more than about 5 %. With one thread and no GPU a step is timed by the CPU time of
+spell counts for both. Neither is worth more than about 5 %. With one thread and no GPU a step is timed by CPU time of
 the process, which other processes cannot take from; with more, by the clock on the wall, because threads wait.
 """
 

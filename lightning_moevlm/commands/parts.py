@@ -150,7 +150,7 @@ def _parts() -> dict[str, list[type]]:
             PrecisionPolicy,
             Ramp,
             TermWeights,
-        ],  # fmt: skip
+        ],
         "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW],
         "stabilisers": [AdaGC, GradientStabilisers, SkipSpikes, ZClip],
         "schedules": _leaves(WarmupSchedule),

@@ -5,8 +5,8 @@ and shape share its initial value, whatever else differs between them: arms of a
 
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
 Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. Matrices of blocks follow the
-block's scheme (init_scheme.py); a module with an `initial_std` or an `initial_value` has its own, and the `ExpertInit` of
-an expert stack may ask for a scale per fan-in, or for experts that start alike.
+block's scheme (init_scheme.py); a module with an `initial_std` or an `initial_value` has its own, and the `ExpertInit`
+of an expert stack may ask for a scale per fan-in, or for experts that start alike.
 """
 
 import hashlib
