@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
+from lightning_moevlm.routers.choices import plan_of_choices
 
 
 def routing_input(num_tokens: int, dim: int, *, num_padding: int = 0, seed: int = 0) -> RoutingInput:
@@ -34,3 +35,29 @@ def top_1_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, modality: Mo
         modality_T=torch.full((num_tokens,), int(modality)),
         valid_T=valid,
     )
+
+
+def full_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, noise: float = 0.5, top_k: int = 1) -> PairPlan:
+    """A plan that every loss can read: sequences of 4 if T allows, modalities in turn, fixed noise of std 1/E."""
+    num_tokens, num_experts = logits_TE.shape
+    token_T = torch.arange(num_tokens)
+    valid = torch.ones(num_tokens, dtype=torch.bool) if valid_T is None else valid_T
+    draw = torch.randn(num_tokens, num_experts, dtype=logits_TE.dtype, generator=torch.Generator().manual_seed(7))
+    inputs = RoutingInput(logits_TE, token_T % 2, valid, max(1, num_tokens // 4) if num_tokens % 4 == 0 else 1)
+    probs_TE = logits_TE.softmax(dim=-1)
+    weight_TK, expert_TK = probs_TE.topk(top_k, dim=-1)
+    std_TE = torch.full_like(logits_TE, 1 / num_experts)
+    noisy_TE = logits_TE + noise * draw * std_TE
+    return plan_of_choices(
+        inputs, logits_TE, probs_TE, expert_TK, weight_TK, noise_std_TE=std_TE, noisy_logits_TE=noisy_TE
+    )
+
+
+def relu_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None) -> PairPlan:
+    """The plan of a ReLU router with these logits."""
+    num_tokens, num_experts = logits_TE.shape
+    valid = torch.ones(num_tokens, dtype=torch.bool) if valid_T is None else valid_T
+    inputs = RoutingInput(logits_TE, torch.zeros(num_tokens, dtype=torch.int64), valid)
+    weight_TE = logits_TE.relu()
+    expert_TE = torch.arange(num_experts).expand(num_tokens, num_experts)
+    return plan_of_choices(inputs, logits_TE, logits_TE.softmax(-1), expert_TE, weight_TE, chosen_TK=weight_TE > 0)
