@@ -10,7 +10,8 @@ from lightning_moevlm.bench.candidates import DENSE, GEMM, OURS
 from lightning_moevlm.bench.dispatch_alone import Growth
 from lightning_moevlm.bench.layer import LayerResult
 from lightning_moevlm.bench.peers import TRANSFORMERS_EAGER, TRANSFORMERS_GROUPED
-from lightning_moevlm.bench.timing import ratio
+from lightning_moevlm.bench.step import StepTimes
+from lightning_moevlm.bench.timing import Ratio, ratio
 
 _TIME = {
     (DENSE, 8): 1.10,
@@ -27,6 +28,8 @@ _ZIPF_OVER_BALANCED = 1.05
 _DISPATCH_OVER_DENSE = 0.06
 _LINEAR = 1.25  # time per token at T = 32768 over that at 2048
 _EXPERTS = 2.0  # E = 128 over E = 4
+_ADDED_MS = 2.5  # per step, by Lightning with all telemetry and MLflow, logging every 50
+_SPARSE_OVER_DENSE = 1.03  # a whole training step
 
 
 class Verdict(NamedTuple):
@@ -70,4 +73,12 @@ def dispatch_verdicts(growth: Growth) -> list[Verdict]:
         Verdict("dispatch alone over the dense FFN, T=2048 E=8", growth.over_dense, _DISPATCH_OVER_DENSE),
         Verdict("time per token, T=32768 over T=2048", growth.tokens_ratio, _LINEAR),
         Verdict("time, E=128 over E=4", growth.experts_ratio, _EXPERTS),
+    ]
+
+
+def step_verdicts(times: StepTimes, sparsity: Ratio) -> list[Verdict]:
+    """Hold whole steps against their goals."""
+    return [
+        Verdict("ms that Lightning, telemetry and MLflow add to a step", min(times.added), _ADDED_MS),
+        Verdict("sparse step over dense step", sparsity.fairest, _SPARSE_OVER_DENSE),
     ]

@@ -117,7 +117,39 @@ def dispatch(
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"layer": layer, "dispatch": dispatch}
+def step(rounds: int = 5, threads: int | None = None, json: str | None = None) -> int:
+    """Time whole training steps: what Lightning, telemetry and MLflow add to the bare loop, and sparse over dense.
+
+    Args:
+        rounds: Interleaved rounds; each trains 110 steps of a small model in each way, and one step of a larger one.
+        threads: Threads of torch; by default one per core.
+        json: Write one record per way to train to this file instead of the tables; - is standard output.
+    """
+    code = _in_tuned_child(["step"], {"rounds": rounds, "threads": threads, "json": json})
+    if code is not None:
+        return code
+    from rich.table import Table
+
+    from lightning_moevlm.bench.goals import step_verdicts
+    from lightning_moevlm.bench.step import measure_overhead, measure_sparsity
+
+    _prepare(rounds, threads)
+    with _progress() as progress:
+        trained = progress.add_task("bare loop and Trainer", total=2 * rounds)
+        times = measure_overhead(rounds, lambda: progress.advance(trained))
+        wide = progress.add_task("sparse and dense", total=2 * (rounds + 1))
+        sparsity, wide_records = measure_sparsity(rounds, lambda: progress.advance(wide))
+    records = [*times.records(), *wide_records]
+    table = Table("step", "median ms", title=_setting())
+    for record in records:
+        table.add_row(str(record["impl"]), f"{record['median_ms']:.2f}")
+    show(table, records, json)
+    if json is None:
+        _show_verdicts(step_verdicts(times, sparsity))
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"layer": layer, "dispatch": dispatch, "step": step}
 
 
 def _in_tuned_child(command: list[str], options: Mapping[str, object]) -> int | None:

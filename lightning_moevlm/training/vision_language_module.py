@@ -127,7 +127,7 @@ class VisionLanguageModule(LightningModule):
         step = self.micro_step(batch_idx)
         self.seed_noise(step)
         self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
-        output, report = self._losses(batch, "train", step)
+        output, report = self.losses_of(batch, "train", step)
         self.backbone.measure_attention = False
         self._micro_losses.append(report.task_loss.detach())
         return StepOutput(
@@ -202,7 +202,7 @@ class VisionLanguageModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch; its masks are the same in every epoch."""
-        output, report = self._losses(batch, "val", batch_idx)
+        output, report = self.losses_of(batch, "val", batch_idx)
         self.val_evaluation.update(report, output.predictions, batch.num_samples)
 
     def on_validation_epoch_end(self) -> None:
@@ -211,7 +211,7 @@ class VisionLanguageModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch."""
-        output, report = self._losses(batch, "test", batch_idx)
+        output, report = self.losses_of(batch, "test", batch_idx)
         self.test_evaluation.update(report, output.predictions, batch.num_samples)
 
     def on_test_epoch_end(self) -> None:
@@ -262,7 +262,8 @@ class VisionLanguageModule(LightningModule):
         """Make whatever a router or a dropout draws a function of seed and step, so a resumed run draws it again."""
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
 
-    def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
+    def losses_of(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
+        """Run the model on a batch; stage ("train", "val" or "test") and step say which masks it gets."""
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
         inputs = self._loss_inputs(output.plans, training=stage == "train")
         weights = self._loss_weights.at(self.global_step)

@@ -108,8 +108,8 @@ class Spoilt(VisionLanguageModule):
     at: Mapping[int, float] = MappingProxyType({})
     rank = 0
 
-    def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
-        output, report = super()._losses(batch, stage, step)
+    def losses_of(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
+        output, report = super().losses_of(batch, stage, step)
         if stage == "train" and step in self.at and self.global_rank == self.rank:
             report = report._replace(task=report.task | {"spoilt": Term(torch.tensor(self.at[step]), 1.0)})
         return output, report

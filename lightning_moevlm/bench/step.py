@@ -1,0 +1,232 @@
+"""`moevlm bench step`: what Lightning, telemetry and MLflow add to a training step, and what sparsity adds to it.
+
+    overhead   one model on the same batches: the bare loop of PyTorch (losses, backward, clip, update, schedule)
+               against `Trainer.fit` with the callbacks of `moevlm fit` and MLflow on SQLite, logging every 50 steps
+    sparsity   the bare loop of a sparse model against that of its dense twin at equal active FLOPs
+
+Steps that log are in the mean, in the share that they have of all steps.
+"""
+
+import contextlib
+import io
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_moevlm.bench.candidates import Candidate
+from lightning_moevlm.bench.timing import Ratio, interleave, ratio
+from lightning_moevlm.callbacks import DivergenceGuard, StepProgress, Telemetry
+from lightning_moevlm.experts import MLPExperts
+from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.models import LIMoE, VLMoE
+from lightning_moevlm.objectives import MaskedModelling
+from lightning_moevlm.objectives.masked_modelling import TermWeights
+from lightning_moevlm.optim import GradientStabilisers, WarmupCosine, parameter_groups
+from lightning_moevlm.records import Batch
+from lightning_moevlm.routers import TopKRouter
+from lightning_moevlm.tracking import RunLogger
+from lightning_moevlm.tracking.store import prepare_store
+from lightning_moevlm.training import VisionLanguageModule
+
+WARM_UP = 10
+LOG_EVERY = 50
+NUM_STEPS = 2 * LOG_EVERY
+_IMAGE, _TEXT, _VOCABULARY = 64, 32, 640
+
+BARE, LIGHTNING, SPARSE, DENSE = "bare loop", "Lightning, telemetry, MLflow", "sparse", "dense twin"
+
+
+class StepTimes(NamedTuple):
+    """Milliseconds per step, one per round: of the bare loop and of the whole trainer, rounds in the same order."""
+
+    bare: list[float]
+    whole: list[float]
+
+    @property
+    def added(self) -> tuple[float, float]:
+        """What the trainer adds to a step, in ms: best (of the second-smallest times) and median over rounds."""
+        in_round = [whole - bare for bare, whole in zip(self.bare, self.whole, strict=True)]
+        second = min(1, len(in_round) - 1)
+        return sorted(self.whole)[second] - sorted(self.bare)[second], statistics.median(in_round)
+
+    def records(self) -> list[dict[str, object]]:
+        """Return one record per way to train, as `--json` writes them."""
+        return [
+            {"bench": "step", "impl": name, "median_ms": round(statistics.median(times), 3), "rounds": len(times)}
+            for name, times in ((BARE, self.bare), (LIGHTNING, self.whole))
+        ]
+
+
+def measure_overhead(rounds: int, tick: Callable[[], None]) -> StepTimes:
+    """Train a small VL-MoE for `NUM_STEPS` steps in each way and round, in turns; tick after each."""
+    batches = [pair_batch(8, seed) for seed in range(8)]
+    times = StepTimes([], [])
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        uri = f"sqlite:///{Path(folder) / 'mlflow.db'}"
+        prepare_store(uri)
+        ways: list[tuple[list[float], Callable[[], float]]] = [
+            (times.bare, lambda: bare_milliseconds(small_module(), batches)),
+            (times.whole, lambda: trainer_milliseconds(small_module(), batches, uri, folder)),
+        ]
+        for index in range(rounds):
+            for results, measure in ways if index % 2 else ways[::-1]:
+                results.append(measure())
+                tick()
+    return times
+
+
+def bare_milliseconds(module: VisionLanguageModule, batches: Sequence[Batch]) -> float:
+    """Return the mean time of a step of the bare loop."""
+    step = bare_step(module, batches)
+    for _ in range(WARM_UP):
+        step()
+    start = time.perf_counter()
+    for _ in range(NUM_STEPS):
+        step()
+    return 1e3 * (time.perf_counter() - start) / NUM_STEPS
+
+
+def bare_step(module: VisionLanguageModule, batches: Sequence[Batch]) -> Callable[[], None]:
+    """Return a function that trains one step, as anybody would write it without a framework."""
+    module.train()
+    optimizer = module.optimizer_factory(parameter_groups(module.named_parameters()))
+    schedule = WarmupCosine(optimizer, total_steps=WARM_UP + NUM_STEPS)
+    steps = iter(range(10**9))
+
+    def step() -> None:
+        number = next(steps)
+        _, report = module.losses_of(batches[number % len(batches)], "train", number)
+        optimizer.zero_grad(set_to_none=True)
+        report.total_loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+    return step
+
+
+def trainer_milliseconds(module: VisionLanguageModule, batches: Sequence[Batch], uri: str, folder: str) -> float:
+    """Return the mean time of a step of `Trainer.fit` with everything that `moevlm fit` brings."""
+    clock = _Clock()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=WARM_UP + NUM_STEPS,
+        max_epochs=-1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=LOG_EVERY,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        logger=RunLogger(experiment_name="bench", tracking_uri=uri),
+        callbacks=[Telemetry(), DivergenceGuard(), StepProgress(), clock],
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(_Repeated(batches), batch_size=None))
+    return 1e3 * clock.seconds / NUM_STEPS
+
+
+def small_module() -> VisionLanguageModule:
+    """Return a VL-MoE whose step takes some tens of milliseconds."""
+    moe = partial(MoEFFN, num_experts=8, router=TopKRouter, experts=partial(MLPExperts, hidden_dim=128))
+    backbone = VLMoE(
+        dim=64, num_heads=4, num_blocks=4, num_vl_blocks=1, hidden_dim=128, image_size=_IMAGE, patch_size=16,
+        vocab_size=_VOCABULARY, max_text_len=_TEXT, moe=moe,
+    )  # fmt: skip
+    return VisionLanguageModule(
+        backbone,
+        optimizer=partial(AdamW, lr=1e-3),
+        schedule=partial(WarmupCosine, total_steps=WARM_UP + NUM_STEPS),
+        gradient=GradientStabilisers(clip_norm=1.0),
+    )
+
+
+def sparsity_candidates() -> list[Candidate]:
+    """Return a step of a six-block sparse model, MoE in every other block, 8 experts, top-2, and of its dense twin.
+
+    Batches of 64 pairs of 64 patches and 32 words: 6,144 tokens, d = 192, f = 768.
+    """
+    batches = [pair_batch(64, seed) for seed in range(2)]
+    return [Candidate(name, bare_step(_wide_module(name == SPARSE), batches)) for name in (SPARSE, DENSE)]
+
+
+def measure_sparsity(rounds: int, tick: Callable[[], None]) -> tuple[Ratio, list[dict[str, object]]]:
+    """Return how much longer the sparse step takes, and the records."""
+    seconds = interleave(sparsity_candidates(), rounds, tick)
+    records: list[dict[str, object]] = [
+        {"bench": "step", "impl": name, "median_ms": round(1e3 * statistics.median(times), 3), "rounds": len(times)}
+        for name, times in seconds.items()
+    ]
+    return ratio(seconds, SPARSE, DENSE), records
+
+
+def _wide_module(is_sparse: bool) -> VisionLanguageModule:
+    router = partial(TopKRouter, top_k=2, renormalise=True)
+    moe = partial(MoEFFN, num_experts=8, router=router, experts=partial(MLPExperts, hidden_dim=768))
+    backbone = LIMoE(
+        dim=192, num_heads=6, num_blocks=6, hidden_dim=768, image_size=_IMAGE, patch_size=8, vocab_size=_VOCABULARY,
+        max_text_len=_TEXT, moe=moe, is_sparse=is_sparse,
+    )  # fmt: skip
+    objective = partial(MaskedModelling, weights=TermWeights(text=None, image=None))  # pairs alone
+    return VisionLanguageModule(backbone, objective, optimizer=partial(AdamW, lr=1e-3))
+
+
+def pair_batch(num_samples: int, seed: int) -> Batch:
+    """Return random pictures with texts of full length."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (num_samples, 3, _IMAGE, _IMAGE), generator=generator, dtype=torch.uint8)
+    text = torch.randint(10, _VOCABULARY, (num_samples, _TEXT), generator=generator)
+    return Batch(images, text, torch.ones_like(text, dtype=torch.bool), tuple(str(each) for each in range(num_samples)))
+
+
+class _Repeated(Dataset[Batch]):
+    """The batches, again and again."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return WARM_UP + NUM_STEPS
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batches[index % len(self.batches)]
+
+
+class _Clock(Callback):
+    """Takes the time from the end of the warm-up to the end of the last step, after all other callbacks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step == WARM_UP:
+            self._start = time.perf_counter()
+        elif trainer.global_step == WARM_UP + NUM_STEPS:
+            self.seconds = time.perf_counter() - self._start
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the trainers' notices, bars and links out of the table's way; what is an error is still raised."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
