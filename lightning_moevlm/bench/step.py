@@ -70,7 +70,7 @@ class StepTimes(NamedTuple):
 
 def measure_overhead(rounds: int, tick: Callable[[], None]) -> StepTimes:
     """Train a small VL-MoE for `NUM_STEPS` steps in each way and round, in turns; tick after each."""
-    batches = [pair_batch(8, seed) for seed in range(8)]
+    batches = [pair_batch(2, seed) for seed in range(8)]
     times = StepTimes([], [])
     with tempfile.TemporaryDirectory() as folder, _quiet():
         uri = f"sqlite:///{Path(folder) / 'mlflow.db'}"

@@ -36,7 +36,7 @@ def _check_capacity(layer: MoEFFN) -> None:
     capacity, top_k = layer.capacity, layer.router.experts_per_token
     if capacity is None or capacity.train_factor is capacity.eval_factor is None:
         return
-    if capacity.priority != "position":
+    if capacity.competes:
         raise UserError(
             f"a causal model cannot use capacity priority {capacity.priority}: a later token with a larger gate would "
             "take the place of an earlier one; set capacity.priority to position, or capacity to null (dropless)"
