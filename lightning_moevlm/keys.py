@@ -38,6 +38,7 @@ TASK_LOSS = MetricKey("{stage}/task_loss", "task loss", "sum of term losses", "l
 TOTAL_LOSS = MetricKey("{stage}/total_loss", "total loss", "sum of term losses", "lower")
 TERM_RAW = MetricKey("loss/{term}", "loss term, raw", "term's own", "lower")
 TERM_WEIGHTED = MetricKey("loss_weighted/{term}", "loss term, weighted", "term's own", "lower")
+TERM_WEIGHT = MetricKey("loss_weight/{term}", "weight of a loss term", "", "neither")
 EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "term's own", "lower")
 ACCURACY = MetricKey("{stage}/accuracy_{term}", "masked accuracy", "fraction", "higher")
 MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")

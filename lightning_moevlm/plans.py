@@ -51,8 +51,8 @@ class PairPlan(NamedTuple):
     capacity left, which are the ones that run. logits_TE: fp32 raw scores, before noise and bias.
     probs_TE: fp32 over all E experts. modality_T: int64. valid_T: bool; padding is never routed, counted or in a loss.
     num_sequences: samples of the batch, equally long, one after the other. noise_std_TE: fp32, deviation of the normal
-    noise that the router added to its logits, or None. capacity_T: fp32, the capacity factor that holds for a token
-    after rounding, or None where nothing limits the experts.
+    noise that the router added to its logits; noisy_logits_TE: fp32, the logits with it; both None without noise.
+    capacity_T: fp32, the capacity factor that holds for a token after rounding, or None where nothing limits experts.
     """
 
     token_N: Tensor
@@ -67,6 +67,7 @@ class PairPlan(NamedTuple):
     num_sequences: int = 1
     noise_std_TE: Tensor | None = None
     capacity_T: Tensor | None = None
+    noisy_logits_TE: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -91,6 +92,14 @@ class PairPlan(NamedTuple):
         """Return how many pairs of the selected tokens (bool) run, per expert: int64 (E,)."""
         return self._count(self.kept_N & token_T[self.token_N])
 
+    def chosen_by(self, group_T: Tensor, num_groups: int) -> Tensor:
+        """Return how many pairs the router asked for, by group of their tokens and expert: int64 (num_groups, E)."""
+        return self._count_by(self.chosen_N, group_T, num_groups)
+
+    def kept_by(self, group_T: Tensor, num_groups: int) -> Tensor:
+        """Return how many pairs run, by group of their tokens and expert: int64 (num_groups, E)."""
+        return self._count_by(self.kept_N, group_T, num_groups)
+
     def detached(self) -> "PairPlan":
         """Return the same plan without gradients, for metrics."""
         return self._replace(
@@ -98,12 +107,19 @@ class PairPlan(NamedTuple):
             logits_TE=self.logits_TE.detach(),
             probs_TE=self.probs_TE.detach(),
             noise_std_TE=None if self.noise_std_TE is None else self.noise_std_TE.detach(),
+            noisy_logits_TE=None if self.noisy_logits_TE is None else self.noisy_logits_TE.detach(),
         )
 
     def _count(self, pair_N: Tensor) -> Tensor:
         # no bincount: its output size would be read from the device
         zero_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_N.device)
         return zero_E.index_add(0, self.expert_N, pair_N.to(torch.int64))
+
+    def _count_by(self, pair_N: Tensor, group_T: Tensor, num_groups: int) -> Tensor:
+        size = num_groups * self.num_experts
+        zero = torch.zeros(size, dtype=torch.int64, device=self.expert_N.device)
+        cell_N = group_T[self.token_N] * self.num_experts + self.expert_N
+        return zero.index_add(0, cell_N, pair_N.to(torch.int64)).view(num_groups, self.num_experts)
 
 
 class MixPlan(NamedTuple):
@@ -144,6 +160,15 @@ class MixPlan(NamedTuple):
     def kept_load(self, token_T: Tensor) -> Tensor:
         """Return the same as `chosen_load`: nothing is dropped."""
         return self.chosen_load(token_T)
+
+    def chosen_by(self, group_T: Tensor, num_groups: int) -> Tensor:
+        """Return the share that each expert holds of each group's tokens: fp32 (num_groups, E), no gradient."""
+        probs_TE = self.probs_TE.detach() * self.valid_T.unsqueeze(-1)
+        return probs_TE.new_zeros(num_groups, self.num_experts).index_add(0, group_T, probs_TE)
+
+    def kept_by(self, group_T: Tensor, num_groups: int) -> Tensor:
+        """Return the same as `chosen_by`: nothing is dropped."""
+        return self.chosen_by(group_T, num_groups)
 
     def detached(self) -> "MixPlan":
         """Return the same plan without gradients, for metrics."""

@@ -1,5 +1,7 @@
 """Records that cross borders between the parts of the house."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -91,10 +93,10 @@ class AttentionLogits(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total."""
+    """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total, a tensor if it adapts."""
 
     raw: Tensor
-    weight: float
+    weight: float | Tensor
 
     @property
     def weighted(self) -> Tensor:
@@ -140,6 +142,7 @@ class ObjectiveOutput(NamedTuple):
 
     terms: of the task. predictions: classes, by term. plans: of every MoE that ran. num_tokens: encoded, padding
     included. attention: the largest logits of every attention that ran, where the backbone was asked for them.
+    log_partitions: of every term that predicts classes, the logsumexp of the logits at each masked position, (M,).
     """
 
     terms: dict[str, Term]
@@ -147,3 +150,4 @@ class ObjectiveOutput(NamedTuple):
     plans: tuple[NamedPlan, ...]
     num_tokens: int
     attention: tuple[AttentionLogits, ...] = ()
+    log_partitions: Mapping[str, Tensor] = MappingProxyType({})

@@ -23,6 +23,7 @@ A tensor's name ends in its axes, one capital letter each, slowest first: `token
 | R      | colour channels (RGB)                                                  |
 | S      | sequence: patches, then text                                           |
 | T      | tokens: batch and sequence flattened                                   |
+| U      | units of balance: groups of tokens whose load is evened out together   |
 | V      | vocabulary                                                             |
 | W      | width of one attention head                                            |
 | X, Y   | image column, image row                                                |

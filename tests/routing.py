@@ -6,6 +6,7 @@ from torch import Tensor
 from lightning_moevlm.dispatch import Capacity, apply_capacity
 from lightning_moevlm.dispatch.capacity import Priority
 from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
+from lightning_moevlm.routers.choices import plan_of_choices
 
 
 def routing_input(num_tokens: int, dim: int, *, num_padding: int = 0, seed: int = 0) -> RoutingInput:
@@ -41,3 +42,29 @@ def top_1_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, modality: Mo
 def limited(plan: PairPlan, factor: float, priority: Priority = "position") -> PairPlan:
     """The plan under a capacity with this factor in training."""
     return apply_capacity(plan, Capacity(train_factor=factor, priority=priority), training=True)
+
+
+def full_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, noise: float = 0.5, top_k: int = 1) -> PairPlan:
+    """A plan that every loss can read: sequences of 4 if T allows, modalities in turn, fixed noise of std 1/E."""
+    num_tokens, num_experts = logits_TE.shape
+    token_T = torch.arange(num_tokens)
+    valid = torch.ones(num_tokens, dtype=torch.bool) if valid_T is None else valid_T
+    draw = torch.randn(num_tokens, num_experts, dtype=logits_TE.dtype, generator=torch.Generator().manual_seed(7))
+    inputs = RoutingInput(logits_TE, token_T % 2, valid, max(1, num_tokens // 4) if num_tokens % 4 == 0 else 1)
+    probs_TE = logits_TE.softmax(dim=-1)
+    weight_TK, expert_TK = probs_TE.topk(top_k, dim=-1)
+    std_TE = torch.full_like(logits_TE, 1 / num_experts)
+    noisy_TE = logits_TE + noise * draw * std_TE
+    return plan_of_choices(
+        inputs, logits_TE, probs_TE, expert_TK, weight_TK, noise_std_TE=std_TE, noisy_logits_TE=noisy_TE
+    )
+
+
+def relu_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None) -> PairPlan:
+    """The plan of a ReLU router with these logits."""
+    num_tokens, num_experts = logits_TE.shape
+    valid = torch.ones(num_tokens, dtype=torch.bool) if valid_T is None else valid_T
+    inputs = RoutingInput(logits_TE, torch.zeros(num_tokens, dtype=torch.int64), valid)
+    weight_TE = logits_TE.relu()
+    expert_TE = torch.arange(num_experts).expand(num_tokens, num_experts)
+    return plan_of_choices(inputs, logits_TE, logits_TE.softmax(-1), expert_TE, weight_TE, chosen_TK=weight_TE > 0)

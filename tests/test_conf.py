@@ -64,6 +64,14 @@ def test_the_precision_shadow_runs_with_the_quickstart(moevlm: Callable[..., str
     moevlm("fit", *SMALL, "-c", "conf/callbacks/precision_shadow.yaml", *budget(2), "--trainer.precision=bf16-mixed")
 
 
+def test_micro_batches_are_the_same_step(resolver: ConfigResolver) -> None:
+    whole, overlay = (PROJECT / f"conf/{name}.yaml" for name in ("quickstart", "overlays/micro_batches"))
+    one, many = resolver([whole], {}), resolver([whole, overlay], {})
+    assert many["data"]["batch_size"] * many["trainer"]["accumulate_grad_batches"] == one["data"]["batch_size"]
+    steps_between = many["trainer"]["val_check_interval"] / many["trainer"]["accumulate_grad_batches"]
+    assert steps_between == one["trainer"]["val_check_interval"]
+
+
 def test_every_router_has_a_configuration_and_an_arm() -> None:
     routers = {part.__name__ for part in vars(routers_module).values() if is_router(part)}
     for place in (ROUTERS, ["ablations/routers.yaml"]):

@@ -167,7 +167,7 @@ class Telemetry(Callback):
 
 
 def loss_values(report: LossReport) -> dict[str, float]:
-    """Return task loss, total loss and every term raw and weighted, by key."""
+    """Return task loss, total loss and every term raw and weighted, with its weight, by key."""
     terms: Iterable[tuple[str, Term]] = (*report.task.items(), *report.auxiliary.items())
     values = {
         keys.TASK_LOSS.key(stage="train"): float(report.task_loss),
@@ -176,6 +176,7 @@ def loss_values(report: LossReport) -> dict[str, float]:
     for name, term in terms:
         values[keys.TERM_RAW.key(term=name)] = float(term.raw)
         values[keys.TERM_WEIGHTED.key(term=name)] = float(term.weighted)
+        values[keys.TERM_WEIGHT.key(term=name)] = float(term.weight)
     return values
 
 

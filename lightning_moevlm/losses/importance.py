@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_moevlm.losses.groups import Grouping
+from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import RoutingPlan
 
 
@@ -19,17 +22,24 @@ class Importance:
 
     Args:
         weight: V-MoE uses 5e-3.
+        per_modality: balance each modality apart instead of all tokens together.
     """
 
-    weight: float = 5e-3
+    weight: BalanceWeight = 5e-3
+    per_modality: bool = False
 
-    def __call__(self, plan: RoutingPlan) -> Tensor:
+    def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return importance(plan)
+        return importance(inputs.plan, Grouping(by_modality=self.per_modality))
 
 
-def importance(plan: RoutingPlan) -> Tensor:
+def importance(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
     """Return the squared coefficient of variation of summed probabilities; 0 where no token is valid."""
-    total_E = (plan.probs_TE * plan.valid_T.unsqueeze(-1)).sum(dim=0)
+    return grouping.over_groups(squared_variation(grouping.means(plan.probs_TE, plan)), plan)
+
+
+def squared_variation(values_UE: Tensor) -> Tensor:
+    """Return variance / mean^2 over experts, (U,); a factor on all values does not matter, and zeros give 0."""
+    mean_U1 = values_UE.mean(dim=-1, keepdim=True)
     # the square is taken before any root, so the gradient at perfect balance is 0 and not NaN
-    return (total_E - total_E.mean()).square().mean() / total_E.mean().square().clamp(min=1e-20)
+    return (values_UE - mean_U1).square().mean(dim=-1) / mean_U1.squeeze(-1).square().clamp(min=1e-20)

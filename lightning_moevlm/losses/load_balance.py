@@ -4,13 +4,29 @@
 
 f counts the router's choices before capacity drops any, and carries no gradient: it flows through P alone. The value
 is 1 under perfect balance, but 1 is no minimum of the expression as a plain function (f and P may be disjoint).
+
+Scope is what f and P are taken over:
+
+    sequence      both over each sequence alone (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20)
+    micro_batch   both over the tokens of one forward pass on one device
+    global        f over all ranks, forward passes and micro-batches of the optimiser step so far, P as above
+                  (arXiv 2501.11873): the larger the balance batch, the freer single batches are to specialise
+
+Each can be taken per modality: the balance of a pooled batch hides the collapse of its smaller modality (LIMoE, arXiv
+2206.02770). An earlier micro-batch of a step does not know the counts of later ones; the last one knows them all.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
+from lightning_moevlm.losses.groups import Grouping, shares
+from lightning_moevlm.losses.loss_input import LayerCounts, LossInput
+from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import RoutingPlan
+
+Scope = Literal["sequence", "micro_batch", "global"]
 
 
 @dataclass(frozen=True)
@@ -19,20 +35,31 @@ class LoadBalance:
 
     Args:
         weight: Switch uses 1e-2, swept from 1e-5 to 1e-1.
+        scope: over which the load is taken. Global costs one exchange of counts between ranks per micro-batch; it is
+            micro_batch in evaluation and for routers of soft slots, which choose nothing.
+        per_modality: balance each modality apart instead of all tokens together.
     """
 
-    weight: float = 1e-2
+    weight: BalanceWeight = 1e-2
+    scope: Scope = "micro_batch"
+    per_modality: bool = False
 
-    def __call__(self, plan: RoutingPlan) -> Tensor:
+    def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return load_balance(plan)
+        counts = inputs.counts if self.scope == "global" else None
+        return load_balance(inputs.plan, Grouping(self.scope == "sequence", self.per_modality), counts)
 
 
-def load_balance(plan: RoutingPlan) -> Tensor:
-    """Return E * sum_e f_e P_e over valid tokens, a scalar fp32 tensor; 0 where no token is valid."""
-    probs_TE = plan.probs_TE
-    choices_E = plan.chosen_load(plan.valid_T).to(probs_TE.dtype)
-    share_E = choices_E / choices_E.sum().clamp(min=1)
-    valid_T1 = plan.valid_T.unsqueeze(-1)
-    mean_prob_E = (probs_TE * valid_T1).sum(dim=0) / valid_T1.sum().clamp(min=1)
-    return plan.num_experts * (share_E.detach() * mean_prob_E).sum()
+def load_balance(plan: RoutingPlan, grouping: Grouping = Grouping(), counts: LayerCounts | None = None) -> Tensor:
+    """Return E * sum_e f_e P_e over each group's valid tokens, averaged over groups: a scalar fp32 tensor.
+
+    counts: where f is taken from instead of the plan itself; then groups are no sequences. 0 where no token is valid.
+    """
+    mean_prob_UE = grouping.means(plan.probs_TE, plan)
+    if counts is None:
+        choices_UE = plan.chosen_by(grouping.group_T(plan), grouping.size(plan))
+    else:
+        assert not grouping.by_sequence, "counts of a layer know no sequences"
+        choices_UE = counts.chosen_AE if grouping.by_modality else counts.chosen_AE.sum(dim=0, keepdim=True)
+    balance_U = plan.num_experts * (shares(choices_UE, plan.probs_TE) * mean_prob_UE).sum(dim=-1)
+    return grouping.over_groups(balance_U, plan)

@@ -1,7 +1,8 @@
 """Entropy losses per modality: LIMoE (arXiv 2206.02770, section 2.2).
 
     local_m  = mean over tokens of modality m of H(p_x)              each token should be sure
-    global_m = max(0, tau - H(mean of p_x over modality m))          each modality should use at least e^tau experts
+    global_m = max(0, tau_m - H(mean of p_x over modality m))        each modality should use at least e^tau_m experts
+    loss     = sum over m of a_m local_m (or global_m) / number of m that occur
 
 The balance of a pooled batch hides the collapse of its smaller modality; these are computed for each modality apart
 and averaged over those that occur. With equal weights and no threshold their sum is minus the mutual information of
@@ -9,17 +10,16 @@ tokens and experts, up to the constant tau.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import Modality, RoutingPlan
-
-Modalities = tuple[Literal["image", "text"], ...]
-Measure = Callable[[Tensor, Tensor], Tensor]
+from lightning_moevlm.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,25 @@ class LocalEntropy:
     """Mean entropy of single tokens.
 
     Args:
-        weight: LIMoE wants it for text and not for images.
-        modalities: to which it applies.
+        weight: of the loss.
+        image: factor a of image tokens; null leaves them out, as LIMoE does.
+        text: factor a of text tokens; null leaves them out.
     """
 
-    weight: float = 1e-2
-    modalities: Modalities = ("text",)
+    weight: Schedule = 1e-2
+    image: float | None = None
+    text: float | None = 1.0
 
-    def __call__(self, plan: RoutingPlan) -> Tensor:
+    def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
-        return _mean_over_modalities(plan, self.modalities, local_entropy)
+        plan = inputs.plan
+        factors = {Modality.IMAGE: self.image, Modality.TEXT: self.text}
+        entropies = {
+            modality: local_entropy(plan.probs_TE, _tokens(plan, modality))
+            for modality, factor in factors.items()
+            if factor is not None
+        }
+        return _mean_over_modalities(plan, entropies, factors)
 
 
 @dataclass(frozen=True)
@@ -45,48 +54,76 @@ class GlobalEntropy:
 
     Args:
         weight: of the loss.
-        modalities: to which it applies.
-        min_experts: e^tau, the number of experts that a modality should use; null asks for all of them.
+        image: factor a of image tokens; null leaves them out.
+        text: factor a of text tokens; null leaves them out.
+        min_image_experts: e^tau, the number of experts that images should use at least; null asks for all of them.
+        min_text_experts: the same for text.
+
+    Raises:
+        UserError: fewer than one expert, or more than a layer has.
     """
 
-    weight: float = 1e-2
-    modalities: Modalities = ("image", "text")
-    min_experts: float | None = None
+    weight: BalanceWeight = 1e-2
+    image: float | None = 1.0
+    text: float | None = 1.0
+    min_image_experts: float | None = None
+    min_text_experts: float | None = None
 
-    def __call__(self, plan: RoutingPlan) -> Tensor:
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("min_image_experts", "min_text_experts"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise UserError(f"global_entropy.{name} is {count}: choose 1 or more experts, or null for all of them")
+
+    def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
-        threshold = math.log(self.min_experts or plan.num_experts)
+        plan = inputs.plan
+        factors = {Modality.IMAGE: self.image, Modality.TEXT: self.text}
+        wanted = {Modality.IMAGE: self.min_image_experts, Modality.TEXT: self.min_text_experts}
+        missing: dict[Modality, Tensor] = {}
+        for modality, factor in factors.items():
+            if factor is not None:
+                threshold = self._threshold(modality, wanted[modality], plan.num_experts)
+                missing[modality] = (threshold - global_entropy(plan.probs_TE, _tokens(plan, modality))).clamp(min=0)
+        return _mean_over_modalities(plan, missing, factors)
 
-        def missing(probs_TE: Tensor, token_T: Tensor) -> Tensor:
-            return (threshold - global_entropy(probs_TE, token_T)).clamp(min=0)
-
-        return _mean_over_modalities(plan, self.modalities, missing)
+    @staticmethod
+    def _threshold(modality: Modality, min_experts: float | None, num_experts: int) -> float:
+        if min_experts is not None and min_experts > num_experts:
+            raise UserError(
+                f"global_entropy.min_{modality.label}_experts is {min_experts} and a layer has {num_experts} experts: "
+                f"choose at most {num_experts}, or null for all of them"
+            )
+        return math.log(min_experts or num_experts)
 
 
 def local_entropy(probs_TE: Tensor, token_T: Tensor) -> Tensor:
     """Return the mean entropy of the selected tokens in nats; 0 where there is none."""
-    return (_entropy(probs_TE) * token_T).sum() / token_T.sum().clamp(min=1)
+    return (entropy(probs_TE) * token_T).sum() / token_T.sum().clamp(min=1)
 
 
 def global_entropy(probs_TE: Tensor, token_T: Tensor) -> Tensor:
     """Return the entropy of the selected tokens' mean distribution in nats; 0 where there is none."""
-    return _entropy((probs_TE * token_T.unsqueeze(-1)).sum(dim=0) / token_T.sum().clamp(min=1))
+    return entropy((probs_TE * token_T.unsqueeze(-1)).sum(dim=0) / token_T.sum().clamp(min=1))
 
 
-def _entropy(probs: Tensor) -> Tensor:
+def entropy(probs: Tensor) -> Tensor:
+    """Return the entropy over the last axis in nats, with a finite gradient at p = 0."""
     # the floor keeps the gradient of p ln p finite at p = 0
     return -(probs * probs.clamp(min=1e-20).log()).sum(dim=-1)
 
 
-def _mean_over_modalities(plan: RoutingPlan, labels: Modalities, measure: Measure) -> Tensor:
-    """Average over the modalities that occur among the plan's valid tokens."""
-    values, present = [], []
-    for modality in Modality:
-        if modality.label in labels:
-            token_T = plan.valid_T & (plan.modality_T == modality)
-            present.append(token_T.any())
-            values.append(measure(plan.probs_TE, token_T))
+def _tokens(plan: RoutingPlan, modality: Modality) -> Tensor:
+    return plan.valid_T & (plan.modality_T == modality)
+
+
+def _mean_over_modalities(
+    plan: RoutingPlan, values: dict[Modality, Tensor], factors: dict[Modality, float | None]
+) -> Tensor:
+    """Average over the modalities that occur among the plan's valid tokens, each times its factor."""
     if not values:
         return plan.probs_TE.new_zeros(())
-    here = torch.stack(present).to(plan.probs_TE.dtype)
-    return (torch.stack(values) * here).sum() / here.sum().clamp(min=1)
+    here = torch.stack([_tokens(plan, modality).any() for modality in values]).to(plan.probs_TE.dtype)
+    weighted = torch.stack([value * (factors[modality] or 0.0) for modality, value in values.items()])
+    return (weighted * here).sum() / here.sum().clamp(min=1)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_moevlm.losses.loss_input import LossInput
 from lightning_moevlm.plans import RoutingPlan
+from lightning_moevlm.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,11 @@ class RouterZ:
         weight: ST-MoE uses 1e-3.
     """
 
-    weight: float = 1e-3
+    weight: Schedule = 1e-3
 
-    def __call__(self, plan: RoutingPlan) -> Tensor:
+    def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return router_z(plan)
+        return router_z(inputs.plan)
 
 
 def router_z(plan: RoutingPlan) -> Tensor:

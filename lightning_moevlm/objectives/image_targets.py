@@ -1,6 +1,7 @@
 """What a masked patch should be predicted as."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,13 @@ from torch import Tensor, nn
 from lightning_moevlm.layers.embeddings import patchify
 from lightning_moevlm.models import BackboneSpec
 from lightning_moevlm.records import Predictions
+
+
+class TargetLoss(NamedTuple):
+    """mean: loss over M masked positions, a scalar fp32 tensor. log_partition_M: logsumexp of class logits, or None."""
+
+    mean: Tensor
+    log_partition_M: Tensor | None
 
 
 class ImageTargets(nn.Module, ABC):
@@ -25,8 +33,8 @@ class ImageTargets(nn.Module, ABC):
         """Return targets per patch of uint8 images: (B, P) int64 codes or (B, P, output_dim) fp32 values."""
 
     @abstractmethod
-    def loss(self, output_MO: Tensor, target_M: Tensor) -> Tensor:
-        """Return the mean loss over M masked patches, a scalar tensor in the dtype of the output."""
+    def loss(self, output_MO: Tensor, target_M: Tensor) -> TargetLoss:
+        """Return the loss over M masked patches, in the dtype of the output."""
 
     def predictions(self, output_MO: Tensor, target_M: Tensor) -> Predictions | None:
         """Return predicted and true codes, or None for continuous targets."""
@@ -56,9 +64,9 @@ class PixelTargets(ImageTargets):
         patches_BPQ = patchify(images_BRYX, self.patch_size).float() / 255.0
         return standardise(patches_BPQ)
 
-    def loss(self, output_MO: Tensor, target_M: Tensor) -> Tensor:
+    def loss(self, output_MO: Tensor, target_M: Tensor) -> TargetLoss:
         """Return the mean squared error."""
-        return F.mse_loss(output_MO, target_M.to(output_MO.dtype))
+        return TargetLoss(F.mse_loss(output_MO, target_M.to(output_MO.dtype)), None)
 
 
 class Codes(ImageTargets, ABC):
@@ -66,14 +74,19 @@ class Codes(ImageTargets, ABC):
 
     num_classes: int
 
-    def loss(self, output_MO: Tensor, target_M: Tensor) -> Tensor:
+    def loss(self, output_MO: Tensor, target_M: Tensor) -> TargetLoss:
         """Return the cross-entropy in nats."""
         return cross_entropy(output_MO, target_M)
 
 
-def cross_entropy(logits_MV: Tensor, target_M: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats; 0 instead of NaN where nothing was masked."""
-    return F.cross_entropy(logits_MV, target_M, reduction="sum") / max(target_M.shape[0], 1)
+def cross_entropy(logits_MV: Tensor, target_M: Tensor) -> TargetLoss:
+    """Return the mean cross-entropy in nats; 0 instead of NaN where nothing was masked.
+
+    Cross-entropy is logsumexp less the target's logit, so the logsumexp costs one look-up and not another softmax.
+    """
+    loss_M = F.cross_entropy(logits_MV, target_M, reduction="none")
+    target_logit_M = logits_MV.gather(-1, target_M.unsqueeze(-1)).squeeze(-1)
+    return TargetLoss(loss_M.sum() / max(target_M.shape[0], 1), loss_M + target_logit_M)
 
 
 def standardise(patches_BPQ: Tensor) -> Tensor:

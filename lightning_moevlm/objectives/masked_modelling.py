@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import Backbone, BackboneOutput, BackboneSpec
-from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets, cross_entropy
+from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets, TargetLoss, cross_entropy
 from lightning_moevlm.objectives.objective import Objective
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import region
@@ -119,7 +119,14 @@ class MaskedModelling(Objective):
                 "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the "
                 "data's modalities a weight (image-only data: image; text-only data: text)"
             )
-        return ObjectiveOutput(step.terms, step.predictions, tuple(step.plans), step.num_tokens, tuple(step.attention))
+        return ObjectiveOutput(
+            step.terms,
+            step.predictions,
+            tuple(step.plans),
+            step.num_tokens,
+            tuple(step.attention),
+            step.log_partitions,
+        )
 
     def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
         """Return logits over the vocabulary, sharing the embedding matrix."""
@@ -144,6 +151,7 @@ class _Step:
         self.backbone = backbone
         self.terms: dict[str, Term] = {}
         self.predictions: dict[str, Predictions] = {}
+        self.log_partitions: dict[str, Tensor] = {}
         self.plans: list[NamedPlan] = []
         self.attention: list[AttentionLogits] = []
         self.num_tokens = 0
@@ -163,7 +171,7 @@ class _Step:
         target_M = text_BL[hidden_BL]
         logits_MV = self.objective.text_logits(features_MD, self.backbone.text_embedding_VD)
         with region(self.objective.precision, "losses", logits_MV.device.type) as cast:
-            self.terms[name] = Term(cross_entropy(cast(logits_MV), target_M), weight)
+            self._add(name, weight, cross_entropy(cast(logits_MV), target_M))
         self.predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
 
     def add_image(self, name: str, weight: float, output: BackboneOutput, images: Tensor, hidden_BP: Tensor) -> None:
@@ -173,10 +181,15 @@ class _Step:
         target_M = self.image_target[hidden_BP]
         output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden_BP])
         with region(self.objective.precision, "losses", output_MO.device.type) as cast:
-            self.terms[name] = Term(targets.loss(cast(output_MO), target_M), weight)
+            self._add(name, weight, targets.loss(cast(output_MO), target_M))
         predictions = targets.predictions(output_MO.detach(), target_M)
         if predictions is not None:
             self.predictions[name] = predictions
+
+    def _add(self, name: str, weight: float, loss: TargetLoss) -> None:
+        self.terms[name] = Term(loss.mean, weight)
+        if loss.log_partition_M is not None:
+            self.log_partitions[name] = loss.log_partition_M
 
 
 def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, generator: torch.Generator) -> MaskedText:

@@ -15,11 +15,13 @@ def plan_of_choices(
     weight_TK: Tensor,
     chosen_TK: Tensor | None = None,
     noise_std_TE: Tensor | None = None,
+    noisy_logits_TE: Tensor | None = None,
 ) -> PairPlan:
     """Return the plan in which token t goes to expert_TK[t]; pairs are ordered by choice, then token.
 
     Choice-major order serves all first choices before any second one when capacity is short. chosen_TK: bool, False
-    where a choice is not taken up; None takes up all of them. noise_std_TE: of the noise on the logits, if any.
+    where a choice is not taken up; None takes up all of them. noise_std_TE, noisy_logits_TE: of the noise on the
+    logits, if any.
     """
     num_tokens, num_choices = expert_TK.shape
     taken_TK = inputs.valid_T.unsqueeze(-1).expand(num_tokens, num_choices)
@@ -38,6 +40,7 @@ def plan_of_choices(
         valid_T=inputs.valid_T,
         num_sequences=inputs.num_sequences,
         noise_std_TE=noise_std_TE,
+        noisy_logits_TE=noisy_logits_TE,
     )
 
 

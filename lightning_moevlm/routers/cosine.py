@@ -7,7 +7,7 @@ X-MoE (arXiv 2204.09179, section 3.2). tau is learned from 0.07 in its paper, fi
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
@@ -56,6 +56,10 @@ class CosineRouter(Router):
     def forward_flops_per_token(self) -> int:
         """2 D d + 2 d E with routing_dim d."""
         return 2 * self.routing_dim * (self.dim + self.num_experts)
+
+    def rows(self) -> Tensor:
+        """Return the experts' vectors in the small space, (E, routing_dim)."""
+        return self.expert_weight
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""

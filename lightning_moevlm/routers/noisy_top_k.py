@@ -60,10 +60,12 @@ class NoisyTopKRouter(Router):
         """Route T tokens to K experts each; logits_TE of the plan are without noise."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         std_TE = self._noise_std(inputs.tokens_TD, logits_TE) if self.training else None
-        noisy_TE = logits_TE if std_TE is None else logits_TE + torch.randn_like(logits_TE) * std_TE
-        probs_TE = noisy_TE.softmax(dim=-1)
+        noisy_TE = None if std_TE is None else logits_TE + torch.randn_like(logits_TE) * std_TE
+        probs_TE = (logits_TE if noisy_TE is None else noisy_TE).softmax(dim=-1)
         weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
-        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK, noise_std_TE=std_TE)
+        return plan_of_choices(
+            inputs, logits_TE, probs_TE, expert_TK, weight_TK, noise_std_TE=std_TE, noisy_logits_TE=noisy_TE
+        )
 
     def _noise_std(self, tokens_TD: Tensor, logits_TE: Tensor) -> Tensor:
         if self.noise_weight_ED is None:

@@ -71,6 +71,13 @@ class Router(nn.Module, ABC):
         axes = [(tensor, name.rpartition("_")[2]) for name, tensor in named]
         return tuple(ExpertAxis(tensor, axis.index("E")) for tensor, axis in axes if axis.isupper() and "E" in axis)
 
+    def rows(self) -> Tensor | None:
+        """Return the vectors that tokens are scored against, one per expert or slot, with gradient; None: has none.
+
+        A router that keeps them in a parameter named `weight_ED` need not say so.
+        """
+        return self._parameters.get("weight_ED")
+
     def rebalance(self, load_AE: Tensor) -> None:
         """Adapt routing state once per optimiser step. Most routers have none.
 

@@ -10,7 +10,7 @@ so it is not causal; sequences of a batch never mix.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import MixPlan, RoutingInput
@@ -53,6 +53,10 @@ class SoftRouter(Router):
     def forward_flops_per_token(self) -> int:
         """6 D E Z: scores, mixing tokens into slots, mixing slots into tokens."""
         return 6 * self.dim * self.num_experts * self.slots_per_expert
+
+    def rows(self) -> Tensor:
+        """Return the slots' vectors, (E x Z, D)."""
+        return self.slot_EZD.flatten(0, 1)
 
     def forward(self, inputs: RoutingInput) -> MixPlan:
         """Mix the T = B x S tokens of each sequence."""

@@ -12,8 +12,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.layers.initialise import initialise, seed_of
-from lightning_moevlm.losses import AuxiliaryLosses
+from lightning_moevlm.losses import AuxiliaryLosses, LayerCounts, LossInput
 from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import MaskedModelling, Objective
 from lightning_moevlm.optim import (
@@ -24,6 +25,7 @@ from lightning_moevlm.optim import (
     parameter_groups,
     round_state,
 )
+from lightning_moevlm.plans import MixPlan
 from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.actions import ActionRunner, Actions, build_actions
@@ -31,7 +33,9 @@ from lightning_moevlm.training.evaluation import Evaluation
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.logging_steps import is_logging_step
+from lightning_moevlm.training.loss_weights import LossWeights
 from lightning_moevlm.training.refusals import refuse_unsuited_optimizer, refuse_unsuited_trainer
+from lightning_moevlm.training.routing_counts import RoutingCounter
 
 
 class StepOutput(TypedDict):
@@ -65,7 +69,7 @@ class VisionLanguageModule(LightningModule):
         actions: what acts on the model after each optimiser step.
 
     Raises:
-        UserError: an action that could not act on this backbone.
+        UserError: an action that could not act on this backbone, or a loss that this objective could not have.
     """
 
     def __init__(
@@ -94,13 +98,21 @@ class VisionLanguageModule(LightningModule):
         self.precision = precision
         set_precision(self, precision)
         initialise(self, seed, init_std)
+        if losses.output_z is not None and not self.objective.num_classes:
+            raise UserError(
+                "losses.output_z is on logits of classes, and no term of this objective predicts any: set "
+                "losses.output_z to null, or choose image targets that are codes"
+            )
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
         self._micro_losses: list[Tensor] = []
         self._hyperparameters: Hyperparameters | None = None
         self._needs_attention = actions.qk_clip is not None
-        acting = build_actions(actions, backbone)
-        self._action_runner = ActionRunner(acting, backbone, seed) if acting else None
+        self._loss_weights = LossWeights(losses)
+        acting = build_actions(actions, backbone) | ({"loss_weights": self._loss_weights} if losses.adapts else {})
+        self._counts_routing = losses.reads_counts or any("load" in action.needs for action in acting.values())
+        self._routing_counter = RoutingCounter(backbone)
+        self._action_runner = ActionRunner(acting, backbone, seed, self._routing_counter) if acting else None
         self.val_evaluation = Evaluation("val", self.objective.num_classes)
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
 
@@ -252,14 +264,34 @@ class VisionLanguageModule(LightningModule):
 
     def _losses(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
+        inputs = self._loss_inputs(output.plans, training=stage == "train")
+        weights = self._loss_weights.at(self.global_step)
         with region(self.precision, "losses", self.device.type):
-            auxiliary = self.losses.terms([named.plan for named in output.plans])
+            auxiliary = self.losses.terms(inputs, output.log_partitions, weights)
         clash = auxiliary.keys() & output.terms.keys()
         if clash:
             raise UserError(
                 f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's"
             )
         return output, LossReport(output.terms, auxiliary)
+
+    def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
+        counts: dict[str, LayerCounts] = {}
+        if training and self._counts_routing:
+            self._routing_counter.add(self.global_step, plans)
+            if self.losses.reads_counts:
+                counts = self._routing_counter.totals(self._sum_over_ranks, self.device)
+        inputs = []
+        for named in plans:
+            layer = self.backbone.get_submodule(named.layer)
+            assert isinstance(layer, MoEFFN)
+            layer_counts = None if isinstance(named.plan, MixPlan) else counts.get(named.layer)
+            inputs.append(LossInput(named.plan, layer.router.rows(), layer_counts, training))
+        return inputs
+
+    def _sum_over_ranks(self, counts: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        return total
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         values = {key: float(value) for key, value in evaluation.compute().items()}

@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import Attention, ModelStabilisers, MoEFFN, initialise
+from lightning_moevlm.losses import LayerCounts
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.records import AttentionLogits, Layout, NamedPlan, Span
@@ -31,6 +32,7 @@ from lightning_moevlm.training.actions.gather import FactGatherer
 from lightning_moevlm.training.actions.qk_clip import clip_heads
 from lightning_moevlm.training.actions.revive_experts import ExpertReviver, copy_expert
 from lightning_moevlm.training.actions.rollback import SnapshotRing, is_bad
+from lightning_moevlm.training.routing_counts import RoutingCounter
 from tests.routing import top_1_plan
 from tests.small_model import pair_batch, small_vl_moe
 
@@ -54,8 +56,11 @@ def training_of(backbone: Backbone, *optimizers: Optimizer) -> Training:
 
 def facts(step: int, load_E: list[int] | None = None, loss: float = 1.0) -> StepFacts:
     """Counts of a layer of images; the row of texts is empty."""
-    load = {} if load_E is None else {PATH: torch.tensor([load_E, [0] * len(load_E)])}
-    return StepFacts(step, load, {}, torch.tensor(loss))
+    if load_E is None:
+        return StepFacts(step, {}, {}, torch.tensor(loss))
+    load_AE = torch.tensor([load_E, [0] * len(load_E)])
+    counts = LayerCounts(load_AE, load_AE, load_AE.sum(dim=1), 1 / len(load_E))
+    return StepFacts(step, {PATH: counts}, {}, torch.tensor(loss))
 
 
 def update(backbone: Backbone, optimizer: Optimizer) -> None:
@@ -114,11 +119,13 @@ def test_qk_clip_and_qk_norm_are_refused_together() -> None:
 
 def test_facts_are_gathered_over_micro_batches_and_ranks() -> None:
     backbone = small_vl_moe()
-    gatherer = FactGatherer(backbone, frozenset({"load", "attention", "loss"}))
+    counter = RoutingCounter(backbone)
+    gatherer = FactGatherer(backbone, frozenset({"load", "attention", "loss"}), counter)
     plan = top_1_plan(torch.eye(4)[[0, 0, 3]], valid_T=torch.tensor([True, True, True]))
     for max_H, loss in (([1.0, 5.0], 1.0), ([3.0, 2.0], 3.0)):
         logits = AttentionLogits("pair", 0, "blocks.0.attention", torch.tensor(max_H))
-        gatherer.add([NamedPlan("image", 1, PATH, (Modality.IMAGE,), plan)], [logits], torch.tensor(loss))
+        counter.add(6, [NamedPlan("image", 1, PATH, (Modality.IMAGE,), plan)])
+        gatherer.add([logits], torch.tensor(loss))
 
     def of_two_ranks(tensor: Tensor, operation: str) -> Tensor:  # the other one saw the same
         return tensor * 2 if operation == "sum" else tensor
@@ -130,7 +137,8 @@ def test_facts_are_gathered_over_micro_batches_and_ranks() -> None:
     assert step.attention["blocks.0.attention"].tolist() == [3.0, 5.0]
     assert step.attention["blocks.1.attention"].tolist() == [-torch.inf] * 2
     assert float(step.loss) == 2.0 and step.step == 7
-    gatherer.add([], [AttentionLogits("pair", 0, "blocks.0.attention", torch.zeros(2))], torch.tensor(0.0))
+    counter.add(7, [])
+    gatherer.add([AttentionLogits("pair", 0, "blocks.0.attention", torch.zeros(2))], torch.tensor(0.0))
     assert int(gatherer.finish(8, torch.device("cpu"), of_two_ranks).load[PATH].sum()) == 0  # it starts anew
 
 

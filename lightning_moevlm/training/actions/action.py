@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_moevlm.losses import LayerCounts
 from lightning_moevlm.models import Backbone
 
 Fact = Literal["load", "attention", "loss"]
@@ -22,15 +23,19 @@ Fact = Literal["load", "attention", "loss"]
 class StepFacts(NamedTuple):
     """What one optimiser step showed, over its micro-batches and all ranks; empty or None where no action needs it.
 
-    step: optimiser steps done, this one included. load: by MoE layer, chosen pairs of each modality at each
-    expert before capacity, int64 (A, E).
+    step: optimiser steps done, this one included. counts: by MoE layer, what its router did.
     attention: by attention layer, the largest logit per head before any cap, fp32 (H). loss: mean total loss, a scalar.
     """
 
     step: int
-    load: Mapping[str, Tensor]
+    counts: Mapping[str, LayerCounts]
     attention: Mapping[str, Tensor]
     loss: Tensor | None
+
+    @property
+    def load(self) -> dict[str, Tensor]:
+        """By MoE layer, chosen pairs of each modality at each expert before capacity, int64 (A, E)."""
+        return {path: layer.chosen_AE for path, layer in self.counts.items()}
 
 
 class Training(NamedTuple):

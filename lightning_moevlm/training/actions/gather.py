@@ -8,40 +8,36 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lightning_moevlm.layers import Attention, MoEFFN
+from lightning_moevlm.layers import Attention
+from lightning_moevlm.losses import LayerCounts
 from lightning_moevlm.models import Backbone
-from lightning_moevlm.plans import Modality
-from lightning_moevlm.records import AttentionLogits, NamedPlan
+from lightning_moevlm.records import AttentionLogits
 from lightning_moevlm.training.actions.action import Fact, StepFacts
+from lightning_moevlm.training.routing_counts import RoutingCounter
 
 Reduce = Callable[[Tensor, str], Tensor]
 """(tensor, "sum" or "mean" or "max") -> the same over ranks."""
 
 
 class FactGatherer:
-    """Loads, largest attention logits and loss since the last step.
+    """Counts of routing, largest attention logits and loss since the last step.
 
     Args:
         backbone: whose layers are listened to.
         needs: what is gathered; the rest is left out.
+        counter: counts what routers do, in the training step itself, because losses may read it there.
     """
 
-    def __init__(self, backbone: Backbone, needs: frozenset[Fact]) -> None:
+    def __init__(self, backbone: Backbone, needs: frozenset[Fact], counter: RoutingCounter) -> None:
         layers = dict(backbone.named_modules())
         self._needs = needs
-        self._num_experts = {path: layer.num_experts for path, layer in layers.items() if isinstance(layer, MoEFFN)}
+        self._counter = counter
         self._num_heads = {path: layer.num_heads for path, layer in layers.items() if isinstance(layer, Attention)}
-        self._load: dict[str, Tensor] = {}
         self._attention: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
 
-    def add(self, plans: Iterable[NamedPlan], attention: Iterable[AttentionLogits], loss: Tensor) -> None:
+    def add(self, attention: Iterable[AttentionLogits], loss: Tensor) -> None:
         """Take in one micro-batch."""
-        if "load" in self._needs:
-            for named in plans:
-                plan = named.plan
-                load_AE = torch.stack([plan.chosen_load(plan.valid_T & (plan.modality_T == each)) for each in Modality])
-                self._load[named.layer] = self._load.get(named.layer, 0) + load_AE
         if "attention" in self._needs:
             for logits in attention:
                 before = self._attention.get(logits.layer)
@@ -51,21 +47,19 @@ class FactGatherer:
 
     def finish(self, step: int, device: torch.device, reduce: Reduce) -> StepFacts:
         """Return the facts of the step over all ranks, and start anew."""
-        load: dict[str, Tensor] = {}
+        counts: dict[str, LayerCounts] = {}
         attention: dict[str, Tensor] = {}
         loss = None
-        if "load" in self._needs and self._num_experts:
-            shapes = {path: (len(Modality), count) for path, count in self._num_experts.items()}
-            zeros = {path: torch.zeros(shape, dtype=torch.int64, device=device) for path, shape in shapes.items()}
-            load = _reduced(zeros | self._load, lambda flat: reduce(flat, "sum"))
+        if "load" in self._needs:
+            counts = self._counter.totals(lambda flat: reduce(flat, "sum"), device)
         if "attention" in self._needs:
             assert self._attention, "QK-clip acts on attention logits, and the objective handed none on"
             none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}
             attention = _reduced(none | self._attention, lambda flat: reduce(flat, "max"))
         if "loss" in self._needs:
             loss = reduce(torch.stack(self._losses).float().mean(), "mean")
-        self._load, self._attention, self._losses = {}, {}, []
-        return StepFacts(step, load, attention, loss)
+        self._attention, self._losses = {}, []
+        return StepFacts(step, counts, attention, loss)
 
 
 def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

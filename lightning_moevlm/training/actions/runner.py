@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.records import Batch
-from lightning_moevlm.training.actions.action import Action, Training
+from lightning_moevlm.training.actions.action import Action, Fact, Training
 from lightning_moevlm.training.actions.gather import FactGatherer
 from lightning_moevlm.training.actions.rollback import SnapshotRing
 from lightning_moevlm.training.logging_steps import is_logging_step
+from lightning_moevlm.training.routing_counts import RoutingCounter
 
 if TYPE_CHECKING:
     from lightning_moevlm.training.vision_language_module import StepOutput
@@ -28,13 +29,15 @@ class ActionRunner(Callback):
         actions: by name, in their order.
         backbone: that they act on.
         seed: of their draws.
+        counter: of what routers do.
     """
 
-    def __init__(self, actions: dict[str, Action], backbone: Backbone, seed: int) -> None:
+    def __init__(self, actions: dict[str, Action], backbone: Backbone, seed: int, counter: RoutingCounter) -> None:
         self._actions = actions
         self._backbone = backbone
         self._seed = seed
-        self._gatherer = FactGatherer(backbone, frozenset().union(*(action.needs for action in actions.values())))
+        needs = frozenset[Fact]().union(*(action.needs for action in actions.values()))
+        self._gatherer = FactGatherer(backbone, needs, counter)
         self._steps_done = 0
 
     @property
@@ -58,7 +61,7 @@ class ActionRunner(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: "StepOutput", batch: Batch, batch_idx: int
     ) -> None:
         """Gather, and after an update act. A step that is taken back is no reason for any other action."""
-        self._gatherer.add(outputs["plans"], outputs["attention"], outputs["report"].total_loss)
+        self._gatherer.add(outputs["attention"], outputs["report"].total_loss)
         step = trainer.global_step
         if step == self._steps_done:
             return  # the batch only added to the gradient

@@ -1,0 +1,34 @@
+"""What a loss on routing may look at: a plan, and what its layer knows beyond it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_moevlm.plans import RoutingPlan
+
+
+class LayerCounts(NamedTuple):
+    """What a layer's router has done in the optimiser step so far, in all its forward passes, micro-batches and ranks.
+
+    chosen_AE, kept_AE: int64, pairs of each modality at each expert before and after capacity. token_A: int64, tokens.
+    aimed_share: experts per token that the router aims at, divided by E.
+    """
+
+    chosen_AE: Tensor
+    kept_AE: Tensor
+    token_A: Tensor
+    aimed_share: float
+
+
+class LossInput(NamedTuple):
+    """A plan in its place.
+
+    rows: the vectors that the router scores tokens against, one per expert or slot, with gradient; None: has none.
+    counts: of the plan's layer, this plan's included; None in evaluation, and where no loss asks for them.
+    training: whether this is a training step: router noise, and what needs it, exists in no other.
+    """
+
+    plan: RoutingPlan
+    rows: Tensor | None = None
+    counts: LayerCounts | None = None
+    training: bool = True

@@ -1,0 +1,37 @@
+"""Output z-loss: keeps the normaliser of the output softmax near 1, so that output logits do not drift.
+
+    loss = mean over masked positions of (logsumexp over classes of the output logits)^2,   averaged over heads
+
+PaLM (arXiv 2204.02311, section 5, weight 1e-4); Chameleon (arXiv 2405.09818, section 2.3, weight 1e-5). It is of
+heads that predict classes; a head that predicts pixels has no softmax.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class OutputZ:
+    """Output z-loss.
+
+    Args:
+        weight: PaLM uses 1e-4.
+    """
+
+    weight: Schedule = 1e-4
+
+    def __call__(self, log_partitions: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the raw loss, given each class-predicting term's logsumexp; None where a batch has no such term."""
+        if not log_partitions:
+            return None
+        return torch.stack([output_z(log_partition_M) for log_partition_M in log_partitions.values()]).mean()
+
+
+def output_z(log_partition_M: Tensor) -> Tensor:
+    """Return the mean square of logsumexps, a scalar fp32 tensor; 0 where nothing was masked."""
+    return log_partition_M.square().sum() / max(1, log_partition_M.shape[0])

@@ -1,0 +1,51 @@
+"""Orthogonality of router rows: experts should be asked for in different directions.
+
+    loss = mean over pairs e != f of  cos(w_e, w_f)^2,      w_e = the vector that scores tokens for expert e
+
+Rows that point the same way choose the same tokens; LongCat-Flash (arXiv 2509.01322) watches their mean cosine,
+because it rises where a balance loss outweighs the task. 0 is reached only with at least as many dimensions as rows:
+with d < E dimensions the least value is (E - d) / (d (E - 1)), that of a tight frame (Welch's bound).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class RouterOrthogonality:
+    """Mean squared cosine between the rows of a router.
+
+    Args:
+        weight: of the loss.
+    """
+
+    weight: Schedule = 1e-3
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        """Return the raw loss of one layer, a scalar fp32 tensor.
+
+        Raises:
+            UserError: a router without rows.
+        """
+        if inputs.rows is None:
+            raise UserError(
+                "losses.router_orthogonality compares the rows of a router, and this router has none: choose one that "
+                "scores tokens with learned rows, such as TopKRouter, or set losses.router_orthogonality to null"
+            )
+        return router_orthogonality(inputs.rows)
+
+
+def router_orthogonality(rows_ED: Tensor) -> Tensor:
+    """Return the mean squared cosine over pairs of different rows; 0 for a single row, and for rows that are 0."""
+    num_rows = rows_ED.shape[0]
+    # in fp32 at least: a cosine in bf16 could not tell 0.99 from 1
+    unit_ED = F.normalize(rows_ED.to(torch.promote_types(rows_ED.dtype, torch.float32)), dim=-1)
+    squared_EE = (unit_ED @ unit_ED.t()).square()
+    return (squared_EE.sum() - squared_EE.diagonal().sum()) / max(1, num_rows * (num_rows - 1))

@@ -1,0 +1,116 @@
+"""Weights of losses that follow what routing does: state that moves once per optimiser step, on the counts of that
+step.
+
+    by overflow      weight *= factor          where more pairs are dropped than wanted
+                     weight /= factor          where fewer are
+    by sparsity      weight *= factor          where more experts are active than aimed at
+                     weight /= factor          where fewer are
+
+The first is the adaptive balance loss of axlearn (`AdaptiveLoadBalanceLoss`, factor e^0.01; there on a moving
+average and per layer), the second steers ReLU routing (ReMoE, arXiv 2412.14711, section 3.3: factor 1.2, from 1e-8).
+Rates are pooled over all layers, so that a loss has one weight. A weight is an fp32 number on the device; nothing
+waits for it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.losses.loss_input import LayerCounts
+from lightning_moevlm.schedules import Ramp, Schedule, value_at
+
+LOWEST, HIGHEST = 1e-12, 1e6
+"""Where a weight ends its way: it could not come back from 0 or from infinity."""
+
+
+class AdaptiveWeight(ABC):
+    """A weight with state; `start` is its value in the first step."""
+
+    start: float
+    factor: float
+
+    @abstractmethod
+    def direction(self, layers: Sequence[LayerCounts]) -> Tensor:
+        """Return 1 where the weight shall grow, -1 where it shall shrink, 0 where it shall stay: an fp32 scalar."""
+
+    def next(self, weight: Tensor, layers: Sequence[LayerCounts]) -> Tensor:
+        """Return the weight of the next step, given this step's and the counts of all layers."""
+        return (weight * self.factor ** self.direction(layers)).clamp(LOWEST, HIGHEST)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not LOWEST <= self.start <= HIGHEST:
+            raise UserError(f"an adaptive weight starts at {self.start}: choose a value from {LOWEST} to {HIGHEST}")
+        if self.factor < 1:
+            raise UserError(f"factor of an adaptive weight is {self.factor}: choose 1 (stands still) or more")
+
+
+@dataclass(frozen=True)
+class ByOverflow(AdaptiveWeight):
+    """Grows while more pairs are dropped than wanted, shrinks while fewer are.
+
+    Args:
+        drop_rate: share of dropped pairs that is wanted, such as 0.05; without capacity nothing is ever dropped and the
+            weight only shrinks.
+        start: the first step's weight.
+        factor: per optimiser step.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    drop_rate: float
+    start: float = 1e-2
+    factor: float = 1.01
+
+    def direction(self, layers: Sequence[LayerCounts]) -> Tensor:
+        """Compare dropped pairs with those wanted."""
+        chosen = _total([layer.chosen_AE for layer in layers])
+        kept = _total([layer.kept_AE for layer in layers])
+        return (chosen - kept - self.drop_rate * chosen).sign()
+
+
+@dataclass(frozen=True)
+class BySparsity(AdaptiveWeight):
+    """Grows while more experts are active than the router aims at, shrinks while fewer are.
+
+    Args:
+        start: the first step's weight.
+        factor: per optimiser step.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    start: float = 1e-8
+    factor: float = 1.2
+
+    def direction(self, layers: Sequence[LayerCounts]) -> Tensor:
+        """Compare active pairs with those aimed at."""
+        active = _total([layer.chosen_AE for layer in layers])
+        aimed = sum(layer.aimed_share * layer.chosen_AE.shape[1] * layer.token_A.sum().float() for layer in layers)
+        return (active - aimed).sign()
+
+
+BalanceWeight: TypeAlias = float | Ramp | ByOverflow
+"""A constant, a ramp over optimiser steps, or one that follows the drop rate."""
+
+SparsityWeight: TypeAlias = float | Ramp | BySparsity
+"""A constant, a ramp over optimiser steps, or one that follows the number of active experts."""
+
+Weight: TypeAlias = Schedule | AdaptiveWeight
+"""Any of them."""
+
+
+def first_value(weight: Weight) -> float:
+    """Return the weight before any optimiser step is done."""
+    return weight.start if isinstance(weight, AdaptiveWeight) else value_at(weight, 0)
+
+
+def _total(counts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([count.sum() for count in counts]).sum().float()

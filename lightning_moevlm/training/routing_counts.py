@@ -1,0 +1,88 @@
+"""What routers have done in an optimiser step so far: counted once, in one place, for all who ask.
+
+Loss-free balancing, balance losses of global scope and weights that follow drop rate or sparsity all read these
+counts. They are taken from the plans that a training step returns, never inside `forward`, which activation
+checkpointing runs twice; summed over forward passes and micro-batches here and over ranks in one exchange for all
+layers; and forgotten when the next optimiser step begins, so that a checkpoint needs none of them.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.losses import LayerCounts
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.plans import MixPlan, Modality
+from lightning_moevlm.records import NamedPlan
+
+
+class _Layer(NamedTuple):
+    num_experts: int
+    aimed_share: float
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of the three counts, as they lie one after the other."""
+        return [len(Modality) * self.num_experts, len(Modality) * self.num_experts, len(Modality)]
+
+
+class RoutingCounter:
+    """Counts of every MoE layer in the optimiser step at hand.
+
+    Every layer has its place from the start, so that ranks exchange the same numbers even if one of them saw no text.
+    Routers of soft slots choose nothing and are not counted.
+
+    Args:
+        backbone: whose layers are counted.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        layers = {path: module for path, module in backbone.named_modules() if isinstance(module, MoEFFN)}
+        self._layers = {
+            path: _Layer(module.num_experts, module.router.experts_per_token / module.num_experts)
+            for path, module in layers.items()
+        }
+        self._step = 0
+        self._counts: dict[str, Tensor] = {}
+        self._totals: dict[str, LayerCounts] | None = None
+
+    @torch.no_grad()
+    def add(self, step: int, plans: Iterable[NamedPlan]) -> None:
+        """Count the plans of one micro-batch; step: optimiser steps done, another one forgets what was counted."""
+        if step != self._step:
+            self._step, self._counts = step, {}
+        for named in plans:
+            plan = named.plan
+            if isinstance(plan, MixPlan):
+                continue
+            chosen_AE = plan.chosen_by(plan.modality_T, len(Modality))
+            kept_AE = plan.kept_by(plan.modality_T, len(Modality))
+            token_A = torch.stack([(plan.valid_T & (plan.modality_T == modality)).sum() for modality in Modality])
+            counts = torch.cat([chosen_AE.flatten(), kept_AE.flatten(), token_A])
+            before = self._counts.get(named.layer)
+            self._counts[named.layer] = counts if before is None else before + counts
+        self._totals = None
+
+    def totals(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, LayerCounts]:
+        """Return the counts of every layer over all ranks; asked twice, it exchanges once."""
+        if self._totals is None:
+            zeros = {
+                path: torch.zeros(sum(layer.sizes), dtype=torch.int64, device=device)
+                for path, layer in self._layers.items()
+            }
+            flat = torch.cat(list((zeros | self._counts).values())) if zeros else torch.zeros(0, dtype=torch.int64)
+            pieces = sum_over_ranks(flat).split([sum(layer.sizes) for layer in self._layers.values()])
+            self._totals = {
+                path: _layer_counts(piece, layer)
+                for piece, (path, layer) in zip(pieces, self._layers.items(), strict=True)
+            }
+        return self._totals
+
+
+def _layer_counts(piece: Tensor, layer: _Layer) -> LayerCounts:
+    chosen, kept, token_A = piece.split(layer.sizes)
+    shape = (len(Modality), layer.num_experts)
+    return LayerCounts(chosen.view(shape), kept.view(shape), token_A, layer.aimed_share)

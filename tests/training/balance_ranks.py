@@ -1,0 +1,82 @@
+"""Trains on ranks; `torchrun --nproc_per_node 2 -m tests.training.balance_ranks FILE` saves what rank 0 ends with."""
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.dispatch import Capacity
+from lightning_moevlm.losses import (
+    AuxiliaryLosses,
+    ByOverflow,
+    GlobalEntropy,
+    GShard,
+    Importance,
+    LoadBalance,
+    LocalEntropy,
+    MutualInformation,
+    ReLUL1,
+    RouterOrthogonality,
+    RouterZ,
+    SequenceBalance,
+)
+from lightning_moevlm.records import Batch
+from lightning_moevlm.routers import ReLURouter, SigmoidBiasRouter
+from lightning_moevlm.training import VisionLanguageModule
+from tests.small_model import pair_batch
+from tests.training.small_fit import NoTask, build, fit, routers
+
+SUMS = AuxiliaryLosses(
+    LoadBalance(0.5, scope="global", per_modality=True),
+    RouterZ(0.1),
+    sequence_balance=SequenceBalance(0.5),
+    local_entropy=LocalEntropy(0.5),
+)
+"""Losses that add up over equal shards: two ranks with a half each are one with the whole."""
+
+OTHERS = AuxiliaryLosses(
+    LoadBalance(0.5),
+    importance=Importance(0.5),
+    gshard=GShard(0.5),
+    global_entropy=GlobalEntropy(0.5),
+    mutual_information=MutualInformation(0.5),
+    router_orthogonality=RouterOrthogonality(0.5),
+)
+"""Losses of the shard at hand: two ranks with the same shard are one with that shard."""
+
+
+def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
+    """Train four small models on this rank's part and return what became of them."""
+    whole = pair_batch(8)
+    part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    mine = [Batch(*(field[part] for field in whole))] * 2
+    same = [pair_batch(4)] * 2
+
+    def trained(module: VisionLanguageModule, batches: list[Batch]) -> VisionLanguageModule:
+        fit(module, batches, steps=2, ranks=ranks)
+        return module
+
+    small = partial(build, lr=1.0, objective=NoTask)
+    relu = small(AuxiliaryLosses(None, None, relu_l1=ReLUL1()), ReLURouter)
+    overflow = small(
+        AuxiliaryLosses(LoadBalance(ByOverflow(0.2))), capacity=Capacity(1.0, 1.0), lr=1.0, objective=NoTask
+    )
+    bias = small(AuxiliaryLosses(None), partial(SigmoidBiasRouter, update_rate=0.1))
+    return {
+        "sums": routers(trained(small(SUMS), mine)),
+        "others": routers(trained(small(OTHERS), same)),
+        "relu": trained(relu, mine)._loss_weights.state_dict(),
+        "overflow": trained(overflow, same)._loss_weights.state_dict(),
+        "bias": {name: value for name, value in routers(trained(bias, mine)).items() if "bias" in name},
+    }
+
+
+if __name__ == "__main__":
+    import os
+
+    rank = int(os.environ["RANK"])
+    found = results(rank, int(os.environ["WORLD_SIZE"]))
+    if rank == 0:
+        torch.save(found, sys.argv[1])
