@@ -10,6 +10,7 @@ import torch
 from lightning_moevlm.bench.candidates import Layer, training
 from lightning_moevlm.bench.cases import Case as LayerCase
 from lightning_moevlm.bench.cases import Shape, make_tokens
+from lightning_moevlm.bench.memory import peak_mib
 from lightning_moevlm.bench.timing import best, interleave, wall_clock
 from lightning_moevlm.dispatch import (
     Capacity,
@@ -50,8 +51,9 @@ def measure_row(case: Case, rounds: int, tick: Callable[[], None]) -> Row:
         training(type(dispatcher).__name__, Layer(layer_case, tokens, _Bound(dispatcher, case.bounded)), tokens)
         for dispatcher in each
     ]
+    peaks = {each.name: round(peak_mib(each.step, each.release), 2) for each in candidates if each.release is not None}
     seconds = interleave(candidates, rounds, tick)
-    return Row(case, {name: round(1e3 * best(times), 4) for name, times in seconds.items()})
+    return Row(case, {name: round(1e3 * best(times), 4) for name, times in seconds.items()}, peaks)
 
 
 def provenance(command: str) -> dict[str, str]:

@@ -101,7 +101,9 @@ def dispatch(
         rows,
     )
     if json is None:
-        listing = Table("case", *rows[0].milliseconds, title="forward and backward, ms; the fastest runs")
+        listing = Table(
+            "case", *rows[0].milliseconds, title="forward and backward, ms; the fastest runs, of equals the leanest"
+        )
         for row in rows:
             listing.add_row(str(row.case), *(f"{time:.2f}" for time in row.milliseconds.values()))
         console().print(listing)

@@ -1,4 +1,6 @@
-"""Pick the dispatcher that was measured fastest for a case, and say which one ran and why.
+"""Pick the dispatcher that was measured best for a case, and say which one ran and why.
+
+The best is the fastest; of those within 5 % of it, which no measurement can tell apart, the one of least memory.
 
 The choice is a pure function of device, dtype, shape and the table, never of the data or the clock, so arms of a study
 on one machine take the same path, and their records say which. Without a measurement for a device and dtype a rule
@@ -30,7 +32,7 @@ class Choice(NamedTuple):
 
 
 class AutoDispatcher(Dispatcher):
-    """Runs the fastest dispatcher for each case: segments, grouped_mm, or padded where a capacity bounds the load.
+    """Runs the best dispatcher for each case: segments, grouped_mm, or padded where a capacity bounds the load.
 
     Args:
         table: file of measurements; null takes the one that `moevlm bench dispatch` wrote on this machine, then the one
@@ -64,29 +66,27 @@ class AutoDispatcher(Dispatcher):
         return self._choices[case]
 
     def _decide(self, case: Case, tokens_TD: Tensor, experts: Experts) -> Choice:
+        able: list[str] = []
         refused: list[str] = []
-        ranked, why = self._ranked(case, tokens_TD.device)
-        for name in ranked:
-            if name == "PaddedDispatcher" and not case.bounded:
-                refused.append("PaddedDispatcher passed over: no capacity bounds the load")
-                continue
-            refusal = self._dispatchers[name].refusal(tokens_TD, experts)
+        for name, dispatcher in self._dispatchers.items():
+            refusal = dispatcher.refusal(tokens_TD, experts)
+            if refusal is None and name == "PaddedDispatcher" and not case.bounded:
+                refusal = "no capacity bounds the load"
             if refusal is None:
-                return Choice(name, "; ".join([why, *refused]))
-            refused.append(f"{name} passed over: {refusal}")
-        raise AssertionError(f"SegmentDispatcher runs everything, yet nothing was left of {ranked}")
+                able.append(name)
+            else:
+                refused.append(f"{name} passed over: {refusal}")
+        ranked, why = self._ranked(case, able, tokens_TD.device)
+        return Choice(ranked[0], "; ".join([why, *refused]))
 
-    def _ranked(self, case: Case, device: torch.device) -> tuple[list[str], str]:
-        """Return dispatchers, best first, and the reason for the order."""
+    def _ranked(self, case: Case, able: list[str], device: torch.device) -> tuple[list[str], str]:
+        """Return the dispatchers that can run the case, best first, and the reason for the order."""
         for table in measurements(self.table):
             row = table.nearest(case)
-            if row is not None:
-                times = {name: time for name, time in row.milliseconds.items() if name in self._dispatchers}
-                ranked = sorted(times, key=lambda name: times[name])
-                told = ", ".join(f"{name} {times[name]:.3g} ms" for name in ranked)
-                rest = [name for name in self._dispatchers if name not in times]
-                return [*ranked, *rest], f"measured at {row.case} ({told}; table {table.digest})"
-        return _rule(case, device)
+            if row is not None and (ranked := row.ranked(able)):
+                return ranked, f"measured at {row.case} ({row.told(able)}; table {table.digest})"
+        order, why = _rule(case, device)
+        return [name for name in order if name in able], why
 
 
 def case_of(plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Case:

@@ -1,14 +1,15 @@
 """Measured times of dispatchers: a JSON file that `moevlm bench dispatch` writes and `AutoDispatcher` reads.
 
 A file says where it comes from (torch, processor, threads, when) and holds one row per case: device, dtype and shape,
-with the milliseconds of forward and backward of each dispatcher. The package ships a small one measured on a CPU; a
-file of the user's own machine, in his cache folder, goes before it.
+with the milliseconds and the peak memory of forward and backward of each dispatcher. The package ships a small one
+measured on a CPU; a file of the user's own machine, in his cache folder, goes before it.
 """
 
 import hashlib
 import json
 import math
 import os
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from lightning_moevlm.errors import UserError
 
 SHIPPED = Path(__file__).with_name("measured_cpu.json")
+AS_FAST = 0.05  # times closer than this share cannot be told apart, so memory decides
 _OTHER_LOAD = 4.0  # doublings that a bounded load and an unbounded one are apart
 
 
@@ -41,10 +43,27 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured case. milliseconds: forward and backward, by class name of the dispatcher."""
+    """One measured case, by class name of the dispatcher. milliseconds: forward and backward. peak_mib: of memory."""
 
     case: Case
     milliseconds: dict[str, float]
+    peak_mib: dict[str, float]
+
+    def ranked(self, names: Collection[str]) -> list[str]:
+        """Return those of the names that were measured, best first.
+
+        First come those as fast as can be told, the leanest of them first, then the others by time.
+        """
+        times = {name: time for name, time in self.milliseconds.items() if name in names}
+        limit = (1 + AS_FAST) * min(times.values(), default=0.0)
+        fast = [name for name, time in times.items() if time <= limit]
+        slow = [name for name in times if name not in fast]
+        return [*sorted(fast, key=self.peak_mib.__getitem__), *sorted(slow, key=times.__getitem__)]
+
+    def told(self, names: Collection[str]) -> str:
+        """Say what was measured, best first."""
+        ranked = self.ranked(names)
+        return ", ".join(f"{name} {self.milliseconds[name]:.3g} ms {self.peak_mib[name]:.3g} MiB" for name in ranked)
 
 
 class Measured(NamedTuple):
@@ -90,7 +109,9 @@ def read_measured(path: Path, version: int) -> Measured:
     try:
         content = path.read_bytes()
         table = json.loads(content)
-        rows = tuple(Row(Case(**row["case"]), dict(row["milliseconds"])) for row in table["rows"])
+        rows = tuple(
+            Row(Case(**row["case"]), dict(row["milliseconds"]), dict(row["peak_mib"])) for row in table["rows"]
+        )
         source = dict(table["source"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
@@ -104,7 +125,9 @@ def write_measured(path: Path, source: dict[str, str], rows: list[Row]) -> None:
     """Write a file whole."""
     table = {
         "source": source,
-        "rows": [{"case": row.case._asdict(), "milliseconds": row.milliseconds} for row in rows],
+        "rows": [
+            {"case": row.case._asdict(), "milliseconds": row.milliseconds, "peak_mib": row.peak_mib} for row in rows
+        ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -133,6 +133,7 @@ def test_the_table_has_every_dispatcher_in_every_case() -> None:
     assert len(set(grid())) == len(grid()) >= 20
     row = measure_row(DispatchCase("cpu", "float32", 4, 8, 16, 32, True), 1, lambda: None)
     assert row.milliseconds.keys() == {"SegmentDispatcher", "GroupedDispatcher", "PaddedDispatcher"}
+    assert row.peak_mib.keys() == row.milliseconds.keys() and min(row.peak_mib.values()) > 0
 
 
 def test_cases_are_selected_by_name() -> None:

@@ -31,8 +31,11 @@ def no_user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+PEAKS = {"SegmentDispatcher": 7.0, "GroupedDispatcher": 10.0, "PaddedDispatcher": 20.0}
+
+
 def table(path: Path, *rows: tuple[Case, dict[str, float]]) -> str:
-    write_measured(path, {"torch": torch.__version__}, [Row(*row) for row in rows])
+    write_measured(path, {"torch": torch.__version__}, [Row(*row, PEAKS) for row in rows])
     return str(path)
 
 
@@ -54,6 +57,15 @@ def test_the_fastest_of_the_nearest_case_runs(tmp_path: Path) -> None:
     assert "measured at 4 experts 16 x 32, 16 rows each" in why and "PaddedDispatcher passed over: no capacity" in why
     assert chosen(auto, bounded=True)[0] == "PaddedDispatcher"
     assert "GroupedDispatcher for 4 experts" in auto.record() and "PaddedDispatcher for" in auto.record()
+
+
+def test_of_equals_the_leanest_runs(tmp_path: Path) -> None:
+    # 4 % slower cannot be told from the fastest, 6 % can
+    equal = {"SegmentDispatcher": 1.04, "GroupedDispatcher": 1.0, "PaddedDispatcher": 1.02}
+    name, why = chosen(AutoDispatcher(table(tmp_path / "equal.json", (case(), equal))))
+    assert name == "SegmentDispatcher" and "SegmentDispatcher 1.04 ms 7 MiB, GroupedDispatcher 1 ms 10 MiB" in why
+    slower = {"SegmentDispatcher": 1.06, "GroupedDispatcher": 1.0, "PaddedDispatcher": 1.02}
+    assert chosen(AutoDispatcher(table(tmp_path / "slower.json", (case(), slower))))[0] == "GroupedDispatcher"
 
 
 def test_who_cannot_run_a_case_is_passed_over_by_name(tmp_path: Path) -> None:

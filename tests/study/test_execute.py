@@ -119,7 +119,8 @@ def test_crash_and_divergence_are_recorded_and_the_rest_goes_on(tmp_path, uri):
 
 
 def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
-    file = write_project(tmp_path, uri, {"budget": {"max_steps": 12}}, model={"seconds_per_step": 0.15})
+    # long enough that no child is done before the other, which may start late on a busy machine, has a checkpoint
+    file = write_project(tmp_path, uri, {"budget": {"max_steps": 24}}, model={"seconds_per_step": 0.15})
     plan = plan_of(file)
     parent = start_sweep(file)
     first = [plan.run_folder(run) for run in plan.runs if run.seed == 0]  # both arms of a seed go together

@@ -5,6 +5,7 @@ After a change that is meant: MOEVLM_WRITE_GOLDEN=1 pytest tests/study/test_gold
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,10 @@ def resolver() -> ConfigResolver:
 @pytest.mark.parametrize("study", STUDIES)
 def test_plan_is_the_golden_one(study: str, resolver: ConfigResolver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    plan = plan_study(read_study(Path(f"ablations/{study}.yaml")), resolver, describe_model)
+    declared = read_study(Path(f"ablations/{study}.yaml"))
+    if study != "quickstart":  # seeds differ in the seed alone, and resolving takes half a second per run
+        declared = replace(declared, seeds=declared.seeds[:1])
+    plan = plan_study(declared, resolver, describe_model)
     told = {
         "arms": {name: card._asdict() for name, card in plan.cards.items()},
         "runs": [

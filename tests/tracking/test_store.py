@@ -1,9 +1,11 @@
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -194,3 +196,20 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a file where a folder is needed")
     with pytest.raises(UserError, match=r"notes.txt/runs/mlflow.db cannot be created \(Not a directory\)"):
         prepare_store(f"sqlite:///{tmp_path}/notes.txt/runs/mlflow.db")
+
+
+def test_what_a_killed_writer_left_is_rolled_back(migrated_database: Path, tmp_path: Path) -> None:
+    # a transaction that has spilled to the file and was never committed: database and journal as SIGKILL leaves them
+    written, killed = tmp_path / "written.db", tmp_path / "killed.db"
+    shutil.copyfile(migrated_database, written)
+    with closing(sqlite3.connect(written, isolation_level=None)) as writer:
+        writer.execute("PRAGMA cache_size = 1")
+        writer.execute("BEGIN")
+        for number in range(200):
+            row = (f"experiment {number}", "x" * 5000)
+            writer.execute("INSERT INTO experiments (name, artifact_location) VALUES (?, ?)", row)
+        shutil.copyfile(written, killed)
+        shutil.copyfile(f"{written}-journal", f"{killed}-journal")
+    prepare_store(f"sqlite:///{killed}")
+    with closing(sqlite3.connect(killed)) as reader:
+        assert reader.execute("SELECT count(*) FROM experiments WHERE name LIKE 'experiment %'").fetchone() == (0,)
