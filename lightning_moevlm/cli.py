@@ -22,7 +22,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
   moevlm data check DIR                             verify a set and show what is in it
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
-  moevlm bench layer|dispatch                       time layers on this machine, peers beside; measure dispatchers
+  moevlm bench layer|dispatch|step                  time layers, dispatchers and whole steps on this machine
   moevlm list [KIND]                                parts that a configuration can name
   moevlm describe NAME                              one part: what it does, its options
 
