@@ -10,10 +10,11 @@ from lightning_moevlm.layers.initialise import initialise
 from lightning_moevlm.layers.moe import MoEFFN, name_layers, reads_identity
 from lightning_moevlm.layers.multiway import MultiwayFFN
 from lightning_moevlm.layers.norms import make_norm, normalised
-from lightning_moevlm.layers.patch_codes import PatchCodes
+from lightning_moevlm.layers.patch_codes import HIDDEN, PatchCodes
 from lightning_moevlm.layers.stabilisers import ModelStabilisers
 
 __all__ = [
+    "HIDDEN",
     "Attention",
     "AttentionOutput",
     "Block",

@@ -1,8 +1,9 @@
 """What a causal model must not contain: parts through which an earlier token learns of a later one.
 
 A router whose tokens compete for places looks ahead: expert choice leaks the future of a sequence into its training
-loss (arXiv 2408.15664, section 5). Capacity does the same as soon as somebody further back can be served first. Samples
-of one batch share capacity all the same: causal means within a sequence.
+loss (arXiv 2408.15664, section 5). Capacity does the same as soon as somebody further back can be served first, or
+takes as many experts as he likes: places are a share of all choices. Samples of one batch share capacity all the same:
+causal means within a sequence.
 """
 
 from torch import nn
@@ -15,7 +16,7 @@ def check_causal(backbone: nn.Module) -> None:
     """Refuse MoE layers that would let a token see later ones.
 
     Raises:
-        UserError: a router that competes, or a capacity in which a later token can be served before an earlier one.
+        UserError: a router that competes, or a capacity in which a later token can take the place of an earlier one.
     """
     for module in backbone.modules():
         if isinstance(module, MoEFFN):
@@ -40,6 +41,12 @@ def _check_capacity(layer: MoEFFN) -> None:
         raise UserError(
             f"a causal model cannot use capacity priority {capacity.priority}: a later token with a larger gate would "
             "take the place of an earlier one; set capacity.priority to position, or capacity to null (dropless)"
+        )
+    if layer.router.choices_vary:
+        raise UserError(
+            f"a causal model cannot limit capacity with {type(layer.router).__name__}: its tokens take as many experts "
+            "as they like, and the places of all follow from how many the later ones took; set capacity to null "
+            "(dropless), or use a router with a fixed number of experts per token, such as TopKRouter"
         )
     if top_k > 1:
         raise UserError(

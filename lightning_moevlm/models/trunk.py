@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import (
+    HIDDEN,
     Attention,
     Block,
     Depth,
@@ -96,7 +97,8 @@ def embed(
         pieces.append(patches_BPD)
         valid.append(torch.ones(patches_BPD.shape[:2], dtype=torch.bool, device=patches_BPD.device))
         if parts.patch_codes is not None:
-            identity.append(parts.spec.vocab_size + parts.patch_codes(images_BRYX, image_mask_BP))
+            # codes start at HIDDEN, which must not be the last token's id
+            identity.append(parts.spec.vocab_size - HIDDEN + parts.patch_codes(images_BRYX, image_mask_BP))
     if text_BL is not None:
         assert text_mask_BL is not None, "text comes with its mask"
         start = spans[-1].stop if spans else 0

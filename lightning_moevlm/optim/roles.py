@@ -24,7 +24,8 @@ def norms(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:
     """Return the fp32 Euclidean norm of each tensor, (); of each matrix of a stack, (E, 1, 1)."""
     if stacked:
         return [torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True, dtype=torch.float32) for stack in tensors]
-    return [norm.float() for norm in torch._foreach_norm(list(tensors))]
+    # torch refuses an empty list, which is what a group of frozen routers has for gradients
+    return [norm.float() for norm in torch._foreach_norm(list(tensors))] if tensors else []
 
 
 def root_mean_squares(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:

@@ -25,6 +25,8 @@ class ReLURouter(Router):
         gate: jitter, dropout, temperature, initial scale.
     """
 
+    choices_vary = True
+
     def __init__(self, dim: int, num_experts: int, target_k: float = 1.0, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
         self.target_k = target_k

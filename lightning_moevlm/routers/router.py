@@ -27,10 +27,14 @@ class Router(nn.Module, ABC):
     competes: tokens compete for places across positions, so what one token gets depends on others, later ones too. A
     causal model must refuse such a router.
 
+    choices_vary: how many experts a token takes depends on the token. Capacity counts choices, so in a causal model it
+    would tell an early token how many the later ones took.
+
     reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only if asked.
     """
 
     competes = False
+    choices_vary = False
     reads_identity = False
     region: Region = "router"
 

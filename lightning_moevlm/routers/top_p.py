@@ -29,6 +29,8 @@ class TopPRouter(Router):
         UserError: max_k or threshold outside its range.
     """
 
+    choices_vary = True
+
     def __init__(self, dim: int, num_experts: int, threshold: float = 0.4, max_k: int = 4, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(max_k, num_experts)

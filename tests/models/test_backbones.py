@@ -13,8 +13,9 @@ from lightning_moevlm.dispatch import Capacity, LoopDispatcher
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.models import Backbone, model_card
+from lightning_moevlm.models.trunk import embed
 from lightning_moevlm.plans import Modality
-from lightning_moevlm.routers import ExpertChoiceRouter, SinkhornRouter
+from lightning_moevlm.routers import ExpertChoiceRouter, HashRouter, ReLURouter, SinkhornRouter, TopPRouter
 from tests.small_model import pair_batch, small_limoe, small_vl_moe
 
 BACKBONES = {"VLMoE": small_vl_moe, "LIMoE": small_limoe}
@@ -112,6 +113,17 @@ def test_causal_outputs_do_not_know_later_words(name: str, switch: str, capacity
     assert not torch.allclose(other_image[:, 4:], base[:, 4:])
 
 
+def test_no_patch_has_the_identity_of_a_word() -> None:
+    model, batch = small_limoe(router=HashRouter), pair_batch()
+    hidden_BP = torch.tensor([[True, False, False, False]] * 4)
+    layout = embed(model, batch.images_BRYX, batch.text_BL, batch.text_mask_BL, hidden_BP).layout
+    assert layout.identity_BS is not None
+    patches, words = layout.identity_BS[:, :4], layout.identity_BS[:, 4:]
+    assert torch.equal(words, batch.text_BL)
+    assert int(patches.min()) == model.spec.vocab_size  # of hidden patches, whose code is the lowest
+    assert torch.equal(patches == model.spec.vocab_size, hidden_BP)
+
+
 @each_backbone
 def test_bidirectional_outputs_know_later_words(name: str) -> None:
     batch = pair_batch()
@@ -132,6 +144,11 @@ def test_bidirectional_outputs_know_later_words(name: str) -> None:
             "cannot use ExpertChoiceRouter: its tokens compete for experts across positions",
         ),
         ({"router": SinkhornRouter}, "cannot use SinkhornRouter"),
+        (
+            {"capacity": Capacity(), "router": ReLURouter},
+            "capacity with ReLURouter: its tokens take as many experts as",
+        ),
+        ({"capacity": Capacity(), "router": partial(TopPRouter, max_k=1)}, "capacity with TopPRouter"),
         ({"capacity": Capacity(priority="gate")}, "priority gate: a later token with a larger gate"),
         ({"capacity": Capacity(), "top_k": 2}, "2 experts per token: every first choice is served before any second"),
     ],

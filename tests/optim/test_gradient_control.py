@@ -43,9 +43,11 @@ class Rig:
         self.optimizer: Optimizer = build(groups)
         self.control = GradientControl(options, self.optimizer)
 
-    def step(self, seed: int, *, scale: float = 1.0, loss: Tensor = LOSS) -> None:
-        for p in self.params:
+    def step(self, seed: int, *, scale: float = 1.0, loss: Tensor = LOSS, without: int | None = None) -> None:
+        for place, p in enumerate(self.params):
             p.grad = torch.randn(p.shape, generator=generator(seed)).to(p.device) * scale
+            if place == without:
+                p.grad = None
         self.control.before_update(loss)
         self.optimizer.step()
         self.control.after_update()
@@ -61,6 +63,19 @@ def with_gradients(*gradients: Tensor) -> tuple[list[nn.Parameter], Optimizer]:
     for p, gradient in zip(params, gradients, strict=True):
         p.grad = gradient.clone()
     return params, SGD(params, lr=0.1)
+
+
+@pytest.mark.parametrize("absent", range(len(SHAPES)))
+@pytest.mark.parametrize("build", OPTIMIZERS)
+def test_a_group_without_gradients_stands_still(build: Build, absent: int) -> None:
+    # what freezing the routers leaves of their group
+    rig = Rig(build, ALL_ON)
+    for seed in range(4):
+        rig.step(seed)
+    before = rig.params[absent].detach().clone()
+    rig.step(4, without=absent)
+    assert torch.equal(rig.params[absent], before)
+    assert all(bool(value.isfinite().all()) for value in rig.values())
 
 
 @pytest.mark.parametrize("limit", [0.1, 100.0])

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.optim import Lion, MuonAdamW, StableAdamW
+from lightning_moevlm.experts import MLPExperts
+from lightning_moevlm.layers import MoEFFN, initialise
+from lightning_moevlm.optim import Lion, MuonAdamW, StableAdamW, parameter_groups
 from lightning_moevlm.optim.muon import orthogonalised
 
 OPTIMIZERS = [
@@ -79,6 +81,18 @@ def test_muon_is_torchs_muon_on_matrices(shape: tuple[int, int], monkeypatch: py
         step(mine, [ours], [gradient])
         step(reference, [theirs], [gradient])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_orthogonalises_shared_experts_too() -> None:
+    moe = MoEFFN(6, 4, shared=partial(MLPExperts, hidden_dim=4), num_shared=2)
+    initialise(moe, 0)
+    stack = moe.shared.up_EDF  # type: ignore[union-attr]
+    before, gradient = stack.detach().clone(), torch.randn(stack.shape, generator=generator(0))
+    optimizer = MuonAdamW(parameter_groups({"ffn.shared.up_EDF": stack}.items()), lr=0.1, weight_decay=0.0)
+    step(optimizer, [stack], [gradient])
+    # the first momentum is 0.05 g, so the direction is that of g, expert by expert
+    expected = before - 0.1 * 0.2 * math.sqrt(6) * orthogonalised(gradient)
+    torch.testing.assert_close(stack.detach(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("role", ["vector", "edge", "router"])

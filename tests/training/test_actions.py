@@ -323,6 +323,21 @@ def test_going_back_restores_weights_and_optimiser_to_the_bit() -> None:
     assert not ring.can_go_back and ring.rewind(training, facts(8, loss=math.nan)) == {}
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_going_back_keeps_the_options_of_the_run(scheduled: bool) -> None:
+    # a snapshot from the checkpoint of a run with another weight decay and another rate
+    backbone = small_vl_moe()
+    optimizer = AdamW(backbone.parameters(), lr=1e-2, weight_decay=0.1)
+    schedules = [torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)] if scheduled else []
+    training = training_of(backbone, optimizer)._replace(schedulers=schedules)
+    ring = SnapshotRing(Rollback())
+    ring.start(training, 0)
+    optimizer.param_groups[0].update(lr=3e-2, weight_decay=0.5)
+    assert ring.rewind(training, facts(1, loss=math.nan)) == {"action/rollback_to_step": 0.0}
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert optimizer.param_groups[0]["lr"] == (1e-2 if scheduled else 3e-2)  # a schedule's rate goes back with it
+
+
 def test_a_snapshot_can_be_gone_back_to_again() -> None:
     # the last one stays in the ring, and training on from it must not change it
     backbone = small_vl_moe()

@@ -153,9 +153,19 @@ def take_snapshot(training: Training, step: int, losses: Sequence[float] = ()) -
 
 
 def restore(snapshot: Snapshot, training: Training) -> None:
-    """Put the copy back; the snapshot stays as it is."""
+    """Put the copy back; the snapshot stays as it is.
+
+    Options of the optimiser stay too, for the snapshot may be of a run that was resumed with others. The learning rate
+    is one of them unless a schedule sets it.
+    """
     training.module.load_state_dict(snapshot.module)
+    left_out = {"params", "lr"} if training.schedulers else {"params"}
     for optimizer, state in zip(training.optimizers, snapshot.optimizers, strict=True):
+        options = [
+            {name: value for name, value in group.items() if name not in left_out} for group in optimizer.param_groups
+        ]
         optimizer.load_state_dict(copy.deepcopy(state))  # torch keeps the tensors that it is given
+        for group, values in zip(optimizer.param_groups, options, strict=True):
+            group.update(values)
     for scheduler, state in zip(training.schedulers, snapshot.schedulers, strict=True):
         scheduler.load_state_dict(copy.deepcopy(state))
