@@ -108,6 +108,7 @@ def _parts() -> dict[str, list[type]]:
     from lightning_moevlm.layers import FeedForward, ModelStabilisers
     from lightning_moevlm.lightning_cli import load_plugins
     from lightning_moevlm.losses import AuxiliaryLosses
+    from lightning_moevlm.losses.weights import ByOverflow, BySparsity
     from lightning_moevlm.models import Backbone
     from lightning_moevlm.objectives import ImageTargets, Objective
     from lightning_moevlm.objectives.masked_modelling import MaskRatios, TermWeights
@@ -140,6 +141,8 @@ def _parts() -> dict[str, list[type]]:
         "objectives": _leaves(Objective),
         "image_targets": _leaves(ImageTargets),
         "options": [
+            ByOverflow,
+            BySparsity,
             Capacity,
             ExpertInit,
             Gate,
