@@ -18,6 +18,7 @@ from tests.conftest import PROJECT
 from tests.small_run import SMALL, budget
 
 CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
+OVERLAYS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/overlays").glob("*.yaml"))
 ROUTERS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/routers").glob("*.yaml"))
 CALLBACKS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/callbacks").glob("*.yaml"))
 BACKBONE = "--model.backbone.init_args"
@@ -70,6 +71,20 @@ def test_micro_batches_are_the_same_step(resolver: ConfigResolver) -> None:
     assert many["data"]["batch_size"] * many["trainer"]["accumulate_grad_batches"] == one["data"]["batch_size"]
     steps_between = many["trainer"]["val_check_interval"] / many["trainer"]["accumulate_grad_batches"]
     assert steps_between == one["trainer"]["val_check_interval"]
+
+
+@pytest.mark.parametrize("config", OVERLAYS)
+def test_every_overlay_trains_a_step_over_the_file_that_it_names(
+    config: str, moevlm: Callable[..., str], scenes_root: Path
+) -> None:
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    base, named = re.findall(r"moevlm fit -c (\S+) -c (\S+)", text)[0]
+    assert named == config
+    moevlm(
+        "fit", "-c", base, "-c", config, "--trainer.fast_dev_run=true", f"--data.root={scenes_root}",
+        "--data.batch_size=4", "--data.image_size=32", f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2",
+        f"{BACKBONE}.hidden_dim=32",
+    )  # fmt: skip
 
 
 def test_every_router_has_a_configuration_and_an_arm() -> None:
