@@ -31,6 +31,7 @@ class ExpertChoiceRouter(Router):
     """
 
     competes = True
+    never_starves = True
 
     def __init__(self, dim: int, num_experts: int, capacity_factor: float = 1.0, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)

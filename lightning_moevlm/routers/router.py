@@ -30,11 +30,14 @@ class Router(nn.Module, ABC):
     choices_vary: how many experts a token takes depends on the token. Capacity counts choices, so in a causal model it
     would tell an early token how many the later ones took.
 
+    never_starves: every expert has the same work whatever the weights are, so none can be dead.
+
     reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only if asked.
     """
 
     competes = False
     choices_vary = False
+    never_starves = False
     reads_identity = False
     region: Region = "router"
 

@@ -17,6 +17,7 @@ from lightning_moevlm.plans import Modality
 from lightning_moevlm.records import AttentionLogits, Layout, NamedPlan, Span
 from lightning_moevlm.routers import (
     CosineRouter,
+    ExpertChoiceRouter,
     FixedRouter,
     NoisyTopKRouter,
     Router,
@@ -235,6 +236,10 @@ def test_reviving_needs_a_router_that_can_be_told() -> None:
     backbone = small_vl_moe(router=FixedRouter)
     with pytest.raises(UserError, match="cannot act with FixedRouter: it has nothing per expert"):
         build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), backbone)
+    for router in (SoftRouter, ExpertChoiceRouter):
+        even = small_vl_moe(router=router)
+        with pytest.raises(UserError, match=f"would never act with {router.__name__}: it gives every expert the same"):
+            build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), even)
     dense = small_vl_moe(sparse_modalities=(), router=FixedRouter)
     assert set(build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), dense)) == {"revive_dead_experts"}
 

@@ -57,13 +57,20 @@ class ReviveDeadExperts:
             )
 
     def check(self, backbone: Backbone) -> None:
-        """Refuse routers that could never send a token to a revived expert.
+        """Refuse routers whose experts cannot die, and those that could never send a token to a revived one.
 
         Raises:
-            UserError: a router without anything learned per expert.
+            UserError: a router that gives all experts the same work, or one without anything learned per expert.
         """
         for module in backbone.modules():
-            if isinstance(module, MoEFFN) and not module.router.per_expert():
+            if not isinstance(module, MoEFFN):
+                continue
+            if module.router.never_starves:
+                raise UserError(
+                    f"actions.revive_dead_experts would never act with {type(module.router).__name__}: it gives every "
+                    "expert the same work, so none dies; set actions.revive_dead_experts to null"
+                )
+            if not module.router.per_expert():
                 raise UserError(
                     f"actions.revive_dead_experts cannot act with {type(module.router).__name__}: it has nothing per "
                     "expert that a copy could take over, so a revived expert would get no token either; set "
