@@ -36,7 +36,7 @@ format: $(INSTALLED) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 plan-golden: $(INSTALLED) ## Write the golden plans of the shipped studies anew
-	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/study/test_golden_plan.py
+	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m "slow or not slow" tests/study/test_golden_plan.py
 
 clean: ## Remove what builds and tests left; keeps data and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,6 @@
 """The golden plans of the shipped studies: any change of an arm, a base, a default or the digest shows here first.
 
-After a change that is meant: MOEVLM_WRITE_GOLDEN=1 pytest tests/study/test_golden_plan.py, and read the difference.
+After a change that is meant: make plan-golden, and read the difference.
 """
 
 import json
@@ -16,6 +16,7 @@ from lightning_moevlm.study.spec import read_study
 
 REPOSITORY = Path(__file__).parents[2]
 STUDIES = sorted(path.stem for path in (REPOSITORY / "ablations").glob("*.yaml"))
+MANY_ARMS = {"routers", "stabilisers"}  # half a second and more per arm
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,9 @@ def resolver() -> ConfigResolver:
     return ConfigResolver()
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize(
+    "study", [pytest.param(study, marks=pytest.mark.slow) if study in MANY_ARMS else study for study in STUDIES]
+)
 def test_plan_is_the_golden_one(study: str, resolver: ConfigResolver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     declared = read_study(Path(f"ablations/{study}.yaml"))
