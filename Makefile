@@ -20,7 +20,7 @@ demo: $(INSTALLED) ## Draw a demo set, train a real ablation of a real MoE visio
 	$(BIN)/moevlm sweep run ablations/quickstart.yaml
 
 test: $(INSTALLED) ## Run the tests (minutes)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal  # a worker per core, a thread per worker
 
 test-slow: $(INSTALLED) ## Run the tests that are left out of `make test`
 	$(BIN)/python -m pytest -m slow
