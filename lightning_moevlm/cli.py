@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 something failed while running, 2 a mistake in what was asked, 130 interrupted.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -53,9 +54,13 @@ def main(args: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     # imports are local: `moevlm data check` need not wait for Lightning
     if arguments[0] in _TRAINING:
-        from lightning_moevlm import lightning_cli
+        gc.disable()  # imports make a million objects that stay; `lightning_cli` collects again before it trains
+        try:
+            from lightning_moevlm import lightning_cli
 
-        lightning_cli.run(arguments)
+            lightning_cli.run(arguments)
+        finally:
+            gc.enable()
         return 0
     from lightning_moevlm.commands import run_command
 

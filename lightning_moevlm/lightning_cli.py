@@ -8,6 +8,7 @@
 - A mistake in a configuration is one line and exit code 2.
 """
 
+import gc
 import json
 import logging
 import re
@@ -101,6 +102,8 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
+        gc.freeze()  # what imports and parsers made stays: no collection need walk it
+        gc.enable()
         config = self.config[self.subcommand]
         if self.subcommand == "predict":
             config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
