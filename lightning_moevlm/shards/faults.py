@@ -1,0 +1,34 @@
+"""What can be wrong with data, by cause: one word each in the log, in the state of a loader and in a check's report."""
+
+from typing import Literal, NamedTuple, get_args
+
+Cause = Literal[
+    "shard_missing",  # no such file or object
+    "shard_unreachable",  # its storage did not answer, after all retries
+    "shard_truncated",  # fewer bytes than the manifest says, or a tar that ends within a member
+    "shard_altered",  # another sha256, or more bytes, than the manifest says
+    "shard_corrupt",  # no tar from some byte on
+    "sample_count",  # a whole tar with fewer samples than the manifest says
+    "duplicate_key",  # a second sample of the same key within a shard
+    "member_missing",  # a sample without a picture or text that its set promises
+    "image_undecodable",  # no picture of the format that its extension names
+    "image_too_large",  # more pixels than allowed: a decompression bomb, or a mistake
+    "text_not_utf8",
+]
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+
+class Lost(NamedTuple):
+    """Samples that cannot be used. num_samples: how many, all for one cause. message: what, where and what to do."""
+
+    num_samples: int
+    cause: Cause
+    message: str
+
+
+class SampleFault(Exception):
+    """A sample that cannot be used; whoever iterates over samples turns it into a `Lost` of one."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
