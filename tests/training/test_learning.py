@@ -86,11 +86,13 @@ STABILISERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", OPTIMIZERS)
 def test_every_optimiser_learns_one_batch_by_heart(build: Callable[..., Optimizer]) -> None:
     learn_by_heart(build, GradientStabilisers(clip_norm=1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", STABILISERS, ids=lambda options: next(k for k, v in vars(options).items() if v))
 def test_one_batch_is_learnt_by_heart_under_every_stabiliser(options: GradientStabilisers) -> None:
     learn_by_heart(partial(torch.optim.AdamW, lr=1e-2), options)
