@@ -17,9 +17,11 @@ from lightning_moevlm.shards.decode import (
     decode_image,
     undecodable,
 )
+from lightning_moevlm.shards.faults import Lost
 from lightning_moevlm.shards.manifest import SPLITS, Manifest, ShardEntry, Split, read_manifest
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.source import RawSample, read_shard
+from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
 
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
@@ -87,7 +89,10 @@ def _check_shard(
     """Return caption lengths; add keys to `keys` and complaints to `problems`."""
     lengths: list[int] = []
     try:
-        for sample in read_shard(root, shard, frozenset(manifest.members)):
+        for sample in read_shard(ShardStorage(str(root)), shard, frozenset(manifest.members)):
+            if isinstance(sample, Lost):
+                problems.append(sample.message)
+                continue
             if sample.key in keys:
                 problems.append(f"{sample.key} in shard {shard.file} occurs twice in the set")
             keys.add(sample.key)

@@ -14,7 +14,8 @@ from lightning_moevlm.shards.decode import (
     decode_image,
 )
 from lightning_moevlm.shards.manifest import Manifest, Split
-from lightning_moevlm.shards.source import RawSample, read_shard
+from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
+from lightning_moevlm.shards.storage import ShardStorage
 
 TILE = 160
 MARGIN = 12
@@ -33,7 +34,8 @@ def write_contact_sheet(root: Path, manifest: Manifest, split: Split, num_sample
     extension = next((e for e in IMAGE_EXTENSIONS if e in manifest.members), None)
     if extension is None:
         raise UserError(f"{root} holds no pictures, so there is nothing to put on a contact sheet")
-    samples = list(islice(read_shard(root, manifest.splits[split][0], frozenset(manifest.members)), num_samples))
+    shard = read_shard(ShardStorage(str(root)), manifest.splits[split][0], frozenset(manifest.members))
+    samples = list(islice(all_or_error(shard), num_samples))
     rows = -(-len(samples) // COLUMNS)
     width, height = TILE + MARGIN, TILE + LINES * LINE + MARGIN
     sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN), "white")

@@ -22,6 +22,7 @@ from lightning_moevlm.shards.manifest import (
 )
 from lightning_moevlm.shards.reader import Rank, ShardReader
 from lightning_moevlm.shards.source import refuse_remote
+from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
 
 _HASHED_BEFOREHAND_BYTES = 256 * 2**20
@@ -165,7 +166,8 @@ class ShardDataModule(LightningDataModule):
         rank = Rank(0, 1)
         if self.trainer is not None:
             rank = Rank(self.trainer.global_rank, self.trainer.world_size)
-        return ShardReader(self.root, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed)
+        storage = ShardStorage(str(self.root))
+        return ShardReader(storage, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed)
 
     def _train_limit(self, num_batches: int) -> int | None:
         """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""

@@ -2,6 +2,8 @@
 
 from typing import Literal, NamedTuple, get_args
 
+from lightning_moevlm.errors import UserError
+
 Cause = Literal[
     "shard_missing",  # no such file or object
     "shard_unreachable",  # its storage did not answer, after all retries
@@ -26,8 +28,16 @@ class Lost(NamedTuple):
     message: str
 
 
-class SampleFault(Exception):
+class SampleFault(Exception):  # noqa: N818 - the data are at fault
     """A sample that cannot be used; whoever iterates over samples turns it into a `Lost` of one."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class ShardFault(UserError):  # noqa: N818 - the data are at fault
+    """A shard of which nothing can be used; whoever reads it turns it into a `Lost` of all its samples."""
 
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(message)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.faults import ShardFault
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "moevlm-shards/1"
@@ -91,32 +92,52 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing, so {root} is no finished set of shards; build it with `moevlm data build`")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(data: bytes, place: str) -> Manifest:
+    """Validate the bytes of a manifest that came from `place`, which is named in complaints.
+
+    Raises:
+        UserError: if they are not JSON (with the line), or a field is missing or of the wrong kind.
+
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{path} is not JSON ({where}); restore it or rebuild the set with --force true") from None
-    return _Fields(content, str(path), "").manifest()
+        raise UserError(f"{place} is not JSON ({where}); restore it or rebuild the set with --force true") from None
+    return _Fields(content, place, "").manifest()
 
 
 def check_shard_size(root: Path, shard: ShardEntry) -> Path:
     """Return the shard's path if it exists with the size that the manifest says (one `stat`, no reading).
 
     Raises:
-        UserError: if it is missing or has another size.
+        ShardFault: if it is missing or has another size.
 
     """
     path = root / shard.file
     if not path.is_file():
-        raise UserError(f"shard {path} is missing; restore it or rebuild the set with --force true")
-    size = path.stat().st_size
-    if size != shard.num_bytes:
-        what = "truncated" if size < shard.num_bytes else "longer than it should be"
-        raise UserError(
-            f"shard {path} is {what}: {size} bytes, its manifest says {shard.num_bytes}; "
-            "restore it or rebuild the set with --force true"
-        )
+        raise ShardFault("shard_missing", f"shard {path} is missing; restore it or rebuild the set with --force true")
+    check_size(path.stat().st_size, shard, str(path))
     return path
+
+
+def check_size(num_bytes: int, shard: ShardEntry, place: str) -> None:
+    """Compare a size with the manifest's; `place` names the shard in the complaint.
+
+    Raises:
+        ShardFault: if it differs.
+
+    """
+    if num_bytes != shard.num_bytes:
+        short = num_bytes < shard.num_bytes
+        raise ShardFault(
+            "shard_truncated" if short else "shard_altered",
+            f"shard {place} is {'truncated' if short else 'longer than it should be'}: {num_bytes} bytes, "
+            f"its manifest says {shard.num_bytes}; restore it or rebuild the set with --force true",
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -129,17 +150,27 @@ def check_shard(root: Path, shard: ShardEntry) -> Path:
     """Return the shard's path if its size and its sha256 are those of the manifest (reads the file once).
 
     Raises:
-        UserError: if it is missing, or size or hash differ.
+        ShardFault: if it is missing, or size or hash differ.
 
     """
     path = check_shard_size(root, shard)
-    found = file_sha256(path)
-    if found != shard.sha256:
-        raise UserError(
-            f"shard {path} is not the one its manifest names: sha256 {found[:12]}..., "
-            f"expected {shard.sha256[:12]}...; restore it or rebuild the set with --force true"
-        )
+    check_sha256(file_sha256(path), shard, str(path))
     return path
+
+
+def check_sha256(found: str, shard: ShardEntry, place: str) -> None:
+    """Compare a hash with the manifest's; `place` names the shard in the complaint.
+
+    Raises:
+        ShardFault: if it differs.
+
+    """
+    if found != shard.sha256:
+        raise ShardFault(
+            "shard_altered",
+            f"shard {place} is not the one its manifest names: sha256 {found[:12]}..., "
+            f"expected {shard.sha256[:12]}...; restore it or rebuild the set with --force true",
+        )
 
 
 class _Fields:

@@ -8,7 +8,6 @@ inside the stream; the loader above only carries them.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from random import Random
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -28,7 +27,8 @@ from lightning_moevlm.shards.order import (
     train_batches,
     train_stretch,
 )
-from lightning_moevlm.shards.source import RawSample, read_shard
+from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
+from lightning_moevlm.shards.storage import ShardStorage
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ShardReader:
     is whole.
     """
 
-    root: Path
+    storage: ShardStorage
     manifest: Manifest
     split: Split
     collate: Collate
@@ -75,7 +75,7 @@ class ShardReader:
     def __post_init__(self) -> None:
         if self.num_batches == 0:
             raise UserError(
-                f"the {self.split} split of {self.root} has {self.manifest.num_samples(self.split)} samples, "
+                f"the {self.split} split of {self.storage} has {self.manifest.num_samples(self.split)} samples, "
                 f"less than batch_size {self.batch_size} on each of {self.rank.world_size} ranks; "
                 "lower batch_size or build a larger set"
             )
@@ -144,7 +144,7 @@ class ShardReader:
             if gone and gone.issuperset(numbers):
                 continue
             shard = self.manifest.splits[self.split][piece.shard]
-            samples = read_shard(self.root, shard, self.collate.wanted)
+            samples = all_or_error(read_shard(self.storage, shard, self.collate.wanted))
             # a piece that ends with its shard reads past its last sample, so that the count is checked
             stop = None if piece.stop == shard.num_samples else piece.stop
             for number, sample in enumerate(islice(samples, piece.start, stop), piece.first):

@@ -1,24 +1,31 @@
-"""One shard, opened with care: nothing is read from a file that is not what its manifest says.
+"""One shard, read with care: every sample that the manifest promises comes out, as itself or as a loss.
 
-A truncated tar passes WebDataset without a word (it simply ends), so every shard is verified when it is
-opened: its size by one `stat`, then its sha256, which costs about a millisecond per megabyte and warms the
-page cache for the parsing that follows. The parsing itself is WebDataset's. Only the wanted extensions are
-ever looked at.
+A shard is verified before it is opened (size, then sha256: about a millisecond per megabyte, which warms the
+page cache for the parsing), and the end of its tar is compared with what was promised, so a set whose manifest
+was made of broken files is found out as well. Samples are named and grouped as WebDataset does it: members of one
+key follow each other, and a whole shard gives exactly the samples that WebDataset gives. Only wanted extensions
+are ever looked at; nothing is unpickled.
 """
 
-import tarfile
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.shards.manifest import ShardEntry, check_shard
+from lightning_moevlm.shards.faults import Lost, ShardFault
+from lightning_moevlm.shards.manifest import ShardEntry
+from lightning_moevlm.shards.storage import ShardStorage
+from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
+
+_META = re.compile(r"__[^/]*__($|/)")
+"""Names that WebDataset passes over."""
 
 
 class RawSample(NamedTuple):
-    """An undecoded sample. shard: file it came from. members: bytes by file extension."""
+    """An undecoded sample. shard: file it came from. members: bytes by file extension, every one that was wanted."""
 
     key: str
     shard: str
@@ -37,33 +44,120 @@ def refuse_remote(root: str) -> Path:
     return Path(root)
 
 
-def read_shard(root: Path, shard: ShardEntry, wanted: frozenset[str]) -> Iterator[RawSample]:
-    """Yield a shard's samples in order, each with those of its members whose extension is wanted.
+def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
+    """Pass samples on, for those who tolerate no loss.
 
     Raises:
-        UserError: if the shard is missing, truncated, altered, no tar, or holds another number of samples.
+        UserError: at the first loss, with its message.
 
     """
-    path = check_shard(root, shard)
-    num_samples = 0
-    with path.open("rb") as stream:
-        files = tar_file_expander(
-            [{"url": shard.file, "stream": stream}],
-            select_files=lambda name: name.rpartition(".")[2].lower() in wanted,
+    for sample in samples:
+        if isinstance(sample, Lost):
+            raise UserError(sample.message)
+        yield sample
+
+
+def read_shard(storage: ShardStorage, entry: ShardEntry, wanted: frozenset[str]) -> Iterator[RawSample | Lost]:
+    """Yield a shard's samples in order, each with its members of the wanted extensions, and what is lost.
+
+    The samples and the `num_samples` of the losses add up to `entry.num_samples`, the same at every reading. Bad
+    data raise nothing:
+
+    - a shard that is missing, unreachable, truncated or altered is lost as a whole;
+    - where a tar breaks (possible only if the manifest was made of the broken file), all that follows is lost;
+    - of two samples with one key the second is lost, and so is a sample that lacks a wanted member;
+    - samples beyond the manifest's number are left out, and a loss of 0 samples says so at the end.
+    """
+    place = storage.place(entry.file)
+    try:
+        with storage.open(entry) as stream:
+            members = tar_members(stream, lambda name: base_plus_ext(name.lower())[1] in wanted)
+            yield from _accounted(_groups(members, wanted), entry, wanted, place)
+    except ShardFault as fault:
+        yield Lost(entry.num_samples, fault.cause, str(fault))
+
+
+class _Group(NamedTuple):
+    """Wanted members of one key that follow each other. cut: the tar broke here, more may have belonged to it."""
+
+    key: str
+    members: dict[str, bytes]
+    cut: bool
+
+
+def _groups(members: Iterator[Member], wanted: frozenset[str]) -> Iterator[_Group]:
+    """Group members by key; a wanted extension that comes again begins a second sample of the same key."""
+    key: str | None = None
+    found: dict[str, bytes] = {}
+    try:
+        for name, data in members:
+            base, suffix = (None, None) if _META.match(name) else base_plus_ext(name)
+            if base is None or suffix is None:
+                continue
+            extension = suffix.lower()
+            if key is not None and (base != key or extension in found):
+                yield _Group(key, found, cut=False)
+                found = {}
+            key = base
+            if data is not None:
+                found[extension] = data
+    except TarBreak:
+        if key is not None:
+            yield _Group(key, found, cut=True)
+        raise
+    if key is not None:
+        yield _Group(key, found, cut=False)
+
+
+def _accounted(
+    groups: Iterator[_Group], entry: ShardEntry, wanted: frozenset[str], place: str
+) -> Iterator[RawSample | Lost]:
+    """Give every group one of the promised places; the places that are left over go to what ended the shard."""
+    num_found, num_useless, seen = 0, 0, set[str]()
+    broken: TarBreak | None = None
+    try:
+        for key, members, cut in groups:
+            lacking = sorted(wanted - members.keys())
+            if wanted and not members:
+                num_useless += 1  # a sample without anything of use, or no sample at all: the count will tell
+                continue
+            if lacking and cut:
+                continue  # lost with all that follows
+            if num_found == entry.num_samples:
+                yield Lost(
+                    0, "sample_count", f"shard {place} holds more samples, {key} for one, than {_promise(entry)}"
+                )
+                return
+            num_found += 1
+            if key in seen:
+                yield Lost(1, "duplicate_key", f"{key} in shard {entry.file} occurs twice; rebuild the set")
+            elif lacking:
+                yield Lost(
+                    1, "member_missing", f"{key} in shard {entry.file} has no .{lacking[0]} member; rebuild the set"
+                )
+            else:
+                seen.add(key)
+                yield RawSample(key, entry.file, members)
+    except TarBreak as found:
+        broken = found
+    left = entry.num_samples - num_found
+    if not left:
+        return
+    if broken is not None:
+        lost = f"so that {left} of {entry.num_samples} samples are lost"
+        yield Lost(
+            left, broken.cause, f"shard {place} {broken}, {lost}; restore it or rebuild the set with --force true"
         )
-        samples = iter(group_by_keys(files))
-        while True:
-            try:
-                grouped = next(samples, None)
-            except (tarfile.TarError, ValueError) as error:
-                raise UserError(f"shard {path} is no tar of samples ({error.args[0]}); rebuild the set") from error
-            if grouped is None:
-                break
-            num_samples += 1
-            members = {name: value for name, value in grouped.items() if name in wanted}
-            yield RawSample(grouped["__key__"], shard.file, members)
-    if num_samples != shard.num_samples:
-        raise UserError(
-            f"shard {path} holds {num_samples} samples, its manifest says {shard.num_samples}; "
-            "rebuild the set with --force true"
+        return
+    useless = min(left, num_useless)
+    if useless:
+        lacks = ", ".join(f".{extension}" for extension in sorted(wanted))
+        yield Lost(
+            useless, "member_missing", f"{useless} samples in shard {place} have no {lacks} member; rebuild the set"
         )
+    if left > useless:
+        yield Lost(left - useless, "sample_count", f"shard {place} holds {num_found} samples, {_promise(entry)}")
+
+
+def _promise(entry: ShardEntry) -> str:
+    return f"its manifest says {entry.num_samples}; rebuild the set with --force true"

@@ -5,6 +5,7 @@ and its hash stands in the manifest. Being byte-level, it can spell every text, 
 needed. Training takes no random decisions: the same captions give the same file.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> Tok
 
 
 def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
-    """Load a set's tokenizer.
+    """Load a set's tokenizer from the set's folder.
 
     Raises:
         UserError: if the file is missing, is not the one of the manifest, or is no tokenizer.
@@ -95,10 +96,23 @@ def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
     path = root / entry.file
     if not path.is_file():
         raise UserError(f"tokenizer {path} is missing; restore it or rebuild the set with --force true")
-    found = file_sha256(path)
+    return parse_tokenizer(path.read_bytes(), entry, str(path))
+
+
+def parse_tokenizer(data: bytes, entry: TokenizerEntry, place: str) -> CaptionTokenizer:
+    """Make a tokenizer of the bytes of its file, which came from `place`.
+
+    Raises:
+        UserError: if the bytes are not those of the manifest, or are no tokenizer.
+
+    """
+    found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise UserError(
-            f"tokenizer {path} is not the one its manifest names: sha256 {found[:12]}..., expected "
+            f"tokenizer {place} is not the one its manifest names: sha256 {found[:12]}..., expected "
             f"{entry.sha256[:12]}...; restore it or rebuild the set with --force true"
         )
-    return CaptionTokenizer(Tokenizer.from_file(str(path)))
+    try:
+        return CaptionTokenizer(Tokenizer.from_buffer(data))
+    except ValueError as error:
+        raise UserError(f"tokenizer {place} is no file of the tokenizers library ({error}); rebuild the set") from None

@@ -10,7 +10,8 @@ from lightning_moevlm.shards.collate import Collate
 from lightning_moevlm.shards.loader import ShardLoader
 from lightning_moevlm.shards.manifest import ShardEntry, Split, read_manifest
 from lightning_moevlm.shards.reader import Rank, ShardReader
-from lightning_moevlm.shards.source import read_shard, refuse_remote
+from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard, refuse_remote
+from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import load_tokenizer
 
 ALONE = Rank(0, 1)
@@ -27,7 +28,7 @@ def _reader(
 ) -> ShardReader:
     manifest = read_manifest(root)
     collate = Collate(manifest.members, load_tokenizer(root, manifest.tokenizer), 32, 24)
-    return ShardReader(root, manifest, split, collate, batch_size, rank, shuffle_buffer, seed)
+    return ShardReader(ShardStorage(str(root)), manifest, split, collate, batch_size, rank, shuffle_buffer, seed)
 
 
 def _keys(loader: ShardLoader) -> Keys:
@@ -35,7 +36,11 @@ def _keys(loader: ShardLoader) -> Keys:
 
 
 def _stored(root: Path, split: Split) -> list[str]:
-    return [s.key for shard in read_manifest(root).splits[split] for s in read_shard(root, shard, frozenset({"txt"}))]
+    return [s.key for shard in read_manifest(root).splits[split] for s in _samples(root, shard)]
+
+
+def _samples(root: Path, shard: ShardEntry) -> list[RawSample]:
+    return list(all_or_error(read_shard(ShardStorage(str(root)), shard, frozenset({"txt"}))))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -186,7 +191,7 @@ def test_a_manifest_that_miscounts_is_found_at_the_end_of_the_shard(scenes_root:
     entry = read_manifest(scenes_root).splits["train"][0]
     wrong = ShardEntry(entry.file, entry.num_samples + 1, entry.num_bytes, entry.sha256)
     with pytest.raises(UserError, match=f"holds {entry.num_samples} samples, its manifest says {wrong.num_samples}"):
-        list(read_shard(scenes_root, wrong, frozenset({"txt"})))
+        _samples(scenes_root, wrong)
 
 
 def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
@@ -195,8 +200,8 @@ def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(b"no tar at all" * 100)
     entry = ShardEntry("x.tar", 1, path.stat().st_size, file_sha256(path))
-    with pytest.raises(UserError, match="is no tar of samples"):
-        list(read_shard(tmp_path, entry, frozenset({"txt"})))
+    with pytest.raises(UserError, match="is no tar from byte 0 on, so that 1 of 1 samples are lost"):
+        _samples(tmp_path, entry)
 
 
 @pytest.mark.parametrize("root", ["pipe:touch PWNED", "s3://bucket/set", "https://x.org/set", "| cat"])
