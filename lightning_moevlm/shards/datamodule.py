@@ -16,14 +16,11 @@ from lightning_moevlm.shards.manifest import (
     MANIFEST_FILE,
     Manifest,
     Split,
-    check_shard,
     check_shard_size,
-    read_manifest,
 )
 from lightning_moevlm.shards.reader import Rank, ShardReader
-from lightning_moevlm.shards.source import refuse_remote
-from lightning_moevlm.shards.storage import ShardStorage
-from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
+from lightning_moevlm.shards.storage import CACHE_GIB, PROTOCOLS, ShardStorage
+from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 
 _HASHED_BEFOREHAND_BYTES = 256 * 2**20
 
@@ -32,7 +29,8 @@ class ShardDataModule(LightningDataModule):
     """Loaders over one set of shards.
 
     Args:
-        root: Folder of the set, as made by `moevlm data build`.
+        root: Folder of the set, as made by `moevlm data build`, or its address: http, https, s3, gs. Credentials and
+            endpoints of object stores come from the environment.
         batch_size: Samples per rank and step.
         image_size: Pixels per side that the model sees; other sizes are scaled.
         max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut.
@@ -40,6 +38,9 @@ class ShardDataModule(LightningDataModule):
         num_workers: Processes that read and decode; 0 reads in the training process.
         shuffle_buffer: Samples per worker from which the next training sample is chosen.
         seed: Of the order of training samples.
+        cache_dir: Where shards of a remote set are kept; null is `~/.cache/lightning-moevlm/shards`.
+        cache_gib: GiB to keep there, the least recently used shards go first; null is not bounded.
+        allowed_protocols: Protocols that `root` may have; another one that fsspec knows can be named here.
 
     """
 
@@ -53,6 +54,9 @@ class ShardDataModule(LightningDataModule):
         num_workers: int = 0,
         shuffle_buffer: int = 1000,
         seed: int = 0,
+        cache_dir: str | None = None,
+        cache_gib: float | None = CACHE_GIB,
+        allowed_protocols: tuple[str, ...] = PROTOCOLS,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -64,7 +68,7 @@ class ShardDataModule(LightningDataModule):
         ):
             if value < least:
                 raise UserError(f"data.{name} is {value}, but must be at least {least}")
-        self.root = refuse_remote(root)
+        self.storage = ShardStorage(root, cache_dir, cache_gib, tuple(allowed_protocols))
         self.batch_size = batch_size
         self.image_size = image_size
         self.max_text_len = max_text_len
@@ -83,13 +87,13 @@ class ShardDataModule(LightningDataModule):
             UserError: if there is no set, with the command that builds one; or if its manifest is broken.
 
         """
-        if not (self.root / MANIFEST_FILE).is_file():
-            recipe = "openmoji" if "openmoji" in self.root.name else "scenes"
+        folder = self.storage.folder
+        if folder is not None and not (folder / MANIFEST_FILE).is_file():
+            recipe = "openmoji" if "openmoji" in folder.name else "scenes"
             raise UserError(
-                f"there is no set of shards in {self.root}; build one with "
-                f"`moevlm data build {recipe} --out {self.root}`"
+                f"there is no set of shards in {folder}; build one with `moevlm data build {recipe} --out {folder}`"
             )
-        return read_manifest(self.root)
+        return self.storage.manifest()
 
     @property
     def manifest_digest(self) -> str:
@@ -107,23 +111,28 @@ class ShardDataModule(LightningDataModule):
         entry = self.manifest.tokenizer
         if entry.vocab_size > self.vocab_size:
             raise UserError(
-                f"the tokenizer of {self.root} has {entry.vocab_size} ids, "
+                f"the tokenizer of {self.storage} has {entry.vocab_size} ids, "
                 f"data.vocab_size is {self.vocab_size}; "
                 f"raise it to {entry.vocab_size} or more, or build the set with a smaller --vocab_size"
             )
-        return load_tokenizer(self.root, entry)
+        return self.storage.tokenizer(entry)
 
     def prepare_data(self) -> None:
         """Fail before anything is written if the set is not in order: manifest, tokenizer, every shard.
 
         Shards are hashed here when the whole set is small; those of a large set have their size checked here and are
-        hashed whenever one is opened.
+        hashed whenever one is opened. Those of a remote set are downloaded, and verified, when they are opened.
         """
         assert self.tokenizer.vocab_size <= self.vocab_size  # the property refuses, with the remedy
         shards = [shard for split in self.manifest.splits.values() for shard in split]
+        if self.storage.folder is None:
+            return
         small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
         for shard in shards:
-            (check_shard if small else check_shard_size)(self.root, shard)
+            if small:
+                self.storage.local_path(shard)
+            else:
+                check_shard_size(self.storage.folder, shard)
 
     def train_dataloader(self) -> ShardLoader:
         """Whole batches in a new order every epoch; in fixed order while overfitting a few batches."""
@@ -166,8 +175,9 @@ class ShardDataModule(LightningDataModule):
         rank = Rank(0, 1)
         if self.trainer is not None:
             rank = Rank(self.trainer.global_rank, self.trainer.world_size)
-        storage = ShardStorage(str(self.root))
-        return ShardReader(storage, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed)
+        return ShardReader(
+            self.storage, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed
+        )
 
     def _train_limit(self, num_batches: int) -> int | None:
         """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""

@@ -140,6 +140,8 @@ def _accounted(
                 yield RawSample(key, entry.file, members)
     except TarBreak as found:
         broken = found
+    except OSError as error:
+        broken = TarBreak("shard_unreachable", f"cannot be read on ({error})")
     left = entry.num_samples - num_found
     if not left:
         return
