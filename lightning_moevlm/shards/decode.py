@@ -57,7 +57,7 @@ def decode_image(
     if extension == "jpg":
         _decode_jpeg(data, size, max_pixels, row_RYX)
     else:
-        _fit(_decode_png(data, max_pixels), size, row_RYX)
+        fit(_decode_png(data, max_pixels), size, row_RYX)
     return row_RYX
 
 
@@ -86,6 +86,32 @@ def decode_caption(data: bytes) -> str:
     return data.decode("utf-8").strip()
 
 
+def jpeg_scaling(size: int) -> dict[str, int]:
+    """Return how simplejpeg is told to scale while it decodes: by a factor of at least 2, never below `size`.
+
+    A smaller factor, such as 8/7, is no shortcut: it takes twice as long as decoding the whole picture.
+    """
+    return {"min_height": size, "min_width": size, "min_factor": 2}
+
+
+def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor) -> None:
+    """Scale (H, W, 3) pixels until the shorter side has `size`, and write their middle into a row of `image_rows`."""
+    image_BRYX = torch.from_numpy(pixels_YXR).permute(2, 0, 1)[None]
+    height, width = pixels_YXR.shape[:2]
+    scale = size / min(height, width)
+    target = [max(size, round(height * scale)), max(size, round(width * scale))]
+    if target == [height, width]:
+        scaled_BRYX = image_BRYX
+    elif target == [size, size]:
+        # F.interpolate has no `out`, and a picture of its own would have to be copied
+        torch.ops.aten._upsample_bilinear2d_aa.out(image_BRYX, target, False, None, None, out=row_RYX[None])
+        return
+    else:
+        scaled_BRYX = F.interpolate(image_BRYX, size=target, mode="bilinear", antialias=True)
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    row_RYX.copy_(scaled_BRYX[0, :, top : top + size, left : left + size])
+
+
 def undecodable(key: str, shard: str, extension: str, error: ValueError) -> UserError:
     """Return the error to raise for a member that cannot be decoded."""
     return UserError(f"{key}.{extension} in shard {shard} cannot be decoded ({error}); rebuild the set without it")
@@ -94,13 +120,12 @@ def undecodable(key: str, shard: str, extension: str, error: ValueError) -> User
 def _decode_jpeg(data: bytes, size: int, max_pixels: int, row_RYX: Tensor) -> None:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(height, width, max_pixels)
-    # a factor below 2, such as 7/8, is no shortcut: it takes twice as long as decoding the whole and resizing it
-    least = {"min_height": size, "min_width": size, "min_factor": 2}
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data, **least)
+    scaling = jpeg_scaling(size)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, **scaling)
     if (height, width) == (size, size):
-        simplejpeg.decode_jpeg(data, "RGB", **least, buffer=row_RYX.permute(1, 2, 0).numpy())
+        simplejpeg.decode_jpeg(data, "RGB", **scaling, buffer=row_RYX.permute(1, 2, 0).numpy())
     else:
-        _fit(simplejpeg.decode_jpeg(data, "RGB", **least), size, row_RYX)
+        fit(simplejpeg.decode_jpeg(data, "RGB", **scaling), size, row_RYX)
 
 
 def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -124,21 +149,3 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {max_pixels}")
-
-
-def _fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor) -> None:
-    """Scale until the shorter side fits, and write the middle into the row."""
-    image_BRYX = torch.from_numpy(pixels_YXR).permute(2, 0, 1)[None]
-    height, width = pixels_YXR.shape[:2]
-    scale = size / min(height, width)
-    target = [max(size, round(height * scale)), max(size, round(width * scale))]
-    if target == [height, width]:
-        scaled_BRYX = image_BRYX
-    elif target == [size, size]:
-        # F.interpolate has no `out`, and a picture of its own would have to be copied
-        torch.ops.aten._upsample_bilinear2d_aa.out(image_BRYX, target, False, None, None, out=row_RYX[None])
-        return
-    else:
-        scaled_BRYX = F.interpolate(image_BRYX, size=target, mode="bilinear", antialias=True)
-    top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    row_RYX.copy_(scaled_BRYX[0, :, top : top + size, left : left + size])
