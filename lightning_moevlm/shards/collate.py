@@ -1,35 +1,56 @@
-"""From raw samples to one `Batch`: decode, tokenise, stack."""
+"""From raw samples to one `Batch`: decode each for itself, straight into the batch's memory; tokenise all together."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
 from lightning_moevlm.shards.decode import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
+    MAX_PIXELS,
+    ImageTooLargeError,
     decode_caption,
     decode_image,
-    undecodable,
+    image_rows,
 )
+from lightning_moevlm.shards.faults import Cause, SampleFault
 from lightning_moevlm.shards.source import RawSample
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
+
+
+class Decoded(NamedTuple):
+    """A decoded sample; what its set lacks is None. image_RYX: uint8, RGB. caption: without surrounding blanks."""
+
+    key: str
+    image_RYX: Tensor | None
+    caption: str | None
 
 
 class Collate:
     """Makes a batch of raw samples.
 
-    image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included.
+    image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included. max_pixels: that an encoded
+    picture may have.
     """
 
-    def __init__(self, members: Sequence[str], tokenizer: CaptionTokenizer, image_size: int, max_text_len: int) -> None:
+    def __init__(
+        self,
+        members: Sequence[str],
+        tokenizer: CaptionTokenizer,
+        image_size: int,
+        max_text_len: int,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._has_captions = CAPTION_EXTENSION in members
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._max_text_len = max_text_len
+        self._max_pixels = max_pixels
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -38,37 +59,70 @@ class Collate:
         return frozenset(captions if self._image_extension is None else (self._image_extension, *captions))
 
     def __call__(self, samples: Sequence[RawSample]) -> Batch:
-        """Decode and stack; the modality that the set lacks is None.
+        """Decode and put together; the modality that the set lacks is None.
 
         Raises:
             UserError: if a sample lacks a member or cannot be decoded.
 
         """
-        images_BRYX = None
+        images_BRYX = self.image_rows(len(samples))
+        rows: Sequence[Tensor | None] = [None] * len(samples) if images_BRYX is None else images_BRYX.unbind()
+        try:
+            decoded = [self.decode(sample, row) for sample, row in zip(samples, rows, strict=True)]
+        except SampleFault as fault:
+            raise UserError(str(fault)) from fault
+        return self.batch(decoded, images_BRYX)
+
+    def image_rows(self, num_samples: int) -> Tensor | None:
+        """Return room for the pictures of a batch, (B, 3, S, S) uint8, or None if the set has none.
+
+        In a loader's worker it is shared memory: the batch is handed on without being copied.
+        """
+        if self._image_extension is None:
+            return None
+        return image_rows(num_samples, self._image_size, shared=get_worker_info() is not None)
+
+    def decode(self, sample: RawSample, into: Tensor | None = None) -> Decoded:
+        """Decode one sample. into: a row of `image_rows` for its picture; after a fault it may be used again.
+
+        Raises:
+            SampleFault: if a member is missing, a picture is none or too large, or a text is not UTF-8.
+
+        """
+        image_RYX, caption = None, None
         if self._image_extension is not None:
-            images_BRYX = torch.stack([self._image(sample, self._image_extension) for sample in samples])
+            image_RYX = self._image(sample, self._image_extension, into)
+        if self._has_captions:
+            try:
+                caption = decode_caption(_member(sample, CAPTION_EXTENSION))
+            except UnicodeDecodeError as error:
+                raise _fault("text_not_utf8", sample, CAPTION_EXTENSION, error) from error
+        return Decoded(sample.key, image_RYX, caption)
+
+    def batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
+        """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
         text_BL, text_mask_BL = None, None
         if self._has_captions:
-            captions = [self._caption(sample) for sample in samples]
+            captions = [each.caption or "" for each in decoded]
             text_BL, text_mask_BL = self._tokenizer.encode(captions, self._max_text_len)
-        return Batch(images_BRYX, text_BL, text_mask_BL, tuple(sample.key for sample in samples))
+        return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded))
 
-    def _image(self, sample: RawSample, extension: str) -> Tensor:
-        data = _member(sample, extension)
+    def _image(self, sample: RawSample, extension: str, into: Tensor | None) -> Tensor:
         try:
-            return decode_image(data, extension, self._image_size)
+            return decode_image(_member(sample, extension), extension, self._image_size, self._max_pixels, into)
+        except ImageTooLargeError as error:
+            raise _fault("image_too_large", sample, extension, error) from error
         except ValueError as error:
-            raise undecodable(sample.key, sample.shard, extension, error) from error
-
-    def _caption(self, sample: RawSample) -> str:
-        data = _member(sample, CAPTION_EXTENSION)
-        try:
-            return decode_caption(data)
-        except ValueError as error:
-            raise undecodable(sample.key, sample.shard, CAPTION_EXTENSION, error) from error
+            raise _fault("image_undecodable", sample, extension, error) from error
 
 
 def _member(sample: RawSample, extension: str) -> bytes:
     if extension not in sample.members:
-        raise UserError(f"{sample.key} in shard {sample.shard} has no .{extension} member; rebuild the set")
+        message = f"{sample.key} in shard {sample.shard} has no .{extension} member; rebuild the set"
+        raise SampleFault("member_missing", message)
     return sample.members[extension]
+
+
+def _fault(cause: Cause, sample: RawSample, extension: str, error: ValueError) -> SampleFault:
+    where = f"{sample.key}.{extension} in shard {sample.shard}"
+    return SampleFault(cause, f"{where} cannot be decoded ({error}); rebuild the set without it")

@@ -1,39 +1,79 @@
 """From encoded bytes to pixels: JPEG by simplejpeg, PNG by Pillow, nothing else.
 
-Pixels stay uint8 (a quarter of the memory and of the transfer); whoever computes with them scales them.
+Pixels stay uint8 (a quarter of the memory and of the transfer); whoever computes with them scales them. In memory they
+lie by row, column, channel, as decoders write them and as torch's antialiased resize of bytes is fastest; shapes are
+(3, R, X) all the same. The header is read before anything is decoded: a picture of absurd size costs nothing.
 """
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "png")
 CAPTION_EXTENSION = "txt"
+MAX_PIXELS = 2**26
+"""67 million, 192 MiB decoded: more than cameras have, less than a bomb."""
+
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+"""What Pillow raises on broken files; OSError includes UnidentifiedImageError."""
 
 
-def decode_image(data: bytes, extension: str, size: int) -> Tensor:
+class ImageTooLargeError(ValueError):
+    """A picture whose header promises more pixels than allowed."""
+
+
+def decode_image(
+    data: bytes, extension: str, size: int, max_pixels: int = MAX_PIXELS, into: Tensor | None = None
+) -> Tensor:
     """Decode to uint8 RGB of shape (3, size, size); transparent pixels are laid on white.
 
-    A picture of another size is scaled (antialiased) until its shorter side fits and cut to its middle.
+    A picture of another size is scaled (antialiased, bilinear) until its shorter side fits and cut to its middle. A
+    JPEG at least twice as large is scaled while it is decoded, as far as possible but never below the wanted size.
+
+    Args:
+        data: the encoded picture.
+        extension: "jpg" or "png"; another format than it names is no picture.
+        size: pixels per side.
+        max_pixels: pixels that the encoded picture may have.
+        into: a row of `image_rows`; decoding straight into it saves a copy. It is what is returned.
 
     Raises:
+        ImageTooLargeError: if the picture has more than `max_pixels`; nothing was decoded.
         ValueError: if the bytes are no such image.
 
     """
+    row_RYX = image_rows(1, size)[0] if into is None else into
     if extension == "jpg":
-        # the decoder may skip work by scaling while it decodes, but never below the wanted size
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
+        _decode_jpeg(data, size, max_pixels, row_RYX)
     else:
-        pixels = _decode_png(data)
-    image_RYX = torch.from_numpy(pixels).permute(2, 0, 1)
-    return image_RYX if image_RYX.shape[1:] == (size, size) else _fit(image_RYX, size)
+        fit(_decode_png(data, max_pixels), size, row_RYX)
+    return row_RYX
+
+
+def image_rows(num_images: int, size: int, shared: bool = False) -> Tensor:
+    """Return room for pictures: (B, 3, size, size), uint8, each picture contiguous by row, column, channel.
+
+    shared: in shared memory, so that a loader's worker hands the batch on without copying it.
+    """
+    num_bytes = num_images * size * size * 3
+    if shared:
+        # as torch's own collate function does in a worker
+        storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    else:
+        flat = torch.empty(num_bytes, dtype=torch.uint8)
+    return flat.view(num_images, size, size, 3).permute(0, 3, 1, 2)
 
 
 def decode_caption(data: bytes) -> str:
@@ -46,25 +86,66 @@ def decode_caption(data: bytes) -> str:
     return data.decode("utf-8").strip()
 
 
-def _decode_png(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            rgba = image.convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(str(error)) from error
-    ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(ground, rgba).convert("RGB"))
+def jpeg_scaling(size: int) -> dict[str, int]:
+    """Return how simplejpeg is told to scale while it decodes: by a factor of at least 2, never below `size`.
+
+    A smaller factor, such as 8/7, is no shortcut: it takes twice as long as decoding the whole picture.
+    """
+    return {"min_height": size, "min_width": size, "min_factor": 2}
 
 
-def _fit(image_RYX: Tensor, size: int) -> Tensor:
-    height, width = image_RYX.shape[1:]
+def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor) -> None:
+    """Scale (H, W, 3) pixels until the shorter side has `size`, and write their middle into a row of `image_rows`."""
+    image_BRYX = torch.from_numpy(pixels_YXR).permute(2, 0, 1)[None]
+    height, width = pixels_YXR.shape[:2]
     scale = size / min(height, width)
-    target = (max(size, round(height * scale)), max(size, round(width * scale)))
-    scaled = F.interpolate(image_RYX[None].contiguous(), size=target, mode="bilinear", antialias=True)[0]
+    target = [max(size, round(height * scale)), max(size, round(width * scale))]
+    if target == [height, width]:
+        scaled_BRYX = image_BRYX
+    elif target == [size, size]:
+        # F.interpolate has no `out`, and a picture of its own would have to be copied
+        torch.ops.aten._upsample_bilinear2d_aa.out(image_BRYX, target, False, None, None, out=row_RYX[None])
+        return
+    else:
+        scaled_BRYX = F.interpolate(image_BRYX, size=target, mode="bilinear", antialias=True)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    return scaled[:, top : top + size, left : left + size]
+    row_RYX.copy_(scaled_BRYX[0, :, top : top + size, left : left + size])
 
 
 def undecodable(key: str, shard: str, extension: str, error: ValueError) -> UserError:
     """Return the error to raise for a member that cannot be decoded."""
     return UserError(f"{key}.{extension} in shard {shard} cannot be decoded ({error}); rebuild the set without it")
+
+
+def _decode_jpeg(data: bytes, size: int, max_pixels: int, row_RYX: Tensor) -> None:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(height, width, max_pixels)
+    scaling = jpeg_scaling(size)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, **scaling)
+    if (height, width) == (size, size):
+        simplejpeg.decode_jpeg(data, "RGB", **scaling, buffer=row_RYX.permute(1, 2, 0).numpy())
+    else:
+        fit(simplejpeg.decode_jpeg(data, "RGB", **scaling), size, row_RYX)
+
+
+def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    if data[:8] != _PNG_START or data[12:16] != b"IHDR" or len(data) < 24:
+        raise ValueError("it does not begin as a PNG file does")
+    width, height = struct.unpack(">II", data[16:24])
+    _check_pixels(height, width, max_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.mode == "RGB" and "transparency" not in image.info:
+                return np.array(image)
+            rgba = image.convert("RGBA")
+    except Image.DecompressionBombError as error:  # Pillow's own limit, should ours be set above it
+        raise ImageTooLargeError(str(error)) from error
+    except _PNG_ERRORS as error:
+        raise ValueError(str(error)) from error
+    ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return np.array(Image.alpha_composite(ground, rgba).convert("RGB"))
+
+
+def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {max_pixels}")
