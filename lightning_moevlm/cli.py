@@ -62,8 +62,11 @@ def _dispatch(arguments: list[str]) -> int:
         finally:
             gc.enable()
         return 0
-    from lightning_moevlm.commands import run_command
+    from lightning_moevlm.commands import COMMANDS, run_command
+    from lightning_moevlm.parse_errors import no_command
 
+    if arguments[0] not in COMMANDS:
+        raise UserError(no_command(arguments[0], (*_TRAINING, *COMMANDS)))
     return run_command(arguments)
 
 

@@ -41,7 +41,8 @@ from lightning_moevlm.training import VisionLanguageModule
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning's own
-_PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False}
+_PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+_INCOMPLETE = "the following arguments are required"
 _NOISE = ("💡", "litlogger", "TPU available", "was configured so")
 _DEFAULTS: dict[str, object] = {
     "trainer.logger": {"class_path": "lightning_moevlm.tracking.RunLogger"},
@@ -93,12 +94,13 @@ class CommandLine(LightningCLI):
         parser.set_defaults(_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; for an unknown option, name the nearest."""
+        """Parse; tell a mistake with what the option allows."""
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            options = self._parser(self._asked)._option_string_actions
-            raise UserError(told_from_the_mistake(str(error), options)) from error
+            told = told_from_the_mistake(str(error), _types(self._parser(self._asked)))
+            advice = "; name a configuration, e.g. -c conf/quickstart.yaml" if told.startswith(_INCOMPLETE) else ""
+            raise UserError(told + advice) from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
@@ -167,7 +169,7 @@ class ConfigResolver:
 
     def __call__(self, config_files: Sequence[Path], overrides: Mapping[str, object]) -> dict[str, object]:
         """Resolve one configuration."""
-        with TemporaryDirectory() as folder, _teaching_errors():
+        with TemporaryDirectory() as folder, _teaching_errors(self._parser):
             last = Path(folder) / "overrides.yaml"
             last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
             files = [shipped_config(path) for path in config_files]
@@ -277,13 +279,19 @@ def _with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
     return result
 
 
+def _types(parser: LightningArgumentParser) -> dict[str, object]:
+    """Return the annotation of every option by its whole key."""
+    actions = [action for action in parser._actions if action.dest and not action.dest.endswith(".help")]
+    return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
+
+
 @contextmanager
-def _teaching_errors() -> Iterator[None]:
+def _teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]:
     """Turn what parsers and Lightning raise for a user's mistake into one line."""
     try:
         yield
     except ArgumentError as error:
-        raise UserError(told_from_the_mistake(str(error))) from error
+        raise UserError(told_from_the_mistake(str(error), _types(parser) if parser else None)) from error
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
     except yaml.YAMLError as error:

@@ -134,6 +134,13 @@ def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None
     assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
 
 
+def test_describing_qk_clip_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_moevlm.cli import main
+
+    assert main(["describe", "QKClip"]) == 0
+    assert "stabilisers.qk_norm: false" in capsys.readouterr().out
+
+
 def test_light_commands_do_not_wait_for_lightning() -> None:
     probe = (
         "import sys; import lightning_moevlm.cli, lightning_moevlm.commands; "

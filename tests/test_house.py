@@ -33,7 +33,10 @@ def test_metric_keys_are_declared_once() -> None:
 
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    wanted = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
     pinned = {
         line.split("==")[0].lower().replace("_", "-")
         for line in (PROJECT / "constraints.txt").read_text("utf-8").splitlines()

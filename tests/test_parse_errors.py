@@ -1,49 +1,146 @@
-"""The parser's nested complaints, as jsonargparse 4.53 words them, and the one line that is made of them."""
+"""The parser's nested complaints, and the one line that is made of them: real parsers, real mistakes."""
+
+from pathlib import Path
 
 import pytest
 
+from lightning_moevlm.commands import run_command
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.lightning_cli import ConfigResolver
 from lightning_moevlm.parse_errors import told_from_the_mistake
+from tests.conftest import PROJECT
 
-INSIDE = (
-    "Parser key \"model.backbone\": Problem with given class_path 'lightning_moevlm.models.VLMoE':\n"
-    '  Parser key "moe":\n'
-    "    Type collections.abc.Callable[[int], lightning_moevlm.layers.moe.MoEFFN] expects a function or a callable "
-    "class: "
-)
-BEHIND = ". Got value: Namespace(class_path='lightning_moevlm.layers.MoEFFN', init_args=Namespace(router='NoRouter'))"
+WEIGHT = "model.losses.load_balance.weight"
+RAMP = "a Ramp {start, stop, num_steps, begin, shape}"
+ROUTER = "model.backbone.init_args.moe.init_args.router"
+
+
+@pytest.fixture(scope="module")
+def resolver() -> ConfigResolver:
+    return ConfigResolver()
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("key", "value", "told"),
     [
         (
-            INSIDE + 'Parser key "router":\n  - Expected a path but NoRouter either not accessible or invalid\n'
-            "  - Expected a dot import path string: NoRouter" + BEHIND,
-            "model.backbone.moe.router: there is no class NoRouter; `moevlm list` shows what can be named, or give its "
-            "class_path",
+            WEIGHT,
+            {"strat": 0, "num_steps": 10},
+            f"{WEIGHT}: neither Ramp nor ByOverflow takes 'strat'; did you mean start? give a number, {RAMP} or a "
+            "ByOverflow {drop_rate, start, factor}",
+        ),
+        (WEIGHT, "abc", f"{WEIGHT}: abc is no such value; give a number, {RAMP} or a ByOverflow"),
+        (WEIGHT, {"start": 0, "num_steps": 10}, f"{WEIGHT}: Ramp needs stop too"),
+        (
+            WEIGHT,
+            {"start": 0, "stop": 1, "num_steps": 10, "shape": "lineer"},
+            f"{WEIGHT}.shape: lineer is no such value; did you mean linear? give linear, cosine or sqrt",
         ),
         (
-            INSIDE + 'Parser key "router": Type collections.abc.Callable[[int, int], Router] expects a function or a '
-            "callable class: Option 'top_kk' is not accepted. Got value: "
-            "Namespace(class_path='lightning_moevlm.routers.TopKRouter', init_args=Namespace(top_kk='1'))" + BEHIND,
-            "model.backbone.moe.router: TopKRouter takes no 'top_kk'; `moevlm describe TopKRouter` lists its options",
+            "model.losses.load_balance",
+            0.1,
+            "model.losses.load_balance: 0.1 is no such value; give a LoadBalance {weight, scope, per_modality} or null",
         ),
         (
-            "Parser key \"model.backbone\": Problem with given class_path 'lightning_moevlm.models.VLMoE': "
-            "Option 'dimm' is not accepted",
-            "model.backbone: VLMoE takes no 'dimm'; `moevlm describe VLMoE` lists its options",
+            "model.losses.load_balance.wieght",
+            0.1,
+            "model.losses.load_balance: LoadBalance takes no 'wieght'; did you mean weight? it takes weight, scope or",
         ),
+        ("model.precision.router", "bfloat", "model.precision.router: bfloat is no such value; did you mean bfloat16?"),
+        ("model.gradient.clip_norm", "abc", "model.gradient.clip_norm: abc is no such value; give a number or null"),
+        ("data.batch_size", "many", "data.batch_size: many is no such value; give a whole number"),
         (
-            "Parser key \"model.backbone\": Problem with given class_path 'lightning_moevlm.models.VLMoE': "
-            "Parser key \"dim\": Expected a <class 'int'>. Got value: wide",
-            "model.backbone.dim: Expected a <class 'int'>. Got value: wide",
+            "model.backbone.class_path",
+            "VLMOE",
+            "model.backbone: there is no class VLMOE; did you mean VLMoE? choose LIM",
         ),
+        ("model.optimizer.class_path", "MuonAdam", "there is no class MuonAdam; did you mean MuonAdamW? choose Lion, "),
+        ("model.optimizer.class_path", "Adam_W", "there is no class Adam_W; did you mean AdamW? choose Lion, "),
+        ("model.schedule.class_path", "Cosine", "there is no class Cosine; did you mean WarmupCosine? choose Warmup"),
+        (f"{ROUTER}.class_path", "TopK", "model.backbone.moe.router: there is no class TopK; did you mean TopKRouter?"),
         (
-            "unrecognized arguments: --trainer.max_stepz 3",
-            "unrecognized arguments: --trainer.max_stepz 3; did you mean --trainer.max_steps? --help lists the options",
+            f"{ROUTER}.init_args.topk",
+            2,
+            "model.backbone.moe.router: TopKRouter takes no 'topk'; did you mean top_k? it takes dim, num_experts, ",
         ),
-        ("Subcommand 'fit' does not\n accept it", "Subcommand 'fit' does not accept it"),
+        (f"{ROUTER}.init_args.gate.jiter", 1, "moe.router.gate: Gate takes no 'jiter'; did you mean jitter? it takes"),
+        (
+            "model.backbone.init_args.stabilisers.qknorm",
+            False,
+            "model.backbone.stabilisers: ModelStabilisers takes no 'qknorm'; did you mean qk_norm? `moevlm describe "
+            "ModelStabilisers` lists its options",
+        ),
+        ("trainer.max_step", 3, "no option trainer.max_step; did you mean --trainer.max_steps? --help lists"),
+        ("model.losses.load_balnce.weight", 1, "did you mean --model.losses.load_balance?"),
+        ("modle.seed", 1, "did you mean --model?"),
     ],
 )
-def test_mistakes_are_told_from_their_place(message: str, told: str) -> None:
-    assert told_from_the_mistake(message, ["--trainer.max_steps", "--model.seed"]) == told
+def test_mistakes_in_a_file_are_told_from_their_place(
+    key: str, value: object, told: str, resolver: ConfigResolver
+) -> None:
+    overrides: object = value
+    for part in reversed(key.split(".")):
+        overrides = {part: overrides}
+    assert isinstance(overrides, dict)
+    with pytest.raises(UserError) as caught:
+        resolver([PROJECT / "conf/quickstart.yaml"], overrides)
+    assert told in str(caught.value)
+    assert "Union" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        (WEIGHT, "{strat: 0, num_steps: 10}", "neither Ramp nor ByOverflow takes 'strat'; did you mean start?"),
+        (f"{WEIGHT}.strat", "1", "neither Ramp nor ByOverflow takes 'strat'"),
+        (ROUTER, "TopK", "there is no class TopK; did you mean TopKRouter?"),
+        (f"{ROUTER}.gate.jiter", "1", "moe.router.gate: Gate takes no 'jiter'; did you mean jitter?"),
+        ("model.backbone.init_args.stabilisers.qknorm", "false", "takes no 'qknorm'; did you mean qk_norm?"),
+        ("trainer.max_step", "3", "unrecognized arguments: --trainer.max_step 3; did you mean --trainer.max_steps?"),
+        ("model.losses.load_balnce.weight", "1", "did you mean --model.losses.load_balance?"),
+        ("trainer.callbacks", "[{class_path: Telemetri}]", "there is no class Telemetri; did you mean Telemetry?"),
+    ],
+)
+def test_mistakes_in_options_are_told_from_their_place(
+    option: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_moevlm import lightning_cli
+
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("sys.argv", ["moevlm"])  # `run` puts its words there
+    with pytest.raises(UserError) as caught:
+        lightning_cli.run(["fit", "-c", "conf/quickstart.yaml", f"--{option}", value])
+    assert told in str(caught.value)
+    assert "Union" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["list", "routres"], "kind: routres is no such value; did you mean routers? give backbones, layers, routers"),
+        (["list", "foo"], "kind: foo is no such value; give backbones, layers, routers, "),
+        (["sweep", "run", "x.yaml", "--job", "2"], "unrecognized arguments: --job 2; did you mean --jobs?"),
+        (["bench", "layer", "--round", "1"], "did you mean --rounds?"),
+        (["data", "build", "scenes", "--num-sample", "3"], "did you mean --num_samples?"),
+        (["data", "build", "scenes", "--image-format", "gif"], "gif is no such value; give jpg or png"),
+        (["sweep", "run", "x.yaml", "--jobs", "2x"], "jobs: 2x is no such value; give a whole number or null"),
+        (["sweep", "rum"], "there is no command rum; did you mean run? choose plan, run, status, report"),
+    ],
+)
+def test_mistakes_in_commands_are_told_with_what_is_allowed(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run_command(words)
+    assert told in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_of_other_forms_pass_as_one_line() -> None:
+    assert told_from_the_mistake("Subcommand 'fit' does not\n accept it") == "Subcommand 'fit' does not accept it"
+
+
+def test_a_class_that_is_not_imported_is_told_by_the_text_alone() -> None:
+    message = "Parser key \"a\": Problem with given class_path 'nowhere.Part': Option 'size' is not accepted"
+    assert told_from_the_mistake(message) == "a: Option 'size' is not accepted"

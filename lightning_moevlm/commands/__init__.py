@@ -1,7 +1,7 @@
 """Commands that are no training: typed functions whose signature is the options and whose docstring is the help."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, auto_cli
 
@@ -28,10 +28,20 @@ def run_command(arguments: Sequence[str]) -> int:
     if words[0] == "list" and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, "--kind")  # an option in its signature, but `moevlm list routers` is what people type
     try:
-        result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False)
+        result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:
-        raise UserError(told_from_the_mistake(str(error))) from error
+        raise UserError(told_from_the_mistake(str(error), _types(words))) from error
     return result if isinstance(result, int) else 0
+
+
+def _types(words: Sequence[str]) -> dict[str, object]:
+    """Return the annotation of every option of the command that the words begin with."""
+    command: Any = COMMANDS
+    for word in words:
+        if not isinstance(command, dict) or word not in command:
+            break
+        command = command[word]
+    return {} if isinstance(command, dict) else get_type_hints(command)
 
 
 def _underscored(argument: str) -> str:

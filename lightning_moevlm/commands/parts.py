@@ -52,21 +52,19 @@ def describe(name: str, json: str | None = None) -> None:
         name: class name as in `moevlm list`, or its full path.
         json: write the options to this file as JSON; - is standard output.
     """
-    from difflib import get_close_matches
-
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from lightning_moevlm.commands.output import show
     from lightning_moevlm.errors import UserError
+    from lightning_moevlm.signatures import nearest
 
     known = {part.__name__: part for parts in _parts().values() for part in parts}
     part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
     if part is None:
-        by_lower = {each.lower(): each for each in known}
-        near = get_close_matches(name.lower(), by_lower, n=1)
-        hint = f"did you mean {by_lower[near[0]]}?" if near else "moevlm list shows what there is"
+        near = nearest(name, list(known))
+        hint = f"did you mean {near}?" if near else "moevlm list shows what there is"
         raise UserError(f"no part is called {name}: {hint}")
     rows = [
         {

@@ -31,7 +31,7 @@ class ModelStabilisers:
     """Switches of the trunk. All but `qk_norm` start off; an arm sets one and leaves the others alone.
 
     Args:
-        qk_norm: RMS-normalise queries and keys per head before their product.
+        qk_norm: RMS-normalise queries and keys per head before their product. The action `QKClip` needs it off.
         logit_cap: attention logits become cap * tanh(logits / cap); 50 in Gemma 2. Leaves the fused attention kernel,
             see attention.py for the cost; null is off.
         sub_norm: a norm inside each branch: before attention's output projection, and on the hidden units of every

@@ -7,7 +7,7 @@ is 1 under perfect balance, but 1 is no minimum of the expression as a plain fun
 
 Scope is what f and P are taken over:
 
-    sequence      both over each sequence alone (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20)
+    sequence      both over each sequence alone (DeepSeek-V3, arXiv 2412.19437, sequence-wise auxiliary loss)
     micro_batch   both over the tokens of one forward pass on one device
     global        f over all ranks, forward passes and micro-batches of the optimiser step so far, P as above
                   (arXiv 2501.11873): the larger the balance batch, the freer single batches are to specialise

@@ -2,7 +2,7 @@
 
     loss = mean over masked positions of (logsumexp over classes of the output logits)^2,   averaged over heads
 
-PaLM (arXiv 2204.02311, section 5, weight 1e-4); Chameleon (arXiv 2405.09818, section 2.3, weight 1e-5). It is of
+PaLM (arXiv 2204.02311, training setup, weight 1e-4); Chameleon (arXiv 2405.09818, stability, weight 1e-5). It is of
 heads that predict classes; a head that predicts pixels has no softmax.
 """
 

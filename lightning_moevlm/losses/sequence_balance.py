@@ -1,4 +1,4 @@
-"""Sequence-wise balance of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): no single sequence leans on few experts.
+"""Sequence-wise auxiliary loss of DeepSeek-V3 (arXiv 2412.19437): no single sequence leans on few experts.
 
     loss = mean over sequences of  E * sum_e f_e P_e        f, P over the tokens of that sequence
 

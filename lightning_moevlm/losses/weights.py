@@ -7,7 +7,7 @@ step.
                      weight /= factor          where fewer are
 
 The first is the adaptive balance loss of axlearn (`AdaptiveLoadBalanceLoss`, factor e^0.01; there on a moving
-average and per layer), the second steers ReLU routing (ReMoE, arXiv 2412.14711, section 3.3: factor 1.2, from 1e-8).
+average and per layer), the second steers ReLU routing (ReMoE, arXiv 2412.14711: factor 1.2, from 1e-8).
 Rates are pooled over all layers, so that a loss has one weight. A weight is an fp32 number on the device; nothing
 waits for it.
 """

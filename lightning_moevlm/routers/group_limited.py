@@ -3,7 +3,7 @@
     p = softmax(logits),   group score = sum of the top-2 p in it (or the largest),   top-k among the best groups
 
 Device-limited routing of DeepSeek-V2 (arXiv 2405.04434, section 2.2.2, largest) and node-limited routing of DeepSeek-V3
-(arXiv 2412.19437, section 2.1.2, sum of the top k / groups): with a group per device it bounds communication.
+(arXiv 2412.19437, sum of the top k / groups): with a group per device it bounds communication.
 """
 
 import torch

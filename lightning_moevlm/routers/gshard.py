@@ -3,7 +3,7 @@
     g1, g2 = the two largest probabilities, renormalised to sum 1
     the second expert is used with probability min(1, g2 / threshold)
 
-GShard (arXiv 2006.16668, section 2.2, "random routing") uses threshold 0.5, that is 2 g2; ST-MoE (arXiv 2202.08906)
+GShard (arXiv 2006.16668, "random routing") uses threshold 0.5, that is 2 g2; ST-MoE (arXiv 2202.08906)
 uses 0.2. Evaluation uses both experts.
 """
 

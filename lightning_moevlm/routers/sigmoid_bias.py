@@ -3,7 +3,7 @@
     s = sigmoid(x W^T),   experts = top-k(s + b),   weight_e = s_e (divided by the sum of the chosen s)
     after each optimiser step:  b += u * sign(mean load - load)      or  b += u * (mean load - load) / mean load
 
-Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-V3 (arXiv 2412.19437).
 The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
 step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0. With a bias
 per modality, each modality's load is evened out on its own, as LIMoE's losses do (arXiv 2206.02770, section 2.2).
