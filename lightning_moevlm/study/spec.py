@@ -12,7 +12,8 @@
     primary: {metric: val/task_loss, direction: lower}
     also: [val/accuracy_text]
     diverged: {metric: val/task_loss, times_untrained: 1.0}   # non-finite always counts as diverged
-    decide: {alpha: 0.05}
+    decide: {alpha: 0.05, test: t, correction: none, within: null}
+    guard: [{metric: drop_rate/block1/text, at_most: 0.05}]   # may not get worse by more than this
 
 What a study owns (seed, budget, logger, output folder) is refused inside an arm: arms differ in the question only.
 """
@@ -20,12 +21,14 @@ What a study owns (seed, budget, logger, output folder) is refused inside an arm
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.located import Located, nearest, read
 
 Direction = Literal["lower", "higher"]
+Test = Literal["t", "wilcoxon", "sign"]
+Correction = Literal["none", "holm"]
 
 # Key -> the field of the study file that sets it.
 _OWNED: dict[str, str] = {
@@ -86,9 +89,26 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a verdict is reached. alpha: two-sided error rate of one comparison; intervals cover 1 - alpha."""
+    """How a verdict is reached.
 
-    alpha: float
+    alpha: two-sided error rate, of one comparison or, corrected, of all of them; intervals cover 1 - alpha. test: which
+    paired test's p is told and corrected. correction: over all comparisons of the study. within: an arm whose whole
+    interval lies inside +- this, in the primary metric's unit, makes no difference that matters; null asks for none.
+    """
+
+    alpha: float = 0.05
+    test: Test = "t"
+    correction: Correction = "none"
+    within: float | None = None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A metric that an arm may not make worse than the baseline's by more than `at_most`, in the metric's unit."""
+
+    metric: str
+    direction: Direction
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -109,6 +129,7 @@ class Study:
     also: tuple[str, ...]
     diverged: Divergence
     decide: Decision
+    guard: tuple[Guard, ...] = ()
 
 
 def read_study(file: Path) -> Study:
@@ -126,7 +147,7 @@ def read_study(file: Path) -> Study:
         )
     top = root.fields(
         required=("question", "base", "arms", "seeds", "budget", "primary"),
-        optional=("hypothesis", "source", "baseline", "also", "diverged", "decide"),
+        optional=("hypothesis", "source", "baseline", "also", "diverged", "decide", "guard"),
     )
     arms = tuple(_arm(name, node) for name, node in top["arms"].items())
     if not arms:
@@ -147,6 +168,7 @@ def read_study(file: Path) -> Study:
         also=tuple(_metric(node) for node in top["also"].sequence()) if "also" in top else (),
         diverged=_divergence(top.get("diverged"), primary),
         decide=_decision(top.get("decide")),
+        guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
     )
 
 
@@ -241,6 +263,17 @@ def _metric(node: Located) -> str:
 
 def _primary(node: Located) -> Primary:
     fields = node.fields(required=("metric",), optional=("direction",))
+    return Primary(*_progress(fields))
+
+
+def _guard(node: Located) -> Guard:
+    fields = node.fields(required=("metric", "at_most"), optional=("direction",))
+    metric, direction = _progress(fields)
+    return Guard(metric, direction, fields["at_most"].amount())
+
+
+def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
+    """Return a metric and which way is progress: as the file says, else as keys.py declares."""
     metric = _metric(fields["metric"])
     if "direction" in fields:
         word = fields["direction"].choice(("lower", "higher"))
@@ -248,8 +281,10 @@ def _primary(node: Located) -> Primary:
         declared = keys.declared(metric)
         word = declared.better if declared else "neither"
     if word == "neither":
-        raise node.error(f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`")
-    return Primary(metric, "lower" if word == "lower" else "higher")
+        raise fields["metric"].error(
+            f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
+        )
+    return metric, "lower" if word == "lower" else "higher"
 
 
 def _divergence(node: Located | None, primary: Primary) -> Divergence:
@@ -264,5 +299,15 @@ def _divergence(node: Located | None, primary: Primary) -> Divergence:
 
 def _decision(node: Located | None) -> Decision:
     if node is None:
-        return Decision(alpha=0.05)
-    return Decision(alpha=node.fields(required=("alpha",))["alpha"].number(above=0.0, below=1.0))
+        return Decision()
+    usual = Decision()
+    fields = node.fields(required=(), optional=("alpha", "test", "correction", "within"))
+    within = fields.get("within")
+    return Decision(
+        alpha=fields["alpha"].number(above=0.0, below=1.0) if "alpha" in fields else usual.alpha,
+        test=cast(Test, fields["test"].choice(get_args(Test))) if "test" in fields else usual.test,
+        correction=cast(Correction, fields["correction"].choice(get_args(Correction)))
+        if "correction" in fields
+        else usual.correction,
+        within=None if within is None or within.is_null else within.number(above=0.0),
+    )
