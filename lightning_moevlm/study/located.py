@@ -6,7 +6,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,12 @@ class Located:
 
     def number(self, above: float, below: float = float("inf")) -> float:
         """Return a finite number strictly between the bounds."""
-        value = self.plain()
-        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < below:
-            bound = f"> {above:g}" if below == float("inf") else f"between {above:g} and {below:g}"
-            raise self.error(f"expected a number {bound}, got {self._shown()}")
-        return float(value)
+        bound = f"> {above:g}" if below == float("inf") else f"between {above:g} and {below:g}"
+        return self._number(bound, lambda value: above < value < below)
+
+    def amount(self) -> float:
+        """Return a finite number that is at least 0."""
+        return self._number(">= 0", lambda value: 0 <= value < float("inf"))
 
     def choice(self, allowed: tuple[str, ...]) -> str:
         """Return one of the allowed words."""
@@ -146,6 +147,12 @@ class Located:
         if value not in allowed:
             raise self.error(f"got {self._shown()}; {nearest(str(value), allowed)}allowed: {', '.join(allowed)}")
         return str(value)
+
+    def _number(self, bound: str, allowed: Callable[[float], bool]) -> float:
+        value = self.plain()
+        if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
+            raise self.error(f"expected a number {bound}, got {self._shown()}")
+        return float(value)
 
     def _shown(self) -> str:
         if isinstance(self.node, yaml.MappingNode):

@@ -1,42 +1,40 @@
 """A declared study: one YAML file read into frozen records, or refused with file, line, key and nearest name.
 
-    question: Does the router z-loss matter at this size?     # required
-    hypothesis: ...   source: ...                             # optional texts
-    base: [conf/quickstart.yaml]                              # LightningCLI files, later ones win
-    baseline: baseline                                        # default: the first arm; it changes nothing
-    arms:
-      baseline: {description: everything on}
-      no_router_z: {model.losses.router_z: null}              # changes over the base; dotted keys are expanded
-    seeds: [0, 1, 2]
-    budget: {max_steps: 200}
-    primary: {metric: val/task_loss, direction: lower}
-    also: [val/accuracy_text]
-    diverged: {metric: val/task_loss, times_untrained: 1.0}   # non-finite always counts as diverged
-    decide: {alpha: 0.05}
-
-What a study owns (seed, budget, logger, output folder) is refused inside an arm: arms differ in the question only.
+question: Does the router z-loss matter at this size?     # required
+hypothesis: ...   source: ...                             # optional texts
+base: [conf/quickstart.yaml]                              # LightningCLI files, later ones win
+baseline: baseline                                        # default: the first arm
+arms:                                                     # either arms; here the baseline changes nothing
+  baseline: {description: everything on}
+  no_router_z: {model.losses.router_z: null}              # changes over the base; dotted keys are expanded
+factors: {router_z: {off: {model.losses.router_z: null}}} # or factors (factors.py) and a design (read_design.py)
+design: leave_one_out
+seeds: [0, 1, 2]
+budget: {max_steps: 200}
+primary: {metric: val/task_loss, direction: lower}
+also: [val/accuracy_text]
+diverged: {metric: val/task_loss, times_untrained: 1.0}   # non-finite always counts as diverged
+decide: {alpha: 0.05, test: t, correction: none, within: null}
+guard: [{metric: drop_rate/block1/text, at_most: 0.05}]   # may not get worse by more than this
 """
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from lightning_moevlm import keys
+from lightning_moevlm.study.changes import merged, read_changes
+from lightning_moevlm.study.design import REFERENCE, Design
+from lightning_moevlm.study.factors import FactorLevel, read_factors
 from lightning_moevlm.study.located import Located, nearest, read
+from lightning_moevlm.study.read_design import read_design
 
 Direction = Literal["lower", "higher"]
+Test = Literal["t", "wilcoxon", "sign"]
+Correction = Literal["none", "holm"]
 
-# Key -> the field of the study file that sets it.
-_OWNED: dict[str, str] = {
-    "seed_everything": "seeds",
-    "data.seed": "seeds",
-    "model.seed": "seeds",
-    "trainer.max_steps": "budget.max_steps",
-    "trainer.max_epochs": "budget.max_steps",
-    "trainer.logger": "the study itself (one MLflow run per arm and seed)",
-    "trainer.default_root_dir": "the study itself (runs/sweeps/...)",
-}
+_OPTIONAL = ("hypothesis", "source", "arms", "factors", "design", "baseline", "also", "diverged", "decide", "guard")
 _PACKAGE = Path(__file__).parent.parent
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
 _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
@@ -45,15 +43,17 @@ _SEEDS_END = 2**32  # what NumPy and Lightning take
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. changes: nested config that is merged over the base; empty for the baseline.
+    """One way to train. changes: nested config that is merged over the base; of an explicit baseline empty.
 
-    line: where the study file declares it, from 1; for messages, no part of what the arm is.
+    line: where the study file declares it, from 1; for messages, no part of what the arm is. levels: of a designed
+    study, where the arm stands in each factor.
     """
 
     name: str
     description: str
     changes: dict[str, Any] = field(default_factory=dict)
     line: int = field(default=0, compare=False)
+    levels: tuple[FactorLevel, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,35 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a verdict is reached. alpha: two-sided error rate of one comparison; intervals cover 1 - alpha."""
+    """How a verdict is reached.
 
-    alpha: float
+    alpha: two-sided error rate, of one comparison or, corrected, of all of them; intervals cover 1 - alpha. test: which
+    paired test's p is told and corrected. correction: over all comparisons of the study. within: an arm whose whole
+    interval lies inside +- this, in the primary metric's unit, makes no difference that matters; null asks for none.
+    """
+
+    alpha: float = 0.05
+    test: Test = "t"
+    correction: Correction = "none"
+    within: float | None = None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A metric that an arm may not make worse than the baseline's by more than `at_most`, in the metric's unit."""
+
+    metric: str
+    direction: Direction
+    at_most: float
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file as read. file: where it was read; base: config files as the command line takes them."""
+    """A study file as read.
+
+    file: where it was read; base: config files as the command line takes them; design: what made the arms, None where
+    the file lists them.
+    """
 
     name: str
     file: Path
@@ -109,6 +130,8 @@ class Study:
     also: tuple[str, ...]
     diverged: Divergence
     decide: Decision
+    guard: tuple[Guard, ...] = ()
+    design: Design | None = None
 
 
 def read_study(file: Path) -> Study:
@@ -125,12 +148,11 @@ def read_study(file: Path) -> Study:
             f"the file's name is the study's name and has {len(file.stem)} characters; use at most {_LONGEST_NAME}"
         )
     top = root.fields(
-        required=("question", "base", "arms", "seeds", "budget", "primary"),
-        optional=("hypothesis", "source", "baseline", "also", "diverged", "decide"),
+        required=("question", "base", "seeds", "budget", "primary"),
+        optional=_OPTIONAL,
     )
-    arms = tuple(_arm(name, node) for name, node in top["arms"].items())
-    if not arms:
-        raise top["arms"].error("no arm declared; name a baseline and what it is compared with")
+    design = _design(root, top)
+    arms = _explicit_arms(top["arms"]) if design is None else _designed_arms(design, top["design"])
     primary = _primary(top["primary"])
     return Study(
         name=file.stem,
@@ -139,7 +161,7 @@ def read_study(file: Path) -> Study:
         hypothesis=top["hypothesis"].text() if "hypothesis" in top else "",
         source=top["source"].text() if "source" in top else "",
         base=tuple(_config_file(node) for node in top["base"].sequence()),
-        baseline=_baseline(top, arms),
+        baseline=_baseline(top, arms, designed=design is not None),
         arms=arms,
         seeds=_seeds(top["seeds"]),
         budget=Budget(top["budget"].fields(required=("max_steps",))["max_steps"].integer(least=1)),
@@ -147,7 +169,29 @@ def read_study(file: Path) -> Study:
         also=tuple(_metric(node) for node in top["also"].sequence()) if "also" in top else (),
         diverged=_divergence(top.get("diverged"), primary),
         decide=_decision(top.get("decide")),
+        guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
+        design=design,
     )
+
+
+def _design(root: Located, top: dict[str, Located]) -> Design | None:
+    """Return the design, or None where the file lists its arms."""
+    if "arms" in top:
+        for word in ("factors", "design"):
+            if word in top:
+                raise top[word].error("a study has either `arms` or `factors` with a `design`; keep one of them")
+        return None
+    if "design" not in top:
+        lacks = "a `design`, e.g. one_in" if "factors" in top else "`arms`, or `factors` and a `design`"
+        raise root.error(f"the study names nothing to compare; it needs {lacks}")
+    return read_design(top["design"], read_factors(top["factors"]) if "factors" in top else ())
+
+
+def _explicit_arms(node: Located) -> tuple[Arm, ...]:
+    arms = tuple(_arm(name, child) for name, child in node.items())
+    if not arms:
+        raise node.error("no arm declared; name a baseline and what it is compared with")
+    return arms
 
 
 def _arm(name: str, node: Located) -> Arm:
@@ -157,49 +201,35 @@ def _arm(name: str, node: Located) -> Arm:
         raise node.error(f"an arm's name has at most {_LONGEST_NAME} characters, this one has {len(name)}; shorten it")
     if node.is_null:
         return Arm(name, "", line=node.line)
-    description = ""
-    changes: dict[str, Any] = {}
-    for key, child in node.items():
-        if key == "description":
-            description = child.text()
-            continue
-        for dotted, value in _leaves(key, child):
-            _refuse_owned(dotted, value)
-            _put(changes, dotted, value)
-    return Arm(name, description, changes, node.line)
+    children = dict(node.items())
+    described = children.pop("description", None)
+    changes = merged(change for key, child in children.items() for change in read_changes(key, child))
+    return Arm(name, described.text() if described else "", changes, node.line)
 
 
-def _leaves(dotted: str, node: Located) -> list[tuple[str, Located]]:
-    """Flatten nested mappings to dotted keys; lists, numbers, texts and empty mappings are leaves."""
-    if node.is_filled_mapping:
-        return [leaf for key, child in node.items() for leaf in _leaves(f"{dotted}.{key}", child)]
-    return [(dotted, node)]
+def _designed_arms(design: Design, node: Located) -> tuple[Arm, ...]:
+    arms: dict[str, Arm] = {}
+    for point in design.points:
+        name = point.name or REFERENCE
+        if len(name) > _LONGEST_NAME:
+            raise node.error(
+                f"the arm {name!r} has {len(name)} characters, at most {_LONGEST_NAME} are allowed; shorten the names "
+                "of factors and levels"
+            )
+        if name in arms:
+            raise node.error(f"two points of the design have the name {name!r}; rename a factor or a level")
+        levels = [design.factor(here.factor).level(here.level) for here in point.levels]
+        changes = merged(change for level in levels for change in level.changes)
+        leaving = design.leaving(point)
+        line = design.factor(leaving[0].factor).line if len(leaving) == 1 else node.line
+        arms[name] = Arm(name, design.description(point), changes, line, point.levels)
+    return tuple(arms.values())
 
 
-def _refuse_owned(dotted: str, node: Located) -> None:
-    for owned, by in _OWNED.items():
-        if dotted == owned or dotted.startswith(owned + "."):
-            raise node.error(f"{dotted!r} may not differ between arms: it is set by {by}; remove it here")
-
-
-def _put(changes: dict[str, Any], dotted: str, node: Located) -> None:
-    *path, last = dotted.split(".")
-    if not all((*path, last)):
-        raise node.error(f"{dotted!r} has an empty part; write keys like model.losses.router_z")
-    here = changes
-    for part in path:
-        here = here.setdefault(part, {})
-        if not isinstance(here, dict):
-            raise node.error(f"{dotted!r} lies below a key that this arm has already set to a plain value")
-    if last in here:
-        raise node.error(f"{dotted!r} is set twice in this arm (dotted and nested?)")
-    here[last] = node.plain()
-
-
-def _baseline(top: dict[str, Located], arms: tuple[Arm, ...]) -> str:
+def _baseline(top: dict[str, Located], arms: tuple[Arm, ...], designed: bool) -> str:
     names = tuple(arm.name for arm in arms)
     name = top["baseline"].choice(names) if "baseline" in top else names[0]
-    if next(arm for arm in arms if arm.name == name).changes:
+    if not designed and next(arm for arm in arms if arm.name == name).changes:
         node = dict(top["arms"].items())[name]
         raise node.error("the baseline changes nothing over the base; move its changes to a base file or another arm")
     return name
@@ -241,6 +271,17 @@ def _metric(node: Located) -> str:
 
 def _primary(node: Located) -> Primary:
     fields = node.fields(required=("metric",), optional=("direction",))
+    return Primary(*_progress(fields))
+
+
+def _guard(node: Located) -> Guard:
+    fields = node.fields(required=("metric", "at_most"), optional=("direction",))
+    metric, direction = _progress(fields)
+    return Guard(metric, direction, fields["at_most"].amount())
+
+
+def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
+    """Return a metric and which way is progress: as the file says, else as keys.py declares."""
     metric = _metric(fields["metric"])
     if "direction" in fields:
         word = fields["direction"].choice(("lower", "higher"))
@@ -248,8 +289,10 @@ def _primary(node: Located) -> Primary:
         declared = keys.declared(metric)
         word = declared.better if declared else "neither"
     if word == "neither":
-        raise node.error(f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`")
-    return Primary(metric, "lower" if word == "lower" else "higher")
+        raise fields["metric"].error(
+            f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
+        )
+    return metric, "lower" if word == "lower" else "higher"
 
 
 def _divergence(node: Located | None, primary: Primary) -> Divergence:
@@ -264,5 +307,15 @@ def _divergence(node: Located | None, primary: Primary) -> Divergence:
 
 def _decision(node: Located | None) -> Decision:
     if node is None:
-        return Decision(alpha=0.05)
-    return Decision(alpha=node.fields(required=("alpha",))["alpha"].number(above=0.0, below=1.0))
+        return Decision()
+    usual = Decision()
+    fields = node.fields(required=(), optional=("alpha", "test", "correction", "within"))
+    within = fields.get("within")
+    return Decision(
+        alpha=fields["alpha"].number(above=0.0, below=1.0) if "alpha" in fields else usual.alpha,
+        test=cast(Test, fields["test"].choice(get_args(Test))) if "test" in fields else usual.test,
+        correction=cast(Correction, fields["correction"].choice(get_args(Correction)))
+        if "correction" in fields
+        else usual.correction,
+        within=None if within is None or within.is_null else within.number(above=0.0),
+    )

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.spec import Divergence, Primary, read_study
+from lightning_moevlm.study.spec import Decision, Divergence, Guard, Primary, read_study
 
 GOOD = """\
 question: Does it help?
@@ -63,6 +63,24 @@ def test_whole_study(write, tmp_path):
     assert study.decide.alpha == 0.1
 
 
+def test_how_a_verdict_is_reached(write):
+    assert read_study(write(GOOD)).decide == Decision(alpha=0.1, test="t", correction="none", within=None)
+    assert read_study(write(GOOD.replace("decide: {alpha: 0.1}\n", ""))).decide == Decision(alpha=0.05)
+    decide = "decide: {test: wilcoxon, correction: holm, within: 1e-2}"
+    study = read_study(write(GOOD.replace("decide: {alpha: 0.1}", decide)))
+    assert study.decide == Decision(0.05, "wilcoxon", "holm", 0.01)
+
+
+def test_guard(write):
+    assert read_study(write(GOOD)).guard == ()
+    guard = "guard:\n- {metric: val/accuracy_text, at_most: 0.01}\n"
+    guard += "- {metric: val/majority_text, direction: lower, at_most: 0}\n"
+    assert read_study(write(GOOD + guard)).guard == (
+        Guard("val/accuracy_text", "higher", 0.01),  # the direction is declared in keys.py
+        Guard("val/majority_text", "lower", 0.0),
+    )
+
+
 def test_shipped_study_is_valid():
     from pathlib import Path
 
@@ -109,6 +127,12 @@ def test_shipped_study_is_valid():
         ("also: [val/accuracy_text]", "also: val/accuracy_text", 17, ["also: expected a list"]),
         ("times_untrained: 1.5", "times_untrained: 0", 18, ["expected a number > 0, got '0'"]),
         ("alpha: 0.1", "alpha: 5", 19, ["expected a number between 0 and 1, got '5'"]),
+        ("alpha: 0.1", "test: ttest", 19, ["decide.test: got 'ttest'", "allowed: t, wilcoxon, sign"]),
+        ("alpha: 0.1", "correction: hlm", 19, ["did you mean 'holm'?", "none, holm"]),
+        ("alpha: 0.1", "within: 0", 19, ["decide.within: expected a number > 0, got '0'"]),
+        ("decide:", "guard: [{metric: val/task_los, at_most: 1}]\ndecide:", 19, ["guard[0].metric", "'val/task_loss'"]),
+        ("decide:", "guard: [{metric: val/task_loss, at_most: -1}]\ndecide:", 19, ["expected a number >= 0, got '-1'"]),
+        ("decide:", "guard: [{metric: val/task_loss}]\ndecide:", 19, ["guard[0]: the key 'at_most' is missing"]),
         ("base: [base.yaml]", "base: [bse.yaml]", 5, ["base[0]: no such config file: bse.yaml"]),
         ("description: as it is", "model.losses.router_z: null", 7, ["the baseline changes nothing"]),
         (

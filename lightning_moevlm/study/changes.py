@@ -1,0 +1,70 @@
+"""A difference from the base as a study file writes it: dotted or nested keys, read into a flat list and merged again.
+
+What a study owns (seed, budget, logger, output folder) is refused: arms differ in the question only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_moevlm.study.located import Located
+
+# Key -> the field of the study file that sets it.
+_OWNED: dict[str, str] = {
+    "seed_everything": "seeds",
+    "data.seed": "seeds",
+    "model.seed": "seeds",
+    "trainer.max_steps": "budget.max_steps",
+    "trainer.max_epochs": "budget.max_steps",
+    "trainer.max_time": "budget.minutes",
+    "trainer.logger": "the study itself (one MLflow run per arm and seed)",
+    "trainer.default_root_dir": "the study itself (runs/sweeps/...)",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value over the base. key: dotted; node: the value where it stands in the file."""
+
+    key: str
+    node: Located
+
+    def overlaps(self, other: "Change") -> bool:
+        """Whether both set the same value, or one a part of what the other sets."""
+        return f"{self.key}.".startswith(f"{other.key}.") or f"{other.key}.".startswith(f"{self.key}.")
+
+
+def read_changes(key: str, node: Located) -> tuple[Change, ...]:
+    """Return what a key of an arm changes: nested mappings are flattened; lists, numbers, texts and {} are values.
+
+    Raises:
+        UserError: the study sets this key itself.
+    """
+    if node.is_filled_mapping:
+        return tuple(change for name, child in node.items() for change in read_changes(f"{key}.{name}", child))
+    for owned, by in _OWNED.items():
+        if key == owned or key.startswith(owned + "."):
+            raise node.error(f"{key!r} may not differ between arms: it is set by {by}; remove it here")
+    return (Change(key, node),)
+
+
+def merged(changes: Iterable[Change]) -> dict[str, Any]:
+    """Return changes as one nested config.
+
+    Raises:
+        UserError: two of them set the same value, or one lies below a plain value of another.
+    """
+    config: dict[str, Any] = {}
+    for change in changes:
+        *path, last = change.key.split(".")
+        if not all((*path, last)):
+            raise change.node.error(f"{change.key!r} has an empty part; write keys like model.losses.router_z")
+        here = config
+        for part in path:
+            here = here.setdefault(part, {})
+            if not isinstance(here, dict):
+                raise change.node.error(f"{change.key!r} lies below a key that is already set to a plain value here")
+        if last in here:
+            raise change.node.error(f"{change.key!r} is set twice here (dotted and nested?)")
+        here[last] = change.node.plain()
+    return config
