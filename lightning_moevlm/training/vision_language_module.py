@@ -35,6 +35,7 @@ from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.logging_steps import is_logging_step
 from lightning_moevlm.training.loss_weights import LossWeights
 from lightning_moevlm.training.refusals import refuse_unsuited_optimizer, refuse_unsuited_trainer
+from lightning_moevlm.training.resume import take_up_epoch
 from lightning_moevlm.training.routing_counts import RoutingCounter
 
 
@@ -140,7 +141,8 @@ class VisionLanguageModule(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Let options that a checkpoint brought along give way to those of this run."""
+        """Go on in the right epoch; let options that a checkpoint brought along give way to those of this run."""
+        take_up_epoch(self.trainer)
         assert self._hyperparameters is not None
         self._hyperparameters.restore()
 
