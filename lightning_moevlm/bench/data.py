@@ -30,7 +30,8 @@ from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.decode import decode_image, fit, image_rows, jpeg_scaling
 from lightning_moevlm.shards.manifest import Manifest, file_sha256, read_manifest
 from lightning_moevlm.shards.scenes import build_scenes
-from lightning_moevlm.shards.source import RawSample, read_shard
+from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
+from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
 
 SIZES = (64, 224)
@@ -128,7 +129,8 @@ def open_set(root: Path) -> DataSet:
             f"--root {root} has {manifest.num_samples('train')} training samples in {len(manifest.splits['train'])} "
             f"shards; give at least {8 * BATCH_SIZE} in {max(WORKERS)}"
         )
-    found = (s for shard in manifest.splits["train"] for s in read_shard(root, shard, frozenset({"jpg", "txt"})))
+    storage, wanted = ShardStorage(str(root)), frozenset({"jpg", "txt"})
+    found = (s for shard in manifest.splits["train"] for s in all_or_error(read_shard(storage, shard, wanted)))
     return DataSet(root, manifest, load_tokenizer(root, manifest.tokenizer), list(islice(found, _NUM_STAGED)))
 
 
@@ -176,7 +178,7 @@ def _stages(data: DataSet) -> list[Timed]:
 
     def parse() -> None:
         for shard in data.manifest.splits["train"]:
-            for _ in read_shard(data.root, shard, wanted):
+            for _ in all_or_error(read_shard(ShardStorage(str(data.root)), shard, wanted)):
                 pass
 
     captions = [sample.members["txt"].decode().strip() for sample in data.samples]

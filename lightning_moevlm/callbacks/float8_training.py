@@ -26,8 +26,8 @@ class Float8Training(Callback):
     """Converts linear layers before training and evaluation, and says which.
 
     Args:
-        recipe: torchao's; "tensorwise" is the fastest, "rowwise" the more exact, "rowwise_with_gw_hp" keeps gradients of
-            weights wide.
+        recipe: torchao's; "tensorwise" is the fastest, "rowwise" the more exact, "rowwise_with_gw_hp" keeps gradients
+            of weights wide.
         heads: convert the objective's layers too.
         emulate: torchao's own emulation, which computes wide: for tests on a CPU.
 

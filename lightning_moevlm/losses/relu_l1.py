@@ -2,9 +2,9 @@
 
     loss = mean over tokens of  sum_e f_e w_e,    w_e = weight of the pair (token, e),   f_e = E * load_e / sum of loads
 
-ReMoE (arXiv 2412.14711, adaptive L1 with load balancing). f weights an expert by its load, without gradient, so busy experts
-are pushed harder; even loads give f = 1, the plain L1 norm. The paper divides loads by k T, which is their sum once
-the aim is met. Its weight is adaptive: it grows by 1.2 per step while more than k experts are active and shrinks
+ReMoE (arXiv 2412.14711, adaptive L1 with load balancing). f weights an expert by its load, without gradient, so busy
+experts are pushed harder; even loads give f = 1, the plain L1 norm. The paper divides loads by k T, which is their sum
+once the aim is met. Its weight is adaptive: it grows by 1.2 per step while more than k experts are active and shrinks
 while fewer are.
 """
 

@@ -2,8 +2,8 @@
 
     weight_e = max(0, (x W^T)_e)
 
-ReMoE (arXiv 2412.14711, ReLU routing): fully differentiable, no discontinuity where experts change. Without the adaptive
-L1 loss on the weights about half of the experts are active.
+ReMoE (arXiv 2412.14711, ReLU routing): fully differentiable, no discontinuity where experts change. Without the
+adaptive L1 loss on the weights about half of the experts are active.
 """
 
 import torch

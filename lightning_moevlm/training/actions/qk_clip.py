@@ -6,8 +6,8 @@ Kimi K2 (arXiv 2507.20534, section 2.1.2): the logits of such a head shrink by g
 untouched, and gradients are not. The largest logit is that of the step's own forward passes, over all micro-batches and
 ranks.
 
-It needs `model.backbone.init_args.stabilisers.qk_norm: false`. With qk-norm, which is on by default, it would do nothing:
-the norm takes out whatever scale the weights have, and bounds the logits itself. The two are refused together.
+It needs `model.backbone.init_args.stabilisers.qk_norm: false`. With qk-norm, which is on by default, it would do
+nothing: the norm takes out whatever scale the weights have, and bounds the logits itself. The two are refused together.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Rollback: after a loss spike or a loss that is no number, go back to an earlier state and on with fresh data.
 
-PaLM (arXiv 2204.02311, training instability) restarted about 100 steps before a spike and skipped the batches around it; the
-spikes did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers and schedules go
-back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a budget of
-steps.
+PaLM (arXiv 2204.02311, training instability) restarted about 100 steps before a spike and skipped the batches around
+it; the spikes did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers and
+schedules go back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a
+budget of steps.
 
     bad:    the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there
             are that many
