@@ -33,6 +33,7 @@ import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import Backbone, ModelCard, model_card
+from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.tracking import RunRecord
@@ -68,9 +69,10 @@ class CommandLine(LightningCLI):
     Args:
         asked: the subcommand.
         argv: the command line as the user typed it, for the record.
+        notices: released when the run begins.
     """
 
-    def __init__(self, asked: str, argv: Sequence[str]) -> None:
+    def __init__(self, asked: str, argv: Sequence[str], notices: Notices) -> None:
         self._asked = asked
         super().__init__(
             VisionLanguageModule,
@@ -80,6 +82,7 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={**_PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(_PARSER_OPTIONS)},
             auto_configure_optimizers=False,
+            trainer_defaults={"callbacks": ReleaseNotices(notices)},
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -117,6 +120,11 @@ class CommandLine(LightningCLI):
                 callback for callback in config.trainer.callbacks if not callback.class_path.endswith(".StepProgress")
             ]
 
+    def after_instantiate_classes(self) -> None:
+        """Refuse an optimiser that could not be built before anything is written."""
+        if self.subcommand == "fit":
+            self.model.build_optimizer()
+
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
 
@@ -129,12 +137,12 @@ def run(args: Sequence[str]) -> None:
         KeyboardInterrupt: the user interrupted; Lightning has closed the run.
     """
     _prepare()
-    with TemporaryDirectory() as folder, _teaching_errors():
+    with TemporaryDirectory() as folder, held_notices() as notices, _teaching_errors():
         words = _with_nulls_as_files(_with_shipped_configs(args), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
         try:
-            CommandLine(args[0], args)
+            CommandLine(args[0], args, notices)
         except SystemExit as exit_:
             if isinstance(exit_.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit_

@@ -236,9 +236,23 @@ class VisionLanguageModule(LightningModule):
                 features[name] = (output.tokens_BSD * valid_BS1).sum(dim=1) / valid_BS1.sum(dim=1).clamp(min=1)
         return features
 
+    def build_optimizer(self) -> Optimizer:
+        """Return a new optimiser over the parameter groups.
+
+        Raises:
+            UserError: the optimiser refuses an option or a parameter.
+        """
+        try:
+            return self.optimizer_factory(parameter_groups(self.named_parameters()))
+        except ValueError as error:
+            raise UserError(
+                f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list "
+                "optimizers`, which take every parameter (MuonAdamW in place of torch's Muon)"
+            ) from error
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
-        optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
+        optimizer = self.build_optimizer()
         round_state(optimizer, self.precision)
         self.groups.apply(optimizer)
         if self.gradient.any_on:
