@@ -201,6 +201,16 @@ def _of_a_value(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     annotation = _annotation(first, types)
     if not where or annotation is None or not re.match("Expected a|Not a valid subclass", first.text):
         return None
+    choice = few([name for base in classes_of(annotation) for name in names_below(base)[0]])
+    if (
+        first.given
+        and first.given.startswith("{")
+        and "'class_path'" not in first.given.split("'init_args'")[0]
+        and choice
+    ):
+        return (
+            f"{where}: options without a class; give the class_path of {choice}, or a configuration that has it before"
+        )
     if first.given is None or _RAW.match(first.given):
         return f"{where}: give {in_words(annotation)}"
     meant = _meant(first.given, literals_of(annotation))

@@ -137,6 +137,13 @@ def test_mistakes_in_commands_are_told_with_what_is_allowed(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_overlay_alone_asks_for_the_configuration_below_it(resolver: ConfigResolver) -> None:
+    with pytest.raises(
+        UserError, match=r"model.backbone: options without a class; give the class_path of LIMoE or VLMoE"
+    ):
+        resolver([PROJECT / "conf/routers/relu.yaml"], {})
+
+
 def test_texts_of_other_forms_pass_as_one_line() -> None:
     assert told_from_the_mistake("Subcommand 'fit' does not\n accept it") == "Subcommand 'fit' does not accept it"
 
