@@ -7,7 +7,8 @@ action's state is in the checkpoint, so a resumed run acts as the uninterrupted 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,10 +39,25 @@ class StepFacts(NamedTuple):
         return {path: layer.chosen_AE for path, layer in self.counts.items()}
 
 
+class Memory(Protocol):
+    """Decides by what it has seen: an action, or the stabilisers of the gradient.
+
+    With the weights, the optimisers and the schedules, memories are all that changes while training: a checkpoint keeps
+    them, and a rollback takes them back.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers: tensors, numbers, texts, and containers of them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
 class Training(NamedTuple):
     """What an action may act on.
 
     module: everything that is trained, in which the backbone lies. seed: of the run; draws follow from it and a name.
+    memories: by name, all of them but the rollback's own.
     """
 
     module: nn.Module
@@ -49,6 +65,7 @@ class Training(NamedTuple):
     optimizers: Sequence[Optimizer]
     schedulers: Sequence[LRScheduler]
     seed: int
+    memories: Mapping[str, Memory] = MappingProxyType({})
 
 
 class Action(ABC):
