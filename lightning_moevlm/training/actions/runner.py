@@ -75,6 +75,8 @@ class ActionRunner(Callback):
             return total
 
         facts = self._gatherer.finish(step, pl_module.device, reduce)
+        if self.gradient_control is not None and self.gradient_control.events is not None:
+            facts = facts._replace(skipped=self.gradient_control.events.skipped)
         training = self._training(trainer, pl_module)
         events = {} if self._ring is None else self._ring.rewind(training, facts)
         if not events:
