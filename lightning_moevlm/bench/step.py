@@ -74,10 +74,8 @@ def measure_overhead(rounds: int, tick: Callable[[], None]) -> StepTimes:
     One thread: what is added runs on one, and a small step on several is mostly waiting.
     """
     batches = [pair_batch(2, seed) for seed in range(8)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     times = StepTimes([], [])
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _one_thread(), _quiet():
         uri = f"sqlite:///{Path(folder) / 'mlflow.db'}"
         prepare_store(uri)
         ways: list[tuple[list[float], Callable[[], float]]] = [
@@ -88,7 +86,6 @@ def measure_overhead(rounds: int, tick: Callable[[], None]) -> StepTimes:
             for results, measure in ways if index % 2 else ways[::-1]:
                 results.append(measure())
                 tick()
-    torch.set_num_threads(threads)
     return times
 
 
@@ -223,6 +220,17 @@ class _Clock(Callback):
             self._start = time.perf_counter()
         elif trainer.global_step == WARM_UP + NUM_STEPS:
             self.seconds = time.perf_counter() - self._start
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread; whatever happens, give the others back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

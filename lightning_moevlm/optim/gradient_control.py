@@ -4,7 +4,7 @@
 device. All ranks decide alike: they hold the same averaged gradient, and are told the same loss.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,13 @@ class GradientEvents(NamedTuple):
     """What was done in a step; scalar tensors on the device.
 
     norm: of the gradient as it came, fp32. coefficient: its norm after clipping over the one before, fp32.
-    num_skipped: steps left out since training began, int64.
+    skipped: whether the step is left out, bool; None where none ever is. num_skipped: steps left out on the way to this
+    model, int64.
     """
 
     norm: Tensor
     coefficient: Tensor
+    skipped: Tensor | None
     num_skipped: Tensor
 
 
@@ -66,6 +68,7 @@ class GradientControl:
         options = self.options
         gradients = [p.grad for p in self._params if p.grad is not None]
         norm = clipped = get_total_norm(gradients).float()
+        statistics, averages = self._statistics, self._averages
         skip = None
         if options.skip_spikes is not None:
             skip, self._spikes = options.skip_spikes(loss.float(), norm, self._spikes)
@@ -83,11 +86,13 @@ class GradientControl:
             clip_grads_with_norm_(self._params, options.clip_norm, clipped.to(gradients[0].dtype))
             clipped = clipped.clamp(max=options.clip_norm)
         ratio = torch.where(norm > 0, clipped / norm, torch.ones_like(norm))
-        self.events = GradientEvents(norm, ratio, self._spikes.num_skipped)
+        self.events = GradientEvents(norm, ratio, skip, self._spikes.num_skipped)
         if options.clip_update is not None:
             self._old = [p.detach().clone() for p in self._params]
         if skip is not None:
             self._undoable = UndoableStep(self._optimizer, skip)
+            self._statistics = NormStatistics(*_unless(skip, self._statistics, statistics))
+            self._averages = NormAverages(*_unless(skip, self._averages, averages))
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -156,3 +161,7 @@ class GradientControl:
         ]
         for gradient, scale in zip(gradients, scales, strict=True):
             gradient.mul_(scale.to(gradient.dtype))
+
+
+def _unless(skip: Tensor, new: Iterable[Tensor], old: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.where(skip, before, after) for after, before in zip(new, old, strict=True)]

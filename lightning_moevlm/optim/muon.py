@@ -145,4 +145,4 @@ def orthogonalised(matrices: Tensor, num_iterations: int = 5) -> Tensor:
 def _is_orthogonalised(parameter: Tensor, group: dict[str, Any]) -> bool:
     if "role" not in group:
         return parameter.ndim == 2
-    return is_stack(group) or group["role"] == "matrix"  # shared experts are stacks among the matrices of the trunk
+    return is_stack(group) or group["role"] == "matrix"

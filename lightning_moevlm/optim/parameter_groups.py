@@ -11,13 +11,14 @@ Every trainable parameter is in one group:
     edge     patch projection, heads                   peak                 the optimiser's
     router   all of a router's                         peak x multiplier    router_weight_decay
     expert   stacks (E, in, out), an expert a slice    peak x multiplier    the optimiser's
+    shared   the same, of shared experts               peak                 the optimiser's
 
 Groups depend on names alone, not on the options, so that a checkpoint fits whatever the options are when it is resumed.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, get_args
 
 from torch import nn
 from torch.optim import Adam, Optimizer
@@ -92,7 +93,7 @@ class GroupOptions:
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:
     """Split trainable parameters by role; an empty group is left out."""
-    members: dict[Role, list[nn.Parameter]] = {role: [] for role in ("matrix", "vector", "edge", "router", "expert")}
+    members: dict[Role, list[nn.Parameter]] = {role: [] for role in get_args(Role)}
     for name, parameter in named:
         if parameter.requires_grad:
             members[role_of(name, parameter)].append(parameter)
@@ -112,6 +113,8 @@ def role_of(name: str, parameter: nn.Parameter) -> Role:
         return "vector"
     if parameter.ndim == 3 and "experts" in parts:
         return "expert"
+    if parameter.ndim == 3 and "shared" in parts:
+        return "shared"
     return "edge" if parts[0] == "objective" or "patches" in parts else "matrix"
 
 

@@ -1,8 +1,8 @@
 """What the members of an optimiser's parameter group are, and the norm of a tensor that may be a stack of matrices.
 
-A stack (E, in, out) holds the matrices of E experts. Rules per tensor (update clipping, AdaGC, orthogonalisation) treat
-it as E tensors, which it would be were the experts modules of their own: in one norm over the stack, a spike of one
-expert would drown in the others.
+A stack (E, in, out) holds the matrices of E experts, routed or shared. Rules per tensor (update clipping, AdaGC,
+orthogonalisation) treat it as E tensors, which it would be were the experts modules of their own: in one norm over the
+stack, a spike of one expert would drown in the others.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Role: TypeAlias = Literal["matrix", "vector", "edge", "router", "expert"]
+Role: TypeAlias = Literal["matrix", "vector", "edge", "router", "expert", "shared"]
 
 
 def is_stack(group: Mapping[str, Any]) -> bool:
     """Return whether the members of a group are stacks; groups without a role hold none."""
-    return group.get("role") == "expert"
+    return group.get("role") in ("expert", "shared")
 
 
 def norms(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:

@@ -2,9 +2,10 @@
 
     skip where value > mean + sigma std of the last finite values, or value is no number
 
-for value = task loss and value = gradient norm before clipping. Parameters and optimiser state stay as they were. A
-finite outlier still enters the window, so that training that has settled on a new level is not skipped for ever. The
-decision is a tensor on the device: nobody waits for it.
+for value = task loss and value = gradient norm before clipping. Parameters and optimiser state stay as they were, and
+so does what else learns from a step: norms that clipping remembers, balancing biases, adaptive weights, counts of idle
+experts. A finite outlier still enters the window, so that training that has settled on a new level is not skipped for
+ever; the schedule and the count of steps go on. The decision is a tensor on the device: nobody waits for it.
 """
 
 from dataclasses import dataclass

@@ -37,7 +37,9 @@ class LossWeights(Action):
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Move the adaptive ones; telemetry logs them with the losses."""
+        before = self._values
         self.update(list(facts.counts.values()))
+        self._values = {name: facts.unless_skipped(value, before[name]) for name, value in self._values.items()}
         return {}
 
     @torch.no_grad()

@@ -259,6 +259,8 @@ class VisionLanguageModule(LightningModule):
             refuse_unsuited_optimizer(self.trainer, optimizer)
             self._gradient_control = GradientControl(self.gradient, optimizer)
             self._gradient_control.load_state_dict(self._gradient_memory)
+            if self._action_runner is not None:
+                self._action_runner.gradient_control = self._gradient_control
         schedule = None if self.schedule_factory is None else self.schedule_factory(optimizer)
         self._hyperparameters = Hyperparameters(optimizer, keeps_rate=schedule is None)
         if schedule is None:

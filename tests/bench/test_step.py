@@ -34,11 +34,24 @@ def test_both_ways_train_the_same_weights(tmp_path: Path, migrated_database: Pat
 
 def test_overhead_has_a_time_for_each_way_and_round() -> None:
     ticks: list[None] = []
-    threads = torch.get_num_threads()
     times = step.measure_overhead(2, lambda: ticks.append(None))
     assert len(times.bare) == len(times.whole) == 2 and len(ticks) == 4 and min(times.bare + times.whole) > 0
     assert [record["impl"] for record in times.records()] == [step.BARE, step.LIGHTNING]
-    assert torch.get_num_threads() == threads
+
+
+def test_threads_are_given_back_after_an_interruption_too() -> None:
+    def interrupt() -> None:
+        assert torch.get_num_threads() == 1
+        raise KeyboardInterrupt
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step.measure_overhead(1, interrupt)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_added_time_and_goals_by_hand() -> None:

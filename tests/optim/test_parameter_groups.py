@@ -1,11 +1,27 @@
 """Who is decayed, at which rate who learns, and that everybody is in one group."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.optim import GroupOptions, Lion, MuonAdamW, StableAdamW, WarmupLinear, parameter_groups
+from lightning_moevlm.experts import MLPExperts
+from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.optim import (
+    AdaGC,
+    GradientControl,
+    GradientStabilisers,
+    GroupOptions,
+    Lion,
+    MuonAdamW,
+    StableAdamW,
+    WarmupLinear,
+    parameter_groups,
+)
+from lightning_moevlm.optim.roles import is_stack
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import small_vl_moe
 
@@ -29,6 +45,43 @@ def test_every_parameter_is_in_the_group_of_its_role() -> None:
     assert kinds["router"] == {"router"} and kinds["expert"] == {"experts"}
     assert all(parameter.ndim == 3 for group in groups if group["role"] == "expert" for parameter in group["params"])
     assert {"text", "token", "patches", "norm"} < kinds["vector"]
+
+
+def test_stacks_of_shared_experts_are_stacks_and_learn_as_the_trunk_does() -> None:
+    moe = MoEFFN(6, 4, shared=partial(MLPExperts, hidden_dim=5), num_shared=2)
+    groups = {
+        group["role"]: group for group in parameter_groups((f"ffn.{name}", p) for name, p in moe.named_parameters())
+    }
+    assert set(groups) == {"router", "expert", "shared"}
+    assert [p.shape for p in groups["shared"]["params"]] == [(2, 6, 5), (2, 5, 6)]
+    assert is_stack(groups["shared"]) and is_stack(groups["expert"]) and not is_stack(groups["router"])
+    optimizer = AdamW(groups.values(), lr=1.0, weight_decay=0.3)
+    GroupOptions(expert_lr_multiplier=0.5).apply(optimizer)
+    assert {group["role"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        "router": (1.0, 0.0), "expert": (0.5, 0.3), "shared": (1.0, 0.3)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["ada_gc", "clip_update", "StableAdamW"])
+def test_rules_per_tensor_cut_the_spike_of_one_shared_expert_alone(rule: str) -> None:
+    # the second expert's gradient is 100 times as large from the second step on: in one norm over the stack, the first
+    # one's would be cut with it
+    def learn(spike: float) -> Tensor:
+        stack = nn.Parameter(torch.ones(2, 3, 3))
+        groups = parameter_groups({"ffn.shared.up_EDF": stack}.items())
+        optimizer = StableAdamW(groups, lr=0.1) if rule == "StableAdamW" else SGD(groups, lr=0.1)
+        ada_gc = AdaGC(warmup_steps=1, warmup_norm=100.0) if rule == "ada_gc" else None
+        clip_update = 2.0 if rule == "clip_update" else None
+        control = GradientControl(GradientStabilisers(ada_gc=ada_gc, clip_update=clip_update), optimizer)
+        for factor in (1.0, spike):
+            stack.grad = torch.stack([torch.ones(3, 3), torch.full((3, 3), factor)])
+            control.before_update(torch.tensor(0.0))
+            optimizer.step()
+            control.after_update()
+        return stack.detach()
+
+    calm, spiked = learn(1.0), learn(100.0)
+    assert torch.equal(calm[0], spiked[0]) and not torch.equal(calm[1], spiked[1])
 
 
 def test_matrices_are_decayed_and_nothing_else() -> None:

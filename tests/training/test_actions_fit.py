@@ -4,18 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import ConstantLR
 
 from lightning_moevlm.callbacks import DivergenceGuard, Telemetry
+from lightning_moevlm.dispatch import Capacity
+from lightning_moevlm.losses import AuxiliaryLosses, ByOverflow, LoadBalance
+from lightning_moevlm.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
 from lightning_moevlm.routers import SigmoidBiasRouter
-from lightning_moevlm.training import Actions
-from lightning_moevlm.training.actions import QKClip, Rollback
+from lightning_moevlm.training import Actions, VisionLanguageModule
+from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
 from tests.conftest import PROJECT
+from tests.small_model import small_vl_moe
 from tests.small_run import BACKBONE, SMALL, budget
 from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
 from tests.training.tiny_fit import LossesSeen, Poison, every_action, fit, tiny_module
@@ -185,3 +192,37 @@ def test_two_ranks_agree_to_the_bit_with_every_action_on(tmp_path: Path) -> None
     points = json.loads(target.read_text())
     assert points["action/rollback_to_step"] == [[6, 2.0]] and points["action/router_frozen"] == [[9, 1.0]]
     assert points["action/qk_clipped_heads"] and any(key.startswith("action/revived_experts") for key in points)
+
+
+def test_after_a_rollback_all_is_as_it_was_then(tmp_path: Path) -> None:
+    # a checkpoint of step 6, which goes back to step 4, is that of step 4 but for the rollback's own state; whatever
+    # changes while training must go back with the weights
+    class Save(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    def changing(step: int) -> dict[str, object]:
+        saved = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
+        saved["callbacks"]["ActionRunner"].pop("rollback")
+        # counts of steps and of batches, and the place in the data, go on
+        return {key: value for key, value in saved.items() if key not in ("global_step", "epoch", "loops")}
+
+    actions = Actions(
+        revive_dead_experts=ReviveDeadExperts(idle_steps=50), rollback=Rollback(every_n_steps=2, lookback=1)
+    )
+    module = VisionLanguageModule(
+        small_vl_moe(router=partial(SigmoidBiasRouter, update_rate=0.1), capacity=Capacity(1.0, 1.0)),
+        losses=AuxiliaryLosses(LoadBalance(ByOverflow(0.05))),
+        optimizer=partial(AdamW, lr=1e-2),
+        gradient=GradientStabilisers(z_clip=ZClip(), ada_gc=AdaGC(), skip_spikes=SkipSpikes(window=4)),
+        schedule=partial(ConstantLR, factor=0.5, total_iters=5),
+        actions=actions,
+        init_std=0.3,
+    )
+    fit(module, 7, callbacks=[Save(), Poison(at_step=6)])
+    then, gone_wrong, back = changing(4), changing(5), changing(6)
+    assert_equal(back, then, "checkpoint")
+    assert then.keys() >= {"state_dict", "optimizer_states", "lr_schedulers", "callbacks", "gradient_stabilisers"}
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "gradient_stabilisers"):
+        with pytest.raises(AssertionError):  # all of them had moved on
+            assert_equal(gone_wrong[key], then[key], key)

@@ -3,21 +3,27 @@
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from lightning_moevlm.callbacks import DivergenceGuard
+from lightning_moevlm.dispatch import Capacity
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.losses import AuxiliaryLosses, ByOverflow, LoadBalance
 from lightning_moevlm.optim import AdaGC, GradientStabilisers, GroupOptions, SkipSpikes, StableAdamW, ZClip
 from lightning_moevlm.records import Batch, LossReport, ObjectiveOutput, Term
-from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.routers import SigmoidBiasRouter
+from lightning_moevlm.training import Actions, VisionLanguageModule
+from lightning_moevlm.training.actions import ActionRunner, ReviveDeadExperts
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
 from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
@@ -148,6 +154,48 @@ def test_a_spoilt_step_is_left_out_and_training_goes_on(bad: float) -> None:
     assert int(module.gradient_events.num_skipped) == 1
 
 
+def test_a_step_that_is_left_out_teaches_nothing() -> None:
+    # the sixth step routed tokens and had a norm like any other, but was undone: what learns from steps did not see it
+    class Memories(Callback):
+        after: ClassVar[dict[int, dict[str, list[torch.Tensor]]]] = {}
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+            assert isinstance(pl_module, VisionLanguageModule)
+            runner = next(one for one in trainer.callbacks if isinstance(one, ActionRunner))
+            state = runner.state_dict() | pl_module._gradient_control.state_dict()
+            self.after[trainer.global_step] = {
+                "bias": [buffer.clone() for name, buffer in pl_module.named_buffers() if "bias_AE" in name],
+                "weight": list(state["loss_weights"].values()),
+                "idle": [idle_E.clone() for idle_E in state["revive_dead_experts"]["idle"].values()],
+                "z_clip": list(state["z_clip"].values()),
+                "ada_gc": list(state["ada_gc"].values()),
+            }
+
+    module = Spoilt(
+        small_vl_moe(router=partial(SigmoidBiasRouter, top_k=1), capacity=Capacity(1.0, 1.0)),
+        losses=AuxiliaryLosses(LoadBalance(ByOverflow(0.05))),
+        gradient=GradientStabilisers(z_clip=ZClip(), ada_gc=AdaGC(), skip_spikes=SkipSpikes(window=8)),
+        actions=Actions(revive_dead_experts=ReviveDeadExperts(idle_steps=50)),
+        init_std=0.3,
+    )
+    module.at = {6: math.nan}
+    fit(module, 9, callbacks=[Memories()])
+    # micro-step 6 is the seventh, from 6 to 7 steps done
+    moved = {
+        name: [
+            any(
+                not torch.equal(a, b)
+                for a, b in zip(Memories.after[step][name], Memories.after[step + 1][name], strict=True)
+            )
+            for step in (5, 6, 7)
+        ]
+        for name in ("bias", "weight", "z_clip", "ada_gc")
+    }
+    assert all(seen == [True, False, True] for seen in moved.values()), moved
+    before, skipped, later = (torch.cat(Memories.after[step]["idle"]) for step in (6, 7, 8))
+    assert torch.equal(before, skipped) and not torch.equal(skipped, later)
+
+
 def test_a_run_that_leaves_spoilt_steps_out_has_not_diverged_until_every_one_is() -> None:
     nan_from_5 = dict.fromkeys(range(5, 40), math.nan)  # that is the sixth step
     options = GradientStabilisers(skip_spikes=SkipSpikes(window=8))
@@ -159,11 +207,12 @@ def test_a_run_that_leaves_spoilt_steps_out_has_not_diverged_until_every_one_is(
 
 
 def test_stabilisers_see_the_whole_step_under_accumulation() -> None:
-    # twelve micro-batches are six steps; the spoilt second half of step 5 is half of its mean loss
+    # twelve micro-batches are six steps; the spoilt second half of step 5 is half of its mean loss, and the norms of a
+    # step that is left out are not remembered
     options = GradientStabilisers(z_clip=ZClip(), ada_gc=AdaGC(), skip_spikes=SkipSpikes(window=8))
     module = fit(spoilt({9: 1e6}, gradient=options), 6, accumulate_grad_batches=2)
     state = module._gradient_control.state_dict()
-    assert int(state["z_clip"]["num_steps"]) == int(state["ada_gc"]["num_steps"]) == 6
+    assert int(state["z_clip"]["num_steps"]) == int(state["ada_gc"]["num_steps"]) == 5
     assert int(module.gradient_events.num_skipped) == 1
     assert 4e5 < float(state["skip_spikes"]["loss_J"][-2]) < 6e5
 

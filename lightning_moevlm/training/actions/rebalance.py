@@ -25,12 +25,15 @@ class Rebalancer(Action):
         self._last_step = last_step
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Rebalance each router."""
+        """Rebalance each router; its balancing state stays where the update was undone."""
         if self._last_step is None or facts.step <= self._last_step:
             for path, load_AE in facts.load.items():
                 layer = training.backbone.get_submodule(path)
                 assert isinstance(layer, MoEFFN)
+                before = {name: buffer.clone() for name, buffer in layer.router.named_buffers()}
                 layer.router.rebalance(load_AE)
+                for name, buffer in layer.router.named_buffers():
+                    buffer.copy_(facts.unless_skipped(buffer, before[name]))
         return {}
 
 

@@ -99,7 +99,8 @@ class ExpertReviver(Action):
             load_E = load_AE.sum(dim=0)
             idle_E = self._idle.get(path, torch.zeros_like(load_E)).to(load_E.device)
             # a layer that routed nothing at all (its modality was not in the batch) says nothing about its experts
-            self._idle[path] = torch.where(load_E > 0, 0, idle_E + (load_E.sum() > 0))
+            counted_E = torch.where(load_E > 0, 0, idle_E + (load_E.sum() > 0))
+            self._idle[path] = facts.unless_skipped(counted_E, idle_E)
         if facts.step % self._options.every_n_steps or (self._last_step is not None and facts.step > self._last_step):
             return {}
         dead = {path: idle_E >= self._options.idle_steps for path, idle_E in self._idle.items()}

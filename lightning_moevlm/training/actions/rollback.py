@@ -1,9 +1,10 @@
 """Rollback: after a loss spike or a loss that is no number, go back to an earlier state and on with fresh data.
 
 PaLM (arXiv 2204.02311, training instability) restarted about 100 steps before a spike and skipped the batches around
-it; the spikes did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers and
-schedules go back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a
-budget of steps.
+it; the spikes did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers,
+schedules and whatever decides by what it has seen (clipping against past norms, adaptive weights, idle experts) go
+back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a budget of
+steps.
 
     bad:    the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there
             are that many
@@ -68,6 +69,7 @@ class Snapshot(NamedTuple):
     module: dict[str, Any]
     optimizers: list[dict[str, Any]]
     schedulers: list[dict[str, Any]]
+    memories: dict[str, dict[str, Any]]
     losses: list[float]
 
 
@@ -127,7 +129,7 @@ class SnapshotRing(Action):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with them."""
-        self._ring = [Snapshot(**snapshot) for snapshot in state["ring"]]
+        self._ring = [Snapshot(**{"memories": {}, **snapshot}) for snapshot in state["ring"]]  # older ones had none
         self._losses = list(state["losses"])
         self._done = int(state["done"])
 
@@ -148,12 +150,13 @@ def take_snapshot(training: Training, step: int, losses: Sequence[float] = ()) -
         {name: tensor.detach().clone() for name, tensor in training.module.state_dict().items()},
         [copy.deepcopy(optimizer.state_dict()) for optimizer in training.optimizers],
         [copy.deepcopy(scheduler.state_dict()) for scheduler in training.schedulers],
+        {name: copy.deepcopy(memory.state_dict()) for name, memory in training.memories.items()},
         list(losses),
     )
 
 
 def restore(snapshot: Snapshot, training: Training) -> None:
-    """Put the copy back; the snapshot stays as it is.
+    """Put the copy back; the snapshot stays as it is. A memory that it does not know stays too.
 
     Options of the optimiser stay too, for the snapshot may be of a run that was resumed with others. The learning rate
     is one of them unless a schedule sets it.
@@ -169,3 +172,5 @@ def restore(snapshot: Snapshot, training: Training) -> None:
             group.update(values)
     for scheduler, state in zip(training.schedulers, snapshot.schedulers, strict=True):
         scheduler.load_state_dict(copy.deepcopy(state))
+    for name in training.memories.keys() & snapshot.memories.keys():
+        training.memories[name].load_state_dict(copy.deepcopy(snapshot.memories[name]))

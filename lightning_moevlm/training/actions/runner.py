@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_moevlm.models import Backbone
+from lightning_moevlm.optim import GradientControl
 from lightning_moevlm.records import Batch
-from lightning_moevlm.training.actions.action import Action, Fact, Training
+from lightning_moevlm.training.actions.action import Action, Fact, Memory, Training
 from lightning_moevlm.training.actions.gather import FactGatherer
 from lightning_moevlm.training.actions.rollback import SnapshotRing
 from lightning_moevlm.training.logging_steps import is_logging_step
@@ -33,12 +34,14 @@ class ActionRunner(Callback):
     """
 
     def __init__(self, actions: dict[str, Action], backbone: Backbone, seed: int, counter: RoutingCounter) -> None:
-        self._actions = actions
+        # the rollback last: its snapshots are of what the others have made of the step
+        self._actions = dict(sorted(actions.items(), key=lambda entry: entry[0] == "rollback"))
         self._backbone = backbone
         self._seed = seed
         needs = frozenset[Fact]().union(*(action.needs for action in actions.values()))
         self._gatherer = FactGatherer(backbone, needs, counter)
         self._steps_done = 0
+        self.gradient_control: GradientControl | None = None  # at work on the optimiser, once there is one
 
     @property
     def can_go_back(self) -> bool:
@@ -72,6 +75,8 @@ class ActionRunner(Callback):
             return total
 
         facts = self._gatherer.finish(step, pl_module.device, reduce)
+        if self.gradient_control is not None and self.gradient_control.events is not None:
+            facts = facts._replace(skipped=self.gradient_control.events.skipped)
         training = self._training(trainer, pl_module)
         events = {} if self._ring is None else self._ring.rewind(training, facts)
         if not events:
@@ -102,4 +107,7 @@ class ActionRunner(Callback):
 
     def _training(self, trainer: Trainer, module: LightningModule) -> Training:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        return Training(module, self._backbone, trainer.optimizers, schedulers, self._seed)
+        memories: dict[str, Memory] = {name: action for name, action in self._actions.items() if name != "rollback"}
+        if self.gradient_control is not None:
+            memories["gradient_stabilisers"] = self.gradient_control
+        return Training(module, self._backbone, trainer.optimizers, schedulers, self._seed, memories)
