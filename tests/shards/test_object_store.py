@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -161,3 +161,16 @@ def test_a_store_behind_a_bad_line(
         (lost,) = found
         assert isinstance(lost, Lost) and lost[:2] == (entry.num_samples, "shard_unreachable")
         assert SECRET not in lost.message
+
+
+def test_the_example_trains_from_a_bucket(bucket: str, moevlm: Callable[..., str], tmp_path: Path) -> None:
+    moevlm(
+        "fit", "-c", "conf/quickstart.yaml", "-c", "conf/data/s3.yaml", "--trainer.fast_dev_run=true",
+        f"--data.root={bucket}", f"--data.cache_dir={tmp_path / 'cache'}", "--data.batch_size=4",
+        "--data.image_size=32",
+    )  # fmt: skip
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tar"]) >= 2  # train and val
+    refused = moevlm(
+        "fit", "-c", "conf/quickstart.yaml", "-c", "conf/data/s3.yaml", "--data.root=data/shards/scenes", code=2
+    )
+    assert "only s3 are allowed" in refused
