@@ -48,9 +48,9 @@ class ShardCache:
         """
         name = hashlib.sha256(f"{address}\n{entry.sha256}".encode()).hexdigest()
         path = self.folder / (name + _DONE)
-        if self._is_good(path, entry):
-            return path
         try:
+            if self._is_good(path, entry):
+                return path
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(name):
                 if not self._is_good(path, entry):  # another process may just have brought it

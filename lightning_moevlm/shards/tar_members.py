@@ -3,7 +3,7 @@
 A tar reader stops without a word where the next header is no header: at a zeroed block, a flipped bit, the end
 of half a file (WebDataset and Python's `tarfile` alike). Here only a proper end is silent. Headers are
 `tarfile`'s business (ustar, GNU and pax names); the walk from one to the next is guarded, so that no file can
-make it jump backwards, unpack anything or ask for more memory than the file has bytes. Sparse members are no
+make it jump backwards, unpack anything or ask for memory without end. Sparse members are no
 data and compressed tars are no tars: both would unpack to any size. Names stay names: nothing is written anywhere.
 """
 
@@ -15,6 +15,8 @@ from typing import BinaryIO, NamedTuple
 from lightning_moevlm.shards.faults import Cause
 
 _CHUNK_BYTES = 2**20
+_LONGEST_HEADER_BYTES = 2**14
+"""Of an extended header, which holds names; Python before 3.11.10 takes time with the square of its length."""
 # all that tarfile's parsing of a header can raise: some of its fields are read without a check (IndexError, KeyError),
 # and a chain of extended headers is followed by recursion
 _NO_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError, RecursionError)
@@ -46,7 +48,7 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
     if num_bytes == 0:
         raise TarBreak("shard_truncated", "is empty")
     try:
-        tar = tarfile.TarFile(fileobj=stream, encoding="utf-8")
+        tar = tarfile.TarFile(fileobj=_HeaderFile(stream), encoding="utf-8")  # type: ignore[arg-type]
         info = tar.next()
     except _NO_HEADER:
         raise _break_at(0, stream.tell(), num_bytes) from None
@@ -72,6 +74,20 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
             raise _break_at(end, stream.tell(), num_bytes) from None
     if not _only_zeros_from(stream, end):
         raise _break_at(end, end, num_bytes)
+
+
+class _HeaderFile:
+    """What `tarfile` reads headers from: it cannot ask for more than a header may have."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek = stream.seek
+        self.tell = stream.tell
+        self._stream = stream
+
+    def read(self, num_bytes: int) -> bytes:
+        if not 0 <= num_bytes <= _LONGEST_HEADER_BYTES:
+            raise ValueError(f"a header of {num_bytes} bytes")
+        return self._stream.read(num_bytes)
 
 
 def _printable(name: str) -> str:
