@@ -170,6 +170,14 @@ def test_steps_on_the_heatmap_are_whole_numbers(result, monkeypatch):
             assert all(tick == round(tick) for tick in ticks)
 
 
+def test_many_arms_go_below_each_other(result, monkeypatch):
+    beside = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, result)
+    monkeypatch.setattr(expert_load, "_ARMS_BESIDE", 1)
+    below = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, result)
+    assert len(below.axes) == len(beside.axes)  # a panel per arm and layer, and the colour bar
+    assert {axes.get_subplotspec().get_gridspec().ncols for axes in below.axes[:-1]} == {1}
+
+
 def test_nothing_to_draw_is_no_picture(swept):
     plan, experiment = swept
     from lightning_moevlm.study.ledger import RunState

@@ -27,6 +27,7 @@ class Load(NamedTuple):
 
 
 _MANY_TICKS = 8
+_ARMS_BESIDE = 5  # more are illegible: they go below, in bands
 
 
 def draw_expert_load(result: StudyResult) -> Picture | None:
@@ -35,16 +36,21 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     layers = sorted({layer for _, run in shown for layer in loads_of(run)})
     if not layers:
         return None
-    figure = new_figure(max(2.8, 1.3 * len(layers) + 1.2))
-    grid = figure.subplots(len(layers), len(shown), squeeze=False, sharex=True)
+    num_columns = min(len(shown), _ARMS_BESIDE)
+    num_bands = -(-len(shown) // num_columns)
+    figure = new_figure(max(2.8, 1.3 * len(layers) * num_bands + 1.2))
+    grid = figure.subplots(len(layers) * num_bands, num_columns, squeeze=False, sharex=True)
+    for axes in grid[-len(layers) :, len(shown) - num_columns * (num_bands - 1) :].flat:
+        axes.remove()
     relative = {run.run.folder: _relative(loads_of(run)) for _, run in shown}
     highest = max(float(np.nanmax(load)) for loads in relative.values() for _, load in loads.values())
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
     image: AxesImage | None = None
-    for column, (arm, run) in enumerate(shown):
+    for place, (arm, run) in enumerate(shown):
+        band, column = divmod(place, num_columns)
         loads = relative[run.run.folder]
         for row, layer in enumerate(layers):
-            axes = grid[row][column]
+            axes = grid[band * len(layers) + row][column]
             if layer in loads:
                 image = _draw(axes, *loads[layer], norm)
             else:
