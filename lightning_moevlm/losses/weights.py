@@ -8,8 +8,11 @@ step.
 
 The first is the adaptive balance loss of axlearn (`AdaptiveLoadBalanceLoss`, factor e^0.01; there on a moving
 average and per layer), the second steers ReLU routing (ReMoE, arXiv 2412.14711: factor 1.2, from 1e-8).
-Rates are pooled over all layers, so that a loss has one weight. A weight is an fp32 number on the device; nothing
-waits for it.
+Rates are pooled over all layers, so that a loss has one weight. They are those of one step, over its micro-batches and
+ranks, and are not averaged over steps: only the sign counts and the factor is small, so the weight itself averages,
+over about 1 / log(factor) steps, and one step moves it by one factor however far off it was. What is steered to the aim
+is therefore the median of the rate over steps, not its mean. A weight is an fp32 number on the device; nothing waits
+for it.
 """
 
 from abc import ABC, abstractmethod

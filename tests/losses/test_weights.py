@@ -27,6 +27,14 @@ def test_by_overflow_by_hand() -> None:
     assert float(rule.next(weight, [counts([6, 2], [3, 2]), counts([4, 4])])) == pytest.approx(0.5 / 1.5)
 
 
+def test_the_median_over_steps_is_steered_not_the_mean() -> None:
+    # drop rates of 1/8, 1/8 and 7/8: the median is below the aim of a quarter, the mean (3/8) above it; down 1.5 in all
+    weight = torch.tensor(0.5)
+    for kept in ([5, 2], [5, 2], [1, 0]):
+        weight = ByOverflow(0.25, factor=1.5).next(weight, [counts([6, 2], kept)])
+    assert float(weight) == pytest.approx(0.5 / 1.5)
+
+
 def test_by_sparsity_by_hand() -> None:
     # ReMoE: 8 tokens of 4 experts, aimed at 1 of 4: 8 active pairs
     rule = BySparsity()
