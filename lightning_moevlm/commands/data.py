@@ -10,6 +10,8 @@ from typing import Literal
 
 from rich.console import Console
 
+from lightning_moevlm.commands import convert
+from lightning_moevlm.commands.output import tell_built
 from lightning_moevlm.errors import UserError
 
 
@@ -39,7 +41,12 @@ def build_openmoji(
     manifest, built = openmoji.build_openmoji(
         Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
     )
-    _tell(out, built, manifest.digest, {split: manifest.num_samples(split) for split in manifest.splits})
+    tell_built(
+        out,
+        "built" if built else None,
+        manifest.digest,
+        {split: manifest.num_samples(split) for split in manifest.splits},
+    )
 
 
 def build_scenes(
@@ -80,7 +87,12 @@ def build_scenes(
         vocab_size,
         force,
     )
-    _tell(out, built, manifest.digest, {split: manifest.num_samples(split) for split in manifest.splits})
+    tell_built(
+        out,
+        "built" if built else None,
+        manifest.digest,
+        {split: manifest.num_samples(split) for split in manifest.splits},
+    )
 
 
 def check(path: str, json: str | None = None, contact_sheet: str | None = None) -> None:
@@ -156,14 +168,7 @@ def codebook(
 Command = Callable[..., None]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "build": {"openmoji": build_openmoji, "scenes": build_scenes},
+    "convert": convert.COMMANDS,
     "check": check,
     "codebook": codebook,
 }
-
-
-def _tell(out: str, built: bool, digest: str, counts: dict[Literal["train", "val", "test"], int]) -> None:
-    said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    verb = "built" if built else "already built, nothing to do:"
-    Console(soft_wrap=True, highlight=False).print(
-        f"{verb} {out} ({said} samples; manifest {digest[:12]})", markup=False
-    )
