@@ -242,11 +242,76 @@ def convert_coco_vqa(
     _tell(target, lambda: convert(source, target, terms, form, effort))
 
 
+def convert_img2dataset(
+    folder: str,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    keep_tars: bool = True,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Make a set of what img2dataset has downloaded (--output_format webdataset).
+
+    The tars stay as they are: they are linked into the set, or, where --out is their own folder, get a manifest beside
+    them. Whole tars then fall into the splits. Bad samples stay in their tars, and data.max_lost_fraction must bear
+    them; --keep_tars false writes the good samples anew, mixed and split by picture.
+
+    Args:
+        folder: The folder with 00000.tar, 00000_stats.json and so on.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set; by default the folder's name.
+        keep_tars: Whether the tars stay as they are.
+        image_format: Of samples that are written anew.
+        max_side: Of samples that are written anew: the longer side has no more pixels than this.
+        samples_per_shard: Of samples that are written anew.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Bear so many bad samples at most.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.errors import UserError
+    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+    from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
+    from lightning_moevlm.shards.convert.keep_tars import keep_tars as convert_kept
+    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.rows import set_name
+
+    terms = Terms(licence, licence_url, attribution)
+    form, effort = (
+        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
+        Effort(max_bad, _jobs(jobs), force),
+    )
+    target = _target(out, set_name(name or Path(folder).resolve().name))
+    if keep_tars:
+        if (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
+            raise UserError(
+                "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
+                "false, or leave them out"
+            )
+        _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort))
+        return
+    source = Img2datasetSource(Path(folder), name)
+    _tell(target, lambda: convert(source, target, terms, form, effort))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "csv": convert_csv,
     "jsonl": convert_jsonl,
     "coco_captions": convert_coco_captions,
     "coco_vqa": convert_coco_vqa,
+    "img2dataset": convert_img2dataset,
 }
 
 

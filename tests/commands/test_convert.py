@@ -1,5 +1,7 @@
 """`moevlm data convert` as a user types it: what is printed, a kill in the middle, training on what came out."""
 
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,14 +14,24 @@ import pytest
 from lightning_moevlm.cli import main
 from lightning_moevlm.commands.convert import COMMANDS
 from lightning_moevlm.shards.manifest import read_manifest
-from tests.shards.sources import caption, coco_source, csv_source, jsonl_source, picture, vqa_source, write_csv
-from tests.small_run import SMALL
+from tests.conftest import PROJECT
+from tests.shards.sources import (
+    caption,
+    coco_source,
+    csv_source,
+    img2dataset_source,
+    jsonl_source,
+    picture,
+    vqa_source,
+    write_csv,
+)
+from tests.small_run import BACKBONE, SMALL
 
 TERMS = ("--licence", "CC BY 4.0", "--vocab_size", "400", "--jobs", "1")
 
 
 def test_the_kinds_that_there_are() -> None:
-    assert set(COMMANDS) == {"csv", "jsonl", "coco_captions", "coco_vqa"}
+    assert set(COMMANDS) == {"csv", "jsonl", "coco_captions", "coco_vqa", "img2dataset"}
 
 
 def source_of(kind: str, folder: Path) -> list[str]:
@@ -41,6 +53,17 @@ def test_every_kind_trains_a_step(kind: str, moevlm: Callable[..., str], workpla
     moevlm("data", "convert", kind, *source_of(kind, folder), *TERMS, "--out=set")
     moevlm("data", "check", "set")
     moevlm("fit", *SMALL, "--trainer.fast_dev_run=true", "--data.root=set", "--data.batch_size=4")
+
+
+def test_img2dataset_trains_a_step_with_its_configuration(moevlm: Callable[..., str], workplace: Path) -> None:
+    config = "conf/data/img2dataset.yaml"
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    img2dataset_source(workplace / "downloads", 3, 16)
+    for command in re.findall(r"^#   moevlm (data .*)$", text, flags=re.MULTILINE):
+        moevlm(*shlex.split(command), "--jobs=1")
+    assert f"moevlm fit -c conf/quickstart.yaml -c {config}" in text
+    small = ("--data.batch_size=4", f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2", f"{BACKBONE}.hidden_dim=32")
+    moevlm("fit", "-c", "conf/quickstart.yaml", "-c", config, "--trainer.fast_dev_run=true", *small)
 
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,3 +92,26 @@ def vqa_source(folder: Path, num_pictures: int) -> tuple[Path, Path]:
     questions.write_text(json.dumps({"data_subtype": "train2014", "questions": asked}), encoding="utf-8")
     annotations.write_text(json.dumps({"annotations": answered}), encoding="utf-8")
     return questions, annotations
+
+
+def img2dataset_source(folder: Path, num_tars: int, per_tar: int, extension: str = "jpg") -> Path:
+    """Tars as img2dataset writes them, with statistics and (empty) tables beside; failed downloads leave gaps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num_tars):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for i in range(per_tar):
+                index = number * per_tar + i
+                key = f"{number:05d}{2 * i:04d}"
+                about = {"url": f"https://example.org/{index}.jpg", "key": key, "status": "success", "sha256": None}
+                for ending, data in (
+                    (extension, picture(index, extension)),
+                    ("txt", caption(index).encode()),
+                    ("json", json.dumps(about, indent=4).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{key}.{ending}")
+                    member.size, member.mtime = len(data), 1_600_000_000 + index
+                    tar.addfile(member, io.BytesIO(data))
+        stats = {"count": 2 * per_tar, "successes": per_tar, "failed_to_download": per_tar, "failed_to_resize": 0}
+        (folder / f"{number:05d}_stats.json").write_text(json.dumps(stats), encoding="utf-8")
+        (folder / f"{number:05d}.parquet").write_bytes(b"PAR1")
+    return folder

@@ -315,7 +315,7 @@ def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch
         return plan(good)
 
     monkeypatch.setattr(convert_module, "_plan", change_then_plan)
-    with pytest.raises(UserError, match="captions.csv line 9: the picture has changed"):
+    with pytest.raises(UserError, match=r"captions.csv line 9: the picture has changed"):
         run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures"]
 

@@ -136,6 +136,7 @@ def recipe_of(source: Source, terms: Terms, form: Form) -> ConvertRecipe:
 
 
 def _rows(source: Source, bad: BadRows) -> list[Row]:
+    """Return the rows that are good so far; all of them have the same members."""
     rows: list[Row] = []
     places: dict[str, str] = {}
     for row in source.rows():
@@ -146,6 +147,13 @@ def _rows(source: Source, bad: BadRows) -> list[Row]:
         else:
             places[row.key] = row.place
             rows.append(row)
+    if any(row.annotation is not None for row in rows):
+        rows = [row if row.annotation is not None else row._replace(annotation={}) for row in rows]
+    captioned = [row for row in rows if row.caption is not None]
+    if captioned and len(captioned) < len(rows):
+        for row in (row for row in rows if row.caption is None):
+            bad.add(BadRow(row.place, "member_missing", "no caption, while others have one"))
+        return captioned
     return rows
 
 

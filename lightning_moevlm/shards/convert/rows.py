@@ -4,6 +4,7 @@ A source only reads its table. Its pictures are named, not opened: they are look
 processes, and never outside the folder that the source names.
 """
 
+import json
 import re
 import stat
 from abc import ABC, abstractmethod
@@ -27,7 +28,6 @@ BadCause = Literal[
     "image_undecodable",
     "image_too_large",
     "member_missing",  # a sample of a tar without a picture or text that its set promises
-    "tar_incomplete",  # fewer samples than its statistics tell, or a tar that ends within a member
 ]
 BAD_CAUSES: tuple[BadCause, ...] = get_args(BadCause)
 
@@ -158,6 +158,29 @@ def checked_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("text_not_utf8", f"bytes or escapes that are no UTF-8 at sign {error.start + 1}") from None
+
+
+def json_object(data: bytes) -> dict[str, object]:
+    """Return the object that a line or a member holds.
+
+    Raises:
+        RowError: if it is no JSON object in UTF-8.
+
+    """
+    try:
+        content = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise RowError("text_not_utf8", f"bytes that are no UTF-8 at byte {error.start + 1}") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RowError("row_malformed", f"this is not JSON ({reason})") from None
+    if not isinstance(content, dict):
+        raise RowError("row_malformed", f"this is a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not in JSON")
 
 
 def inside(folder: Path, file: str) -> Path:

@@ -19,6 +19,7 @@ from lightning_moevlm.shards.convert.rows import (
     checked_text,
     existing_file,
     existing_folder,
+    json_object,
     set_name,
 )
 from lightning_moevlm.shards.manifest import file_sha256
@@ -150,26 +151,9 @@ class JsonlSource(_Table):
                 if not line.strip():
                     continue
                 try:
-                    yield self._row(_json_object(line), number, place)
+                    yield self._row(json_object(line), number, place)
                 except RowError as fault:
                     yield fault.at(place)
-
-
-def _json_object(line: bytes) -> dict[str, object]:
-    try:
-        content = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise RowError("text_not_utf8", f"bytes that are no UTF-8 at byte {error.start + 1}") from None
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise RowError("row_malformed", f"this is not JSON ({reason})") from None
-    if not isinstance(content, dict):
-        raise RowError("row_malformed", f"this is a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not in JSON")
 
 
 def _text(fields: Mapping[str, object], column: str, numbers: bool = False) -> str:
