@@ -107,7 +107,7 @@ def check_set(root: Path) -> CheckReport:
     if tokenizer.vocab_size != manifest.tokenizer.vocab_size:
         check.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, not {manifest.tokenizer.vocab_size}")
     cards = tuple(card for split in SPLITS if (card := check.split(split)) is not None)
-    sizes = tuple(check.sizes.most_common())
+    sizes = tuple(sorted(check.sizes.items(), key=lambda entry: (-entry[1], entry[0])))
     return CheckReport(manifest, cards, sizes, dict(sorted(check.faults.items())), tuple(check.problems))
 
 

@@ -7,6 +7,7 @@ the data is text to it: whatever a caption holds, it is shown and never run.
 import base64
 import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ SHOWN_SIDE = 320
 _TEMPLATES = Path(__file__).parent / "templates"
 _MIME = {"jpg": "image/jpeg", "png": "image/png"}
 _LOSSES_SHOWN = 10
+_FLAT_LIST = re.compile(r"\[(\n[^\[\]{}]*)\]")
 _LONG_TEXT = 2000  # signs of a caption that are shown and cut into tokens
 
 
@@ -140,7 +142,7 @@ def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -
         caption=caption,
         tokens=tuple(tokenizer.decode([i]) for i in tokenizer.ids(caption)),
         questions=_questions(annotation),
-        annotation="" if annotation is None else json.dumps(annotation, indent=1, ensure_ascii=False),
+        annotation="" if annotation is None else _indented(annotation),
         faults=tuple(faults),
     )
 
@@ -164,6 +166,13 @@ def _questions(annotation: object) -> tuple[dict[str, str], ...]:
         return ()
     parts = ("kind", "question", "answer")
     return tuple({part: str(entry.get(part, "")) for part in parts} for entry in found if isinstance(entry, dict))
+
+
+def _indented(annotation: object) -> str:
+    """Return indented JSON; lists that hold no lists or objects (boxes, mostly) stand on one line."""
+    text = json.dumps(annotation, indent=1, ensure_ascii=False)
+    # a line break is never part of a JSON string, so only the indentation changes
+    return _FLAT_LIST.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]).strip() + "]", text)
 
 
 def _render(page: Page) -> str:
