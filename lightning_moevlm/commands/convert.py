@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
+from lightning_moevlm.errors import UserError
+
 if TYPE_CHECKING:
     from lightning_moevlm.shards.convert.bad_rows import BadCount
     from lightning_moevlm.shards.convert.convert import Converted
@@ -281,7 +283,6 @@ def convert_img2dataset(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.errors import UserError
     from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
     from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
     from lightning_moevlm.shards.convert.keep_tars import keep_tars as convert_kept
@@ -337,6 +338,11 @@ def _tell(out: Path, run: "Callable[[], Converted]") -> None:
     except TooManyBadError as error:
         _show(error.counts, "bad rows; nothing was converted")
         raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{out} could not be written ({reason}); when that is mended, the same command goes on where it was"
+        ) from error
     if converted.left_out:
         _show(converted.left_out, "left out")
     manifest = converted.manifest

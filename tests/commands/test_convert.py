@@ -114,6 +114,20 @@ def test_bad_arguments_leave_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures"]
 
 
+def test_a_full_disk_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(task: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning_moevlm.shards.convert.convert.write_shard", no_room)
+    arguments = ["data", "convert", "csv", *source_of("csv", tmp_path), *TERMS, "--out", str(tmp_path / "set")]
+    assert main(arguments) == 2
+    assert "could not be written (No space left on device)" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(arguments) == 0
+
+
 @pytest.mark.slow
 def test_killed_twice_and_gone_on_with(tmp_path: Path) -> None:
     # eight large PNGs, each named by many rows: slow to look at and slow to encode anew, so there is time to kill

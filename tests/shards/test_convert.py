@@ -13,10 +13,12 @@ from PIL import Image
 
 import lightning_moevlm.shards.convert.convert as convert_module
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards import decode
 from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
 from lightning_moevlm.shards.convert.coco import CocoCaptions, CocoQuestions
 from lightning_moevlm.shards.convert.convert import Converted, Effort, Form, Terms, convert
-from lightning_moevlm.shards.convert.picture import Wish, look_at, stored
+from lightning_moevlm.shards.convert.picture import MAX_PIXELS, Wish, look_at, stored
+from lightning_moevlm.shards.convert.pool import WorkerDiedError, in_order
 from lightning_moevlm.shards.convert.rows import RowError, Source
 from lightning_moevlm.shards.convert.tables import Columns, CsvSource, JsonlSource
 from lightning_moevlm.shards.convert.work import ShardTask, write_shard
@@ -214,6 +216,16 @@ def test_two_conversions_of_one_set_do_not_meet(tmp_path: Path) -> None:
     with workshop(tmp_path / "set", recipe.fingerprint), busy:
         run(source, tmp_path / "set")
     run(source, tmp_path / "set")
+
+
+def test_a_process_that_dies_takes_nothing_along(tmp_path: Path) -> None:
+    with pytest.raises(WorkerDiedError, match=r"it goes on where it was"), workshop(tmp_path / "set", "f" * 64):
+        list(in_order(os._exit, [1, 1], num_jobs=2))
+    assert len(list(tmp_path.glob(".set.converting-*"))) == 1
+
+
+def test_what_is_stored_can_be_read() -> None:
+    assert MAX_PIXELS == decode.MAX_PIXELS
 
 
 BAD_ROWS = {

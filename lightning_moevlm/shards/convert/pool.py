@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -17,11 +18,15 @@ _WAITING_PER_JOB = 4
 """Tasks handed out ahead, so that a slow one at the front does not stop the others, and memory stays bounded."""
 
 
+class WorkerDiedError(UserError):
+    """A process ended that nobody had asked to; what was finished before is as good as ever."""
+
+
 def in_order(function: Callable[[T], R], tasks: Sequence[T], num_jobs: int) -> Generator[R]:
     """Yield `function(task)` for every task, in order; with one job, in this process.
 
     Raises:
-        UserError: if a process died.
+        WorkerDiedError: if a process died.
 
     """
     if num_jobs <= 1:
@@ -39,7 +44,7 @@ def in_order(function: Callable[[T], R], tasks: Sequence[T], num_jobs: int) -> G
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError(
+            raise WorkerDiedError(
                 "a process that converted died (was it killed for memory?); run the command again, it goes on where "
                 "it was, with fewer --jobs if memory was short"
             ) from None
@@ -50,6 +55,7 @@ def in_order(function: Callable[[T], R], tasks: Sequence[T], num_jobs: int) -> G
 
 def _end_with_parent() -> None:
     """Leave when the parent does, even by kill -9: the pool alone would wait for its next task forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; the parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.convert.pool import WorkerDiedError
 from lightning_moevlm.shards.manifest import ShardEntry, file_sha256
 
 _JOURNAL, _LOCK = "journal", ".lock"
@@ -56,7 +57,7 @@ class Workshop:
 
 @contextmanager
 def workshop(out: Path, fingerprint: str) -> Iterator[Workshop]:
-    """Open the folder for a set at `out`; an error of the user removes it, being killed does not.
+    """Open the folder for a set at `out`; a mistake of the user removes it, being killed does not.
 
     Raises:
         UserError: if another process converts the same set.
@@ -73,6 +74,8 @@ def workshop(out: Path, fingerprint: str) -> Iterator[Workshop]:
         for left in (*folder.glob(".*.unfinished"), *(folder / _JOURNAL).glob(".*.unfinished")):
             left.unlink()
         yield Workshop(folder)
+    except WorkerDiedError:
+        raise  # nothing to mend in the data: what is finished stays
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)  # what is to be mended may be what was looked at
         raise
