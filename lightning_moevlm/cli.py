@@ -21,7 +21,9 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a declared study, resumable
   moevlm sweep plan|status|report FILE              what would run, what has run, what it showed
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
-  moevlm data check DIR                             verify a set and show what is in it
+  moevlm data convert csv|jsonl|coco_captions|coco_vqa|img2dataset   make a set of your own pictures and captions
+  moevlm data check DIR                             verify a set and print its card
+  moevlm data show DIR                              write samples as a page to browse
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
   moevlm bench layer|dispatch|step                  time layers, dispatchers and whole steps on this machine
   moevlm list [KIND]                                parts that a configuration can name

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import PROJECT
+from tests.shards.sources import csv_source
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
@@ -24,6 +25,7 @@ def test_every_command_is_one_that_runs_here_or_is_a_target() -> None:
 
 def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) -> None:
     (workplace / "data/shards/scenes").unlink()  # the first command builds the real set
+    csv_source(workplace, 60)  # the reader's own captions.csv and pictures/
     for command in COMMANDS:
         tool, *arguments = shlex.split(command)
         if tool == "moevlm":

@@ -1,4 +1,4 @@
-"""`moevlm data`: build, check and prepare sets of shards.
+"""`moevlm data`: build, convert, check, show and prepare sets of shards.
 
 Plain typed functions; the command line makes options of their arguments and help of their docstrings. What
 they need is imported when they run, so that `moevlm --help` stays quick.
@@ -10,6 +10,8 @@ from typing import Literal
 
 from rich.console import Console
 
+from lightning_moevlm.commands import convert
+from lightning_moevlm.commands.output import tell_built
 from lightning_moevlm.errors import UserError
 
 
@@ -39,7 +41,12 @@ def build_openmoji(
     manifest, built = openmoji.build_openmoji(
         Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
     )
-    _tell(out, built, manifest.digest, {split: manifest.num_samples(split) for split in manifest.splits})
+    tell_built(
+        out,
+        "built" if built else None,
+        manifest.digest,
+        {split: manifest.num_samples(split) for split in manifest.splits},
+    )
 
 
 def build_scenes(
@@ -80,7 +87,12 @@ def build_scenes(
         vocab_size,
         force,
     )
-    _tell(out, built, manifest.digest, {split: manifest.num_samples(split) for split in manifest.splits})
+    tell_built(
+        out,
+        "built" if built else None,
+        manifest.digest,
+        {split: manifest.num_samples(split) for split in manifest.splits},
+    )
 
 
 def check(path: str, json: str | None = None, contact_sheet: str | None = None) -> None:
@@ -92,9 +104,8 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
         contact_sheet: Also write a PNG with pictures and captions of the validation split to this file.
 
     """
-    from rich.table import Table
-
-    from lightning_moevlm.commands.output import show
+    from lightning_moevlm.commands import output
+    from lightning_moevlm.commands.card import card_of, faults_of
     from lightning_moevlm.shards.check import check_set
     from lightning_moevlm.shards.contact_sheet import write_contact_sheet
     from lightning_moevlm.shards.source import refuse_remote
@@ -105,21 +116,41 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     if report.problems:
         for problem in report.problems:
             Console(stderr=True, soft_wrap=True, highlight=False).print(problem, markup=False)
+        if report.faults:
+            Console(stderr=True).print(faults_of(report))
         raise UserError(f"{path} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}")
-    about_set = f"{manifest.image_size} px, {manifest.tokenizer.vocab_size} token ids, digest {manifest.digest[:12]}"
-    table = Table(title=f"{manifest.name} ({path}): {about_set}", caption=manifest.attribution)
-    table.add_column("split")
-    for title in ("shards", "samples", "MB", "tokens min", "median", "95 %", "max"):
-        table.add_column(title, justify="right")
-    for card in report.cards:
-        counts = (card.caption_min, card.caption_median, card.caption_p95, card.caption_max)
-        megabytes = f"{card.num_bytes / 1e6:.1f}"
-        table.add_row(card.split, str(card.num_shards), f"{card.num_samples:,}", megabytes, *(str(c) for c in counts))
     about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
-    show(table, [{**about, **card._asdict()} for card in report.cards], json)
+    output.show(card_of(report, path), [{**about, **card._asdict()} for card in report.cards], json)
     if contact_sheet is not None:
         write_contact_sheet(root, manifest, "val", 36, Path(contact_sheet))
         Console(stderr=True, highlight=False).print(f"wrote {contact_sheet}")
+
+
+def show(
+    path: str,
+    out: str | None = None,
+    split: Literal["train", "val", "test"] = "val",
+    num_samples: int = 48,
+    containing: str | None = None,
+) -> None:
+    """Write samples of a set as one HTML page: pictures, captions and their tokens, questions, annotations.
+
+    Args:
+        path: Folder of the set.
+        out: File to write; by default SET.html beside the set's folder.
+        split: Whose samples are shown.
+        num_samples: Show so many at most.
+        containing: Only samples whose key, caption or json member contains this text, in upper or lower case.
+
+    """
+    from lightning_moevlm.shards.show import write_page
+    from lightning_moevlm.shards.source import refuse_remote
+
+    root = refuse_remote(path)
+    target = Path(out) if out else root.resolve().with_name(f"{root.resolve().name}.html")
+    page = write_page(root, split, num_samples, containing, target)
+    said = f"wrote {target}: {len(page.samples)} of {page.num_in_split:,} {page.modality} of the {split} split"
+    Console(soft_wrap=True, highlight=False).print(said, markup=False)
 
 
 def codebook(
@@ -156,14 +187,8 @@ def codebook(
 Command = Callable[..., None]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "build": {"openmoji": build_openmoji, "scenes": build_scenes},
+    "convert": convert.COMMANDS,
     "check": check,
     "codebook": codebook,
+    "show": show,
 }
-
-
-def _tell(out: str, built: bool, digest: str, counts: dict[Literal["train", "val", "test"], int]) -> None:
-    said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    verb = "built" if built else "already built, nothing to do:"
-    Console(soft_wrap=True, highlight=False).print(
-        f"{verb} {out} ({said} samples; manifest {digest[:12]})", markup=False
-    )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from lightning_moevlm.shards.manifest import Split
+
 
 def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: str | None) -> None:
     """Print the table, or write the rows as a JSON list.
@@ -39,3 +41,13 @@ def console() -> "Console":
 
     terminal = Console()
     return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+
+
+def tell_built(out: str, verb: str | None, digest: str, counts: Mapping["Split", int]) -> None:
+    """Print one line on a set: what was done (None: nothing, it was there), samples by split, the manifest's digest."""
+    from rich.console import Console
+
+    said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    Console(soft_wrap=True, highlight=False).print(
+        f"{verb or 'already built, nothing to do:'} {out} ({said} samples; manifest {digest[:12]})", markup=False
+    )

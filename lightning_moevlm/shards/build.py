@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest, Scalar, check_shard_size, read_manifest
@@ -52,7 +53,20 @@ class SetPlan:
         }
 
 
-def existing_set(out: Path, plan: SetPlan, force: bool) -> Manifest | None:
+class Recipe(Protocol):
+    """What tells whether a set is the one asked for: its name, the version of its recipe, all its arguments."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def version(self) -> int: ...  # noqa: D102
+
+    @property
+    def build(self) -> dict[str, Scalar]: ...  # noqa: D102
+
+
+def existing_set(out: Path, plan: Recipe, force: bool) -> Manifest | None:
     """Return the manifest if `out` already holds just this set; None if it is to be built.
 
     Raises:
@@ -83,7 +97,7 @@ def existing_set(out: Path, plan: SetPlan, force: bool) -> Manifest | None:
     return manifest
 
 
-def _difference(manifest: Manifest, plan: SetPlan) -> str:
+def _difference(manifest: Manifest, plan: Recipe) -> str:
     pairs: list[tuple[str, object, object]] = [
         ("set", manifest.name, plan.name),
         ("recipe version", manifest.version, plan.version),
@@ -106,7 +120,7 @@ def build_set(out: Path, plan: SetPlan, samples: Iterable[Sample]) -> Manifest:
     try:
         manifest = _fill(building, plan, samples)
         building.chmod(0o755)
-        _put_in_place(building, out)
+        put_in_place(building, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return manifest
@@ -139,7 +153,7 @@ def _fill(root: Path, plan: SetPlan, samples: Iterable[Sample]) -> Manifest:
     return manifest
 
 
-def _put_in_place(building: Path, out: Path) -> None:
+def put_in_place(building: Path, out: Path) -> None:
     """Rename the finished folder to `out`; an older set is moved aside first and removed last."""
     if not out.exists():
         building.replace(out)

@@ -1,11 +1,14 @@
 """Checking a set from end to end: every shard against the manifest, every sample by decoding it.
 
-Unlike a reader, which stops at the first mistake, a check goes on and lists all that it finds.
+Unlike a reader, which stops at the first mistake, a check goes on and lists all that it finds. On the way it gathers
+the set's card: counts, sizes, lengths, and pictures that occur more than once.
 """
 
+import hashlib
 import json
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,42 +16,79 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.decode import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
+    ImageTooLargeError,
     decode_caption,
     decode_image,
     undecodable,
 )
-from lightning_moevlm.shards.faults import Lost
-from lightning_moevlm.shards.manifest import SPLITS, Manifest, ShardEntry, Split, read_manifest
+from lightning_moevlm.shards.faults import Cause, Lost
+from lightning_moevlm.shards.look import modality_of, picture_size
+from lightning_moevlm.shards.manifest import SPLITS, Manifest, Split, read_manifest
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.source import RawSample, read_shard
 from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
 
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
+_DECODED_SIZE = 8  # pixels; small, since only whether it can be decoded matters
+_DIGEST_BYTES = 16  # of sha256, kept per picture: enough to tell any number of pictures apart
+
+Complaint = Cause | Literal["json_malformed", "caption_empty"]
 
 
 class SplitCard(NamedTuple):
-    """One row of a set's card. Caption lengths are in tokens, without [BOS] and [EOS]."""
+    """One row of a set's card, over samples without problems.
+
+    caption_*: tokens, without [BOS] and [EOS]; 0 in a set without captions. side_*: pixels, min, median and 95 % of the
+    shorter side and the largest longer side; 0 in a set without pictures. duplicates_within: samples whose picture (in
+    a set of texts: caption) is byte for byte one that occurred before in the split; duplicates_across: not in this
+    split, but in one before it.
+    """
 
     split: Split
     num_shards: int
     num_samples: int
     num_bytes: int
+    modality: str
     caption_min: int
     caption_median: int
     caption_p95: int
     caption_max: int
+    side_min: int
+    side_median: int
+    side_p95: int
+    side_max: int
+    num_questions: int
+    duplicates_within: int
+    duplicates_across: int
 
 
 class CheckReport(NamedTuple):
     """What a check found.
 
-    cards: of the splits without problems. problems: one line each; empty if all is well.
+    cards: one per split that has a sample without problems. sizes: how many pictures have which (width, height), the
+    most frequent first. faults: lost samples by cause. problems: one line each; empty if all is well.
     """
 
     manifest: Manifest
     cards: tuple[SplitCard, ...]
+    sizes: tuple[tuple[tuple[int, int], int], ...]
+    faults: dict[Complaint, int]
     problems: tuple[str, ...]
+
+
+class _ComplaintError(Exception):
+    def __init__(self, cause: Complaint, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class _Found(NamedTuple):
+    """What is in one good sample. size: (width, height). num_tokens, size: None where the set has no such member."""
+
+    num_tokens: int | None
+    size: tuple[int, int] | None
+    num_questions: int
 
 
 def check_set(root: Path) -> CheckReport:
@@ -59,72 +99,128 @@ def check_set(root: Path) -> CheckReport:
 
     """
     manifest = read_manifest(root)
-    problems: list[str] = []
     try:
         tokenizer = load_tokenizer(root, manifest.tokenizer)
     except UserError as error:
-        return CheckReport(manifest, (), (str(error),))
+        return CheckReport(manifest, (), (), {}, (str(error),))
+    check = _Check(root, manifest, tokenizer)
     if tokenizer.vocab_size != manifest.tokenizer.vocab_size:
-        problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, not {manifest.tokenizer.vocab_size}")
-    keys: set[str] = set()
-    cards = []
-    for split in SPLITS:
-        shards, lengths, found = manifest.splits[split], list[int](), list[str]()
+        check.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, not {manifest.tokenizer.vocab_size}")
+    cards = tuple(card for split in SPLITS if (card := check.split(split)) is not None)
+    sizes = tuple(sorted(check.sizes.items(), key=lambda entry: (-entry[1], entry[0])))
+    return CheckReport(manifest, cards, sizes, dict(sorted(check.faults.items())), tuple(check.problems))
+
+
+class _Check:
+    """A check on its way through the splits, and what it has met so far."""
+
+    def __init__(self, root: Path, manifest: Manifest, tokenizer: CaptionTokenizer) -> None:
+        self._root = root
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._keys: set[str] = set()
+        self._shown: dict[bytes, set[Split]] = {}
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.faults: Counter[Complaint] = Counter()
+        self.problems: list[str] = []
+
+    def split(self, split: Split) -> SplitCard | None:
+        """Check one split; None if it has no good sample."""
+        shards, wanted = self._manifest.splits[split], frozenset(self._manifest.members)
+        found: list[_Found] = []
+        within, across = 0, 0
         for shard in track(shards, len(shards), f"checking {split}"):
-            lengths += _check_shard(root, shard, manifest, tokenizer, keys, found)
-        if not found and lengths:
-            cards.append(_card(split, shards, lengths))
-        problems += found
-    return CheckReport(manifest, tuple(cards), tuple(problems))
+            for sample in read_shard(ShardStorage(str(self._root)), shard, wanted):
+                if isinstance(sample, Lost):
+                    self._complain(sample.cause, sample.message, sample.num_samples)
+                    continue
+                try:
+                    found.append(self._sample(sample))
+                except _ComplaintError as complaint:
+                    self._complain(complaint.cause, str(complaint))
+                    continue
+                splits = self._shown.setdefault(_shown(sample), set())
+                within += split in splits
+                across += bool(splits) and split not in splits
+                splits.add(split)
+        if not found:
+            return None
+        self.sizes.update(entry.size for entry in found if entry.size is not None)
+        sizes = [entry.size for entry in found if entry.size is not None]
+        return SplitCard(
+            split,
+            len(shards),
+            len(found),
+            sum(shard.num_bytes for shard in shards),
+            modality_of(self._manifest),
+            *_quantiles([entry.num_tokens for entry in found if entry.num_tokens is not None]),
+            *_quantiles([min(size) for size in sizes])[:3],
+            max((max(size) for size in sizes), default=0),
+            sum(entry.num_questions for entry in found),
+            within,
+            across,
+        )
+
+    def _complain(self, cause: Complaint, message: str, num_samples: int = 1) -> None:
+        self.faults[cause] += num_samples
+        self.problems.append(message)
+
+    def _sample(self, sample: RawSample) -> _Found:
+        """Decode every member.
+
+        Raises:
+            _ComplaintError: if one is missing or cannot be decoded, or the key is not new.
+
+        """
+        where = f"{sample.key} in shard {sample.shard}"
+        if sample.key in self._keys:
+            raise _ComplaintError("duplicate_key", f"{where} occurs twice in the set")
+        self._keys.add(sample.key)
+        num_tokens, size, num_questions = None, None, 0
+        for extension in self._manifest.members:
+            if extension not in sample.members:
+                raise _ComplaintError("member_missing", f"{where} has no .{extension} member")
+            data = sample.members[extension]
+            try:
+                if extension in IMAGE_EXTENSIONS:
+                    size = picture_size(data, extension)
+                    decode_image(data, extension, _DECODED_SIZE)
+                elif extension == CAPTION_EXTENSION:
+                    caption = decode_caption(data)
+                    if not caption:
+                        raise _ComplaintError("caption_empty", f"{where} has an empty caption")
+                    num_tokens = len(self._tokenizer.ids(caption))
+                else:
+                    num_questions += _num_questions(json.loads(data))
+            except ValueError as error:
+                message = str(undecodable(sample.key, sample.shard, extension, error))
+                raise _ComplaintError(_cause_of(extension, error), message) from error
+        return _Found(num_tokens, size, num_questions)
 
 
-def _check_shard(
-    root: Path,
-    shard: ShardEntry,
-    manifest: Manifest,
-    tokenizer: CaptionTokenizer,
-    keys: set[str],
-    problems: list[str],
-) -> list[int]:
-    """Return caption lengths; add keys to `keys` and complaints to `problems`."""
-    lengths: list[int] = []
-    try:
-        for sample in read_shard(ShardStorage(str(root)), shard, frozenset(manifest.members)):
-            if isinstance(sample, Lost):
-                problems.append(sample.message)
-                continue
-            if sample.key in keys:
-                problems.append(f"{sample.key} in shard {shard.file} occurs twice in the set")
-            keys.add(sample.key)
-            caption = _check_sample(sample, manifest)
-            lengths.append(len(tokenizer.ids(caption)))
-    except UserError as error:
-        problems.append(str(error))
-    return lengths
+def _cause_of(extension: str, error: ValueError) -> Complaint:
+    if isinstance(error, ImageTooLargeError):
+        return "image_too_large"
+    if extension in IMAGE_EXTENSIONS:
+        return "image_undecodable"
+    return "text_not_utf8" if extension == CAPTION_EXTENSION else "json_malformed"
 
 
-def _check_sample(sample: RawSample, manifest: Manifest) -> str:
-    """Decode every member and return the caption ("" if the set has none)."""
-    caption = ""
-    for extension in manifest.members:
-        if extension not in sample.members:
-            raise UserError(f"{sample.key} in shard {sample.shard} has no .{extension} member")
-        data = sample.members[extension]
-        try:
-            if extension in IMAGE_EXTENSIONS:
-                decode_image(data, extension, manifest.image_size)
-            elif extension == CAPTION_EXTENSION:
-                caption = decode_caption(data)
-            else:
-                json.loads(data)
-        except ValueError as error:
-            raise undecodable(sample.key, sample.shard, extension, error) from error
-    if CAPTION_EXTENSION in manifest.members and not caption:
-        raise UserError(f"{sample.key} in shard {sample.shard} has an empty caption")
-    return caption
+def _num_questions(annotation: object) -> int:
+    questions = annotation.get("questions") if isinstance(annotation, dict) else None
+    return len(questions) if isinstance(questions, list) else 0
 
 
-def _card(split: Split, shards: tuple[ShardEntry, ...], lengths: list[int]) -> SplitCard:
-    least, median, p95, most = (int(q) for q in np.quantile(lengths, QUANTILES, method="higher"))
-    num_samples, num_bytes = sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards)
-    return SplitCard(split, len(shards), num_samples, num_bytes, least, median, p95, most)
+def _shown(sample: RawSample) -> bytes:
+    """Digest of the picture's bytes, of the caption's where there is no picture."""
+    extension = next((e for e in (*IMAGE_EXTENSIONS, CAPTION_EXTENSION) if e in sample.members), None)
+    data = sample.key.encode() if extension is None else sample.members[extension]
+    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
+
+
+def _quantiles(counts: list[int]) -> tuple[int, int, int, int]:
+    """Return min, median, 95 % and max; zeros of nothing."""
+    if not counts:
+        return 0, 0, 0, 0
+    least, median, p95, most = (int(q) for q in np.quantile(counts, QUANTILES, method="higher"))
+    return least, median, p95, most

@@ -1,18 +1,15 @@
-"""A contact sheet: the first pictures of a split with their captions, on one PNG to look at."""
+"""A contact sheet: the first samples of a split, pictures with their captions, on one PNG to look at."""
 
 import textwrap
+from collections.abc import Iterator
+from importlib.resources import as_file, files
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.shards.decode import (
-    CAPTION_EXTENSION,
-    IMAGE_EXTENSIONS,
-    decode_caption,
-    decode_image,
-)
+from lightning_moevlm.shards.decode import CAPTION_EXTENSION, decode_caption, undecodable
+from lightning_moevlm.shards.look import picture_extension, thumbnail
 from lightning_moevlm.shards.manifest import Manifest, Split
 from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
 from lightning_moevlm.shards.storage import ShardStorage
@@ -22,38 +19,64 @@ MARGIN = 12
 LINE = 14
 LINES = 5
 COLUMNS = 6
+LETTERS = 26  # in a line below a tile
+TEXT_LINES = 14  # in a tile that holds a text
 
 
 def write_contact_sheet(root: Path, manifest: Manifest, split: Split, num_samples: int, path: Path) -> None:
-    """Draw the first samples of a split's first shard, with captions, and write the PNG.
+    """Draw the first samples of a split and write the PNG; in a set of texts, tiles hold the texts.
 
     Raises:
-        UserError: if the set has no pictures, or the shard is not in order.
+        UserError: if a shard or a picture on the way is not in order.
 
     """
-    extension = next((e for e in IMAGE_EXTENSIONS if e in manifest.members), None)
-    if extension is None:
-        raise UserError(f"{root} holds no pictures, so there is nothing to put on a contact sheet")
-    shard = read_shard(ShardStorage(str(root)), manifest.splits[split][0], frozenset(manifest.members))
-    samples = list(islice(all_or_error(shard), num_samples))
+    samples = list(islice(_samples(root, manifest, split), num_samples))
+    extension = picture_extension(manifest)
     rows = -(-len(samples) // COLUMNS)
-    width, height = TILE + MARGIN, TILE + LINES * LINE + MARGIN
+    has_lines = extension is not None and CAPTION_EXTENSION in manifest.members
+    width, height = TILE + MARGIN, TILE + (LINES * LINE if has_lines else 0) + MARGIN
     sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw, font = ImageDraw.Draw(sheet), _font()
     for place, sample in enumerate(samples):
         left, top = MARGIN + place % COLUMNS * width, MARGIN + place // COLUMNS * height
-        sheet.paste(_tile(sample, extension, manifest.image_size), (left, top))
-        draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="#808080")
         caption = decode_caption(sample.members.get(CAPTION_EXTENSION, b""))
-        lines = textwrap.wrap(caption, width=26, max_lines=LINES)
-        draw.multiline_text((left, top + TILE + 3), "\n".join(lines), fill="black", font=font, spacing=1)
+        if extension is None:
+            draw.multiline_text((left + 4, top + 4), _lines(caption, TEXT_LINES - 3), "black", font, spacing=2)
+        else:
+            tile = _tile(sample, extension)
+            sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+            if has_lines:
+                draw.multiline_text((left, top + TILE + 3), _lines(caption, LINES), "black", font, spacing=1)
+        draw.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="#808080")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     sheet.save(unfinished, "png")
     unfinished.replace(path)
 
 
-def _tile(sample: RawSample, extension: str, image_size: int) -> Image.Image:
-    image_RYX = decode_image(sample.members[extension], extension, image_size)
-    picture = Image.fromarray(image_RYX.permute(1, 2, 0).contiguous().numpy())
-    return picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
+def _samples(root: Path, manifest: Manifest, split: Split) -> Iterator[RawSample]:
+    for shard in manifest.splits[split]:
+        yield from all_or_error(read_shard(ShardStorage(str(root)), shard, frozenset(manifest.members)))
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    # Pillow's own font knows Latin letters only; the one that matplotlib brings knows many more
+    with as_file(files("matplotlib") / "mpl-data/fonts/ttf/DejaVuSans.ttf") as path:
+        return ImageFont.truetype(str(path), size=11)
+
+
+def _lines(caption: str, num_lines: int) -> str:
+    return "\n".join(textwrap.wrap(caption, width=LETTERS, max_lines=num_lines, placeholder=" ..."))
+
+
+def _tile(sample: RawSample, extension: str) -> Image.Image:
+    """Return the whole picture; small ones are enlarged, so that they can be seen."""
+    try:
+        picture = thumbnail(sample.members[extension], extension, TILE)
+    except ValueError as error:
+        raise undecodable(sample.key, sample.shard, extension, error) from error
+    scale = TILE / max(picture.size)
+    if scale == 1:
+        return picture
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)

@@ -46,7 +46,8 @@ class TokenizerEntry:
 class Manifest:
     """What a set holds.
 
-    image_size: pixels per side of the stored pictures. members: file extensions that every sample has.
+    image_size: pixels per side of the stored pictures; where they differ, a size that half of them reach; 0 without
+    pictures. members: file extensions that every sample has.
     build: the arguments it was built with. sources: versions of the packages its pictures come from.
     """
 

@@ -21,14 +21,13 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.art import (
     LICENCE,
     LICENCE_URL,
-    ImageFormat,
     attribution,
-    encode,
     picture_codes,
     rasterise,
     source_versions,
 )
 from lightning_moevlm.shards.build import SetPlan, build_set, canonical_json, existing_set
+from lightning_moevlm.shards.encode import ImageFormat, encode
 from lightning_moevlm.shards.manifest import Manifest
 from lightning_moevlm.shards.writer import Sample
 

@@ -20,14 +20,12 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.art import (
     LICENCE,
     LICENCE_URL,
-    ImageFormat,
     attribution,
-    encode,
-    lay_on,
     rasterise,
     source_versions,
 )
 from lightning_moevlm.shards.build import SetPlan, build_set, canonical_json, existing_set
+from lightning_moevlm.shards.encode import ImageFormat, encode, lay_on
 from lightning_moevlm.shards.manifest import Manifest
 from lightning_moevlm.shards.pictures import Picture, first_pictures
 from lightning_moevlm.shards.scene_graph import GROUNDS, Box, Group, Scene, facts

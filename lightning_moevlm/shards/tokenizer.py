@@ -63,8 +63,8 @@ class CaptionTokenizer:
         return str(self._tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)]))
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> TokenizerEntry:
-    """Learn at most `vocab_size` ids from captions and write `root/tokenizer.json`.
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that cannot spell every text.
 
     Raises:
         UserError: if `vocab_size` leaves no room for special tokens and bytes.
@@ -72,6 +72,16 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> Tok
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size is {vocab_size}, but bytes and special tokens alone need {MIN_VOCAB_SIZE}")
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> TokenizerEntry:
+    """Learn at most `vocab_size` ids from captions and write `root/tokenizer.json`.
+
+    Raises:
+        UserError: if `vocab_size` leaves no room for special tokens and bytes.
+
+    """
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -9,6 +9,7 @@ keeps the smaller one's split.
 import hashlib
 import io
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -43,6 +44,20 @@ def split_of(identity: str) -> Split:
     return "val" if position < TRAIN_SHARE + VAL_SHARE else "test"
 
 
+def open_shard(path: Path) -> tarfile.TarFile:
+    """Open a new, empty shard for writing."""
+    return tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
+
+
+def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
+    """Append one sample, its members by file extension, with nothing in the headers that could differ next time."""
+    for extension in sorted(members):
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size = len(members[extension])
+        info.mode = 0o444
+        tar.addfile(info, io.BytesIO(members[extension]))
+
+
 class _SplitWriter:
     """Fills the shards of one split, one after the other."""
 
@@ -60,17 +75,13 @@ class _SplitWriter:
 
     def write(self, sample: Sample) -> None:
         if self._tar is None:
-            self._tar = tarfile.open(self._unfinished, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._tar = open_shard(self._unfinished)
         members = {
             sample.image_format: sample.image,
             "json": sample.annotation.encode(),
             "txt": sample.caption.encode(),
         }
-        for extension in sorted(members):
-            info = tarfile.TarInfo(f"{sample.key}.{extension}")
-            info.size = len(members[extension])
-            info.mode = 0o444
-            self._tar.addfile(info, io.BytesIO(members[extension]))
+        add_sample(self._tar, sample.key, members)
         self._num_samples += 1
         if self._num_samples == self._samples_per_shard:
             self.finish()

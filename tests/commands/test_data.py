@@ -26,7 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_that_the_issue_names() -> None:
     build = COMMANDS["build"]
     assert isinstance(build, dict) and set(build) == {"openmoji", "scenes"}
-    assert set(COMMANDS) == {"build", "check", "codebook"}
+    assert set(COMMANDS) == {"build", "check", "codebook", "convert", "show"}
 
 
 def test_build_twice_says_that_nothing_is_to_do(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,8 +83,21 @@ def test_check_fails_on_a_truncated_shard(built: Path, tmp_path: Path, capsys: p
         data = path.read_bytes()
         (tmp_path / path.name).write_bytes(data[:2000] if path.name == "test-000000.tar" else data)
     assert main(["data", "check", str(tmp_path), "--json", str(tmp_path / "card.json")]) == 2
-    assert "test-000000.tar is truncated" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "test-000000.tar is truncated" in printed and "shard_truncated" in printed
     assert not (tmp_path / "card.json").exists()
+
+
+def test_show_writes_a_page(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "show", str(built), "--split", "train", "--num_samples", "7"]) == 0
+    page = built.parent / "scenes.html"
+    num_train = read_manifest(built).num_samples("train")
+    assert capsys.readouterr().out == f"wrote {page}: 7 of {num_train} pairs of the train split\n"
+    assert page.read_text(encoding="utf-8").count("<article>") == 7
+    missed = ["data", "show", str(built), "--out", str(tmp_path / "none.html"), "--containing", "no such words"]
+    assert main(missed) == 2
+    assert "contains 'no such words'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_codebook(built: Path, tmp_path: Path) -> None:

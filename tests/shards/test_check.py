@@ -9,7 +9,11 @@ from PIL import Image
 
 from lightning_moevlm.shards.check import check_set
 from lightning_moevlm.shards.contact_sheet import write_contact_sheet
+from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+from lightning_moevlm.shards.convert.picture import Wish
+from lightning_moevlm.shards.convert.tables import Columns, CsvSource
 from lightning_moevlm.shards.manifest import file_sha256, read_manifest
+from tests.shards.sources import caption, csv_source, picture, write_csv
 
 
 def _rewrite(root: Path, number: int, name_ends: str, data: bytes | None) -> str:
@@ -99,3 +103,57 @@ def test_annotations_are_one_json_object_per_sample(scenes_root: Path) -> None:
         members = [m for m in tar if m.name.endswith(".json")]
         about = [json.loads(tar.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
     assert members and all({"ground", "objects", "relations", "questions", "statements"} == set(a) for a in about)
+
+
+def test_the_card_counts_what_occurs_twice(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(0 if i in (1, 4) else i, size=(40, 30 + i)))
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())
+    (tmp_path / "4.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())
+    # train: 0, 1, 2 (0 and 1 the same picture); val: 3, 4 (4 is 0 again); test: 5
+    splits = ("train", "train", "train", "val", "val", "test")
+    rows = [[f"{i}.jpg", caption(i), split] for i, split in enumerate(splits)]
+    table = write_csv(tmp_path / "t.csv", ["image", "caption", "split"], rows)
+    source = CsvSource(table, None, None, Columns("image", "caption", None, "split"))
+    convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    report = check_set(tmp_path / "set")
+    assert report.problems == () and report.faults == {}
+    duplicates = [(card.duplicates_within, card.duplicates_across) for card in report.cards]
+    assert duplicates == [(1, 0), (0, 1), (0, 0)]
+    # heights are 30, 30, 32 in train; 33, 30 in val; 35 in test; every width is 40
+    assert [(c.side_min, c.side_median, c.side_max) for c in report.cards] == [(30, 30, 40), (30, 33, 40), (35, 35, 40)]
+    assert report.sizes == (((40, 30), 3), ((40, 32), 1), ((40, 33), 1), ((40, 35), 1))
+
+
+def test_sets_of_one_modality_have_a_card_and_a_sheet(tmp_path: Path) -> None:
+    table = csv_source(tmp_path, 60)
+    for columns, name, modality in (
+        (Columns(None, "caption", None, None), "t", "texts"),
+        (Columns("image", None, None, None), "p", "images"),
+    ):
+        source = CsvSource(table, tmp_path / "pictures", name, columns)
+        convert(source, tmp_path / name, Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+        report = check_set(tmp_path / name)
+        assert report.problems == () and {card.modality for card in report.cards} == {modality}
+        assert all((card.caption_max > 0) is (name == "t") for card in report.cards)
+        assert all((card.side_max > 0) is (name == "p") for card in report.cards)
+        write_contact_sheet(tmp_path / name, report.manifest, "val", 6, tmp_path / "sheet.png")
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+        assert (sheet[13:170, 13:170] < 90).any()  # something is drawn in the first tile
+
+
+def test_faults_are_counted_by_cause(scenes_copy: Path) -> None:
+    _rewrite(scenes_copy, 0, ".jpg", b"no picture")
+    _rewrite(scenes_copy, 1, ".txt", b"\xff")
+    _rewrite(scenes_copy, 2, ".json", b"{no json")
+    (scenes_copy / "val-000000.tar").unlink()
+    manifest = read_manifest(scenes_copy)
+    report = check_set(scenes_copy)
+    assert report.faults == {
+        "image_undecodable": 1,
+        "json_malformed": 1,
+        "shard_missing": manifest.splits["val"][0].num_samples,
+        "text_not_utf8": 1,
+    }
+    # what follows a bad sample in its shard is still counted
+    assert report.cards[0].num_samples == manifest.num_samples("train") - 3

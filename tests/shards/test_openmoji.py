@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lightning_moevlm.shards.art import encode, rasterise
+from lightning_moevlm.shards.art import rasterise
 from lightning_moevlm.shards.decode import decode_image
+from lightning_moevlm.shards.encode import encode
 from lightning_moevlm.shards.manifest import SPLITS
 from lightning_moevlm.shards.openmoji import (
     LANGUAGES,

@@ -1,0 +1,361 @@
+"""`moevlm data convert`: sets of shards from pictures and captions that lie in other forms.
+
+What is common to every kind stands under the same name in each: --out, --licence, --image_format, --max_side and so on.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+
+from lightning_moevlm.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moevlm.shards.convert.bad_rows import BadCount
+    from lightning_moevlm.shards.convert.convert import Converted
+
+ImageFormat = Literal["jpg", "png"]
+
+
+def convert_csv(
+    table: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    image_column: str | None = "image",
+    caption_column: str | None = "caption",
+    key_column: str | None = None,
+    split_column: str | None = None,
+    delimiter: str = ",",
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert a CSV file and the folder of pictures that it names. Columns without a meaning go to the json member.
+
+    Args:
+        table: The CSV file, UTF-8, its first line names the columns.
+        pictures: Folder that the pictures' paths start from; by default the table's own. None may lead out of it.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the table's name.
+        image_column: Holds the pictures' paths; null for a set of texts alone.
+        caption_column: Holds the captions; null for a set of pictures alone.
+        key_column: Holds the samples' keys (letters, digits, - and _); by default rows are numbered.
+        split_column: Holds train, val or test; by default the hash of the picture decides, 80, 10 and 10 %.
+        delimiter: Between fields.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad rows at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.tables import Columns, CsvSource
+
+    terms = Terms(licence, licence_url, attribution)
+    form, effort = (
+        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
+        Effort(max_bad, _jobs(jobs), force),
+    )
+    columns = Columns(image_column, caption_column, key_column, split_column)
+    source = CsvSource(Path(table), _path(pictures), name, columns, delimiter)
+    target = _target(out, source.name)
+    _tell(target, lambda: convert(source, target, terms, form, effort))
+
+
+def convert_jsonl(
+    table: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    image_field: str | None = "image",
+    caption_field: str | None = "caption",
+    key_field: str | None = None,
+    split_field: str | None = None,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert a file of JSON objects, one per line, and the folder of pictures that it names.
+
+    Args:
+        table: The file, UTF-8. Fields without a meaning go to the json member.
+        pictures: Folder that the pictures' paths start from; by default the table's own. None may lead out of it.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the table's name.
+        image_field: Holds the pictures' paths; null for a set of texts alone.
+        caption_field: Holds the captions; null for a set of pictures alone.
+        key_field: Holds the samples' keys (letters, digits, - and _); by default lines are numbered.
+        split_field: Holds train, val or test; by default the hash of the picture decides, 80, 10 and 10 %.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad lines at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.tables import Columns, JsonlSource
+
+    terms = Terms(licence, licence_url, attribution)
+    form, effort = (
+        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
+        Effort(max_bad, _jobs(jobs), force),
+    )
+    columns = Columns(image_field, caption_field, key_field, split_field)
+    source = JsonlSource(Path(table), _path(pictures), name, columns)
+    target = _target(out, source.name)
+    _tell(target, lambda: convert(source, target, terms, form, effort))
+
+
+def convert_coco_captions(
+    annotations: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    captions: Literal["first", "each"] = "first",
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert a COCO captions file (captions_train2017.json and the like) and its folder of pictures.
+
+    Args:
+        annotations: The captions file.
+        pictures: Folder of the pictures; by default the file's own.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the file's name.
+        captions: first makes one sample per picture, each one per caption; all are in the json member either way.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad entries at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.shards.convert.coco import CocoCaptions
+    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+    from lightning_moevlm.shards.convert.picture import Wish
+
+    terms = Terms(licence, licence_url, attribution)
+    form, effort = (
+        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
+        Effort(max_bad, _jobs(jobs), force),
+    )
+    source = CocoCaptions(Path(annotations), _path(pictures) or Path(annotations).parent, name, captions)
+    target = _target(out, source.name)
+    _tell(target, lambda: convert(source, target, terms, form, effort))
+
+
+def convert_coco_vqa(
+    questions: str,
+    annotations: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    image_name: str | None = None,
+    captions: str | None = None,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert questions and answers in COCO's style (VQA v1, v2): one sample per picture, questions in its json.
+
+    Args:
+        questions: The questions file.
+        annotations: The file with the answers.
+        pictures: Folder of the pictures; by default the questions' own.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the questions file's name.
+        image_name: How pictures are called; by default COCO_SUBTYPE_{image_id:012d}.jpg.
+        captions: A COCO captions file of the same pictures, for captions as well and for the pictures' names.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad entries at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.shards.convert.coco import CocoQuestions
+    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+    from lightning_moevlm.shards.convert.picture import Wish
+
+    terms = Terms(licence, licence_url, attribution)
+    form, effort = (
+        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
+        Effort(max_bad, _jobs(jobs), force),
+    )
+    folder = _path(pictures) or Path(questions).parent
+    source = CocoQuestions(Path(questions), Path(annotations), folder, name, image_name, _path(captions))
+    target = _target(out, source.name)
+    _tell(target, lambda: convert(source, target, terms, form, effort))
+
+
+def convert_img2dataset(
+    folder: str,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    keep_tars: bool = True,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Make a set of what img2dataset has downloaded (--output_format webdataset).
+
+    The tars stay as they are: they are linked into the set, or, where --out is their own folder, get a manifest beside
+    them. Whole tars then fall into the splits. Bad samples stay in their tars, and data.max_lost_fraction must bear
+    them; --keep_tars false writes the good samples anew, mixed and split by picture.
+
+    Args:
+        folder: The folder with 00000.tar, 00000_stats.json and so on.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set; by default the folder's name.
+        keep_tars: Whether the tars stay as they are.
+        image_format: Of samples that are written anew.
+        max_side: Of samples that are written anew: the longer side has no more pixels than this.
+        samples_per_shard: Of samples that are written anew.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Bear so many bad samples at most.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+    from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
+    from lightning_moevlm.shards.convert.keep_tars import keep_tars as convert_kept
+    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.rows import set_name
+
+    terms = Terms(licence, licence_url, attribution)
+    form, effort = (
+        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
+        Effort(max_bad, _jobs(jobs), force),
+    )
+    target = _target(out, set_name(name or Path(folder).resolve().name))
+    if keep_tars:
+        if (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
+            raise UserError(
+                "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
+                "false, or leave them out"
+            )
+        _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort))
+        return
+    source = Img2datasetSource(Path(folder), name)
+    _tell(target, lambda: convert(source, target, terms, form, effort))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "csv": convert_csv,
+    "jsonl": convert_jsonl,
+    "coco_captions": convert_coco_captions,
+    "coco_vqa": convert_coco_vqa,
+    "img2dataset": convert_img2dataset,
+}
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _target(out: str | None, name: str) -> Path:
+    return Path(f"data/shards/{name}" if out is None else out)
+
+
+def _jobs(jobs: int | None) -> int:
+    return len(os.sched_getaffinity(0)) if jobs is None else jobs
+
+
+def _tell(out: Path, run: "Callable[[], Converted]") -> None:
+    """Convert, and say what came of it; bad rows are shown as a table whether they are borne or not."""
+    from lightning_moevlm.commands.output import tell_built
+    from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
+
+    try:
+        converted = run()
+    except TooManyBadError as error:
+        _show(error.counts, "bad rows; nothing was converted")
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{out} could not be written ({reason}); when that is mended, the same command goes on where it was"
+        ) from error
+    if converted.left_out:
+        _show(converted.left_out, "left out")
+    manifest = converted.manifest
+    counts = {split: manifest.num_samples(split) for split in manifest.splits}
+    tell_built(str(out), "converted" if converted.built else None, manifest.digest, counts)
+
+
+def _show(counts: "tuple[BadCount, ...]", title: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("cause", "rows", "the first of them", title=title, title_justify="left")
+    for count in counts:
+        table.add_row(count.cause, f"{count.num_rows:,}", Text(f"{count.first.place}: {count.first.message}"))
+    terminal = Console(stderr=True)
+    (terminal if terminal.is_terminal else Console(stderr=True, width=160)).print(table)

@@ -1,0 +1,1 @@
+"""Sets of shards from pictures and captions that lie in other forms."""

@@ -1,0 +1,147 @@
+"""img2dataset's tars as a set just as they are: only the manifest, the tokenizer and the licence are written.
+
+The tars are linked into the set (copied where links are not possible), or the set is made in their own folder.
+What is left as it is cannot be dealt out by picture: whole tars fall into the splits, every tenth into validation and
+into test, by the hash of their bytes. The same picture may so be in two splits; `moevlm data check` counts them, and
+writing the samples anew (`--keep_tars false`) prevents it. Bad samples that are borne stay in their tars, where the
+loader meets them: `data.max_lost_fraction` must bear them too.
+"""
+
+import os
+import shutil
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.build import existing_set, put_in_place
+from lightning_moevlm.shards.convert.bad_rows import BadRows
+from lightning_moevlm.shards.convert.convert import VERSION, Converted, Effort
+from lightning_moevlm.shards.convert.finish import Contents, ConvertRecipe, Terms, finish, usual_size
+from lightning_moevlm.shards.convert.img2dataset import Download, downloads, fingerprint
+from lightning_moevlm.shards.convert.pool import in_order
+from lightning_moevlm.shards.convert.rows import BadRow, set_name
+from lightning_moevlm.shards.convert.tar_look import TarLook, look_at_tar
+from lightning_moevlm.shards.convert.workshop import Workshop, workshop
+from lightning_moevlm.shards.manifest import MANIFEST_FILE, Scalar, ShardEntry, Split
+from lightning_moevlm.shards.progress import track
+from lightning_moevlm.shards.tokenizer import TOKENIZER_FILE, check_vocab_size
+
+_HELD_OUT_SHARE = 0.1
+
+
+def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_size: int, effort: Effort) -> Converted:
+    """Make a set of a folder that img2dataset has filled; `out` may be that folder itself.
+
+    Raises:
+        UserError: if tars are not finished or not whole, there are fewer than three, more samples are bad than allowed,
+            or `out` holds something else.
+
+    """
+    check_vocab_size(vocab_size)
+    found = downloads(folder)
+    arguments: dict[str, Scalar] = {
+        "source": "img2dataset",
+        "keep_tars": True,
+        "table": fingerprint(found),
+        "vocab_size": vocab_size,
+    }
+    recipe = ConvertRecipe(set_name(name or folder.resolve().name), VERSION, {**arguments, **terms.as_arguments()})
+    in_place = out.resolve() == folder.resolve()
+    if not in_place or (out / MANIFEST_FILE).is_file():
+        there = existing_set(out, recipe, effort.force)
+        if there is not None:
+            return Converted(there, False, ())
+    if len(found) < 3:
+        raise UserError(
+            f"{folder} holds {len(found)} tars, but training, validation and test need one each; write the samples "
+            "anew with --keep_tars false"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with workshop(out, recipe.fingerprint) as shop:
+        looks = _look_at_all(folder, found, effort.num_jobs, shop)
+        members, bad = _members(looks), BadRows()
+        for row in (row for look in looks for row in look.bad):
+            bad.add(row)
+        for extension in members:
+            for look in (look for look in looks if look.extensions.get(extension, 0) < look.entry.num_samples):
+                num_lacking = look.entry.num_samples - look.extensions.get(extension, 0)
+                for _ in range(num_lacking):
+                    bad.add(BadRow(look.entry.file, "member_missing", f"{num_lacking} samples have no .{extension}"))
+        bad.refuse_beyond(effort.max_bad)
+        dealt = _dealt(looks)
+        contents = Contents(
+            image_size=usual_size(side for look in looks for side in look.sides),
+            members=members,
+            texts=(caption for look in dealt["train"] for caption in look.captions),
+            splits={split: tuple(look.entry for look in some) for split, some in dealt.items()},
+        )
+        manifest = finish(shop.folder, recipe, terms, contents, vocab_size)
+        if in_place:
+            for file in (TOKENIZER_FILE, "LICENCE.txt", MANIFEST_FILE):
+                (shop.folder / file).replace(out / file)
+            shutil.rmtree(shop.folder)
+        else:
+            for download in track(found, len(found), "linking tars"):
+                _link(folder / download.file, shop.folder / download.file)
+            shop.tidy()
+            put_in_place(shop.folder, out)
+    return Converted(manifest, True, bad.counts())
+
+
+def _look_at_all(folder: Path, found: tuple[Download, ...], num_jobs: int, shop: Workshop) -> list[TarLook]:
+    known = [_recalled(shop.recall(f"look-{download.file}")) for download in found]
+    todo = [download for download, look in zip(found, known, strict=True) if look is None]
+    looks = []
+    with closing(in_order(partial(look_at_tar, folder=folder), todo, min(num_jobs, len(todo)))) as fresh:
+        for download, earlier in zip(found, track(known, len(known), "looking at tars"), strict=True):
+            look = next(fresh) if earlier is None else earlier
+            if earlier is None and not look.bad:  # a bad sample may be mended, and is looked at again
+                shop.remember(f"look-{download.file}", asdict(look))
+            looks.append(look)
+    return looks
+
+
+def _recalled(noted: Any) -> TarLook | None:
+    if noted is None:
+        return None
+    entry, bad = ShardEntry(**noted.pop("entry")), [BadRow(*row) for row in noted.pop("bad")]
+    return TarLook(entry=entry, bad=bad, **noted)
+
+
+def _members(looks: list[TarLook]) -> tuple[str, ...]:
+    """Return what the set promises: every extension that readers know and that occurs in it."""
+    found = {extension for look in looks for extension in look.extensions}
+    pictures = found - {"txt", "json"}
+    if pictures != {"jpg"} and pictures != {"png"}:
+        raise UserError(
+            f"the tars hold pictures as .{', .'.join(sorted(pictures)) or 'nothing'}, readers need all of them as .jpg "
+            "or all as .png; encode them anew with --keep_tars false"
+        )
+    return tuple(sorted(found))
+
+
+def _dealt(looks: list[TarLook]) -> dict[Split, list[TarLook]]:
+    """Deal the tars out, by the hash of their bytes; within a split they keep the order of their names."""
+    mixed = sorted(looks, key=lambda look: look.entry.sha256)
+    num_held_out = max(1, round(len(looks) * _HELD_OUT_SHARE))
+    dealt: dict[Split, list[TarLook]] = {
+        "train": mixed[2 * num_held_out :],
+        "val": mixed[:num_held_out],
+        "test": mixed[num_held_out : 2 * num_held_out],
+    }
+    return {split: sorted(some, key=lambda look: look.entry.file) for split, some in dealt.items()}
+
+
+def _link(tar: Path, target: Path) -> None:
+    """Give a tar a second name; where the file system cannot, copy it."""
+    if target.exists():
+        return  # an earlier attempt has linked it; a copy only gets its name when it is whole
+    try:
+        os.link(tar.resolve(), target)
+    except OSError:
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        shutil.copyfile(tar, unfinished)
+        unfinished.replace(target)

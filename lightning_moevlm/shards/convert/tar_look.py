@@ -1,0 +1,63 @@
+"""One of img2dataset's tars, read from end to end: what it holds and what is wrong with it.
+
+Worker processes run this, so nothing heavy is imported here.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_moevlm.shards.convert.img2dataset import (
+    Download,
+    caption_of,
+    picture_extension,
+    read_part,
+    samples_of,
+)
+from lightning_moevlm.shards.convert.picture import Wish, look_at
+from lightning_moevlm.shards.convert.rows import BadRow, RowError, json_object
+from lightning_moevlm.shards.manifest import ShardEntry, file_sha256
+
+_KNOWN = ("jpg", "json", "png", "txt", "webp")
+
+
+@dataclass(frozen=True)
+class TarLook:
+    """What one tar holds. extensions: how many samples have each. sides: the shorter one of every good picture."""
+
+    entry: ShardEntry
+    extensions: dict[str, int]
+    captions: list[str]
+    sides: list[int]
+    bad: list[BadRow]
+
+
+def look_at_tar(download: Download, folder: Path) -> TarLook:
+    """Read one tar from end to end and look at every sample.
+
+    Raises:
+        UserError: if it is no tar, or not whole.
+
+    """
+    path = folder / download.file
+    extensions, captions, sides = Counter[str](), list[str](), list[int]()
+    bad: list[BadRow] = []
+    keys: set[str] = set()
+    with path.open("rb") as file:
+        for key, parts in samples_of(folder, download):
+            extensions.update(extension for extension in parts if extension in _KNOWN)
+            try:
+                if key in keys:
+                    raise RowError("duplicate_key", f"key {key!r} occurs twice in its tar")
+                keys.add(key)
+                picture = picture_extension(parts)
+                side = look_at(read_part(file, parts[picture]), Wish("jpg", None)).side
+                if "json" in parts:
+                    json_object(read_part(file, parts["json"]))
+                if "txt" in parts:
+                    captions.append(caption_of(read_part(file, parts["txt"])))
+                sides.append(side)
+            except RowError as error:
+                bad.append(error.at(f"{download.file} {key[:100]}"))
+    entry = ShardEntry(download.file, download.num_samples, path.stat().st_size, file_sha256(path))
+    return TarLook(entry, dict(sorted(extensions.items())), captions, sides, bad)

@@ -1,0 +1,67 @@
+"""A set seen from outside of training: what its samples are, how large its pictures, and what they look like."""
+
+import io
+import warnings
+
+from PIL import Image
+
+from lightning_moevlm.shards.decode import CAPTION_EXTENSION, IMAGE_EXTENSIONS
+from lightning_moevlm.shards.manifest import Manifest
+
+_FORMATS = {"jpg": ("JPEG",), "png": ("PNG",)}
+
+
+def modality_of(manifest: Manifest) -> str:
+    """Return what the set's samples are: pairs, images or texts."""
+    has_pictures, has_captions = picture_extension(manifest) is not None, CAPTION_EXTENSION in manifest.members
+    return "pairs" if has_pictures and has_captions else "images" if has_pictures else "texts"
+
+
+def picture_extension(manifest: Manifest) -> str | None:
+    """Return the extension of the set's pictures, None if it has none."""
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
+
+
+def picture_size(data: bytes, extension: str) -> tuple[int, int]:
+    """Return (width, height) in pixels, from the picture's header.
+
+    Raises:
+        ValueError: if the bytes are no such picture.
+
+    """
+    with open_picture(data, extension) as image:
+        return image.size
+
+
+def thumbnail(data: bytes, extension: str, side: int) -> Image.Image:
+    """Return the whole picture as RGB, its longer side at most `side` pixels; transparent pixels lie on white.
+
+    Raises:
+        ValueError: if the bytes are no such picture.
+
+    """
+    with open_picture(data, extension) as image:
+        try:
+            image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is scaled while it is decoded
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+            if image.mode == "RGB":
+                return image.copy()
+            rgba = image.convert("RGBA")
+        except (OSError, SyntaxError, EOFError) as error:
+            raise ValueError(str(error)) from error
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def open_picture(data: bytes, extension: str) -> Image.Image:
+    """Open a picture of the format that its extension names, without decoding it.
+
+    Raises:
+        ValueError: if the bytes are no such picture, or one of absurd size.
+
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=_FORMATS[extension])
+    except (OSError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error

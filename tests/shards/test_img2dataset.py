@@ -1,0 +1,143 @@
+"""img2dataset's folders: tars that stay as they are, and samples that are written anew."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.check import check_set
+from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
+from lightning_moevlm.shards.convert.convert import Converted, Effort, Form, Terms, convert
+from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
+from lightning_moevlm.shards.convert.keep_tars import keep_tars
+from lightning_moevlm.shards.convert.picture import Wish
+from lightning_moevlm.shards.manifest import SPLITS, read_manifest
+from tests.shards.sources import caption, img2dataset_source, picture
+from tests.shards.test_convert import contents, members
+
+TERMS = Terms("CC BY 4.0", "", "")
+
+
+def keep(folder: Path, out: Path, max_bad: int = 0, jobs: int = 1) -> Converted:
+    return keep_tars(folder, "web", out, TERMS, 400, Effort(max_bad, jobs, False))
+
+
+def test_the_tars_are_the_same_files(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 5, 6)
+    before = contents(folder)
+    assert keep(folder, tmp_path / "set").built
+    manifest = read_manifest(tmp_path / "set")
+    assert contents(folder) == before
+    tars = sorted(shard.file for split in SPLITS for shard in manifest.splits[split])
+    assert tars == [f"{i:05d}.tar" for i in range(5)]
+    assert all((tmp_path / "set" / tar).samefile(folder / tar) for tar in tars)
+    assert [len(manifest.splits[split]) for split in SPLITS] == [3, 1, 1]
+    assert (manifest.members, manifest.image_size) == (("jpg", "json", "txt"), 32)
+    assert check_set(tmp_path / "set").problems == ()
+    assert not keep(folder, tmp_path / "set").built
+    assert keep(folder, tmp_path / "other", jobs=2).manifest == manifest
+    assert contents(tmp_path / "set") == contents(tmp_path / "other")
+
+
+def test_the_set_may_be_made_in_the_folder_itself(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 5, 6)
+    before = contents(folder)
+    assert keep(folder, folder).built
+    after = contents(folder)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"manifest.json", "tokenizer.json", "LICENCE.txt"}
+    assert check_set(folder).problems == ()
+    assert not keep(folder, folder).built
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_where_links_are_not_possible_tars_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 6)
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    keep(folder, tmp_path / "set")
+    assert not (tmp_path / "set/00000.tar").samefile(folder / "00000.tar")
+    assert check_set(tmp_path / "set").problems == ()
+
+
+def test_samples_are_written_anew(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 2, 30)
+    source = Img2datasetSource(folder, "web")
+    convert(source, tmp_path / "set", TERMS, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    found = members(tmp_path / "set")
+    assert len(found) == 2 * 30 * 3
+    # the fourth sample of the second tar is number 33; its key counts the downloads that failed
+    assert found["web-000010006.jpg"] == picture(33)
+    assert found["web-000010006.txt"].decode() == caption(33)
+    assert json.loads(found["web-000010006.json"])["url"] == "https://example.org/33.jpg"
+    assert check_set(tmp_path / "set").problems == ()
+
+
+def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 6)
+    with pytest.raises(UserError, match=r"holds no tars of img2dataset"):
+        keep(tmp_path, tmp_path / "set")
+    (folder / "00001_stats.json").rename(tmp_path / "stats")
+    with pytest.raises(UserError, match=r"00001.tar has no 00001_stats.json .* has not finished it"):
+        keep(folder, tmp_path / "set")
+    stats = json.loads((tmp_path / "stats").read_text())
+    (folder / "00001_stats.json").write_text(json.dumps(stats | {"successes": 7}))
+    with pytest.raises(UserError, match=r"00001.tar holds 6 samples, its statistics tell 7"):
+        keep(folder, tmp_path / "set")
+    (tmp_path / "stats").rename(folder / "00001_stats.json")
+    data = (folder / "00001.tar").read_bytes()
+    (folder / "00001.tar").write_bytes(data[:2000])  # within a picture
+    with pytest.raises(UserError, match=r"00001.tar is cut short, or no tar"):
+        keep(folder, tmp_path / "set")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_too_few_tars_to_deal_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds 2 tars, .* --keep_tars false"):
+        keep(img2dataset_source(tmp_path / "in", 2, 6), tmp_path / "set")
+
+
+def test_bad_samples_are_told_and_may_stay(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 6)
+    tar = folder / "00001.tar"
+    data = tar.read_bytes()
+    text = caption(8).encode()  # the third sample of the second tar
+    tar.write_bytes(data.replace(text, b" " * len(text)).replace(picture(9), bytes(len(picture(9)))))
+    with pytest.raises(TooManyBadError, match=r"2 rows are bad.*the first: 00001.tar 000010004: caption is empty"):
+        keep(folder, tmp_path / "set")
+    converted = keep(folder, tmp_path / "set", max_bad=2)
+    assert {count.cause: count.num_rows for count in converted.left_out} == {"caption_empty": 1, "image_undecodable": 1}
+    assert sum(converted.manifest.num_samples(split) for split in SPLITS) == 18  # they are still in their tar
+
+
+def test_pictures_that_readers_do_not_know(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 20, "webp")
+    with pytest.raises(UserError, match=r"hold pictures as \.webp, .* --keep_tars false"):
+        keep(folder, tmp_path / "set")
+    source = Img2datasetSource(folder, "web")
+    convert(source, tmp_path / "set", TERMS, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    assert read_manifest(tmp_path / "set").members == ("jpg", "json", "txt")
+
+
+def test_a_link_to_a_tar_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 6)
+    shutil.move(folder / "00002.tar", tmp_path / "elsewhere.tar")
+    (folder / "00002.tar").symlink_to(tmp_path / "elsewhere.tar")
+    with pytest.raises(UserError, match="a link that leads out"):
+        keep(folder, tmp_path / "set")
+
+
+def test_worker_processes_start_quickly() -> None:
+    code = (
+        "import sys, lightning_moevlm.shards.convert.work, lightning_moevlm.shards.convert.tar_look; "
+        "print(sorted({'torch', 'lightning', 'tokenizers', 'webdataset', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
