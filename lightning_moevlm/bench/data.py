@@ -1,10 +1,10 @@
 """`moevlm bench data`: what reading, parsing, decoding and the whole loader give, beside the ceiling and a peer.
 
 Ceiling: nothing but decoding, from JPEG bytes in memory to pictures of the model's size, in as many processes as the
-loader decodes in. Whatever else a loader does (reading, hashing, parsing, shuffling,
-tokenising, carrying batches from process to process) takes it away from there. Rates are of the steady state: from the
-first batch of an epoch to its last, without the start of workers. What runs in this process alone (stages, 0 workers) is
-timed by its CPU time, which other processes cannot take from; what runs in workers, by the clock on the wall.
+loader decodes in. Whatever else a loader does (reading, hashing, parsing, shuffling, tokenising, carrying batches from
+process to process) takes it away from there. Rates are of the steady state: from the first batch of an epoch to its
+last, without the start of workers. What runs in this process alone (stages, 0 workers) is timed by its CPU time, which
+other processes cannot take from; what runs in workers, by the clock on the wall.
 
 Fed: a consumer computes for a fixed time on each batch; its rate with the loader over its rate on one batch that is
 there already. Waiting time would hide that workers take cores from the training.

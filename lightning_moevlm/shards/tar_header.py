@@ -5,6 +5,7 @@ recognised here means the same to `tarfile` (owner, mode and time are not looked
 links, extended headers, sizes in base 256, a wrong checksum, the end) this says nothing, and `tarfile` is asked.
 """
 
+import zlib
 from typing import NamedTuple
 
 BLOCK_BYTES = 512
@@ -30,12 +31,17 @@ def plain_header(block: bytes) -> PlainHeader | None:
         return None
     num_bytes, checksum = _octal(block[124:136]), _octal(block[148:156])
     # the checksum is that of the block with blanks in the place of the checksum
-    if num_bytes is None or checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+    if num_bytes is None or checksum != _sum(block) - sum(block[148:156]) + 8 * ord(" "):
         return None
     name, prefix = _text(block[:100]), _text(block[345:500])
     if not name or name.endswith("/"):  # a directory of old
         return None
     return PlainHeader(f"{prefix}/{name}" if prefix else name, num_bytes)
+
+
+def _sum(block: bytes) -> int:
+    """Sum of a block's bytes; the low half of an Adler checksum is 1 + the sum, exactly so for 256 bytes."""
+    return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
 
 
 def _octal(field: bytes) -> int | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moevlm.shards import tar_header
 from lightning_moevlm.shards.tar_header import plain_header
 from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
 
@@ -30,6 +31,11 @@ def test_padding_by_hand() -> None:
     # data are filled up to blocks of 512
     padded = {size: plain_header(_header("a.jpg", size)).num_padded for size in (0, 1, 512, 513)}  # type: ignore[union-attr]
     assert padded == {0: 0, 1: 512, 512: 512, 513: 1024}
+
+
+@pytest.mark.parametrize("block", [bytes(512), b"\xff" * 512, bytes(range(256)) * 2])
+def test_the_sum_is_exact(block: bytes) -> None:
+    assert tar_header._sum(block) == sum(block)
 
 
 def test_all_else_is_left_to_tarfile() -> None:
