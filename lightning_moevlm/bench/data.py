@@ -1,9 +1,10 @@
 """`moevlm bench data`: what reading, parsing, decoding and the whole loader give, beside the ceiling and a peer.
 
 Ceiling: nothing but decoding, from JPEG bytes in memory to pictures of the model's size, in as many processes as the
-loader decodes in (0 workers and 1 worker: one). Whatever else a loader does (reading, hashing, parsing, shuffling,
-tokenising, carrying batches from process to process) takes it away from there. Rates are of the steady state: from the
-first batch of an epoch to its last, without the start of workers.
+loader decodes in. Whatever else a loader does (reading, hashing, parsing, shuffling, tokenising, carrying batches from
+process to process) takes it away from there. Rates are of the steady state: from the first batch of an epoch to its
+last, without the start of workers. What runs in this process alone (stages, 0 workers) is timed by its CPU time, which
+other processes cannot take from; what runs in workers, by the clock on the wall.
 
 Fed: a consumer computes for a fixed time on each batch; its rate with the loader over its rate on one batch that is
 there already. Waiting time would hide that workers take cores from the training.
@@ -92,21 +93,13 @@ class DataTimes(NamedTuple):
         ]
 
     def _of_ceiling(self, name: str) -> float | None:
-        what, _, rest = name.partition(", ")
-        size, _, workers = rest.partition(", ")
-        if what not in (LOADER, PLAIN):
-            return None
-        return round(self.share(name, ceiling_name(int(size.removesuffix(" px")), int(workers.split()[0]))), 3)
+        what, _, where = name.partition(", ")
+        return round(self.share(name, f"{CEILING}, {where}"), 3) if what in (LOADER, PLAIN) else None
 
 
 def at(what: str, size: int, workers: int | None = None) -> str:
     """Name what is done at a picture size, with a number of workers."""
     return f"{what}, {size} px" + ("" if workers is None else f", {workers} workers")
-
-
-def ceiling_name(size: int, workers: int) -> str:
-    """Name the ceiling of a loader with so many workers."""
-    return f"{CEILING}, {size} px, {max(1, workers)} processes"
 
 
 def build_set(root: Path) -> None:
@@ -160,9 +153,9 @@ class Timed(NamedTuple):
 
 def _stage(name: str, num_samples: int, work: Callable[[], object]) -> Timed:
     def seconds_per_sample() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        return (time.perf_counter() - start) / num_samples
+        return (time.process_time() - start) / num_samples
 
     return Timed(name, seconds_per_sample)
 
@@ -213,12 +206,11 @@ def _sized(data: DataSet, size: int) -> list[Timed]:
         for start in range(0, len(data.samples), BATCH_SIZE):
             collate(data.samples[start : start + BATCH_SIZE])
 
-    processes = sorted({max(1, workers) for workers in WORKERS})
     return [
         _stage(at(DECODE, size), len(jpegs), decode),
         _stage(at(RESIZE, size), len(jpegs), resize),
         _stage(at(COLLATE, size), len(jpegs), whole),
-        *(Timed(ceiling_name(size, number), partial(_ceiling, jpegs, size, number)) for number in processes),
+        *(Timed(at(CEILING, size, workers), partial(_ceiling, jpegs, size, workers)) for workers in WORKERS),
     ]
 
 
@@ -228,14 +220,12 @@ def _decode_all(jpegs: Sequence[bytes], size: int) -> None:
         decode_image(jpeg, "jpg", size, into=row_RYX)
 
 
-def _ceiling(jpegs: Sequence[bytes], size: int, num_processes: int) -> float:
+def _ceiling(jpegs: Sequence[bytes], size: int, num_workers: int) -> float:
     """Return seconds per picture; several processes begin together, and the last one to finish counts."""
-    if num_processes == 1:
-        start = time.perf_counter()
-        _decode_all(jpegs, size)
-        return (time.perf_counter() - start) / len(jpegs)
+    if num_workers == 0:
+        return _stage("", len(jpegs), lambda: _decode_all(jpegs, size)).seconds_per_sample()
     context = multiprocessing.get_context("fork")  # what is decoded is inherited, as in a loader's workers
-    begin, end = (context.Barrier(num_processes + 1) for _ in range(2))
+    begin, end = (context.Barrier(num_workers + 1) for _ in range(2))
 
     def work() -> None:
         torch.set_num_threads(1)
@@ -244,7 +234,7 @@ def _ceiling(jpegs: Sequence[bytes], size: int, num_processes: int) -> float:
         _decode_all(jpegs, size)
         end.wait()
 
-    workers = [context.Process(target=work) for _ in range(num_processes)]
+    workers = [context.Process(target=work) for _ in range(num_workers)]
     for worker in workers:
         worker.start()
     begin.wait()
@@ -253,20 +243,20 @@ def _ceiling(jpegs: Sequence[bytes], size: int, num_processes: int) -> float:
     seconds = time.perf_counter() - start
     for worker in workers:
         worker.join()
-    return seconds / (num_processes * len(jpegs))
+    return seconds / (num_workers * len(jpegs))
 
 
 def _loaders(data: DataSet, size: int) -> list[Timed]:
     """Whole epochs, ours and the peer's."""
 
     def ours(workers: int) -> float:
-        return _steady(_loader(data, size, workers), _NUM_BATCHES)
+        return _steady(_loader(data, size, workers), _NUM_BATCHES, clock=_clock(workers))
 
     def plain(workers: int) -> float:
         batches = plain_batches(
             data.shards, data.tokenizer, size, _MAX_TEXT_LEN, BATCH_SIZE, _SHUFFLE_BUFFER, num_workers=workers
         )
-        return _steady(batches, _NUM_BATCHES)
+        return _steady(batches, _NUM_BATCHES, clock=_clock(workers))
 
     return [
         *(Timed(at(LOADER, size, workers), partial(ours, workers)) for workers in WORKERS),
@@ -286,16 +276,25 @@ def _loader(data: DataSet, size: int, workers: int) -> Iterable[object]:
     ).train_dataloader()
 
 
-def _steady(batches: Iterable[object], limit: int, work: Callable[[], object] | None = None) -> float:
+def _clock(num_workers: int) -> Callable[[], float]:
+    return time.perf_counter if num_workers else time.process_time
+
+
+def _steady(
+    batches: Iterable[object],
+    limit: int,
+    work: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return seconds per sample from the first batch to the last; `work` is done on each but the first."""
     iterator = iter(batches)
     next(iterator)
-    start, number = time.perf_counter(), 0
+    start, number = clock(), 0
     for _ in islice(iterator, limit):
         number += 1
         if work is not None:
             work()
-    return (time.perf_counter() - start) / (number * BATCH_SIZE)
+    return (clock() - start) / (number * BATCH_SIZE)
 
 
 def _consumers(data: DataSet, size: int) -> list[Timed]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_moevlm.bench.candidates import DENSE, GEMM, OURS
-from lightning_moevlm.bench.data import FED, FIXED, LOADER, PLAIN, WORKERS, DataTimes, at, ceiling_name
+from lightning_moevlm.bench.data import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, at
 from lightning_moevlm.bench.dispatch_alone import Growth
 from lightning_moevlm.bench.layer import LayerResult
 from lightning_moevlm.bench.peers import TRANSFORMERS_EAGER, TRANSFORMERS_GROUPED
@@ -91,18 +91,18 @@ def step_verdicts(times: StepTimes, sparsity: Ratio) -> list[Verdict]:
     ]
 
 
-def data_verdicts(times: DataTimes, sizes: Sequence[int]) -> list[Verdict]:
+def data_verdicts(times: DataTimes, sizes: Sequence[int], num_workers: Sequence[int]) -> list[Verdict]:
     """Hold the loader against its goals; those of the fixed batch by the best number of workers."""
     verdicts: list[Verdict] = []
     for size in sizes:
-        for workers in WORKERS:
+        for workers in num_workers:
             ours, where = at(LOADER, size, workers), f"{size} px, {workers} workers"
-            share = times.share(ours, ceiling_name(size, workers))
+            share = times.share(ours, at(CEILING, size, workers))
             if size in _OF_CEILING:
                 verdicts.append(Verdict(f"share of decoding alone, {where}", share, _OF_CEILING[size], at_least=True))
             verdicts.append(Verdict(f"the same, goal beyond, {where}", share, _OF_CEILING_BEYOND, at_least=True))
             over = times.share(ours, at(PLAIN, size, workers))
             verdicts.append(Verdict(f"samples/s over {PLAIN}, {where}", over, _OVER_PLAIN, at_least=True))
-    fed = max(times.share(at(FED, sizes[0], workers), FIXED) for workers in WORKERS)
+    fed = max(times.share(at(FED, sizes[0], workers), FIXED) for workers in num_workers)
     verdicts.append(Verdict(f"consumer fed, over a fixed batch, {sizes[0]} px", fed, _FED, at_least=True))
     return verdicts

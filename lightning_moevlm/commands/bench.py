@@ -263,24 +263,28 @@ def _show_data(times: "DataTimes", json: str | None) -> None:
     from lightning_moevlm.bench.goals import data_verdicts
 
     stages = Table("one process", title="samples/s, median over rounds")
-    loaders = Table("workers", title="samples/s of whole loaders; ceiling: decoding alone, in as many processes")
     for size in bench.SIZES:
         stages.add_column(f"{size} px", justify="right")
-        for title in (f"{size} px: ceiling", bench.LOADER, "share", bench.PLAIN, "loader over it"):
-            loaders.add_column(title, justify="right")
+    loaders = Table("", title="samples/s of whole loaders; ceiling: decoding alone, in as many processes")
+    for title in ("ceiling", bench.LOADER, "of the ceiling", bench.PLAIN, "loader over it"):
+        loaders.add_column(title, justify="right")
     for what in (bench.READ, bench.PARSE, bench.TOKENISE):
         stages.add_row(what, f"{times.rate(what):.0f}", *[""] * (len(bench.SIZES) - 1))
     for what in (bench.DECODE, bench.RESIZE, bench.COLLATE):
         stages.add_row(what, *(f"{times.rate(bench.at(what, size)):.0f}" for size in bench.SIZES))
-    stages.add_row("decode only: the ceiling", *(f"{times.rate(bench.ceiling_name(s, 1)):.0f}" for s in bench.SIZES))
-    for workers in bench.WORKERS:
-        row = [str(workers)]
-        for size in bench.SIZES:
-            ceiling, ours = bench.ceiling_name(size, workers), bench.at(bench.LOADER, size, workers)
-            plain = bench.at(bench.PLAIN, size, workers)
-            row += [f"{times.rate(ceiling):.0f}", f"{times.rate(ours):.0f}", f"{times.share(ours, ceiling):.0%}"]
-            row += [f"{times.rate(plain):.0f}", f"{times.share(ours, plain):.2f}"]
-        loaders.add_row(*row)
+    stages.add_row(
+        "decode only: the ceiling", *(f"{times.rate(bench.at(bench.CEILING, s, 0)):.0f}" for s in bench.SIZES)
+    )
+    for size in bench.SIZES:
+        for workers in bench.WORKERS:
+            ceiling, ours, plain = (
+                bench.at(each, size, workers) for each in (bench.CEILING, bench.LOADER, bench.PLAIN)
+            )
+            loaders.add_row(
+                f"{size} px, {workers} workers",
+                *(f"{times.rate(ceiling):.0f}", f"{times.rate(ours):.0f}", f"{times.share(ours, ceiling):.0%}"),
+                *(f"{times.rate(plain):.0f}", f"{times.share(ours, plain):.2f}"),
+            )
     pace = f"consumer of {1e3 * bench.CONSUMER_SECONDS:.0f} ms per batch of {bench.BATCH_SIZE}, {bench.SIZES[0]} px"
     fed = Table(pace, "samples/s", "of a fixed batch", title="keeping a training fed")
     fed.add_row(bench.FIXED, f"{times.rate(bench.FIXED):.0f}", "")
@@ -289,7 +293,7 @@ def _show_data(times: "DataTimes", json: str | None) -> None:
         fed.add_row(f"{workers} workers", f"{times.rate(name):.0f}", f"{times.share(name, bench.FIXED):.0%}")
     show(Group(stages, loaders, fed), times.records(), json)
     if json is None:
-        _show_verdicts(data_verdicts(times, bench.SIZES))
+        _show_verdicts(data_verdicts(times, bench.SIZES, bench.WORKERS))
 
 
 def _show_verdicts(verdicts: "Sequence[Verdict]") -> None:

@@ -2,17 +2,19 @@
 
 A tar reader stops without a word where the next header is no header: at a zeroed block, a flipped bit, the end
 of half a file (WebDataset and Python's `tarfile` alike). Here only a proper end is silent. Headers are
-`tarfile`'s business (ustar, GNU and pax names); the walk from one to the next is guarded, so that no file can
-make it jump backwards, unpack anything or ask for memory without end. Sparse members are no
-data and compressed tars are no tars: both would unpack to any size. Names stay names: nothing is written anywhere.
+`tarfile`'s business (ustar, GNU and pax names), except plain ones, because it is slow; the walk from one to the
+next is guarded, so that no file can make it jump backwards, unpack anything or ask for memory without end. Sparse
+members are no data and compressed tars are no tars: both would unpack to any size. Names stay names: nothing is
+written anywhere.
 """
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import BinaryIO, NamedTuple
 
 from lightning_moevlm.shards.faults import Cause
+from lightning_moevlm.shards.tar_header import BLOCK_BYTES, plain_header
 
 _CHUNK_BYTES = 2**20
 _LONGEST_HEADER_BYTES = 2**14
@@ -68,6 +70,8 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
         tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header
         if end > num_bytes:
             raise TarBreak("shard_truncated", f"ends within {_printable(info.name)}")
+        if not tar.pax_headers:  # headers that change what later ones mean
+            end = tar.offset = yield from _plain_members(stream, end, num_bytes, wanted)
         try:
             info = tar.next()
         except _NO_HEADER:
@@ -88,6 +92,20 @@ class _HeaderFile:
         if not 0 <= num_bytes <= _LONGEST_HEADER_BYTES:
             raise ValueError(f"a header of {num_bytes} bytes")
         return self._stream.read(num_bytes)
+
+
+def _plain_members(
+    stream: BinaryIO, start: int, num_bytes: int, wanted: Callable[[str], bool]
+) -> Generator[Member, None, int]:
+    """Yield the members from `start` on whose headers are plain and whose data is whole; return where they end."""
+    while True:
+        stream.seek(start)
+        header = plain_header(stream.read(BLOCK_BYTES))
+        data_start = start + BLOCK_BYTES
+        if header is None or data_start + header.num_padded > num_bytes:
+            return start
+        yield Member(_printable(header.name), stream.read(header.num_bytes) if wanted(header.name) else None)
+        start = data_start + header.num_padded
 
 
 def _printable(name: str) -> str:

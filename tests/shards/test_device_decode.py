@@ -1,0 +1,94 @@
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from lightning_moevlm.shards import device_decode
+from lightning_moevlm.shards.decode import ImageTooLargeError, decode_image
+from lightning_moevlm.shards.device_decode import EncodedImages, decode_on, fit_all
+
+CPU = torch.device("cpu")
+SHAPES = ((32, 32), (40, 56), (32, 32), (24, 20))
+
+
+def _smooth(height: int, width: int) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) % 64 + 90], axis=2).astype(np.uint8)
+
+
+def _jpegs() -> list[bytes]:
+    return [bytes(simplejpeg.encode_jpeg(_smooth(*shape), 95, "RGB", "444")) for shape in SHAPES]
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> None:
+    device_decode._torchcodec.cache_clear()
+
+
+def test_bytes_come_apart_as_they_were_put_together() -> None:
+    jpegs = _jpegs()
+    images = EncodedImages.of(jpegs)
+    assert [each.numpy().tobytes() for each in images.each()] == jpegs
+    assert len(images.bytes_N) == sum(map(len, jpegs))
+
+
+def test_the_cpu_gives_what_the_loader_gives() -> None:
+    jpegs = _jpegs()
+    decoded = decode_on(EncodedImages.of(jpegs), 16, CPU)
+    assert torch.equal(decoded, torch.stack([decode_image(jpeg, "jpg", 16) for jpeg in jpegs]))
+
+
+def test_faults_are_told_as_by_the_loader() -> None:
+    with pytest.raises(ValueError, match="JPEG"):
+        decode_on(EncodedImages.of([b"no picture"]), 16, CPU)
+    with pytest.raises(ImageTooLargeError):
+        decode_on(EncodedImages.of(_jpegs()), 16, CPU, max_pixels=100)
+
+
+def test_pictures_of_any_shape_are_fitted_like_one_by_one() -> None:
+    jpegs = _jpegs()
+    whole = [torch.from_numpy(simplejpeg.decode_jpeg(jpeg, "RGB")).permute(2, 0, 1) for jpeg in jpegs]
+    fitted = fit_all(whole, 28)  # less than twice: the loader does not scale while it decodes either
+    one_by_one = torch.stack([decode_image(jpeg, "jpg", 28) for jpeg in jpegs])
+    assert fitted.shape == (4, 3, 28, 28) and fitted.dtype == torch.uint8
+    assert (fitted.int() - one_by_one.int()).abs().max() <= 1  # floats against whole numbers
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), OSError("libnvrtc.so.13 is not there")])
+def test_without_torchcodec_one_warning(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise error
+
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", Broken("torchcodec.decoders"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert device_decode._torchcodec() is None
+        assert device_decode._torchcodec() is None
+    (warning,) = caught
+    assert "decoded on the CPU" in str(warning.message) and "lightning-moevlm[gpu-decode]" in str(warning.message)
+
+
+def test_nothing_is_imported_before_it_is_needed() -> None:
+    assert "torchcodec" not in sys.modules
+    decode_on(EncodedImages.of(_jpegs()), 16, CPU)
+    assert "torchcodec" not in sys.modules
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_decodes_nearly_the_same() -> None:
+    pytest.importorskip("torchcodec", reason="needs the extra gpu-decode", exc_type=Exception)
+    device = torch.device("cuda", 0)
+    jpegs = _jpegs()
+    decoded = decode_on(EncodedImages.of(jpegs), 28, device)
+    assert decoded.device == device
+    off = (decoded.cpu().int() - decode_on(EncodedImages.of(jpegs), 28, CPU).int()).abs()
+    assert off.float().mean() < 2 and off.max() < 24  # two decoders' inverse cosine transforms
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_on(EncodedImages.of([b"no picture"]), 28, device)
