@@ -47,7 +47,10 @@ class ArmRecord:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """One planned run: identity, difference from the base, size of its model, where it stands."""
+    """One planned run: identity, difference from the base, size of its model, where it stands.
+
+    levels: of a designed study, the level of each factor. max_steps: None where the clock ends the run.
+    """
 
     study: str
     arm: str
@@ -55,7 +58,8 @@ class PlanRecord:
     digest: str
     status: str
     changes: dict[str, object]
-    max_steps: int
+    levels: dict[str, str]
+    max_steps: int | None
     total_parameters: int
     active_parameters: int
     active_flops_per_sample: float
@@ -122,6 +126,7 @@ def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
 def plan_records(plan: Plan, statuses: dict[str, str]) -> list[PlanRecord]:
     """Return one record per planned run. statuses: by run folder."""
     changes = {arm.name: flat(arm.changes) for arm in plan.study.arms}
+    levels = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan.study.arms}
     return [
         PlanRecord(
             study=run.study,
@@ -130,7 +135,8 @@ def plan_records(plan: Plan, statuses: dict[str, str]) -> list[PlanRecord]:
             digest=run.digest,
             status=statuses[run.folder],
             changes=changes[run.arm],
-            max_steps=plan.study.budget.max_steps,
+            levels=levels[run.arm],
+            max_steps=run.max_steps,
             total_parameters=plan.cards[run.arm].total_parameters,
             active_parameters=plan.cards[run.arm].active_parameters,
             active_flops_per_sample=plan.cards[run.arm].active_flops_per_sample,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_moevlm import keys
+from lightning_moevlm.study.fraction import Fraction
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.progress import duration
@@ -162,11 +163,27 @@ def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
     rows = tuple((run.name, run.digest, statuses[run.folder], str(plan.run_folder(run))) for run in plan.runs)
     study = plan.study
     notes = (
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.max_steps} steps each; decided by "
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.words} each; decided by "
         f"{study.primary.metric}, {study.primary.direction} is better.",
         f"diverged: {study.diverged.rule}.",
+        *_notes_on_length(plan),
+        *(line for fraction in _fractions(plan) for line in fraction.told()),
     )
     return Table("Runs", ("run", "digest", "status", "folder"), rows, notes, essential=3)
+
+
+def _notes_on_length(plan: Plan) -> tuple[str, ...]:
+    """Return what a reader must know where runs are not of one number of steps."""
+    steps = {run.arm: run.max_steps for run in plan.runs}
+    if None in steps.values():
+        return ("the clock ends the runs: they stop at different steps, and what they reach depends on the machine.",)
+    if len(set(steps.values())) == 1:
+        return () if plan.study.budget.max_steps is not None else (f"{next(iter(steps.values()))} steps each.",)
+    return (f"steps: {', '.join(f'{arm} {count}' for arm, count in steps.items())}.",)
+
+
+def _fractions(plan: Plan) -> tuple[Fraction, ...]:
+    return plan.study.design.fractions if plan.study.design else ()
 
 
 def name_and_unit(key: str) -> tuple[str, str]:
