@@ -4,13 +4,15 @@ One builder serves the terminal, Markdown and HTML, so that they cannot say diff
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.fraction import Fraction
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
+from lightning_moevlm.study.probe import NUM_STEPS, Probe
 from lightning_moevlm.study.progress import duration
 from lightning_moevlm.study.results import ArmResult, Mean, StudyResult
 
@@ -146,16 +148,30 @@ def report_tables(result: StudyResult) -> tuple[Table, ...]:
     return (effects_table(result), learning_table(result), *((also,) if also else ()), models_table(result))
 
 
-def arms_table(plan: Plan) -> Table:
-    """Return the arms with their differences from the base and the size of their models."""
+def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -> Table:
+    """Return the arms with their differences from the base, the size of their models and, probed, their times."""
+    first = {run.arm: run for run in reversed(plan.runs)}
+    minutes = plan.study.budget.minutes
     rows = []
     for arm in plan.study.arms:
         card = plan.cards[arm.name]
         sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
         changes = "\n".join(f"{key}: {_shown(value)}" for key, value in flat(arm.changes).items())
-        rows.append((arm.name, *(scaled(size) for size in sizes), changes or NOTHING))
-    columns = ("arm", "parameters", "active", "active FLOPs/sample", "difference from the base")
-    return Table(f"{plan.study.name}: {plan.study.question}", columns, tuple(rows))
+        times: tuple[str, ...] = ()
+        if probes:
+            probe = probes[arm.name]
+            times = (f"{1e3 * probe.step:.0f} ms", duration(probe.run_seconds(first[arm.name], minutes)))
+        rows.append((arm.name, *(scaled(size) for size in sizes), *times, changes or NOTHING))
+    timed = ("time/step", "time/run") if probes else ()
+    columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
+    notes: tuple[str, ...] = ()
+    if probes:
+        total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
+        notes = (
+            f"estimated: {duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
+            f"{NUM_STEPS} steps of each arm, without tracking and checkpoints.",
+        )
+    return Table(f"{plan.study.name}: {plan.study.question}", columns, tuple(rows), notes)
 
 
 def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
