@@ -5,6 +5,7 @@ from lightning_moevlm.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.callbacks.float8_training import Float8Training
 from lightning_moevlm.callbacks.precision_shadow import PrecisionShadow
 from lightning_moevlm.callbacks.result_table import ResultTable
+from lightning_moevlm.callbacks.step_clock import StepClock
 from lightning_moevlm.callbacks.step_progress import StepProgress
 from lightning_moevlm.callbacks.telemetry import Telemetry
 
@@ -14,6 +15,7 @@ __all__ = [
     "Float8Training",
     "PrecisionShadow",
     "ResultTable",
+    "StepClock",
     "StepProgress",
     "Telemetry",
 ]

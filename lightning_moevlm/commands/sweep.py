@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
     from lightning_moevlm.study.claim import Experiment
     from lightning_moevlm.study.plan import Plan
+    from lightning_moevlm.study.probe import Probe
     from lightning_moevlm.study.tables import Table
 
 _REPORT_FOLDER = "report"
 
 
-def plan(file: str, json: str | None = None) -> None:
+def plan(file: str, json: str | None = None, probe: bool = False) -> None:
     """Show every run of a study with its difference from the base; check all of them, start none.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write the rows to this file as JSON; - is standard output.
+        probe: Train a few steps of each arm here, and tell how long the study would take.
     """
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.listing import plan_records
@@ -35,8 +37,9 @@ def plan(file: str, json: str | None = None) -> None:
 
     planned = _plan(file)
     statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
-    records = [dataclasses.asdict(record) for record in plan_records(planned, statuses)]
-    _show((arms_table(planned), plan_table(planned, statuses)), records, json)
+    probes = _probes(planned) if probe else {}
+    records = [dataclasses.asdict(record) for record in plan_records(planned, statuses, probes)]
+    _show((arms_table(planned, probes), plan_table(planned, statuses)), records, json)
 
 
 def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
@@ -156,6 +159,25 @@ def _plan(file: str) -> "Plan":
     from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
 
     return plan_study(study, ConfigResolver(), describe_model)
+
+
+def _probes(planned: "Plan") -> "dict[str, Probe]":
+    """Time each arm, behind a bar on standard error."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lightning_moevlm.study.child import training_command
+    from lightning_moevlm.study.probe import probe_arms
+
+    _check_data(planned)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("probe", total=len(planned.study.arms))
+        started = iter(range(len(planned.study.arms)))
+
+        def tick(arm: str) -> None:
+            bar.update(task, description=f"probe {arm}", completed=next(started))
+
+        return probe_arms(planned, lambda overrides: training_command(planned.study.base, overrides), tick)
 
 
 def _study_file(file: str) -> Path:

@@ -221,7 +221,7 @@ def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, code: int) -> Ru
     why = divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
     if why:
         return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
-    lack = _lack(plan, experiment, state.run_id)
+    lack = _lack(plan, run, experiment, state.run_id)
     if code == 0 and not lack:
         return dataclasses.replace(state, status=Status.FINISHED)
     tail = log_tail(folder / LOG_FILE)
@@ -234,13 +234,15 @@ def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, code: int) -> Ru
     return dataclasses.replace(state, status=Status.FAILED, reason=why, log_tail=tail)
 
 
-def _lack(plan: Plan, experiment: Experiment, run_id: str) -> str:
+def _lack(plan: Plan, run: PlannedRun, experiment: Experiment, run_id: str) -> str:
     """Return what a run lacks to be a result, or "": the primary metric after the whole budget, not before."""
-    primary, budget = plan.study.primary.metric, plan.study.budget.max_steps
+    primary, budget = plan.study.primary.metric, run.max_steps
     points = experiment.history(run_id, primary)
     if not points:
         return f"logged no {primary}: the study has nothing to compare"
     last = max(point.step for point in points)
+    if budget is None:
+        return "" if last > 0 else f"logged {primary} of the untrained model alone; give it more minutes"
     if last != budget:
         return f"logged {primary} last at step {last} of {budget}: no value of the trained model; validate at the end"
     return ""
@@ -268,7 +270,7 @@ def _adopt(plan: Plan, run: PlannedRun, experiment: Experiment) -> RunState | No
     folder = plan.run_folder(run)
     for row in experiment.find(run):
         outcome = row.tags.get(OUTCOME, "")
-        finished = outcome == Status.FINISHED and not _lack(plan, experiment, row.run_id)
+        finished = outcome == Status.FINISHED and not _lack(plan, run, experiment, row.run_id)
         if finished or outcome == Status.DIVERGED:
             ended = row.end_ms / 1000 if row.end_ms else None
             state = RunState(Status(outcome), row.run_id, started=row.start_ms / 1000, ended=ended, attempts=1)

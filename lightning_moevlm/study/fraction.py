@@ -3,8 +3,8 @@
 A factor is a vector over GF(2) in the q basic factors, and in run r (q bits) it is on where vector . r is odd. Basic
 factors are unit vectors; each other one is generated, a sum of some of them. A subset of factors whose vectors sum to 0
 is a word of the defining relation: the product of its columns is the same in all 2^q runs. The length of the shortest
-is the resolution (Box, Hunter & Hunter, Statistics for Experimenters, chapter 6). With III main effects are free of
-each other, with IV also of interactions of two, with V these are free of each other too.
+word is the resolution (Box, Hunter & Hunter, Statistics for Experimenters, chapter 6). With III main effects are free
+of each other, with IV also of interactions of two, with V these are free of each other too.
 
 Run 0 has every factor off, so the baseline belongs to every fraction. With off = -1 and on = +1 a word of length L is
 then the constant (-1)^L, which gives aliases their signs.

@@ -1,10 +1,12 @@
 """The numbers of a study as flat records, one per row: what `--json` writes and report.json holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
+from lightning_moevlm.study.probe import Probe
 from lightning_moevlm.study.results import ArmResult, StudyResult
 
 
@@ -47,7 +49,11 @@ class ArmRecord:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """One planned run: identity, difference from the base, size of its model, where it stands."""
+    """One planned run: identity, difference from the base, size of its model, where it stands.
+
+    levels: of a designed study, the level of each factor. max_steps: None where the clock ends the run.
+    seconds_per_step, estimated_seconds: of a whole run on this machine; None without a probe.
+    """
 
     study: str
     arm: str
@@ -55,10 +61,13 @@ class PlanRecord:
     digest: str
     status: str
     changes: dict[str, object]
-    max_steps: int
+    levels: dict[str, str]
+    max_steps: int | None
     total_parameters: int
     active_parameters: int
     active_flops_per_sample: float
+    seconds_per_step: float | None
+    estimated_seconds: float | None
     folder: str
 
 
@@ -119,9 +128,13 @@ def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
     )
 
 
-def plan_records(plan: Plan, statuses: dict[str, str]) -> list[PlanRecord]:
-    """Return one record per planned run. statuses: by run folder."""
+def plan_records(
+    plan: Plan, statuses: dict[str, str], probes: Mapping[str, Probe] = MappingProxyType({})
+) -> list[PlanRecord]:
+    """Return one record per planned run. statuses: by run folder; probes: by arm, if any."""
+    minutes = plan.study.budget.minutes
     changes = {arm.name: flat(arm.changes) for arm in plan.study.arms}
+    levels = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan.study.arms}
     return [
         PlanRecord(
             study=run.study,
@@ -130,10 +143,13 @@ def plan_records(plan: Plan, statuses: dict[str, str]) -> list[PlanRecord]:
             digest=run.digest,
             status=statuses[run.folder],
             changes=changes[run.arm],
-            max_steps=plan.study.budget.max_steps,
+            levels=levels[run.arm],
+            max_steps=run.max_steps,
             total_parameters=plan.cards[run.arm].total_parameters,
             active_parameters=plan.cards[run.arm].active_parameters,
             active_flops_per_sample=plan.cards[run.arm].active_flops_per_sample,
+            seconds_per_step=probes[run.arm].step if run.arm in probes else None,
+            estimated_seconds=probes[run.arm].run_seconds(run, minutes) if run.arm in probes else None,
             folder=str(plan.run_folder(run)),
         )
         for run in plan.runs

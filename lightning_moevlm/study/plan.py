@@ -36,6 +36,8 @@ class Cosmetic(NamedTuple):
     reason: str
 
 
+_FLOPS_TOLERANCE = 0.01
+
 COSMETIC_KEYS: tuple[Cosmetic, ...] = (
     Cosmetic("config", "names of config files; what they say is resolved already"),
     Cosmetic("trainer.logger", "where results are written"),
@@ -56,7 +58,7 @@ class PlannedRun:
     """One arm with one seed.
 
     overrides: nested config that goes over the base; resolved: the whole config, for reading only; digest: identity,
-    12 hex digits.
+    12 hex digits; max_steps: optimiser steps, None where the clock ends the run.
     """
 
     study: str
@@ -65,6 +67,7 @@ class PlannedRun:
     overrides: dict[str, Any]
     resolved: dict[str, Any]
     digest: str
+    max_steps: int | None
 
     @property
     def name(self) -> str:
@@ -101,14 +104,20 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
         sweeps: Folder that holds one folder per study.
 
     Raises:
-        UserError: where a run does not resolve (names the arm), two arms are the same, or seeds change nothing.
+        UserError: where a run does not resolve (names the arm), two arms are the same, seeds change nothing, or an arm
+            differs in what it must share with the baseline.
     """
     folder = sweeps / study.name
-    runs = tuple(_planned(study, arm, seed, resolve, folder) for arm in study.arms for seed in study.seeds)
+    steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in study.arms}
+    runs = tuple(
+        _planned(study, arm, seed, steps[arm.name], resolve, folder) for arm in study.arms for seed in study.seeds
+    )
     _refuse_twins(study, runs)
     _refuse_idle_seeds(study, runs)
     first = {run.arm: run for run in reversed(runs)}
     cards = {arm.name: _in_arm(study, arm, partial(describe, first[arm.name].resolved)) for arm in study.arms}
+    if study.match == "active_flops":
+        _refuse_unequal_flops(study, cards)
     return Plan(study, folder, runs, cards)
 
 
@@ -133,14 +142,29 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _planned(study: Study, arm: Arm, seed: int, resolve: Resolve, folder: Path) -> PlannedRun:
+def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder: Path) -> int | None:
+    """Return the optimiser steps of an arm's runs, or None where the clock ends them."""
+    budget = study.budget
+    if budget.minutes is not None:
+        return None
+    if budget.max_steps is not None:
+        return budget.max_steps
+    resolved = _planned(study, arm, study.seeds[0], 1, resolve, folder).resolved
+    return _in_arm(study, arm, lambda: budget.steps(resolved, describe(resolved)))
+
+
+def _planned(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:
     overrides = copy.deepcopy(arm.changes)
     _set(overrides, "seed_everything", seed)
-    _set(overrides, "trainer.max_steps", study.budget.max_steps)
-    _set(overrides, "trainer.max_epochs", -1)  # the budget is steps; an epoch limit of the base must not cut it
+    _set(overrides, "trainer.max_steps", -1 if steps is None else steps)
+    _set(overrides, "trainer.max_epochs", -1)  # an epoch limit of the base must not cut the budget
+    if steps is None:
+        _set(overrides, "trainer.max_time", study.budget.max_time)
     # Checked with everything that the child will get, although the digest that some keys name is not known yet.
-    draft = PlannedRun(study.name, arm.name, seed, overrides, {}, digest="0" * 12)
+    draft = PlannedRun(study.name, arm.name, seed, overrides, {}, digest="0" * 12, max_steps=steps)
     resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _with_places(draft, folder)))
+    if steps is None:
+        _refuse_endless_schedule(study, resolved)
     run = dataclasses.replace(draft, resolved=resolved, digest=digest_of(resolved))
     return dataclasses.replace(run, overrides=_with_places(run, folder))
 
@@ -195,6 +219,32 @@ def _refuse_idle_seeds(study: Study, runs: tuple[PlannedRun, ...]) -> None:
                 "which nothing follows, so both give the same run; set `data.seed: ${seed_everything}` and "
                 "`model.seed: ${seed_everything}` in the base"
             )
+
+
+def _refuse_unequal_flops(study: Study, cards: "Mapping[str, ModelCard]") -> None:
+    """Refuse arms whose models compute more or less than the baseline's."""
+    wanted = cards[study.baseline].active_flops_per_sample
+    for arm in study.arms:
+        flops = cards[arm.name].active_flops_per_sample
+        if abs(flops - wanted) > _FLOPS_TOLERANCE * wanted:
+            raise UserError(
+                f"{study.file}:{arm.line}: arm {arm.name!r} has {flops:,} active FLOPs per sample, "
+                f"{100 * (flops / wanted - 1):+.3g} % against the {wanted:,} of {study.baseline!r}, and `match: "
+                "active_flops` allows 1 %; change hidden_dim, top_k or the number of blocks of one of them, or remove "
+                "`match`"
+            )
+
+
+def _refuse_endless_schedule(study: Study, resolved: Mapping[str, Any]) -> None:
+    """Refuse a learning-rate schedule whose length is the number of steps, which a budget of minutes leaves open."""
+    model = resolved.get("model")
+    schedule = model.get("schedule") if isinstance(model, dict) else None
+    options = schedule.get("init_args") if isinstance(schedule, dict) else None
+    if isinstance(options, dict) and options.get("total_steps") == -1:
+        raise UserError(
+            f"{study.file}: with a budget of minutes nobody knows the number of steps, and the schedule follows "
+            "trainer.max_steps; set `model.schedule.init_args.total_steps` to a number in the base"
+        )
 
 
 def _set(config: dict[str, Any], dotted: str, value: Any) -> None:

@@ -1,21 +1,24 @@
 """A declared study: one YAML file read into frozen records, or refused with file, line, key and nearest name.
 
-question: Does the router z-loss matter at this size?     # required
-hypothesis: ...   source: ...                             # optional texts
-base: [conf/quickstart.yaml]                              # LightningCLI files, later ones win
-baseline: baseline                                        # default: the first arm
-arms:                                                     # either arms; here the baseline changes nothing
-  baseline: {description: everything on}
-  no_router_z: {model.losses.router_z: null}              # changes over the base; dotted keys are expanded
-factors: {router_z: {off: {model.losses.router_z: null}}} # or factors (factors.py) and a design (read_design.py)
-design: leave_one_out
-seeds: [0, 1, 2]
-budget: {max_steps: 200}
-primary: {metric: val/task_loss, direction: lower}
-also: [val/accuracy_text]
-diverged: {metric: val/task_loss, times_untrained: 1.0}   # non-finite always counts as diverged
-decide: {alpha: 0.05, test: t, correction: none, within: null}
-guard: [{metric: drop_rate/block1/text, at_most: 0.05}]   # may not get worse by more than this
+    question: Does the router z-loss matter at this size?     # required
+    hypothesis: ...   source: ...                             # optional texts
+    base: [conf/quickstart.yaml]                              # LightningCLI files, later ones win
+    baseline: baseline                                        # default: the first arm
+    arms:                                                     # either arms; here the baseline changes nothing
+      baseline: {description: everything on}
+      no_router_z: {model.losses.router_z: null}              # changes over the base; dotted keys are expanded
+    factors: {router_z: {off: {model.losses.router_z: null}}} # or factors (factors.py) and a design (read_design.py)
+    design: leave_one_out
+    seeds: [0, 1, 2]
+    budget: {max_steps: 200}                                  # or samples, active_flops, minutes: see budget.py
+    match: active_flops                                       # refuse arms that differ from the baseline by over 1 %
+    primary: {metric: val/task_loss, direction: lower}
+    also: [val/accuracy_text]
+    diverged: {metric: val/task_loss, times_untrained: 1.0}   # non-finite always counts as diverged
+    decide: {alpha: 0.05, test: t, correction: none, within: null}
+    guard: [{metric: drop_rate/block1/text, at_most: 0.05}]   # may not get worse by more than this
+
+What a study sets itself (seed, budget, logger, output folder) no arm may change, see changes.py.
 """
 
 import re
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from lightning_moevlm import keys
+from lightning_moevlm.study.budget import Budget, read_budget
 from lightning_moevlm.study.changes import merged, read_changes
 from lightning_moevlm.study.design import REFERENCE, Design
 from lightning_moevlm.study.factors import FactorLevel, read_factors
@@ -31,10 +35,13 @@ from lightning_moevlm.study.located import Located, nearest, read
 from lightning_moevlm.study.read_design import read_design
 
 Direction = Literal["lower", "higher"]
+Match = Literal["active_flops"]
 Test = Literal["t", "wilcoxon", "sign"]
 Correction = Literal["none", "holm"]
 
-_OPTIONAL = ("hypothesis", "source", "arms", "factors", "design", "baseline", "also", "diverged", "decide", "guard")
+_OPTIONAL = (
+    *("hypothesis", "source", "arms", "factors", "design", "baseline", "match", "also", "diverged", "decide", "guard"),
+)
 _PACKAGE = Path(__file__).parent.parent
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
 _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
@@ -54,13 +61,6 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
     line: int = field(default=0, compare=False)
     levels: tuple[FactorLevel, ...] = ()
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every run may spend. max_steps: optimiser steps."""
-
-    max_steps: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Study:
     """A study file as read.
 
     file: where it was read; base: config files as the command line takes them; design: what made the arms, None where
-    the file lists them.
+    the file lists them; match: what every arm must share with the baseline.
     """
 
     name: str
@@ -132,6 +132,7 @@ class Study:
     decide: Decision
     guard: tuple[Guard, ...] = ()
     design: Design | None = None
+    match: Match | None = None
 
 
 def read_study(file: Path) -> Study:
@@ -164,13 +165,14 @@ def read_study(file: Path) -> Study:
         baseline=_baseline(top, arms, designed=design is not None),
         arms=arms,
         seeds=_seeds(top["seeds"]),
-        budget=Budget(top["budget"].fields(required=("max_steps",))["max_steps"].integer(least=1)),
+        budget=read_budget(top["budget"]),
         primary=primary,
         also=tuple(_metric(node) for node in top["also"].sequence()) if "also" in top else (),
         diverged=_divergence(top.get("diverged"), primary),
         decide=_decision(top.get("decide")),
         guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
         design=design,
+        match=_match(top.get("match")),
     )
 
 
@@ -233,6 +235,10 @@ def _baseline(top: dict[str, Located], arms: tuple[Arm, ...], designed: bool) ->
         node = dict(top["arms"].items())[name]
         raise node.error("the baseline changes nothing over the base; move its changes to a base file or another arm")
     return name
+
+
+def _match(node: Located | None) -> Match | None:
+    return None if node is None or node.is_null else cast(Match, node.choice(get_args(Match)))
 
 
 def _config_file(node: Located) -> Path:

@@ -4,12 +4,15 @@ One builder serves the terminal, Markdown and HTML, so that they cannot say diff
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lightning_moevlm import keys
+from lightning_moevlm.study.fraction import Fraction
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
+from lightning_moevlm.study.probe import NUM_STEPS, Probe
 from lightning_moevlm.study.progress import duration
 from lightning_moevlm.study.results import ArmResult, Mean, StudyResult
 
@@ -145,16 +148,30 @@ def report_tables(result: StudyResult) -> tuple[Table, ...]:
     return (effects_table(result), learning_table(result), *((also,) if also else ()), models_table(result))
 
 
-def arms_table(plan: Plan) -> Table:
-    """Return the arms with their differences from the base and the size of their models."""
+def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -> Table:
+    """Return the arms with their differences from the base, the size of their models and, probed, their times."""
+    first = {run.arm: run for run in reversed(plan.runs)}
+    minutes = plan.study.budget.minutes
     rows = []
     for arm in plan.study.arms:
         card = plan.cards[arm.name]
         sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
         changes = "\n".join(f"{key}: {_shown(value)}" for key, value in flat(arm.changes).items())
-        rows.append((arm.name, *(scaled(size) for size in sizes), changes or NOTHING))
-    columns = ("arm", "parameters", "active", "active FLOPs/sample", "difference from the base")
-    return Table(f"{plan.study.name}: {plan.study.question}", columns, tuple(rows))
+        times: tuple[str, ...] = ()
+        if probes:
+            probe = probes[arm.name]
+            times = (f"{1e3 * probe.step:.0f} ms", duration(probe.run_seconds(first[arm.name], minutes)))
+        rows.append((arm.name, *(scaled(size) for size in sizes), *times, changes or NOTHING))
+    timed = ("time/step", "time/run") if probes else ()
+    columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
+    notes: tuple[str, ...] = ()
+    if probes:
+        total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
+        notes = (
+            f"estimated: {duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
+            f"{NUM_STEPS} steps of each arm, without tracking and checkpoints.",
+        )
+    return Table(f"{plan.study.name}: {plan.study.question}", columns, tuple(rows), notes)
 
 
 def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
@@ -162,11 +179,27 @@ def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
     rows = tuple((run.name, run.digest, statuses[run.folder], str(plan.run_folder(run))) for run in plan.runs)
     study = plan.study
     notes = (
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.max_steps} steps each; decided by "
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.words} each; decided by "
         f"{study.primary.metric}, {study.primary.direction} is better.",
         f"diverged: {study.diverged.rule}.",
+        *_notes_on_length(plan),
+        *(line for fraction in _fractions(plan) for line in fraction.told()),
     )
     return Table("Runs", ("run", "digest", "status", "folder"), rows, notes, essential=3)
+
+
+def _notes_on_length(plan: Plan) -> tuple[str, ...]:
+    """Return what a reader must know where runs are not of one number of steps."""
+    steps = {run.arm: run.max_steps for run in plan.runs}
+    if None in steps.values():
+        return ("the clock ends the runs: they stop at different steps, and what they reach depends on the machine.",)
+    if len(set(steps.values())) == 1:
+        return () if plan.study.budget.max_steps is not None else (f"{next(iter(steps.values()))} steps each.",)
+    return (f"steps: {', '.join(f'{arm} {count}' for arm, count in steps.items())}.",)
+
+
+def _fractions(plan: Plan) -> tuple[Fraction, ...]:
+    return plan.study.design.fractions if plan.study.design else ()
 
 
 def name_and_unit(key: str) -> tuple[str, str]:

@@ -1,13 +1,19 @@
 """Designs by hand: which arms, under which names, with which changes; and what is refused, with its place."""
 
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.factors import FactorLevel
+from lightning_moevlm.study.listing import plan_records
+from lightning_moevlm.study.plan import plan_study
 from lightning_moevlm.study.read_design import RATES, rate_name
 from lightning_moevlm.study.spec import Study, read_study
+from lightning_moevlm.study.tables import plan_table
+from tests.study.tiny_study import describe, plan_of, resolve, write_project
 
 HEAD = """\
 question: Does it help?
@@ -223,8 +229,46 @@ def test_refusals_name_file_line_and_remedy(write, text, line, words):
 
 def test_every_truncation_is_refused_or_read(write):
     whole = FACTORS + ROUTER + "design: {product: [{one_in: {factors: [a, b]}}, {grid: {factors: [c, router]}}]}\n"
-    for length in range(len(whole)):
+    for length in range(0, len(whole), 5):
         try:
             read_study(write(whole[:length]))
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_a_plan_tells_levels_and_aliases(tmp_path):
+    study = {
+        "factors": {
+            "fast": {"on": {"model.speed": 0.9}},
+            "skewed": {"on": {"model.skew": 0.3}},
+            "late": {"on": {"model.validate_every": 2}},
+        },
+        "design": {"fractional_factorial": {"resolution": 3}},
+    }
+    file = write_project(tmp_path, "sqlite:///x.db")
+    declared = yaml.safe_load(file.read_text()) | study
+    del declared["arms"]
+    file.write_text(yaml.safe_dump(declared, sort_keys=False))
+    plan = plan_of(file)
+    assert {run.arm for run in plan.runs} == {"baseline", "fast__late", "skewed__late", "fast__skewed"}
+    statuses = {run.folder: "waiting" for run in plan.runs}
+    records = {record.arm: record for record in plan_records(plan, statuses)}
+    assert records["fast__late"].levels == {"fast": "on", "skewed": "off", "late": "on"}
+    assert records["fast__late"].changes == {"model.speed": 0.9, "model.validate_every": 2}
+    notes = plan_table(plan, statuses).notes
+    assert "4 of 8 combinations, resolution III; defining relation I = -fast*skewed*late" in notes
+    assert "aliased: fast = -skewed*late" in notes
+
+
+def test_a_fault_of_one_factor_is_told_at_its_line(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {a: 0, b: 0, seed: '${seed_everything}'}\n")
+    file = tmp_path / "study.yaml"
+    file.write_text(HEAD + "factors:\n  a: {on: {model.a: 1}}\n  b: {on: {model.b: 1}}\ndesign: factorial\n")
+    with pytest.raises(UserError, match=r"study\.yaml:8: arm 'b': no such thing"):
+        plan_study(read_study(file), _strict, describe, tmp_path / "sweeps")
+
+
+def _strict(files: list[Path], overrides: dict) -> dict:
+    if overrides.get("model", {}).get("b"):
+        raise UserError("no such thing")
+    return resolve(files, overrides)

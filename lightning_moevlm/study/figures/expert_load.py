@@ -60,7 +60,9 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
             if column == 0:
                 axes.set_ylabel(f"block {layer[0]}\n{layer[1]} expert", fontsize=9)
             axes.tick_params(labelsize=8, labelleft=column == 0)
-    grid[0][0].set_xlim(0, result.study.budget.max_steps)
+    budgets = [run.run.max_steps for _, run in shown if run.run.max_steps is not None]
+    if budgets:  # else the clock ends the runs
+        grid[0][0].set_xlim(0, max(budgets))
     grid[0][0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # shared by all panels
     figure.supxlabel("optimiser steps", fontsize=10)
     assert image is not None

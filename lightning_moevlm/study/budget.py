@@ -1,0 +1,108 @@
+"""What a run may spend, in one of four measures; three become a number of optimiser steps before anything starts.
+
+max_steps      optimiser steps
+samples        steps = samples // (batch x world size x accumulation)
+active_flops   steps = FLOPs // (3 x active forward FLOPs per sample x samples per step): a backward pass costs two
+               forward ones, as usual in scaling laws; per sample as in the model card, heads left out
+minutes        of training time, by the clock: the steps depend on the machine and on what else it does
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.located import Located
+
+if TYPE_CHECKING:  # it lies beside the models, which import torch
+    from lightning_moevlm.models.card import ModelCard
+
+_MEASURES = ("max_steps", "samples", "active_flops", "minutes")
+_FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one is given. active_flops: of forward and backward passes; minutes: of training."""
+
+    max_steps: int | None = None
+    samples: int | None = None
+    active_flops: float | None = None
+    minutes: float | None = None
+
+    @property
+    def words(self) -> str:
+        """The budget of one run in words."""
+        if self.minutes is not None:
+            return f"{self.minutes:g} minutes"
+        if self.active_flops is not None:
+            return f"{self.active_flops:g} active FLOPs"
+        return f"{self.max_steps} steps" if self.samples is None else f"{self.samples:,} samples"
+
+    @property
+    def max_time(self) -> str:
+        """The minutes as Lightning's `trainer.max_time`: days:hours:minutes:seconds."""
+        assert self.minutes is not None
+        minutes, seconds = divmod(round(60 * self.minutes), 60)
+        hours, minutes = divmod(minutes, 60)
+        days, hours = divmod(hours, 24)
+        return f"{days:02}:{hours:02}:{minutes:02}:{seconds:02}"
+
+    def steps(self, resolved: Mapping[str, Any], card: "ModelCard") -> int:
+        """Return the optimiser steps that samples or FLOPs allow with a configuration and its model.
+
+        Raises:
+            UserError: not a single one.
+        """
+        per_step = samples_per_step(resolved)
+        if self.samples is not None:
+            steps, cost = self.samples // per_step, f"{per_step:,} samples"
+        else:
+            assert self.active_flops is not None
+            flops = _FORWARD_AND_BACKWARD * card.active_flops_per_sample * per_step
+            steps, cost = int(self.active_flops // flops), f"{flops:g} active FLOPs"
+        if steps < 1:
+            raise UserError(f"a budget of {self.words} is less than one step, which takes {cost}; raise it")
+        return steps
+
+
+def read_budget(node: Located) -> Budget:
+    """Read the budget of a study file.
+
+    Raises:
+        UserError: one line with file, line, key and what is allowed.
+    """
+    fields = node.fields(required=(), optional=_MEASURES)
+    if len(fields) != 1:
+        came = ", ".join(fields) or "none"
+        raise node.error(f"a budget has exactly one of {', '.join(_MEASURES)}; got {came}")
+    (measure, child), *_ = fields.items()
+    if measure == "max_steps":
+        return Budget(max_steps=child.integer(least=1))
+    if measure == "samples":
+        return Budget(samples=child.integer(least=1))
+    if measure == "active_flops":
+        return Budget(active_flops=child.number(above=0.0))
+    minutes = child.number(above=0.0)
+    if round(60 * minutes) < 1:
+        raise child.error(f"{minutes:g} minutes are less than a second; give at least 0.02")
+    return Budget(minutes=minutes)
+
+
+def samples_per_step(resolved: Mapping[str, Any]) -> int:
+    """Return batch x world size x accumulation of a resolved configuration."""
+    trainer = resolved["trainer"]
+    batch = resolved["data"]["batch_size"]
+    assert isinstance(batch, int)
+    devices = _num_devices(trainer.get("devices", "auto"))
+    return int(batch * devices * trainer.get("num_nodes", 1) * trainer.get("accumulate_grad_batches", 1))
+
+
+def _num_devices(devices: object) -> int:
+    """Return how many devices a run gets; "auto" and -1 are those that it sees, and a sweep shows each run one."""
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    if text in ("auto", "-1"):
+        return 1
+    return int(text) if text.isdigit() else len([part for part in text.split(",") if part.strip()])
