@@ -44,6 +44,9 @@ COSMETIC_KEYS: tuple[Cosmetic, ...] = (
     Cosmetic("trainer.default_root_dir", "where files are written"),
     Cosmetic("trainer.enable_progress_bar", "terminal output"),
     Cosmetic("trainer.enable_model_summary", "terminal output"),
+    Cosmetic("data.cache_dir", "where downloads are kept"),
+    Cosmetic("data.cache_gib", "how many downloads are kept"),
+    Cosmetic("data.allowed_protocols", "what is refused"),
 )
 COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
     Cosmetic("ProgressBar", "terminal output"),

@@ -12,6 +12,7 @@ from tests.study.tiny_study import describe, plan_of, resolve, write_project
 CONFIG = {
     "seed_everything": 0,
     "model": {"dim": 8, "losses": {"router_z": None}},
+    "data": {"root": "a", "cache_gib": 50.0},
     "trainer": {
         "max_steps": 5,
         "logger": {"init_args": {"run_name": "a"}},
@@ -64,6 +65,7 @@ def test_progress_bars_are_cosmetic_and_other_callbacks_are_not():
         ("model.dim", 9),
         ("model.losses.router_z", {"weight": 1}),
         ("trainer.max_steps", 6),
+        ("data.root", "b"),
         ("ckpt_path", "pretrained.ckpt"),
     ],
 )
