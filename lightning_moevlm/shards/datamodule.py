@@ -20,7 +20,7 @@ from lightning.pytorch import LightningDataModule
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
 from lightning_moevlm.shards.line import OpenSource
-from lightning_moevlm.shards.loader import LoaderState, ShardLoader
+from lightning_moevlm.shards.loader import LoaderState, ShardLoader, refuse_uneven_workers
 from lightning_moevlm.shards.manifest import Manifest, Split, check_shard_size
 from lightning_moevlm.shards.mixture import Mixture, Pace, Source, refuse_odd_names
 from lightning_moevlm.shards.open_set import OpenSet, open_set
@@ -89,6 +89,7 @@ class ShardDataModule(LightningDataModule):
         ):
             if value < least:
                 raise UserError(f"data.{name} is {value}, but must be at least {least}")
+        refuse_uneven_workers(num_workers, num_streams)
         if not 0 <= max_lost_fraction < 1:
             raise UserError(f"data.max_lost_fraction is {max_lost_fraction}: give a share from 0 to below 1")
         mixed = {name: source for name, source in (sources or {}).items() if source is not None}

@@ -70,12 +70,7 @@ class ShardLoader:
         batches_per_epoch: int | None = None,
         max_lost_fraction: float = 0.0,
     ) -> None:
-        if num_workers and reader.num_streams % num_workers:
-            raise UserError(
-                f"data.num_workers is {num_workers}, which does not divide data.num_streams {reader.num_streams}: "
-                f"give 0 or one of {[w for w in range(1, reader.num_streams + 1) if reader.num_streams % w == 0]} "
-                "workers, or a multiple of the workers as num_streams (which is another order of batches)"
-            )
+        refuse_uneven_workers(num_workers, reader.num_streams)
         self._reader = reader
         self._num_workers = num_workers
         self._digest = digest
@@ -208,6 +203,20 @@ class ShardLoader:
 
     def _order(self) -> dict[str, object]:
         return {"manifest_digest": self._digest, **self._reader.order}
+
+
+def refuse_uneven_workers(num_workers: int, num_streams: int) -> None:
+    """Refuse workers that cannot share out the streams evenly.
+
+    Raises:
+        UserError: with the numbers that can.
+    """
+    if num_workers and num_streams % num_workers:
+        even = [str(number) for number in range(1, num_streams + 1) if num_streams % number == 0]
+        raise UserError(
+            f"data.num_workers is {num_workers}, which does not divide data.num_streams {num_streams}: give 0, "
+            f"{', '.join(even)} workers, or a multiple of {num_workers} as num_streams (another order of samples)"
+        )
 
 
 def _told(lost: Counter[Cause]) -> str:

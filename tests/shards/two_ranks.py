@@ -17,6 +17,7 @@ from lightning_moevlm.shards.mixture import Source
 from tests.shards.recording import Recorder, quiet_trainer
 
 STOP, STEPS = 5, 24
+VALIDATED: dict[str, Any] = {"val_check_interval": 10, "check_val_every_n_epoch": None}
 
 
 def data(root: Path, mixed: bool) -> ShardDataModule:
@@ -31,7 +32,7 @@ def data(root: Path, mixed: bool) -> ShardDataModule:
 def fit(root: Path, folder: Path, mixed: bool, **options: Any) -> Recorder:
     """Train on this rank."""
     model, resume = Recorder(), options.pop("ckpt_path", None)
-    trainer = quiet_trainer(folder, devices=2, strategy="ddp", check_val_every_n_epoch=1, max_epochs=-1, **options)
+    trainer = quiet_trainer(folder, devices=2, strategy="ddp", max_epochs=-1, **VALIDATED, **options)
     trainer.fit(model, data(root, mixed), ckpt_path=resume)
     return model
 
