@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
+from lightning_moevlm.config_overlays import with_sources_merged
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import Backbone, ModelCard, model_card
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
@@ -138,7 +139,7 @@ def run(args: Sequence[str]) -> None:
     """
     _prepare()
     with TemporaryDirectory() as folder, held_notices() as notices, _teaching_errors():
-        words = _with_nulls_as_files(_with_shipped_configs(args), Path(folder))
+        words = _with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
         try:
@@ -180,8 +181,8 @@ class ConfigResolver:
         with TemporaryDirectory() as folder, _teaching_errors(self._parser):
             last = Path(folder) / "overrides.yaml"
             last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
-            files = [shipped_config(path) for path in config_files]
-            namespace = self._parser.parse_args([flag for path in (*files, last) for flag in ("-c", str(path))])
+            files = with_sources_merged([*map(shipped_config, config_files), last], Path(folder))
+            namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)
             resolved = yaml.safe_load(self._parser.dump(namespace, skip_unset=False))
         return dict(resolved)
@@ -201,6 +202,21 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
     with _teaching_errors(), torch.device("meta"):
         namespace = parser.parse_object({"model": {"backbone": model["backbone"]}})
         return model_card(parser.instantiate(namespace).model.backbone)
+
+
+def build_data(resolved: Mapping[str, object]) -> ShardDataModule:
+    """Return the data module of a resolved configuration; nothing is opened.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    _prepare()
+    parser = LightningArgumentParser(**_PARSER_OPTIONS)
+    parser.add_lightning_class_args(ShardDataModule, "data")
+    with _teaching_errors():
+        built = parser.instantiate(parser.parse_object({"data": dict(resolved)})).data
+    assert isinstance(built, ShardDataModule)
+    return built
 
 
 class _BackboneAlone:
@@ -253,15 +269,24 @@ def _dump_yaml(data: object) -> str:
     return text
 
 
-def _with_shipped_configs(args: Sequence[str]) -> list[str]:
-    words = []
+def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
+    words: list[str] = []
+    files: list[Path] = []
     for before, word in zip(("", *args), args, strict=False):
         flag, equals, value = word.partition("=")
         if before in ("-c", "--config"):
-            word = str(shipped_config(Path(word)))
+            word = value = str(shipped_config(Path(word)))
         elif flag == "--config" and equals:
-            word = f"--config={shipped_config(Path(value))}"
+            value = str(shipped_config(Path(value)))
+            word = f"--config={value}"
+        else:
+            words.append(word)
+            continue
         words.append(word)
+        merged = with_sources_merged([*files, Path(value)], folder)
+        if merged[-1] != Path(value):
+            words += ["-c", str(merged[-1])]
+        files.append(Path(value))
     return words
 
 

@@ -11,21 +11,49 @@ from lightning_moevlm.plans import Modality, RoutingPlan
 
 
 class Batch(NamedTuple):
-    """One collated batch; a modality that the source lacks is None.
+    """One collated batch; a modality that no sample has is None.
+
+    Samples are in order of what they hold: pairs, then images alone, then texts alone. So images are those of pairs and
+    of images alone, texts those of pairs and of texts alone, and each has its own B.
 
     images_BRYX: uint8, RGB. text_BL: int64 token ids, padded. text_mask_BL: bool, True on real tokens.
-    keys: the samples' WebDataset keys, in order.
+    keys: the samples' WebDataset keys, in order. num_pairs: how many leading images and texts belong together; None
+    where every image has its text. per_source: how many samples each source of the data gave, in their order.
     """
 
     images_BRYX: Tensor | None
     text_BL: Tensor | None
     text_mask_BL: Tensor | None
     keys: tuple[str, ...]
+    num_pairs: int | None = None
+    per_source: tuple[int, ...] = ()
 
     @property
     def num_samples(self) -> int:
-        """B."""
+        """Samples of any kind."""
         return len(self.keys)
+
+    @property
+    def pairs(self) -> int:
+        """How many samples have both an image and a text."""
+        if self.images_BRYX is None or self.text_BL is None:
+            return 0
+        return len(self.keys) if self.num_pairs is None else self.num_pairs
+
+    def first(self, num_samples: int) -> "Batch":
+        """Return the first samples alone; which sources they came from is no longer known."""
+        images_BRYX, text_BL, text_mask_BL = self.images_BRYX, self.text_BL, self.text_mask_BL
+        num_samples = min(num_samples, self.num_samples)
+        pairs = min(num_samples, self.pairs)
+        num_images = 0 if images_BRYX is None else min(num_samples, len(images_BRYX))
+        num_texts = num_samples - num_images + pairs
+        return Batch(
+            images_BRYX[:num_images] if images_BRYX is not None and num_images else None,
+            text_BL[:num_texts] if text_BL is not None and num_texts else None,
+            text_mask_BL[:num_texts] if text_mask_BL is not None and num_texts else None,
+            self.keys[:num_samples],
+            pairs,
+        )
 
 
 class Span(NamedTuple):

@@ -20,6 +20,11 @@ from tests.small_run import SMALL, budget
 CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
 OVERLAYS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/overlays").glob("*.yaml"))
 ROUTERS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/routers").glob("*.yaml"))
+DATA = sorted(  # of folders; tests/shards/test_object_store.py trains from a bucket
+    path.relative_to(PROJECT).as_posix()
+    for path in (PROJECT / "conf/data").glob("*.yaml")
+    if "root: data/shards/" in path.read_text(encoding="utf-8")
+)
 CALLBACKS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/callbacks").glob("*.yaml"))
 BACKBONE = "--model.backbone.init_args"
 
@@ -85,6 +90,27 @@ def test_every_overlay_trains_a_step_over_the_file_that_it_names(
         "--data.batch_size=4", "--data.image_size=32", f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2",
         f"{BACKBONE}.hidden_dim=32",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", DATA)
+def test_every_data_configuration_trains_a_step_over_the_file_that_it_names(
+    config: str, moevlm: Callable[..., str], scenes_root: Path
+) -> None:
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    assert f"moevlm fit -c conf/quickstart.yaml -c {config}" in text
+    for root in re.findall(r"root: (data/shards/\S+)", text):
+        if not Path(root).exists():  # the demo sets are alike to a reader
+            Path(root).symlink_to(scenes_root, target_is_directory=True)
+    moevlm("fit", *SMALL, "-c", config, "--trainer.fast_dev_run=true")
+
+
+def test_an_arm_changes_one_source_and_leaves_the_others(resolver: ConfigResolver) -> None:
+    files = [PROJECT / "conf/quickstart.yaml", PROJECT / "conf/data/mixture.yaml"]
+    before = resolver(files, {})["data"]["sources"]
+    after = resolver(files, {"data": {"sources": {"scenes": {"weight": 0.5}}}})["data"]["sources"]
+    assert after == {**before, "scenes": {**before["scenes"], "weight": 0.5}} != before
+    without = resolver(files, {"data": {"sources": {"openmoji": None}}})["data"]["sources"]
+    assert without == {**before, "openmoji": None}
 
 
 def test_every_router_has_a_configuration_and_an_arm() -> None:

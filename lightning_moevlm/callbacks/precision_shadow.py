@@ -10,7 +10,6 @@ stay as they are.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,7 +77,7 @@ class PrecisionShadow(Callback):
         every = self.every_n_steps or log_interval(trainer)
         if (step != 1 and step % every) or micro_step % trainer.accumulate_grad_batches:
             return
-        rerun = _Rerun(pl_module, _first(batch, self.num_samples), micro_step)
+        rerun = _Rerun(pl_module, batch.first(self.num_samples), micro_step)
         with trainer.precision_plugin.train_step_context():
             trained = rerun.as_trained()
         shadow = rerun.in_fp32(float32_everywhere())
@@ -150,13 +149,6 @@ class _Rerun:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.detach().float() if tensor.is_floating_point() else tensor.clone()
-
-
-def _first(batch: Batch, num_samples: int) -> Batch:
-    """Return the first samples of a batch."""
-    fields: dict[str, Any] = batch._asdict()
-    first: dict[str, Any] = {name: None if value is None else value[:num_samples] for name, value in fields.items()}
-    return batch._replace(**first)
 
 
 def _shift_by_layer(trained: ObjectiveOutput, shadow: ObjectiveOutput) -> dict[str, float]:

@@ -22,6 +22,8 @@ from lightning_moevlm.metrics import RoutingMetrics, capacity_factor, routing_me
 from lightning_moevlm.models import Backbone, model_card
 from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, Term
+from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shards.faults import CAUSES
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.logging_steps import is_logging_step
 
@@ -126,7 +128,7 @@ class Telemetry(Callback):
         if self._gradient_norm is not None:
             values[keys.GRAD_NORM.key()] = self._gradient_norm
             values[keys.LEARNING_RATE.key()] = self._learning_rate
-        values |= self._step_values(pl_module)
+        values |= self._step_values(pl_module) | data_values(trainer)
         self._write(trainer, values)
         self._tell_dispatch(trainer, pl_module)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
@@ -177,6 +179,28 @@ def loss_values(report: LossReport) -> dict[str, float]:
         values[keys.TERM_RAW.key(term=name)] = float(term.raw)
         values[keys.TERM_WEIGHTED.key(term=name)] = float(term.weighted)
         values[keys.TERM_WEIGHT.key(term=name)] = float(term.weight)
+    return values
+
+
+def data_values(trainer: Trainer) -> dict[str, float]:
+    """Return what was read of each source, and what could not be used, over all ranks, by key; all ranks must ask."""
+    data: object = trainer.datamodule  # type: ignore[attr-defined]
+    loader = data.train_loader if isinstance(data, ShardDataModule) else None
+    if loader is None:
+        return {}
+    values: dict[str, float] = {}
+    for name, samples, epochs in zip(loader.source_names, loader.samples, loader.source_epochs, strict=True):
+        values[keys.SOURCE_SAMPLES.key(source=name)] = float(samples * trainer.world_size)  # alike on every rank
+        values[keys.SOURCE_EPOCHS.key(source=name)] = epochs
+    if loader.may_lose:
+        own = torch.tensor([loader.lost[cause] for cause in CAUSES], device=trainer.strategy.root_device)
+        total = trainer.strategy.reduce(own, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        values |= {
+            keys.SKIPPED_SAMPLES.key(cause=cause): count
+            for cause, count in zip(CAUSES, total.tolist(), strict=True)
+            if count
+        }
     return values
 
 

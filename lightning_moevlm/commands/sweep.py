@@ -200,14 +200,14 @@ def _store_of(planned: "Plan") -> str:
 
 def _check_data(planned: "Plan") -> None:
     """Look at every set of shards that the runs name, so that a missing one is told once and not by every run."""
-    from lightning_moevlm.shards.datamodule import ShardDataModule
+    from lightning_moevlm.lightning_cli import build_data
 
     checked: list[object] = []
     for run in planned.runs:
         data = {name: value for name, value in run.resolved["data"].items() if name != "seed"}
         if data not in checked:
             checked.append(data)
-            ShardDataModule(**data).prepare_data()
+            build_data(data).prepare_data()
 
 
 def _with_identity(command: list[str], run_id: str, checkpoint: Path | None) -> list[str]:

@@ -5,7 +5,7 @@
     pair_text   masked words of a text whose image is seen, some patches hidden
     pair_image  masked patches of an image whose text is seen, some words hidden
 
-A batch of pairs is used three times: as images, as texts and as pairs. Sources of one modality give their own term.
+Pairs are used three times: as images, as texts and as pairs. Images and texts that come alone join those of pairs.
 Each term is the mean over its masked positions, in nats for classes.
 """
 
@@ -104,7 +104,9 @@ class MaskedModelling(Objective):
             )
             output = step.encode(images, None, None, hidden_BP)
             step.add_image("image", self.weights.image, output, images, hidden_BP)
-        if images is not None and text is not None and text_mask is not None and self._uses_pairs():
+        pairs = batch.pairs
+        if images is not None and text is not None and text_mask is not None and pairs and self._uses_pairs():
+            images, text, text_mask = images[:pairs], text[:pairs], text_mask[:pairs]
             masked = mask_text(text, text_mask, self.ratios.pair_text, generator)
             hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(
                 images.device
@@ -155,7 +157,7 @@ class _Step:
         self.plans: list[NamedPlan] = []
         self.attention: list[AttentionLogits] = []
         self.num_tokens = 0
-        self.image_target: Tensor | None = None  # of the batch; two terms need it
+        self.image_target: Tensor | None = None  # of the batch; two terms need it, and pairs are its first rows
 
     def encode(
         self, images: Tensor | None, text: Tensor | None, text_mask: Tensor | None, image_mask: Tensor | None
@@ -178,7 +180,7 @@ class _Step:
         targets = self.objective.image_targets
         if self.image_target is None:
             self.image_target = targets(images)
-        target_M = self.image_target[hidden_BP]
+        target_M = self.image_target[: hidden_BP.shape[0]][hidden_BP]
         output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden_BP])
         with region(self.objective.precision, "losses", output_MO.device.type) as cast:
             self._add(name, weight, targets.loss(cast(output_MO), target_M))

@@ -1,52 +1,69 @@
-"""A set of shards as a LightningDataModule: `data.root` names the set, everything else how it is read.
+"""Sets of shards as a LightningDataModule: `data.root` names the set, everything else how it is read.
 
-Training reads in a new order every epoch and resumes to the batch; validation, testing and prediction (on
-the test split) read every sample once, in fixed order. `num_workers` 0 is the fastest on two cores for
-small models: workers take a core from the arithmetic.
+Training reads in a new order every epoch and resumes to the batch; validation, testing and prediction (on the test
+split) read every sample once, in fixed order. `num_workers` 0 is the fastest on two cores for small models: workers
+take a core from the arithmetic.
+
+`data.sources` in place of `data.root` mixes several sets. Texts of all of them are told apart by the tokenizer of the
+first (a byte-level one, which can spell any text). What is validated on does not depend on weights, so that mixtures
+can be compared: the sources that are read as pairs, one after the other; all of them where none is.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
-from lightning_moevlm.shards.loader import LoaderState, ShardLoader
-from lightning_moevlm.shards.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    Split,
-    check_shard_size,
-)
-from lightning_moevlm.shards.reader import Rank, ShardReader
+from lightning_moevlm.shards.line import OpenSource
+from lightning_moevlm.shards.loader import LoaderState, ShardLoader, refuse_uneven_workers
+from lightning_moevlm.shards.manifest import Manifest, Split, check_shard_size
+from lightning_moevlm.shards.mixture import Mixture, Pace, Source, refuse_odd_names
+from lightning_moevlm.shards.open_set import OpenSet, open_set
+from lightning_moevlm.shards.order import Rank, train_batches
+from lightning_moevlm.shards.reader import FixedReader, TrainReader
 from lightning_moevlm.shards.storage import CACHE_GIB, PROTOCOLS, ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 
 _HASHED_BEFOREHAND_BYTES = 256 * 2**20
 
 
+class MixedManifest(NamedTuple):
+    """What a mixture is called."""
+
+    name: str
+
+
 class ShardDataModule(LightningDataModule):
-    """Loaders over one set of shards.
+    """Loaders over one set of shards, or a mixture of several.
 
     Args:
         root: Folder of the set, as made by `moevlm data build`, or its address: http, https, s3, gs. Credentials and
-            endpoints of object stores come from the environment.
+            endpoints of object stores come from the environment. Null with `sources`.
         batch_size: Samples per rank and step.
         image_size: Pixels per side that the model sees; other sizes are scaled.
         max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut.
         vocab_size: Ids that the model can embed; the set's tokenizer must not have more.
-        num_workers: Processes that read and decode; 0 reads in the training process.
-        shuffle_buffer: Samples per worker from which the next training sample is chosen.
+        num_workers: Processes that read and decode; 0 reads in the training process. The order of samples is the same
+            for any number.
+        shuffle_buffer: Samples per stream (and source) from which the next training sample is chosen.
         seed: Of the order of training samples.
         cache_dir: Where shards of a remote set are kept; null is `~/.cache/lightning-moevlm/shards`.
         cache_gib: GiB to keep there, the least recently used shards go first; null is not bounded.
         allowed_protocols: Protocols that `root` may have; another one that fsspec knows can be named here.
-
+        num_streams: Logical streams per rank that batches come from in turns, a multiple of `num_workers`.
+        max_lost_fraction: Share of the samples read that a run may do without; with 0 the first that cannot be used
+            ends it.
+        sources: Sets to mix, by name, in place of `root`; a source that is null is left out.
     """
 
     def __init__(
         self,
-        root: str,
+        root: str | None,
         batch_size: int,
         image_size: int,
         max_text_len: int,
@@ -57,6 +74,9 @@ class ShardDataModule(LightningDataModule):
         cache_dir: str | None = None,
         cache_gib: float | None = CACHE_GIB,
         allowed_protocols: tuple[str, ...] = PROTOCOLS,
+        num_streams: int = 4,
+        max_lost_fraction: float = 0.0,
+        sources: dict[str, Source | None] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -65,10 +85,26 @@ class ShardDataModule(LightningDataModule):
             ("max_text_len", max_text_len, 3),
             ("num_workers", num_workers, 0),
             ("shuffle_buffer", shuffle_buffer, 1),
+            ("num_streams", num_streams, 1),
         ):
             if value < least:
                 raise UserError(f"data.{name} is {value}, but must be at least {least}")
-        self.storage = ShardStorage(root, cache_dir, cache_gib, tuple(allowed_protocols))
+        refuse_uneven_workers(num_workers, num_streams)
+        if not 0 <= max_lost_fraction < 1:
+            raise UserError(f"data.max_lost_fraction is {max_lost_fraction}: give a share from 0 to below 1")
+        mixed = {name: source for name, source in (sources or {}).items() if source is not None}
+        if (root is None) == (not mixed):
+            raise UserError(
+                f"data.root is {root} and data.sources names {len(mixed)} sets: give a folder as root and no sources, "
+                "or sources and null as root"
+            )
+        refuse_odd_names(list(mixed))
+        self.sources = mixed or {"": Source(str(root))}
+        self.storages = {
+            name: ShardStorage(source.root, cache_dir, cache_gib, tuple(allowed_protocols))
+            for name, source in self.sources.items()
+        }
+        self.mixture = Mixture(tuple(self.sources.values()))
         self.batch_size = batch_size
         self.image_size = image_size
         self.max_text_len = max_text_len
@@ -76,112 +112,160 @@ class ShardDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self._train_loader: ShardLoader | None = None
+        self.num_streams = num_streams
+        self.max_lost_fraction = max_lost_fraction
+        self.train_loader: ShardLoader | None = None
         self._resume_from: LoaderState | None = None
 
     @cached_property
-    def manifest(self) -> Manifest:
-        """What the set holds.
+    def sets(self) -> dict[str, OpenSet]:
+        """The sets by name of their source; that of `root` has its own name.
 
         Raises:
-            UserError: if there is no set, with the command that builds one; or if its manifest is broken.
+            UserError: if there is no set, with the command that builds one; if its manifest is broken; or if it lacks
+                what the source should give.
 
         """
-        folder = self.storage.folder
-        if folder is not None and not (folder / MANIFEST_FILE).is_file():
-            recipe = "openmoji" if "openmoji" in folder.name else "scenes"
-            raise UserError(
-                f"there is no set of shards in {folder}; build one with `moevlm data build {recipe} --out {folder}`"
-            )
-        return self.storage.manifest()
+        opened = [open_set(source, self.storages[name]) for name, source in self.sources.items()]
+        return {name or found.metric_name: found for name, found in zip(self.sources, opened, strict=True)}
+
+    @property
+    def manifest(self) -> Manifest | MixedManifest:
+        """What the set holds; of a mixture, what it is called."""
+        found = [opened.manifest for opened in self.sets.values()]
+        return found[0] if self._is_alone else MixedManifest("+".join(manifest.name for manifest in found))
 
     @property
     def manifest_digest(self) -> str:
-        """The hash that names the exact data."""
-        return self.manifest.digest
+        """The hash that names the exact data; of a mixture, a hash of names, digests and what is read of each."""
+        if self._is_alone:
+            return next(iter(self.sets.values())).manifest.digest
+        parts = [[name, opened.manifest.digest, *opened.members] for name, opened in self.sets.items()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> CaptionTokenizer:
-        """The set's tokenizer.
+        """The set's tokenizer; of a mixture, that of the first source with texts.
 
         Raises:
             UserError: if it is missing, altered, or has more ids than the model.
 
         """
-        entry = self.manifest.tokenizer
+        found = list(self.sets.values())
+        opened = next((one for one in found if one.has_texts), found[0])
+        entry = opened.manifest.tokenizer
         if entry.vocab_size > self.vocab_size:
             raise UserError(
-                f"the tokenizer of {self.storage} has {entry.vocab_size} ids, "
+                f"the tokenizer of {opened.storage} has {entry.vocab_size} ids, "
                 f"data.vocab_size is {self.vocab_size}; "
                 f"raise it to {entry.vocab_size} or more, or build the set with a smaller --vocab_size"
             )
-        return self.storage.tokenizer(entry)
+        return opened.storage.tokenizer(entry)
 
     def prepare_data(self) -> None:
-        """Fail before anything is written if the set is not in order: manifest, tokenizer, every shard.
+        """Fail before anything is written if the sets are not in order: manifest, tokenizer, every shard.
 
-        Shards are hashed here when the whole set is small; those of a large set have their size checked here and are
-        hashed whenever one is opened. Those of a remote set are downloaded, and verified, when they are opened.
+        Shards are hashed here when a whole set is small; those of a large set have their size checked here and are
+        hashed whenever one is opened. Those of a remote set are downloaded, and verified, when they are opened. Where
+        losses are tolerated, shards are left to the reader.
         """
         assert self.tokenizer.vocab_size <= self.vocab_size  # the property refuses, with the remedy
-        shards = [shard for split in self.manifest.splits.values() for shard in split]
-        if self.storage.folder is None:
-            return
-        small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
-        for shard in shards:
-            if small:
-                self.storage.local_path(shard)
-            else:
-                check_shard_size(self.storage.folder, shard)
+        for opened in self.sets.values():
+            folder = opened.storage.folder
+            if folder is None or self.max_lost_fraction > 0:
+                continue
+            shards = [shard for split in opened.manifest.splits.values() for shard in split]
+            small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
+            for shard in shards:
+                if small:
+                    opened.storage.local_path(shard)
+                else:
+                    check_shard_size(folder, shard)
 
     def train_dataloader(self) -> ShardLoader:
         """Whole batches in a new order every epoch; in fixed order while overfitting a few batches."""
         trainer = self.trainer
-        overfitting = trainer is not None and trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        reader = self._reader("train", 0 if overfitting else self.shuffle_buffer)
-        loader = ShardLoader(reader, self.num_workers, self._train_limit(reader.num_batches))
+        opened = self._open("train", self.sets)
+        if trainer is not None and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            loader = self._fixed(opened)
+        else:
+            rank = self._rank
+            available = train_batches(sum(one.num_samples for one in opened), self.batch_size, rank.world_size)
+            limit = self._train_limit(available)
+            pace = Pace(limit or available, 1 if trainer is None else trainer.accumulate_grad_batches)
+            reader = TrainReader(
+                opened,
+                self.mixture,
+                self.batch_size,
+                rank,
+                self.shuffle_buffer,
+                self.seed,
+                self.num_streams,
+                pace,
+                tolerant=self.max_lost_fraction > 0,
+            )
+            loader = ShardLoader(reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction)
         if self._resume_from is not None:
             loader.load_state_dict(self._resume_from)
             self._resume_from = None
-        self._train_loader = loader
+        self.train_loader = loader
         return loader
 
     def val_dataloader(self) -> ShardLoader:
-        """Every validation sample once, in fixed order; the last batch may be short."""
-        return ShardLoader(self._reader("val", 0), self.num_workers)
+        """Every validation sample once, in fixed order."""
+        return self._fixed(self._open("val", self._evaluated))
 
     def test_dataloader(self) -> ShardLoader:
-        """Every test sample once, in fixed order; the last batch may be short."""
-        return ShardLoader(self._reader("test", 0), self.num_workers)
+        """Every test sample once, in fixed order."""
+        return self._fixed(self._open("test", self._evaluated))
 
     def predict_dataloader(self) -> ShardLoader:
-        """Every test sample once, in fixed order; the last batch may be short."""
+        """Every test sample once, in fixed order."""
         return self.test_dataloader()
 
-    def state_dict(self) -> LoaderState:
+    def state_dict(self) -> LoaderState | dict[str, Any]:  # type: ignore[override]
         """Return the place in the training data; Lightning puts it into every checkpoint.
 
         Lightning saves the loader's own state as well, but restores it only from checkpoints inside an epoch:
         from one at the end of an epoch, the data would begin anew.
         """
-        return {} if self._train_loader is None else self._train_loader.state_dict()
+        return {} if self.train_loader is None else self.train_loader.state_dict()
 
-    def load_state_dict(self, state_dict: LoaderState) -> None:
+    def load_state_dict(self, state_dict: LoaderState) -> None:  # type: ignore[override]
         """Remember the place; it is taken when the training loader is made."""
-        self._resume_from = state_dict
+        self._resume_from = state_dict or None
 
-    def _reader(self, split: Split, shuffle_buffer: int) -> ShardReader:
-        collate = Collate(self.manifest.members, self.tokenizer, self.image_size, self.max_text_len)
-        rank = Rank(0, 1)
-        if self.trainer is not None:
-            rank = Rank(self.trainer.global_rank, self.trainer.world_size)
-        return ShardReader(
-            self.storage, self.manifest, split, collate, self.batch_size, rank, shuffle_buffer, self.seed
+    @property
+    def _is_alone(self) -> bool:
+        return len(self.sources) == 1
+
+    @property
+    def _rank(self) -> Rank:
+        return Rank(0, 1) if self.trainer is None else Rank(self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def _evaluated(self) -> dict[str, OpenSet]:
+        return {name: opened for name, opened in self.sets.items() if opened.gives_pairs} or self.sets
+
+    def _open(self, split: Split, sets: Mapping[str, OpenSet]) -> tuple[OpenSource, ...]:
+        return tuple(
+            OpenSource(
+                name,
+                opened.storage,
+                opened.manifest.splits[split],
+                Collate(opened.members, self.tokenizer, self.image_size, self.max_text_len),
+            )
+            for name, opened in sets.items()
         )
+
+    def _fixed(self, opened: tuple[OpenSource, ...]) -> ShardLoader:
+        tolerant = self.max_lost_fraction > 0
+        reader = FixedReader(opened, self.batch_size, self._rank, self.num_streams, tolerant)
+        return ShardLoader(reader, self.num_workers, self.manifest_digest, max_lost_fraction=self.max_lost_fraction)
 
     def _train_limit(self, num_batches: int) -> int | None:
         """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""
         if self.trainer is None:
             return None
         limit = self.trainer.limit_train_batches
-        return limit if isinstance(limit, int) else int(num_batches * limit)
+        return min(num_batches, limit if isinstance(limit, int) else int(num_batches * limit))

@@ -9,10 +9,12 @@ from torch import Tensor
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.codebook import Codebook, standardised_patches
 from lightning_moevlm.shards.collate import Collate
+from lightning_moevlm.shards.line import OpenSource
 from lightning_moevlm.shards.loader import ShardLoader
 from lightning_moevlm.shards.manifest import read_manifest
+from lightning_moevlm.shards.order import Rank
 from lightning_moevlm.shards.progress import track
-from lightning_moevlm.shards.reader import Rank, ShardReader
+from lightning_moevlm.shards.reader import FixedReader
 from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import load_tokenizer
 
@@ -35,8 +37,8 @@ def fit_codebook(root: Path, num_codes: int, patch_size: int, seed: int, max_sam
         raise UserError(f"num_codes is {num_codes}, but a codebook needs at least 2")
     manifest = read_manifest(root)
     collate = Collate(manifest.members, load_tokenizer(root, manifest.tokenizer), manifest.image_size, max_text_len=2)
-    storage = ShardStorage(str(root))
-    reader = ShardReader(storage, manifest, "train", collate, BATCH_SIZE, Rank(0, 1), shuffle_buffer=0, seed=seed)
+    source = OpenSource(manifest.name, ShardStorage(str(root)), manifest.splits["train"], collate)
+    reader = FixedReader((source,), BATCH_SIZE, Rank(0, 1), num_streams=1, tolerant=False)
     loader = ShardLoader(reader, num_workers=0)
     num_batches = min(len(loader), -(-max_samples // BATCH_SIZE))
     found: list[Tensor] = []

@@ -1,41 +1,104 @@
 """A loader that knows where it is: sized, resumable to the batch, in a new order every epoch.
 
-Its state is a cursor (epoch, batches handed out), kept in the main process and counted when a batch is
-handed out. What workers have prefetched beyond it is simply not part of it, so there is no state to collect
-from workers, none that can run ahead of the training, and the same cursor serves every rank. Lightning
-saves and restores it with the training state, because it offers `state_dict` and `load_state_dict` and has
-a length.
+Its state lives in the main process: epoch, batches handed out, and where every logical stream stands in every source,
+which each batch brings along. Snapshots of workers (as torchdata's StatefulDataLoader takes) run ahead of the training
+by what is prefetched, are bound to the number of workers, and are gone when the workers are; here what is prefetched is
+simply not part of the state, and a run may go on with another number of workers. Lightning saves and restores it
+with the training state, because it offers `state_dict` and `load_state_dict` and has a length.
 
-An iteration that hands out nothing does not count as an epoch, and a state saved after an epoch's last
-batch goes on with the next epoch.
+Places differ between ranks once samples were lost, so the state holds those of all ranks, and saving is something that
+all ranks do (as they do in Lightning).
+
+An iteration that hands out nothing does not count as an epoch, and a state saved after an epoch's last batch goes on
+with the next epoch.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypedDict
 
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
-from lightning_moevlm.shards.reader import BatchStream, Cursor, Failure, ShardReader
+from lightning_moevlm.shards.faults import Cause
+from lightning_moevlm.shards.line import Place
+from lightning_moevlm.shards.reader import BatchStream, Cursor, Delivery, Failure, Places, Reader
 
-LoaderState = dict[str, int | str]
-"""A cursor and all that the order of batches depends on, as plain values."""
+_JUDGED_FROM = 1000
+"""Samples over which the first losses are judged, so that one bad sample at the start is not a share of one."""
+
+
+class RankState(TypedDict):
+    """What differs between ranks. places: (epoch, lap, taken) of every stream and source. lost: samples by cause."""
+
+    places: list[list[list[int]]]
+    lost: dict[str, int]
+
+
+class LoaderState(TypedDict):
+    """Where a loader is, as plain values. order: all that the order of batches depends on.
+
+    samples: handed out so far on this rank, by source. ranks: by number of the rank.
+    """
+
+    epoch: int
+    batch: int
+    samples: list[int]
+    ranks: dict[int, RankState]
+    order: dict[str, object]
 
 
 class ShardLoader:
     """Iterates over a reader's batches, with `num_workers` processes or none.
 
-    batches_per_epoch: where an epoch ends if the trainer uses fewer batches than there are.
+    digest: names the exact data. batches_per_epoch: where an epoch ends if the trainer uses fewer batches than there
+    are. max_lost_fraction: share of the samples read that may be lost.
+
+    Raises:
+        UserError: if the streams cannot be shared out evenly among the workers.
     """
 
-    def __init__(self, reader: ShardReader, num_workers: int, batches_per_epoch: int | None = None) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        num_workers: int,
+        digest: str = "",
+        batches_per_epoch: int | None = None,
+        max_lost_fraction: float = 0.0,
+    ) -> None:
+        refuse_uneven_workers(num_workers, reader.num_streams)
         self._reader = reader
         self._num_workers = num_workers
+        self._digest = digest
         self._batches_per_epoch = min(reader.num_batches, batches_per_epoch or reader.num_batches)
-        self._cursor = Cursor(0, 0)
+        self._max_lost_fraction = max_lost_fraction
+        self._cursor = reader.next_epoch(Cursor(-1, 0))
         self._resume_here = True
+        self.samples = [0] * len(reader.sources)
+        self.lost: Counter[Cause] = Counter()
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What `samples` counts."""
+        return tuple(source.name for source in self._reader.sources)
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether losses are counted and tolerated, within a limit."""
+        return self._max_lost_fraction > 0
+
+    @property
+    def source_epochs(self) -> tuple[float, ...]:
+        """How often each source has been read, over all ranks."""
+        world_size = self._reader.rank.world_size
+        return tuple(
+            samples * world_size / source.num_samples
+            for samples, source in zip(self.samples, self._reader.sources, strict=True)
+        )
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank."""
@@ -45,62 +108,119 @@ class ShardLoader:
         """Hand out the rest of a resumed epoch, else the next epoch.
 
         Raises:
-            UserError: if a shard is missing or altered, or a sample cannot be decoded.
+            UserError: if more samples are lost than may be.
 
         """
         self._cursor = self._next_start()
         self._resume_here = False
-        epoch = self._cursor.epoch
-        loader: DataLoader[Batch | Failure] = DataLoader(
-            BatchStream(self._reader, self._cursor),
+        loader: DataLoader[Delivery | Failure] = DataLoader(
+            BatchStream(self._reader, self._cursor, self._reader.num_batches),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_unchanged,
         )
-        for handed_out, batch in enumerate(loader, self._cursor.batch + 1):
-            if isinstance(batch, Failure):
-                raise UserError(batch.message)
-            self._cursor = Cursor(epoch, handed_out)
-            yield batch
+        before = Counter(self.lost)
+        for delivery in loader:
+            if isinstance(delivery, Failure):
+                raise UserError(delivery.message)
+            self._take(delivery)
+            if self._cursor.batch == self._batches_per_epoch and self.lost != before:
+                warnings.warn(f"samples lost in this epoch: {_told(self.lost - before)}", stacklevel=2)
+            yield delivery.batch
+
+    def _take(self, delivery: Delivery) -> None:
+        """Move on to the place behind a batch, and count."""
+        batch, places = self._cursor.batch, self._cursor.places
+        if places:
+            stream = batch % self._reader.num_streams
+            places = (*places[:stream], delivery.places, *places[stream + 1 :])
+        self._cursor = replace(self._cursor, batch=batch + 1, places=places)
+        self.samples = [before + more for before, more in zip(self.samples, delivery.batch.per_source, strict=True)]
+        if not delivery.lost:
+            return
+        self.lost.update(delivery.lost)
+        read, own = sum(self.samples) + self.lost.total(), sum(source.num_samples for source in self._reader.sources)
+        judged = max(read, min(_JUDGED_FROM, own // self._reader.rank.world_size))
+        if self.lost.total() > self._max_lost_fraction * judged:
+            raise UserError(
+                f"{self.lost.total()} of {read} samples read could not be used ({_told(self.lost)}), more than "
+                f"data.max_lost_fraction {self._max_lost_fraction} allows; the last: {delivery.last_words}"
+            )
 
     def _next_start(self) -> Cursor:
         finished = self._cursor.batch >= self._batches_per_epoch
         if finished or (self._cursor.batch > 0 and not self._resume_here):
-            return Cursor(self._cursor.epoch + 1, 0)
+            return self._reader.next_epoch(self._cursor)
         return self._cursor
 
     def state_dict(self) -> LoaderState:
-        """Return the cursor, and all that the order of batches depends on."""
-        return {**asdict(self._cursor), **self._order()}
+        """Return the place, and all that the order of batches depends on; all ranks must ask together."""
+        places = [[list(place) for place in stream] for stream in self._cursor.places]
+        own = RankState(places=places, lost={str(cause): count for cause, count in self.lost.items()})
+        return LoaderState(
+            epoch=self._cursor.epoch,
+            batch=self._cursor.batch,
+            samples=list(self.samples),
+            ranks=self._of_all_ranks(own),
+            order=self._order(),
+        )
 
     def load_state_dict(self, state_dict: LoaderState) -> None:
-        """Go on from a saved cursor.
+        """Go on from a saved place, with any number of workers.
 
         Raises:
-            UserError: if the order of batches would not be the one that the cursor counts in.
+            UserError: if the order of batches would not be the one that the place was counted in.
 
         """
+        saved = dict(state_dict.get("order", {}))
         for name, now in self._order().items():
-            then = state_dict.get(name)
+            then = saved.get(name)
             if then != now:
                 raise UserError(
                     f"cannot resume the data: {name} was {then} in the checkpoint, now it is {now}, "
                     "and batches would come in another order; restore it, or start from the weights alone"
                 )
-        self._cursor = Cursor(int(state_dict["epoch"]), int(state_dict["batch"]))
+        rank = self._reader.rank.index
+        if rank not in state_dict["ranks"]:
+            raise UserError(
+                f"cannot resume the data: the checkpoint was saved by rank {', '.join(map(str, state_dict['ranks']))} "
+                f"alone and rank {rank} has no place in it; save with all ranks, or start from the weights alone"
+            )
+        own = state_dict["ranks"][rank]
+        places: Places = tuple(tuple(Place(*place) for place in stream) for stream in own["places"])
+        self._cursor = Cursor(int(state_dict["epoch"]), int(state_dict["batch"]), places)
+        self.samples = list(state_dict["samples"])
+        self.lost = Counter(own["lost"])  # type: ignore[arg-type]  # written by `state_dict`
         self._resume_here = True
 
-    def _order(self) -> LoaderState:
-        reader = self._reader
-        return {
-            "manifest_digest": reader.manifest.digest,
-            "split": reader.split,
-            "batch_size": reader.batch_size,
-            "shuffle_buffer": reader.shuffle_buffer,
-            "seed": reader.seed,
-            "world_size": reader.rank.world_size,
-            "num_streams": max(1, self._num_workers),
-        }
+    def _of_all_ranks(self, own: RankState) -> dict[int, RankState]:
+        rank = self._reader.rank
+        if rank.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+            return {rank.index: own}
+        states: list[Any] = [None] * rank.world_size
+        dist.all_gather_object(states, own)
+        return dict(enumerate(states))
+
+    def _order(self) -> dict[str, object]:
+        return {"manifest_digest": self._digest, **self._reader.order}
+
+
+def refuse_uneven_workers(num_workers: int, num_streams: int) -> None:
+    """Refuse workers that cannot share out the streams evenly.
+
+    Raises:
+        UserError: with the numbers that can.
+    """
+    if num_workers and num_streams % num_workers:
+        even = [str(number) for number in range(1, num_streams + 1) if num_streams % number == 0]
+        raise UserError(
+            f"data.num_workers is {num_workers}, which does not divide data.num_streams {num_streams}: give 0, "
+            f"{', '.join(even)} workers, or a multiple of {num_workers} as num_streams (another order of samples)"
+        )
+
+
+def _told(lost: Counter[Cause]) -> str:
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(lost.items()))
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,34 +1,38 @@
-"""Streams of batches over one split: from (epoch, batch) to everything that follows it.
+"""Readers: from a place in an epoch to every batch that follows it, on one rank.
 
-A reader has no state: what it yields is a function of seed, epoch, rank, number of streams and the place it
-starts at, so an interrupted run goes on with exactly the batches that were to come. Batches are formed
-inside the stream; the loader above only carries them.
+A reader has no state: what it yields is a function of seed, epoch, rank, number of logical streams and the places it
+starts at, so an interrupted run goes on with exactly the batches that were to come, with whatever number of processes.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
-from random import Random
+from typing import NamedTuple
 
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
-from lightning_moevlm.shards.collate import Collate
-from lightning_moevlm.shards.manifest import Manifest, Split
+from lightning_moevlm.shards.collate import Decoded
+from lightning_moevlm.shards.faults import Cause, Lost
+from lightning_moevlm.shards.line import Line, OpenSource, Place
+from lightning_moevlm.shards.mixture import Mixture, Pace, joined
 from lightning_moevlm.shards.order import (
-    Piece,
+    Rank,
     Stretch,
-    pieces,
-    rank_stretch,
-    shard_permutation,
-    shuffled,
-    stream_batches,
+    fixed_batches,
+    fixed_number,
+    fixed_stretch,
+    running_stretch,
     train_batches,
     train_stretch,
 )
-from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
-from lightning_moevlm.shards.storage import ShardStorage
+
+Places = tuple[tuple[Place, ...], ...]
+"""Where every stream stands in every source."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,16 @@ class Cursor:
 
     epoch: int
     batch: int
+    places: Places = ()
 
 
-@dataclass(frozen=True)
-class Rank:
-    """Which of how many processes reads."""
+class Delivery(NamedTuple):
+    """A batch on its way to the loader. places: of its stream after it. lost: what its stream met on the way to it."""
 
-    index: int
-    world_size: int
+    batch: Batch
+    places: tuple[Place, ...]
+    lost: dict[Cause, int]
+    last_words: str
 
 
 @dataclass(frozen=True)
@@ -54,118 +60,286 @@ class Failure:
     message: str
 
 
-@dataclass(frozen=True)
-class ShardReader:
-    """Reads one split of a set for one rank.
+class Reader(ABC):
+    """Reads for one rank; each batch comes from the logical stream batch mod `num_streams`.
 
-    batch_size: samples per rank and step. shuffle_buffer: samples per stream to choose the next one from; 0
-    reads in fixed order, every sample once, the last batch as short as it comes out. Otherwise every batch
-    is whole.
+    tolerant: whether samples may be lost; if not, the first ends the run.
     """
 
-    storage: ShardStorage
-    manifest: Manifest
-    split: Split
-    collate: Collate
+    sources: tuple[OpenSource, ...]
+    rank: Rank
+    num_streams: int
+    tolerant: bool
+
+    @property
+    @abstractmethod
+    def num_batches(self) -> int:
+        """Batches of one epoch on this rank."""
+
+    @property
+    @abstractmethod
+    def order(self) -> dict[str, object]:
+        """All that the order of batches depends on, as plain values."""
+
+    @abstractmethod
+    def next_epoch(self, before: Cursor) -> Cursor:
+        """Return where the epoch after `before` starts."""
+
+    @abstractmethod
+    def stream(self, start: Cursor, stream: int) -> Iterator[Delivery]:
+        """Yield what one stream still has to give from `start` on.
+
+        Raises:
+            UserError: if samples are lost that may not be, or nothing is left.
+
+        """
+
+    def _met(self, lost: Lost) -> Lost:
+        if not self.tolerant:
+            raise UserError(
+                f"{lost.message} (or set data.max_lost_fraction to the share of samples that a run may do without)"
+            )
+        return lost
+
+
+@dataclass(frozen=True)
+class TrainReader(Reader):
+    """Whole batches in a new order every epoch, equally many on every rank.
+
+    One source is read in epochs: each of its samples at most once, less than a batch per rank left out, and lost
+    samples replaced from a second pass. Several sources run on over the ends of epochs, each with its own epoch; an
+    epoch of the mixture has as many samples as all of them.
+
+    batch_size: samples per rank and step. shuffle_buffer: samples per stream and source to choose the next one from.
+    """
+
+    sources: tuple[OpenSource, ...]
+    mixture: Mixture
     batch_size: int
     rank: Rank
     shuffle_buffer: int
     seed: int
+    num_streams: int
+    pace: Pace
+    tolerant: bool
 
     def __post_init__(self) -> None:
+        ranks, num_samples = self.rank.world_size, sum(source.num_samples for source in self.sources)
         if self.num_batches == 0:
             raise UserError(
-                f"the {self.split} split of {self.storage} has {self.manifest.num_samples(self.split)} samples, "
-                f"less than batch_size {self.batch_size} on each of {self.rank.world_size} ranks; "
-                "lower batch_size or build a larger set"
+                f"{_names(self.sources)} has {num_samples} training samples, less than batch_size {self.batch_size} on "
+                f"each of {ranks} ranks; lower data.batch_size, use fewer ranks, or build a larger set"
             )
+        for source in self.sources if self._runs_on else ():
+            if source.num_samples < ranks * self.num_streams:
+                raise UserError(
+                    f"source {source.name} has {source.num_samples} training samples, less than one for each of "
+                    f"{ranks} ranks x {self.num_streams} streams; lower data.num_streams, use fewer ranks, or build a "
+                    "larger set"
+                )
 
     @property
     def num_batches(self) -> int:
         """Batches of one epoch on this rank."""
-        if self.shuffle_buffer:
-            num_samples = self.manifest.num_samples(self.split)
-            return train_batches(num_samples, self.batch_size, self.rank.world_size)
-        return -(-len(self._own_samples) // self.batch_size)
-
-    def batches(self, start: Cursor, stream: int, num_streams: int) -> Iterator[Batch]:
-        """Yield what one of `num_streams` streams still has to give from `start` on.
-
-        Raises:
-            UserError: if a shard is missing or altered, or a sample cannot be decoded.
-
-        """
-        stretch = self._stretch(stream, num_streams)
-        if self.shuffle_buffer:
-            reader = f"{self.rank.index}/{self.rank.world_size}/{stream}/{num_streams}"
-            random = Random(f"samples/{self.seed}/{start.epoch}/{reader}")
-            order = shuffled(len(stretch), self.shuffle_buffer, random)
-        else:
-            order = iter(range(len(stretch)))
-        handed_out = stream_batches(start.batch, stream, num_streams) * self.batch_size
-        samples = self._samples(self._pieces(stretch, start.epoch), order, handed_out)
-        while batch := list(islice(samples, self.batch_size)):
-            yield self.collate(batch)
+        num_samples = sum(source.num_samples for source in self.sources)
+        return train_batches(num_samples, self.batch_size, self.rank.world_size)
 
     @property
-    def _own_samples(self) -> Stretch:
-        return rank_stretch(self.manifest.num_samples(self.split), self.rank.index, self.rank.world_size)
+    def order(self) -> dict[str, object]:
+        """All that places depend on; weights may be changed, and count from the next batch on."""
+        order: dict[str, object] = {
+            "sources": [source.name for source in self.sources],
+            "num_samples": [source.num_samples for source in self.sources],
+            "batch_size": self.batch_size,
+            "shuffle_buffer": self.shuffle_buffer,
+            "seed": self.seed,
+            "world_size": self.rank.world_size,
+            "num_streams": self.num_streams,
+        }
+        return {**order, **asdict(self.pace)} if self.mixture.changes else order
 
-    def _stretch(self, stream: int, num_streams: int) -> Stretch:
-        if self.shuffle_buffer:
-            return train_stretch(self.num_batches, self.batch_size, self.rank.index, stream, num_streams)
-        # the batches are the same for any number of streams: only who reads them changes
-        mine, own = (
-            train_stretch(self.num_batches, self.batch_size, 0, stream, num_streams),
-            self._own_samples,
-        )
-        return Stretch(own.start + mine.start, min(own.start + mine.stop, own.stop))
+    def next_epoch(self, before: Cursor) -> Cursor:
+        """Start anew with one source; several run on from where they are."""
+        epoch = before.epoch + 1
+        if self._runs_on and before.places:
+            return Cursor(epoch, 0, before.places)
+        return Cursor(epoch, 0, tuple(tuple(Place(epoch) for _ in self.sources) for _ in range(self.num_streams)))
 
-    def _pieces(self, stretch: Stretch, epoch: int) -> tuple[Piece, ...]:
-        sizes = [shard.num_samples for shard in self.manifest.splits[self.split]]
-        order = shard_permutation(len(sizes), self.seed, epoch) if self.shuffle_buffer else range(len(sizes))
-        return pieces(stretch, sizes, tuple(order))
+    def stream(self, start: Cursor, stream: int) -> Iterator[Delivery]:
+        """Yield the rest of a stream's batches of the epoch; `places` of the start say where in the sources."""
+        places = list(start.places[stream])
+        takers = [_Taker(line, place) for line, place in zip(self._lines(stream), places, strict=True)]
+        first = start.batch + (stream - start.batch) % self.num_streams
+        for number in range(first, self.num_batches, self.num_streams):
+            lost: Counter[Cause] = Counter()
+            last_words = ""
+            batches: dict[int, Batch] = {}
+            for k, count in enumerate(self.mixture.counts(start.epoch, number, self.batch_size, self.pace)):
+                if not count:
+                    continue
+                collate = self.sources[k].collate
+                rows = collate.image_rows(count)
+                samples: list[Decoded] = []
+                while len(samples) < count:
+                    places[k], sample = takers[k].take(None if rows is None else rows[len(samples)])
+                    if isinstance(sample, Decoded):
+                        samples.append(sample)
+                        continue
+                    # filling up meets the losses of the first pass again: they are counted already
+                    lost[self._met(sample).cause] += 1 if places[k].lap == 0 else 0
+                    last_words = sample.message
+                batches[k] = collate.batch(samples, rows)
+            yield Delivery(joined(batches, len(self.sources)), tuple(places), dict(+lost), last_words)
 
-    def _samples(self, line: tuple[Piece, ...], order: Iterator[int], handed_out: int) -> Iterator[RawSample]:
-        """Yield samples in `order` (numbers within the line), without the first `handed_out`."""
-        gone = set(islice(order, handed_out))
-        arriving = self._arriving(line, gone)
-        waiting: dict[int, RawSample] = {}
-        for number in order:
-            while number not in waiting:
-                arrived, sample = next(arriving)
-                waiting[arrived] = sample
-            yield waiting.pop(number)
+    @property
+    def _runs_on(self) -> bool:
+        return len(self.sources) > 1
 
-    def _arriving(self, line: tuple[Piece, ...], gone: set[int]) -> Iterator[tuple[int, RawSample]]:
-        """Read the line in order, without samples that are gone; shards that are all gone stay closed."""
-        for piece in line:
-            numbers = range(piece.first, piece.first + piece.stop - piece.start)
-            if gone and gone.issuperset(numbers):
-                continue
-            shard = self.manifest.splits[self.split][piece.shard]
-            samples = all_or_error(read_shard(self.storage, shard, self.collate.wanted))
-            # a piece that ends with its shard reads past its last sample, so that the count is checked
-            stop = None if piece.stop == shard.num_samples else piece.stop
-            for number, sample in enumerate(islice(samples, piece.start, stop), piece.first):
-                if number not in gone:
-                    yield number, sample
+    def _lines(self, stream: int) -> Iterator[Line]:
+        rank = self.rank
+        reader = f"{rank.index}/{rank.world_size}/{stream}/{self.num_streams}"
+        for source in self.sources:
+            if self._runs_on:
+                stretch = running_stretch(source.num_samples, rank, stream, self.num_streams)
+            else:
+                stretch = train_stretch(self.num_batches, self.batch_size, rank.index, stream, self.num_streams)
+            yield Line(source, stretch, self.shuffle_buffer, self.seed, reader, self._runs_on)
 
 
-class BatchStream(IterableDataset[Batch | Failure]):
-    """What one loader worker runs: its stream of the reader, from the cursor on."""
+@dataclass(frozen=True)
+class FixedReader(Reader):
+    """Every sample of every source once, unshuffled, source after source; a batch is of one source.
 
-    def __init__(self, reader: ShardReader, start: Cursor) -> None:
+    Every rank has equally many batches, all of nearly equal size (at most `batch_size`). Streams read neighbouring
+    samples, so with several streams batches alternate between as many places of the split.
+    """
+
+    sources: tuple[OpenSource, ...]
+    batch_size: int
+    rank: Rank
+    num_streams: int
+    tolerant: bool
+
+    def __post_init__(self) -> None:
+        for source, batches in zip(self.sources, self._batches, strict=True):
+            if batches == 0:
+                raise UserError(
+                    f"source {source.name} has {source.num_samples} samples to evaluate on, less than one for each of "
+                    f"{self.rank.world_size} ranks; use fewer ranks, or build a larger set"
+                )
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of all sources on this rank."""
+        return sum(self._batches)
+
+    @property
+    def order(self) -> dict[str, object]:
+        """All that the order of batches depends on."""
+        return {
+            "sources": [source.name for source in self.sources],
+            "num_samples": [source.num_samples for source in self.sources],
+            "batch_size": self.batch_size,
+            "world_size": self.rank.world_size,
+            "num_streams": self.num_streams,
+        }
+
+    def next_epoch(self, before: Cursor) -> Cursor:
+        """Start anew."""
+        return Cursor(before.epoch + 1, 0)
+
+    def stream(self, start: Cursor, stream: int) -> Iterator[Delivery]:
+        """Yield the stream's batches; one that has lost all its samples ends the evaluation."""
+        offset = 0
+        for k, batches in enumerate(self._batches):
+            own = [batch for batch in range(batches) if (offset + batch) % self.num_streams == stream]
+            own = [batch for batch in own if offset + batch >= start.batch]
+            offset += batches
+            if own:
+                yield from self._of_source(k, [self._stretch(k, batch) for batch in own])
+
+    def _of_source(self, k: int, stretches: Sequence[Stretch]) -> Iterator[Delivery]:
+        source = self.sources[k]
+        whole = Stretch(stretches[0].start, stretches[-1].stop)
+        assert len(whole) == sum(map(len, stretches)), "a stream reads without gaps"
+        arriving = source.arriving(source.pieces(whole, tuple(range(len(source.shards)))), set())
+        for stretch in stretches:
+            rows = source.collate.image_rows(len(stretch))
+            samples: list[Decoded] = []
+            lost: list[Lost] = []
+            for _, raw in islice(arriving, len(stretch)):
+                sample = source.decoded(raw, None if rows is None else rows[len(samples)])
+                if isinstance(sample, Decoded):
+                    samples.append(sample)
+                else:
+                    lost.append(self._met(sample))
+            if not samples:
+                raise UserError(f"a whole batch of {source.name} to evaluate on is lost: {lost[-1].message}")
+            batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
+            causes = Counter(sample.cause for sample in lost)
+            last_words = lost[-1].message if lost else ""
+            yield Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_words)
+
+    @property
+    def _batches(self) -> tuple[int, ...]:
+        sizes = [source.num_samples for source in self.sources]
+        return tuple(fixed_batches(size, self.batch_size, self.rank.world_size) for size in sizes)
+
+    def _stretch(self, k: int, batch: int) -> Stretch:
+        number = fixed_number(batch, self._batches[k], self.num_streams)
+        return fixed_stretch(self.sources[k].num_samples, self._batches[k], self.rank, number)
+
+
+class BatchStream(IterableDataset[Delivery | Failure]):
+    """What one loader worker runs: its streams of the reader in turns, from the cursor on.
+
+    batches: where the epoch ends.
+    """
+
+    def __init__(self, reader: Reader, start: Cursor, batches: int) -> None:
         self._reader = reader
         self._start = start
+        self._batches = batches
 
-    def __iter__(self) -> Iterator[Batch | Failure]:
+    def __iter__(self) -> Iterator[Delivery | Failure]:
         """Yield this worker's batches; a user's mistake ends the stream as a `Failure`."""
         worker = get_worker_info()
-        worker_id, num_streams = (worker.id, worker.num_workers) if worker else (0, 1)
-        # the loader asks worker 0 first: it must hold the stream that the next batch belongs to
-        stream = (worker_id + self._start.batch) % num_streams
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        streams: dict[int, Iterator[Delivery]] = {}
         try:
-            yield from self._reader.batches(self._start, stream, num_streams)
+            # the loader asks worker 0 first: it must hold the stream that the next batch belongs to
+            for batch in range(self._start.batch + worker_id, self._batches, num_workers):
+                stream = batch % self._reader.num_streams
+                if stream not in streams:
+                    streams[stream] = self._reader.stream(self._start, stream)
+                yield next(streams[stream])
         except UserError as error:
             yield Failure(str(error))
+
+
+class _Taker:
+    """Takes from a line and decodes, as long as there is something left that can be used."""
+
+    def __init__(self, line: Line, start: Place) -> None:
+        self._line = line
+        self._samples = line.samples(start)
+        self._lost_in_a_row = 0
+
+    def take(self, into: Tensor | None) -> tuple[Place, Decoded | Lost]:
+        """Return the next sample and the place after it. into: a row of a batch, for its picture."""
+        place, raw = next(self._samples)
+        sample = self._line.source.decoded(raw, into)
+        if isinstance(sample, Decoded):
+            self._lost_in_a_row = 0
+            return place, sample
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > len(self._line.stretch):
+            raise UserError(
+                f"none of the {len(self._line.stretch)} samples that a stream should read of "
+                f"{self._line.source.name} can be used: {sample.message}"
+            )
+        return place, sample
+
+
+def _names(sources: Sequence[OpenSource]) -> str:
+    return " + ".join(source.name for source in sources)

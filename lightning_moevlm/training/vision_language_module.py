@@ -225,7 +225,7 @@ class VisionLanguageModule(LightningModule):
         inputs = {
             "image": (batch.images_BRYX, None, None),
             "text": (None, batch.text_BL, batch.text_mask_BL),
-            "pair": (batch.images_BRYX, batch.text_BL, batch.text_mask_BL),
+            "pair": batch.first(batch.pairs)[:3],
         }
         needed = {"image": (0,), "text": (1,), "pair": (0, 1)}
         features: dict[str, Tensor] = {}

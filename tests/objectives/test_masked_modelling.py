@@ -13,6 +13,7 @@ from lightning_moevlm.layers.embeddings import patchify
 from lightning_moevlm.objectives import MaskedModelling, PixelTargets, VQCheckpointTargets
 from lightning_moevlm.objectives.image_targets import cross_entropy, standardise
 from lightning_moevlm.objectives.masked_modelling import MaskRatios, TermWeights, mask_patches, mask_text
+from lightning_moevlm.records import Batch
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 
@@ -85,6 +86,38 @@ def test_sources_of_one_modality() -> None:
     batch = pair_batch()
     assert list(head(backbone, batch._replace(images_BRYX=None), generator()).terms) == ["text"]
     assert list(head(backbone, batch._replace(text_BL=None, text_mask_BL=None), generator()).terms) == ["image"]
+
+
+def test_a_mixed_batch_uses_pairs_as_pairs_and_everything_by_modality() -> None:
+    # rows: 2 pairs, 1 image alone, 1 text alone
+    whole = pair_batch(4)
+    images, text, text_mask = whole.images_BRYX[:3], whole.text_BL[[0, 1, 3]], whole.text_mask_BL[[0, 1, 3]]
+    mixed = Batch(images, text, text_mask, ("a", "b", "c", "d"), num_pairs=2)
+    parts = {
+        ("pair_text", "pair_image"): Batch(images[:2], text[:2], text_mask[:2], ("a", "b")),
+        ("image",): Batch(images, None, None, ("a", "b", "c")),
+        ("text",): Batch(None, text, text_mask, ("a", "b", "d")),
+    }
+    for terms, part in parts.items():
+        weights = TermWeights(**{name: 1.0 if name in terms else None for name in vars(TermWeights())})
+        head, backbone = objective(weights=weights)
+        found, alone = (head(backbone, batch, generator()) for batch in (mixed, part))
+        assert found.terms.keys() == alone.terms.keys() == set(terms)
+        for name in terms:
+            assert torch.equal(found.terms[name].raw, alone.terms[name].raw)
+    head, backbone = objective()
+    assert head(backbone, mixed, generator()).terms.keys() == {"text", "image", "pair_text", "pair_image"}
+    unpaired = head(backbone, mixed._replace(num_pairs=0), generator())
+    assert unpaired.terms.keys() == {"text", "image"}
+
+
+def test_features_of_a_mixed_batch_are_pooled_by_what_there_is() -> None:
+    module = VisionLanguageModule(small_vl_moe()).eval()
+    whole = pair_batch(3)
+    mixed = whole._replace(text_BL=whole.text_BL[:2], text_mask_BL=whole.text_mask_BL[:2], num_pairs=2)
+    with torch.no_grad():
+        features = module.predict_step(mixed, 0)
+    assert {name: len(values) for name, values in features.items()} == {"image": 3, "text": 2, "pair": 2}
 
 
 def test_a_batch_that_no_term_can_use_is_refused() -> None:

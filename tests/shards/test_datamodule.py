@@ -5,54 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.records import Batch
 from lightning_moevlm.shards.datamodule import ShardDataModule
-
-
-class Recorder(LightningModule):
-    """Learns one number and writes down the keys of every batch."""
-
-    def __init__(self, estimate_steps: bool = False) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.estimate_steps = estimate_steps
-        self.seen: list[tuple[str, ...]] = []
-        self.validated: list[tuple[str, ...]] = []
-
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        assert isinstance(batch, Batch) and isinstance(batch.keys, tuple)
-        assert batch.images_BRYX is not None and batch.images_BRYX.device == self.device
-        self.seen.append(batch.keys)
-        return (self.weight - batch.images_BRYX.float().mean() / 255) ** 2
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validated.append(batch.keys)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        if self.estimate_steps:
-            assert self.trainer.estimated_stepping_batches > 0
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+from tests.shards.recording import Recorder, quiet_trainer
 
 
 def _data(root: Path, **options: Any) -> ShardDataModule:
     given = {"root": str(root), "batch_size": 8, "image_size": 32, "max_text_len": 16, "vocab_size": 400}
     return ShardDataModule(**{**given, **options})
-
-
-def _trainer(folder: Path, **options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        num_sanity_val_steps=0,
-        **options,
-    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -64,18 +26,18 @@ def test_resumed_training_sees_the_batches_of_an_uninterrupted_run(
     # 120 samples, 15 batches per epoch: stop in the first epoch, at its end, and in the second.
     # estimate_steps: asking for it makes loaders before the state is restored (Lightning 20550)
     whole = Recorder(estimate_steps)
-    data = _data(scenes_root, num_workers=num_workers)
-    _trainer(tmp_path, max_steps=32, enable_checkpointing=False).fit(whole, data)
+    data = _data(scenes_root)  # the order is the same for any number of workers
+    quiet_trainer(tmp_path, max_steps=32, enable_checkpointing=False).fit(whole, data)
     assert len(set(whole.seen)) == 32
     assert len(data.train_dataloader()) == 15
 
     saver = ModelCheckpoint(tmp_path, "at", every_n_train_steps=stop, save_top_k=-1, enable_version_counter=False)
     first = Recorder(estimate_steps)
-    _trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(first, _data(scenes_root, num_workers=num_workers))
+    quiet_trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(first, _data(scenes_root, num_workers=num_workers))
     assert first.seen == whole.seen[:stop]
 
     second = Recorder(estimate_steps)
-    trainer = _trainer(tmp_path, max_steps=32, enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path, max_steps=32, enable_checkpointing=False)
     trainer.fit(second, _data(scenes_root, num_workers=num_workers), ckpt_path=tmp_path / "at.ckpt")
     assert second.seen == whole.seen[stop:]
 
@@ -83,27 +45,27 @@ def test_resumed_training_sees_the_batches_of_an_uninterrupted_run(
 @pytest.mark.parametrize("limit", [3, 0.5])
 def test_resume_with_limited_epochs(scenes_root: Path, tmp_path: Path, limit: float) -> None:
     whole = Recorder()
-    trainer = _trainer(tmp_path, max_epochs=4, limit_train_batches=limit, enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path, max_epochs=4, limit_train_batches=limit, enable_checkpointing=False)
     trainer.fit(whole, _data(scenes_root))
     saver = ModelCheckpoint(tmp_path, "at", every_n_epochs=1, save_top_k=-1, enable_version_counter=False)
     first = Recorder()
-    _trainer(tmp_path, max_epochs=2, limit_train_batches=limit, callbacks=[saver]).fit(first, _data(scenes_root))
+    quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=limit, callbacks=[saver]).fit(first, _data(scenes_root))
     second = Recorder()
-    trainer = _trainer(tmp_path, max_epochs=4, limit_train_batches=limit, enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path, max_epochs=4, limit_train_batches=limit, enable_checkpointing=False)
     trainer.fit(second, _data(scenes_root), ckpt_path=tmp_path / "at.ckpt")
     assert first.seen + second.seen == whole.seen
 
 
 def test_checkpoints_are_read_back_without_unpickling_code(scenes_root: Path, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, "at", every_n_train_steps=2, enable_version_counter=False)
-    _trainer(tmp_path, max_steps=2, callbacks=[saver]).fit(Recorder(), _data(scenes_root))
+    quiet_trainer(tmp_path, max_steps=2, callbacks=[saver]).fit(Recorder(), _data(scenes_root))
     state = torch.load(tmp_path / "at.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert state[0]["batch"] == 2 and state[0]["epoch"] == 0
 
 
 def test_overfitting_repeats_the_same_batches(scenes_root: Path, tmp_path: Path) -> None:
     model = Recorder()
-    trainer = _trainer(tmp_path, max_epochs=3, overfit_batches=1, enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path, max_epochs=3, overfit_batches=1, enable_checkpointing=False)
     trainer.fit(model, _data(scenes_root))
     assert len(model.seen) == 3
     assert len(set(model.seen)) == 1
@@ -111,7 +73,7 @@ def test_overfitting_repeats_the_same_batches(scenes_root: Path, tmp_path: Path)
 
 def test_validation_is_whole_and_prediction_reads_the_test_split(scenes_root: Path, tmp_path: Path) -> None:
     model, data = Recorder(), _data(scenes_root)
-    _trainer(tmp_path).validate(model, data, verbose=False)
+    quiet_trainer(tmp_path).validate(model, data, verbose=False)
     assert sum(map(len, model.validated)) == data.manifest.num_samples("val")
     for loader in (data.test_dataloader(), data.predict_dataloader()):
         assert sum(batch.num_samples for batch in loader) == data.manifest.num_samples("test")

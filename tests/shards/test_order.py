@@ -1,15 +1,18 @@
 from itertools import islice
 from random import Random
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_moevlm.shards.order import (
     Piece,
+    Rank,
     Stretch,
+    fixed_batches,
+    fixed_number,
+    fixed_stretch,
     pieces,
-    rank_stretch,
+    running_stretch,
     shard_permutation,
     shuffled,
     train_batches,
@@ -56,8 +59,38 @@ def test_shuffled_mixes() -> None:
     assert max(order) > 150
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_fixed_order_gives_every_sample_to_one_rank(world_size: int) -> None:
-    stretches = [rank_stretch(20, rank, world_size) for rank in range(world_size)]
-    assert [n for stretch in stretches for n in range(stretch.start, stretch.stop)] == list(range(20))
-    assert max(map(len, stretches)) - min(map(len, stretches)) <= 1
+def test_running_on_by_hand() -> None:
+    # 23 samples, 2 ranks x 3 streams: 3 samples each, 5 left out
+    found = [running_stretch(23, Rank(rank, 2), stream, 3) for rank in range(2) for stream in range(3)]
+    assert found == [(0, 3), (3, 6), (6, 9), (9, 12), (12, 15), (15, 18)]
+
+
+def test_fixed_order_by_hand() -> None:
+    # 20 samples, 3 ranks: 7 a rank, so 2 batches of up to 4, and 6 batches of 3 or 4 in all
+    assert fixed_batches(20, 4, 3) == 2
+    stretches = [fixed_stretch(20, 2, Rank(rank, 3), number) for rank in range(3) for number in range(2)]
+    assert stretches == [(0, 3), (3, 6), (6, 10), (10, 13), (13, 16), (16, 20)]
+    # 5 batches over 2 streams: stream 0 reads the batches 0, 1, 2 of the line as 0, 2, 4, stream 1 reads 3, 4 as 1, 3
+    assert [fixed_number(batch, 5, 2) for batch in range(5)] == [0, 3, 1, 4, 2]
+    # 5 samples, 2 ranks, batches of 1: 2 batches each, so one of them must hold 2
+    assert fixed_batches(5, 1, 2) == 2
+    assert fixed_batches(1, 4, 2) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 7), st.integers(1, 5))
+def test_fixed_order_reads_every_sample_once_in_equal_batches(
+    num_samples: int, batch_size: int, world_size: int, num_streams: int
+) -> None:
+    batches = fixed_batches(num_samples, batch_size, world_size)
+    if num_samples < world_size:
+        assert batches == 0
+        return
+    assert sorted(fixed_number(batch, batches, num_streams) for batch in range(batches)) == list(range(batches))
+    stretches = [
+        fixed_stretch(num_samples, batches, Rank(r, world_size), n) for r in range(world_size) for n in range(batches)
+    ]
+    assert [n for stretch in stretches for n in range(stretch.start, stretch.stop)] == list(range(num_samples))
+    sizes = list(map(len, stretches))
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= max(batch_size, 2 if batch_size == 1 else 0)

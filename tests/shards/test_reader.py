@@ -7,9 +7,12 @@ import pytest
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
+from lightning_moevlm.shards.line import OpenSource
 from lightning_moevlm.shards.loader import ShardLoader
 from lightning_moevlm.shards.manifest import ShardEntry, Split, read_manifest
-from lightning_moevlm.shards.reader import Rank, ShardReader
+from lightning_moevlm.shards.mixture import Mixture, Pace, Source
+from lightning_moevlm.shards.order import Rank
+from lightning_moevlm.shards.reader import FixedReader, TrainReader
 from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard, refuse_remote
 from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import load_tokenizer
@@ -18,17 +21,21 @@ ALONE = Rank(0, 1)
 Keys = list[tuple[str, ...]]
 
 
-def _reader(
-    root: Path,
-    split: Split = "train",
-    batch_size: int = 8,
-    rank: Rank = ALONE,
-    shuffle_buffer: int = 30,
-    seed: int = 0,
-) -> ShardReader:
+def _source(root: Path, split: Split) -> OpenSource:
     manifest = read_manifest(root)
     collate = Collate(manifest.members, load_tokenizer(root, manifest.tokenizer), 32, 24)
-    return ShardReader(ShardStorage(str(root)), manifest, split, collate, batch_size, rank, shuffle_buffer, seed)
+    return OpenSource(manifest.name, ShardStorage(str(root)), manifest.splits[split], collate)
+
+
+def _reader(
+    root: Path, batch_size: int = 8, rank: Rank = ALONE, seed: int = 0, num_streams: int = 4, tolerant: bool = False
+) -> TrainReader:
+    mixture = Mixture((Source(str(root)),))
+    return TrainReader((_source(root, "train"),), mixture, batch_size, rank, 30, seed, num_streams, Pace(15), tolerant)
+
+
+def _fixed(root: Path, batch_size: int = 5, rank: Rank = ALONE, num_streams: int = 4) -> FixedReader:
+    return FixedReader((_source(root, "val"),), batch_size, rank, num_streams, tolerant=False)
 
 
 def _keys(loader: ShardLoader) -> Keys:
@@ -59,13 +66,13 @@ def test_training_sees_each_sample_at_most_once_an_epoch_in_whole_batches(scenes
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_epoch_has_another_order_and_a_seed_repeats_them(scenes_root: Path, num_workers: int) -> None:
     # WebDataset repeats one shard order every epoch (its issues 172, 190; pull request 502)
-    first, second = (ShardLoader(_reader(scenes_root), num_workers) for _ in range(2))
+    first, second = ShardLoader(_reader(scenes_root), num_workers), ShardLoader(_reader(scenes_root), 0)
     epochs = [_keys(first) for _ in range(3)]
     assert epochs == [_keys(second) for _ in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     # the shards themselves come in another order, not only the samples within the buffer
     assert len({tuple(sorted(k for batch in epoch[:3] for k in batch)) for epoch in epochs}) == 3
-    assert _keys(ShardLoader(_reader(scenes_root, seed=1), num_workers)) != epochs[0]
+    assert _keys(ShardLoader(_reader(scenes_root, seed=1), 0)) != epochs[0]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -77,48 +84,55 @@ def test_ranks_share_no_sample_and_have_equally_many_batches(scenes_root: Path, 
     assert max(seen.values()) == 1
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_validation_sees_every_sample_once_in_fixed_order(scenes_root: Path, num_workers: int) -> None:
-    loader = ShardLoader(_reader(scenes_root, "val", batch_size=5, shuffle_buffer=0), num_workers)
+    loader = ShardLoader(_fixed(scenes_root), num_workers)
     stored = _stored(scenes_root, "val")
-    assert len(stored) % 5, "the last batch should be short in this test"
+    assert len(stored) % 5, "batches should differ in this test"
     keys = _keys(loader)
     assert keys == _keys(loader), "another order in the second epoch"
+    assert keys == _keys(ShardLoader(_fixed(scenes_root), 0)), "another order with other workers"
     assert len(keys) == len(loader) == -(-len(stored) // 5)
-    # with workers the same batches take turns
-    assert sorted(keys) == sorted(tuple(stored[i : i + 5]) for i in range(0, len(stored), 5))
-    if num_workers == 0:
-        assert [key for batch in keys for key in batch] == stored
+    assert sorted(key for batch in keys for key in batch) == sorted(stored)
+    sizes = set(map(len, keys))
+    assert max(sizes) <= 5 and max(sizes) - min(sizes) <= 1
+    # one stream reads in stored order
+    assert [key for batch in _keys(ShardLoader(_fixed(scenes_root, num_streams=1), 0)) for key in batch] == stored
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_validation_over_ranks_loses_and_repeats_nothing(scenes_root: Path, world_size: int) -> None:
-    readers = [_reader(scenes_root, "val", 4, Rank(r, world_size), 0) for r in range(world_size)]
-    seen = [key for reader in readers for batch in _keys(ShardLoader(reader, 0)) for key in batch]
-    assert seen == _stored(scenes_root, "val")
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_validation_over_ranks_loses_and_repeats_nothing(scenes_root: Path, world_size: int, batch_size: int) -> None:
+    ranks = [_fixed(scenes_root, batch_size, Rank(r, world_size)) for r in range(world_size)]
+    seen = [_keys(ShardLoader(reader, 0)) for reader in ranks]
+    assert len(set(map(len, seen))) == 1, "ranks would wait for each other"
+    assert sorted(key for rank in seen for batch in rank for key in batch) == sorted(_stored(scenes_root, "val"))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize(("num_workers", "later"), [(0, 0), (1, 1), (2, 2), (0, 2), (2, 1)])
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_resume_in_an_epoch_is_exact(scenes_root: Path, num_workers: int, stop: int) -> None:
+def test_resume_in_an_epoch_is_exact(scenes_root: Path, num_workers: int, later: int, stop: int) -> None:
     # with prefetching workers a saved state runs ahead of the training unless it is counted on hand-out
-    whole = ShardLoader(_reader(scenes_root), num_workers)
-    expected = [_keys(whole), _keys(whole), _keys(whole)]
+    whole = ShardLoader(_reader(scenes_root), 0)
+    expected = [_keys(whole), _keys(whole)]
     interrupted = ShardLoader(_reader(scenes_root), num_workers)
-    assert _keys(interrupted) == expected[0]
     iterator = iter(interrupted)
-    assert [next(iterator).keys for _ in range(stop)] == expected[1][:stop]
+    assert [next(iterator).keys for _ in range(stop)] == expected[0][:stop]
     state = interrupted.state_dict()
-    resumed = ShardLoader(_reader(scenes_root), num_workers)
+    resumed = ShardLoader(_reader(scenes_root), later)
     resumed.load_state_dict(state)
-    assert _keys(resumed) == expected[1][stop:]
-    assert _keys(resumed) == expected[2]
+    assert _keys(resumed) == expected[0][stop:]
+    assert next(iter(resumed)).keys == expected[1][0]
 
 
 def test_resumed_batches_have_the_same_content(scenes_root: Path) -> None:
-    whole = list(ShardLoader(_reader(scenes_root), 0))
+    loader = ShardLoader(_reader(scenes_root), 0)
+    states, whole = [], []
+    for batch in loader:
+        whole.append(batch)
+        states.append(loader.state_dict())
     resumed = ShardLoader(_reader(scenes_root), 0)
-    resumed.load_state_dict({**resumed.state_dict(), "batch": len(whole) - 1})
+    resumed.load_state_dict(states[-2])
     (last,) = list(resumed)
     assert last.keys == whole[-1].keys
     assert (last.images_BRYX == whole[-1].images_BRYX).all() and (last.text_BL == whole[-1].text_BL).all()
@@ -152,7 +166,8 @@ def test_an_epoch_cut_short_counts_but_an_untouched_iterator_does_not(scenes_roo
 def test_resume_with_another_order_is_refused(scenes_root: Path) -> None:
     state = ShardLoader(_reader(scenes_root), 2).state_dict()
     for loader, name in (
-        (ShardLoader(_reader(scenes_root), 0), "num_streams was 2 in the checkpoint, now it is 1"),
+        (ShardLoader(_reader(scenes_root, num_streams=2), 0), "num_streams was 4 in the checkpoint, now it is 2"),
+        (ShardLoader(_reader(scenes_root), 0, digest="another"), "manifest_digest"),
         (ShardLoader(_reader(scenes_root, batch_size=4), 2), "batch_size"),
         (ShardLoader(_reader(scenes_root, seed=9), 2), "seed"),
         (ShardLoader(_reader(scenes_root, rank=Rank(0, 2)), 2), "world_size"),
@@ -162,7 +177,7 @@ def test_resume_with_another_order_is_refused(scenes_root: Path) -> None:
 
 
 def test_a_split_smaller_than_one_batch_is_refused(scenes_root: Path) -> None:
-    with pytest.raises(UserError, match="lower batch_size"):
+    with pytest.raises(UserError, match=r"lower data\.batch_size"):
         _reader(scenes_root, batch_size=1000)
 
 

@@ -1,0 +1,54 @@
+"""Run by test_two_ranks.py in two processes: `torchrun --nproc_per_node 2 -m tests.shards.two_ranks ROOT FOLDER`.
+
+FOLDER/CASE-RANK.json: the keys of an uninterrupted run, of a run until its checkpoint and of the rest resumed from it.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shards.mixture import Source
+from tests.shards.recording import Recorder, quiet_trainer
+
+STOP, STEPS = 5, 24
+VALIDATED: dict[str, Any] = {"val_check_interval": 10, "check_val_every_n_epoch": None}
+
+
+def data(root: Path, mixed: bool) -> ShardDataModule:
+    """One set, or pairs and images of it; a shard of the set is missing, so that ranks lose different samples."""
+    sources: dict[str, Source | None] = {"pairs": Source(str(root), 0.6), "images": Source(str(root), 0.4, "image")}
+    return ShardDataModule(
+        None if mixed else str(root), 4, 32, 16, 400, shuffle_buffer=5, num_streams=2, max_lost_fraction=0.9,
+        sources=sources if mixed else None,
+    )  # fmt: skip
+
+
+def fit(root: Path, folder: Path, mixed: bool, **options: Any) -> Recorder:
+    """Train on this rank."""
+    model, resume = Recorder(), options.pop("ckpt_path", None)
+    trainer = quiet_trainer(folder, devices=2, strategy="ddp", max_epochs=-1, **VALIDATED, **options)
+    trainer.fit(model, data(root, mixed), ckpt_path=resume)
+    return model
+
+
+def main(root: Path, folder: Path, rank: int) -> None:
+    """Record what this rank sees."""
+    for mixed in (False, True):
+        name = "mixed" if mixed else "alone"
+        whole = fit(root, folder, mixed, max_steps=STEPS, enable_checkpointing=False)
+        saver = ModelCheckpoint(folder, name, every_n_train_steps=STOP, enable_version_counter=False)
+        first = fit(root, folder, mixed, max_steps=STOP, callbacks=[saver])
+        rest = fit(root, folder, mixed, max_steps=STEPS, enable_checkpointing=False, ckpt_path=folder / f"{name}.ckpt")
+        found = {"whole": whole.seen, "validated": whole.validated, "first": first.seen, "rest": rest.seen}
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"]))
