@@ -175,25 +175,33 @@ def _on_and_on(loader: ShardLoader) -> Iterator[Batch]:
         yield from loader
 
 
-@pytest.mark.parametrize(("num_workers", "later"), [(0, 0), (1, 2), (2, 0)])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_the_next_thousand_keys_after_a_resume(
-    scenes_root: Path, drawings_root: Path, num_workers: int, later: int, mixed: bool
-) -> None:
+@pytest.fixture(scope="module", params=["alone", "mixed"])
+def uninterrupted(
+    request: pytest.FixtureRequest, scenes_root: Path, drawings_root: Path
+) -> tuple[dict[str, Source | None], list[str]]:
+    """Sources, and the first 1350 keys of a run on them."""
+    mixed = request.param == "mixed"
     sources = _three(scenes_root, drawings_root) if mixed else {"scenes": Source(str(scenes_root))}
-    whole = (key for batch in _on_and_on(_data(sources).train_dataloader()) for key in batch.keys)
+    return sources, _keys(_data(sources), 135)
+
+
+def _keys(data: ShardDataModule, num_batches: int) -> list[str]:
+    return [key for batch in islice(_on_and_on(data.train_dataloader()), num_batches) for key in batch.keys]
+
+
+@pytest.mark.parametrize(("num_workers", "later"), [(0, 2), (1, 1), (2, 0)])
+def test_the_next_thousand_keys_after_a_resume(
+    uninterrupted: tuple[dict[str, Source | None], list[str]], num_workers: int, later: int
+) -> None:
+    sources, expected = uninterrupted
     interrupted = _data(sources, num_workers=num_workers)
-    batches = _on_and_on(interrupted.train_dataloader())
     # 35 batches: in the second or third epoch, in the middle of shards
-    first = [key for batch in islice(batches, 35) for key in batch.keys]
-    assert first == list(islice(whole, 350))
-    resumed = _data(sources, num_workers=0)
-    resumed.load_state_dict(interrupted.state_dict())
-    helped = _data(sources, num_workers=later)
-    helped.load_state_dict(interrupted.state_dict())
-    expected = list(islice(whole, 1000))
-    assert [k for batch in islice(_on_and_on(resumed.train_dataloader()), 100) for k in batch.keys] == expected
-    assert [k for batch in islice(_on_and_on(helped.train_dataloader()), 3) for k in batch.keys] == expected[:30]
+    assert _keys(interrupted, 35) == expected[:350]
+    state = interrupted.state_dict()
+    for workers, num_batches in ((0, 100), (later, 3)):  # workers take a second to start in each of 8 epochs
+        resumed = _data(sources, num_workers=workers)
+        resumed.load_state_dict(state)
+        assert _keys(resumed, num_batches) == expected[350 : 350 + 10 * num_batches]
 
 
 def test_validation_reads_pairs_once_whatever_the_weights(scenes_root: Path, drawings_root: Path) -> None:
