@@ -171,11 +171,16 @@ def test_steps_on_the_heatmap_are_whole_numbers(result, monkeypatch):
 
 
 def test_many_arms_go_below_each_other(result, monkeypatch):
-    beside = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, result)
-    monkeypatch.setattr(expert_load, "_ARMS_BESIDE", 1)
-    below = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, result)
-    assert len(below.axes) == len(beside.axes)  # a panel per arm and layer, and the colour bar
-    assert {axes.get_subplotspec().get_gridspec().ncols for axes in below.axes[:-1]} == {1}
+    shown = [arm for arm in result.arms if expert_load.loads_of(arm.runs[0])]
+    arms = (*shown, *shown, *shown)[:3]
+    monkeypatch.setattr(expert_load, "_ARMS_BESIDE", 2)
+    three = dataclasses.replace(result, arms=arms)
+    figure = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, three)
+    *panels, _ = figure.axes  # the last is the colour bar
+    num_layers = len(expert_load.loads_of(shown[0].runs[0]))
+    assert len(panels) == 3 * num_layers
+    grid = panels[0].get_subplotspec().get_gridspec()
+    assert (grid.nrows, grid.ncols) == (2 * num_layers, 2)
 
 
 def test_nothing_to_draw_is_no_picture(swept):

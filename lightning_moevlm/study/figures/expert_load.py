@@ -40,8 +40,11 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     num_bands = -(-len(shown) // num_columns)
     figure = new_figure(max(2.8, 1.3 * len(layers) * num_bands + 1.2))
     grid = figure.subplots(len(layers) * num_bands, num_columns, squeeze=False, sharex=True)
-    for axes in grid[-len(layers) :, len(shown) - num_columns * (num_bands - 1) :].flat:
+    empty = grid[-len(layers) :, len(shown) - num_columns * (num_bands - 1) :]
+    for axes in empty.flat:
         axes.remove()
+    for axes in grid[-len(layers) - 1, num_columns - empty.shape[1] :] if num_bands > 1 else ():
+        axes.tick_params(labelbottom=True)  # nothing stands below
     relative = {run.run.folder: _relative(loads_of(run)) for _, run in shown}
     highest = max(float(np.nanmax(load)) for loads in relative.values() for _, load in loads.values())
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
@@ -66,7 +69,7 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     grid[0][0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # shared by all panels
     figure.supxlabel("optimiser steps", fontsize=10)
     assert image is not None
-    bar = figure.colorbar(image, ax=grid, shrink=0.9, aspect=30, pad=0.01)
+    bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.9, aspect=30, pad=0.01)
     bar.set_label("expert load / even load  (1 = even, 0 = idle)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     missing = _missing(result, shown)
