@@ -74,6 +74,9 @@ REGION_LOSS_ERROR = MetricKey(
     "shadow_region_loss_error/{region}", "|task loss - fp32|, one region narrow", "sum of term losses", "lower"
 )
 ATTENTION_LOGIT_MAX = MetricKey("attention_logit_max/block{block}", "largest attention logit", "", "neither")
+LOG_PARTITION_MAX = MetricKey(
+    "output_log_partition_max/{term}", "largest |logsumexp of the output logits|", "", "neither"
+)
 
 QK_CLIPPED_HEADS = MetricKey(
     "action/qk_clipped_heads", "heads clipped since the last logging step", "heads x steps", "neither"

@@ -122,7 +122,7 @@ class Telemetry(Callback):
         now = time.perf_counter()
         seconds = self._seconds + now - self._resumed_at
         values = loss_values(outputs["report"]) | routing_values(outputs["plans"])
-        values |= attention_values(outputs["attention"])
+        values |= attention_values(outputs["attention"]) | log_partition_values(outputs["log_partitions"])
         values[keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
         values[keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds
         if self._gradient_norm is not None:
@@ -221,6 +221,18 @@ def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
         for expert, load in enumerate(metrics.load_E.tolist()):
             values[keys.EXPERT_LOAD.key(block=block, modality=modality.label, expert=expert)] = load
     return values
+
+
+def log_partition_values(log_partitions: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest |logsumexp| of the output logits of every term with a masked position, by key.
+
+    It bounds the largest logit from above, and grows as well where all of them drift below 0.
+    """
+    return {
+        keys.LOG_PARTITION_MAX.key(term=name): float(value_M.abs().max())
+        for name, value_M in log_partitions.items()
+        if value_M.numel()
+    }
 
 
 def attention_values(attention: Iterable[AttentionLogits]) -> dict[str, float]:

@@ -7,7 +7,7 @@ imported when they run.
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning_moevlm.commands.output import console, show
 from lightning_moevlm.errors import UserError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.study.claim import Experiment
     from lightning_moevlm.study.plan import Plan
     from lightning_moevlm.study.probe import Probe
-    from lightning_moevlm.study.tables import Table
+    from lightning_moevlm.study.table import Table
 
 _REPORT_FOLDER = "report"
 
@@ -119,16 +119,24 @@ def status(file: str, json: str | None = None) -> None:
     _show((status_table(planned, ledger),), records, json)
 
 
-def report(file: str, json: str | None = None) -> None:
+def report(
+    file: str,
+    json: str | None = None,
+    records: Literal["arms", "factors", "learning_rates", "fairness"] = "arms",
+    unfair: bool = False,
+) -> None:
     """Compare the arms: tables here, HTML, Markdown and pictures in runs/sweeps/<study>/report, and in MLflow.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
-        json: Write one record per arm to this file as JSON instead of the tables; - is standard output.
+        json: Write records to this file as JSON instead of the tables; - is standard output.
+        records: What `json` writes: arms (effects, stability, cost), factors, learning rates, or what was not alike.
+        unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
     """
     from lightning_moevlm.study.claim import open_experiment
+    from lightning_moevlm.study.fairness import refuse_biased
     from lightning_moevlm.study.ledger import read_ledger
-    from lightning_moevlm.study.listing import arm_record
+    from lightning_moevlm.study.report import records_of
     from lightning_moevlm.study.results import gather
 
     planned = _plan(file)
@@ -137,10 +145,12 @@ def report(file: str, json: str | None = None) -> None:
         raise UserError(f"nothing of {planned.study.name} has run yet; start it with `moevlm sweep run {file}`")
     experiment = open_experiment(_store_of(planned), planned.study.name)
     if json is None:
-        _report(planned, experiment, console(), redraw=True)
+        _report(planned, experiment, console(), redraw=True, unfair=unfair)
         return
     result = gather(planned, ledger, experiment.uri)
-    _show((), [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], json)
+    if not unfair and records == "arms":
+        refuse_biased(planned.study.name, result.unlike)
+    _show((), records_of(result)[records], json)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -232,8 +242,9 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redraw: bool) -> None:
+def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redraw: bool, unfair: bool = False) -> None:
     """Print the tables; draw and write the report unless it is newer than every run and the study file."""
+    from lightning_moevlm.study.fairness import refuse_biased
     from lightning_moevlm.study.ledger import STATE_FILE, read_ledger
     from lightning_moevlm.study.report import HTML_FILE, make_report, print_tables, write_report
     from lightning_moevlm.study.results import gather
@@ -242,6 +253,8 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
     from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
 
     result = gather(planned, read_ledger(planned), experiment.uri)
+    if not unfair:
+        refuse_biased(planned.study.name, result.unlike)
     folder = planned.folder / _REPORT_FOLDER
     page = folder / HTML_FILE
     sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]

@@ -1,51 +1,25 @@
 """Effects paired by seed: how much an arm differs from the baseline, how sure that is, and the word for it.
 
 Runs of one seed share data order and, where shapes agree, initial weights, so the difference d_i = arm_i - baseline_i
-within a seed is what carries the information. Of these n differences: the mean, a bootstrap interval (BCa) where
-n >= 3, the t interval mean +- t_{n-1} s / sqrt(n) where n >= 2, the paired t-test's p, and the share of seeds that got
-better. A bootstrap of three numbers covers far less than it promises, so **the wider interval decides**.
-Pure functions of numbers.
+within a seed is what carries the information. Of these n differences: the mean, the interval that decides
+(`intervals`), the p values (`paired_tests`), the share of seeds that got better, the seeds it would take (`power`), and
+the word (`verdict`). A bootstrap of three numbers covers far less than it promises, so of t and bootstrap **the wider
+interval decides**. Pure functions of numbers.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-from scipy import integrate, special, stats
 
+from lightning_moevlm.study.intervals import Interval, bootstrap_interval, interval_of, t_interval
+from lightning_moevlm.study.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
+from lightning_moevlm.study.power import seeds_needed
 from lightning_moevlm.study.spec import Direction
-
-_SPREAD_LEAST = 3  # a spread of two numbers is off by a factor of 2 every third time
-_BOOTSTRAP_LEAST = 3  # of two numbers there are three distinct resamples: no interval worth the name
-_BOOTSTRAP_RESAMPLES = 9_999
-_MOST_SEEDS = 1_000
-_POWER = 0.8
-
-
-class Verdict(StrEnum):
-    """The word for a comparison. BASELINE marks the row that the others are compared with."""
-
-    BASELINE = "baseline"
-    BETTER = "better"
-    WORSE = "worse"
-    INCONCLUSIVE = "inconclusive"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A two-sided interval in the metric's unit. method: "t" or "bootstrap"."""
-
-    low: float
-    high: float
-    method: str
-
-    @property
-    def width(self) -> float:
-        """high - low."""
-        return self.high - self.low
+from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Verdict, decide, with_guards
 
 
 class Lost(NamedTuple):
@@ -65,10 +39,13 @@ class Effect:
     """An arm against the baseline; differences are arm minus baseline, in the metric's unit.
 
     seeds: those compared. left_out: seeds of the study that have no difference (crashed, diverged to a non-finite value
-    or not yet run, in either arm). bootstrap, t: the two intervals; interval: the wider one, which decides. p_value:
-    two-sided paired t-test. share_better: fraction of compared seeds in which the arm is ahead. seeds_needed: for 80 %
-    power at this effect and spread; None where it cannot be told (fewer than 3 seeds) or is
-    beyond 1,000. note: what limits the verdict.
+    or not yet run, in either arm). bootstrap, t: the two intervals of the mean; interval: the one that decides.
+    p_t, p_sign, p_wilcoxon: two-sided; the last two None where n is too small for them at alpha. p_value: of the
+    rule's test. p_outside: of "differs by at least the rule's `within`". p_adjusted, p_outside_adjusted: of the two
+    within the family; without a correction they are the plain ones. share_better: fraction of compared seeds in which
+    the arm is ahead. seeds_needed: for 80 % power of a t-test at this effect and spread, one comparison; None where
+    it cannot be told (fewer than 3 seeds) or is beyond 1,000. losses: what to know of missing seeds. limit: what limits
+    the verdict.
     """
 
     seeds: tuple[int, ...]
@@ -78,89 +55,143 @@ class Effect:
     bootstrap: Interval | None
     t: Interval | None
     interval: Interval | None
+    p_t: float | None
+    p_sign: float | None
+    p_wilcoxon: float | None
     p_value: float | None
+    p_adjusted: float | None
+    p_outside: float | None
+    p_outside_adjusted: float | None
     share_better: float | None
     seeds_needed: int | None
+    more_lost: int
+    losses: tuple[str, ...]
+    guards: tuple[Guarded, ...]
     verdict: Verdict
-    note: str
+    limit: str
+    within: float | None = None
+
+    @property
+    def note(self) -> str:
+        """All that a reader must know of the verdict."""
+        guards = [guard.told for guard in self.guards if guard.told]
+        return "; ".join([*([self.limit] if self.limit else []), *guards, *self.losses])
+
+    @property
+    def word(self) -> str:
+        """The verdict as it is shown, with the margin where it speaks of one."""
+        return f"{self.verdict} within {self.within:g}" if self.verdict is Verdict.NO_DIFFERENCE else str(self.verdict)
 
 
 def paired_effect(
     arm: Mapping[int, float],
     baseline: Mapping[int, float],
     seeds: tuple[int, ...],
-    direction: Direction,
-    alpha: float,
+    rule: Rule,
     arm_lost: Lost | None = None,
     baseline_lost: Lost | None = None,
+    guards: tuple[Guarded, ...] = (),
 ) -> Effect:
-    """Compare an arm with the baseline.
+    """Compare an arm with the baseline, as the only comparison; `as_family` judges it among others.
 
     Args:
         arm: Final value of the metric by seed; a seed without a result is absent, a diverged one may be non-finite.
         baseline: The same of the baseline.
         seeds: All seeds of the study.
-        direction: Which way is progress.
-        alpha: Two-sided error rate; intervals cover 1 - alpha.
+        rule: How the verdict is reached.
         arm_lost: Runs of the arm that diverged or crashed. Where they are more than of the baseline, no mean over the
-            survivors may call the arm better; where they are fewer, none may call it worse.
+            survivors may say that the arm helps; where they are fewer, none may say that it hurts.
         baseline_lost: The same of the baseline.
+        guards: What became of the metrics that may not get worse.
     """
     arm_lost, baseline_lost = arm_lost or Lost(), baseline_lost or Lost()
-    paired = {s: arm[s] - baseline[s] for s in seeds if s in arm and s in baseline}
-    paired = {s: d for s, d in paired.items() if math.isfinite(d)}
+    paired = paired_differences(arm, baseline, seeds)
     differences = tuple(paired.values())
     left_out = tuple(s for s in seeds if s not in paired)
-    losses = _losses(left_out, seeds, arm_lost, baseline_lost)
-    if not differences:
-        note = "; ".join(["no seed has a finite result in both arms", *losses])
-        return Effect((), left_out, (), None, None, None, None, None, None, None, Verdict.INCONCLUSIVE, note)
-    bootstrap = bootstrap_interval(differences, alpha)
-    t = t_interval(differences, alpha)
-    interval = max((i for i in (t, bootstrap) if i is not None), key=lambda i: i.width, default=None)
-    verdict, limit = decide(interval, len(differences), direction, arm_lost.runs - baseline_lost.runs)
-    note = "; ".join([*([limit] if limit else []), *losses])
-    sign = -1.0 if direction == "lower" else 1.0
-    return Effect(
-        seeds=tuple(paired),
-        left_out=left_out,
-        differences=differences,
-        mean=float(np.mean(differences)),
-        bootstrap=bootstrap,
-        t=t,
-        interval=interval,
-        p_value=paired_p(differences),
-        share_better=sum(sign * d > 0 for d in differences) / len(differences),
-        seeds_needed=seeds_needed(differences, alpha),
-        verdict=verdict,
-        note=note,
+    allowed = len(differences) >= least_seeds("sign", rule.alpha)
+    p_value = two_sided_p(rule.test, differences) if differences else None
+    outside = None if rule.within is None or not differences else p_outside(rule.test, differences, rule.within)
+    sign = -1.0 if rule.direction == "lower" else 1.0
+    return _judged(
+        Effect(
+            seeds=tuple(paired),
+            left_out=left_out,
+            differences=differences,
+            mean=float(np.mean(differences)) if differences else None,
+            bootstrap=bootstrap_interval(differences, rule.alpha),
+            t=t_interval(differences, rule.alpha),
+            interval=interval_of(rule.test, differences, rule.alpha),
+            p_t=paired_p(differences),
+            p_sign=two_sided_p("sign", differences) if allowed else None,
+            p_wilcoxon=two_sided_p("wilcoxon", differences) if allowed else None,
+            p_value=p_value,
+            p_adjusted=p_value,
+            p_outside=outside,
+            p_outside_adjusted=outside,
+            share_better=sum(sign * d > 0 for d in differences) / len(differences) if differences else None,
+            seeds_needed=seeds_needed(differences, rule.alpha),
+            more_lost=arm_lost.runs - baseline_lost.runs,
+            losses=tuple(_losses(left_out, seeds, arm_lost, baseline_lost)),
+            guards=guards,
+            verdict=Verdict.INCONCLUSIVE,
+            limit="",
+            within=rule.within,
+        ),
+        rule,
     )
 
 
-def decide(interval: Interval | None, num_pairs: int, direction: Direction, more_lost: int) -> tuple[Verdict, str]:
-    """Return the word for an interval of differences, and what limits it.
+def as_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
+    """Judge the comparisons of one study together: with Holm's correction, if that is the rule's.
 
-    more_lost: diverged and crashed runs of the arm, minus those of the baseline.
+    "No difference" and "differs by at least `within`" are two families: of one arm only one of the two can be true.
     """
-    if interval is None:
-        return Verdict.INCONCLUSIVE, f"{num_pairs} seed gives no interval; at least 2 are needed"
-    if interval.width == 0:
-        return Verdict.INCONCLUSIVE, f"all {num_pairs} seeds give exactly the same difference: are they repetitions?"
-    ahead = interval.high < 0 if direction == "lower" else interval.low > 0
-    behind = interval.low > 0 if direction == "lower" else interval.high < 0
-    if ahead and more_lost > 0:
-        return (
-            Verdict.INCONCLUSIVE,
-            f"ahead where it survives, but it lost {more_lost} more than the baseline",
+    if rule.correction == "none":
+        return dict(effects)
+    plain = holm({name: effect.p_value for name, effect in effects.items()})
+    outside = holm({name: effect.p_outside for name, effect in effects.items()})
+    return {
+        name: _judged(
+            dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]),
+            rule,
         )
-    if behind and more_lost < 0:
-        return (
-            Verdict.INCONCLUSIVE,
-            f"behind where the baseline survives, but that lost {-more_lost} more than this arm",
-        )
-    if ahead or behind:
-        return (Verdict.BETTER if ahead else Verdict.WORSE), ""
-    return Verdict.INCONCLUSIVE, ""
+        for name, effect in effects.items()
+    }
+
+
+def guarded(
+    metric: str,
+    arm: Mapping[int, float],
+    baseline: Mapping[int, float],
+    seeds: tuple[int, ...],
+    direction: Direction,
+    at_most: float,
+    alpha: float,
+) -> Guarded:
+    """Return what became of a metric that may get worse by `at_most`; arm and baseline: final values by seed."""
+    sign = 1.0 if direction == "lower" else -1.0
+    worse = tuple(sign * d for d in paired_differences(arm, baseline, seeds).values())
+    mean = float(np.mean(worse)) if worse else None
+    return Guarded(metric, at_most, mean, t_interval(worse, alpha))
+
+
+def paired_differences(
+    arm: Mapping[int, float], baseline: Mapping[int, float], seeds: tuple[int, ...]
+) -> dict[int, float]:
+    """Return arm - baseline of every seed that has a finite one, in the study's order."""
+    paired = {s: arm[s] - baseline[s] for s in seeds if s in arm and s in baseline}
+    return {s: d for s, d in paired.items() if math.isfinite(d)}
+
+
+def _judged(effect: Effect, rule: Rule) -> Effect:
+    """Return an effect with its verdict."""
+    if not effect.differences:
+        return dataclasses.replace(effect, limit="no seed has a finite result in both arms")
+    evidence = Evidence(
+        effect.interval, len(effect.differences), effect.more_lost, effect.p_adjusted, effect.p_outside_adjusted
+    )
+    verdict, limit = decide(evidence, rule)
+    return dataclasses.replace(effect, verdict=with_guards(verdict, effect.guards), limit=limit)
 
 
 def _losses(left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost) -> list[str]:
@@ -175,87 +206,3 @@ def _losses(left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseli
             elif count:
                 told.append(f"{count} {'run' if count == 1 else 'runs'} of {whose} {what}")
     return told
-
-
-def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
-    """Return the BCa bootstrap interval of the mean, or None for fewer than three numbers.
-
-    The generator is fixed: the same differences always give the same interval. Source: Efron 1987, as in SciPy.
-    """
-    if len(differences) < _BOOTSTRAP_LEAST:
-        return None
-    if _is_constant(differences):  # BCa divides by the spread
-        return Interval(differences[0], differences[0], "bootstrap")
-    found = stats.bootstrap(
-        (np.asarray(differences),),
-        np.mean,
-        confidence_level=1 - alpha,
-        n_resamples=_BOOTSTRAP_RESAMPLES,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(float(found.low), float(found.high), "bootstrap")
-
-
-def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
-    """Return mean +- t_{n-1, 1-alpha/2} s / sqrt(n), or None for fewer than two numbers."""
-    n = len(differences)
-    if n < 2:
-        return None
-    if _is_constant(differences):
-        return Interval(differences[0], differences[0], "t")
-    mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
-    half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean - half, mean + half, "t")
-
-
-def paired_p(differences: tuple[float, ...]) -> float | None:
-    """Return the two-sided p of "the mean difference is 0", or None where n < 2 or nothing varies."""
-    n = len(differences)
-    if n < 2 or _is_constant(differences):
-        return None
-    deviation = float(np.std(differences, ddof=1))
-    statistic = float(np.mean(differences)) / (deviation / math.sqrt(n))
-    return float(2 * stats.t.sf(abs(statistic), n - 1))
-
-
-def seeds_needed(differences: tuple[float, ...], alpha: float) -> int | None:
-    """Return the least n whose two-sided paired t-test finds this mean at this spread with 80 % power.
-
-    With d = |mean| / s the test statistic is noncentral t with n - 1 degrees of freedom and noncentrality d sqrt(n).
-    None where n < 3 or nothing varies (too little to tell the spread), the mean is 0, or more than 1,000 are needed.
-    """
-    if len(differences) < _SPREAD_LEAST or _is_constant(differences):
-        return None
-    mean, deviation = abs(float(np.mean(differences))), float(np.std(differences, ddof=1))
-    if mean == 0:
-        return None
-    size = mean / deviation
-    low, high = 2, _MOST_SEEDS
-    if power(size, high, alpha) < _POWER:
-        return None
-    while low < high:  # power grows with n
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(size, middle, alpha) >= _POWER else (middle + 1, high)
-    return low
-
-
-def power(size: float, n: int, alpha: float) -> float:
-    """Return the power of a two-sided paired t-test. size: |mean| / standard deviation of the differences; n >= 2.
-
-    Given u = (estimated / true deviation) the statistic is normal, so power = E[Phi(shift - edge u) + Phi(-shift -
-    edge u)], taken over the quantiles of u. SciPy's noncentral t gives NaN at large effects.
-    """
-    edge = stats.t.ppf(1 - alpha / 2, n - 1)
-    shift = size * math.sqrt(n)
-
-    def given_quantile(p: float) -> float:
-        u = math.sqrt(special.chdtri(n - 1, 1 - p) / (n - 1))
-        return float(special.ndtr(shift - edge * u) + special.ndtr(-shift - edge * u))
-
-    return float(integrate.quad(given_quantile, 0.0, 1.0)[0])
-
-
-def _is_constant(differences: tuple[float, ...]) -> bool:
-    """Whether nothing varies; a computed deviation may be 1e-17 where it ought to be 0."""
-    return max(differences) == min(differences)

@@ -1,4 +1,4 @@
-"""The numbers of a study as flat records, one per row: what `--json` writes and report.json holds."""
+"""The runs of a study as flat records, one per row: what `sweep plan --json` and `sweep status --json` write."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,44 +7,6 @@ from types import MappingProxyType
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.probe import Probe
-from lightning_moevlm.study.results import ArmResult, StudyResult
-
-
-@dataclass(frozen=True)
-class ArmRecord:
-    """One arm in numbers; None where there is none yet. Units as in keys.py; differences are arm minus baseline."""
-
-    study: str
-    arm: str
-    metric: str
-    final_mean: float | None
-    final_deviation: float | None
-    untrained: float | None
-    seeds_learned: int
-    effect: float | None
-    effect_low: float | None
-    effect_high: float | None
-    interval_method: str | None
-    bootstrap_low: float | None
-    bootstrap_high: float | None
-    p_value: float | None
-    share_better: float | None
-    seeds_compared: int
-    seeds_needed: int | None
-    verdict: str
-    note: str
-    accuracy: dict[str, float]
-    majority_accuracy: dict[str, float]
-    also: dict[str, float]
-    total_parameters: int
-    active_parameters: int
-    active_flops_per_sample: float
-    samples_per_second: float | None
-    seconds_per_run: float | None
-    runs_planned: int
-    runs_finished: int
-    runs_diverged: int
-    runs_failed: int
 
 
 @dataclass(frozen=True)
@@ -86,46 +48,6 @@ class StatusRecord:
     exit_code: int | None
     reason: str
     folder: str
-
-
-def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
-    """Return an arm's record."""
-    effect = arm.effect
-    interval = effect.interval if effect else None
-    bootstrap = effect.bootstrap if effect else None
-    return ArmRecord(
-        study=study.study.name,
-        arm=arm.arm.name,
-        metric=study.study.primary.metric,
-        final_mean=arm.final.mean if arm.final else None,
-        final_deviation=arm.final.deviation if arm.final else None,
-        untrained=arm.untrained.mean if arm.untrained else None,
-        seeds_learned=arm.learned,
-        effect=effect.mean if effect else None,
-        effect_low=interval.low if interval else None,
-        effect_high=interval.high if interval else None,
-        interval_method=interval.method if interval else None,
-        bootstrap_low=bootstrap.low if bootstrap else None,
-        bootstrap_high=bootstrap.high if bootstrap else None,
-        p_value=effect.p_value if effect else None,
-        share_better=effect.share_better if effect else None,
-        seeds_compared=len(effect.seeds) if effect else 0,
-        seeds_needed=effect.seeds_needed if effect else None,
-        verdict=str(arm.verdict),
-        note=effect.note if effect else "",
-        accuracy={term: mean.mean for term, mean in arm.accuracy.items()},
-        majority_accuracy={term: mean.mean for term, mean in arm.majority.items()},
-        also={key: mean.mean for key, mean in arm.also.items()},
-        total_parameters=arm.card.total_parameters,
-        active_parameters=arm.card.active_parameters,
-        active_flops_per_sample=arm.card.active_flops_per_sample,
-        samples_per_second=arm.samples_per_second.mean if arm.samples_per_second else None,
-        seconds_per_run=arm.seconds.mean if arm.seconds else None,
-        runs_planned=arm.planned,
-        runs_finished=arm.finished,
-        runs_diverged=arm.diverged,
-        runs_failed=arm.failed,
-    )
 
 
 def plan_records(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -20,21 +21,31 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_moevlm.study.effects import Verdict
 from lightning_moevlm.study.figures import Picture, draw_all
-from lightning_moevlm.study.listing import arm_record
 from lightning_moevlm.study.plan import Plan, flat
+from lightning_moevlm.study.result_records import arm_record, factor_records, ladder_records, unlike_records
 from lightning_moevlm.study.results import ArmResult, StudyResult
-from lightning_moevlm.study.tables import (
-    Table,
-    name_and_unit,
-    report_tables,
-)
+from lightning_moevlm.study.table import Table, name_and_unit
+from lightning_moevlm.study.tables import report_tables
+from lightning_moevlm.study.verdict import Verdict
 
-HTML_FILE, MARKDOWN_FILE, RECORDS_FILE = "report.html", "report.md", "report.json"
+HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+Records = Literal["arms", "factors", "learning_rates", "fairness"]
+RECORDS_FILES: dict[Records, str] = {
+    "arms": "report.json",
+    "factors": "factors.json",
+    "learning_rates": "learning_rates.json",
+    "fairness": "fairness.json",
+}
 _WIDE = Console(width=10_000)
 _TEMPLATES = Path(__file__).parent / "templates"
-_STYLES: dict[str, str] = {Verdict.BETTER: "green", Verdict.WORSE: "red", Verdict.INCONCLUSIVE: "yellow"}
+_STYLES: dict[str, str] = {
+    Verdict.HELPS: "green",
+    Verdict.HURTS: "red",
+    Verdict.BREAKS_GUARD: "red",
+    Verdict.NO_DIFFERENCE: "blue",
+    Verdict.INCONCLUSIVE: "yellow",
+}
 _PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
 
 
@@ -90,11 +101,21 @@ def write_report(report: Report, folder: Path) -> Path:
         (beside / f"{picture.name}.png").write_bytes(picture.png)
     (beside / HTML_FILE).write_text(_render("report.html.j2", report), encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(_render("report.md.j2", report), encoding="utf-8")
-    records = [dataclasses.asdict(arm_record(report.result, arm)) for arm in report.result.arms]
-    (beside / RECORDS_FILE).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    for kind, records in records_of(report.result).items():
+        (beside / RECORDS_FILES[kind]).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
     return folder / HTML_FILE
+
+
+def records_of(result: StudyResult) -> dict[Records, list[dict[str, object]]]:
+    """Return the records of every table, by kind; most tables are made of those of arms."""
+    return {
+        "arms": [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms],
+        "factors": [dataclasses.asdict(record) for record in factor_records(result)],
+        "learning_rates": [dataclasses.asdict(record) for record in ladder_records(result)],
+        "fairness": [dataclasses.asdict(record) for record in unlike_records(result)],
+    }
 
 
 def print_tables(console: Console, tables: Sequence[Table]) -> None:
@@ -123,7 +144,7 @@ def _rich_columns(table: Table, count: int) -> RichTable:
     for i, column in enumerate(table.columns[:count]):
         shown.add_column(column, overflow="fold", no_wrap=i == 0)
     for row in table.rows:
-        shown.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row[:count]))
+        shown.add_row(*(Text(cell, style=_STYLES.get(verdict_of(cell), "")) for cell in row[:count]))
     return shown
 
 
@@ -132,7 +153,7 @@ def finding(result: StudyResult, arm: ArmResult) -> str:
     study, effect = result.study, arm.effect
     assert effect is not None
     title, unit = name_and_unit(study.primary.metric)
-    start = f"{arm.arm.name}: {effect.verdict}"
+    start = f"{arm.arm.name}: {effect.word}"
     if effect.mean is None or effect.interval is None:
         return f"{start} ({effect.note})."
     title = title[0].upper() + title[1:]
@@ -143,6 +164,11 @@ def finding(result: StudyResult, arm: ArmResult) -> str:
         sentence += f"; about {effect.seeds_needed} seeds would show an effect of this size"
     extra = f" ({effect.note})" if effect.note else ""
     return f"{sentence}{extra}."
+
+
+def verdict_of(cell: str) -> str:
+    """Return the verdict that a cell of a table shows, or an empty text."""
+    return next((str(verdict) for verdict in _STYLES if cell == verdict or cell.startswith(f"{verdict} within ")), "")
 
 
 def learned(result: StudyResult) -> str:
@@ -183,5 +209,6 @@ def _render(template: str, report: Report) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["verdict_class"] = lambda cell: verdict_of(cell).replace(" ", "-")
     environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
     return environment.get_template(template).render(report=report, result=report.result, study=report.result.study)

@@ -6,29 +6,34 @@ Only runs with a result (finished or diverged) enter comparisons; runs that stil
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_moevlm import keys
-from lightning_moevlm.study.effects import Effect, Lost, Verdict, paired_effect
+from lightning_moevlm.study.arm_stability import ArmStability, arm_stability
+from lightning_moevlm.study.claim import ROLE, ROLE_ARM
+from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_effect
+from lightning_moevlm.study.equal_budget import (
+    THROUGHPUT,
+    EqualBudget,
+    StepCost,
+    equal_budgets,
+    median_after_warm_up,
+    step_cost,
+)
+from lightning_moevlm.study.factorial import FactorEffect, factor_effects
+from lightning_moevlm.study.factors import ON
+from lightning_moevlm.study.fairness import Difference, Subject, differences
 from lightning_moevlm.study.ledger import RunState, Status
-from lightning_moevlm.study.plan import Plan, PlannedRun
+from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
+from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.spec import Arm, Study
-from lightning_moevlm.tracking.runs import Point, metric_histories
+from lightning_moevlm.study.stability import TRAIN_LOSS, Series, stability_of
+from lightning_moevlm.study.verdict import Guarded, Rule, Verdict
+from lightning_moevlm.tracking.runs import Point, find_runs, metric_histories
 
 if TYPE_CHECKING:
     from lightning_moevlm.models.card import ModelCard
-
-THROUGHPUT = keys.SAMPLES_PER_SECOND.key()
-# The first logged throughput holds the warm-up of allocator and loader.
-_WARM_UP_POINTS = 1
-
-
-class Series(NamedTuple):
-    """One metric of one run. steps: optimiser steps, ascending; values: as logged, also NaN and infinities."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
 
 
 class Mean(NamedTuple):
@@ -41,11 +46,12 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: what was planned, where it stands, what it logged (by metric key)."""
+    """One run: what was planned, where it stands, what it logged (by metric key), and its tags in the tracker."""
 
     run: PlannedRun
     state: RunState
     series: Mapping[str, Series]
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     def first(self, key: str) -> float | None:
         """First value of a metric; of validation metrics the untrained model's."""
@@ -64,7 +70,8 @@ class ArmResult:
 
     final, untrained: the primary metric's last and first value. learned: in how many seeds the last value is
     ahead of the first. accuracy, majority: by term of the objective, masked accuracy and that of the constant answer,
-    both at the end. also: last values of the study's other metrics. samples_per_second: median after warm-up.
+    both at the end. also: last values of the study's other metrics. stability: of the runs with a result. equal: the
+    primary metric where all runs have spent the same, by what they spent. samples_per_second: median after warm-up.
     seconds: wall time of a run. finished, diverged, failed, planned: numbers of runs; planned is the study's.
     """
 
@@ -78,6 +85,8 @@ class ArmResult:
     accuracy: Mapping[str, Mean]
     majority: Mapping[str, Mean]
     also: Mapping[str, Mean]
+    stability: ArmStability
+    equal: Mapping[str, Mean]
     samples_per_second: Mean | None
     seconds: Mean | None
     finished: int
@@ -92,11 +101,34 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
+class LadderResult:
+    """One ladder of learning rates. sensitivity: mean over seeds with every rung; finals: primary metric by rate.
+
+    stable, total: runs by rate. largest_stable: the largest rate up to which every run of every seed was stable.
+    """
+
+    ladder: Ladder
+    sensitivity: Mean | None
+    finals: Mapping[float, Mean | None]
+    stable: Mapping[float, int]
+    total: Mapping[float, int]
+    largest_stable: float | None
+
+
+@dataclass(frozen=True)
 class StudyResult:
-    """A study and what it gave, arms in the file's order."""
+    """A study and what it gave, arms in the file's order.
+
+    unlike: in what the runs were not alike. budgets: what all finished runs have spent, by what was spent. ladders:
+    arms that differ in the learning rate alone. factors: main effects and interactions of a factorial design.
+    """
 
     study: Study
     arms: tuple[ArmResult, ...]
+    unlike: tuple[Difference, ...] = ()
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    ladders: tuple[LadderResult, ...] = ()
+    factors: tuple[FactorEffect, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -117,7 +149,11 @@ def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) 
     """
     ids = [state.run_id for _, state in ledger if state.run_id is not None]
     histories = metric_histories(uri, ids)
-    results = [RunResult(run, state, series_of(histories.get(state.run_id or "", []))) for run, state in ledger]
+    tags = {row.run_id: row.tags for row in find_runs(uri, plan.study.name, {ROLE: ROLE_ARM})}
+    results = [
+        RunResult(run, state, series_of(histories.get(state.run_id or "", [])), tags.get(state.run_id or "", {}))
+        for run, state in ledger
+    ]
     return compare(plan, results)
 
 
@@ -133,10 +169,37 @@ def series_of(points: Sequence[Point]) -> dict[str, Series]:
 
 def compare(plan: Plan, results: Sequence[RunResult]) -> StudyResult:
     """Gather runs into arms and compare every arm with the baseline, paired by seed."""
-    by_arm = {arm.name: tuple(r for r in results if r.run.arm == arm.name) for arm in plan.study.arms}
-    base = by_arm[plan.study.baseline]
-    arms = tuple(_arm_result(plan, arm, by_arm[arm.name], base) for arm in plan.study.arms)
-    return StudyResult(plan.study, arms)
+    study = plan.study
+    by_arm = {arm.name: tuple(r for r in results if r.run.arm == arm.name) for arm in study.arms}
+    base = by_arm[study.baseline]
+    rule = rule_of(study)
+    effects = {name: _effect(study, rule, runs, base) for name, runs in by_arm.items() if name != study.baseline}
+    judged = as_family(effects, rule)
+    done = [r for r in results if r.state.status.has_result]
+    costs = [_cost(plan, r) for r in done]
+    budgets = equal_budgets(
+        [(cost, r.series.get(study.primary.metric, Series((), ()))) for cost, r in zip(costs, done, strict=True)],
+        [r.state.status is Status.FINISHED for r in done],
+    )
+    equal = _by_arm(budgets, done)
+    arms = tuple(
+        _arm_result(plan, arm, by_arm[arm.name], base, judged.get(arm.name), equal.get(arm.name, {}))
+        for arm in study.arms
+    )
+    return StudyResult(
+        study,
+        arms,
+        unlike=differences([_subject(plan, r) for r in done]),
+        budgets={budget.what: budget.spent for budget in budgets},
+        ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders([r.run for r in results])),
+        factors=_factors(study, rule, by_arm),
+    )
+
+
+def rule_of(study: Study) -> Rule:
+    """Return how the study's verdicts are reached."""
+    decide = study.decide
+    return Rule(study.primary.direction, decide.alpha, decide.test, decide.correction, decide.within)
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:
@@ -149,17 +212,22 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
 
 def throughput_of(result: RunResult) -> float | None:
     """Return a run's median samples per second, its first logged interval left out."""
-    series = result.series.get(THROUGHPUT)
-    if not series:
-        return None
-    return statistics.median(series.values[_WARM_UP_POINTS:] or series.values)
+    return median_after_warm_up(result.series.get(THROUGHPUT))
 
 
-def _arm_result(plan: Plan, arm: Arm, runs: tuple[RunResult, ...], base: tuple[RunResult, ...]) -> ArmResult:
+def _arm_result(
+    plan: Plan,
+    arm: Arm,
+    runs: tuple[RunResult, ...],
+    base: tuple[RunResult, ...],
+    effect: Effect | None,
+    equal: Mapping[str, Mean],
+) -> ArmResult:
     study = plan.study
     primary = study.primary.metric
     done = [r for r in runs if r.state.status.has_result]
     sign = 1 if study.primary.direction == "lower" else -1
+    stable, total = _count(base, Status.FINISHED), sum(r.state.status.has_result for r in base)
     return ArmResult(
         arm=arm,
         card=plan.cards[arm.name],
@@ -167,10 +235,16 @@ def _arm_result(plan: Plan, arm: Arm, runs: tuple[RunResult, ...], base: tuple[R
         final=mean_of([r.last(primary) for r in done]),
         untrained=mean_of([r.first(primary) for r in done]),
         learned=sum(_ahead(r, primary, sign) for r in done),
-        effect=None if arm.name == study.baseline else _effect(study, runs, base),
+        effect=effect,
         accuracy=_by_term(done, keys.ACCURACY),
         majority=_by_term(done, keys.MAJORITY_ACCURACY),
         also={key: mean for key in study.also if (mean := mean_of([r.last(key) for r in done]))},
+        stability=arm_stability(
+            [stability_of(r.series, r.state.status is Status.DIVERGED, _cost(plan, r).tokens) for r in done],
+            _count(runs, Status.DIVERGED),
+            None if arm.name == study.baseline else (stable, total),
+        ),
+        equal=equal,
         samples_per_second=mean_of([throughput_of(r) for r in done]),
         seconds=mean_of([r.state.seconds for r in done]),
         finished=_count(runs, Status.FINISHED),
@@ -185,16 +259,101 @@ def _ahead(result: RunResult, key: str, sign: int) -> bool:
     return first is not None and last is not None and sign * last < sign * first
 
 
-def _effect(study: Study, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
+def _effect(study: Study, rule: Rule, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
     return paired_effect(
         arm=_finals(runs, study.primary.metric),
         baseline=_finals(base, study.primary.metric),
         seeds=study.seeds,
-        direction=study.primary.direction,
-        alpha=study.decide.alpha,
+        rule=rule,
         arm_lost=_lost(runs),
         baseline_lost=_lost(base),
+        guards=_guards(study, runs, base),
     )
+
+
+def _factors(study: Study, rule: Rule, by_arm: Mapping[str, Sequence[RunResult]]) -> tuple[FactorEffect, ...]:
+    """Return main effects and interactions, where the design is made for them."""
+    if study.design is None or study.design.kind not in ("factorial", "fractional_factorial"):
+        return ()
+    values = {name: _finals(runs, study.primary.metric) for name, runs in by_arm.items()}
+    levels = {arm.name: {here.factor: here.level == ON for here in arm.levels} for arm in study.arms}
+    return factor_effects(values, levels, study.seeds, rule)
+
+
+def _guards(study: Study, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
+    return tuple(
+        guarded(
+            guard.metric,
+            _finals(runs, guard.metric),
+            _finals(base, guard.metric),
+            study.seeds,
+            guard.direction,
+            guard.at_most,
+            study.decide.alpha,
+        )
+        for guard in study.guard
+    )
+
+
+def _cost(plan: Plan, result: RunResult) -> StepCost:
+    return step_cost(result.run.resolved, result.series, plan.cards[result.run.arm].active_flops_per_sample)
+
+
+def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[str, dict[str, Mean]]:
+    """Return what the runs of each arm had reached with every budget."""
+    arms: dict[str, dict[str, Mean]] = {}
+    for budget in budgets:
+        for arm in dict.fromkeys(r.run.arm for r in done):
+            mean = mean_of([v for r, v in zip(done, budget.values, strict=True) if r.run.arm == arm])
+            if mean:
+                arms.setdefault(arm, {})[budget.what] = mean
+    return arms
+
+
+def _subject(plan: Plan, result: RunResult) -> Subject:
+    arm = next(arm for arm in plan.study.arms if arm.name == result.run.arm)
+    logged = [result.series[key].steps[-1] for key in (TRAIN_LOSS, plan.study.primary.metric) if key in result.series]
+    finished = result.state.status is Status.FINISHED
+    return Subject(
+        arm.name,
+        result.run.seed,
+        flat(arm.changes),
+        result.run.resolved,
+        result.tags,
+        max(logged, default=None) if finished else None,
+        budget_in_steps=plan.study.budget.max_steps is not None,
+    )
+
+
+def _ladder(study: Study, ladder: Ladder, by_arm: Mapping[str, Sequence[RunResult]]) -> LadderResult:
+    primary = study.primary.metric
+    done = {
+        rate: {r.run.seed: r for r in by_arm[arm] if r.state.status.has_result} for rate, arm in ladder.rungs.items()
+    }
+    per_seed = []
+    for seed in study.seeds:
+        if study.primary.direction == "lower" and all(seed in runs for runs in done.values()):
+            rungs = {rate: runs[seed] for rate, runs in done.items()}
+            losses = {rate: math.nan if _diverged(r) else _or_nan(r.last(primary)) for rate, r in rungs.items()}
+            per_seed.append(sensitivity(losses, _or_nan(next(iter(rungs.values())).first(primary))))
+    stable = {rate: sum(not _diverged(r) for r in runs.values()) for rate, runs in done.items()}
+    total = {rate: len(runs) for rate, runs in done.items()}
+    return LadderResult(
+        ladder,
+        mean_of(per_seed),
+        {rate: mean_of([r.last(primary) for r in runs.values()]) for rate, runs in done.items()},
+        stable,
+        total,
+        largest_stable({rate: stable[rate] == total[rate] for rate in done if total[rate]}),
+    )
+
+
+def _diverged(result: RunResult) -> bool:
+    return result.state.status is Status.DIVERGED
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _finals(results: Sequence[RunResult], key: str) -> dict[int, float]:

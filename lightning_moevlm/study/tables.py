@@ -5,33 +5,34 @@ One builder serves the terminal, Markdown and HTML, so that they cannot say diff
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
-from lightning_moevlm import keys
+from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.fraction import Fraction
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.probe import NUM_STEPS, Probe
 from lightning_moevlm.study.progress import duration
-from lightning_moevlm.study.results import ArmResult, Mean, StudyResult
+from lightning_moevlm.study.results import ArmResult, StudyResult, rule_of
+from lightning_moevlm.study.spec import Correction, Test
+from lightning_moevlm.study.stability_tables import (
+    equal_budget_table,
+    fairness_table,
+    sensitivity_table,
+    signs_table,
+    stability_table,
+)
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, with_deviation
 
-NOTHING = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text. The first column names the row.
-
-    notes: what a reader must know to read it. essential: how many columns, from the left, a narrow terminal shows;
-    0 = all.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    essential: int = 0
+_DECIDING: dict[Test, str] = {
+    "t": "the wider of the t and the bootstrap interval of the mean decides, with the paired t-test's p",
+    "wilcoxon": "Wilcoxon's signed ranks decide, with the interval of the centre (Hodges-Lehmann)",
+    "sign": "the sign test decides, with the interval of the median",
+}
+_CORRECTED: dict[Correction, str] = {
+    "none": "one comparison each, not corrected for their number",
+    "holm": "p is corrected for the number of comparisons (Holm), intervals are not",
+}
 
 
 def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> Table:
@@ -57,17 +58,44 @@ def effects_table(result: StudyResult) -> Table:
     study = result.study
     title, unit = name_and_unit(study.primary.metric)
     interval = f"{100 * (1 - study.decide.alpha):g} % interval"
-    columns = ("arm", "final", "effect", interval, "verdict", "p", "seeds better", "seeds needed")
+    rule = rule_of(study)
+    p = "p (Holm)" if rule.correction == "holm" else "p"
+    columns = ("arm", "final", "effect", interval, "verdict", p, "seeds better", "seeds needed")
     rows = tuple(_effect_row(arm) for arm in result.arms)
     notes = [
         f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
         "standard deviation over seeds.",
-        f"effect: arm minus {study.baseline}, paired by seed; the wider of the t and the bootstrap interval decides; "
-        "one comparison each, not corrected for their number.",
-        "seeds needed: for 80 % power, if effect and spread are as seen here.",
+        f"effect: arm minus {study.baseline}, paired by seed; {_DECIDING[rule.test]}; {_CORRECTED[rule.correction]}.",
+        "seeds needed: for 80 % power of a single comparison by t, if effect and spread are as seen here.",
+    ]
+    if rule.within is not None:
+        notes.append(f"no difference: the whole interval lies within ±{rule.within:g}, below which none matters here.")
+    notes += [
+        f"guard: {guard.metric}, {guard.direction} is better, may get worse by at most {guard.at_most:g} on average."
+        for guard in study.guard
     ]
     notes += [f"{arm.arm.name}: {arm.effect.note}." for arm in result.arms if arm.effect and arm.effect.note]
     return Table(f"Effect on {title}", columns, rows, tuple(notes), essential=5)
+
+
+def factors_table(result: StudyResult) -> Table | None:
+    """Return main effects and two-way interactions, or None where the design has none."""
+    if not result.factors:
+        return None
+    rule = rule_of(result.study)
+    interval = f"{100 * (1 - rule.alpha):g} % interval"
+    columns = ("switch", "effect", interval, "verdict", "p (Holm)" if rule.correction == "holm" else "p")
+    rows = tuple((one.name, *_contrast_cells(one.effect)) for one in result.factors)
+    title, _ = name_and_unit(result.study.primary.metric)
+    notes = [
+        "a switch: mean over arms with it on minus mean with it off, by seed; the verdict is on turning it on.",
+        "A x B: effect of A with B on minus effect of A with B off; 0 where the two add up.",
+    ]
+    for fraction in result.study.design.fractions if result.study.design else ():
+        notes.append(
+            f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
+        )
+    return Table(f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4)
 
 
 def learning_table(result: StudyResult) -> Table:
@@ -144,8 +172,19 @@ def also_table(result: StudyResult) -> Table | None:
 
 def report_tables(result: StudyResult) -> tuple[Table, ...]:
     """Return every table of the report, in order."""
-    also = also_table(result)
-    return (effects_table(result), learning_table(result), *((also,) if also else ()), models_table(result))
+    tables = (
+        effects_table(result),
+        learning_table(result),
+        also_table(result),
+        stability_table(result),
+        signs_table(result),
+        factors_table(result),
+        sensitivity_table(result),
+        equal_budget_table(result),
+        models_table(result),
+        fairness_table(result),
+    )
+    return tuple(table for table in tables if table is not None)
 
 
 def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -> Table:
@@ -202,37 +241,6 @@ def _fractions(plan: Plan) -> tuple[Fraction, ...]:
     return plan.study.design.fractions if plan.study.design else ()
 
 
-def name_and_unit(key: str) -> tuple[str, str]:
-    """Return a metric's title and unit, as declared; the key itself where it is not."""
-    metric = keys.declared(key)
-    if metric is None:
-        return key, ""
-    parts = metric.match(key) or {}
-    stage = {"val": "validation ", "train": "training ", "test": "test "}.get(parts.get("stage", ""), "")
-    return stage + metric.title, metric.unit
-
-
-def with_deviation(mean: Mean | None, decimals: int) -> str:
-    """Return `mean ± deviation`."""
-    if mean is None:
-        return NOTHING
-    spread = f" ± {mean.deviation:.{decimals}f}" if mean.deviation is not None else ""
-    return f"{mean.mean:.{decimals}f}{spread}"
-
-
-def scaled(number: float) -> str:
-    """Return a count with three digits and a k, M, G or T."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {letter}"
-    return f"{number:.3g}"
-
-
-def percent(fraction: float) -> str:
-    """Return a fraction as percent."""
-    return f"{100 * fraction:.1f} %"
-
-
 def _effect_row(arm: ArmResult) -> tuple[str, ...]:
     final = with_deviation(arm.final, 4) if arm.final else _no_final(arm)
     effect = arm.effect
@@ -244,10 +252,19 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
         final,
         NOTHING if effect.mean is None else f"{effect.mean:+.4f}",
         NOTHING if effect.interval is None else f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}",
-        str(effect.verdict),
-        NOTHING if effect.p_value is None else f"{effect.p_value:.2g}",
+        effect.word,
+        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
         NOTHING if better is None else f"{better} of {len(effect.seeds)}",
         NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
+    )
+
+
+def _contrast_cells(effect: Effect) -> tuple[str, ...]:
+    return (
+        NOTHING if effect.mean is None else f"{effect.mean:+.4f}",
+        NOTHING if effect.interval is None else f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}",
+        effect.word,
+        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
     )
 
 

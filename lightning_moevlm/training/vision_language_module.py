@@ -46,6 +46,7 @@ class StepOutput(TypedDict):
     report: LossReport
     plans: tuple[NamedPlan, ...]
     attention: tuple[AttentionLogits, ...]
+    log_partitions: dict[str, Tensor]
     num_tokens: int
     num_samples: int
 
@@ -136,6 +137,7 @@ class VisionLanguageModule(LightningModule):
             report=report.detached(),
             plans=tuple(plan.detached() for plan in output.plans),
             attention=output.attention,
+            log_partitions={name: value_M.detach() for name, value_M in output.log_partitions.items()},
             num_tokens=output.num_tokens,
             num_samples=batch.num_samples,
         )

@@ -5,18 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from lightning_moevlm.study.effects import (
+from lightning_moevlm.study.effects import Lost, as_family, guarded, paired_effect
+from lightning_moevlm.study.intervals import (
     Interval,
-    Lost,
-    Verdict,
     bootstrap_interval,
-    decide,
-    paired_effect,
-    paired_p,
-    power,
-    seeds_needed,
+    interval_of,
+    sign_interval,
     t_interval,
+    wilcoxon_interval,
 )
+from lightning_moevlm.study.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
+from lightning_moevlm.study.power import power, seeds_needed
+from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Verdict, decide, with_guards
+
+LOWER = Rule("lower", alpha=0.05)
 
 
 def test_t_interval_and_p_by_hand():
@@ -52,29 +54,29 @@ def test_bootstrap_without_spread():
 @pytest.mark.parametrize(
     ("interval", "direction", "more_lost", "verdict"),
     [
-        (Interval(-2, -1, "t"), "lower", 0, Verdict.BETTER),
-        (Interval(-2, -1, "t"), "higher", 0, Verdict.WORSE),
-        (Interval(1, 2, "t"), "lower", 0, Verdict.WORSE),
-        (Interval(1, 2, "t"), "higher", 0, Verdict.BETTER),
+        (Interval(-2, -1, "t"), "lower", 0, Verdict.HELPS),
+        (Interval(-2, -1, "t"), "higher", 0, Verdict.HURTS),
+        (Interval(1, 2, "t"), "lower", 0, Verdict.HURTS),
+        (Interval(1, 2, "t"), "higher", 0, Verdict.HELPS),
         (Interval(-1, 2, "t"), "lower", 0, Verdict.INCONCLUSIVE),
         (Interval(0, 2, "t"), "lower", 0, Verdict.INCONCLUSIVE),
         (None, "lower", 0, Verdict.INCONCLUSIVE),
         (Interval(-2, -1, "t"), "lower", 1, Verdict.INCONCLUSIVE),  # survivors only
-        (Interval(1, 2, "t"), "lower", 1, Verdict.WORSE),
-        (Interval(-2, -1, "t"), "lower", -1, Verdict.BETTER),
+        (Interval(1, 2, "t"), "lower", 1, Verdict.HURTS),
+        (Interval(-2, -1, "t"), "lower", -1, Verdict.HELPS),
         (Interval(1, 2, "t"), "lower", -1, Verdict.INCONCLUSIVE),  # the baseline's survivors only
         (Interval(-2, -1, "t"), "higher", -1, Verdict.INCONCLUSIVE),
-        (Interval(1, 2, "t"), "higher", -1, Verdict.BETTER),
+        (Interval(1, 2, "t"), "higher", -1, Verdict.HELPS),
         (Interval(-1, -1, "t"), "lower", 0, Verdict.INCONCLUSIVE),  # seeds that repeat nothing
     ],
 )
 def test_decide(interval, direction, more_lost, verdict):
-    assert decide(interval, 3, direction, more_lost)[0] is verdict
+    assert decide(Evidence(interval, 3, more_lost), Rule(direction, 0.05))[0] is verdict
 
 
 def test_seeds_that_change_nothing_are_no_repetitions():
     # 0.1 three times has a computed standard deviation above 0, the true one is 0.
-    effect = paired_effect({0: 0.9, 1: 0.9, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2), "lower", 0.05)
+    effect = paired_effect({0: 0.9, 1: 0.9, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2), LOWER)
     assert effect.interval.width == 0
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == "all 3 seeds give exactly the same difference: are they repetitions?"
@@ -106,7 +108,7 @@ def test_paired_effect_pairs_by_seed():
     # Levels differ wildly between seeds; within a seed the arm is 0.1, 0.2 and 0.3 lower.
     baseline = {0: 1.0, 1: 5.0, 2: 9.0}
     arm = {2: 8.7, 0: 0.9, 1: 4.8}
-    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05)
+    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER)
     assert effect.differences == pytest.approx((-0.1, -0.2, -0.3))
     assert effect.mean == pytest.approx(-0.2)
     assert effect.share_better == 1.0
@@ -119,7 +121,7 @@ def test_paired_effect_pairs_by_seed():
 
 
 def test_missing_and_non_finite_seeds_are_left_out_and_named():
-    effect = paired_effect({0: 1.0, 1: math.nan, 3: 2.0}, {0: 2.0, 1: 1.0, 2: 1.0, 3: 3.5}, (0, 1, 2, 3), "lower", 0.05)
+    effect = paired_effect({0: 1.0, 1: math.nan, 3: 2.0}, {0: 2.0, 1: 1.0, 2: 1.0, 3: 3.5}, (0, 1, 2, 3), LOWER)
     assert effect.seeds == (0, 3)
     assert effect.left_out == (1, 2)
     assert effect.bootstrap is None
@@ -127,20 +129,20 @@ def test_missing_and_non_finite_seeds_are_left_out_and_named():
 
 
 def test_no_pair_at_all():
-    effect = paired_effect({}, {0: 1.0}, (0,), "lower", 0.05)
+    effect = paired_effect({}, {0: 1.0}, (0,), LOWER)
     assert effect.mean is None
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == "no seed has a finite result in both arms; 1 of 1 seeds left out"
-    effect = paired_effect({0: math.nan}, {0: 1.0}, (0,), "lower", 0.05, arm_lost=Lost(diverged=1))
+    effect = paired_effect({0: math.nan}, {0: 1.0}, (0,), LOWER, arm_lost=Lost(diverged=1))
     assert effect.note == (
         "no seed has a finite result in both arms; 1 of 1 seeds left out; every run of this arm diverged"
     )
 
 
-def test_survivors_alone_do_not_make_an_arm_better():
+def test_survivors_alone_do_not_make_an_arm_help():
     arm, baseline = {0: 1.0, 1: 1.02, 2: math.nan}, {0: 2.0, 1: 2.01, 2: 2.02}
-    assert paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05).verdict is Verdict.BETTER
-    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, Lost(diverged=1))
+    assert paired_effect(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HELPS
+    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1))
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == (
         "ahead where it survives, but it lost 1 more than the baseline; 1 of 3 seeds left out; "
@@ -149,10 +151,10 @@ def test_survivors_alone_do_not_make_an_arm_better():
 
 
 @pytest.mark.parametrize(("lost", "what"), [(Lost(diverged=1), "diverged"), (Lost(crashed=1), "crashed")])
-def test_survivors_of_the_baseline_do_not_make_an_arm_worse(lost, what):
+def test_survivors_of_the_baseline_do_not_make_an_arm_hurt(lost, what):
     arm, baseline = {0: 2.0, 1: 2.01, 2: 2.02}, {0: 1.0, 1: 1.02}
-    assert paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05).verdict is Verdict.WORSE
-    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, baseline_lost=lost)
+    assert paired_effect(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HURTS
+    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER, baseline_lost=lost)
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert "that lost 1 more than this arm" in effect.note
     assert effect.note.endswith(f"1 of 3 seeds left out; 1 run of the baseline {what}")
@@ -160,10 +162,10 @@ def test_survivors_of_the_baseline_do_not_make_an_arm_worse(lost, what):
 
 def test_losses_are_told_although_they_do_not_limit_the_verdict():
     arm, baseline = {0: 1.0, 1: 1.02, 2: math.nan}, {0: 2.0, 1: 2.01}
-    effect = paired_effect(arm, baseline, (0, 1, 2), "lower", 0.05, Lost(diverged=1), Lost(crashed=1))
-    assert effect.verdict is Verdict.BETTER
+    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1), Lost(crashed=1))
+    assert effect.verdict is Verdict.HELPS
     assert effect.note == "1 of 3 seeds left out; 1 run of this arm diverged; 1 run of the baseline crashed"
-    effect = paired_effect(arm, {}, (0, 1, 2), "lower", 0.05, Lost(diverged=1), Lost(diverged=3))
+    effect = paired_effect(arm, {}, (0, 1, 2), LOWER, Lost(diverged=1), Lost(diverged=3))
     assert effect.note.endswith("1 run of this arm diverged; every run of the baseline diverged")
 
 
@@ -178,7 +180,7 @@ def test_wider_interval_covers_at_three_seeds():
     bootstrap = np.mean([covers(bootstrap_interval(d, 0.05)) for d in studies[:60]])
     decided = np.mean(
         [
-            covers(paired_effect(dict(enumerate(d)), {0: 0.0, 1: 0.0, 2: 0.0}, (0, 1, 2), "lower", 0.05).interval)
+            covers(paired_effect(dict(enumerate(d)), {0: 0.0, 1: 0.0, 2: 0.0}, (0, 1, 2), LOWER).interval)
             for d in studies[:60]
         ]
     )
@@ -186,3 +188,123 @@ def test_wider_interval_covers_at_three_seeds():
     assert bootstrap < 0.85
     assert decided >= 0.9
     assert 0.92 <= t <= 0.98
+
+
+def test_wilcoxon_by_hand():
+    # Six seeds, all worse: of 2^6 = 64 sign patterns one is as extreme on this side, so p = 2 / 64.
+    differences = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    assert two_sided_p("wilcoxon", differences) == pytest.approx(2 / 64)
+    # At n = 6 only T = 0 (p = 1/64 <= 0.025) may be left out: the interval is the whole range of the 21 pair means.
+    assert wilcoxon_interval(differences, 0.05) == Interval(1.0, 6.0, "wilcoxon")
+    # n = 7: T <= 2 has 1 + 1 + 1 of 128 patterns, 0.0234 <= 0.025, T <= 3 has 5: three pair means are left out at each
+    # end. Of 1 .. 7 they are 1, 1.5, 2 and 2 (1 and 3, 2 and 2), so the fourth would be 2; the third is 2.
+    assert wilcoxon_interval((*differences, 7.0), 0.05) == Interval(2.0, 6.0, "wilcoxon")
+    assert wilcoxon_interval(differences[:5], 0.05) is None
+
+
+def test_sign_test_by_hand():
+    # Seven of eight worse: P(7 or 8 of 8) = 9 / 256, two-sided 18 / 256.
+    differences = (-1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+    assert two_sided_p("sign", differences) == pytest.approx(18 / 256)
+    # P(0 of 8) = 1/256, P(at most 1) = 9/256 = 0.035 > 0.025: only the range itself holds the median in 99 %.
+    assert sign_interval(differences, 0.05) == Interval(-1.0, 8.0, "sign")
+    # n = 9: P(at most 1) = 10/512 = 0.0195 <= 0.025: the second least and greatest.
+    assert sign_interval((*differences, 9.0), 0.05) == Interval(2.0, 8.0, "sign")
+    assert two_sided_p("sign", (0.0, 0.0)) is None  # nothing has a sign
+
+
+@pytest.mark.parametrize("test", ["wilcoxon", "sign"])
+def test_rank_tests_need_six_seeds(test):
+    assert least_seeds(test, 0.05) == 6
+    arm = {s: -1.0 - s / 10 for s in range(6)}
+    zero = dict.fromkeys(range(6), 0.0)
+    rule = Rule("lower", 0.05, test)
+    assert paired_effect(arm, zero, tuple(range(6)), rule).verdict is Verdict.HELPS
+    five = paired_effect(arm, zero, tuple(range(5)), rule)
+    assert (five.verdict, five.note) == (Verdict.INCONCLUSIVE, "5 seeds give no interval; at least 6 are needed")
+    assert (five.p_sign, five.p_wilcoxon) == (None, None)
+    assert five.p_t == paired_p(five.differences)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.04, times 3, 2, 1: 0.03, 0.04, 0.04.
+    assert holm({"a": 0.04, "b": 0.01, "c": 0.02}) == pytest.approx({"a": 0.04, "b": 0.03, "c": 0.04})
+    # 0.03 x 2 = 0.06; 0.04 x 1 may not be less than what came before.
+    assert holm({"a": 0.03, "b": 0.04, "c": None}) == {"a": pytest.approx(0.06), "b": pytest.approx(0.06), "c": None}
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_the_family_takes_a_verdict_back():
+    # Differences -1, -2, -3, -4: mean -2.5, s = 1.29, t = 3.873 with 3 degrees of freedom, p = 0.0305. Alone it helps,
+    # as one of two the Holm p is 0.061.
+    arm, other = {s: -1.0 - s for s in range(4)}, {0: 1.0, 1: -1.0, 2: 1.0, 3: -1.0}
+    zero = dict.fromkeys(range(4), 0.0)
+    rule = Rule("lower", 0.05, "t", "holm")
+    effects = {name: paired_effect(one, zero, (0, 1, 2, 3), rule) for name, one in (("arm", arm), ("other", other))}
+    assert effects["arm"].verdict is Verdict.HELPS
+    judged = as_family(effects, rule)
+    assert judged["arm"].p_value == pytest.approx(0.0305, abs=1e-4)
+    assert judged["arm"].p_adjusted == pytest.approx(0.0609, abs=1e-4)
+    assert judged["arm"].verdict is Verdict.INCONCLUSIVE
+    assert judged["arm"].note == "its interval does not hold 0, but p = 0.061 over the study's comparisons"
+    assert as_family(effects, LOWER) == effects
+
+
+def test_no_difference_needs_the_whole_interval_within_the_margin():
+    # Mean 0, s = 0.1, n = 4: half width 3.18245 * 0.1155 / 2 = 0.184 (s = sqrt(0.04 / 3)).
+    arm, zero = {0: 0.1, 1: -0.1, 2: 0.1, 3: -0.1}, dict.fromkeys(range(4), 0.0)
+    effect = paired_effect(arm, zero, (0, 1, 2, 3), Rule("lower", 0.05, within=0.19))
+    assert (effect.verdict, effect.word) == (Verdict.NO_DIFFERENCE, "no difference within 0.19")
+    # t of each side: 0.19 / 0.0577 = 3.29 with 3 degrees of freedom, one-sided p = 0.0230.
+    assert effect.p_outside == pytest.approx(0.0230, abs=2e-4)
+    assert paired_effect(arm, zero, (0, 1, 2, 3), Rule("lower", 0.05, within=0.18)).verdict is Verdict.INCONCLUSIVE
+    # As one of three such arms the p of each is 0.069.
+    rule = Rule("lower", 0.05, "t", "holm", within=0.19)
+    judged = as_family({name: paired_effect(arm, zero, (0, 1, 2, 3), rule) for name in "abc"}, rule)
+    assert {one.verdict for one in judged.values()} == {Verdict.INCONCLUSIVE}
+    # Runs that were lost speak against it.
+    lost = paired_effect(arm, zero, (0, 1, 2, 3, 4), Rule("lower", 0.05, within=0.19), Lost(diverged=1))
+    assert lost.verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_difference_too_small_to_matter_is_none():
+    arm, zero = {0: -0.010, 1: -0.011, 2: -0.012}, dict.fromkeys(range(3), 0.0)
+    effect = paired_effect(arm, zero, (0, 1, 2), Rule("lower", 0.05, within=0.1))
+    assert (effect.verdict, effect.note) == (Verdict.NO_DIFFERENCE, "not 0, but too small to matter")
+    assert p_outside("t", (0.5, 0.5), 0.1) is None
+
+
+def test_guards():
+    arm, baseline = {0: 0.30, 1: 0.34, 2: 0.38}, {0: 0.10, 1: 0.14, 2: 0.12}
+    # Lower is better: worse by 0.20, 0.20, 0.26, mean 0.22, s = 0.0346, half width 4.30265 * 0.02 = 0.086.
+    guard = guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.1, 0.05)
+    assert guard.worse == pytest.approx(0.22)
+    assert guard.is_broken
+    assert guard.told == "drop_rate is worse by 0.22, more than the 0.1 it may be"
+    doubtful = guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.15, 0.05)
+    assert doubtful.told.endswith("0.15 it may be, although its interval does not exclude less")
+    assert not guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.25, 0.05).is_broken
+    assert guarded("accuracy", arm, baseline, (0, 1, 2), "higher", 0.0, 0.05).worse == pytest.approx(-0.22)
+
+
+def test_an_arm_that_breaks_a_guard_does_not_help():
+    arm, zero = {0: -1.0, 1: -1.1, 2: -1.2}, dict.fromkeys(range(3), 0.0)
+    broken, held = Guarded("drop_rate", 0.1, 0.22, None), Guarded("max_violation", 0.1, -1.0, None)
+    effect = paired_effect(arm, zero, (0, 1, 2), LOWER, guards=(held, broken))
+    assert effect.verdict is Verdict.BREAKS_GUARD
+    assert effect.note.startswith("drop_rate is worse by 0.22, more than the 0.1 it may be")
+    assert paired_effect(arm, zero, (0, 1, 2), LOWER, guards=(held,)).verdict is Verdict.HELPS
+    unknown = paired_effect(arm, zero, (0, 1, 2), LOWER, guards=(Guarded("drop_rate", 0.1, None, None),))
+    assert unknown.verdict is Verdict.INCONCLUSIVE
+    assert unknown.note == "guard drop_rate could not be compared: no seed has it in both arms"
+    assert with_guards(Verdict.HURTS, (broken,)) is Verdict.HURTS  # what hurts already is not softened
+
+
+def test_the_interval_is_that_of_the_test():
+    differences = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    assert [interval_of(test, differences, 0.05).method for test in ("t", "wilcoxon", "sign")] == [
+        "t",
+        "wilcoxon",
+        "sign",
+    ]

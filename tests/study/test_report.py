@@ -14,17 +14,18 @@ from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from lightning_moevlm.study.effects import Verdict
 from lightning_moevlm.study.figures import curves, draw_all, expert_load
 from lightning_moevlm.study.figures.expert_load import loads_of
 from lightning_moevlm.study.figures.picture import looks, png_of
 from lightning_moevlm.study.ledger import read_ledger
-from lightning_moevlm.study.listing import arm_record
 from lightning_moevlm.study.report import finding, make_report, print_tables, write_report
+from lightning_moevlm.study.result_records import arm_record
 from lightning_moevlm.study.results import Series, StudyResult, gather
 from lightning_moevlm.study.spec import Budget
 from lightning_moevlm.study.summary_run import log_summary
-from lightning_moevlm.study.tables import report_tables, scaled
+from lightning_moevlm.study.table import scaled
+from lightning_moevlm.study.tables import report_tables
+from lightning_moevlm.study.verdict import Verdict
 from lightning_moevlm.tracking.runs import find_runs
 from tests.study.tiny_study import sweep, write_project
 
@@ -71,7 +72,7 @@ def test_numbers_of_the_arms(result):
 
     differences = [expected_loss(4, s, 0.2) - expected_loss(4, s, 0.5) for s in range(3)]
     assert slow.effect.differences == pytest.approx(differences)
-    assert slow.verdict is Verdict.WORSE
+    assert slow.verdict is Verdict.HURTS
     assert (explode.diverged, explode.finished, explode.final) == (3, 0, None)
     assert explode.verdict is Verdict.INCONCLUSIVE
     assert "every run of this arm diverged" in explode.effect.note
@@ -88,9 +89,9 @@ def test_load_of_experts(result):
 
 
 def test_tables_say_what_the_records_say(result):
-    effects, learning, also, models = report_tables(result)
+    effects, learning, also, stability, signs, models, fairness = report_tables(result)
     assert [row[0] for row in effects.rows] == list(ARMS)
-    assert effects.rows[1][4] == "worse"
+    assert effects.rows[1][4] == "hurts"
     assert effects.rows[2][1] == "diverged"
     record = arm_record(result, result.arms[1])
     assert effects.rows[1][2] == f"{record.effect:+.4f}"
@@ -99,9 +100,15 @@ def test_tables_say_what_the_records_say(result):
     assert learning.rows[0][3] == "45.6 % (14.0 %)"
     assert also.rows[0] == ("baseline", "115.0000 ± 5.0000")
     assert models.rows[2][-3:] == ("0/3", "3", "0")
-    for table in (effects, learning, also, models):
+    # 3 of 3 against 0 of 3: C(6, 3) = 20 ways, the two extreme ones. The validation loss is NaN from step 3 on.
+    assert stability.rows[2][1:4] == ("0/3", "0.1", "step 3")
+    assert stability.rows[0][1:4] == ("3/3", "–", "–")
+    assert stability.rows[3][1] == "–"  # crashes are no instability
+    assert [(row[0], row[1]) for row in fairness.rows] == [("everything compared", "alike")]
+    for table in (effects, learning, also, stability, signs, models, fairness):
+        assert table is also or table.notes
         assert all(len(row) == len(table.columns) for row in table.rows)
-    json.dumps([arm_record(result, arm).__dict__ for arm in result.arms], allow_nan=False)
+    json.dumps([dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], allow_nan=False)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -111,7 +118,7 @@ def test_terminal_tables_fit(result, width):
     text = console.export_text()
     assert max(len(line) for line in text.splitlines()) <= width
     assert "slow" in text
-    assert "worse" in text
+    assert "hurts" in text
     assert ("seeds needed  " in text or "seeds better" in text) is (width == 120)
 
 
@@ -128,13 +135,13 @@ def test_pictures_are_drawn_and_described(result, tmp_path):
         assert len(picture.alt) > 60
         assert picture.table.rows
     assert "slow goes from" in pictures["curves"].alt
-    assert "worse" in pictures["effects"].alt
+    assert "hurts" in pictures["effects"].alt
     last = pictures["curves"].table.rows[-1]
     assert last[:2] == ("4", f"{result.arms[0].final.mean:.4f}")
 
 
 def test_finding_is_a_sentence(result):
-    assert finding(result, result.arms[1]).startswith("slow: worse. Validation task loss +")
+    assert finding(result, result.arms[1]).startswith("slow: hurts. Validation task loss +")
 
 
 def figures_of(monkeypatch, module, draw, result):
@@ -248,6 +255,9 @@ def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
         assert (tmp_path / "report" / name).is_file()
     records = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [record["arm"] for record in records] == list(ARMS)
+    for name in ("factors", "learning_rates", "fairness"):
+        assert json.loads((tmp_path / "report" / f"{name}.json").read_text()) == []
+    assert "Fisher" in html and "Fisher" in markdown
     assert sorted(f.name for f in tmp_path.iterdir()) == ["report"]
 
 
@@ -260,7 +270,7 @@ def test_summary_run_is_used_again(swept, result, tmp_path):
     [row] = find_runs(experiment.uri, experiment.name, {"role": "summary"})
     assert row.tags["sweep"] == "tiny"
     assert row.status == "FINISHED"
-    assert "slow: worse" in row.tags["mlflow.note.content"]
+    assert "slow: hurts" in row.tags["mlflow.note.content"]
     client = MlflowClient(experiment.uri)
     assert {"report/report.html", "report/curves.png"} <= {f.path for f in client.list_artifacts(first, "report")}
     assert len(experiment.ids()) == len(plan.runs)  # the summary is no arm

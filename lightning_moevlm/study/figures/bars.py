@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 
 from lightning_moevlm.study.figures.picture import Picture, looks, new_figure, png_of
 from lightning_moevlm.study.results import Mean, StudyResult
-from lightning_moevlm.study.tables import NOTHING, Table, percent, with_deviation
+from lightning_moevlm.study.table import NOTHING, Table, percent, with_deviation
 
 
 def draw_throughput(result: StudyResult) -> Picture | None:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_figure, png_of
 from lightning_moevlm.study.results import ArmResult, StudyResult
-from lightning_moevlm.study.tables import NOTHING, Table, name_and_unit
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
 
 _FEWEST_LATE_STEPS = 3  # of fewer points the second half shows nothing that the whole does not
 _MANY_STEPS = 12  # a table shows at most about so many

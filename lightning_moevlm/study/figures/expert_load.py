@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_moevlm import keys
 from lightning_moevlm.study.figures.picture import Picture, new_figure, png_of
 from lightning_moevlm.study.results import ArmResult, RunResult, StudyResult
-from lightning_moevlm.study.tables import Table, percent
+from lightning_moevlm.study.table import Table, percent
 
 Layer = tuple[int, str]  # block, modality
 

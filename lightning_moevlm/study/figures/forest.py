@@ -5,7 +5,8 @@ from matplotlib.axes import Axes
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_figure, png_of
 from lightning_moevlm.study.results import ArmResult, StudyResult
-from lightning_moevlm.study.tables import Table, effects_table, name_and_unit
+from lightning_moevlm.study.table import Table, name_and_unit
+from lightning_moevlm.study.tables import effects_table
 
 
 def draw_forest(result: StudyResult) -> Picture | None:
@@ -20,10 +21,11 @@ def draw_forest(result: StudyResult) -> Picture | None:
     axes = figure.subplots()
     axes.axvline(0.0, color="#222222", linewidth=1.2)
     for row, arm in enumerate(rows):
-        assert arm.effect is not None
-        _draw_row(axes, row, arm.effect, look[arm.arm.name])
+        effect = arm.effect
+        assert effect is not None
+        _draw_row(axes, row, effect, look[arm.arm.name])
         lost = [(arm.diverged, "diverged"), (arm.failed, "failed")]
-        word = "\n".join([str(arm.verdict), *(f"{n} of {arm.planned} {what}" for n, what in lost if n)])
+        word = "\n".join([effect.word, *(f"{n} of {arm.planned} {what}" for n, what in lost if n)])
         colour = look[arm.arm.name].colour
         axes.annotate(word, (1.01, row), xycoords=("axes fraction", "data"), va="center", color=colour, weight="bold")
     axes.set_yticks(range(len(rows)), [arm.arm.name for arm in rows])
@@ -59,7 +61,7 @@ def _sentence(arm: ArmResult) -> str:
     if effect.mean is None:
         return f"{arm.arm.name}: {effect.note}."
     interval = f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]" if effect.interval else ""
-    return f"{arm.arm.name}: {effect.mean:+.4f}{interval}, {effect.verdict}."
+    return f"{arm.arm.name}: {effect.mean:+.4f}{interval}, {effect.word}."
 
 
 def _table(result: StudyResult) -> Table:

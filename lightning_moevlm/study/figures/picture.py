@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_moevlm.study.tables import Table
+from lightning_moevlm.study.table import Table
 
 # Okabe and Ito (2008): told apart with any of the common colour deficiencies; its yellow is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

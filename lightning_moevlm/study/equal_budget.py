@@ -1,0 +1,111 @@
+"""The primary metric of every run where all have spent the same: tokens, active FLOPs, or training time.
+
+Arms of one study make the same number of steps, yet a step may cost more in one than in another. So the least that any
+finished run spent is the common budget, and every run is read where it had spent just that, on the straight line
+between the points that it logged. Time is that of training at the run's median throughput, without start-up and
+validation; tokens and FLOPs follow from samples per step, so all three are the same for arms whose steps cost the same.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightning_moevlm import keys
+from lightning_moevlm.study.stability import Series, value_at
+
+THROUGHPUT = keys.SAMPLES_PER_SECOND.key()
+# The first logged throughput holds the warm-up of allocator and loader.
+_WARM_UP_POINTS = 1
+
+
+class StepCost(NamedTuple):
+    """What one optimiser step of a run takes; None where it cannot be told. flops: active, of the forward pass."""
+
+    tokens: float | None
+    flops: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class EqualBudget:
+    """One common budget and what the runs had reached with it.
+
+    what: "tokens", "active FLOPs" or "seconds". spent: by every run. values: of the primary metric, by run, in
+    the order given; None where a run was not sound there.
+    """
+
+    what: str
+    spent: float
+    values: tuple[float | None, ...]
+
+
+def step_cost(resolved: Mapping[str, Any], series: Mapping[str, Series], flops_per_sample: float) -> StepCost:
+    """Return what a step takes.
+
+    Args:
+        resolved: The run's whole config.
+        series: What it logged.
+        flops_per_sample: Active, of the forward pass.
+    """
+    samples = samples_per_step(resolved)
+    per_second = median_after_warm_up(series.get(THROUGHPUT))
+    tokens_per_second = median_after_warm_up(series.get(keys.TOKENS_PER_SECOND.key()))
+    if samples is None:
+        return StepCost(None, None, None)
+    if not per_second:
+        return StepCost(None, samples * flops_per_sample, None)
+    tokens = samples * tokens_per_second / per_second if tokens_per_second else None
+    return StepCost(tokens, samples * flops_per_sample, samples / per_second)
+
+
+def samples_per_step(resolved: Mapping[str, Any]) -> int | None:
+    """Return samples per optimiser step: batch x micro-batches x devices x nodes; None where there is no batch size.
+
+    Where the devices are left to be found, a run of a sweep has one.
+    """
+    data, trainer = resolved.get("data") or {}, resolved.get("trainer") or {}
+    batch = data.get("batch_size")
+    if not isinstance(batch, int):
+        return None
+    devices = trainer.get("devices")
+    ranks = int(str(devices)) if str(devices).isdigit() else 1
+    return batch * int(trainer.get("accumulate_grad_batches") or 1) * ranks * int(trainer.get("num_nodes") or 1)
+
+
+def median_after_warm_up(series: Series | None) -> float | None:
+    """Return a rate's median, its first logged interval left out."""
+    return statistics.median(series.values[_WARM_UP_POINTS:] or series.values) if series else None
+
+
+def equal_budgets(runs: Sequence[tuple[StepCost, Series]], finished: Sequence[bool]) -> tuple[EqualBudget, ...]:
+    """Return each budget that every finished run knows its cost in.
+
+    Args:
+        runs: Cost of a step and the primary metric, of all runs with a result.
+        finished: Which of them went to the end; a run that diverged and stopped does not shorten the budget.
+    """
+    budgets = []
+    for what, place in (("tokens", 0), ("active FLOPs", 1), ("seconds", 2)):
+        costs = [cost[place] for cost, _ in runs]
+        spent = [
+            None if cost is None or not series.steps else cost * series.steps[-1]
+            for cost, (_, series), ended in zip(costs, runs, finished, strict=True)
+            if ended
+        ]
+        known = [one for one in spent if one is not None]
+        if not known or len(known) < len(spent):
+            continue
+        least = min(known)
+        values = tuple(
+            None if not cost else value_at(series, _step(least / cost))
+            for cost, (_, series) in zip(costs, runs, strict=True)
+        )
+        budgets.append(EqualBudget(what, least, values))
+    return tuple(budgets)
+
+
+def _step(quotient: float) -> float:
+    """Return a step that rounding has moved off a whole number to that number."""
+    return float(round(quotient)) if math.isclose(quotient, round(quotient), rel_tol=1e-9) else quotient

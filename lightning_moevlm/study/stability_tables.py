@@ -1,0 +1,139 @@
+"""Tables on trust: how steadily each arm trained, learning rates, equal budgets, and whether all runs were alike."""
+
+import math
+from collections.abc import Callable
+
+from lightning_moevlm.study.arm_stability import ArmStability
+from lightning_moevlm.study.results import LadderResult, StudyResult
+from lightning_moevlm.study.stability import Stability
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, with_deviation
+
+_BUDGET_UNITS = {"tokens": "tokens", "active FLOPs": "forward FLOPs", "seconds": "s of training"}
+
+
+def stability_table(result: StudyResult) -> Table:
+    """Return stable runs of all, spikes, and the way back from them."""
+    columns = ("arm", "stable", "p", "diverged at", "spikes: loss", "gradient", "update", "recovery")
+    rows = tuple((arm.arm.name, *_stability_cells(arm.stability)) for arm in result.arms)
+    notes = (
+        "stable: runs with a result that did not diverge; p: Fisher's exact test against the baseline; diverged at: "
+        "the step at which the first one did.",
+        "spikes: share of logged points at least 7 deviations from the mean of the 1,000 points before them, mean over "
+        "seeds (a run needs 11 points); recovery: longest way back of the loss, optimiser steps.",
+    )
+    return Table("Stability", columns, rows, notes, essential=5)
+
+
+def signs_table(result: StudyResult) -> Table:
+    """Return what announces a divergence or a collapse of the routing."""
+    columns = ("arm", "attention logit", "router logit", "|log Z|", "dead experts", "MaxVio")
+    rows = tuple(
+        (
+            arm.arm.name,
+            *(_number(arm.stability.worst(read)) for read in _LARGEST),
+            _share(arm.stability.mean(lambda run: run.dead_share)),
+            _number(arm.stability.mean(lambda run: run.max_violation)),
+        )
+        for arm in result.arms
+    )
+    notes = (
+        "attention logit, router logit, |log Z| of the outputs: largest over steps, blocks and seeds; dead experts: "
+        "share of logged steps with one; MaxVio: max load / mean load - 1, mean over steps and layers.",
+    )
+    return Table("Signs of trouble: logits and routing", columns, rows, notes)
+
+
+def equal_budget_table(result: StudyResult) -> Table | None:
+    """Return the primary metric where every run had spent the same; None where no cost of a step is known."""
+    if not result.budgets:
+        return None
+    title, _ = name_and_unit(result.study.primary.metric)
+    columns = ("arm", *(f"at {scaled(spent)} {_BUDGET_UNITS[what]}" for what, spent in result.budgets.items()))
+    rows = tuple(
+        (arm.arm.name, *(with_deviation(arm.equal.get(what), 4) for what in result.budgets)) for arm in result.arms
+    )
+    notes = (
+        "each budget is the least that any finished run spent; between two validations values lie on a straight line; "
+        "time is that of training at the run's median throughput. Mean ± standard deviation over seeds.",
+    )
+    return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes)
+
+
+def sensitivity_table(result: StudyResult) -> Table | None:
+    """Return how much the learning rate matters; None where no arms differ in it alone."""
+    if not result.ladders:
+        return None
+    rates = tuple(dict.fromkeys(rate for one in result.ladders for rate in one.ladder.rungs))
+    columns = ("ladder", "sensitivity", "largest stable", *(f"lr {rate:g}" for rate in sorted(rates)))
+    rows = tuple(
+        (
+            one.ladder.name,
+            with_deviation(one.sensitivity, 4),
+            NOTHING if one.largest_stable is None else f"{one.largest_stable:g}",
+            *(_rung(one, rate) for rate in sorted(rates)),
+        )
+        for one in result.ladders
+    )
+    title, _ = name_and_unit(result.study.primary.metric)
+    notes = (
+        f"sensitivity: mean over learning rates of min({title}, untrained) - best of the ladder; lower is better "
+        "(arXiv 2309.14322). largest stable: up to it no run diverged. lr: mean final value, stable/all runs.",
+    )
+    return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3)
+
+
+def fairness_table(result: StudyResult) -> Table:
+    """Return in what the runs were not alike."""
+    runs = sum(arm.finished + arm.diverged for arm in result.arms)
+    alike = (("everything compared", "alike", f"{runs} runs"),)
+    rows = tuple((one.name, str(one.weight), one.told) for one in result.unlike) or alike
+    notes = (
+        "steps, schedule, batch, data and their order must be the same: a difference biases the comparison. Commit, "
+        "kernels, dtypes, devices and versions: a warning. declared: the study file asks for it in an arm.",
+    )
+    return Table("Fairness: what was not the same in all runs", ("what", "weight", "values"), rows, notes)
+
+
+def _stability_cells(arm: ArmStability) -> tuple[str, ...]:
+    first = arm.first_divergence
+    return (
+        f"{arm.stable}/{arm.total}" if arm.total else NOTHING,
+        NOTHING if arm.p is None else f"{arm.p:.2g}",
+        NOTHING if first is None else f"step {first}",
+        *(_share(arm.mean(read)) for read in _SPIKES),
+        _steps(arm.worst(lambda run: run.recovery_steps)),
+    )
+
+
+Read = Callable[[Stability], float | None]
+_SPIKES: tuple[Read, ...] = (
+    lambda run: run.spikes_loss,
+    lambda run: run.spikes_gradient,
+    lambda run: run.spikes_update,
+)
+_LARGEST: tuple[Read, ...] = (
+    lambda run: run.largest_attention_logit,
+    lambda run: run.largest_router_logit,
+    lambda run: run.largest_log_partition,
+)
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else percent(value)
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3g}"
+
+
+def _steps(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return "never" if math.isinf(value) else f"{value:.0f}"
+
+
+def _rung(one: LadderResult, rate: float) -> str:
+    if rate not in one.ladder.rungs or not one.total[rate]:
+        return NOTHING
+    mean = one.finals[rate]
+    return f"{mean.mean:.4f}, {one.stable[rate]}/{one.total[rate]}" if mean else f"{one.stable[rate]}/{one.total[rate]}"

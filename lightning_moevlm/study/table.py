@@ -1,0 +1,54 @@
+"""A table of text: what terminal, Markdown and HTML show, and the words that its cells are written in."""
+
+from dataclasses import dataclass
+
+from lightning_moevlm import keys
+from lightning_moevlm.study.results import Mean
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text. The first column names the row.
+
+    notes: what a reader must know to read it. essential: how many columns, from the left, a narrow terminal shows;
+    0 = all.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    essential: int = 0
+
+
+def name_and_unit(key: str) -> tuple[str, str]:
+    """Return a metric's title and unit, as declared; the key itself where it is not."""
+    metric = keys.declared(key)
+    if metric is None:
+        return key, ""
+    parts = metric.match(key) or {}
+    stage = {"val": "validation ", "train": "training ", "test": "test "}.get(parts.get("stage", ""), "")
+    return stage + metric.title, metric.unit
+
+
+def with_deviation(mean: Mean | None, decimals: int) -> str:
+    """Return `mean ± deviation`."""
+    if mean is None:
+        return NOTHING
+    spread = f" ± {mean.deviation:.{decimals}f}" if mean.deviation is not None else ""
+    return f"{mean.mean:.{decimals}f}{spread}"
+
+
+def scaled(number: float) -> str:
+    """Return a count with three digits and a k, M, G or T."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.3g}"
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as percent."""
+    return f"{100 * fraction:.1f} %"

@@ -1,0 +1,140 @@
+"""From evidence to a word. An arm helps or hurts where all of this holds:
+
+- the deciding interval of the differences does not hold 0;
+- the p of the declared test, adjusted for the family of comparisons where the study says so, is at most alpha;
+- runs that were lost do not speak against it: no mean over survivors makes the arm with more losses the better one;
+- and, to help, no guard is broken: no metric that may not get worse did so by more than it may, on average over seeds.
+
+Where the study says which difference matters (`within`), an arm whose whole interval lies inside of it makes no
+difference, also where the interval does not hold 0; corrected for the family by two one-sided tests (TOST). Everything
+else is inconclusive, which is no proof that there is no effect.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from lightning_moevlm.study.intervals import Interval
+from lightning_moevlm.study.paired_tests import least_seeds
+from lightning_moevlm.study.spec import Correction, Direction, Test
+
+
+class Verdict(StrEnum):
+    """The word for a comparison. BASELINE marks the row that the others are compared with."""
+
+    BASELINE = "baseline"
+    HELPS = "helps"
+    HURTS = "hurts"
+    NO_DIFFERENCE = "no difference"
+    BREAKS_GUARD = "breaks guard"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How verdicts are reached.
+
+    direction: which way is progress. alpha: two-sided error rate; intervals cover 1 - alpha. test: whose p decides.
+    correction: over the study's comparisons. within: the difference that matters, in the metric's unit; None = any.
+    """
+
+    direction: Direction
+    alpha: float
+    test: Test = "t"
+    correction: Correction = "none"
+    within: float | None = None
+
+
+class Evidence(NamedTuple):
+    """What a verdict is read from.
+
+    p: of "no difference", p_outside: of "a difference of at least `within`", both adjusted for the family; None where
+    they cannot be told. more_lost: diverged and crashed runs of the arm, minus those of the baseline.
+    """
+
+    interval: Interval | None
+    num_pairs: int
+    more_lost: int = 0
+    p: float | None = None
+    p_outside: float | None = None
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """One guard metric of one arm.
+
+    worse: by how much it got worse on average over paired seeds, in the metric's unit, negative where it got better;
+    None where no seed has it in both arms. at_most: by how much it may.
+    """
+
+    metric: str
+    at_most: float
+    worse: float | None
+    interval: Interval | None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it got worse by more than it may."""
+        return self.worse is not None and self.worse > self.at_most
+
+    @property
+    def told(self) -> str:
+        """What a reader must know of it; empty where it held."""
+        if self.worse is None:
+            return f"guard {self.metric} could not be compared: no seed has it in both arms"
+        if not self.is_broken:
+            return ""
+        sure = self.interval is not None and self.interval.low > self.at_most
+        doubt = "" if sure else ", although its interval does not exclude less"
+        return f"{self.metric} is worse by {self.worse:.4g}, more than the {self.at_most:g} it may be{doubt}"
+
+
+def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
+    """Return the word for the primary metric, before guards, and what limits it."""
+    interval, n = evidence.interval, evidence.num_pairs
+    least = least_seeds(rule.test, rule.alpha)
+    if n < least:
+        return Verdict.INCONCLUSIVE, f"{_seeds(n)} no interval; at least {least} are needed"
+    if interval is None or interval.width == 0:
+        return Verdict.INCONCLUSIVE, f"all {n} seeds give exactly the same difference: are they repetitions?"
+    low, high = interval.low, interval.high
+    ahead = high < 0 if rule.direction == "lower" else low > 0
+    behind = low > 0 if rule.direction == "lower" else high < 0
+    if _is_small(evidence, interval, rule):
+        return Verdict.NO_DIFFERENCE, "not 0, but too small to matter" if ahead or behind else ""
+    if ahead and evidence.more_lost > 0:
+        return (
+            Verdict.INCONCLUSIVE,
+            f"ahead where it survives, but it lost {evidence.more_lost} more than the baseline",
+        )
+    if behind and evidence.more_lost < 0:
+        return (
+            Verdict.INCONCLUSIVE,
+            f"behind where the baseline survives, but that lost {-evidence.more_lost} more than this arm",
+        )
+    if not (ahead or behind):
+        return Verdict.INCONCLUSIVE, ""
+    if evidence.p is not None and evidence.p > rule.alpha:
+        family = " over the study's comparisons" if rule.correction == "holm" else ""
+        return Verdict.INCONCLUSIVE, f"its interval does not hold 0, but p = {evidence.p:.2g}{family}"
+    return (Verdict.HELPS if ahead else Verdict.HURTS), ""
+
+
+def with_guards(verdict: Verdict, guards: tuple[Guarded, ...]) -> Verdict:
+    """Return the word after the guards: only "helps" can be lost to them."""
+    if verdict is not Verdict.HELPS:
+        return verdict
+    if any(guard.is_broken for guard in guards):
+        return Verdict.BREAKS_GUARD
+    return Verdict.INCONCLUSIVE if any(guard.worse is None for guard in guards) else verdict
+
+
+def _is_small(evidence: Evidence, interval: Interval, rule: Rule) -> bool:
+    """Whether the effect is shown to be smaller than what matters; runs lost on one side alone speak against it."""
+    if rule.within is None or evidence.more_lost or not -rule.within < interval.low <= interval.high < rule.within:
+        return False
+    return evidence.p_outside is None or evidence.p_outside <= rule.alpha
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed gives" if n == 1 else f"{n} seeds give"
