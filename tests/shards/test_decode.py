@@ -221,7 +221,7 @@ def test_a_batch_holds_what_the_set_has(tmp_path) -> None:
     ]
     both = Collate(("jpg", "json", "txt"), tokenizer, 16, 4)
     assert both.wanted == {"jpg", "txt"}
-    images_BRYX, text_BL, text_mask_BL, keys = both(raw)
+    images_BRYX, text_BL, text_mask_BL, keys, *_ = both(raw)
     assert images_BRYX is not None and images_BRYX.shape == (2, 3, 16, 16) and images_BRYX.dtype == torch.uint8
     (a,) = tokenizer.ids("a")
     assert text_BL is not None and text_BL.tolist() == [[BOS, a, EOS, 0], [BOS, EOS, 0, 0]]
