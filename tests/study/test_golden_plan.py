@@ -16,7 +16,7 @@ from lightning_moevlm.study.spec import read_study
 
 REPOSITORY = Path(__file__).parents[2]
 STUDIES = sorted(path.stem for path in (REPOSITORY / "ablations").glob("*.yaml"))
-IN_EVERY_RUN = {"quickstart", "router_precision", "router_z"}  # an arm takes half a second and more
+IN_EVERY_RUN = {"quickstart"}  # an arm takes half a second and more
 
 
 @pytest.fixture(scope="module")

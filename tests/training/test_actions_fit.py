@@ -157,6 +157,7 @@ def assert_equal(one: object, two: object, place: str) -> None:
         assert one == two, place
 
 
+@pytest.mark.slow
 def test_actions_from_the_command_line_resumed_equal_uninterrupted(moevlm: Moevlm, workplace: Path) -> None:
     options = (
         f"{BACKBONE}.stabilisers.qk_norm=false",

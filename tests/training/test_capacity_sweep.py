@@ -4,6 +4,8 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.small_run import BACKBONE, SMALL, budget
 
 CAPACITY = f"{BACKBONE}.moe.init_args.capacity"
@@ -16,6 +18,7 @@ def logged(workplace: Path, table: str, pattern: str) -> list[tuple[str, str]]:
         return list(found.fetchall())
 
 
+@pytest.mark.slow
 def test_evaluation_capacity_is_swept_on_one_checkpoint(moevlm: Moevlm, workplace: Path) -> None:
     moevlm("fit", *SMALL, *budget(2))
     (checkpoint,) = workplace.glob("runs/**/last.ckpt")

@@ -195,6 +195,7 @@ def test_loss_free_bias_moves_by_its_rate_once_per_step(moevlm: Moevlm, workplac
     assert float(steps_E.abs().max()) <= 3
 
 
+@pytest.mark.slow
 def test_noise_of_a_router_is_drawn_again_after_a_resume(moevlm: Moevlm, workplace: Path) -> None:
     options = (f"{ROUTER}={PACKAGE}.NoisyTopKRouter", f"{ROUTER}.init_args.gate.jitter=0.1")
     moevlm("fit", *SMALL, *budget(4, val_every=2), *options)
