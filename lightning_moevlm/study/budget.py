@@ -55,6 +55,7 @@ class Budget:
             UserError: not a single one.
         """
         per_step = samples_per_step(resolved)
+        assert per_step is not None, "the data module has no default for batch_size"
         if self.samples is not None:
             steps, cost = self.samples // per_step, f"{per_step:,} samples"
         else:
@@ -89,13 +90,14 @@ def read_budget(node: Located) -> Budget:
     return Budget(minutes=minutes)
 
 
-def samples_per_step(resolved: Mapping[str, Any]) -> int:
-    """Return batch x world size x accumulation of a resolved configuration."""
-    trainer = resolved["trainer"]
-    batch = resolved["data"]["batch_size"]
-    assert isinstance(batch, int)
-    devices = _num_devices(trainer.get("devices", "auto"))
-    return int(batch * devices * trainer.get("num_nodes", 1) * trainer.get("accumulate_grad_batches", 1))
+def samples_per_step(resolved: Mapping[str, Any]) -> int | None:
+    """Return batch x world size x accumulation of a resolved configuration; None where it has no batch size."""
+    data, trainer = resolved.get("data") or {}, resolved.get("trainer") or {}
+    batch = data.get("batch_size")
+    if not isinstance(batch, int):
+        return None
+    nodes, accumulation = trainer.get("num_nodes") or 1, trainer.get("accumulate_grad_batches") or 1
+    return int(batch * _num_devices(trainer.get("devices") or "auto") * nodes * accumulation)
 
 
 def _num_devices(devices: object) -> int:

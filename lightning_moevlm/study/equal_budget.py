@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lightning_moevlm import keys
+from lightning_moevlm.study.budget import samples_per_step
 from lightning_moevlm.study.stability import Series, value_at
 
 THROUGHPUT = keys.SAMPLES_PER_SECOND.key()
@@ -58,20 +59,6 @@ def step_cost(resolved: Mapping[str, Any], series: Mapping[str, Series], flops_p
         return StepCost(None, samples * flops_per_sample, None)
     tokens = samples * tokens_per_second / per_second if tokens_per_second else None
     return StepCost(tokens, samples * flops_per_sample, samples / per_second)
-
-
-def samples_per_step(resolved: Mapping[str, Any]) -> int | None:
-    """Return samples per optimiser step: batch x micro-batches x devices x nodes; None where there is no batch size.
-
-    Where the devices are left to be found, a run of a sweep has one.
-    """
-    data, trainer = resolved.get("data") or {}, resolved.get("trainer") or {}
-    batch = data.get("batch_size")
-    if not isinstance(batch, int):
-        return None
-    devices = trainer.get("devices")
-    ranks = int(str(devices)) if str(devices).isdigit() else 1
-    return batch * int(trainer.get("accumulate_grad_batches") or 1) * ranks * int(trainer.get("num_nodes") or 1)
 
 
 def median_after_warm_up(series: Series | None) -> float | None:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.equal_budget import samples_per_step
+from lightning_moevlm.study.budget import samples_per_step
 from lightning_moevlm.study.plan import flat
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import arm_stability
-from lightning_moevlm.study.equal_budget import StepCost, equal_budgets, samples_per_step, step_cost
+from lightning_moevlm.study.budget import samples_per_step
+from lightning_moevlm.study.equal_budget import StepCost, equal_budgets, step_cost
 from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
 from lightning_moevlm.study.paired_tests import fisher_p
 from lightning_moevlm.study.plan import PlannedRun
