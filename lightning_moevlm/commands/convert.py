@@ -14,7 +14,8 @@ from lightning_moevlm.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_moevlm.shards.convert.bad_rows import BadCount
-    from lightning_moevlm.shards.convert.convert import Converted
+    from lightning_moevlm.shards.convert.convert import Converted, Effort, Form, Terms
+    from lightning_moevlm.shards.convert.rows import Source
 
 ImageFormat = Literal["jpg", "png"]
 
@@ -64,19 +65,14 @@ def convert_csv(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
-    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.convert import Terms
     from lightning_moevlm.shards.convert.tables import Columns, CsvSource
 
-    terms = Terms(licence, licence_url, attribution)
-    form, effort = (
-        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
-        Effort(max_bad, _jobs(jobs), force),
-    )
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
     columns = Columns(image_column, caption_column, key_column, split_column)
     source = CsvSource(Path(table), _path(pictures), name, columns, delimiter)
-    target = _target(out, source.name)
-    _tell(target, lambda: convert(source, target, terms, form, effort))
+    _convert(source, _target(out, source.name), terms, form, effort)
 
 
 def convert_jsonl(
@@ -122,19 +118,14 @@ def convert_jsonl(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
-    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.convert import Terms
     from lightning_moevlm.shards.convert.tables import Columns, JsonlSource
 
-    terms = Terms(licence, licence_url, attribution)
-    form, effort = (
-        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
-        Effort(max_bad, _jobs(jobs), force),
-    )
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
     columns = Columns(image_field, caption_field, key_field, split_field)
     source = JsonlSource(Path(table), _path(pictures), name, columns)
-    target = _target(out, source.name)
-    _tell(target, lambda: convert(source, target, terms, form, effort))
+    _convert(source, _target(out, source.name), terms, form, effort)
 
 
 def convert_coco_captions(
@@ -175,17 +166,12 @@ def convert_coco_captions(
 
     """
     from lightning_moevlm.shards.convert.coco import CocoCaptions
-    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
-    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.convert import Terms
 
-    terms = Terms(licence, licence_url, attribution)
-    form, effort = (
-        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
-        Effort(max_bad, _jobs(jobs), force),
-    )
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
     source = CocoCaptions(Path(annotations), _path(pictures) or Path(annotations).parent, name, captions)
-    target = _target(out, source.name)
-    _tell(target, lambda: convert(source, target, terms, form, effort))
+    _convert(source, _target(out, source.name), terms, form, effort)
 
 
 def convert_coco_vqa(
@@ -230,18 +216,13 @@ def convert_coco_vqa(
 
     """
     from lightning_moevlm.shards.convert.coco import CocoQuestions
-    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
-    from lightning_moevlm.shards.convert.picture import Wish
+    from lightning_moevlm.shards.convert.convert import Terms
 
-    terms = Terms(licence, licence_url, attribution)
-    form, effort = (
-        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
-        Effort(max_bad, _jobs(jobs), force),
-    )
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
     folder = _path(pictures) or Path(questions).parent
     source = CocoQuestions(Path(questions), Path(annotations), folder, name, image_name, _path(captions))
-    target = _target(out, source.name)
-    _tell(target, lambda: convert(source, target, terms, form, effort))
+    _convert(source, _target(out, source.name), terms, form, effort)
 
 
 def convert_img2dataset(
@@ -283,17 +264,13 @@ def convert_img2dataset(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
+    from lightning_moevlm.shards.convert.convert import Terms
     from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
     from lightning_moevlm.shards.convert.keep_tars import keep_tars as convert_kept
-    from lightning_moevlm.shards.convert.picture import Wish
     from lightning_moevlm.shards.convert.rows import set_name
 
-    terms = Terms(licence, licence_url, attribution)
-    form, effort = (
-        Form(Wish(image_format, max_side), samples_per_shard, vocab_size),
-        Effort(max_bad, _jobs(jobs), force),
-    )
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
     target = _target(out, set_name(name or Path(folder).resolve().name))
     if keep_tars:
         if (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
@@ -304,7 +281,7 @@ def convert_img2dataset(
         _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort))
         return
     source = Img2datasetSource(Path(folder), name)
-    _tell(target, lambda: convert(source, target, terms, form, effort))
+    _convert(source, target, terms, form, effort)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -324,8 +301,23 @@ def _target(out: str | None, name: str) -> Path:
     return Path(f"data/shards/{name}" if out is None else out)
 
 
-def _jobs(jobs: int | None) -> int:
-    return len(os.sched_getaffinity(0)) if jobs is None else jobs
+def _form(image_format: ImageFormat, max_side: int | None, samples_per_shard: int, vocab_size: int) -> "Form":
+    from lightning_moevlm.shards.convert.convert import Form
+    from lightning_moevlm.shards.convert.picture import Wish
+
+    return Form(Wish(image_format, max_side), samples_per_shard, vocab_size)
+
+
+def _effort(max_bad: int, jobs: int | None, force: bool) -> "Effort":
+    from lightning_moevlm.shards.convert.convert import Effort
+
+    return Effort(max_bad, len(os.sched_getaffinity(0)) if jobs is None else jobs, force)
+
+
+def _convert(source: "Source", target: Path, terms: "Terms", form: "Form", effort: "Effort") -> None:
+    from lightning_moevlm.shards.convert.convert import convert
+
+    _tell(target, lambda: convert(source, target, terms, form, effort))
 
 
 def _tell(out: Path, run: "Callable[[], Converted]") -> None:
