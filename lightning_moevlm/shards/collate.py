@@ -11,13 +11,12 @@ from lightning_moevlm.records import Batch
 from lightning_moevlm.shards.decode import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
-    MAX_PIXELS,
     ImageTooLargeError,
     decode_caption,
     decode_image,
     image_rows,
 )
-from lightning_moevlm.shards.faults import Cause, SampleFault
+from lightning_moevlm.shards.faults import MAX_PIXELS, Cause, SampleFault
 from lightning_moevlm.shards.source import RawSample
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 

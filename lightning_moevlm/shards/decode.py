@@ -18,11 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.faults import MAX_PIXELS
 
 IMAGE_EXTENSIONS = ("jpg", "png")
 CAPTION_EXTENSION = "txt"
-MAX_PIXELS = 2**26
-"""67 million, 192 MiB decoded: more than cameras have, less than a bomb."""
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_moevlm.shards.decode import MAX_PIXELS, decode_image, image_rows
+from lightning_moevlm.shards.decode import decode_image, image_rows
+from lightning_moevlm.shards.faults import MAX_PIXELS
 
 DecodeJpegs = Callable[..., list[Tensor]]
 

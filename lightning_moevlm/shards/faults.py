@@ -17,6 +17,9 @@ Cause = Literal[
     "image_too_large",  # more pixels than allowed: a decompression bomb, or a mistake
     "text_not_utf8",
 ]
+MAX_PIXELS = 2**26
+"""Of a picture: 67 million, 192 MiB decoded; more than cameras have, less than a bomb."""
+
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 

@@ -19,10 +19,9 @@ from PIL import Image, ImageOps
 
 from lightning_moevlm.shards.convert.rows import PictureAt, RowError, inside
 from lightning_moevlm.shards.encode import ImageFormat, encode
+from lightning_moevlm.shards.faults import MAX_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 2**26
-"""Pictures of more are refused: a decompression bomb, or a mistake."""
 _PLAIN_MODES = {"jpg": ("RGB", "L"), "png": ("RGB", "RGBA", "L", "LA", "P", "1")}
 _DECODABLE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
 _ORIENTATION = 0x0112
