@@ -1,6 +1,5 @@
 """Designs by hand: which arms, under which names, with which changes; and what is refused, with its place."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from lightning_moevlm.study.plan import plan_study
 from lightning_moevlm.study.read_design import RATES, rate_name
 from lightning_moevlm.study.spec import Study, read_study
 from lightning_moevlm.study.tables import plan_table
+from tests.study.refusals import assert_refused
 from tests.study.tiny_study import describe, plan_of, resolve, write_project
 
 HEAD = """\
@@ -215,16 +215,7 @@ LONG = "factors:\n" + "".join(f"  {c * 30}: {{on: {{model.{c}: 1}}}}\n" for c in
     ],
 )  # fmt: skip
 def test_refusals_name_file_line_and_remedy(write, text, line, words):
-    file = write(text)
-    with pytest.raises(UserError) as refusal:
-        read_study(file)
-    message = str(refusal.value)
-    assert "\n" not in message
-    found = re.match(re.escape(str(file)) + r":(\d+): ", message)
-    assert found, message
-    assert int(found[1]) == line, message
-    for word in words:
-        assert word in message, message
+    assert_refused(write(text), line, words)
 
 
 def test_every_truncation_is_refused_or_read(write):

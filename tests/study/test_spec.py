@@ -1,12 +1,11 @@
 """A study file is read whole or refused with file, line, key and the nearest valid name."""
 
-import re
-
 import pytest
 import yaml
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.spec import Decision, Divergence, Guard, Primary, read_study
+from tests.study.refusals import assert_refused
 
 GOOD = """\
 question: Does it help?
@@ -167,16 +166,7 @@ def test_shipped_study_is_valid():
 )
 def test_refusals_name_file_line_key_and_nearest(write, old, new, line, words):
     assert old in GOOD
-    file = write(GOOD.replace(old, new, 1))
-    with pytest.raises(UserError) as refusal:
-        read_study(file)
-    message = str(refusal.value)
-    assert "\n" not in message
-    found = re.match(re.escape(str(file)) + r":(\d+): ", message)
-    assert found, message
-    assert int(found[1]) == line, message
-    for word in words:
-        assert word in message, message
+    assert_refused(write(GOOD.replace(old, new, 1)), line, words)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just words\n", "\x00"])
