@@ -56,8 +56,8 @@ def moevlm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., 
 
     def run(*arguments: str, code: int = 0) -> str:
         actual = main(list(arguments))
-        printed = capfd.readouterr().err
-        assert actual == code, f"moevlm {' '.join(arguments)} ended with {actual}, expected {code}:\n{printed}"
-        return printed
+        shown, told = capfd.readouterr()
+        assert actual == code, f"moevlm {' '.join(arguments)} ended with {actual}, expected {code}:\n{shown}\n{told}"
+        return told
 
     return run

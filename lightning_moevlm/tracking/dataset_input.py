@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
 
 _LONGEST_DIGEST = 36  # characters; MLflow's limit
@@ -37,3 +38,18 @@ def dataset_input(source: HasManifest) -> "DatasetInput":
         source=json.dumps({"manifest_sha256": source.manifest_digest}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])
+
+
+def log_dataset(client: "MlflowClient", run_id: str, source: HasManifest) -> None:
+    """Give a run its input of context `train`; runs that start at once may give the same one.
+
+    MLflow looks a dataset up and inserts it where it finds none: of two runs between these two steps one fails on the
+    dataset's uniqueness. It finds the other's on the second try.
+    """
+    from mlflow.exceptions import MlflowException
+
+    entry = dataset_input(source)
+    try:
+        client.log_inputs(run_id, [entry])
+    except MlflowException:
+        client.log_inputs(run_id, [entry])

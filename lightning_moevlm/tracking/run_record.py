@@ -26,7 +26,7 @@ from typing_extensions import override
 from lightning_moevlm.tracking.config_diff import changes, flat
 from lightning_moevlm.tracking.config_folder import write_config_folder
 from lightning_moevlm.tracking.config_sources import config_sources
-from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, dataset_input
+from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, log_dataset
 from lightning_moevlm.tracking.last_words import command_to_go_on, where_everything_is
 from lightning_moevlm.tracking.masking import masked, masked_argv, masked_yaml
 from lightning_moevlm.tracking.provenance import code_checkout, versions
@@ -199,6 +199,6 @@ def _newest_checkpoint(trainer: Trainer) -> Path | None:
 def _log_dataset(logger: RunLogger, trainer: Trainer) -> None:
     data: Any = getattr(trainer, "datamodule", None)
     if isinstance(data, HasManifest):
-        entry = dataset_input(data)
-        logger.experiment.log_inputs(logger.run_id, [entry])
+        assert logger.run_id is not None
+        log_dataset(logger.experiment, logger.run_id, data)
         logger.log_tags({DIGEST_TAG: data.manifest_digest})
