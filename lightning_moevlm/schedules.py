@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 
 Shape: TypeAlias = Literal["linear", "cosine", "sqrt"]
 
@@ -44,8 +45,7 @@ class Ramp:
 
     def __post_init__(self) -> None:
         for name, count in (("num_steps", self.num_steps), ("begin", self.begin)):
-            if count < 0:
-                raise UserError(f"{name} of a ramp is {count}: give a number of optimiser steps, 0 or more")
+            check_number(f"{name} of a ramp", count, least=0, advice=" optimiser steps")
         for name, end in (("start", self.start), ("stop", self.stop)):
             if not math.isfinite(end):
                 raise UserError(f"{name} of a ramp is {end}: give a finite number")

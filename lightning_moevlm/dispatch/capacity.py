@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.ranges import check_number
 
 Priority = Literal["position", "gate", "probability"]
 
@@ -69,8 +70,8 @@ class Capacity:
         for name in ("train_factor", "eval_factor"):
             value = getattr(self, name)
             for factor in (value.image, value.text) if isinstance(value, ModalityFactors) else (value,):
-                if factor is not None and not factor > 0:
-                    raise UserError(f"{name} is {factor}: choose above 0, typically 1.0 to 2.0, or null for dropless")
+                if factor is not None:
+                    check_number(name, factor, above=0, advice=", typically 1.0 to 2.0, or null for dropless")
         if self.group_size is not None and self.group_size < 1:
             raise UserError(f"group_size is {self.group_size}: choose at least 1 sample, or null for the whole batch")
         if self.multiple_of < 1:

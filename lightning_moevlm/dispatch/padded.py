@@ -16,6 +16,7 @@ from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.dispatch.pairs import SortedPairs, combine, gather_rows, sort_by_expert
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.ranges import check_number
 
 
 class PaddedDispatcher(Dispatcher):
@@ -27,8 +28,8 @@ class PaddedDispatcher(Dispatcher):
     """
 
     def __init__(self, factor: float | None = None) -> None:
-        if factor is not None and factor <= 0:
-            raise UserError(f"factor is {factor}: choose above 0, e.g. the capacity's own factor, or null")
+        if factor is not None:
+            check_number("factor", factor, above=0, advice=", e.g. the capacity's own factor, or null")
         self.factor = factor
 
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.precision import Region
+from lightning_moevlm.ranges import check_number
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 """(rows, weight) -> rows: the matrix product of a dispatcher."""
@@ -48,10 +49,8 @@ class ExpertInit:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        if self.scale is not None and self.scale < 0:
-            raise UserError(
-                f"the initial scale of experts is {self.scale}: choose 0 or more, 0.1 as in Switch, or null"
-            )
+        if self.scale is not None:
+            check_number("the initial scale of experts", self.scale, least=0, advice=", 0.1 as in Switch, or null")
 
 
 class ExpertStack(nn.Module, ABC):

@@ -26,6 +26,7 @@ from lightning_moevlm.layers.norms import NormKind, make_norm, normalised
 from lightning_moevlm.layers.stabilisers import ModelStabilisers
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy, region
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.records import Layout
 
 _QK_NORM: NormKind = "rms"
@@ -54,6 +55,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, stabilisers: ModelStabilisers = ModelStabilisers()) -> None:
         super().__init__()
+        check_number("num_heads", num_heads, least=1)
         if dim % num_heads:
             raise UserError(f"dim {dim} is no multiple of num_heads {num_heads}: change one of them")
         self.dim = dim

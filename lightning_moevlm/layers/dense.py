@@ -10,6 +10,7 @@ from lightning_moevlm.layers.moe import MoEFFN
 from lightning_moevlm.layers.norms import NormKind, make_norm, normalised
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.records import Layout
 
 
@@ -19,12 +20,16 @@ class DenseFFN(FeedForward):
     Args:
         dim: model width D.
         hidden_dim: hidden width F.
+
+    Raises:
+        UserError: no hidden unit.
     """
 
     precision = PrecisionPolicy()
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
+        check_number("hidden_dim", hidden_dim, least=1)
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
         self.hidden_norm: nn.Module | None = None  # see add_hidden_norm

@@ -15,6 +15,7 @@ from typing import Literal
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers.norms import NormKind
+from lightning_moevlm.ranges import check_number
 
 NormPlacement = Literal["pre", "post", "sandwich", "output"]
 """pre: x + f(n(x)). post: n(x + f(x)). sandwich: x + n(f(n(x))). output: x + n(f(x))."""
@@ -66,10 +67,11 @@ class ModelStabilisers:
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
-        if self.logit_cap is not None and self.logit_cap <= 0:
-            raise UserError(f"stabilisers.logit_cap is {self.logit_cap}: choose a value above 0, or null for no cap")
-        if self.init_scale <= 0:
-            raise UserError(f"stabilisers.init_scale is {self.init_scale}: choose a factor above 0; 1 changes nothing")
+        if self.logit_cap is not None:
+            check_number("stabilisers.logit_cap", self.logit_cap, above=0, advice=", or null for no cap")
+        if self.layer_scale is not None:
+            check_number("stabilisers.layer_scale", self.layer_scale, least=0, advice=", or null for none")
+        check_number("stabilisers.init_scale", self.init_scale, above=0, advice="; 1 changes nothing")
         if self.residual_scaling == "deepnorm" and self.norm_placement != "post":
             raise UserError(
                 f"residual_scaling deepnorm weighs the residual under a norm of the sum, and norm_placement is "

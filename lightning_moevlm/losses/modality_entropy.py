@@ -19,6 +19,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.losses.loss_input import LossInput
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import Modality, RoutingPlan
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.schedules import Schedule
 
 
@@ -30,11 +31,18 @@ class LocalEntropy:
         weight: of the loss.
         image: factor a of image tokens; null leaves them out, as LIMoE does.
         text: factor a of text tokens; null leaves them out.
+
+    Raises:
+        UserError: a negative factor.
     """
 
     weight: Schedule = 1e-2
     image: float | None = None
     text: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check_factors("local_entropy", self.image, self.text)
 
     def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
@@ -60,7 +68,7 @@ class GlobalEntropy:
         min_text_experts: the same for text.
 
     Raises:
-        UserError: fewer than one expert, or more than a layer has.
+        UserError: a negative factor, or fewer than one expert.
     """
 
     weight: BalanceWeight = 1e-2
@@ -71,10 +79,11 @@ class GlobalEntropy:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        _check_factors("global_entropy", self.image, self.text)
         for name in ("min_image_experts", "min_text_experts"):
             count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UserError(f"global_entropy.{name} is {count}: choose 1 or more experts, or null for all of them")
+            if count is not None:
+                check_number(f"global_entropy.{name}", count, least=1, advice=" experts, or null for all of them")
 
     def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
@@ -112,6 +121,12 @@ def entropy(probs: Tensor) -> Tensor:
     """Return the entropy over the last axis in nats, with a finite gradient at p = 0."""
     # the floor keeps the gradient of p ln p finite at p = 0
     return -(probs * probs.clamp(min=1e-20).log()).sum(dim=-1)
+
+
+def _check_factors(loss: str, image: float | None, text: float | None) -> None:
+    for name, factor in (("image", image), ("text", text)):
+        if factor is not None:
+            check_number(f"{loss}.{name}", factor, least=0, advice=", or null to leave those tokens out")
 
 
 def _tokens(plan: RoutingPlan, modality: Modality) -> Tensor:

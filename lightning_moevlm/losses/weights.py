@@ -23,8 +23,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.losses.loss_input import LayerCounts
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.schedules import Ramp, Schedule, value_at
 
 LOWEST, HIGHEST = 1e-12, 1e6
@@ -47,10 +47,8 @@ class AdaptiveWeight(ABC):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if not LOWEST <= self.start <= HIGHEST:
-            raise UserError(f"an adaptive weight starts at {self.start}: choose a value from {LOWEST} to {HIGHEST}")
-        if self.factor < 1:
-            raise UserError(f"factor of an adaptive weight is {self.factor}: choose 1 (stands still) or more")
+        check_number("start of an adaptive weight", self.start, least=LOWEST, most=HIGHEST)
+        check_number("factor of an adaptive weight", self.factor, least=1, advice="; at 1 the weight stands still")
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,11 @@ class ByOverflow(AdaptiveWeight):
     drop_rate: float
     start: float = 1e-2
     factor: float = 1.01
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        check_number("drop_rate of an adaptive weight", self.drop_rate, least=0, below=1)
 
     def direction(self, layers: Sequence[LayerCounts]) -> Tensor:
         """Compare dropped pairs with those wanted."""
@@ -108,6 +111,19 @@ SparsityWeight: TypeAlias = float | Ramp | BySparsity
 
 Weight: TypeAlias = Schedule | AdaptiveWeight
 """Any of them."""
+
+
+def check_weight(name: str, weight: Weight) -> None:
+    """Refuse a weight that would reward what its loss punishes, now or at an end of its ramp.
+
+    Raises:
+        UserError: a negative value, or none.
+    """
+    values = {"": weight} if isinstance(weight, int | float) else {}
+    if isinstance(weight, Ramp):
+        values = {".start": weight.start, ".stop": weight.stop}
+    for end, value in values.items():
+        check_number(f"{name}{end}", value, least=0, advice="; less than 0 would reward what the loss punishes")
 
 
 def first_value(weight: Weight) -> float:

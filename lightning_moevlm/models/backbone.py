@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.records import AttentionLogits, Layout, NamedPlan
 
 
@@ -22,6 +23,9 @@ class BackboneSpec:
         patch_size: pixels, height and width.
         vocab_size: V.
         max_text_len: longest text L.
+
+    Raises:
+        UserError: a dimension of 0 or less.
     """
 
     dim: int
@@ -29,6 +33,11 @@ class BackboneSpec:
     patch_size: int
     vocab_size: int
     max_text_len: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for entry in fields(self):
+            check_number(entry.name, getattr(self, entry.name), least=1)
 
     @property
     def num_patches(self) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 
 
 class NormAverages(NamedTuple):
@@ -54,12 +54,9 @@ class AdaGC:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("relative", "warmup_norm"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"ada_gc.{name} is {getattr(self, name)}: choose a value above 0")
-        if not 0 < self.beta < 1:
-            raise UserError(f"ada_gc.beta is {self.beta}: choose a share between 0 and 1; the paper's is 0.98")
-        if self.warmup_steps < 1:
-            raise UserError(f"ada_gc.warmup_steps is {self.warmup_steps}: averages need 1 step or more to start from")
+            check_number(f"ada_gc.{name}", getattr(self, name), above=0)
+        check_number("ada_gc.beta", self.beta, above=0, below=1, advice="; the paper's is 0.98")
+        check_number("ada_gc.warmup_steps", self.warmup_steps, least=1, advice=": averages need a start")
 
     def __call__(self, norm_G: Tensor, seen: NormAverages) -> tuple[Tensor, NormAverages]:
         """Return what each gradient is multiplied by, (G,), and the averages with this step; norms are fp32."""

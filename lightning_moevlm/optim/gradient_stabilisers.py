@@ -13,10 +13,10 @@ They act once per optimiser step, on the gradient summed over micro-batches and 
 
 from dataclasses import dataclass, fields
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.optim.ada_gc import AdaGC
 from lightning_moevlm.optim.skip_spikes import SkipSpikes
 from lightning_moevlm.optim.z_clip import ZClip
+from lightning_moevlm.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class GradientStabilisers:
         """Check ranges."""
         for name in ("clip_norm", "clip_value", "clip_update"):
             threshold = getattr(self, name)
-            if threshold is not None and threshold <= 0:
-                raise UserError(f"gradient.{name} is {threshold}: choose a value above 0, or null for none")
+            if threshold is not None:
+                check_number(f"gradient.{name}", threshold, above=0, advice=", or null for none")
 
     @property
     def any_on(self) -> bool:

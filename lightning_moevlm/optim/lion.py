@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moevlm.optim.stepping import check_betas, evaluate, with_gradients
+from lightning_moevlm.optim.stepping import check_rates, evaluate, with_gradients
 
 
 class Lion(Optimizer):
@@ -27,7 +27,7 @@ class Lion(Optimizer):
         weight_decay: decoupled.
 
     Raises:
-        UserError: a beta outside 0 to 1.
+        UserError: a negative rate, or a beta outside 0 to 1.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Lion(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
-        check_betas(betas)
+        check_rates(lr, weight_decay, betas)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.optim.roles import is_stack
-from lightning_moevlm.optim.stepping import check_betas, evaluate, with_gradients
+from lightning_moevlm.optim.stepping import check_rates, evaluate, with_gradients
+from lightning_moevlm.ranges import check_number
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SMALLEST_NORM = 1e-7
@@ -45,7 +45,7 @@ class MuonAdamW(Optimizer):
         eps: of AdamW.
 
     Raises:
-        UserError: a beta or momentum outside 0 to 1, or no iteration.
+        UserError: a negative rate, a beta or momentum outside 0 to 1, or no iteration.
     """
 
     def __init__(
@@ -58,11 +58,10 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        check_betas(betas)
-        if not 0 <= momentum < 1:
-            raise UserError(f"momentum of MuonAdamW is {momentum}: choose a value from 0 up to, not including, 1")
-        if num_iterations < 1:
-            raise UserError(f"num_iterations of MuonAdamW is {num_iterations}: choose 1 or more; 5 is customary")
+        check_rates(lr, weight_decay, betas)
+        check_number("eps of the optimiser", eps, above=0)
+        check_number("momentum of MuonAdamW", momentum, least=0, below=1)
+        check_number("num_iterations of MuonAdamW", num_iterations, least=1, advice="; 5 is customary")
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "num_iterations": num_iterations}
         super().__init__(params, defaults | {"betas": betas, "eps": eps})
 

@@ -28,6 +28,7 @@ from lightning_moevlm.optim.lion import Lion
 from lightning_moevlm.optim.muon import MuonAdamW
 from lightning_moevlm.optim.roles import Role
 from lightning_moevlm.optim.stable_adamw import StableAdamW
+from lightning_moevlm.ranges import check_number
 
 _VECTORS = ("token", "position", "mask", "modality")
 
@@ -67,8 +68,7 @@ class GroupOptions:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("router_lr_multiplier", "router_weight_decay", "expert_lr_multiplier"):
-            if getattr(self, name) < 0:
-                raise UserError(f"groups.{name} is {getattr(self, name)}: choose 0 or more")
+            check_number(f"groups.{name}", getattr(self, name), least=0)
 
     def apply(self, optimizer: Optimizer) -> None:
         """Set peak rates and decays of an optimiser that was just built, before its schedule is.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 
 
 class SpikeWindow(NamedTuple):
@@ -55,10 +55,8 @@ class SkipSpikes:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.sigma <= 0:
-            raise UserError(f"skip_spikes.sigma is {self.sigma}: choose a value above 0; 6 is customary")
-        if self.window < 4:
-            raise UserError(f"skip_spikes.window is {self.window}: statistics need a window of 4 steps or more")
+        check_number("skip_spikes.sigma", self.sigma, above=0, advice="; 6 is customary")
+        check_number("skip_spikes.window", self.window, least=4, advice=": statistics need as many steps")
 
     def __call__(self, loss: Tensor, norm: Tensor, seen: SpikeWindow) -> tuple[Tensor, SpikeWindow]:
         """Return whether to skip (bool scalar) a step of this loss and norm (fp32 scalars), and the window with it."""

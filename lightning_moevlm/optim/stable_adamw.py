@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.optim.roles import is_stack, root_mean_squares
-from lightning_moevlm.optim.stepping import check_betas, evaluate, with_gradients
+from lightning_moevlm.optim.stepping import check_rates, evaluate, with_gradients
+from lightning_moevlm.ranges import check_number
 
 
 class StableAdamW(Optimizer):
@@ -33,7 +33,7 @@ class StableAdamW(Optimizer):
         threshold: root mean square of g / sqrt(u) above which the step shrinks.
 
     Raises:
-        UserError: a beta outside 0 to 1, or a threshold of 0 or less.
+        UserError: a negative rate, a beta outside 0 to 1, or a threshold of 0 or less.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class StableAdamW(Optimizer):
         weight_decay: float = 1e-2,
         threshold: float = 1.0,
     ) -> None:
-        check_betas(betas)
-        if threshold <= 0:
-            raise UserError(f"threshold of StableAdamW is {threshold}: choose a value above 0; the paper's is 1")
+        check_rates(lr, weight_decay, betas)
+        check_number("eps of the optimiser", eps, above=0)
+        check_number("threshold of StableAdamW", threshold, above=0, advice="; the paper's is 1")
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "threshold": threshold}
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 
 
 def evaluate(closure: Callable[[], Tensor] | None) -> Tensor | None:
@@ -23,11 +24,13 @@ def with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]
     return params, [p.grad for p in params if p.grad is not None]
 
 
-def check_betas(betas: tuple[float, float]) -> None:
-    """Refuse averages that do not average.
+def check_rates(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
+    """Refuse steps uphill, weights that grow, and averages that do not average.
 
     Raises:
-        UserError: a beta outside 0 to 1.
+        UserError: a negative rate, or a beta outside 0 to 1.
     """
+    check_number("lr of the optimiser", lr, least=0)
+    check_number("weight_decay of the optimiser", weight_decay, least=0)
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"betas of the optimiser are {tuple(betas)}: choose two values from 0 up to, not including, 1")

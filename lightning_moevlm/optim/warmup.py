@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.schedules import Ramp
 
 _PROGRESS = ("last_epoch", "_step_count", "_last_lr")
@@ -36,8 +36,7 @@ class WarmupSchedule(LRScheduler, ABC):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float, final_ratio: float) -> None:
-        if total_steps < 1:
-            raise UserError(f"total_steps of the schedule is {total_steps}: give a budget of 1 optimiser step or more")
+        check_number("total_steps of the schedule", total_steps, least=1, advice=" optimiser steps")
         check_share("warmup", warmup)
         check_share("final_ratio", final_ratio)
         self.total_steps = total_steps
@@ -75,5 +74,4 @@ def check_share(name: str, share: float) -> None:
     Raises:
         UserError: outside 0 to 1.
     """
-    if not 0 <= share <= 1:
-        raise UserError(f"{name} of the schedule is {share}: choose a share from 0 to 1")
+    check_number(f"{name} of the schedule", share, least=0, most=1)

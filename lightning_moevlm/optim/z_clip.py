@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 
 _SMALLEST_STD = 1e-6
 
@@ -53,12 +53,9 @@ class ZClip:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.z <= 0:
-            raise UserError(f"z_clip.z is {self.z}: choose a value above 0; the paper's is 2.5")
-        if not 0 < self.alpha < 1:
-            raise UserError(f"z_clip.alpha is {self.alpha}: choose a share between 0 and 1; the paper's is 0.97")
-        if self.warmup_steps < 2:
-            raise UserError(f"z_clip.warmup_steps is {self.warmup_steps}: a variance needs 2 steps or more")
+        check_number("z_clip.z", self.z, above=0, advice="; the paper's is 2.5")
+        check_number("z_clip.alpha", self.alpha, above=0, below=1, advice="; the paper's is 0.97")
+        check_number("z_clip.warmup_steps", self.warmup_steps, least=2, advice=": a variance needs as many")
 
     def __call__(self, norm: Tensor, seen: NormStatistics) -> tuple[Tensor, NormStatistics]:
         """Return what gradients of this norm (fp32 scalar) are multiplied by, and the statistics with this step."""

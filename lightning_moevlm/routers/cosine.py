@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import ExpertAxis, Router
@@ -26,7 +27,7 @@ class CosineRouter(Router):
         gate: jitter, dropout, temperature (tau), initial scale.
 
     Raises:
-        UserError: top_k outside 1..E.
+        UserError: top_k outside 1..E, or a space without dimensions.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CosineRouter(Router):
     ) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(top_k, num_experts)
+        check_number("routing_dim", routing_dim, least=1)
         self.top_k = top_k
         self.routing_dim = routing_dim
         self.project_weight = nn.Parameter(torch.empty(routing_dim, dim))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Gate:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name, value, low, high in (("jitter", self.jitter, 0, 1), ("dropout", self.dropout, 0, 1)):
-            if not low <= value < high:
-                raise UserError(f"gate.{name} is {value}: choose a value from {low} up to, not including, {high}")
-        if self.temperature <= 0:
-            raise UserError(f"gate.temperature is {self.temperature}: choose a value above 0")
+        check_number("gate.jitter", self.jitter, least=0, below=1)
+        check_number("gate.dropout", self.dropout, least=0, below=1)
+        check_number("gate.temperature", self.temperature, above=0)
+        if self.initial_std is not None:
+            check_number("gate.initial_std", self.initial_std, least=0, advice=", or null for the model's")
 
     def inputs(self, tokens_TD: Tensor, training: bool) -> Tensor:
         """Return the tokens as the router sees them."""

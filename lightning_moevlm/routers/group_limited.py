@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
@@ -47,6 +48,7 @@ class GroupLimitedRouter(Router):
             raise UserError(f"num_experts {num_experts} is no multiple of num_groups {num_groups}: change one of them")
         if not 1 <= top_groups <= num_groups:
             raise UserError(f"top_groups is {top_groups} with num_groups {num_groups}: choose 1 to {num_groups}")
+        check_number("experts_per_score", experts_per_score, least=1)
         self.group_size = num_experts // num_groups
         check_top_k(top_k, top_groups * self.group_size)
         self.num_groups = num_groups

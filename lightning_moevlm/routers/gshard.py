@@ -10,8 +10,8 @@ uses 0.2. Evaluation uses both experts.
 import torch
 from torch import nn
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices, renormalised
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
@@ -33,8 +33,7 @@ class GShardRouter(Router):
     def __init__(self, dim: int, num_experts: int, threshold: float = 0.5, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(2, num_experts)
-        if threshold <= 0:
-            raise UserError(f"threshold is {threshold}: choose a value above 0, such as 0.5 (GShard) or 0.2 (ST-MoE)")
+        check_number("threshold", threshold, above=0, advice=", such as 0.5 (GShard) or 0.2 (ST-MoE)")
         self.threshold = threshold
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
@@ -28,7 +29,7 @@ class NoisyTopKRouter(Router):
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: top_k outside 1..E.
+        UserError: top_k outside 1..E, or a negative noise_scale.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class NoisyTopKRouter(Router):
     ) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(top_k, num_experts)
+        check_number("noise_scale", noise_scale, least=0)
         self.top_k = top_k
         self.noise_scale = noise_scale
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))

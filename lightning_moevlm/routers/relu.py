@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import plan_of_choices, renormalised
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
@@ -23,12 +24,16 @@ class ReLURouter(Router):
         num_experts: E.
         target_k: experts per token that the L1 loss steers to; active FLOPs are counted with it.
         gate: jitter, dropout, temperature, initial scale.
+
+    Raises:
+        UserError: target_k outside (0, E].
     """
 
     choices_vary = True
 
     def __init__(self, dim: int, num_experts: int, target_k: float = 1.0, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
+        check_number("target_k", target_k, above=0, most=num_experts, advice=" (num_experts)")
         self.target_k = target_k
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices, renormalised
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
@@ -35,7 +36,7 @@ class SigmoidBiasRouter(Router):
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: top_k outside 1..E.
+        UserError: top_k outside 1..E, or a negative update_rate.
     """
 
     bias_AE: Tensor
@@ -54,6 +55,7 @@ class SigmoidBiasRouter(Router):
     ) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(top_k, num_experts)
+        check_number("update_rate", update_rate, least=0, advice="; 1e-3 in the papers, 0 switches balancing off")
         self.top_k = top_k
         self.renormalise = renormalise and top_k > 1
         self.update_rate = update_rate

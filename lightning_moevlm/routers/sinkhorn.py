@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
@@ -27,7 +28,7 @@ class SinkhornRouter(Router):
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: top_k outside 1..E.
+        UserError: top_k outside 1..E, or no iteration.
     """
 
     competes = True
@@ -37,6 +38,7 @@ class SinkhornRouter(Router):
     ) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(top_k, num_experts)
+        check_number("num_iterations", num_iterations, least=1)
         self.top_k = top_k
         self.num_iterations = num_iterations
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))

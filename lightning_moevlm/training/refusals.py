@@ -6,6 +6,9 @@ from torch.optim import Optimizer
 
 from lightning_moevlm.errors import UserError
 
+SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+"""Strategies whose ranks hold parts of a gradient."""
+
 
 def refuse_unsuited_trainer(trainer: Trainer) -> None:
     """Refuse a trainer that clips as well, or whose ranks hold parts of the gradient.
@@ -18,7 +21,7 @@ def refuse_unsuited_trainer(trainer: Trainer) -> None:
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and model.gradient is set too: clip in one "
             "place, model.gradient.clip_norm, and set trainer.gradient_clip_val to null"
         )
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+    if isinstance(trainer.strategy, SHARDING):
         raise UserError(
             f"model.gradient is set and {type(trainer.strategy).__name__} shards gradients over ranks, so that no rank "
             "sees a whole norm: choose the strategy ddp, or set every field of model.gradient to null"

@@ -3,10 +3,10 @@
 Loss-free balancing, balance losses of global scope and weights that follow drop rate or sparsity all read these
 counts. They are taken from the plans that a training step returns, never inside `forward`, which activation
 checkpointing runs twice; summed over forward passes and micro-batches here and over ranks in one exchange for all
-layers; and forgotten when the next optimiser step begins, so that a checkpoint needs none of them.
+layers; and forgotten when the next optimiser step begins, so that a checkpoint needs them only amid an accumulation.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -69,17 +69,23 @@ class RoutingCounter:
     def totals(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, LayerCounts]:
         """Return the counts of every layer over all ranks; asked twice, it exchanges once."""
         if self._totals is None:
-            zeros = {
-                path: torch.zeros(sum(layer.sizes), dtype=torch.int64, device=device)
-                for path, layer in self._layers.items()
-            }
-            flat = torch.cat(list((zeros | self._counts).values())) if zeros else torch.zeros(0, dtype=torch.int64)
-            pieces = sum_over_ranks(flat).split([sum(layer.sizes) for layer in self._layers.values()])
-            self._totals = {
-                path: _layer_counts(piece, layer)
-                for piece, (path, layer) in zip(pieces, self._layers.items(), strict=True)
-            }
+            pieces = self.state(sum_over_ranks, device)
+            self._totals = {path: _layer_counts(pieces[path], layer) for path, layer in self._layers.items()}
         return self._totals
+
+    def state(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Return what every layer has counted over all ranks, as `restore` takes it; all ranks must ask together."""
+        zeros = {
+            path: torch.zeros(sum(layer.sizes), dtype=torch.int64, device=device)
+            for path, layer in self._layers.items()
+        }
+        flat = torch.cat(list((zeros | self._counts).values())) if zeros else torch.zeros(0, dtype=torch.int64)
+        pieces = sum_over_ranks(flat).split([sum(layer.sizes) for layer in self._layers.values()])
+        return dict(zip(self._layers, pieces, strict=True))
+
+    def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Go on counting from a state, on one of the ranks; step: optimiser steps done."""
+        self._step, self._counts, self._totals = step, dict(state), None
 
 
 def _layer_counts(piece: Tensor, layer: _Layer) -> LayerCounts:

@@ -28,6 +28,12 @@ from lightning_moevlm.optim import (
 from lightning_moevlm.plans import MixPlan
 from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.training.accumulation import (
+    HalfStep,
+    gradients_of,
+    refuse_other_accumulation,
+    restore_gradients,
+)
 from lightning_moevlm.training.actions import ActionRunner, Actions, build_actions
 from lightning_moevlm.training.evaluation import Evaluation
 from lightning_moevlm.training.half_precision import keep_pinned_regions
@@ -107,7 +113,8 @@ class VisionLanguageModule(LightningModule):
             )
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
-        self._micro_losses: list[Tensor] = []
+        self._micro_losses: list[Tensor] = []  # of the step at hand
+        self._half_step: HalfStep | None = None  # of a checkpoint, until training starts
         self._hyperparameters: Hyperparameters | None = None
         self._needs_attention = actions.qk_clip is not None
         self._loss_weights = LossWeights(losses)
@@ -143,8 +150,11 @@ class VisionLanguageModule(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Go on in the right epoch; let options that a checkpoint brought along give way to those of this run."""
+        """Go on in the right epoch and step; options that a checkpoint brought along give way to those of this run."""
         take_up_epoch(self.trainer)
+        half_step, self._half_step = self._half_step, None
+        if half_step is not None:
+            self._take_up_step(half_step)
         assert self._hyperparameters is not None
         self._hyperparameters.restore()
 
@@ -182,13 +192,23 @@ class VisionLanguageModule(LightningModule):
             self._gradient_control.after_update()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the gradient stabilisers remember."""
+        """Keep what the gradient stabilisers remember, and amid an accumulation what is done of the step."""
         if self._gradient_control is not None:
             checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
+        if self._micro_losses and "loops" in checkpoint:  # not where weights alone are saved
+            runner, strategy = self._action_runner, self.trainer.strategy
+            checkpoint["half_step"] = HalfStep(
+                micro_batches=self.trainer.accumulate_grad_batches,
+                gradients=gradients_of(self, self.trainer),
+                losses=strategy.reduce(torch.stack(self._micro_losses), reduce_op="mean"),
+                routing=self._routing_counter.state(self._sum_over_ranks, self.device),
+                facts=None if runner is None else runner.gathered(self.trainer, self),
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it over."""
         self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
+        self._half_step = checkpoint.get("half_step")
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what acts after each optimiser step along."""
@@ -295,6 +315,16 @@ class VisionLanguageModule(LightningModule):
                 f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's"
             )
         return output, LossReport(output.terms, auxiliary)
+
+    def _take_up_step(self, saved: HalfStep) -> None:
+        refuse_other_accumulation(saved, self.trainer)
+        restore_gradients(self, saved["gradients"])
+        self._micro_losses = list(saved["losses"].to(self.device))
+        if self.global_rank == 0:  # counts of all ranks, which will be summed
+            routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
+            self._routing_counter.restore(self.global_step, routing)
+        if self._action_runner is not None and saved["facts"] is not None:
+            self._action_runner.take_up(saved["facts"], self)
 
     def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
         counts: dict[str, LayerCounts] = {}

@@ -1,19 +1,29 @@
 """Resumed equals uninterrupted, whatever the moment a checkpoint was saved at: on real shards, over epochs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_moevlm.dispatch import Capacity
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import ModelStabilisers
+from lightning_moevlm.losses import AuxiliaryLosses, ByOverflow, LoadBalance
+from lightning_moevlm.optim import GradientStabilisers, SkipSpikes
 from lightning_moevlm.records import Batch
+from lightning_moevlm.routers import SigmoidBiasRouter
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.scenes import build_scenes
-from lightning_moevlm.training import Actions, StepOutput
+from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
+from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
+from tests.small_model import small_vl_moe
 from tests.training.tiny_fit import tiny_module
 
-NUM_EPOCHS = 3
+NUM_EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -36,42 +46,63 @@ class Witness(Callback):
         loss = float(outputs["report"].total_loss)
         self.seen.append((trainer.global_step, batch_idx, trainer.current_epoch, batch.keys, loss))
 
-    def after(self, step: int) -> list[tuple[int, int, int, tuple[str, ...], float]]:
-        """What came after an optimiser step."""
-        taken = next(place for place, one in enumerate(self.seen) if one[0] == step)
-        return self.seen[taken + 1 :]
 
+class SaveAlways(Checkpoint):
+    """Saves after each micro-batch, after validation, and at the end of an epoch: `moment-micro_batches_done`.
 
-class SaveAlways(Callback):
-    """Saves after each step's last micro-batch, after validation, and at the end of an epoch."""
+    A `Checkpoint`, so that Lightning calls it when all other callbacks are done.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.num_done = 0
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        if not trainer.fit_loop._should_accumulate():
-            self._save(trainer, "batch")
+        self.num_done += 1
+        self._save(trainer, "amid" if trainer.fit_loop._should_accumulate() else "step")
 
     def on_validation_end(self, trainer: Trainer, *_: object) -> None:
-        self._save(trainer, "validation")
+        amid = "amid-" if trainer.fit_loop._should_accumulate() else ""
+        self._save(trainer, f"{amid}validation")
 
     def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
         self._save(trainer, "epoch")
 
     def _save(self, trainer: Trainer, moment: str) -> None:
-        trainer.save_checkpoint(self.folder / f"{moment}-{trainer.global_step}.ckpt")
+        trainer.save_checkpoint(self.folder / f"{moment}-{self.num_done}.ckpt")
+
+
+class StopAfter(Callback):
+    """Asks to stop after so many micro-batches."""
+
+    def __init__(self, num_micro_batches: int) -> None:
+        self.left = num_micro_batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.left -= 1
+        trainer.should_stop = self.left <= 0
 
 
 class Runs:
     """Runs of one plan, each with a model of its own."""
 
-    def __init__(self, shards: Path, accumulate: int, num_batches: int, validate: bool) -> None:
-        self.steps_per_epoch = -(-num_batches // accumulate)
+    def __init__(
+        self,
+        shards: Path,
+        accumulate: int,
+        num_batches: int,
+        validate_every: int = 0,
+        module: Callable[[], VisionLanguageModule] | None = None,
+    ) -> None:
+        self.accumulate = accumulate
+        self.num_batches = num_batches
         self._shards = shards
+        self._module = module or partial(tiny_module, Actions())
         self._options = {
             "accumulate_grad_batches": accumulate,
             "limit_train_batches": num_batches,
-            "limit_val_batches": int(validate),
+            "limit_val_batches": int(validate_every > 0),
+            "val_check_interval": validate_every or None,
         }
 
     def run(self, steps: int, *callbacks: Callback, resume: Path | None = None) -> tuple[Witness, Trainer]:
@@ -83,7 +114,7 @@ class Runs:
             max_steps=steps,
             max_epochs=-1,
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -91,54 +122,91 @@ class Runs:
             **self._options,  # type: ignore[arg-type]
         )
         data = ShardDataModule(str(self._shards), 4, 16, 8, 300)
-        trainer.fit(tiny_module(Actions()), data, ckpt_path=resume, weights_only=True)
+        trainer.fit(self._module(), data, ckpt_path=resume, weights_only=True)
         return witness, trainer
 
-    def checkpoints(self, folder: Path) -> Iterator[Path]:
-        """Those of the first epochs, saved at every moment; runs that end after each step save too."""
-        first = range(1, (NUM_EPOCHS - 1) * self.steps_per_epoch + 1)
-        for step in first:
-            self.run(step)[1].save_checkpoint(folder / f"end-{step}.ckpt")
+    def resume_from_everywhere(self, folder: Path) -> set[str]:
+        """Compare with a run that nothing interrupts; returns the moments at which checkpoints were saved.
+
+        They are those of the first epochs, and those of runs that end after each micro-batch, done or asked to stop.
+        """
+        total = NUM_EPOCHS * -(-self.num_batches // self.accumulate)
+        whole, trainer = self.run(total, SaveAlways(folder))
+        assert len(whole.seen) == NUM_EPOCHS * self.num_batches
+        first = range(1, (NUM_EPOCHS - 1) * self.num_batches + 1)
+        for count in first:
+            done, before = whole.seen[count - 1][0], whole.seen[count - 2][0] if count > 1 else 0
+            moment = "amid-end" if done == before else "end"
+            ended = self.run(done + 1, StopAfter(count)) if moment == "amid-end" else self.run(done)
+            ended[1].save_checkpoint(folder / f"{moment}-{count}.ckpt")
+        moments = set()
         for path in sorted(folder.glob("*.ckpt")):
-            if step_of(path) in first:
-                yield path
+            moment, _, count = path.stem.rpartition("-")
+            if int(count) in first:
+                resumed, again = self.run(total, resume=path)
+                assert resumed.seen == whole.seen[int(count) :], path.stem
+                for name, value in trainer.lightning_module.state_dict().items():
+                    assert torch.equal(value, again.lightning_module.state_dict()[name]), (path.stem, name)
+                moments.add(moment)
+        return moments
 
 
-def step_of(path: Path) -> int:
-    """The number in a checkpoint's name."""
-    return int(path.stem.split("-")[1])
+def remembering_module() -> VisionLanguageModule:
+    """All that is gathered over the micro-batches of a step decides here: gradients, losses, counts, attention."""
+    return VisionLanguageModule(
+        small_vl_moe(
+            router=partial(SigmoidBiasRouter, update_rate=0.1),
+            capacity=Capacity(1.0, 1.0),
+            stabilisers=ModelStabilisers(qk_norm=False),
+        ),
+        losses=AuxiliaryLosses(LoadBalance(ByOverflow(0.05), scope="global")),
+        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+        gradient=GradientStabilisers(clip_norm=1.0, skip_spikes=SkipSpikes(window=4)),
+        actions=Actions(
+            qk_clip=QKClip(threshold=0.05),
+            revive_dead_experts=ReviveDeadExperts(idle_steps=2, every_n_steps=1),
+            rollback=Rollback(every_n_steps=2),
+        ),
+        init_std=0.1,
+    )
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "num_batches", "validate"),
+    ("accumulate", "num_batches", "validate_every"),
     [
-        (2, 3, True),
-        pytest.param(1, 2, False, marks=pytest.mark.slow),
-        pytest.param(2, 4, False, marks=pytest.mark.slow),
-        pytest.param(2, 4, True, marks=pytest.mark.slow),
-        pytest.param(3, 5, False, marks=pytest.mark.slow),
+        pytest.param(2, 3, 1, marks=pytest.mark.slow),
+        pytest.param(2, 3, 3, marks=pytest.mark.slow),
+        pytest.param(1, 2, 0, marks=pytest.mark.slow),
+        pytest.param(2, 4, 0, marks=pytest.mark.slow),
+        pytest.param(2, 4, 4, marks=pytest.mark.slow),
+        pytest.param(3, 5, 2, marks=pytest.mark.slow),
     ],
 )
 def test_resumed_equals_uninterrupted(
-    shards: Path, tmp_path: Path, accumulate: int, num_batches: int, validate: bool
+    shards: Path, tmp_path: Path, accumulate: int, num_batches: int, validate_every: int
 ) -> None:
-    # Lightning 2.6 took a checkpoint from an epoch's end for one inside it: batch N + 1 of N was a step of its own
-    runs = Runs(shards, accumulate, num_batches, validate)
-    total = NUM_EPOCHS * runs.steps_per_epoch
-    whole, trainer = runs.run(total, SaveAlways(tmp_path))
-    assert len(whole.seen) == NUM_EPOCHS * num_batches
-    moments = set()
-    for path in runs.checkpoints(tmp_path):
-        resumed, again = runs.run(total, resume=path)
-        assert resumed.seen == whole.after(step_of(path)), path.stem
-        for name, value in trainer.lightning_module.state_dict().items():
-            assert torch.equal(value, again.lightning_module.state_dict()[name]), (path.stem, name)
-        moments.add(path.stem.split("-")[0])
-    assert moments == {"batch", "epoch", "end"} | ({"validation"} if validate else set())
+    # Lightning 2.6 took a checkpoint from an epoch's end for one inside it: batch N + 1 of N was a step of its own; and
+    # of a step half done it saves nothing
+    moments = Runs(shards, accumulate, num_batches, validate_every).resume_from_everywhere(tmp_path)
+    expected = {"step", "epoch", "end"} | ({"validation"} if validate_every else set())
+    expected |= {"amid", "amid-end"} if accumulate > 1 else set()
+    expected |= {"amid-validation"} if 0 < validate_every < accumulate else set()
+    assert moments == expected
+
+
+def test_all_that_a_step_gathers_is_resumed(shards: Path, tmp_path: Path) -> None:
+    moments = Runs(shards, 2, 3, validate_every=1, module=remembering_module).resume_from_everywhere(tmp_path)
+    assert moments == {"amid", "amid-validation", "amid-end", "step", "validation", "epoch", "end"}
+
+
+def test_a_step_half_done_is_not_completed_by_another_number_of_batches(shards: Path, tmp_path: Path) -> None:
+    Runs(shards, 2, 4).run(1, SaveAlways(tmp_path))
+    with pytest.raises(UserError, match=r"over 2 micro-batches, and trainer\.accumulate_grad_batches is 4"):
+        Runs(shards, 4, 4).run(1, resume=tmp_path / "amid-1.ckpt")
 
 
 def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path) -> None:
-    runs = Runs(shards, 2, 3, validate=False)
+    runs = Runs(shards, 2, 3)
     whole, _ = runs.run(6)
     seen, resume = [], None
     for step in range(1, 7):
@@ -151,8 +219,8 @@ def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path) -> N
 
 def test_longer_epochs_than_before_go_on_where_the_data_is(shards: Path, tmp_path: Path) -> None:
     # 2 of 2 batches are 2 of 4: the epoch is not done, and its other 2 batches come next
-    Runs(shards, 1, 2, validate=False).run(2)[1].save_checkpoint(tmp_path / "short.ckpt")
-    resumed, _ = Runs(shards, 1, 4, validate=False).run(8, resume=tmp_path / "short.ckpt")
+    Runs(shards, 1, 2).run(2)[1].save_checkpoint(tmp_path / "short.ckpt")
+    resumed, _ = Runs(shards, 1, 4).run(8, resume=tmp_path / "short.ckpt")
     assert [(number, epoch) for _, number, epoch, *_ in resumed.seen] == [
         (2, 0),
         (3, 0),

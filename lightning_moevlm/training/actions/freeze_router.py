@@ -9,8 +9,8 @@ too. The parameters keep `requires_grad`, which data-parallel training could not
 from dataclasses import dataclass
 
 from lightning_moevlm import keys
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -29,8 +29,7 @@ class FreezeRouter:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.after_steps < 0:
-            raise UserError(f"actions.freeze_router.after_steps is {self.after_steps}: choose 0 steps or more")
+        check_number("actions.freeze_router.after_steps", self.after_steps, least=0, advice=" optimiser steps")
 
 
 class RouterFreezer(Action):

@@ -4,6 +4,7 @@ Every layer has its place from the start, so that ranks agree on what they excha
 """
 
 from collections.abc import Callable, Iterable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from lightning_moevlm.training.routing_counts import RoutingCounter
 
 Reduce = Callable[[Tensor, str], Tensor]
 """(tensor, "sum" or "mean" or "max") -> the same over ranks."""
+
+
+class Gathered(TypedDict):
+    """attention: largest logits by layer (H). losses: total loss of each micro-batch."""
+
+    attention: dict[str, Tensor]
+    losses: list[Tensor]
 
 
 class FactGatherer:
@@ -54,12 +62,25 @@ class FactGatherer:
             counts = self._counter.totals(lambda flat: reduce(flat, "sum"), device)
         if "attention" in self._needs:
             assert self._attention, "QK-clip acts on attention logits, and the objective handed none on"
-            none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}
-            attention = _reduced(none | self._attention, lambda flat: reduce(flat, "max"))
+            attention = self._largest(device, reduce)
         if "loss" in self._needs:
             loss = reduce(torch.stack(self._losses).float().mean(), "mean")
         self._attention, self._losses = {}, []
         return StepFacts(step, counts, attention, loss)
+
+    def state(self, device: torch.device, reduce: Reduce) -> Gathered:
+        """Return what was gathered so far over all ranks, amid a step; all ranks must ask together."""
+        attention = self._largest(device, reduce) if "attention" in self._needs else {}
+        return Gathered(attention=attention, losses=[reduce(loss.clone(), "mean") for loss in self._losses])
+
+    def restore(self, state: Gathered, device: torch.device) -> None:
+        """Go on from there."""
+        self._attention = {path: max_H.to(device) for path, max_H in state["attention"].items()}
+        self._losses = [loss.to(device) for loss in state["losses"]]
+
+    def _largest(self, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
+        none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}
+        return _reduced(none | self._attention, lambda flat: reduce(flat, "max"))
 
 
 def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

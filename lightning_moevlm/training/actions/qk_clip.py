@@ -20,6 +20,7 @@ from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import Attention
 from lightning_moevlm.models import Backbone
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -38,8 +39,7 @@ class QKClip:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.threshold <= 0:
-            raise UserError(f"actions.qk_clip.threshold is {self.threshold}: choose a logit above 0, 100 is customary")
+        check_number("actions.qk_clip.threshold", self.threshold, above=0, advice="; 100 is customary")
 
     def check(self, backbone: Backbone) -> None:
         """Refuse a model on which it could not act.

@@ -24,6 +24,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.layers.initialise import seed_of
 from lightning_moevlm.models import Backbone
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers import ExpertAxis
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
@@ -48,13 +49,13 @@ class ReviveDeadExperts:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("idle_steps", "every_n_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"actions.revive_dead_experts.{name} is {getattr(self, name)}: choose 1 step or more")
-        if self.noise <= 0:
-            raise UserError(
-                f"actions.revive_dead_experts.noise is {self.noise}: choose a value above 0; an exact copy would never "
-                "win a token from the expert it was copied from"
-            )
+            check_number(f"actions.revive_dead_experts.{name}", getattr(self, name), least=1, advice=" optimiser steps")
+        check_number(
+            "actions.revive_dead_experts.noise",
+            self.noise,
+            above=0,
+            advice="; an exact copy would never win a token from the expert it was copied from",
+        )
 
     def check(self, backbone: Backbone) -> None:
         """Refuse routers whose experts cannot die, and those that could never send a token to a revived one.

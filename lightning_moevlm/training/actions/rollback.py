@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lightning_moevlm import keys
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -54,12 +54,9 @@ class Rollback:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name, least in (("every_n_steps", 1), ("keep", 1), ("lookback", 1), ("window", 2), ("max_rollbacks", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"actions.rollback.{name} is {getattr(self, name)}: choose {least} or more")
-        if self.spike_threshold is not None and self.spike_threshold <= 0:
-            raise UserError(
-                f"actions.rollback.spike_threshold is {self.spike_threshold}: choose a value above 0, or null"
-            )
+            check_number(f"actions.rollback.{name}", getattr(self, name), least=least)
+        if self.spike_threshold is not None:
+            check_number("actions.rollback.spike_threshold", self.spike_threshold, above=0, advice=", or null")
 
 
 class Snapshot(NamedTuple):

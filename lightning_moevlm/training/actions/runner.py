@@ -14,7 +14,7 @@ from lightning_moevlm.models import Backbone
 from lightning_moevlm.optim import GradientControl
 from lightning_moevlm.records import Batch
 from lightning_moevlm.training.actions.action import Action, Fact, Memory, Training
-from lightning_moevlm.training.actions.gather import FactGatherer
+from lightning_moevlm.training.actions.gather import FactGatherer, Gathered, Reduce
 from lightning_moevlm.training.actions.rollback import SnapshotRing
 from lightning_moevlm.training.logging_steps import is_logging_step
 from lightning_moevlm.training.routing_counts import RoutingCounter
@@ -70,11 +70,7 @@ class ActionRunner(Callback):
             return  # the batch only added to the gradient
         self._steps_done = step
 
-        def reduce(tensor: Tensor, operation: str) -> Tensor:
-            total: Tensor = trainer.strategy.reduce(tensor, reduce_op=operation)
-            return total
-
-        facts = self._gatherer.finish(step, pl_module.device, reduce)
+        facts = self._gatherer.finish(step, pl_module.device, _over_ranks(trainer))
         if self.gradient_control is not None and self.gradient_control.events is not None:
             facts = facts._replace(skipped=self.gradient_control.events.skipped)
         training = self._training(trainer, pl_module)
@@ -99,6 +95,14 @@ class ActionRunner(Callback):
             if name in state_dict:
                 action.load_state_dict(state_dict[name])
 
+    def gathered(self, trainer: Trainer, pl_module: LightningModule) -> Gathered:
+        """Return what was gathered of the step at hand, over all ranks; all must ask together."""
+        return self._gatherer.state(pl_module.device, _over_ranks(trainer))
+
+    def take_up(self, gathered: Gathered, pl_module: LightningModule) -> None:
+        """Go on gathering from there."""
+        self._gatherer.restore(gathered, pl_module.device)
+
     @property
     def _ring(self) -> SnapshotRing | None:
         ring = self._actions.get("rollback")
@@ -111,3 +115,11 @@ class ActionRunner(Callback):
         if self.gradient_control is not None:
             memories["gradient_stabilisers"] = self.gradient_control
         return Training(module, self._backbone, trainer.optimizers, schedulers, self._seed, memories)
+
+
+def _over_ranks(trainer: Trainer) -> Reduce:
+    def reduce(tensor: Tensor, operation: str) -> Tensor:
+        total: Tensor = trainer.strategy.reduce(tensor, reduce_op=operation)
+        return total
+
+    return reduce
