@@ -33,10 +33,11 @@ import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
 from lightning_moevlm.config_overlays import with_sources_merged
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.models import Backbone, ModelCard, model_card
+from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
 from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule
 
@@ -189,19 +190,19 @@ class ConfigResolver:
 
 
 def describe_model(resolved: Mapping[str, object]) -> ModelCard:
-    """Return what the model of a resolved configuration costs, without allocating its weights.
+    """Return what the model of a resolved configuration costs; built whole, but without memory for its weights.
 
     Raises:
-        UserError: dimensions that do not fit each other.
+        UserError: options out of range, or parts that do not fit each other: whatever `moevlm fit` would refuse when it
+            builds the model and its optimiser.
     """
     _prepare()
-    model = resolved["model"]
-    assert isinstance(model, Mapping)
     parser = LightningArgumentParser(**_PARSER_OPTIONS)
-    parser.add_class_arguments(_BackboneAlone, "model")
+    parser.add_lightning_class_args(VisionLanguageModule, "model")
     with _teaching_errors(), torch.device("meta"):
-        namespace = parser.parse_object({"model": {"backbone": model["backbone"]}})
-        return model_card(parser.instantiate(namespace).model.backbone)
+        module = parser.instantiate(parser.parse_object({"model": resolved["model"]})).model
+        module.build_optimizer()
+        return model_card(module.backbone)
 
 
 def build_data(resolved: Mapping[str, object]) -> ShardDataModule:
@@ -219,25 +220,16 @@ def build_data(resolved: Mapping[str, object]) -> ShardDataModule:
     return built
 
 
-class _BackboneAlone:
-    """The part of the model section that costs are counted of; a plan builds nothing else."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-
-
 def shipped_config(path: Path) -> Path:
     """Return the file itself, or, where there is none, the one of that name that the package ships.
 
     Raises:
-        UserError: neither exists.
+        UserError: neither exists; names the nearest one.
     """
-    if path.is_file():
-        return path
-    shipped = Path(__file__).parent / path
-    if not path.is_absolute() and shipped.is_file():
-        return shipped
-    raise UserError(f"no configuration file {path}: the shipped ones are in conf/, e.g. conf/quickstart.yaml")
+    found = find_file(path)
+    if found is None:
+        raise missing_file("configuration file", path)
+    return found
 
 
 def load_plugins() -> None:

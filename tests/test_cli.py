@@ -28,12 +28,26 @@ MISTAKES = {
         "top_k is 5 with num_experts 4: choose top_k between 1 and 4",
     ),
     "unresolvable reference": (("fit", *SMALL, "--data.image_size=${nowhere.at_all}"), "nowhere"),
-    "no such config": (("fit", "-c", "conf/none.yaml"), "no configuration file conf/none.yaml"),
+    "no such config": (
+        ("fit", "-c", "conf/routers/topk.yaml"),
+        "there is no configuration file conf/routers/topk.yaml; did you mean conf/routers/top_k.yaml? the shipped ones",
+    ),
     "no such set": (("fit", *SMALL, "--data.root=data/shards/none"), "moevlm data build scenes"),
     "an optimiser for matrices alone": (("fit", *SMALL, *budget(1), "--model.optimizer=Muon"), "MuonAdamW"),
     "a rate below zero": (("fit", *SMALL, *budget(1), "--model.optimizer.init_args.lr=-1"), "Invalid learning rate"),
     "no such checkpoint": (("validate", *SMALL, "--ckpt_path=none.ckpt"), "none.ckpt"),
-    "no such study": (("sweep", "plan", "ablations/none.yaml"), "ablations/none.yaml"),
+    "no such study": (
+        ("sweep", "plan", "rooter_z.yaml"),
+        "there is no study file rooter_z.yaml; did you mean ablations/router_z.yaml? the shipped ones are in ",
+    ),
+    "a loss that the router lacks": (
+        ("fit", *SMALL, *budget(1), "--model.losses.load.weight=0.01"),
+        "losses.load needs the noise of the router, and TopKRouter adds none",
+    ),
+    "a weight below zero": (
+        ("fit", *SMALL, *budget(1), "--model.losses.router_z.weight=-1"),
+        "losses.router_z.weight is -1.0: choose 0 or more",
+    ),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
     "no such kind": (("list", "rooters"), "rooters"),
     "tracking server that does not answer": (

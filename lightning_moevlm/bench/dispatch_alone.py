@@ -20,8 +20,7 @@ class IdentityExperts(ExpertStack):
     """Experts that return their rows."""
 
     def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
+        super().__init__(dim=1, num_experts=num_experts, hidden_dim=1)  # of no matrix
 
     def stacks(self) -> tuple[Tensor, ...]:
         """None."""

@@ -191,9 +191,17 @@ def _probes(planned: "Plan") -> "dict[str, Probe]":
 
 
 def _study_file(file: str) -> Path:
-    """Return the file itself, or the one of that name that the package ships."""
-    shipped = Path(__file__).parent.parent / file
-    return shipped if not Path(file).is_file() and shipped.is_file() else Path(file)
+    """Return the file itself, or the one of that name that the package ships.
+
+    Raises:
+        UserError: neither exists; names the nearest one.
+    """
+    from lightning_moevlm.shipped import find_file, missing_file
+
+    found = find_file(Path(file))
+    if found is None:
+        raise missing_file("study file", Path(file))
+    return found
 
 
 def _store_of(planned: "Plan") -> str:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.precision import Region
 from lightning_moevlm.ranges import check_number
 
@@ -56,12 +55,30 @@ class ExpertInit:
 class ExpertStack(nn.Module, ABC):
     """E feed-forwards D -> D; the first two constructor arguments are `dim` and `num_experts`.
 
-    init: how the stacks, (E, in, out) each, start; `initialise` reads it.
+    Args:
+        dim: model width D.
+        num_experts: E.
+        hidden_dim: hidden width F of one expert.
+        dropout: share of hidden units left out in training.
+        init: how the stacks, (E, in, out) each, start; `initialise` reads it.
+
+    Raises:
+        UserError: no hidden unit, or a dropout outside 0 <= p < 1.
     """
 
-    num_experts: int
     region: Region = "experts"
-    init: ExpertInit = ExpertInit()
+
+    def __init__(
+        self, dim: int, num_experts: int, hidden_dim: int, dropout: float = 0.0, init: ExpertInit = ExpertInit()
+    ) -> None:
+        super().__init__()
+        check_number("hidden_dim of experts", hidden_dim, least=1)
+        check_number("expert dropout", dropout, least=0, below=1, advice="; Switch fine-tunes with 0.4")
+        self.dim = dim
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.dropout = dropout
+        self.init = init
 
     @abstractmethod
     def stacks(self) -> tuple[Tensor, ...]:
@@ -81,13 +98,3 @@ class ExpertStack(nn.Module, ABC):
     @abstractmethod
     def forward_flops_per_row(self) -> int:
         """Matrix FLOPs of one row through one expert."""
-
-
-def check_dropout(dropout: float) -> None:
-    """Refuse a share that cannot be dropped.
-
-    Raises:
-        UserError: dropout outside 0 <= p < 1.
-    """
-    if not 0 <= dropout < 1:
-        raise UserError(f"expert dropout is {dropout}: choose 0 (off) up to below 1; Switch fine-tunes with 0.4")

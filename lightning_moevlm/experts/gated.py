@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moevlm.experts.expert_stack import Activation, ExpertInit, ExpertStack, Linear, check_dropout
+from lightning_moevlm.experts.expert_stack import Activation, ExpertInit, ExpertStack, Linear
 
 
 class GatedExperts(ExpertStack):
@@ -27,13 +27,7 @@ class GatedExperts(ExpertStack):
         dropout: float = 0.0,
         init: ExpertInit = ExpertInit(),
     ) -> None:
-        super().__init__()
-        check_dropout(dropout)
-        self.dim = dim
-        self.num_experts = num_experts
-        self.hidden_dim = hidden_dim
-        self.dropout = dropout
-        self.init = init
+        super().__init__(dim, num_experts, hidden_dim, dropout, init)
         self.gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))

@@ -6,7 +6,7 @@ from lightning_moevlm.losses.gshard import GShard, gshard
 from lightning_moevlm.losses.importance import Importance, importance
 from lightning_moevlm.losses.load import Load, load
 from lightning_moevlm.losses.load_balance import LoadBalance, load_balance
-from lightning_moevlm.losses.loss_input import LayerCounts, LossInput
+from lightning_moevlm.losses.loss_input import LayerCounts, LossInput, RoutedLayer
 from lightning_moevlm.losses.modality_entropy import GlobalEntropy, LocalEntropy
 from lightning_moevlm.losses.mutual_information import MutualInformation, mutual_information
 from lightning_moevlm.losses.output_z import OutputZ, output_z
@@ -33,6 +33,7 @@ __all__ = [
     "MutualInformation",
     "OutputZ",
     "ReLUL1",
+    "RoutedLayer",
     "RouterOrthogonality",
     "RouterZ",
     "SequenceBalance",

@@ -4,9 +4,10 @@ A loss on routing is the mean over the plans of a step (MoE layers x forward pas
 depth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lightning_moevlm.losses.gshard import GShard
 from lightning_moevlm.losses.importance import Importance
 from lightning_moevlm.losses.load import Load
 from lightning_moevlm.losses.load_balance import LoadBalance
-from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.losses.modality_entropy import GlobalEntropy, LocalEntropy
 from lightning_moevlm.losses.mutual_information import MutualInformation
 from lightning_moevlm.losses.output_z import OutputZ
@@ -23,8 +24,15 @@ from lightning_moevlm.losses.relu_l1 import ReLUL1
 from lightning_moevlm.losses.router_orthogonality import RouterOrthogonality
 from lightning_moevlm.losses.router_z import RouterZ
 from lightning_moevlm.losses.sequence_balance import SequenceBalance
-from lightning_moevlm.losses.weights import AdaptiveWeight, Weight, first_value
+from lightning_moevlm.losses.weights import AdaptiveWeight, Weight, check_weight, first_value
 from lightning_moevlm.records import Term
+
+
+@runtime_checkable
+class _Particular(Protocol):
+    """A loss that is not defined for every router."""
+
+    def check(self, layer: RoutedLayer) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,9 @@ class AuxiliaryLosses:
         mutual_information: of tokens and experts, to be large.
         relu_l1: ReMoE, few active experts per token under ReLU routing.
         router_orthogonality: rows of a router that point in different directions.
+
+    Raises:
+        UserError: a negative weight.
     """
 
     load_balance: LoadBalance | None = field(default_factory=LoadBalance)
@@ -58,6 +69,23 @@ class AuxiliaryLosses:
     mutual_information: MutualInformation | None = None
     relu_l1: ReLUL1 | None = None
     router_orthogonality: RouterOrthogonality | None = None
+
+    def __post_init__(self) -> None:
+        """Check the weights."""
+        for name, weight in self.weights.items():
+            check_weight(f"losses.{name}.weight", weight)
+
+    def check(self, layers: Iterable[RoutedLayer]) -> None:
+        """Refuse a loss that is undefined for a layer; a dense model has none.
+
+        Raises:
+            UserError: with what to change.
+        """
+        losses = [getattr(self, name) for name in self.weights]
+        for layer in layers:
+            for loss in losses:
+                if isinstance(loss, _Particular):
+                    loss.check(layer)
 
     @property
     def weights(self) -> dict[str, Weight]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.losses.groups import Grouping
 from lightning_moevlm.losses.importance import squared_variation
-from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import PairPlan
 
@@ -33,19 +33,23 @@ class Load:
     weight: BalanceWeight = 5e-3
     per_modality: bool = False
 
-    def __call__(self, inputs: LossInput) -> Tensor | None:
-        """Return the raw loss of one plan, a scalar fp32 tensor; None in evaluation.
+    def check(self, layer: RoutedLayer) -> None:
+        """Refuse a router without noise.
 
         Raises:
-            UserError: a training step of a router without noise.
+            UserError: with what to change.
         """
+        if not layer.adds_noise:
+            raise UserError(
+                f"losses.load needs the noise of the router, and {layer.router} adds none: choose NoisyTopKRouter, or "
+                "set losses.load to null (losses.importance and losses.load_balance need no noise)"
+            )
+
+    def __call__(self, inputs: LossInput) -> Tensor | None:
+        """Return the raw loss of one plan, a scalar fp32 tensor; None in evaluation."""
         if not inputs.training:
             return None
-        if not isinstance(inputs.plan, PairPlan) or inputs.plan.noisy_logits_TE is None:
-            raise UserError(
-                "losses.load needs the noise of the router, and this router adds none: choose NoisyTopKRouter, or set "
-                "losses.load to null (losses.importance and losses.load_balance need no noise)"
-            )
+        assert isinstance(inputs.plan, PairPlan), "checked"
         return load(inputs.plan, Grouping(by_modality=self.per_modality))
 
 

@@ -1,10 +1,23 @@
-"""What a loss on routing may look at: a plan, and what its layer knows beyond it."""
+"""What a loss on routing may look at: a plan, and what its layer knows beyond it; and what it may ask of a layer."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_moevlm.plans import RoutingPlan
+
+
+class RoutedLayer(NamedTuple):
+    """What a loss may need of a layer, known before the first step.
+
+    router: name of its class. adds_noise, mixes: see `Router`. has_rows: whether `LossInput.rows` will be there.
+    """
+
+    router: str
+    num_experts: int
+    adds_noise: bool
+    mixes: bool
+    has_rows: bool
 
 
 class LayerCounts(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.ranges import check_number
@@ -85,6 +85,19 @@ class GlobalEntropy:
             if count is not None:
                 check_number(f"global_entropy.{name}", count, least=1, advice=" experts, or null for all of them")
 
+    def check(self, layer: RoutedLayer) -> None:
+        """Refuse to ask for more experts than there are.
+
+        Raises:
+            UserError: with how many there are.
+        """
+        for name in ("min_image_experts", "min_text_experts"):
+            if (getattr(self, name) or 1) > layer.num_experts:
+                raise UserError(
+                    f"global_entropy.{name} is {getattr(self, name)} and a layer has {layer.num_experts} experts: "
+                    f"choose at most {layer.num_experts}, or null for all of them"
+                )
+
     def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
         plan = inputs.plan
@@ -93,18 +106,9 @@ class GlobalEntropy:
         missing: dict[Modality, Tensor] = {}
         for modality, factor in factors.items():
             if factor is not None:
-                threshold = self._threshold(modality, wanted[modality], plan.num_experts)
+                threshold = math.log(wanted[modality] or plan.num_experts)
                 missing[modality] = (threshold - global_entropy(plan.probs_TE, _tokens(plan, modality))).clamp(min=0)
         return _mean_over_modalities(plan, missing, factors)
-
-    @staticmethod
-    def _threshold(modality: Modality, min_experts: float | None, num_experts: int) -> float:
-        if min_experts is not None and min_experts > num_experts:
-            raise UserError(
-                f"global_entropy.min_{modality.label}_experts is {min_experts} and a layer has {num_experts} experts: "
-                f"choose at most {num_experts}, or null for all of them"
-            )
-        return math.log(min_experts or num_experts)
 
 
 def local_entropy(probs_TE: Tensor, token_T: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.losses.groups import Grouping, shares
-from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.losses.weights import BySparsity, SparsityWeight
 from lightning_moevlm.plans import PairPlan
 
@@ -31,17 +31,21 @@ class ReLUL1:
     weight: SparsityWeight = BySparsity()
     load_weighted: bool = True
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan, a scalar fp32 tensor.
+    def check(self, layer: RoutedLayer) -> None:
+        """Refuse a router of soft slots.
 
         Raises:
-            UserError: a router of soft slots.
+            UserError: with what to change.
         """
-        if not isinstance(inputs.plan, PairPlan):
+        if layer.mixes:
             raise UserError(
-                "losses.relu_l1 acts on the weights of chosen experts, and a router of soft slots chooses none: use "
+                f"losses.relu_l1 acts on the weights of chosen experts, and {layer.router} chooses none: use "
                 "ReLURouter, or set losses.relu_l1 to null"
             )
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        """Return the raw loss of one plan, a scalar fp32 tensor."""
+        assert isinstance(inputs.plan, PairPlan), "checked"
         return relu_l1(inputs.plan, self.load_weighted)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.schedules import Schedule
 
 
@@ -28,17 +28,21 @@ class RouterOrthogonality:
 
     weight: Schedule = 1e-3
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one layer, a scalar fp32 tensor.
+    def check(self, layer: RoutedLayer) -> None:
+        """Refuse a router without rows.
 
         Raises:
-            UserError: a router without rows.
+            UserError: with what to change.
         """
-        if inputs.rows is None:
+        if not layer.has_rows:
             raise UserError(
-                "losses.router_orthogonality compares the rows of a router, and this router has none: choose one that "
-                "scores tokens with learned rows, such as TopKRouter, or set losses.router_orthogonality to null"
+                f"losses.router_orthogonality compares the rows of a router, and {layer.router} has none: choose one "
+                "that scores tokens with learned rows, such as TopKRouter, or set losses.router_orthogonality to null"
             )
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        """Return the raw loss of one layer, a scalar fp32 tensor."""
+        assert inputs.rows is not None, "checked"
         return router_orthogonality(inputs.rows)
 
 

@@ -9,33 +9,17 @@ Image-only, text-only and pair inputs run through the same attention weights on 
 is hard; learning to route happens inside a modality.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
-from torch import Tensor
-
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.layers import (
-    DenseFFN,
-    FeedForward,
-    ModelStabilisers,
-    MoEFFN,
-    MultiwayFFN,
-    PatchCodes,
-    PatchEmbedding,
-    TextEmbedding,
-    check_causal,
-    dense_twin,
-    make_norm,
-    name_layers,
-    reads_identity,
-)
-from lightning_moevlm.models.backbone import Backbone, BackboneOutput, BackboneSpec
-from lightning_moevlm.models.trunk import build_blocks, check_moe_every, embed, run_blocks, trunk_flops
+from lightning_moevlm.layers import DenseFFN, FeedForward, ModelStabilisers, MoEFFN, MultiwayFFN, dense_twin
+from lightning_moevlm.models.backbone import BackboneSpec
+from lightning_moevlm.models.trunk import Trunk, check_moe_every
 from lightning_moevlm.plans import Modality
 
 
-class VLMoE(Backbone):
+class VLMoE(Trunk):
     """VL-MoE backbone.
 
     Args:
@@ -82,15 +66,11 @@ class VLMoE(Backbone):
         causal: bool = False,
         patch_codebook: str | None = None,
     ) -> None:
-        super().__init__()
         if not 0 <= num_vl_blocks <= num_blocks:
             raise UserError(f"num_vl_blocks is {num_vl_blocks}: choose between 0 and num_blocks {num_blocks}")
         check_moe_every(moe_every)
-        self.spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
-        self.patches = PatchEmbedding(dim, image_size, patch_size, stabilisers.freeze_patches)
-        self.text = TextEmbedding(dim, vocab_size, max_text_len)
-
-        length = {Modality.IMAGE: self.spec.num_patches, Modality.TEXT: max_text_len}
+        spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
+        length = {Modality.IMAGE: spec.num_patches, Modality.TEXT: max_text_len}
 
         def single(modality: Modality, is_sparse: bool) -> FeedForward:
             if not is_sparse:
@@ -104,30 +84,4 @@ class VLMoE(Backbone):
             pair = DenseFFN(dim, hidden_dim) if is_top else None
             return MultiwayFFN(single(Modality.IMAGE, is_sparse), single(Modality.TEXT, is_sparse), pair)
 
-        self.blocks = build_blocks(dim, num_heads, num_blocks, feed_forward, stabilisers)
-        self.norm = make_norm(stabilisers.norm, dim)
-        self.causal = causal
-        self.patch_codes = PatchCodes(patch_size, codebook=patch_codebook) if reads_identity(self) else None
-        name_layers(self)
-        if causal:
-            check_causal(self)
-
-    @property
-    def text_embedding_VD(self) -> Tensor:
-        """Token embedding matrix."""
-        return self.text.token.weight
-
-    def forward(
-        self,
-        images_BRYX: Tensor | None = None,
-        text_BL: Tensor | None = None,
-        text_mask_BL: Tensor | None = None,
-        image_mask_BP: Tensor | None = None,
-    ) -> BackboneOutput:
-        """Encode images, texts or pairs; at least one of the two must be given."""
-        sequence = embed(self, images_BRYX, text_BL, text_mask_BL, image_mask_BP)
-        return run_blocks(self.blocks, self.norm, sequence, self.precision, self.measure_attention)
-
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Active matrix FLOPs of one forward pass of one sample."""
-        return trunk_flops(self.patches, self.blocks, num_tokens)
+        super().__init__(spec, num_heads, num_blocks, feed_forward, stabilisers, causal, patch_codebook)

@@ -10,7 +10,7 @@ import torch
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import check_top_k, even_weights, plan_of_choices
+from lightning_moevlm.routers.choices import check_top_k, even_plan
 from lightning_moevlm.routers.router import Router
 
 
@@ -43,7 +43,7 @@ class ModalityRouter(Router):
         return 0
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
-        """Route T tokens to K experts of their modality; logits_TE are 0 and probs_TE even."""
+        """Route T tokens to K experts of their modality."""
         turn_T = torch.zeros_like(inputs.modality_T)
         for modality in Modality:  # padding takes no turn, nor does the other modality
             mine_T = inputs.valid_T & (inputs.modality_T == modality)
@@ -52,5 +52,4 @@ class ModalityRouter(Router):
         choice_K = torch.arange(self.top_k, device=turn_T.device)
         place_TK = (turn_T.unsqueeze(-1) * self.top_k + choice_K) % share
         expert_TK = place_TK * len(Modality) + inputs.modality_T.unsqueeze(-1)
-        logits_TE = torch.zeros(turn_T.shape[0], self.num_experts, dtype=torch.float32, device=turn_T.device)
-        return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, even_weights(expert_TK))
+        return even_plan(inputs, expert_TK, self.num_experts)

@@ -59,9 +59,12 @@ def renormalised(weight_TK: Tensor) -> Tensor:
     return weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
 
-def even_weights(expert_TK: Tensor) -> Tensor:
-    """Return 1 / K for every choice, fp32: what routers without scores combine with."""
-    return torch.full(expert_TK.shape, 1.0 / max(1, expert_TK.shape[1]), dtype=torch.float32, device=expert_TK.device)
+def even_plan(inputs: RoutingInput, expert_TK: Tensor, num_experts: int) -> PairPlan:
+    """Return the plan of a router without scores: weights are 1 / K, logits_TE are 0 and probs_TE even, all fp32."""
+    num_tokens, num_choices = expert_TK.shape
+    logits_TE = torch.zeros(num_tokens, num_experts, dtype=torch.float32, device=expert_TK.device)
+    weight_TK = torch.full_like(expert_TK, 1.0 / max(1, num_choices), dtype=torch.float32)
+    return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, weight_TK)
 
 
 def _choice_major(values_TK: Tensor) -> Tensor:

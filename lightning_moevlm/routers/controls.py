@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import check_top_k, even_weights, plan_of_choices
+from lightning_moevlm.routers.choices import check_top_k, even_plan
 from lightning_moevlm.routers.hashed import scrambled
 from lightning_moevlm.routers.router import Router
 
@@ -46,11 +46,10 @@ class FixedRouter(Router):
         return 0
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
-        """Route T tokens to K experts each; logits_TE are 0 and probs_TE even."""
+        """Route T tokens to K experts each."""
         turn_T1 = (inputs.valid_T.cumsum(dim=0) - 1).clamp(min=0).unsqueeze(-1)  # padding takes no turn
         expert_TK = self._random(turn_T1) if self.rule == "random" else self._balanced(turn_T1)
-        logits_TE = torch.zeros(expert_TK.shape[0], self.num_experts, dtype=torch.float32, device=expert_TK.device)
-        return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, even_weights(expert_TK))
+        return even_plan(inputs, expert_TK, self.num_experts)
 
     def _balanced(self, turn_T1: Tensor) -> Tensor:
         return (turn_T1 * self.top_k + torch.arange(self.top_k, device=turn_T1.device)) % self.num_experts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import check_top_k, even_weights, plan_of_choices
+from lightning_moevlm.routers.choices import check_top_k, even_plan
 from lightning_moevlm.routers.router import Router
 
 
@@ -47,7 +47,7 @@ class HashRouter(Router):
         return 0
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
-        """Route T tokens to K experts each with weight 1 / K; logits_TE are 0 and probs_TE even."""
+        """Route T tokens to K experts each."""
         if inputs.identity_T is None:
             raise UserError(
                 "HashRouter needs to know what each token is, and this model gives no identities: set identity_BS in "
@@ -55,9 +55,7 @@ class HashRouter(Router):
             )
         expert_E = torch.arange(self.num_experts, device=inputs.identity_T.device)
         draw_TE = scrambled(inputs.identity_T.unsqueeze(-1) * self.num_experts + expert_E, self.seed)
-        expert_TK = draw_TE.topk(self.top_k, dim=-1).indices
-        logits_TE = torch.zeros(draw_TE.shape, dtype=torch.float32, device=draw_TE.device)
-        return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, even_weights(expert_TK))
+        return even_plan(inputs, draw_TE.topk(self.top_k, dim=-1).indices, self.num_experts)
 
 
 def scrambled(values: Tensor, seed: int) -> Tensor:

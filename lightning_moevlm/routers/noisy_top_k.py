@@ -46,6 +46,7 @@ class NoisyTopKRouter(Router):
         check_number("noise_scale", noise_scale, least=0)
         self.top_k = top_k
         self.noise_scale = noise_scale
+        self.adds_noise = learned_noise or noise_scale > 0
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
         self.noise_weight_ED = nn.Parameter(torch.empty(num_experts, dim)) if learned_noise else None
 

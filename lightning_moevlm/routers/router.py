@@ -33,12 +33,18 @@ class Router(nn.Module, ABC):
     never_starves: every expert has the same work whatever the weights are, so none can be dead.
 
     reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only if asked.
+
+    adds_noise: its plans of training steps carry noisy logits and the noise's std.
+
+    mixes: its plans are `MixPlan`s: slots of mixed tokens, and nothing is chosen.
     """
 
     competes = False
     choices_vary = False
     never_starves = False
     reads_identity = False
+    adds_noise = False
+    mixes = False
     region: Region = "router"
 
     def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:

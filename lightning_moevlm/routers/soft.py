@@ -33,6 +33,7 @@ class SoftRouter(Router):
 
     competes = True
     never_starves = True
+    mixes = True
 
     def __init__(self, dim: int, num_experts: int, slots_per_expert: int = 2, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)

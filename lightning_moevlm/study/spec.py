@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from lightning_moevlm import keys
+from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.study.budget import Budget, read_budget
 from lightning_moevlm.study.changes import merged, read_changes
 from lightning_moevlm.study.design import REFERENCE, Design
@@ -42,7 +43,6 @@ Correction = Literal["none", "holm"]
 _OPTIONAL = (
     *("hypothesis", "source", "arms", "factors", "design", "baseline", "match", "also", "diverged", "decide", "guard"),
 )
-_PACKAGE = Path(__file__).parent.parent
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
 _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
 _SEEDS_END = 2**32  # what NumPy and Lightning take
@@ -244,12 +244,10 @@ def _match(node: Located | None) -> Match | None:
 def _config_file(node: Located) -> Path:
     """Find a base file: as given (from the working directory), beside the study file, or shipped with the package."""
     given = Path(node.text())
-    places = (given, node.file.parent / given, _PACKAGE / given)
-    found = next((place for place in places if place.is_file()), None)
+    beside = [node.file.parent]
+    found = find_file(given, beside)
     if found is None:
-        raise node.error(
-            f"no such config file: {given} (looked here, in {node.file.parent} and among the shipped ones)"
-        )
+        raise node.error(str(missing_file("configuration file", given, beside)))
     return found
 
 

@@ -6,8 +6,9 @@ The parsed configuration does not tell: whether it keeps their names depends on 
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_moevlm.shipped import find_file
+
 _OPTIONS = ("-c", "--config")
-_PACKAGE = Path(__file__).parent.parent
 
 
 def config_sources(argv: Sequence[str]) -> tuple[Path, ...]:
@@ -31,5 +32,4 @@ def config_sources(argv: Sequence[str]) -> tuple[Path, ...]:
 def _file(name: str) -> Path | None:
     if "\n" in name or name.lstrip().startswith("{"):
         return None  # a configuration itself, which may be too long to be looked up as a name
-    path = Path(name)
-    return next((place for place in (path, _PACKAGE / path) if place.is_file()), None)
+    return find_file(Path(name))

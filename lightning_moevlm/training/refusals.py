@@ -1,13 +1,41 @@
-"""Combinations of trainer, optimiser and gradient stabilisers that would compute something else than they say."""
+"""Combinations of parts that would fail later, or compute something else than they say."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.losses import AuxiliaryLosses, RoutedLayer
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.objectives import Objective
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 """Strategies whose ranks hold parts of a gradient."""
+
+
+def refuse_unsuited_losses(losses: AuxiliaryLosses, backbone: Backbone, objective: Objective) -> None:
+    """Refuse losses that this model or objective could not have.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if losses.output_z is not None and not objective.num_classes:
+        raise UserError(
+            "losses.output_z is on logits of classes, and no term of this objective predicts any: set losses.output_z "
+            "to null, or choose image targets that are codes"
+        )
+    layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
+    losses.check(
+        RoutedLayer(
+            router=type(layer.router).__name__,
+            num_experts=layer.num_experts,
+            adds_noise=layer.router.adds_noise,
+            mixes=layer.router.mixes,
+            has_rows=layer.router.rows() is not None,
+        )
+        for layer in layers
+    )
 
 
 def refuse_unsuited_trainer(trainer: Trainer) -> None:

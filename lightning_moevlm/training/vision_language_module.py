@@ -27,6 +27,7 @@ from lightning_moevlm.optim import (
 )
 from lightning_moevlm.plans import MixPlan
 from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.accumulation import (
     HalfStep,
@@ -40,7 +41,11 @@ from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.logging_steps import is_logging_step
 from lightning_moevlm.training.loss_weights import LossWeights
-from lightning_moevlm.training.refusals import refuse_unsuited_optimizer, refuse_unsuited_trainer
+from lightning_moevlm.training.refusals import (
+    refuse_unsuited_losses,
+    refuse_unsuited_optimizer,
+    refuse_unsuited_trainer,
+)
 from lightning_moevlm.training.resume import take_up_epoch
 from lightning_moevlm.training.routing_counts import RoutingCounter
 
@@ -77,7 +82,8 @@ class VisionLanguageModule(LightningModule):
         actions: what acts on the model after each optimiser step.
 
     Raises:
-        UserError: an action that could not act on this backbone, or a loss that this objective could not have.
+        UserError: an action that could not act on this backbone, a loss that it or this objective could not have, or a
+            negative init_std.
     """
 
     def __init__(
@@ -105,12 +111,9 @@ class VisionLanguageModule(LightningModule):
         self.seed = seed
         self.precision = precision
         set_precision(self, precision)
+        check_number("init_std", init_std, least=0)
         initialise(self, seed, init_std)
-        if losses.output_z is not None and not self.objective.num_classes:
-            raise UserError(
-                "losses.output_z is on logits of classes, and no term of this objective predicts any: set "
-                "losses.output_z to null, or choose image targets that are codes"
-            )
+        refuse_unsuited_losses(losses, backbone, self.objective)
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
         self._micro_losses: list[Tensor] = []  # of the step at hand

@@ -32,8 +32,7 @@ class BiasedExperts(ExpertStack):
     """Somebody else's stack: an activation of three stages, a bias, so that a row of zeros gives no zeros."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
+        super().__init__(dim, num_experts, hidden_dim=24)
         self.one_EDF = nn.Parameter(torch.empty(num_experts, dim, 24))
         self.two_EFF = nn.Parameter(torch.empty(num_experts, 24, 24))
         self.three_EFD = nn.Parameter(torch.empty(num_experts, 24, dim))

@@ -284,7 +284,7 @@ def test_sub_norm_of_experts_is_the_same_on_every_dispatcher(
     ("switches", "message"),
     [
         ({"logit_cap": 0.0}, "logit_cap is 0.0: choose a value above 0"),
-        ({"init_scale": 0.0}, "init_scale is 0.0: choose a factor above 0"),
+        ({"init_scale": 0.0}, "init_scale is 0.0: choose a value above 0"),
         ({"residual_scaling": "deepnorm"}, "norm_placement is pre: set norm_placement to post"),
         ({"residual_scaling": "depth", "init_scheme": "depth_scaled"}, "choose one of them"),
     ],

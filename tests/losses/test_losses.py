@@ -20,6 +20,7 @@ from lightning_moevlm.losses import (
     LossInput,
     OutputZ,
     ReLUL1,
+    RoutedLayer,
     RouterOrthogonality,
     RouterZ,
     SequenceBalance,
@@ -35,7 +36,7 @@ from lightning_moevlm.losses import (
 )
 from lightning_moevlm.losses.load import chances
 from lightning_moevlm.plans import Modality, PairPlan
-from lightning_moevlm.routers import NoisyTopKRouter, SoftRouter, TopKRouter
+from lightning_moevlm.routers import NoisyTopKRouter, SoftRouter
 from lightning_moevlm.schedules import Ramp
 from tests.routing import full_plan, relu_plan, routing_input, top_1_plan
 
@@ -131,10 +132,16 @@ def test_load_threshold_is_the_kth_noisy_logit() -> None:
     torch.testing.assert_close(chances(plan), torch.tensor([[0.0227501, 0.5, 0.1586553]]))
 
 
+def a_layer() -> RoutedLayer:
+    """What losses that are not for every router ask of a layer; this one is of softmax top-k."""
+    return RoutedLayer("TopKRouter", num_experts=4, adds_noise=False, mixes=False, has_rows=True)
+
+
 def test_load_needs_noise_and_says_so() -> None:
     inputs = routing_input(8, 16)
-    with pytest.raises(UserError, match="NoisyTopKRouter"):
-        Load()(LossInput(TopKRouter(16, 4)(inputs)))
+    with pytest.raises(UserError, match="TopKRouter adds none: choose NoisyTopKRouter"):
+        AuxiliaryLosses(load=Load()).check([a_layer()])
+    AuxiliaryLosses(load=Load()).check([a_layer()._replace(adds_noise=True)])
     noisy = NoisyTopKRouter(16, 4)
     assert Load()(LossInput(noisy(inputs))) is not None
     assert Load()(LossInput(noisy.eval()(inputs), training=False)) is None
@@ -198,7 +205,7 @@ def test_relu_l1_by_hand() -> None:
 
 def test_relu_l1_refuses_soft_slots() -> None:
     with pytest.raises(UserError, match="ReLURouter"):
-        ReLUL1()(LossInput(SoftRouter(16, 4)(routing_input(8, 16))))
+        AuxiliaryLosses(relu_l1=ReLUL1()).check([a_layer()._replace(mixes=True)])
 
 
 def test_router_orthogonality_by_hand() -> None:
@@ -210,7 +217,7 @@ def test_router_orthogonality_by_hand() -> None:
 
 def test_router_orthogonality_needs_rows_and_says_so() -> None:
     with pytest.raises(UserError, match="TopKRouter"):
-        RouterOrthogonality()(LossInput(random_plans(1)[0]))
+        AuxiliaryLosses(router_orthogonality=RouterOrthogonality()).check([a_layer()._replace(has_rows=False)])
 
 
 def mixed_plan() -> PairPlan:
@@ -250,7 +257,7 @@ def test_global_entropy_is_content_above_its_threshold() -> None:
 
 def test_global_entropy_refuses_experts_that_are_not_there() -> None:
     with pytest.raises(UserError, match="at most 2"):
-        GlobalEntropy(min_text_experts=3)(LossInput(mixed_plan()))
+        AuxiliaryLosses(global_entropy=GlobalEntropy(min_text_experts=3)).check([a_layer()._replace(num_experts=2)])
     with pytest.raises(UserError, match="1 or more"):
         GlobalEntropy(min_image_experts=0.5)
 

@@ -53,7 +53,7 @@ def test_a_weight_never_gets_where_it_could_not_come_back_from(chosen: list[int]
 
 
 def test_ranges_are_checked() -> None:
-    with pytest.raises(UserError, match="starts at 0"):
+    with pytest.raises(UserError, match=r"start of an adaptive weight is 0\.0: choose a value from 1e-12 up to"):
         BySparsity(start=0.0)
     with pytest.raises(UserError, match="factor"):
         ByOverflow(0.1, factor=0.9)

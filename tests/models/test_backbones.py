@@ -13,7 +13,6 @@ from lightning_moevlm.dispatch import Capacity, LoopDispatcher
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.models import Backbone, model_card
-from lightning_moevlm.models.trunk import embed
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.routers import ExpertChoiceRouter, HashRouter, ReLURouter, SinkhornRouter, TopPRouter
 from tests.small_model import pair_batch, small_limoe, small_vl_moe
@@ -116,7 +115,7 @@ def test_causal_outputs_do_not_know_later_words(name: str, switch: str, capacity
 def test_no_patch_has_the_identity_of_a_word() -> None:
     model, batch = small_limoe(router=HashRouter), pair_batch()
     hidden_BP = torch.tensor([[True, False, False, False]] * 4)
-    layout = embed(model, batch.images_BRYX, batch.text_BL, batch.text_mask_BL, hidden_BP).layout
+    layout = model(batch.images_BRYX, batch.text_BL, batch.text_mask_BL, hidden_BP).layout
     assert layout.identity_BS is not None
     patches, words = layout.identity_BS[:, :4], layout.identity_BS[:, 4:]
     assert torch.equal(words, batch.text_BL)

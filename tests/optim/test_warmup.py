@@ -100,7 +100,7 @@ def test_a_checkpoint_does_not_bring_its_budget_along() -> None:
     ("options", "message"),
     [
         ({"total_steps": 0}, "total_steps of the schedule is 0"),
-        ({"total_steps": 10, "warmup": 20}, "warmup of the schedule is 20: choose a share"),
+        ({"total_steps": 10, "warmup": 20}, "warmup of the schedule is 20: choose a value from 0"),
     ],
 )
 def test_impossible_schedules_are_refused(options: dict[str, float], message: str) -> None:

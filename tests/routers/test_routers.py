@@ -78,6 +78,12 @@ def router(request: pytest.FixtureRequest) -> Router:
     return build(request.param)
 
 
+def test_noise_is_declared(router: Router) -> None:
+    plan = router.train()(routing_input(8, 16))
+    assert router.adds_noise == (plan.noisy_logits_TE is not None) and not router.mixes
+    assert not NoisyTopKRouter(16, 8, noise_scale=0.0).adds_noise
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plan_is_well_formed(router: Router, training: bool, dtype: torch.dtype) -> None:

@@ -132,7 +132,12 @@ def test_shipped_study_is_valid():
         ("decide:", "guard: [{metric: val/task_los, at_most: 1}]\ndecide:", 19, ["guard[0].metric", "'val/task_loss'"]),
         ("decide:", "guard: [{metric: val/task_loss, at_most: -1}]\ndecide:", 19, ["expected a number >= 0, got '-1'"]),
         ("decide:", "guard: [{metric: val/task_loss}]\ndecide:", 19, ["guard[0]: the key 'at_most' is missing"]),
-        ("base: [base.yaml]", "base: [bse.yaml]", 5, ["base[0]: no such config file: bse.yaml"]),
+        (
+            "base: [base.yaml]",
+            "base: [bse.yaml]",
+            5,
+            ["base[0]: there is no configuration file bse.yaml; did you mean base.yaml? the shipped"],
+        ),
         ("description: as it is", "model.losses.router_z: null", 7, ["the baseline changes nothing"]),
         (
             "    model:\n",

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-import lightning_moevlm.tracking.config_sources as config_sources_module
+from lightning_moevlm import shipped
 from lightning_moevlm.tracking.config_sources import config_sources
 
 
@@ -21,7 +21,7 @@ def test_a_shipped_file_is_found_unless_one_is_here(tmp_path: Path, monkeypatch:
     for folder in (package / "conf", here / "conf"):
         folder.mkdir(parents=True)
     (package / "conf/quickstart.yaml").touch()
-    monkeypatch.setattr(config_sources_module, "_PACKAGE", package)
+    monkeypatch.setattr(shipped, "shipped_root", lambda: package)
     monkeypatch.chdir(here)
     argv = ["moevlm", "fit", "-c", "conf/quickstart.yaml"]
     assert config_sources(argv) == (package / "conf/quickstart.yaml",)
