@@ -115,7 +115,7 @@ def test_the_scale_does_not_move_with_accumulation() -> None:
 
     def trained(accumulate: int) -> dict[str, Tensor]:
         module = build(losses, lr=1.0, objective=NoTask)
-        fit(module, [batch] * 4, steps=1, accumulate=accumulate)
+        fit(module, 1, batches=[batch] * 4, accumulate=accumulate)
         return routers(module)
 
     once, four_times = trained(1), trained(4)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from lightning_moevlm.dispatch.capacity import Capacity
 from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.dispatch.slots import run_slots
 from lightning_moevlm.plans import MixPlan, PairPlan, RoutingPlan
@@ -33,6 +34,13 @@ class Dispatcher(ABC):
     def refusal(self, tokens_TD: Tensor, experts: Experts) -> str | None:
         """Return why this dispatcher cannot run such tokens and experts, with the remedy; None where it can."""
         return None
+
+    def check(self, capacity: Capacity | None) -> None:  # noqa: B027 - most take whatever a capacity lets through
+        """Refuse a capacity whose plans could not be run, before the first of them comes.
+
+        Raises:
+            UserError: with what to change.
+        """
 
     def record(self) -> str:
         """Say which path runs, for the record of a run."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lightning_moevlm.dispatch.capacity import Capacity, ModalityFactors
 from lightning_moevlm.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.dispatch.pairs import SortedPairs, combine, gather_rows, sort_by_expert
@@ -31,6 +32,20 @@ class PaddedDispatcher(Dispatcher):
         if factor is not None:
             check_number("factor", factor, above=0, advice=", e.g. the capacity's own factor, or null")
         self.factor = factor
+
+    def check(self, capacity: Capacity | None) -> None:
+        """Refuse fewer places than the capacity may fill; without capacity the user answers for the factor."""
+        if capacity is None or self.factor is None:
+            return
+        for name in ("train_factor", "eval_factor"):
+            value = getattr(capacity, name)
+            factors = (value.image, value.text) if isinstance(value, ModalityFactors) else (value,)
+            largest = max((factor for factor in factors if factor is not None), default=0.0)
+            if self.factor < largest:
+                raise UserError(
+                    f"factor of PaddedDispatcher is {self.factor} and capacity.{name} {largest}: experts may get more "
+                    "pairs than it has places for; give it at least the capacity's factors, or null"
+                )
 
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""

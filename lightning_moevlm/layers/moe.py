@@ -33,7 +33,7 @@ class MoEFFN(FeedForward):
         num_shared: how many shared experts there are.
 
     Raises:
-        UserError: no experts, or shared ones that are none.
+        UserError: no experts, shared ones that are none, or a dispatcher that could not serve the capacity.
     """
 
     precision = PrecisionPolicy()
@@ -61,6 +61,7 @@ class MoEFFN(FeedForward):
         self.capacity = capacity
         self.shared = None if shared is None else shared(dim, num_shared)
         self.dispatcher = dispatcher or AutoDispatcher()
+        self.dispatcher.check(capacity)
         self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
         self.shared_hidden_norm: nn.Module | None = None
         self.path = ""  # in the backbone, see name_layers

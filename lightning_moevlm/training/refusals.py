@@ -1,7 +1,11 @@
 """Combinations of parts that would fail later, or compute something else than they say."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_moevlm.errors import UserError
@@ -9,6 +13,7 @@ from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.losses import AuxiliaryLosses, RoutedLayer
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.objectives import Objective
+from lightning_moevlm.optim import parameter_groups
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 """Strategies whose ranks hold parts of a gradient."""
@@ -69,3 +74,21 @@ def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
             "would be clipped scaled: set fused to false, choose bf16-mixed, or set every field of model.gradient to "
             "null"
         )
+
+
+def refuse_other_groups(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Refuse an optimiser's state of other parameter groups than those of this model.
+
+    Raises:
+        UserError: with both.
+    """
+    here = [(group["role"], len(group["params"])) for group in parameter_groups(module.named_parameters())]
+    for state in checkpoint.get("optimizer_states", []):
+        saved = [(group.get("role"), len(group["params"])) for group in state["param_groups"]]
+        if saved != here:
+            then, now = (", ".join(f"{role} {count}" for role, count in groups) for groups in (saved, here))
+            raise UserError(
+                f"the checkpoint cannot be resumed: its optimiser's parameter groups are {then}, those of this model "
+                f"{now}; it was saved by an older version or of a model with other parts: resume with the version and "
+                "the configuration that saved it, or begin a new run"
+            )

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -42,6 +43,7 @@ from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.logging_steps import is_logging_step
 from lightning_moevlm.training.loss_weights import LossWeights
 from lightning_moevlm.training.refusals import (
+    refuse_other_groups,
     refuse_unsuited_losses,
     refuse_unsuited_optimizer,
     refuse_unsuited_trainer,
@@ -209,7 +211,13 @@ class VisionLanguageModule(LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
+        """Take it over.
+
+        Raises:
+            UserError: the optimiser's state is of other parameter groups.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_other_groups(checkpoint, self)
         self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
         self._half_step = checkpoint.get("half_step")
 

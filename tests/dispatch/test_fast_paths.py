@@ -7,15 +7,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moevlm.dispatch import (
+    Capacity,
     Dispatcher,
     GroupedDispatcher,
     LoopDispatcher,
+    ModalityFactors,
     PaddedDispatcher,
     SegmentDispatcher,
 )
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import ExpertStack, GatedExperts, Linear, MLPExperts
-from lightning_moevlm.layers import initialise
+from lightning_moevlm.layers import MoEFFN, initialise
 from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.routers import ExpertChoiceRouter, TopKRouter, TopPRouter
 from tests.routing import limited, routing_input, top_1_plan
@@ -181,6 +183,10 @@ def test_a_fixed_buffer_is_never_too_small_in_silence() -> None:
         PaddedDispatcher(1.0)(plan, torch.ones(48, 16), MLPExperts(16, 8, 16))
     with pytest.raises(UserError, match="factor is 0"):
         PaddedDispatcher(0.0)
+    for capacity in (Capacity(1.25, 1.0), Capacity(1.0, ModalityFactors(image=None, text=1.25))):
+        with pytest.raises(UserError, match=r"_factor 1\.25: experts may get more pairs than it has places for"):
+            MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.2))
+        MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.25))
 
 
 class Layer(nn.Module):

@@ -55,7 +55,9 @@ def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
     same = [pair_batch(4)] * 2
 
     def trained(module: VisionLanguageModule, batches: list[Batch]) -> VisionLanguageModule:
-        fit(module, batches, steps=2, ranks=ranks)
+        fit(
+            module, 2, batches=batches, ranks=ranks, strategy="ddp_find_unused_parameters_true" if ranks > 1 else "auto"
+        )
         return module
 
     small = partial(build, lr=1.0, objective=NoTask)

@@ -1,26 +1,29 @@
-"""A few steps of training in this process: a small model, a list of batches, no files."""
+"""A few steps of training in this process: the small VL-MoE, batches in memory, no files; and faults to inject."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_moevlm.dispatch import Capacity
-from lightning_moevlm.layers import MoEFFN
+from lightning_moevlm.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.losses import AuxiliaryLosses
 from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import MaskedModelling, Objective
 from lightning_moevlm.records import Batch, ObjectiveOutput, Term
 from lightning_moevlm.routers import Router, TopKRouter
-from lightning_moevlm.training import StepOutput, VisionLanguageModule
-from tests.small_model import small_vl_moe
+from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
+from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
+from tests.small_model import pair_batch, small_vl_moe
 
 RouterFactory = Callable[[int, int], Router]
 
@@ -40,8 +43,31 @@ class NoTask(Objective):
         return ObjectiveOutput({"none": Term(0.0 * output.tokens_BSD.sum(), 1.0)}, {}, output.plans, 0)
 
 
-class Reports(Callback):
-    """Keeps the terms and the plans of every micro-batch."""
+class Memory(Logger):
+    """points: (step, value) of every metric, by key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.points[key].append((step or 0, value))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Outputs(Callback):
+    """Keeps what every micro-batch returned."""
 
     def __init__(self) -> None:
         self.outputs: list[StepOutput] = []
@@ -51,8 +77,49 @@ class Reports(Callback):
     ) -> None:
         self.outputs.append(StepOutput(**outputs))
 
-    def terms(self, name: str) -> list[Term]:
-        return [output["report"].auxiliary[name] for output in self.outputs]
+
+class Poison(Callback):
+    """Makes one weight infinite, once, just before the given optimiser step: its loss is then no number."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if trainer.global_step + 1 == self.at_step:
+            self.at_step = 0
+            with torch.no_grad():
+                next(iter(pl_module.parameters())).view(-1)[0] = torch.inf
+
+
+class LossesSeen(Callback):
+    """The total loss of every micro-batch, and whether the backbone was asked for attention logits."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.measured: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, *_: object) -> None:
+        self.losses.append(float(outputs["report"].total_loss))
+        self.measured.append(bool(outputs["attention"]))
+
+
+def tiny_module(
+    actions: Actions, lr: float = 1e-3, router: Callable[[int, int], Router] | None = None
+) -> VisionLanguageModule:
+    """Without qk-norm, so that QK-clip can act."""
+    backbone = small_vl_moe(stabilisers=ModelStabilisers(qk_norm=False), router=router)
+    optimizer = partial(torch.optim.AdamW, lr=lr)
+    return VisionLanguageModule(backbone, optimizer=optimizer, actions=actions, init_std=0.1)
+
+
+def every_action() -> Actions:
+    """All of them, so eager that each does something within ten steps."""
+    return Actions(
+        qk_clip=QKClip(threshold=0.05),
+        revive_dead_experts=ReviveDeadExperts(idle_steps=3, every_n_steps=1),
+        freeze_router=FreezeRouter(after_steps=8),
+        rollback=Rollback(every_n_steps=2, keep=4, lookback=4, window=8, spike_threshold=None),
+    )
 
 
 def build(
@@ -71,35 +138,49 @@ def build(
     return VisionLanguageModule(backbone, objective, losses, optimizer=partial(SGD, lr=lr), init_std=0.3)
 
 
+class Fit(NamedTuple):
+    """points: (step, value) of every metric logged, by key. outputs: of every micro-batch."""
+
+    points: dict[str, list[tuple[int, float]]]
+    outputs: list[StepOutput]
+
+    def terms(self, name: str) -> list[Term]:
+        """One auxiliary loss in every micro-batch."""
+        return [output["report"].auxiliary[name] for output in self.outputs]
+
+
 def fit(
     module: VisionLanguageModule,
-    batches: Sequence[Batch],
-    *,
     steps: int,
+    *,
+    batches: Sequence[Batch] | None = None,
     accumulate: int = 1,
-    callbacks: Sequence[Callback] = (),
-    resume: Path | None = None,
     ranks: int = 1,
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
-) -> Reports:
-    """Train quietly on a list of batches."""
-    reports = Reports()
+    callbacks: Sequence[Callback] = (),
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+    **options: Any,
+) -> Fit:
+    """Train quietly; without batches, on four pairs that are always the same."""
+    memory, seen = Memory(), Outputs()
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
-        precision=precision,
-        strategy="ddp_find_unused_parameters_true" if ranks > 1 else "auto",
         max_steps=steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        logger=memory,
+        callbacks=[seen, *callbacks],
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[reports, *callbacks],
+        **({"log_every_n_steps": 1} | options),
     )
-    trainer.fit(module, DataLoader(list(batches), batch_size=None), ckpt_path=resume)
-    return reports
+    data = DataLoader(batches or [pair_batch()] * 4, batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+    if save_to is not None:
+        trainer.save_checkpoint(save_to)
+    return Fit(memory.points, seen.outputs)
 
 
 def routers(module: VisionLanguageModule) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollbac
 from tests.conftest import PROJECT
 from tests.small_model import small_vl_moe
 from tests.small_run import BACKBONE, SMALL, budget
+from tests.training.small_fit import LossesSeen, Poison, every_action, fit, tiny_module
 from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
-from tests.training.tiny_fit import LossesSeen, Poison, every_action, fit, tiny_module
 
 
 def test_without_actions_nothing_is_brought_along() -> None:
@@ -35,7 +35,7 @@ def test_without_actions_nothing_is_brought_along() -> None:
 def test_attention_logits_are_measured_on_logging_steps_alone() -> None:
     seen = LossesSeen()
     module = tiny_module(Actions())
-    points = fit(module, 5, callbacks=[Telemetry(), seen], log_every_n_steps=2)
+    points = fit(module, 5, callbacks=[Telemetry(), seen], log_every_n_steps=2).points
     assert seen.measured == [True, True, False, True, False]
     for block in range(4):
         assert [step for step, _ in points[f"attention_logit_max/block{block}"]] == [1, 2, 4]
@@ -48,8 +48,8 @@ def test_qk_clip_acts_once_per_update_and_keeps_logits_down() -> None:
             tiny_module(Actions(qk_clip=QKClip(threshold) if threshold else None), lr=1e-2),
             6,
             callbacks=[Telemetry()],
-            accumulate_grad_batches=2,
-        )
+            accumulate=2,
+        ).points
         for threshold in (None, 0.05)
     )
     heads = clipped["action/qk_clipped_heads"]
@@ -66,13 +66,13 @@ def test_rollback_rescues_a_run_and_the_guard_lets_it() -> None:
     seen = LossesSeen()
     actions = Actions(rollback=Rollback(every_n_steps=2, lookback=1))
     module = tiny_module(actions)
-    points = fit(module, 10, callbacks=[Poison(at_step=6), DivergenceGuard(1), seen])
+    points = fit(module, 10, callbacks=[Poison(at_step=6), DivergenceGuard(1), seen]).points
     # snapshots after steps 0, 2, 4; the loss of step 6 is no number: back to 4
     assert points["action/rollback_to_step"] == [(6, 4.0)]
     assert [index for index, loss in enumerate(seen.losses, start=1) if not torch.tensor(loss).isfinite()] == [6]
     assert len(seen.losses) == 10 and "stability/first_nonfinite_step" not in points
     assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
-    without = fit(tiny_module(Actions()), 10, callbacks=[Poison(at_step=6), DivergenceGuard(1)])
+    without = fit(tiny_module(Actions()), 10, callbacks=[Poison(at_step=6), DivergenceGuard(1)]).points
     assert without["stability/first_nonfinite_step"] == [(6, 6.0)]
 
 
@@ -87,7 +87,7 @@ def test_a_step_that_is_taken_back_moves_nothing_else() -> None:
     biases = Biases()
     actions = Actions(rollback=Rollback(every_n_steps=2, lookback=1))
     module = tiny_module(actions, router=SigmoidBiasRouter)
-    points = fit(module, 8, callbacks=[Poison(at_step=6), biases])
+    points = fit(module, 8, callbacks=[Poison(at_step=6), biases]).points
     assert points["action/rollback_to_step"] == [(6, 4.0)]
     assert torch.equal(biases.after[6], biases.after[4])  # loss-free balancing did not act on step 6
     assert not torch.equal(biases.after[5], biases.after[4]) and not torch.equal(biases.after[7], biases.after[6])
@@ -96,7 +96,7 @@ def test_a_step_that_is_taken_back_moves_nothing_else() -> None:
 def test_rollback_gives_up_and_then_the_guard_stops() -> None:
     actions = Actions(rollback=Rollback(every_n_steps=2, lookback=1, max_rollbacks=2))
     seen = LossesSeen()
-    points = fit(tiny_module(actions, lr=1e30), 30, callbacks=[DivergenceGuard(1), seen])
+    points = fit(tiny_module(actions, lr=1e30), 30, callbacks=[DivergenceGuard(1), seen]).points
     assert [place for _, place in points["action/rollback_to_step"]] == [0.0, 0.0]
     (first,) = points["stability/first_nonfinite_step"]
     assert first[0] > points["action/rollback_to_step"][-1][0] and len(seen.losses) == first[0] < 30
@@ -114,7 +114,7 @@ def test_a_spike_is_answered_too() -> None:
 
     actions = Actions(rollback=Rollback(every_n_steps=1, lookback=1, window=3, spike_threshold=20.0))
     seen = LossesSeen()
-    points = fit(tiny_module(actions), 8, callbacks=[Jump(at_step=5), seen])
+    points = fit(tiny_module(actions), 8, callbacks=[Jump(at_step=5), seen]).points
     assert points["action/rollback_to_step"] == [(5, 4.0)]
     assert seen.losses[4] > 2 * seen.losses[3] and seen.losses[5] < 1.2 * seen.losses[3]
 
@@ -125,7 +125,7 @@ def test_every_action_acts_and_goes_on_after_a_resume(tmp_path: Path) -> None:
 
     def run(steps: int, poisoned: bool, **options: Path) -> dict[str, list[tuple[int, float]]]:
         callbacks = [Poison(at_step=6)] if poisoned else []
-        return fit(tiny_module(every_action(), lr=1e-2), steps, callbacks=callbacks, **options)
+        return fit(tiny_module(every_action(), lr=1e-2), steps, callbacks=callbacks, **options).points
 
     whole = run(12, True, save_to=tmp_path / "whole.ckpt")
     run(4, False, save_to=tmp_path / "half.ckpt")

@@ -44,7 +44,7 @@ def total_load(plans: Sequence, layer: str) -> Tensor:
 def test_global_scope_sees_every_micro_batch_so_far_and_no_step_before() -> None:
     losses = AuxiliaryLosses(LoadBalance(scope="global"), None)
     batches = [pair_batch(4, seed=seed) for seed in range(4)]
-    outputs = fit(build(losses), batches, steps=2, accumulate=2).outputs
+    outputs = fit(build(losses), 2, batches=batches, accumulate=2).outputs
     for first, last in ((0, 0), (0, 1), (2, 2), (2, 3)):
         so_far = [named for output in outputs[first : last + 1] for named in output["plans"]]
         expected = []
@@ -85,7 +85,7 @@ def test_the_same_micro_batch_twice_is_one_step_on_it_once(scope: str) -> None:
 
     def trained(accumulate: int) -> dict[str, Tensor]:
         module = build(losses, lr=1.0, objective=NoTask)
-        fit(module, [batch] * 2, steps=1, accumulate=accumulate)
+        fit(module, 1, batches=[batch] * 2, accumulate=accumulate)
         return routers(module)
 
     once, twice = trained(1), trained(2)
@@ -100,7 +100,7 @@ def test_relu_weight_starts_where_remoe_does_and_moves_once_per_step(tmp_path: P
     losses = AuxiliaryLosses(None, None, relu_l1=ReLUL1())
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     batches = [pair_batch(4, seed=seed) for seed in range(6)]
-    reports = fit(build(losses, ReLURouter), batches, steps=3, accumulate=2, callbacks=[saver])
+    reports = fit(build(losses, ReLURouter), 3, batches=batches, accumulate=2, callbacks=[saver])
     weights = [float(term.weight) for term in reports.terms("relu_l1")]
     assert weights == pytest.approx([1e-8, 1e-8, 1.2e-8, 1.2e-8, 1.44e-8, 1.44e-8])
     # a checkpoint of step n holds what step n + 1 is made with
@@ -112,16 +112,16 @@ def test_relu_weight_starts_where_remoe_does_and_moves_once_per_step(tmp_path: P
 def test_weight_by_overflow_grows_while_too_much_is_dropped() -> None:
     losses = AuxiliaryLosses(LoadBalance(ByOverflow(0.01, start=0.5, factor=1.5)), None)
     batches = [pair_batch(4, seed=seed) for seed in range(3)]
-    tight = fit(build(losses, capacity=Capacity(0.5, 0.5)), batches, steps=3).terms("load_balance")
+    tight = fit(build(losses, capacity=Capacity(0.5, 0.5)), 3, batches=batches).terms("load_balance")
     assert [float(term.weight) for term in tight] == pytest.approx([0.5, 0.75, 1.125])
-    dropless = fit(build(losses), batches, steps=3).terms("load_balance")
+    dropless = fit(build(losses), 3, batches=batches).terms("load_balance")
     assert [float(term.weight) for term in dropless] == pytest.approx([0.5, 0.5 / 1.5, 0.5 / 2.25])
 
 
 def test_a_scheduled_weight_is_that_of_the_optimiser_step() -> None:
     losses = AuxiliaryLosses(LoadBalance(Ramp(0.0, 1.0, 4)), None)
     batches = [pair_batch(4, seed=seed) for seed in range(4)]
-    terms = fit(build(losses), batches, steps=2, accumulate=2).terms("load_balance")
+    terms = fit(build(losses), 2, batches=batches, accumulate=2).terms("load_balance")
     assert [term.weight for term in terms] == [0.0, 0.0, 0.25, 0.25]
 
 
@@ -139,10 +139,10 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, losses: AuxiliaryLosses, r
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     capacity = Capacity(1.0, 1.0)
     whole = build(losses, router, capacity, lr=0.1)
-    uninterrupted = fit(whole, batches, steps=4, accumulate=2, callbacks=[saver])
+    uninterrupted = fit(whole, 4, batches=batches, accumulate=2, callbacks=[saver])
     again = build(losses, router, capacity, lr=0.1)
     rest = batches[4:] * 2  # a plain list knows no position: the epoch keeps its length, and begins with what is left
-    resumed = fit(again, rest, steps=4, accumulate=2, resume=tmp_path / "step=2.ckpt")
+    resumed = fit(again, 4, batches=rest, accumulate=2, resume_from=tmp_path / "step=2.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     late = [output["report"] for output in uninterrupted.outputs[4:]]
@@ -220,7 +220,7 @@ def test_losses_are_fp32_under_bf16_mixed() -> None:
     rows = [layer.router.rows() for layer in module.backbone.modules() if isinstance(layer, MoEFFN)]
     # each layer runs in two passes of a batch, so the mean over passes is the mean over layers
     exact = torch.stack([router_orthogonality(row) for row in rows if row is not None]).mean()
-    (term,) = fit(module, [pair_batch()], steps=1, precision="bf16-mixed").terms("router_orthogonality")
+    (term,) = fit(module, 1, batches=[pair_batch()], precision="bf16-mixed").terms("router_orthogonality")
     torch.testing.assert_close(term.raw, exact.detach(), rtol=1e-6, atol=0)  # bf16 keeps 3 digits
 
 

@@ -21,7 +21,7 @@ from lightning_moevlm.shards.scenes import build_scenes
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
 from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
 from tests.small_model import small_vl_moe
-from tests.training.tiny_fit import tiny_module
+from tests.training.small_fit import tiny_module
 
 NUM_EPOCHS = 2
 
@@ -203,6 +203,18 @@ def test_a_step_half_done_is_not_completed_by_another_number_of_batches(shards: 
     Runs(shards, 2, 4).run(1, SaveAlways(tmp_path))
     with pytest.raises(UserError, match=r"over 2 micro-batches, and trainer\.accumulate_grad_batches is 4"):
         Runs(shards, 4, 4).run(1, resume=tmp_path / "amid-1.ckpt")
+
+
+def test_an_optimiser_of_other_parameter_groups_is_refused(shards: Path, tmp_path: Path) -> None:
+    # as of versions in which stacks of shared experts were no group of their own
+    runs, path = Runs(shards, 1, 2), tmp_path / "old.ckpt"
+    runs.run(1)[1].save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    groups = saved["optimizer_states"][0]["param_groups"]
+    groups[0]["params"] += groups.pop()["params"]
+    torch.save(saved, path)
+    with pytest.raises(UserError, match=r"groups are .*, router \d+, those of this model .*, expert 4; it was"):
+        runs.run(2, resume=path)
 
 
 def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path) -> None:

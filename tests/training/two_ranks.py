@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch
-from tests.training.tiny_fit import Poison, every_action, fit, tiny_module
+from tests.training.small_fit import Poison, every_action, fit, tiny_module
 
 
 class Agreement(Callback):
@@ -39,7 +39,7 @@ def main(target: Path) -> None:
     module = tiny_module(every_action(), lr=1e-2)
     batches = [pair_batch(seed=seed) for seed in range(40)]  # Lightning deals them out to the ranks
     callbacks = [Poison(at_step=6), Agreement()]
-    points = fit(module, 10, batches=batches, callbacks=callbacks, devices=2, strategy="ddp", accumulate_grad_batches=2)
+    points = fit(module, 10, batches=batches, callbacks=callbacks, ranks=2, strategy="ddp", accumulate=2).points
     if module.global_rank == 0:
         target.write_text(json.dumps(points))
 
