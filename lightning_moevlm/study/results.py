@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import ArmStability
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.factorial import FactorEffect
@@ -138,3 +139,16 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
     if not finite:
         return None
     return Mean(statistics.fmean(finite), statistics.stdev(finite) if len(finite) > 1 else None, len(finite))
+
+
+def peak_memory_of_run(run: RunResult) -> float | None:
+    """Return a run's peak memory in MiB: on the device where that was logged, else of the process."""
+    for key in (keys.PEAK_DEVICE_MEMORY.key(), keys.PEAK_PROCESS_MEMORY.key()):
+        if key in run.series:
+            return max(run.series[key].values)  # a resumed run is a second process, which counts anew
+    return None
+
+
+def peak_memory_of(runs: Sequence[RunResult]) -> Mean | None:
+    """Return mean and deviation of the peaks of the runs with a result."""
+    return mean_of([peak_memory_of_run(run) for run in runs if run.state.status.has_result])
