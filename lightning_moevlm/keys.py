@@ -95,6 +95,10 @@ FIRST_NONFINITE_STEP = MetricKey(
 )
 SAMPLES_PER_SECOND = MetricKey("throughput/samples_per_second", "throughput", "samples/s", "higher")
 TOKENS_PER_SECOND = MetricKey("throughput/tokens_per_second", "throughput", "tokens/s", "higher")
+PEAK_DEVICE_MEMORY = MetricKey(
+    "memory/peak_device", "peak memory of tensors on the device since training began", "MiB", "lower"
+)
+PEAK_PROCESS_MEMORY = MetricKey("memory/peak_process", "peak resident memory of the process", "MiB", "lower")
 SOURCE_SAMPLES = MetricKey("data/samples/{source}", "samples read so far", "samples", "neither")
 SOURCE_EPOCHS = MetricKey("data/epochs/{source}", "how often the source has been read", "epochs", "neither")
 SKIPPED_SAMPLES = MetricKey("data/skipped/{cause}", "samples that could not be used so far", "samples", "lower")

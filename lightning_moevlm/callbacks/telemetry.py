@@ -1,4 +1,4 @@
-"""Logs what training does: losses apart, routing per layer and modality, attention logits, gradient norm, throughput.
+"""Logs what training does: losses apart, routing per layer and modality, attention, gradient norm, speed, memory.
 
 Everything is computed on logging steps alone (every `trainer.log_every_n_steps` optimiser steps, and the first), from
 the plans that the step itself used; between them the callback only counts samples and tokens.
@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_moevlm import keys
+from lightning_moevlm.callbacks.peak_memory import forget_peak, peak_memory
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.models import Backbone, model_card
@@ -86,7 +87,8 @@ class Telemetry(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and count the peak of memory from here."""
+        forget_peak(pl_module.device)
         self._step_seen = trainer.global_step
         self._samples, self._tokens, self._seconds = 0, 0, 0.0  # of the validation before the first step
         self._resumed_at = time.perf_counter()
@@ -128,7 +130,7 @@ class Telemetry(Callback):
         if self._gradient_norm is not None:
             values[keys.GRAD_NORM.key()] = self._gradient_norm
             values[keys.LEARNING_RATE.key()] = self._learning_rate
-        values |= self._step_values(pl_module) | data_values(trainer)
+        values |= self._step_values(pl_module) | data_values(trainer) | peak_memory(pl_module.device)
         self._write(trainer, values)
         self._tell_dispatch(trainer, pl_module)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now

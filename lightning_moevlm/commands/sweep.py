@@ -135,9 +135,9 @@ def report(
     """
     from lightning_moevlm.study.claim import open_experiment
     from lightning_moevlm.study.fairness import refuse_biased
+    from lightning_moevlm.study.gather import gather
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.report import records_of
-    from lightning_moevlm.study.results import gather
 
     planned = _plan(file)
     ledger = read_ledger(planned)
@@ -253,9 +253,9 @@ def _num_gpus() -> int:
 def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redraw: bool, unfair: bool = False) -> None:
     """Print the tables; draw and write the report unless it is newer than every run and the study file."""
     from lightning_moevlm.study.fairness import refuse_biased
+    from lightning_moevlm.study.gather import gather
     from lightning_moevlm.study.ledger import STATE_FILE, read_ledger
     from lightning_moevlm.study.report import HTML_FILE, make_report, print_tables, write_report
-    from lightning_moevlm.study.results import gather
     from lightning_moevlm.study.summary_run import log_summary
     from lightning_moevlm.study.tables import report_tables
     from lightning_moevlm.tracking.links import compare_link, server_command, ui_address

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.budget import samples_per_step
-from lightning_moevlm.study.stability import Series, value_at
+from lightning_moevlm.study.stability import value_at
+from lightning_moevlm.tracking.series import Series
 
 THROUGHPUT = keys.SAMPLES_PER_SECOND.key()
 # The first logged throughput holds the warm-up of allocator and loader.

@@ -21,7 +21,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_moevlm.study.figures import Picture, draw_all
+from lightning_moevlm.study.figures import MANY_ARMS, Picture, draw_all
 from lightning_moevlm.study.plan import Plan, flat
 from lightning_moevlm.study.result_records import arm_record, factor_records, ladder_records, unlike_records
 from lightning_moevlm.study.results import ArmResult, StudyResult
@@ -62,13 +62,17 @@ class ArmStory:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole report before it is written. finding: one sentence per arm; learned: one on the untrained models."""
+    """A whole report before it is written.
+
+    finding: one sentence per arm; learned: one on the untrained models; undrawn: one on arms that no picture shows.
+    """
 
     result: StudyResult
     finding: tuple[str, ...]
     learned: str
     tables: tuple[Table, ...]
     pictures: tuple[Picture, ...]
+    undrawn: str
     arms: tuple[ArmStory, ...]
     rerun: str
     versions: str
@@ -85,6 +89,7 @@ def make_report(plan: Plan, result: StudyResult) -> Report:
         learned=learned(result),
         tables=report_tables(result),
         pictures=tuple(draw_all(result)),
+        undrawn=undrawn(result),
         arms=tuple(_story(plan, arm) for arm in result.arms),
         rerun=shlex.join(["moevlm", "sweep", "run", str(study.file)]),
         versions=packages,
@@ -186,6 +191,16 @@ def learned(result: StudyResult) -> str:
     return f"Every run with a result ended ahead of its untrained model in {title}."
 
 
+def undrawn(result: StudyResult) -> str:
+    """Return one sentence on arms that the pictures leave out, or an empty text."""
+    if len(result.arms) <= MANY_ARMS:
+        return ""
+    return (
+        f"Pictures show {MANY_ARMS} of {len(result.arms)} arms: the baseline and those furthest from it; the tables "
+        "under Numbers hold all."
+    )
+
+
 def _story(plan: Plan, arm: ArmResult) -> ArmStory:
     base = [word for file in plan.study.base for word in ("-c", str(file))]
     commands = [
@@ -208,7 +223,7 @@ def _render(template: str, report: Report) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     environment.filters["verdict_class"] = lambda cell: verdict_of(cell).replace(" ", "-")
     environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
     return environment.get_template(template).render(report=report, result=report.result, study=report.result.study)

@@ -1,7 +1,4 @@
-"""What the runs of a study gave: series out of the tracker, gathered into records that tables and figures are made of.
-
-Only runs with a result (finished or diverged) enter comparisons; runs that still go on are drawn, not counted.
-"""
+"""Records of what a study gave: runs, arms over their seeds, the whole; tables and figures are made of them."""
 
 import math
 import statistics
@@ -10,27 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_moevlm import keys
-from lightning_moevlm.study.arm_stability import ArmStability, arm_stability
-from lightning_moevlm.study.claim import ROLE, ROLE_ARM
-from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_effect
-from lightning_moevlm.study.equal_budget import (
-    THROUGHPUT,
-    EqualBudget,
-    StepCost,
-    equal_budgets,
-    median_after_warm_up,
-    step_cost,
-)
-from lightning_moevlm.study.factorial import FactorEffect, factor_effects
-from lightning_moevlm.study.factors import ON
-from lightning_moevlm.study.fairness import Difference, Subject, differences
-from lightning_moevlm.study.ledger import RunState, Status
-from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
-from lightning_moevlm.study.plan import Plan, PlannedRun, flat
+from lightning_moevlm.study.arm_stability import ArmStability
+from lightning_moevlm.study.effects import Effect
+from lightning_moevlm.study.factorial import FactorEffect
+from lightning_moevlm.study.fairness import Difference
+from lightning_moevlm.study.ledger import RunState
+from lightning_moevlm.study.lr_sensitivity import Ladder
+from lightning_moevlm.study.plan import PlannedRun
 from lightning_moevlm.study.spec import Arm, Study
-from lightning_moevlm.study.stability import TRAIN_LOSS, Series, stability_of
-from lightning_moevlm.study.verdict import Guarded, Rule, Verdict
-from lightning_moevlm.tracking.runs import Point, find_runs, metric_histories
+from lightning_moevlm.study.verdict import Rule, Verdict
+from lightning_moevlm.tracking.series import Series
 
 if TYPE_CHECKING:
     from lightning_moevlm.models.card import ModelCard
@@ -141,61 +127,6 @@ class StudyResult:
         return next(arm for arm in self.arms if arm.arm.name == self.study.baseline)
 
 
-def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) -> StudyResult:
-    """Fetch every series of every run that has been started, and compare the arms.
-
-    Raises:
-        MlflowException: the store cannot be read.
-    """
-    ids = [state.run_id for _, state in ledger if state.run_id is not None]
-    histories = metric_histories(uri, ids)
-    tags = {row.run_id: row.tags for row in find_runs(uri, plan.study.name, {ROLE: ROLE_ARM})}
-    results = [
-        RunResult(run, state, series_of(histories.get(state.run_id or "", [])), tags.get(state.run_id or "", {}))
-        for run, state in ledger
-    ]
-    return compare(plan, results)
-
-
-def series_of(points: Sequence[Point]) -> dict[str, Series]:
-    """Return points (ordered by key, then step) as one series per key."""
-    columns: dict[str, tuple[list[int], list[float]]] = {}
-    for point in points:
-        steps, values = columns.setdefault(point.key, ([], []))
-        steps.append(point.step)
-        values.append(point.value)
-    return {key: Series(tuple(steps), tuple(values)) for key, (steps, values) in columns.items()}
-
-
-def compare(plan: Plan, results: Sequence[RunResult]) -> StudyResult:
-    """Gather runs into arms and compare every arm with the baseline, paired by seed."""
-    study = plan.study
-    by_arm = {arm.name: tuple(r for r in results if r.run.arm == arm.name) for arm in study.arms}
-    base = by_arm[study.baseline]
-    rule = rule_of(study)
-    effects = {name: _effect(study, rule, runs, base) for name, runs in by_arm.items() if name != study.baseline}
-    judged = as_family(effects, rule)
-    done = [r for r in results if r.state.status.has_result]
-    costs = [_cost(plan, r) for r in done]
-    budgets = equal_budgets(
-        [(cost, r.series.get(study.primary.metric, Series((), ()))) for cost, r in zip(costs, done, strict=True)],
-        [r.state.status is Status.FINISHED for r in done],
-    )
-    equal = _by_arm(budgets, done)
-    arms = tuple(
-        _arm_result(plan, arm, by_arm[arm.name], base, judged.get(arm.name), equal.get(arm.name, {}))
-        for arm in study.arms
-    )
-    return StudyResult(
-        study,
-        arms,
-        unlike=differences([_subject(plan, r) for r in done]),
-        budgets={budget.what: budget.spent for budget in budgets},
-        ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders([r.run for r in results])),
-        factors=_factors(study, rule, by_arm),
-    )
-
-
 def rule_of(study: Study) -> Rule:
     """Return how the study's verdicts are reached."""
     decide = study.decide
@@ -210,171 +141,14 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
     return Mean(statistics.fmean(finite), statistics.stdev(finite) if len(finite) > 1 else None, len(finite))
 
 
-def throughput_of(result: RunResult) -> float | None:
-    """Return a run's median samples per second, its first logged interval left out."""
-    return median_after_warm_up(result.series.get(THROUGHPUT))
+def peak_memory_of_run(run: RunResult) -> float | None:
+    """Return a run's peak memory in MiB: on the device where that was logged, else of the process."""
+    for key in (keys.PEAK_DEVICE_MEMORY.key(), keys.PEAK_PROCESS_MEMORY.key()):
+        if key in run.series:
+            return max(run.series[key].values)  # a resumed run is a second process, which counts anew
+    return None
 
 
-def _arm_result(
-    plan: Plan,
-    arm: Arm,
-    runs: tuple[RunResult, ...],
-    base: tuple[RunResult, ...],
-    effect: Effect | None,
-    equal: Mapping[str, Mean],
-) -> ArmResult:
-    study = plan.study
-    primary = study.primary.metric
-    done = [r for r in runs if r.state.status.has_result]
-    sign = 1 if study.primary.direction == "lower" else -1
-    stable, total = _count(base, Status.FINISHED), sum(r.state.status.has_result for r in base)
-    return ArmResult(
-        arm=arm,
-        card=plan.cards[arm.name],
-        runs=runs,
-        final=mean_of([r.last(primary) for r in done]),
-        untrained=mean_of([r.first(primary) for r in done]),
-        learned=sum(_ahead(r, primary, sign) for r in done),
-        effect=effect,
-        accuracy=_by_term(done, keys.ACCURACY),
-        majority=_by_term(done, keys.MAJORITY_ACCURACY),
-        also={key: mean for key in study.also if (mean := mean_of([r.last(key) for r in done]))},
-        stability=arm_stability(
-            [stability_of(r.series, r.state.status is Status.DIVERGED, _cost(plan, r).tokens) for r in done],
-            _count(runs, Status.DIVERGED),
-            None if arm.name == study.baseline else (stable, total),
-        ),
-        equal=equal,
-        samples_per_second=mean_of([throughput_of(r) for r in done]),
-        seconds=mean_of([r.state.seconds for r in done]),
-        finished=_count(runs, Status.FINISHED),
-        diverged=_count(runs, Status.DIVERGED),
-        failed=_count(runs, Status.FAILED),
-        planned=len(runs),
-    )
-
-
-def _ahead(result: RunResult, key: str, sign: int) -> bool:
-    first, last = result.first(key), result.last(key)
-    return first is not None and last is not None and sign * last < sign * first
-
-
-def _effect(study: Study, rule: Rule, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
-    return paired_effect(
-        arm=_finals(runs, study.primary.metric),
-        baseline=_finals(base, study.primary.metric),
-        seeds=study.seeds,
-        rule=rule,
-        arm_lost=_lost(runs),
-        baseline_lost=_lost(base),
-        guards=_guards(study, runs, base),
-    )
-
-
-def _factors(study: Study, rule: Rule, by_arm: Mapping[str, Sequence[RunResult]]) -> tuple[FactorEffect, ...]:
-    """Return main effects and interactions, where the design is made for them."""
-    if study.design is None or study.design.kind not in ("factorial", "fractional_factorial"):
-        return ()
-    values = {name: _finals(runs, study.primary.metric) for name, runs in by_arm.items()}
-    levels = {arm.name: {here.factor: here.level == ON for here in arm.levels} for arm in study.arms}
-    return factor_effects(values, levels, study.seeds, rule)
-
-
-def _guards(study: Study, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
-    return tuple(
-        guarded(
-            guard.metric,
-            _finals(runs, guard.metric),
-            _finals(base, guard.metric),
-            study.seeds,
-            guard.direction,
-            guard.at_most,
-            study.decide.alpha,
-        )
-        for guard in study.guard
-    )
-
-
-def _cost(plan: Plan, result: RunResult) -> StepCost:
-    return step_cost(result.run.resolved, result.series, plan.cards[result.run.arm].active_flops_per_sample)
-
-
-def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[str, dict[str, Mean]]:
-    """Return what the runs of each arm had reached with every budget."""
-    arms: dict[str, dict[str, Mean]] = {}
-    for budget in budgets:
-        for arm in dict.fromkeys(r.run.arm for r in done):
-            mean = mean_of([v for r, v in zip(done, budget.values, strict=True) if r.run.arm == arm])
-            if mean:
-                arms.setdefault(arm, {})[budget.what] = mean
-    return arms
-
-
-def _subject(plan: Plan, result: RunResult) -> Subject:
-    arm = next(arm for arm in plan.study.arms if arm.name == result.run.arm)
-    logged = [result.series[key].steps[-1] for key in (TRAIN_LOSS, plan.study.primary.metric) if key in result.series]
-    finished = result.state.status is Status.FINISHED
-    return Subject(
-        arm.name,
-        result.run.seed,
-        flat(arm.changes),
-        result.run.resolved,
-        result.tags,
-        max(logged, default=None) if finished else None,
-        budget_in_steps=plan.study.budget.max_steps is not None,
-    )
-
-
-def _ladder(study: Study, ladder: Ladder, by_arm: Mapping[str, Sequence[RunResult]]) -> LadderResult:
-    primary = study.primary.metric
-    done = {
-        rate: {r.run.seed: r for r in by_arm[arm] if r.state.status.has_result} for rate, arm in ladder.rungs.items()
-    }
-    per_seed = []
-    for seed in study.seeds:
-        if study.primary.direction == "lower" and all(seed in runs for runs in done.values()):
-            rungs = {rate: runs[seed] for rate, runs in done.items()}
-            losses = {rate: math.nan if _diverged(r) else _or_nan(r.last(primary)) for rate, r in rungs.items()}
-            per_seed.append(sensitivity(losses, _or_nan(next(iter(rungs.values())).first(primary))))
-    stable = {rate: sum(not _diverged(r) for r in runs.values()) for rate, runs in done.items()}
-    total = {rate: len(runs) for rate, runs in done.items()}
-    return LadderResult(
-        ladder,
-        mean_of(per_seed),
-        {rate: mean_of([r.last(primary) for r in runs.values()]) for rate, runs in done.items()},
-        stable,
-        total,
-        largest_stable({rate: stable[rate] == total[rate] for rate in done if total[rate]}),
-    )
-
-
-def _diverged(result: RunResult) -> bool:
-    return result.state.status is Status.DIVERGED
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _finals(results: Sequence[RunResult], key: str) -> dict[int, float]:
-    done = [r for r in results if r.state.status.has_result]
-    return {r.run.seed: value for r in done if (value := r.last(key)) is not None}
-
-
-def _lost(results: Sequence[RunResult]) -> Lost:
-    return Lost(_count(results, Status.DIVERGED), _count(results, Status.FAILED))
-
-
-def _by_term(results: Sequence[RunResult], family: keys.MetricKey) -> dict[str, Mean]:
-    """Return the last validation value of every term in a `{stage}/..._{term}` family."""
-    terms: dict[str, list[float | None]] = {}
-    for result in results:
-        for key in result.series:
-            parts = family.match(key)
-            if parts and parts["stage"] == "val":
-                terms.setdefault(parts["term"], []).append(result.last(key))
-    return {term: mean for term, values in sorted(terms.items()) if (mean := mean_of(values))}
-
-
-def _count(results: Sequence[RunResult], status: Status) -> int:
-    return sum(r.state.status is status for r in results)
+def peak_memory_of(runs: Sequence[RunResult]) -> Mean | None:
+    """Return mean and deviation of the peaks of the runs with a result."""
+    return mean_of([peak_memory_of_run(run) for run in runs if run.state.status.has_result])

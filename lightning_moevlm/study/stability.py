@@ -22,18 +22,12 @@ import numpy as np
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.divergence import NONFINITE_STEP
+from lightning_moevlm.tracking.series import Series
 
 TRAIN_LOSS = keys.TASK_LOSS.key(stage="train")
 SPIKE_DEVIATIONS = 7.0
 SPIKE_WINDOW = 1_000  # points
 _LEAST_WINDOW = 10  # points: the deviation of fewer is too rough to call seven of them anything
-
-
-class Series(NamedTuple):
-    """One metric of one run. steps: optimiser steps, ascending; values: as logged, also NaN and infinities."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
 
 
 class Spikes(NamedTuple):

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from lightning_moevlm.study.cost_of_arms import costs_table
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.fraction import Fraction
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.probe import NUM_STEPS, Probe
 from lightning_moevlm.study.progress import duration
+from lightning_moevlm.study.receipts import receipts_table
 from lightning_moevlm.study.results import ArmResult, StudyResult, rule_of
 from lightning_moevlm.study.spec import Correction, Test
 from lightning_moevlm.study.stability_tables import (
@@ -181,7 +183,9 @@ def report_tables(result: StudyResult) -> tuple[Table, ...]:
         factors_table(result),
         sensitivity_table(result),
         equal_budget_table(result),
+        costs_table(result),
         models_table(result),
+        receipts_table(result),
         fairness_table(result),
     )
     return tuple(table for table in tables if table is not None)

@@ -98,7 +98,7 @@ def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) 
                 end_ms=run.info.end_time or None,
                 tags=dict(run.data.tags),
                 params=dict(run.data.params),
-                last={key: _as_logged(value) for key, value in run.data.metrics.items()},
+                last={key: as_logged(value) for key, value in run.data.metrics.items()},
             )
             if all(row.tags.get(key) == value for key, value in wanted.items()):
                 rows.append(row)
@@ -153,7 +153,7 @@ def _from_sqlite(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -
         connection.execute(sqlalchemy.text("PRAGMA query_only = ON"))
         for selection in selections:
             for run_id, key, step, value, is_nan, time_ms in connection.execute(selection):
-                yield run_id, Point(key, step, math.nan if is_nan else _as_logged(value), time_ms)
+                yield run_id, Point(key, step, math.nan if is_nan else as_logged(value), time_ms)
 
 
 def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:
@@ -169,7 +169,7 @@ def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -
     def fetch(pair: tuple[str, str]) -> list[tuple[str, Point]]:
         run_id, key = pair
         history = client.get_metric_history(run_id, key)
-        return [(run_id, Point(m.key, m.step, _as_logged(m.value), m.timestamp)) for m in history]
+        return [(run_id, Point(m.key, m.step, as_logged(m.value), m.timestamp)) for m in history]
 
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
         for points in pool.map(fetch, pairs):
@@ -180,8 +180,8 @@ def _parts(keys: Sequence[str]) -> list[list[str]]:
     return [list(keys[start : start + _KEYS_PER_QUERY]) for start in range(0, len(keys), _KEYS_PER_QUERY)]
 
 
-def _as_logged(value: float) -> float:
-    """SQL has no infinity: MLflow keeps it as the largest float, which no measurement ever equals."""
+def as_logged(value: float) -> float:
+    """Return what was logged: SQL has no infinity, MLflow keeps it as the largest float."""
     return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value
 
 

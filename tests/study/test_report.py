@@ -17,16 +17,18 @@ from rich.console import Console
 from lightning_moevlm.study.figures import curves, draw_all, expert_load
 from lightning_moevlm.study.figures.expert_load import loads_of
 from lightning_moevlm.study.figures.picture import looks, png_of
+from lightning_moevlm.study.gather import gather
 from lightning_moevlm.study.ledger import read_ledger
 from lightning_moevlm.study.report import finding, make_report, print_tables, write_report
 from lightning_moevlm.study.result_records import arm_record
-from lightning_moevlm.study.results import Series, StudyResult, gather
+from lightning_moevlm.study.results import StudyResult
 from lightning_moevlm.study.spec import Budget
 from lightning_moevlm.study.summary_run import log_summary
 from lightning_moevlm.study.table import scaled
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Verdict
 from lightning_moevlm.tracking.runs import find_runs
+from lightning_moevlm.tracking.series import Series
 from tests.study.tiny_study import sweep, write_project
 
 ARMS = {

@@ -3,12 +3,13 @@
 import pytest
 import yaml
 
+from lightning_moevlm.study.gather import compare
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.result_records import factor_records, ladder_records
-from lightning_moevlm.study.results import RunResult, compare
-from lightning_moevlm.study.stability import Series
+from lightning_moevlm.study.results import RunResult
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Verdict
+from lightning_moevlm.tracking.series import Series
 from tests.study.tiny_study import plan_of, write_project
 
 FACTORS = {

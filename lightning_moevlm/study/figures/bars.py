@@ -2,9 +2,11 @@
 
 from matplotlib.axes import Axes
 
-from lightning_moevlm.study.figures.picture import Picture, looks, new_figure, png_of
+from lightning_moevlm.study.figures.picture import GROUND, INK, Picture, looks, new_figure, picture_of
 from lightning_moevlm.study.results import Mean, StudyResult
 from lightning_moevlm.study.table import NOTHING, Table, percent, with_deviation
+
+_MIDDLE = "#8c8c8c"  # seen on bars of every colour, and on either ground
 
 
 def draw_throughput(result: StudyResult) -> Picture | None:
@@ -25,7 +27,7 @@ def draw_throughput(result: StudyResult) -> Picture | None:
     alt = "Bar charts of training throughput and wall time by arm. " + " ".join(
         f"{name}: {speed} samples per second, {seconds} s." for name, speed, seconds in rows
     )
-    return Picture("throughput", "Throughput and wall time", alt, png_of(figure), table)
+    return picture_of(figure, "throughput", "Throughput and wall time", alt, table)
 
 
 def draw_accuracy(result: StudyResult) -> Picture | None:
@@ -43,8 +45,8 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
                 place = 100 * majority.mean
                 label = "always the commonest class" if row == 0 else None
                 edges = [row - 0.42, row + 0.42]
-                axes.plot([place, place], edges, color="white", linewidth=5)  # keeps the mark apart from a dark bar
-                axes.plot([place, place], edges, color="black", linewidth=2, label=label)
+                axes.plot([place, place], edges, color=GROUND, linewidth=5)  # keeps the mark apart from a dark bar
+                axes.plot([place, place], edges, color=INK, linewidth=2, label=label)
         axes.set_xlabel(f"masked accuracy, {term} (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
@@ -62,7 +64,7 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
     alt = "Bar charts of masked accuracy by arm, with the accuracy of the commonest class marked. " + " ".join(
         sentences
     )
-    return Picture("accuracy", "Masked accuracy against the majority class", alt, png_of(figure), table)
+    return picture_of(figure, "accuracy", "Masked accuracy against the majority class", alt, table)
 
 
 def _bars(axes: Axes, result: StudyResult, means: list[Mean | None], form: str) -> None:
@@ -75,7 +77,7 @@ def _bars(axes: Axes, result: StudyResult, means: list[Mean | None], form: str) 
             continue
         axes.barh(row, mean.mean, height=0.62, color=look[name].colour, alpha=0.85)
         if mean.deviation:
-            axes.errorbar(mean.mean, row, xerr=mean.deviation, color="#666666", capsize=3, linewidth=1.2)
+            axes.errorbar(mean.mean, row, xerr=mean.deviation, color=_MIDDLE, capsize=3, linewidth=1.2)
         end = mean.mean + (mean.deviation or 0.0)
         axes.text(end + 0.02 * highest, row, form.format(mean.mean), va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)

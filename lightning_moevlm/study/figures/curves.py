@@ -4,7 +4,7 @@ import math
 
 from matplotlib.axes import Axes
 
-from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_figure, png_of
+from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_figure, picture_of
 from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
 
@@ -48,13 +48,8 @@ def draw_curves(result: StudyResult) -> Picture | None:
         f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means, bands the range over "
         f"{num_seeds} seeds. " + " ".join(_sentence(name, column) for name, column in columns.items() if column)
     )
-    return Picture(
-        "curves",
-        f"{title[0].upper()}{title[1:]} over training",
-        alt,
-        png_of(figure),
-        _table(columns, steps, title, unit),
-    )
+    heading = f"{title[0].upper()}{title[1:]} over training"
+    return picture_of(figure, "curves", heading, alt, _table(columns, steps, title, unit))
 
 
 def by_step(arm: ArmResult, metric: str) -> dict[int, list[float]]:

@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from lightning_moevlm import keys
-from lightning_moevlm.study.figures.picture import Picture, new_figure, png_of
+from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of
 from lightning_moevlm.study.results import ArmResult, RunResult, StudyResult
 from lightning_moevlm.study.table import Table, percent
 
@@ -32,7 +32,7 @@ _ARMS_BESIDE = 5  # more are illegible: they go below, in bands
 
 def draw_expert_load(result: StudyResult) -> Picture | None:
     """Draw it; None where no arm has experts."""
-    shown = [(arm, run) for arm in result.arms if (run := _first_with_load(arm)) is not None]
+    shown = [(arm, run) for arm in result.arms if (run := first_with_load(arm)) is not None]
     layers = sorted({layer for _, run in shown for layer in loads_of(run)})
     if not layers:
         return None
@@ -74,7 +74,7 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     bar.ax.tick_params(labelsize=8)
     missing = _missing(result, shown)
     title = "Expert load by block and modality" + (f" (nothing to show for {', '.join(missing)})" if missing else "")
-    return Picture("expert_load", title, _sentence(shown, missing), png_of(figure), _table(shown))
+    return picture_of(figure, "expert_load", title, _sentence(shown, missing), _table(shown))
 
 
 def _missing(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> list[str]:
@@ -133,7 +133,7 @@ def _draw(axes: Axes, steps: tuple[int, ...], load: np.ndarray, norm: TwoSlopeNo
     return image
 
 
-def _first_with_load(arm: ArmResult) -> RunResult | None:
+def first_with_load(arm: ArmResult) -> RunResult | None:
     """Return the first run with load, one with a result before one that crashed or still goes on."""
     loaded = [run for run in arm.runs if any(keys.EXPERT_LOAD.match(key) for key in run.series)]
     return min(loaded, key=lambda run: (not run.state.status.has_result, run.run.seed), default=None)

@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 
 from lightning_moevlm.study.effects import Effect
-from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_figure, png_of
+from lightning_moevlm.study.figures.picture import GROUND, INK, Look, Picture, looks, new_figure, picture_of
 from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.table import Table, name_and_unit
 from lightning_moevlm.study.tables import effects_table
@@ -19,15 +19,14 @@ def draw_forest(result: StudyResult) -> Picture | None:
     look = looks(tuple(arm.arm.name for arm in result.arms), study.baseline)
     figure = new_figure(1.5 + 0.55 * len(rows))
     axes = figure.subplots()
-    axes.axvline(0.0, color="#222222", linewidth=1.2)
+    axes.axvline(0.0, color=INK, linewidth=1.2)
     for row, arm in enumerate(rows):
         effect = arm.effect
         assert effect is not None
         _draw_row(axes, row, effect, look[arm.arm.name])
         lost = [(arm.diverged, "diverged"), (arm.failed, "failed")]
         word = "\n".join([effect.word, *(f"{n} of {arm.planned} {what}" for n, what in lost if n)])
-        colour = look[arm.arm.name].colour
-        axes.annotate(word, (1.01, row), xycoords=("axes fraction", "data"), va="center", color=colour, weight="bold")
+        axes.annotate(word, (1.01, row), xycoords=("axes fraction", "data"), va="center", weight="bold")
     axes.set_yticks(range(len(rows)), [arm.arm.name for arm in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     side = "left" if study.primary.direction == "lower" else "right"
@@ -38,7 +37,7 @@ def draw_forest(result: StudyResult) -> Picture | None:
     level = f"{100 * (1 - study.decide.alpha):g} %"
     axes.set_title(f"mean and {level} interval; small circles: single seeds", fontsize=10)
     alt = f"Forest plot of the effect of each arm on {title}. " + " ".join(_sentence(arm) for arm in rows)
-    return Picture("effects", f"Effect on {title}", alt, png_of(figure), _table(result))
+    return picture_of(figure, "effects", f"Effect on {title}", alt, _table(result))
 
 
 def _draw_row(axes: Axes, row: int, effect: Effect, look: Look) -> None:
@@ -52,7 +51,7 @@ def _draw_row(axes: Axes, row: int, effect: Effect, look: Look) -> None:
     mean = sum(effect.differences) / len(effect.differences)
     axes.plot([mean], [row], marker=look.marker, markersize=9, color=look.colour)
     below = [row + 0.28] * len(effect.differences)
-    axes.plot(effect.differences, below, "o", markersize=4.5, markerfacecolor="white", color=look.colour)
+    axes.plot(effect.differences, below, "o", markersize=4.5, markerfacecolor=GROUND, color=look.colour)
 
 
 def _sentence(arm: ArmResult) -> str:

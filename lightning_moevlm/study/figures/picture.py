@@ -1,29 +1,46 @@
-"""A picture that can be read three ways: as an image, as a sentence, as the table of its numbers."""
+"""A picture that can be read three ways: as an image, as a sentence, as the table of its numbers.
+
+Figures are drawn once, black on white. As SVG everything black becomes the ink and everything white the ground of the
+reader's colour scheme, so that one picture serves a light and a dark page; as PNG it stays as it was drawn.
+"""
 
 import io
+import re
 from dataclasses import dataclass
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_moevlm.study.table import Table
 
-# Okabe and Ito (2008): told apart with any of the common colour deficiencies; its yellow is too pale for lines.
+# Okabe and Ito (2008): told apart with any of the common colour deficiencies; its yellow is too pale for lines. All are
+# 3 : 1 or more against both grounds but the pale two, which markers tell apart as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_BASELINE_COLOUR = "#222222"
+INK = "#000000"
+GROUND = "#ffffff"
 _MARKERS = "osD^vPX"
 WIDTH_INCHES = 8.0
 _DOTS_PER_INCH = 130
 FONT_POINTS = 10.0
+# A page's colours. An SVG within a page takes its scheme from the page.
+_SCHEMES = (
+    ":root{--ink:#1c1f23;--ground:#fff;fill:var(--ink)}"
+    "@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--ground:#15181c}}"
+)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure. name: file name without ending; alt: the sentence; table: the numbers behind it."""
+    """A drawn figure. name: file name without ending; alt: the sentence; table: the numbers behind it.
+
+    svg: for the page, in light and dark; png: for where SVG is not shown, on white.
+    """
 
     name: str
     title: str
     alt: str
+    svg: bytes
     png: bytes
     table: Table
 
@@ -37,24 +54,39 @@ class Look:
 
 
 def looks(arms: tuple[str, ...], baseline: str) -> dict[str, Look]:
-    """Return a look for every arm: the baseline is near-black, the others go through colours, then markers."""
+    """Return a look for every arm: the baseline is of ink, the others go through colours, then markers."""
     others = [arm for arm in arms if arm != baseline]
     chosen = {}
     for i, arm in enumerate(others):
         turn = i // len(_COLOURS)  # with every turn through the colours the markers shift by one
         chosen[arm] = Look(_COLOURS[i % len(_COLOURS)], _MARKERS[1 + (i + turn) % (len(_MARKERS) - 1)])
-    return {baseline: Look(_BASELINE_COLOUR, _MARKERS[0]), **chosen}
+    return {baseline: Look(INK, _MARKERS[0]), **chosen}
 
 
 def new_figure(height_inches: float) -> Figure:
     """Return an empty figure of report width, without pyplot's global state."""
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained", facecolor=GROUND)
     FigureCanvasAgg(figure)
     return figure
 
 
-def png_of(figure: Figure) -> bytes:
-    """Return a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
-    return buffer.getvalue()
+def picture_of(figure: Figure, name: str, title: str, alt: str, table: Table) -> Picture:
+    """Draw a figure."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
+    figure.set_layout_engine("none")  # where everything is has just been found; finding it takes most of the time
+    return Picture(name, title, alt, _svg_of(figure), png.getvalue(), table)
+
+
+def _svg_of(figure: Figure) -> bytes:
+    buffer = io.StringIO()
+    # A fixed salt: the same figure is the same file. Letters as outlines look alike wherever they are read.
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "moevlm"}):
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # without the reference to a schema on the network
+    text = re.sub(r"<metadata>.*?</metadata>\n?", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    for drawn, role in ((INK, "var(--ink)"), (GROUND, "var(--ground)")):
+        text = re.sub(rf"\b(fill|stroke): ?{drawn}\b", rf"\1: {role}", text, flags=re.IGNORECASE)
+    return text.replace("<defs>", f"<style>{_SCHEMES}</style>\n<defs>", 1).encode()

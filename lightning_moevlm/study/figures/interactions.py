@@ -1,0 +1,73 @@
+"""Interaction matrix of a factorial study: main effects on the diagonal, two-way interactions beside it."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+
+from lightning_moevlm.study.effects import Effect
+from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of
+from lightning_moevlm.study.results import StudyResult
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
+
+_DARK, _LIGHT = "#111111", "#fafafa"  # letters on a coloured cell: the same whatever the page's scheme
+
+
+def draw_interactions(result: StudyResult) -> Picture | None:
+    """Draw it; None where the design has fewer than two factors or no seed has all of its arms."""
+    factors = tuple(dict.fromkeys(name for one in result.factors for name in one.factors))
+    effects = {one.factors: one.effect for one in result.factors}
+    known = {term: effect for term, effect in effects.items() if effect.mean is not None}
+    if len(factors) < 2 or not known:
+        return None
+    title, unit = name_and_unit(result.study.primary.metric)
+    values = np.full((len(factors), len(factors)), np.nan)
+    for term, effect in known.items():
+        row, column = factors.index(term[0]), factors.index(term[-1])
+        values[row, column] = values[column, row] = effect.mean
+    largest = float(np.nanmax(np.abs(values))) or 1.0
+    figure = new_figure(min(8.0, 1.6 + 0.75 * len(factors)))
+    axes = figure.subplots()
+    # blue is progress, whichever way that is
+    colours = "RdBu_r" if result.study.primary.direction == "lower" else "RdBu"
+    image = axes.imshow(values, cmap=colours, norm=TwoSlopeNorm(0.0, -largest, largest), aspect="auto")
+    for term, effect in known.items():
+        for one, other in {(term[0], term[-1]), (term[-1], term[0])}:
+            _write(axes, factors.index(one), factors.index(other), effect, largest)
+    axes.set_xticks(range(len(factors)), factors, rotation=20 if len(factors) > 4 else 0)
+    axes.set_yticks(range(len(factors)), factors)
+    level = f"{100 * (1 - result.study.decide.alpha):g} %"
+    axes.set_title(
+        f"diagonal: effect of a switch, on minus off; beside it: interactions; star: {level} interval without 0",
+        fontsize=10,
+    )
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.set_label(f"{title}\n({unit}), blue is better" if unit else f"{title}, blue is better", fontsize=9)
+    sentences = " ".join(f"{' x '.join(term)}: {_cell(effect)}." for term, effect in known.items())
+    alt = f"Matrix of main effects and two-way interactions on {title}. {sentences}"
+    return picture_of(
+        figure, "interactions", f"Effects of switches on {title}, alone and together", alt, _table(result)
+    )
+
+
+def _write(axes: Axes, row: int, column: int, effect: Effect, largest: float) -> None:
+    assert effect.mean is not None
+    star = "*" if effect.interval is not None and not effect.interval.low <= 0 <= effect.interval.high else ""
+    colour = _LIGHT if abs(effect.mean) > 0.6 * largest else _DARK
+    weight = "bold" if row == column else "normal"
+    axes.text(column, row, f"{effect.mean:+.3g}{star}", ha="center", va="center", color=colour, weight=weight)
+
+
+def _table(result: StudyResult) -> Table:
+    factors = tuple(dict.fromkeys(name for one in result.factors for name in one.factors))
+    effects = {frozenset(one.factors): one.effect for one in result.factors}
+    rows = tuple((row, *(_cell(effects.get(frozenset((row, column)))) for column in factors)) for row in factors)
+    title, unit = name_and_unit(result.study.primary.metric)
+    notes = ("a factor with itself: its main effect. In brackets the interval.",)
+    return Table(f"Main effects and interactions on {title} ({unit})", ("", *factors), rows, notes)
+
+
+def _cell(effect: Effect | None) -> str:
+    if effect is None or effect.mean is None:
+        return NOTHING
+    interval = f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]" if effect.interval else ""
+    return f"{effect.mean:+.4f}{interval}"

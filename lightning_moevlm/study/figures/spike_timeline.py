@@ -1,0 +1,142 @@
+"""When runs were unsteady: a row per run, marks where loss, gradient or update spiked, a cross where it diverged."""
+
+from typing import NamedTuple
+
+from lightning_moevlm import keys
+from lightning_moevlm.study.figures.picture import INK, Picture, new_figure, picture_of
+from lightning_moevlm.study.ledger import Status
+from lightning_moevlm.study.results import RunResult, StudyResult
+from lightning_moevlm.study.stability import SPIKE_DEVIATIONS, TRAIN_LOSS, divergence_step, spikes
+from lightning_moevlm.study.table import NOTHING, Table
+
+_MANY_RUNS = 60  # more rows are illegible
+_MANY_STEPS = 8  # so many does a cell of the table name
+
+
+class Signal(NamedTuple):
+    """What can spike, and how it is drawn. offset: within the row, so that marks of one step do not hide each other."""
+
+    name: str
+    key: str
+    marker: str
+    colour: str
+    offset: float
+
+
+_SIGNALS = (
+    Signal("task loss", TRAIN_LOSS, "o", "#D55E00", -0.22),
+    Signal("gradient norm", keys.GRAD_NORM.key(), "^", "#0072B2", 0.0),
+    Signal("update norm", keys.UPDATE_NORM.key(), "s", "#009E73", 0.22),
+)
+
+
+class Timeline(NamedTuple):
+    """One run. last: last logged step; spiked: steps by signal, None where too few points were logged to judge any."""
+
+    name: str
+    last: int
+    diverged_at: int | None
+    spiked: tuple[tuple[int, ...] | None, ...]
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether there is nothing to see."""
+        return self.diverged_at is None and not any(self.spiked)
+
+
+def draw_spikes(result: StudyResult) -> Picture | None:
+    """Draw it; None where every run was steady, or logged too few points to tell: the table of stability says which."""
+    lines = [line for arm in result.arms for run in arm.runs if (line := timeline_of(run)) is not None]
+    if all(line.is_steady for line in lines):
+        return None
+    shown = lines if len(lines) <= _MANY_RUNS else [line for line in lines if not line.is_steady][:_MANY_RUNS]
+    figure = new_figure(1.3 + 0.19 * len(shown))
+    axes = figure.subplots()
+    for row, line in enumerate(shown):
+        axes.plot([0, line.last], [row, row], color=INK, linewidth=0.8, alpha=0.35)
+        for signal, steps in zip(_SIGNALS, line.spiked, strict=True):
+            axes.plot(
+                steps or [],
+                [row + signal.offset] * len(steps or []),
+                linestyle="none",
+                marker=signal.marker,
+                markersize=5,
+                color=signal.colour,
+                label=signal.name if row == 0 else None,
+            )
+        axes.plot(
+            [] if line.diverged_at is None else [line.diverged_at],
+            [] if line.diverged_at is None else [row],
+            linestyle="none",
+            marker="x",
+            markersize=9,
+            markeredgewidth=2.2,
+            color=INK,
+            label="diverged" if row == 0 else None,
+        )
+    axes.set_yticks(range(len(shown)), [line.name for line in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("optimiser steps (the line: how far the run has logged)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    title = f"Points {SPIKE_DEVIATIONS:g} deviations or more from those before, and divergences"
+    if len(shown) < len(lines):
+        title += f" ({len(shown)} of {len(lines)} runs: the first that were not steady)"
+    return picture_of(figure, "spikes", title, _sentence(lines), _table(lines))
+
+
+def timeline_of(run: RunResult) -> Timeline | None:
+    """Return a run's; None for one that has logged nothing."""
+    ends = [run.series[signal.key].steps[-1] for signal in _SIGNALS if signal.key in run.series]
+    if not ends:
+        return None
+    diverged = divergence_step(run.series) if run.state.status is Status.DIVERGED else None
+    return Timeline(run.run.name, max(ends), diverged, tuple(_spiked(run, signal.key) for signal in _SIGNALS))
+
+
+def _spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
+    series = run.series.get(key)
+    found = spikes(series.values) if series else None
+    if series is None or found is None or not found.judged:
+        return None
+    return tuple(step for step, is_spike in zip(series.steps, found.is_spike, strict=True) if is_spike)
+
+
+def _sentence(lines: list[Timeline]) -> str:
+    unsteady = [line for line in lines if not line.is_steady]
+    told = [f"{line.name}: {'; '.join(_told(line))}." for line in unsteady[:_MANY_RUNS]]
+    rest = f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike and did not diverge."
+    return " ".join(["Timeline of spikes, one row per run over optimiser steps.", *told, rest])
+
+
+def _told(line: Timeline) -> list[str]:
+    parts = [
+        f"{len(steps)} of {signal.name}, first at step {steps[0]}"
+        for signal, steps in zip(_SIGNALS, line.spiked, strict=True)
+        if steps
+    ]
+    return parts + ([f"diverged at step {line.diverged_at}"] if line.diverged_at is not None else [])
+
+
+def _table(lines: list[Timeline]) -> Table:
+    """Return every run with something to see."""
+    unsteady = [line for line in lines if not line.is_steady]
+    rows = tuple(
+        (line.name, *map(_steps, line.spiked), NOTHING if line.diverged_at is None else f"step {line.diverged_at}")
+        for line in unsteady
+    )
+    columns = ("run", *(f"{signal.name}: spikes at step" for signal in _SIGNALS), "diverged at")
+    notes = (f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike and did not diverge.",)
+    return Table("Spikes and divergences by run", columns, rows, notes)
+
+
+def _steps(steps: tuple[int, ...] | None) -> str:
+    if steps is None:
+        return "too few points"
+    if not steps:
+        return "none"
+    more = f" and {len(steps) - _MANY_STEPS} more" if len(steps) > _MANY_STEPS else ""
+    return ", ".join(map(str, steps[:_MANY_STEPS])) + more
