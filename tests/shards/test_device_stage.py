@@ -1,6 +1,5 @@
 """Pictures decoded on the device, augmented and prefetched, as the options of `data` ask for it; here on the CPU."""
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from lightning_moevlm.shards.mixture import Source
 from lightning_moevlm.shards.reader import Delivery, Failure
 from lightning_moevlm.shards.scenes import build_scenes
 from tests.conftest import PROJECT
-from tests.shards.recording import Recorder, quiet_trainer
+from tests.shards.recording import Recorder, Seer, quiet_trainer
 from tests.shards.rewrite import rewrite_shard
 from tests.small_run import SMALL
 
@@ -31,23 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*only a CUDA device saves time:
 
 CROPS = Augment(crop_area=(0.3, 0.9), flip=0.5)
 EVERYTHING: dict[str, Any] = {"decode": "device", "augment": CROPS, "prefetch": 3}
-
-
-class Seer(Recorder):
-    """Writes down the pixels that it is given, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pixels: list[str] = []
-
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        self.pixels.append(_digest(batch))
-        return super().training_step(batch, batch_idx)
-
-
-def _digest(batch: Batch) -> str:
-    assert batch.images_BRYX is not None
-    return hashlib.sha256(batch.images_BRYX.numpy().tobytes()).hexdigest()
 
 
 def _data(root: Path, **options: Any) -> ShardDataModule:
