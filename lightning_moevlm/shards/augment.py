@@ -2,7 +2,7 @@
 
 Each picture has its own crop: area uniform in `crop_area`, aspect ratio log-uniform in `crop_aspect` (Inception, arXiv
 1409.4842, as torchvision's RandomResizedCrop draws them, but clipped to the picture instead of drawn again). What is
-drawn follows from seed, rank and the number of the batch alone, so a resumed run draws what the uninterrupted one
+drawn follows from seed, rank, epoch and number of the batch alone, so a resumed run draws what the uninterrupted one
 would have drawn, on any device. Scaling to [-1, 1] is the model's: pixels stay uint8.
 """
 
@@ -44,11 +44,11 @@ class Augment:
         """Whether nothing is done."""
         return self.crop_area is None and self.flip == 0
 
-    def __call__(self, images_BRYX: Tensor, seed: int, rank: int, batch: int) -> Tensor:
-        """Return augmented pictures of the same shape, dtype uint8. batch: its number in the whole training."""
+    def __call__(self, images_BRYX: Tensor, seed: int, rank: int, epoch: int, batch: int) -> Tensor:
+        """Return augmented pictures of the same shape, dtype uint8. batch: its number in the epoch of this rank."""
         if self.is_off:
             return images_BRYX
-        boxes_BK = self.boxes(len(images_BRYX), seed, rank, batch).to(images_BRYX.device, non_blocking=True)
+        boxes_BK = self.boxes(len(images_BRYX), seed, rank, epoch, batch).to(images_BRYX.device, non_blocking=True)
         center_x, center_y, half_width, half_height = boxes_BK.unbind(1)
         zero = torch.zeros_like(center_x)
         theta = torch.stack([half_width, zero, center_x, zero, half_height, center_y], dim=1).view(-1, 2, 3)
@@ -57,12 +57,12 @@ class Augment:
         seen = F.grid_sample(images_BRYX.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
         return seen.round_().clamp_(0, 255).to(torch.uint8)
 
-    def boxes(self, num_images: int, seed: int, rank: int, batch: int) -> Tensor:
+    def boxes(self, num_images: int, seed: int, rank: int, epoch: int, batch: int) -> Tensor:
         """Draw crops: (B, 4) fp32 of centre x and y and half width and height, where the picture is [-1, 1] x [-1, 1].
 
         A mirrored picture has a negative half width. Drawn on the CPU, whose generator is the same on every machine.
         """
-        generator = torch.Generator().manual_seed(_mixed(seed, rank, batch))
+        generator = torch.Generator().manual_seed(_mixed(seed, rank, epoch, batch))
         area, aspect, x, y, coin = torch.rand(5, num_images, generator=generator).unbind()
         low, high = self.crop_area or (1.0, 1.0)
         if self.crop_area is None:
@@ -77,10 +77,10 @@ class Augment:
         return torch.stack([center_x, center_y, half_width, half_height], dim=1)
 
 
-def _mixed(seed: int, rank: int, batch: int) -> int:
-    """One seed of three numbers; neighbours must not give related streams (a multiply-xorshift hash)."""
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers; neighbours must not give related streams (a multiply-xorshift hash)."""
     mixed = 0
-    for number in (seed, rank, batch):
+    for number in numbers:
         mixed = ((mixed ^ number) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64
         mixed ^= mixed >> 29
     return mixed % 2**63

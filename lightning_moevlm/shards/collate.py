@@ -1,8 +1,13 @@
-"""From raw samples to one `Batch`: decode each for itself, straight into the batch's memory; tokenise all together."""
+"""From raw samples to one `Batch`: decode each for itself, straight into the batch's memory; tokenise all together.
+
+Pictures that are to be decoded on the device stay JPEGs: beginning and end are checked, and the batch has images of the
+meta device of torch, which have a shape and no pixels, until those are made.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -12,28 +17,34 @@ from lightning_moevlm.shards.decode import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
     ImageTooLargeError,
+    check_jpeg,
     decode_caption,
     decode_image,
     image_rows,
 )
-from lightning_moevlm.shards.faults import MAX_PIXELS, Cause, SampleFault
+from lightning_moevlm.shards.encoded_images import EncodedImages, Jpeg
+from lightning_moevlm.shards.faults import MAX_PIXELS, Cause, SampleFault, undecodable
 from lightning_moevlm.shards.source import RawSample
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 
 
 class Decoded(NamedTuple):
-    """A decoded sample; what its set lacks is None. image_RYX: uint8, RGB. caption: without surrounding blanks."""
+    """A decoded sample; what its set lacks is None. image_RYX: uint8, RGB. caption: without surrounding blanks.
+
+    jpeg: the picture of a sample that is to be decoded on the device; image_RYX is then None.
+    """
 
     key: str
     image_RYX: Tensor | None
     caption: str | None
+    jpeg: Jpeg | None = None
 
 
 class Collate:
     """Makes a batch of raw samples.
 
     image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included. max_pixels: that an encoded
-    picture may have.
+    picture may have. keeps_jpegs: whether pictures, which must be JPEGs, are decoded later, on the device.
     """
 
     def __init__(
@@ -43,6 +54,7 @@ class Collate:
         image_size: int,
         max_text_len: int,
         max_pixels: int = MAX_PIXELS,
+        keeps_jpegs: bool = False,
     ) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._has_captions = CAPTION_EXTENSION in members
@@ -50,6 +62,8 @@ class Collate:
         self._image_size = image_size
         self._max_text_len = max_text_len
         self._max_pixels = max_pixels
+        self._keeps_jpegs = keeps_jpegs
+        assert not keeps_jpegs or self._image_extension in (None, "jpg"), "the data module refuses other pictures"
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -64,6 +78,7 @@ class Collate:
             UserError: if a sample lacks a member or cannot be decoded.
 
         """
+        assert not self._keeps_jpegs, "a batch without pixels needs its JPEGs beside it"
         images_BRYX = self.image_rows(len(samples))
         rows: Sequence[Tensor | None] = [None] * len(samples) if images_BRYX is None else images_BRYX.unbind()
         try:
@@ -75,10 +90,13 @@ class Collate:
     def image_rows(self, num_samples: int) -> Tensor | None:
         """Return room for the pictures of a batch, (B, 3, S, S) uint8, or None if the set has none.
 
-        In a loader's worker it is shared memory: the batch is handed on without being copied.
+        In a loader's worker it is shared memory: the batch is handed on without being copied. Where JPEGs are kept, it
+        is of the meta device.
         """
         if self._image_extension is None:
             return None
+        if self._keeps_jpegs:
+            return torch.empty((num_samples, 3, self._image_size, self._image_size), dtype=torch.uint8, device="meta")
         return image_rows(num_samples, self._image_size, shared=get_worker_info() is not None)
 
     def decode(self, sample: RawSample, into: Tensor | None = None) -> Decoded:
@@ -88,15 +106,17 @@ class Collate:
             SampleFault: if a member is missing, a picture is none or too large, or a text is not UTF-8.
 
         """
-        image_RYX, caption = None, None
-        if self._image_extension is not None:
+        image_RYX, caption, jpeg = None, None, None
+        if self._keeps_jpegs and self._image_extension is not None:
+            jpeg = self._jpeg(sample, self._image_extension)
+        elif self._image_extension is not None:
             image_RYX = self._image(sample, self._image_extension, into)
         if self._has_captions:
             try:
                 caption = decode_caption(_member(sample, CAPTION_EXTENSION))
             except UnicodeDecodeError as error:
                 raise _fault("text_not_utf8", sample, CAPTION_EXTENSION, error) from error
-        return Decoded(sample.key, image_RYX, caption)
+        return Decoded(sample.key, image_RYX, caption, jpeg)
 
     def batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
@@ -105,6 +125,24 @@ class Collate:
             captions = [each.caption or "" for each in decoded]
             text_BL, text_mask_BL = self._tokenizer.encode(captions, self._max_text_len)
         return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded))
+
+    def encoded(self, decoded: Sequence[Decoded], num_fresh: int) -> EncodedImages | None:
+        """Put the JPEGs of a batch together; None where there are none, or they are decoded already.
+
+        num_fresh: how many samples at the beginning are read for the first time in their epoch.
+        """
+        jpegs = [each.jpeg for each in decoded if each.jpeg is not None]
+        return EncodedImages.of(jpegs, num_fresh) if jpegs else None
+
+    def _jpeg(self, sample: RawSample, extension: str) -> Jpeg:
+        data = _member(sample, extension)
+        try:
+            check_jpeg(data, self._max_pixels)
+        except ImageTooLargeError as error:
+            raise _fault("image_too_large", sample, extension, error) from error
+        except ValueError as error:
+            raise _fault("image_undecodable", sample, extension, error) from error
+        return Jpeg(data, _place(sample, extension))
 
     def _image(self, sample: RawSample, extension: str, into: Tensor | None) -> Tensor:
         try:
@@ -123,5 +161,8 @@ def _member(sample: RawSample, extension: str) -> bytes:
 
 
 def _fault(cause: Cause, sample: RawSample, extension: str, error: ValueError) -> SampleFault:
-    where = f"{sample.key}.{extension} in shard {sample.shard}"
-    return SampleFault(cause, f"{where} cannot be decoded ({error}); rebuild the set without it")
+    return undecodable(cause, _place(sample, extension), error)
+
+
+def _place(sample: RawSample, extension: str) -> str:
+    return f"{sample.key}.{extension} in shard {sample.shard}"

@@ -11,14 +11,19 @@ can be compared: the sources that are read as pairs, one after the other; all of
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.augment import Augment
 from lightning_moevlm.shards.collate import Collate
+from lightning_moevlm.shards.device_stage import DeviceStage
+from lightning_moevlm.shards.faults import MAX_PIXELS
 from lightning_moevlm.shards.line import OpenSource
 from lightning_moevlm.shards.loader import LoaderState, ShardLoader, refuse_uneven_workers
 from lightning_moevlm.shards.manifest import Manifest, Split, check_shard_size
@@ -59,6 +64,11 @@ class ShardDataModule(LightningDataModule):
         max_lost_fraction: Share of the samples read that a run may do without; with 0 the first that cannot be used
             ends it.
         sources: Sets to mix, by name, in place of `root`; a source that is null is left out.
+        decode: Where pictures are decoded: `cpu`, by the processes that read them, or `device`, JPEGs only, by the GPU
+            of the rank (extra `gpu-decode`).
+        max_pixels: That an encoded picture may have; larger ones are lost, and nothing of them is decoded.
+        augment: Crops and flips of training pictures, on the device; null is none, and evaluation never has any.
+        prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null is none.
     """
 
     def __init__(
@@ -77,6 +87,10 @@ class ShardDataModule(LightningDataModule):
         num_streams: int = 4,
         max_lost_fraction: float = 0.0,
         sources: dict[str, Source | None] | None = None,
+        decode: Literal["cpu", "device"] = "cpu",
+        max_pixels: int = MAX_PIXELS,
+        augment: Augment | None = None,
+        prefetch: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -86,8 +100,10 @@ class ShardDataModule(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("shuffle_buffer", shuffle_buffer, 1),
             ("num_streams", num_streams, 1),
+            ("max_pixels", max_pixels, 1),
+            ("prefetch", prefetch, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UserError(f"data.{name} is {value}, but must be at least {least}")
         refuse_uneven_workers(num_workers, num_streams)
         if not 0 <= max_lost_fraction < 1:
@@ -114,6 +130,10 @@ class ShardDataModule(LightningDataModule):
         self.seed = seed
         self.num_streams = num_streams
         self.max_lost_fraction = max_lost_fraction
+        self.decode = decode
+        self.max_pixels = max_pixels
+        self.augment = augment
+        self.prefetch = prefetch
         self.train_loader: ShardLoader | None = None
         self._resume_from: LoaderState | None = None
 
@@ -171,6 +191,7 @@ class ShardDataModule(LightningDataModule):
         """
         assert self.tokenizer.vocab_size <= self.vocab_size  # the property refuses, with the remedy
         for opened in self.sets.values():
+            self._refuse_other_than_jpegs(opened)
             folder = opened.storage.folder
             if folder is None or self.max_lost_fraction > 0:
                 continue
@@ -204,7 +225,8 @@ class ShardDataModule(LightningDataModule):
                 pace,
                 tolerant=self.max_lost_fraction > 0,
             )
-            loader = ShardLoader(reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction)
+            stage = self._stage(self.augment, fills=True)
+            loader = ShardLoader(reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction, stage)
         if self._resume_from is not None:
             loader.load_state_dict(self._resume_from)
             self._resume_from = None
@@ -253,15 +275,51 @@ class ShardDataModule(LightningDataModule):
                 name,
                 opened.storage,
                 opened.manifest.splits[split],
-                Collate(opened.members, self.tokenizer, self.image_size, self.max_text_len),
+                self._collate(opened),
             )
             for name, opened in sets.items()
         )
 
+    def _collate(self, opened: OpenSet) -> Collate:
+        self._refuse_other_than_jpegs(opened)
+        keeps_jpegs = self.decode == "device"
+        return Collate(opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs)
+
+    def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:
+        if self.decode == "device" and "png" in opened.members:
+            raise UserError(
+                f"data.decode is device, but {opened.storage} has PNG pictures, and a device decodes JPEGs alone; "
+                "set data.decode cpu, or build or convert the set with --image_format jpg"
+            )
+
+    def _stage(self, augment: Augment | None, fills: bool) -> DeviceStage | None:
+        """Return what happens to batches in this process; None where every option of it is off."""
+        if self.decode == "cpu" and augment is None and self.prefetch is None:
+            return None
+        return DeviceStage(
+            self._device, self.image_size, self.max_pixels, augment, self.seed, self._rank.index, self.prefetch or 0,
+            tolerant=self.max_lost_fraction > 0, fills=fills,
+        )  # fmt: skip
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where the model is; told once, where options ask for a GPU and there is none."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        in_vain = [f"data.decode {self.decode}"] * (self.decode == "device")
+        in_vain += [f"data.prefetch {self.prefetch}"] * (self.prefetch is not None)
+        if in_vain and device.type != "cuda" and self._rank.index == 0:
+            warnings.warn(
+                f"{' and '.join(in_vain)}: only a CUDA device saves time by it, and this run is on {device.type}; the "
+                "training process does the work, with the same result; set data.decode cpu and data.prefetch null here",
+                stacklevel=3,  # beyond the property's own machinery
+            )
+        return device
+
     def _fixed(self, opened: tuple[OpenSource, ...]) -> ShardLoader:
         tolerant = self.max_lost_fraction > 0
         reader = FixedReader(opened, self.batch_size, self._rank, self.num_streams, tolerant)
-        return ShardLoader(reader, self.num_workers, self.manifest_digest, max_lost_fraction=self.max_lost_fraction)
+        stage = self._stage(augment=None, fills=False)
+        return ShardLoader(reader, self.num_workers, self.manifest_digest, None, self.max_lost_fraction, stage)
 
     def _train_limit(self, num_batches: int) -> int | None:
         """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""

@@ -23,6 +23,7 @@ from lightning_moevlm.shards.faults import MAX_PIXELS
 IMAGE_EXTENSIONS = ("jpg", "png")
 CAPTION_EXTENSION = "txt"
 
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on broken files; OSError includes UnidentifiedImageError."""
@@ -58,6 +59,22 @@ def decode_image(
     else:
         fit(_decode_png(data, max_pixels), size, row_RYX)
     return row_RYX
+
+
+def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Look at the beginning and the end of a JPEG without decoding anything.
+
+    Raises:
+        ImageTooLargeError: if the picture has more than `max_pixels`.
+        ValueError: if the bytes do not begin as a JPEG does, or are cut short.
+
+    """
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(height, width, max_pixels)
+    # markers do not occur within pixels; an end before the last scan is that of a preview in the header
+    end = data.rfind(_JPEG_END)
+    if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
+        raise ValueError("Premature end of JPEG file")
 
 
 def image_rows(num_images: int, size: int, shared: bool = False) -> Tensor:

@@ -1,12 +1,15 @@
-"""JPEG bytes travel, pixels are made on the device: a tenth of the transfer, and no decoding on the CPU.
+"""JPEG bytes travel, pixels are made on the device: a tenth of the transfer, and no decoding in the loader's processes.
 
 On a CUDA device torchcodec decodes a whole batch in one call (extra `gpu-decode`), and the pictures are resized there.
 Where there is no such device, or torchcodec is missing or does not load, the CPU decodes as it always does. The two
 differ by what decoders differ in: nvJPEG does not scale while it decodes, and resizing there is in floating point.
+
+What is no picture for the CPU's decoder is none here either: if the device refuses a batch, which it does as a whole,
+the CPU decodes it and says which pictures it cannot decode.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -15,44 +18,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_moevlm.shards.decode import decode_image, image_rows
+from lightning_moevlm.shards.encoded_images import EncodedImages
 from lightning_moevlm.shards.faults import MAX_PIXELS
 
 DecodeJpegs = Callable[..., list[Tensor]]
 
 
-class EncodedImages(NamedTuple):
-    """The JPEGs of a batch in one tensor. bytes_N: uint8, one after another. lengths: bytes of each."""
+class Pixels(NamedTuple):
+    """Decoded pictures. images_BRYX: uint8, RGB. faults: of those that are none, by place; their pixels say nothing."""
 
-    bytes_N: Tensor
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, jpegs: Sequence[bytes]) -> "EncodedImages":
-        """Put JPEGs together."""
-        return cls(torch.frombuffer(bytearray(b"".join(jpegs)), dtype=torch.uint8), tuple(len(jpeg) for jpeg in jpegs))
-
-    def each(self) -> tuple[Tensor, ...]:
-        """Return the bytes of every JPEG."""
-        return self.bytes_N.split(self.lengths)
+    images_BRYX: Tensor
+    faults: Mapping[int, ValueError]
 
 
-def decode_on(images: EncodedImages, size: int, device: torch.device, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode JPEGs to (B, 3, size, size), uint8 RGB, on the device; scaled and cut as `decode_image` does it.
-
-    Raises:
-        ValueError: if one of them is no JPEG, or has more than `max_pixels`.
-
-    """
+def decode_on(images: EncodedImages, size: int, device: torch.device, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode JPEGs to (B, 3, size, size), uint8 RGB, on the device; scaled and cut as `decode_image` does it."""
     decode = _torchcodec() if device.type == "cuda" else None
-    if decode is None:
-        rows_BRYX = image_rows(len(images.lengths), size)
-        for jpeg, row_RYX in zip(images.each(), rows_BRYX, strict=True):
+    if decode is not None:
+        try:
+            return Pixels(fit_all(decode(list(images.each()), mode="RGB", device=device), size), {})
+        except RuntimeError:
+            pass  # no partial result, and no word on which one it was: below they are told apart, and none is let pass
+    images_BRYX = image_rows(len(images), size)
+    faults: dict[int, ValueError] = {}
+    for place, (jpeg, row_RYX) in enumerate(zip(images.each(), images_BRYX, strict=True)):
+        try:
             decode_image(jpeg.numpy().tobytes(), "jpg", size, max_pixels, into=row_RYX)
-        return rows_BRYX.to(device, non_blocking=True)
-    try:
-        return fit_all(decode(list(images.each()), mode="RGB", device=device), size)
-    except RuntimeError as error:
-        raise ValueError(f"a JPEG cannot be decoded on {device} ({error})") from error
+        except ValueError as error:
+            faults[place] = error
+    return Pixels(images_BRYX.to(device, non_blocking=True), faults)
 
 
 def fit_all(pictures: Sequence[Tensor], size: int) -> Tensor:

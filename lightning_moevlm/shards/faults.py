@@ -39,6 +39,18 @@ class SampleFault(Exception):  # noqa: N818 - the data are at fault
         self.cause = cause
 
 
+def undecodable(cause: Cause, where: str, error: ValueError) -> SampleFault:
+    """Return the fault of a member that cannot be decoded. where: which it is, and in which shard."""
+    return SampleFault(cause, f"{where} cannot be decoded ({error}); rebuild the set without it")
+
+
+def untolerated(lost: Lost) -> UserError:
+    """Return the error that ends a run which tolerates no loss."""
+    return UserError(
+        f"{lost.message} (or set data.max_lost_fraction to the share of samples that a run may do without)"
+    )
+
+
 class ShardFault(UserError):  # noqa: N818 - the data are at fault
     """A shard of which nothing can be used; whoever reads it turns it into a `Lost` of all its samples."""
 

@@ -3,7 +3,8 @@
 Its state lives in the main process: epoch, batches handed out, and where every logical stream stands in every source,
 which each batch brings along. Snapshots of workers (as torchdata's StatefulDataLoader takes) run ahead of the training
 by what is prefetched, are bound to the number of workers, and are gone when the workers are; here what is prefetched is
-simply not part of the state, and a run may go on with another number of workers. Lightning saves and restores it
+simply not part of the state, and a run may go on with another number of workers. The same holds for what a device stage
+has prepared ahead: place and counts move when a batch is handed out, and not before. Lightning saves and restores it
 with the training state, because it offers `state_dict` and `load_state_dict` and has a length.
 
 Places differ between ranks once samples were lost, so the state holds those of all ranks, and saving is something that
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
+from lightning_moevlm.shards.device_stage import DeviceStage
 from lightning_moevlm.shards.faults import Cause
 from lightning_moevlm.shards.line import Place
 from lightning_moevlm.shards.reader import BatchStream, Cursor, Delivery, Failure, Places, Reader
@@ -56,7 +58,8 @@ class ShardLoader:
     """Iterates over a reader's batches, with `num_workers` processes or none.
 
     digest: names the exact data. batches_per_epoch: where an epoch ends if the trainer uses fewer batches than there
-    are. max_lost_fraction: share of the samples read that may be lost.
+    are. max_lost_fraction: share of the samples read that may be lost. stage: what happens to batches in this process
+    before they are handed out; null hands them out as they come.
 
     Raises:
         UserError: if the streams cannot be shared out evenly among the workers.
@@ -69,6 +72,7 @@ class ShardLoader:
         digest: str = "",
         batches_per_epoch: int | None = None,
         max_lost_fraction: float = 0.0,
+        stage: DeviceStage | None = None,
     ) -> None:
         refuse_uneven_workers(num_workers, reader.num_streams)
         self._reader = reader
@@ -76,6 +80,7 @@ class ShardLoader:
         self._digest = digest
         self._batches_per_epoch = min(reader.num_batches, batches_per_epoch or reader.num_batches)
         self._max_lost_fraction = max_lost_fraction
+        self._stage = stage
         self._cursor = reader.next_epoch(Cursor(-1, 0))
         self._resume_here = True
         self.samples = [0] * len(reader.sources)
@@ -118,9 +123,11 @@ class ShardLoader:
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_unchanged,
+            pin_memory=self._stage is not None and self._stage.device.type == "cuda",
         )
+        arriving = iter(loader) if self._stage is None else self._stage(iter(loader), self._cursor)
         before = Counter(self.lost)
-        for delivery in loader:
+        for delivery in arriving:
             if isinstance(delivery, Failure):
                 raise UserError(delivery.message)
             self._take(delivery)

@@ -149,13 +149,18 @@ def refuse_odd_names(names: Sequence[str]) -> None:
             raise UserError(f"source {name!r} of data.sources: a name is of letters, digits, '_', '.' and '-'")
 
 
+def in_order(batches: Mapping[int, Batch]) -> list[int]:
+    """Return the numbers of the sources as their samples follow each other in a batch: pairs, images, texts."""
+    return sorted(batches, key=lambda k: _kind(batches[k]))
+
+
 def joined(batches: Mapping[int, Batch], num_sources: int) -> Batch:
     """Make one batch of the sources' batches, by number of the source: pairs, then images alone, then texts alone."""
     per_source = tuple(batches[k].num_samples if k in batches else 0 for k in range(num_sources))
     if len(batches) == 1:
         (only,) = batches.values()
         return only._replace(num_pairs=only.pairs, per_source=per_source)
-    ordered = sorted(batches.values(), key=_kind)
+    ordered = [batches[k] for k in in_order(batches)]
     return Batch(
         _stacked([batch.images_BRYX for batch in ordered]),
         _stacked([batch.text_BL for batch in ordered]),

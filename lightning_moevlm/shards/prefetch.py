@@ -1,100 +1,66 @@
-"""The next batch is on its way to the GPU while the model computes on this one.
+"""The next batches are on their way to the GPU while the model computes on this one.
 
-Copies (and decoding, augmenting: whatever `prepare` does) run on a stream of their own; the stream of the model waits
-for them by an event, the CPU never does. Length and state are those of the loader underneath as of the batch that was
-handed out last: what is prefetched beyond it is no part of the state, so a resume repeats and skips nothing.
+Copies (and decoding, augmenting: whatever it takes to prepare a batch) run on a stream of their own; the stream of the
+model waits for them by an event, the CPU never does. What is ahead is no part of the loader's place, which moves, and
+counts, when a batch is handed out: a resume repeats and skips nothing, whatever the depth.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_moevlm.records import Batch
-
-Prepare = Callable[[Any, torch.device], Batch]
+from lightning_moevlm.shards.reader import Delivery, Failure
 
 
-class StatefulLoader(Protocol):
-    """A loader that knows its length and its place."""
+class _Ahead(NamedTuple):
+    """A prepared batch. ready: when its stream is done with it; None where there are no streams."""
 
-    def __iter__(self) -> Iterator[Any]:
-        """Hand out the rest of an epoch."""
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-
-    def state_dict(self) -> Any:
-        """Return the place; nothing that was returned changes later."""
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a place."""
+    item: Delivery | Failure
+    ready: torch.cuda.Event | None
 
 
-class DevicePrefetcher:
-    """Hands out a loader's batches on a device, each prepared one batch ahead.
+def prefetched(
+    prepared: Iterator[Delivery | Failure], device: torch.device, num_ahead: int
+) -> Iterator[Delivery | Failure]:
+    """Hand out batches in their order, while the next `num_ahead` are prepared already.
 
-    prepare: makes of a batch what the model gets, by default the same with its tensors on the device. On a device
-    without streams it runs when the batch is handed out, which changes nothing but the time.
+    prepared: does the work when it is asked for the next one. On a device without streams the work is only done
+    earlier, not meanwhile. A failure is handed out when its turn comes, and nothing is asked for beyond it.
     """
-
-    def __init__(self, loader: StatefulLoader, device: torch.device, prepare: Prepare | None = None) -> None:
-        self._loader = loader
-        self._device = device
-        self._prepare: Prepare = prepare or moved
-        self._state: Any = None
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return len(self._loader)
-
-    def state_dict(self) -> Any:
-        """Return the loader's place after the batch that was handed out last."""
-        return self._loader.state_dict() if self._state is None else self._state
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a place."""
-        self._state = None
-        self._loader.load_state_dict(state_dict)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Hand out the rest of an epoch, one batch ahead."""
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        ahead = self._ahead(stream)
-        following = next(ahead, None)
-        while following is not None:
-            (batch, state, ready), following = following, None
-            if ready is not None:
-                current = torch.cuda.current_stream(self._device)
-                current.wait_event(ready)
-                for tensor in batch:
-                    if isinstance(tensor, Tensor):
-                        tensor.record_stream(current)  # or its memory might be given away while the model reads it
-            following = next(ahead, None)
-            self._state = state
-            yield batch
-        self._state = None  # the loader's own state is right again, also if it counts the end of an epoch
-
-    def _ahead(self, stream: torch.cuda.Stream | None) -> Iterator[tuple[Batch, Any, torch.cuda.Event | None]]:
-        for batch in self._loader:
-            state = self._loader.state_dict()
-            if stream is None:
-                yield self._prepare(batch, self._device), state, None
-                continue
-            with torch.cuda.stream(stream):
-                prepared = self._prepare(batch, self._device)
-                ready = torch.cuda.Event()
-                ready.record(stream)
-            yield prepared, state, ready
+    stream = torch.cuda.Stream(device) if device.type == "cuda" and num_ahead else None
+    waiting: deque[_Ahead] = deque()
+    more = True
+    while more or waiting:
+        while more and len(waiting) <= num_ahead:
+            ahead = _next(prepared, stream)
+            if ahead is not None:
+                waiting.append(ahead)
+            more = ahead is not None and not isinstance(ahead.item, Failure)
+        if waiting:
+            yield _handed_over(waiting.popleft(), device)
 
 
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on the device; from pinned memory a copy does not hold up the CPU."""
-    pinned = device.type == "cuda"
-    there: dict[str, Any] = {
-        name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
-        for name, value in batch._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    return batch._replace(**there)
+def _next(prepared: Iterator[Delivery | Failure], stream: torch.cuda.Stream | None) -> _Ahead | None:
+    with torch.cuda.stream(stream):  # None leaves it as it is
+        item = next(prepared, None)
+    if item is None:
+        return None
+    if stream is None:
+        return _Ahead(item, None)
+    ready = torch.cuda.Event()
+    ready.record(stream)
+    return _Ahead(item, ready)
+
+
+def _handed_over(ahead: _Ahead, device: torch.device) -> Delivery | Failure:
+    """Let the stream of the model wait for a batch, and keep its memory until that stream is done with it."""
+    if ahead.ready is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(ahead.ready)
+        for tensor in ahead.item.batch if isinstance(ahead.item, Delivery) else ():
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(current)
+    return ahead.item

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -17,9 +17,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
 from lightning_moevlm.shards.collate import Decoded
-from lightning_moevlm.shards.faults import Cause, Lost
+from lightning_moevlm.shards.encoded_images import EncodedImages
+from lightning_moevlm.shards.faults import Cause, Lost, untolerated
 from lightning_moevlm.shards.line import Line, OpenSource, Place
-from lightning_moevlm.shards.mixture import Mixture, Pace, joined
+from lightning_moevlm.shards.mixture import Mixture, Pace, in_order, joined
 from lightning_moevlm.shards.order import (
     Rank,
     Stretch,
@@ -45,12 +46,26 @@ class Cursor:
 
 
 class Delivery(NamedTuple):
-    """A batch on its way to the loader. places: of its stream after it. lost: what its stream met on the way to it."""
+    """A batch on its way to the loader. places: of its stream after it. lost: what its stream met on the way to it.
+
+    encoded: the pictures, where they are to be decoded on the device; those of the batch are on the meta device.
+    """
 
     batch: Batch
     places: tuple[Place, ...]
     lost: dict[Cause, int]
     last_words: str
+    encoded: EncodedImages | None = None
+
+    def pin_memory(self) -> "Delivery":
+        """Return the same in memory that a GPU can read from; torch's DataLoader asks for it."""
+        tensors: dict[str, Any] = {
+            name: value.pin_memory()
+            for name, value in self.batch._asdict().items()
+            if isinstance(value, Tensor) and not value.is_meta
+        }
+        encoded = None if self.encoded is None else self.encoded.pinned()
+        return self._replace(batch=self.batch._replace(**tensors), encoded=encoded)
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,7 @@ class Reader(ABC):
 
     def _met(self, lost: Lost) -> Lost:
         if not self.tolerant:
-            raise UserError(
-                f"{lost.message} (or set data.max_lost_fraction to the share of samples that a run may do without)"
-            )
+            raise untolerated(lost)
         return lost
 
 
@@ -174,22 +187,27 @@ class TrainReader(Reader):
             lost: Counter[Cause] = Counter()
             last_words = ""
             batches: dict[int, Batch] = {}
+            encoded: dict[int, EncodedImages | None] = {}
             for k, count in enumerate(self.mixture.counts(start.epoch, number, self.batch_size, self.pace)):
                 if not count:
                     continue
                 collate = self.sources[k].collate
                 rows = collate.image_rows(count)
                 samples: list[Decoded] = []
+                num_fresh = 0
                 while len(samples) < count:
                     places[k], sample = takers[k].take(None if rows is None else rows[len(samples)])
                     if isinstance(sample, Decoded):
                         samples.append(sample)
+                        num_fresh += places[k].lap == 0
                         continue
                     # filling up meets the losses of the first pass again: they are counted already
                     lost[self._met(sample).cause] += 1 if places[k].lap == 0 else 0
                     last_words = sample.message
                 batches[k] = collate.batch(samples, rows)
-            yield Delivery(joined(batches, len(self.sources)), tuple(places), dict(+lost), last_words)
+                encoded[k] = collate.encoded(samples, num_fresh)
+            batch, images = joined(batches, len(self.sources)), _joined_images(batches, encoded)
+            yield Delivery(batch, tuple(places), dict(+lost), last_words, images)
 
     @property
     def _runs_on(self) -> bool:
@@ -278,7 +296,8 @@ class FixedReader(Reader):
             batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
             causes = Counter(sample.cause for sample in lost)
             last_words = lost[-1].message if lost else ""
-            yield Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_words)
+            images = source.collate.encoded(samples, len(samples))
+            yield Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_words, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:
@@ -339,6 +358,11 @@ class _Taker:
                 f"{self._line.source.name} can be used: {sample.message}"
             )
         return place, sample
+
+
+def _joined_images(batches: dict[int, Batch], encoded: dict[int, EncodedImages | None]) -> EncodedImages | None:
+    """Put the sources' JPEGs together in the order of the joined batch."""
+    return EncodedImages.joined([images for k in in_order(batches) if (images := encoded[k]) is not None])
 
 
 def _names(sources: Sequence[OpenSource]) -> str:

@@ -1,5 +1,6 @@
 """A model that learns one number and writes down which samples it is given."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ class Recorder(LightningModule):
         if self.estimate_steps:
             assert self.trainer.estimated_stepping_batches > 0
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Seer(Recorder):
+    """Writes down the pixels of every training batch, too: pixels holds a hash of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels: list[str] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        assert batch.images_BRYX is not None
+        self.pixels.append(hashlib.sha256(batch.images_BRYX.contiguous().numpy().tobytes()).hexdigest())
+        return super().training_step(batch, batch_idx)
 
 
 def quiet_trainer(folder: Path, **options: Any) -> Trainer:

@@ -17,7 +17,7 @@ from lightning_moevlm.shards import decode
 from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
 from lightning_moevlm.shards.convert.coco import CocoCaptions, CocoQuestions
 from lightning_moevlm.shards.convert.convert import Converted, Effort, Form, Terms, convert
-from lightning_moevlm.shards.convert.picture import MAX_PIXELS, Wish, look_at, stored
+from lightning_moevlm.shards.convert.picture import Wish, look_at, stored
 from lightning_moevlm.shards.convert.pool import WorkerDiedError, in_order
 from lightning_moevlm.shards.convert.rows import RowError, Source
 from lightning_moevlm.shards.convert.tables import Columns, CsvSource, JsonlSource
@@ -224,8 +224,28 @@ def test_a_process_that_dies_takes_nothing_along(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob(".set.converting-*"))) == 1
 
 
-def test_what_is_stored_can_be_read() -> None:
-    assert MAX_PIXELS == decode.MAX_PIXELS
+def _grey(width: int, height: int, image_format: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("1" if image_format == "PNG" else "L", (width, height)).save(out, image_format)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("image_format", "extension"), [("PNG", "png"), ("JPEG", "jpg")])
+def test_a_picture_that_is_too_large_to_be_read_is_not_stored_either(image_format: str, extension: str) -> None:
+    # 2^13 x 2^13 = 2^26 pixels are allowed; this is one column more
+    data = _grey(8193, 8192, image_format)
+    for refused in (look_at, stored):
+        with pytest.raises(RowError, match="8193x8192 pixels, 67,108,864 allowed") as conversion:
+            refused(data, Wish("jpg", None))
+        assert conversion.value.cause == "image_too_large"
+    with pytest.raises(decode.ImageTooLargeError, match="8193 x 8192 pixels, allowed are 67108864"):
+        decode.decode_image(data, extension, 64)
+
+
+def test_the_largest_picture_that_is_stored_can_be_read() -> None:
+    data = _grey(8192, 8192, "JPEG")
+    assert stored(data, Wish("jpg", None)) == data
+    assert decode.decode_image(data, "jpg", 64).eq(0).all()
 
 
 BAD_ROWS = {

@@ -102,6 +102,8 @@ def test_a_missing_set_tells_the_exact_command(tmp_path: Path, name: str) -> Non
         ({"max_text_len": 2}, "data.max_text_len is 2"),
         ({"num_workers": -1}, "data.num_workers is -1"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer is 0"),
+        ({"prefetch": 0}, "data.prefetch is 0"),
+        ({"max_pixels": 0}, "data.max_pixels is 0"),
         ({"root": "pipe:touch PWNED"}, "never reach a shell"),
         ({"root": "ftp://x.org/set"}, "only file, http, https, s3, gs are allowed"),
         ({"root": "s3://x/set", "cache_gib": 0}, "data.cache_gib is 0"),

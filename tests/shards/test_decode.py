@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
-from lightning_moevlm.shards.decode import ImageTooLargeError, decode_image, image_rows
+from lightning_moevlm.shards.decode import ImageTooLargeError, check_jpeg, decode_image, image_rows
 from lightning_moevlm.shards.faults import SampleFault
 from lightning_moevlm.shards.source import RawSample
 from lightning_moevlm.shards.tokenizer import BOS, EOS, load_tokenizer, train_tokenizer
@@ -233,3 +233,18 @@ def test_a_batch_holds_what_the_set_has(tmp_path) -> None:
     assert Collate(("txt",), tokenizer, 16, 4)(raw).images_BRYX is None
     only_images = Collate(("jpg",), tokenizer, 16, 4)(raw)
     assert only_images.text_BL is None and only_images.text_mask_BL is None
+
+
+def test_a_jpeg_that_is_cut_short_is_found_out_without_decoding() -> None:
+    jpeg = bytes(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8), 90, "RGB", "444"))
+    check_jpeg(jpeg)
+    check_jpeg(jpeg + b"words after the end")  # decoders do not mind
+    # a preview within the header has an end of its own
+    with_preview = jpeg[:2] + b"\xff\xe1" + (len(jpeg) + 2).to_bytes(2, "big") + jpeg + jpeg[2:]
+    check_jpeg(with_preview)
+    for cut in (jpeg[:-2], jpeg[:-9], with_preview[:-2]):
+        for look in (check_jpeg, lambda data: decode_image(data, "jpg", 16)):
+            with pytest.raises(ValueError, match="Premature end of JPEG file"):
+                look(cut)
+    with pytest.raises(ImageTooLargeError, match="16 x 16 pixels, allowed are 255"):
+        check_jpeg(jpeg, max_pixels=255)

@@ -9,7 +9,8 @@ import torch
 
 from lightning_moevlm.shards import device_decode
 from lightning_moevlm.shards.decode import ImageTooLargeError, decode_image
-from lightning_moevlm.shards.device_decode import EncodedImages, decode_on, fit_all
+from lightning_moevlm.shards.device_decode import decode_on, fit_all
+from lightning_moevlm.shards.encoded_images import EncodedImages, Jpeg
 
 CPU = torch.device("cpu")
 SHAPES = ((32, 32), (40, 56), (32, 32), (24, 20))
@@ -24,6 +25,10 @@ def _jpegs() -> list[bytes]:
     return [bytes(simplejpeg.encode_jpeg(_smooth(*shape), 95, "RGB", "444")) for shape in SHAPES]
 
 
+def _encoded(jpegs: list[bytes]) -> EncodedImages:
+    return EncodedImages.of([Jpeg(jpeg, f"{place}.jpg") for place, jpeg in enumerate(jpegs)])
+
+
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
     device_decode._torchcodec.cache_clear()
@@ -31,22 +36,40 @@ def forgotten() -> None:
 
 def test_bytes_come_apart_as_they_were_put_together() -> None:
     jpegs = _jpegs()
-    images = EncodedImages.of(jpegs)
+    images = _encoded(jpegs)
     assert [each.numpy().tobytes() for each in images.each()] == jpegs
     assert len(images.bytes_N) == sum(map(len, jpegs))
+    assert images.parts == (4,) and images.fresh == (True,) * 4
+
+
+def test_those_of_several_sources_are_one_after_the_other() -> None:
+    jpegs = _jpegs()
+    first = EncodedImages.of([Jpeg(jpeg, "a") for jpeg in jpegs[:1]], num_fresh=1)
+    second = EncodedImages.of([Jpeg(jpeg, "b") for jpeg in jpegs[1:]], num_fresh=2)
+    images = EncodedImages.joined([first, second])
+    assert images is not None
+    assert [each.numpy().tobytes() for each in images.each()] == jpegs
+    assert images.names == ("a", "b", "b", "b") and images.parts == (1, 3)
+    assert images.fresh == (True, True, True, False)
+    assert EncodedImages.joined([first]) is first and EncodedImages.joined([]) is None
 
 
 def test_the_cpu_gives_what_the_loader_gives() -> None:
     jpegs = _jpegs()
-    decoded = decode_on(EncodedImages.of(jpegs), 16, CPU)
+    decoded, faults = decode_on(_encoded(jpegs), 16, CPU)
+    assert not faults
     assert torch.equal(decoded, torch.stack([decode_image(jpeg, "jpg", 16) for jpeg in jpegs]))
 
 
 def test_faults_are_told_as_by_the_loader() -> None:
-    with pytest.raises(ValueError, match="JPEG"):
-        decode_on(EncodedImages.of([b"no picture"]), 16, CPU)
-    with pytest.raises(ImageTooLargeError):
-        decode_on(EncodedImages.of(_jpegs()), 16, CPU, max_pixels=100)
+    jpegs = _jpegs()
+    decoded, faults = decode_on(_encoded([jpegs[0], b"no picture", jpegs[1], jpegs[2][:200]]), 16, CPU)
+    assert set(faults) == {1, 3} and all("JPEG" in str(fault) for fault in faults.values())
+    assert torch.equal(decoded[2], decode_image(jpegs[1], "jpg", 16))
+    # 32 x 32 and 24 x 20 pixels are allowed, 40 x 56 are too many
+    assert {k: type(fault) for k, fault in decode_on(_encoded(jpegs), 16, CPU, 1024).faults.items()} == {
+        1: ImageTooLargeError
+    }
 
 
 def test_pictures_of_any_shape_are_fitted_like_one_by_one() -> None:
@@ -74,9 +97,21 @@ def test_without_torchcodec_one_warning(error: Exception, monkeypatch: pytest.Mo
     assert "decoded on the CPU" in str(warning.message) and "lightning-moevlm[gpu-decode]" in str(warning.message)
 
 
+def test_what_a_device_refuses_as_a_whole_the_cpu_tells_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(jpegs: list[torch.Tensor], mode: str, device: torch.device) -> list[torch.Tensor]:
+        raise RuntimeError("nvjpegDecodeBatched failed: 5")
+
+    monkeypatch.setattr(device_decode, "_torchcodec", lambda: refuses)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)  # there is no such device
+    jpegs = _jpegs()
+    decoded, faults = decode_on(_encoded([jpegs[0], jpegs[1][:200]]), 16, torch.device("cuda"))
+    assert set(faults) == {1}
+    assert torch.equal(decoded[0], decode_image(jpegs[0], "jpg", 16))
+
+
 def test_nothing_is_imported_before_it_is_needed() -> None:
     assert "torchcodec" not in sys.modules
-    decode_on(EncodedImages.of(_jpegs()), 16, CPU)
+    decode_on(_encoded(_jpegs()), 16, CPU)
     assert "torchcodec" not in sys.modules
 
 
@@ -86,9 +121,8 @@ def test_a_gpu_decodes_nearly_the_same() -> None:
     pytest.importorskip("torchcodec", reason="needs the extra gpu-decode", exc_type=Exception)
     device = torch.device("cuda", 0)
     jpegs = _jpegs()
-    decoded = decode_on(EncodedImages.of(jpegs), 28, device)
+    decoded = decode_on(_encoded(jpegs).pinned(), 28, device).images_BRYX
     assert decoded.device == device
-    off = (decoded.cpu().int() - decode_on(EncodedImages.of(jpegs), 28, CPU).int()).abs()
+    off = (decoded.cpu().int() - decode_on(_encoded(jpegs), 28, CPU).images_BRYX.int()).abs()
     assert off.float().mean() < 2 and off.max() < 24  # two decoders' inverse cosine transforms
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        decode_on(EncodedImages.of([b"no picture"]), 28, device)
+    assert set(decode_on(_encoded([jpegs[0], b"no picture"]), 28, device).faults) == {1}

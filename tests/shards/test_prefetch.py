@@ -1,4 +1,4 @@
-"""One batch ahead on the device, and yet the state is that of the batch that was handed out."""
+"""Some batches ahead, in order, and nothing beyond a failure."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,95 +8,60 @@ import torch
 
 from lightning_moevlm.records import Batch
 from lightning_moevlm.shards.datamodule import ShardDataModule
-from lightning_moevlm.shards.loader import ShardLoader
-from lightning_moevlm.shards.prefetch import DevicePrefetcher
+from lightning_moevlm.shards.device_stage import DeviceStage
+from lightning_moevlm.shards.prefetch import prefetched
+from lightning_moevlm.shards.reader import Cursor, Delivery, Failure
 
 CPU = torch.device("cpu")
 
 
-def _loader(root: Path, num_workers: int = 0) -> ShardLoader:
-    data = ShardDataModule(str(root), 8, 32, 24, 1000, num_workers=num_workers, shuffle_buffer=30)
-    return data.train_dataloader()
-
-
-def _keys(batches: Iterator[Batch] | DevicePrefetcher) -> list[tuple[str, ...]]:
-    return [batch.keys for batch in batches]
-
-
 class _Counting:
-    """Five batches; says how many have been asked for."""
+    """Five deliveries, then a failure if asked for, then what nobody may ask for; says how many were asked for."""
 
-    def __init__(self) -> None:
-        self.place = 0
+    def __init__(self, fails: bool = False) -> None:
+        self.asked = 0
+        self._fails = fails
 
-    def __len__(self) -> int:
-        return 5
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.place < 5:
-            self.place += 1
-            yield Batch(torch.full((1, 3, 2, 2), self.place, dtype=torch.uint8), None, None, (str(self.place),))
-
-    def state_dict(self) -> int:
-        return self.place
-
-    def load_state_dict(self, state_dict: int) -> None:
-        self.place = state_dict
+    def items(self) -> Iterator[Delivery | Failure]:
+        for number in range(1, 6):
+            self.asked = number
+            yield Delivery(Batch(None, None, None, (str(number),)), (), {}, "")
+        if self._fails:
+            self.asked = 6
+            yield Failure("broken")
+            raise AssertionError("asked beyond a failure")
 
 
-def test_it_is_one_batch_ahead_and_its_state_is_not() -> None:
-    loader = _Counting()
-    prefetched = DevicePrefetcher(loader, CPU)
-    assert len(prefetched) == 5 and prefetched.state_dict() == 0
-    seen = []
-    for batch in prefetched:
-        seen.append((int(batch.keys[0]), loader.place, prefetched.state_dict()))
-    # the loader is one ahead, until there is nothing more
-    assert seen == [(1, 2, 1), (2, 3, 2), (3, 4, 3), (4, 5, 4), (5, 5, 5)]
+def _keys(items: Iterator[Delivery | Failure]) -> Iterator[str]:
+    for item in items:
+        yield item.batch.keys[0] if isinstance(item, Delivery) else item.message
 
 
-def test_what_was_prefetched_and_not_handed_out_comes_after_a_resume() -> None:
-    prefetched = DevicePrefetcher(_Counting(), CPU)
-    iterator = iter(prefetched)
-    assert [next(iterator).keys for _ in range(2)] == [("1",), ("2",)]
-    resumed = DevicePrefetcher(_Counting(), CPU)
-    resumed.load_state_dict(prefetched.state_dict())
-    assert _keys(resumed) == [("3",), ("4",), ("5",)]
+@pytest.mark.parametrize(
+    ("num_ahead", "asked"), [(0, [1, 2, 3, 4, 5]), (1, [2, 3, 4, 5, 5]), (3, [4, 5, 5, 5, 5]), (9, [5, 5, 5, 5, 5])]
+)
+def test_as_many_as_wanted_are_prepared_when_a_batch_is_handed_out(num_ahead: int, asked: list[int]) -> None:
+    counting = _Counting()
+    seen = [(key, counting.asked) for key in _keys(prefetched(counting.items(), CPU, num_ahead))]
+    assert seen == list(zip("12345", asked, strict=True))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_over_a_real_loader_order_and_resume_are_unchanged(scenes_root: Path, num_workers: int) -> None:
-    plain = _loader(scenes_root, num_workers)
-    epochs = [_keys(iter(plain)) for _ in range(2)]
-    prefetched = DevicePrefetcher(_loader(scenes_root, num_workers), CPU)
-    assert len(prefetched) == len(plain)
-    assert _keys(prefetched) == epochs[0]
-    iterator = iter(prefetched)
-    assert [next(iterator).keys for _ in range(3)] == epochs[1][:3]
-    resumed = DevicePrefetcher(_loader(scenes_root, num_workers), CPU)
-    resumed.load_state_dict(prefetched.state_dict())
-    assert _keys(resumed) == epochs[1][3:]
-
-
-def test_preparation_is_done_once_on_each_batch_on_the_device() -> None:
-    devices = []
-
-    def brighter(batch: Batch, device: torch.device) -> Batch:
-        devices.append(device)
-        assert batch.images_BRYX is not None
-        return batch._replace(images_BRYX=batch.images_BRYX + 100)
-
-    values = [int(batch.images_BRYX.max()) for batch in DevicePrefetcher(_Counting(), CPU, brighter)]  # type: ignore[union-attr]
-    assert values == [101, 102, 103, 104, 105]
-    assert devices == [CPU] * 5
+@pytest.mark.parametrize("num_ahead", [0, 1, 3, 9])
+def test_a_failure_comes_in_its_turn_and_is_the_last(num_ahead: int) -> None:
+    assert list(_keys(prefetched(_Counting(fails=True).items(), CPU, num_ahead))) == [*"12345", "broken"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_are_those_of_the_loader(scenes_root: Path) -> None:
     device = torch.device("cuda", 0)
-    expected = list(_loader(scenes_root))
-    for batch, other in zip(DevicePrefetcher(_loader(scenes_root), device), expected, strict=True):
+    data = ShardDataModule(str(scenes_root), 8, 32, 24, 1000, shuffle_buffer=30)
+    expected = list(data.train_dataloader())
+    stage = DeviceStage(device, 32, 2**26, None, 0, 0, num_ahead=2, tolerant=False, fills=True)
+    arriving = (Delivery(batch, (), {}, "").pin_memory() for batch in expected)
+    for item, other in zip(stage(arriving, Cursor(0, 0)), expected, strict=True):
+        assert isinstance(item, Delivery)
+        batch = item.batch
         assert batch.images_BRYX is not None and batch.images_BRYX.device == device
         assert batch.keys == other.keys
         assert torch.equal(batch.images_BRYX.cpu(), other.images_BRYX)  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""The JPEGs of a batch on their way from a loader's process to the device: one tensor of bytes, and where each begins.
+
+A worker hands two tensors in shared memory on, however many pictures there are, and one copy pins them for the GPU.
+Each picture keeps its name, since it may turn out to be none only after it has left the shard behind.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+
+class Jpeg(NamedTuple):
+    """An encoded picture. name: where it was found, as messages tell it."""
+
+    data: bytes
+    name: str
+
+
+class EncodedImages(NamedTuple):
+    """Encoded pictures of a batch, in its order, on the CPU.
+
+    bytes_N: uint8, one JPEG after another. offsets_M: int64, where each of the M - 1 begins, and where the last ends.
+    names: where each was found. parts: how many follow each other from one source. fresh: whether a picture is read for
+    the first time in its epoch; one that fills up for a lost sample is not.
+    """
+
+    bytes_N: Tensor
+    offsets_M: Tensor
+    names: tuple[str, ...]
+    parts: tuple[int, ...]
+    fresh: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, jpegs: Sequence[Jpeg], num_fresh: int | None = None) -> "EncodedImages":
+        """Put the JPEGs of one source together; in a worker, in shared memory. num_fresh: the first so many, or all."""
+        offsets = np.cumsum([0, *(len(jpeg.data) for jpeg in jpegs)])
+        bytes_N = _room(int(offsets[-1]))
+        target = bytes_N.numpy()
+        for jpeg, (start, stop) in zip(jpegs, pairwise(offsets), strict=True):
+            target[start:stop] = np.frombuffer(jpeg.data, dtype=np.uint8)
+        num_fresh = len(jpegs) if num_fresh is None else num_fresh
+        names, fresh = tuple(jpeg.name for jpeg in jpegs), tuple(place < num_fresh for place in range(len(jpegs)))
+        return cls(bytes_N, torch.from_numpy(offsets), names, (len(jpegs),), fresh)
+
+    @classmethod
+    def joined(cls, several: Sequence["EncodedImages"]) -> "EncodedImages | None":
+        """Put those of several sources together, one after the other; None for none."""
+        if len(several) <= 1:
+            return several[0] if several else None
+        ends = np.cumsum([0, *(len(each.bytes_N) for each in several)])
+        offsets = [each.offsets_M[:-1] + int(end) for each, end in zip(several, ends, strict=False)]
+        return cls(
+            torch.cat([each.bytes_N for each in several], out=_room(int(ends[-1]))),
+            torch.cat([*offsets, torch.tensor([int(ends[-1])])]),
+            tuple(name for each in several for name in each.names),
+            tuple(part for each in several for part in each.parts),
+            tuple(fresh for each in several for fresh in each.fresh),
+        )
+
+    def __len__(self) -> int:
+        """Return how many pictures there are."""
+        return len(self.names)
+
+    def each(self) -> tuple[Tensor, ...]:
+        """Return the bytes of every JPEG, without copying them."""
+        return tuple(self.bytes_N[start:stop] for start, stop in pairwise(self.offsets_M.tolist()))
+
+    def pinned(self) -> "EncodedImages":
+        """Return the same in memory that a GPU can read from."""
+        return self._replace(bytes_N=self.bytes_N.pin_memory())
+
+
+def _room(num_bytes: int) -> Tensor:
+    if get_worker_info() is None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    # as torch's own collate function does in a worker
+    storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
