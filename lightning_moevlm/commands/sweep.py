@@ -11,87 +11,84 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning_moevlm.commands.output import console, show
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.engines import Engine, LocalEngine
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lightning_moevlm.study.claim import Experiment
-    from lightning_moevlm.study.plan import Plan
+    from lightning_moevlm.study.plan import Plan, PlannedRun
     from lightning_moevlm.study.probe import Probe
     from lightning_moevlm.study.table import Table
 
 _REPORT_FOLDER = "report"
 
 
-def plan(file: str, json: str | None = None, probe: bool = False) -> None:
+def plan(file: str, json: str | None = None, probe: bool = False, only: list[str] | None = None) -> None:
     """Show every run of a study with its difference from the base; check all of them, start none.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write the rows to this file as JSON; - is standard output.
         probe: Train a few steps of each arm here, and tell how long the study would take.
+        only: Runs to show, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
     """
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.listing import plan_records
     from lightning_moevlm.study.tables import arms_table, plan_table
 
-    planned = _plan(file)
+    planned = _plan(file, only)
     statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
     probes = _probes(planned) if probe else {}
     records = [dataclasses.asdict(record) for record in plan_records(planned, statuses, probes)]
     _show((arms_table(planned, probes), plan_table(planned, statuses)), records, json)
 
 
-def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
+def run(
+    file: str,
+    jobs: int | None = None,
+    retry: bool = False,
+    only: list[str] | None = None,
+    engine: Engine | None = None,
+    timeout_minutes: float | None = None,
+) -> int:
     """Run what a study still lacks, then report. Running it again does nothing; after any interruption it goes on.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
-        jobs: Runs at once; by default one per GPU, or, without a GPU, one per core.
+        jobs: Runs at once; by default one per GPU, or, without a GPU, one per core; on a cluster what it takes.
         retry: Run crashed runs again, from zero.
+        only: Runs to run, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
+        engine: Who carries the runs out: local (the default), slurm or ray, with options of its own.
+        timeout_minutes: End a run that takes longer, not counting the time that it waits for a cluster; it has failed.
     """
-    from lightning_moevlm.study.child import training_command, usable_cores
     from lightning_moevlm.study.claim import open_experiment
-    from lightning_moevlm.study.execute import execute, to_do
+    from lightning_moevlm.study.execute import to_do
     from lightning_moevlm.study.ledger import Status, hold_study, keep_store, read_ledger
-    from lightning_moevlm.study.progress import SweepProgress
 
     terminal = console()
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
+    if timeout_minutes is not None and timeout_minutes <= 0:
+        raise UserError(f"--timeout_minutes is {timeout_minutes:g}; give more than 0, or leave it out for no limit")
+    engine = LocalEngine() if engine is None else engine
     planned = _plan(file)
+    selected = _selected(planned, only)
     # What is wrong is told before anything is written.
-    if not all(state.status.has_result for _, state in read_ledger(planned)):
-        _check_data(planned)
+    if not all(state.status.has_result for _, state in read_ledger(selected)):
+        _check_data(selected)
     uri = _store_of(planned)
     with hold_study(planned.folder):
         experiment = open_experiment(uri, planned.study.name)
         keep_store(planned.folder, uri)
-        waiting = to_do(planned, experiment, retry)
-        gpus = _num_gpus()
-        at_once = min(jobs or gpus or usable_cores(), max(1, len(waiting)))
-        total = len(planned.runs)
+        waiting = to_do(selected, experiment, engine, retry)
         if waiting:
-            terminal.print(
-                f"{planned.study.name}: {total} runs, {len(waiting)} to do, {at_once} at a time",
-                highlight=False,
-            )
-            with SweepProgress(terminal, total, total - len(waiting), at_once) as progress:
-                tally = execute(
-                    planned,
-                    experiment,
-                    waiting,
-                    lambda overrides, run_id, checkpoint: _with_identity(
-                        training_command(planned.study.base, overrides), run_id, checkpoint
-                    ),
-                    progress,
-                    at_once,
-                    num_gpus=gpus,
-                )
-            if tally.stopped:
-                terminal.print(f"Stopped by {tally.stopped}; the state is kept. Go on with: moevlm sweep run {file}")
+            stopped = _execute(selected, experiment, waiting, terminal, engine, jobs, timeout_minutes)
+            if stopped:
+                terminal.print(f"Stopped by {stopped}; the state is kept. Go on with: moevlm sweep run {file}")
                 return 130
-        failed = [run.name for run, state in read_ledger(planned) if state.status is Status.FAILED]
+        failed = [run.name for run, state in read_ledger(selected) if state.status is Status.FAILED]
+        total = len(selected.runs)
         if not waiting and not failed:
             terminal.print(f"Nothing left to do: all {total} runs have results.", highlight=False)
         _report(planned, experiment, terminal, redraw=bool(waiting))
@@ -102,18 +99,19 @@ def run(file: str, jobs: int | None = None, retry: bool = False) -> int:
     return 0
 
 
-def status(file: str, json: str | None = None) -> None:
+def status(file: str, json: str | None = None, only: list[str] | None = None) -> None:
     """Show where every run of a study stands.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write the rows to this file as JSON; - is standard output.
+        only: Runs to show, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
     """
     from lightning_moevlm.study.ledger import read_ledger
     from lightning_moevlm.study.listing import status_records
     from lightning_moevlm.study.tables import status_table
 
-    planned = _plan(file)
+    planned = _plan(file, only)
     ledger = read_ledger(planned)
     records = [dataclasses.asdict(record) for record in status_records(planned, ledger)]
     _show((status_table(planned, ledger),), records, json)
@@ -161,14 +159,52 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 }
 
 
-def _plan(file: str) -> "Plan":
+def _plan(file: str, only: list[str] | None = None) -> "Plan":
     from lightning_moevlm.study.plan import plan_study
     from lightning_moevlm.study.spec import read_study
 
     study = read_study(_study_file(file))  # its mistakes are told before the seconds of importing Lightning
     from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
 
-    return plan_study(study, ConfigResolver(), describe_model)
+    return _selected(plan_study(study, ConfigResolver(), describe_model), only)
+
+
+def _selected(planned: "Plan", only: list[str] | None) -> "Plan":
+    from lightning_moevlm.study.selection import select
+
+    return select(planned, only or [])
+
+
+def _execute(
+    planned: "Plan",
+    experiment: "Experiment",
+    waiting: "Sequence[PlannedRun]",
+    terminal: "Console",
+    engine: Engine,
+    jobs: int | None,
+    timeout_minutes: float | None,
+) -> str:
+    """Run what waits, behind a bar; return the name of the signal that stopped it, or ""."""
+    from lightning_moevlm.study.child import training_command
+    from lightning_moevlm.study.engines import JOBS_FOLDER
+    from lightning_moevlm.study.execute import execute
+    from lightning_moevlm.study.progress import SweepProgress
+
+    def command(overrides: Path, run_id: str, checkpoint: Path | None) -> list[str]:
+        return _with_identity(training_command(planned.study.base, overrides), run_id, checkpoint)
+
+    total = len(planned.runs)
+    at_once = engine.open(planned.folder / JOBS_FOLDER, jobs, len(waiting))
+    try:
+        terminal.print(
+            f"{planned.study.name}: {total} runs, {len(waiting)} to do, {at_once} at a time, engine {engine.name}",
+            highlight=False,
+        )
+        with SweepProgress(terminal, total, total - len(waiting), at_once) as progress:
+            tally = execute(planned, experiment, waiting, command, progress, engine, at_once, timeout_minutes)
+    finally:
+        engine.close()
+    return tally.stopped
 
 
 def _probes(planned: "Plan") -> "dict[str, Probe]":
@@ -242,12 +278,6 @@ def _show(tables: "Sequence[Table]", records: list[dict[str, object]], json: str
         print_tables(console(), tables)
     else:
         show(Text(), records, json)
-
-
-def _num_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redraw: bool, unfair: bool = False) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,8 @@ import psutil
 from lightning_moevlm import allocator
 
 LOG_FILE = "log.txt"
+PATIENCE_SECONDS = 10.0
+"""How long a process that was asked to end may take."""
 _LOG_LINES = 20
 _PR_SET_PDEATHSIG = 1
 
@@ -50,30 +52,54 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a run's process ended.
+
+    code: exit code, negative: the signal that ended it; None: whoever ran it was stopped, and it may go on from its
+    last checkpoint. reason: why we ended it, or "". started, ended: seconds since 1970; None where nobody could look.
+    """
+
+    code: int | None
+    reason: str = ""
+    started: float | None = None
+    ended: float | None = None
+
+
 @dataclass
 class Child:
-    """A started process and its open log."""
+    """A started process and its open log. timeout_seconds: after so long it is ended; None: never."""
 
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     started: float
+    timeout_seconds: float | None = None
+    reason: str = ""
 
     @classmethod
-    def start(cls, command: list[str], env: Mapping[str, str], log_file: Path) -> "Child":
-        """Start a command; its output is appended to the log."""
+    def start(
+        cls,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log_file: Path,
+        timeout_seconds: float | None = None,
+        folder: Path | None = None,
+    ) -> "Child":
+        """Start a command in a folder, by default this one; its output is appended to the log."""
         log = log_file.open("ab")
         log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
         log.flush()
         process = subprocess.Popen(
             command,
             env=dict(env),
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_die_with_parent(),
         )
-        return cls(process, log, time.time())
+        return cls(process, log, time.time(), timeout_seconds)
 
     @property
     def pid_started(self) -> float:
@@ -83,15 +109,25 @@ class Child:
         except psutil.NoSuchProcess:
             return self.started
 
-    def exit_code(self) -> int | None:
-        """Return the exit code (negative: the signal that ended it), or None while it runs."""
+    def poll(self) -> Ended | None:
+        """Return how it ended, or None while it runs; one that is over its time is ended first."""
         code = self.process.poll()
-        if code is not None:
-            self.log.close()
-        return code
+        if code is None and self.timeout_seconds is not None and time.time() > self.started + self.timeout_seconds:
+            self.reason = f"not done after {self.timeout_seconds / 60:g} minutes (timeout_minutes), so it was ended"
+            self.end()
+            code = self.process.wait()
+        if code is None:
+            return None
+        self.log.close()
+        return Ended(code, self.reason, self.started, time.time())
+
+    def end(self) -> None:
+        """End it and all below it, unless it has ended."""
+        if self.process.poll() is None:
+            end_all([self.process.pid], PATIENCE_SECONDS)
 
 
-def end_all(pids: list[int], patience_seconds: float) -> None:
+def end_all(pids: Sequence[int], patience_seconds: float) -> None:
     """End processes and all below them: first asked (SIGTERM), after the patience made to (SIGKILL)."""
     asked: list[psutil.Process] = []
     family: list[psutil.Process] = []

@@ -1,16 +1,16 @@
-"""Run what a plan still lacks: a bounded pool of child processes, a ledger that survives any kill, one MLflow run each.
+"""Run what a plan still lacks: an engine that carries out jobs, a ledger that survives any kill, one MLflow run each.
 
 Running twice does nothing. An interrupted run goes on from its last whole checkpoint in the same MLflow run, or starts
-again in a new one. A crash is recorded and the rest goes on; a divergence is a result. A crashed run is left alone
-until it is asked for again (`retry`).
+again in a new one; what a cluster still has is waited for. A crash is recorded and the rest goes on; a divergence is a
+result. A crashed run is left alone until it is asked for again (`retry`).
 """
 
 import dataclasses
-import os
 import shutil
 import signal
 import time
-from collections import deque
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +19,11 @@ from typing import Protocol
 
 import yaml
 
-from lightning_moevlm.study.child import (
-    LOG_FILE,
-    Child,
-    end_all,
-    last_checkpoint,
-    log_tail,
-    share_environment,
-    usable_cores,
-)
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.child import LOG_FILE, PATIENCE_SECONDS, Ended, end_all, last_checkpoint, log_tail
 from lightning_moevlm.study.claim import OUTCOME, Experiment
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.study.engines import CHECKPOINT, Engine, Job
 from lightning_moevlm.study.ledger import (
     RunState,
     Status,
@@ -41,8 +35,7 @@ from lightning_moevlm.study.ledger import (
 from lightning_moevlm.study.plan import Plan, PlannedRun
 
 OVERRIDES_FILE = "overrides.yaml"
-_POLL_SECONDS = 0.1
-_PATIENCE_SECONDS = 10.0
+_MOST_STARTS = 4  # of one run by one sweep: a cluster may keep stopping it
 _MISTAKE = "moevlm: error: "  # how the command line begins the one line that says what to mend
 
 # (overrides file, id of the MLflow run to write to, checkpoint to go on from) -> command line
@@ -91,31 +84,126 @@ class _Stop:
 
 
 @dataclass
-class _Pool:
-    """Children at work, by slot."""
+class _AtWork:
+    """The runs that the engine has, by ticket, and what becomes of them in the ledger and in MLflow."""
 
-    jobs: int
-    busy: dict[int, tuple[PlannedRun, Child]] = field(default_factory=dict)
+    plan: Plan
+    experiment: Experiment
+    command: Command
+    engine: Engine
+    timeout_seconds: float | None
+    runs: dict[str, PlannedRun] = field(default_factory=dict)
 
-    def free_slot(self) -> int | None:
-        return next((slot for slot in range(self.jobs) if slot not in self.busy), None)
+    def begin(self, run: PlannedRun) -> bool:
+        """Hand a run to the engine; return False where the engine had it already."""
+        folder = self.plan.run_folder(run)
+        state = read_state(folder)
+        if state.is_elsewhere:
+            if self.engine.attach(state.ticket, state.job):
+                self.runs[state.ticket] = run
+                return False
+            state = dataclasses.replace(state, status=Status.INTERRUPTED)
+        checkpoint = None
+        if state.status is Status.INTERRUPTED and state.run_id is not None:
+            checkpoint = last_checkpoint(folder, self.experiment.folder(state.run_id))
+        if checkpoint is None or state.run_id is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            run_id = self.experiment.create(run)
+        else:
+            run_id = state.run_id
+            self.experiment.reopen(run_id)
+        job = self._job(run, run_id, checkpoint)
+        attempts = state.attempts + 1
+        state = RunState(
+            Status.RUNNING, run_id, started=time.time(), attempts=attempts, engine=self.engine.name, ticket=job.ticket
+        )
+        write_state(folder, state)  # before the job: whatever dies now, the MLflow run and the ticket are known
+        try:
+            handle = self.engine.submit(job)
+        except UserError:
+            self._interrupt(run)
+            raise
+        self.runs[job.ticket] = run
+        write_state(folder, dataclasses.replace(state, pid=handle.pid, pid_started=handle.pid_started, job=handle.job))
+        return True
+
+    def collect(self, watcher: Watcher, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
+        """Judge the runs that have ended; return those that a cluster has stopped and that may begin again."""
+        again = []
+        for ticket, run in list(self.runs.items()):
+            ended = self.engine.poll(ticket)
+            if ended is None:
+                continue
+            del self.runs[ticket]
+            if ended.code is None and may_repeat(run):
+                self._interrupt(run)
+                again.append(run)
+                continue
+            state = _judge(self.plan, run, self.experiment, ended)
+            assert state.run_id is not None
+            self.experiment.close(state.run_id, str(state.status), finished=state.status.has_result)
+            write_state(self.plan.run_folder(run), state)
+            watcher.ended(run, state)
+        return again
+
+    def stop(self) -> None:
+        """End what still runs; the ledger says `interrupted`, and the next call goes on there.
+
+        What a cluster has not ended in good time stays with it: the next call waits for it.
+        """
+        if self.runs:
+            self.engine.cancel(list(self.runs))
+        for ticket, run in self.runs.items():
+            if self.engine.poll(ticket) is not None:
+                self._interrupt(run)
+
+    def _interrupt(self, run: PlannedRun) -> None:
+        folder = self.plan.run_folder(run)
+        write_state(folder, dataclasses.replace(read_state(folder), status=Status.INTERRUPTED, ended=time.time()))
+
+    def _job(self, run: PlannedRun, run_id: str, checkpoint: Path | None) -> Job:
+        folder = self.plan.run_folder(run)
+        overrides = write_overrides(run, folder)
+        return Job(
+            ticket=uuid.uuid4().hex,
+            name=f"{run.study}/{run.name}",
+            command=tuple(self.command(overrides, run_id, checkpoint)),
+            again=tuple(self.command(overrides, run_id, Path(CHECKPOINT))),
+            environment={"MLFLOW_TRACKING_URI": self.experiment.uri},
+            folder=Path.cwd(),
+            log=(folder / LOG_FILE).absolute(),
+            checkpoints=(folder.absolute(), self.experiment.folder(run_id).absolute()),
+            timeout_seconds=self.timeout_seconds,
+        )
 
 
-def to_do(plan: Plan, experiment: Experiment, retry: bool) -> list[PlannedRun]:
+def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> list[PlannedRun]:
     """Return the runs that still need to run, after the ledger has been held against MLflow.
 
-    All arms of the first seed come first, then those of the next: what changes on the machine while a sweep goes on
-    meets every arm alike.
+    What a cluster has comes first: it is waited for. Then all arms of the first seed, then those of the next: what
+    changes on the machine while a sweep goes on meets every arm alike.
 
     Orphans of a killed sweep are ended. A ledger entry whose MLflow run was deleted counts for nothing; a result in
     MLflow that the ledger has lost (folder removed) is taken up again.
+
+    Raises:
+        UserError: another engine has some of the runs.
     """
+    _refuse_others(plan, engine)
     _end_orphans(plan)
     in_store = experiment.ids()
-    waiting = []
+    elsewhere, waiting = [], []
     for run in plan.runs:
         folder = plan.run_folder(run)
         state = read_state(folder)
+        if state.is_elsewhere:
+            if state.run_id not in in_store:
+                raise UserError(
+                    f"{run.name}: {state.engine} has it (job {state.job or 'unknown'}), but its run in MLflow was "
+                    f"deleted; cancel the job and remove {folder} to run it again"
+                )
+            elsewhere.append(run)
+            continue
         if state.run_id is not None and state.run_id not in in_store:
             state = RunState()
             shutil.rmtree(folder, ignore_errors=True)
@@ -123,7 +211,8 @@ def to_do(plan: Plan, experiment: Experiment, retry: bool) -> list[PlannedRun]:
             state = _adopt(plan, run, experiment) or state
         if not state.status.has_result and (state.status is not Status.FAILED or retry):
             waiting.append(run)
-    return sorted(waiting, key=lambda run: plan.study.seeds.index(run.seed))  # stable: arms stay in order
+    waiting.sort(key=lambda run: plan.study.seeds.index(run.seed))  # stable: arms stay in order
+    return [*elsewhere, *waiting]
 
 
 def execute(
@@ -132,8 +221,9 @@ def execute(
     waiting: Sequence[PlannedRun],
     command: Command,
     watcher: Watcher,
+    engine: Engine,
     jobs: int,
-    num_gpus: int = 0,
+    timeout_minutes: float | None = None,
 ) -> Tally:
     """Run what waits. Call it from the main thread, holding the study.
 
@@ -143,32 +233,41 @@ def execute(
         waiting: Those to run, in order: what `to_do` returned.
         command: Makes the command line of one run.
         watcher: Is told about starts and ends.
-        jobs: Processes at once.
-        num_gpus: GPUs to spread the processes over; 0 leaves them to the CPU.
+        engine: Carries them out; open.
+        jobs: How many it gets at once.
+        timeout_minutes: A run is ended after so long, and has failed.
+
+    Raises:
+        UserError: the engine refused a job.
     """
     queue = deque(waiting)
-    pool, stop, started = _Pool(jobs), _Stop(), 0
+    at_work = _AtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes)
+    starts: Counter[str] = Counter()
+    stop = _Stop()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while (queue or pool.busy) and not stop.name:
-            slot = pool.free_slot()
-            if queue and slot is not None:
+        while (queue or at_work.runs) and not stop.name:
+            if queue and len(at_work.runs) < jobs:
                 run = queue.popleft()
-                env = share_environment(os.environ, jobs, usable_cores(), slot, num_gpus)
-                env["MLFLOW_TRACKING_URI"] = experiment.uri
-                pool.busy[slot] = (run, _start(plan, run, experiment, command, env))
-                started += 1
+                try:
+                    starts[run.name] += at_work.begin(run)
+                except UserError:
+                    if not at_work.runs:
+                        raise
+                    jobs = len(at_work.runs)  # a cluster takes only so many from one user
+                    queue.appendleft(run)
+                    continue
                 watcher.started(run, read_state(plan.run_folder(run)))
                 continue
-            _collect(plan, experiment, pool, watcher)
+            queue.extend(at_work.collect(watcher, lambda run: starts[run.name] < _MOST_STARTS))
             watcher.tick()
-            time.sleep(_POLL_SECONDS)
-        _collect(plan, experiment, pool, watcher)  # who ended just before a signal has ended
+            time.sleep(engine.poll_seconds)
+        at_work.collect(watcher, lambda run: True)  # who ended just before a signal has ended
     finally:
-        _stop_children(plan, pool)
+        at_work.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return Tally(started, stop.name)
+    return Tally(len(+starts), stop.name)
 
 
 def write_overrides(run: PlannedRun, folder: Path) -> Path:
@@ -178,60 +277,40 @@ def write_overrides(run: PlannedRun, folder: Path) -> Path:
     return file
 
 
-def _start(plan: Plan, run: PlannedRun, experiment: Experiment, command: Command, env: dict[str, str]) -> Child:
-    folder = plan.run_folder(run)
-    state = read_state(folder)
-    checkpoint = None
-    if state.status is Status.INTERRUPTED and state.run_id is not None:
-        checkpoint = last_checkpoint(folder, experiment.folder(state.run_id))
-    if checkpoint is None or state.run_id is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        run_id = experiment.create(run)
-    else:
-        run_id = state.run_id
-        experiment.reopen(run_id)
-    overrides = write_overrides(run, folder)
-    state = RunState(Status.RUNNING, run_id, started=time.time(), attempts=state.attempts + 1)
-    write_state(folder, state)  # before the process: whatever dies now, the MLflow run is known
-    child = Child.start(command(overrides, run_id, checkpoint), env, folder / LOG_FILE)
-    write_state(folder, dataclasses.replace(state, pid=child.process.pid, pid_started=child.pid_started))
-    return child
-
-
-def _collect(plan: Plan, experiment: Experiment, pool: _Pool, watcher: Watcher) -> None:
-    for slot, (run, child) in list(pool.busy.items()):
-        code = child.exit_code()
-        if code is None:
-            continue
-        del pool.busy[slot]
-        folder = plan.run_folder(run)
-        state = _judge(plan, run, experiment, code)
-        assert state.run_id is not None
-        experiment.close(state.run_id, str(state.status), finished=state.status.has_result)
-        write_state(folder, state)
-        watcher.ended(run, state)
-
-
-def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, code: int) -> RunState:
+def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, ended: Ended) -> RunState:
     """Tell a result from a crash. A run that stopped because its loss is not finite has diverged, not crashed."""
     folder = plan.run_folder(run)
-    state = dataclasses.replace(read_state(folder), ended=time.time(), exit_code=code, pid=None, pid_started=None)
+    state = read_state(folder)
+    state = dataclasses.replace(
+        state,
+        started=ended.started or state.started,
+        ended=ended.ended or time.time(),
+        exit_code=ended.code,
+        pid=None,
+        pid_started=None,
+    )
     assert state.run_id is not None
     rule = plan.study.diverged
-    why = divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
+    why = "" if ended.reason else divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
     if why:
         return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
     lack = _lack(plan, run, experiment, state.run_id)
-    if code == 0 and not lack:
+    if ended.code == 0 and not lack:
         return dataclasses.replace(state, status=Status.FINISHED)
     tail = log_tail(folder / LOG_FILE)
-    if code == 0:
-        why = f"it ended well but {lack}"
-    else:
-        why = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
-        why += f", {told[-1]}" if told else ""
-    return dataclasses.replace(state, status=Status.FAILED, reason=why, log_tail=tail)
+    return dataclasses.replace(state, status=Status.FAILED, reason=_why_failed(ended, lack, tail), log_tail=tail)
+
+
+def _why_failed(ended: Ended, lack: str, tail: Sequence[str]) -> str:
+    if ended.code is None:
+        return f"interrupted {_MOST_STARTS} times: {ended.reason}"
+    if ended.code == 0:
+        return f"it ended well but {lack}"
+    if ended.reason:
+        return ended.reason
+    told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
+    why = f"ended by {signal.Signals(-ended.code).name}" if ended.code < 0 else f"exit code {ended.code}"
+    return f"{why}, {told[-1]}" if told else why
 
 
 def _lack(plan: Plan, run: PlannedRun, experiment: Experiment, run_id: str) -> str:
@@ -248,21 +327,22 @@ def _lack(plan: Plan, run: PlannedRun, experiment: Experiment, run_id: str) -> s
     return ""
 
 
-def _stop_children(plan: Plan, pool: _Pool) -> None:
-    """End what still runs; the ledger says `interrupted`, and the next call goes on there."""
-    end_all([child.process.pid for _, child in pool.busy.values()], _PATIENCE_SECONDS)
-    for run, child in pool.busy.values():
-        child.process.wait()
-        child.log.close()
-        folder = plan.run_folder(run)
-        write_state(folder, dataclasses.replace(read_state(folder), status=Status.INTERRUPTED, ended=time.time()))
+def _refuse_others(plan: Plan, engine: Engine) -> None:
+    """Refuse to go on beside another engine that still has runs of the study."""
+    for run in plan.runs:
+        state = read_state(plan.run_folder(run))
+        if state.is_elsewhere and state.engine != engine.name:
+            raise UserError(
+                f"{run.name} is with {state.engine} (job {state.job or 'unknown'}), not with {engine.name}; wait for "
+                f"it with --engine {state.engine}, or cancel the job and remove {plan.run_folder(run)}"
+            )
 
 
 def _end_orphans(plan: Plan) -> None:
     """End children of a sweep that was killed. We hold the study, so a living one has no parent that waits for it."""
     states = [read_state(plan.run_folder(run)) for run in plan.runs]
     living = [process for state in states if (process := living_process(state)) is not None]
-    end_all([process.pid for process in living], _PATIENCE_SECONDS)
+    end_all([process.pid for process in living], PATIENCE_SECONDS)
 
 
 def _adopt(plan: Plan, run: PlannedRun, experiment: Experiment) -> RunState | None:

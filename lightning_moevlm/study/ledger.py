@@ -1,7 +1,8 @@
 """What has happened to each run, on disk, readable after any crash.
 
 One `state.json` per run folder, always replaced as a whole (written beside, flushed, renamed). A run that says
-`running` while its process is gone was interrupted; nothing needs to be cleaned up for that to be seen.
+`running` while its process is gone was interrupted; nothing needs to be cleaned up for that to be seen. One that a
+cluster runs has no process here: it stays `running` until the next `sweep run` has asked the cluster.
 A lock per study keeps two sweeps of the same study apart; the system frees it when its holder dies.
 """
 
@@ -47,9 +48,11 @@ class Status(StrEnum):
 class RunState:
     """One run's entry.
 
-    run_id: its one run in MLflow. pid, pid_started: process and its start (seconds since 1970), which together name a
-    process for good. started, ended: of the latest attempt, seconds since 1970. attempts: how often it was started.
-    reason: why it failed or what made it diverge. log_tail: last lines of a crashed run's log.
+    run_id: its one run in MLflow. pid, pid_started: the process on this machine that it lives and dies with, and its
+    start (seconds since 1970), which together name a process for good. started, ended: of the latest attempt, seconds
+    since 1970. attempts: how often it was started. reason: why it failed or what made it diverge. log_tail: last lines
+    of a crashed run's log. engine, ticket, job: who runs the latest attempt, what we call that attempt, and what the
+    cluster calls it.
     """
 
     status: Status = Status.PLANNED
@@ -62,6 +65,14 @@ class RunState:
     exit_code: int | None = None
     reason: str = ""
     log_tail: tuple[str, ...] = ()
+    engine: str = "local"
+    ticket: str = ""
+    job: str = ""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a cluster has it, which only the cluster can tell the end of."""
+        return self.status is Status.RUNNING and self.engine != "local" and self.pid is None
 
     @property
     def seconds(self) -> float | None:
@@ -88,7 +99,7 @@ def read_state(folder: Path) -> RunState:
         state = RunState(**raw)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
-    if state.status is Status.RUNNING and living_process(state) is None:
+    if state.status is Status.RUNNING and not state.is_elsewhere and living_process(state) is None:
         return dataclasses.replace(state, status=Status.INTERRUPTED)
     return state
 

@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM, Experiment
+from lightning_moevlm.study.engines import LocalEngine
 from lightning_moevlm.study.execute import OVERRIDES_FILE, to_do, write_overrides
 from lightning_moevlm.study.ledger import RunState, Status, read_ledger, read_state, write_state
 from lightning_moevlm.study.plan import Plan
@@ -179,7 +180,7 @@ def test_orphan_of_a_killed_sweep_is_ended(tmp_path, uri, has_run):
     write_state(plan.run_folder(plan.runs[0]), state)
     try:
         assert read_state(plan.run_folder(plan.runs[0])).status is (Status.RUNNING if has_run else Status.INTERRUPTED)
-        assert to_do(plan, experiment, retry=False) == list(plan.runs)
+        assert to_do(plan, experiment, LocalEngine(), retry=False) == list(plan.runs)
         assert (orphan.poll() is not None) is has_run
     finally:
         orphan.kill()
@@ -224,7 +225,7 @@ def test_result_is_measured_after_the_whole_budget(tmp_path, uri, every, status,
     # Nor is it taken up from MLflow, where an earlier version may have called it finished.
     MlflowClient(uri).set_tag(state.run_id, "outcome", "finished")
     shutil.rmtree(plan.folder)
-    assert bool(to_do(plan, experiment, retry=False)) is (status is Status.FAILED)
+    assert bool(to_do(plan, experiment, LocalEngine(), retry=False)) is (status is Status.FAILED)
 
 
 def test_all_arms_of_a_seed_before_the_next_seed(tmp_path, uri):

@@ -1,6 +1,8 @@
 """A whole small study without Lightning: configs are merged by OmegaConf, runs are `tiny_training.py`.
 
-Run as a program it is a sweep of its own process, so that tests can kill it: python -m tests.study.tiny_study FOLDER
+Run as a program it is a sweep of its own process, so that tests can kill it:
+
+    python -m tests.study.tiny_study FILE [ENGINE]
 """
 
 import os
@@ -12,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from lightning_moevlm.study.claim import Experiment, open_experiment, tracking_uri_of
+from lightning_moevlm.study.engines import JOBS_FOLDER, Engine, LocalEngine, RayEngine, SlurmEngine
 from lightning_moevlm.study.execute import Tally, execute, to_do
 from lightning_moevlm.study.ledger import RunState, hold_study
 from lightning_moevlm.study.plan import Plan, PlannedRun, plan_study
@@ -93,16 +96,33 @@ def command_of(plan: Plan):
     return command
 
 
-def sweep(file: Path, jobs: int = 2, retry: bool = False) -> tuple[Plan, Experiment, Tally, Silent]:
+def engine_of(name: str = "local") -> Engine:
+    """Return an engine that works on this machine."""
+    if name == "ray":
+        return RayEngine(num_cpus=1)
+    return SlurmEngine(cluster="local", cpus=1, minutes=5) if name == "slurm" else LocalEngine(num_gpus=0)
+
+
+def sweep(
+    file: Path,
+    jobs: int = 2,
+    retry: bool = False,
+    engine: Engine | None = None,
+    timeout_minutes: float | None = None,
+) -> tuple[Plan, Experiment, Tally, Silent]:
     """Run a study to its end in this process."""
-    plan, watcher = plan_of(file), Silent()
+    plan, watcher, engine = plan_of(file), Silent(), engine or engine_of()
     with hold_study(plan.folder):
         experiment = open_experiment(tracking_uri_of(plan), plan.study.name)
-        waiting = to_do(plan, experiment, retry)
-        tally = execute(plan, experiment, waiting, command_of(plan), watcher, jobs)
+        waiting = to_do(plan, experiment, engine, retry)
+        at_once = engine.open(plan.folder / JOBS_FOLDER, jobs, len(waiting))
+        try:
+            tally = execute(plan, experiment, waiting, command_of(plan), watcher, engine, at_once, timeout_minutes)
+        finally:
+            engine.close()
     return plan, experiment, tally, watcher
 
 
 if __name__ == "__main__":
-    _, _, done, told = sweep(Path(sys.argv[1]))
+    _, _, done, told = sweep(Path(sys.argv[1]), engine=engine_of(*sys.argv[2:]))
     print(os.getpid(), done.started, done.stopped, *told.lines, sep="\n")
