@@ -27,6 +27,8 @@ def run_command(arguments: Sequence[str]) -> int:
     words = [_underscored(argument) for argument in arguments]
     if words[0] == "list" and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, "--kind")  # an option in its signature, but `moevlm list routers` is what people type
+    if words[0] == "sweep":
+        words = sweep.written_out(words)
     try:
         result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:

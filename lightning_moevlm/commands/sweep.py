@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning_moevlm.commands.output import console, show
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.engines import Engine, LocalEngine
+from lightning_moevlm.study.engines import Engine, LocalEngine, RayEngine, SlurmEngine
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.study.table import Table
 
 _REPORT_FOLDER = "report"
+_ENGINES = {engine.name: engine.__name__ for engine in (LocalEngine, SlurmEngine, RayEngine)}
 
 
 def plan(file: str, json: str | None = None, probe: bool = False, only: list[str] | None = None) -> None:
@@ -49,7 +50,7 @@ def run(
     jobs: int | None = None,
     retry: bool = False,
     only: list[str] | None = None,
-    engine: Engine | None = None,
+    engine: Callable[[], Engine] = LocalEngine,
     timeout_minutes: float | None = None,
 ) -> int:
     """Run what a study still lacks, then report. Running it again does nothing; after any interruption it goes on.
@@ -59,7 +60,7 @@ def run(
         jobs: Runs at once; by default one per GPU, or, without a GPU, one per core; on a cluster what it takes.
         retry: Run crashed runs again, from zero.
         only: Runs to run, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
-        engine: Who carries the runs out: local (the default), slurm or ray, with options of its own.
+        engine: Who carries the runs out: local, slurm or ray, with options of its own, e.g. --engine.num_gpus 1.
         timeout_minutes: End a run that takes longer, not counting the time that it waits for a cluster; it has failed.
     """
     from lightning_moevlm.study.claim import open_experiment
@@ -71,7 +72,7 @@ def run(
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
     if timeout_minutes is not None and timeout_minutes <= 0:
         raise UserError(f"--timeout_minutes is {timeout_minutes:g}; give more than 0, or leave it out for no limit")
-    engine = LocalEngine() if engine is None else engine
+    chosen = engine()
     planned = _plan(file)
     selected = _selected(planned, only)
     # What is wrong is told before anything is written.
@@ -81,9 +82,9 @@ def run(
     with hold_study(planned.folder):
         experiment = open_experiment(uri, planned.study.name)
         keep_store(planned.folder, uri)
-        waiting = to_do(selected, experiment, engine, retry)
+        waiting = to_do(selected, experiment, chosen, retry)
         if waiting:
-            stopped = _execute(selected, experiment, waiting, terminal, engine, jobs, timeout_minutes)
+            stopped = _execute(selected, experiment, waiting, terminal, chosen, jobs, timeout_minutes)
             if stopped:
                 terminal.print(f"Stopped by {stopped}; the state is kept. Go on with: moevlm sweep run {file}")
                 return 130
@@ -157,6 +158,21 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "status": status,
     "report": report,
 }
+
+
+def written_out(words: Sequence[str]) -> list[str]:
+    """Return a command line with what people shorten written out: `--engine ray`, and `--only` more than once."""
+    full: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--only":
+            word = f"--only+{equals}{value}"  # the parser's sign for one more item of a list
+        elif option == "--engine" and equals:
+            word = f"--engine={_ENGINES.get(value, value)}"
+        elif full and full[-1] == "--engine":
+            word = _ENGINES.get(word, word)
+        full.append(word)
+    return full
 
 
 def _plan(file: str, only: list[str] | None = None) -> "Plan":

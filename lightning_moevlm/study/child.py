@@ -115,16 +115,24 @@ class Child:
         if code is None and self.timeout_seconds is not None and time.time() > self.started + self.timeout_seconds:
             self.reason = f"not done after {self.timeout_seconds / 60:g} minutes (timeout_minutes), so it was ended"
             self.end()
-            code = self.process.wait()
+            code = self.process.poll()
         if code is None:
             return None
         self.log.close()
         return Ended(code, self.reason, self.started, time.time())
 
     def end(self) -> None:
-        """End it and all below it, unless it has ended."""
-        if self.process.poll() is None:
-            end_all([self.process.pid], PATIENCE_SECONDS)
+        """End it and all below it, unless it has ended: asked first, after some patience made to."""
+        if self.process.poll() is not None:
+            return
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
+        try:
+            self.process.wait(PATIENCE_SECONDS)  # not psutil's: whoever waits first has the exit code
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        _make_end(below, PATIENCE_SECONDS)
 
 
 def end_all(pids: Sequence[int], patience_seconds: float) -> None:
@@ -138,7 +146,11 @@ def end_all(pids: Sequence[int], patience_seconds: float) -> None:
             process.terminate()
             asked.append(process)
     psutil.wait_procs(asked, timeout=patience_seconds)
-    left = [process for process in (*asked, *family) if process.is_running()]
+    _make_end([*asked, *family], patience_seconds)
+
+
+def _make_end(processes: Sequence[psutil.Process], patience_seconds: float) -> None:
+    left = [process for process in processes if process.is_running()]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -99,7 +99,7 @@ class Engine(ABC):
 
     @abstractmethod
     def cancel(self, tickets: Sequence[str]) -> None:
-        """End jobs: first asked, then made to. Waits until they are gone, but not for ever: `poll` has the last word."""
+        """End jobs: first asked, then made to. Waits until they are gone, but not forever: `poll` has the last word."""
 
     @abstractmethod
     def close(self) -> None:
