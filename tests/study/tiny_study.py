@@ -100,7 +100,9 @@ def engine_of(name: str = "local") -> Engine:
     """Return an engine that works on this machine."""
     if name == "ray":
         return RayEngine(num_cpus=1)
-    return SlurmEngine(cluster="local", cpus=1, minutes=5) if name == "slurm" else LocalEngine(num_gpus=0)
+    if name in ("slurm", "fake_slurm"):
+        return SlurmEngine(cluster="local" if name == "slurm" else "slurm", cpus=1, minutes=5)
+    return LocalEngine(num_gpus=0)
 
 
 def sweep(

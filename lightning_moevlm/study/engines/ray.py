@@ -7,6 +7,7 @@ it must be one that strangers cannot reach.
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_moevlm.study.engines.tickets import Tickets
 from lightning_moevlm.study.engines.worker import carry_out
 
 _HERE = "127.0.0.1"
+_CONNECT_SECONDS = 10.0
 
 
 class RayEngine(Engine):
@@ -50,6 +52,7 @@ class RayEngine(Engine):
         import ray
 
         self._folder = folder.absolute()
+        _refuse_deaf(self._address)
         here: dict[str, Any] = {
             "num_cpus": max(usable_cores(), self._num_cpus * (jobs or 1)),
             "include_dashboard": False,
@@ -126,6 +129,17 @@ class RayEngine(Engine):
         import ray
 
         ray.shutdown()
+
+
+def _refuse_deaf(address: str | None) -> None:
+    """Refuse host:port where nobody listens: Ray would try for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no Ray cluster at {address}: {error}; `ray status` there tells its address") from error
 
 
 def _own_threads() -> dict[str, str]:
