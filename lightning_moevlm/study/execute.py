@@ -121,7 +121,7 @@ class _AtWork:
         try:
             handle = self.engine.submit(job)
         except UserError:
-            self._interrupt(run)
+            write_state(folder, dataclasses.replace(state, status=Status.INTERRUPTED, attempts=attempts - 1))
             raise
         self.runs[job.ticket] = run
         write_state(folder, dataclasses.replace(state, pid=handle.pid, pid_started=handle.pid_started, job=handle.job))

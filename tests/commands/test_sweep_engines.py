@@ -30,16 +30,17 @@ def test_same_study_same_content(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file, contents = study(), {}
     for engine, options in ENGINES.items():
+        store = workplace / engine / "mlflow.db"
+        store.parent.mkdir()
+        shutil.copyfile(migrated_database, store)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
         moevlm("sweep", "run", file, "--jobs", "2", "--engine", engine, *options)
-        uri = f"sqlite:///{workplace / 'runs/mlflow.db'}"
         contents[engine] = {
-            (row.name, row.tags["digest"]): content(MlflowClient(uri), row.run_id)
-            for row in find_runs(uri, "line", {"role": "arm"})
+            (row.name, row.tags["digest"]): content(MlflowClient(f"sqlite:///{store}"), row.run_id)
+            for row in find_runs(f"sqlite:///{store}", "line", {"role": "arm"})
         }
-        # the same paths again: they are part of the params
-        shutil.move(workplace / "runs", workplace / f"runs_{engine}")
-        (workplace / "runs").mkdir()
-        shutil.copyfile(migrated_database, workplace / "runs/mlflow.db")
+        # the next one uses the same paths: they are part of the params
+        shutil.move(workplace / "runs/sweeps", workplace / engine / "sweeps")
     assert len(contents["local"]) == 2
     params, points = next(iter(contents["local"].values()))
     assert len(params) > 50
