@@ -6,6 +6,7 @@ Writers call `.key(...)`, readers (report, comparison) find the declaration of a
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 
@@ -29,9 +30,14 @@ class MetricKey:
 
     @property
     def _regex(self) -> re.Pattern[str]:
-        literal = re.split(r"\{(\w+)\}", self.pattern)
-        parts = [re.escape(p) if i % 2 == 0 else f"(?P<{p}>[^/]+)" for i, p in enumerate(literal)]
-        return re.compile("".join(parts))
+        return _compiled(self.pattern)
+
+
+@cache  # a report asks for each of thousands of series
+def _compiled(pattern: str) -> re.Pattern[str]:
+    literal = re.split(r"\{(\w+)\}", pattern)
+    parts = [re.escape(p) if i % 2 == 0 else f"(?P<{p}>[^/]+)" for i, p in enumerate(literal)]
+    return re.compile("".join(parts))
 
 
 TASK_LOSS = MetricKey("{stage}/task_loss", "task loss", "sum of term losses", "lower")

@@ -6,6 +6,7 @@ Everything is written to a folder beside and then moved over, so a reader never 
 import base64
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import time
@@ -29,7 +30,7 @@ from lightning_moevlm.study.table import Table, name_and_unit
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Verdict
 
-HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER = "report.html", "report.md", "tables"
 Records = Literal["arms", "factors", "learning_rates", "fairness"]
 RECORDS_FILES: dict[Records, str] = {
     "arms": "report.json",
@@ -106,11 +107,24 @@ def write_report(report: Report, folder: Path) -> Path:
         (beside / f"{picture.name}.png").write_bytes(picture.png)
     (beside / HTML_FILE).write_text(_render("report.html.j2", report), encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(_render("report.md.j2", report), encoding="utf-8")
+    (beside / TABLES_FOLDER).mkdir()
+    for table in report.tables:
+        (beside / table_file(table)).write_text(json.dumps(_as_columns(table)) + "\n", encoding="utf-8")
     for kind, records in records_of(report.result).items():
         (beside / RECORDS_FILES[kind]).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
     return folder / HTML_FILE
+
+
+def table_file(table: Table) -> str:
+    """Return where in the report's folder a table lies as JSON of columns and rows, which MLflow shows as a table."""
+    name = re.sub(r"[^a-z0-9]+", "_", table.title.lower()).strip("_")
+    return f"{TABLES_FOLDER}/{name}.json"
+
+
+def _as_columns(table: Table) -> dict[str, object]:
+    return {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
 
 
 def records_of(result: StudyResult) -> dict[Records, list[dict[str, object]]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.divergence import NONFINITE_STEP
@@ -27,6 +28,7 @@ from lightning_moevlm.tracking.series import Series
 TRAIN_LOSS = keys.TASK_LOSS.key(stage="train")
 SPIKE_DEVIATIONS = 7.0
 SPIKE_WINDOW = 1_000  # points
+_ROWS = 1_000  # windows at once: 8 MB
 _LEAST_WINDOW = 10  # points: the deviation of fewer is too rough to call seven of them anything
 
 
@@ -103,20 +105,36 @@ def spikes(values: tuple[float, ...], window: int = SPIKE_WINDOW, deviations: fl
 
     Standard deviations are the population's. Before a point without any spread, every other value is a spike.
     """
-    is_spike, judged = [], 0
-    before: list[float] = []  # the finite ones
+    means, spreads = _before([value for value in values if math.isfinite(value)], window)
+    is_spike, judged, known = [], 0, 0  # known: finite points so far
     for value in values:
-        known = before[-window:]
-        if len(known) < _LEAST_WINDOW:
+        if known < _LEAST_WINDOW:
             is_spike.append(False)
         else:
-            mean, deviation = float(np.mean(known)), float(np.std(known))
-            near = math.isfinite(value) and (value == mean or abs(value - mean) < deviations * deviation)
-            is_spike.append(not near)
+            distance = abs(value - means[known])
+            is_spike.append(not (math.isfinite(value) and (distance == 0 or distance < deviations * spreads[known])))
             judged += 1
-        if math.isfinite(value):
-            before.append(value)
+        known += math.isfinite(value)
     return Spikes(tuple(is_spike), judged)
+
+
+def _before(values: list[float], window: int) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of the up to `window` values before each, and before the end; 0 before the first.
+
+    While the window still grows they are updated (Welford 1962), which is exact for values that are all the same.
+    """
+    means, spreads, mean, squares = [0.0], [0.0], 0.0, 0.0
+    for count, value in enumerate(values[:window], start=1):
+        distance = value - mean
+        mean += distance / count
+        squares += distance * (value - mean)
+        means.append(mean)
+        spreads.append(math.sqrt(squares / count))
+    for start in range(1, len(values) - window + 1, _ROWS):
+        rows = sliding_window_view(np.array(values[start : start + _ROWS - 1 + window]), window)
+        means += rows.mean(axis=1).tolist()
+        spreads += rows.std(axis=1).tolist()
+    return means, spreads
 
 
 def recovery(loss: Series | None) -> float | None:

@@ -1,17 +1,19 @@
 """The report in MLflow: one flat summary run per study, used again when the report is written again.
 
 MLflow's chart view cannot draw tables, nor what lies in artifacts of many runs, so the study's own report hangs on a
-run of its own (tag role=summary) with the verdicts as its description.
+run of its own (tag role=summary) with the verdicts as its description, tables and pictures as its artifacts.
 """
 
+import json
 from pathlib import Path
 
 from lightning_moevlm.study.claim import ROLE, Experiment
-from lightning_moevlm.study.report import MARKDOWN_FILE, Report
+from lightning_moevlm.study.report import MARKDOWN_FILE, Report, table_file
 from lightning_moevlm.tracking.runs import find_runs
 
 ROLE_SUMMARY = "summary"
 _NOTE = "mlflow.note.content"
+_TABLES = "mlflow.loggedArtifacts"
 _ARTIFACTS = "report"
 
 
@@ -34,6 +36,8 @@ def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
         run = client.create_run(experiment.experiment_id, tags=tags, run_name=f"{experiment.name} summary")
         run_id = str(run.info.run_id)
     client.log_artifacts(run_id, str(folder), _ARTIFACTS)
+    tables = [{"path": f"{_ARTIFACTS}/{table_file(table)}", "type": "table"} for table in report.tables]
+    client.set_tag(run_id, _TABLES, json.dumps(tables))
     study = report.result.study
     verdicts = "\n".join(f"- {sentence}" for sentence in (*report.finding, report.learned))
     client.set_tag(

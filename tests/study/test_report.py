@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lightning_moevlm.study.figures import curves, draw_all, expert_load
 from lightning_moevlm.study.figures.expert_load import loads_of
-from lightning_moevlm.study.figures.picture import looks, png_of
+from lightning_moevlm.study.figures.picture import looks, picture_of
 from lightning_moevlm.study.gather import gather
 from lightning_moevlm.study.ledger import read_ledger
 from lightning_moevlm.study.report import finding, make_report, print_tables, write_report
@@ -37,6 +37,7 @@ ARMS = {
     "explode": {"model.nan_at": 3},
     "crash": {"model.crash_at": 1},
 }
+PICTURES = ["effects", "curves", "accuracy", "expert_load", "expert_flow", "throughput"]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_load_of_experts(result):
 
 
 def test_tables_say_what_the_records_say(result):
-    effects, learning, also, stability, signs, models, fairness = report_tables(result)
+    effects, learning, also, stability, signs, costs, models, fairness = report_tables(result)
     assert [row[0] for row in effects.rows] == list(ARMS)
     assert effects.rows[1][4] == "hurts"
     assert effects.rows[2][1] == "diverged"
@@ -107,7 +108,7 @@ def test_tables_say_what_the_records_say(result):
     assert stability.rows[0][1:4] == ("3/3", "–", "–")
     assert stability.rows[3][1] == "–"  # crashes are no instability
     assert [(row[0], row[1]) for row in fairness.rows] == [("everything compared", "alike")]
-    for table in (effects, learning, also, stability, signs, models, fairness):
+    for table in (effects, learning, also, stability, signs, costs, models, fairness):
         assert table is also or table.notes
         assert all(len(row) == len(table.columns) for row in table.rows)
     json.dumps([dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], allow_nan=False)
@@ -126,7 +127,7 @@ def test_terminal_tables_fit(result, width):
 
 def test_pictures_are_drawn_and_described(result, tmp_path):
     pictures = {picture.name: picture for picture in draw_all(result)}
-    assert list(pictures) == ["effects", "curves", "accuracy", "expert_load", "throughput"]
+    assert list(pictures) == PICTURES
     for picture in pictures.values():
         file = tmp_path / f"{picture.name}.png"
         file.write_bytes(picture.png)
@@ -148,7 +149,7 @@ def test_finding_is_a_sentence(result):
 
 def figures_of(monkeypatch, module, draw, result):
     kept = []
-    monkeypatch.setattr(module, "png_of", lambda figure: kept.append(figure) or png_of(figure))
+    monkeypatch.setattr(module, "picture_of", lambda figure, *rest: kept.append(figure) or picture_of(figure, *rest))
     assert draw(result) is not None
     return kept[0]
 
@@ -213,7 +214,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "link"):
             self.open.append(tag)
         if tag == "img":
             self.images.append(attributes)
@@ -237,13 +238,13 @@ def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
     assert page.scripts == 0
     assert "url(" not in html
     assert "@import" not in html
-    assert len(page.images) == 5
+    assert len(page.images) == len(PICTURES)
     for image in page.images:
         kind, data = image["src"].split(",", 1)
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data).startswith(b"\x89PNG")
+        assert kind == "data:image/svg+xml;base64"
+        assert base64.b64decode(data).startswith(b"<svg")
         assert image["alt"]
-    assert html.count("<details>") == 5 + 3  # a table behind each picture, a log behind each crash
+    assert html.count("<details>") == len(PICTURES) + 3  # a table behind each picture, a log behind each crash
     assert "Learns &lt;slowly&gt;." in html
     assert "the tiny training was told to crash" in html
     assert "prefers-color-scheme: dark" in html
@@ -275,6 +276,8 @@ def test_summary_run_is_used_again(swept, result, tmp_path):
     assert "slow: hurts" in row.tags["mlflow.note.content"]
     client = MlflowClient(experiment.uri)
     assert {"report/report.html", "report/curves.png"} <= {f.path for f in client.list_artifacts(first, "report")}
+    table = client.load_table(experiment.experiment_id, "report/tables/effect_on_validation_task_loss.json", [first])
+    assert list(table["arm"]) == list(ARMS)
     assert len(experiment.ids()) == len(plan.runs)  # the summary is no arm
 
 
