@@ -40,7 +40,7 @@ def with_pixels(
     last = lost[max(lost)]
     if not tolerant:
         return Failure(str(untolerated(lost[min(lost)])))
-    good = [place for place in range(len(images)) if place not in lost]
+    good = [place for place in range(images.num_images) if place not in lost]
     kept = _neighbours(good, images.parts, delivery.batch.pairs) if fills else good
     if not kept:
         return Failure(

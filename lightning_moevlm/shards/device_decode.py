@@ -39,7 +39,7 @@ def decode_on(images: EncodedImages, size: int, device: torch.device, max_pixels
             return Pixels(fit_all(decode(list(images.each()), mode="RGB", device=device), size), {})
         except RuntimeError:
             pass  # no partial result, and no word on which one it was: below they are told apart, and none is let pass
-    images_BRYX = image_rows(len(images), size)
+    images_BRYX = image_rows(images.num_images, size)
     faults: dict[int, ValueError] = {}
     for place, (jpeg, row_RYX) in enumerate(zip(images.each(), images_BRYX, strict=True)):
         try:

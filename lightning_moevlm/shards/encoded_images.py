@@ -62,8 +62,9 @@ class EncodedImages(NamedTuple):
             tuple(fresh for each in several for fresh in each.fresh),
         )
 
-    def __len__(self) -> int:
-        """Return how many pictures there are."""
+    @property
+    def num_images(self) -> int:
+        """How many pictures there are."""
         return len(self.names)
 
     def each(self) -> tuple[Tensor, ...]:
