@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -197,12 +198,19 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
             builds the model and its optimiser.
     """
     _prepare()
-    parser = LightningArgumentParser(**_PARSER_OPTIONS)
-    parser.add_lightning_class_args(VisionLanguageModule, "model")
+    parser = _model_parser()
     with _teaching_errors(), torch.device("meta"):
         module = parser.instantiate(parser.parse_object({"model": resolved["model"]})).model
         module.build_optimizer()
         return model_card(module.backbone)
+
+
+@cache
+def _model_parser() -> LightningArgumentParser:
+    """Return the parser of the model section alone; a plan asks it for every arm."""
+    parser = LightningArgumentParser(**_PARSER_OPTIONS)
+    parser.add_lightning_class_args(VisionLanguageModule, "model")
+    return parser
 
 
 def build_data(resolved: Mapping[str, object]) -> ShardDataModule:

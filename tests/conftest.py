@@ -39,15 +39,20 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(tmp_path: Path, scenes_root: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in: the shipped configurations, the small set where they look for it, an empty store."""
-    for folder in ("conf", "ablations"):
-        shutil.copytree(PROJECT / folder, tmp_path / folder)
-    (tmp_path / "data/shards").mkdir(parents=True)
-    (tmp_path / "data/shards/scenes").symlink_to(scenes_root, target_is_directory=True)
-    (tmp_path / "runs").mkdir()
-    shutil.copyfile(migrated_database, tmp_path / "runs/mlflow.db")
+    furnish(tmp_path, scenes_root, migrated_database)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+def furnish(folder: Path, scenes_root: Path, migrated_database: Path) -> None:
+    """Make a folder a workplace."""
+    for shipped in ("conf", "ablations"):
+        shutil.copytree(PROJECT / shipped, folder / shipped)
+    (folder / "data/shards").mkdir(parents=True)
+    (folder / "data/shards/scenes").symlink_to(scenes_root, target_is_directory=True)
+    (folder / "runs").mkdir()
+    shutil.copyfile(migrated_database, folder / "runs/mlflow.db")
 
 
 @pytest.fixture

@@ -270,24 +270,25 @@ class VisionLanguageModule(LightningModule):
         return features
 
     def build_optimizer(self) -> Optimizer:
-        """Return a new optimiser over the parameter groups.
+        """Return a new optimiser over the parameter groups, each with its peak rate and decay.
 
         Raises:
-            UserError: the optimiser refuses an option or a parameter.
+            UserError: the optimiser refuses an option or a parameter, or cannot decay as the groups ask.
         """
         try:
-            return self.optimizer_factory(parameter_groups(self.named_parameters()))
+            optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
         except ValueError as error:
             raise UserError(
                 f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list "
                 "optimizers`, which take every parameter (MuonAdamW in place of torch's Muon)"
             ) from error
+        self.groups.apply(optimizer)
+        return optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
         optimizer = self.build_optimizer()
         round_state(optimizer, self.precision)
-        self.groups.apply(optimizer)
         if self.gradient.any_on:
             refuse_unsuited_optimizer(self.trainer, optimizer)
             self._gradient_control = GradientControl(self.gradient, optimizer)

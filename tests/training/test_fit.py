@@ -13,7 +13,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from lightning_moevlm import keys
+from lightning_moevlm.cli import main
 from lightning_moevlm.shards.manifest import read_manifest
+from tests.conftest import furnish
 from tests.small_run import BACKBONE, SMALL, budget
 
 Moevlm = Callable[..., str]
@@ -35,16 +37,25 @@ def last_checkpoint(workplace: Path) -> Path:
     return path
 
 
-def test_two_steps_are_logged_and_kept(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(2, val_every=1))
-    (run,) = runs(workplace)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Path:
+    """A workplace in which ten steps were trained, validated every fourth; to be read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    furnish(folder, scenes_root, migrated_database)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert main(["fit", *SMALL, *budget(10, val_every=4)]) == 0
+    return folder
+
+
+def test_steps_are_logged_and_kept(trained: Path) -> None:
+    (run,) = runs(trained)
     assert run.info.status == "FINISHED"
-    assert [step for step, _ in history(workplace, run, "val/task_loss")] == [
-        0,
-        1,
-        2,
-    ]  # 0 is the untrained model
-    assert [step for step, _ in history(workplace, run, "train/task_loss")] == [1, 2]
+    # 0 is the untrained model; the last step is validated whatever the interval: a study would otherwise take an
+    # earlier point for the result
+    assert [step for step, _ in history(trained, run, "val/task_loss")] == [0, 4, 8, 10]
+    assert [step for step, _ in history(trained, run, "train/task_loss")] == list(range(1, 11))
     logged = set(run.data.metrics)
     for key in (
         "loss/text",
@@ -66,14 +77,13 @@ def test_two_steps_are_logged_and_kept(moevlm: Moevlm, workplace: Path) -> None:
         assert key in logged, key
     undeclared = {key for key in logged if keys.declared(key) is None and not key.startswith("system/")}
     assert undeclared == set()
-    checkpoint = torch.load(last_checkpoint(workplace), weights_only=True)
-    assert checkpoint["global_step"] == 2
+    checkpoint = torch.load(last_checkpoint(trained), weights_only=True)
+    assert checkpoint["global_step"] == 10
 
 
-def test_terms_add_up_and_auxiliary_ones_stay_out_of_the_task_loss(moevlm: Moevlm, workplace: Path) -> None:
+def test_terms_add_up_and_auxiliary_ones_stay_out_of_the_task_loss(trained: Path) -> None:
     # open_lm pull request 255: the auxiliary loss was inside the reported loss
-    moevlm("fit", *SMALL, *budget(1))
-    (run,) = runs(workplace)
+    (run,) = runs(trained)
     value = run.data.metrics
     task = sum(value[f"loss_weighted/{term}"] for term in ("text", "image", "pair_text", "pair_image"))
     auxiliary = sum(value[f"loss_weighted/{term}"] for term in ("load_balance", "router_z"))
@@ -82,6 +92,7 @@ def test_terms_add_up_and_auxiliary_ones_stay_out_of_the_task_loss(moevlm: Moevl
     assert value["loss_weighted/router_z"] == pytest.approx(1e-3 * value["loss/router_z"], rel=1e-5)
 
 
+@pytest.mark.slow  # test_resume.py resumes in process; test_stabilised_fit.py by the command line
 def test_resumed_equals_uninterrupted_bit_for_bit(moevlm: Moevlm, workplace: Path) -> None:
     moevlm("fit", *SMALL, *budget(22, val_every=11))
     whole = last_checkpoint(workplace).rename(workplace / "whole.ckpt")
@@ -102,40 +113,45 @@ def test_resumed_equals_uninterrupted_bit_for_bit(moevlm: Moevlm, workplace: Pat
     assert late and history(workplace, third, "train/task_loss") == late
 
 
-def test_a_checkpoint_does_not_configure(moevlm: Moevlm, workplace: Path) -> None:
-    # Lightning issue 21455: hyperparameters of a checkpoint overwrote the command line
-    moevlm("fit", *SMALL, *budget(1, total=4))
-    checkpoint = last_checkpoint(workplace).rename(workplace / "one.ckpt")
+def test_a_checkpoint_does_not_configure(moevlm: Moevlm, trained: Path, workplace: Path) -> None:
+    # Lightning issue 21455: hyperparameters of a checkpoint overwrote the command line; and torch puts weight decay
+    # back with the moments
     moevlm(
         "fit",
         *SMALL,
-        *budget(2, total=4),
+        *budget(11, total=12),
         "--ckpt_path",
-        str(checkpoint),
+        str(last_checkpoint(trained)),
         "--model.losses.router_z.weight=0.5",
+        "--model.optimizer.init_args.weight_decay=0.7",
+        "--model.groups.router_lr_multiplier=0.5",
     )
     metrics = runs(workplace)[-1].data.metrics
     assert metrics["loss_weighted/router_z"] == pytest.approx(0.5 * metrics["loss/router_z"], rel=1e-5)
+    groups = torch.load(last_checkpoint(workplace), weights_only=True)["optimizer_states"][0]["param_groups"]
+    by_role = {group["role"]: group for group in groups}
+    assert by_role["matrix"]["weight_decay"] == 0.7 and by_role["router"]["weight_decay"] == 0.0
+    assert by_role["router"]["lr"] == pytest.approx(0.5 * by_role["matrix"]["lr"])
 
 
-def test_arms_share_data_order_and_masks(moevlm: Moevlm, workplace: Path) -> None:
+def test_arms_share_data_order_and_masks(moevlm: Moevlm, trained: Path, workplace: Path) -> None:
     # before the first update, equal samples and equal masks give equal losses where the model is the same
-    moevlm("fit", *SMALL, *budget(1))
     moevlm("fit", *SMALL, *budget(1), "--model.losses.load_balance=null")
     moevlm("fit", *SMALL, *budget(1), "--seed_everything=1")
     base, arm, other_seed = (
-        [history(workplace, run, key) for key in ("loss/text", "loss/image")] for run in runs(workplace)
+        [history(folder, run, key)[0] for key in ("loss/text", "loss/image")]
+        for folder in (trained, workplace)
+        for run in runs(folder)
     )
     assert base == arm
     assert base != other_seed
 
 
-def test_validate_test_and_predict(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(2))
-    checkpoint = str(last_checkpoint(workplace))
+def test_validate_test_and_predict(moevlm: Moevlm, trained: Path, workplace: Path) -> None:
+    checkpoint = str(last_checkpoint(trained))
     moevlm("validate", *SMALL, "--ckpt_path", checkpoint)
     moevlm("test", *SMALL, "--ckpt_path", checkpoint)
-    fitted, validated, tested = runs(workplace)
+    (fitted,), (validated, tested) = runs(trained), runs(workplace)
     assert validated.data.metrics["val/task_loss"] == pytest.approx(fitted.data.metrics["val/task_loss"], rel=1e-6)
     assert "test/task_loss" in tested.data.metrics and "test/accuracy_text" in tested.data.metrics
     moevlm(
@@ -168,10 +184,9 @@ def test_a_diverged_run_stops_and_says_when(moevlm: Moevlm, workplace: Path) -> 
     assert not math.isfinite(history(workplace, run, "val/task_loss")[-1][1])  # torchmetrics would leave NaN out
 
 
-def test_dense_twin_by_one_change(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(1))
+def test_dense_twin_by_one_change(moevlm: Moevlm, trained: Path, workplace: Path) -> None:
     moevlm("fit", *SMALL, *budget(1), f"{BACKBONE}.sparse_modalities=[]")
-    sparse, dense = (run.data.metrics for run in runs(workplace))
+    sparse, dense = (run.data.metrics for folder in (trained, workplace) for run in runs(folder))
     assert dense["model/active_flops_per_sample"] == pytest.approx(sparse["model/active_flops_per_sample"], rel=0.01)
     assert dense["model/total_parameters"] < sparse["model/total_parameters"]
     assert not any(key.startswith("load/") for key in dense)
@@ -210,30 +225,19 @@ def test_noise_of_a_router_is_drawn_again_after_a_resume(moevlm: Moevlm, workpla
 PACKAGE = "lightning_moevlm.routers"
 
 
-def test_the_last_step_is_validated_whatever_the_interval(moevlm: Moevlm, workplace: Path) -> None:
-    # a study would otherwise take an earlier point, or the untrained model, for the result
-    moevlm("fit", *SMALL, *budget(5, val_every=3))
-    (run,) = runs(workplace)
-    assert [step for step, _ in history(workplace, run, "val/task_loss")] == [0, 3, 5]
-    assert torch.load(last_checkpoint(workplace), weights_only=True)["global_step"] == 5
-
-
-def test_logged_learning_rate_is_the_one_of_the_step(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(10))  # warm-up 0.2: two steps, 1.5e-3 and 3e-3
-    (run,) = runs(workplace)
-    rates = dict(history(workplace, run, "optim/learning_rate"))
+def test_logged_learning_rate_is_the_one_of_the_step(trained: Path) -> None:
+    (run,) = runs(trained)  # ten steps with a warm-up of 0.2: two steps, 1.5e-3 and 3e-3
+    rates = dict(history(trained, run, "optim/learning_rate"))
     assert rates[1] == pytest.approx(1.5e-3) and rates[2] == rates[3] == pytest.approx(3e-3)
     assert rates[10] < rates[4]
 
 
-def test_null_turns_a_nested_option_off_from_the_command_line(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(1), f"{BACKBONE}.moe.init_args.capacity", "null")
+def test_a_nested_option_and_the_progress_bar_can_be_turned_off(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm(
+        "fit", *SMALL, *budget(1), f"{BACKBONE}.moe.init_args.capacity", "null", "--trainer.enable_progress_bar=false"
+    )
     (run,) = runs(workplace)
     assert run.data.metrics["drop_rate/block1/text"] == 0.0
-
-
-def test_progress_bar_can_be_turned_off(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(1), "--trainer.enable_progress_bar=false")
 
 
 def test_functions_cannot_be_smuggled_in(moevlm: Moevlm, workplace: Path) -> None:

@@ -25,7 +25,14 @@ from tests.small_model import pair_batch, small_vl_moe
 
 
 @pytest.mark.parametrize(
-    "dispatcher", [LoopDispatcher(), SegmentDispatcher(), GroupedDispatcher()], ids=lambda d: type(d).__name__
+    "dispatcher",
+    [
+        SegmentDispatcher(),
+        # whose gradients are held against each other in tests/dispatch
+        pytest.param(LoopDispatcher(), marks=pytest.mark.slow),
+        pytest.param(GroupedDispatcher(), marks=pytest.mark.slow),
+    ],
+    ids=lambda d: type(d).__name__,
 )
 def test_one_batch_is_learnt_by_heart(dispatcher: Dispatcher) -> None:
     module = VisionLanguageModule(small_vl_moe(dispatcher=dispatcher), MaskedModelling, init_std=0.1)

@@ -218,6 +218,7 @@ def test_contracts_on_a_gpu(precision: str) -> None:
         assert all(named.plan.logits_TE.dtype == torch.float32 for named in output["plans"])
 
 
+@pytest.mark.slow  # a whole run of bf16-true by the command line is below, one of 32-true in test_fit.py
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_fast_dev_run_on_the_command_line(precision: str, moevlm: Moevlm) -> None:
     moevlm("fit", *SMALL, f"--trainer.precision={precision}", "--trainer.fast_dev_run=true")

@@ -31,30 +31,41 @@ from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
 OPTIM = "lightning_moevlm.optim"
 
 
+def scheduled(name: str, **extra: object) -> str:
+    """The option for a schedule of two steps."""
+    return "--model.schedule=" + json.dumps(
+        {"class_path": f"{OPTIM}.{name}", "init_args": {"total_steps": 2, "warmup": 0.5, **extra}}
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        ("--model.gradient.clip_value=0.1", "--model.gradient.clip_norm=null"),
-        ("--model.optimizer.init_args.fused=true", "--model.gradient.skip_spikes.window=8"),
-        (f"--model.optimizer={OPTIM}.StableAdamW", "--model.gradient.z_clip.z=2"),
-        (f"--model.optimizer={OPTIM}.Lion", "--model.gradient.ada_gc.warmup_steps=1"),
-        (f"--model.optimizer={OPTIM}.MuonAdamW", "--model.gradient.clip_update=0.5"),
-        ("--model.groups.router_lr_multiplier=0.1", "--model.groups.independent_weight_decay=true"),
+        (
+            "--model.optimizer.init_args.fused=true",
+            "--model.gradient.skip_spikes.window=8",
+            "--model.gradient.clip_value=0.1",
+            "--model.gradient.clip_norm=null",
+        ),
+        (f"--model.optimizer={OPTIM}.StableAdamW", "--model.gradient.z_clip.z=2", scheduled("WarmupLinear")),
+        (
+            f"--model.optimizer={OPTIM}.Lion",
+            "--model.gradient.ada_gc.warmup_steps=1",
+            scheduled("WarmupStableDecay", decay=0.5),
+        ),
+        (
+            f"--model.optimizer={OPTIM}.MuonAdamW",
+            "--model.gradient.clip_update=0.5",
+            "--model.groups.router_lr_multiplier=0.1",
+            "--model.groups.independent_weight_decay=true",
+        ),
     ],
-    ids=lambda options: options[0].rpartition(".")[2] + "+" + options[1].rpartition(".")[2],
+    ids=["AdamW", "StableAdamW", "Lion", "MuonAdamW"],
 )
-def test_every_optimiser_and_stabiliser_by_the_command_line(
+def test_every_optimiser_schedule_and_stabiliser_by_the_command_line(
     options: tuple[str, ...], moevlm: Moevlm, workplace: Path
 ) -> None:
     moevlm("fit", *SMALL, "--trainer.fast_dev_run=true", *options)
-
-
-@pytest.mark.parametrize(("name", "extra"), [("WarmupLinear", {}), ("WarmupStableDecay", {"decay": 0.5})])
-def test_every_schedule_by_the_command_line(
-    name: str, extra: dict[str, float], moevlm: Moevlm, workplace: Path
-) -> None:
-    schedule = {"class_path": f"{OPTIM}.{name}", "init_args": {"total_steps": 2, "warmup": 0.5, **extra}}
-    moevlm("fit", *SMALL, "--trainer.fast_dev_run=true", f"--model.schedule={json.dumps(schedule)}")
 
 
 EVERY_ONE = (
@@ -88,18 +99,6 @@ def test_stabilised_training_resumes_bit_for_bit(moevlm: Moevlm, workplace: Path
     assert 1 <= skipped[10] < 9  # what is above the mean is a spike here
     for step in range(2, 11):  # a skipped step moves nothing, any other does
         assert (moved[step] == 0.0) is (skipped[step] > skipped[step - 1])
-
-
-def test_options_of_the_optimiser_are_those_of_the_command_line(moevlm: Moevlm, workplace: Path) -> None:
-    # torch puts weight decay back with the moments
-    moevlm("fit", *SMALL, *budget(1, total=4))
-    checkpoint = last_checkpoint(workplace).rename(workplace / "one.ckpt")
-    options = ("--model.optimizer.init_args.weight_decay=0.7", "--model.groups.router_lr_multiplier=0.5")
-    moevlm("fit", *SMALL, *budget(2, total=4), "--ckpt_path", str(checkpoint), *options)
-    groups = torch.load(last_checkpoint(workplace), weights_only=True)["optimizer_states"][0]["param_groups"]
-    by_role = {group["role"]: group for group in groups}
-    assert by_role["matrix"]["weight_decay"] == 0.7 and by_role["router"]["weight_decay"] == 0.0
-    assert by_role["router"]["lr"] == pytest.approx(0.5 * by_role["matrix"]["lr"])
 
 
 def test_clipping_in_two_places_is_refused(moevlm: Moevlm, workplace: Path) -> None:
