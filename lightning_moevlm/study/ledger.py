@@ -29,10 +29,14 @@ _STORE_FILE = "tracking.txt"
 
 
 class Status(StrEnum):
-    """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run."""
+    """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run.
+
+    ENDED is to be judged: its process has ended, and the store has not answered since.
+    """
 
     PLANNED = "planned"
     RUNNING = "running"
+    ENDED = "ended"
     INTERRUPTED = "interrupted"
     FINISHED = "finished"
     DIVERGED = "diverged"

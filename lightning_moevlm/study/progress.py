@@ -86,6 +86,10 @@ class SweepProgress:
         if time.time() - self._shown >= _REFRESH_SECONDS:
             self._refresh()
 
+    def told(self, line: str) -> None:
+        """Leave a line on the sweep itself."""
+        self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def _left(self) -> str:
         """Rest of the time, from the mean of the runs so far: they share one budget."""
         rest = self._total - self._done

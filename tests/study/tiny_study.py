@@ -61,6 +61,9 @@ class Silent:
     def tick(self) -> None:
         pass
 
+    def told(self, line: str) -> None:
+        self.lines.append(line)
+
 
 def write_project(
     folder: Path, uri: str, study: dict[str, Any] | None = None, model: dict[str, Any] | None = None
@@ -111,6 +114,7 @@ def sweep(
     retry: bool = False,
     engine: Engine | None = None,
     timeout_minutes: float | None = None,
+    silence_seconds: float = 300.0,
 ) -> tuple[Plan, Experiment, Tally, Silent]:
     """Run a study to its end in this process."""
     plan, watcher, engine = plan_of(file), Silent(), engine or engine_of()
@@ -119,7 +123,17 @@ def sweep(
         waiting = to_do(plan, experiment, engine, retry)
         at_once = engine.open(plan.folder / JOBS_FOLDER, jobs, len(waiting))
         try:
-            tally = execute(plan, experiment, waiting, command_of(plan), watcher, engine, at_once, timeout_minutes)
+            tally = execute(
+                plan,
+                experiment,
+                waiting,
+                command_of(plan),
+                watcher,
+                engine,
+                at_once,
+                timeout_minutes,
+                silence_seconds,
+            )
         finally:
             engine.close()
     return plan, experiment, tally, watcher

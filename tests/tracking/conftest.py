@@ -38,18 +38,6 @@ def mlflow_server(migrated_database: Path, tmp_path_factory: pytest.TempPathFact
     server.stop()
 
 
-@pytest.fixture
-def mortal_server(migrated_database: Path, tmp_path: Path) -> Iterator[MlflowServer]:
-    """A server of the test's own, to be killed."""
-    directory = tmp_path / "server"
-    directory.mkdir()
-    shutil.copyfile(migrated_database, directory / "mlflow.db")
-    server = MlflowServer(directory)
-    server.start()
-    yield server
-    server.stop()
-
-
 class Relay:
     """A door in front of a server that can be shut, connections included, and opened again."""
 
