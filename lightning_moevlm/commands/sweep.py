@@ -76,7 +76,7 @@ def run(
     planned = _plan(file)
     selected = _selected(planned, only)
     # What is wrong is told before anything is written.
-    if not all(state.status.has_result for _, state in read_ledger(selected)):
+    if not all(state.status.is_settled for _, state in read_ledger(selected)):
         _check_data(selected)
     uri = _store_of(planned)
     with hold_study(planned.folder):

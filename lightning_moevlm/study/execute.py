@@ -24,6 +24,7 @@ import yaml
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.child import LOG_FILE, PATIENCE_SECONDS, Ended, end_all, last_checkpoint
 from lightning_moevlm.study.claim import OUTCOME, Experiment
+from lightning_moevlm.study.early_stop import EarlyStop
 from lightning_moevlm.study.engines import CHECKPOINT, Engine, Job
 from lightning_moevlm.study.judge import MOST_STARTS, ended_state, judge_ended, lack_of, settle
 from lightning_moevlm.study.ledger import (
@@ -101,6 +102,7 @@ class _AtWork:
     engine: Engine
     timeout_seconds: float | None
     store: SilentStore
+    early: EarlyStop
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     ended: list[tuple[PlannedRun, Ended]] = field(default_factory=list)  # and not judged
 
@@ -166,6 +168,15 @@ class _AtWork:
                 continue
             self.ended.remove((run, ended))
         return again
+
+    def stop_early(self) -> None:
+        """End the runs that have diverged or whose arm is withdrawn; they are collected as all others."""
+        tickets = {run.name: ticket for ticket, run in self.runs.items()}
+        over: list[PlannedRun] = []
+        if tickets and self.early.is_due and self.store.is_ready:
+            self.store.attempt(lambda: over.extend(self.early.over(tuple(self.runs.values()))))
+        if over:
+            self.engine.cancel([tickets[run.name] for run in over])
 
     def stop(self) -> None:
         """End what still runs; the ledger says `interrupted`, and the next call goes on there.
@@ -244,7 +255,8 @@ def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> li
             shutil.rmtree(folder, ignore_errors=True)
         if not state.status.has_result:
             state = _adopt(plan, run, experiment) or state
-        if not state.status.has_result and (state.status is not Status.FAILED or retry):
+        over = state.status.has_result if plan.study.stop_hopeless is None else state.status.is_settled
+        if not over and (state.status is not Status.FAILED or retry):
             waiting.append(run)
     waiting.sort(key=lambda run: plan.study.seeds.index(run.seed))  # stable: arms stay in order
     return [*elsewhere, *waiting]
@@ -278,8 +290,8 @@ def execute(
         UserError: the engine refused a job.
     """
     queue = deque(waiting)
-    store = SilentStore(experiment.uri, watcher.told)
-    at_work = _AtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store)
+    store, early = SilentStore(experiment.uri, watcher.told), EarlyStop(plan, experiment)
+    at_work = _AtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store, early)
     starts: Counter[str] = Counter()
     stop = _Stop()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -300,6 +312,7 @@ def execute(
                     continue
                 watcher.started(run, read_state(plan.run_folder(run)))
                 continue
+            at_work.stop_early()
             queue.extend(at_work.collect(watcher, lambda run: starts[run.name] < MOST_STARTS))
             if store.silent_seconds > silence_seconds and not at_work.runs:
                 stop.name = SILENCE

@@ -11,6 +11,7 @@ from collections.abc import Container, Sequence
 from lightning_moevlm.study.child import LOG_FILE, Ended, log_tail
 from lightning_moevlm.study.claim import Experiment
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.study.early_stop import has_reached, withdrawn_arm
 from lightning_moevlm.study.ledger import RunState, Status, read_state, write_state
 from lightning_moevlm.study.plan import Plan, PlannedRun
 from lightning_moevlm.study.silent_store import deliver_first
@@ -38,7 +39,11 @@ def settle(plan: Plan, run: PlannedRun, experiment: Experiment, ended: Ended) ->
     assert run_id is not None
     deliver_first(experiment, run_id)
     state = _judge(plan, run, experiment, ended)
-    experiment.close(run_id, str(state.status), finished=state.status.has_result)
+    withdrawn = withdrawn_arm(plan, run.arm, experiment) if state.status is Status.FAILED else None
+    if withdrawn is not None and has_reached(plan, run, experiment):
+        state = dataclasses.replace(state, status=Status.STOPPED, reason=withdrawn.why, log_tail=())
+        experiment.tag(run_id, withdrawn.tags)
+    experiment.close(run_id, str(state.status), finished=state.status.is_settled)
     write_state(folder, state)
 
 

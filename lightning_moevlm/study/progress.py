@@ -13,7 +13,7 @@ from rich.text import Text
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.plan import PlannedRun
 
-_STYLES = {Status.FINISHED: "green", Status.DIVERGED: "yellow", Status.FAILED: "red"}
+_STYLES = {Status.FINISHED: "green", Status.DIVERGED: "yellow", Status.FAILED: "red", Status.STOPPED: "yellow"}
 _REFRESH_SECONDS = 1.0
 _LONGEST = 200  # characters of a crashed run's log line; the report has it whole
 

@@ -24,7 +24,7 @@ BASE = {
     "seed_everything": 0,
     "model": {
         "speed": 0.5, "skew": 0.1, "crash_at": None, "nan_at": None, "seconds_per_step": 0.0, "checkpoints": True,
-        "validate_every": 1, "seed": "${seed_everything}",
+        "validate_every": 1, "worse": 0.0, "seed": "${seed_everything}",
     },
     "trainer": {"max_steps": 1, "max_epochs": 5, "logger": {"class_path": "RunLogger", "init_args": {}}},
 }  # fmt: skip

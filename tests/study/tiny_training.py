@@ -57,6 +57,7 @@ def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) 
 
 def points(step: int, seed: int, model: dict) -> dict[str, float]:
     loss = 4.0 + 3.0 * math.exp(-model["speed"] * step) + 0.3 * seed + 0.01 * math.sin(7 * seed + 11 * model["speed"])
+    loss += model["worse"] if step > 0 else 0.0
     if model["nan_at"] is not None and step >= model["nan_at"]:
         loss = math.nan
     values = {
