@@ -39,9 +39,9 @@ class MlflowServer:
             )
         for _ in range(1200):
             try:
-                if requests.get(f"{self.address}/health", timeout=1).ok:
+                if requests.get(f"{self.address}/health", timeout=5).ok:
                     return
-            except requests.ConnectionError:
+            except requests.RequestException:
                 assert self._process.poll() is None, (self._directory / "log").read_text()
                 time.sleep(0.1)
         raise AssertionError(f"no answer: {(self._directory / 'log').read_text()}")

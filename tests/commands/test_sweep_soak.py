@@ -54,8 +54,8 @@ def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
 PROJECT = str(Path(__file__).parents[2])
 
 
-def states(folder: Path) -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("runs/sweeps/soak/*/state.json"))]
+def states(folder: Path, study: str = "soak") -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(f"runs/sweeps/{study}/*/state.json"))]
 
 
 def children(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:

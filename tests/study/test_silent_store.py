@@ -22,7 +22,7 @@ def kill_when(server: MlflowServer, file: Path, condition) -> threading.Thread:
     """Kill the server as soon as the ledger of the sweep, which runs in this process, says so."""
 
     def act() -> None:
-        wait_for(lambda: condition(statuses(file)))
+        wait_for(lambda: condition(statuses(file)), seconds=240)
         server.kill()
 
     thread = threading.Thread(target=act)
@@ -40,7 +40,7 @@ def test_a_sweep_outlives_its_server(
     killer = kill_when(mortal_server, file, lambda found: found.count(Status.RUNNING) == 2)
 
     def revive() -> None:
-        wait_for(lambda: statuses(file).count(Status.ENDED) == 2)
+        wait_for(lambda: statuses(file).count(Status.ENDED) == 2, seconds=240)
         time.sleep(1)
         mortal_server.start()
 
