@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from lightning_moevlm.cli import main
 from lightning_moevlm.shards.scenes import build_scenes
 from lightning_moevlm.tracking.store import prepare_store
+from tests.mlflow_server import MlflowServer
 
 PROJECT = Path(__file__).parent.parent
 
@@ -66,3 +67,15 @@ def moevlm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., 
         return told
 
     return run
+
+
+@pytest.fixture
+def mortal_server(migrated_database: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+    """A server of the test's own, to be killed."""
+    directory = tmp_path / "server"
+    directory.mkdir()
+    shutil.copyfile(migrated_database, directory / "mlflow.db")
+    server = MlflowServer(directory)
+    server.start()
+    yield server
+    server.stop()

@@ -5,7 +5,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, auto_cli
 
-from lightning_moevlm.commands import bench, data, parts, sweep
+from lightning_moevlm.commands import bench, data, deliver, parts, sweep
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.parse_errors import told_from_the_mistake
 
@@ -13,9 +13,12 @@ COMMANDS: dict[str, Any] = {
     "bench": bench.COMMANDS,
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
+    "deliver": deliver.deliver,
     "list": parts.list_parts,
     "describe": parts.describe,
 }
+# Options in their signatures, since they may be left out, but `moevlm list routers` is what people type.
+_FIRST = {"list": "--kind", "deliver": "--folder"}
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -25,8 +28,8 @@ def run_command(arguments: Sequence[str]) -> int:
         UserError: an unknown command, option or value.
     """
     words = [_underscored(argument) for argument in arguments]
-    if words[0] == "list" and len(words) > 1 and not words[1].startswith("-"):
-        words.insert(1, "--kind")  # an option in its signature, but `moevlm list routers` is what people type
+    if words[0] in _FIRST and len(words) > 1 and not words[1].startswith("-"):
+        words.insert(1, _FIRST[words[0]])
     if words[0] == "sweep":
         words = sweep.written_out(words)
     try:

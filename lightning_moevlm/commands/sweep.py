@@ -64,7 +64,7 @@ def run(
         timeout_minutes: End a run that takes longer, not counting the time that it waits for a cluster; it has failed.
     """
     from lightning_moevlm.study.claim import open_experiment
-    from lightning_moevlm.study.execute import to_do
+    from lightning_moevlm.study.execute import SILENCE, to_do
     from lightning_moevlm.study.ledger import Status, hold_study, keep_store, read_ledger
 
     terminal = console()
@@ -76,7 +76,7 @@ def run(
     planned = _plan(file)
     selected = _selected(planned, only)
     # What is wrong is told before anything is written.
-    if not all(state.status.has_result for _, state in read_ledger(selected)):
+    if not all(state.status.is_settled for _, state in read_ledger(selected)):
         _check_data(selected)
     uri = _store_of(planned)
     with hold_study(planned.folder):
@@ -87,7 +87,7 @@ def run(
             stopped = _execute(selected, experiment, waiting, terminal, chosen, jobs, timeout_minutes)
             if stopped:
                 terminal.print(f"Stopped by {stopped}; the state is kept. Go on with: moevlm sweep run {file}")
-                return 130
+                return 1 if stopped == SILENCE else 130
         failed = [run.name for run, state in read_ledger(selected) if state.status is Status.FAILED]
         total = len(selected.runs)
         if not waiting and not failed:
@@ -113,6 +113,7 @@ def status(file: str, json: str | None = None, only: list[str] | None = None) ->
     from lightning_moevlm.study.tables import status_table
 
     planned = _plan(file, only)
+    _deliver(planned)
     ledger = read_ledger(planned)
     records = [dataclasses.asdict(record) for record in status_records(planned, ledger)]
     _show((status_table(planned, ledger),), records, json)
@@ -135,7 +136,8 @@ def report(
     from lightning_moevlm.study.claim import open_experiment
     from lightning_moevlm.study.fairness import refuse_biased
     from lightning_moevlm.study.gather import gather
-    from lightning_moevlm.study.ledger import read_ledger
+    from lightning_moevlm.study.judge import judge_ended
+    from lightning_moevlm.study.ledger import Status, hold_study, read_ledger
     from lightning_moevlm.study.report import records_of
 
     planned = _plan(file)
@@ -143,6 +145,11 @@ def report(
     if all(state.run_id is None for _, state in ledger):
         raise UserError(f"nothing of {planned.study.name} has run yet; start it with `moevlm sweep run {file}`")
     experiment = open_experiment(_store_of(planned), planned.study.name)
+    _deliver(planned)
+    if any(state.status is Status.ENDED for _, state in ledger):
+        with hold_study(planned.folder):
+            judge_ended(planned, experiment, experiment.ids())
+        ledger = read_ledger(planned)
     if json is None:
         _report(planned, experiment, console(), redraw=True, unfair=unfair)
         return
@@ -266,6 +273,21 @@ def _store_of(planned: "Plan") -> str:
     check_store(planned.folder, uri)
     prepare_store(uri)
     return uri
+
+
+def _deliver(planned: "Plan") -> None:
+    """Deliver what the study's runs kept on disk while MLflow was silent; say what became of it on standard error."""
+    from rich.console import Console
+
+    from lightning_moevlm.study.claim import tracking_uri_of
+    from lightning_moevlm.study.ledger import read_ledger
+    from lightning_moevlm.study.silent_store import deliver_left_behind
+
+    ids = [state.run_id for _, state in read_ledger(planned) if state.run_id is not None]
+    terminal = Console(stderr=True, soft_wrap=True, highlight=False)
+    for outbox, waiting, outcome, reason in deliver_left_behind(tracking_uri_of(planned), ids):
+        told = f"run {outbox.address.run_id}, {waiting.points} points and {waiting.files} files on disk: {outcome}"
+        terminal.print(f"{told}, {reason}" if reason else told, markup=False)
 
 
 def _check_data(planned: "Plan") -> None:

@@ -7,6 +7,7 @@ A run that has to start from zero gets a new MLflow run and the old one is delet
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,12 @@ class Experiment:
         client.set_tag(run_id, OUTCOME, outcome)
         if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, "FINISHED" if finished else "FAILED")
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        client = _client(self.uri)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
 
     def history(self, run_id: str, *keys: str) -> list[Point]:
         """Return the points of some metrics of one run, by key, then step."""

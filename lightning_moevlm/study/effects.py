@@ -144,14 +144,18 @@ def paired_effect(
 def as_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
     """Judge the comparisons of one study together: with Holm's correction, if that is the rule's.
 
-    "No difference" and "differs by at least `within`" are two families: of one arm only one of the two can be true.
+    "No difference" and "differs by at least `within`" are two families: of one arm only one of the two can be true. An
+    arm that was stopped early counts in both with p = 1, so that no other arm's p gets smaller by its absence.
     """
     if rule.correction == "none":
         return dict(effects)
-    plain = holm({name: effect.p_value for name, effect in effects.items()})
-    outside = holm({name: effect.p_outside for name, effect in effects.items()})
+    stopped = {name: 1.0 for name, effect in effects.items() if effect.verdict is Verdict.STOPPED_EARLY}
+    plain = holm({name: effect.p_value for name, effect in effects.items()} | stopped)
+    outside = holm({name: effect.p_outside for name, effect in effects.items()} | stopped)
     return {
-        name: _judged(
+        name: effect
+        if name in stopped
+        else _judged(
             dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]),
             rule,
         )

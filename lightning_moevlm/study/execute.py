@@ -2,7 +2,8 @@
 
 Running twice does nothing. An interrupted run goes on from its last whole checkpoint in the same MLflow run, or starts
 again in a new one; what a cluster still has is waited for. A crash is recorded and the rest goes on; a divergence is a
-result. A crashed run is left alone until it is asked for again (`retry`).
+result. A crashed run is left alone until it is asked for again (`retry`). A store that goes away ends nothing, see
+`silent_store`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -20,10 +22,11 @@ from typing import Protocol
 import yaml
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.child import LOG_FILE, PATIENCE_SECONDS, Ended, end_all, last_checkpoint, log_tail
+from lightning_moevlm.study.child import LOG_FILE, PATIENCE_SECONDS, Ended, end_all, last_checkpoint
 from lightning_moevlm.study.claim import OUTCOME, Experiment
-from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.study.early_stop import EarlyStop
 from lightning_moevlm.study.engines import CHECKPOINT, Engine, Job
+from lightning_moevlm.study.judge import MOST_STARTS, ended_state, judge_ended, lack_of, settle
 from lightning_moevlm.study.ledger import (
     RunState,
     Status,
@@ -33,10 +36,10 @@ from lightning_moevlm.study.ledger import (
     write_whole,
 )
 from lightning_moevlm.study.plan import Plan, PlannedRun
+from lightning_moevlm.study.silent_store import SilentStore, StoreSilentError
 
 OVERRIDES_FILE = "overrides.yaml"
-_MOST_STARTS = 4  # of one run by one sweep: a cluster may keep stopping it
-_MISTAKE = "moevlm: error: "  # how the command line begins the one line that says what to mend
+SILENCE = "a silent store"
 
 # (overrides file, id of the MLflow run to write to, checkpoint to go on from) -> command line
 Command = Callable[[Path, str, Path | None], list[str]]
@@ -64,10 +67,16 @@ class Watcher(Protocol):
     def tick(self) -> None:
         """Some time has passed."""
 
+    def told(self, line: str) -> None:
+        """Something happened to the sweep itself."""
+
 
 @dataclass(frozen=True)
 class Tally:
-    """What a call of `execute` did. started: number of runs. stopped: name of the signal that ended it, or ""."""
+    """What a call of `execute` did. started: number of runs. stopped: name of what ended it, or "".
+
+    That is a signal's, or SILENCE.
+    """
 
     started: int
     stopped: str
@@ -92,10 +101,18 @@ class _AtWork:
     command: Command
     engine: Engine
     timeout_seconds: float | None
+    store: SilentStore
+    early: EarlyStop
     runs: dict[str, PlannedRun] = field(default_factory=dict)
+    ended: list[tuple[PlannedRun, Ended]] = field(default_factory=list)  # and not judged
 
     def begin(self, run: PlannedRun) -> bool:
-        """Hand a run to the engine; return False where the engine had it already."""
+        """Hand a run to the engine; return False where the engine had it already.
+
+        Raises:
+            StoreSilentError: it cannot be told to MLflow.
+            UserError: the engine refused it.
+        """
         folder = self.plan.run_folder(run)
         state = read_state(folder)
         if state.is_elsewhere:
@@ -106,12 +123,9 @@ class _AtWork:
         checkpoint = None
         if state.status is Status.INTERRUPTED and state.run_id is not None:
             checkpoint = last_checkpoint(folder, self.experiment.folder(state.run_id))
-        if checkpoint is None or state.run_id is None:
+        run_id = self._claim(run, state.run_id if checkpoint else None)
+        if checkpoint is None:
             shutil.rmtree(folder, ignore_errors=True)
-            run_id = self.experiment.create(run)
-        else:
-            run_id = state.run_id
-            self.experiment.reopen(run_id)
         job = self._job(run, run_id, checkpoint)
         attempts = state.attempts + 1
         state = RunState(
@@ -139,12 +153,30 @@ class _AtWork:
                 self._interrupt(run)
                 again.append(run)
                 continue
-            state = _judge(self.plan, run, self.experiment, ended)
-            assert state.run_id is not None
-            self.experiment.close(state.run_id, str(state.status), finished=state.status.has_result)
-            write_state(self.plan.run_folder(run), state)
-            watcher.ended(run, state)
+            folder = self.plan.run_folder(run)
+            write_state(folder, ended_state(read_state(folder), ended))
+            self.ended.append((run, ended))
+        for run, ended in self.ended[:]:
+            if not self.store.is_ready:
+                break
+            if self.store.attempt(partial(settle, self.plan, run, self.experiment, ended)):
+                watcher.ended(run, read_state(self.plan.run_folder(run)))
+            elif ended.code != 0 and may_repeat(run):  # as likely as not it found no store when it began
+                self._interrupt(run)
+                again.append(run)
+            else:
+                continue
+            self.ended.remove((run, ended))
         return again
+
+    def stop_early(self) -> None:
+        """End the runs that have diverged or whose arm is withdrawn; they are collected as all others."""
+        tickets = {run.name: ticket for ticket, run in self.runs.items()}
+        over: list[PlannedRun] = []
+        if tickets and self.early.is_due and self.store.is_ready:
+            self.store.attempt(lambda: over.extend(self.early.over(tuple(self.runs.values()))))
+        if over:
+            self.engine.cancel([tickets[run.name] for run in over])
 
     def stop(self) -> None:
         """End what still runs; the ledger says `interrupted`, and the next call goes on there.
@@ -156,6 +188,19 @@ class _AtWork:
         for ticket, run in self.runs.items():
             if self.engine.poll(ticket) is not None:
                 self._interrupt(run)
+
+    def _claim(self, run: PlannedRun, run_id: str | None) -> str:
+        """Return the id of the run's one run in MLflow: that of the attempt to go on with, or a new one."""
+        claimed: list[str] = []
+
+        def claim() -> None:
+            if run_id is not None:
+                self.experiment.reopen(run_id)
+            claimed.append(run_id or self.experiment.create(run))
+
+        if not self.store.attempt(claim):
+            raise StoreSilentError
+        return claimed[-1]
 
     def _interrupt(self, run: PlannedRun) -> None:
         folder = self.plan.run_folder(run)
@@ -192,6 +237,7 @@ def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> li
     _refuse_others(plan, engine)
     _end_orphans(plan)
     in_store = experiment.ids()
+    judge_ended(plan, experiment, in_store)
     elsewhere, waiting = [], []
     for run in plan.runs:
         folder = plan.run_folder(run)
@@ -209,7 +255,8 @@ def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> li
             shutil.rmtree(folder, ignore_errors=True)
         if not state.status.has_result:
             state = _adopt(plan, run, experiment) or state
-        if not state.status.has_result and (state.status is not Status.FAILED or retry):
+        over = state.status.has_result if plan.study.stop_hopeless is None else state.status.is_settled
+        if not over and (state.status is not Status.FAILED or retry):
             waiting.append(run)
     waiting.sort(key=lambda run: plan.study.seeds.index(run.seed))  # stable: arms stay in order
     return [*elsewhere, *waiting]
@@ -224,6 +271,7 @@ def execute(
     engine: Engine,
     jobs: int,
     timeout_minutes: float | None = None,
+    silence_seconds: float = 300.0,
 ) -> Tally:
     """Run what waits. Call it from the main thread, holding the study.
 
@@ -236,21 +284,26 @@ def execute(
         engine: Carries them out; open.
         jobs: How many it gets at once.
         timeout_minutes: A run is ended after so long, and has failed.
+        silence_seconds: How long to wait for a silent store once nothing runs any more.
 
     Raises:
         UserError: the engine refused a job.
     """
     queue = deque(waiting)
-    at_work = _AtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes)
+    store, early = SilentStore(experiment.uri, watcher.told), EarlyStop(plan, experiment)
+    at_work = _AtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store, early)
     starts: Counter[str] = Counter()
     stop = _Stop()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while (queue or at_work.runs) and not stop.name:
-            if queue and len(at_work.runs) < jobs:
+        while (queue or at_work.runs or at_work.ended) and not stop.name:
+            if queue and len(at_work.runs) < jobs and store.is_ready:
                 run = queue.popleft()
                 try:
                     starts[run.name] += at_work.begin(run)
+                except StoreSilentError:
+                    queue.appendleft(run)
+                    continue
                 except UserError:
                     if not at_work.runs:
                         raise
@@ -259,7 +312,10 @@ def execute(
                     continue
                 watcher.started(run, read_state(plan.run_folder(run)))
                 continue
-            queue.extend(at_work.collect(watcher, lambda run: starts[run.name] < _MOST_STARTS))
+            at_work.stop_early()
+            queue.extend(at_work.collect(watcher, lambda run: starts[run.name] < MOST_STARTS))
+            if store.silent_seconds > silence_seconds and not at_work.runs:
+                stop.name = SILENCE
             watcher.tick()
             time.sleep(engine.poll_seconds)
         at_work.collect(watcher, lambda run: True)  # who ended just before a signal has ended
@@ -275,56 +331,6 @@ def write_overrides(run: PlannedRun, folder: Path) -> Path:
     file = folder / OVERRIDES_FILE
     write_whole(file, yaml.dump(run.overrides, Dumper=_QuotingDumper, sort_keys=False, width=10_000))
     return file
-
-
-def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, ended: Ended) -> RunState:
-    """Tell a result from a crash. A run that stopped because its loss is not finite has diverged, not crashed."""
-    folder = plan.run_folder(run)
-    state = read_state(folder)
-    state = dataclasses.replace(
-        state,
-        started=ended.started or state.started,
-        ended=ended.ended or time.time(),
-        exit_code=ended.code,
-        pid=None,
-        pid_started=None,
-    )
-    assert state.run_id is not None
-    rule = plan.study.diverged
-    why = "" if ended.reason else divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
-    if why:
-        return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
-    lack = _lack(plan, run, experiment, state.run_id)
-    if ended.code == 0 and not lack:
-        return dataclasses.replace(state, status=Status.FINISHED)
-    tail = log_tail(folder / LOG_FILE)
-    return dataclasses.replace(state, status=Status.FAILED, reason=_why_failed(ended, lack, tail), log_tail=tail)
-
-
-def _why_failed(ended: Ended, lack: str, tail: Sequence[str]) -> str:
-    if ended.code is None:
-        return f"interrupted {_MOST_STARTS} times: {ended.reason}"
-    if ended.code == 0:
-        return f"it ended well but {lack}"
-    if ended.reason:
-        return ended.reason
-    told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
-    why = f"ended by {signal.Signals(-ended.code).name}" if ended.code < 0 else f"exit code {ended.code}"
-    return f"{why}, {told[-1]}" if told else why
-
-
-def _lack(plan: Plan, run: PlannedRun, experiment: Experiment, run_id: str) -> str:
-    """Return what a run lacks to be a result, or "": the primary metric after the whole budget, not before."""
-    primary, budget = plan.study.primary.metric, run.max_steps
-    points = experiment.history(run_id, primary)
-    if not points:
-        return f"logged no {primary}: the study has nothing to compare"
-    last = max(point.step for point in points)
-    if budget is None:
-        return "" if last > 0 else f"logged {primary} of the untrained model alone; give it more minutes"
-    if last != budget:
-        return f"logged {primary} last at step {last} of {budget}: no value of the trained model; validate at the end"
-    return ""
 
 
 def _refuse_others(plan: Plan, engine: Engine) -> None:
@@ -350,7 +356,7 @@ def _adopt(plan: Plan, run: PlannedRun, experiment: Experiment) -> RunState | No
     folder = plan.run_folder(run)
     for row in experiment.find(run):
         outcome = row.tags.get(OUTCOME, "")
-        finished = outcome == Status.FINISHED and not _lack(plan, run, experiment, row.run_id)
+        finished = outcome == Status.FINISHED and not lack_of(plan, run, experiment, row.run_id)
         if finished or outcome == Status.DIVERGED:
             ended = row.end_ms / 1000 if row.end_ms else None
             state = RunState(Status(outcome), row.run_id, started=row.start_ms / 1000, ended=ended, attempts=1)

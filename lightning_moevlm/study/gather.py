@@ -5,6 +5,7 @@ Only runs with a result (finished or diverged) enter comparisons; runs that stil
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import arm_stability
@@ -21,6 +22,7 @@ from lightning_moevlm.study.equal_budget import (
 from lightning_moevlm.study.factorial import FactorEffect, factor_effects
 from lightning_moevlm.study.factors import ON
 from lightning_moevlm.study.fairness import Subject, differences
+from lightning_moevlm.study.hopeless import withdrawals, without_verdict
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
@@ -51,10 +53,13 @@ def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) 
 def compare(plan: Plan, results: Sequence[RunResult]) -> StudyResult:
     """Gather runs into arms and compare every arm with the baseline, paired by seed."""
     study = plan.study
+    withdrawn = withdrawals(study, ((r.run.arm, r.run.seed, r.series.get(study.primary.metric)) for r in results))
+    results = [_stopped(r) if r.run.arm in withdrawn else r for r in results]
     by_arm = {arm.name: tuple(r for r in results if r.run.arm == arm.name) for arm in study.arms}
     base = by_arm[study.baseline]
     rule = rule_of(study)
     effects = {name: _effect(study, rule, runs, base) for name, runs in by_arm.items() if name != study.baseline}
+    effects |= {name: without_verdict(study.seeds, rule, found) for name, found in withdrawn.items()}
     judged = as_family(effects, rule)
     done = [r for r in results if r.state.status.has_result]
     costs = [_cost(plan, r) for r in done]
@@ -75,6 +80,13 @@ def compare(plan: Plan, results: Sequence[RunResult]) -> StudyResult:
         ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders([r.run for r in results])),
         factors=_factors(study, rule, by_arm),
     )
+
+
+def _stopped(result: RunResult) -> RunResult:
+    """Return a run of a withdrawn arm: where it went to its end all the same, that is no result."""
+    if result.state.status is not Status.FINISHED:
+        return result
+    return replace(result, state=replace(result.state, status=Status.STOPPED))
 
 
 def throughput_of(result: RunResult) -> float | None:

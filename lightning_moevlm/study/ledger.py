@@ -29,19 +29,30 @@ _STORE_FILE = "tracking.txt"
 
 
 class Status(StrEnum):
-    """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run."""
+    """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run.
+
+    STOPPED was ended by the study's rule for hopeless arms: it has no result and needs none. ENDED is to be judged: its
+    process has ended, and the store has not answered since.
+    """
 
     PLANNED = "planned"
     RUNNING = "running"
+    ENDED = "ended"
     INTERRUPTED = "interrupted"
     FINISHED = "finished"
     DIVERGED = "diverged"
     FAILED = "failed"
+    STOPPED = "stopped early"
 
     @property
     def has_result(self) -> bool:
         """Whether the run went to its end."""
         return self in (Status.FINISHED, Status.DIVERGED)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to run."""
+        return self.has_result or self is Status.STOPPED
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.text import Text
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.plan import PlannedRun
 
-_STYLES = {Status.FINISHED: "green", Status.DIVERGED: "yellow", Status.FAILED: "red"}
+_STYLES = {Status.FINISHED: "green", Status.DIVERGED: "yellow", Status.FAILED: "red", Status.STOPPED: "yellow"}
 _REFRESH_SECONDS = 1.0
 _LONGEST = 200  # characters of a crashed run's log line; the report has it whole
 
@@ -85,6 +85,10 @@ class SweepProgress:
         """Refresh the moving line, once a second."""
         if time.time() - self._shown >= _REFRESH_SECONDS:
             self._refresh()
+
+    def told(self, line: str) -> None:
+        """Leave a line on the sweep itself."""
+        self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def _left(self) -> str:
         """Rest of the time, from the mean of the runs so far: they share one budget."""

@@ -46,6 +46,7 @@ _STYLES: dict[str, str] = {
     Verdict.BREAKS_GUARD: "red",
     Verdict.NO_DIFFERENCE: "blue",
     Verdict.INCONCLUSIVE: "yellow",
+    Verdict.STOPPED_EARLY: "yellow",
 }
 _PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
 

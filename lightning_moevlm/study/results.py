@@ -119,7 +119,7 @@ class StudyResult:
     @property
     def complete(self) -> bool:
         """Whether every planned run has a result."""
-        return all(arm.finished + arm.diverged == arm.planned for arm in self.arms)
+        return all(run.state.status.is_settled for arm in self.arms for run in arm.runs)
 
     @property
     def baseline(self) -> ArmResult:

@@ -14,7 +14,8 @@
     match: active_flops                                       # refuse arms that differ from the baseline by over 1 %
     primary: {metric: val/task_loss, direction: lower}
     also: [val/accuracy_text]
-    diverged: {metric: val/task_loss, times_untrained: 1.0}   # non-finite always counts as diverged
+    diverged: {metric: val/task_loss, times_untrained: 1.0, in_a_row: null}   # non-finite always counts as diverged
+    stop_hopeless: {at_step: 100, worse_by: 0.5}              # withdraws arms far behind: see hopeless.py
     decide: {alpha: 0.05, test: t, correction: none, within: null}
     guard: [{metric: drop_rate/block1/text, at_most: 0.05}]   # may not get worse by more than this
 
@@ -42,7 +43,9 @@ Correction = Literal["none", "holm"]
 
 _OPTIONAL = (
     *("hypothesis", "source", "arms", "factors", "design", "baseline", "match", "also", "diverged", "decide", "guard"),
+    "stop_hopeless",
 )
+_MAY_STOP = ("one_in", "leave_one_out")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
 _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
 _SEEDS_END = 2**32  # what NumPy and Lightning take
@@ -73,15 +76,36 @@ class Primary:
 
 @dataclass(frozen=True)
 class Divergence:
-    """When a run counts as diverged: a non-finite value, or a last value above `times_untrained` x the first one."""
+    """When a run counts as diverged: a non-finite value, or a last value above `times_untrained` x the first one.
+
+    in_a_row: a run whose values lie above that for so many points in a row has diverged, whatever comes after, and is
+    ended there; null judges the last value alone.
+    """
 
     metric: str
     times_untrained: float
+    in_a_row: int | None = None
 
     @property
     def rule(self) -> str:
         """The rule in words."""
-        return f"{self.metric} not finite, or its last value above {self.times_untrained:g} x the untrained model's"
+        early = f"{self.in_a_row} values in a row or " if self.in_a_row else ""
+        return (
+            f"{self.metric} not finite, or {early}its last value above {self.times_untrained:g} x the untrained model's"
+        )
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """At which step an arm is withdrawn, and how far behind the baseline's primary metric; see `hopeless`."""
+
+    at_step: int
+    worse_by: float
+
+    @property
+    def words(self) -> str:
+        """The rule in words."""
+        return f"worse than the baseline of its seed by more than {self.worse_by:g} at step {self.at_step}"
 
 
 @dataclass(frozen=True)
@@ -133,6 +157,7 @@ class Study:
     guard: tuple[Guard, ...] = ()
     design: Design | None = None
     match: Match | None = None
+    stop_hopeless: Hopeless | None = None
 
 
 def read_study(file: Path) -> Study:
@@ -155,6 +180,7 @@ def read_study(file: Path) -> Study:
     design = _design(root, top)
     arms = _explicit_arms(top["arms"]) if design is None else _designed_arms(design, top["design"])
     primary = _primary(top["primary"])
+    budget = read_budget(top["budget"])
     return Study(
         name=file.stem,
         file=file,
@@ -165,7 +191,7 @@ def read_study(file: Path) -> Study:
         baseline=_baseline(top, arms, designed=design is not None),
         arms=arms,
         seeds=_seeds(top["seeds"]),
-        budget=read_budget(top["budget"]),
+        budget=budget,
         primary=primary,
         also=tuple(_metric(node) for node in top["also"].sequence()) if "also" in top else (),
         diverged=_divergence(top.get("diverged"), primary),
@@ -173,6 +199,7 @@ def read_study(file: Path) -> Study:
         guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
         design=design,
         match=_match(top.get("match")),
+        stop_hopeless=_hopeless(top.get("stop_hopeless"), budget, design),
     )
 
 
@@ -302,11 +329,30 @@ def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
 def _divergence(node: Located | None, primary: Primary) -> Divergence:
     if node is None:
         return Divergence(primary.metric, times_untrained=1.0)
-    fields = node.fields(required=(), optional=("metric", "times_untrained"))
+    fields = node.fields(required=(), optional=("metric", "times_untrained", "in_a_row"))
+    in_a_row = fields.get("in_a_row")
     return Divergence(
         metric=_metric(fields["metric"]) if "metric" in fields else primary.metric,
         times_untrained=fields["times_untrained"].number(above=0.0) if "times_untrained" in fields else 1.0,
+        in_a_row=None if in_a_row is None or in_a_row.is_null else in_a_row.integer(least=1),
     )
+
+
+def _hopeless(node: Located | None, budget: Budget, design: Design | None) -> Hopeless | None:
+    if node is None or node.is_null:
+        return None
+    if design is not None and design.kind not in _MAY_STOP:
+        raise node.error(
+            f"a {design.kind} design needs every arm to its end; stop_hopeless goes with {', '.join(_MAY_STOP)} or "
+            "`arms`"
+        )
+    fields = node.fields(required=("at_step", "worse_by"))
+    step = fields["at_step"].integer(least=1)
+    if budget.max_steps is None:
+        raise node.error("stop_hopeless compares arms at one step; give the budget as max_steps")
+    if step >= budget.max_steps:
+        raise fields["at_step"].error(f"step {step} is not before the end, which is step {budget.max_steps}")
+    return Hopeless(step, fields["worse_by"].number(above=0.0))
 
 
 def _decision(node: Located | None) -> Decision:

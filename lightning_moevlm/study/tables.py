@@ -25,6 +25,7 @@ from lightning_moevlm.study.stability_tables import (
     stability_table,
 )
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, with_deviation
+from lightning_moevlm.study.verdict import Verdict
 
 _DECIDING: dict[Test, str] = {
     "t": "the wider of the t and the bootstrap interval of the mean decides, with the paired t-test's p",
@@ -273,6 +274,8 @@ def _contrast_cells(effect: Effect) -> tuple[str, ...]:
 
 
 def _no_final(arm: ArmResult) -> str:
+    if arm.verdict is Verdict.STOPPED_EARLY:
+        return str(arm.verdict)
     return "diverged" if arm.diverged else NOTHING
 
 

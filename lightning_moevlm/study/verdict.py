@@ -20,7 +20,10 @@ from lightning_moevlm.study.spec import Correction, Direction, Test
 
 
 class Verdict(StrEnum):
-    """The word for a comparison. BASELINE marks the row that the others are compared with."""
+    """The word for a comparison. BASELINE marks the row that the others are compared with.
+
+    STOPPED_EARLY is the word for none: the arm was withdrawn by the study's rule, see `hopeless`.
+    """
 
     BASELINE = "baseline"
     HELPS = "helps"
@@ -28,6 +31,7 @@ class Verdict(StrEnum):
     NO_DIFFERENCE = "no difference"
     BREAKS_GUARD = "breaks guard"
     INCONCLUSIVE = "inconclusive"
+    STOPPED_EARLY = "stopped early"
 
 
 @dataclass(frozen=True)

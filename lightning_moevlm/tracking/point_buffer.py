@@ -2,14 +2,11 @@
 
 One write to SQLite costs about 10 ms whether it carries one point or a hundred; training logs every step. A
 store that stops answering is left alone for longer each time, and nothing is given up: what was not delivered
-stays in order.
+stays in order, here or, spilled, in the run's `Outbox`.
 """
 
-import json
-import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from lightning_moevlm.tracking.runs import Point
 
@@ -46,13 +43,25 @@ class PointBuffer:
             return waited >= self._pause
         return len(self._points) >= self._flush_points or (bool(self._points) and waited >= self._flush_seconds)
 
-    def deliver(self, write: Callable[[Sequence[Point]], None], per_write: int) -> None:
+    def deliver(
+        self,
+        write: Callable[[Sequence[Point]], None],
+        per_write: int,
+        first: Callable[[], None] | None = None,
+    ) -> None:
         """Hand every point to `write`, at most `per_write` at once; a point leaves after its write.
 
+        Args:
+            write: Takes points.
+            per_write: Points at once.
+            first: Done before, for what is older than the points.
+
         Raises:
-            whatever `write` raises; the points from that write on are kept, and `due` waits longer.
+            whatever `first` and `write` raise; the points from that write on are kept, and `due` waits longer.
         """
         try:
+            if first is not None:
+                first()
             while self._points:
                 part = self._points[:per_write]
                 write(part)
@@ -65,20 +74,9 @@ class PointBuffer:
         finally:
             self._last_attempt = self._clock()
 
-    def save(self, path: Path) -> int:
-        """Move the waiting points to the end of a file, one JSON object per line; return how many they were.
-
-        NaN and infinities, which JSON lacks, are the strings "nan", "inf" and "-inf"; `float()` reads them.
-        """
-        points, self._points = self._points, []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = path.read_text(encoding="utf-8") if path.exists() else ""
-        unfinished = path.with_name(f"{path.name}.new")
-        unfinished.write_text(earlier + "".join(_line(point) for point in points), encoding="utf-8")
-        unfinished.replace(path)
-        return len(points)
-
-
-def _line(point: Point) -> str:
-    value = point.value if math.isfinite(point.value) else str(point.value)
-    return json.dumps(point._asdict() | {"value": value}) + "\n"
+    def spill(self, keep: Callable[[Sequence[Point]], None]) -> None:
+        """Hand every point to `keep`, which takes them elsewhere; they leave afterwards, and `due` stays as it is."""
+        taken = self._points[:]
+        if taken:
+            keep(taken)
+            del self._points[: len(taken)]

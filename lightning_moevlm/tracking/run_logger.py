@@ -6,12 +6,12 @@ away, and says where it could not keep what it was given.
 """
 
 import math
-import shutil
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from typing_extensions import override
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.tracking.masking import masked_url
 from lightning_moevlm.tracking.metric_names import LONGEST_NAME, MetricNames
+from lightning_moevlm.tracking.outbox import Address, Outbox
 from lightning_moevlm.tracking.point_buffer import PointBuffer
 from lightning_moevlm.tracking.run_opening import (
     NONFINITE_TAG,
@@ -36,15 +37,14 @@ from lightning_moevlm.tracking.run_opening import (
 from lightning_moevlm.tracking.run_params import sort_params
 from lightning_moevlm.tracking.run_writer import METRICS_PER_WRITE, RunWriter
 from lightning_moevlm.tracking.runs import Point
+from lightning_moevlm.tracking.series_images import series_image_files
+from lightning_moevlm.tracking.silence import Silence
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from PIL.Image import Image
-
-UNDELIVERED_POINTS = "undelivered.jsonl"
-UNDELIVERED_FILES = "undelivered"
 
 
 class RunLogger(MLFlowLogger):
@@ -98,6 +98,8 @@ class RunLogger(MLFlowLogger):
         self._run_tags = dict(tags or {})
         self._resumed = run_id is not None
         self._writer: RunWriter | None = None
+        self._outbox: Outbox | None = None
+        self._silence = Silence(self._tracking_uri, _warn, "training goes on, what it logs is kept on disk")
         self._params: dict[str, str] = {}
         self._names = MetricNames()
         self._buffer = PointBuffer(flush_points, flush_seconds)
@@ -150,6 +152,8 @@ class RunLogger(MLFlowLogger):
                 self._nonfinite_tags[f"{NONFINITE_TAG}{key}"[:LONGEST_NAME]] = f"{number} first at step {at}"
         if self._buffer.due:
             self.flush()
+        elif self._silence.reason:
+            self._keep_waiting()
 
     @rank_zero_only
     def log_from_thread(self, metrics: Mapping[str, float], step: int) -> None:
@@ -161,15 +165,17 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def flush(self) -> None:
         """Write what waits. A store that does not answer is warned about once and tried again later."""
-        writer = self._write
+        writer, outbox = self._write, self._kept
 
-        def deliver() -> None:
+        def older() -> None:
+            outbox.deliver(writer, has_ended=False)
             if self._nonfinite_tags:
                 writer.tags(self._nonfinite_tags)
                 self._nonfinite_tags = {}
-            self._buffer.deliver(writer.points, METRICS_PER_WRITE)
 
-        writer.attempt(deliver)
+        if not self._silence.attempt(lambda: self._buffer.deliver(writer.points, METRICS_PER_WRITE, older)):
+            self._keep_waiting()
+            outbox.sync()
 
     @override
     @rank_zero_only
@@ -179,18 +185,21 @@ class RunLogger(MLFlowLogger):
         Values longer than MLflow takes (6,000 characters) are cut there, and whole in the artifact
         `params/<key>.txt`.
         """
-        writer = self._write
+        writer, outbox = self._write, self._kept
         found = sort_params(params, self._params)
-        writer.params(found.new)
+        if not (outbox.is_empty and self._silence.attempt(lambda: writer.params(found.new))):
+            outbox.keep_params(found.new)
         self._params |= found.new
-        writer.tags({f"changed_param/{key}"[:LONGEST_NAME]: value for key, value in found.changed.items()})
+        self.log_tags({f"changed_param/{key}"[:LONGEST_NAME]: value for key, value in found.changed.items()})
         for key, whole in found.too_long.items():
             self.log_artifact_text(f"params/{key}.txt", whole)
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run; an existing one is replaced."""
-        self._write.attempt(lambda: self._write.tags(tags))
+        writer, outbox = self._write, self._kept
+        if not (outbox.is_empty and self._silence.attempt(lambda: writer.tags(tags))):
+            outbox.keep_tags(tags)
 
     @rank_zero_only
     def log_artifact_text(self, name: str, text: str) -> None:
@@ -205,18 +214,15 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def log_image(self, key: str, image: "Image", step: int) -> None:
         """Keep a picture of a series; the UI shows the series with a slider over steps."""
-        writer, safe_key = self._write, self._names.safe(key)
-        taken = writer.attempt(lambda: writer.client.log_image(writer.run_id, image, key=safe_key, step=step))
-        if not taken:
-            kept = self.run_dir / UNDELIVERED_FILES / f"{safe_key}_step{step}.png"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            image.save(kept)
+        with tempfile.TemporaryDirectory() as directory:
+            tags = series_image_files(Path(directory), image, self._names.safe(key), step)
+            self._deliver_files(Path(directory), "")
+        self.log_tags(tags)
 
     @rank_zero_only
     def log_directory(self, directory: Path, artifact_path: str) -> None:
         """Keep every file below a directory, which stays, as artifacts under `artifact_path`."""
-        writer = self._write
-        writer.attempt(lambda: writer.client.log_artifacts(writer.run_id, str(directory), artifact_path))
+        self._deliver_files(directory, f"{artifact_path}/")
 
     @override
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
@@ -229,24 +235,42 @@ class RunLogger(MLFlowLogger):
     def finalize(self, status: str = "success") -> None:
         """Write what waits and set the run's status: FINISHED, FAILED, or KILLED (Ctrl-C, SIGTERM).
 
-        What the store does not take goes to `undelivered.jsonl` in `run_dir`, with a warning.
+        What the store does not take stays in `run_dir`, with a warning that says how it gets there.
         """
         if self._writer is None and not len(self._buffer):
             return  # the run was never opened: fast_dev_run, or the store was refused
-        writer = self._write
+        writer, outbox = self._write, self._kept
         self.flush()
-        if len(self._buffer):
-            path = self.run_dir / UNDELIVERED_POINTS
-            count = self._buffer.save(path)
-            shown = masked_url(self._tracking_uri)
-            rank_zero_warn(
-                f"{count} points of run {self.run_id} were not delivered to {shown}; they are in {path}",
-                category=RuntimeWarning,
-            )
         # Lightning says "failed" from within its except block, whatever the exception is.
         killed = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SIGTERMException))
         ending = ("KILLED" if killed else "FAILED") if status == "failed" else "FINISHED"
-        writer.attempt(lambda: writer.client.set_terminated(writer.run_id, ending))
+        now_ms = int(time.time() * 1000)
+        if not (outbox.is_empty and self._silence.attempt(lambda: writer.ending(ending, now_ms))):
+            outbox.keep_ending(ending, now_ms)
+            outbox.sync()
+            waiting = outbox.count()
+            _warn(
+                f"{waiting.points} points and {waiting.files} files of run {self.run_id} were not delivered to "
+                f"{masked_url(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: moevlm deliver "
+                f"{self.run_dir}"
+            )
+        outbox.release()
+
+    @property
+    def _kept(self) -> Outbox:
+        if self._outbox is None:
+            assert self.run_id is not None
+            self._outbox = Outbox(self.run_dir, Address(masked_url(self._tracking_uri), self.run_id))
+        return self._outbox
+
+    def _keep_waiting(self) -> None:
+        """Move to the disk what waits for a store that does not answer; a kill would lose it here."""
+        try:
+            self._kept.keep_tags(self._nonfinite_tags)
+            self._nonfinite_tags = {}
+            self._buffer.spill(self._kept.keep_points)
+        except OSError as error:  # no space, say: it stays in memory, and training goes on
+            rank_zero_warn(f"what MLflow does not take cannot be kept in {self.run_dir}: {error}")
 
     @property
     def _write(self) -> RunWriter:
@@ -258,9 +282,11 @@ class RunLogger(MLFlowLogger):
             run = self._open(client)
             self._run_id, self._experiment_id = run.run_id, run.experiment_id
             self._params, self._nonfinite_seen = dict(run.params), set(run.nonfinite)
-            self._writer = RunWriter(client, run.run_id, self._tracking_uri)
+            self._writer = RunWriter(client, run.run_id)
+            if not self._kept.is_empty:  # a process before this one, killed while the store was silent, left it
+                self.flush()
             if self._resumed:
-                self._writer.tags(self._run_tags)
+                self.log_tags(self._run_tags)
         return self._writer
 
     def _open(self, client: "MlflowClient") -> OpenRun:
@@ -272,12 +298,21 @@ class RunLogger(MLFlowLogger):
         return create_run(client, self._experiment_name, location, self._run_name, self._run_tags)
 
     def _deliver_file(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file and hand it to the store; if that takes nothing, keep it in `run_dir/undelivered`."""
-        writer, parent = self._write, name.rpartition("/")[0] or None
+        """Write a file and hand it over."""
         with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / Path(name).name
+            path = Path(directory) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
-            if not writer.attempt(lambda: writer.client.log_artifact(writer.run_id, str(path), parent)):
-                kept = self.run_dir / UNDELIVERED_FILES / name
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, kept)
+            self._deliver_files(Path(directory), "")
+
+    def _deliver_files(self, directory: Path, prefix: str) -> None:
+        """Hand every file below a directory to the store as `prefix` + its path; what that does not take is kept."""
+        writer, outbox = self._write, self._kept
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            name = prefix + path.relative_to(directory).as_posix()
+            if not (outbox.is_empty and self._silence.attempt(partial(writer.file, path, name))):
+                outbox.keep_file(path, name)
+
+
+def _warn(line: str) -> None:
+    rank_zero_warn(line, category=RuntimeWarning)

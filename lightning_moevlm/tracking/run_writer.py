@@ -1,17 +1,15 @@
-"""Writes into one run of a store that may stop answering.
+"""Writes into one run. All of them may be repeated: a point, param, tag or file that is there already stays one.
 
-Training must not die of its bookkeeping: an attempt tells whether the store took what it was given, and the
-first failure of a silence is a warning. What to keep meanwhile is the caller's business.
+MLflow keeps points under (key, time, step, value), so one that comes twice is kept once; equal params are accepted,
+tags and files replaced.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import posixpath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
-from lightning_moevlm.tracking.masking import masked_url
 from lightning_moevlm.tracking.runs import Point
-from lightning_moevlm.tracking.store import impatient_requests, reason_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,13 +19,14 @@ _OTHERS_PER_WRITE = 100  # its limit for params, and for tags
 
 
 class RunWriter:
-    """The write access to one run. shown_uri: named in warnings, credentials masked."""
+    """The write access to one run.
 
-    def __init__(self, client: "MlflowClient", run_id: str, shown_uri: str) -> None:
+    Every method raises MlflowException or OSError where the store does not take what it is given.
+    """
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
         self.client = client
         self.run_id = run_id
-        self._shown_uri = masked_url(shown_uri)
-        self._silent = False
 
     def points(self, points: Sequence[Point]) -> None:
         """Write at most `METRICS_PER_WRITE` points."""
@@ -37,7 +36,7 @@ class RunWriter:
         self.client.log_batch(self.run_id, metrics=metrics, synchronous=True)
 
     def params(self, params: Mapping[str, str]) -> None:
-        """Write params that the run does not have."""
+        """Write params that the run does not have, or has with the same values."""
         from mlflow.entities import Param
 
         pairs = [Param(key, value) for key, value in params.items()]
@@ -54,21 +53,10 @@ class RunWriter:
             batch = pairs[start : start + _OTHERS_PER_WRITE]
             self.client.log_batch(self.run_id, tags=batch, synchronous=True)
 
-    def attempt(self, action: Callable[[], object]) -> bool:
-        """Do something with the store and tell whether it answered; give up after seconds."""
-        from mlflow.exceptions import MlflowException
+    def file(self, path: Path, name: str) -> None:
+        """Keep a file as artifact `name`, a relative path with `/` that ends as the file is called."""
+        self.client.log_artifact(self.run_id, str(path), posixpath.dirname(name) or None)
 
-        try:
-            with impatient_requests():
-                action()
-        except (MlflowException, OSError) as error:  # the exceptions of `requests` are OSErrors
-            if not self._silent:
-                self._silent = True
-                rank_zero_warn(
-                    f"MLflow at {self._shown_uri} takes nothing at the moment; training goes on, "
-                    f"what it logs is kept: {reason_of(error)}",
-                    category=RuntimeWarning,
-                )
-            return False
-        self._silent = False
-        return True
+    def ending(self, status: str, end_ms: int) -> None:
+        """Set how and when (Unix time, milliseconds) the run ended."""
+        self.client.set_terminated(self.run_id, status, end_time=end_ms)

@@ -24,7 +24,7 @@ BASE = {
     "seed_everything": 0,
     "model": {
         "speed": 0.5, "skew": 0.1, "crash_at": None, "nan_at": None, "seconds_per_step": 0.0, "checkpoints": True,
-        "validate_every": 1, "seed": "${seed_everything}",
+        "validate_every": 1, "worse": 0.0, "seed": "${seed_everything}",
     },
     "trainer": {"max_steps": 1, "max_epochs": 5, "logger": {"class_path": "RunLogger", "init_args": {}}},
 }  # fmt: skip
@@ -60,6 +60,9 @@ class Silent:
 
     def tick(self) -> None:
         pass
+
+    def told(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def write_project(
@@ -111,6 +114,7 @@ def sweep(
     retry: bool = False,
     engine: Engine | None = None,
     timeout_minutes: float | None = None,
+    silence_seconds: float = 300.0,
 ) -> tuple[Plan, Experiment, Tally, Silent]:
     """Run a study to its end in this process."""
     plan, watcher, engine = plan_of(file), Silent(), engine or engine_of()
@@ -119,7 +123,17 @@ def sweep(
         waiting = to_do(plan, experiment, engine, retry)
         at_once = engine.open(plan.folder / JOBS_FOLDER, jobs, len(waiting))
         try:
-            tally = execute(plan, experiment, waiting, command_of(plan), watcher, engine, at_once, timeout_minutes)
+            tally = execute(
+                plan,
+                experiment,
+                waiting,
+                command_of(plan),
+                watcher,
+                engine,
+                at_once,
+                timeout_minutes,
+                silence_seconds,
+            )
         finally:
             engine.close()
     return plan, experiment, tally, watcher

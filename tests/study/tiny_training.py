@@ -1,7 +1,8 @@
 """A training that takes no time but behaves like one: logs to MLflow, checkpoints, resumes, crashes, diverges.
 
 Run as: python tiny_training.py BASE OVERRIDES RUN_ID [CHECKPOINT]
-It writes into MLflow's tables itself: importing MLflow would take most of the time of a test.
+It writes into MLflow's tables itself: importing MLflow would take most of the time of a test. Where the study's store is
+a server, TINY_STORE names the server's database.
 """
 
 import math
@@ -21,7 +22,8 @@ EXPERTS = 4
 def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) -> None:
     config = OmegaConf.to_container(OmegaConf.merge(*(yaml.safe_load(Path(f).read_text()) for f in (base, overrides))))
     model, seed = config["model"], config["seed_everything"]
-    store = sqlite3.connect(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), timeout=60)
+    uri = os.environ.get("TINY_STORE", os.environ["MLFLOW_TRACKING_URI"])
+    store = sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60)
     folder = Path(config["trainer"]["default_root_dir"])
     first = 0
     if checkpoint:
@@ -55,6 +57,7 @@ def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) 
 
 def points(step: int, seed: int, model: dict) -> dict[str, float]:
     loss = 4.0 + 3.0 * math.exp(-model["speed"] * step) + 0.3 * seed + 0.01 * math.sin(7 * seed + 11 * model["speed"])
+    loss += model["worse"] if step > 0 else 0.0
     if model["nan_at"] is not None and step >= model["nan_at"]:
         loss = math.nan
     values = {

@@ -1,17 +1,13 @@
 import contextlib
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
+
+from tests.mlflow_server import MlflowServer
 
 
 @pytest.fixture
@@ -36,42 +32,10 @@ def mlflow_server(migrated_database: Path, tmp_path_factory: pytest.TempPathFact
     """The address of a real MLflow server on loopback, with a store of its own."""
     directory = tmp_path_factory.mktemp("server")
     shutil.copyfile(migrated_database, directory / "mlflow.db")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{directory}/mlflow.db",
-        "--artifacts-destination",
-        str(directory / "files"),
-    ]
-    environment = os.environ | {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with (directory / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=directory,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                if requests.get(f"{address}/health", timeout=1).ok:
-                    break
-            except requests.ConnectionError:
-                assert server.poll() is None, (directory / "log").read_text()
-                time.sleep(0.1)
-        yield address
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)  # its own session: the server and its workers, nobody else
-        server.wait(timeout=30)
+    server = MlflowServer(directory)
+    server.start()
+    yield server.address
+    server.stop()
 
 
 class Relay:

@@ -1,7 +1,4 @@
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -79,18 +76,42 @@ def test_a_failed_write_keeps_its_points_and_waits_longer() -> None:
     assert buffer.due
 
 
-def test_saved_points_can_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "undelivered.jsonl"
-    buffer = PointBuffer(flush_points=1, flush_seconds=1.0)
-    values = [0.1, math.nan, math.inf, -math.inf]
-    for step, value in enumerate(values[:2]):
-        buffer.add(point(step, value))
-    assert buffer.save(path) == 2
-    for step, value in enumerate(values[2:], start=2):
-        buffer.add(point(step, value))
-    assert buffer.save(path) == 2
-    assert len(buffer) == 0
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows[0] == {"key": "a", "step": 0, "value": 0.1, "time_ms": 1}
-    assert str([float(row["value"]) for row in rows]) == str(values)
-    assert [file.name for file in path.parent.iterdir()] == ["undelivered.jsonl"]
+def test_older_things_go_first_and_their_failure_is_one_of_the_attempt() -> None:
+    clock = Clock()
+    buffer = PointBuffer(flush_points=1, flush_seconds=5.0, clock=clock)
+    buffer.add(point(0))
+    written: list[str] = []
+
+    def fail() -> None:
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        buffer.deliver(lambda points: written.append("points"), per_write=2, first=fail)
+    assert (written, len(buffer), buffer.due) == ([], 1, False)
+    buffer.deliver(lambda points: written.append("points"), per_write=2, first=lambda: written.append("older"))
+    assert written == ["older", "points"]
+
+
+def test_spilled_points_have_left_and_the_next_attempt_still_waits() -> None:
+    clock = Clock()
+    buffer = PointBuffer(flush_points=1, flush_seconds=5.0, clock=clock)
+    buffer.add(point(0))
+    with pytest.raises(ZeroDivisionError):
+        buffer.deliver(lambda points: 1 / 0, per_write=2)
+    kept: list[Point] = []
+    buffer.spill(kept.extend)
+    assert (kept, len(buffer), buffer.due) == ([point(0)], 0, False)
+    clock.now += 5
+    assert buffer.due  # nothing waits here, but elsewhere
+
+
+def test_points_that_could_not_be_spilled_stay() -> None:
+    buffer = PointBuffer(flush_points=1, flush_seconds=5.0)
+    buffer.add(point(0))
+
+    def full(points: Sequence[Point]) -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        buffer.spill(full)
+    assert len(buffer) == 1

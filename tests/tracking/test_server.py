@@ -81,6 +81,7 @@ def test_training_outlives_its_server(
     assert (run_dir / "undelivered" / "notes" / "late.txt").read_text() == "kept"
     kept = [json.loads(line) for line in (run_dir / "undelivered.jsonl").read_text().splitlines()]
     there = metric_history(mlflow_server, str(logger.run_id), ["train/task_loss"])
-    steps = [point.step for point in there] + [row["step"] for row in kept if row["key"] == "train/task_loss"]
+    steps = [point.step for point in there] + [row["step"] for row in kept if row.get("key") == "train/task_loss"]
     assert steps == [0, 1, 2, 3, 4]
-    assert [float(row["value"]) for row in kept if row["key"] == "train/inf"] == [math.inf]
+    assert [float(row["value"]) for row in kept if row.get("key") == "train/inf"] == [math.inf]
+    assert kept[-1]["status"] == "FINISHED"

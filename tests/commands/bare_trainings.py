@@ -1,0 +1,29 @@
+"""Trainings of a sweep, one after the other in one process, without MLflow: what they take by themselves.
+
+python -m tests.commands.bare_trainings RUN_FOLDER... prints seconds of imports and of all trainings as JSON.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    begin = time.perf_counter()
+    import mlflow  # noqa: F401  # a run of the sweep imports it
+
+    from lightning_moevlm import lightning_cli
+    from lightning_moevlm.tracking import RunLogger, RunRecord  # noqa: F401
+
+    imports = time.perf_counter() - begin
+    training = 0.0
+    for folder in map(Path, sys.argv[1:]):
+        files = [
+            word
+            for file in ("conf/quickstart.yaml", "small.yaml", folder / "overrides.yaml")
+            for word in ("-c", str(file))
+        ]
+        begin = time.perf_counter()
+        lightning_cli.run(["fit", *files, "--trainer.logger=false", f"--trainer.default_root_dir=bare/{folder.name}"])
+        training += time.perf_counter() - begin
+    print(json.dumps({"imports": imports, "training": training}))
