@@ -60,8 +60,9 @@ class DeviceStage:
 
 def moved(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors on the device; from pinned memory a copy does not hold up the CPU."""
+    pinned = device.type == "cuda"
     there: dict[str, Any] = {
-        name: value.to(device, non_blocking=True)
+        name: (value.pin_memory() if pinned and value.is_cpu else value).to(device, non_blocking=True)
         for name, value in batch._asdict().items()
         if isinstance(value, Tensor)
     }
