@@ -43,8 +43,8 @@ class TakesTags(Protocol):
 class Liveness(Callback):
     """Asks every enabled switch for its proof and writes the receipts.
 
-    Training is the same, bit for bit, with it and without it. Strategies that shard weights are not asked: no rank
-    could run a layer by itself.
+    Training is the same, bit for bit, with it and without it. Nothing is asked while the loss is no number, nor under
+    strategies that shard weights: no rank could run a layer by itself.
 
     Args:
         every_n_steps: optimiser steps between receipts; null asks before the first step of the run alone.
@@ -85,6 +85,8 @@ class Liveness(Callback):
                 rank_zero_info(f"liveness: not asked, {type(trainer.strategy).__name__} shards the weights")
             return
         rehearsal = Rehearsal(trainer, pl_module, batch, self.num_samples, micro_step)
+        if self._anywhere(trainer, ~rehearsal.is_sound):
+            return  # nothing can be shown with a loss that is no number; that is for others to answer
         receipts = [
             *loss_receipts(rehearsal, trainer.optimizers),
             *trunk_receipts(rehearsal),
@@ -125,10 +127,9 @@ class Liveness(Callback):
 
     def _fail_if_dead(self, trainer: Trainer, receipts: Sequence[Receipt]) -> None:
         """End the run on every rank where a switch is dead on one of them."""
-        is_dead = torch.tensor([float(one.verdict == "dead") for one in receipts], device=trainer.strategy.root_device)
-        anywhere = trainer.strategy.reduce(is_dead, reduce_op="max") if receipts else is_dead
-        assert isinstance(anywhere, Tensor)
-        if not bool(anywhere.any()):
+        is_dead = torch.tensor([one.verdict == "dead" for one in receipts], device=trainer.strategy.root_device)
+        dead = self._anywhere(trainer, is_dead)
+        if not dead:
             return
         step = trainer.global_step
         when = "before the first step" if step == 0 else f"after {step} steps"
@@ -136,10 +137,18 @@ class Liveness(Callback):
             f"{one.switch} is dead {when}: {one.evidence}; {one.advice}"
             if one.verdict == "dead"
             else f"{one.switch} is dead {when} on another rank"
-            for one, dead in zip(receipts, anywhere.tolist(), strict=True)
-            if dead
+            for place, one in enumerate(receipts)
+            if place in dead
         ]
-        raise UserError(". ".join(told) + ". (callback Liveness)")
+        raise UserError(". ".join(told))
+
+    @staticmethod
+    def _anywhere(trainer: Trainer, flags: Tensor) -> set[int]:
+        """Return the places of flags that are set on any rank; every rank must ask."""
+        own = flags.reshape(-1).float()
+        found = trainer.strategy.reduce(own, reduce_op="max") if len(own) else own
+        assert isinstance(found, Tensor)
+        return set(found.nonzero().flatten().tolist())
 
 
 _TOLD = ("alive", "idle", "off", "unproven", "dead")

@@ -67,6 +67,11 @@ class Rehearsal:
             auxiliary = module.losses.terms(self.inputs, self.output.log_partitions, module.weights_in_force)
         self.report = LossReport(self.output.terms, auxiliary)
 
+    @property
+    def is_sound(self) -> Tensor:
+        """Whether every term of the loss is a number: a bool scalar on the device."""
+        return torch.stack([term.raw.detach().isfinite() for terms in self.report for term in terms.values()]).all()
+
     @contextmanager
     def conditions(self) -> Iterator[None]:
         """Compute in the Trainer's precision, with the noise of the step; leave random states and dispatchers alone."""
