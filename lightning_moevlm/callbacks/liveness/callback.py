@@ -54,7 +54,7 @@ class Liveness(Callback):
         UserError: fewer than 1 step or sample; while training, a dead switch, by name.
     """
 
-    def __init__(self, every_n_steps: int | None = 100, num_samples: int = 8) -> None:
+    def __init__(self, every_n_steps: int | None = 50, num_samples: int = 8) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("num_samples", num_samples)):
             if value is not None and value < 1:
                 raise UserError(f"{name} of Liveness is {value}: choose 1 or more")
