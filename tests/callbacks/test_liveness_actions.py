@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_moevlm import keys
 from lightning_moevlm.callbacks import Liveness
@@ -89,13 +90,26 @@ def test_actions_are_idle_until_they_have_cause() -> None:
     assert receipts["actions.rollback"] == "idle: snapshots of step 2, 4, 6, 8 to go back to (step 9)"
 
 
-def test_the_balancing_state_is_alive_and_dead_without_a_rate() -> None:
+def test_the_balancing_state_is_alive_and_off_without_a_rate() -> None:
     receipts, points = asked(module_of(router=SigmoidBiasRouter))
     assert receipts["actions.rebalance"].startswith("alive: state moves by up to 0.0015 a step")
     # signs: the favourite of 4 experts -1, others +1; less their mean of 0.5: -1.5 and 0.5, times 1e-3
     assert points[keys.LIVENESS.key(switch="actions.rebalance")] == [(0, pytest.approx(1.5e-3))]
-    still = partial(SigmoidBiasRouter, update_rate=0.0)
-    refused(module_of(router=still), "actions.rebalance", "update_rate above 0")
+    still, _ = asked(module_of(router=partial(SigmoidBiasRouter, update_rate=0.0)))
+    assert still["actions.rebalance"] == "off: the routers' update_rate is 0 (step 0)"
+
+
+class StandsStill(SigmoidBiasRouter):
+    """Listens to its counts and does nothing."""
+
+    def rebalance(self, load_AE: Tensor) -> None:
+        self.seen = load_AE
+
+
+def test_a_balancing_state_that_does_not_move_is_dead() -> None:
+    refused(
+        module_of(router=StandsStill), "actions.rebalance", "does not move its state when one expert has all tokens"
+    )
 
 
 class IgnoresBias(SigmoidBiasRouter):

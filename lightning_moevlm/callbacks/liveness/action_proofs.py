@@ -26,10 +26,12 @@ from lightning_moevlm.layers import Attention, AttentionOutput, MoEFFN
 from lightning_moevlm.losses import LayerCounts
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.routers import SigmoidBiasRouter
 from lightning_moevlm.training.actions import Action
 from lightning_moevlm.training.actions.action import StepFacts, Training
 from lightning_moevlm.training.actions.freeze_router import RouterFreezer
 from lightning_moevlm.training.actions.qk_clip import QKClipper
+from lightning_moevlm.training.actions.rebalance import balances_itself
 from lightning_moevlm.training.actions.revive_experts import ExpertReviver
 from lightning_moevlm.training.actions.rollback import SnapshotRing
 
@@ -152,14 +154,18 @@ def _qk_clip(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
 
 
 def _rebalance(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
+    routers = balances_itself(rehearsal.module.backbone)
+    if all(isinstance(router, SigmoidBiasRouter) and router.update_rate == 0 for router in routers):
+        return _is("rebalance", "off", "the routers' update_rate is 0", 0.0)
     found: list[float] = []
     for path, call in rehearsal.calls.items():
         layer = rehearsal.module.get_submodule(path)
-        if not isinstance(layer, MoEFFN) or not isinstance(call.output.plans[0].plan, PairPlan):
+        if not isinstance(layer, MoEFFN) or layer.router not in routers:
             continue
         router = copy.deepcopy(layer.router)
         before = {name: buffer.clone() for name, buffer in router.named_buffers()}
         plan = call.output.plans[0].plan
+        assert isinstance(plan, PairPlan)
         load_AE = torch.zeros_like(rehearsal.counts[layer.path].chosen_AE)
         favourite = int(plan.chosen_load(plan.valid_T).argmax())
         load_AE[:, favourite] = plan.num_tokens
@@ -171,7 +177,7 @@ def _rebalance(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
             return _dead(
                 "rebalance",
                 f"{path}.router does not move its state when one expert has all tokens",
-                "give the router an update_rate above 0, or choose another router",
+                "let `rebalance` move what the router chooses by, or choose another router",
             )
         with torch.no_grad():
             for name, buffer in router.named_buffers():

@@ -91,7 +91,8 @@ def _receipt(module: VisionLanguageModule, name: str, clips: list[str], acts: Ac
     count = acts.skipped if name == "skip_spikes" else acts.clipped
     verdict: Verdict = "alive" if count else "idle"
     what = "left out" if name == "skip_spikes" else "shortened" + ("" if len(clips) == 1 else " by all clips together")
-    return Receipt(switch, "gradient", verdict, f"{count} of {acts.steps} steps {what}; {trigger}", float(count))
+    counted = f"{count} of {acts.steps} steps {what}" if acts.steps else "no step has been made yet"
+    return Receipt(switch, "gradient", verdict, f"{counted}; {trigger}", float(count))
 
 
 @cache

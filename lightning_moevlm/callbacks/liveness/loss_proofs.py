@@ -146,7 +146,7 @@ class _Proof:
         reached = sum(gradient is not None and bool(gradient.any()) for gradient in gradients)
         what = f"gradient norm {weight * size:.2g} on {self.target} ({reached} of {len(gradients)} tensors)"
         if changed:
-            return self._is("alive", f"{what}; changes {changed / total:.0%} of that gradient", weight * size)
+            return self._is("alive", f"{what}; off, {changed / total:.0%} of them get another one", weight * size)
         if isinstance(self.module.losses.weights[self.name], Ramp | AdaptiveWeight):
             return self._is("idle", f"{what}: too little to change a bit of it at weight {weight:.2g}", weight * size)
         return self._dead(

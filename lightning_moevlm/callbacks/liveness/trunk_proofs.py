@@ -46,13 +46,13 @@ def trunk_receipts(rehearsal: Rehearsal) -> list[Receipt]:
         return []
     moves_norms, has_alpha = switches.norm_placement != "pre", switches.residual_scaling == "deepnorm"
     asked = (
-        (switches.qk_norm, "qk_norm", "attention without it", _qk_norms(layers)),
-        (switches.sub_norm, "sub_norm", "layers without it", _sub_norms(layers)),
-        (moves_norms, "norm_placement", "blocks without a norm", _block_norms(layers)),
-        (switches.layer_scale is not None, "layer_scale", "blocks without it", _scales(layers)),
-        (has_alpha, "residual_scaling", "blocks at weight 1", _residuals(layers)),
+        (switches.qk_norm, "qk_norm", _qk_norms(layers)),
+        (switches.sub_norm, "sub_norm", _sub_norms(layers)),
+        (moves_norms, "norm_placement", _block_norms(layers)),
+        (switches.layer_scale is not None, "layer_scale", _scales(layers)),
+        (has_alpha, "residual_scaling", _residuals(layers)),
     )
-    receipts = [_by_removal(rehearsal, name, what, parts) for is_on, name, what, parts in asked if is_on]
+    receipts = [_by_removal(rehearsal, name, parts) for is_on, name, parts in asked if is_on]
     if switches.logit_cap is not None:
         receipts.append(_logit_cap(rehearsal, layers))
     if switches.freeze_patches:
@@ -71,7 +71,7 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float(torch.linalg.vector_norm(one.float() - other.float()) / size.clamp(min=1e-30))
 
 
-def _by_removal(rehearsal: Rehearsal, name: str, what: str, parts: Iterable[_Part]) -> Receipt:
+def _by_removal(rehearsal: Rehearsal, name: str, parts: Iterable[_Part]) -> Receipt:
     switch = f"stabilisers.{name}"
     parts = [part for part in parts if part.path in rehearsal.calls]
     if not parts:
@@ -89,13 +89,8 @@ def _by_removal(rehearsal: Rehearsal, name: str, what: str, parts: Iterable[_Par
             least = (changed, part)
     assert least is not None
     places = len({part.path for part in parts})
-    return Receipt(
-        switch,
-        "trunk",
-        "alive",
-        f"{what} give something else: {least[0]:.2g} of it or more, in {places} layers",
-        least[0],
-    )
+    evidence = f"without it the output of each of {places} layers changes by {least[0]:.2g} of its size or more"
+    return Receipt(switch, "trunk", "alive", evidence, least[0])
 
 
 def _unused(switch: str, part: _Part) -> Receipt:
