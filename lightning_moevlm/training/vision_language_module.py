@@ -203,7 +203,7 @@ class VisionLanguageModule(LightningModule):
         if self._gradient_control is not None:
             checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
         if self._micro_losses and "loops" in checkpoint:  # not where weights alone are saved
-            runner, strategy = self._action_runner, self.trainer.strategy
+            runner, strategy = self.action_runner, self.trainer.strategy
             checkpoint["half_step"] = HalfStep(
                 micro_batches=self.trainer.accumulate_grad_batches,
                 gradients=gradients_of(self, self.trainer),
@@ -340,8 +340,8 @@ class VisionLanguageModule(LightningModule):
         if self.global_rank == 0:  # counts of all ranks, which will be summed
             routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
             self._routing_counter.restore(self.global_step, routing)
-        if self._action_runner is not None and saved["facts"] is not None:
-            self._action_runner.take_up(saved["facts"], self)
+        if self.action_runner is not None and saved["facts"] is not None:
+            self.action_runner.take_up(saved["facts"], self)
 
     def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
         counts: dict[str, LayerCounts] = {}
