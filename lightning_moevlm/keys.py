@@ -93,7 +93,7 @@ ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after 
 
 LIVENESS = MetricKey("liveness/{switch}", "by how much a switch acts", "switch's own", "neither")
 BALANCE_GRADIENT_SHARE = MetricKey(
-    "balance_gradient_share/{weights}", "gradient of balance losses / whole gradient (R_g)", "fraction", "lower"
+    "balance_gradient_share/{weights}", "gradient of balance losses / whole gradient (R_g)", "", "lower"
 )
 
 GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")

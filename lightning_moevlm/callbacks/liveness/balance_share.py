@@ -4,8 +4,8 @@
 
 on router weights, and on all parameters. LongCat-Flash (arXiv 2509.01322) watches such a ratio, of the balance loss to
 the language loss and at the experts' mean probabilities, and keeps it below 0.1; here it is that of whole gradients at
-the weights, so 1 means that a router learns from nothing but its balance. Of the first samples of the step's first
-micro-batch, on this rank.
+the weights. Near 1 a router learns from little but its balance; above 1 the other terms pull against it. Of the first
+samples of the step's first micro-batch, on this rank.
 """
 
 from lightning_moevlm import keys
