@@ -91,6 +91,11 @@ REVIVED_EXPERTS = MetricKey("action/revived_experts/{layer}", "experts revived",
 ROUTER_FROZEN = MetricKey("action/router_frozen", "routers stand still from here on", "", "neither")
 ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after step", "optimiser steps", "neither")
 
+LIVENESS = MetricKey("liveness/{switch}", "by how much a switch acts", "switch's own", "neither")
+BALANCE_GRADIENT_SHARE = MetricKey(
+    "balance_gradient_share/{weights}", "gradient of balance losses / whole gradient (R_g)", "", "lower"
+)
+
 GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
 CLIP_COEFFICIENT = MetricKey("optim/clip_coefficient", "gradient norm after / before clipping", "fraction", "neither")
 UPDATE_NORM = MetricKey("optim/update_norm", "norm of the parameters' update", "", "neither")

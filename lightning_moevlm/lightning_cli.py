@@ -52,6 +52,7 @@ _DEFAULTS: dict[str, object] = {
     "trainer.logger": {"class_path": "lightning_moevlm.tracking.RunLogger"},
     "trainer.callbacks": [
         {"class_path": "lightning_moevlm.callbacks.Telemetry"},
+        {"class_path": "lightning_moevlm.callbacks.Liveness"},
         {"class_path": "lightning_moevlm.callbacks.DivergenceGuard"},
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

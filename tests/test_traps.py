@@ -34,6 +34,7 @@ from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
 from lightning_moevlm.records import Layout, LossReport, Span, Term
 from lightning_moevlm.routers import (
     ExpertChoiceRouter,
+    Gate,
     NoisyTopKRouter,
     ReLURouter,
     Router,
@@ -97,6 +98,19 @@ def test_every_coefficient_counts() -> None:
     assert len(terms) == 10
     for name, term in terms.items():
         torch.testing.assert_close(term.weighted, term.raw * 2.0 ** names.index(name))
+
+
+@pytest.mark.parametrize("name", ["top-1", "noisy", "sigmoid with bias"])
+def test_jitter_and_z_loss_are_not_dropped(name: str) -> None:
+    """DeepSpeed AutoEP takes both options and only warns that it drops them."""
+    router = learned(name)
+    plain = router(routing_input(40, 16))
+    router.gate = Gate(jitter=0.1)
+    torch.manual_seed(0)
+    jittered = router.train()(routing_input(40, 16))
+    assert not torch.equal(plain.logits_TE, jittered.logits_TE)
+    term = AuxiliaryLosses(None, RouterZ(0.5)).terms([LossInput(jittered)])["router_z"]
+    assert float(term.weighted) == pytest.approx(0.5 * float(router_z(jittered))) > 0
 
 
 def test_no_coefficient_multiplies_another() -> None:

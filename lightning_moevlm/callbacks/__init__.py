@@ -3,6 +3,7 @@
 from lightning_moevlm.callbacks.divergence_guard import DivergenceGuard
 from lightning_moevlm.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.callbacks.float8_training import Float8Training
+from lightning_moevlm.callbacks.liveness import Liveness
 from lightning_moevlm.callbacks.precision_shadow import PrecisionShadow
 from lightning_moevlm.callbacks.result_table import ResultTable
 from lightning_moevlm.callbacks.step_clock import StepClock
@@ -13,6 +14,7 @@ __all__ = [
     "DivergenceGuard",
     "FeatureWriter",
     "Float8Training",
+    "Liveness",
     "PrecisionShadow",
     "ResultTable",
     "StepClock",

@@ -1,6 +1,6 @@
 """Auxiliary losses: pure functions of plans, and the set of switches that turns them on."""
 
-from lightning_moevlm.losses.auxiliary import AuxiliaryLosses
+from lightning_moevlm.losses.auxiliary import BALANCING, AuxiliaryLosses
 from lightning_moevlm.losses.groups import Grouping
 from lightning_moevlm.losses.gshard import GShard, gshard
 from lightning_moevlm.losses.importance import Importance, importance
@@ -17,6 +17,7 @@ from lightning_moevlm.losses.sequence_balance import SequenceBalance
 from lightning_moevlm.losses.weights import AdaptiveWeight, ByOverflow, BySparsity, Weight
 
 __all__ = [
+    "BALANCING",
     "AdaptiveWeight",
     "AuxiliaryLosses",
     "ByOverflow",

@@ -27,6 +27,11 @@ from lightning_moevlm.losses.sequence_balance import SequenceBalance
 from lightning_moevlm.losses.weights import AdaptiveWeight, Weight, check_weight, first_value
 from lightning_moevlm.records import Term
 
+BALANCING = frozenset(
+    {"load_balance", "importance", "load", "gshard", "sequence_balance", "global_entropy", "mutual_information"}
+)
+"""The losses that spread tokens over experts; the others keep logits small, or choices sure or few."""
+
 
 @runtime_checkable
 class _Particular(Protocol):

@@ -39,6 +39,7 @@ class StabilityRecord:
     largest_log_partition: float | None
     dead_share: float | None
     max_violation: float | None
+    balance_share: float | None
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,7 @@ def _stability_record(run: RunResult, one: Stability) -> StabilityRecord:
         largest_log_partition=_finite(one.largest_log_partition),
         dead_share=one.dead_share,
         max_violation=one.max_violation,
+        balance_share=one.balance_share,
     )
 
 

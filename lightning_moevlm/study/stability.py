@@ -11,6 +11,8 @@
   divergence (arXiv 2309.14322, section 3).
 - Dead experts: the share of logged steps at which some layer had an expert without a token; MaxVio: mean over logged
   steps and layers of max load / mean load - 1 (arXiv 2408.15664).
+- R_g: the share of the routers' gradient that comes from balance losses, mean over the steps on which the callback
+  `Liveness` measured it (arXiv 2509.01322 watches such a ratio).
 """
 
 import math
@@ -26,6 +28,7 @@ from lightning_moevlm.study.divergence import NONFINITE_STEP
 from lightning_moevlm.tracking.series import Series
 
 TRAIN_LOSS = keys.TASK_LOSS.key(stage="train")
+_ROUTER_SHARE = keys.BALANCE_GRADIENT_SHARE.key(weights="router")
 SPIKE_DEVIATIONS = 7.0
 SPIKE_WINDOW = 1_000  # points
 _ROWS = 1_000  # windows at once: 8 MB
@@ -50,7 +53,7 @@ class Stability:
 
     diverged_at: optimiser step. spikes_*: shares of points. recovery_steps: optimiser steps of the longest recovery,
     0 without a spike, infinite where the loss never came back; recovery_tokens: the same in tokens of the batches.
-    largest_*: over steps, blocks and modalities. dead_share, max_violation: see above.
+    largest_*: over steps, blocks and modalities. dead_share, max_violation, balance_share (R_g): see above.
     """
 
     diverged_at: int | None
@@ -64,6 +67,7 @@ class Stability:
     largest_log_partition: float | None
     dead_share: float | None
     max_violation: float | None
+    balance_share: float | None
 
 
 def stability_of(series: Mapping[str, Series], has_diverged: bool, tokens_per_step: float | None = None) -> Stability:
@@ -87,6 +91,7 @@ def stability_of(series: Mapping[str, Series], has_diverged: bool, tokens_per_st
         largest_log_partition=_largest(_family(series, keys.LOG_PARTITION_MAX)),
         dead_share=dead_share(_family(series, keys.DEAD_EXPERTS)),
         max_violation=_mean(_family(series, keys.MAX_VIOLATION)),
+        balance_share=_mean([one for key, one in series.items() if key == _ROUTER_SHARE]),
     )
 
 

@@ -19,26 +19,29 @@ def stability_table(result: StudyResult) -> Table:
         "stable: runs with a result that did not diverge; p: Fisher's exact test against the baseline; diverged at: "
         "the step at which the first one did.",
         "spikes: share of logged points at least 7 deviations from the mean of the 1,000 points before them, mean over "
-        "seeds (a run needs 11 points); recovery: longest way back of the loss, optimiser steps.",
+        "seeds (a run needs 11 points); recovery: longest way back of the loss, in optimiser steps and the tokens "
+        "of their batches.",
     )
     return Table("Stability", columns, rows, notes, essential=5)
 
 
 def signs_table(result: StudyResult) -> Table:
     """Return what announces a divergence or a collapse of the routing."""
-    columns = ("arm", "attention logit", "router logit", "|log Z|", "dead experts", "MaxVio")
+    columns = ("arm", "attention logit", "router logit", "|log Z|", "dead experts", "MaxVio", "R_g")
     rows = tuple(
         (
             arm.arm.name,
             *(_number(arm.stability.worst(read)) for read in _LARGEST),
             _share(arm.stability.mean(lambda run: run.dead_share)),
             _number(arm.stability.mean(lambda run: run.max_violation)),
+            _number(arm.stability.mean(lambda run: run.balance_share)),
         )
         for arm in result.arms
     )
     notes = (
         "attention logit, router logit, |log Z| of the outputs: largest over steps, blocks and seeds; dead experts: "
-        "share of logged steps with one; MaxVio: max load / mean load - 1, mean over steps and layers.",
+        "share of logged steps with one; MaxVio: max load / mean load - 1, mean over steps and layers; R_g: gradient "
+        "of balance losses / whole gradient, on router weights, mean over the steps with receipts and over seeds.",
     )
     return Table("Signs of trouble: logits and routing", columns, rows, notes)
 
@@ -101,7 +104,7 @@ def _stability_cells(arm: ArmStability) -> tuple[str, ...]:
         NOTHING if arm.p is None else f"{arm.p:.2g}",
         NOTHING if first is None else f"step {first}",
         *(_share(arm.mean(read)) for read in _SPIKES),
-        _steps(arm.worst(lambda run: run.recovery_steps)),
+        _recovery(arm),
     )
 
 
@@ -126,10 +129,13 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}"
 
 
-def _steps(value: float | None) -> str:
-    if value is None:
+def _recovery(arm: ArmStability) -> str:
+    steps, tokens = arm.worst(lambda run: run.recovery_steps), arm.worst(lambda run: run.recovery_tokens)
+    if steps is None:
         return NOTHING
-    return "never" if math.isinf(value) else f"{value:.0f}"
+    if math.isinf(steps):
+        return "never"
+    return f"{steps:.0f}" + (f" ({scaled(tokens)} tokens)" if tokens else "")
 
 
 def _rung(one: LadderResult, rate: float) -> str:

@@ -1,6 +1,6 @@
 """The LightningModule: a backbone, an objective, auxiliary losses, an optimiser. It computes; callbacks look on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -13,7 +13,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.layers.initialise import initialise, seed_of
 from lightning_moevlm.losses import AuxiliaryLosses, LayerCounts, LossInput
 from lightning_moevlm.models import Backbone, BackboneSpec
@@ -26,7 +25,6 @@ from lightning_moevlm.optim import (
     parameter_groups,
     round_state,
 )
-from lightning_moevlm.plans import MixPlan
 from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.ranges import check_number
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
@@ -36,11 +34,12 @@ from lightning_moevlm.training.accumulation import (
     refuse_other_accumulation,
     restore_gradients,
 )
-from lightning_moevlm.training.actions import ActionRunner, Actions, build_actions
+from lightning_moevlm.training.actions import Action, ActionRunner, Actions, build_actions
 from lightning_moevlm.training.evaluation import Evaluation
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.logging_steps import is_logging_step
+from lightning_moevlm.training.loss_inputs import loss_inputs
 from lightning_moevlm.training.loss_weights import LossWeights
 from lightning_moevlm.training.refusals import (
     refuse_other_groups,
@@ -111,6 +110,8 @@ class VisionLanguageModule(LightningModule):
         self.gradient = gradient
         self.schedule_factory = schedule
         self.seed = seed
+        self.init_std = init_std
+        self.actions = actions
         self.precision = precision
         set_precision(self, precision)
         check_number("init_std", init_std, least=0)
@@ -126,7 +127,8 @@ class VisionLanguageModule(LightningModule):
         acting = build_actions(actions, backbone) | ({"loss_weights": self._loss_weights} if losses.adapts else {})
         self._counts_routing = losses.reads_counts or any("load" in action.needs for action in acting.values())
         self._routing_counter = RoutingCounter(backbone)
-        self._action_runner = ActionRunner(acting, backbone, seed, self._routing_counter) if acting else None
+        self.acting: Mapping[str, Action] = acting
+        self.action_runner = ActionRunner(acting, backbone, seed, self._routing_counter) if acting else None
         self.val_evaluation = Evaluation("val", self.objective.num_classes)
         self.test_evaluation = Evaluation("test", self.objective.num_classes)
 
@@ -201,7 +203,7 @@ class VisionLanguageModule(LightningModule):
         if self._gradient_control is not None:
             checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
         if self._micro_losses and "loops" in checkpoint:  # not where weights alone are saved
-            runner, strategy = self._action_runner, self.trainer.strategy
+            runner, strategy = self.action_runner, self.trainer.strategy
             checkpoint["half_step"] = HalfStep(
                 micro_batches=self.trainer.accumulate_grad_batches,
                 gradients=gradients_of(self, self.trainer),
@@ -223,12 +225,17 @@ class VisionLanguageModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what acts after each optimiser step along."""
-        return [] if self._action_runner is None else [self._action_runner]
+        return [] if self.action_runner is None else [self.action_runner]
+
+    @property
+    def weights_in_force(self) -> dict[str, float | Tensor]:
+        """The weight of each auxiliary loss in the step at hand."""
+        return self._loss_weights.at(self.global_step)
 
     @property
     def can_go_back(self) -> bool:
         """Whether a rollback will answer the next loss that is no number."""
-        return self._action_runner is not None and self._action_runner.can_go_back
+        return self.action_runner is not None and self.action_runner.can_go_back
 
     def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """See that the last step is validated."""
@@ -293,8 +300,8 @@ class VisionLanguageModule(LightningModule):
             refuse_unsuited_optimizer(self.trainer, optimizer)
             self._gradient_control = GradientControl(self.gradient, optimizer)
             self._gradient_control.load_state_dict(self._gradient_memory)
-            if self._action_runner is not None:
-                self._action_runner.gradient_control = self._gradient_control
+            if self.action_runner is not None:
+                self.action_runner.gradient_control = self._gradient_control
         schedule = None if self.schedule_factory is None else self.schedule_factory(optimizer)
         self._hyperparameters = Hyperparameters(optimizer, keeps_rate=schedule is None)
         if schedule is None:
@@ -318,9 +325,8 @@ class VisionLanguageModule(LightningModule):
         """Run the model on a batch; stage ("train", "val" or "test") and step say which masks it gets."""
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
         inputs = self._loss_inputs(output.plans, training=stage == "train")
-        weights = self._loss_weights.at(self.global_step)
         with region(self.precision, "losses", self.device.type):
-            auxiliary = self.losses.terms(inputs, output.log_partitions, weights)
+            auxiliary = self.losses.terms(inputs, output.log_partitions, self.weights_in_force)
         clash = auxiliary.keys() & output.terms.keys()
         if clash:
             raise UserError(
@@ -335,8 +341,8 @@ class VisionLanguageModule(LightningModule):
         if self.global_rank == 0:  # counts of all ranks, which will be summed
             routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
             self._routing_counter.restore(self.global_step, routing)
-        if self._action_runner is not None and saved["facts"] is not None:
-            self._action_runner.take_up(saved["facts"], self)
+        if self.action_runner is not None and saved["facts"] is not None:
+            self.action_runner.take_up(saved["facts"], self)
 
     def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
         counts: dict[str, LayerCounts] = {}
@@ -344,13 +350,7 @@ class VisionLanguageModule(LightningModule):
             self._routing_counter.add(self.global_step, plans)
             if self.losses.reads_counts:
                 counts = self._routing_counter.totals(self._sum_over_ranks, self.device)
-        inputs = []
-        for named in plans:
-            layer = self.backbone.get_submodule(named.layer)
-            assert isinstance(layer, MoEFFN)
-            layer_counts = None if isinstance(named.plan, MixPlan) else counts.get(named.layer)
-            inputs.append(LossInput(named.plan, layer.router.rows(), layer_counts, training))
-        return inputs
+        return loss_inputs(self.backbone, plans, counts, training)
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         total: Tensor = self.trainer.strategy.reduce(counts, reduce_op="sum")

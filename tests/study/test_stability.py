@@ -94,6 +94,8 @@ def test_largest_logits_dead_experts_and_violation():
         keys.LOG_PARTITION_MAX.key(term="text"): series(6.0, 5.0),
         keys.MAX_VIOLATION.key(block=1, modality="text"): series(1.0, 2.0),
         keys.MAX_VIOLATION.key(block=1, modality="image"): series(3.0, math.nan),
+        keys.BALANCE_GRADIENT_SHARE.key(weights="router"): series(0.5, 0.1, math.nan),
+        keys.BALANCE_GRADIENT_SHARE.key(weights="all"): series(0.01),
         # Steps 1 and 3 of four have a dead expert in one layer or the other.
         keys.DEAD_EXPERTS.key(block=1, modality="text"): series(1.0, 0.0, 0.0, 0.0),
         keys.DEAD_EXPERTS.key(block=1, modality="image"): series(0.0, 0.0, 2.0, 0.0),
@@ -104,6 +106,7 @@ def test_largest_logits_dead_experts_and_violation():
     assert found.largest_log_partition == 6.0
     assert found.max_violation == pytest.approx(2.0)  # (1 + 2 + 3) / 3
     assert found.dead_share == 0.5
+    assert found.balance_share == pytest.approx(0.3)  # of routers: (0.5 + 0.1) / 2
     assert dead_share([]) is None
 
 

@@ -1,5 +1,6 @@
 """What acts on a model once per optimiser step: QK-clip, revival of experts, frozen routers, rollback."""
 
+from lightning_moevlm.training.actions.action import Action
 from lightning_moevlm.training.actions.actions import Actions, build_actions
 from lightning_moevlm.training.actions.freeze_router import FreezeRouter
 from lightning_moevlm.training.actions.qk_clip import QKClip
@@ -8,6 +9,7 @@ from lightning_moevlm.training.actions.rollback import Rollback
 from lightning_moevlm.training.actions.runner import ActionRunner
 
 __all__ = [
+    "Action",
     "ActionRunner",
     "Actions",
     "FreezeRouter",

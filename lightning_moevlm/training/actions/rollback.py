@@ -90,6 +90,11 @@ class SnapshotRing(Action):
         """Whether the next bad loss will be answered."""
         return self._done < self._options.max_rollbacks
 
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The steps that it can go back to, oldest first."""
+        return tuple(snapshot.step for snapshot in self._ring)
+
     def start(self, training: Training, step: int) -> None:
         """Take the first snapshot, unless a checkpoint brought some."""
         if not self._ring:

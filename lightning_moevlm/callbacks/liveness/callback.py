@@ -1,0 +1,154 @@
+"""Every switch that is on proves, in the very run, that it acts; a dead one ends the run by name.
+
+Before the first step, and every n steps, the first samples of the batch at hand are rehearsed (rehearsal.py), and each
+auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside this one say which). The
+answers are tags of the run, `receipt/<switch>`, and where they have a number a metric, `liveness/<switch>`; beside them
+goes the share of the gradient that comes from balance losses.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_moevlm import keys
+from lightning_moevlm.callbacks.liveness.action_proofs import ActionProofs
+from lightning_moevlm.callbacks.liveness.balance_share import balance_share
+from lightning_moevlm.callbacks.liveness.gradient_proofs import ActCounter, gradient_receipts
+from lightning_moevlm.callbacks.liveness.init_proofs import init_receipts
+from lightning_moevlm.callbacks.liveness.loss_proofs import loss_receipts
+from lightning_moevlm.callbacks.liveness.precision_proofs import precision_receipts
+from lightning_moevlm.callbacks.liveness.receipt import Receipt
+from lightning_moevlm.callbacks.liveness.rehearsal import Rehearsal
+from lightning_moevlm.callbacks.liveness.trunk_proofs import trunk_receipts
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.records import Batch
+from lightning_moevlm.training import StepOutput, VisionLanguageModule
+
+_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+@runtime_checkable
+class TakesTags(Protocol):
+    """A logger whose runs can be tagged."""
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+
+
+class Liveness(Callback):
+    """Asks every enabled switch for its proof and writes the receipts.
+
+    Training is the same, bit for bit, with it and without it. Nothing is asked while the loss is no number, nor under
+    strategies that shard weights: no rank could run a layer by itself.
+
+    Args:
+        every_n_steps: optimiser steps between receipts; null asks before the first step of the run alone.
+        num_samples: samples of the batch that are rehearsed.
+
+    Raises:
+        UserError: fewer than 1 step or sample; while training, a dead switch, by name.
+    """
+
+    def __init__(self, every_n_steps: int | None = 50, num_samples: int = 8) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("num_samples", num_samples)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} of Liveness is {value}: choose 1 or more")
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self._acts = ActCounter()
+        self._actions = ActionProofs()
+        self._started_at = 0
+        self._step_seen = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember where training starts."""
+        self._acts, self._actions = ActCounter(), ActionProofs()
+        self._started_at = self._step_seen = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Ask, where it is due; before the step is made.
+
+        Raises:
+            UserError: a dead switch.
+        """
+        assert isinstance(pl_module, VisionLanguageModule)
+        micro_step = pl_module.micro_step(batch_idx)
+        if micro_step % trainer.accumulate_grad_batches or not self._is_due(trainer.global_step):
+            return
+        if isinstance(trainer.strategy, _SHARDED):
+            if trainer.global_step == self._started_at:
+                rank_zero_info(f"liveness: not asked, {type(trainer.strategy).__name__} shards the weights")
+            return
+        rehearsal = Rehearsal(trainer, pl_module, batch, self.num_samples, micro_step)
+        if self._anywhere(trainer, ~rehearsal.is_sound):
+            return  # nothing can be shown with a loss that is no number; that is for others to answer
+        receipts = [
+            *loss_receipts(rehearsal, trainer.optimizers),
+            *trunk_receipts(rehearsal),
+            *init_receipts(pl_module, is_fresh=trainer.global_step == 0),
+            *gradient_receipts(trainer, pl_module, self._acts.read()),
+            *self._actions.receipts(rehearsal, trainer),
+            *precision_receipts(rehearsal, trainer),
+        ]
+        values = {
+            keys.LIVENESS.key(switch=receipt.switch): receipt.point for receipt in receipts if receipt.point is not None
+        } | balance_share(rehearsal)
+        self._write(trainer, receipts, values)
+        self._fail_if_dead(trainer, receipts)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
+    ) -> None:
+        """After an update, count what was done to its gradient."""
+        assert isinstance(pl_module, VisionLanguageModule)
+        if trainer.global_step != self._step_seen:
+            self._step_seen = trainer.global_step
+            if pl_module.gradient_events is not None:
+                self._acts.add(pl_module.gradient_events)
+
+    def _is_due(self, step: int) -> bool:
+        return step == self._started_at or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+
+    def _write(self, trainer: Trainer, receipts: Sequence[Receipt], values: dict[str, float]) -> None:
+        step = trainer.global_step
+        tags = {f"receipt/{receipt.switch}": receipt.told(step) for receipt in receipts}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+            if isinstance(logger, TakesTags):
+                logger.log_tags(tags)
+        if step == self._started_at and receipts:
+            counts = {verdict: sum(one.verdict == verdict for one in receipts) for verdict in _TOLD}
+            rank_zero_info("liveness: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+
+    def _fail_if_dead(self, trainer: Trainer, receipts: Sequence[Receipt]) -> None:
+        """End the run on every rank where a switch is dead on one of them."""
+        is_dead = torch.tensor([one.verdict == "dead" for one in receipts], device=trainer.strategy.root_device)
+        dead = self._anywhere(trainer, is_dead)
+        if not dead:
+            return
+        step = trainer.global_step
+        when = "before the first step" if step == 0 else f"after {step} steps"
+        told = [
+            f"{one.switch} is dead {when}: {one.evidence}; {one.advice}"
+            if one.verdict == "dead"
+            else f"{one.switch} is dead {when} on another rank"
+            for place, one in enumerate(receipts)
+            if place in dead
+        ]
+        raise UserError(". ".join(told))
+
+    @staticmethod
+    def _anywhere(trainer: Trainer, flags: Tensor) -> set[int]:
+        """Return the places of flags that are set on any rank; every rank must ask."""
+        own = flags.reshape(-1).float()
+        found = trainer.strategy.reduce(own, reduce_op="max") if len(own) else own
+        assert isinstance(found, Tensor)
+        return set(found.nonzero().flatten().tolist())
+
+
+_TOLD = ("alive", "idle", "off", "unproven", "dead")
