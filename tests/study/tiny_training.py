@@ -1,8 +1,8 @@
 """A training that takes no time but behaves like one: logs to MLflow, checkpoints, resumes, crashes, diverges.
 
 Run as: python tiny_training.py BASE OVERRIDES RUN_ID [CHECKPOINT]
-It writes into MLflow's tables itself: importing MLflow would take most of the time of a test. Where the study's store is
-a server, TINY_STORE names the server's database.
+It writes into MLflow's tables itself: importing MLflow would take most of the time of a test. Where the study's store
+is a server, TINY_STORE names the server's database.
 """
 
 import math
