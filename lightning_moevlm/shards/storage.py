@@ -29,6 +29,7 @@ PROTOCOLS = ("file", "http", "https", "s3", "gs")
 CACHE_GIB = 50.0
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):(?=//)")
 _OPENINGS = 5
+_BUFFER_BYTES = 2**16  # a sample or two per system call
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class ShardStorage:
         for _ in range(_OPENINGS):
             path = self.local_path(entry)
             try:
-                return path.open("rb")
+                return path.open("rb", buffering=_BUFFER_BYTES)
             except FileNotFoundError:
                 continue  # another process needed its room in the cache: fetch it again
             except OSError as error:
