@@ -4,8 +4,7 @@ A shard is verified before it is opened (size, then sha256: about a millisecond 
 page cache for the parsing; not again by the same process, unless the file was touched), and the end of its tar
 is compared with what was promised, so a set whose manifest was made of broken files is found out as well.
 Samples are named and grouped as WebDataset does it: members of one key follow each other, and a whole shard gives
-exactly the samples that WebDataset gives. Only wanted extensions
-are ever looked at; nothing is unpickled.
+exactly the samples that WebDataset gives. Only wanted extensions are ever looked at; nothing is unpickled.
 """
 
 import re
