@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
@@ -20,12 +19,16 @@ from lightning_moevlm.shards.decode import (
     check_jpeg,
     decode_caption,
     decode_image,
+    image_bytes,
     image_rows,
 )
 from lightning_moevlm.shards.encoded_images import EncodedImages, Jpeg
 from lightning_moevlm.shards.faults import MAX_PIXELS, Cause, SampleFault, undecodable
+from lightning_moevlm.shards.rooms import Allocate, private_bytes
 from lightning_moevlm.shards.source import RawSample
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
+
+_BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
 
 
 class Decoded(NamedTuple):
@@ -87,17 +90,23 @@ class Collate:
             raise UserError(str(fault)) from fault
         return self.batch(decoded, images_BRYX)
 
-    def image_rows(self, num_samples: int) -> Tensor | None:
+    @property
+    def bytes_per_sample(self) -> int:
+        """Of the tensors of a batch: its picture, its ids and their mask."""
+        has_pixels = self._image_extension is not None and not self._keeps_jpegs
+        image = image_bytes(self._image_size) if has_pixels else 0
+        return image + (self._max_text_len * _BYTES_PER_ID if self._has_captions else 0)
+
+    def image_rows(self, num_samples: int, allocate: Allocate = private_bytes) -> Tensor | None:
         """Return room for the pictures of a batch, (B, 3, S, S) uint8, or None if the set has none.
 
-        In a loader's worker it is shared memory: the batch is handed on without being copied. Where JPEGs are kept, it
-        is of the meta device.
+        Where JPEGs are kept, it is of the meta device.
         """
         if self._image_extension is None:
             return None
         if self._keeps_jpegs:
             return torch.empty((num_samples, 3, self._image_size, self._image_size), dtype=torch.uint8, device="meta")
-        return image_rows(num_samples, self._image_size, shared=get_worker_info() is not None)
+        return image_rows(num_samples, self._image_size, allocate)
 
     def decode(self, sample: RawSample, into: Tensor | None = None) -> Decoded:
         """Decode one sample. into: a row of `image_rows` for its picture; after a fault it may be used again.

@@ -186,8 +186,8 @@ class ShardDataModule(LightningDataModule):
         """Fail before anything is written if the sets are not in order: manifest, tokenizer, every shard.
 
         Shards are hashed here when a whole set is small; those of a large set have their size checked here and are
-        hashed whenever one is opened. Those of a remote set are downloaded, and verified, when they are opened. Where
-        losses are tolerated, shards are left to the reader.
+        hashed when a process first opens them. Those of a remote set are downloaded, and verified, when they are
+        opened. Where losses are tolerated, shards are left to the reader.
         """
         assert self.tokenizer.vocab_size <= self.vocab_size  # the property refuses, with the remedy
         for opened in self.sets.values():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import MAX_PIXELS
+from lightning_moevlm.shards.rooms import Allocate, private_bytes
 
 IMAGE_EXTENSIONS = ("jpg", "png")
 CAPTION_EXTENSION = "txt"
@@ -77,19 +78,14 @@ def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
         raise ValueError("Premature end of JPEG file")
 
 
-def image_rows(num_images: int, size: int, shared: bool = False) -> Tensor:
-    """Return room for pictures: (B, 3, size, size), uint8, each picture contiguous by row, column, channel.
+def image_rows(num_images: int, size: int, allocate: Allocate = private_bytes) -> Tensor:
+    """Return room for pictures: (B, 3, size, size), uint8, each picture contiguous by row, column, channel."""
+    return allocate(num_images * image_bytes(size)).view(num_images, size, size, 3).permute(0, 3, 1, 2)
 
-    shared: in shared memory, so that a loader's worker hands the batch on without copying it.
-    """
-    num_bytes = num_images * size * size * 3
-    if shared:
-        # as torch's own collate function does in a worker
-        storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-    else:
-        flat = torch.empty(num_bytes, dtype=torch.uint8)
-    return flat.view(num_images, size, size, 3).permute(0, 3, 1, 2)
+
+def image_bytes(size: int) -> int:
+    """Return the bytes of a decoded picture."""
+    return size * size * 3
 
 
 def decode_caption(data: bytes) -> str:

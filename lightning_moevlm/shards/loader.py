@@ -16,7 +16,7 @@ with the next epoch.
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -29,9 +29,13 @@ from lightning_moevlm.shards.device_stage import DeviceStage
 from lightning_moevlm.shards.faults import Cause
 from lightning_moevlm.shards.line import Place
 from lightning_moevlm.shards.reader import BatchStream, Cursor, Delivery, Failure, Places, Reader
+from lightning_moevlm.shards.rooms import Rooms, private_bytes, shared_bytes, unpacked
 
 _JUDGED_FROM = 1000
 """Samples over which the first losses are judged, so that one bad sample at the start is not a share of one."""
+
+_NUM_ROOMS = 4
+"""Per worker: two batches that its loader has ordered ahead, the one that is used, and the one that comes after it."""
 
 
 class RankState(TypedDict):
@@ -118,14 +122,16 @@ class ShardLoader:
         """
         self._cursor = self._next_start()
         self._resume_here = False
+        rooms = self._rooms()
         loader: DataLoader[Delivery | Failure] = DataLoader(
-            BatchStream(self._reader, self._cursor, self._reader.num_batches),
+            BatchStream(self._reader, self._cursor, self._reader.num_batches, rooms),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_unchanged,
-            pin_memory=self._stage is not None and self._stage.device.type == "cuda",
+            pin_memory=self._pins,
         )
-        arriving = iter(loader) if self._stage is None else self._stage(iter(loader), self._cursor)
+        unpacking = _unpacked(loader, rooms)
+        arriving = unpacking if self._stage is None else self._stage(unpacking, self._cursor)
         before = Counter(self.lost)
         for delivery in arriving:
             if isinstance(delivery, Failure):
@@ -134,6 +140,19 @@ class ShardLoader:
             if self._cursor.batch == self._batches_per_epoch and self.lost != before:
                 warnings.warn(f"samples lost in this epoch: {_told(self.lost - before)}", stacklevel=2)
             yield delivery.batch
+
+    def _rooms(self) -> list[Rooms]:
+        """Return rooms for this process, or for each of its workers."""
+        num_bytes = self._reader.bytes_per_batch
+        if self._num_workers == 0:
+            return [Rooms(_NUM_ROOMS, num_bytes, private_bytes)]
+        if self._pins:  # which torch's loader does with what it receives, and it cannot see into rooms
+            return [Rooms(0, num_bytes, private_bytes)] * self._num_workers
+        return [Rooms(_NUM_ROOMS, num_bytes, shared_bytes) for _ in range(self._num_workers)]
+
+    @property
+    def _pins(self) -> bool:
+        return self._stage is not None and self._stage.device.type == "cuda"
 
     def _take(self, delivery: Delivery) -> None:
         """Move on to the place behind a batch, and count."""
@@ -228,6 +247,14 @@ def refuse_uneven_workers(num_workers: int, num_streams: int) -> None:
 
 def _told(lost: Counter[Cause]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in sorted(lost.items()))
+
+
+def _unpacked(deliveries: Iterable[Delivery | Failure], rooms: Sequence[Rooms]) -> Iterator[Delivery | Failure]:
+    for item in deliveries:
+        if isinstance(item, Delivery) and item.parcel is not None:
+            yield item._replace(batch=unpacked(item.batch, item.parcel, rooms), parcel=None)
+        else:
+            yield item
 
 
 def _unchanged(batch: Any) -> Any:

@@ -31,6 +31,8 @@ from lightning_moevlm.shards.order import (
     train_batches,
     train_stretch,
 )
+from lightning_moevlm.shards.rooms import Allocate, Packer, Parcel, Rooms
+from lightning_moevlm.shards.source import RawSample
 
 Places = tuple[tuple[Place, ...], ...]
 """Where every stream stands in every source."""
@@ -49,6 +51,7 @@ class Delivery(NamedTuple):
     """A batch on its way to the loader. places: of its stream after it. lost: what its stream met on the way to it.
 
     encoded: the pictures, where they are to be decoded on the device; those of the batch are on the meta device.
+    parcel: where the batch's tensors lie that it comes without.
     """
 
     batch: Batch
@@ -56,6 +59,7 @@ class Delivery(NamedTuple):
     lost: dict[Cause, int]
     last_words: str
     encoded: EncodedImages | None = None
+    parcel: Parcel | None = None
 
     def pin_memory(self) -> "Delivery":
         """Return the same in memory that a GPU can read from; torch's DataLoader asks for it."""
@@ -85,6 +89,12 @@ class Reader(ABC):
     rank: Rank
     num_streams: int
     tolerant: bool
+    batch_size: int
+
+    @property
+    def bytes_per_batch(self) -> int:
+        """Of the tensors of a batch, at most."""
+        return self.batch_size * max(source.collate.bytes_per_sample for source in self.sources)
 
     @property
     @abstractmethod
@@ -101,8 +111,8 @@ class Reader(ABC):
         """Return where the epoch after `before` starts."""
 
     @abstractmethod
-    def stream(self, start: Cursor, stream: int) -> Iterator[Delivery]:
-        """Yield what one stream still has to give from `start` on.
+    def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
+        """Yield what one stream still has to give from `start` on. allocate: for the pictures of each batch.
 
         Raises:
             UserError: if samples are lost that may not be, or nothing is left.
@@ -178,36 +188,42 @@ class TrainReader(Reader):
             return Cursor(epoch, 0, before.places)
         return Cursor(epoch, 0, tuple(tuple(Place(epoch) for _ in self.sources) for _ in range(self.num_streams)))
 
-    def stream(self, start: Cursor, stream: int) -> Iterator[Delivery]:
+    def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
         """Yield the rest of a stream's batches of the epoch; `places` of the start say where in the sources."""
         places = list(start.places[stream])
         takers = [_Taker(line, place) for line, place in zip(self._lines(stream), places, strict=True)]
         first = start.batch + (stream - start.batch) % self.num_streams
         for number in range(first, self.num_batches, self.num_streams):
-            lost: Counter[Cause] = Counter()
-            last_words = ""
-            batches: dict[int, Batch] = {}
-            encoded: dict[int, EncodedImages | None] = {}
-            for k, count in enumerate(self.mixture.counts(start.epoch, number, self.batch_size, self.pace)):
-                if not count:
+            yield self._delivery(start.epoch, number, takers, places, allocate)  # a stream that waits holds no batch
+
+    def _delivery(
+        self, epoch: int, number: int, takers: Sequence["_Taker"], places: list[Place], allocate: Allocate
+    ) -> Delivery:
+        """Fill one batch of a stream, and move its places on."""
+        lost: Counter[Cause] = Counter()
+        last_words = ""
+        batches: dict[int, Batch] = {}
+        encoded: dict[int, EncodedImages | None] = {}
+        for k, count in enumerate(self.mixture.counts(epoch, number, self.batch_size, self.pace)):
+            if not count:
+                continue
+            collate = self.sources[k].collate
+            rows = collate.image_rows(count, allocate)
+            samples: list[Decoded] = []
+            num_fresh = 0
+            while len(samples) < count:
+                places[k], sample = takers[k].take(None if rows is None else rows[len(samples)])
+                if isinstance(sample, Decoded):
+                    samples.append(sample)
+                    num_fresh += places[k].lap == 0
                     continue
-                collate = self.sources[k].collate
-                rows = collate.image_rows(count)
-                samples: list[Decoded] = []
-                num_fresh = 0
-                while len(samples) < count:
-                    places[k], sample = takers[k].take(None if rows is None else rows[len(samples)])
-                    if isinstance(sample, Decoded):
-                        samples.append(sample)
-                        num_fresh += places[k].lap == 0
-                        continue
-                    # filling up meets the losses of the first pass again: they are counted already
-                    lost[self._met(sample).cause] += 1 if places[k].lap == 0 else 0
-                    last_words = sample.message
-                batches[k] = collate.batch(samples, rows)
-                encoded[k] = collate.encoded(samples, num_fresh)
-            batch, images = joined(batches, len(self.sources)), _joined_images(batches, encoded)
-            yield Delivery(batch, tuple(places), dict(+lost), last_words, images)
+                # filling up meets the losses of the first pass again: they are counted already
+                lost[self._met(sample).cause] += 1 if places[k].lap == 0 else 0
+                last_words = sample.message
+            batches[k] = collate.batch(samples, rows)
+            encoded[k] = collate.encoded(samples, num_fresh)
+        batch, images = joined(batches, len(self.sources)), _joined_images(batches, encoded)
+        return Delivery(batch, tuple(places), dict(+lost), last_words, images)
 
     @property
     def _runs_on(self) -> bool:
@@ -266,7 +282,7 @@ class FixedReader(Reader):
         """Start anew."""
         return Cursor(before.epoch + 1, 0)
 
-    def stream(self, start: Cursor, stream: int) -> Iterator[Delivery]:
+    def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
         """Yield the stream's batches; one that has lost all its samples ends the evaluation."""
         offset = 0
         for k, batches in enumerate(self._batches):
@@ -274,30 +290,36 @@ class FixedReader(Reader):
             own = [batch for batch in own if offset + batch >= start.batch]
             offset += batches
             if own:
-                yield from self._of_source(k, [self._stretch(k, batch) for batch in own])
+                yield from self._of_source(k, [self._stretch(k, batch) for batch in own], allocate)
 
-    def _of_source(self, k: int, stretches: Sequence[Stretch]) -> Iterator[Delivery]:
+    def _of_source(self, k: int, stretches: Sequence[Stretch], allocate: Allocate) -> Iterator[Delivery]:
         source = self.sources[k]
         whole = Stretch(stretches[0].start, stretches[-1].stop)
         assert len(whole) == sum(map(len, stretches)), "a stream reads without gaps"
         arriving = source.arriving(source.pieces(whole, tuple(range(len(source.shards)))), set())
         for stretch in stretches:
-            rows = source.collate.image_rows(len(stretch))
-            samples: list[Decoded] = []
-            lost: list[Lost] = []
-            for _, raw in islice(arriving, len(stretch)):
-                sample = source.decoded(raw, None if rows is None else rows[len(samples)])
-                if isinstance(sample, Decoded):
-                    samples.append(sample)
-                else:
-                    lost.append(self._met(sample))
-            if not samples:
-                raise UserError(f"a whole batch of {source.name} to evaluate on is lost: {lost[-1].message}")
-            batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
-            causes = Counter(sample.cause for sample in lost)
-            last_words = lost[-1].message if lost else ""
-            images = source.collate.encoded(samples, len(samples))
-            yield Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_words, images)
+            yield self._delivery(k, islice(arriving, len(stretch)), len(stretch), allocate)
+
+    def _delivery(
+        self, k: int, arriving: Iterator[tuple[int, RawSample | Lost]], num_samples: int, allocate: Allocate
+    ) -> Delivery:
+        source = self.sources[k]
+        rows = source.collate.image_rows(num_samples, allocate)
+        samples: list[Decoded] = []
+        lost: list[Lost] = []
+        for _, raw in arriving:
+            sample = source.decoded(raw, None if rows is None else rows[len(samples)])
+            if isinstance(sample, Decoded):
+                samples.append(sample)
+            else:
+                lost.append(self._met(sample))
+        if not samples:
+            raise UserError(f"a whole batch of {source.name} to evaluate on is lost: {lost[-1].message}")
+        batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
+        causes = Counter(sample.cause for sample in lost)
+        last_words = lost[-1].message if lost else ""
+        images = source.collate.encoded(samples, len(samples))
+        return Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_words, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:
@@ -312,28 +334,37 @@ class FixedReader(Reader):
 class BatchStream(IterableDataset[Delivery | Failure]):
     """What one loader worker runs: its streams of the reader in turns, from the cursor on.
 
-    batches: where the epoch ends.
+    batches: where the epoch ends. rooms: for the batches of every worker, or of this process if there is none.
     """
 
-    def __init__(self, reader: Reader, start: Cursor, batches: int) -> None:
+    def __init__(self, reader: Reader, start: Cursor, batches: int, rooms: Sequence[Rooms]) -> None:
         self._reader = reader
         self._start = start
         self._batches = batches
+        self._rooms = rooms
 
     def __iter__(self) -> Iterator[Delivery | Failure]:
         """Yield this worker's batches; a user's mistake ends the stream as a `Failure`."""
         worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        streams: dict[int, Iterator[Delivery]] = {}
         try:
-            # the loader asks worker 0 first: it must hold the stream that the next batch belongs to
-            for batch in range(self._start.batch + worker_id, self._batches, num_workers):
-                stream = batch % self._reader.num_streams
-                if stream not in streams:
-                    streams[stream] = self._reader.stream(self._start, stream)
-                yield next(streams[stream])
+            if worker is None:
+                yield from self._deliveries(0, 1, self._rooms[0].allocate)
+                return
+            packer = Packer(self._rooms[worker.id], worker.id)
+            for delivery in self._deliveries(worker.id, worker.num_workers, packer.allocate):
+                batch, parcel = packer.packed(delivery.batch)
+                yield delivery._replace(batch=batch, parcel=parcel)
         except UserError as error:
             yield Failure(str(error))
+
+    def _deliveries(self, worker_id: int, num_workers: int, allocate: Allocate) -> Iterator[Delivery]:
+        streams: dict[int, Iterator[Delivery]] = {}
+        # the loader asks worker 0 first: it must hold the stream that the next batch belongs to
+        for batch in range(self._start.batch + worker_id, self._batches, num_workers):
+            stream = batch % self._reader.num_streams
+            if stream not in streams:
+                streams[stream] = self._reader.stream(self._start, stream, allocate)
+            yield next(streams[stream])
 
 
 class _Taker:

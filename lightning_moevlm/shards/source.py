@@ -1,14 +1,15 @@
 """One shard, read with care: every sample that the manifest promises comes out, as itself or as a loss.
 
 A shard is verified before it is opened (size, then sha256: about a millisecond per megabyte, which warms the
-page cache for the parsing), and the end of its tar is compared with what was promised, so a set whose manifest
-was made of broken files is found out as well. Samples are named and grouped as WebDataset does it: members of one
-key follow each other, and a whole shard gives exactly the samples that WebDataset gives. Only wanted extensions
-are ever looked at; nothing is unpickled.
+page cache for the parsing; not again by the same process, unless the file was touched), and the end of its tar
+is compared with what was promised, so a set whose manifest was made of broken files is found out as well.
+Samples are named and grouped as WebDataset does it: members of one key follow each other, and a whole shard gives
+exactly the samples that WebDataset gives. Only wanted extensions are ever looked at; nothing is unpickled.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,13 @@ from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
 
 _META = re.compile(r"__[^/]*__($|/)")
 """Names that WebDataset passes over."""
+
+
+@lru_cache(maxsize=1)  # asked twice of every name in turn: is it wanted, and whose is it
+def _split(name: str) -> tuple[str, str]:
+    """Return the key and the extension that WebDataset finds in a name; two empty strings if it finds none."""
+    base, extension = base_plus_ext(name)
+    return (base, extension) if base is not None and extension is not None else ("", "")
 
 
 class RawSample(NamedTuple):
@@ -71,7 +79,7 @@ def read_shard(storage: ShardStorage, entry: ShardEntry, wanted: frozenset[str])
     place = storage.place(entry.file)
     try:
         with storage.open(entry) as stream:
-            members = tar_members(stream, lambda name: base_plus_ext(name.lower())[1] in wanted)
+            members = tar_members(stream, lambda name: _split(name)[1].lower() in wanted)
             yield from _accounted(_groups(members, wanted), entry, wanted, place)
     except ShardFault as fault:
         yield Lost(entry.num_samples, fault.cause, str(fault))
@@ -91,8 +99,8 @@ def _groups(members: Iterator[Member], wanted: frozenset[str]) -> Iterator[_Grou
     found: dict[str, bytes] = {}
     try:
         for name, data in members:
-            base, suffix = (None, None) if _META.match(name) else base_plus_ext(name)
-            if base is None or suffix is None:
+            base, suffix = _split(name)
+            if not base or (name.startswith("__") and _META.match(name)):
                 continue
             extension = suffix.lower()
             if key is not None and (base != key or extension in found):
@@ -117,7 +125,7 @@ def _accounted(
     broken: TarBreak | None = None
     try:
         for key, members, cut in groups:
-            lacking = sorted(wanted - members.keys())
+            lacking = sorted(wanted - members.keys()) if len(members) < len(wanted) else []
             if wanted and not members:
                 num_useless += 1  # a sample without anything of use, or no sample at all: the count will tell
                 continue

@@ -8,7 +8,7 @@ handed out only with the size and the sha256 of the manifest. There is no way fr
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.cache import GIB, ShardCache, default_cache_dir
@@ -19,6 +19,7 @@ from lightning_moevlm.shards.manifest import (
     ShardEntry,
     TokenizerEntry,
     check_shard,
+    check_shard_size,
     parse_manifest,
     read_manifest,
 )
@@ -29,6 +30,21 @@ PROTOCOLS = ("file", "http", "https", "s3", "gs")
 CACHE_GIB = 50.0
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):(?=//)")
 _OPENINGS = 5
+_BUFFER_BYTES = 2**16  # a sample or two per system call
+
+
+class _Version(NamedTuple):
+    """What tells a file from itself before: nobody can write to it without a new time of change."""
+
+    inode: int
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Version":
+        stat = path.stat()
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class ShardStorage:
     allowed_protocols: tuple[str, ...] = PROTOCOLS
     attempts: int = 8
     backoff_s: float = 0.5
+    _verified: dict[ShardEntry, _Version] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         protocol = self._protocol
@@ -101,6 +118,8 @@ class ShardStorage:
     def local_path(self, entry: ShardEntry) -> Path:
         """Return the shard as a local file that has the size and the sha256 of the manifest.
 
+        A shard of a folder is read for that once per process, and again when the file has been touched.
+
         Raises:
             ShardFault: if the shard is missing, unreachable, truncated or altered.
             UserError: if the cache cannot be written.
@@ -108,7 +127,12 @@ class ShardStorage:
         """
         if self.folder is not None:
             try:
-                return check_shard(self.folder, entry)
+                path = check_shard_size(self.folder, entry)
+                version = _Version.of(path)  # before the bytes are read: what is written meanwhile has another
+                if self._verified.get(entry) != version:
+                    check_shard(self.folder, entry)
+                    self._verified[entry] = version
+                return path
             except OSError as error:
                 raise _unreadable(self.place(entry.file), error) from None
         remote = self._remote
@@ -125,7 +149,7 @@ class ShardStorage:
         for _ in range(_OPENINGS):
             path = self.local_path(entry)
             try:
-                return path.open("rb")
+                return path.open("rb", buffering=_BUFFER_BYTES)
             except FileNotFoundError:
                 continue  # another process needed its room in the cache: fetch it again
             except OSError as error:

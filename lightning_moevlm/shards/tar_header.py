@@ -5,12 +5,14 @@ recognised here means the same to `tarfile` (owner, mode and time are not looked
 links, extended headers, sizes in base 256, a wrong checksum, the end) this says nothing, and `tarfile` is asked.
 """
 
+import struct
 import zlib
 from typing import NamedTuple
 
 BLOCK_BYTES = 512
 _REGULAR = (b"0", b"\0")
-_OCTAL = frozenset(b"01234567")
+_FIELDS = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")
+"""Name, size, checksum, kind, prefix: what is looked at of a header."""
 
 
 class PlainHeader(NamedTuple):
@@ -27,16 +29,21 @@ class PlainHeader(NamedTuple):
 
 def plain_header(block: bytes) -> PlainHeader | None:
     """Return what a header block says if it is a plain one, else None."""
-    if len(block) != BLOCK_BYTES or block[156:157] not in _REGULAR:
+    if len(block) != BLOCK_BYTES:
         return None
-    num_bytes, checksum = _octal(block[124:136]), _octal(block[148:156])
+    name_field, size_field, checksum_field, kind, prefix_field = _FIELDS.unpack(block)
+    if kind not in _REGULAR:
+        return None
+    num_bytes, checksum = _octal(size_field), _octal(checksum_field)
     # the checksum is that of the block with blanks in the place of the checksum
-    if num_bytes is None or checksum != _sum(block) - sum(block[148:156]) + 8 * ord(" "):
+    if num_bytes is None or checksum != _sum(block) - sum(checksum_field) + 8 * ord(" "):
         return None
-    name, prefix = _text(block[:100]), _text(block[345:500])
+    name = _text(name_field)
     if not name or name.endswith("/"):  # a directory of old
         return None
-    return PlainHeader(f"{prefix}/{name}" if prefix else name, num_bytes)
+    if prefix_field[0]:
+        name = f"{_text(prefix_field)}/{name}"
+    return PlainHeader(name, num_bytes)
 
 
 def _sum(block: bytes) -> int:
@@ -46,7 +53,12 @@ def _sum(block: bytes) -> int:
 
 def _octal(field: bytes) -> int | None:
     digits = field.partition(b"\0")[0].strip(b" ")
-    return int(digits, 8) if digits and _OCTAL.issuperset(digits) else None
+    if not digits.isdigit():  # int() would take signs and underscores too
+        return None
+    try:
+        return int(digits, 8)
+    except ValueError:
+        return None
 
 
 def _text(field: bytes) -> str:

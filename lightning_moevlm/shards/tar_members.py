@@ -98,14 +98,18 @@ def _plain_members(
     stream: BinaryIO, start: int, num_bytes: int, wanted: Callable[[str], bool]
 ) -> Generator[Member, None, int]:
     """Yield the members from `start` on whose headers are plain and whose data is whole; return where they end."""
+    seek, read = stream.seek, stream.read
     while True:
-        stream.seek(start)
-        header = plain_header(stream.read(BLOCK_BYTES))
-        data_start = start + BLOCK_BYTES
-        if header is None or data_start + header.num_padded > num_bytes:
+        seek(start)
+        header = plain_header(read(BLOCK_BYTES))
+        if header is None:
             return start
-        yield Member(_printable(header.name), stream.read(header.num_bytes) if wanted(header.name) else None)
-        start = data_start + header.num_padded
+        name, size = header
+        end = start + BLOCK_BYTES + header.num_padded
+        if end > num_bytes:
+            return start
+        yield Member(_printable(name), read(size) if wanted(name) else None)
+        start = end
 
 
 def _printable(name: str) -> str:

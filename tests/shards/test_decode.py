@@ -8,7 +8,6 @@ import pytest
 import simplejpeg
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
@@ -185,21 +184,6 @@ def test_a_row_is_free_again_after_a_fault(tmp_path: Path) -> None:
     assert batch.keys == ("k0", "k2")
     expected = collate([samples[0], samples[2]])
     assert all(torch.equal(one, other) for one, other in zip(batch[:3], expected[:3], strict=True))
-
-
-class _Rooms(IterableDataset):
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
-
-    def __iter__(self):
-        rows_BRYX = self.collate.image_rows(2)
-        assert rows_BRYX is not None
-        yield rows_BRYX.is_shared()
-
-
-def test_workers_decode_into_shared_memory(tmp_path: Path) -> None:
-    rooms = _Rooms(_captioned(tmp_path))
-    assert [list(DataLoader(rooms, batch_size=None, num_workers=workers)) for workers in (0, 1)] == [[False], [True]]
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png"])

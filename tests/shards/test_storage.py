@@ -1,6 +1,7 @@
 """Sets on real servers that misbehave: every shard arrives whole, or is lost by its cause, and no secret is told."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import pytest
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.datamodule import ShardDataModule
-from lightning_moevlm.shards.faults import Lost
-from lightning_moevlm.shards.manifest import read_manifest
+from lightning_moevlm.shards.faults import Lost, ShardFault
+from lightning_moevlm.shards.manifest import ShardEntry, check_shard, read_manifest
 from lightning_moevlm.shards.source import RawSample, read_shard
 from lightning_moevlm.shards.storage import PROTOCOLS, ShardStorage
 
@@ -33,6 +34,38 @@ def local(scenes_root: Path) -> list[RawSample | Lost]:
     samples = _train(ShardStorage(str(scenes_root)))
     assert len(samples) == 120 and all(isinstance(sample, RawSample) for sample in samples)
     return samples
+
+
+def test_a_shard_in_a_folder_is_hashed_once_and_again_when_it_was_touched(
+    scenes_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def counted(root: Path, entry: ShardEntry) -> Path:
+        hashed.append(entry.file)
+        return check_shard(root, entry)
+
+    monkeypatch.setattr("lightning_moevlm.shards.storage.check_shard", counted)
+    storage, other = ShardStorage(str(scenes_copy)), ShardStorage(str(scenes_copy))
+    entry, path = storage.manifest().splits["train"][0], scenes_copy / FIRST
+    for _ in range(2):
+        storage.open(entry).close()
+    assert hashed == [FIRST]
+    other.open(entry).close()
+    storage.open(replace(entry, sha256=entry.sha256)).close()
+    assert hashed == [FIRST] * 2, "another storage trusts nobody, an equal entry is the same"
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times would leave it
+    for _ in range(2):
+        with pytest.raises(ShardFault, match="is not the one its manifest names") as caught:
+            storage.open(entry)
+        assert caught.value.cause == "shard_altered"
+    data[600] ^= 1
+    path.write_bytes(data)
+    storage.open(entry).close()
+    assert hashed == [FIRST] * 5
 
 
 @pytest.mark.parametrize(
