@@ -332,6 +332,19 @@ def _teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[
         raise UserError(f"a configuration file is no YAML: {_one_line(str(error))}") from error
     except MisconfigurationException as error:
         raise UserError(_one_line(str(error))) from error
+    except ValueError as error:
+        mistake = _mistake_below(error)
+        if mistake is None or mistake is error:
+            raise
+        raise UserError(str(mistake)) from error
+
+
+def _mistake_below(error: BaseException) -> UserError | None:
+    """Return what a part of a nullable option refused, out of the parser's account of every type that it tried."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
 
 
 def _one_line(message: str) -> str:

@@ -48,6 +48,22 @@ MISTAKES = {
         ("fit", *SMALL, *budget(1), "--model.losses.router_z.weight=-1"),
         "losses.router_z.weight is -1.0: choose 0 or more",
     ),
+    "a value that a nullable part refuses": (
+        ("fit", *SMALL, *budget(1), "--data.augment.flip=2"),
+        "data.augment.flip is 2.0, but must be a chance from 0 to 1",
+    ),
+    "a value that a part of a dictionary refuses": (
+        (
+            "fit",
+            *SMALL,
+            *budget(1),
+            "-c",
+            "conf/data/mixture.yaml",
+            "--data.sources.openmoji.drought.begin=-1",
+            "--data.sources.openmoji.drought.num_steps=1",
+        ),
+        "begin of a drought is -1",
+    ),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
     "no such kind": (("list", "rooters"), "rooters"),
     "tracking server that does not answer": (

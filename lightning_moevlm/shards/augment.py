@@ -32,12 +32,14 @@ class Augment:
     def __post_init__(self) -> None:
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise UserError(
-                f"crop_area is {list(self.crop_area)}, but must be [smallest, largest] within (0, 1], or null"
+                f"data.augment.crop_area is {list(self.crop_area)}: give [smallest, largest] within (0, 1], or null"
             )
         if not 0 < self.crop_aspect[0] <= self.crop_aspect[1]:
-            raise UserError(f"crop_aspect is {list(self.crop_aspect)}, but must be [smallest, largest], both above 0")
+            raise UserError(
+                f"data.augment.crop_aspect is {list(self.crop_aspect)}, but must be [smallest, largest], both above 0"
+            )
         if not 0 <= self.flip <= 1:
-            raise UserError(f"flip is {self.flip}, but must be a chance from 0 to 1")
+            raise UserError(f"data.augment.flip is {self.flip}, but must be a chance from 0 to 1")
 
     @property
     def is_off(self) -> bool:
