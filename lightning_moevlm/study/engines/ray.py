@@ -65,8 +65,9 @@ class RayEngine(Engine):
                 log_to_driver=False,
                 **({} if self._address else here),
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            told = str(error).strip().splitlines()[0]
+        except Exception as error:  # Ray raises plain ones too, e.g. where a busy machine is slow to start it
+            ray.shutdown()
+            told = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"no Ray cluster at {self._address or 'this machine'}: {told}") from error
         room = ray.cluster_resources()
         at_once = int(room.get("CPU", 0) // self._num_cpus)
