@@ -86,7 +86,9 @@ def run(
         if waiting:
             stopped = _execute(selected, experiment, waiting, terminal, chosen, jobs, timeout_minutes)
             if stopped:
-                terminal.print(f"Stopped by {stopped}; the state is kept. Go on with: moevlm sweep run {file}")
+                again = "".join([f" --only {each}" for each in only or ()]) + _engine_words(chosen)
+                told = f"Stopped by {stopped}; the state is kept. Go on with: moevlm sweep run {file}{again}"
+                terminal.print(told, highlight=False, soft_wrap=True, markup=False)
                 return 1 if stopped == SILENCE else 130
         failed = [run.name for run, state in read_ledger(selected) if state.status is Status.FAILED]
         total = len(selected.runs)
@@ -228,6 +230,10 @@ def _execute(
     finally:
         engine.close()
     return tally.stopped
+
+
+def _engine_words(engine: Engine) -> str:
+    return "" if engine.name == LocalEngine.name else f" --engine {engine.name}, with the options that it had"
 
 
 def _probes(planned: "Plan") -> "dict[str, Probe]":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_moevlm.commands.sweep import written_out
 from lightning_moevlm.tracking.runs import find_runs
 
 Moevlm = Callable[..., str]
@@ -123,6 +124,37 @@ def test_dead_tracking_server_is_one_line(moevlm: Moevlm, study: Study, workplac
 
 def test_jobs_must_be_positive(moevlm: Moevlm, study: Study) -> None:
     assert "--jobs is 0" in moevlm("sweep", "run", study(), "--jobs", "0", code=2)
+
+
+def test_mistakes_in_options_are_one_line(moevlm: Moevlm, study: Study, workplace: Path) -> None:
+    file = study()
+    before = sorted(workplace.rglob("*"))
+    for expected, *options in (
+        (
+            "line has no arm 'dense_twn'; did you mean 'dense_twin'?",
+            "--only",
+            "arm=baseline",
+            "--only",
+            "arm=dense_twn",
+        ),
+        ("--timeout_minutes is 0; give more than 0", "--timeout-minutes", "0"),
+        ("choose LocalEngine, RayEngine or SlurmEngine", "--engine", "rya"),
+        ("--engine.num_gpus is -1; give at least 0", "--engine", "local", "--engine.num_gpus", "-1"),
+        ("did you mean num_gpus?", "--engine", "local", "--engine.num_gpu", "1"),
+    ):
+        [line] = moevlm("sweep", "run", file, *options, code=2).splitlines()
+        assert expected in line
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_what_people_shorten_is_written_out() -> None:
+    short = ["sweep", "run", "f", "--only", "arm=a", "--only=seed=0", "--engine", "ray", "--engine.num_gpus", "1"]
+    assert written_out(short) == [
+        *("sweep", "run", "f", "--only+", "arm=a", "--only+=seed=0"),
+        *("--engine", "RayEngine", "--engine.num_gpus", "1"),
+    ]
+    assert written_out(["--engine=slurm"]) == ["--engine=SlurmEngine"]
+    assert written_out(["--engine", "my.Engine"]) == ["--engine", "my.Engine"]
 
 
 def test_run_id_that_looks_like_a_number_stays_a_text(workplace: Path) -> None:

@@ -328,3 +328,22 @@ def test_ray_where_nobody_listens(tmp_path):
 def test_ray_without_room_says_so(tmp_path):
     with pytest.raises(UserError, match=r"has \d+ cores and 0 GPUs, and one run is to have 1 and 1;"):
         RayEngine(num_gpus=1).open(tmp_path, None, 1)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_own_ray_cluster_turns_strangers_away(tmp_path):
+    """Ray listens on every interface and runs what it is sent; a program that does not know the secret gets nowhere."""
+    engine = RayEngine()
+    engine.open(tmp_path, 1, 1)
+    try:
+        import ray
+
+        address = ray.get_runtime_context().gcs_address
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        code = f"import ray; ray.init(address={address!r}); print('inside')"
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    finally:
+        engine.close()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "token" in done.stderr.lower()

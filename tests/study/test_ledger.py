@@ -51,6 +51,19 @@ def test_running_without_its_process_is_interrupted(tmp_path):
     assert read_state(tmp_path).status is Status.INTERRUPTED  # killed between claim and start
 
 
+def test_what_a_cluster_runs_needs_no_process_here(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    state = RunState(Status.RUNNING, "abc", engine="slurm", ticket="t", job="17")
+    write_state(tmp_path, state)
+    assert read_state(tmp_path) == state
+    assert state.is_elsewhere
+    write_state(tmp_path, dataclasses.replace(state, engine="ray", pid=gone.pid, pid_started=1.0))
+    assert read_state(tmp_path).status is Status.INTERRUPTED  # Ray ends its jobs with the sweep, and that is gone
+    (tmp_path / STATE_FILE).write_text('{"status": "running", "log_tail": []}')  # written before there were engines
+    assert read_state(tmp_path).status is Status.INTERRUPTED
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "odd", "log_tail": []}', '{"log_tail": []}'])
 def test_state_that_was_edited_by_hand(tmp_path, text):
     (tmp_path / STATE_FILE).write_text(text)

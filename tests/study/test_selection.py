@@ -3,7 +3,10 @@
 import pytest
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.ledger import read_ledger
+from lightning_moevlm.study.listing import plan_records
 from lightning_moevlm.study.selection import select
+from lightning_moevlm.study.tables import arms_table, plan_table, status_table
 from tests.study.tiny_study import plan_of, write_project
 
 
@@ -22,6 +25,15 @@ def test_runs_that_agree(tmp_path, only, names):
     assert [run.name for run in selected.runs] == names
     assert {arm.name for arm in selected.study.arms} == {run.arm for run in selected.runs}
     assert {run.digest for run in selected.runs} <= {run.digest for run in plan.runs}
+
+
+def test_tables_and_records_of_a_part_without_the_baseline(tmp_path):
+    selected = select(plan_of(write_project(tmp_path, "sqlite:///x.db")), ["arm=fast", "seed=1"])
+    statuses = {run.folder: "planned" for run in selected.runs}
+    assert [row[0] for row in arms_table(selected, {}).rows] == ["fast"]
+    assert len(plan_table(selected, statuses).rows) == 1
+    assert [(record.arm, record.seed) for record in plan_records(selected, statuses)] == [("fast", 1)]
+    assert [row[0] for row in status_table(selected, read_ledger(selected)).rows] == ["fast-seed1"]
 
 
 @pytest.mark.parametrize(

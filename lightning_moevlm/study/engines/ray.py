@@ -2,11 +2,12 @@
 
 Ray ends what it runs for a program when that program ends, so a killed sweep leaves nothing behind; the next one goes
 on from the last checkpoints. Every node needs this package and the same folders. A cluster runs whatever it is sent, so
-it must be one that strangers cannot reach.
+it must be one that strangers cannot reach; our own asks everybody for a secret that only this program knows.
 """
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,6 @@ from lightning_moevlm.study.engines.engine import Engine, Handle, Job, require, 
 from lightning_moevlm.study.engines.tickets import Tickets
 from lightning_moevlm.study.engines.worker import carry_out
 
-_HERE = "127.0.0.1"
 _CONNECT_SECONDS = 10.0
 
 
@@ -49,6 +49,9 @@ class RayEngine(Engine):
     def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
         """Connect; return as many jobs as the cluster has room for now."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        if self._address is None:  # Ray listens to the whole network even here, and runs what it is sent
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
         self._folder = folder.absolute()
@@ -56,7 +59,6 @@ class RayEngine(Engine):
         here: dict[str, Any] = {
             "num_cpus": max(usable_cores(), self._num_cpus * (jobs or 1)),
             "include_dashboard": False,
-            "_node_ip_address": _HERE,
         }
         try:
             ray.init(
@@ -65,8 +67,9 @@ class RayEngine(Engine):
                 log_to_driver=False,
                 **({} if self._address else here),
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            told = str(error).strip().splitlines()[0]
+        except Exception as error:  # Ray raises plain ones too, e.g. where a busy machine is slow to start it
+            ray.shutdown()
+            told = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"no Ray cluster at {self._address or 'this machine'}: {told}") from error
         room = ray.cluster_resources()
         at_once = int(room.get("CPU", 0) // self._num_cpus)
