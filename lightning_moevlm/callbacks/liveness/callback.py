@@ -11,7 +11,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -28,8 +27,7 @@ from lightning_moevlm.callbacks.liveness.trunk_proofs import trunk_receipts
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
-
-_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+from lightning_moevlm.training.refusals import SHARDING
 
 
 @runtime_checkable
@@ -62,12 +60,13 @@ class Liveness(Callback):
         self.num_samples = num_samples
         self._acts = ActCounter()
         self._actions = ActionProofs()
+        self._has_asked = False
         self._started_at = 0
         self._step_seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where training starts."""
-        self._acts, self._actions = ActCounter(), ActionProofs()
+        self._acts, self._actions, self._has_asked = ActCounter(), ActionProofs(), False
         self._started_at = self._step_seen = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -78,9 +77,10 @@ class Liveness(Callback):
         """
         assert isinstance(pl_module, VisionLanguageModule)
         micro_step = pl_module.micro_step(batch_idx)
-        if micro_step % trainer.accumulate_grad_batches or not self._is_due(trainer.global_step):
+        if not self._is_due(trainer, micro_step):
             return
-        if isinstance(trainer.strategy, _SHARDED):
+        self._has_asked = True
+        if isinstance(trainer.strategy, SHARDING):
             if trainer.global_step == self._started_at:
                 rank_zero_info(f"liveness: not asked, {type(trainer.strategy).__name__} shards the weights")
             return
@@ -111,8 +111,13 @@ class Liveness(Callback):
             if pl_module.gradient_events is not None:
                 self._acts.add(pl_module.gradient_events)
 
-    def _is_due(self, step: int) -> bool:
-        return step == self._started_at or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+    def _is_due(self, trainer: Trainer, micro_step: int) -> bool:
+        """Say whether this micro-batch is the first of the run, which may go on in the middle of a step, or due."""
+        if not self._has_asked:
+            return True
+        if self.every_n_steps is None or micro_step % trainer.accumulate_grad_batches:
+            return False
+        return trainer.global_step % self.every_n_steps == 0
 
     def _write(self, trainer: Trainer, receipts: Sequence[Receipt], values: dict[str, float]) -> None:
         step = trainer.global_step
