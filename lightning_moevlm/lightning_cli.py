@@ -332,6 +332,18 @@ def _teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[
         raise UserError(f"a configuration file is no YAML: {_one_line(str(error))}") from error
     except MisconfigurationException as error:
         raise UserError(_one_line(str(error))) from error
+    except ValueError as error:
+        # a part of a mixed type was not built; the parser then tells every type that it might have had
+        mistake = _mistake_behind(error)
+        if mistake is None:
+            raise
+        raise mistake from error
+
+
+def _mistake_behind(error: BaseException | None) -> UserError | None:
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _one_line(message: str) -> str:

@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypedDict
 
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from lightning_moevlm.shards.device_stage import DeviceStage
 from lightning_moevlm.shards.faults import Cause
 from lightning_moevlm.shards.line import Place
 from lightning_moevlm.shards.reader import BatchStream, Cursor, Delivery, Failure, Places, Reader
+from lightning_moevlm.shards.spread import spread
 
 _JUDGED_FROM = 1000
 """Samples over which the first losses are judged, so that one bad sample at the start is not a share of one."""
@@ -118,22 +120,32 @@ class ShardLoader:
         """
         self._cursor = self._next_start()
         self._resume_here = False
-        loader: DataLoader[Delivery | Failure] = DataLoader(
-            BatchStream(self._reader, self._cursor, self._reader.num_batches),
-            batch_size=None,
-            num_workers=self._num_workers,
-            collate_fn=_unchanged,
-            pin_memory=self._stage is not None and self._stage.device.type == "cuda",
-        )
-        arriving = iter(loader) if self._stage is None else self._stage(iter(loader), self._cursor)
+        arriving = self._arriving()
         before = Counter(self.lost)
-        for delivery in arriving:
+        for delivery in arriving if self._stage is None else self._stage(arriving, self._cursor):
             if isinstance(delivery, Failure):
                 raise UserError(delivery.message)
             self._take(delivery)
             if self._cursor.batch == self._batches_per_epoch and self.lost != before:
                 warnings.warn(f"samples lost in this epoch: {_told(self.lost - before)}", stacklevel=2)
             yield delivery.batch
+
+    def _arriving(self) -> Iterator[Delivery | Failure]:
+        start = self._cursor
+        if not self._reader.may_be_empty:
+            return self._read_from(start)
+        # what fills an empty batch depends on those before it
+        return islice(spread(self._read_from(replace(start, batch=0))), start.batch, None)
+
+    def _read_from(self, start: Cursor) -> Iterator[Delivery | Failure]:
+        loader: DataLoader[Delivery | Failure] = DataLoader(
+            BatchStream(self._reader, start, self._reader.num_batches),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_unchanged,
+            pin_memory=self._stage is not None and self._stage.device.type == "cuda",
+        )
+        return iter(loader)
 
     def _take(self, delivery: Delivery) -> None:
         """Move on to the place behind a batch, and count."""

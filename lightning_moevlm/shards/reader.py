@@ -92,6 +92,11 @@ class Reader(ABC):
         """Batches of one epoch on this rank."""
 
     @property
+    def may_be_empty(self) -> bool:
+        """Whether a batch may have lost all its samples."""
+        return False
+
+    @property
     @abstractmethod
     def order(self) -> dict[str, object]:
         """All that the order of batches depends on, as plain values."""
@@ -252,6 +257,11 @@ class FixedReader(Reader):
         return sum(self._batches)
 
     @property
+    def may_be_empty(self) -> bool:
+        """Without a second pass, nothing takes the place of what was lost."""
+        return self.tolerant
+
+    @property
     def order(self) -> dict[str, object]:
         """All that the order of batches depends on."""
         return {
@@ -267,7 +277,7 @@ class FixedReader(Reader):
         return Cursor(before.epoch + 1, 0)
 
     def stream(self, start: Cursor, stream: int) -> Iterator[Delivery]:
-        """Yield the stream's batches; one that has lost all its samples ends the evaluation."""
+        """Yield the stream's batches; one that has lost all its samples is empty."""
         offset = 0
         for k, batches in enumerate(self._batches):
             own = [batch for batch in range(batches) if (offset + batch) % self.num_streams == stream]
@@ -291,13 +301,13 @@ class FixedReader(Reader):
                     samples.append(sample)
                 else:
                     lost.append(self._met(sample))
-            if not samples:
-                raise UserError(f"a whole batch of {source.name} to evaluate on is lost: {lost[-1].message}")
-            batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
+            batches: dict[int, Batch] = {}
+            if samples:
+                batches[k] = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
             causes = Counter(sample.cause for sample in lost)
             last_words = lost[-1].message if lost else ""
             images = source.collate.encoded(samples, len(samples))
-            yield Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_words, images)
+            yield Delivery(joined(batches, len(self.sources)), (), dict(causes), last_words, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:

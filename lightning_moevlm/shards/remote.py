@@ -3,13 +3,14 @@
 Drivers differ in what they raise, so at this border any error of theirs means that the storage did not answer; it
 is tried again unless the answer was a clear no. The pause before try n is drawn from [0, backoff * 2^n] ("full
 jitter"), so that many readers do not come back at once. Addresses are shown without credentials: neither the part
-before @ nor a query (signatures stand there) reaches a message. Keys and endpoints come from the environment, as
+before @ nor a query (signatures stand there) reaches a message, or what
+a driver logs. Keys and endpoints come from the environment, as
 each driver documents it (`AWS_*`, `FSSPEC_S3_*`, `GOOGLE_APPLICATION_CREDENTIALS`).
 """
 
 import asyncio
+import logging
 import random
-import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
@@ -23,6 +24,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import ShardFault
 from lightning_moevlm.shards.manifest import ShardEntry, check_size
 from lightning_moevlm.shards.stop import Stop, StoppedError
+from lightning_moevlm.url_secrets import MASK, without_url_secrets
 
 T = TypeVar("T")
 
@@ -107,6 +109,8 @@ class RemoteFolder:
 
     def _open_system(self, file: str) -> tuple[Any, str]:
         """Return fsspec's file system, which it keeps per process, and the file's path in it."""
+        for logger in _DRIVERS:
+            logging.getLogger(logger).addFilter(_DISCRETION)  # twice is once
         parts = urlsplit(self.url)
         name = quote(file) if self.protocol in HTTP else file
         url = urlunsplit(parts._replace(path="/".join((parts.path.rstrip("/"), name))))
@@ -147,10 +151,23 @@ class RemoteFolder:
     def _masked(self, text: str) -> str:
         parts = urlsplit(self.url)
         for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
-            text = text.replace(secret, "***") if secret else text
-        text = re.sub(r"(?<=://)[^/@\s'\"]+(?=@)", "***", text)
-        return re.sub(r"(?<=\?)[^\s'\")]+", "***", text)
+            text = text.replace(secret, MASK) if secret else text
+        return without_url_secrets(text)
 
+
+class _Discretion(logging.Filter):
+    """Masks addresses in what drivers log, which some do at the level DEBUG; errors with their traceback included."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_url_secrets(record.getMessage()), ()
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = without_url_secrets(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
+        return True
+
+
+_DRIVERS = ("fsspec", "fsspec.http", "fsspec.asyn", "aiohttp.client", "aiohttp.internal", "asyncio", "s3fs", "gcsfs")
+_DISCRETION = _Discretion()
 
 _HTTP_HEADERS = {"Accept-Encoding": "identity"}
 """A packed transfer could unpack to any size, and could not be resumed."""

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking.masking import masked_url
 from lightning_moevlm.tracking.metric_names import LONGEST_NAME, MetricNames
 from lightning_moevlm.tracking.outbox import Address, Outbox
 from lightning_moevlm.tracking.point_buffer import PointBuffer
