@@ -9,7 +9,6 @@ are ever looked at; nothing is unpickled.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from webdataset.tariterators import base_plus_ext
@@ -46,18 +45,6 @@ class RawSample(NamedTuple):
     key: str
     shard: str
     members: Mapping[str, bytes]
-
-
-def refuse_remote(root: str) -> Path:
-    """Return the folder of a set.
-
-    Raises:
-        UserError: if `root` is a URL or a pipe; data never reaches a shell.
-
-    """
-    if "://" in root or root.startswith(("pipe:", "|")):
-        raise UserError(f"data root is {root!r}, but sets are read from local folders only; copy it and give its path")
-    return Path(root)
 
 
 def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:

@@ -105,6 +105,7 @@ def _added_mib(folder: Path, num_rows: int) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     # 100,000 rows of a kilobyte are 100 MiB as text alone
     few, many = _added_mib(tmp_path / "few", 10_000), _added_mib(tmp_path / "many", 100_000)
