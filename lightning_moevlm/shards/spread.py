@@ -7,23 +7,25 @@ beginning, after it) is cut, and every sample that can be read still comes exact
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
-from lightning_moevlm.shards.reader import Delivery
+from lightning_moevlm.shards.encoded_images import EncodedImages
+from lightning_moevlm.shards.reader import Delivery, Failure
 
 
-def spread(deliveries: Iterable[Delivery]) -> Iterator[Delivery]:
+def spread(arriving: Iterable[Delivery | Failure]) -> Iterator[Delivery | Failure]:
     """Hand on deliveries, in their order, none of them empty; each batch is of one source.
 
-    Raises:
-        UserError: if there are more batches than samples that can be read.
-
+    A `Failure` is handed on, and is the end if there are more batches than samples that can be read.
     """
     held: list[Delivery] = []
-    for delivery in deliveries:
+    for delivery in arriving:
+        if isinstance(delivery, Failure):
+            yield delivery
+            return
         if delivery.batch.num_samples and held and _suffices(held):
             yield from _shared(held)
             held = []
@@ -31,10 +33,11 @@ def spread(deliveries: Iterable[Delivery]) -> Iterator[Delivery]:
     if not held:
         return
     if not _suffices(held):
-        raise UserError(
+        yield Failure(
             f"a rank has to give {len(held)} more batches to evaluate on, but can read "
             f"{sum(one.batch.num_samples for one in held)} more samples: {held[-1].last_words}"
         )
+        return
     yield from _shared(held)
 
 
@@ -44,24 +47,46 @@ def _suffices(held: list[Delivery]) -> bool:
 
 def _shared(held: list[Delivery]) -> Iterator[Delivery]:
     """Cut the batches that are not empty into as many as there are deliveries."""
-    full = [delivery.batch for delivery in held if delivery.batch.num_samples]
+    full = [delivery for delivery in held if delivery.batch.num_samples]
     num_empty = len(held) - len(full)
-    parts: list[Batch] = []
-    for batch in full:
-        more = min(num_empty, batch.num_samples - 1)
+    parts: list[Part] = []
+    for delivery in full:
+        more = min(num_empty, delivery.batch.num_samples - 1)
         num_empty -= more
-        parts += cut(batch, more + 1)
+        parts += _cut(delivery, more + 1)
     for delivery, part in zip(held, parts, strict=True):
-        yield delivery._replace(batch=part)
+        yield delivery._replace(batch=part.batch, encoded=part.encoded)
 
 
-def cut(batch: Batch, num_parts: int) -> list[Batch]:
+class Part(NamedTuple):
+    """Some samples of a delivery."""
+
+    batch: Batch
+    encoded: EncodedImages | None
+
+
+def _cut(delivery: Delivery, num_parts: int) -> list[Part]:
     """Cut a batch of one source into parts of nearly equal size, as views of its tensors."""
+    batch, encoded = delivery.batch, delivery.encoded
     if num_parts == 1:
-        return [batch]
+        return [Part(batch, encoded)]
     num = batch.num_samples
     edges = [part * num // num_parts for part in range(num_parts + 1)]
-    return [_rows(batch, start, stop) for start, stop in pairwise(edges)]
+    return [
+        Part(_rows(batch, start, stop), None if encoded is None else _pictures(encoded, start, stop))
+        for start, stop in pairwise(edges)
+    ]
+
+
+def _pictures(encoded: EncodedImages, start: int, stop: int) -> EncodedImages:
+    begin, end = int(encoded.offsets_M[start]), int(encoded.offsets_M[stop])
+    return EncodedImages(
+        encoded.bytes_N[begin:end],
+        encoded.offsets_M[start : stop + 1] - begin,
+        encoded.names[start:stop],
+        (stop - start,),
+        encoded.fresh[start:stop],
+    )
 
 
 def _rows(batch: Batch, start: int, stop: int) -> Batch:

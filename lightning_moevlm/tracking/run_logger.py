@@ -250,7 +250,7 @@ class RunLogger(MLFlowLogger):
             waiting = outbox.count()
             _warn(
                 f"{waiting.points} points and {waiting.files} files of run {self.run_id} were not delivered to "
-                f"{masked_url(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: moevlm deliver "
+                f"{without_url_secrets(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: moevlm deliver "
                 f"{self.run_dir}"
             )
         outbox.release()
@@ -259,7 +259,7 @@ class RunLogger(MLFlowLogger):
     def _kept(self) -> Outbox:
         if self._outbox is None:
             assert self.run_id is not None
-            self._outbox = Outbox(self.run_dir, Address(masked_url(self._tracking_uri), self.run_id))
+            self._outbox = Outbox(self.run_dir, Address(without_url_secrets(self._tracking_uri), self.run_id))
         return self._outbox
 
     def _keep_waiting(self) -> None:
