@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking.masking import MASK
 from lightning_moevlm.tracking.outbox import JOURNAL, Outbox, Waiting
 from lightning_moevlm.tracking.run_writer import RunWriter
 from lightning_moevlm.tracking.silence import Silence
+from lightning_moevlm.url_secrets import MASK
 
 
 class Delivery(StrEnum):
