@@ -9,7 +9,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.tracking.outbox import JOURNAL, Outbox, Waiting
 from lightning_moevlm.tracking.run_writer import RunWriter
 from lightning_moevlm.tracking.silence import Silence
-from lightning_moevlm.url_secrets import MASK
+from lightning_moevlm.url_secrets import MASK, without_url_secrets
 
 
 class Delivery(StrEnum):

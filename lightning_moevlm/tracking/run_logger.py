@@ -39,6 +39,7 @@ from lightning_moevlm.tracking.runs import Point
 from lightning_moevlm.tracking.series_images import series_image_files
 from lightning_moevlm.tracking.silence import Silence
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
+from lightning_moevlm.url_secrets import without_url_secrets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -250,8 +251,8 @@ class RunLogger(MLFlowLogger):
             waiting = outbox.count()
             _warn(
                 f"{waiting.points} points and {waiting.files} files of run {self.run_id} were not delivered to "
-                f"{without_url_secrets(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: moevlm deliver "
-                f"{self.run_dir}"
+                f"{without_url_secrets(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: "
+                f"moevlm deliver {self.run_dir}"
             )
         outbox.release()
 
