@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lightning_moevlm import __version__
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.url_secrets import without_url_secrets
 
 _TRAINING = ("fit", "validate", "test", "predict")
 _HELP = f"""\
@@ -47,7 +48,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("MOEVLM_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"moevlm: error: {error}", highlight=False, markup=False, soft_wrap=True)
+        told = without_url_secrets(str(error))  # some messages repeat what was given
+        Console(stderr=True).print(f"moevlm: error: {told}", highlight=False, markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("moevlm: interrupted", highlight=False)

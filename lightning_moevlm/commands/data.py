@@ -6,13 +6,16 @@ they need is imported when they run, so that `moevlm --help` stays quick.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from lightning_moevlm.commands import convert
 from lightning_moevlm.commands.output import tell_built
 from lightning_moevlm.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moevlm.shards.storage import ShardStorage
 
 
 def build_openmoji(
@@ -99,7 +102,7 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     """Verify every shard and sample of a set against its manifest, and print its card.
 
     Args:
-        path: Folder of the set.
+        path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         json: Write one record per split to this file instead of the table; - is standard output.
         contact_sheet: Also write a PNG with pictures and captions of the validation split to this file.
 
@@ -108,21 +111,23 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     from lightning_moevlm.commands.card import card_of, faults_of
     from lightning_moevlm.shards.check import check_set
     from lightning_moevlm.shards.contact_sheet import write_contact_sheet
-    from lightning_moevlm.shards.source import refuse_remote
+    from lightning_moevlm.shards.storage import ShardStorage
 
-    root = refuse_remote(path)
-    report = check_set(root)
+    storage = ShardStorage(path)
+    report = check_set(storage)
     manifest = report.manifest
     if report.problems:
         for problem in report.problems:
             Console(stderr=True, soft_wrap=True, highlight=False).print(problem, markup=False)
         if report.faults:
             Console(stderr=True).print(faults_of(report))
-        raise UserError(f"{path} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}")
+        raise UserError(
+            f"{storage} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}"
+        )
     about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
-    output.show(card_of(report, path), [{**about, **card._asdict()} for card in report.cards], json)
+    output.show(card_of(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
     if contact_sheet is not None:
-        write_contact_sheet(root, manifest, "val", 36, Path(contact_sheet))
+        write_contact_sheet(storage, manifest, "val", 36, Path(contact_sheet))
         Console(stderr=True, highlight=False).print(f"wrote {contact_sheet}")
 
 
@@ -136,7 +141,7 @@ def show(
     """Write samples of a set as one HTML page: pictures, captions and their tokens, questions, annotations.
 
     Args:
-        path: Folder of the set.
+        path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         out: File to write; by default SET.html beside the set's folder.
         split: Whose samples are shown.
         num_samples: Show so many at most.
@@ -144,11 +149,15 @@ def show(
 
     """
     from lightning_moevlm.shards.show import write_page
-    from lightning_moevlm.shards.source import refuse_remote
+    from lightning_moevlm.shards.storage import ShardStorage
 
-    root = refuse_remote(path)
-    target = Path(out) if out else root.resolve().with_name(f"{root.resolve().name}.html")
-    page = write_page(root, split, num_samples, containing, target)
+    storage = ShardStorage(path)
+    if out:
+        target = Path(out)
+    else:
+        folder = _local(storage).resolve()
+        target = folder.with_name(f"{folder.name}.html")
+    page = write_page(storage, split, num_samples, containing, target)
     said = f"wrote {target}: {len(page.samples)} of {page.num_in_split:,} {page.modality} of the {split} split"
     Console(soft_wrap=True, highlight=False).print(said, markup=False)
 
@@ -164,7 +173,7 @@ def codebook(
     """Fit a k-means codebook on patches of a set's training pictures: targets for masked image modelling.
 
     Args:
-        path: Folder of the set.
+        path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         num_codes: Codes, the one for patches of a single grey included.
         patch_size: Pixels per side of a patch; must divide the image size.
         seed: Of the k-means.
@@ -174,14 +183,20 @@ def codebook(
     """
     from lightning_moevlm.shards.codebook import codebook_file, save_codebook
     from lightning_moevlm.shards.fit_codebook import fit_codebook
-    from lightning_moevlm.shards.source import refuse_remote
+    from lightning_moevlm.shards.storage import ShardStorage
 
-    root = refuse_remote(path)
-    fitted = fit_codebook(root, num_codes, patch_size, seed, max_samples)
-    target = Path(out) if out else root / codebook_file(num_codes, patch_size)
+    storage = ShardStorage(path)
+    target = Path(out) if out else _local(storage) / codebook_file(num_codes, patch_size)
+    fitted = fit_codebook(storage, num_codes, patch_size, seed, max_samples)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_codebook(fitted, target)
     Console().print(f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False)
+
+
+def _local(storage: "ShardStorage") -> Path:
+    if storage.folder is None:
+        raise UserError(f"{storage} is on a server, where nothing is written; say with --out which file to write")
+    return storage.folder
 
 
 Command = Callable[..., None]

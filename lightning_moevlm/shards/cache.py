@@ -8,7 +8,8 @@ full address (without credentials) and of the expected content, so sets never mi
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,10 +18,12 @@ from filelock import FileLock, Timeout
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.manifest import ShardEntry, check_sha256, check_size, file_sha256
+from lightning_moevlm.shards.stop import Stop
 
 GIB = 2**30
 _DONE = ".tar"
 _PARTIAL = ".partial"
+_LOOK_UP_S = 0.5
 
 
 def default_cache_dir() -> Path:
@@ -36,7 +39,9 @@ class ShardCache:
     folder: Path
     max_bytes: int | None
 
-    def path(self, address: str, entry: ShardEntry, download: Callable[[BinaryIO], None]) -> Path:
+    def path(
+        self, address: str, entry: ShardEntry, download: Callable[[BinaryIO], None], stop: Stop | None = None
+    ) -> Path:
         """Return the verified shard, downloaded if it is not here yet.
 
         Another process may remove it again before it is opened; then ask once more.
@@ -44,6 +49,7 @@ class ShardCache:
         Raises:
             ShardFault: if `download` does, or what it brought is not what the manifest names.
             UserError: if the folder cannot be written.
+            StoppedError: if asked to stop.
 
         """
         name = hashlib.sha256(f"{address}\n{entry.sha256}".encode()).hexdigest()
@@ -52,7 +58,7 @@ class ShardCache:
             if self._is_good(path, entry):
                 return path
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._lock(name):
+            with self._turn(name, stop or Stop()):
                 if not self._is_good(path, entry):  # another process may just have brought it
                     self._bring(path, entry, address, download)
         except OSError as error:
@@ -60,6 +66,21 @@ class ShardCache:
                 f"the cache of shards {self.folder} cannot be used ({error}); set data.cache_dir to a folder with space"
             ) from None
         return path
+
+    @contextmanager
+    def _turn(self, name: str, stop: Stop) -> Iterator[None]:
+        """Hold the lock of a name; who waits for it may be asked to stop."""
+        lock = self._lock(name)
+        while True:
+            try:
+                lock.acquire(timeout=_LOOK_UP_S)
+                break
+            except Timeout:
+                stop.check()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _is_good(self, path: Path, entry: ShardEntry) -> bool:
         try:

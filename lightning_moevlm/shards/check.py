@@ -7,12 +7,13 @@ the set's card: counts, sizes, lengths, and pictures that occur more than once.
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.ahead import Ahead
 from lightning_moevlm.shards.decode import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -23,11 +24,11 @@ from lightning_moevlm.shards.decode import (
 )
 from lightning_moevlm.shards.faults import Cause, Lost
 from lightning_moevlm.shards.look import modality_of, picture_size
-from lightning_moevlm.shards.manifest import SPLITS, Manifest, Split, read_manifest
+from lightning_moevlm.shards.manifest import SPLITS, Manifest, Split
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.source import RawSample, read_shard
 from lightning_moevlm.shards.storage import ShardStorage
-from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
+from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _DECODED_SIZE = 8  # pixels; small, since only whether it can be decoded matters
@@ -91,19 +92,19 @@ class _Found(NamedTuple):
     num_questions: int
 
 
-def check_set(root: Path) -> CheckReport:
+def check_set(storage: ShardStorage) -> CheckReport:
     """Verify shards (size, hash, count), samples (unique keys, every member decodes) and the tokenizer.
 
     Raises:
         UserError: if the manifest itself cannot be read; everything else is listed in the report.
 
     """
-    manifest = read_manifest(root)
+    manifest = storage.manifest()
     try:
-        tokenizer = load_tokenizer(root, manifest.tokenizer)
+        tokenizer = storage.tokenizer(manifest.tokenizer)
     except UserError as error:
         return CheckReport(manifest, (), (), {}, (str(error),))
-    check = _Check(root, manifest, tokenizer)
+    check = _Check(storage, manifest, tokenizer)
     if tokenizer.vocab_size != manifest.tokenizer.vocab_size:
         check.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, not {manifest.tokenizer.vocab_size}")
     cards = tuple(card for split in SPLITS if (card := check.split(split)) is not None)
@@ -114,8 +115,8 @@ def check_set(root: Path) -> CheckReport:
 class _Check:
     """A check on its way through the splits, and what it has met so far."""
 
-    def __init__(self, root: Path, manifest: Manifest, tokenizer: CaptionTokenizer) -> None:
-        self._root = root
+    def __init__(self, storage: ShardStorage, manifest: Manifest, tokenizer: CaptionTokenizer) -> None:
+        self._storage = storage
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._keys: set[str] = set()
@@ -129,20 +130,19 @@ class _Check:
         shards, wanted = self._manifest.splits[split], frozenset(self._manifest.members)
         found: list[_Found] = []
         within, across = 0, 0
-        for shard in track(shards, len(shards), f"checking {split}"):
-            for sample in read_shard(ShardStorage(str(self._root)), shard, wanted):
-                if isinstance(sample, Lost):
-                    self._complain(sample.cause, sample.message, sample.num_samples)
-                    continue
-                try:
-                    found.append(self._sample(sample))
-                except _ComplaintError as complaint:
-                    self._complain(complaint.cause, str(complaint))
-                    continue
-                splits = self._shown.setdefault(_shown(sample), set())
-                within += split in splits
-                across += bool(splits) and split not in splits
-                splits.add(split)
+        for sample in self._samples(split, wanted):
+            if isinstance(sample, Lost):
+                self._complain(sample.cause, sample.message, sample.num_samples)
+                continue
+            try:
+                found.append(self._sample(sample))
+            except _ComplaintError as complaint:
+                self._complain(complaint.cause, str(complaint))
+                continue
+            splits = self._shown.setdefault(_shown(sample), set())
+            within += split in splits
+            across += bool(splits) and split not in splits
+            splits.add(split)
         if not found:
             return None
         self.sizes.update(entry.size for entry in found if entry.size is not None)
@@ -160,6 +160,12 @@ class _Check:
             within,
             across,
         )
+
+    def _samples(self, split: Split, wanted: frozenset[str]) -> Iterator[RawSample | Lost]:
+        shards = self._manifest.splits[split]
+        with Ahead(self._storage, shards) as ahead:
+            for shard in track(shards, len(shards), f"checking {split}"):
+                yield from read_shard(ahead, shard, wanted)
 
     def _complain(self, cause: Complaint, message: str, num_samples: int = 1) -> None:
         self.faults[cause] += num_samples

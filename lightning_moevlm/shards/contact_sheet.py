@@ -23,14 +23,14 @@ LETTERS = 26  # in a line below a tile
 TEXT_LINES = 14  # in a tile that holds a text
 
 
-def write_contact_sheet(root: Path, manifest: Manifest, split: Split, num_samples: int, path: Path) -> None:
+def write_contact_sheet(storage: ShardStorage, manifest: Manifest, split: Split, num_samples: int, path: Path) -> None:
     """Draw the first samples of a split and write the PNG; in a set of texts, tiles hold the texts.
 
     Raises:
         UserError: if a shard or a picture on the way is not in order.
 
     """
-    samples = list(islice(_samples(root, manifest, split), num_samples))
+    samples = list(islice(_samples(storage, manifest, split), num_samples))
     extension = picture_extension(manifest)
     rows = -(-len(samples) // COLUMNS)
     has_lines = extension is not None and CAPTION_EXTENSION in manifest.members
@@ -54,9 +54,9 @@ def write_contact_sheet(root: Path, manifest: Manifest, split: Split, num_sample
     unfinished.replace(path)
 
 
-def _samples(root: Path, manifest: Manifest, split: Split) -> Iterator[RawSample]:
+def _samples(storage: ShardStorage, manifest: Manifest, split: Split) -> Iterator[RawSample]:
     for shard in manifest.splits[split]:
-        yield from all_or_error(read_shard(ShardStorage(str(root)), shard, frozenset(manifest.members)))
+        yield from all_or_error(read_shard(storage, shard, frozenset(manifest.members)))
 
 
 def _font() -> ImageFont.FreeTypeFont:

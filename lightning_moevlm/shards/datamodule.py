@@ -33,6 +33,7 @@ from lightning_moevlm.shards.order import Rank, train_batches
 from lightning_moevlm.shards.reader import FixedReader, TrainReader
 from lightning_moevlm.shards.storage import CACHE_GIB, PROTOCOLS, ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
+from lightning_moevlm.url_secrets import without_url_secrets
 
 _HASHED_BEFOREHAND_BYTES = 256 * 2**20
 
@@ -110,8 +111,9 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"data.max_lost_fraction is {max_lost_fraction}: give a share from 0 to below 1")
         mixed = {name: source for name, source in (sources or {}).items() if source is not None}
         if (root is None) == (not mixed):
+            shown = root and without_url_secrets(root)
             raise UserError(
-                f"data.root is {root} and data.sources names {len(mixed)} sets: give a folder as root and no sources, "
+                f"data.root is {shown} and data.sources names {len(mixed)} sets: give a folder as root and no sources, "
                 "or sources and null as root"
             )
         refuse_odd_names(list(mixed))

@@ -1,7 +1,5 @@
 """Fitting a patch codebook: mini-batch k-means over the training shards of a set."""
 
-from pathlib import Path
-
 import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
@@ -11,19 +9,17 @@ from lightning_moevlm.shards.codebook import Codebook, standardised_patches
 from lightning_moevlm.shards.collate import Collate
 from lightning_moevlm.shards.line import OpenSource
 from lightning_moevlm.shards.loader import ShardLoader
-from lightning_moevlm.shards.manifest import read_manifest
 from lightning_moevlm.shards.order import Rank
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.reader import FixedReader
 from lightning_moevlm.shards.storage import ShardStorage
-from lightning_moevlm.shards.tokenizer import load_tokenizer
 
 BATCH_SIZE = 256
 FLAT = 0.5
 """Standardised patches deviate by 1; one that deviates by less than this was a single grey."""
 
 
-def fit_codebook(root: Path, num_codes: int, patch_size: int, seed: int, max_samples: int) -> Codebook:
+def fit_codebook(storage: ShardStorage, num_codes: int, patch_size: int, seed: int, max_samples: int) -> Codebook:
     """Fit `num_codes` centres on the patches of up to `max_samples` training pictures.
 
     The same set and seed give the same codebook on one machine. Patches of a single grey all standardise to
@@ -35,16 +31,16 @@ def fit_codebook(root: Path, num_codes: int, patch_size: int, seed: int, max_sam
     """
     if num_codes < 2:
         raise UserError(f"num_codes is {num_codes}, but a codebook needs at least 2")
-    manifest = read_manifest(root)
-    collate = Collate(manifest.members, load_tokenizer(root, manifest.tokenizer), manifest.image_size, max_text_len=2)
-    source = OpenSource(manifest.name, ShardStorage(str(root)), manifest.splits["train"], collate)
+    manifest = storage.manifest()
+    collate = Collate(manifest.members, storage.tokenizer(manifest.tokenizer), manifest.image_size, max_text_len=2)
+    source = OpenSource(manifest.name, storage, manifest.splits["train"], collate)
     reader = FixedReader((source,), BATCH_SIZE, Rank(0, 1), num_streams=1, tolerant=False)
     loader = ShardLoader(reader, num_workers=0)
     num_batches = min(len(loader), -(-max_samples // BATCH_SIZE))
     found: list[Tensor] = []
     for _, batch in zip(range(num_batches), track(loader, num_batches, "cutting patches"), strict=False):
         if batch.images_BRYX is None:
-            raise UserError(f"{root} holds no pictures, so there are no patches to make a codebook of")
+            raise UserError(f"{storage} holds no pictures, so there are no patches to make a codebook of")
         found.append(standardised_patches(batch.images_BRYX, patch_size).flatten(0, 1))
     patches_PQ = torch.cat(found)
     structured_PQ = patches_PQ[patches_PQ.std(-1, correction=0) > FLAT]

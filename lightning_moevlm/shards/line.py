@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_moevlm.shards.ahead import Ahead
 from lightning_moevlm.shards.collate import Collate, Decoded
 from lightning_moevlm.shards.faults import Lost, SampleFault
 from lightning_moevlm.shards.manifest import ShardEntry
@@ -40,14 +41,13 @@ class OpenSource:
 
     def arriving(self, line: tuple[Piece, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
         """Read pieces in order, numbered, without samples that are gone; shards that are all gone stay closed."""
-        for piece in line:
-            numbers = range(piece.first, piece.first + piece.stop - piece.start)
-            if gone and gone.issuperset(numbers):
-                continue
-            found = _one_by_one(read_shard(self.storage, self.shards[piece.shard], self.collate.wanted))
-            for number, sample in enumerate(islice(found, piece.start, piece.stop), piece.first):
-                if number not in gone:
-                    yield number, sample
+        left = [piece for piece in line if not gone or not gone.issuperset(_numbers(piece))]
+        with Ahead(self.storage, [self.shards[piece.shard] for piece in left]) as ahead:
+            for piece in left:
+                found = _one_by_one(read_shard(ahead, self.shards[piece.shard], self.collate.wanted))
+                for number, sample in zip(_numbers(piece), islice(found, piece.start, piece.stop), strict=True):
+                    if number not in gone:
+                        yield number, sample
 
     def decoded(self, sample: RawSample | Lost, into: Tensor | None) -> Decoded | Lost:
         """Decode a sample, its picture into a row of a batch; one that cannot be used is lost."""
@@ -106,6 +106,10 @@ class Line:
                 arrived, sample = next(arriving)
                 waiting[arrived] = sample
             yield waiting.pop(number)
+
+
+def _numbers(piece: Piece) -> range:
+    return range(piece.first, piece.first + piece.stop - piece.start)
 
 
 def _one_by_one(samples: Iterator[RawSample | Lost]) -> Iterator[RawSample | Lost]:

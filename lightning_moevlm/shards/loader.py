@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypedDict
 
 import torch.distributed as dist
@@ -25,11 +26,13 @@ from torch.utils.data import DataLoader
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
+from lightning_moevlm.shards.batch_stream import BatchStream
 from lightning_moevlm.shards.device_stage import DeviceStage
 from lightning_moevlm.shards.faults import Cause
 from lightning_moevlm.shards.line import Place
-from lightning_moevlm.shards.reader import BatchStream, Cursor, Delivery, Failure, Places, Reader
+from lightning_moevlm.shards.reader import Cursor, Delivery, Failure, Places, Reader
 from lightning_moevlm.shards.rooms import Rooms, private_bytes, shared_bytes, unpacked
+from lightning_moevlm.shards.spread import spread
 
 _JUDGED_FROM = 1000
 """Samples over which the first losses are judged, so that one bad sample at the start is not a share of one."""
@@ -122,18 +125,9 @@ class ShardLoader:
         """
         self._cursor = self._next_start()
         self._resume_here = False
-        rooms = self._rooms()
-        loader: DataLoader[Delivery | Failure] = DataLoader(
-            BatchStream(self._reader, self._cursor, self._reader.num_batches, rooms),
-            batch_size=None,
-            num_workers=self._num_workers,
-            collate_fn=_unchanged,
-            pin_memory=self._pins,
-        )
-        unpacking = _unpacked(loader, rooms)
-        arriving = unpacking if self._stage is None else self._stage(unpacking, self._cursor)
+        arriving = self._arriving()
         before = Counter(self.lost)
-        for delivery in arriving:
+        for delivery in arriving if self._stage is None else self._stage(arriving, self._cursor):
             if isinstance(delivery, Failure):
                 raise UserError(delivery.message)
             self._take(delivery)
@@ -153,6 +147,24 @@ class ShardLoader:
     @property
     def _pins(self) -> bool:
         return self._stage is not None and self._stage.device.type == "cuda"
+
+    def _arriving(self) -> Iterator[Delivery | Failure]:
+        start = self._cursor
+        if not self._reader.may_be_empty:
+            return self._read_from(start)
+        # what fills an empty batch depends on those before it
+        return islice(spread(self._read_from(replace(start, batch=0))), start.batch, None)
+
+    def _read_from(self, start: Cursor) -> Iterator[Delivery | Failure]:
+        rooms = self._rooms()
+        loader: DataLoader[Delivery | Failure] = DataLoader(
+            BatchStream(self._reader, start, self._reader.num_batches, rooms),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_unchanged,
+            pin_memory=self._pins,
+        )
+        return _unpacked(loader, rooms)
 
     def _take(self, delivery: Delivery) -> None:
         """Move on to the place behind a batch, and count."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
 from lightning_moevlm.schedules import Ramp, Schedule, value_at
+from lightning_moevlm.url_secrets import without_url_secrets
 
 Modality = Literal["pair", "image", "text"]
 _GOLDEN = (5**0.5 - 1) / 2
@@ -64,7 +65,7 @@ class Source:
     def __post_init__(self) -> None:
         ends = (self.weight.start, self.weight.stop) if isinstance(self.weight, Ramp) else (self.weight,)
         if min(ends) < 0:
-            raise UserError(f"the weight of source {self.root} is {self.weight}: give 0 or more")
+            raise UserError(f"the weight of source {without_url_secrets(self.root)} is {self.weight}: give 0 or more")
 
     def weight_at(self, step: int) -> float:
         """Return the weight when `step` optimiser steps are done."""
@@ -157,6 +158,8 @@ def in_order(batches: Mapping[int, Batch]) -> list[int]:
 def joined(batches: Mapping[int, Batch], num_sources: int) -> Batch:
     """Make one batch of the sources' batches, by number of the source: pairs, then images alone, then texts alone."""
     per_source = tuple(batches[k].num_samples if k in batches else 0 for k in range(num_sources))
+    if not batches:
+        return Batch(None, None, None, (), 0, per_source)
     if len(batches) == 1:
         (only,) = batches.values()
         return only._replace(num_pairs=only.pairs, per_source=per_source)

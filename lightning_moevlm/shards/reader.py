@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
@@ -31,7 +30,7 @@ from lightning_moevlm.shards.order import (
     train_batches,
     train_stretch,
 )
-from lightning_moevlm.shards.rooms import Allocate, Packer, Parcel, Rooms
+from lightning_moevlm.shards.rooms import Allocate, Parcel
 from lightning_moevlm.shards.source import RawSample
 
 Places = tuple[tuple[Place, ...], ...]
@@ -100,6 +99,11 @@ class Reader(ABC):
     @abstractmethod
     def num_batches(self) -> int:
         """Batches of one epoch on this rank."""
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether a batch may have lost all its samples."""
+        return False
 
     @property
     @abstractmethod
@@ -268,6 +272,11 @@ class FixedReader(Reader):
         return sum(self._batches)
 
     @property
+    def may_be_empty(self) -> bool:
+        """Without a second pass, nothing takes the place of what was lost."""
+        return self.tolerant
+
+    @property
     def order(self) -> dict[str, object]:
         """All that the order of batches depends on."""
         return {
@@ -283,7 +292,7 @@ class FixedReader(Reader):
         return Cursor(before.epoch + 1, 0)
 
     def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
-        """Yield the stream's batches; one that has lost all its samples ends the evaluation."""
+        """Yield the stream's batches; one that has lost all its samples is empty."""
         offset = 0
         for k, batches in enumerate(self._batches):
             own = [batch for batch in range(batches) if (offset + batch) % self.num_streams == stream]
@@ -313,13 +322,13 @@ class FixedReader(Reader):
                 samples.append(sample)
             else:
                 lost.append(self._met(sample))
-        if not samples:
-            raise UserError(f"a whole batch of {source.name} to evaluate on is lost: {lost[-1].message}")
-        batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
+        batches: dict[int, Batch] = {}
+        if samples:
+            batches[k] = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
         causes = Counter(sample.cause for sample in lost)
         last_words = lost[-1].message if lost else ""
         images = source.collate.encoded(samples, len(samples))
-        return Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_words, images)
+        return Delivery(joined(batches, len(self.sources)), (), dict(causes), last_words, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:
@@ -329,42 +338,6 @@ class FixedReader(Reader):
     def _stretch(self, k: int, batch: int) -> Stretch:
         number = fixed_number(batch, self._batches[k], self.num_streams)
         return fixed_stretch(self.sources[k].num_samples, self._batches[k], self.rank, number)
-
-
-class BatchStream(IterableDataset[Delivery | Failure]):
-    """What one loader worker runs: its streams of the reader in turns, from the cursor on.
-
-    batches: where the epoch ends. rooms: for the batches of every worker, or of this process if there is none.
-    """
-
-    def __init__(self, reader: Reader, start: Cursor, batches: int, rooms: Sequence[Rooms]) -> None:
-        self._reader = reader
-        self._start = start
-        self._batches = batches
-        self._rooms = rooms
-
-    def __iter__(self) -> Iterator[Delivery | Failure]:
-        """Yield this worker's batches; a user's mistake ends the stream as a `Failure`."""
-        worker = get_worker_info()
-        try:
-            if worker is None:
-                yield from self._deliveries(0, 1, self._rooms[0].allocate)
-                return
-            packer = Packer(self._rooms[worker.id], worker.id)
-            for delivery in self._deliveries(worker.id, worker.num_workers, packer.allocate):
-                batch, parcel = packer.packed(delivery.batch)
-                yield delivery._replace(batch=batch, parcel=parcel)
-        except UserError as error:
-            yield Failure(str(error))
-
-    def _deliveries(self, worker_id: int, num_workers: int, allocate: Allocate) -> Iterator[Delivery]:
-        streams: dict[int, Iterator[Delivery]] = {}
-        # the loader asks worker 0 first: it must hold the stream that the next batch belongs to
-        for batch in range(self._start.batch + worker_id, self._batches, num_workers):
-            stream = batch % self._reader.num_streams
-            if stream not in streams:
-                streams[stream] = self._reader.stream(self._start, stream, allocate)
-            yield next(streams[stream])
 
 
 class _Taker:

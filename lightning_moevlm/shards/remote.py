@@ -3,24 +3,28 @@
 Drivers differ in what they raise, so at this border any error of theirs means that the storage did not answer; it
 is tried again unless the answer was a clear no. The pause before try n is drawn from [0, backoff * 2^n] ("full
 jitter"), so that many readers do not come back at once. Addresses are shown without credentials: neither the part
-before @ nor a query (signatures stand there) reaches a message. Keys and endpoints come from the environment, as
+before @ nor a query (signatures stand there) reaches a message, or what
+a driver logs. Keys and endpoints come from the environment, as
 each driver documents it (`AWS_*`, `FSSPEC_S3_*`, `GOOGLE_APPLICATION_CREDENTIALS`).
 """
 
+import asyncio
+import logging
 import random
-import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import fsspec
+from fsspec.asyn import sync
 from fsspec.callbacks import Callback
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import ShardFault
 from lightning_moevlm.shards.manifest import ShardEntry, check_size
+from lightning_moevlm.shards.stop import Stop, StoppedError
+from lightning_moevlm.url_secrets import MASK, without_url_secrets
 
 T = TypeVar("T")
 
@@ -30,6 +34,8 @@ _PIECE_BYTES = 8 * 2**20
 _LONGEST_PAUSE_S = 30.0
 _SILENCE_S = 60
 """A server that sends nothing for so long is taken for gone."""
+_NOTICED_S = 0.1
+"""A transfer that is not wanted any more ends after so long at the latest, however silent its server."""
 _TRY_AGAIN = (408, 425, 429)
 _chance = random.SystemRandom()  # never the generators that a run seeds
 
@@ -61,26 +67,27 @@ class RemoteFolder:
 
         """
         system, path = self._open_system(file)
-        return self._try(file, lambda: bytes(system.cat_file(path)), lambda: 0)
+        return self._try(file, lambda: bytes(system.cat_file(path)), lambda: 0, Stop())
 
-    def download(self, entry: ShardEntry, out: BinaryIO) -> None:
+    def download(self, entry: ShardEntry, out: BinaryIO, stop: Stop) -> None:
         """Write a shard to `out`, from its beginning; a connection that breaks is taken up where it broke.
 
         Raises:
             ShardFault: if it is missing, its storage does not answer, or its size is not the manifest's.
             UserError: if `out` cannot be written.
+            StoppedError: if asked to stop.
 
         """
         sink = _Sink(out, entry, self.place(entry.file))
         system, path = self._open_system(entry.file)
         if self.protocol in HTTP:
-            self._try(entry.file, lambda: self._stream(system, path, sink), lambda: sink.furthest)
+            self._try(entry.file, lambda: self._stream(system, path, sink, stop), lambda: sink.furthest, stop)
         else:
-            size = self._try(entry.file, lambda: system.info(path)["size"], lambda: 0)
+            size = self._try(entry.file, lambda: _called(system, "info", stop, path)["size"], lambda: 0, stop)
             check_size(size, entry, sink.place)
-            self._try(entry.file, lambda: self._piecewise(system, path, sink), lambda: sink.furthest)
+            self._try(entry.file, lambda: self._piecewise(system, path, sink, stop), lambda: sink.furthest, stop)
 
-    def _stream(self, system: Any, path: str, sink: "_Sink") -> None:
+    def _stream(self, system: Any, path: str, sink: "_Sink", stop: Stop) -> None:
         """Go on from where the sink is; a server that ignores the range is read from the beginning."""
         if sink.tell() == sink.entry.num_bytes:
             return
@@ -88,13 +95,13 @@ class RemoteFolder:
         headers = {**_HTTP_HEADERS}
         if sink.tell():
             headers["Range"] = f"bytes={sink.tell()}-"
-        system.get_file(path, sink, callback=sink.answer, headers=headers)
+        _called(system, "get_file", stop, path, sink, callback=sink.answer, headers=headers)
         sink.check_whole()
 
-    def _piecewise(self, system: Any, path: str, sink: "_Sink") -> None:
+    def _piecewise(self, system: Any, path: str, sink: "_Sink", stop: Stop) -> None:
         while sink.tell() < sink.entry.num_bytes:
             end = min(sink.tell() + _PIECE_BYTES, sink.entry.num_bytes)
-            piece = system.cat_file(path, start=sink.tell(), end=end)
+            piece = _called(system, "cat_file", stop, path, start=sink.tell(), end=end)
             if not piece:
                 break
             sink.write(piece)
@@ -102,6 +109,8 @@ class RemoteFolder:
 
     def _open_system(self, file: str) -> tuple[Any, str]:
         """Return fsspec's file system, which it keeps per process, and the file's path in it."""
+        for logger in _DRIVERS:
+            logging.getLogger(logger).addFilter(_DISCRETION)  # twice is once
         parts = urlsplit(self.url)
         name = quote(file) if self.protocol in HTTP else file
         url = urlunsplit(parts._replace(path="/".join((parts.path.rstrip("/"), name))))
@@ -116,12 +125,12 @@ class RemoteFolder:
         except ValueError as error:
             raise UserError(f"data root {self.place()} cannot be opened: {self._masked(str(error))}") from None
 
-    def _try(self, file: str, action: Callable[[], T], progress: Callable[[], int]) -> T:
+    def _try(self, file: str, action: Callable[[], T], progress: Callable[[], int], stop: Stop) -> T:
         failures, reached = 0, progress()
         while True:
             try:
                 return action()
-            except UserError:
+            except (UserError, StoppedError):
                 raise
             except Exception as error:  # whatever a driver raises
                 where, why = self.place(file), self._masked(f"{type(error).__name__}: {error}")
@@ -137,15 +146,28 @@ class RemoteFolder:
                         "shard_unreachable",
                         f"{where} {times} ({why}); check address, credentials in the environment, and network",
                     ) from None
-            time.sleep(_chance.uniform(0, min(_LONGEST_PAUSE_S, self.backoff_s * 2**failures)))
+            stop.pause(_chance.uniform(0, min(_LONGEST_PAUSE_S, self.backoff_s * 2**failures)))
 
     def _masked(self, text: str) -> str:
         parts = urlsplit(self.url)
         for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
-            text = text.replace(secret, "***") if secret else text
-        text = re.sub(r"(?<=://)[^/@\s'\"]+(?=@)", "***", text)
-        return re.sub(r"(?<=\?)[^\s'\")]+", "***", text)
+            text = text.replace(secret, MASK) if secret else text
+        return without_url_secrets(text)
 
+
+class _Discretion(logging.Filter):
+    """Masks addresses in what drivers log, which some do at the level DEBUG; errors with their traceback included."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_url_secrets(record.getMessage()), ()
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = without_url_secrets(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
+        return True
+
+
+_DRIVERS = ("fsspec", "fsspec.http", "fsspec.asyn", "aiohttp.client", "aiohttp.internal", "asyncio", "s3fs", "gcsfs")
+_DISCRETION = _Discretion()
 
 _HTTP_HEADERS = {"Accept-Encoding": "identity"}
 """A packed transfer could unpack to any size, and could not be resumed."""
@@ -212,6 +234,26 @@ class _Sink:
 
     def close(self) -> None:
         pass
+
+
+def _called(system: Any, method: str, stop: Stop, *arguments: Any, **options: Any) -> Any:
+    """Call a driver, and break its transfer off when asked to stop."""
+    stop.check()
+    if not system.async_impl:
+        return getattr(system, method)(*arguments, **options)
+    # what fsspec's own `get_file` and so on do; those could not be woken while a server is silent
+    return sync(system.loop, _attended, getattr(system, f"_{method}")(*arguments, **options), stop)
+
+
+async def _attended(transfer: Coroutine[Any, Any, Any], stop: Stop) -> Any:
+    task = asyncio.ensure_future(transfer)
+    while not task.done():
+        await asyncio.wait({task}, timeout=_NOTICED_S)
+        if stop.asked:
+            task.cancel()
+    if task.cancelled():
+        raise StoppedError
+    return task.result()
 
 
 def _patience() -> Any:

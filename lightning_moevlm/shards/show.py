@@ -17,11 +17,11 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.decode import CAPTION_EXTENSION, decode_caption
 from lightning_moevlm.shards.faults import Lost
 from lightning_moevlm.shards.look import modality_of, picture_extension, picture_size, thumbnail
-from lightning_moevlm.shards.manifest import Manifest, Split, read_manifest
+from lightning_moevlm.shards.manifest import Manifest, Split
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.source import RawSample, read_shard
 from lightning_moevlm.shards.storage import ShardStorage
-from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer
+from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 
 SHOWN_SIDE = 320
 """Pixels; larger pictures are shown scaled, smaller ones as the bytes that they are."""
@@ -64,7 +64,7 @@ class Page(NamedTuple):
     lost: tuple[str, ...]
 
 
-def write_page(root: Path, split: Split, num_samples: int, containing: str | None, path: Path) -> Page:
+def write_page(storage: ShardStorage, split: Split, num_samples: int, containing: str | None, path: Path) -> Page:
     """Write the first samples of a split (those that contain a text, if one is given) to an HTML file.
 
     containing: what the key, the caption or the json member must hold, in upper or lower case.
@@ -76,13 +76,13 @@ def write_page(root: Path, split: Split, num_samples: int, containing: str | Non
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}, but a page shows at least 1")
-    manifest = read_manifest(root)
-    tokenizer = load_tokenizer(root, manifest.tokenizer)
+    manifest = storage.manifest()
+    tokenizer = storage.tokenizer(manifest.tokenizer)
     lost: list[Lost] = []
-    chosen = list(islice(_chosen(root, manifest, split, containing, lost), num_samples))
+    chosen = list(islice(_chosen(storage, manifest, split, containing, lost), num_samples))
     if not chosen and not lost:
         raise UserError(
-            f"no sample of the {split} split of {root} contains {containing!r}; try another --containing or --split"
+            f"no sample of the {split} split of {storage} contains {containing!r}; try another --containing or --split"
         )
     samples = tuple(_shown(sample, manifest, tokenizer) for sample in track(chosen, len(chosen), "showing samples"))
     page = Page(manifest, split, modality_of(manifest), manifest.num_samples(split), containing, samples, _told(lost))
@@ -94,11 +94,11 @@ def write_page(root: Path, split: Split, num_samples: int, containing: str | Non
 
 
 def _chosen(
-    root: Path, manifest: Manifest, split: Split, containing: str | None, lost: list[Lost]
+    storage: ShardStorage, manifest: Manifest, split: Split, containing: str | None, lost: list[Lost]
 ) -> Iterator[RawSample]:
     wanted = None if containing is None else containing.casefold()
     for shard in manifest.splits[split]:
-        for sample in read_shard(ShardStorage(str(root)), shard, frozenset(manifest.members)):
+        for sample in read_shard(storage, shard, frozenset(manifest.members)):
             if isinstance(sample, Lost):
                 lost.append(sample)
             elif wanted is None or wanted in _searched(sample):

@@ -10,15 +10,13 @@ exactly the samples that WebDataset gives. Only wanted extensions are ever looke
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 from webdataset.tariterators import base_plus_ext
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import Lost, ShardFault
 from lightning_moevlm.shards.manifest import ShardEntry
-from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
 
 _META = re.compile(r"__[^/]*__($|/)")
@@ -32,24 +30,29 @@ def _split(name: str) -> tuple[str, str]:
     return (base, extension) if base is not None and extension is not None else ("", "")
 
 
+class Shelf(Protocol):
+    """What shards are taken from: a set's storage, or something before it that opens them ahead."""
+
+    def place(self, file: str) -> str:
+        """Return where a file of the set lies, without credentials, for messages."""
+        ...
+
+    def open(self, entry: ShardEntry) -> BinaryIO:
+        """Open the verified shard for reading.
+
+        Raises:
+            ShardFault: if nothing of it can be used.
+
+        """
+        ...
+
+
 class RawSample(NamedTuple):
     """An undecoded sample. shard: file it came from. members: bytes by file extension, every one that was wanted."""
 
     key: str
     shard: str
     members: Mapping[str, bytes]
-
-
-def refuse_remote(root: str) -> Path:
-    """Return the folder of a set.
-
-    Raises:
-        UserError: if `root` is a URL or a pipe; data never reaches a shell.
-
-    """
-    if "://" in root or root.startswith(("pipe:", "|")):
-        raise UserError(f"data root is {root!r}, but sets are read from local folders only; copy it and give its path")
-    return Path(root)
 
 
 def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
@@ -65,7 +68,7 @@ def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
         yield sample
 
 
-def read_shard(storage: ShardStorage, entry: ShardEntry, wanted: frozenset[str]) -> Iterator[RawSample | Lost]:
+def read_shard(shelf: Shelf, entry: ShardEntry, wanted: frozenset[str]) -> Iterator[RawSample | Lost]:
     """Yield a shard's samples in order, each with its members of the wanted extensions, and what is lost.
 
     The samples and the `num_samples` of the losses add up to `entry.num_samples`, the same at every reading. Bad
@@ -76,9 +79,9 @@ def read_shard(storage: ShardStorage, entry: ShardEntry, wanted: frozenset[str])
     - of two samples with one key the second is lost, and so is a sample that lacks a wanted member;
     - samples beyond the manifest's number are left out, and a loss of 0 samples says so at the end.
     """
-    place = storage.place(entry.file)
+    place = shelf.place(entry.file)
     try:
-        with storage.open(entry) as stream:
+        with shelf.open(entry) as stream:
             members = tar_members(stream, lambda name: _split(name)[1].lower() in wanted)
             yield from _accounted(_groups(members, wanted), entry, wanted, place)
     except ShardFault as fault:

@@ -24,6 +24,7 @@ from lightning_moevlm.shards.manifest import (
     read_manifest,
 )
 from lightning_moevlm.shards.remote import RemoteFolder
+from lightning_moevlm.shards.stop import Stop
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer, load_tokenizer, parse_tokenizer
 
 PROTOCOLS = ("file", "http", "https", "s3", "gs")
@@ -115,7 +116,7 @@ class ShardStorage:
             return load_tokenizer(self.folder, entry)
         return parse_tokenizer(self._remote.read(entry.file), entry, self.place(entry.file))
 
-    def local_path(self, entry: ShardEntry) -> Path:
+    def local_path(self, entry: ShardEntry, stop: Stop | None = None) -> Path:
         """Return the shard as a local file that has the size and the sha256 of the manifest.
 
         A shard of a folder is read for that once per process, and again when the file has been touched.
@@ -123,6 +124,7 @@ class ShardStorage:
         Raises:
             ShardFault: if the shard is missing, unreachable, truncated or altered.
             UserError: if the cache cannot be written.
+            StoppedError: if asked to stop.
 
         """
         if self.folder is not None:
@@ -135,19 +137,26 @@ class ShardStorage:
                 return path
             except OSError as error:
                 raise _unreadable(self.place(entry.file), error) from None
-        remote = self._remote
-        return self._cache.path(self.place(entry.file), entry, lambda out: remote.download(entry, out))
+        remote, stop = self._remote, stop or Stop()
+        return self._cache.path(self.place(entry.file), entry, lambda out: remote.download(entry, out, stop), stop)
 
-    def open(self, entry: ShardEntry) -> BinaryIO:
+    def fits_beside(self, entry: ShardEntry, other: ShardEntry) -> bool:
+        """Tell whether there is a cache for the shard, with room for another one."""
+        if self.folder is not None:
+            return False
+        return self._cache.max_bytes is None or entry.num_bytes + other.num_bytes <= self._cache.max_bytes
+
+    def open(self, entry: ShardEntry, stop: Stop | None = None) -> BinaryIO:
         """Open the verified shard for reading.
 
         Raises:
             ShardFault: if the shard is missing, unreachable, truncated or altered.
             UserError: if the cache cannot be written.
+            StoppedError: if asked to stop.
 
         """
         for _ in range(_OPENINGS):
-            path = self.local_path(entry)
+            path = self.local_path(entry, stop)
             try:
                 return path.open("rb", buffering=_BUFFER_BYTES)
             except FileNotFoundError:

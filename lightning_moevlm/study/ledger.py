@@ -22,7 +22,7 @@ import psutil
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.plan import Plan, PlannedRun
-from lightning_moevlm.tracking.masking import masked_url
+from lightning_moevlm.url_secrets import without_url_secrets
 
 STATE_FILE = "state.json"
 _STORE_FILE = "tracking.txt"
@@ -142,7 +142,7 @@ def check_store(folder: Path, uri: str) -> None:
     Raises:
         UserError: where the study's runs are in another store.
     """
-    file, here = folder / _STORE_FILE, masked_url(uri)
+    file, here = folder / _STORE_FILE, without_url_secrets(uri)
     if file.exists() and (before := file.read_text(encoding="utf-8").strip()) != here:
         raise UserError(
             f"the runs of this study are in {before}, but the tracking URI is now {here}: set it back "
@@ -152,7 +152,7 @@ def check_store(folder: Path, uri: str) -> None:
 
 def keep_store(folder: Path, uri: str) -> None:
     """Remember in which MLflow store a study's runs are, secrets masked."""
-    write_whole(folder / _STORE_FILE, masked_url(uri) + "\n")
+    write_whole(folder / _STORE_FILE, without_url_secrets(uri) + "\n")
 
 
 def living_process(state: RunState) -> psutil.Process | None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking.masking import MASK, masked_url
 from lightning_moevlm.tracking.outbox import JOURNAL, Outbox, Waiting
 from lightning_moevlm.tracking.run_writer import RunWriter
 from lightning_moevlm.tracking.silence import Silence
+from lightning_moevlm.url_secrets import MASK, without_url_secrets
 
 
 class Delivery(StrEnum):
@@ -87,7 +87,7 @@ def _answers(store: str) -> bool:
 def _store(outbox: Outbox, uri: str) -> str:
     """Return the tracking URI, credentials and all, of an outbox's store."""
     store = outbox.address.store
-    if store == masked_url(uri):
+    if store == without_url_secrets(uri):
         return uri
     if MASK in store:
         raise UserError(

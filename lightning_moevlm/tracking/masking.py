@@ -1,8 +1,8 @@
 """Secrets do not belong in a run: what looks like one is logged as ***.
 
 A text value is a secret if its key says so (`api_key`, `hf_token`, `password` ...), if an environment
-variable with such a name holds it (`${oc.env:...}` is written out resolved), or if it stands before the @ of
-a URL. `mask_token: "[MASK]"` and other vocabulary is none.
+variable with such a name holds it (`${oc.env:...}` is written out resolved), or if it stands before the @ or in
+the query of a URL. `mask_token: "[MASK]"` and other vocabulary is none.
 """
 
 import re
@@ -11,7 +11,8 @@ from itertools import pairwise
 
 import yaml
 
-MASK = "***"
+from lightning_moevlm.url_secrets import MASK, without_url_secrets
+
 _ALWAYS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
 _KEY_KINDS = {"api", "access", "private", "secret", "auth", "encryption", "signing"}
 _VOCABULARY = frozenset(
@@ -33,7 +34,6 @@ _VOCABULARY = frozenset(
     )
 )
 _SHORTEST_SECRET = 8  # characters; shorter values of environment variables occur in texts by chance
-_URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
 
 
 def is_secret_key(key: str) -> bool:
@@ -86,13 +86,8 @@ def masked_argv(argv: Sequence[str], environment: Mapping[str, str]) -> list[str
     return clean
 
 
-def masked_url(url: str) -> str:
-    """Return a text with the credentials of the URLs in it (`//user:password@`) replaced."""
-    return _URL_CREDENTIALS.sub(MASK, url)
-
-
 def _without_known_secrets(text: str, environment: Mapping[str, str]) -> str:
     for name, value in environment.items():
         if len(value) >= _SHORTEST_SECRET and value in text and is_secret_key(name):
             text = text.replace(value, MASK)
-    return masked_url(text)
+    return without_url_secrets(text)

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking.masking import masked_url
 from lightning_moevlm.tracking.metric_names import LONGEST_NAME, MetricNames
 from lightning_moevlm.tracking.outbox import Address, Outbox
 from lightning_moevlm.tracking.point_buffer import PointBuffer
@@ -40,6 +39,7 @@ from lightning_moevlm.tracking.runs import Point
 from lightning_moevlm.tracking.series_images import series_image_files
 from lightning_moevlm.tracking.silence import Silence
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
+from lightning_moevlm.url_secrets import without_url_secrets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -251,8 +251,8 @@ class RunLogger(MLFlowLogger):
             waiting = outbox.count()
             _warn(
                 f"{waiting.points} points and {waiting.files} files of run {self.run_id} were not delivered to "
-                f"{masked_url(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: moevlm deliver "
-                f"{self.run_dir}"
+                f"{without_url_secrets(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: "
+                f"moevlm deliver {self.run_dir}"
             )
         outbox.release()
 
@@ -260,7 +260,7 @@ class RunLogger(MLFlowLogger):
     def _kept(self) -> Outbox:
         if self._outbox is None:
             assert self.run_id is not None
-            self._outbox = Outbox(self.run_dir, Address(masked_url(self._tracking_uri), self.run_id))
+            self._outbox = Outbox(self.run_dir, Address(without_url_secrets(self._tracking_uri), self.run_id))
         return self._outbox
 
     def _keep_waiting(self) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking.masking import masked_url
 from lightning_moevlm.tracking.metric_names import safe_name
+from lightning_moevlm.url_secrets import without_url_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -90,7 +90,7 @@ def reopen_run(client: "MlflowClient", run_id: str, shown_uri: str) -> OpenRun:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise UserError(
-            f"there is no run {run_id!r} in {masked_url(shown_uri)}: give the id of one that is there, "
+            f"there is no run {run_id!r} in {without_url_secrets(shown_uri)}: give the id of one that is there, "
             "or leave run_id out to start a new one"
         ) from error
     if run.info.lifecycle_stage == "deleted":

@@ -5,8 +5,8 @@ Training must not die of its bookkeeping, and a sweep must not die of one lost a
 
 from collections.abc import Callable
 
-from lightning_moevlm.tracking.masking import masked_url
 from lightning_moevlm.tracking.store import impatient_requests, reason_of
+from lightning_moevlm.url_secrets import without_url_secrets
 
 
 class Silence:
@@ -17,7 +17,7 @@ class Silence:
     """
 
     def __init__(self, uri: str, tell: Callable[[str], None], what: str) -> None:
-        self._shown_uri = masked_url(uri)
+        self._shown_uri = without_url_secrets(uri)
         self._tell = tell
         self._what = what
         self._reason = ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking.masking import masked_url
+from lightning_moevlm.url_secrets import without_url_secrets
 
 DEFAULT_RUNS_DIR = Path("runs")
 _DATABASE_NAME = "mlflow.db"
@@ -46,7 +46,7 @@ def resolve_tracking_uri(uri: str | None) -> str:
             f"{_ALLOWED}; write {_EXAMPLE}, or move old runs with `mlflow migrate-filestore`"
         )
     raise UserError(
-        f"tracking URI {masked_url(chosen)!r} has the scheme {scheme!r}: {_ALLOWED}; "
+        f"tracking URI {without_url_secrets(chosen)!r} has the scheme {scheme!r}: {_ALLOWED}; "
         "for another database start an MLflow server in front of it and give the server's address"
     )
 
@@ -115,7 +115,7 @@ def reason_of(error: BaseException) -> str:
     while (deeper := error.__cause__ or error.__context__) is not None:
         error = deeper
     lines = str(error).splitlines() or [type(error).__name__]
-    return masked_url(lines[0])[:200]
+    return without_url_secrets(lines[0])[:200]
 
 
 def _create(path: Path) -> None:
@@ -196,7 +196,7 @@ def _ask_server(uri: str) -> None:
     except MlflowException as error:
         port = urlsplit(uri).port or 5000
         raise UserError(
-            f"tracking URI {masked_url(uri)} does not answer as an MLflow server ({reason_of(error)}): "
+            f"tracking URI {without_url_secrets(uri)} does not answer as an MLflow server ({reason_of(error)}): "
             f"start one, `mlflow server --host 127.0.0.1 --port {port} --backend-store-uri {_EXAMPLE}`, "
             "or unset tracking_uri and MLFLOW_TRACKING_URI to use SQLite"
         ) from error

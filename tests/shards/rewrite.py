@@ -24,3 +24,17 @@ def rewrite_shard(root: Path, split: Split, number: int, change: Callable[[str, 
             tar.addfile(info, io.BytesIO(changed))
     entries[number] = replace(entries[number], num_bytes=path.stat().st_size, sha256=file_sha256(path))
     replace(manifest, splits={**manifest.splits, split: tuple(entries)}).write(root)
+
+
+def spoil_first(root: Path, split: Split, num_samples: int) -> None:
+    """Make the pictures of a split's first samples undecodable; they lie in its first shard."""
+    spoilt: set[str] = set()
+
+    def spoil(name: str, data: bytes) -> bytes:
+        if name.endswith(".jpg") and (len(spoilt) < num_samples):
+            spoilt.add(name)
+            return b"no picture"
+        return data
+
+    rewrite_shard(root, split, 0, spoil)
+    assert len(spoilt) == num_samples

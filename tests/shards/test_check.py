@@ -13,6 +13,7 @@ from lightning_moevlm.shards.convert.convert import Effort, Form, Terms, convert
 from lightning_moevlm.shards.convert.picture import Wish
 from lightning_moevlm.shards.convert.tables import Columns, CsvSource
 from lightning_moevlm.shards.manifest import file_sha256, read_manifest
+from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.sources import caption, csv_source, picture, write_csv
 
 
@@ -39,7 +40,7 @@ def _rewrite(root: Path, number: int, name_ends: str, data: bytes | None) -> str
 
 
 def test_a_good_set_has_no_problems(scenes_root: Path) -> None:
-    report = check_set(scenes_root)
+    report = check_set(ShardStorage(str(scenes_root)))
     assert report.problems == ()
     assert [card.split for card in report.cards] == ["train", "val", "test"]
     manifest = read_manifest(scenes_root)
@@ -54,7 +55,7 @@ def test_every_problem_is_found(scenes_copy: Path) -> None:
     caption = _rewrite(scenes_copy, 2, ".txt", b"  ")
     gone = _rewrite(scenes_copy, 3, ".txt", None)
     (scenes_copy / "val-000000.tar").unlink()
-    problems = check_set(scenes_copy).problems
+    problems = check_set(ShardStorage(str(scenes_copy))).problems
     assert len(problems) == 5
     for problem, part in zip(
         problems,
@@ -74,20 +75,20 @@ def test_a_key_that_occurs_twice(scenes_copy: Path) -> None:
     manifest = read_manifest(scenes_copy)
     shards = (*manifest.splits["train"], manifest.splits["train"][0])
     replace(manifest, splits={**manifest.splits, "train": shards}).write(scenes_copy)
-    problems = check_set(scenes_copy).problems
+    problems = check_set(ShardStorage(str(scenes_copy))).problems
     assert len(problems) == shards[0].num_samples
     assert all("occurs twice" in problem for problem in problems)
 
 
 def test_a_missing_tokenizer(scenes_copy: Path) -> None:
     (scenes_copy / "tokenizer.json").unlink()
-    (problem,) = check_set(scenes_copy).problems
+    (problem,) = check_set(ShardStorage(str(scenes_copy))).problems
     assert "tokenizer.json is missing" in problem
 
 
 def test_contact_sheet_shows_the_pictures(scenes_root: Path, tmp_path: Path) -> None:
     path = tmp_path / "sheets" / "val.png"
-    write_contact_sheet(scenes_root, read_manifest(scenes_root), "val", 12, path)
+    write_contact_sheet(ShardStorage(str(scenes_root)), read_manifest(scenes_root), "val", 12, path)
     sheet = np.asarray(Image.open(path).convert("RGB"))
     assert [p.name for p in path.parent.iterdir()] == ["val.png"]
     assert sheet.shape[1] == 6 * 172 + 12
@@ -116,7 +117,7 @@ def test_the_card_counts_what_occurs_twice(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "split"], rows)
     source = CsvSource(table, None, None, Columns("image", "caption", None, "split"))
     convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
-    report = check_set(tmp_path / "set")
+    report = check_set(ShardStorage(str(tmp_path / "set")))
     assert report.problems == () and report.faults == {}
     duplicates = [(card.duplicates_within, card.duplicates_across) for card in report.cards]
     assert duplicates == [(1, 0), (0, 1), (0, 0)]
@@ -133,11 +134,11 @@ def test_sets_of_one_modality_have_a_card_and_a_sheet(tmp_path: Path) -> None:
     ):
         source = CsvSource(table, tmp_path / "pictures", name, columns)
         convert(source, tmp_path / name, Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
-        report = check_set(tmp_path / name)
+        report = check_set(ShardStorage(str(tmp_path / name)))
         assert report.problems == () and {card.modality for card in report.cards} == {modality}
         assert all((card.caption_max > 0) is (name == "t") for card in report.cards)
         assert all((card.side_max > 0) is (name == "p") for card in report.cards)
-        write_contact_sheet(tmp_path / name, report.manifest, "val", 6, tmp_path / "sheet.png")
+        write_contact_sheet(ShardStorage(str(tmp_path / name)), report.manifest, "val", 6, tmp_path / "sheet.png")
         sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
         assert (sheet[13:170, 13:170] < 90).any()  # something is drawn in the first tile
 
@@ -148,7 +149,7 @@ def test_faults_are_counted_by_cause(scenes_copy: Path) -> None:
     _rewrite(scenes_copy, 2, ".json", b"{no json")
     (scenes_copy / "val-000000.tar").unlink()
     manifest = read_manifest(scenes_copy)
-    report = check_set(scenes_copy)
+    report = check_set(ShardStorage(str(scenes_copy)))
     assert report.faults == {
         "image_undecodable": 1,
         "json_malformed": 1,

@@ -8,6 +8,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.codebook import Codebook, load_codebook, save_codebook, standardised_patches
 from lightning_moevlm.shards.fit_codebook import fit_codebook
 from lightning_moevlm.shards.manifest import read_manifest
+from lightning_moevlm.shards.storage import ShardStorage
 
 
 def test_patch_layout_by_hand() -> None:
@@ -48,10 +49,10 @@ def test_codes_are_the_nearest_centres() -> None:
 
 
 def test_fit_save_load(scenes_root: Path, tmp_path: Path) -> None:
-    fitted = fit_codebook(scenes_root, 32, 8, seed=0, max_samples=100)
+    fitted = fit_codebook(ShardStorage(str(scenes_root)), 32, 8, seed=0, max_samples=100)
     assert fitted.centroids_CQ.shape == (32, 192) and fitted.centroids_CQ.dtype == torch.float32
     assert fitted.manifest_digest == read_manifest(scenes_root).digest
-    assert torch.equal(fitted.centroids_CQ, fit_codebook(scenes_root, 32, 8, 0, 100).centroids_CQ)
+    assert torch.equal(fitted.centroids_CQ, fit_codebook(ShardStorage(str(scenes_root)), 32, 8, 0, 100).centroids_CQ)
     save_codebook(fitted, tmp_path / "c.safetensors")
     loaded = load_codebook(tmp_path / "c.safetensors")
     assert torch.equal(loaded.centroids_CQ, fitted.centroids_CQ)
@@ -63,7 +64,7 @@ def test_fit_save_load(scenes_root: Path, tmp_path: Path) -> None:
 def test_codes_describe_pictures_better_than_one_centre_would(scenes_root: Path) -> None:
     from lightning_moevlm.shards.datamodule import ShardDataModule
 
-    codebook = fit_codebook(scenes_root, 64, 8, seed=0, max_samples=200)
+    codebook = fit_codebook(ShardStorage(str(scenes_root)), 64, 8, seed=0, max_samples=200)
     data = ShardDataModule(str(scenes_root), 12, 32, 16, 400)
     images_BRYX = next(iter(data.val_dataloader())).images_BRYX
     assert images_BRYX is not None
@@ -87,8 +88,8 @@ def test_mistakes_are_told(scenes_root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(4, 100\), expected \(codes, 192\)"):
         load_codebook(tmp_path / "odd")
     with pytest.raises(UserError, match="must divide"):
-        fit_codebook(scenes_root, 8, 7, 0, 100)
+        fit_codebook(ShardStorage(str(scenes_root)), 8, 7, 0, 100)
     with pytest.raises(UserError, match="too few"):
-        fit_codebook(scenes_root, 5000, 8, 0, 100)
+        fit_codebook(ShardStorage(str(scenes_root)), 5000, 8, 0, 100)
     with pytest.raises(UserError, match="at least 2"):
-        fit_codebook(scenes_root, 1, 8, 0, 100)
+        fit_codebook(ShardStorage(str(scenes_root)), 1, 8, 0, 100)

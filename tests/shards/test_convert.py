@@ -340,13 +340,13 @@ def test_keys_are_unique_and_plain(tmp_path: Path) -> None:
 
 def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = csv_source(tmp_path, 60)
-    plan = convert_module._plan
+    write_all = convert_module._write_all
 
-    def change_then_plan(good):  # type: ignore[no-untyped-def]
+    def change_then_write(*arguments):  # type: ignore[no-untyped-def]
         (tmp_path / "pictures/0/7.jpg").write_bytes(picture(1000))
-        return plan(good)
+        return write_all(*arguments)
 
-    monkeypatch.setattr(convert_module, "_plan", change_then_plan)
+    monkeypatch.setattr(convert_module, "_write_all", change_then_write)
     with pytest.raises(UserError, match=r"captions.csv line 9: the picture has changed"):
         run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures"]

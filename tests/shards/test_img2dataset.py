@@ -16,6 +16,7 @@ from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
 from lightning_moevlm.shards.convert.keep_tars import keep_tars
 from lightning_moevlm.shards.convert.picture import Wish
 from lightning_moevlm.shards.manifest import SPLITS, read_manifest
+from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.sources import caption, img2dataset_source, picture
 from tests.shards.test_convert import contents, members
 
@@ -37,7 +38,7 @@ def test_the_tars_are_the_same_files(tmp_path: Path) -> None:
     assert all((tmp_path / "set" / tar).samefile(folder / tar) for tar in tars)
     assert [len(manifest.splits[split]) for split in SPLITS] == [3, 1, 1]
     assert (manifest.members, manifest.image_size) == (("jpg", "json", "txt"), 32)
-    assert check_set(tmp_path / "set").problems == ()
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
     assert not keep(folder, tmp_path / "set").built
     assert keep(folder, tmp_path / "other", jobs=2).manifest == manifest
     assert contents(tmp_path / "set") == contents(tmp_path / "other")
@@ -50,7 +51,7 @@ def test_the_set_may_be_made_in_the_folder_itself(tmp_path: Path) -> None:
     after = contents(folder)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"manifest.json", "tokenizer.json", "LICENCE.txt"}
-    assert check_set(folder).problems == ()
+    assert check_set(ShardStorage(str(folder))).problems == ()
     assert not keep(folder, folder).built
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -64,7 +65,7 @@ def test_where_links_are_not_possible_tars_are_copied(tmp_path: Path, monkeypatc
     monkeypatch.setattr("os.link", refuse)
     keep(folder, tmp_path / "set")
     assert not (tmp_path / "set/00000.tar").samefile(folder / "00000.tar")
-    assert check_set(tmp_path / "set").problems == ()
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
 
 
 def test_samples_are_written_anew(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_samples_are_written_anew(tmp_path: Path) -> None:
     assert found["web-000010006.jpg"] == picture(33)
     assert found["web-000010006.txt"].decode() == caption(33)
     assert json.loads(found["web-000010006.json"])["url"] == "https://example.org/33.jpg"
-    assert check_set(tmp_path / "set").problems == ()
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
 
 
 def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lightning_moevlm.shards.manifest import ShardEntry, Split, read_manifest
 from lightning_moevlm.shards.mixture import Mixture, Pace, Source
 from lightning_moevlm.shards.order import Rank
 from lightning_moevlm.shards.reader import FixedReader, TrainReader
-from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard, refuse_remote
+from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
 from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import load_tokenizer
 
@@ -217,9 +217,3 @@ def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
     entry = ShardEntry("x.tar", 1, path.stat().st_size, file_sha256(path))
     with pytest.raises(UserError, match="is no tar from byte 0 on, so that 1 of 1 samples are lost"):
         _samples(tmp_path, entry)
-
-
-@pytest.mark.parametrize("root", ["pipe:touch PWNED", "s3://bucket/set", "https://x.org/set", "| cat"])
-def test_pipes_and_urls_are_refused(root: str) -> None:
-    with pytest.raises(UserError, match="local folders only"):
-        refuse_remote(root)

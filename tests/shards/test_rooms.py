@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_moevlm.records import Batch
+from lightning_moevlm.shards.batch_stream import BatchStream
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.loader import ShardLoader
-from lightning_moevlm.shards.reader import BatchStream, Cursor, Delivery
+from lightning_moevlm.shards.reader import Cursor, Delivery
 from lightning_moevlm.shards.rooms import Packer, Rooms, private_bytes, shared_bytes, unpacked
 
 NUM_BATCHES = 20  # of 6 in an epoch of 120 samples; more than there are rooms

@@ -14,6 +14,7 @@ from lightning_moevlm.shards.convert.picture import Wish
 from lightning_moevlm.shards.convert.tables import Columns, CsvSource, JsonlSource
 from lightning_moevlm.shards.manifest import read_manifest
 from lightning_moevlm.shards.show import write_page
+from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.sources import caption, csv_source, jsonl_source, picture, write_pictures
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -36,7 +37,7 @@ class Elements(HTMLParser):
 
 
 def test_samples_are_shown(scenes_root: Path, tmp_path: Path) -> None:
-    page = write_page(scenes_root, "val", 5, None, tmp_path / "pages/scenes.html")
+    page = write_page(ShardStorage(str(scenes_root)), "val", 5, None, tmp_path / "pages/scenes.html")
     assert [path.name for path in (tmp_path / "pages").iterdir()] == ["scenes.html"]
     assert len(page.samples) == 5 and page.num_in_split == read_manifest(scenes_root).num_samples("val")
     elements = Elements(tmp_path / "pages/scenes.html")
@@ -61,7 +62,7 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns("image", "caption", None, None))
     terms = Terms(EVIL, EVIL, EVIL)
     convert(source, tmp_path / "set", terms, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
-    page = write_page(tmp_path / "set", "train", 3, "ONERROR", tmp_path / "page.html")
+    page = write_page(ShardStorage(str(tmp_path / "set")), "train", 3, "ONERROR", tmp_path / "page.html")
     assert len(page.samples) == 3
     elements = Elements(tmp_path / "page.html")
     assert "script" not in {tag for tag, _ in elements.tags}
@@ -76,13 +77,15 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
 def test_a_filter_looks_at_keys_captions_and_annotations(tmp_path: Path) -> None:
     source = JsonlSource(jsonl_source(tmp_path, 60), None, None, Columns("image", "caption", None, None))
     convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
-    everything = write_page(tmp_path / "set", "train", 100, None, tmp_path / "page.html").samples
+    everything = write_page(ShardStorage(str(tmp_path / "set")), "train", 100, None, tmp_path / "page.html").samples
     key = everything[7].key
-    assert [s.key for s in write_page(tmp_path / "set", "train", 9, key, tmp_path / "page.html").samples] == [key]
-    green = write_page(tmp_path / "set", "train", 100, "GREEN", tmp_path / "page.html").samples
+    assert [
+        s.key for s in write_page(ShardStorage(str(tmp_path / "set")), "train", 9, key, tmp_path / "page.html").samples
+    ] == [key]
+    green = write_page(ShardStorage(str(tmp_path / "set")), "train", 100, "GREEN", tmp_path / "page.html").samples
     assert [s.key for s in green] == [s.key for s in everything if "green" in s.caption]
     with pytest.raises(UserError, match=r"no sample of the train split .* contains 'nowhere'"):
-        write_page(tmp_path / "set", "train", 9, "nowhere", tmp_path / "page.html")
+        write_page(ShardStorage(str(tmp_path / "set")), "train", 9, "nowhere", tmp_path / "page.html")
 
 
 def test_texts_alone_and_pictures_alone(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_texts_alone_and_pictures_alone(tmp_path: Path) -> None:
     for columns, name in ((Columns(None, "caption", None, None), "t"), (Columns("image", None, None, None), "p")):
         source = CsvSource(table, tmp_path / "pictures", name, columns)
         convert(source, tmp_path / name, Terms("CC0", "", ""), Form(Wish("png", None), 16, 400), Effort(0, 1, False))
-        page = write_page(tmp_path / name, "val", 4, None, tmp_path / "page.html")
+        page = write_page(ShardStorage(str(tmp_path / name)), "val", 4, None, tmp_path / "page.html")
         assert page.modality == {"t": "texts", "p": "images"}[name]
         images = [tag for tag, _ in Elements(tmp_path / "page.html").tags if tag == "img"]
         assert len(images) == (0 if name == "t" else len(page.samples))
@@ -103,7 +106,7 @@ def test_large_pictures_are_shown_small(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns("image", "caption", None, "split"))
     convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
-    page = write_page(tmp_path / "set", "val", 9, None, tmp_path / "page.html")
+    page = write_page(ShardStorage(str(tmp_path / "set")), "val", 9, None, tmp_path / "page.html")
     (sample,) = page.samples
     assert sample.picture is not None and sample.picture.size.startswith("1000 x 600 px")
     assert (tmp_path / "page.html").stat().st_size < len(picture(1, size=(1000, 600))) / 2
@@ -112,6 +115,6 @@ def test_large_pictures_are_shown_small(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_told_in_the_page(scenes_copy: Path, tmp_path: Path) -> None:
     shard = scenes_copy / "val-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-600])
-    page = write_page(scenes_copy, "val", 40, None, tmp_path / "page.html")
+    page = write_page(ShardStorage(str(scenes_copy)), "val", 40, None, tmp_path / "page.html")
     (lost,) = page.lost
     assert "val-000000.tar is truncated" in lost and lost in Elements(tmp_path / "page.html").text

@@ -148,7 +148,8 @@ def test_a_bad_shard_on_a_server_is_lost_by_its_cause_and_not_kept(
 def test_credentials_reach_the_server_but_no_message_and_no_file_name(
     scenes_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.DEBUG, "lightning_moevlm")
+    for logger in ("", "fsspec", "fsspec.http", "aiohttp.client", "asyncio"):
+        caplog.set_level(logging.DEBUG, logger)
     entry = read_manifest(scenes_root).splits["train"][0]
     with serve(Unsteady(scenes_root, login="anna:s3cr3t-pass")) as server:
         host = server.url.removeprefix("http://")
@@ -163,6 +164,7 @@ def test_credentials_reach_the_server_but_no_message_and_no_file_name(
     assert isinstance(lost, Lost) and lost.cause == "shard_unreachable"
     told = [str(good), repr(good), str(bad), repr(bad), str(refusal.value), lost.message, caplog.text]
     told += [str(path) for path in tmp_path.rglob("*")]
+    assert "train-000000.tar?***" in caplog.text, "the driver should have logged what it asks for"
     for secret in ("s3cr3t", "wr0ng", "anna", "s1gnature"):
         assert not any(secret in text for text in told)
 

@@ -2,6 +2,7 @@
 
 import base64
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ class Unsteady:
 
     drops: bodies that break off after `drop_after` bytes, the connection with them. busy: answers 503 before others.
     ranges: whether a range is honoured. hide_length: no Content-Length, so the end of the connection is the end.
-    login: user:password that every request must bring.
+    login: user:password that every request must bring. delay_s: before it answers. silent_after: bytes of a body, after
+    which it sends nothing but keeps the connection.
     """
 
     folder: Path
@@ -24,9 +26,12 @@ class Unsteady:
     busy: int = 0
     ranges: bool = True
     hide_length: bool = False
+    delay_s: float = 0
+    silent_after: int | None = None
     login: str = ""
     asked: list[tuple[str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
     def take(self, what: str) -> bool:
@@ -54,6 +59,8 @@ def serve(behaviour: Unsteady) -> Iterator[Unsteady]:
                     self._end(403)
                     return
             tar = self.path.endswith(".tar")
+            if tar:
+                time.sleep(behaviour.delay_s)
             if tar and behaviour.take("busy"):
                 self._end(503)
                 return
@@ -72,6 +79,11 @@ def serve(behaviour: Unsteady) -> Iterator[Unsteady]:
             self.end_headers()
             if tar and behaviour.take("drops"):
                 body = body[: behaviour.drop_after]
+            if tar and behaviour.silent_after is not None:
+                self.wfile.write(body[: behaviour.silent_after])
+                self.wfile.flush()
+                behaviour.closing.wait(60)
+                body = b""
             self.wfile.write(body)
             self.close_connection = True
 
@@ -90,6 +102,7 @@ def serve(behaviour: Unsteady) -> Iterator[Unsteady]:
     try:
         yield behaviour
     finally:
+        behaviour.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -1,6 +1,7 @@
 import pytest
 
-from lightning_moevlm.tracking.masking import is_secret_key, masked, masked_argv, masked_url, masked_yaml
+from lightning_moevlm.tracking.masking import is_secret_key, masked, masked_argv, masked_yaml
+from lightning_moevlm.url_secrets import without_url_secrets
 
 
 @pytest.mark.parametrize(
@@ -89,4 +90,11 @@ def test_command_lines() -> None:
 
 
 def test_urls() -> None:
-    assert masked_url("http://user:p@127.0.0.1:5000 and https://x/y@z") == "http://***@127.0.0.1:5000 and https://x/y@z"
+    for text, clean in (
+        ("http://user:p@127.0.0.1:5000 and https://x/y@z", "http://***@127.0.0.1:5000 and https://x/y@z"),
+        ("s3://me:p@ss@host/x", "s3://***@host/x"),
+        ("('https://x/y?sig=a%2Fb&t=1', 2)", "('https://x/y?***', 2)"),
+        ("https://x/y?sig=a#page and what? yes", "https://x/y?***#page and what? yes"),
+        ("root: http://a:b@h:8/?X-Amz-Signature=c, next", "root: http://***@h:8/?*** next"),
+    ):
+        assert without_url_secrets(text) == clean

@@ -8,18 +8,18 @@
     5. finish     tokenizer, licence, manifest; the folder is moved to its place
 
 Each step is a function of the ones before it, so the number of processes and earlier attempts do not show in the
-bytes. Rows are held in memory (about a kilobyte each), pictures never.
+bytes. Rows lie on disk (`row_table`), and pictures are read twice: where a sample belongs is known when all are seen.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.shards.build import canonical_json, existing_set, put_in_place
+from lightning_moevlm.shards.build import existing_set, put_in_place
 from lightning_moevlm.shards.convert.bad_rows import BadCount, BadRows
 from lightning_moevlm.shards.convert.finish import (
     Contents,
@@ -31,16 +31,17 @@ from lightning_moevlm.shards.convert.finish import (
 )
 from lightning_moevlm.shards.convert.picture import Seen, Wish
 from lightning_moevlm.shards.convert.pool import in_order
-from lightning_moevlm.shards.convert.rows import BadRow, Row, Source
+from lightning_moevlm.shards.convert.row_table import RowTable, row_table
+from lightning_moevlm.shards.convert.rows import BadRow, Source
 from lightning_moevlm.shards.convert.work import Fault, LookTask, Planned, ShardTask, look, write_shard
 from lightning_moevlm.shards.convert.workshop import Workshop, workshop
 from lightning_moevlm.shards.manifest import SPLITS, Manifest, ShardEntry, Split
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.tokenizer import check_vocab_size
-from lightning_moevlm.shards.writer import split_of
 
 VERSION = 1
 LOOKED_AT_ONCE = 128
+_TABLE = "rows.sqlite"
 
 
 @dataclass(frozen=True)
@@ -96,28 +97,24 @@ def convert(source: Source, out: Path, terms: Terms, form: Form, effort: Effort)
     if found is not None:
         return Converted(found, False, ())
     bad = BadRows()
-    rows = _rows(source, bad)
-    bad.refuse_beyond(effort.max_bad)
-    if not rows:
-        raise UserError(f"{source.name} has no rows to make samples of")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with workshop(out, recipe.fingerprint) as shop:
-        seen = _look_at_all(source, rows, wish, effort.num_jobs, shop)
-        for row, result in zip(rows, seen, strict=True):
-            if isinstance(result, Fault):
-                bad.add(BadRow(row.place, result.cause, result.message))
+    with workshop(out, recipe.fingerprint) as shop, row_table(shop.folder / _TABLE) as table:
+        _fill(table, source, bad)
         bad.refuse_beyond(effort.max_bad)
-        good = [(row, result) for row, result in zip(rows, seen, strict=True) if not isinstance(result, Fault)]
-        planned = _plan(good)
-        refuse_empty({split: len(chosen) for split, chosen in planned.items()})
+        if not table.num_rows:
+            raise UserError(f"{source.name} has no rows to make samples of")
+        _look_at_all(source, table, wish, effort.num_jobs, shop, bad)
+        bad.refuse_beyond(effort.max_bad)
+        num_samples = table.sort()
+        refuse_empty(num_samples)
         contents = Contents(
-            image_size=usual_size(result.side for _, result in good if result is not None),
-            members=_members(good[0][0], wish),
-            texts=(text for row in planned["train"] for text in row.texts),
-            splits=_write_all(source, planned, form, effort.num_jobs, shop),
+            image_size=usual_size(table.sides()),
+            members=_members(next(table.samples("train")), wish),
+            texts=table.texts("train"),
+            splits=_write_all(source, table, num_samples, form, effort.num_jobs, shop),
         )
         manifest = finish(shop.folder, recipe, terms, contents, form.vocab_size)
-        shop.tidy()
+        shop.tidy(_TABLE)
         put_in_place(shop.folder, out)
     return Converted(manifest, True, bad.counts())
 
@@ -135,104 +132,90 @@ def recipe_of(source: Source, terms: Terms, form: Form) -> ConvertRecipe:
     return ConvertRecipe(source.name, VERSION, arguments)
 
 
-def _rows(source: Source, bad: BadRows) -> list[Row]:
-    """Return the rows that are good so far; all of them have the same members."""
-    rows: list[Row] = []
-    places: dict[str, str] = {}
+def _fill(table: RowTable, source: Source, bad: BadRows) -> None:
+    """Take the rows that are good so far; all of them will have the same members."""
     for row in source.rows():
         if isinstance(row, BadRow):
             bad.add(row)
-        elif row.key in places:
-            bad.add(BadRow(row.place, "duplicate_key", f"key {row.key} occurred before, in {places[row.key]}"))
-        else:
-            places[row.key] = row.place
-            rows.append(row)
-    if any(row.annotation is not None for row in rows):
-        rows = [row if row.annotation is not None else row._replace(annotation={}) for row in rows]
-    captioned = [row for row in rows if row.caption is not None]
-    if captioned and len(captioned) < len(rows):
-        for row in (row for row in rows if row.caption is None):
-            bad.add(BadRow(row.place, "member_missing", "no caption, while others have one"))
-        return captioned
-    return rows
+            continue
+        place = table.add(row)
+        if place is not None:
+            bad.add(BadRow(row.place, "duplicate_key", f"key {row.key} occurred before, in {place}"))
+    if 0 < table.num_captioned < table.num_rows:
+        for place in table.drop_uncaptioned():
+            bad.add(BadRow(place, "member_missing", "no caption, while others have one"))
 
 
-def _look_at_all(
-    source: Source, rows: Sequence[Row], wish: Wish, num_jobs: int, shop: Workshop
-) -> list[Seen | Fault | None]:
-    """Return what every row's picture is; None where the source has no pictures."""
-    if rows[0].picture is None:
-        return [None] * len(rows)
-    stretches = [rows[start : start + LOOKED_AT_ONCE] for start in range(0, len(rows), LOOKED_AT_ONCE)]
-    known = [_recalled(shop.recall(f"look-{i:06d}"), len(stretch)) for i, stretch in enumerate(stretches)]
-    tasks = [
-        LookTask(source.folder, tuple(row.picture for row in stretch if row.picture is not None), wish)
-        for stretch, result in zip(stretches, known, strict=True)
-        if result is None
-    ]
-    seen: list[Seen | Fault | None] = []
-    with closing(in_order(look, tasks, min(num_jobs, len(tasks)))) as fresh:
-        for number, earlier in enumerate(track(known, len(known), "looking at pictures")):
-            result = next(fresh) if earlier is None else earlier
-            if earlier is None and not any(isinstance(entry, Fault) for entry in result):
-                shop.remember(f"look-{number:06d}", result)  # a bad picture may be mended, and is looked at again
-            seen += result
-    return seen
+def _look_at_all(source: Source, table: RowTable, wish: Wish, num_jobs: int, shop: Workshop, bad: BadRows) -> None:
+    """Note what every row's picture is, and leave out the rows whose pictures cannot be used."""
+    num_stretches = -(-table.num_rows // LOOKED_AT_ONCE)
+    has_pictures = next(table.stretches(1))[0].picture is not None
+    todo = {i for i in range(num_stretches) if _recalled(shop, i) is None} if has_pictures else set()
+    tasks = (
+        LookTask(source.folder, tuple(row.picture for row in rows if row.picture is not None), wish)
+        for number, rows in enumerate(table.stretches(LOOKED_AT_ONCE))
+        if number in todo
+    )
+    with closing(in_order(look, tasks, min(num_jobs, len(todo)))) as fresh:
+        for number, rows in enumerate(track(table.stretches(LOOKED_AT_ONCE), num_stretches, "looking at pictures")):
+            if not has_pictures:
+                table.see(rows, [None] * len(rows))
+                continue
+            found = next(fresh) if number in todo else _recalled(shop, number)
+            assert found is not None and len(found) == len(rows)
+            good = [(row, saw) for row, saw in zip(rows, found, strict=True) if not isinstance(saw, Fault)]
+            if number in todo and len(good) == len(rows):
+                shop.remember(_look(number), found)  # a bad picture may be mended, and is looked at again
+            table.see([row for row, _ in good], [saw for _, saw in good])
+            faulty = [(row, saw) for row, saw in zip(rows, found, strict=True) if isinstance(saw, Fault)]
+            table.drop([row for row, _ in faulty])
+            for row, fault in faulty:
+                bad.add(BadRow(row.place, fault.cause, fault.message))
 
 
-def _recalled(noted: object, length: int) -> tuple[Seen | Fault, ...] | None:
-    if not isinstance(noted, list) or len(noted) != length:
-        return None
-    return tuple(Seen(*entry) for entry in noted)
+def _look(number: int) -> str:
+    return f"look-{number:06d}"
 
 
-class _Chosen(NamedTuple):
-    """A row that becomes a sample. texts: what the tokenizer learns from it."""
-
-    sample: Planned
-    texts: tuple[str, ...]
+def _recalled(shop: Workshop, number: int) -> tuple[Seen | Fault, ...] | None:
+    noted = shop.recall(_look(number))
+    return tuple(Seen(*entry) for entry in noted) if isinstance(noted, list) else None
 
 
-def _plan(good: Sequence[tuple[Row, Seen | None]]) -> dict[Split, list[_Chosen]]:
-    planned: dict[Split, list[_Chosen]] = {split: [] for split in SPLITS}
-    for row, seen in sorted(good, key=lambda pair: hashlib.sha256(pair[0].key.encode()).digest()):
-        identity = row.caption if seen is None else seen.sha256
-        annotation = None if row.annotation is None else canonical_json(row.annotation)
-        sha256 = "" if seen is None else seen.sha256
-        sample = Planned(row.key, row.place, row.picture, sha256, row.caption, annotation)
-        texts = (*(() if row.caption is None else (row.caption,)), *row.words)
-        planned[row.split or split_of(identity or row.key)].append(_Chosen(sample, texts))
-    return planned
-
-
-def _members(row: Row, wish: Wish) -> tuple[str, ...]:
-    """Every row of a source has the same members."""
+def _members(sample: Planned, wish: Wish) -> tuple[str, ...]:
+    """Every sample of a source has the same members."""
     found = (
-        ("json", row.annotation is not None),
-        ("txt", row.caption is not None),
-        (wish.image_format, row.picture is not None),
+        ("json", sample.annotation is not None),
+        ("txt", sample.caption is not None),
+        (wish.image_format, sample.picture is not None),
     )
     return tuple(sorted(extension for extension, there in found if there))
 
 
 def _write_all(
-    source: Source, planned: dict[Split, list[_Chosen]], form: Form, num_jobs: int, shop: Workshop
+    source: Source, table: RowTable, num_samples: dict[Split, int], form: Form, num_jobs: int, shop: Workshop
 ) -> dict[Split, tuple[ShardEntry, ...]]:
-    tasks: list[ShardTask] = []
-    splits: list[Split] = []
-    for split, chosen in planned.items():
-        for number, start in enumerate(range(0, len(chosen), form.samples_per_shard)):
-            samples = tuple(each.sample for each in chosen[start : start + form.samples_per_shard])
-            tasks.append(ShardTask(source.folder, shop.folder / f"{split}-{number:06d}.tar", samples, form.wish))
-            splits.append(split)
-    finished = [shop.finished_shard(task.target.stem) for task in tasks]
-    todo = [task for task, entry in zip(tasks, finished, strict=True) if entry is None]
+    num_shards = {split: -(-num // form.samples_per_shard) for split, num in num_samples.items()}
+    names = [(split, f"{split}-{number:06d}") for split, num in num_shards.items() for number in range(num)]
+    finished = {name: shop.finished_shard(name) for _, name in names}
+    todo = {name for name, entry in finished.items() if entry is None}
+    tasks = _tasks(source, table, names, todo, form, shop)
     entries: dict[Split, list[ShardEntry]] = {split: [] for split in SPLITS}
-    with closing(in_order(write_shard, todo, min(num_jobs, len(todo)))) as fresh:
-        for number, task in enumerate(track(tasks, len(tasks), "writing shards")):
-            entry = finished[number]
+    with closing(in_order(write_shard, tasks, min(num_jobs, len(todo)))) as fresh:
+        for split, name in track(names, len(names), "writing shards"):
+            entry = finished[name]
             if entry is None:
                 entry = next(fresh)
-                shop.remember(task.target.stem, list(asdict(entry).values()))
-            entries[splits[number]].append(entry)
+                shop.remember(name, list(asdict(entry).values()))
+            entries[split].append(entry)
     return {split: tuple(found) for split, found in entries.items()}
+
+
+def _tasks(
+    source: Source, table: RowTable, names: list[tuple[Split, str]], todo: set[str], form: Form, shop: Workshop
+) -> Iterator[ShardTask]:
+    samples = {split: table.samples(split) for split in SPLITS}
+    for split, name in names:
+        chosen = tuple(islice(samples[split], form.samples_per_shard))
+        if name in todo:
+            yield ShardTask(source.folder, shop.folder / f"{name}.tar", chosen, form.wish)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,15 +105,18 @@ def refuse_empty(num_samples: Mapping[Split, int]) -> None:
             )
 
 
-def usual_size(sides: Iterable[int]) -> int:
+def usual_size(sides: Mapping[int, int]) -> int:
     """Return a square size for the set: the largest multiple of 32 that half of the shorter sides reach.
+
+    sides: how many pictures have which.
 
     It is what pictures are scaled to where nobody says otherwise (codebooks, contact sheets). Sets of smaller pictures
     get a multiple of 8, sets without pictures 0.
     """
-    ordered = sorted(sides, reverse=True)
-    if not ordered:
+    if not sides:
         return 0
-    middle = ordered[(len(ordered) - 1) // 2]
+    before_middle = (sum(sides.values()) - 1) // 2
+    larger = accumulate(sides[side] for side in sorted(sides, reverse=True))
+    middle = next(side for side, num in zip(sorted(sides, reverse=True), larger, strict=True) if num > before_middle)
     step = 32 if middle >= 32 else 8
     return max(8, middle // step * step)

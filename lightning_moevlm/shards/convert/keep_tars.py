@@ -9,6 +9,7 @@ loader meets them: `data.max_lost_fraction` must bear them too.
 
 import os
 import shutil
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -73,7 +74,7 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
         bad.refuse_beyond(effort.max_bad)
         dealt = _dealt(looks)
         contents = Contents(
-            image_size=usual_size(side for look in looks for side in look.sides),
+            image_size=usual_size(Counter(side for look in looks for side in look.sides)),
             members=members,
             texts=(caption for look in dealt["train"] for caption in look.captions),
             splits={split: tuple(look.entry for look in some) for split, some in dealt.items()},

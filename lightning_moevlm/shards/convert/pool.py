@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -22,7 +22,7 @@ class WorkerDiedError(UserError):
     """A process ended that nobody had asked to; what was finished before is as good as ever."""
 
 
-def in_order(function: Callable[[T], R], tasks: Sequence[T], num_jobs: int) -> Generator[R]:
+def in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) -> Generator[R]:
     """Yield `function(task)` for every task, in order; with one job, in this process.
 
     Raises:

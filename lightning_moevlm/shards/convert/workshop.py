@@ -49,8 +49,10 @@ class Workshop:
         path = self.folder / entry.file
         return entry if path.is_file() and file_sha256(path) == entry.sha256 else None
 
-    def tidy(self) -> None:
-        """Remove everything that is not part of the set."""
+    def tidy(self, *files: str) -> None:
+        """Remove everything that is not part of the set, further files included."""
+        for file in files:
+            (self.folder / file).unlink(missing_ok=True)
         shutil.rmtree(self.folder / _JOURNAL)
         (self.folder / _LOCK).unlink(missing_ok=True)
 

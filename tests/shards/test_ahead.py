@@ -1,0 +1,188 @@
+"""The next shard is fetched while one is read: it saves waiting, and changes nothing else."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_moevlm.shards.ahead import Ahead
+from lightning_moevlm.shards.collate import Collate
+from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shards.faults import Lost
+from lightning_moevlm.shards.line import OpenSource
+from lightning_moevlm.shards.manifest import read_manifest
+from lightning_moevlm.shards.order import Stretch
+from lightning_moevlm.shards.source import RawSample
+from lightning_moevlm.shards.storage import ShardStorage
+
+from .unsteady_server import Unsteady, serve
+
+PER_SHARD, NUM_SHARDS = 16, 8
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "shard-ahead"]
+
+
+def _source(root: Path, url: str, cache: Path, **options: Any) -> OpenSource:
+    storage = ShardStorage(url, str(cache), **{"attempts": 2, "backoff_s": 0.001, **options})
+    manifest = read_manifest(root)
+    collate = Collate(("jpg", "txt"), storage.tokenizer(manifest.tokenizer), 32, 16)
+    return OpenSource("scenes", storage, manifest.splits["train"], collate)
+
+
+def _arriving(source: OpenSource) -> Iterator[tuple[int, RawSample | Lost]]:
+    return source.arriving(source.pieces(Stretch(0, source.num_samples), tuple(range(len(source.shards)))), set())
+
+
+def _asked(server: Unsteady) -> list[str]:
+    return [path for path, _ in server.asked if path.endswith(".tar")]
+
+
+def test_reading_waits_for_the_server_less_than_without(
+    scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 8 shards, 0.1 s until the server answers, and as long to use a shard: one after the other at least 8 x 0.2 s;
+    # ahead all but the first come while another is used, about 0.1 + 8 x 0.1 s
+    elapsed: dict[bool, list[float]] = {True: [], False: []}
+    samples: list[list[tuple[int, RawSample | Lost]]] = []
+    with serve(Unsteady(scenes_root, delay_s=0.1)) as server:
+        for turn in range(4):
+            ahead = turn % 2 == 0
+            with monkeypatch.context() as patch:
+                if not ahead:
+                    patch.setattr(Ahead, "_begin", lambda self, beside: None)
+                source = _source(scenes_root, server.url, tmp_path / str(turn))
+                start, found = time.perf_counter(), []
+                for number, sample in _arriving(source):
+                    found.append((number, sample))
+                    time.sleep(0.1 if number % PER_SHARD == PER_SHARD - 1 else 0)
+                elapsed[ahead].append(time.perf_counter() - start)
+                samples.append(found)
+        assert len(_asked(server)) == 4 * NUM_SHARDS, "every shard once a turn"
+    assert all(found == samples[0] for found in samples) and len(samples[0]) == PER_SHARD * (NUM_SHARDS - 1) + 8
+    assert max(elapsed[True]) < 0.8 * min(elapsed[False]), elapsed
+
+
+def test_one_shard_ahead_and_no_more(scenes_root: Path, tmp_path: Path) -> None:
+    with serve(Unsteady(scenes_root)) as server:
+        with closing(_arriving(_source(scenes_root, server.url, tmp_path))) as arriving:  # type: ignore[type-var]
+            for number, _ in arriving:
+                if number % PER_SHARD == 5:
+                    time.sleep(0.05)
+                    assert len(_asked(server)) <= number // PER_SHARD + 2
+        assert len(_asked(server)) == NUM_SHARDS
+
+
+def test_a_cache_without_room_for_two_is_not_filled_ahead(scenes_root: Path, tmp_path: Path) -> None:
+    largest = max(entry.num_bytes for entry in read_manifest(scenes_root).splits["train"])
+    with serve(Unsteady(scenes_root)) as server:
+        source = _source(scenes_root, server.url, tmp_path, cache_gib=1.5 * largest / 2**30)
+        for number, _ in _arriving(source):
+            assert len(_asked(server)) == number // PER_SHARD + 1
+        assert len(list(tmp_path.glob("*.tar"))) == 1
+
+
+def test_a_shard_that_others_push_out_of_the_cache_is_read_all_the_same(scenes_root: Path, tmp_path: Path) -> None:
+    with serve(Unsteady(scenes_root)) as server:
+        found = []
+        for number, sample in _arriving(_source(scenes_root, server.url, tmp_path)):
+            if number % PER_SHARD == 8:
+                time.sleep(0.1)  # the next one is here by now
+                for path in tmp_path.glob("*.tar"):
+                    path.unlink()
+            found.append(sample)
+        assert len(_asked(server)) == NUM_SHARDS
+    assert all(isinstance(sample, RawSample) for sample in found)
+
+
+def test_what_goes_wrong_is_told_when_its_turn_comes(scenes_copy: Path, tmp_path: Path) -> None:
+    (scenes_copy / "train-000001.tar").unlink()
+    with serve(Unsteady(scenes_copy)) as server:
+        found = [sample for _, sample in _arriving(_source(scenes_copy, server.url, tmp_path))]
+        assert _asked(server).count("/train-000001.tar") == 1, "asking again does not mend it"
+    lost = [place for place, sample in enumerate(found) if isinstance(sample, Lost)]
+    assert lost == list(range(PER_SHARD, 2 * PER_SHARD))
+    assert {sample.cause for sample in found if isinstance(sample, Lost)} == {"shard_missing"}
+
+
+@pytest.mark.parametrize("busy", [2, 3, 1000])
+def test_a_server_that_was_away_is_asked_again_when_the_turn_comes(
+    scenes_root: Path, tmp_path: Path, busy: int
+) -> None:
+    with serve(Unsteady(scenes_root)) as server:
+        source = _source(scenes_root, server.url, tmp_path)
+        source.storage.local_path(source.shards[0])
+        server.busy = busy  # the two tries ahead are in vain; then come two more
+        arriving = _arriving(source)
+        found = [sample for _, (_, sample) in zip(range(2 * PER_SHARD), arriving, strict=False)]
+        assert _asked(server).count("/train-000001.tar") == (busy + 1 if busy < 4 else 4)
+        arriving.close()  # type: ignore[attr-defined]
+    assert all(isinstance(sample, RawSample) for sample in found[:PER_SHARD])
+    assert {sample.cause for sample in found if isinstance(sample, Lost)} == (
+        {"shard_unreachable"} if busy > 3 else set()
+    )
+
+
+def test_a_closed_reader_leaves_no_thread_and_no_half_file(scenes_root: Path, tmp_path: Path) -> None:
+    with serve(Unsteady(scenes_root)) as server:
+        source = _source(scenes_root, server.url, tmp_path)
+        source.storage.local_path(source.shards[0])
+        server.silent_after = 20_000  # the second one stops there, and the connection stays
+        arriving = _arriving(source)
+        next(arriving)
+        while len(_asked(server)) < 2:
+            time.sleep(0.01)
+        assert list(tmp_path.glob("*.partial"))
+        start = time.perf_counter()
+        arriving.close()  # type: ignore[attr-defined]
+        assert time.perf_counter() - start < 2, "it should not wait for the server"
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".tar"]
+
+
+def test_a_process_that_ends_in_the_middle_leaves_no_half_file(scenes_root: Path, tmp_path: Path) -> None:
+    script = """
+import sys, time
+from pathlib import Path
+from lightning_moevlm.shards.ahead import Ahead
+from lightning_moevlm.shards.storage import ShardStorage
+
+storage, cache = ShardStorage(sys.argv[1], sys.argv[2]), Path(sys.argv[2])
+shards = storage.manifest().splits["train"]
+sys.kept_until_the_end = Ahead(storage, shards)
+sys.kept_until_the_end.open(shards[0])
+while not list(cache.glob("*.partial")):
+    time.sleep(0.01)
+"""
+    with serve(Unsteady(scenes_root)) as server:
+        source = _source(scenes_root, server.url, tmp_path)
+        source.storage.local_path(source.shards[0])
+        server.silent_after = 20_000
+        command = [sys.executable, "-c", script, server.url, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and not done.stderr
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".tar"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_goes_on_exactly(scenes_root: Path, tmp_path: Path, num_workers: int) -> None:
+    def data(root: str) -> ShardDataModule:
+        return ShardDataModule(
+            root, 4, 32, 16, 400, num_workers=num_workers, shuffle_buffer=5, num_streams=2, cache_dir=str(tmp_path)
+        )
+
+    local = [batch.keys for batch in data(str(scenes_root)).train_dataloader()]
+    with serve(Unsteady(scenes_root, drops=3)) as server:
+        loader = data(server.url).train_dataloader()
+        first = [batch.keys for _, batch in zip(range(11), loader, strict=False)]
+        rest = data(server.url).train_dataloader()
+        rest.load_state_dict(loader.state_dict())
+        assert first + [batch.keys for batch in rest] == local
