@@ -19,7 +19,7 @@ from lightning_moevlm.study.table import Table, percent
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _GAP = 0.02  # between modalities and between experts, of the panel's height
-_LEGIBLE = 0.035  # of the panel's height: a lower expert gets no number
+_LEGIBLE = 0.045  # of the panel's height: a lower expert gets no number
 _LEFT, _RIGHT, _THICK = 0.0, 1.0, 0.03
 _DISPATCH = "dispatch/"
 _LARGEST = 3  # the sentence names the fullest experts alone
@@ -34,7 +34,7 @@ def draw_expert_flow(result: StudyResult) -> Picture | None:
     blocks = sorted({block for _, run in shown for block in flows_of(run)})
     if not blocks:
         return None
-    figure = new_figure(0.7 + 1.35 * len(shown))
+    figure = new_figure(0.4 + 1.5 * len(shown))
     grid = figure.subplots(len(shown), len(blocks), squeeze=False)
     modalities = tuple(dict.fromkeys(m for _, run in shown for flow in flows_of(run).values() for m in flow))
     colours = {modality: _COLOURS[i % len(_COLOURS)] for i, modality in enumerate(sorted(modalities))}
@@ -45,10 +45,7 @@ def draw_expert_flow(result: StudyResult) -> Picture | None:
             axes.set_axis_off()
             axes.set_xlim(-0.2, 1.14)
             axes.set_ylim(1.02, -0.02)
-            if row == 0:
-                axes.set_title(f"block {block}", fontsize=9)
-            if column == 0:
-                axes.text(-0.34, 0.5, arm.arm.name, rotation=90, ha="center", va="center", fontsize=8, weight="bold")
+            axes.set_title(f"{arm.arm.name}, block {block}", fontsize=8)
             if block in flows:
                 _draw(axes, flows[block], colours, shares_experts(run.tags, block))
             else:
