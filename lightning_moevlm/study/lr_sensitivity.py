@@ -8,11 +8,13 @@ outside of the ladder is not measured by it: read it with the losses beside.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_moevlm.study.plan import PlannedRun, digest_of
 
+_BEGUN_NUMBER = re.compile(r"[_.-]*(\d[0-9e_.-]*)?$")  # at the end of what names share: that of the rate
 LEARNING_RATE = ("model", "optimizer", "init_args", "lr")
 
 
@@ -28,7 +30,7 @@ class Ladder:
         names = list(self.rungs.values())
         common = "".join(a for a, *rest in zip(*names, strict=False) if all(a == b for b in rest))
         cut = next((i for i, (a, *rest) in enumerate(zip(*names, strict=False)) if any(a != b for b in rest)), None)
-        return (common if cut is None else names[0][:cut]).rstrip("_.-0123456789e") or names[0]
+        return _BEGUN_NUMBER.sub("", common if cut is None else names[0][:cut]) or names[0]
 
 
 def ladders(runs: Sequence[PlannedRun]) -> tuple[Ladder, ...]:

@@ -34,7 +34,9 @@ def result_of(tmp_path, study, series_of, tags_of=lambda run: {}):
     """Compare runs that logged series_of(run); None: the run diverged at step 3."""
     file = write_project(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", {"seeds": SEEDS} | study)
     written = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump({key: value for key, value in written.items() if value is not None}))
+    file.write_text(
+        yaml.safe_dump({key: value for key, value in written.items() if value is not None}, sort_keys=False)
+    )
     plan = plan_of(file)
     results = []
     for run in plan.runs:

@@ -38,8 +38,8 @@ def told(mlflow_server: str, tmp_path: Path) -> str:
 
 
 def test_study_through_the_rest_interface(mlflow_server: str, told: str) -> None:
-    def ask(path: str, **query: Any) -> Any:
-        answer = requests.get(f"{mlflow_server}/api/2.0/mlflow/{path}", params=query, timeout=30)
+    def ask(call: str, **query: Any) -> Any:
+        answer = requests.get(f"{mlflow_server}/api/2.0/mlflow/{call}", params=query, timeout=30)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

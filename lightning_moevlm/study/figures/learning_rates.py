@@ -12,7 +12,7 @@ _FEWEST_RATES = 3  # two points are no curve
 
 def draw_learning_rates(result: StudyResult) -> Picture | None:
     """Draw it; None where no ladder has rates enough with a result."""
-    shown = [one for one in result.ladders if sum(map(bool, one.finals.values())) >= _FEWEST_RATES]
+    shown = [one for one in result.ladders if _num_rates(one) >= _FEWEST_RATES and any(one.finals.values())]
     if not shown:
         return None
     title, unit = name_and_unit(result.study.primary.metric)
@@ -50,6 +50,11 @@ def best_rate(result: StudyResult, one: LadderResult) -> float | None:
         return None
     sign = 1 if result.study.primary.direction == "lower" else -1
     return min(sound, key=lambda rate: sign * sound[rate])
+
+
+def _num_rates(one: LadderResult) -> int:
+    """Return at how many rates a run has a result; a divergence is one."""
+    return sum(total > 0 for total in one.total.values())
 
 
 def _draw(axes: Axes, result: StudyResult, one: LadderResult, look: Look) -> None:
