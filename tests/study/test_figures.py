@@ -16,6 +16,7 @@ from lightning_moevlm.study.figures.expert_flow import draw_expert_flow, flows_o
 from lightning_moevlm.study.figures.interactions import draw_interactions
 from lightning_moevlm.study.figures.learning_rates import best_rate, draw_learning_rates
 from lightning_moevlm.study.figures.pareto import Place, draw_pareto, front
+from lightning_moevlm.study.figures.picture import legend_columns, new_figure
 from lightning_moevlm.study.figures.spike_timeline import draw_spikes, timeline_of
 from lightning_moevlm.study.gather import compare
 from lightning_moevlm.study.ledger import RunState, Status
@@ -244,3 +245,18 @@ def test_svg_follows_the_scheme_of_the_page(tmp_path):
         assert "var(--ink)" in text
         assert not re.search(r"(fill|stroke): ?#(000000|ffffff)", text, re.IGNORECASE)
         assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", text)  # nothing from outside
+
+
+@pytest.mark.parametrize(("longest", "columns"), [(4, 5), (20, 3), (64, 1)])
+def test_legends_fit_the_width(longest, columns):
+    names = ("a" * longest, *(f"arm_{i}"[:longest] for i in range(19)))
+    assert legend_columns(names) == columns  # 90 letters beside each other, 7 of them for each mark
+    figure = new_figure(4.0 + 0.25 * len(names) / columns)
+    axes = figure.subplots()
+    for name in names:
+        axes.plot([0], [0], marker="o", label=name)
+    legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width

@@ -37,7 +37,7 @@ ARMS = {
     "explode": {"model.nan_at": 3},
     "crash": {"model.crash_at": 1},
 }
-PICTURES = ["effects", "curves", "accuracy", "expert_load", "expert_flow", "throughput"]
+PICTURES = ["effects", "curves", "accuracy", "expert_load", "expert_flow", "pareto", "throughput"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_load_of_experts(result):
 
 
 def test_tables_say_what_the_records_say(result):
-    effects, learning, also, stability, signs, costs, models, fairness = report_tables(result)
+    effects, learning, also, stability, signs, models, fairness = report_tables(result)
     assert [row[0] for row in effects.rows] == list(ARMS)
     assert effects.rows[1][4] == "hurts"
     assert effects.rows[2][1] == "diverged"
@@ -108,7 +108,7 @@ def test_tables_say_what_the_records_say(result):
     assert stability.rows[0][1:4] == ("3/3", "–", "–")
     assert stability.rows[3][1] == "–"  # crashes are no instability
     assert [(row[0], row[1]) for row in fairness.rows] == [("everything compared", "alike")]
-    for table in (effects, learning, also, stability, signs, costs, models, fairness):
+    for table in (effects, learning, also, stability, signs, models, fairness):
         assert table is also or table.notes
         assert all(len(row) == len(table.columns) for row in table.rows)
     json.dumps([dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], allow_nan=False)

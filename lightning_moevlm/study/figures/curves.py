@@ -4,7 +4,7 @@ import math
 
 from matplotlib.axes import Axes
 
-from lightning_moevlm.study.figures.picture import Look, Picture, looks, new_figure, picture_of
+from lightning_moevlm.study.figures.picture import Look, Picture, legend_columns, looks, new_figure, picture_of
 from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
 
@@ -21,7 +21,7 @@ def draw_curves(result: StudyResult) -> Picture | None:
     if not steps:
         return None
     look = looks(tuple(columns), result.study.baseline)
-    figure = new_figure(3.7)
+    figure = new_figure(3.5 + 0.22 * -(-len(columns) // legend_columns(tuple(columns))))
     half = steps[-1] / 2
     num_panels = 2 if sum(step >= half for step in steps) >= _FEWEST_LATE_STEPS else 1
     panels = figure.subplots(1, num_panels, squeeze=False)[0]
@@ -42,7 +42,7 @@ def draw_curves(result: StudyResult) -> Picture | None:
         axes.spines[["top", "right"]].set_visible(False)
     whole.set_ylabel(f"{title}\n({unit})" if unit else title)
     handles, names = whole.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names), frameon=False)
     num_seeds = len(result.study.seeds)
     alt = (
         f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means, bands the range over "

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
-from lightning_moevlm.study.figures.picture import INK, Look, Picture, looks, new_figure, picture_of
+from lightning_moevlm.study.figures.picture import INK, Look, Picture, legend_columns, looks, new_figure, picture_of
 from lightning_moevlm.study.results import ArmResult, Mean, StudyResult, peak_memory_of
 from lightning_moevlm.study.spec import Direction
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, scaled, with_deviation
@@ -43,7 +43,7 @@ def draw_pareto(result: StudyResult) -> Picture | None:
     if not drawn:
         return None
     look = looks(tuple(arm.arm.name for arm in result.arms), result.study.baseline)
-    columns = 4
+    columns = legend_columns(tuple(finals))
     figure = new_figure(3.4 + 0.22 * -(-len(finals) // columns))
     panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, drawn, strict=True):

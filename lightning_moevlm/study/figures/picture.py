@@ -6,6 +6,7 @@ reader's colour scheme, so that one picture serves a light and a dark page; as P
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -23,6 +24,8 @@ _MARKERS = "osD^vPX"
 WIDTH_INCHES = 8.0
 _DOTS_PER_INCH = 130
 FONT_POINTS = 10.0
+_LETTERS_BESIDE = 90  # of that size in a row of a figure
+_LETTERS_OF_MARK = 7  # so wide are a legend's line and the gaps around it
 # A page's colours. An SVG within a page takes its scheme from the page.
 _SCHEMES = (
     ":root{--ink:#1c1f23;--ground:#fff;fill:var(--ink)}"
@@ -61,6 +64,12 @@ def looks(arms: tuple[str, ...], baseline: str) -> dict[str, Look]:
         turn = i // len(_COLOURS)  # with every turn through the colours the markers shift by one
         chosen[arm] = Look(_COLOURS[i % len(_COLOURS)], _MARKERS[1 + (i + turn) % (len(_MARKERS) - 1)])
     return {baseline: Look(INK, _MARKERS[0]), **chosen}
+
+
+def legend_columns(names: Sequence[str]) -> int:
+    """Return how many columns of a legend below a figure its width has room for, at most 5."""
+    longest = max(map(len, names), default=0)
+    return max(1, min(5, len(names), _LETTERS_BESIDE // (longest + _LETTERS_OF_MARK)))
 
 
 def new_figure(height_inches: float) -> Figure:
