@@ -17,7 +17,7 @@ from lightning_moevlm.losses import (
 )
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
-from tests.training.tiny_fit import Memory
+from tests.training.small_fit import Memory
 
 NO_LOSSES = AuxiliaryLosses(None, None)
 
@@ -59,13 +59,12 @@ def asked(
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
-        devices=1,
         logger=logger,
         callbacks=[*others, callback or Liveness(every_n_steps=1)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **({"devices": 1} | options),
     )
     trainer.fit(module, DataLoader([pair_batch()] * 4, batch_size=None))  # type: ignore[arg-type]
     return {tag.removeprefix("receipt/"): text for tag, text in logger.tags.items()}, logger.points

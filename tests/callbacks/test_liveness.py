@@ -35,8 +35,7 @@ from lightning_moevlm.training import VisionLanguageModule
 from tests.callbacks.asked_run import Tagged, asked, module_of
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
-from tests.training.small_fit import NoTask
-from tests.training.tiny_fit import LossesSeen, Poison, every_action, fit
+from tests.training.small_fit import LossesSeen, NoTask, Poison, every_action, fit
 
 
 def latest_run() -> Run:
@@ -59,7 +58,7 @@ def test_training_is_the_same_bit_for_bit_with_it_and_without(precision: str) ->
         )
         seen = LossesSeen()
         batches = [pair_batch(seed=seed) for seed in range(6)]
-        fit(module, 5, batches=batches, callbacks=[seen, *callbacks], accumulate_grad_batches=2, precision=precision)
+        fit(module, 5, batches=batches, callbacks=[seen, *callbacks], accumulate=2, precision=precision)
         optimizer = module.optimizers(use_pl_optimizer=False)
         assert module.action_runner is not None and isinstance(optimizer, AdamW)
         state = {

@@ -24,7 +24,7 @@ from lightning_moevlm.routers import FixedRouter, SigmoidBiasRouter, TopKRouter
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from tests.callbacks.asked_run import asked, module_of, refused
-from tests.training.tiny_fit import every_action
+from tests.training.small_fit import every_action
 
 GRADIENT: dict[str, GradientStabilisers] = {
     "clip_norm": GradientStabilisers(clip_norm=1e-3),
