@@ -53,7 +53,8 @@ def test_a_run_that_has_diverged_is_stopped_in_the_middle(tmp_path: Path, uri: s
     plan, experiment, _, _ = sweep(file, jobs=3)
     states = {run.arm: state for run, state in read_ledger(plan)}
     assert [state.status for state in states.values()] == [Status.FINISHED, Status.DIVERGED, Status.DIVERGED]
-    assert "at step 3, for 3 points in a row above 1 x 7" in states["high"].reason  # the first is 4 + 3
+    # The first value is 4 + 3 + 0.01 sin(5.5) = 6.993.
+    assert "at step 3, for 3 points in a row above 1 x 6.993 of" in states["high"].reason
     assert states["nan"].reason == f"{LOSS} is nan at step 2"
     for arm in ("high", "nan"):
         assert max(point.step for point in experiment.history(str(states[arm].run_id), LOSS)) < 40

@@ -15,6 +15,7 @@ from lightning_moevlm.study.paired_tests import holm
 from lightning_moevlm.study.spec import Hopeless, Primary
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Rule, Verdict
+from tests.study.refusals import assert_refused
 from tests.study.test_execute import tracked
 from tests.study.tiny_study import sweep, write_project
 
@@ -64,6 +65,21 @@ def test_a_withdrawn_arm_still_counts_in_the_family() -> None:
     assert judged["arm"].p_adjusted == pytest.approx(2 * plain.p_value)
     assert judged["gone"].verdict is Verdict.STOPPED_EARLY
     assert (judged["gone"].mean, judged["gone"].p_adjusted) == (None, None)
+
+
+def test_designs_that_need_every_arm_refuse_it(tmp_path: Path) -> None:
+    file = tmp_path / "crossed.yaml"
+    file.write_text(
+        "question: Does it?\n"
+        "base: [conf/quickstart.yaml]\n"
+        "factors: {z: {off: {model.losses.router_z: null}}, lb: {off: {model.losses.load_balance: null}}}\n"
+        "design: factorial\n"
+        "seeds: [0]\n"
+        "budget: {max_steps: 10}\n"
+        "primary: {metric: val/task_loss}\n"
+        "stop_hopeless: {at_step: 3, worse_by: 1}\n"
+    )
+    assert_refused(file, 8, ["a factorial design needs every arm to its end", "one_in, leave_one_out or `arms`"])
 
 
 def test_a_sweep_stops_the_withdrawn_arm_and_gives_it_no_verdict(tmp_path: Path, uri: str) -> None:

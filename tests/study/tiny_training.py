@@ -31,22 +31,15 @@ def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) 
             first = int(archive.read("step")) + 1
     print(f"training from step {first} with {os.environ['OMP_NUM_THREADS']} threads", flush=True)
     for step in range(first, config["trainer"]["max_steps"] + 1):
+        rows = [
+            (key, 0.0 if math.isnan(value) else value, math.isnan(value), int(time.time() * 1000), run_id, step)
+            for key, value in points(step, seed, model).items()
+            if step % model["validate_every"] == 0
+        ]
         with store:
-            store.executemany(
-                "INSERT INTO metrics (key, value, is_nan, timestamp, run_uuid, step) VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (
-                        key,
-                        0.0 if math.isnan(value) else value,
-                        math.isnan(value),
-                        int(time.time() * 1000),
-                        run_id,
-                        step,
-                    )
-                    for key, value in points(step, seed, model).items()
-                    if step % model["validate_every"] == 0
-                ],
-            )
+            for table in ("INSERT INTO metrics", "INSERT OR REPLACE INTO latest_metrics"):  # a server looks in both
+                columns = "(key, value, is_nan, timestamp, run_uuid, step)"
+                store.executemany(f"{table} {columns} VALUES (?, ?, ?, ?, ?, ?)", rows)
         if model["checkpoints"]:
             keep(folder / "checkpoints" / "last.ckpt", step)
         if step == model["crash_at"]:
