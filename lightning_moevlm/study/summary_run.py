@@ -15,6 +15,7 @@ ROLE_SUMMARY = "summary"
 _NOTE = "mlflow.note.content"
 _TABLES = "mlflow.loggedArtifacts"
 _ARTIFACTS = "report"
+_MANY_FINDINGS = 20  # MLflow cuts a description off at 8,000 characters
 
 
 def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
@@ -39,7 +40,9 @@ def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
     tables = [{"path": f"{_ARTIFACTS}/{table_file(table)}", "type": "table"} for table in report.tables]
     client.set_tag(run_id, _TABLES, json.dumps(tables))
     study = report.result.study
-    verdicts = "\n".join(f"- {sentence}" for sentence in (*report.finding, report.learned))
+    rest = len(report.finding) - _MANY_FINDINGS
+    more = (f"... and {rest} more arms in the report",) if rest > 0 else ()
+    verdicts = "\n".join(f"- {line}" for line in (*report.finding[:_MANY_FINDINGS], *more, report.learned))
     client.set_tag(
         run_id, _NOTE, f"**{study.question}**\n\n{verdicts}\n\nSee artifacts, `{_ARTIFACTS}/{MARKDOWN_FILE}`."
     )

@@ -276,8 +276,10 @@ def test_summary_run_is_used_again(swept, result, tmp_path):
     assert "slow: hurts" in row.tags["mlflow.note.content"]
     client = MlflowClient(experiment.uri)
     assert {"report/report.html", "report/curves.png"} <= {f.path for f in client.list_artifacts(first, "report")}
-    table = client.load_table(experiment.experiment_id, "report/tables/effect_on_validation_task_loss.json", [first])
-    assert list(table["arm"]) == list(ARMS)
+    path = "report/tables/effect_on_validation_task_loss.json"
+    assert {"path": path, "type": "table"} in json.loads(row.tags["mlflow.loggedArtifacts"])
+    table = json.loads(Path(client.download_artifacts(first, path, str(tmp_path))).read_text())
+    assert [cells[0] for cells in table["data"]] == list(ARMS)
     assert len(experiment.ids()) == len(plan.runs)  # the summary is no arm
 
 
