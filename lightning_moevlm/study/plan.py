@@ -60,8 +60,9 @@ COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
 class PlannedRun:
     """One arm with one seed.
 
-    overrides: nested config that goes over the base; resolved: the whole config, for reading only; digest: identity,
-    12 hex digits; max_steps: optimiser steps, None where the clock ends the run.
+    overrides: nested config that goes over the base; resolved: the whole config, for reading only (what is cosmetic in it
+    may be another seed's); digest: identity, 12 hex digits; max_steps: optimiser steps, None where the clock ends the
+    run.
     """
 
     study: str
@@ -112,9 +113,7 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
     """
     folder = sweeps / study.name
     steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in study.arms}
-    runs = tuple(
-        _planned(study, arm, seed, steps[arm.name], resolve, folder) for arm in study.arms for seed in study.seeds
-    )
+    runs = tuple(run for arm in study.arms for run in _of_arm(study, arm, steps[arm.name], resolve, folder))
     _refuse_twins(study, runs)
     _refuse_idle_seeds(study, runs)
     first = {run.arm: run for run in reversed(runs)}
@@ -126,14 +125,19 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
 
 def digest_of(resolved: Mapping[str, Any]) -> str:
     """Return the first 12 hex digits of the SHA-256 of the config's canonical JSON, cosmetic keys left out."""
-    essential = copy.deepcopy(dict(resolved))
+    text = json.dumps(essential(resolved), sort_keys=True, separators=(",", ":"), default=_path_as_text)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def essential(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the config without cosmetic keys."""
+    rest = copy.deepcopy(dict(resolved))
     for cosmetic in COSMETIC_KEYS:
-        _remove(essential, cosmetic.name.split("."))
-    trainer = essential.get("trainer")
+        _remove(rest, cosmetic.name.split("."))
+    trainer = rest.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get("callbacks"), list):
         trainer["callbacks"] = [c for c in trainer["callbacks"] if not _is_cosmetic_callback(c)]
-    text = json.dumps(essential, sort_keys=True, separators=(",", ":"), default=_path_as_text)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return rest
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -156,18 +160,57 @@ def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder:
     return _in_arm(study, arm, lambda: budget.steps(resolved, describe(resolved)))
 
 
+def _of_arm(study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path) -> list[PlannedRun]:
+    """Return an arm's runs. Resolving is slow: two seeds tell where a seed enters, the others follow from the first."""
+    resolved_runs = [_planned(study, arm, seed, steps, resolve, folder) for seed in study.seeds[:2]]
+    first = resolved_runs[0]
+    seeded = _seed_keys(*resolved_runs) if len(resolved_runs) == 2 else None
+    runs = list(resolved_runs)
+    for seed in study.seeds[2:]:
+        if seeded is None:
+            runs.append(_planned(study, arm, seed, steps, resolve, folder))
+            continue
+        draft = _draft(study, arm, seed, steps)
+        resolved = copy.deepcopy(first.resolved)
+        for key in seeded:
+            _set(resolved, key, seed)
+        runs.append(_identified(draft, resolved, folder))
+    return runs
+
+
+def _seed_keys(first: PlannedRun, second: PlannedRun) -> list[str] | None:
+    """Return the keys that hold the seed, or None if two seeds' configs differ in anything else that counts."""
+    keys = []
+    mine, other = (flat(essential(run.resolved)) for run in (first, second))
+    for key in mine.keys() | other.keys():
+        pair = mine.get(key), other.get(key)
+        if pair[0] != pair[1]:
+            if pair != (first.seed, second.seed):
+                return None
+            keys.append(key)
+    return keys
+
+
 def _planned(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:
+    # Checked with everything that the child will get, although the digest that some keys name is not known yet.
+    draft = _draft(study, arm, seed, steps)
+    resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _with_places(draft, folder)))
+    if steps is None:
+        _refuse_endless_schedule(study, resolved)
+    return _identified(draft, resolved, folder)
+
+
+def _draft(study: Study, arm: Arm, seed: int, steps: int | None) -> PlannedRun:
     overrides = copy.deepcopy(arm.changes)
     _set(overrides, "seed_everything", seed)
     _set(overrides, "trainer.max_steps", -1 if steps is None else steps)
     _set(overrides, "trainer.max_epochs", -1)  # an epoch limit of the base must not cut the budget
     if steps is None:
         _set(overrides, "trainer.max_time", study.budget.max_time)
-    # Checked with everything that the child will get, although the digest that some keys name is not known yet.
-    draft = PlannedRun(study.name, arm.name, seed, overrides, {}, digest="0" * 12, max_steps=steps)
-    resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _with_places(draft, folder)))
-    if steps is None:
-        _refuse_endless_schedule(study, resolved)
+    return PlannedRun(study.name, arm.name, seed, overrides, {}, digest="0" * 12, max_steps=steps)
+
+
+def _identified(draft: PlannedRun, resolved: dict[str, Any], folder: Path) -> PlannedRun:
     run = dataclasses.replace(draft, resolved=resolved, digest=digest_of(resolved))
     return dataclasses.replace(run, overrides=_with_places(run, folder))
 

@@ -99,6 +99,25 @@ def test_plan_is_arms_times_seeds(tmp_path):
     assert digest_of(resolve(list(plan.study.base), run.overrides)) == run.digest
 
 
+@pytest.mark.parametrize(
+    ("noise", "resolved_per_arm"),
+    [("${seed_everything}", 2), ("s${seed_everything}", 4)],  # a text is no seed: then each seed is resolved
+)
+def test_the_third_seed_follows_from_two_where_the_seed_alone_differs(tmp_path, noise, resolved_per_arm):
+    calls = []
+
+    def counting(files: list[Path], overrides: dict) -> dict:
+        calls.append(overrides)
+        return resolve(files, overrides)
+
+    study = read_study(write_project(tmp_path, "sqlite:///x.db", {"seeds": [3, 0, 11, 5]}, {"noise": noise}))
+    plan = plan_study(study, counting, describe, tmp_path / "sweeps")
+    assert len(calls) == 2 * resolved_per_arm
+    for run in plan.runs:  # whichever way: the digest of what the command line resolves
+        assert run.resolved["model"]["noise"] == (run.seed if resolved_per_arm == 2 else f"s{run.seed}")
+        assert digest_of(resolve(list(study.base), run.overrides)) == run.digest
+
+
 def test_digests_do_not_depend_on_the_place(tmp_path):
     digests = []
     for name in ("here", "there"):
