@@ -60,8 +60,8 @@ COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
 class PlannedRun:
     """One arm with one seed.
 
-    overrides: nested config that goes over the base; resolved: the whole config, for reading only (what is cosmetic in it
-    may be another seed's); digest: identity, 12 hex digits; max_steps: optimiser steps, None where the clock ends the
+    overrides: nested config that goes over the base; resolved: the whole config, for reading only (what is cosmetic may
+    be another seed's); digest: identity, 12 hex digits; max_steps: optimiser steps, None where the clock ends the
     run.
     """
 
