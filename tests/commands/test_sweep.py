@@ -90,7 +90,7 @@ def test_plan_run_status_report(moevlm: Moevlm, study: Study, workplace: Path) -
     assert [row["verdict"] for row in rows(workplace / "report.json")] == ["baseline", "inconclusive"]
     assert len(find_runs(uri, "line")) == 3  # two arms and one summary
     html = (workplace / "runs/sweeps/line/report/report.html").read_text()
-    assert html.count("<img ") == 5
+    assert html.count("<img ") == 7
     assert "at least 2 are needed" in html
 
 
