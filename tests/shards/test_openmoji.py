@@ -21,6 +21,7 @@ from lightning_moevlm.shards.openmoji import (
 from lightning_moevlm.shards.writer import split_of
 
 
+@pytest.mark.slow
 def test_the_whole_set(tmp_path: Path) -> None:
     manifest, built = build_openmoji(tmp_path / "set", 16, "png", False, 256, 600, False)
     assert built

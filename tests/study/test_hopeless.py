@@ -82,6 +82,7 @@ def test_designs_that_need_every_arm_refuse_it(tmp_path: Path) -> None:
     assert_refused(file, 8, ["a factorial design needs every arm to its end", "one_in, leave_one_out or `arms`"])
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_the_withdrawn_arm_and_gives_it_no_verdict(tmp_path: Path, uri: str) -> None:
     study = {
         "arms": {"baseline": None, "far": {"model.worse": 2.0}, "near": {"model.worse": 0.1}},

@@ -69,6 +69,7 @@ def test_the_later_of_two_points_counts(uri: str) -> None:
     assert metric_history(uri, run_id, []) == []
 
 
+@pytest.mark.slow
 def test_a_study_is_read_fast(uri: str) -> None:
     """12 runs x 100 keys x 30 steps: MLflow's client needs 1,200 queries, one per run and key."""
     client = MlflowClient(uri)

@@ -224,9 +224,8 @@ def test_fast_dev_run_on_the_command_line(precision: str, moevlm: Moevlm) -> Non
     moevlm("fit", *SMALL, f"--trainer.precision={precision}", "--trainer.fast_dev_run=true")
 
 
-@pytest.mark.parametrize(
-    "precision", [p if p == "bf16-true" else pytest.param(p, marks=pytest.mark.slow) for p in PRECISIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_checkpoint_and_resume_keep_dtypes_and_values(precision: str, moevlm: Moevlm, workplace: Path) -> None:
     chosen = f"--trainer.precision={precision}"
     moevlm("fit", *SMALL, *budget(4, val_every=2), chosen)

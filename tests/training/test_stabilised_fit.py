@@ -78,6 +78,7 @@ EVERY_ONE = (
 )
 
 
+@pytest.mark.slow
 def test_stabilised_training_resumes_bit_for_bit(moevlm: Moevlm, workplace: Path) -> None:
     moevlm("fit", *SMALL, *budget(10, val_every=5), *EVERY_ONE)
     whole = last_checkpoint(workplace).rename(workplace / "whole.ckpt")
