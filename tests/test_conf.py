@@ -66,6 +66,7 @@ def test_a_callback_is_added_and_takes_nothing_away(config: str, resolver: Confi
     assert after[:-1] == before and after[-1].startswith("lightning_moevlm.callbacks.")
 
 
+@pytest.mark.slow
 def test_the_precision_shadow_runs_with_the_quickstart(moevlm: Callable[..., str]) -> None:
     moevlm("fit", *SMALL, "-c", "conf/callbacks/precision_shadow.yaml", *budget(2), "--trainer.precision=bf16-mixed")
 

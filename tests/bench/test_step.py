@@ -32,6 +32,7 @@ def test_both_ways_train_the_same_weights(tmp_path: Path, migrated_database: Pat
     assert len(moved) > 20
 
 
+@pytest.mark.slow
 def test_overhead_has_a_time_for_each_way_and_round() -> None:
     ticks: list[None] = []
     times = step.measure_overhead(2, lambda: ticks.append(None))

@@ -163,6 +163,7 @@ def test_a_store_behind_a_bad_line(
         assert SECRET not in lost.message
 
 
+@pytest.mark.slow
 def test_the_example_trains_from_a_bucket(bucket: str, moevlm: Callable[..., str], tmp_path: Path) -> None:
     moevlm(
         "fit", "-c", "conf/quickstart.yaml", "-c", "conf/data/s3.yaml", "--trainer.fast_dev_run=true",

@@ -24,6 +24,7 @@ def _refuse_secrets(folder: Path) -> int:
     return len(files)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_signed_address_tells_nobody(
     scenes_root: Path,
     workplace: Path,

@@ -46,6 +46,7 @@ def test_the_guard_has_the_first_word() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_has_diverged_is_stopped_in_the_middle(tmp_path: Path, uri: str) -> None:
     arms = {"baseline": None, "high": {"model.worse": 20.0}, "nan": {"model.nan_at": 2}}
     study = {"arms": arms, "seeds": [0], "budget": {"max_steps": 40}, "diverged": {"in_a_row": 3}}

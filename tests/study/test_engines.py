@@ -230,6 +230,7 @@ def test_sweep_killed_before_the_ledger_knew_the_job(tmp_path, uri, has_begun):
         assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_run_over_its_time_has_failed_and_the_rest_goes_on(tmp_path, uri):
     file = write_project(tmp_path, uri, {"budget": {"max_steps": 1}}, {"seconds_per_step": 1.5})
     plan, _, tally, _ = sweep(file, jobs=2, timeout_minutes=0.02)  # 1.2 s, and two steps take 3 s

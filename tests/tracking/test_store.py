@@ -63,6 +63,7 @@ def test_paths(tmp_path: Path) -> None:
     assert runs_dir("http://127.0.0.1:5000") == Path.cwd() / "runs"
 
 
+@pytest.mark.slow
 def test_three_processes_on_a_fresh_database(tmp_path: Path) -> None:
     """Unlocked, MLflow's clients fail here with `table experiments already exists`, in 3 of 3 trials."""
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"

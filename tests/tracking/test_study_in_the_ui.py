@@ -37,6 +37,7 @@ def told(mlflow_server: str, tmp_path: Path) -> str:
     return terminal.export_text()
 
 
+@pytest.mark.slow
 def test_study_through_the_rest_interface(mlflow_server: str, told: str) -> None:
     def ask(call: str, **query: Any) -> Any:
         answer = requests.get(f"{mlflow_server}/api/2.0/mlflow/{call}", params=query, timeout=30)
