@@ -1,7 +1,8 @@
 """`moevlm bench step`: what Lightning, telemetry and MLflow add to a training step, and what sparsity adds to it.
 
     overhead   one model on the same batches: the bare loop of PyTorch (losses, backward, clip, update, schedule)
-               against `Trainer.fit` with the callbacks of `moevlm fit` and MLflow on SQLite, logging every 50 steps
+               against `Trainer.fit` with the callbacks of `moevlm fit` and MLflow on SQLite, logging every 50 steps, ten steps of each
+               in turns
     sparsity   the bare loop of a sparse model against that of its dense twin at equal active FLOPs
 
 Steps that log are in the mean, in the share that they have of all steps.
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_moevlm.bench.candidates import Candidate
 from lightning_moevlm.bench.timing import Ratio, interleave, ratio
-from lightning_moevlm.callbacks import DivergenceGuard, StepProgress, Telemetry
+from lightning_moevlm.callbacks import DivergenceGuard, Liveness, StepProgress, Telemetry
 from lightning_moevlm.experts import MLPExperts
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.models import LIMoE, VLMoE
@@ -39,7 +40,8 @@ from lightning_moevlm.tracking import RunLogger
 from lightning_moevlm.tracking.store import prepare_store
 from lightning_moevlm.training import VisionLanguageModule
 
-WARM_UP = 10
+TURN = 10
+WARM_UP = TURN
 LOG_EVERY = 50
 NUM_STEPS = 2 * LOG_EVERY
 _IMAGE, _TEXT, _VOCABULARY = 64, 32, 640
@@ -54,11 +56,9 @@ class StepTimes(NamedTuple):
     whole: list[float]
 
     @property
-    def added(self) -> tuple[float, float]:
-        """What the trainer adds to a step, in ms: best (of the second-smallest times) and median over rounds."""
-        in_round = [whole - bare for bare, whole in zip(self.bare, self.whole, strict=True)]
-        second = min(1, len(in_round) - 1)
-        return sorted(self.whole)[second] - sorted(self.bare)[second], statistics.median(in_round)
+    def added(self) -> float:
+        """What the trainer adds to a step, in ms: median over rounds."""
+        return statistics.median(whole - bare for bare, whole in zip(self.bare, self.whole, strict=True))
 
     def records(self) -> list[dict[str, object]]:
         """Return one record per way to train, as `--json` writes them."""
@@ -69,35 +69,22 @@ class StepTimes(NamedTuple):
 
 
 def measure_overhead(rounds: int, tick: Callable[[], None]) -> StepTimes:
-    """Train a small VL-MoE for `NUM_STEPS` steps in each way and round, in turns; tick after each.
+    """Train a small VL-MoE for `NUM_STEPS` steps in each way and round; tick after each round.
 
-    One thread: what is added runs on one, and a small step on several is mostly waiting.
+    The ways take turns of `TURN` steps, so that a machine whose clock drifts slows both. One thread: what is added
+    runs on one, and a small step on several is mostly waiting.
     """
     batches = [pair_batch(2, seed) for seed in range(8)]
     times = StepTimes([], [])
     with tempfile.TemporaryDirectory() as folder, _one_thread(), _quiet():
         uri = f"sqlite:///{Path(folder) / 'mlflow.db'}"
         prepare_store(uri)
-        ways: list[tuple[list[float], Callable[[], float]]] = [
-            (times.bare, lambda: bare_milliseconds(small_module(), batches)),
-            (times.whole, lambda: trainer_milliseconds(small_module(), batches, uri, folder)),
-        ]
-        for index in range(rounds):
-            for results, measure in ways if index % 2 else ways[::-1]:
-                results.append(measure())
-                tick()
+        for _ in range(rounds):
+            bare, whole = milliseconds_in_turns(small_module(), small_module(), batches, uri, folder)
+            times.bare.append(bare)
+            times.whole.append(whole)
+            tick()
     return times
-
-
-def bare_milliseconds(module: VisionLanguageModule, batches: Sequence[Batch]) -> float:
-    """Return the mean time of a step of the bare loop."""
-    step = bare_step(module, batches)
-    for _ in range(WARM_UP):
-        step()
-    start = time.perf_counter()
-    for _ in range(NUM_STEPS):
-        step()
-    return 1e3 * (time.perf_counter() - start) / NUM_STEPS
 
 
 def bare_step(module: VisionLanguageModule, batches: Sequence[Batch]) -> Callable[[], None]:
@@ -119,9 +106,11 @@ def bare_step(module: VisionLanguageModule, batches: Sequence[Batch]) -> Callabl
     return step
 
 
-def trainer_milliseconds(module: VisionLanguageModule, batches: Sequence[Batch], uri: str, folder: str) -> float:
-    """Return the mean time of a step of `Trainer.fit` with everything that `moevlm fit` brings."""
-    clock = _Clock()
+def milliseconds_in_turns(
+    by_hand: VisionLanguageModule, by_trainer: VisionLanguageModule, batches: Sequence[Batch], uri: str, folder: str
+) -> tuple[float, float]:
+    """Return the mean time of a step of the bare loop, and of `Trainer.fit` with everything that `moevlm fit` brings."""
+    turns = _Turns(bare_step(by_hand, batches))
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -133,11 +122,11 @@ def trainer_milliseconds(module: VisionLanguageModule, batches: Sequence[Batch],
         enable_checkpointing=False,
         enable_model_summary=False,
         logger=RunLogger(experiment_name="bench", tracking_uri=uri),
-        callbacks=[Telemetry(), DivergenceGuard(), StepProgress(), clock],
+        callbacks=[Telemetry(), Liveness(), DivergenceGuard(), StepProgress(), turns],
         default_root_dir=folder,
     )
-    trainer.fit(module, DataLoader(_Repeated(batches), batch_size=None))
-    return 1e3 * clock.seconds / NUM_STEPS
+    trainer.fit(by_trainer, DataLoader(_Repeated(batches), batch_size=None))
+    return 1e3 * turns.bare_seconds / NUM_STEPS, 1e3 * turns.whole_seconds / NUM_STEPS
 
 
 def small_module() -> VisionLanguageModule:
@@ -206,20 +195,31 @@ class _Repeated(Dataset[Batch]):
         return self.batches[index % len(self.batches)]
 
 
-class _Clock(Callback):
-    """Takes the time from the end of the warm-up to the end of the last step, after all other callbacks."""
+class _Turns(Callback):
+    """Stops the trainer after every `TURN` steps, after all other callbacks, for as many steps of the bare loop.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    Adds up the seconds of both after the warm-up.
+    """
+
+    def __init__(self, step_by_hand: Callable[[], None]) -> None:
+        self.bare_seconds = 0.0
+        self.whole_seconds = 0.0
+        self._step_by_hand = step_by_hand
         self._start = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        if trainer.global_step == WARM_UP:
-            self._start = time.perf_counter()
-        elif trainer.global_step == WARM_UP + NUM_STEPS:
-            self.seconds = time.perf_counter() - self._start
+        if trainer.global_step % TURN:
+            return
+        pause = time.perf_counter()
+        for _ in range(TURN):
+            self._step_by_hand()
+        end = time.perf_counter()
+        if trainer.global_step > WARM_UP:
+            self.whole_seconds += pause - self._start
+            self.bare_seconds += end - pause
+        self._start = end
 
 
 @contextlib.contextmanager

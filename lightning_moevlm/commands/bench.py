@@ -138,7 +138,7 @@ def step(rounds: int = 5, threads: int | None = None, json: str | None = None) -
 
     _prepare(rounds, threads)
     with _progress() as progress:
-        trained = progress.add_task("bare loop and Trainer", total=2 * rounds)
+        trained = progress.add_task("bare loop and Trainer", total=rounds)
         times = measure_overhead(rounds, lambda: progress.advance(trained))
         wide = progress.add_task("sparse and dense", total=2 * (rounds + 1))
         sparsity, wide_records = measure_sparsity(rounds, lambda: progress.advance(wide))
