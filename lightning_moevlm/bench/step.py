@@ -1,8 +1,8 @@
 """`moevlm bench step`: what Lightning, telemetry and MLflow add to a training step, and what sparsity adds to it.
 
     overhead   one model on the same batches: the bare loop of PyTorch (losses, backward, clip, update, schedule)
-               against `Trainer.fit` with the callbacks of `moevlm fit` and MLflow on SQLite, logging every 50 steps, ten steps of each
-               in turns
+               against `Trainer.fit` with the callbacks of `moevlm fit` and MLflow on SQLite, logging every 50 steps;
+               in turns of ten steps
     sparsity   the bare loop of a sparse model against that of its dense twin at equal active FLOPs
 
 Steps that log are in the mean, in the share that they have of all steps.
@@ -109,7 +109,7 @@ def bare_step(module: VisionLanguageModule, batches: Sequence[Batch]) -> Callabl
 def milliseconds_in_turns(
     by_hand: VisionLanguageModule, by_trainer: VisionLanguageModule, batches: Sequence[Batch], uri: str, folder: str
 ) -> tuple[float, float]:
-    """Return the mean time of a step of the bare loop, and of `Trainer.fit` with everything that `moevlm fit` brings."""
+    """Return the mean time of a step of the bare loop, and of `Trainer.fit` with all that `moevlm fit` brings."""
     turns = _Turns(bare_step(by_hand, batches))
     trainer = Trainer(
         accelerator="cpu",

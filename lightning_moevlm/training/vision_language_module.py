@@ -319,7 +319,9 @@ class VisionLanguageModule(LightningModule):
 
     def seed_noise(self, step: int) -> None:
         """Make whatever a router or a dropout draws a function of seed and step, so a resumed run draws it again."""
-        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
+        seed = seed_of(self.seed, "noise", step, self.global_rank)
+        # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
+        torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
 
     def losses_of(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
         """Run the model on a batch; stage ("train", "val" or "test") and step say which masks it gets."""

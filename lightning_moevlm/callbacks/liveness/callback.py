@@ -3,10 +3,11 @@
 Before the first step, and every n steps, the first samples of the batch at hand are rehearsed (rehearsal.py), and each
 auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside this one say which). The
 answers are tags of the run, `receipt/<switch>`, and where they have a number a metric, `liveness/<switch>`; beside them
-goes the share of the gradient that comes from balance losses.
+goes the share of the gradient that comes from balance losses. A tag is written when its verdict becomes another one,
+and in its last state when training ends; the metrics hold what was between.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -60,6 +61,8 @@ class Liveness(Callback):
         self.num_samples = num_samples
         self._acts = ActCounter()
         self._actions = ActionProofs()
+        self._tags: dict[str, str] = {}
+        self._tags_written: dict[str, str] = {}
         self._has_asked = False
         self._started_at = 0
         self._step_seen = 0
@@ -67,6 +70,7 @@ class Liveness(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where training starts."""
         self._acts, self._actions, self._has_asked = ActCounter(), ActionProofs(), False
+        self._tags, self._tags_written = {}, {}
         self._started_at = self._step_seen = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -111,6 +115,10 @@ class Liveness(Callback):
             if pl_module.gradient_events is not None:
                 self._acts.add(pl_module.gradient_events)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the receipts in their last state."""
+        self._write_tags(trainer, told_by=str)
+
     def _is_due(self, trainer: Trainer, micro_step: int) -> bool:
         """Say whether this micro-batch is the first of the run, which may go on in the middle of a step, or due."""
         if not self._has_asked:
@@ -121,14 +129,22 @@ class Liveness(Callback):
 
     def _write(self, trainer: Trainer, receipts: Sequence[Receipt], values: dict[str, float]) -> None:
         step = trainer.global_step
-        tags = {f"receipt/{receipt.switch}": receipt.told(step) for receipt in receipts}
+        self._tags = {f"receipt/{receipt.switch}": receipt.told(step) for receipt in receipts}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
-            if isinstance(logger, TakesTags):
-                logger.log_tags(tags)
+        self._write_tags(trainer, told_by=_verdict)
         if step == self._started_at and receipts:
             counts = {verdict: sum(one.verdict == verdict for one in receipts) for verdict in _TOLD}
             rank_zero_info("liveness: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+
+    def _write_tags(self, trainer: Trainer, told_by: Callable[[str], str]) -> None:
+        """Write the tags that tell another thing than they did when they were last written."""
+        written = self._tags_written
+        fresh = {tag: now for tag, now in self._tags.items() if told_by(now) != told_by(written.get(tag, ""))}
+        for logger in trainer.loggers:
+            if fresh and isinstance(logger, TakesTags):
+                logger.log_tags(fresh)
+        written.update(fresh)
 
     def _fail_if_dead(self, trainer: Trainer, receipts: Sequence[Receipt]) -> None:
         """End the run on every rank where a switch is dead on one of them."""
@@ -154,6 +170,10 @@ class Liveness(Callback):
         found = trainer.strategy.reduce(own, reduce_op="max") if len(own) else own
         assert isinstance(found, Tensor)
         return set(found.nonzero().flatten().tolist())
+
+
+def _verdict(told: str) -> str:
+    return told.partition(":")[0]
 
 
 _TOLD = ("alive", "idle", "off", "unproven", "dead")

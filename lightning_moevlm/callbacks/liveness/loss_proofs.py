@@ -42,9 +42,9 @@ class Reach(NamedTuple):
 
 def loss_receipts(rehearsal: Rehearsal, optimizers: Sequence[Optimizer]) -> list[Receipt]:
     """Return the receipt of every enabled auxiliary loss."""
-    module = rehearsal.module
-    terms = rehearsal.report.auxiliary
-    return [_Proof(rehearsal, name, optimizers).receipt(terms.get(name)) for name in module.losses.weights]
+    terms, whole = rehearsal.report.auxiliary, _WholeGradient(rehearsal.report.total_loss)
+    names = rehearsal.module.losses.weights
+    return [_Proof(rehearsal, name, optimizers, whole).receipt(terms.get(name)) for name in names]
 
 
 def moved_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
@@ -68,11 +68,27 @@ def norm_of(gradients: Iterable[Tensor | None]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))) if present else 0.0
 
 
+class _WholeGradient:
+    """The gradient of the total loss, taken once for all losses that ask for it on the same weights."""
+
+    def __init__(self, total_loss: Tensor) -> None:
+        self._total_loss = total_loss
+        self._known: dict[tuple[int, ...], list[Tensor | None]] = {}
+
+    def on(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return it on each parameter, None where the loss does not depend on it."""
+        key = tuple(map(id, parameters))
+        if key not in self._known:
+            self._known[key] = gradients_of(self._total_loss, parameters)
+        return self._known[key]
+
+
 class _Proof:
     """What is asked of one loss."""
 
-    def __init__(self, rehearsal: Rehearsal, name: str, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, rehearsal: Rehearsal, name: str, optimizers: Sequence[Optimizer], whole: _WholeGradient) -> None:
         self.rehearsal = rehearsal
+        self.whole = whole
         self.module: VisionLanguageModule = rehearsal.module
         self.name = name
         self.on_routing = name != "output_z"
@@ -113,7 +129,8 @@ class _Proof:
         raw, weight = term.raw, float(term.weight)
         if not self.moved:
             return self._dead(f"{self._who_holds_still()}, so nothing learns from it", self._advice())
-        reach = Reach(gradients_of(raw, self.moved), gradients_of(raw, self._must_not_reach()))
+        found = gradients_of(raw, [*self.moved, *self._must_not_reach()])
+        reach = Reach(found[: len(self.moved)], found[len(self.moved) :])
         size = norm_of(reach.targets)
         if all(gradient is None for gradient in reach.targets):
             return self._dead(
@@ -136,7 +153,7 @@ class _Proof:
         return self._changes(reach.targets, weight, size)
 
     def _changes(self, gradients: list[Tensor | None], weight: float, size: float) -> Receipt:
-        whole = gradients_of(self.rehearsal.report.total_loss, self.moved)
+        whole = self.whole.on(self.moved)
         changed, total = 0, 0
         for own, all_ in zip(gradients, whole, strict=True):
             if own is not None and all_ is not None:

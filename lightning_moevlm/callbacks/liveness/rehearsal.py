@@ -55,6 +55,9 @@ class Rehearsal:
         self.calls: dict[str, Call] = {}
         self._trainer = trainer
         self._step = step
+        # copies dispatch: dispatchers remember which cases they met, which goes into the record of the run
+        moes = [layer for layer in module.modules() if isinstance(layer, MoEFFN)]
+        self._spare_dispatchers = [(layer, copy.deepcopy(layer.dispatcher)) for layer in moes]
         backbone = module.backbone
         with self.conditions(), torch.enable_grad(), self._watching(), self._measuring():
             self.output: ObjectiveOutput = module.objective(backbone, self.batch, self._masks())
@@ -79,7 +82,8 @@ class Rehearsal:
         device = module.device
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            stack.enter_context(_spare_dispatchers(module))
+            for layer, dispatcher in self._spare_dispatchers:
+                stack.enter_context(put(layer, "dispatcher", dispatcher))
             stack.enter_context(self._trainer.precision_plugin.train_step_context())
             module.seed_noise(self._step)
             yield
@@ -145,16 +149,6 @@ def put(owner: Any, attribute: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, attribute, before)
-
-
-@contextmanager
-def _spare_dispatchers(module: nn.Module) -> Iterator[None]:
-    """Let copies dispatch: they remember which cases they met, which goes into the record of the run."""
-    with ExitStack() as stack:
-        for layer in module.modules():
-            if isinstance(layer, MoEFFN):
-                stack.enter_context(put(layer, "dispatcher", copy.deepcopy(layer.dispatcher)))
-        yield
 
 
 def tensors_of(output: Any) -> Tensor:
