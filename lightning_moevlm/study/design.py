@@ -72,7 +72,7 @@ class Design:
 
     def description(self, point: Point) -> str:
         """Return a point in words: what is off, on or set where it leaves the reference."""
-        told = [_described(self.factor(here.factor), here.level) for here in self.leaving(point)]
+        told = [_described(self.factor(here.factor), here.level).rstrip(".") for here in self.leaving(point)]
         return "; ".join(told) + "." if told else f"The reference: {self._reference_in_words()}."
 
     def leaving(self, point: Point) -> tuple[FactorLevel, ...]:

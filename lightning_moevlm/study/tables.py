@@ -39,7 +39,8 @@ _CORRECTED: dict[Correction, str] = {
 
 
 def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> Table:
-    """Return where every run stands."""
+    """Return where every run stands, on a cluster by the cluster's name of its job too."""
+    on_cluster = any(state.job for _, state in ledger)
     rows = tuple(
         (
             run.name,
@@ -47,13 +48,16 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
             NOTHING if state.seconds is None else duration(state.seconds),
             str(state.attempts),
             state.run_id or NOTHING,
+            *((state.job or NOTHING,) if on_cluster else ()),
             state.reason or NOTHING,
         )
         for run, state in ledger
     )
     counts = Counter(str(state.status) for _, state in ledger)
     total = ", ".join(f"{count} {word}" for word, count in counts.items())
-    return Table(plan.study.name, ("run", "status", "time", "attempts", "MLflow run", "why"), rows, (total,))
+    job = ("job",) if on_cluster else ()
+    columns = ("run", "status", "time", "attempts", "MLflow run", *job, "why")
+    return Table(plan.study.name, columns, rows, (total,))
 
 
 def effects_table(result: StudyResult) -> Table:

@@ -211,11 +211,15 @@ def test_spikes_over_time(tmp_path):
 def test_receipts_are_shown_where_runs_have_them(tmp_path):
     def tags(run):
         if run.arm == "fast":
-            return {"receipt/router_z": "alive" if run.seed else "dead", "arm": "fast"}
+            told = f"alive: norm 0.{run.seed} (step 300)" if run.seed else "dead: norm 0 (step 50)"
+            return {"receipt/router_z": told, "arm": "fast"}
         return {"arm": run.arm}
 
     table = receipts_table(result_of(tmp_path, FAST, lambda run: ended_at(5.0), tags))
-    assert table.rows == (("fast", "router_z", "dead", "1 of 3"), ("fast", "router_z", "alive", "2 of 3"))
+    assert table.rows == (
+        ("fast", "router_z", "dead", "1 of 3", "norm 0 (step 50)"),
+        ("fast", "router_z", "alive", "2 of 3", "norm 0.1 (step 300)"),
+    )
     assert receipts_table(result_of(tmp_path, FAST, lambda run: ended_at(5.0))) is None
 
 
