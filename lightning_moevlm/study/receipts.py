@@ -25,7 +25,7 @@ def receipts_table(result: StudyResult) -> Table | None:
 def _rows(arm: ArmResult) -> list[tuple[str, ...]]:
     started = [run for run in arm.runs if run.tags]
     switches = dict.fromkeys(tag for run in started for tag in run.tags if tag.startswith(RECEIPT))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for switch in switches:
         told = [run.tags.get(switch, NO_RECEIPT).partition(": ") for run in started]
         evidence: dict[str, str] = {}
