@@ -3,55 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lightning_moevlm.commands.sweep import written_out
 from lightning_moevlm.tracking.runs import find_runs
-
-Moevlm = Callable[..., str]
-Study = Callable[..., str]
-
-SMALL = {
-    "data": {"batch_size": 8, "image_size": 32},
-    "model": {
-        "backbone": {
-            "init_args": {
-                "dim": 16,
-                "num_heads": 2,
-                "num_blocks": 3,
-                "hidden_dim": 32,
-                "patch_size": 8,
-                "moe": {"init_args": {"num_experts": 4, "experts": {"init_args": {"hidden_dim": 32}}}},
-            }
-        },
-        "schedule": {"init_args": {"warmup": 0.5}},
-    },
-    "trainer": {"val_check_interval": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 1, "limit_val_batches": 1},
-}
-STUDY = {
-    "question": "Does the whole line work?",
-    "base": ["conf/quickstart.yaml", "small.yaml"],
-    "arms": {"baseline": None, "dense_twin": {"model.backbone.init_args.sparse_modalities": []}},
-    "seeds": [0],
-    "budget": {"max_steps": 2},
-    "primary": {"metric": "val/task_loss"},
-}
-
-
-@pytest.fixture
-def study(workplace: Path) -> Study:
-    """Write a study (with changes) into the workplace and return its name."""
-    (workplace / "small.yaml").write_text(yaml.safe_dump(SMALL))
-
-    def write(**changes: object) -> str:
-        (workplace / "line.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
-        return "line.yaml"
-
-    return write
+from tests.commands.small_study import Moevlm, Study
 
 
 def rows(file: Path) -> list[dict]:

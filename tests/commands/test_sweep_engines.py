@@ -9,7 +9,6 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_moevlm.tracking.runs import find_runs
-from tests.commands.test_sweep import study  # noqa: F401 - a fixture
 
 ENGINES = {"local": (), "slurm": ("--engine.cluster", "local", "--engine.cpus", "1"), "ray": ()}
 BY_THE_CLOCK = ("throughput/", "time/", "system/", "memory/")
@@ -22,7 +21,7 @@ BY_THE_CLOCK = ("throughput/", "time/", "system/", "memory/")
 )
 def test_same_study_same_content(
     moevlm: Callable[..., str],
-    study: Callable[..., str],  # noqa: F811
+    study: Callable[..., str],
     workplace: Path,
     migrated_database: Path,
     monkeypatch: pytest.MonkeyPatch,

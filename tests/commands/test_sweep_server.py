@@ -10,7 +10,7 @@ import pytest
 
 from lightning_moevlm.tracking.outbox import JOURNAL
 from lightning_moevlm.tracking.runs import RunRow, find_runs, metric_histories
-from tests.commands.test_sweep import Moevlm, Study
+from tests.commands.small_study import Moevlm, Study
 from tests.commands.test_sweep_soak import PROJECT, states
 from tests.mlflow_server import MlflowServer
 

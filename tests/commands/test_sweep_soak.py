@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from lightning_moevlm.tracking.runs import find_runs
-from tests.commands.test_sweep import SMALL, STUDY
+from tests.commands.small_study import SMALL, STUDY
 
 ARMS = {
     "baseline": None,
