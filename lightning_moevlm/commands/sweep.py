@@ -329,7 +329,7 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
     from lightning_moevlm.study.fairness import refuse_biased
     from lightning_moevlm.study.gather import gather
     from lightning_moevlm.study.ledger import STATE_FILE, read_ledger
-    from lightning_moevlm.study.report import HTML_FILE, make_report, print_tables, write_report
+    from lightning_moevlm.study.report import HTML_FILE, make_report, origin_of, print_tables, write_report
     from lightning_moevlm.study.summary_run import log_summary
     from lightning_moevlm.study.tables import report_tables
     from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
@@ -342,7 +342,7 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
     sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]
     newest = max(source.stat().st_mtime for source in sources if source.exists())
     if redraw or not page.exists() or page.stat().st_mtime < newest:
-        whole = make_report(planned, result)
+        whole = make_report(origin_of(planned, result), result)
         write_report(whole, folder)
         log_summary(experiment, whole, folder)
     print_tables(terminal, report_tables(result))

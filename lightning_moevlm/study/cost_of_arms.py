@@ -48,11 +48,11 @@ def costs_table(result: StudyResult) -> Table | None:
     costs = costs_of(result)
     if not any(cost.seconds or cost.memory for cost in costs):
         return None
-    title, unit = name_and_unit(result.study.primary.metric)
+    title, unit = name_and_unit(result.comparison.primary.metric)
     effect = f"effect ({unit})" if unit else "effect"
     columns = ("arm", "time per step (ms)", "more time", "peak memory (MiB)", "more memory", effect, "verdict")
     rows = tuple(_row(arm, cost) for arm, cost in zip(result.arms, costs, strict=True))
-    base = next(cost for cost in costs if cost.arm == result.study.baseline)
+    base = next(cost for cost in costs if cost.arm == result.comparison.baseline)
     notes = [
         f"more: of {base.arm}'s, paired by seed, mean ± standard deviation; effect: on {title}, arm minus {base.arm}.",
         *_noise("time per step", base.seconds),
@@ -99,7 +99,7 @@ def _more(arm: dict[int, float], base: dict[int, float]) -> Mean | None:
 
 
 def _seconds(arm: ArmResult) -> dict[int, float]:
-    return _known(arm.runs, [step_cost(run.run.resolved, run.series, 0.0).seconds for run in arm.runs])
+    return _known(arm.runs, [step_cost(run.resolved, run.series, None).seconds for run in arm.runs])
 
 
 def _memory(arm: ArmResult) -> dict[int, float]:
@@ -108,7 +108,7 @@ def _memory(arm: ArmResult) -> dict[int, float]:
 
 def _known(runs: Sequence[RunResult], values: Sequence[float | None]) -> dict[int, float]:
     return {
-        run.run.seed: value
+        run.seed: value
         for run, value in zip(runs, values, strict=True)
         if run.state.status.has_result and value is not None and math.isfinite(value)
     }

@@ -43,23 +43,24 @@ class EqualBudget:
     values: tuple[float | None, ...]
 
 
-def step_cost(resolved: Mapping[str, Any], series: Mapping[str, Series], flops_per_sample: float) -> StepCost:
+def step_cost(resolved: Mapping[str, Any], series: Mapping[str, Series], flops_per_sample: float | None) -> StepCost:
     """Return what a step takes.
 
     Args:
         resolved: The run's whole config.
         series: What it logged.
-        flops_per_sample: Active, of the forward pass.
+        flops_per_sample: Active, of the forward pass; None where they are not known.
     """
     samples = samples_per_step(resolved)
     per_second = median_after_warm_up(series.get(THROUGHPUT))
     tokens_per_second = median_after_warm_up(series.get(keys.TOKENS_PER_SECOND.key()))
     if samples is None:
         return StepCost(None, None, None)
+    flops = None if flops_per_sample is None else samples * flops_per_sample
     if not per_second:
-        return StepCost(None, samples * flops_per_sample, None)
+        return StepCost(None, flops, None)
     tokens = samples * tokens_per_second / per_second if tokens_per_second else None
-    return StepCost(tokens, samples * flops_per_sample, samples / per_second)
+    return StepCost(tokens, flops, samples / per_second)
 
 
 def median_after_warm_up(series: Series | None) -> float | None:

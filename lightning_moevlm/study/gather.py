@@ -6,10 +6,13 @@ Only runs with a result (finished or diverged) enter comparisons; runs that stil
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import arm_stability
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM
+from lightning_moevlm.study.comparison import Comparison, comparison_of
 from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_effect
 from lightning_moevlm.study.equal_budget import (
     THROUGHPUT,
@@ -22,16 +25,21 @@ from lightning_moevlm.study.equal_budget import (
 from lightning_moevlm.study.factorial import FactorEffect, factor_effects
 from lightning_moevlm.study.factors import ON
 from lightning_moevlm.study.fairness import Subject, differences
-from lightning_moevlm.study.hopeless import withdrawals, without_verdict
+from lightning_moevlm.study.hopeless import STOPPED_RULE, withdrawals, without_verdict
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.results import ArmResult, LadderResult, Mean, RunResult, StudyResult, mean_of, rule_of
-from lightning_moevlm.study.spec import Arm, Study
+from lightning_moevlm.study.spec import Arm
 from lightning_moevlm.study.stability import TRAIN_LOSS, stability_of
 from lightning_moevlm.study.verdict import Guarded, Rule
 from lightning_moevlm.tracking.runs import find_runs
 from lightning_moevlm.tracking.series import Series, metric_series
+
+if TYPE_CHECKING:  # it lies beside the models, which import torch
+    from lightning_moevlm.models.card import ModelCard
+
+    Cards = Mapping[str, ModelCard | None]
 
 
 def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) -> StudyResult:
@@ -44,42 +52,71 @@ def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) 
     series = metric_series(uri, ids)
     tags = {row.run_id: row.tags for row in find_runs(uri, plan.study.name, {ROLE: ROLE_ARM})}
     results = [
-        RunResult(run, state, series.get(state.run_id or "", {}), tags.get(state.run_id or "", {}))
+        result_of(run, state, series.get(state.run_id or "", {}), tags.get(state.run_id or "", {}))
         for run, state in ledger
     ]
-    return compare(plan, results)
+    return compare(comparison_of(plan.study), plan.cards, results)
 
 
-def compare(plan: Plan, results: Sequence[RunResult]) -> StudyResult:
-    """Gather runs into arms and compare every arm with the baseline, paired by seed."""
-    study = plan.study
-    withdrawn = withdrawals(study, ((r.run.arm, r.run.seed, r.series.get(study.primary.metric)) for r in results))
-    results = [_stopped(r) if r.run.arm in withdrawn else r for r in results]
-    by_arm = {arm.name: tuple(r for r in results if r.run.arm == arm.name) for arm in study.arms}
+def result_of(
+    run: PlannedRun, state: RunState, series: Mapping[str, Series], tags: Mapping[str, str] = MappingProxyType({})
+) -> RunResult:
+    """Return what became of a planned run."""
+    return RunResult(run.arm, run.seed, run.resolved, run.max_steps, state, series, tags)
+
+
+def compare(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> StudyResult:
+    """Gather runs into arms and compare every arm with the baseline, paired by seed.
+
+    Args:
+        study: Arms, seeds and rules.
+        cards: Model card by arm, None where it is not known.
+        results: Every run, at most one per arm and seed.
+    """
+    withdrawn = _withdrawn(study, results)
+    results = [_stopped(r) if r.arm in withdrawn else r for r in results]
+    by_arm = {arm.name: tuple(r for r in results if r.arm == arm.name) for arm in study.arms}
     base = by_arm[study.baseline]
     rule = rule_of(study)
     effects = {name: _effect(study, rule, runs, base) for name, runs in by_arm.items() if name != study.baseline}
-    effects |= {name: without_verdict(study.seeds, rule, found) for name, found in withdrawn.items()}
+    effects |= {name: without_verdict(study.seeds, rule, told) for name, told in withdrawn.items()}
     judged = as_family(effects, rule)
     done = [r for r in results if r.state.status.has_result]
-    costs = [_cost(plan, r) for r in done]
+    costs = [_cost(cards, r) for r in done]
     budgets = equal_budgets(
         [(cost, r.series.get(study.primary.metric, Series((), ()))) for cost, r in zip(costs, done, strict=True)],
         [r.state.status is Status.FINISHED for r in done],
     )
     equal = _by_arm(budgets, done)
     arms = tuple(
-        _arm_result(plan, arm, by_arm[arm.name], base, judged.get(arm.name), equal.get(arm.name, {}))
+        _arm_result(study, cards, arm, by_arm[arm.name], base, judged.get(arm.name), equal.get(arm.name, {}))
         for arm in study.arms
     )
     return StudyResult(
         study,
         arms,
-        unlike=differences([_subject(plan, r) for r in done]),
+        unlike=differences([_subject(study, r) for r in done]),
         budgets={budget.what: budget.spent for budget in budgets},
-        ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders([r.run for r in results])),
+        ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders(_configs(study, results))),
         factors=_factors(study, rule, by_arm),
     )
+
+
+def _withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str]:
+    """Return why arms are withdrawn: by the rule now, or by one that stopped a run of theirs when it ran."""
+    now = withdrawals(study, ((r.arm, r.seed, r.series.get(study.primary.metric)) for r in results))
+    before = {
+        r.arm: f"stopped by rule: {r.tags.get(STOPPED_RULE, 'not logged')}"
+        for r in results
+        if r.state.status is Status.STOPPED
+    }
+    return before | {name: found.told for name, found in now.items()}
+
+
+def _configs(study: Comparison, results: Sequence[RunResult]) -> dict[str, Mapping[str, Any]]:
+    """Return the config of each arm with one seed, the first that most of them have."""
+    seed = max(study.seeds, key=lambda seed: sum(r.seed == seed for r in results))
+    return {r.arm: r.resolved for r in results if r.seed == seed}
 
 
 def _stopped(result: RunResult) -> RunResult:
@@ -95,21 +132,21 @@ def throughput_of(result: RunResult) -> float | None:
 
 
 def _arm_result(
-    plan: Plan,
+    study: Comparison,
+    cards: "Cards",
     arm: Arm,
     runs: tuple[RunResult, ...],
     base: tuple[RunResult, ...],
     effect: Effect | None,
     equal: Mapping[str, Mean],
 ) -> ArmResult:
-    study = plan.study
     primary = study.primary.metric
     done = [r for r in runs if r.state.status.has_result]
     sign = 1 if study.primary.direction == "lower" else -1
     stable, total = _count(base, Status.FINISHED), sum(r.state.status.has_result for r in base)
     return ArmResult(
         arm=arm,
-        card=plan.cards[arm.name],
+        card=cards[arm.name],
         runs=runs,
         final=mean_of([r.last(primary) for r in done]),
         untrained=mean_of([r.first(primary) for r in done]),
@@ -119,7 +156,7 @@ def _arm_result(
         majority=_by_term(done, keys.MAJORITY_ACCURACY),
         also={key: mean for key in study.also if (mean := mean_of([r.last(key) for r in done]))},
         stability=arm_stability(
-            [stability_of(r.series, r.state.status is Status.DIVERGED, _cost(plan, r).tokens) for r in done],
+            [stability_of(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
             _count(runs, Status.DIVERGED),
             None if arm.name == study.baseline else (stable, total),
         ),
@@ -138,7 +175,7 @@ def _ahead(result: RunResult, key: str, sign: int) -> bool:
     return first is not None and last is not None and sign * last < sign * first
 
 
-def _effect(study: Study, rule: Rule, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
+def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
     return paired_effect(
         arm=_finals(runs, study.primary.metric),
         baseline=_finals(base, study.primary.metric),
@@ -150,7 +187,7 @@ def _effect(study: Study, rule: Rule, runs: Sequence[RunResult], base: Sequence[
     )
 
 
-def _factors(study: Study, rule: Rule, by_arm: Mapping[str, Sequence[RunResult]]) -> tuple[FactorEffect, ...]:
+def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunResult]]) -> tuple[FactorEffect, ...]:
     """Return main effects and interactions, where the design is made for them."""
     if study.design is None or study.design.kind not in ("factorial", "fractional_factorial"):
         return ()
@@ -159,7 +196,7 @@ def _factors(study: Study, rule: Rule, by_arm: Mapping[str, Sequence[RunResult]]
     return factor_effects(values, levels, study.seeds, rule)
 
 
-def _guards(study: Study, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
+def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
     return tuple(
         guarded(
             guard.metric,
@@ -174,41 +211,40 @@ def _guards(study: Study, runs: Sequence[RunResult], base: Sequence[RunResult]) 
     )
 
 
-def _cost(plan: Plan, result: RunResult) -> StepCost:
-    return step_cost(result.run.resolved, result.series, plan.cards[result.run.arm].active_flops_per_sample)
+def _cost(cards: "Cards", result: RunResult) -> StepCost:
+    card = cards[result.arm]
+    return step_cost(result.resolved, result.series, card.active_flops_per_sample if card else None)
 
 
 def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[str, dict[str, Mean]]:
     """Return what the runs of each arm had reached with every budget."""
     arms: dict[str, dict[str, Mean]] = {}
     for budget in budgets:
-        for arm in dict.fromkeys(r.run.arm for r in done):
-            mean = mean_of([v for r, v in zip(done, budget.values, strict=True) if r.run.arm == arm])
+        for arm in dict.fromkeys(r.arm for r in done):
+            mean = mean_of([v for r, v in zip(done, budget.values, strict=True) if r.arm == arm])
             if mean:
                 arms.setdefault(arm, {})[budget.what] = mean
     return arms
 
 
-def _subject(plan: Plan, result: RunResult) -> Subject:
-    arm = next(arm for arm in plan.study.arms if arm.name == result.run.arm)
-    logged = [result.series[key].steps[-1] for key in (TRAIN_LOSS, plan.study.primary.metric) if key in result.series]
+def _subject(study: Comparison, result: RunResult) -> Subject:
+    arm = next(arm for arm in study.arms if arm.name == result.arm)
+    logged = [result.series[key].steps[-1] for key in (TRAIN_LOSS, study.primary.metric) if key in result.series]
     finished = result.state.status is Status.FINISHED
     return Subject(
         arm.name,
-        result.run.seed,
+        result.seed,
         flat(arm.changes),
-        result.run.resolved,
+        result.resolved,
         result.tags,
         max(logged, default=None) if finished else None,
-        budget_in_steps=plan.study.budget.max_steps is not None,
+        budget_in_steps=study.equal_steps,
     )
 
 
-def _ladder(study: Study, ladder: Ladder, by_arm: Mapping[str, Sequence[RunResult]]) -> LadderResult:
+def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[RunResult]]) -> LadderResult:
     primary = study.primary.metric
-    done = {
-        rate: {r.run.seed: r for r in by_arm[arm] if r.state.status.has_result} for rate, arm in ladder.rungs.items()
-    }
+    done = {rate: {r.seed: r for r in by_arm[arm] if r.state.status.has_result} for rate, arm in ladder.rungs.items()}
     per_seed = []
     for seed in study.seeds:
         if study.primary.direction == "lower" and all(seed in runs for runs in done.values()):
@@ -237,7 +273,7 @@ def _or_nan(value: float | None) -> float:
 
 def _finals(results: Sequence[RunResult], key: str) -> dict[int, float]:
     done = [r for r in results if r.state.status.has_result]
-    return {r.run.seed: value for r in done if (value := r.last(key)) is not None}
+    return {r.seed: value for r in done if (value := r.last(key)) is not None}
 
 
 def _lost(results: Sequence[RunResult]) -> Lost:

@@ -22,10 +22,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lightning_moevlm.study.comparison import Comparison
 from lightning_moevlm.study.effects import Effect, paired_differences, paired_effect
-from lightning_moevlm.study.spec import Hopeless, Primary, Study
+from lightning_moevlm.study.spec import Hopeless, Primary
 from lightning_moevlm.study.verdict import Rule, Verdict
 from lightning_moevlm.tracking.series import Series
+
+STOPPED_RULE = "stopped_early/rule"
 
 
 class Decision(NamedTuple):
@@ -70,7 +73,7 @@ class Withdrawal:
         """The decision as tags of the stopped runs."""
         seed, step, value, baseline = self.decision
         return {
-            "stopped_early/rule": self.rule.words,
+            STOPPED_RULE: self.rule.words,
             "stopped_early/step": str(step),
             "stopped_early/seed": str(seed),
             "stopped_early/value": repr(value),
@@ -104,26 +107,26 @@ def withdrawal(
     return None
 
 
-def without_verdict(seeds: tuple[int, ...], rule: Rule, found: Withdrawal) -> Effect:
-    """Return the effect of a withdrawn arm: none, and why."""
+def without_verdict(seeds: tuple[int, ...], rule: Rule, told: str) -> Effect:
+    """Return the effect of a withdrawn arm: none, and why, in words."""
     empty = paired_effect({}, {}, seeds, rule)
-    return dataclasses.replace(empty, left_out=(), losses=(), verdict=Verdict.STOPPED_EARLY, limit=found.told)
+    return dataclasses.replace(empty, left_out=(), losses=(), verdict=Verdict.STOPPED_EARLY, limit=told)
 
 
-def withdrawals(study: Study, primaries: Iterable[tuple[str, int, Series | None]]) -> dict[str, Withdrawal]:
-    """Return the arms that a study's rule withdraws, whether their runs were stopped in time or not.
+def withdrawals(comparison: Comparison, primaries: Iterable[tuple[str, int, Series | None]]) -> dict[str, Withdrawal]:
+    """Return the arms that the rule withdraws, whether their runs were stopped in time or not.
 
     Args:
-        study: Whose rule; without one no arm is withdrawn.
+        comparison: Whose rule; without one no arm is withdrawn.
         primaries: Arm, seed and primary metric of every run.
     """
-    rule = study.stop_hopeless
+    rule = comparison.stop_hopeless
     if rule is None:
         return {}
-    values: dict[str, dict[int, float]] = {arm.name: {} for arm in study.arms}
+    values: dict[str, dict[int, float]] = {arm.name: {} for arm in comparison.arms}
     for arm, seed, series in primaries:
         if series is not None and rule.at_step in series.steps:
             values[arm][seed] = series.values[series.steps.index(rule.at_step)]
-    base = values.pop(study.baseline)
-    found = {name: withdrawal(rule, study.primary, arm, base, study.seeds) for name, arm in values.items()}
+    base = values.pop(comparison.baseline)
+    found = {name: withdrawal(rule, comparison.primary, arm, base, comparison.seeds) for name, arm in values.items()}
     return {name: one for name, one in found.items() if one is not None}

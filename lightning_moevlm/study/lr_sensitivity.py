@@ -9,10 +9,10 @@ outside of the ladder is not measured by it: read it with the losses beside.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_moevlm.study.plan import PlannedRun, digest_of
+from lightning_moevlm.study.plan import digest_of
 
 _BEGUN_NUMBER = re.compile(r"[_.-]*(\d[0-9e_.-]*)?$")  # at the end of what names share: that of the rate
 LEARNING_RATE = ("model", "optimizer", "init_args", "lr")
@@ -33,12 +33,15 @@ class Ladder:
         return _BEGUN_NUMBER.sub("", common if cut is None else names[0][:cut]) or names[0]
 
 
-def ladders(runs: Sequence[PlannedRun]) -> tuple[Ladder, ...]:
-    """Return every group of at least two arms whose resolved configs differ in the optimiser's learning rate alone."""
+def ladders(configs: Mapping[str, Mapping[str, object]]) -> tuple[Ladder, ...]:
+    """Return every group of at least two arms whose configs differ in the optimiser's learning rate alone.
+
+    Args:
+        configs: The resolved config of one run of each arm, all of the same seed.
+    """
     groups: dict[str, dict[float, str]] = {}
-    for arm in dict.fromkeys(run.arm for run in runs):
-        run = next(run for run in runs if run.arm == arm)
-        rate, rest = _without_rate(run.resolved)
+    for arm, config in configs.items():
+        rate, rest = _without_rate(config)
         if rate is not None:
             groups.setdefault(digest_of(rest), {})[rate] = arm
     return tuple(Ladder(dict(sorted(group.items()))) for group in groups.values() if len(group) > 1)

@@ -53,13 +53,27 @@ _PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
 
 @dataclass(frozen=True)
 class ArmStory:
-    """What the report says of an arm besides numbers. changes: difference from the base; commands: one per seed."""
+    """What the report says of an arm besides numbers. changes: over what it is held against; commands: one per seed."""
 
     name: str
     description: str
     changes: tuple[str, ...]
     commands: tuple[str, ...]
     log_tails: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the report comes from. kind: of what it is a report; held_against: what arms' changes go over.
+
+    rerun: the command that writes it again; goes_on: what that command does for runs without a result yet.
+    """
+
+    kind: str
+    held_against: str
+    rerun: str
+    goes_on: str
+    arms: tuple[ArmStory, ...]
 
 
 @dataclass(frozen=True)
@@ -75,15 +89,13 @@ class Report:
     tables: tuple[Table, ...]
     pictures: tuple[Picture, ...]
     undrawn: str
-    arms: tuple[ArmStory, ...]
-    rerun: str
+    origin: Origin
     versions: str
     written: str
 
 
-def make_report(plan: Plan, result: StudyResult) -> Report:
+def make_report(origin: Origin, result: StudyResult) -> Report:
     """Compute everything that the report shows."""
-    study = result.study
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return Report(
         result=result,
@@ -92,10 +104,20 @@ def make_report(plan: Plan, result: StudyResult) -> Report:
         tables=report_tables(result),
         pictures=tuple(draw_all(result)),
         undrawn=undrawn(result),
-        arms=tuple(_story(plan, arm) for arm in result.arms),
-        rerun=shlex.join(["moevlm", "sweep", "run", str(study.file)]),
+        origin=origin,
         versions=packages,
         written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def origin_of(plan: Plan, result: StudyResult) -> Origin:
+    """Return where the report of a study comes from."""
+    return Origin(
+        kind="Ablation study",
+        held_against="the base",
+        rerun=shlex.join(["moevlm", "sweep", "run", str(plan.study.file)]),
+        goes_on="goes on where it was",
+        arms=tuple(_story(plan, arm) for arm in result.arms),
     )
 
 
@@ -170,7 +192,7 @@ def _rich_columns(table: Table, count: int) -> RichTable:
 
 def finding(result: StudyResult, arm: ArmResult) -> str:
     """Return one sentence: what this arm's difference amounts to."""
-    study, effect = result.study, arm.effect
+    study, effect = result.comparison, arm.effect
     assert effect is not None
     title, unit = name_and_unit(study.primary.metric)
     start = f"{arm.arm.name}: {effect.word}"
@@ -198,7 +220,7 @@ def learned(result: StudyResult) -> str:
         for arm in result.arms
         if (done := arm.finished + arm.diverged) and arm.learned < done
     ]
-    title, _ = name_and_unit(result.study.primary.metric)
+    title, _ = name_and_unit(result.comparison.primary.metric)
     if not any(arm.finished + arm.diverged for arm in result.arms):
         return "No run has a result yet."
     if behind:
@@ -219,12 +241,12 @@ def undrawn(result: StudyResult) -> str:
 def _story(plan: Plan, arm: ArmResult) -> ArmStory:
     base = [word for file in plan.study.base for word in ("-c", str(file))]
     commands = [
-        shlex.join(["moevlm", "fit", *base, "-c", str(plan.run_folder(r.run) / "overrides.yaml")]) for r in arm.runs
+        shlex.join(["moevlm", "fit", *base, "-c", str(plan.run_folder(run) / "overrides.yaml")])
+        for run in plan.runs
+        if run.arm == arm.arm.name
     ]
     changes = tuple(f"{key}: {'null' if value is None else value}" for key, value in flat(arm.arm.changes).items())
-    tails = tuple(
-        f"{r.run.name}: {r.state.reason}\n" + "\n".join(r.state.log_tail) for r in arm.runs if r.state.log_tail
-    )
+    tails = tuple(f"{r.name}: {r.state.reason}\n" + "\n".join(r.state.log_tail) for r in arm.runs if r.state.log_tail)
     return ArmStory(arm.arm.name, arm.arm.description, changes, tuple(commands), tails)
 
 
@@ -241,4 +263,6 @@ def _render(template: str, report: Report) -> str:
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     environment.filters["verdict_class"] = lambda cell: verdict_of(cell).replace(" ", "-")
     environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
-    return environment.get_template(template).render(report=report, result=report.result, study=report.result.study)
+    return environment.get_template(template).render(
+        report=report, result=report.result, study=report.result.comparison
+    )

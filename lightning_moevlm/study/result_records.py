@@ -126,9 +126,9 @@ class ArmRecord:
     accuracy: dict[str, float]
     majority_accuracy: dict[str, float]
     also: dict[str, float]
-    total_parameters: int
-    active_parameters: int
-    active_flops_per_sample: float
+    total_parameters: int | None
+    active_parameters: int | None
+    active_flops_per_sample: float | None
     samples_per_second: float | None
     seconds_per_run: float | None
     runs_planned: int
@@ -143,9 +143,9 @@ def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
     interval = effect.interval if effect else None
     bootstrap = effect.bootstrap if effect else None
     return ArmRecord(
-        study=study.study.name,
+        study=study.comparison.name,
         arm=arm.arm.name,
-        metric=study.study.primary.metric,
+        metric=study.comparison.primary.metric,
         final_mean=arm.final.mean if arm.final else None,
         final_deviation=arm.final.deviation if arm.final else None,
         untrained=arm.untrained.mean if arm.untrained else None,
@@ -156,13 +156,13 @@ def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
         interval_method=interval.method if interval else None,
         bootstrap_low=bootstrap.low if bootstrap else None,
         bootstrap_high=bootstrap.high if bootstrap else None,
-        test=study.study.decide.test,
+        test=study.comparison.decide.test,
         p_value=effect.p_value if effect else None,
         p_adjusted=effect.p_adjusted if effect else None,
         p_t=effect.p_t if effect else None,
         p_sign=effect.p_sign if effect else None,
         p_wilcoxon=effect.p_wilcoxon if effect else None,
-        within=study.study.decide.within,
+        within=study.comparison.decide.within,
         p_outside_within=effect.p_outside_adjusted if effect else None,
         share_better=effect.share_better if effect else None,
         seeds_compared=len(effect.seeds) if effect else 0,
@@ -179,9 +179,9 @@ def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
         accuracy={term: mean.mean for term, mean in arm.accuracy.items()},
         majority_accuracy={term: mean.mean for term, mean in arm.majority.items()},
         also={key: mean.mean for key, mean in arm.also.items()},
-        total_parameters=arm.card.total_parameters,
-        active_parameters=arm.card.active_parameters,
-        active_flops_per_sample=arm.card.active_flops_per_sample,
+        total_parameters=arm.card.total_parameters if arm.card else None,
+        active_parameters=arm.card.active_parameters if arm.card else None,
+        active_flops_per_sample=arm.card.active_flops_per_sample if arm.card else None,
         samples_per_second=arm.samples_per_second.mean if arm.samples_per_second else None,
         seconds_per_run=arm.seconds.mean if arm.seconds else None,
         runs_planned=arm.planned,
@@ -195,9 +195,9 @@ def factor_records(study: StudyResult) -> list[FactorRecord]:
     """Return one record per main effect and interaction."""
     return [
         FactorRecord(
-            study=study.study.name,
+            study=study.comparison.name,
             factors=list(one.factors),
-            metric=study.study.primary.metric,
+            metric=study.comparison.primary.metric,
             effect=one.effect.mean,
             effect_low=one.effect.interval.low if one.effect.interval else None,
             effect_high=one.effect.interval.high if one.effect.interval else None,
@@ -215,7 +215,7 @@ def ladder_records(study: StudyResult) -> list[LadderRecord]:
     """Return one record per learning rate of every ladder."""
     return [
         LadderRecord(
-            study=study.study.name,
+            study=study.comparison.name,
             ladder=one.ladder.name,
             learning_rate=rate,
             arm=arm,
@@ -233,7 +233,7 @@ def ladder_records(study: StudyResult) -> list[LadderRecord]:
 
 def unlike_records(study: StudyResult) -> list[UnlikeRecord]:
     """Return one record per thing that was not the same in all runs."""
-    name = study.study.name
+    name = study.comparison.name
     return [
         UnlikeRecord(name, one.name, str(one.weight), {value: list(runs) for value, runs in one.values.items()})
         for one in study.unlike
@@ -254,7 +254,7 @@ def _guard_record(guard: Guarded) -> GuardRecord:
 def _stability_record(run: RunResult, one: Stability) -> StabilityRecord:
     steps = one.recovery_steps
     return StabilityRecord(
-        seed=run.run.seed,
+        seed=run.seed,
         diverged=run.state.status is Status.DIVERGED,
         diverged_at=one.diverged_at,
         spikes_loss=one.spikes_loss,

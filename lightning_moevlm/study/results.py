@@ -4,17 +4,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import ArmStability
+from lightning_moevlm.study.comparison import Comparison
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.factorial import FactorEffect
 from lightning_moevlm.study.fairness import Difference
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.lr_sensitivity import Ladder
-from lightning_moevlm.study.plan import PlannedRun
-from lightning_moevlm.study.spec import Arm, Study
+from lightning_moevlm.study.spec import Arm
 from lightning_moevlm.study.verdict import Rule, Verdict
 from lightning_moevlm.tracking.series import Series
 
@@ -32,12 +32,24 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: what was planned, where it stands, what it logged (by metric key), and its tags in the tracker."""
+    """One run: of which arm and seed, where it stands, what it logged (by metric key), and its tags in the tracker.
 
-    run: PlannedRun
+    resolved: its whole config, nested, for reading only. max_steps: optimiser steps that it was to make, None where the
+    clock ends it.
+    """
+
+    arm: str
+    seed: int
+    resolved: Mapping[str, Any]
+    max_steps: int | None
     state: RunState
     series: Mapping[str, Series]
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return f"{self.arm}-seed{self.seed}"
 
     def first(self, key: str) -> float | None:
         """First value of a metric; of validation metrics the untrained model's."""
@@ -54,6 +66,7 @@ class RunResult:
 class ArmResult:
     """One arm over its seeds.
 
+    card: None where its model is not known.
     final, untrained: the primary metric's last and first value. learned: in how many seeds the last value is
     ahead of the first. accuracy, majority: by term of the objective, masked accuracy and that of the constant answer,
     both at the end. also: last values of the study's other metrics. stability: of the runs with a result. equal: the
@@ -62,7 +75,7 @@ class ArmResult:
     """
 
     arm: Arm
-    card: "ModelCard"
+    card: "ModelCard | None"
     runs: tuple[RunResult, ...]
     final: Mean | None
     untrained: Mean | None
@@ -103,13 +116,13 @@ class LadderResult:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study and what it gave, arms in the file's order.
+    """What was compared and what it gave, arms in the order of their declaration.
 
     unlike: in what the runs were not alike. budgets: what all finished runs have spent, by what was spent. ladders:
     arms that differ in the learning rate alone. factors: main effects and interactions of a factorial design.
     """
 
-    study: Study
+    comparison: Comparison
     arms: tuple[ArmResult, ...]
     unlike: tuple[Difference, ...] = ()
     budgets: Mapping[str, float] = field(default_factory=dict)
@@ -124,13 +137,13 @@ class StudyResult:
     @property
     def baseline(self) -> ArmResult:
         """The arm that the others are compared with."""
-        return next(arm for arm in self.arms if arm.arm.name == self.study.baseline)
+        return next(arm for arm in self.arms if arm.arm.name == self.comparison.baseline)
 
 
-def rule_of(study: Study) -> Rule:
-    """Return how the study's verdicts are reached."""
-    decide = study.decide
-    return Rule(study.primary.direction, decide.alpha, decide.test, decide.correction, decide.within)
+def rule_of(comparison: Comparison) -> Rule:
+    """Return how the verdicts are reached."""
+    decide = comparison.decide
+    return Rule(comparison.primary.direction, decide.alpha, decide.test, decide.correction, decide.within)
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:

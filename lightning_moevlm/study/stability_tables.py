@@ -50,7 +50,7 @@ def equal_budget_table(result: StudyResult) -> Table | None:
     """Return the primary metric where every run had spent the same; None where no cost of a step is known."""
     if not result.budgets:
         return None
-    title, _ = name_and_unit(result.study.primary.metric)
+    title, _ = name_and_unit(result.comparison.primary.metric)
     columns = ("arm", *(f"at {scaled(spent)} {_BUDGET_UNITS[what]}" for what, spent in result.budgets.items()))
     rows = tuple(
         (arm.arm.name, *(with_deviation(arm.equal.get(what), 4) for what in result.budgets)) for arm in result.arms
@@ -77,7 +77,7 @@ def sensitivity_table(result: StudyResult) -> Table | None:
         )
         for one in result.ladders
     )
-    title, _ = name_and_unit(result.study.primary.metric)
+    title, _ = name_and_unit(result.comparison.primary.metric)
     notes = (
         f"sensitivity: mean over learning rates of min({title}, untrained) - best of the ladder; lower is better "
         "(arXiv 2309.14322). largest stable: up to it no run diverged. lr: mean final value, stable/all runs.",

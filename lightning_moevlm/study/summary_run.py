@@ -39,7 +39,7 @@ def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
     client.log_artifacts(run_id, str(folder), _ARTIFACTS)
     tables = [{"path": f"{_ARTIFACTS}/{table_file(table)}", "type": "table"} for table in report.tables]
     client.set_tag(run_id, _TABLES, json.dumps(tables))
-    study = report.result.study
+    study = report.result.comparison
     rest = len(report.finding) - _MANY_FINDINGS
     more = (f"... and {rest} more arms in the report",) if rest > 0 else ()
     verdicts = "\n".join(f"- {line}" for line in (*report.finding[:_MANY_FINDINGS], *more, report.learned))

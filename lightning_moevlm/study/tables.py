@@ -62,7 +62,7 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
 
 def effects_table(result: StudyResult) -> Table:
     """Return what the study found: final value, effect with interval, verdict."""
-    study = result.study
+    study = result.comparison
     title, unit = name_and_unit(study.primary.metric)
     interval = f"{100 * (1 - study.decide.alpha):g} % interval"
     rule = rule_of(study)
@@ -89,16 +89,16 @@ def factors_table(result: StudyResult) -> Table | None:
     """Return main effects and two-way interactions, or None where the design has none."""
     if not result.factors:
         return None
-    rule = rule_of(result.study)
+    rule = rule_of(result.comparison)
     interval = f"{100 * (1 - rule.alpha):g} % interval"
     columns = ("switch", "effect", interval, "verdict", "p (Holm)" if rule.correction == "holm" else "p")
     rows = tuple((one.name, *_contrast_cells(one.effect)) for one in result.factors)
-    title, _ = name_and_unit(result.study.primary.metric)
+    title, _ = name_and_unit(result.comparison.primary.metric)
     notes = [
         "a switch: mean over arms with it on minus mean with it off, by seed; the verdict is on turning it on.",
         "A x B: effect of A with B on minus effect of A with B off; 0 where the two add up.",
     ]
-    for fraction in result.study.design.fractions if result.study.design else ():
+    for fraction in result.comparison.design.fractions if result.comparison.design else ():
         notes.append(
             f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
         )
@@ -107,7 +107,7 @@ def factors_table(result: StudyResult) -> Table | None:
 
 def learning_table(result: StudyResult) -> Table:
     """Return what each arm learned, beside both baselines: the untrained model and the constant answer."""
-    title, _ = name_and_unit(result.study.primary.metric)
+    title, _ = name_and_unit(result.comparison.primary.metric)
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
     columns = (
         "arm",
@@ -149,9 +149,7 @@ def models_table(result: StudyResult) -> Table:
     rows = tuple(
         (
             arm.arm.name,
-            scaled(arm.card.total_parameters),
-            scaled(arm.card.active_parameters),
-            scaled(arm.card.active_flops_per_sample),
+            *_sizes(arm),
             with_deviation(arm.samples_per_second, 0),
             duration(arm.seconds.mean) if arm.seconds else NOTHING,
             f"{arm.finished}/{arm.planned}",
@@ -169,9 +167,9 @@ def models_table(result: StudyResult) -> Table:
 
 def also_table(result: StudyResult) -> Table | None:
     """Return the last values of the study's other metrics, or None where it names none."""
-    if not result.study.also:
+    if not result.comparison.also:
         return None
-    units = {key: name_and_unit(key)[1] for key in result.study.also}
+    units = {key: name_and_unit(key)[1] for key in result.comparison.also}
     columns = ("arm", *(f"{key} ({unit})" if unit else key for key, unit in units.items()))
     rows = tuple((arm.arm.name, *(with_deviation(arm.also.get(key), 4) for key in units)) for arm in result.arms)
     return Table("Also measured, mean ± standard deviation over seeds", columns, rows)
@@ -248,6 +246,13 @@ def _notes_on_length(plan: Plan) -> tuple[str, ...]:
 
 def _fractions(plan: Plan) -> tuple[Fraction, ...]:
     return plan.study.design.fractions if plan.study.design else ()
+
+
+def _sizes(arm: ArmResult) -> tuple[str, str, str]:
+    card = arm.card
+    if card is None:
+        return NOTHING, NOTHING, NOTHING
+    return scaled(card.total_parameters), scaled(card.active_parameters), scaled(card.active_flops_per_sample)
 
 
 def _effect_row(arm: ArmResult) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from lightning_moevlm.study.claim import ROLE, ROLE_ARM, open_experiment
 from lightning_moevlm.study.gather import gather
 from lightning_moevlm.study.ledger import RunState, Status, read_ledger, write_state
 from lightning_moevlm.study.plan import Plan, tags_of
-from lightning_moevlm.study.report import make_report, print_tables, write_report
+from lightning_moevlm.study.report import make_report, origin_of, print_tables, write_report
 from lightning_moevlm.study.summary_run import log_summary
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.tracking.store import sqlite_path
@@ -46,7 +46,7 @@ def report(folder: Path) -> None:
     began, cpu = time.perf_counter(), time.process_time()
     experiment = open_experiment(f"sqlite:///{folder / 'mlflow.db'}", plan.study.name)
     result = gather(plan, read_ledger(plan), experiment.uri)
-    whole = make_report(plan, result)
+    whole = make_report(origin_of(plan, result), result)
     page = write_report(whole, folder / "report")
     log_summary(experiment, whole, folder / "report")
     print_tables(Console(file=sys.stderr), report_tables(result))

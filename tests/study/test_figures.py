@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from lightning_moevlm.study.comparison import comparison_of
 from lightning_moevlm.study.cost_of_arms import costs_of, costs_table
 from lightning_moevlm.study.figures import MANY_ARMS, draw_all, legible
 from lightning_moevlm.study.figures.expert_flow import draw_expert_flow, flows_of, shares_experts
@@ -19,9 +20,9 @@ from lightning_moevlm.study.figures.pareto import Place, draw_pareto, front
 from lightning_moevlm.study.figures.picture import legend_columns, new_figure
 from lightning_moevlm.study.figures.spike_timeline import draw_spikes, timeline_of
 from lightning_moevlm.study.gather import compare
+from lightning_moevlm.study.gather import result_of as result_of_run
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.receipts import receipts_table
-from lightning_moevlm.study.results import RunResult
 from lightning_moevlm.tracking.series import Series
 from tests.study.tiny_study import plan_of, write_project
 
@@ -45,8 +46,8 @@ def result_of(tmp_path, study, series_of, tags_of=lambda run: {}):
         status = Status.FINISHED if series else Status.DIVERGED
         lost = {"val/task_loss": Series((0, 3), (7.0, math.nan)), "train/task_loss": Series((3,), (math.nan,))}
         state = RunState(status, run.name, started=0.0, ended=10.0 + run.seed)
-        results.append(RunResult(run, state, series or lost, tags_of(run)))
-    return compare(plan, results)
+        results.append(result_of_run(run, state, series or lost, tags_of(run)))
+    return compare(comparison_of(plan.study), plan.cards, results)
 
 
 def ended_at(final, **more):
@@ -193,7 +194,7 @@ def test_spikes_over_time(tmp_path):
         return ended_at(5.0) | {"train/task_loss": Series(steps, values)}
 
     result = result_of(tmp_path, FAST, series)
-    lines = {run.run.name: timeline_of(run) for arm in result.arms for run in arm.runs}
+    lines = {run.name: timeline_of(run) for arm in result.arms for run in arm.runs}
     assert lines["fast-seed1"].spiked == ((20,), None, None)
     assert lines["fast-seed2"].diverged_at == 3
     assert lines["baseline-seed0"].is_steady

@@ -61,7 +61,7 @@ def test_a_withdrawn_arm_still_counts_in_the_family() -> None:
     plain = paired_effect({s: -0.1 - 0.05 * s for s in seeds}, dict.fromkeys(seeds, 0.0), seeds, rule)
     found = withdrawal(RULE, LOSS, {0: 9.0}, {0: 4.0}, seeds)
     assert found is not None
-    judged = as_family({"arm": plain, "gone": without_verdict(seeds, rule, found)}, rule)
+    judged = as_family({"arm": plain, "gone": without_verdict(seeds, rule, found.told)}, rule)
     assert judged["arm"].p_adjusted == pytest.approx(2 * plain.p_value)
     assert judged["gone"].verdict is Verdict.STOPPED_EARLY
     assert (judged["gone"].mean, judged["gone"].p_adjusted) == (None, None)
@@ -176,7 +176,7 @@ def test_whole_verdicts_with_the_rule_are_among_those_without_it() -> None:
         end[:2] -= 3.0
         plain = {str(i): paired_effect(dict(enumerate(arm)), zero, seeds, rule) for i, arm in enumerate(end)}
         found = {str(i): withdrawal(early, LOSS, dict(enumerate(arm)), zero, seeds) for i, arm in enumerate(middle)}
-        stopped = {name: without_verdict(seeds, rule, one) for name, one in found.items() if one is not None}
+        stopped = {name: without_verdict(seeds, rule, one.told) for name, one in found.items() if one is not None}
         words = {name: one.verdict for name, one in as_family(plain | stopped, rule).items()}
         without = {name: one.verdict for name, one in as_family(plain, rule).items()}
         for name, word in words.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lightning_moevlm.study.report import Report, make_report, write_report
+from lightning_moevlm.study.report import Report, make_report, origin_of, write_report
 from lightning_moevlm.study.results import StudyResult
 from lightning_moevlm.tracking.series import Series
 from tests.study.test_figures import ended_at, loads, result_of
@@ -105,14 +105,15 @@ def renamed(report: Report) -> Report:
     arms = tuple(
         dataclasses.replace(arm, arm=dataclasses.replace(arm.arm, name=UNTRUSTED)) for arm in report.result.arms
     )
-    stories = tuple(dataclasses.replace(story, name=UNTRUSTED, description=UNTRUSTED) for story in report.arms)
+    stories = tuple(dataclasses.replace(story, name=UNTRUSTED, description=UNTRUSTED) for story in report.origin.arms)
     tables = tuple(
         dataclasses.replace(table, rows=tuple((UNTRUSTED, *row[1:]) for row in table.rows), notes=(UNTRUSTED,))
         for table in report.tables
     )
     pictures = tuple(dataclasses.replace(picture, alt=f'"{UNTRUSTED}') for picture in report.pictures)
     result = dataclasses.replace(report.result, arms=(report.result.arms[0], *arms[1:]))
-    return dataclasses.replace(report, result=result, arms=stories, tables=tables, pictures=pictures)
+    origin = dataclasses.replace(report.origin, arms=stories)
+    return dataclasses.replace(report, result=result, origin=origin, tables=tables, pictures=pictures)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     long_keys = [f"load/block{block}/text/expert{expert}" for block in (1, 3) for expert in (0, 1)]
     study = {"arms": None, "factors": factors, "design": "factorial", "also": long_keys, "seeds": [0, 1, 2, 3]}
     result: StudyResult = result_of(folder, study, series)
-    return make_report(plan_of(folder / "tiny.yaml"), result)
+    return make_report(origin_of(plan_of(folder / "tiny.yaml"), result), result)
 
 
 @pytest.fixture(scope="module", params=["as it is", "untrusted"])

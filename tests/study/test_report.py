@@ -19,10 +19,9 @@ from lightning_moevlm.study.figures.expert_load import loads_of
 from lightning_moevlm.study.figures.picture import looks, picture_of
 from lightning_moevlm.study.gather import gather
 from lightning_moevlm.study.ledger import read_ledger
-from lightning_moevlm.study.report import finding, make_report, print_tables, write_report
+from lightning_moevlm.study.report import finding, make_report, origin_of, print_tables, write_report
 from lightning_moevlm.study.result_records import arm_record
 from lightning_moevlm.study.results import StudyResult
-from lightning_moevlm.study.spec import Budget
 from lightning_moevlm.study.summary_run import log_summary
 from lightning_moevlm.study.table import scaled
 from lightning_moevlm.study.tables import report_tables
@@ -156,22 +155,23 @@ def figures_of(monkeypatch, module, draw, result):
 
 def test_second_half_is_drawn_only_with_points_enough(result, monkeypatch):
     assert len(figures_of(monkeypatch, curves, curves.draw_curves, result).axes) == 2  # steps 2, 3, 4
-    key = result.study.primary.metric
+    key = result.comparison.primary.metric
     ends = [
         dataclasses.replace(r, series={key: Series(s.steps[::2], s.values[::2])})
         for arm in result.arms
         for r in arm.runs
         if (s := r.series.get(key))
     ]
-    arms = tuple(
-        dataclasses.replace(arm, runs=tuple(r for r in ends if r.run.arm == arm.arm.name)) for arm in result.arms
-    )
+    arms = tuple(dataclasses.replace(arm, runs=tuple(r for r in ends if r.arm == arm.arm.name)) for arm in result.arms)
     thinned = dataclasses.replace(result, arms=arms)
     assert len(figures_of(monkeypatch, curves, curves.draw_curves, thinned).axes) == 1  # steps 2, 4
 
 
 def test_steps_on_the_heatmap_are_whole_numbers(result, monkeypatch):
-    short = dataclasses.replace(result, study=dataclasses.replace(result.study, budget=Budget(2)))
+    runs = {arm.arm.name: tuple(dataclasses.replace(run, max_steps=2) for run in arm.runs) for arm in result.arms}
+    short = dataclasses.replace(
+        result, arms=tuple(dataclasses.replace(arm, runs=runs[arm.arm.name]) for arm in result.arms)
+    )
     for shown in (result, short):
         figure = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, shown)
         for axes in figure.axes[:-1]:  # the last is the colour bar
@@ -199,7 +199,7 @@ def test_nothing_to_draw_is_no_picture(swept):
 
     empty = gather(plan, [(run, RunState()) for run in plan.runs], experiment.uri)
     assert draw_all(empty) == []
-    assert "No run has a result yet" in make_report(plan, empty).learned
+    assert "No run has a result yet" in make_report(origin_of(plan, empty), empty).learned
 
 
 class Page(HTMLParser):
@@ -229,7 +229,7 @@ class Page(HTMLParser):
 
 def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
     plan, _ = swept
-    file = write_report(make_report(plan, result), tmp_path / "report")
+    file = write_report(make_report(origin_of(plan, result), result), tmp_path / "report")
     html = file.read_text()
     page = Page()
     page.feed(html)
@@ -266,7 +266,7 @@ def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
 
 def test_summary_run_is_used_again(swept, result, tmp_path):
     plan, experiment = swept
-    report = make_report(plan, result)
+    report = make_report(origin_of(plan, result), result)
     write_report(report, tmp_path / "report")
     first = log_summary(experiment, report, tmp_path / "report")
     assert log_summary(experiment, report, tmp_path / "report") == first

@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
+from lightning_moevlm.study.comparison import comparison_of
 from lightning_moevlm.study.gather import compare
+from lightning_moevlm.study.gather import result_of as result_of_run
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.result_records import factor_records, ladder_records
-from lightning_moevlm.study.results import RunResult
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Verdict
 from lightning_moevlm.tracking.series import Series
@@ -33,8 +34,8 @@ def result_of(tmp_path, study, finals, drop=lambda run: 0.1):
             "drop_rate/block1/text": Series((4,), (drop(run),)),
         }
         state = RunState(Status.DIVERGED if final is None else Status.FINISHED, run_id=run.name)
-        results.append(RunResult(run, state, series))
-    return compare(plan, results)
+        results.append(result_of_run(run, state, series))
+    return compare(comparison_of(plan.study), plan.cards, results)
 
 
 def test_factors_of_a_designed_study(tmp_path):

@@ -1,5 +1,6 @@
 """Stability of a run against histories worked out by hand."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,6 @@ from lightning_moevlm.study.budget import samples_per_step
 from lightning_moevlm.study.equal_budget import StepCost, equal_budgets, step_cost
 from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
 from lightning_moevlm.study.paired_tests import fisher_p
-from lightning_moevlm.study.plan import PlannedRun
 from lightning_moevlm.study.stability import (
     TRAIN_LOSS,
     Series,
@@ -178,22 +178,21 @@ def test_largest_stable_rate_has_only_stable_ones_below():
     assert largest_stable({1e-3: False}) is None
 
 
-def planned(arm: str, rate: float, qk_norm: bool = True) -> PlannedRun:
-    model = {"qk_norm": qk_norm, "optimizer": {"class_path": "AdamW", "init_args": {"lr": rate}}}
-    return PlannedRun("study", arm, 0, {}, {"model": model}, "0" * 12, max_steps=1)
+def config(rate: float, qk_norm: bool | None = True) -> dict[str, object]:
+    return {"model": {"qk_norm": qk_norm, "optimizer": {"class_path": "AdamW", "init_args": {"lr": rate}}}}
 
 
 def test_ladders_are_arms_that_differ_in_the_rate_alone():
-    runs = [
-        planned("on_lr_1e-2", 1e-2), planned("on_lr_1e-3", 1e-3), planned("off_lr_1e-3", 1e-3, False),
-        planned("off_lr_1e-2", 1e-2, False), planned("other", 1e-3, None),
-    ]  # fmt: skip
-    before = runs[0].resolved["model"]["optimizer"]["init_args"].copy()
-    found = ladders(runs)
+    configs = {
+        "on_lr_1e-2": config(1e-2), "on_lr_1e-3": config(1e-3), "off_lr_1e-3": config(1e-3, False),
+        "off_lr_1e-2": config(1e-2, False), "other": config(1e-3, None),
+    }  # fmt: skip
+    before = copy.deepcopy(configs)
+    found = ladders(configs)
     assert [dict(one.rungs) for one in found] == [
         {1e-3: "on_lr_1e-3", 1e-2: "on_lr_1e-2"},
         {1e-3: "off_lr_1e-3", 1e-2: "off_lr_1e-2"},
     ]
     assert [one.name for one in found] == ["on_lr", "off_lr"]
-    assert runs[0].resolved["model"]["optimizer"]["init_args"] == before
+    assert configs == before
     assert Ladder({1e-3: "baseline", 1e-2: "hot"}).name == "baseline"

@@ -47,7 +47,7 @@ def legible(result: StudyResult) -> StudyResult:
         return result
 
     def distance(arm: ArmResult) -> float:
-        if arm.arm.name == result.study.baseline:
+        if arm.arm.name == result.comparison.baseline:
             return math.inf
         return abs(arm.effect.mean) if arm.effect and arm.effect.mean is not None else -1.0
 

@@ -69,7 +69,7 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
 
 def _bars(axes: Axes, result: StudyResult, means: list[Mean | None], form: str) -> None:
     names = tuple(arm.arm.name for arm in result.arms)
-    look = looks(names, result.study.baseline)
+    look = looks(names, result.comparison.baseline)
     # all bars may be 0 (an accuracy after two steps), and an axis needs a length
     highest = max((m.mean + (m.deviation or 0.0) for m in means if m), default=0.0) or 1.0
     for row, (name, mean) in enumerate(zip(names, means, strict=True)):

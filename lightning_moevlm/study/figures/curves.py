@@ -14,13 +14,13 @@ _MANY_STEPS = 12  # a table shows at most about so many
 
 def draw_curves(result: StudyResult) -> Picture | None:
     """Draw the whole training left and its second half enlarged right, if it has points enough; None without any."""
-    metric = result.study.primary.metric
+    metric = result.comparison.primary.metric
     title, unit = name_and_unit(metric)
     columns = {arm.arm.name: by_step(arm, metric) for arm in result.arms}
     steps = sorted({step for column in columns.values() for step in column})
     if not steps:
         return None
-    look = looks(tuple(columns), result.study.baseline)
+    look = looks(tuple(columns), result.comparison.baseline)
     figure = new_figure(3.5 + 0.22 * -(-len(columns) // legend_columns(tuple(columns))))
     half = steps[-1] / 2
     num_panels = 2 if sum(step >= half for step in steps) >= _FEWEST_LATE_STEPS else 1
@@ -28,7 +28,7 @@ def draw_curves(result: StudyResult) -> Picture | None:
     whole = panels[0]
     for arm in result.arms:
         name = arm.arm.name
-        is_baseline = name == result.study.baseline
+        is_baseline = name == result.comparison.baseline
         _draw(whole, columns[name], look[name], name, is_baseline)
         for late in panels[1:]:
             _draw(late, {s: v for s, v in columns[name].items() if s >= half}, look[name], name, is_baseline)
@@ -43,7 +43,7 @@ def draw_curves(result: StudyResult) -> Picture | None:
     whole.set_ylabel(f"{title}\n({unit})" if unit else title)
     handles, names = whole.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names), frameon=False)
-    num_seeds = len(result.study.seeds)
+    num_seeds = len(result.comparison.seeds)
     alt = (
         f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means, bands the range over "
         f"{num_seeds} seeds. " + " ".join(_sentence(name, column) for name, column in columns.items() if column)

@@ -138,7 +138,7 @@ def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:
     rows = tuple(
         (
             name,
-            f"seed {run.run.seed}",
+            f"seed {run.seed}",
             f"block {block}",
             modality,
             "shared" if shares_experts(run.tags, block) else "own",

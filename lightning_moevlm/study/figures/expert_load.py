@@ -45,13 +45,13 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
         axes.remove()
     for axes in grid[-len(layers) - 1, num_columns - empty.shape[1] :] if num_bands > 1 else ():
         axes.tick_params(labelbottom=True)  # nothing stands below
-    relative = {run.run.folder: _relative(loads_of(run)) for _, run in shown}
+    relative = {run.name: _relative(loads_of(run)) for _, run in shown}
     highest = max(float(np.nanmax(load)) for loads in relative.values() for _, load in loads.values())
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
     image: AxesImage | None = None
     for place, (arm, run) in enumerate(shown):
         band, column = divmod(place, num_columns)
-        loads = relative[run.run.folder]
+        loads = relative[run.name]
         for row, layer in enumerate(layers):
             axes = grid[band * len(layers) + row][column]
             if layer in loads:
@@ -59,11 +59,11 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
             else:
                 axes.text(0.5, 0.5, "no experts", ha="center", va="center", transform=axes.transAxes)
             if row == 0:
-                axes.set_title(f"{arm.arm.name}\nseed {run.run.seed}", fontsize=9)
+                axes.set_title(f"{arm.arm.name}\nseed {run.seed}", fontsize=9)
             if column == 0:
                 axes.set_ylabel(f"block {layer[0]}\n{layer[1]} expert", fontsize=9)
             axes.tick_params(labelsize=8, labelleft=column == 0)
-    budgets = [run.run.max_steps for _, run in shown if run.run.max_steps is not None]
+    budgets = [run.max_steps for _, run in shown if run.max_steps is not None]
     if budgets:  # else the clock ends the runs
         grid[0][0].set_xlim(0, max(budgets))
     grid[0][0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # shared by all panels
@@ -136,7 +136,7 @@ def _draw(axes: Axes, steps: tuple[int, ...], load: np.ndarray, norm: TwoSlopeNo
 def first_with_load(arm: ArmResult) -> RunResult | None:
     """Return the first run with load, one with a result before one that crashed or still goes on."""
     loaded = [run for run in arm.runs if any(keys.EXPERT_LOAD.match(key) for key in run.series)]
-    return min(loaded, key=lambda run: (not run.state.status.has_result, run.run.seed), default=None)
+    return min(loaded, key=lambda run: (not run.state.status.has_result, run.seed), default=None)
 
 
 def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:

@@ -14,7 +14,7 @@ def draw_forest(result: StudyResult) -> Picture | None:
     rows = [arm for arm in result.arms if arm.effect is not None]
     if not any(arm.effect and arm.effect.differences for arm in rows):
         return None
-    study = result.study
+    study = result.comparison
     title, unit = name_and_unit(study.primary.metric)
     look = looks(tuple(arm.arm.name for arm in result.arms), study.baseline)
     figure = new_figure(1.5 + 0.55 * len(rows))
@@ -65,7 +65,7 @@ def _sentence(arm: ArmResult) -> str:
 
 def _table(result: StudyResult) -> Table:
     """Return the differences seed by seed; means and intervals stand in the main table."""
-    seeds = result.study.seeds
+    seeds = result.comparison.seeds
     rows = []
     for arm in result.arms:
         if arm.effect is not None:

@@ -19,7 +19,7 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     known = {term: effect for term, effect in effects.items() if effect.mean is not None}
     if len(factors) < 2 or not known:
         return None
-    title, unit = name_and_unit(result.study.primary.metric)
+    title, unit = name_and_unit(result.comparison.primary.metric)
     values = np.full((len(factors), len(factors)), np.nan)
     for term, effect in known.items():
         row, column = factors.index(term[0]), factors.index(term[-1])
@@ -28,14 +28,14 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     figure = new_figure(min(8.0, 1.6 + 0.75 * len(factors)))
     axes = figure.subplots()
     # blue is progress, whichever way that is
-    colours = "RdBu_r" if result.study.primary.direction == "lower" else "RdBu"
+    colours = "RdBu_r" if result.comparison.primary.direction == "lower" else "RdBu"
     image = axes.imshow(values, cmap=colours, norm=TwoSlopeNorm(0.0, -largest, largest), aspect="auto")
     for term, effect in known.items():
         for one, other in {(term[0], term[-1]), (term[-1], term[0])}:
             _write(axes, factors.index(one), factors.index(other), effect, largest)
     axes.set_xticks(range(len(factors)), factors, rotation=20 if len(factors) > 4 else 0)
     axes.set_yticks(range(len(factors)), factors)
-    level = f"{100 * (1 - result.study.decide.alpha):g} %"
+    level = f"{100 * (1 - result.comparison.decide.alpha):g} %"
     axes.set_title(
         f"diagonal: effect of a switch, on minus off; beside it: interactions; star: {level} interval without 0",
         fontsize=10,
@@ -61,7 +61,7 @@ def _table(result: StudyResult) -> Table:
     factors = tuple(dict.fromkeys(name for one in result.factors for name in one.factors))
     effects = {frozenset(one.factors): one.effect for one in result.factors}
     rows = tuple((row, *(_cell(effects.get(frozenset((row, column)))) for column in factors)) for row in factors)
-    title, unit = name_and_unit(result.study.primary.metric)
+    title, unit = name_and_unit(result.comparison.primary.metric)
     notes = ("a factor with itself: its main effect. In brackets the interval.",)
     return Table(f"Main effects and interactions on {title} ({unit})", ("", *factors), rows, notes)
 

@@ -15,7 +15,7 @@ def draw_learning_rates(result: StudyResult) -> Picture | None:
     shown = [one for one in result.ladders if _num_rates(one) >= _FEWEST_RATES and any(one.finals.values())]
     if not shown:
         return None
-    title, unit = name_and_unit(result.study.primary.metric)
+    title, unit = name_and_unit(result.comparison.primary.metric)
     figure = new_figure(4.0 + 0.22 * len(shown))
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -48,7 +48,7 @@ def best_rate(result: StudyResult, one: LadderResult) -> float | None:
     sound = {rate: mean.mean for rate, mean in one.finals.items() if mean and one.stable[rate] == one.total[rate]}
     if not sound:
         return None
-    sign = 1 if result.study.primary.direction == "lower" else -1
+    sign = 1 if result.comparison.primary.direction == "lower" else -1
     return min(sound, key=lambda rate: sign * sound[rate])
 
 
@@ -123,7 +123,7 @@ def _untrained(result: StudyResult, shown: list[LadderResult]) -> float | None:
 
 
 def _table(result: StudyResult, shown: list[LadderResult]) -> Table:
-    title, unit = name_and_unit(result.study.primary.metric)
+    title, unit = name_and_unit(result.comparison.primary.metric)
     rows = []
     for one in shown:
         best = best_rate(result, one)

@@ -36,13 +36,13 @@ def draw_pareto(result: StudyResult) -> Picture | None:
     finals = {arm.arm.name: arm.final for arm in result.arms if arm.final and arm.finished == arm.planned}
     if len(finals) < 2:
         return None
-    title, unit = name_and_unit(result.study.primary.metric)
+    title, unit = name_and_unit(result.comparison.primary.metric)
     costs = _costs(result, finals)
-    fronts = {cost.name: front(_places(cost, finals), result.study.primary.direction) for cost in costs}
+    fronts = {cost.name: front(_places(cost, finals), result.comparison.primary.direction) for cost in costs}
     drawn = [cost for cost in costs if len({place.cost for place in _places(cost, finals)}) > 1]
     if not drawn:
         return None
-    look = looks(tuple(arm.arm.name for arm in result.arms), result.study.baseline)
+    look = looks(tuple(arm.arm.name for arm in result.arms), result.comparison.baseline)
     columns = legend_columns(tuple(finals))
     figure = new_figure(3.4 + 0.22 * -(-len(finals) // columns))
     panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
@@ -50,7 +50,7 @@ def draw_pareto(result: StudyResult) -> Picture | None:
         _draw(axes, _places(cost, finals), finals, fronts[cost.name], look)
         axes.set_xlabel(f"{cost.name} ({cost.unit})")
     panels[0].set_ylabel(f"final {title}\n({unit})" if unit else f"final {title}")
-    better = "lower" if result.study.primary.direction == "lower" else "higher"
+    better = "lower" if result.comparison.primary.direction == "lower" else "higher"
     figure.suptitle(f"further left and {better} is better; ringed and joined: the front", fontsize=10)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
@@ -80,10 +80,14 @@ def front(places: Sequence[Place], direction: Direction) -> tuple[str, ...]:
 def _costs(result: StudyResult, finals: dict[str, Mean]) -> list[Cost]:
     arms = [arm for arm in result.arms if arm.arm.name in finals]
     return [
-        Cost("active compute", "forward FLOPs per sample", {a.arm.name: a.card.active_flops_per_sample for a in arms}),
+        Cost("active compute", "forward FLOPs per sample", {a.arm.name: _flops(a) for a in arms}),
         Cost("wall time", "s per run", {a.arm.name: _mean(a.seconds) for a in arms}),
         Cost("peak memory", "MiB", {a.arm.name: _mean(_memory(a)) for a in arms}),
     ]
+
+
+def _flops(arm: ArmResult) -> float | None:
+    return arm.card.active_flops_per_sample if arm.card else None
 
 
 def _memory(arm: ArmResult) -> Mean | None:
@@ -139,7 +143,7 @@ def _joined(names: Sequence[str]) -> str:
 
 
 def _table(result: StudyResult, costs: list[Cost], fronts: dict[str, tuple[str, ...]]) -> Table:
-    title, _ = name_and_unit(result.study.primary.metric)
+    title, _ = name_and_unit(result.comparison.primary.metric)
     rows = []
     for arm in result.arms:
         name = arm.arm.name

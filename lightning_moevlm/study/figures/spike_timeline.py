@@ -94,7 +94,7 @@ def timeline_of(run: RunResult) -> Timeline | None:
     if not ends:
         return None
     diverged = divergence_step(run.series) if run.state.status is Status.DIVERGED else None
-    return Timeline(run.run.name, max(ends), diverged, tuple(_spiked(run, signal.key) for signal in _SIGNALS))
+    return Timeline(run.name, max(ends), diverged, tuple(_spiked(run, signal.key) for signal in _SIGNALS))
 
 
 def _spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
