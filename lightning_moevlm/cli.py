@@ -21,6 +21,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm fit -c conf/quickstart.yaml                train one model; validate, test and predict take the same options
   moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a declared study, resumable
   moevlm sweep plan|status|report FILE              what would run, what has run, what it showed
+  moevlm compare RUN RUN...                         the same tables for any runs in MLflow, fairness checked
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
   moevlm data convert csv|jsonl|coco_captions|coco_vqa|img2dataset   make a set of your own pictures and captions
   moevlm data check DIR                             verify a set and print its card

@@ -5,7 +5,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, auto_cli
 
-from lightning_moevlm.commands import bench, data, deliver, parts, sweep
+from lightning_moevlm.commands import bench, compare, data, deliver, parts, sweep
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.parse_errors import told_from_the_mistake
 
@@ -13,6 +13,7 @@ COMMANDS: dict[str, Any] = {
     "bench": bench.COMMANDS,
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
+    "compare": compare.compare,
     "deliver": deliver.deliver,
     "list": parts.list_parts,
     "describe": parts.describe,
@@ -32,6 +33,8 @@ def run_command(arguments: Sequence[str]) -> int:
         words.insert(1, _FIRST[words[0]])
     if words[0] == "sweep":
         words = sweep.written_out(words)
+    if words[0] == "compare":
+        words = compare.written_out(words)
     try:
         result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:

@@ -157,7 +157,7 @@ def report(
         return
     result = gather(planned, ledger, experiment.uri)
     if not unfair and records == "arms":
-        refuse_biased(planned.study.name, result.unlike)
+        refuse_biased(planned.study.name, result.unlike, _run_again(planned))
     _show((), records_of(result)[records], json)
 
 
@@ -308,6 +308,13 @@ def _check_data(planned: "Plan") -> None:
             build_data(data).prepare_data()
 
 
+def _run_again(planned: "Plan") -> str:
+    return (
+        f"Run them again alike (remove their folders in {planned.folder}), or compare them all the same: `moevlm sweep "
+        "report ... --unfair=true`"
+    )
+
+
 def _with_identity(command: list[str], run_id: str, checkpoint: Path | None) -> list[str]:
     resume = ["--ckpt_path", str(checkpoint)] if checkpoint else []
     return [*command, f"--trainer.logger.init_args.run_id={run_id}", *resume]
@@ -336,7 +343,7 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
 
     result = gather(planned, read_ledger(planned), experiment.uri)
     if not unfair:
-        refuse_biased(planned.study.name, result.unlike)
+        refuse_biased(planned.study.name, result.unlike, _run_again(planned))
     folder = planned.folder / _REPORT_FOLDER
     page = folder / HTML_FILE
     sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]

@@ -54,11 +54,15 @@ class Aspect(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that was not the same. values: what it was -> the runs, by arm and seed, that had it so."""
+    """One thing that was not the same.
+
+    values: what it was -> the runs, by arm and seed, that had it so. keys: config keys that decide it.
+    """
 
     name: str
     weight: Weight
     values: Mapping[str, tuple[str, ...]]
+    keys: tuple[str, ...] = ()
 
     @property
     def told(self) -> str:
@@ -73,8 +77,13 @@ def differences(subjects: Sequence[Subject]) -> tuple[Difference, ...]:
     return tuple(sorted(found, key=lambda one: order.index(one.weight)))
 
 
-def refuse_biased(study: str, found: Sequence[Difference]) -> None:
+def refuse_biased(name: str, found: Sequence[Difference], remedy: str) -> None:
     """Refuse to compare runs that differ in what biases a comparison.
+
+    Args:
+        name: Of what is compared.
+        found: As `differences` returns it.
+        remedy: What to do about it.
 
     Raises:
         UserError: names what differs and which runs.
@@ -82,10 +91,7 @@ def refuse_biased(study: str, found: Sequence[Difference]) -> None:
     biased = [one for one in found if one.weight is Weight.BIASES]
     if biased:
         told = "; ".join(f"{one.name}: {one.told}" for one in biased)
-        raise UserError(
-            f"{study}: these runs cannot be compared, they differ in {told}. Run them again alike (remove their "
-            f"folders in runs/sweeps/{study}), or compare them all the same: `moevlm sweep report ... --unfair=true`"
-        )
+        raise UserError(f"{name}: these runs cannot be compared, they differ in {told}. {remedy}")
 
 
 def _compared(aspect: Aspect, subjects: Sequence[Subject]) -> list[Difference]:
@@ -107,7 +113,8 @@ def _part(aspect: Aspect, part: str, known: list[tuple[Subject, str]]) -> Differ
     if len(values) <= 1:
         return None
     name = f"{aspect.name} {part}".strip()
-    return Difference(name, weight, {value: _names(having, known) for value, having in values.items()})
+    named = {value: _names(having, known) for value, having in values.items()}
+    return Difference(name, weight, named, aspect.keys)
 
 
 def _names(having: list[Subject], all_known: list[tuple[Subject, str]]) -> tuple[str, ...]:

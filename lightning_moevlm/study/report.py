@@ -22,6 +22,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.figures import MANY_ARMS, Picture, draw_all
 from lightning_moevlm.study.plan import Plan, flat
 from lightning_moevlm.study.result_records import arm_record, factor_records, ladder_records, unlike_records
@@ -66,7 +67,8 @@ class ArmStory:
 class Origin:
     """Where the report comes from. kind: of what it is a report; held_against: what arms' changes go over.
 
-    rerun: the command that writes it again; goes_on: what that command does for runs without a result yet.
+    rerun: the command that writes it again; goes_on: what that command does for runs without a result yet. tables:
+    beside those of every report, before them.
     """
 
     kind: str
@@ -74,6 +76,7 @@ class Origin:
     rerun: str
     goes_on: str
     arms: tuple[ArmStory, ...]
+    tables: tuple[Table, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def make_report(origin: Origin, result: StudyResult) -> Report:
         result=result,
         finding=tuple(finding(result, arm) for arm in result.arms if arm.effect is not None),
         learned=learned(result),
-        tables=report_tables(result),
+        tables=origin.tables + report_tables(result),
         pictures=tuple(draw_all(result)),
         undrawn=undrawn(result),
         origin=origin,
@@ -122,7 +125,10 @@ def origin_of(plan: Plan, result: StudyResult) -> Origin:
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write HTML, Markdown, pictures and records into a folder, replacing what was there; return the HTML file."""
+    """Write HTML, Markdown, pictures and records into a folder, replacing what was there; return the HTML file.
+
+    The folder is taken away with all that is in it: where a user names it, ask `refuse_other_folder` first.
+    """
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -138,6 +144,24 @@ def write_report(report: Report, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
     return folder / HTML_FILE
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Refuse to put a report in the place of anything but a report.
+
+    Raises:
+        UserError: the folder holds something else, or it is a file.
+    """
+    if not folder.exists():
+        return
+    own = {HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER, *RECORDS_FILES.values()}
+    others = [] if folder.is_dir() else [folder.name]
+    others = others or [entry.name for entry in folder.iterdir() if entry.name not in own and entry.suffix != ".png"]
+    if others:
+        raise UserError(
+            f"{folder} holds {sorted(others)[0]!r}, which is no part of a report, and a report takes the place of its "
+            "folder; name a new folder"
+        )
 
 
 def table_file(table: Table) -> str:

@@ -161,6 +161,7 @@ def models_table(result: StudyResult) -> Table:
     notes = (
         "active FLOPs: forward, per sample. parameters and FLOPs are the backbone's, without heads.",
         "samples/s and time depend on what else ran on the machine; runs of one sweep share it.",
+        *(f"{arm.arm.name}: its runs tell no model that can be built here." for arm in result.arms if not arm.card),
     )
     return Table("Models and cost", columns, rows, notes)
 

@@ -6,7 +6,7 @@ difference.
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Change(NamedTuple):
@@ -19,6 +19,22 @@ class Change(NamedTuple):
 def flat(tree: Mapping[str, object]) -> dict[str, str]:
     """Return {dotted key: value}: strings as they are, all else as JSON; listed mappings are numbered."""
     return {key: _spelled(value) for key, value in _leaves("", tree)}
+
+
+def nested(leaves: Mapping[str, str]) -> dict[str, Any]:
+    """Return the tree that `flat` has spelled; a text that reads as JSON (`32`, `null`) comes back as what it reads."""
+    tree: dict[str, Any] = {}
+    for key, text in leaves.items():
+        here = tree
+        *path, last = key.split(".")
+        for part in path:
+            inner = here.setdefault(part, {})
+            if not isinstance(inner, dict):  # a name with a dot in it: no part of a tree
+                here, last = tree, key
+                break
+            here = inner
+        here[last] = _read(text)
+    return {key: _with_lists(value) for key, value in tree.items()}
 
 
 def changes(base: Mapping[str, str], now: Mapping[str, str]) -> dict[str, Change]:
@@ -36,6 +52,22 @@ def _leaves(prefix: str, value: object) -> list[tuple[str, object]]:
     if inner is None:
         return [(prefix, value)]
     return [leaf for key, item in inner.items() for leaf in _leaves(f"{prefix}.{key}" if prefix else key, item)]
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _with_lists(value: Any) -> Any:
+    """Make lists again of the mappings whose keys are 0, 1, 2 ..."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _with_lists(item) for key, item in value.items()}
+    numbers = [str(number) for number in range(len(inner))]
+    return [inner[number] for number in numbers] if inner and inner.keys() == set(numbers) else inner
 
 
 def _spelled(value: object) -> str:

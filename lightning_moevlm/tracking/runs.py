@@ -69,20 +69,46 @@ def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) 
     Raises:
         MlflowException: the store cannot be read (server gone, schema of another MLflow version).
     """
-    wanted = dict(tags or {})
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
+    if not _exists(uri):
         return []
     client = _client(uri)
     found = client.get_experiment_by_name(experiment)
-    if found is None:
+    return [] if found is None else _rows(client, [found.experiment_id], tags or {})
+
+
+def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: str = "") -> list[RunRow]:
+    """Return the runs of every experiment that carry all of `tags`, oldest first; as `find_runs` in all else.
+
+    Args:
+        uri: as `resolve_tracking_uri` returns it.
+        tags: exact values; None or empty for every run.
+        where: a further condition in MLflow's filter language, e.g. on `attributes.run_name`.
+    """
+    if not _exists(uri):
         return []
+    client = _client(uri)
+    experiments: list[str] = []
+    token: str | None = None
+    while True:
+        page = client.search_experiments(max_results=_RUNS_PER_PAGE, page_token=token)
+        experiments += [found.experiment_id for found in page]
+        token = page.token
+        if not token:
+            return _rows(client, experiments, tags or {}, where)
+
+
+def _exists(uri: str) -> bool:
+    path = sqlite_path(uri)
+    return path is None or path.exists()
+
+
+def _rows(client: "MlflowClient", experiments: list[str], wanted: Mapping[str, str], where: str = "") -> list[RunRow]:
     rows: list[RunRow] = []
     token: str | None = None
     while True:
         page = client.search_runs(
-            [found.experiment_id],
-            filter_string=_tag_filter(wanted),
+            experiments,
+            filter_string=" and ".join(part for part in (_tag_filter(wanted), where) if part),
             order_by=["attributes.start_time ASC"],
             max_results=_RUNS_PER_PAGE,
             page_token=token,

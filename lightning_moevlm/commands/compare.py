@@ -1,0 +1,165 @@
+"""`moevlm compare`: the tables of a study's report for any runs in MLflow."""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_moevlm.commands.output import console, show
+from lightning_moevlm.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moevlm.models.card import ModelCard
+    from lightning_moevlm.study.report import Origin
+    from lightning_moevlm.study.results import RunResult, StudyResult
+
+_LISTS = ("--by",)  # options that may be given more than once
+
+
+def compare(
+    runs: list[str] | None = None,
+    metric: str = "val/task_loss",
+    direction: Literal["lower", "higher"] | None = None,
+    by: list[str] | None = None,
+    baseline: str | None = None,
+    within: float | None = None,
+    unfair: bool = False,
+    report: str | None = None,
+    json: str | None = None,
+    records: Literal["arms", "learning_rates", "fairness"] = "arms",
+    tracking_uri: str | None = None,
+) -> None:
+    """Compare any runs in MLflow, paired by seed: moevlm compare RUN RUN... gives the tables of a study's report.
+
+    A RUN is a run's name, its id (or at least 4 digits that it begins with), or TAG=VALUE[,TAG=VALUE] for all runs with
+    these tags, e.g. sweep=quickstart,role=arm. Runs with a tag `arm` are of that arm; the others are of one arm where
+    their configurations agree but for the seed.
+
+    Args:
+        runs: The runs; the first one's arm is the baseline.
+        metric: What decides.
+        direction: Which way is progress; by default as the metric is declared.
+        by: Config key or tag that makes the arms instead, e.g. model.losses.router_z; may be repeated. Arms are meant
+            to differ in it, so it is no unfairness.
+        baseline: The baseline's name, as the tables tell it.
+        within: A difference that would not matter, in the metric's unit; without it no verdict says "no difference".
+        unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
+        report: Write HTML, Markdown and pictures into this folder too.
+        json: Write records to this file as JSON instead of the tables; - is standard output.
+        records: What `json` writes: arms (effects, stability, cost), learning rates, or what was not alike.
+        tracking_uri: Where the runs are; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
+    """
+    from rich.text import Text
+
+    from lightning_moevlm.study import gather, tracked
+    from lightning_moevlm.study.fairness import refuse_biased
+    from lightning_moevlm.study.report import make_report, print_tables, records_of, refuse_other_folder, write_report
+    from lightning_moevlm.study.tables import report_tables
+    from lightning_moevlm.tracking.chosen_runs import choose_runs
+    from lightning_moevlm.tracking.series import metric_series
+    from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, sqlite_path
+
+    if not runs:
+        raise UserError("no run to compare: moevlm compare RUN RUN..., each a name, an id or TAG=VALUE; see --help")
+    if within is not None and within <= 0:
+        raise UserError(f"--within is {within:g}; give more than 0, or leave it out")
+    folder = None if report is None else Path(report).absolute()
+    if folder is not None:
+        refuse_other_folder(folder)
+    uri = resolve_tracking_uri(tracking_uri)
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        raise UserError(f"there is no store at {path}; name another with --tracking_uri or MLFLOW_TRACKING_URI")
+    prepare_store(uri)
+    chosen = tracked.read_runs(choose_runs(uri, runs))
+    if not unfair:
+        tracked.refuse_unchecked(chosen)
+    series = metric_series(uri, [one.row.run_id for one in chosen])
+    rules = tracked.Rules(metric, direction, within, baseline, tuple(by or ()))
+    comparison, results = tracked.comparison_of_runs(chosen, series, rules)
+    result = gather.compare(comparison, _cards(results), results)
+    if not unfair and records != "fairness":
+        refuse_biased(comparison.name, result.unlike, tracked.remedy_of(result))
+    if folder is not None:
+        page = write_report(make_report(_origin(result, runs, by or (), unfair), result), folder)
+    if json is not None:
+        show(Text(), records_of(result)[records], json)
+        return
+    terminal = console()
+    print_tables(terminal, (tracked.runs_table(result), *report_tables(result)))
+    if folder is not None:
+        terminal.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+def written_out(words: Sequence[str]) -> list[str]:
+    """Return a command line in which every word that is no option and no option's value is a run."""
+    command, *rest = words
+    full = [command]
+    follows_option = False
+    for word in rest:
+        if follows_option:
+            full.append(word)
+            follows_option = False
+        elif word.startswith("--"):
+            name, equals, value = word.partition("=")
+            full.append(f"{name}+{equals}{value}" if name in _LISTS else word)
+            follows_option = not equals and name != "--help"
+        elif word.startswith("-"):
+            full.append(word)
+        else:
+            full += ["--runs+", word]
+    return full
+
+
+def _cards(results: "Sequence[RunResult]") -> "dict[str, ModelCard | None]":
+    """Return what the model of each arm costs, from the configuration that its first run has logged."""
+    first = {result.arm: result.resolved for result in reversed(results)}
+    describe: Callable[[Mapping[str, object]], ModelCard] | None = None
+    cards: dict[str, ModelCard | None] = {}
+    for arm, config in first.items():
+        cards[arm] = None
+        if not isinstance(config.get("model"), dict):
+            continue
+        if describe is None:
+            from lightning_moevlm.lightning_cli import describe_model
+
+            describe = describe_model
+        cards[arm] = _card(describe, arm, config)
+    return cards
+
+
+def _card(
+    describe: "Callable[[Mapping[str, object]], ModelCard]", arm: str, config: Mapping[str, Any]
+) -> "ModelCard | None":
+    from rich.console import Console
+
+    try:
+        return describe(config)
+    except UserError as error:  # of another version, whose model this one cannot build: the rest can be compared
+        told = f"arm {arm!r}: parameters and FLOPs are not told, this version cannot build its model: {error}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(told, markup=False)
+        return None
+
+
+def _origin(result: "StudyResult", runs: Sequence[str], by: Sequence[str], unfair: bool) -> "Origin":
+    from lightning_moevlm.study.report import ArmStory, Origin
+    from lightning_moevlm.study.tracked import changes_of, runs_table
+
+    changes = changes_of(result)
+    comparison = result.comparison
+    words = ["moevlm", "compare", *runs, "--metric", comparison.primary.metric]
+    words += ["--direction", comparison.primary.direction, "--baseline", comparison.baseline]
+    words += [word for key in by for word in ("--by", key)]
+    words += [] if comparison.decide.within is None else ["--within", f"{comparison.decide.within:g}"]
+    words += ["--unfair=true"] if unfair else []
+    return Origin(
+        kind="Comparison",
+        held_against=comparison.baseline,
+        rerun=shlex.join(words),
+        goes_on="reads them again",
+        arms=tuple(
+            ArmStory(arm.arm.name, "", tuple(f"{k}: {v}" for k, v in changes[arm.arm.name].items()), (), ())
+            for arm in result.arms
+        ),
+        tables=(runs_table(result),),
+    )
