@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.study.results import RunResult, StudyResult
 
 _LISTS = ("--by",)  # options that may be given more than once
+_ALONE = ("--help", "--print_config")  # options without a value
 
 
 def compare(
@@ -103,7 +104,7 @@ def written_out(words: Sequence[str]) -> list[str]:
         elif word.startswith("--"):
             name, equals, value = word.partition("=")
             full.append(f"{name}+{equals}{value}" if name in _LISTS else word)
-            follows_option = not equals and name != "--help"
+            follows_option = not equals and name not in _ALONE
         elif word.startswith("-"):
             full.append(word)
         else:

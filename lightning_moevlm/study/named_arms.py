@@ -7,12 +7,11 @@ from typing import Any
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.located import nearest
-from lightning_moevlm.study.plan import essential
+from lightning_moevlm.study.plan import seedless
 from lightning_moevlm.tracking.chosen_runs import told
 from lightning_moevlm.tracking.config_diff import changes, flat
 from lightning_moevlm.tracking.runs import RunRow
 
-_SEEDS = ("seed", "seed_everything")  # the last part of the keys that hold one
 _SEED_IN_NAME = re.compile(r"[-_ ]*seed[-_ =]?\d+$")
 _LONGEST_NAME = 40
 _SHOWN_KEYS = 2
@@ -66,7 +65,7 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
     order: list[tuple[dict[str, list[NamedRun]], str]] = []
     for one in runs:
         name = _name(one, by, several_sweeps=len(sweeps) > 1)
-        group, key = (unnamed, str(_plain(one.config))) if name is None else (arms, name)
+        group, key = (unnamed, str(seedless(one.config))) if name is None else (arms, name)
         if key not in group:
             group[key] = []
             order.append((group, key))
@@ -79,15 +78,15 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
             name = f"{name}'"
         named[name] = mine
     for name, mine in named.items():
-        _refuse_twins(name, mine)
         _refuse_unlike(name, mine)
+        _refuse_twins(name, mine)
     return named
 
 
 def key_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys in which a config differs from another but for seeds and what is cosmetic, with its values."""
-    now = _plain(config)
-    different = changes(_plain(base), now)
+    now = seedless(config)
+    different = changes(seedless(base), now)
     apart: dict[str, str] = {}
     for key, change in different.items():
         # Where a part takes the place of null or null that of a part, what is there now says it.
@@ -109,7 +108,7 @@ def _name(run: NamedRun, by: Sequence[str], several_sweeps: bool) -> str | None:
 
 def _told_apart(run: NamedRun, first: NamedRun) -> str:
     """Return a name for an arm that has none: what sets it apart from the first run, whose arm is named after it."""
-    if "arm" not in first.row.tags and (run is first or _plain(run.config) == _plain(first.config)):
+    if "arm" not in first.row.tags and (run is first or seedless(run.config) == seedless(first.config)):
         return _SEED_IN_NAME.sub("", run.row.name) or run.row.run_id
     apart = key_difference(first.config, run.config)
     if not apart:
@@ -128,11 +127,6 @@ def _short(value: Any) -> str:
     else:
         text = flat({"": value})[""]
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, str]:
-    leaves = flat(essential(config))
-    return {key: leaves[key] for key in sorted(leaves) if key.split(".")[-1] not in _SEEDS}
 
 
 def _found(config: Any, key: str) -> Any:

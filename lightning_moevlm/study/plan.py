@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.spec import Arm, Study
+from lightning_moevlm.tracking.config_diff import flat as spelled
 
 if TYPE_CHECKING:  # it lies beside the models, which import torch
     from lightning_moevlm.models.card import ModelCard
@@ -37,6 +38,7 @@ class Cosmetic(NamedTuple):
 
 
 _FLOPS_TOLERANCE = 0.01
+_SEEDS = ("seed", "seed_everything")  # the last part of the keys that hold one
 
 COSMETIC_KEYS: tuple[Cosmetic, ...] = (
     Cosmetic("config", "names of config files; what they say is resolved already"),
@@ -138,6 +140,12 @@ def essential(resolved: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(trainer, dict) and isinstance(trainer.get("callbacks"), list):
         trainer["callbacks"] = [c for c in trainer["callbacks"] if not _is_cosmetic_callback(c)]
     return rest
+
+
+def seedless(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """Return the config's leaves as text by dotted key, sorted, without seeds and cosmetic keys."""
+    leaves = spelled(essential(resolved))
+    return {key: leaves[key] for key in sorted(leaves) if key.split(".")[-1] not in _SEEDS}
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ for, all that agree in the keys that arms are meant to differ in. The seed is th
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ def comparison_of_runs(
             baseline, or a rule stopped it; a run that has ended has not logged the metric.
     """
     arms = name_arms(runs, rules.by)
-    primary = Primary(rules.metric, _direction(rules))
+    primary = Primary(rules.metric, _direction(rules, {key for one in runs for key in series[one.row.run_id]}))
     baseline = _baseline(arms, rules)
     # A loss that ends above the untrained model's is a divergence; of other metrics nobody could say so.
     rule = Divergence(_TASK_LOSS, times_untrained=1.0)
@@ -162,12 +162,13 @@ def remedy_of(result: StudyResult) -> str:
     )
 
 
-def _direction(rules: Rules) -> Direction:
+def _direction(rules: Rules, logged: Collection[str]) -> Direction:
     metric = keys.declared(rules.metric)
     word = rules.direction or (metric.better if metric else "neither")
     if word == "neither":
+        hint = "" if rules.metric in logged else f"no run has logged it; {nearest(rules.metric, logged)}"
         raise UserError(
-            f"{rules.metric} has no better direction of its own; add --direction lower or --direction higher"
+            f"{rules.metric} has no better direction of its own; {hint}add --direction lower or --direction higher"
         )
     return "lower" if word == "lower" else "higher"
 

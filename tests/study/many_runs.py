@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lightning_moevlm.study.claim import ROLE, ROLE_ARM, open_experiment
+from lightning_moevlm.study.claim import OUTCOME, ROLE, ROLE_ARM, open_experiment
 from lightning_moevlm.study.gather import gather
 from lightning_moevlm.study.ledger import RunState, Status, read_ledger, write_state
 from lightning_moevlm.study.plan import Plan, tags_of
 from lightning_moevlm.study.report import make_report, origin_of, print_tables, write_report
 from lightning_moevlm.study.summary_run import log_summary
 from lightning_moevlm.study.tables import report_tables
+from lightning_moevlm.tracking.config_diff import flat
 from lightning_moevlm.tracking.store import sqlite_path
 from tests.study.tiny_study import plan_of, write_project
 
@@ -73,7 +74,10 @@ def fill(plan: Plan, uri: str, num_points: int) -> int:
                 "lifecycle_stage, source_type, user_id) VALUES (?, ?, ?, ?, ?, ?, 'FINISHED', 'active', 'LOCAL', 'x')",
                 row,
             )
-            tags = {**tags_of(run), ROLE: ROLE_ARM, "mlflow.runName": run.name}
+            tags = {**tags_of(run), ROLE: ROLE_ARM, OUTCOME: "finished", "mlflow.runName": run.name}
+            store.executemany("INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)", [
+                (key, value, run_id) for key, value in flat(run.resolved).items()
+            ])  # fmt: skip
             store.executemany("INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", [
                 (key, value, run_id) for key, value in tags.items()
             ])  # fmt: skip

@@ -51,7 +51,7 @@ def test_what_biases_is_refused_and_named(other: Subject, name: str):
     [found] = differences([subject("a"), other])
     assert (found.name, found.weight) == (name, Weight.BIASES)
     with pytest.raises(UserError, match=rf"they differ in {name}: .*\(a\); .*\(b\).*--unfair=true"):
-        refuse_biased("study", [found], "Run them again.")
+        refuse_biased("study", [found], "Run them again, or --unfair=true")
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_what_only_warns_is_not_refused(other: Subject, name: str | None):
     found = differences([subject("a"), other])
     # A layer that the other arm does not have is no difference of kernels.
     assert [(one.name, one.weight) for one in found] == ([] if name is None else [(name, Weight.WARNS)])
-    refuse_biased("study", found, "Run them again.")
+    refuse_biased("study", found, "Run them again, or --unfair=true")
 
 
 def test_what_the_study_file_asks_for_is_told_and_not_refused():
     other = dataclasses.replace(configured(subject("b"), "data", batch_size=16), changes={"data.batch_size": 16})
     [found] = differences([subject("a"), other])
     assert (found.name, found.weight) == ("samples per step", Weight.DECLARED)
-    refuse_biased("study", [found], "Run them again.")
+    refuse_biased("study", [found], "Run them again, or --unfair=true")
     # A third arm that differs without saying so is refused all the same.
     silent = configured(subject("c"), "data", batch_size=4)
     [found] = differences([subject("a"), other, silent])
