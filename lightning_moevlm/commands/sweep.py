@@ -66,6 +66,7 @@ def run(
     from lightning_moevlm.study.claim import open_experiment
     from lightning_moevlm.study.execute import SILENCE, to_do
     from lightning_moevlm.study.ledger import Status, hold_study, keep_store, read_ledger
+    from lightning_moevlm.study.pin import keep_baseline
 
     terminal = console()
     if jobs is not None and jobs < 1:
@@ -82,6 +83,7 @@ def run(
     with hold_study(planned.folder):
         experiment = open_experiment(uri, planned.study.name)
         keep_store(planned.folder, uri)
+        keep_baseline(planned)
         waiting = to_do(selected, experiment, chosen, retry)
         if waiting:
             stopped = _execute(selected, experiment, waiting, terminal, chosen, jobs, timeout_minutes)
@@ -185,13 +187,16 @@ def written_out(words: Sequence[str]) -> list[str]:
 
 
 def _plan(file: str, only: list[str] | None = None) -> "Plan":
+    from lightning_moevlm.study.pin import refuse_other_baseline
     from lightning_moevlm.study.plan import plan_study
     from lightning_moevlm.study.spec import read_study
 
     study = read_study(_study_file(file))  # its mistakes are told before the seconds of importing Lightning
     from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
 
-    return _selected(plan_study(study, ConfigResolver(), describe_model), only)
+    planned = plan_study(study, ConfigResolver(), describe_model)
+    refuse_other_baseline(planned)
+    return _selected(planned, only)
 
 
 def _selected(planned: "Plan", only: list[str] | None) -> "Plan":

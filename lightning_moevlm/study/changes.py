@@ -10,7 +10,7 @@ from typing import Any
 from lightning_moevlm.study.located import Located
 
 # Key -> the field of the study file that sets it.
-_OWNED: dict[str, str] = {
+OWNED: dict[str, str] = {
     "seed_everything": "seeds",
     "data.seed": "seeds",
     "model.seed": "seeds",
@@ -42,7 +42,7 @@ def read_changes(key: str, node: Located) -> tuple[Change, ...]:
     """
     if node.is_filled_mapping:
         return tuple(change for name, child in node.items() for change in read_changes(f"{key}.{name}", child))
-    for owned, by in _OWNED.items():
+    for owned, by in OWNED.items():
         if key == owned or key.startswith(owned + "."):
             raise node.error(f"{key!r} may not differ between arms: it is set by {by}; remove it here")
     return (Change(key, node),)

@@ -125,6 +125,10 @@ class Located:
             raise self.error(f"expected a text, got {self._shown()}")
         return " ".join(value.split())
 
+    def written(self) -> str:
+        """Return a value as it stands in the file, whatever YAML would read it as; empty for a mapping or a list."""
+        return self.node.value if isinstance(self.node, yaml.ScalarNode) else ""
+
     def integer(self, least: int) -> int:
         """Return a whole number that is at least `least`."""
         value = self.plain()

@@ -4,6 +4,7 @@
     hypothesis: ...   source: ...                             # optional texts
     base: [conf/quickstart.yaml]                              # LightningCLI files, later ones win
     baseline: baseline                                        # default: the first arm
+    baseline_digest: 3f2a81c09d4e                             # refuse a baseline that has changed since: see pin.py
     arms:                                                     # either arms; here the baseline changes nothing
       baseline: {description: everything on}
       no_router_z: {model.losses.router_z: null}              # changes over the base; dotted keys are expanded
@@ -43,10 +44,11 @@ Correction = Literal["none", "holm"]
 
 _OPTIONAL = (
     *("hypothesis", "source", "arms", "factors", "design", "baseline", "match", "also", "diverged", "decide", "guard"),
-    "stop_hopeless",
+    *("stop_hopeless", "baseline_digest"),
 )
 _MAY_STOP = ("one_in", "leave_one_out")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
+_DIGEST = re.compile(r"[0-9a-f]{12}")
 _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
 _SEEDS_END = 2**32  # what NumPy and Lightning take
 
@@ -133,11 +135,19 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """The baseline that a study stands on, 12 hex digits; see `pin`. line: where the file says so, for messages."""
+
+    digest: str
+    line: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
 class Study:
     """A study file as read.
 
     file: where it was read; base: config files as the command line takes them; design: what made the arms, None where
-    the file lists them; match: what every arm must share with the baseline.
+    the file lists them; match: what every arm must share with the baseline; pin: the baseline must be this one.
     """
 
     name: str
@@ -158,6 +168,7 @@ class Study:
     design: Design | None = None
     match: Match | None = None
     stop_hopeless: Hopeless | None = None
+    pin: Pin | None = None
 
 
 def read_study(file: Path) -> Study:
@@ -200,6 +211,7 @@ def read_study(file: Path) -> Study:
         design=design,
         match=_match(top.get("match")),
         stop_hopeless=_hopeless(top.get("stop_hopeless"), budget, design),
+        pin=_pin(top.get("baseline_digest")),
     )
 
 
@@ -353,6 +365,15 @@ def _hopeless(node: Located | None, budget: Budget, design: Design | None) -> Ho
     if step >= budget.max_steps:
         raise fields["at_step"].error(f"step {step} is not before the end, which is step {budget.max_steps}")
     return Hopeless(step, fields["worse_by"].number(above=0.0))
+
+
+def _pin(node: Located | None) -> Pin | None:
+    if node is None or node.is_null:
+        return None
+    digest = node.written()  # YAML would read 123456789012 and 12345678e012 as numbers
+    if not _DIGEST.fullmatch(digest):
+        raise node.error(f"expected the 12 hex digits that `moevlm sweep plan` prints, got {digest!r}")
+    return Pin(digest, node.line)
 
 
 def _decision(node: Located | None) -> Decision:

@@ -11,6 +11,7 @@ from lightning_moevlm.study.cost_of_arms import costs_table
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.fraction import Fraction
 from lightning_moevlm.study.ledger import RunState
+from lightning_moevlm.study.pin import baseline_digest
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.probe import NUM_STEPS, Probe
 from lightning_moevlm.study.progress import duration
@@ -229,10 +230,20 @@ def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
         f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.words} each; decided by "
         f"{study.primary.metric}, {study.primary.direction} is better.",
         f"diverged: {study.diverged.rule}.",
+        *_notes_on_baseline(plan),
         *_notes_on_length(plan),
         *(line for fraction in _fractions(plan) for line in fraction.told()),
     )
     return Table("Runs", ("run", "digest", "status", "folder"), rows, notes, essential=3)
+
+
+def _notes_on_baseline(plan: Plan) -> tuple[str, ...]:
+    digest = baseline_digest(plan)
+    if digest is None:
+        return ()
+    if plan.study.pin is not None:
+        return (f"baseline: {digest}, pinned.",)
+    return (f"baseline: {digest}; with `baseline_digest: '{digest}'` a study file refuses one that has changed.",)
 
 
 def _notes_on_length(plan: Plan) -> tuple[str, ...]:
