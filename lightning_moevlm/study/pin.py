@@ -18,6 +18,7 @@ from lightning_moevlm.study.plan import Plan, seedless
 from lightning_moevlm.tracking.config_diff import changes
 
 _FOLDER = "baselines"
+_SCHEDULE_STEPS = "model.schedule.init_args.total_steps"  # as a rule it follows the budget
 _SHOWN_KEYS = 6
 
 
@@ -55,6 +56,8 @@ def _baseline(plan: Plan) -> dict[str, str] | None:
     if run is None:
         return None
     leaves = seedless(run.resolved)
+    if leaves.get(_SCHEDULE_STEPS) == leaves.get("trainer.max_steps"):
+        leaves.pop(_SCHEDULE_STEPS, None)
     return {k: v for k, v in leaves.items() if not any(k == own or k.startswith(f"{own}.") for own in OWNED)}
 
 

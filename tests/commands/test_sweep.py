@@ -130,3 +130,20 @@ def test_importing_the_command_is_cheap() -> None:
     probe = f"import sys, lightning_moevlm.commands.sweep; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_pinned_baseline_that_changed_is_refused(moevlm: Moevlm, study: Study, workplace: Path) -> None:
+    def pinned_in(told: str) -> str:
+        return told.partition("pin it: `baseline_digest: '")[2].partition("'")[0]
+
+    told = moevlm("sweep", "plan", study(baseline_digest="0" * 12), code=2)
+    digest = pinned_in(told)
+    assert "line.yaml:" in told
+    # Length and seeds are the study's own.
+    moevlm("sweep", "plan", study(baseline_digest=digest, budget={"max_steps": 4}, seeds=[3]))
+    overlay = yaml.safe_load((workplace / "small.yaml").read_text())
+    overlay["trainer"]["log_every_n_steps"] = 2
+    (workplace / "small.yaml").write_text(yaml.safe_dump(overlay))
+    [line] = moevlm("sweep", "run", "line.yaml", code=2).splitlines()
+    assert f"no longer the pinned {digest}" in line
+    assert not (workplace / "runs/sweeps").exists()
