@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_moevlm.commands.sweep import written_out
 from lightning_moevlm.tracking.runs import find_runs
