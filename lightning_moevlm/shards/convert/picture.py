@@ -132,8 +132,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
                 if image.mode not in _DECODABLE_MODES:
                     raise RowError("image_undecodable", f"pixels of mode {image.mode}, which has no plain RGB")
                 yield image
-    except Image.DecompressionBombError as error:
-        raise RowError("image_too_large", str(error)) from None
+    except Image.DecompressionBombError:
+        raise RowError("image_too_large", f"far more pixels than the {MAX_PIXELS:,} allowed") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise RowError("image_undecodable", f"the bytes are no picture of a known format ({known})") from None
