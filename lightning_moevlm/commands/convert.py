@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.shards.convert.rows import Source
 
 ImageFormat = Literal["jpg", "png"]
+_STAY = "bad samples, which stay in their tars: train with data.max_lost_fraction above 0"
 
 
 def convert_csv(
@@ -278,7 +279,7 @@ def convert_img2dataset(
                 "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
                 "false, or leave them out"
             )
-        _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort))
+        _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort), _STAY)
         return
     source = Img2datasetSource(Path(folder), name)
     _convert(source, target, terms, form, effort)
@@ -320,8 +321,8 @@ def _convert(source: "Source", target: Path, terms: "Terms", form: "Form", effor
     _tell(target, lambda: convert(source, target, terms, form, effort))
 
 
-def _tell(out: Path, run: "Callable[[], Converted]") -> None:
-    """Convert, and say what came of it; bad rows are shown as a table whether they are borne or not."""
+def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") -> None:
+    """Convert, and say what came of it; bad rows are shown as a table, under `borne` where there are not too many."""
     from lightning_moevlm.commands.output import tell_built
     from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
 
@@ -336,7 +337,7 @@ def _tell(out: Path, run: "Callable[[], Converted]") -> None:
             f"{out} could not be written ({reason}); when that is mended, the same command goes on where it was"
         ) from error
     if converted.left_out:
-        _show(converted.left_out, "left out")
+        _show(converted.left_out, borne)
     manifest = converted.manifest
     counts = {split: manifest.num_samples(split) for split in manifest.splits}
     tell_built(str(out), "converted" if converted.built else None, manifest.digest, counts)

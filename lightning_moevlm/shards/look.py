@@ -3,7 +3,7 @@
 import io
 import warnings
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lightning_moevlm.shards.decode import CAPTION_EXTENSION, IMAGE_EXTENSIONS
 from lightning_moevlm.shards.manifest import Manifest
@@ -63,5 +63,7 @@ def open_picture(data: bytes, extension: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data), formats=_FORMATS[extension])
+    except UnidentifiedImageError:
+        raise ValueError(f"these bytes are no {_FORMATS[extension][0]}") from None
     except (OSError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error

@@ -21,6 +21,8 @@ FORMAT = "moevlm-shards/1"
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Scalar = str | int | float | bool
+OTHER_SPELLINGS = {"jpeg": "jpg"}
+"""Of extensions in tars: what they mean in a manifest, and wherever samples are spoken of."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,37 @@ def read_manifest(root: Path) -> Manifest:
 
     """
     path = root / MANIFEST_FILE
-    if not path.is_file():
-        raise UserError(f"{path} is missing, so {root} is no finished set of shards; build it with `moevlm data build`")
-    return parse_manifest(path.read_bytes(), str(path))
+    try:
+        return parse_manifest(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise no_set(root) from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give the folder and its files to this user"
+        ) from None
+
+
+def no_set(root: Path) -> UserError:
+    """Return the error for a place without `manifest.json`: what is there instead, and which command makes a set."""
+    if any(mark in str(root) for mark in "{*?") or root.suffix == ".tar":
+        return UserError(
+            f"{root} does not name a set: give the folder of its shards, which holds a {MANIFEST_FILE} too"
+        )
+    recipe = "openmoji" if "openmoji" in root.name else "scenes"
+    build = f"`moevlm data build {recipe} --out {root}`"
+    if not root.exists():
+        return UserError(f"there is no set of shards in {root}, and no such folder; build one with {build}")
+    if not root.is_dir():
+        return UserError(f"{root} is a file; give the folder of a set of shards")
+    if any(root.glob("*.tar")):
+        return UserError(
+            f"{root} holds tars, but no {MANIFEST_FILE} that says what is in them; make one beside them, which leaves "
+            f"them as they are, with `moevlm data convert img2dataset {root} --out {root} --licence LICENCE`"
+        )
+    return UserError(
+        f"there is no set of shards in {root}; build one with {build}, or make one of your own data with `moevlm data "
+        "convert`"
+    )
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:

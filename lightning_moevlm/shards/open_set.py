@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.decode import CAPTION_EXTENSION, IMAGE_EXTENSIONS
-from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest
+from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest, no_set
 from lightning_moevlm.shards.mixture import Source
 from lightning_moevlm.shards.storage import ShardStorage
 
@@ -45,10 +45,7 @@ def open_set(source: Source, storage: ShardStorage) -> OpenSet:
     """
     folder = storage.folder
     if folder is not None and not (folder / MANIFEST_FILE).is_file():
-        recipe = "openmoji" if "openmoji" in folder.name else "scenes"
-        raise UserError(
-            f"there is no set of shards in {folder}; build one with `moevlm data build {recipe} --out {folder}`"
-        )
+        raise no_set(folder)
     manifest = storage.manifest()
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
     text = CAPTION_EXTENSION if CAPTION_EXTENSION in manifest.members else None

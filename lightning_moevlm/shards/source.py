@@ -16,7 +16,7 @@ from webdataset.tariterators import base_plus_ext
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import Lost, ShardFault
-from lightning_moevlm.shards.manifest import ShardEntry
+from lightning_moevlm.shards.manifest import OTHER_SPELLINGS, ShardEntry
 from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
 
 _META = re.compile(r"__[^/]*__($|/)")
@@ -25,9 +25,15 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 @lru_cache(maxsize=1)  # asked twice of every name in turn: is it wanted, and whose is it
 def _split(name: str) -> tuple[str, str]:
-    """Return the key and the extension that WebDataset finds in a name; two empty strings if it finds none."""
+    """Return the key and the extension that WebDataset finds in a name; two empty strings if it finds none.
+
+    Extensions are in lower case and the usual spelling: `KEY.JPEG` is the member `jpg`.
+    """
     base, extension = base_plus_ext(name)
-    return (base, extension) if base is not None and extension is not None else ("", "")
+    if base is None or extension is None:
+        return "", ""
+    lower = extension.lower()
+    return base, OTHER_SPELLINGS.get(lower, lower)
 
 
 class Shelf(Protocol):
@@ -82,7 +88,7 @@ def read_shard(shelf: Shelf, entry: ShardEntry, wanted: frozenset[str]) -> Itera
     place = shelf.place(entry.file)
     try:
         with shelf.open(entry) as stream:
-            members = tar_members(stream, lambda name: _split(name)[1].lower() in wanted)
+            members = tar_members(stream, lambda name: _split(name)[1] in wanted)
             yield from _accounted(_groups(members, wanted), entry, wanted, place)
     except ShardFault as fault:
         yield Lost(entry.num_samples, fault.cause, str(fault))
@@ -102,10 +108,9 @@ def _groups(members: Iterator[Member], wanted: frozenset[str]) -> Iterator[_Grou
     found: dict[str, bytes] = {}
     try:
         for name, data in members:
-            base, suffix = _split(name)
+            base, extension = _split(name)
             if not base or (name.startswith("__") and _META.match(name)):
                 continue
-            extension = suffix.lower()
             if key is not None and (base != key or extension in found):
                 yield _Group(key, found, cut=False)
                 found = {}

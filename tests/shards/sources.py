@@ -94,8 +94,13 @@ def vqa_source(folder: Path, num_pictures: int) -> tuple[Path, Path]:
     return questions, annotations
 
 
-def img2dataset_source(folder: Path, num_tars: int, per_tar: int, extension: str = "jpg") -> Path:
-    """Tars as img2dataset writes them, with statistics and (empty) tables beside; failed downloads leave gaps."""
+def img2dataset_source(
+    folder: Path, num_tars: int, per_tar: int, extension: str = "jpg", named: str | None = None
+) -> Path:
+    """Tars as img2dataset writes them, with statistics and (empty) tables beside; failed downloads leave gaps.
+
+    named: what pictures are called, if not by their format.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_tars):
         with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
@@ -104,7 +109,7 @@ def img2dataset_source(folder: Path, num_tars: int, per_tar: int, extension: str
                 key = f"{number:05d}{2 * i:04d}"
                 about = {"url": f"https://example.org/{index}.jpg", "key": key, "status": "success", "sha256": None}
                 for ending, data in (
-                    (extension, picture(index, extension)),
+                    (named or extension, picture(index, extension)),
                     ("txt", caption(index).encode()),
                     ("json", json.dumps(about, indent=4).encode()),
                 ):

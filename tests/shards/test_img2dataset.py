@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ from lightning_moevlm.shards.convert.convert import Converted, Effort, Form, Ter
 from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
 from lightning_moevlm.shards.convert.keep_tars import keep_tars
 from lightning_moevlm.shards.convert.picture import Wish
+from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.manifest import SPLITS, read_manifest
 from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.sources import caption, img2dataset_source, picture
 from tests.shards.test_convert import contents, members
 
 TERMS = Terms("CC BY 4.0", "", "")
+FORM = Form(Wish("jpg", None), 16, 400)
 
 
 def keep(folder: Path, out: Path, max_bad: int = 0, jobs: int = 1) -> Converted:
@@ -125,6 +128,58 @@ def test_pictures_that_readers_do_not_know(tmp_path: Path) -> None:
     source = Img2datasetSource(folder, "web")
     convert(source, tmp_path / "set", TERMS, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
     assert read_manifest(tmp_path / "set").members == ("jpg", "json", "txt")
+
+
+@pytest.mark.parametrize("spelling", ["jpeg", "JPG", "JPEG"])
+def test_other_spellings_of_jpg_are_read_as_it(tmp_path: Path, spelling: str) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 30, "jpg", spelling)
+    manifest = keep(folder, tmp_path / "kept").manifest
+    assert manifest.members == ("jpg", "json", "txt")
+    assert check_set(ShardStorage(str(tmp_path / "kept"))).problems == ()
+    data = ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, num_streams=2)
+    assert sum(batch.num_samples for batch in data.val_dataloader()) == 30
+    convert(Img2datasetSource(folder, "web"), tmp_path / "anew", TERMS, FORM, Effort(0, 1, False))
+    assert members(tmp_path / "anew")["web-000000000.jpg"] == picture(0)
+
+
+def test_names_that_lie_about_their_format_are_told(tmp_path: Path) -> None:
+    # img2dataset's --disable_all_reencoding calls everything .jpg; readers go by the name
+    folder = img2dataset_source(tmp_path / "in", 3, 30, "png", "jpg")
+    with pytest.raises(TooManyBadError, match=r"90 rows are bad.* a PNG, though its name ends in \.jpg"):
+        keep(folder, tmp_path / "set")
+    with pytest.raises(UserError, match=r"none of the samples in .* can be used"):
+        keep(folder, tmp_path / "set", max_bad=90)
+    converted = convert(Img2datasetSource(folder, "web"), tmp_path / "anew", TERMS, FORM, Effort(0, 1, False))
+    assert converted.left_out == ()
+
+
+def test_a_sample_without_a_member_is_one_bad_sample(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 6)
+    for tar in ("00000.tar", "00001.tar"):
+        # the first sample of one tar loses its picture (header and data), that of the other its caption and json
+        data = (folder / tar).read_bytes()
+        with tarfile.open(folder / tar) as whole:
+            picture_end, sample_end = (whole.getmembers()[place].offset for place in (1, 3))
+        kept = data[picture_end:] if tar == "00000.tar" else data[:picture_end] + data[sample_end:]
+        (folder / tar).write_bytes(kept)
+    with pytest.raises(TooManyBadError, match=r"2 rows are bad, .* 00000.tar 000000000: no picture") as refused:
+        keep(folder, tmp_path / "set")
+    assert [(count.cause, count.num_rows) for count in refused.value.counts] == [("member_missing", 2)]
+    keep(folder, tmp_path / "set", max_bad=2)
+    assert check_set(ShardStorage(str(tmp_path / "set"))).faults == {"member_missing": 2}
+
+
+def test_a_folder_of_tars_without_a_manifest_is_told_the_way(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 6)
+    for read in (
+        lambda: check_set(ShardStorage(str(folder))),
+        ShardDataModule(str(folder), 4, 16, 16, 400).prepare_data,
+    ):
+        with pytest.raises(UserError, match=r"holds tars, but no manifest\.json.*convert img2dataset"):
+            read()
+    for pattern in (folder / "{00000..00002}.tar", folder / "00000.tar", folder / "*.tar"):
+        with pytest.raises(UserError, match="give the folder of its shards"):
+            check_set(ShardStorage(str(pattern)))
 
 
 def test_a_link_to_a_tar_elsewhere_is_not_followed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lightning_moevlm.shards.convert.rows import (
     RowError,
     Source,
     checked_caption,
+    checked_text,
     existing_file,
     existing_folder,
     set_name,
@@ -159,6 +160,7 @@ class CocoQuestions(Source):
                 most = entry.get("multiple_choice_answer")
                 answer = checked_caption(most if most is not None or not given else max(given, key=given.count))
                 kind = str(entry.get("answer_type") or "other")
+                checked_text(kind)
                 found[question_id] = {"kind": kind, "answer": answer, "answers": given or [answer]}
             except RowError as fault:
                 bad.append(fault.at(f"{self.annotations.name} annotations[{number}]"))
@@ -203,6 +205,7 @@ def read_captions(path: Path) -> tuple[dict[int, _Said], list[BadRow]]:
             if image_id in names:
                 raise RowError("duplicate_key", f"image {image_id} occurs twice")
             names[image_id] = _field(entry, "file_name")
+            checked_text(names[image_id])  # it goes into the json member too
         except RowError as fault:
             bad.append(fault.at(place))
     for number, entry in enumerate(_list(content, "annotations", path)):

@@ -102,6 +102,7 @@ def convert(source: Source, out: Path, terms: Terms, form: Form, effort: Effort)
         _fill(table, source, bad)
         bad.refuse_beyond(effort.max_bad)
         if not table.num_rows:
+            bad.refuse_beyond(0)  # every row is bad, however many may be
             raise UserError(f"{source.name} has no rows to make samples of")
         _look_at_all(source, table, wish, effort.num_jobs, shop, bad)
         bad.refuse_beyond(effort.max_bad)

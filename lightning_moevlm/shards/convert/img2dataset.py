@@ -27,7 +27,7 @@ from lightning_moevlm.shards.convert.rows import (
     json_object,
     set_name,
 )
-from lightning_moevlm.shards.manifest import Scalar
+from lightning_moevlm.shards.manifest import OTHER_SPELLINGS, Scalar
 
 PICTURE_EXTENSIONS = ("jpg", "png", "webp")
 _TAR = re.compile(r"\d+\.tar")
@@ -85,7 +85,7 @@ def fingerprint(found: tuple[Download, ...]) -> str:
 
 
 def samples_of(folder: Path, download: Download) -> Iterator[tuple[str, dict[str, Part]]]:
-    """Yield every sample of a tar: its key, and its members by extension.
+    """Yield every sample of a tar: its key, and its members by extension; one that comes again begins a second sample.
 
     Raises:
         UserError: if it is no tar, ends within a member, or holds another number of samples.
@@ -100,13 +100,14 @@ def samples_of(folder: Path, download: Download) -> Iterator[tuple[str, dict[str
             for member in tar:
                 if not member.isreg():
                     continue
-                name, _, extension = member.name.rpartition("/")[2].partition(".")
-                if name != key and parts:
+                name, _, ending = member.name.rpartition("/")[2].partition(".")
+                extension = OTHER_SPELLINGS.get(ending.lower(), ending.lower())
+                if parts and (name != key or extension in parts):
                     num_samples += 1
                     yield key, parts
                     parts = {}
                 key = name
-                parts[extension.lower()] = Part(member.offset_data, member.size)
+                parts[extension] = Part(member.offset_data, member.size)
             if parts:
                 num_samples += 1
                 yield key, parts

@@ -10,6 +10,7 @@ loader meets them: `data.max_lost_fraction` must bear them too.
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -66,12 +67,12 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
         members, bad = _members(looks), BadRows()
         for row in (row for look in looks for row in look.bad):
             bad.add(row)
-        for extension in members:
-            for look in (look for look in looks if look.extensions.get(extension, 0) < look.entry.num_samples):
-                num_lacking = look.entry.num_samples - look.extensions.get(extension, 0)
-                for _ in range(num_lacking):
-                    bad.add(BadRow(look.entry.file, "member_missing", f"{num_lacking} samples have no .{extension}"))
+        for look in looks:
+            for row in _lacking(look, members):
+                bad.add(row)
         bad.refuse_beyond(effort.max_bad)
+        if not members:
+            raise UserError(f"none of the samples in {folder} can be used, so there is nothing to make a set of")
         dealt = _dealt(looks)
         contents = Contents(
             image_size=usual_size(Counter(side for look in looks for side in look.sides)),
@@ -93,14 +94,14 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
 
 
 def _look_at_all(folder: Path, found: tuple[Download, ...], num_jobs: int, shop: Workshop) -> list[TarLook]:
-    known = [_recalled(shop.recall(f"look-{download.file}")) for download in found]
+    known = [_recalled(shop.recall(f"tar-{download.file}")) for download in found]
     todo = [download for download, look in zip(found, known, strict=True) if look is None]
     looks = []
     with closing(in_order(partial(look_at_tar, folder=folder), todo, min(num_jobs, len(todo)))) as fresh:
         for download, earlier in zip(found, track(known, len(known), "looking at tars"), strict=True):
             look = next(fresh) if earlier is None else earlier
             if earlier is None and not look.bad:  # a bad sample may be mended, and is looked at again
-                shop.remember(f"look-{download.file}", asdict(look))
+                shop.remember(f"tar-{download.file}", asdict(look))
             looks.append(look)
     return looks
 
@@ -113,15 +114,29 @@ def _recalled(noted: Any) -> TarLook | None:
 
 
 def _members(looks: list[TarLook]) -> tuple[str, ...]:
-    """Return what the set promises: every extension that readers know and that occurs in it."""
-    found = {extension for look in looks for extension in look.extensions}
+    """Return what the set promises: every extension that readers know and that occurs in a good sample.
+
+    Raises:
+        UserError: if its pictures are not of one kind that readers know; of no kind, if no sample is good.
+
+    """
+    found = {extension for look in looks for choice in look.members for extension in choice.split()}
     pictures = found - {"txt", "json"}
-    if pictures != {"jpg"} and pictures != {"png"}:
+    if len(pictures) > 1 or pictures == {"webp"}:
         raise UserError(
-            f"the tars hold pictures as .{', .'.join(sorted(pictures)) or 'nothing'}, readers need all of them as .jpg "
+            f"the tars hold pictures as .{', .'.join(sorted(pictures))}, readers need all of them as .jpg or .jpeg, "
             "or all as .png; encode them anew with --keep_tars false"
         )
     return tuple(sorted(found))
+
+
+def _lacking(look: TarLook, members: tuple[str, ...]) -> Iterator[BadRow]:
+    """Yield one bad row per good sample that lacks what the set promises; all good ones have a picture."""
+    for choice, num in look.members.items():
+        lacks = ", ".join(f".{extension}" for extension in members if extension not in choice.split())
+        if lacks:
+            row = BadRow(look.entry.file, "member_missing", f"{num} of its samples have no {lacks}, while others have")
+            yield from [row] * num
 
 
 def _dealt(looks: list[TarLook]) -> dict[Split, list[TarLook]]:

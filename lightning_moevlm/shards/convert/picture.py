@@ -22,6 +22,7 @@ from lightning_moevlm.shards.encode import ImageFormat, encode
 from lightning_moevlm.shards.faults import MAX_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_NAMED = {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}  # MPO: a JPEG with others behind it
 _PLAIN_MODES = {"jpg": ("RGB", "L"), "png": ("RGB", "RGBA", "L", "LA", "P", "1")}
 _DECODABLE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
 _ORIENTATION = 0x0112
@@ -75,6 +76,18 @@ def look_at(data: bytes, wish: Wish) -> Seen:
     return Seen(hashlib.sha256(data).hexdigest(), side)
 
 
+def refuse_misnamed(data: bytes, extension: str) -> None:
+    """Refuse a picture that is of another format than its name says: a reader of shards goes by the name.
+
+    Raises:
+        RowError: if it is, or is no picture.
+
+    """
+    with _opened(data) as image:
+        if image.format not in _NAMED[extension]:
+            raise RowError("image_undecodable", f"a {image.format}, though its name ends in .{extension}")
+
+
 def stored(data: bytes, wish: Wish) -> bytes:
     """Return the bytes that go into the shard: the same ones, or the picture encoded anew.
 
@@ -119,8 +132,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
                 if image.mode not in _DECODABLE_MODES:
                     raise RowError("image_undecodable", f"pixels of mode {image.mode}, which has no plain RGB")
                 yield image
-    except Image.DecompressionBombError as error:
-        raise RowError("image_too_large", str(error)) from None
+    except Image.DecompressionBombError:
+        raise RowError("image_too_large", f"far more pixels than the {MAX_PIXELS:,} allowed") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise RowError("image_undecodable", f"the bytes are no picture of a known format ({known})") from None

@@ -198,6 +198,8 @@ def inside(folder: Path, file: str) -> Path:
     try:
         path = (folder / name).resolve(strict=True)
         mode = path.stat().st_mode
+    except UnicodeEncodeError:
+        raise RowError("picture_missing", f"picture {file[:200]!r} is no file name: it is no UTF-8") from None
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "a ring of links"
         raise RowError("picture_missing", f"picture {file[:200]!r} cannot be found ({reason})") from None

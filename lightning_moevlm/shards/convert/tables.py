@@ -89,8 +89,9 @@ class CsvSource(_Table):
     def __init__(
         self, table: Path, pictures: Path | None, name: str | None, columns: Columns, delimiter: str = ","
     ) -> None:
-        if len(delimiter) != 1:
-            raise UserError(f"delimiter is {delimiter!r}, but must be a single character")
+        delimiter = "\t" if delimiter == "\\t" else delimiter  # as a shell hands it on
+        if len(delimiter) != 1 or delimiter in '\r\n"':
+            raise UserError(f"delimiter is {delimiter!r}, but must be a single character, as ; or \\t")
         super().__init__(table, pictures, name, columns)
         self.arguments |= {"delimiter": delimiter}
         self.delimiter = delimiter
@@ -108,6 +109,10 @@ class CsvSource(_Table):
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
+                    if "unexpected end of data" in str(error):  # any number of rows may be in it
+                        raise UserError(
+                            f"{place}: a quote is opened here or later, and never closed; close it"
+                        ) from None
                     yield BadRow(place, "row_malformed", f"this is no row of a CSV file ({error})")
                     continue
                 if cells is None:
@@ -128,10 +133,11 @@ class CsvSource(_Table):
             raise UserError(f"{self.table} line 1 is no row of a CSV file ({error})") from None
         for column in self.columns.named():
             if column not in header:
-                said = ", ".join(header) or "none"
+                said = ", ".join(name if name.isprintable() else ascii(name) for name in header) or "none"
                 raise UserError(
                     f"{self.table} has no column {column!r} (it has: {said}); name the right one, or null for none, "
-                    "with --image_column, --caption_column, --key_column, --split_column"
+                    "with --image_column, --caption_column, --key_column, --split_column; if names are cut "
+                    "wrongly, say how fields are divided with --delimiter; the file has to be in UTF-8"
                 )
         if len(set(header)) != len(header):
             raise UserError(f"{self.table} line 1 names a column twice: {', '.join(header)}")

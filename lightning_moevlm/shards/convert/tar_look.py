@@ -14,7 +14,7 @@ from lightning_moevlm.shards.convert.img2dataset import (
     read_part,
     samples_of,
 )
-from lightning_moevlm.shards.convert.picture import Wish, look_at
+from lightning_moevlm.shards.convert.picture import Wish, look_at, refuse_misnamed
 from lightning_moevlm.shards.convert.rows import BadRow, RowError, json_object
 from lightning_moevlm.shards.manifest import ShardEntry, file_sha256
 
@@ -23,10 +23,14 @@ _KNOWN = ("jpg", "json", "png", "txt", "webp")
 
 @dataclass(frozen=True)
 class TarLook:
-    """What one tar holds. extensions: how many samples have each. sides: the shorter one of every good picture."""
+    """What one tar holds.
+
+    members: for every choice of members (their extensions, sorted, with a blank between) how many good samples have
+    just these. sides: the shorter one of every good picture. bad: one per sample that cannot be used.
+    """
 
     entry: ShardEntry
-    extensions: dict[str, int]
+    members: dict[str, int]
     captions: list[str]
     sides: list[int]
     bad: list[BadRow]
@@ -40,24 +44,26 @@ def look_at_tar(download: Download, folder: Path) -> TarLook:
 
     """
     path = folder / download.file
-    extensions, captions, sides = Counter[str](), list[str](), list[int]()
+    members, captions, sides = Counter[str](), list[str](), list[int]()
     bad: list[BadRow] = []
     keys: set[str] = set()
     with path.open("rb") as file:
         for key, parts in samples_of(folder, download):
-            extensions.update(extension for extension in parts if extension in _KNOWN)
             try:
                 if key in keys:
                     raise RowError("duplicate_key", f"key {key!r} occurs twice in its tar")
                 keys.add(key)
                 picture = picture_extension(parts)
-                side = look_at(read_part(file, parts[picture]), Wish("jpg", None)).side
+                data = read_part(file, parts[picture])
+                refuse_misnamed(data, picture)
+                side = look_at(data, Wish("jpg", None)).side
                 if "json" in parts:
                     json_object(read_part(file, parts["json"]))
                 if "txt" in parts:
                     captions.append(caption_of(read_part(file, parts["txt"])))
                 sides.append(side)
+                members[" ".join(sorted(extension for extension in parts if extension in _KNOWN))] += 1
             except RowError as error:
                 bad.append(error.at(f"{download.file} {key[:100]}"))
     entry = ShardEntry(download.file, download.num_samples, path.stat().st_size, file_sha256(path))
-    return TarLook(entry, dict(sorted(extensions.items())), captions, sides, bad)
+    return TarLook(entry, dict(sorted(members.items())), captions, sides, bad)
