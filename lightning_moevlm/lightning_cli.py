@@ -37,6 +37,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
+from lightning_moevlm.refused_nulls import refuse_nulls
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.tracking import RunRecord
@@ -46,6 +47,7 @@ PLUGIN_GROUP = "lightning_moevlm.plugins"
 
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning's own
 _PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+_SECTIONS = {"trainer": Trainer, "model": VisionLanguageModule, "data": ShardDataModule}
 _INCOMPLETE = "the following arguments are required"
 _NOISE = ("💡", "litlogger", "TPU available", "was configured so")
 _DEFAULTS: dict[str, object] = {
@@ -114,6 +116,7 @@ class CommandLine(LightningCLI):
         gc.freeze()  # what imports and parsers made stays: no collection need walk it
         gc.enable()
         config = self.config[self.subcommand]
+        _refuse_nulls(config.as_dict())
         if self.subcommand == "predict":
             config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
         path = config.get("ckpt_path")
@@ -125,9 +128,9 @@ class CommandLine(LightningCLI):
             ]
 
     def after_instantiate_classes(self) -> None:
-        """Refuse an optimiser that could not be built before anything is written."""
+        """Refuse an optimiser or a schedule that could not be built before anything is written."""
         if self.subcommand == "fit":
-            self.model.build_optimizer()
+            self.model.build_schedule(self.model.build_optimizer())
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
@@ -187,8 +190,9 @@ class ConfigResolver:
             files = with_sources_merged([*map(shipped_config, config_files), last], Path(folder))
             namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)
-            resolved = yaml.safe_load(self._parser.dump(namespace, skip_unset=False))
-        return dict(resolved)
+            resolved: dict[str, object] = yaml.safe_load(self._parser.dump(namespace, skip_unset=False))
+            _refuse_nulls(resolved)
+        return resolved
 
 
 def describe_model(resolved: Mapping[str, object]) -> ModelCard:
@@ -292,14 +296,16 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
 
 
 def _with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
-    """Put `--model...init_args.capacity null` into a file in its place: in a factory, jsonargparse reads 'None'."""
+    """Put `--model...capacity null` into a file in its place: in a factory, jsonargparse reads 'None', and for a group
+    it looks for a file of that name."""
     result: list[str] = []
     position = 0
     while position < len(words):
         key, equals, value = words[position].partition("=")
         if not equals and key.startswith("--") and position + 1 < len(words):
             value = words[position + 1]
-        if value == "null" and key.startswith("--") and ".init_args." in key:
+        is_group = key.startswith("--model.") and key.count(".") == 1
+        if value == "null" and (is_group or (key.startswith("--") and ".init_args." in key)):
             path = folder / f"null{position}.yaml"
             nested: object = None
             for part in reversed(key.removeprefix("--").split(".")):
@@ -311,6 +317,11 @@ def _with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
             result.append(words[position])
             position += 1
     return result
+
+
+def _refuse_nulls(resolved: Mapping[str, Any]) -> None:
+    for section, part in _SECTIONS.items():
+        refuse_nulls(section, part, resolved[section])
 
 
 def _types(parser: LightningArgumentParser) -> dict[str, object]:

@@ -35,6 +35,17 @@ MISTAKES = {
     "no such set": (("fit", *SMALL, "--data.root=data/shards/none"), "moevlm data build scenes"),
     "an optimiser for matrices alone": (("fit", *SMALL, *budget(1), "--model.optimizer=Muon"), "MuonAdamW"),
     "a rate below zero": (("fit", *SMALL, *budget(1), "--model.optimizer.init_args.lr=-1"), "Invalid learning rate"),
+    # the parser lets these nulls pass, and failed inside itself where it builds the group
+    "a group that is null": (("fit", *SMALL, "--model.gradient=null"), "set those (model.gradient.clip_norm,"),
+    "a part that is null": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router=null"),
+        "moe.init_args.router is null, which it cannot be: give a Router",
+    ),
+    "a rate without end": (("fit", *SMALL, "--model.optimizer.init_args.lr=.inf"), "cannot train with lr inf"),
+    "a schedule that divides by zero": (
+        ("fit", *SMALL, "--model.schedule=torch.optim.lr_scheduler.StepLR", "--model.schedule.init_args.step_size=0"),
+        "model.schedule cannot be built",
+    ),
     "no such checkpoint": (("validate", *SMALL, "--ckpt_path=none.ckpt"), "none.ckpt"),
     "no such study": (
         ("sweep", "plan", "rooter_z.yaml"),

@@ -42,6 +42,14 @@ def resolver() -> ConfigResolver:
             "model.losses.gshard: 0.1 is no such value; give a GShard {weight, per_modality} or null",
         ),
         (
+            "model.gradient",
+            None,
+            "model.gradient is null, which it cannot be: it is a group of options, so set those "
+            "(model.gradient.clip_norm, model.gradient.clip_value, ...); null turns off clip_norm, clip_value, z_clip, "
+            "ada_gc, clip_update, skip_spikes",
+        ),
+        ("model.init_std", None, "model.init_std is null, which it cannot be: give a number, or leave the option out"),
+        (
             "model.losses.load_balance.wieght",
             0.1,
             "model.losses.load_balance: LoadBalance takes no 'wieght'; did you mean weight? it takes weight, scope or",

@@ -5,6 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_moevlm import keys
+from lightning_moevlm.ranges import check_number
 from lightning_moevlm.records import Batch
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
 
@@ -17,11 +18,15 @@ class DivergenceGuard(Callback):
     batches in a row are no numbers. While a rollback will answer the next such loss, it is not the guard's business.
 
     Args:
-        every_n_steps: optimiser steps between waits, 1 or more.
+        every_n_steps: optimiser steps between waits.
+
+    Raises:
+        UserError: fewer than 1 step.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
-        self.every_n_steps = max(1, every_n_steps)
+        check_number("every_n_steps of DivergenceGuard", every_n_steps, least=1)
+        self.every_n_steps = every_n_steps
         self._first_bad: Tensor | None = None  # int64, on the device; a huge number while all is well
         self._bad_in_a_row: Tensor | None = None  # int64, on the device: batches
 

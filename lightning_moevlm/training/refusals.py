@@ -1,12 +1,13 @@
 """Combinations of parts that would fail later, or compute something else than they say."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import MoEFFN
@@ -74,6 +75,22 @@ def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
             "would be clipped scaled: set fused to false, choose bf16-mixed, or set every field of model.gradient to "
             "null"
         )
+
+
+def refuse_senseless_options(optimizer: Optimizer) -> None:
+    """Refuse what torch's optimisers let pass: options that are no finite numbers, and one for sparse gradients.
+
+    Raises:
+        UserError: with the option.
+    """
+    if isinstance(optimizer, SparseAdam):
+        raise UserError(
+            "model.optimizer SparseAdam takes sparse gradients alone, and no gradient of these models is: choose AdamW"
+        )
+    for name, value in optimizer.defaults.items():
+        for number in value if isinstance(value, Sequence) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"model.optimizer cannot train with {name} {value}: choose finite numbers")
 
 
 def refuse_other_groups(checkpoint: Mapping[str, Any], module: nn.Module) -> None:

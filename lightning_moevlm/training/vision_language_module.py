@@ -43,6 +43,7 @@ from lightning_moevlm.training.loss_inputs import loss_inputs
 from lightning_moevlm.training.loss_weights import LossWeights
 from lightning_moevlm.training.refusals import (
     refuse_other_groups,
+    refuse_senseless_options,
     refuse_unsuited_losses,
     refuse_unsuited_optimizer,
     refuse_unsuited_trainer,
@@ -289,8 +290,24 @@ class VisionLanguageModule(LightningModule):
                 f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list "
                 "optimizers`, which take every parameter (MuonAdamW in place of torch's Muon)"
             ) from error
+        refuse_senseless_options(optimizer)
         self.groups.apply(optimizer)
         return optimizer
+
+    def build_schedule(self, optimizer: Optimizer) -> LRScheduler | None:
+        """Return the schedule over an optimiser, which it sets to its first rates; None without one.
+
+        Raises:
+            UserError: the schedule refuses an option.
+        """
+        if self.schedule_factory is None:
+            return None
+        try:
+            return self.schedule_factory(optimizer)
+        except UserError:
+            raise
+        except (ValueError, ZeroDivisionError) as error:  # torch divides by a step_size of 0
+            raise UserError(f"model.schedule cannot be built: {error}; change its options") from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
@@ -302,7 +319,7 @@ class VisionLanguageModule(LightningModule):
             self._gradient_control.load_state_dict(self._gradient_memory)
             if self.action_runner is not None:
                 self.action_runner.gradient_control = self._gradient_control
-        schedule = None if self.schedule_factory is None else self.schedule_factory(optimizer)
+        schedule = self.build_schedule(optimizer)
         self._hyperparameters = Hyperparameters(optimizer, keeps_rate=schedule is None)
         if schedule is None:
             return {"optimizer": optimizer}

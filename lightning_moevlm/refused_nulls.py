@@ -1,0 +1,57 @@
+"""Refuses null where an option needs a value, before anything is built.
+
+The parser takes a file's null for any option, also where the signature does not allow it, and then fails inside itself
+or hands None to a constructor that calls it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from types import NoneType
+from typing import Any, get_args
+
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.signatures import classes_of, imported_class, in_words, options_of, type_of_option
+
+
+def refuse_nulls(key: str, part: type, options: Mapping[str, Any]) -> None:
+    """Refuse null for an option of a class, or of what its options name, that does not allow it.
+
+    Args:
+        key: of the class in the configuration, "model".
+        part: the class.
+        options: its options, resolved; parts as `{class_path, init_args}`.
+
+    Raises:
+        UserError: the whole key, and what it may be.
+    """
+    for name in options_of(part):
+        annotation = type_of_option(part, name)
+        if name in options and annotation is not None:
+            _refuse(f"{key}.{name}", annotation, options[name])
+
+
+def _refuse(key: str, annotation: object, value: Any) -> None:
+    classes = classes_of(annotation)
+    if value is None:
+        if not _allows_null(annotation):
+            raise UserError(f"{key} is null, which it cannot be: {_instead(key, annotation, classes)}")
+    elif isinstance(value, Mapping) and "class_path" in value:
+        named = imported_class(value["class_path"])
+        if named is not None:
+            refuse_nulls(f"{key}.init_args", named, value.get("init_args") or {})
+    elif isinstance(value, Mapping) and len(classes) == 1 and is_dataclass(classes[0]):
+        refuse_nulls(key, classes[0], value)
+
+
+def _allows_null(annotation: object) -> bool:
+    return annotation in (None, NoneType, Any, object) or NoneType in get_args(annotation)
+
+
+def _instead(key: str, annotation: object, classes: list[type]) -> str:
+    """Say what to give: of a group of switches, each has a null or a value of its own."""
+    if len(classes) != 1 or not is_dataclass(classes[0]):
+        return f"give {in_words(annotation)}, or leave the option out for its default"
+    names = options_of(classes[0])
+    nullable = [name for name in names if _allows_null(type_of_option(classes[0], name))]
+    advice = f"; null turns off {', '.join(nullable)}" if nullable else ""
+    return f"it is a group of options, so set those ({', '.join(f'{key}.{name}' for name in names[:2])}, ...){advice}"
