@@ -343,6 +343,12 @@ def _teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[
         raise UserError(f"a configuration file is no YAML: {_one_line(str(error))}") from error
     except MisconfigurationException as error:
         raise UserError(_one_line(str(error))) from error
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(__package__):
+            raise
+        raise UserError(
+            f"{_one_line(str(error))}; install the package that the option needs, or choose another"
+        ) from error
     except ValueError as error:
         mistake = _mistake_below(error)
         if mistake is None or mistake is error:

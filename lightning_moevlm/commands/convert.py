@@ -242,14 +242,14 @@ def convert_img2dataset(
     jobs: int | None = None,
     force: bool = False,
 ) -> None:
-    """Make a set of what img2dataset has downloaded (--output_format webdataset).
+    """Make a set of what img2dataset has downloaded (--output_format webdataset), or of any WebDataset tars.
 
     The tars stay as they are: they are linked into the set, or, where --out is their own folder, get a manifest beside
     them. Whole tars then fall into the splits. Bad samples stay in their tars, and data.max_lost_fraction must bear
     them; --keep_tars false writes the good samples anew, mixed and split by picture.
 
     Args:
-        folder: The folder with 00000.tar, 00000_stats.json and so on.
+        folder: The folder with 00000.tar, 00000_stats.json and so on; without any statistics, with tars of any name.
         out: Folder of the set; by default data/shards/NAME.
         licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
         licence_url: Where the licence can be read.

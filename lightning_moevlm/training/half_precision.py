@@ -68,7 +68,8 @@ def keep_pinned_regions(trainer: Trainer, policy: PrecisionPolicy) -> None:
     Called before Lightning converts the module, so nobody has to configure a plugin.
 
     Raises:
-        UserError: a strategy or policy that cannot keep a region in fp32.
+        UserError: a strategy or policy that cannot keep a region in fp32; heads or a trunk in the other half
+            precision, whose weights nothing casts.
     """
     plugin = trainer.precision_plugin
     if plugin.precision not in ("bf16-true", "16-true"):
@@ -77,6 +78,14 @@ def keep_pinned_regions(trainer: Trainer, policy: PrecisionPolicy) -> None:
         raise UserError(
             f"precision.optimizer_state is float32 with trainer.precision {plugin.precision}: the optimiser's state "
             "has the dtype of the parameters; set trainer.precision to bf16-mixed, or precision.optimizer_state to null"
+        )
+    other = {"bf16-true": "float16", "16-true": "bfloat16"}[plugin.precision]
+    mixed = [] if policy.simulate else [name for name in ("trunk", "heads") if policy.dtype_of(name) == other]
+    if mixed:
+        raise UserError(
+            f"precision.{mixed[0]} is {other} with trainer.precision {plugin.precision}, in which the weights are the "
+            f"other half precision; set trainer.precision to {'16-true' if other == 'float16' else 'bf16-true'}, or "
+            f"precision.{mixed[0]} to float32 or null"
         )
     pinned = [name for name in _WEIGHTED if policy.dtype_of(name) == "float32"]
     if isinstance(plugin, HalfPrecision):

@@ -86,7 +86,7 @@ def test_samples_are_written_anew(tmp_path: Path) -> None:
 
 def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 3, 6)
-    with pytest.raises(UserError, match=r"holds no tars of img2dataset"):
+    with pytest.raises(UserError, match=r"holds no tars of WebDataset or img2dataset"):
         keep(tmp_path, tmp_path / "set")
     (folder / "00001_stats.json").rename(tmp_path / "stats")
     with pytest.raises(UserError, match=r"00001.tar has no 00001_stats.json .* has not finished it"):
@@ -101,6 +101,20 @@ def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00001.tar is cut short, or no tar"):
         keep(folder, tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_plain_shards_of_any_name_have_no_statistics(tmp_path: Path) -> None:
+    folder = img2dataset_source(tmp_path / "in", 3, 6)
+    for number in range(3):
+        (folder / f"{number:05d}_stats.json").unlink()
+        (folder / f"{number:05d}.tar").rename(folder / f"cc3m-train-{number:04d}.tar")
+    keep(folder, tmp_path / "set")
+    manifest = read_manifest(tmp_path / "set")
+    assert sorted(entry.file for split in SPLITS for entry in manifest.splits[split]) == [
+        f"cc3m-train-{number:04d}.tar" for number in range(3)
+    ]
+    assert sum(manifest.num_samples(split) for split in SPLITS) == 18
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
 
 
 def test_too_few_tars_to_deal_out(tmp_path: Path) -> None:

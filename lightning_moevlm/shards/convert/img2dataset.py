@@ -1,7 +1,8 @@
 """What img2dataset writes (`output_format webdataset`): NNNNN.tar, each with NNNNN_stats.json beside it.
 
 Its tars are WebDataset shards already: KEY.jpg, KEY.txt (where there were captions), KEY.json. A tar without its
-statistics was never finished, and one that holds fewer samples than they tell was cut short; both are refused.
+statistics was never finished, and one that holds fewer samples than they tell was cut short; both are refused. A folder
+without any statistics is one of plain WebDataset shards, under any name: what they hold is what their set has.
 Format: the README of github.com/rom1504/img2dataset, "Output format".
 """
 
@@ -31,6 +32,7 @@ from lightning_moevlm.shards.manifest import OTHER_SPELLINGS, Scalar
 
 PICTURE_EXTENSIONS = ("jpg", "png", "webp")
 _TAR = re.compile(r"\d+\.tar")
+_STATISTICS = "_stats.json"
 
 
 class Part(NamedTuple):
@@ -41,10 +43,10 @@ class Part(NamedTuple):
 
 
 class Download(NamedTuple):
-    """One tar that img2dataset has finished. num_samples: as its statistics tell."""
+    """One tar that is finished. num_samples: as its statistics tell; None where the folder has none."""
 
     file: str
-    num_samples: int
+    num_samples: int | None
     num_bytes: int
 
 
@@ -56,27 +58,36 @@ def downloads(folder: Path) -> tuple[Download, ...]:
 
     """
     existing_folder(folder, "folder")
-    found = []
-    for path in sorted(path for path in folder.iterdir() if _TAR.fullmatch(path.name)):
-        stats = path.with_name(f"{path.stem}_stats.json")
-        try:
-            successes = json.loads(stats.read_bytes())["successes"]
-        except FileNotFoundError:
-            raise UserError(
-                f"{path} has no {stats.name} beside it, so img2dataset has not finished it; let it finish, or move "
-                "the tar away"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            successes = None
-        if not isinstance(successes, int):
-            raise UserError(f"{stats} does not tell how many downloads were successes; is it img2dataset's?")
-        found.append(Download(path.name, successes, path.stat().st_size))
+    if any(folder.glob(f"*{_STATISTICS}")):
+        found = [_finished(path) for path in _tars(folder) if _TAR.fullmatch(path.name)]
+    else:
+        found = [Download(path.name, None, path.stat().st_size) for path in _tars(folder)]
     if not found:
         raise UserError(
-            f"{folder} holds no tars of img2dataset (00000.tar, 00000_stats.json and so on); was it run with "
-            "--output_format webdataset?"
+            f"{folder} holds no tars of WebDataset or img2dataset (00000.tar, 00000{_STATISTICS} and so on); was "
+            "img2dataset run with --output_format webdataset?"
         )
     return tuple(found)
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def _finished(path: Path) -> Download:
+    stats = path.with_name(f"{path.stem}{_STATISTICS}")
+    try:
+        successes = json.loads(stats.read_bytes())["successes"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} has no {stats.name} beside it, so img2dataset has not finished it; let it finish, or move the tar "
+            "away"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        successes = None
+    if not isinstance(successes, int):
+        raise UserError(f"{stats} does not tell how many downloads were successes; is it img2dataset's?")
+    return Download(path.name, successes, path.stat().st_size)
 
 
 def fingerprint(found: tuple[Download, ...]) -> str:
@@ -115,7 +126,7 @@ def samples_of(folder: Path, download: Download) -> Iterator[tuple[str, dict[str
         raise UserError(f"{folder / download.file}: {error}") from None
     except tarfile.TarError as error:
         raise UserError(f"{folder / download.file} is cut short, or no tar ({error}); {remedy}") from None
-    if num_samples != download.num_samples:
+    if download.num_samples is not None and num_samples != download.num_samples:
         raise UserError(
             f"{folder / download.file} holds {num_samples} samples, its statistics tell {download.num_samples}; "
             f"{remedy}"

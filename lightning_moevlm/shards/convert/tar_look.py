@@ -47,8 +47,10 @@ def look_at_tar(download: Download, folder: Path) -> TarLook:
     members, captions, sides = Counter[str](), list[str](), list[int]()
     bad: list[BadRow] = []
     keys: set[str] = set()
+    num_samples = 0
     with path.open("rb") as file:
         for key, parts in samples_of(folder, download):
+            num_samples += 1
             try:
                 if key in keys:
                     raise RowError("duplicate_key", f"key {key!r} occurs twice in its tar")
@@ -65,5 +67,5 @@ def look_at_tar(download: Download, folder: Path) -> TarLook:
                 members[" ".join(sorted(extension for extension in parts if extension in _KNOWN))] += 1
             except RowError as error:
                 bad.append(error.at(f"{download.file} {key[:100]}"))
-    entry = ShardEntry(download.file, download.num_samples, path.stat().st_size, file_sha256(path))
+    entry = ShardEntry(download.file, num_samples, path.stat().st_size, file_sha256(path))
     return TarLook(entry, dict(sorted(members.items())), captions, sides, bad)
