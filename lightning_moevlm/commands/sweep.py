@@ -189,9 +189,9 @@ def _plan(file: str, only: list[str] | None = None) -> "Plan":
     from lightning_moevlm.study.spec import read_study
 
     study = read_study(_study_file(file))  # its mistakes are told before the seconds of importing Lightning
-    from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+    from lightning_moevlm.lightning_cli import ConfigResolver, ModelDescriber
 
-    return _selected(plan_study(study, ConfigResolver(), describe_model), only)
+    return _selected(plan_study(study, ConfigResolver(), ModelDescriber()), only)
 
 
 def _selected(planned: "Plan", only: list[str] | None) -> "Plan":

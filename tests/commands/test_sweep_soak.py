@@ -112,9 +112,9 @@ def test_three_random_kills_lose_and_duplicate_nothing(soak: Path) -> None:
 def test_overhead_of_a_sweep(soak: Path) -> None:
     """Wall time of the sweep, less its imports, over that of the same trainings alone, as many at a time.
 
-    It validates every 50 steps and logs every 10, as people do. The other tests validate every 2 steps and log every one,
-    to see much in few steps; at that cadence the figure would be of 100 checkpoints and writes in 200 steps of 30 ms,
-    not of sweeping.
+    It validates every 50 steps and logs every 10, as people do. The other tests validate every 2 steps and log
+    every one, to see much in few steps; at that cadence the figure would be of 100 checkpoints and their writes in
+    200 steps, not of sweeping.
     """
     (soak / "small.yaml").write_text(yaml.safe_dump(SMALL | {"trainer": SMALL["trainer"] | SENSIBLE_CADENCE}))
     write_study(soak, max_steps=int(os.environ.get("MOEVLM_SOAK_STEPS", "200")))
