@@ -202,12 +202,26 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
         UserError: options out of range, or parts that do not fit each other: whatever `moevlm fit` would refuse when it
             builds the model and its optimiser.
     """
-    _prepare()
-    parser = _model_parser()
-    with _teaching_errors(), torch.device("meta"):
-        module = parser.instantiate(parser.parse_object({"model": resolved["model"]})).model
-        module.build_optimizer()
-        return model_card(module.backbone)
+    return ModelDescriber()(resolved)
+
+
+class ModelDescriber:
+    """`describe_model` with each model built once, however many configurations have it."""
+
+    def __init__(self) -> None:
+        _prepare()
+        self._cards: dict[str, ModelCard] = {}
+
+    def __call__(self, resolved: Mapping[str, object]) -> ModelCard:
+        """Describe one configuration's model."""
+        model = repr(resolved["model"])
+        if model not in self._cards:
+            parser = _model_parser()
+            with _teaching_errors(), torch.device("meta"):
+                module = parser.instantiate(parser.parse_object({"model": resolved["model"]})).model
+                module.build_optimizer()
+                self._cards[model] = model_card(module.backbone)
+        return self._cards[model]
 
 
 @cache

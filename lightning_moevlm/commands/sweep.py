@@ -192,9 +192,9 @@ def _plan(file: str, only: list[str] | None = None) -> "Plan":
     from lightning_moevlm.study.spec import read_study
 
     study = read_study(_study_file(file))  # its mistakes are told before the seconds of importing Lightning
-    from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+    from lightning_moevlm.lightning_cli import ConfigResolver, ModelDescriber
 
-    planned = plan_study(study, ConfigResolver(), describe_model)
+    planned = plan_study(study, ConfigResolver(), ModelDescriber())
     refuse_other_baseline(planned)
     return _selected(planned, only)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shipped import find_file
+from lightning_moevlm.study.seed_keys import MARK, Key, follow_plainly, marked_keys, with_seed
 from lightning_moevlm.study.spec import Arm, Study
 from lightning_moevlm.tracking.config_diff import flat as spelled
 
@@ -115,7 +117,8 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
     """
     folder = sweeps / study.name
     steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in study.arms}
-    runs = tuple(run for arm in study.arms for run in _of_arm(study, arm, steps[arm.name], resolve, folder))
+    proven: set[frozenset[Key]] = set()
+    runs = tuple(run for arm in study.arms for run in _of_arm(study, arm, steps[arm.name], resolve, folder, proven))
     _refuse_twins(study, runs)
     _refuse_idle_seeds(study, runs)
     first = {run.arm: run for run in reversed(runs)}
@@ -168,35 +171,43 @@ def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder:
     return _in_arm(study, arm, lambda: budget.steps(resolved, describe(resolved)))
 
 
-def _of_arm(study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path) -> list[PlannedRun]:
-    """Return an arm's runs. Resolving is slow: two seeds tell where a seed enters, the others follow from the first."""
-    resolved_runs = [_planned(study, arm, seed, steps, resolve, folder) for seed in study.seeds[:2]]
-    first = resolved_runs[0]
-    seeded = _seed_keys(*resolved_runs) if len(resolved_runs) == 2 else None
-    runs = list(resolved_runs)
-    for seed in study.seeds[2:]:
-        if seeded is None:
-            runs.append(_planned(study, arm, seed, steps, resolve, folder))
-            continue
-        draft = _draft(study, arm, seed, steps)
-        resolved = copy.deepcopy(first.resolved)
-        for key in seeded:
-            _set(resolved, key, seed)
-        runs.append(_identified(draft, resolved, folder))
-    return runs
+def _of_arm(
+    study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path, proven: set[frozenset[Key]]
+) -> list[PlannedRun]:
+    """Return an arm's runs, from one resolved config where that holds the seed at known keys.
+
+    Keys are known once the configs of the smallest and the largest seed, resolved by themselves, came out the same.
+    """
+    runs = _of_marked(study, arm, steps, resolve, folder, proven) if len(study.seeds) > 1 else None
+    return runs or [_planned(study, arm, seed, steps, resolve, folder) for seed in study.seeds]
 
 
-def _seed_keys(first: PlannedRun, second: PlannedRun) -> list[str] | None:
-    """Return the keys that hold the seed, or None if two seeds' configs differ in anything else that counts."""
-    keys = []
-    mine, other = (flat(essential(run.resolved)) for run in (first, second))
-    for key in mine.keys() | other.keys():
-        pair = mine.get(key), other.get(key)
-        if pair[0] != pair[1]:
-            if pair != (first.seed, second.seed):
+def _of_marked(
+    study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path, proven: set[frozenset[Key]]
+) -> list[PlannedRun] | None:
+    """Return an arm's runs from one config with a mark for the seed; None where each has to be resolved."""
+    files = (find_file(file) for file in study.base)
+    texts = [file.read_text(encoding="utf-8") for file in files if file is not None]
+    if not follow_plainly([*texts, json.dumps(arm.changes, default=str)]):
+        return None
+    overrides = _with_places(_draft(study, arm, study.seeds[0], steps), folder)
+    _set(overrides, "seed_everything", MARK)
+    try:
+        marked = resolve(list(study.base), overrides)
+    except UserError:
+        return None  # told with a seed of the study in the mark's place
+    keys = marked_keys(marked)
+    if keys is None:
+        return None
+    if steps is None:
+        _refuse_endless_schedule(study, marked)
+    runs = [_identified(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in study.seeds]
+    if keys not in proven:
+        for run in (min(runs, key=_seed_of), max(runs, key=_seed_of)):
+            if _planned(study, arm, run.seed, steps, resolve, folder).digest != run.digest:
                 return None
-            keys.append(key)
-    return keys
+        proven.add(keys)
+    return runs
 
 
 def _planned(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:
@@ -236,6 +247,10 @@ def _with_places(run: PlannedRun, folder: Path) -> dict[str, Any]:
 def tags_of(run: PlannedRun) -> dict[str, str]:
     """Return the tags by which a run is found again in the tracker."""
     return {"sweep": run.study, "arm": run.arm, "seed": str(run.seed), "digest": run.digest}
+
+
+def _seed_of(run: PlannedRun) -> int:
+    return run.seed
 
 
 def _in_arm(study: Study, arm: Arm, work: Callable[[], Result]) -> Result:

@@ -149,18 +149,20 @@ class RunRecord(SaveConfigCallback):
         return f"# {told}\n" + yaml.safe_dump(rows, sort_keys=False)
 
     def _base(self, sources: Sequence[Path]) -> tuple[dict[str, object], str]:
-        defaults = self._resolved(self.parser.get_defaults(skip_validation=True))
         if not sources:
-            return defaults, "against the defaults: no configuration file was given"
+            return self._defaults(), "against the defaults: no configuration file was given"
         exits, self.parser.exit_on_error = self.parser.exit_on_error, False
         try:
             base = self.parser.parse_args(["--config", str(sources[0])])
         except (ArgumentError, OmegaConfBaseException) as error:
             reason = str(error).splitlines()[0]
-            return defaults, f"against the defaults: {sources[0].name} is not complete alone ({reason})"
+            return self._defaults(), f"against the defaults: {sources[0].name} is not complete alone ({reason})"
         finally:
             self.parser.exit_on_error = exits
         return self._resolved(base), f"against {sources[0].name} alone"
+
+    def _defaults(self) -> dict[str, object]:
+        return self._resolved(self.parser.get_defaults(skip_validation=True))
 
     def _resolved(self, config: Namespace) -> dict[str, object]:
         dumped = self.parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True)

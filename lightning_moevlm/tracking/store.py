@@ -7,6 +7,7 @@ when complete.
 
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ DEFAULT_RUNS_DIR = Path("runs")
 _DATABASE_NAME = "mlflow.db"
 _SQLITE = "sqlite:///"
 _LOCK_SECONDS = 300.0
+_MIGRATION = re.compile(r"^(revision|down_revision) *= *(\"\w+\"|'\w+'|None) *(?:#.*)?$", re.MULTILINE)
 _ANSWER_SECONDS = "5"
 _EXAMPLE = f"{_SQLITE}{DEFAULT_RUNS_DIR / _DATABASE_NAME}"
 _ALLOWED = "allowed are sqlite:///PATH and http(s)://HOST:PORT"
@@ -174,16 +176,36 @@ def _revision(path: Path) -> str | None:
 
 def _check_revision(path: Path) -> None:
     import mlflow
-    from alembic.script import ScriptDirectory
     from mlflow.store import db_migrations
 
     found = _revision(path)
+    if _newest_by_text(Path(db_migrations.__path__[0]) / "versions") == found:
+        return
+    from alembic.script import ScriptDirectory
+
     needed = ScriptDirectory(str(Path(db_migrations.__path__[0]))).get_current_head()
     if found != needed:
         raise UserError(
             f"{path} has the schema {found}, MLflow {mlflow.__version__} needs {needed}: "
             f"stop all that writes to it, copy it, then run `mlflow db upgrade {_SQLITE}{path}`"
         )
+
+
+def _newest_by_text(migrations: Path) -> str | None:
+    """Return the revision that no migration builds on, read off the files; None where they do not tell.
+
+    Alembic runs every file for this, half a second at the start of every run; so it is asked only to refuse.
+    """
+    revisions: set[str] = set()
+    below: set[str] = set()
+    for file in migrations.glob("[!_]*.py"):
+        told = dict(_MIGRATION.findall(file.read_text(encoding="utf-8")))
+        if told.keys() != {"revision", "down_revision"}:
+            return None
+        revisions.add(told["revision"].strip("\"'"))
+        below.add(told["down_revision"].strip("\"'"))
+    newest = revisions - below
+    return newest.pop() if len(newest) == 1 else None
 
 
 def _ask_server(uri: str) -> None:

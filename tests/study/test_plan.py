@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.plan import COSMETIC_KEYS, digest_of, flat, plan_study
@@ -100,10 +101,16 @@ def test_plan_is_arms_times_seeds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("noise", "resolved_per_arm"),
-    [("${seed_everything}", 2), ("s${seed_everything}", 4)],  # a text is no seed: then each seed is resolved
+    ("noise", "num_resolved"),
+    [
+        ("${seed_everything}", 2 + 2),  # each arm once, and the smallest and largest seed to prove the method
+        ("s${seed_everything}", 2 * (1 + 4)),  # a text is no seed: each arm once in vain, then each seed
+        ("${oc.select:seed_everything}", 2 + 2),
+        ("${plus_one:${seed_everything}}", 2 * 4),  # who knows what a resolver does: each seed
+    ],
 )
-def test_the_third_seed_follows_from_two_where_the_seed_alone_differs(tmp_path, noise, resolved_per_arm):
+def test_an_arm_is_resolved_once_where_the_seed_can_be_put_in_its_places(tmp_path, noise, num_resolved):
+    OmegaConf.register_new_resolver("plus_one", lambda number: number + 1, replace=True)
     calls = []
 
     def counting(files: list[Path], overrides: dict) -> dict:
@@ -112,10 +119,40 @@ def test_the_third_seed_follows_from_two_where_the_seed_alone_differs(tmp_path, 
 
     study = read_study(write_project(tmp_path, "sqlite:///x.db", {"seeds": [3, 0, 11, 5]}, {"noise": noise}))
     plan = plan_study(study, counting, describe, tmp_path / "sweeps")
-    assert len(calls) == 2 * resolved_per_arm
+    assert len(calls) == num_resolved
     for run in plan.runs:  # whichever way: the digest of what the command line resolves
-        assert run.resolved["model"]["noise"] == (run.seed if resolved_per_arm == 2 else f"s{run.seed}")
-        assert digest_of(resolve(list(study.base), run.overrides)) == run.digest
+        own = resolve(list(study.base), run.overrides)
+        assert own["model"]["noise"] == run.resolved["model"]["noise"]
+        assert own["model"]["noise"] in (run.seed, run.seed + 1, f"s{run.seed}")
+        assert digest_of(own) == run.digest
+
+
+def test_an_arm_that_holds_the_seed_elsewhere_is_proven_for_itself(tmp_path):
+    arms = {"baseline": None, "own": {"model.noise": "${seed_everything}"}, "again": {"model.skew": 2.0}}
+    calls = []
+
+    def counting(files: list[Path], overrides: dict) -> dict:
+        calls.append(overrides)
+        return resolve(files, overrides)
+
+    study = read_study(write_project(tmp_path, "sqlite:///x.db", {"seeds": [3, 0, 11], "arms": arms}))
+    plan = plan_study(study, counting, describe, tmp_path / "sweeps")
+    assert len(calls) == 3 + 2 + 2  # three arms, and two seeds for each way of holding it
+    assert [run.resolved["model"]["noise"] for run in plan.runs if run.arm == "own"] == [3, 0, 11]
+
+
+def test_a_seed_that_is_refused_in_its_place_is_told_of_that_arm(tmp_path):
+    def small(files: list[Path], overrides: dict) -> dict:
+        resolved = resolve(files, overrides)
+        noise = resolved["model"].get("noise", 3)
+        if noise != 3:
+            raise UserError(f"noise {noise} is not 3")
+        return resolved
+
+    arms = {"baseline": None, "own": {"model.noise": "${seed_everything}"}}
+    study = read_study(write_project(tmp_path, "sqlite:///x.db", {"seeds": [3, 11], "arms": arms}))
+    with pytest.raises(UserError, match="arm 'own': noise 11 is not 3"):
+        plan_study(study, small, describe, tmp_path / "sweeps")
 
 
 def test_digests_do_not_depend_on_the_place(tmp_path):

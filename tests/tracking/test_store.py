@@ -10,10 +10,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from alembic.script import ScriptDirectory
+from mlflow.store import db_migrations
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.tracking import prepare_store, resolve_tracking_uri
-from lightning_moevlm.tracking.store import impatient_requests, runs_dir, sqlite_path
+from lightning_moevlm.tracking.store import _newest_by_text, impatient_requests, runs_dir, sqlite_path
 
 _OPEN_AND_LOG = """
 import sys, time
@@ -214,3 +216,13 @@ def test_what_a_killed_writer_left_is_rolled_back(migrated_database: Path, tmp_p
     prepare_store(f"sqlite:///{killed}")
     with closing(sqlite3.connect(killed)) as reader:
         assert reader.execute("SELECT count(*) FROM experiments WHERE name LIKE 'experiment %'").fetchone() == (0,)
+
+
+def test_the_newest_revision_is_read_off_the_migrations_or_left_to_alembic(tmp_path: Path) -> None:
+    shipped = Path(db_migrations.__path__[0])
+    assert _newest_by_text(shipped / "versions") == ScriptDirectory(str(shipped)).get_current_head()
+    (tmp_path / "a.py").write_text('revision = "a1"\ndown_revision = None\n')
+    (tmp_path / "b.py").write_text("revision = 'b2'\ndown_revision = 'a1'  # why\n")
+    assert _newest_by_text(tmp_path) == "b2"
+    (tmp_path / "c.py").write_text('revision: str = "c3"\ndown_revision = "b2"\n')
+    assert _newest_by_text(tmp_path) is None
