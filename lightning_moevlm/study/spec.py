@@ -339,12 +339,14 @@ def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
 
 
 def _divergence(node: Located | None, primary: Primary) -> Divergence:
+    # what learns ends above the untrained model where higher is better: the loss tells a divergence there
+    usual = primary.metric if primary.direction == "lower" else keys.TASK_LOSS.key(stage="val")
     if node is None:
-        return Divergence(primary.metric, times_untrained=1.0)
+        return Divergence(usual, times_untrained=1.0)
     fields = node.fields(required=(), optional=("metric", "times_untrained", "in_a_row"))
     in_a_row = fields.get("in_a_row")
     return Divergence(
-        metric=_metric(fields["metric"]) if "metric" in fields else primary.metric,
+        metric=_metric(fields["metric"]) if "metric" in fields else usual,
         times_untrained=fields["times_untrained"].number(above=0.0) if "times_untrained" in fields else 1.0,
         in_a_row=None if in_a_row is None or in_a_row.is_null else in_a_row.integer(least=1),
     )

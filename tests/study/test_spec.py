@@ -62,6 +62,12 @@ def test_whole_study(write, tmp_path):
     assert study.decide.alpha == 0.1
 
 
+def test_what_is_better_when_higher_does_not_tell_a_divergence(write):
+    text = GOOD.replace("primary: {metric: val/task_loss}", "primary: {metric: val/accuracy_text}")
+    assert read_study(write(text)).diverged == Divergence("val/task_loss", 1.5)
+    assert read_study(write(text.replace("diverged: {times_untrained: 1.5}\n", ""))).diverged.metric == "val/task_loss"
+
+
 def test_how_a_verdict_is_reached(write):
     assert read_study(write(GOOD)).decide == Decision(alpha=0.1, test="t", correction="none", within=None)
     assert read_study(write(GOOD.replace("decide: {alpha: 0.1}\n", ""))).decide == Decision(alpha=0.05)
