@@ -2,8 +2,10 @@
 
 Everywhere else a later file changes the options that it names; in a mapping of names that the user chooses, the parser
 (jsonargparse) would take the later file's alone, and an arm that sets one weight would silently lose the other sources.
+What the parser cannot read from the command line, null, goes into files too.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,3 +46,29 @@ def _over(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str,
         old = merged.get(name)
         merged[name] = _over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
+    """Put `--model...capacity null` into a file in its place.
+
+    In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name.
+    """
+    result: list[str] = []
+    position = 0
+    while position < len(words):
+        key, equals, value = words[position].partition("=")
+        if not equals and key.startswith("--") and position + 1 < len(words):
+            value = words[position + 1]
+        is_group = key.startswith("--model.") and key.count(".") == 1
+        if value == "null" and (is_group or (key.startswith("--") and ".init_args." in key)):
+            path = folder / f"null{position}.yaml"
+            nested: object = None
+            for part in reversed(key.removeprefix("--").split(".")):
+                nested = {part: nested}
+            path.write_text(json.dumps(nested), encoding="utf-8")
+            result += ["-c", str(path)]
+            position += 1 if equals else 2
+        else:
+            result.append(words[position])
+            position += 1
+    return result

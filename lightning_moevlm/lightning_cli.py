@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
-from lightning_moevlm.config_overlays import with_sources_merged
+from lightning_moevlm.config_overlays import with_nulls_as_files, with_sources_merged
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
@@ -145,7 +145,7 @@ def run(args: Sequence[str]) -> None:
     """
     _prepare()
     with TemporaryDirectory() as folder, held_notices() as notices, _teaching_errors():
-        words = _with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
+        words = with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
         try:
@@ -307,30 +307,6 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
             words += ["-c", str(merged[-1])]
         files.append(Path(value))
     return words
-
-
-def _with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
-    """Put `--model...capacity null` into a file in its place: in a factory, jsonargparse reads 'None', and for a group
-    it looks for a file of that name."""
-    result: list[str] = []
-    position = 0
-    while position < len(words):
-        key, equals, value = words[position].partition("=")
-        if not equals and key.startswith("--") and position + 1 < len(words):
-            value = words[position + 1]
-        is_group = key.startswith("--model.") and key.count(".") == 1
-        if value == "null" and (is_group or (key.startswith("--") and ".init_args." in key)):
-            path = folder / f"null{position}.yaml"
-            nested: object = None
-            for part in reversed(key.removeprefix("--").split(".")):
-                nested = {part: nested}
-            path.write_text(json.dumps(nested), encoding="utf-8")
-            result += ["-c", str(path)]
-            position += 1 if equals else 2
-        else:
-            result.append(words[position])
-            position += 1
-    return result
 
 
 def _refuse_nulls(resolved: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lightning_moevlm import __version__
 from tests.small_run import BACKBONE, SMALL, budget
 
 Moevlm = Callable[..., str]
+ENDLESS_CYCLE = ("--model.schedule.init_args.max_lr=0.1", "--model.schedule.init_args.total_steps=0")
 
 MISTAKES = {
     "unknown command": (("frobnicate",), "frobnicate"),
@@ -42,8 +43,8 @@ MISTAKES = {
         "moe.init_args.router is null, which it cannot be: give a Router",
     ),
     "a rate without end": (("fit", *SMALL, "--model.optimizer.init_args.lr=.inf"), "cannot train with lr inf"),
-    "a schedule that divides by zero": (
-        ("fit", *SMALL, "--model.schedule=torch.optim.lr_scheduler.StepLR", "--model.schedule.init_args.step_size=0"),
+    "a schedule that torch refuses": (
+        ("fit", *SMALL, "--model.schedule=OneCycleLR", *ENDLESS_CYCLE),
         "model.schedule cannot be built",
     ),
     "no such checkpoint": (("validate", *SMALL, "--ckpt_path=none.ckpt"), "none.ckpt"),

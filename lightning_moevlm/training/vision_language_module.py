@@ -306,7 +306,7 @@ class VisionLanguageModule(LightningModule):
             return self.schedule_factory(optimizer)
         except UserError:
             raise
-        except (ValueError, ZeroDivisionError) as error:  # torch divides by a step_size of 0
+        except ValueError as error:
             raise UserError(f"model.schedule cannot be built: {error}; change its options") from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -133,6 +133,7 @@ def test_importing_the_command_is_cheap() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_pinned_baseline_that_changed_is_refused(moevlm: Moevlm, study: Study, workplace: Path) -> None:
     def pinned_in(told: str) -> str:
         return told.partition("pin it: `baseline_digest: '")[2].partition("'")[0]

@@ -63,7 +63,8 @@ function look(frame) {
     twins: ids.filter((id, i) => ids.indexOf(id) !== i),
     ground: ground(view, page.body), worst,
     headings: [...page.querySelectorAll("h1,h2,h3,h4")].map(h => Number(h.tagName[1])),
-    landmarks: ["header", "nav", "main", "footer"].map(name => page.querySelectorAll("body > " + name).length),
+    landmarks: ["body > header", "main > nav", "body > main", "body > footer"].map(
+      each => page.querySelectorAll(each).length),
     bare: page.querySelectorAll(
       "table:not(:has(caption)), th:not([scope]), img:not([alt]), .scroll:not([tabindex])").length,
     unlike: [...page.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth + 1
