@@ -323,19 +323,15 @@ def _convert(source: "Source", target: Path, terms: "Terms", form: "Form", effor
 
 def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") -> None:
     """Convert, and say what came of it; bad rows are shown as a table, under `borne` where there are not too many."""
-    from lightning_moevlm.commands.output import tell_built
+    from lightning_moevlm.commands.output import tell_built, written
     from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
 
     try:
-        converted = run()
+        with written(out, "when that is mended, the same command goes on where it was"):
+            converted = run()
     except TooManyBadError as error:
         _show(error.counts, "bad rows; nothing was converted")
         raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{out} could not be written ({reason}); when that is mended, the same command goes on where it was"
-        ) from error
     if converted.left_out:
         _show(converted.left_out, borne)
     manifest = converted.manifest

@@ -4,15 +4,14 @@ Plain typed functions; the command line makes options of their arguments and hel
 they need is imported when they run, so that `moevlm --help` stays quick.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from lightning_moevlm.commands import convert
-from lightning_moevlm.commands.output import tell_built
+from lightning_moevlm.commands.output import tell_built, written
 from lightning_moevlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def build_openmoji(
     """
     from lightning_moevlm.shards import openmoji
 
-    with _written(out):
+    with written(out):
         manifest, built = openmoji.build_openmoji(
             Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
         )
@@ -81,7 +80,7 @@ def build_scenes(
     """
     from lightning_moevlm.shards import scenes
 
-    with _written(out):
+    with written(out):
         manifest, built = scenes.build_scenes(
             Path(out),
             num_samples,
@@ -128,10 +127,10 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
             f"{storage} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}"
         )
     about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
-    with _written(json or "the card"):
+    with written(json or "the card"):
         output.show(card_of(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
     if contact_sheet is not None:
-        with _written(contact_sheet):
+        with written(contact_sheet):
             write_contact_sheet(storage, manifest, "val", 36, Path(contact_sheet))
         Console(stderr=True, highlight=False).print(f"wrote {contact_sheet}")
 
@@ -162,7 +161,7 @@ def show(
     else:
         folder = _local(storage).resolve()
         target = folder.with_name(f"{folder.name}.html")
-    with _written(target):
+    with written(target):
         page = write_page(storage, split, num_samples, containing, target)
     said = f"wrote {target}: {len(page.samples)} of {page.num_in_split:,} {page.modality} of the {split} split"
     Console(soft_wrap=True, highlight=False).print(said, markup=False)
@@ -194,22 +193,10 @@ def codebook(
     storage = ShardStorage(path)
     target = Path(out) if out else _local(storage) / codebook_file(num_codes, patch_size)
     fitted = fit_codebook(storage, num_codes, patch_size, seed, max_samples)
-    with _written(target):
+    with written(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         save_codebook(fitted, target)
     Console().print(f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False)
-
-
-@contextmanager
-def _written(target: Path | str) -> Iterator[None]:
-    """Tell of a target that cannot be written in one line; what writes into it leaves nothing half done."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{target} could not be written ({reason}); make room or give rights, or name another"
-        ) from error
 
 
 def _local(storage: "ShardStorage") -> Path:

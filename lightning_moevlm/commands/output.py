@@ -3,9 +3,12 @@
 import json as json_format
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning_moevlm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -41,6 +44,15 @@ def console() -> "Console":
 
     terminal = Console()
     return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+
+
+@contextmanager
+def written(target: Path | str, remedy: str = "make room or give rights, or name another") -> Iterator[None]:
+    """Tell of a target that cannot be written in one line; what writes into it leaves nothing half done."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target} could not be written ({error.strerror or error}); {remedy}") from error
 
 
 def tell_built(out: str, verb: str | None, digest: str, counts: Mapping["Split", int]) -> None:

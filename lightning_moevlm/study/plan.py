@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -203,7 +204,7 @@ def _of_marked(
         _refuse_endless_schedule(study, marked)
     runs = [_identified(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in study.seeds]
     if keys not in proven:
-        for run in (min(runs, key=_seed_of), max(runs, key=_seed_of)):
+        for run in (min(runs, key=attrgetter("seed")), max(runs, key=attrgetter("seed"))):
             if _planned(study, arm, run.seed, steps, resolve, folder).digest != run.digest:
                 return None
         proven.add(keys)
@@ -247,10 +248,6 @@ def _with_places(run: PlannedRun, folder: Path) -> dict[str, Any]:
 def tags_of(run: PlannedRun) -> dict[str, str]:
     """Return the tags by which a run is found again in the tracker."""
     return {"sweep": run.study, "arm": run.arm, "seed": str(run.seed), "digest": run.digest}
-
-
-def _seed_of(run: PlannedRun) -> int:
-    return run.seed
 
 
 def _in_arm(study: Study, arm: Arm, work: Callable[[], Result]) -> Result:

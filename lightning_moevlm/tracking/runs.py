@@ -7,15 +7,18 @@ are fetched in parallel.
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning_moevlm.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.entities import PagedList
+
+_Found = TypeVar("_Found")
 
 _RUNS_PER_PAGE = 200
 _KEYS_PER_QUERY = 500  # SQLite takes at most 32,766 bound values in one statement
@@ -87,14 +90,8 @@ def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: s
     if not _exists(uri):
         return []
     client = _client(uri)
-    experiments: list[str] = []
-    token: str | None = None
-    while True:
-        page = client.search_experiments(max_results=_RUNS_PER_PAGE, page_token=token)
-        experiments += [found.experiment_id for found in page]
-        token = page.token
-        if not token:
-            return _rows(client, experiments, tags or {}, where)
+    found = _every_page(lambda token: client.search_experiments(max_results=_RUNS_PER_PAGE, page_token=token))
+    return _rows(client, [each.experiment_id for each in found], tags or {}, where)
 
 
 def _exists(uri: str) -> bool:
@@ -103,34 +100,43 @@ def _exists(uri: str) -> bool:
 
 
 def _rows(client: "MlflowClient", experiments: list[str], wanted: Mapping[str, str], where: str = "") -> list[RunRow]:
-    rows: list[RunRow] = []
-    token: str | None = None
-    while True:
-        page = client.search_runs(
+    filter_string = " and ".join(part for part in (_tag_filter(wanted), where) if part)
+    found = _every_page(
+        lambda token: client.search_runs(
             experiments,
-            filter_string=" and ".join(part for part in (_tag_filter(wanted), where) if part),
+            filter_string=filter_string,
             order_by=["attributes.start_time ASC"],
             max_results=_RUNS_PER_PAGE,
             page_token=token,
         )
-        for run in page:
-            row = RunRow(
-                run_id=run.info.run_id,
-                name=run.info.run_name or "",
-                status=run.info.status,
-                experiment_id=run.info.experiment_id,
-                artifact_uri=run.info.artifact_uri,
-                start_ms=run.info.start_time,
-                end_ms=run.info.end_time or None,
-                tags=dict(run.data.tags),
-                params=dict(run.data.params),
-                last={key: as_logged(value) for key, value in run.data.metrics.items()},
-            )
-            if all(row.tags.get(key) == value for key, value in wanted.items()):
-                rows.append(row)
+    )
+    rows = (
+        RunRow(
+            run_id=run.info.run_id,
+            name=run.info.run_name or "",
+            status=run.info.status,
+            experiment_id=run.info.experiment_id,
+            artifact_uri=run.info.artifact_uri,
+            start_ms=run.info.start_time,
+            end_ms=run.info.end_time or None,
+            tags=dict(run.data.tags),
+            params=dict(run.data.params),
+            last={key: as_logged(value) for key, value in run.data.metrics.items()},
+        )
+        for run in found
+    )
+    return [row for row in rows if all(row.tags.get(key) == value for key, value in wanted.items())]
+
+
+def _every_page(search: "Callable[[str | None], PagedList[_Found]]") -> "Iterator[_Found]":
+    """Yield what a search finds, page after page; it is given the token of the page."""
+    token: str | None = None
+    while True:
+        page = search(token)
+        yield from page
         token = page.token
         if not token:
-            return rows
+            return
 
 
 def metric_history(uri: str, run_id: str, keys: Sequence[str] | None = None) -> list[Point]:
