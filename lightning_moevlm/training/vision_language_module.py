@@ -1,6 +1,7 @@
 """The LightningModule: a backbone, an objective, auxiliary losses, an optimiser. It computes; callbacks look on."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -30,6 +31,8 @@ from lightning_moevlm.ranges import check_number
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.accumulation import (
     HalfStep,
+    for_rank,
+    from_ranks,
     gradients_of,
     refuse_other_accumulation,
     restore_gradients,
@@ -204,13 +207,13 @@ class VisionLanguageModule(LightningModule):
         if self._gradient_control is not None:
             checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
         if self._micro_losses and "loops" in checkpoint:  # not where weights alone are saved
-            runner, strategy = self.action_runner, self.trainer.strategy
+            runner, gather = self.action_runner, partial(from_ranks, trainer=self.trainer)
             checkpoint["half_step"] = HalfStep(
                 micro_batches=self.trainer.accumulate_grad_batches,
                 gradients=gradients_of(self, self.trainer),
-                losses=strategy.reduce(torch.stack(self._micro_losses), reduce_op="mean"),
+                losses=gather(torch.stack(self._micro_losses)),
                 routing=self._routing_counter.state(self._sum_over_ranks, self.device),
-                facts=None if runner is None else runner.gathered(self.trainer, self),
+                facts=None if runner is None else runner.gathered(self.trainer, self.device, gather),
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -355,13 +358,13 @@ class VisionLanguageModule(LightningModule):
 
     def _take_up_step(self, saved: HalfStep) -> None:
         refuse_other_accumulation(saved, self.trainer)
-        restore_gradients(self, saved["gradients"])
-        self._micro_losses = list(saved["losses"].to(self.device))
+        restore_gradients(self, saved["gradients"], self.trainer)
+        self._micro_losses = list(for_rank(saved["losses"], self.trainer).to(self.device))
         if self.global_rank == 0:  # counts of all ranks, which will be summed
             routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
             self._routing_counter.restore(self.global_step, routing)
         if self.action_runner is not None and saved["facts"] is not None:
-            self.action_runner.take_up(saved["facts"], self)
+            self.action_runner.take_up(saved["facts"], self.device, partial(for_rank, trainer=self.trainer))
 
     def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
         counts: dict[str, LayerCounts] = {}

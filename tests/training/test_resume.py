@@ -1,8 +1,14 @@
 """Resumed equals uninterrupted, whatever the moment a checkpoint was saved at: on real shards, over epochs."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -19,6 +25,7 @@ from lightning_moevlm.routers import SigmoidBiasRouter
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.scenes import build_scenes
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
+from lightning_moevlm.training.accumulation import restore_gradients
 from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
 from tests.small_model import small_vl_moe
 from tests.training.small_fit import tiny_module
@@ -93,6 +100,7 @@ class Runs:
         num_batches: int,
         validate_every: int = 0,
         module: Callable[[], VisionLanguageModule] | None = None,
+        ranks: int = 1,
     ) -> None:
         self.accumulate = accumulate
         self.num_batches = num_batches
@@ -103,6 +111,8 @@ class Runs:
             "limit_train_batches": num_batches,
             "limit_val_batches": int(validate_every > 0),
             "val_check_interval": validate_every or None,
+            "devices": ranks,
+            "strategy": "ddp" if ranks > 1 else "auto",
         }
 
     def run(self, steps: int, *callbacks: Callback, resume: Path | None = None) -> tuple[Witness, Trainer]:
@@ -110,7 +120,6 @@ class Runs:
         witness = Witness()
         trainer = Trainer(
             accelerator="cpu",
-            devices=1,
             max_steps=steps,
             max_epochs=-1,
             logger=False,
@@ -200,6 +209,33 @@ def test_resumed_equals_uninterrupted(
 def test_all_that_a_step_gathers_is_resumed(shards: Path, tmp_path: Path) -> None:
     moments = Runs(shards, 2, 3, validate_every=1, module=remembering_module).resume_from_everywhere(tmp_path)
     assert moments == {"amid", "amid-validation", "amid-end", "step", "validation", "epoch", "end"}
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_amid_a_step_to_the_bit(shards: Path, tmp_path: Path) -> None:
+    # each rank has gradients and losses of its own until the step is done; their mean, given to all, would be rounded
+    found = tmp_path / "moments.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tests.training.resume_ranks", str(shards), str(tmp_path), str(found)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"amid", "amid-end"} <= set(json.loads(found.read_text()))
+
+
+def test_another_number_of_ranks_goes_on_with_the_mean() -> None:
+    # two ranks had 1 and 3, and the second alone a gradient of the bias: (1 + 3) / 2 and (0 + 4) / 2 for each of three
+    layer = torch.nn.Linear(1, 1)
+    saved = [{"weight": torch.full((1, 1), 1.0)}, {"weight": torch.full((1, 1), 3.0), "bias": torch.full((1,), 4.0)}]
+
+    def restored(rank: int, ranks: int) -> list[float | None]:
+        layer.zero_grad()
+        trainer = cast(Trainer, SimpleNamespace(global_rank=rank, world_size=ranks))
+        restore_gradients(layer, saved, trainer)
+        return [None if p.grad is None else p.grad.item() for p in (layer.weight, layer.bias)]
+
+    assert restored(2, 3) == restored(0, 1) == [2.0, 2.0]
+    assert restored(0, 2) == [1.0, None] and restored(1, 2) == [3.0, 4.0]
 
 
 def test_a_step_half_done_is_not_completed_by_another_number_of_batches(shards: Path, tmp_path: Path) -> None:

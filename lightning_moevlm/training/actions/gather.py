@@ -21,10 +21,10 @@ Reduce = Callable[[Tensor, str], Tensor]
 
 
 class Gathered(TypedDict):
-    """attention: largest logits by layer (H). losses: total loss of each micro-batch."""
+    """attention: largest logits by layer (H). losses: total loss of each micro-batch, by rank (ranks, n)."""
 
     attention: dict[str, Tensor]
-    losses: list[Tensor]
+    losses: Tensor
 
 
 class FactGatherer:
@@ -68,15 +68,19 @@ class FactGatherer:
         self._attention, self._losses = {}, []
         return StepFacts(step, counts, attention, loss)
 
-    def state(self, device: torch.device, reduce: Reduce) -> Gathered:
-        """Return what was gathered so far over all ranks, amid a step; all ranks must ask together."""
-        attention = self._largest(device, reduce) if "attention" in self._needs else {}
-        return Gathered(attention=attention, losses=[reduce(loss.clone(), "mean") for loss in self._losses])
+    def state(self, device: torch.device, reduce: Reduce, from_ranks: Callable[[Tensor], Tensor]) -> Gathered:
+        """Return what was gathered so far over all ranks, amid a step; all ranks must ask together.
 
-    def restore(self, state: Gathered, device: torch.device) -> None:
-        """Go on from there."""
+        from_ranks: (n) -> (ranks, n).
+        """
+        attention = self._largest(device, reduce) if "attention" in self._needs else {}
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(0, dtype=torch.float32)
+        return Gathered(attention=attention, losses=from_ranks(losses))
+
+    def restore(self, state: Gathered, device: torch.device, for_rank: Callable[[Tensor], Tensor]) -> None:
+        """Go on from there; for_rank: (ranks, n) -> (n)."""
         self._attention = {path: max_H.to(device) for path, max_H in state["attention"].items()}
-        self._losses = [loss.to(device) for loss in state["losses"]]
+        self._losses = list(for_rank(state["losses"]).to(device))
 
     def _largest(self, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
         none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}

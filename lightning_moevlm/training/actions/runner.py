@@ -4,8 +4,10 @@ A callback, because callbacks act before checkpoints are written: a checkpoint t
 its step. `VisionLanguageModule` brings it along; it is not meant to be configured.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -95,13 +97,13 @@ class ActionRunner(Callback):
             if name in state_dict:
                 action.load_state_dict(state_dict[name])
 
-    def gathered(self, trainer: Trainer, pl_module: LightningModule) -> Gathered:
+    def gathered(self, trainer: Trainer, device: torch.device, from_ranks: Callable[[Tensor], Tensor]) -> Gathered:
         """Return what was gathered of the step at hand, over all ranks; all must ask together."""
-        return self._gatherer.state(pl_module.device, _over_ranks(trainer))
+        return self._gatherer.state(device, _over_ranks(trainer), from_ranks)
 
-    def take_up(self, gathered: Gathered, pl_module: LightningModule) -> None:
+    def take_up(self, gathered: Gathered, device: torch.device, for_rank: Callable[[Tensor], Tensor]) -> None:
         """Go on gathering from there."""
-        self._gatherer.restore(gathered, pl_module.device)
+        self._gatherer.restore(gathered, device, for_rank)
 
     @property
     def _ring(self) -> SnapshotRing | None:
