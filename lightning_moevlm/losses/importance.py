@@ -2,7 +2,8 @@
 
     loss = CV^2(I) = variance(I) / mean(I)^2,   I_e = sum over tokens of p_e
 
-Shazeer et al. 2017 (arXiv 1701.06538, equation 6). V-MoE (arXiv 2106.05974) and VL-MoE (arXiv 2303.07226, appendix)
+Shazeer et al. 2017 (arXiv 1701.06538, equation 6), who sum the weights of the chosen; here p is over all experts and
+without the router's noise, as in V-MoE (arXiv 2106.05974, appendix A). V-MoE and VL-MoE (arXiv 2303.07226, appendix)
 pair it with the load loss, each at half the weight.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_moevlm.losses.groups import Grouping
 from lightning_moevlm.losses.loss_input import LossInput
 from lightning_moevlm.losses.weights import BalanceWeight
-from lightning_moevlm.plans import RoutingPlan
+from lightning_moevlm.plans import PairPlan, RoutingPlan
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Importance:
 
 def importance(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
     """Return the squared coefficient of variation of summed probabilities; 0 where no token is valid."""
-    return grouping.over_groups(squared_variation(grouping.means(plan.probs_TE, plan)), plan)
+    is_noisy = isinstance(plan, PairPlan) and plan.noisy_logits_TE is not None
+    probs_TE = plan.logits_TE.softmax(dim=-1) if is_noisy else plan.probs_TE
+    return grouping.over_groups(squared_variation(grouping.means(probs_TE, plan)), plan)
 
 
 def squared_variation(values_UE: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ is 1 under perfect balance, but 1 is no minimum of the expression as a plain fun
 
 Scope is what f and P are taken over:
 
-    sequence      both over each sequence alone (DeepSeek-V3, arXiv 2412.19437, sequence-wise auxiliary loss)
+    sequence      both over each sequence alone; DeepSeek-V3's, which leaves its bias out, is `SequenceBalance`
     micro_batch   both over the tokens of one forward pass on one device
     global        f over all ranks, forward passes and micro-batches of the optimiser step so far, P as above
                   (arXiv 2501.11873): the larger the balance batch, the freer single batches are to specialise
@@ -55,11 +55,15 @@ def load_balance(plan: RoutingPlan, grouping: Grouping = Grouping(), counts: Lay
 
     counts: where f is taken from instead of the plan itself; then groups are no sequences. 0 where no token is valid.
     """
-    mean_prob_UE = grouping.means(plan.probs_TE, plan)
     if counts is None:
         choices_UE = plan.chosen_by(grouping.group_T(plan), grouping.size(plan))
     else:
         assert not grouping.by_sequence, "counts of a layer know no sequences"
         choices_UE = counts.chosen_AE if grouping.by_modality else counts.chosen_AE.sum(dim=0, keepdim=True)
-    balance_U = plan.num_experts * (shares(choices_UE, plan.probs_TE) * mean_prob_UE).sum(dim=-1)
-    return grouping.over_groups(balance_U, plan)
+    return balance(plan, grouping, choices_UE)
+
+
+def balance(plan: RoutingPlan, grouping: Grouping, choices_UE: Tensor) -> Tensor:
+    """Return E * sum_e f_e P_e, averaged over groups, with f the share of an expert in its group's choices (U, E)."""
+    f_UE, mean_prob_UE = shares(choices_UE, plan.probs_TE), grouping.means(plan.probs_TE, plan)
+    return grouping.over_groups(plan.num_experts * (f_UE * mean_prob_UE).sum(dim=-1), plan)

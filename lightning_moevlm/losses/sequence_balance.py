@@ -2,19 +2,22 @@
 
     loss = mean over sequences of  E * sum_e f_e P_e        f, P over the tokens of that sequence
 
-The sum is that of `LoadBalance` with scope "sequence"; it is a loss of its own because it stands beside another
-balance: DeepSeek-V3 balances the batch by a bias and adds this with a tiny weight. P is of the normalised scores,
-which is what the plans of sigmoid routers carry.
+It stands beside another balance: DeepSeek-V3 balances the batch by a bias and adds this with a tiny weight. f counts
+the experts that a token scores highest, as many as it took, and P is of the normalised scores: the paper leaves the
+bias out of both. `LoadBalance` with scope "sequence" counts what was chosen, bias and all; without one they are the
+same.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_moevlm.losses.groups import Grouping
-from lightning_moevlm.losses.load_balance import load_balance
+from lightning_moevlm.losses.load_balance import balance, load_balance
 from lightning_moevlm.losses.loss_input import LossInput
 from lightning_moevlm.losses.weights import BalanceWeight
+from lightning_moevlm.plans import MixPlan, RoutingPlan
 
 
 @dataclass(frozen=True)
@@ -31,4 +34,16 @@ class SequenceBalance:
 
     def __call__(self, inputs: LossInput) -> Tensor:
         """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return load_balance(inputs.plan, Grouping(by_sequence=True, by_modality=self.per_modality))
+        return sequence_balance(inputs.plan, self.per_modality)
+
+
+def sequence_balance(plan: RoutingPlan, per_modality: bool = False) -> Tensor:
+    """Return E * sum_e f_e P_e of each sequence, averaged over them: a scalar fp32 tensor; 0 where no token is valid."""
+    grouping = Grouping(by_sequence=True, by_modality=per_modality)
+    if isinstance(plan, MixPlan):
+        return load_balance(plan, grouping)
+    num_chosen_T = torch.zeros_like(plan.modality_T).index_add(0, plan.token_N, plan.chosen_N.to(torch.int64))
+    # a token's rank of each expert: where the expert stands among the scores in falling order
+    rank_TE = plan.probs_TE.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    highest_TE = (rank_TE < num_chosen_T.unsqueeze(-1)).to(plan.probs_TE.dtype)
+    return balance(plan, grouping, grouping.sums(highest_TE, plan))

@@ -54,6 +54,19 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise UserError(f"top_k is {top_k} with num_experts {num_experts}: choose top_k between 1 and {num_experts}")
 
 
+def check_renormalise(renormalise: bool, top_k: int) -> None:
+    """Refuse to divide a single weight by itself.
+
+    Raises:
+        UserError: renormalise with top_k = 1.
+    """
+    if renormalise and top_k == 1:
+        raise UserError(
+            "renormalise needs top_k >= 2: with top_k 1 every weight becomes 1 and the router gets no gradient "
+            "from the task; set renormalise to false or top_k to 2"
+        )
+
+
 def renormalised(weight_TK: Tensor) -> Tensor:
     """Divide each token's weights by their sum."""
     return weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)

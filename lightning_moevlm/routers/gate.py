@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_moevlm.errors import UserError
 from lightning_moevlm.ranges import check_number
 
 
@@ -23,7 +24,8 @@ class Gate:
             2101.03961, section 2.4; it uses 1e-2).
         dropout: share of inputs set to zero while training.
         temperature: divides the logits; above 1 softens the choice.
-        initial_std: standard deviation of the initial weights; null takes the model's, 0 starts undecided.
+        initial_std: standard deviation of the initial weights; null takes the model's, 0 starts undecided. Routers that
+            could not leave 0 refuse it; of those that look at angles alone, it sets how fast rows turn.
 
     Raises:
         UserError: a value outside its range.
@@ -54,3 +56,16 @@ class Gate:
         """Return (T, E) fp32 logits; the product is computed in the tokens' dtype."""
         scores_TE = F.linear(self.inputs(tokens_TD, training), weight_ED.to(tokens_TD.dtype)).float()
         return scores_TE / self.temperature if self.temperature != 1.0 else scores_TE
+
+
+def refuse_zero_start(gate: Gate, router: str, reason: str) -> None:
+    """Refuse initial weights of 0 where a router would never leave them.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if gate.initial_std == 0:
+        raise UserError(
+            f"gate.initial_std is 0, and {router} would never learn from there: {reason}; choose a small value, such as "
+            "1e-3, or null for the model's"
+        )

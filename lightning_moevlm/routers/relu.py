@@ -12,7 +12,7 @@ from torch import nn
 from lightning_moevlm.plans import PairPlan, RoutingInput
 from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import plan_of_choices, renormalised
-from lightning_moevlm.routers.gate import Gate
+from lightning_moevlm.routers.gate import Gate, refuse_zero_start
 from lightning_moevlm.routers.router import Router
 
 
@@ -26,7 +26,7 @@ class ReLURouter(Router):
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: target_k outside (0, E].
+        UserError: target_k outside (0, E], or a gate that starts at 0.
     """
 
     choices_vary = True
@@ -34,6 +34,7 @@ class ReLURouter(Router):
     def __init__(self, dim: int, num_experts: int, target_k: float = 1.0, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
         check_number("target_k", target_k, above=0, most=num_experts, advice=" (num_experts)")
+        refuse_zero_start(gate, "ReLURouter", "no score is positive, so no expert is chosen and no gradient comes back")
         self.target_k = target_k
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
 

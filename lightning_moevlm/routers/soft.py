@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import MixPlan, RoutingInput
-from lightning_moevlm.routers.gate import Gate
+from lightning_moevlm.routers.gate import Gate, refuse_zero_start
 from lightning_moevlm.routers.router import Router
 
 
@@ -28,7 +28,7 @@ class SoftRouter(Router):
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: fewer than one slot.
+        UserError: fewer than one slot, or a gate that starts at 0.
     """
 
     competes = True
@@ -39,6 +39,7 @@ class SoftRouter(Router):
         super().__init__(dim, num_experts, gate)
         if slots_per_expert < 1:
             raise UserError(f"slots_per_expert is {slots_per_expert}: choose 1 or more")
+        refuse_zero_start(gate, "SoftRouter", "a slot of length 0 has no direction")
         self.slots_per_expert = slots_per_expert
         self.slot_EZD = nn.Parameter(torch.empty(num_experts, slots_per_expert, dim))
         self.scale = nn.Parameter(torch.ones(()))

@@ -10,9 +10,8 @@ the chosen logits alone, so "softmax after selection" is the same switch.
 import torch
 from torch import nn
 
-from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import check_top_k, plan_of_choices, renormalised
+from lightning_moevlm.routers.choices import check_renormalise, check_top_k, plan_of_choices, renormalised
 from lightning_moevlm.routers.gate import Gate
 from lightning_moevlm.routers.router import Router
 
@@ -37,11 +36,7 @@ class TopKRouter(Router):
     ) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(top_k, num_experts)
-        if renormalise and top_k == 1:
-            raise UserError(
-                "renormalise needs top_k >= 2: with top_k 1 every weight becomes 1 and the router gets no gradient "
-                "from the task; set renormalise to false or top_k to 2"
-            )
+        check_renormalise(renormalise, top_k)
         self.top_k = top_k
         self.renormalise = renormalise
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))

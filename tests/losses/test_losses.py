@@ -35,6 +35,7 @@ from lightning_moevlm.losses import (
     router_z,
 )
 from lightning_moevlm.losses.load import chances
+from lightning_moevlm.losses.sequence_balance import sequence_balance
 from lightning_moevlm.plans import Modality, PairPlan
 from lightning_moevlm.routers import NoisyTopKRouter, SoftRouter
 from lightning_moevlm.schedules import Ramp
@@ -80,6 +81,27 @@ def test_balance_of_a_sequence_by_hand() -> None:
     assert float(load_balance(sorted_plan)) == pytest.approx(1.0)
 
 
+def test_sequence_balance_of_deepseek_leaves_the_bias_out() -> None:
+    # two tokens with scores in the ratio 3 to 1, which a bias sent to expert 1: the scores' own f is (1, 0), P is
+    # (3/4, 1/4): 2 * 3/4; by what was chosen f is (0, 1): 2 * 1/4. A token that took both experts counts for both
+    plan = top_1_plan(torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log())._replace(expert_N=torch.tensor([1, 1]))
+    assert float(sequence_balance(plan)) == pytest.approx(1.5)
+    assert float(load_balance(plan, Grouping(by_sequence=True))) == pytest.approx(0.5)
+    both = full_plan(torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log(), noise=0.0, top_k=2)
+    assert float(sequence_balance(both)) == pytest.approx(1.0)
+    # padding and choices that were not taken up count for nothing: f of the first token alone
+    one = full_plan(torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log(), noise=0.0, valid_T=torch.tensor([True, False]))
+    assert float(sequence_balance(one)) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("per_modality", [False, True])
+def test_without_a_bias_sequence_balance_is_load_balance_of_sequences(per_modality: bool) -> None:
+    for top_k in (1, 2):
+        plan = full_plan(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), top_k=top_k)
+        expected = load_balance(plan, Grouping(by_sequence=True, by_modality=per_modality))
+        torch.testing.assert_close(sequence_balance(plan, per_modality), expected)
+
+
 def test_balance_per_modality_by_hand() -> None:
     # images: f = (1, 0), P = (3/4, 1/4): 3/2; texts the other way round: 3/2. Pooled they are even
     plan = two_by_two()
@@ -114,6 +136,13 @@ def test_importance_by_hand() -> None:
     assert float(importance(top_1_plan(even[[0, 0]]))) == pytest.approx(0.25)
     # each modality of two_by_two has I in the ratio 3 to 1: 1/4, where the pool has 0
     assert float(importance(two_by_two(), Grouping(by_modality=True))) == pytest.approx(0.25)
+
+
+def test_importance_does_not_see_the_noise() -> None:
+    # V-MoE: noise makes the second token change its mind; without it both prefer expert 0 by 3 to 1, as above
+    even = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
+    plan = top_1_plan(even)._replace(logits_TE=even[[0, 0]], noisy_logits_TE=even, noise_std_TE=torch.ones(2, 2))
+    assert float(importance(plan)) == pytest.approx(0.25)
 
 
 def test_load_by_hand() -> None:
@@ -309,5 +338,6 @@ def test_losses_of_soft_slots() -> None:
     plan = router(routing_input(8, 16))
     mean_prob_E = plan.probs_TE.mean(dim=0)
     torch.testing.assert_close(load_balance(plan), 4 * mean_prob_E.square().sum())
-    for loss in (LoadBalance(scope="sequence", per_modality=True), GlobalEntropy(), Importance()):
+    losses = (LoadBalance(scope="sequence", per_modality=True), SequenceBalance(), GlobalEntropy(), Importance())
+    for loss in losses:
         assert bool(loss(LossInput(plan)).isfinite())

@@ -84,6 +84,14 @@ def test_noise_has_the_scale_of_v_moe_and_only_in_training() -> None:
     assert torch.equal(route(router.eval(), tokens_TD).probs_TE, torch.full((20_000, 4), 0.25))
 
 
+def test_noisy_weights_of_shazeer_are_a_softmax_over_the_chosen() -> None:
+    # of 1/8, 2/8 and 5/8 the two largest: as they are (V-MoE), or divided by 7/8
+    plain = route(identity(NoisyTopKRouter(3, 3)), LN)
+    shazeer = route(identity(NoisyTopKRouter(3, 3, learned_noise=True, renormalise=True)), LN)
+    torch.testing.assert_close(plain.weight_N, torch.tensor([5 / 8, 2 / 8]))
+    torch.testing.assert_close(shazeer.weight_N, torch.tensor([5 / 7, 2 / 7]))
+
+
 def test_second_expert_of_gshard_is_used_as_often_as_its_weight_says() -> None:
     # softmax of (ln 3, 0): 3/4 and 1/4; with threshold 0.5 the second is used with probability 1/2
     router = identity(GShardRouter(2, 2))
@@ -162,6 +170,20 @@ def test_cosine_is_blind_to_length() -> None:
     scaled = router(inputs._replace(tokens_TD=inputs.tokens_TD * 100))
     torch.testing.assert_close(scaled.logits_TE, router(inputs).logits_TE, rtol=1e-4, atol=1e-4)
     assert float(scaled.logits_TE.detach().abs().max()) <= 1 / 0.07 + 1e-4
+
+
+def test_cosine_learns_its_temperature_or_keeps_it() -> None:
+    # along the first of two rows, at tau 0.07: 1 / 0.07 and 0; a learned factor of 3 makes it 3 / 0.07
+    learned, fixed = CosineRouter(2, 2, routing_dim=2), CosineRouter(2, 2, routing_dim=2, learn_temperature=False)
+    for router in (learned, fixed):
+        initialise(router, seed=0)
+        with torch.no_grad():
+            router.project_weight.copy_(torch.eye(2))
+            router.expert_weight.copy_(torch.eye(2))
+        torch.testing.assert_close(route(router, torch.tensor([[4.0, 0]])).logits_TE, torch.tensor([[1 / 0.07, 0]]))
+    assert fixed.scale is None and learned.scale is not None
+    learned.scale.data.fill_(3.0)
+    torch.testing.assert_close(route(learned, torch.tensor([[4.0, 0]])).logits_TE, torch.tensor([[3 / 0.07, 0]]))
 
 
 def test_sinkhorn_balances_columns_and_rows() -> None:
@@ -255,6 +277,7 @@ REFUSED = {
     "top_k is 0": lambda: TopKRouter(16, 8, top_k=0),
     "top_k is 9 with num_experts 8: choose top_k between 1 and 8": lambda: TopKRouter(16, 8, top_k=9),
     "renormalise needs top_k >= 2": lambda: TopKRouter(16, 8, top_k=1, renormalise=True),
+    "renormalise needs top_k >= 2: with top_k 1": lambda: NoisyTopKRouter(16, 8, top_k=1, renormalise=True),
     "top_k is 2 with num_experts 1": lambda: GShardRouter(16, 1),
     "threshold is 0": lambda: GShardRouter(16, 4, threshold=0),
     "num_experts 8 is no multiple of num_groups 3": lambda: GroupLimitedRouter(16, 8, num_groups=3),
