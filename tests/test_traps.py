@@ -70,13 +70,21 @@ def learned(name: str) -> Router:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-@pytest.mark.parametrize("loss", [LoadBalance(), LoadBalance(scope="sequence"), Importance(), MutualInformation()])
+@pytest.mark.parametrize(
+    "loss",
+    [LoadBalance(), LoadBalance(scope="sequence"), SequenceBalance(), Importance(), GShard(), MutualInformation()],
+)
 def test_the_balance_gradient_reaches_the_router(name: str, loss: Any) -> None:
     """NeMo Automodel 1408, FuseMoE 6 (computed and dropped), hyper-parallel 752 (constant by broadcasting)."""
     router = learned(name)
     loss(LossInput(router(routing_input(40, 16)))).backward()
     rows = router.rows()
-    assert rows is not None and rows.grad is not None and float(rows.grad.abs().sum()) > 0
+    assert rows is not None and rows.grad is not None
+    if name == "expert choice" and loss == LoadBalance():
+        # loads are even whatever the scores are: the loss is the constant 1, and `Liveness` ends a run that has it
+        assert float(rows.grad.abs().sum()) < 1e-5
+    else:
+        assert float(rows.grad.abs().sum()) > 1e-2  # rounding alone, as of a constant, makes some 1e-7
 
 
 def test_softmax_is_applied_once() -> None:
