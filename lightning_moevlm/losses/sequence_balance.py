@@ -38,7 +38,7 @@ class SequenceBalance:
 
 
 def sequence_balance(plan: RoutingPlan, per_modality: bool = False) -> Tensor:
-    """Return E * sum_e f_e P_e of each sequence, averaged over them: a scalar fp32 tensor; 0 where no token is valid."""
+    """Return E * sum_e f_e P_e of each sequence, averaged over them: a scalar fp32 tensor; 0 without a valid token."""
     grouping = Grouping(by_sequence=True, by_modality=per_modality)
     if isinstance(plan, MixPlan):
         return load_balance(plan, grouping)

@@ -66,6 +66,6 @@ def refuse_zero_start(gate: Gate, router: str, reason: str) -> None:
     """
     if gate.initial_std == 0:
         raise UserError(
-            f"gate.initial_std is 0, and {router} would never learn from there: {reason}; choose a small value, such as "
-            "1e-3, or null for the model's"
+            f"gate.initial_std is 0, and {router} would never learn from there: {reason}; choose a small value, "
+            "such as 1e-3, or null for the model's"
         )

@@ -106,6 +106,14 @@ def test_losses_and_metrics_read_slots() -> None:
     assert float(metrics.drop_rate) == 0.0 and int(metrics.dead_experts) == 0
 
 
+def test_the_load_of_slots_carries_no_gradient() -> None:
+    # E * sum of f P: through P alone the gradient on a probability is E f / T; through f as well, twice that
+    plan = soft_router()(routing_input(8, 16))
+    probs_TE = plan.probs_TE.detach().requires_grad_()
+    load_balance(plan._replace(probs_TE=probs_TE)).backward()
+    torch.testing.assert_close(probs_TE.grad, 4 * probs_TE.detach().mean(dim=0, keepdim=True).expand(8, 4) / 8)
+
+
 def test_cost_is_set_by_slots() -> None:
     router = SoftRouter(16, 4, slots_per_expert=3)
     assert router.expert_rows(10) == router.expert_rows(1000) == 12
