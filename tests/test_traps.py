@@ -134,7 +134,17 @@ def test_no_coefficient_multiplies_another() -> None:
 def test_the_scale_does_not_move_with_accumulation() -> None:
     """Megatron-LM 3672 and 3769, NeMo Automodel 3359; the number of ranks: tests/training/test_balance_ranks.py."""
     batch = pair_batch()
-    losses = AuxiliaryLosses(LoadBalance(0.5), RouterZ(0.1), importance=Importance(0.5))
+    losses = AuxiliaryLosses(
+        LoadBalance(0.5),
+        RouterZ(0.1),
+        importance=Importance(0.5),
+        gshard=GShard(0.5),
+        sequence_balance=SequenceBalance(0.5),
+        local_entropy=LocalEntropy(0.5),
+        global_entropy=GlobalEntropy(0.5),
+        mutual_information=MutualInformation(0.5),
+        router_orthogonality=RouterOrthogonality(0.5),
+    )
 
     def trained(accumulate: int) -> dict[str, Tensor]:
         module = build(losses, lr=1.0, objective=NoTask)

@@ -8,17 +8,21 @@ from torch import Tensor
 
 from lightning_moevlm.dispatch import (
     AutoDispatcher,
+    Capacity,
     Dispatcher,
     GroupedDispatcher,
     LoopDispatcher,
+    ModalityFactors,
     PaddedDispatcher,
     SegmentDispatcher,
+    apply_capacity,
 )
+from lightning_moevlm.dispatch.capacity import Priority
 from lightning_moevlm.experts import MLPExperts
 from lightning_moevlm.layers import initialise
 from lightning_moevlm.losses import load_balance, router_z
 from lightning_moevlm.metrics import routing_metrics
-from lightning_moevlm.plans import Modality, PairPlan
+from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
 from lightning_moevlm.routers import (
     CosineRouter,
     ExpertChoiceRouter,
@@ -209,6 +213,17 @@ def test_state_round_trip(name: str) -> None:
     assert not torch.equal(router(inputs).logits_TE, expected.logits_TE)
     router.load_state_dict(state)
     assert torch.equal(router(inputs).logits_TE, expected.logits_TE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("priority", ["position", "gate", "probability"])
+def test_nothing_is_read_from_the_device(router: Router, priority: Priority, training: bool) -> None:
+    # tensors on "meta" have shapes and no values: whoever asks for one, and so waits for a GPU, fails
+    inputs = RoutingInput(*(x.to("meta") if isinstance(x, Tensor) else x for x in routing_input(40, 16, num_padding=7)))
+    plan = router.train(training).to("meta")(inputs)
+    some = apply_capacity(plan, Capacity(1.0, ModalityFactors(1.0, None), priority, group_size=2), training)
+    assert some.kept_N.is_meta and some.kept_load(some.valid_T).shape == (8,)
+    router.rebalance(some.chosen_by(some.modality_T, 2))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
