@@ -179,7 +179,7 @@ def test_cosine_learns_its_temperature_or_keeps_it() -> None:
         initialise(router, seed=0)
         with torch.no_grad():
             router.project_weight.copy_(torch.eye(2))
-            router.expert_weight.copy_(torch.eye(2))
+            router.expert_weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 0.2]]))  # rows' lengths do not matter either
         torch.testing.assert_close(route(router, torch.tensor([[4.0, 0]])).logits_TE, torch.tensor([[1 / 0.07, 0]]))
     assert fixed.scale is None and learned.scale is not None
     learned.scale.data.fill_(3.0)
