@@ -41,7 +41,7 @@ from lightning_moevlm.refused_nulls import refuse_nulls
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.tracking import RunRecord
-from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training import VisionLanguageModule, try_schedule
 
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 
@@ -130,7 +130,7 @@ class CommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse an optimiser or a schedule that could not be built before anything is written."""
         if self.subcommand == "fit":
-            self.model.build_schedule(self.model.build_optimizer())
+            try_schedule(self.model, self.trainer.max_steps)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
@@ -200,7 +200,7 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
 
     Raises:
         UserError: options out of range, or parts that do not fit each other: whatever `moevlm fit` would refuse when it
-            builds the model and its optimiser.
+            builds the model, its optimiser and its schedule.
     """
     return ModelDescriber()(resolved)
 
@@ -219,7 +219,7 @@ class ModelDescriber:
             parser = _model_parser()
             with _teaching_errors(), torch.device("meta"):
                 module = parser.instantiate(parser.parse_object({"model": resolved["model"]})).model
-                module.build_optimizer()
+                try_schedule(module)
                 self._cards[model] = model_card(module.backbone)
         return self._cards[model]
 
