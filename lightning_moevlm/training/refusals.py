@@ -63,6 +63,19 @@ def refuse_unsuited_trainer(trainer: Trainer) -> None:
         )
 
 
+def refuse_other_precision(asked: object, trainer: Trainer) -> None:
+    """Refuse 16-mixed where Lightning would compute in bf16-mixed instead, under the name of the other.
+
+    Raises:
+        UserError: with what to choose.
+    """
+    if asked in ("16-mixed", "16", 16) and trainer.precision != "16-mixed":
+        raise UserError(
+            f"trainer.precision is {asked}, which CPUs do not have, and Lightning would compute in "
+            f"{trainer.precision}: choose that, or round to float16 by model.precision and its option simulate"
+        )
+
+
 def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
     """Refuse an optimiser that unscales gradients itself, after they were clipped.
 
@@ -94,8 +107,8 @@ def refuse_senseless_options(optimizer: Optimizer) -> None:
                 raise UserError(f"model.optimizer cannot train with {name} {value}: choose finite numbers")
     if optimizer.defaults.get("eps") == 0:
         raise UserError(
-            "model.optimizer cannot train with eps 0: a weight without a gradient, such as the embedding of a word that "
-            "no text has, becomes 0 / 0; choose a value above 0, such as 1e-8"
+            "model.optimizer cannot train with eps 0: a weight without a gradient, such as the embedding of a word "
+            "that no text has, becomes 0 / 0; choose a value above 0, such as 1e-8"
         )
 
 
@@ -107,8 +120,8 @@ def refuse_unsuited_schedule(schedule: LRScheduler) -> None:
     """
     if isinstance(schedule, ReduceLROnPlateau):
         raise UserError(
-            "model.schedule ReduceLROnPlateau goes by a metric, and schedules here go by optimiser steps: choose one of "
-            "`moevlm list schedules`"
+            "model.schedule ReduceLROnPlateau goes by a metric, and schedules here go by optimiser steps: choose one "
+            "of `moevlm list schedules`"
         )
 
 

@@ -46,11 +46,11 @@ def module(schedule: Callable[[Optimizer], Any] | None = None, **options: Any) -
         ),
         (
             partial(OneCycleLR, max_lr=0.1, total_steps=39),
-            r"model.schedule OneCycleLR has 39 steps and trainer.max_steps is 40: set its total_steps to \$\{trainer.max_",
+            r"model.schedule OneCycleLR has 39 steps and trainer.max_steps is 40: set its total_steps to \$\{tra",
         ),
         (
             ReduceLROnPlateau,
-            "model.schedule ReduceLROnPlateau goes by a metric, and schedules here go by optimiser steps",
+            "model.schedule ReduceLROnPlateau goes by a metric, and schedules here go by opti",
         ),
     ],
 )
