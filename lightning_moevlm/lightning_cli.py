@@ -132,7 +132,7 @@ class CommandLine(LightningCLI):
             )
         config.weights_only = True  # null is Lightning's default, which unpickles what comes from a server
         root = Path(config.trainer.default_root_dir or ".")
-        self._checkpoint = look_at_checkpoint(config.get("ckpt_path"), self.subcommand, root)
+        self._checkpoint = look_at_checkpoint(config.get("ckpt_path"), self._asked, root)
         if config.trainer.fast_dev_run:
             _save_nothing(config.trainer.callbacks)
         if config.trainer.enable_progress_bar is False and isinstance(config.trainer.callbacks, list):

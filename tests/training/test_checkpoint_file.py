@@ -133,10 +133,9 @@ def test_another_model_is_told_by_its_first_tensor(saved: Path) -> None:
         wide = VisionLanguageModule(small_vl_moe(num_experts=2)).state_dict()
         kept = {name: wide[name] if "router" in name else value for name, value in checkpoint["state_dict"].items()}
         refuse_other_model({"state_dict": kept}, str(saved), VisionLanguageModule(small_vl_moe(num_experts=2)))
-    with pytest.raises(
-        UserError, match=r"blocks\.3\S+ is \(\S.*\) there and not here, .*the configuration that it was"
-    ):
-        refuse_other_model(checkpoint, str(saved), VisionLanguageModule(small_vl_moe(num_blocks=3, num_vl_blocks=1)))
+    more = {"state_dict": checkpoint["state_dict"] | {"backbone.extra": torch.zeros(2, 3)}}
+    with pytest.raises(UserError, match=r"backbone\.extra is \(2, 3\) there and not here; give the configuration that"):
+        refuse_other_model(more, str(saved), VisionLanguageModule(small_vl_moe()))
 
 
 def test_on_the_command_line_nothing_is_written(moevlm: Moevlm, workplace: Path, saved: Path) -> None:
