@@ -50,7 +50,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("MOEVLM_TRACEBACK"):
             raise
         told = without_url_secrets(str(error))  # some messages repeat what was given
-        Console(stderr=True).print(f"moevlm: error: {told}", highlight=False, markup=False, soft_wrap=True)
+        # a path may hold what rich takes for an emoji, as in registry:x:1
+        Console(stderr=True, emoji=False).print(f"moevlm: error: {told}", highlight=False, markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("moevlm: interrupted", highlight=False)

@@ -10,15 +10,14 @@
 
 import gc
 import json
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, set_dumper, set_parsing_settings
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -35,21 +35,22 @@ import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selecte
 from lightning_moevlm.config_overlays import with_nulls_as_files, with_sources_merged
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import ModelCard, model_card
-from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
+from lightning_moevlm.notices import Notices, ReleaseNotices, calm_terminal, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
 from lightning_moevlm.refused_nulls import refuse_nulls
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shipped import find_file, missing_file
+from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
-from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training import VisionLanguageModule, try_schedule
+from lightning_moevlm.training.checkpoint_file import HOLDS_CODE, look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.refusals import refuse_other_groups, refuse_other_precision
 
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 
-_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # Lightning's own
 _PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
 _SECTIONS = {"trainer": Trainer, "model": VisionLanguageModule, "data": ShardDataModule}
 _INCOMPLETE = "the following arguments are required"
-_NOISE = ("💡", "litlogger", "TPU available", "was configured so")
 _DEFAULTS: dict[str, object] = {
     "trainer.logger": {"class_path": "lightning_moevlm.tracking.RunLogger"},
     "trainer.callbacks": [
@@ -91,6 +92,12 @@ class CommandLine(LightningCLI):
             trainer_defaults={"callbacks": ReleaseNotices(notices)},
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Let checkpoints be read without unpickling, so that the record of a run says so."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        return parser
+
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Build the parser of the subcommand that was asked for alone: each costs a fifth of a second.
 
@@ -119,18 +126,31 @@ class CommandLine(LightningCLI):
         _refuse_nulls(config.as_dict())
         if self.subcommand == "predict":
             config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
-        path = config.get("ckpt_path")
-        if path and path not in _CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
-            raise UserError(f"no checkpoint at {path}: give a .ckpt file, or one of {', '.join(_CHECKPOINT_WORDS)}")
+        if config.weights_only is False:
+            raise UserError(
+                "weights_only is false, but a checkpoint that needs it runs code when it is read: leave it out"
+            )
+        config.weights_only = True  # null is Lightning's default, which unpickles what comes from a server
+        root = Path(config.trainer.default_root_dir or ".")
+        self._checkpoint = look_at_checkpoint(config.get("ckpt_path"), self._asked, root)
+        if config.trainer.fast_dev_run:
+            _save_nothing(config.trainer.callbacks)
         if config.trainer.enable_progress_bar is False and isinstance(config.trainer.callbacks, list):
             config.trainer.callbacks = [
                 callback for callback in config.trainer.callbacks if not callback.class_path.endswith(".StepProgress")
             ]
 
     def after_instantiate_classes(self) -> None:
-        """Refuse an optimiser or a schedule that could not be built before anything is written."""
+        """Refuse, before anything is written, what only the parts as built can tell not to fit."""
+        config = self.config[self.subcommand]
+        refuse_other_precision(config.trainer.precision, self.trainer)
+        if self._checkpoint is not None:
+            refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
         if self.subcommand == "fit":
-            self.model.build_schedule(self.model.build_optimizer())
+            try_schedule(self.model, self.trainer.max_steps)
+            if self._checkpoint is not None:
+                refuse_other_groups(self._checkpoint, self.model)
+        self._checkpoint = None
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
@@ -200,7 +220,7 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
 
     Raises:
         UserError: options out of range, or parts that do not fit each other: whatever `moevlm fit` would refuse when it
-            builds the model and its optimiser.
+            builds the model, its optimiser and its schedule.
     """
     return ModelDescriber()(resolved)
 
@@ -219,7 +239,7 @@ class ModelDescriber:
             parser = _model_parser()
             with _teaching_errors(), torch.device("meta"):
                 module = parser.instantiate(parser.parse_object({"model": resolved["model"]})).model
-                module.build_optimizer()
+                try_schedule(module)
                 self._cards[model] = model_card(module.backbone)
         return self._cards[model]
 
@@ -270,7 +290,7 @@ def _prepare() -> None:
     # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
     set_dumper("omegaconf+", _dump_yaml)
-    _calm_terminal()
+    calm_terminal()
 
 
 class _Dumper(yaml.SafeDumper):
@@ -314,6 +334,14 @@ def _refuse_nulls(resolved: Mapping[str, Any]) -> None:
         refuse_nulls(section, part, resolved[section])
 
 
+def _save_nothing(callbacks: object) -> None:
+    """Let a fast_dev_run leave nothing: Lightning saves `save_last` all the same when training ends."""
+    for callback in callbacks if isinstance(callbacks, list) else []:
+        part = imported_class(callback.class_path)
+        if part is not None and issubclass(part, ModelCheckpoint):
+            callback.init_args.save_last = None
+
+
 def _types(parser: LightningArgumentParser) -> dict[str, object]:
     """Return the annotation of every option by its whole key."""
     actions = [action for action in parser._actions if action.dest and not action.dest.endswith(".help")]
@@ -331,6 +359,8 @@ def _teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[
         raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
     except yaml.YAMLError as error:
         raise UserError(f"a configuration file is no YAML: {_one_line(str(error))}") from error
+    except UnpicklingError as error:  # of a server's checkpoint; others were looked at before
+        raise UserError(f"the checkpoint {HOLDS_CODE}") from error
     except MisconfigurationException as error:
         raise UserError(_one_line(str(error))) from error
     except ModuleNotFoundError as error:
@@ -356,27 +386,3 @@ def _mistake_below(error: BaseException) -> UserError | None:
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())
-
-
-def _calm_terminal() -> None:
-    """Silence advertising and notices that name nothing the user could change; every other warning stays."""
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
-    # on few cores, decoding in the training process is the fastest (num_workers is the user's to set)
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    # the logging interval is set by the study, not by the length of an epoch
-    warnings.filterwarnings("ignore", message=r".*The number of training batches.*smaller than the logging interval.*")
-    # a run continued under another id keeps its checkpoints in its own folder, and one under the same id in the same
-    warnings.filterwarnings("ignore", message=r".*The dirpath has changed from.*")
-    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided.*")
-    # torchmetrics has summed over ranks before the value is logged
-    warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
-    # keys travel in the batch itself
-    warnings.filterwarnings("ignore", message=r".*Couldn't infer the batch indices.*")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).addFilter(_no_advertising)
-
-
-def _no_advertising(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return not any(noise in message for noise in _NOISE)

@@ -5,6 +5,7 @@ wait. Advertising, and notices that name nothing the user could change, are not 
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_moevlm.errors import UserError
 
+_NOISE = ("💡", "litlogger", "TPU available", "was configured so")
 _ROOTS = ("lightning.pytorch", "lightning.fabric")
 
 
@@ -84,3 +86,27 @@ def held_notices() -> Iterator[Notices]:
         notices.release()
         for handler in handlers:
             handler.removeFilter(notices)
+
+
+def calm_terminal() -> None:
+    """Silence advertising and notices that name nothing the user could change; every other warning stays."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
+    # on few cores, decoding in the training process is the fastest (num_workers is the user's to set)
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    # the logging interval is set by the study, not by the length of an epoch
+    warnings.filterwarnings("ignore", message=r".*The number of training batches.*smaller than the logging interval.*")
+    # a run continued under another id keeps its checkpoints in its own folder, and one under the same id in the same
+    warnings.filterwarnings("ignore", message=r".*The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided.*")
+    # torchmetrics has summed over ranks before the value is logged
+    warnings.filterwarnings("ignore", message=r".*It is recommended to use .*sync_dist=True.*")
+    # keys travel in the batch itself
+    warnings.filterwarnings("ignore", message=r".*Couldn't infer the batch indices.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).addFilter(_no_advertising)
+
+
+def _no_advertising(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(noise in message for noise in _NOISE)

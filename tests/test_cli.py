@@ -144,9 +144,9 @@ def test_no_traceback_from_the_real_process(workplace: Path) -> None:
 
 
 def test_advertising_is_dropped_and_warnings_stay() -> None:
-    from lightning_moevlm.lightning_cli import _calm_terminal
+    from lightning_moevlm.notices import calm_terminal
 
-    _calm_terminal()
+    calm_terminal()
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
     def is_shown(text: str) -> bool:

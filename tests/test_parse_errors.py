@@ -37,9 +37,9 @@ def resolver() -> ConfigResolver:
             f"{WEIGHT}.shape: lineer is no such value; did you mean linear? give linear, cosine or sqrt",
         ),
         (
-            "model.losses.gshard",  # no test has a subclass of it, which would be another thing to give
+            "model.losses.load_balance",
             0.1,
-            "model.losses.gshard: 0.1 is no such value; give a GShard {weight, per_modality} or null",
+            "model.losses.load_balance: 0.1 is no such value; give a LoadBalance {weight, scope, per_modality} or null",
         ),
         (
             "model.gradient",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_moevlm import optim, routers
+from lightning_moevlm.callbacks import DivergenceGuard, Liveness, PrecisionShadow
 from lightning_moevlm.dispatch import Capacity, ModalityFactors, PaddedDispatcher
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.experts import ExpertInit, GatedExperts, MLPExperts
@@ -39,6 +40,7 @@ _PARTS: list[Callable[..., Any]] = [
         for part in (optim.WarmupCosine, optim.WarmupLinear, optim.WarmupStableDecay)
     ),
     *(partial(MoEFFN, 16), partial(DenseFFN, 16, hidden_dim=8)),
+    *(DivergenceGuard, Liveness, PrecisionShadow),
     *(partial(part, **_SMALL, vocab_size=300, max_text_len=8) for part in (VLMoE, LIMoE)),
 ]
 _LEFT_OUT = ("seed", "weight")  # any seed will do; weights of losses have tests of their own

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
 
 
@@ -17,9 +18,16 @@ class FeatureWriter(BasePredictionWriter):
 
     Args:
         folder: where the files go; made if missing.
+
+    Raises:
+        UserError: a folder without a name.
     """
 
     def __init__(self, folder: str = "runs/features") -> None:
+        if not folder.strip():
+            raise UserError(
+                f"folder of FeatureWriter is {folder!r}: name one, such as runs/features, or . for this one"
+            )
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
 

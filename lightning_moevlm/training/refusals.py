@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import MoEFFN
@@ -62,6 +63,19 @@ def refuse_unsuited_trainer(trainer: Trainer) -> None:
         )
 
 
+def refuse_other_precision(asked: object, trainer: Trainer) -> None:
+    """Refuse 16-mixed where Lightning would compute in bf16-mixed instead, under the name of the other.
+
+    Raises:
+        UserError: with what to choose.
+    """
+    if asked in ("16-mixed", "16", 16) and trainer.precision != "16-mixed":
+        raise UserError(
+            f"trainer.precision is {asked}, which CPUs do not have, and Lightning would compute in "
+            f"{trainer.precision}: choose that, or round to float16 by model.precision and its option simulate"
+        )
+
+
 def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
     """Refuse an optimiser that unscales gradients itself, after they were clipped.
 
@@ -78,7 +92,7 @@ def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
 
 
 def refuse_senseless_options(optimizer: Optimizer) -> None:
-    """Refuse what torch's optimisers let pass: options that are no finite numbers, and one for sparse gradients.
+    """Refuse what torch's optimisers let pass: options that are no finite numbers, eps 0, and one for sparse gradients.
 
     Raises:
         UserError: with the option.
@@ -91,6 +105,24 @@ def refuse_senseless_options(optimizer: Optimizer) -> None:
         for number in value if isinstance(value, Sequence) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"model.optimizer cannot train with {name} {value}: choose finite numbers")
+    if optimizer.defaults.get("eps") == 0:
+        raise UserError(
+            "model.optimizer cannot train with eps 0: a weight without a gradient, such as the embedding of a word "
+            "that no text has, becomes 0 / 0; choose a value above 0, such as 1e-8"
+        )
+
+
+def refuse_unsuited_schedule(schedule: LRScheduler) -> None:
+    """Refuse a schedule that waits for a metric; schedules are stepped after each optimiser step.
+
+    Raises:
+        UserError: with what to choose.
+    """
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise UserError(
+            "model.schedule ReduceLROnPlateau goes by a metric, and schedules here go by optimiser steps: choose one "
+            "of `moevlm list schedules`"
+        )
 
 
 def refuse_other_groups(checkpoint: Mapping[str, Any], module: nn.Module) -> None:

@@ -49,10 +49,12 @@ from lightning_moevlm.training.refusals import (
     refuse_senseless_options,
     refuse_unsuited_losses,
     refuse_unsuited_optimizer,
+    refuse_unsuited_schedule,
     refuse_unsuited_trainer,
 )
 from lightning_moevlm.training.resume import take_up_epoch
 from lightning_moevlm.training.routing_counts import RoutingCounter
+from lightning_moevlm.training.schedule_trial import FAILURES
 
 
 class StepOutput(TypedDict):
@@ -288,7 +290,7 @@ class VisionLanguageModule(LightningModule):
         """
         try:
             optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
-        except ValueError as error:
+        except FAILURES as error:
             raise UserError(
                 f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list "
                 "optimizers`, which take every parameter (MuonAdamW in place of torch's Muon)"
@@ -301,16 +303,18 @@ class VisionLanguageModule(LightningModule):
         """Return the schedule over an optimiser, which it sets to its first rates; None without one.
 
         Raises:
-            UserError: the schedule refuses an option.
+            UserError: the schedule refuses an option, or goes by a metric.
         """
         if self.schedule_factory is None:
             return None
         try:
-            return self.schedule_factory(optimizer)
+            schedule = self.schedule_factory(optimizer)
         except UserError:
             raise
-        except ValueError as error:
+        except FAILURES as error:
             raise UserError(f"model.schedule cannot be built: {error}; change its options") from error
+        refuse_unsuited_schedule(schedule)
+        return schedule
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""

@@ -1,4 +1,4 @@
-"""Gradient stabilisers, actions and pinned dtypes prove that they can act, and say when they have."""
+"""Gradient stabilisers and actions prove that they can act, and say when they have."""
 
 from functools import partial
 from typing import Any
@@ -18,9 +18,8 @@ from lightning_moevlm.losses import (
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.objectives import MaskedModelling
 from lightning_moevlm.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
-from lightning_moevlm.precision import PrecisionPolicy, Simulation
 from lightning_moevlm.records import Batch, ObjectiveOutput
-from lightning_moevlm.routers import FixedRouter, SigmoidBiasRouter, TopKRouter
+from lightning_moevlm.routers import SigmoidBiasRouter
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from tests.callbacks.asked_run import asked, module_of, refused
@@ -179,47 +178,3 @@ def test_routers_that_move_after_the_freeze_end_the_run() -> None:
         steps=6,
         callback=Pushes(every_n_steps=1),
     )
-
-
-def test_pinned_dtypes() -> None:
-    receipts, _ = asked(module_of())
-    assert receipts["precision.router"] == "idle: float32 is what is computed in around it (step 0)"
-    policy = PrecisionPolicy(router="bfloat16", experts="bfloat16", optimizer_state="bfloat16", simulate=Simulation())
-    receipts, points = asked(module_of(precision=policy), steps=2)
-    for region in ("router", "experts"):
-        assert receipts[f"precision.{region}"].startswith("alive: bfloat16 instead of float32 moves router logits")
-    states = points[keys.LIVENESS.key(switch="precision.optimizer_state")]
-    assert receipts["precision.optimizer_state"] == f"alive: all {states[0][1]:.0f} state tensors are bfloat16 (step 1)"
-    mixed, _ = asked(module_of(), precision="bf16-mixed")
-    assert mixed["precision.router"].startswith("alive: float32 instead of bfloat16 moves router logits by up to ")
-
-
-class InFp32(TopKRouter):
-    """Computes in fp32 whatever the policy says."""
-
-    def forward(self, inputs: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(inputs._replace(tokens_TD=inputs.tokens_TD.float()))
-
-
-def test_a_dtype_that_a_layer_ignores_is_dead() -> None:
-    policy = PrecisionPolicy(router="bfloat16", losses=None)
-    module = module_of(router=InFp32, precision=policy)
-    receipts, _ = asked(module)
-    # tokens are cast on their way into the region, whatever the router does with them then
-    assert receipts["precision.router"].startswith("alive: ")
-    module = module_of(router=FixedRouter, precision=policy)
-    refused(module, "precision.router", "the same logits and loss to the last bit")
-
-
-def test_the_state_of_an_optimiser_that_is_not_rounded_is_dead() -> None:
-    policy = PrecisionPolicy(optimizer_state="bfloat16", simulate=Simulation())
-    module = module_of(precision=policy)
-
-    class Unrounds(Liveness):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
-            super().on_train_batch_end(trainer, pl_module, *rest)
-            for state in trainer.optimizers[0].state.values():
-                state["exp_avg"].fill_(1 / 3)
-
-    refused(module, "precision.optimizer_state", "are no numbers of bfloat16", steps=2, callback=Unrounds(1))

@@ -1,8 +1,17 @@
 """Proof of a pinned dtype: with the region left to the Trainer's precision, the same samples give another loss.
 
-Where the Trainer computes in that dtype anyway the pin is idle. The state of an optimiser is looked at itself: what is
-rounded after each step must be made of numbers of the narrow format.
+Where the Trainer computes in that dtype anyway the pin is idle. So it is where both dtypes give the same bits, as they
+may in a small model (a norm of fp32 tokens is fp32 under autocast too), if a trigger shows that the model asks for the
+dtype of the region: rounded to two bits of mantissa there, and nowhere else, the samples must give other numbers. What
+does not answer to that is dead; or off, if nothing computes in the region and the pin is the policy's default, which
+guards a router of a model that may have none.
+
+The state of an optimiser is looked at itself: what is rounded after each step must be made of numbers of the narrow
+format.
 """
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,10 +20,33 @@ from torch import Tensor
 from lightning_moevlm.callbacks.liveness.receipt import Receipt
 from lightning_moevlm.callbacks.liveness.rehearsal import Rehearsal
 from lightning_moevlm.plans import RoutingPlan
-from lightning_moevlm.precision import REGIONS, Region, precision_as, rounded
+from lightning_moevlm.precision import (
+    REGIONS,
+    PrecisionPolicy,
+    Region,
+    RegionDtype,
+    Simulation,
+    precision_as,
+    rounded,
+)
 from lightning_moevlm.records import ObjectiveOutput
 
 _TRAINER_DTYPE = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-mixed": "float16", "16-true": "float16"}
+
+_COARSE: RegionDtype = "float8_e5m2"  # the fewest bits that can be simulated
+
+_LAST_BITS = 1e-6  # of fp32; the coarsest format steps by 2^-2, the finest by 2^-10
+
+
+class _Shift(NamedTuple):
+    """By how much two runs of the same samples differ."""
+
+    logits: float
+    loss: float
+
+    @property
+    def in_words(self) -> str:
+        return f"router logits by up to {self.logits:.2g}, the loss by {self.loss:.2g}"
 
 
 def precision_receipts(rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
@@ -41,35 +73,46 @@ def precision_receipts(rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
 
 def _region(rehearsal: Rehearsal, seen: ObjectiveOutput, name: Region, what: str) -> Receipt:
     switch = f"precision.{name}"
-    module = rehearsal.module
-    with precision_as(module, module.precision.with_region(name, None)):
-        without = rehearsal.once_more()
-    loss = abs(_task_loss(seen) - _task_loss(without))
-    logits = max(
-        (float((ours - theirs).abs().max()) for ours, theirs in zip(_logits(seen), _logits(without), strict=True)),
-        default=0.0,
-    )
-    if loss != loss:
-        return Receipt(switch, "precision", "unproven", "the loss is no number at this step")
-    if loss or logits:
-        return Receipt(
-            switch,
-            "precision",
-            "alive",
-            f"{what} moves router logits by up to {logits:.2g}, the loss by {loss:.2g}",
-            loss,
-        )
-    if name == "losses" or name == "heads":
-        # sums of few terms may agree to the last bit
-        return Receipt(switch, "precision", "idle", f"{what} gives the same loss for these samples", 0.0)
+    policy = rehearsal.module.precision
+    without = policy.with_region(name, None)
+    shift = _shift(seen, _run_as(rehearsal, without))
+    if shift.loss != shift.loss:
+        # the samples' own loss is sound, or nobody would have asked
+        return Receipt(switch, "precision", "alive", f"{what}: without the pin the loss is no number")
+    if any(shift):
+        return Receipt(switch, "precision", "alive", f"{what} moves {shift.in_words}", shift.loss)
+    shaken = _trigger(rehearsal, without, name)
+    same = f"{what} changes no bit of these samples"
+    if any(shaken):
+        evidence = f"{same}; on a trial {_COARSE} moves {shaken.in_words}"
+        return Receipt(switch, "precision", "idle", evidence, 0.0)
+    if getattr(PrecisionPolicy(), name) == getattr(policy, name):
+        return Receipt(switch, "precision", "off", "the default of a region in which this model computes nothing", 0.0)
     return Receipt(
         switch,
         "precision",
         "dead",
-        f"{what} gives the same logits and loss to the last bit: the region is computed in one dtype either way",
+        f"{same}, and no more does {_COARSE} on a trial: nothing that counts is computed in the region",
         0.0,
         f"set model.{switch} to null",
     )
+
+
+def _trigger(rehearsal: Rehearsal, without: PrecisionPolicy, name: Region) -> _Shift:
+    """Return what it changes to round one region as coarsely as can be; both runs of the samples are simulated."""
+    free = replace(without, simulate=without.simulate or Simulation())
+    return _shift(_run_as(rehearsal, free), _run_as(rehearsal, free.with_region(name, _COARSE)))
+
+
+def _run_as(rehearsal: Rehearsal, policy: PrecisionPolicy) -> ObjectiveOutput:
+    with precision_as(rehearsal.module, policy):
+        return rehearsal.once_more()
+
+
+def _shift(one: ObjectiveOutput, other: ObjectiveOutput) -> _Shift:
+    pairs = zip(_logits(one), _logits(other), strict=True)
+    logits = max((float((ours - theirs).abs().max()) for ours, theirs in pairs if ours.numel()), default=0.0)
+    return _Shift(logits, abs(_task_loss(one) - _task_loss(other)))
 
 
 def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
@@ -87,7 +130,9 @@ def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
     ]
     if not state:
         return Receipt(switch, "precision", "idle", "no step has been made that left state to round")
-    loose = sum(not torch.equal(rounded(value, dtype, policy.simulate.scale), value) for value in state)
+    scale = policy.simulate.scale
+    # not to the last bit: a factor that fp8 is scaled by is itself rounded, so rounding twice may move the last bit
+    loose = sum(not torch.allclose(rounded(value, dtype, scale), value, rtol=_LAST_BITS, atol=0.0) for value in state)
     if loose:
         return Receipt(
             switch,

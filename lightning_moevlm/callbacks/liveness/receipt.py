@@ -2,7 +2,8 @@
 
     alive     it acts on this model and this batch: the evidence is by how much
     idle      it could act, which a trigger on a copy has shown, and has had no cause yet
-    off       declared off at this step: weight 0, or routers that stand still by schedule
+    off       declared off at this step: weight 0, or routers that stand still by schedule; or nobody asked for it: a
+              default with nothing here to act on
     unproven  it could not be asked here: sharded weights, a loss that is no number, a layer that did not run
     dead      it cannot act: the run must not go on as if it did
 

@@ -1,0 +1,62 @@
+"""A schedule is stepped on an optimiser of its own before anything is written, and refused where that fails.
+
+torch's schedules check few of their options: StepLR divides by step_size 0 at the first step, OneCycleLR raises at the
+step after its last. The trial shows the options that never work, at the cost of a few microseconds a step; the
+optimiser is thrown away, no weight moves.
+"""
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from lightning_moevlm.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moevlm.training.vision_language_module import VisionLanguageModule
+
+FAILURES = (ArithmeticError, LookupError, TypeError, ValueError)
+"""What torch's optimisers and schedules raise for options that they cannot work with."""
+
+_MOST_STEPS = 1000
+
+
+def try_schedule(module: "VisionLanguageModule", max_steps: int = -1) -> None:
+    """Build the optimiser and the schedule of a run, and step the schedule as training would, at most 1000 times.
+
+    Args:
+        module: whose optimiser and schedule they are.
+        max_steps: of the run; below 1 it is not known, and one step is tried.
+
+    Raises:
+        UserError: one of them cannot be built, or the schedule fails, ends too early or gives a rate that is none.
+    """
+    optimizer = module.build_optimizer()
+    schedule = module.build_schedule(optimizer)
+    if schedule is None:
+        return
+    name = type(schedule).__name__
+    if isinstance(schedule, OneCycleLR) and schedule.total_steps < max_steps:
+        raise UserError(
+            f"model.schedule {name} has {schedule.total_steps} steps and trainer.max_steps is {max_steps}: set its "
+            "total_steps to ${trainer.max_steps}"
+        )
+    for step in range(1, 1 + max(1, min(max_steps, _MOST_STEPS))):
+        _step(schedule, step)
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise UserError(
+                f"model.schedule {name} gives the learning rate {min(rates):g} after step {step}: change its options"
+            )
+
+
+def _step(schedule: LRScheduler, step: int) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
+        try:
+            schedule.step()
+        except FAILURES as error:
+            raise UserError(
+                f"model.schedule {type(schedule).__name__} fails after step {step}: {error}; change its options"
+            ) from error
