@@ -5,6 +5,8 @@ imported when they run.
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from lightning_moevlm.commands.output import console, show
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.engines import Engine, LocalEngine, RayEngine, SlurmEngine
+from lightning_moevlm.unbuildable import refuse_abstract
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +76,7 @@ def run(
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
     if timeout_minutes is not None and timeout_minutes <= 0:
         raise UserError(f"--timeout_minutes is {timeout_minutes:g}; give more than 0, or leave it out for no limit")
-    chosen = engine()
+    chosen = _built(engine)
     planned = _plan(file)
     selected = _selected(planned, only)
     # What is wrong is told before anything is written.
@@ -203,6 +206,19 @@ def _selected(planned: "Plan", only: list[str] | None) -> "Plan":
     from lightning_moevlm.study.selection import select
 
     return select(planned, only or [])
+
+
+def _built(engine: Callable[[], Engine]) -> Engine:
+    """Build the engine; the parser hands a class on as a partial of functions of its own.
+
+    Raises:
+        UserError: the class is abstract, or refuses its options.
+    """
+    handed_on = engine.args if isinstance(engine, functools.partial) else (engine,)
+    for part in handed_on:
+        if inspect.isclass(part):
+            refuse_abstract("--engine", part)
+    return engine()
 
 
 def _execute(

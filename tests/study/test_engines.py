@@ -255,6 +255,15 @@ def test_one_that_does_not_listen_is_made_to_end(tmp_path, monkeypatch):
     assert child.poll().code == -signal.SIGKILL
 
 
+def test_cancelled_jobs_tell_the_signal_that_ended_them(tmp_path):
+    engine = LocalEngine(num_gpus=0)
+    engine.open(tmp_path, 2, 2)
+    for ticket in ("a", "b"):
+        engine.submit(job_of(tmp_path, "import time; time.sleep(60)", ticket=ticket))
+    engine.cancel(["a", "b"])
+    assert [engine.poll(ticket).code for ticket in ("a", "b")] == [-signal.SIGTERM] * 2
+
+
 def test_worker_writes_down_how_the_run_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     code = "import os; print(os.environ['TOLD'], os.environ.get('SLURM_NTASKS')); raise SystemExit(3)"
