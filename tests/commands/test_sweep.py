@@ -13,7 +13,6 @@ from lightning_moevlm.study.engines import Engine
 from lightning_moevlm.tracking.runs import find_runs
 from tests.commands.small_study import Moevlm, Study
 
-
 HERE = "tests.commands.test_sweep"
 
 
