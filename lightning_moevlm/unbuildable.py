@@ -67,7 +67,8 @@ def refuse_abstract(key: str, named: type) -> None:
         return
     concrete = names_below(named)[0]
     choice = few(concrete)
-    lacks = ", ".join(sorted(named.__abstractmethods__))
+    members = inspect.getmembers(named)
+    lacks = ", ".join(name for name, member in members if getattr(member, "__isabstractmethod__", False))
     advice = (
         (f"choose {choice}" if choice else "`moevlm list` shows what can be named")
         if concrete

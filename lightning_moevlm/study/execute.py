@@ -255,10 +255,10 @@ def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> li
             shutil.rmtree(folder, ignore_errors=True)
         if not state.status.has_result:
             state = _adopt(plan, run, experiment) or state
-        over = state.status.has_result if plan.study.stop_hopeless is None else state.status.is_settled
+        over = state.status.has_result if plan.comparison.stop_hopeless is None else state.status.is_settled
         if not over and (state.status is not Status.FAILED or retry):
             waiting.append(run)
-    waiting.sort(key=lambda run: plan.study.seeds.index(run.seed))  # stable: arms stay in order
+    waiting.sort(key=lambda run: plan.comparison.seeds.index(run.seed))  # stable: arms stay in order
     return [*elsewhere, *waiting]
 
 
