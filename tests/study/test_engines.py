@@ -343,7 +343,7 @@ def test_ray_without_room_says_so(tmp_path):
 @needs_ray
 @pytest.mark.slow
 def test_own_ray_cluster_turns_strangers_away(tmp_path):
-    """It runs what it is sent: only this machine reaches it, and there a program that does not know the secret fails."""
+    """It runs what it is sent: only this machine reaches it, and who does not know the secret fails there."""
     engine = RayEngine()
     engine.open(tmp_path, 1, 1)
     try:
