@@ -37,7 +37,6 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.notices import Notices, ReleaseNotices, calm_terminal, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
-from lightning_moevlm.refused_nulls import refuse_nulls
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.signatures import imported_class
@@ -45,6 +44,7 @@ from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import HOLDS_CODE, look_at_checkpoint, refuse_other_model
 from lightning_moevlm.training.refusals import refuse_other_groups, refuse_other_precision
+from lightning_moevlm.unbuildable import refuse_unbuildable
 
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 
@@ -123,7 +123,7 @@ class CommandLine(LightningCLI):
         gc.freeze()  # what imports and parsers made stays: no collection need walk it
         gc.enable()
         config = self.config[self.subcommand]
-        _refuse_nulls(config.as_dict())
+        _refuse_unbuildable(config.as_dict())
         if self.subcommand == "predict":
             config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
         if config.weights_only is False:
@@ -211,7 +211,7 @@ class ConfigResolver:
             namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)
             resolved: dict[str, object] = yaml.safe_load(self._parser.dump(namespace, skip_unset=False))
-            _refuse_nulls(resolved)
+            _refuse_unbuildable(resolved)
         return resolved
 
 
@@ -329,9 +329,9 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
     return words
 
 
-def _refuse_nulls(resolved: Mapping[str, Any]) -> None:
+def _refuse_unbuildable(resolved: Mapping[str, Any]) -> None:
     for section, part in _SECTIONS.items():
-        refuse_nulls(section, part, resolved[section])
+        refuse_unbuildable(section, part, resolved[section])
 
 
 def _save_nothing(callbacks: object) -> None:

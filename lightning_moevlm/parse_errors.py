@@ -30,6 +30,7 @@ _GIVEN = re.compile(r"Given value: (.*)")
 _GOT = re.compile(r"\.? Got value: (.*)")
 _REJECTED_CLASS = re.compile(r"class_path='([^']+)'")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+?)\.?(?: |$)")
+_OTHER_CLASS = re.compile(r"Expected '(\S+)' to be (?:a subclass of|a function that returns) ")
 _NO_OPTION = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'")
 _UNKNOWN = re.compile(r"[Uu]nrecognized arguments: --([\w.-]+)(\+?)")
 _NO_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)")
@@ -168,10 +169,10 @@ def _of_an_option(complaints: Sequence[_Complaint], where: str, types: Types) ->
 
 
 def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
-    """Tell a class that is not there: the nearest of the right kind, or all if they are few."""
+    """Tell a class that is not there, or of another kind: the nearest of the right kind, or all if they are few."""
     for each in complaints:
-        missing = _NO_CLASS.search(each.text)
-        if missing:
+        missing, other = _NO_CLASS.search(each.text), _OTHER_CLASS.search(each.text)
+        if missing or other:
             break
     else:
         return None
@@ -179,15 +180,18 @@ def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     below = [names_below(base) for base in classes_of(annotation)]
     own = [name for names, _ in below for name in names]
     foreign = [name for _, names in below for name in names]
+    choice = few(own)
+    others = ", one of torch or Lightning" if foreign else ""
+    advice = f"choose {choice}{others}, or give a class_path" if choice else "`moevlm list` shows what can be named"
+    if missing is None:
+        assert other is not None
+        return f"{where}: {other[1]} is not {in_words(annotation)}; {advice}"
     if below and all(is_record(base) for base in classes_of(annotation)):  # a value is asked for, not a class
         return f"{where}: {missing[1]} is no such value; give {in_words(annotation)}"
     near = nearest(missing[1], own)
     if near is None or missing[1].lower() not in near.lower():  # of equals, ours
         near = nearest(missing[1], [*own, *foreign])
     meant = f"did you mean {near}? " if near else ""
-    choice = few(own)
-    others = ", one of torch or Lightning" if foreign else ""
-    advice = f"choose {choice}{others}, or give a class_path" if choice else "`moevlm list` shows what can be named"
     return f"{where}: there is no class {missing[1]}; {meant}{advice}"
 
 

@@ -122,7 +122,11 @@ def _alternatives(annotation: object) -> list[str]:
     if isinstance(annotation, type) and is_record(annotation):
         return [f"a {annotation.__name__} {{{', '.join(options_of(annotation))}}}"]
     classes = classes_of(annotation)
-    return [_WORDS.get(annotation) or (f"a {classes[0].__name__}" if classes else _plain(annotation))]
+    return [_WORDS.get(annotation) or (_one(classes[0].__name__) if classes else _plain(annotation))]
+
+
+def _one(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
 
 
 def _plain(annotation: Any) -> str:

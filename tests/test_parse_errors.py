@@ -50,6 +50,12 @@ def resolver() -> ConfigResolver:
         ),
         ("model.init_std", None, "model.init_std is null, which it cannot be: give a number, or leave the option out"),
         (
+            f"{ROUTER}.class_path",
+            "Router",
+            f"{ROUTER}: Router is abstract, so that nothing can be built of it; `moevlm list` shows what can be named",
+        ),
+        (f"{ROUTER}.class_path", "torch.nn.Linear", "torch.nn.Linear is not a Router; `moevlm list` shows what can"),
+        (
             "model.losses.load_balance.wieght",
             0.1,
             "model.losses.load_balance: LoadBalance takes no 'wieght'; did you mean weight? it takes weight, scope or",

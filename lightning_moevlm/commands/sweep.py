@@ -5,6 +5,8 @@ imported when they run.
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from lightning_moevlm.commands.output import console, show
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.engines import Engine, LocalEngine, RayEngine, SlurmEngine
+from lightning_moevlm.unbuildable import refuse_abstract
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +76,7 @@ def run(
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
     if timeout_minutes is not None and timeout_minutes <= 0:
         raise UserError(f"--timeout_minutes is {timeout_minutes:g}; give more than 0, or leave it out for no limit")
-    chosen = engine()
+    chosen = _built(engine)
     planned = _plan(file)
     selected = _selected(planned, only)
     # What is wrong is told before anything is written.
@@ -81,7 +84,7 @@ def run(
         _check_data(selected)
     uri = _store_of(planned)
     with hold_study(planned.folder):
-        experiment = open_experiment(uri, planned.study.name)
+        experiment = open_experiment(uri, planned.comparison.name)
         keep_store(planned.folder, uri)
         keep_baseline(planned)
         waiting = to_do(selected, experiment, chosen, retry)
@@ -147,8 +150,8 @@ def report(
     planned = _plan(file)
     ledger = read_ledger(planned)
     if all(state.run_id is None for _, state in ledger):
-        raise UserError(f"nothing of {planned.study.name} has run yet; start it with `moevlm sweep run {file}`")
-    experiment = open_experiment(_store_of(planned), planned.study.name)
+        raise UserError(f"nothing of {planned.comparison.name} has run yet; start it with `moevlm sweep run {file}`")
+    experiment = open_experiment(_store_of(planned), planned.comparison.name)
     _deliver(planned)
     if any(state.status is Status.ENDED for _, state in ledger):
         with hold_study(planned.folder):
@@ -159,7 +162,7 @@ def report(
         return
     result = gather(planned, ledger, experiment.uri)
     if not unfair and records == "arms":
-        refuse_biased(planned.study.name, result.unlike, _run_again(planned))
+        refuse_biased(planned.comparison.name, result.unlike, _run_again(planned))
     _show((), records_of(result)[records], json)
 
 
@@ -205,6 +208,19 @@ def _selected(planned: "Plan", only: list[str] | None) -> "Plan":
     return select(planned, only or [])
 
 
+def _built(engine: Callable[[], Engine]) -> Engine:
+    """Build the engine; the parser hands a class on as a partial of functions of its own.
+
+    Raises:
+        UserError: the class is abstract, or refuses its options.
+    """
+    handed_on = engine.args if isinstance(engine, functools.partial) else (engine,)
+    for part in handed_on:
+        if inspect.isclass(part):
+            refuse_abstract("--engine", part)
+    return engine()
+
+
 def _execute(
     planned: "Plan",
     experiment: "Experiment",
@@ -227,7 +243,7 @@ def _execute(
     at_once = engine.open(planned.folder / JOBS_FOLDER, jobs, len(waiting))
     try:
         terminal.print(
-            f"{planned.study.name}: {total} runs, {len(waiting)} to do, {at_once} at a time, engine {engine.name}",
+            f"{planned.comparison.name}: {total} runs, {len(waiting)} to do, {at_once} at a time, engine {engine.name}",
             highlight=False,
         )
         with SweepProgress(terminal, total, total - len(waiting), at_once) as progress:
@@ -251,8 +267,8 @@ def _probes(planned: "Plan") -> "dict[str, Probe]":
 
     _check_data(planned)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("probe", total=len(planned.study.arms))
-        started = iter(range(len(planned.study.arms)))
+        task = bar.add_task("probe", total=len(planned.comparison.arms))
+        started = iter(range(len(planned.comparison.arms)))
 
         def tick(arm: str) -> None:
             bar.update(task, description=f"probe {arm}", completed=next(started))
@@ -348,7 +364,7 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
 
     result = gather(planned, read_ledger(planned), experiment.uri)
     if not unfair:
-        refuse_biased(planned.study.name, result.unlike, _run_again(planned))
+        refuse_biased(planned.comparison.name, result.unlike, _run_again(planned))
     folder = planned.folder / _REPORT_FOLDER
     page = folder / HTML_FILE
     sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]
@@ -363,5 +379,5 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
     if command:
         terminal.print(f"MLflow: {command}", highlight=False, soft_wrap=True, markup=False)
     address = ui_address(experiment.uri)
-    link = compare_link(address, experiment.experiment_id, planned.study.name)
+    link = compare_link(address, experiment.experiment_id, planned.comparison.name)
     terminal.print(f"        {link}", highlight=False, soft_wrap=True, markup=False)

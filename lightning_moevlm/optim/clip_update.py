@@ -11,11 +11,18 @@ from torch import Tensor
 from lightning_moevlm.optim.roles import root_mean_squares
 
 
-def clip_update_(params: list[Tensor], old: list[Tensor], lr: float, threshold: float, stacked: bool) -> None:
-    """Shorten, in place, the way that parameters went from their old values; short ones stay bit for bit."""
+def clip_update_(params: list[Tensor], old: list[Tensor], lr: float, threshold: float, stacked: bool) -> list[Tensor]:
+    """Shorten, in place, the way that parameters went from their old values; short ones stay bit for bit.
+
+    Returns:
+        Of each parameter, whether it was shortened: bool scalars; none where nothing moved.
+    """
     if lr == 0:
-        return  # nothing moved
+        return []
+    acted = []
     rms = root_mean_squares(torch._foreach_sub(params, old), stacked)
     for p, before, size in zip(params, old, rms, strict=True):
         taken = 1 / (size / (lr * threshold)).clamp(min=1.0)
         p.lerp_(before, (1 - taken).to(p.dtype))
+        acted.append((taken < 1).any())
+    return acted

@@ -27,13 +27,15 @@ class GradientEvents(NamedTuple):
 
     norm: of the gradient as it came, fp32. coefficient: its norm after clipping over the one before, fp32.
     skipped: whether the step is left out, bool; None where none ever is. num_skipped: steps left out on the way to this
-    model, int64.
+    model, int64. shortened: of each clip that is on, by its option, whether it made a gradient or an update shorter,
+    bool.
     """
 
     norm: Tensor
     coefficient: Tensor
     skipped: Tensor | None
     num_skipped: Tensor
+    shortened: Mapping[str, Tensor]
 
 
 class GradientControl:
@@ -69,24 +71,28 @@ class GradientControl:
         gradients = [p.grad for p in self._params if p.grad is not None]
         norm = clipped = get_total_norm(gradients).float()
         statistics, averages = self._statistics, self._averages
-        skip = None
+        skip, shortened = None, {}
         if options.skip_spikes is not None:
             skip, self._spikes = options.skip_spikes(loss.float(), norm, self._spikes)
         if options.clip_value is not None:
             clip_grad_value_(self._params, options.clip_value)
+            before, clipped = clipped, get_total_norm(gradients).float()
+            shortened["clip_value"] = clipped < before
         if options.ada_gc is not None:
             self._clip_tensors(options.ada_gc)
-        if options.clip_value is not None or options.ada_gc is not None:
-            clipped = get_total_norm(gradients).float()
+            before, clipped = clipped, get_total_norm(gradients).float()
+            shortened["ada_gc"] = clipped < before
         if options.z_clip is not None:
             coefficient, self._statistics = options.z_clip(clipped, self._statistics)
+            shortened["z_clip"] = coefficient < 1
             torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
             clipped = clipped * coefficient
         if options.clip_norm is not None:
             clip_grads_with_norm_(self._params, options.clip_norm, clipped.to(gradients[0].dtype))
+            shortened["clip_norm"] = clipped > options.clip_norm
             clipped = clipped.clamp(max=options.clip_norm)
         ratio = torch.where(norm > 0, clipped / norm, torch.ones_like(norm))
-        self.events = GradientEvents(norm, ratio, skip, self._spikes.num_skipped)
+        self.events = GradientEvents(norm, ratio, skip, self._spikes.num_skipped, shortened)
         if options.clip_update is not None:
             self._old = [p.detach().clone() for p in self._params]
         if skip is not None:
@@ -98,11 +104,14 @@ class GradientControl:
     def after_update(self) -> None:
         """Shorten the update, or undo it; does nothing where no update was announced."""
         if self._old is not None:
-            assert self.options.clip_update is not None
-            old = iter(self._old)
+            assert self.options.clip_update is not None and self.events is not None
+            old, acted = iter(self._old), []
             for group in self._optimizer.param_groups:
                 before = [next(old) for _ in group["params"]]
-                clip_update_(group["params"], before, group["lr"], self.options.clip_update, is_stack(group))
+                acted += clip_update_(group["params"], before, group["lr"], self.options.clip_update, is_stack(group))
+            none = torch.zeros((), dtype=torch.bool, device=self._params[0].device)
+            shortened = torch.stack(acted).any() if acted else none
+            self.events = self.events._replace(shortened={**self.events.shortened, "clip_update": shortened})
             self._old = None
         if self._undoable is not None:
             self._undoable.finish()

@@ -123,20 +123,30 @@ class Child:
 
     def end(self) -> None:
         """End it and all below it, unless it has ended: asked first, after some patience made to."""
-        if self.process.poll() is not None:
-            return
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.terminate()
+        end_children([self])
+
+
+def end_children(children: Sequence[Child]) -> None:
+    """End our own processes and all below them, at once: first asked (SIGTERM), after some patience made to (SIGKILL).
+
+    Whoever waits for a child first has its exit code, so that psutil, which `end_all` waits by, would keep it.
+    """
+    living = [child.process for child in children if child.process.poll() is None]
+    below = [process for child in living for process in psutil.Process(child.pid).children(recursive=True)]
+    for process in living:
+        process.terminate()
+    patience_ends = time.monotonic() + PATIENCE_SECONDS
+    for process in living:
         try:
-            self.process.wait(PATIENCE_SECONDS)  # not psutil's: whoever waits first has the exit code
+            process.wait(max(0.0, patience_ends - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        _make_end(below, PATIENCE_SECONDS)
+            process.kill()
+            process.wait()
+    _make_end(below, PATIENCE_SECONDS)
 
 
 def end_all(pids: Sequence[int], patience_seconds: float) -> None:
-    """End processes and all below them: first asked (SIGTERM), after the patience made to (SIGKILL)."""
+    """End processes of others and all below them: first asked (SIGTERM), after the patience made to (SIGKILL)."""
     asked: list[psutil.Process] = []
     family: list[psutil.Process] = []
     for pid in pids:

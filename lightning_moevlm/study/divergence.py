@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from lightning_moevlm import keys
-from lightning_moevlm.study.spec import Divergence
+from lightning_moevlm.study.comparison import Divergence
 from lightning_moevlm.tracking.runs import Point
 
 NONFINITE_STEP = keys.FIRST_NONFINITE_STEP.key()

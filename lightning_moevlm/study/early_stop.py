@@ -37,7 +37,7 @@ class EarlyStop:
             MlflowException, OSError: the store does not answer.
         """
         self._next = time.monotonic() + self._look_seconds
-        rule, found = self._plan.study.diverged, []
+        rule, found = self._plan.comparison.diverged, []
         withdrawn = {arm: withdrawn_arm(self._plan, arm, self._experiment) for arm in {run.arm for run in runs}}
         for run in runs:
             run_id = read_state(self._plan.run_folder(run)).run_id
@@ -51,7 +51,7 @@ class EarlyStop:
 
 def withdrawn_arm(plan: Plan, arm: str, experiment: Experiment) -> Withdrawal | None:
     """Return why an arm is withdrawn by the study's rule, or None, from what its runs have logged so far."""
-    study = plan.study
+    study = plan.comparison
     rule = study.stop_hopeless
     if rule is None or arm == study.baseline:
         return None
@@ -61,17 +61,17 @@ def withdrawn_arm(plan: Plan, arm: str, experiment: Experiment) -> Withdrawal | 
 
 def has_reached(plan: Plan, run: PlannedRun, experiment: Experiment) -> bool:
     """Whether a run has logged the primary metric at the rule's step or later."""
-    rule, run_id = plan.study.stop_hopeless, read_state(plan.run_folder(run)).run_id
+    rule, run_id = plan.comparison.stop_hopeless, read_state(plan.run_folder(run)).run_id
     if rule is None or run_id is None:
         return False
-    return any(point.step >= rule.at_step for point in experiment.history(run_id, plan.study.primary.metric))
+    return any(point.step >= rule.at_step for point in experiment.history(run_id, plan.comparison.primary.metric))
 
 
 def _at_step(plan: Plan, arm: str, experiment: Experiment, step: int) -> dict[int, float]:
     values = {}
     for run in plan.runs:
         run_id = read_state(plan.run_folder(run)).run_id if run.arm == arm else None
-        for point in experiment.history(run_id, plan.study.primary.metric) if run_id is not None else ():
+        for point in experiment.history(run_id, plan.comparison.primary.metric) if run_id is not None else ():
             if point.step == step:
                 values[run.seed] = point.value
     return values

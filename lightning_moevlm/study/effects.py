@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_moevlm.study.comparison import Direction
 from lightning_moevlm.study.intervals import Interval, bootstrap_interval, interval_of, t_interval
 from lightning_moevlm.study.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
 from lightning_moevlm.study.power import seeds_needed
-from lightning_moevlm.study.spec import Direction
 from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Verdict, decide, with_guards
 
 

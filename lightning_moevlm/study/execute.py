@@ -37,6 +37,7 @@ from lightning_moevlm.study.ledger import (
 )
 from lightning_moevlm.study.plan import Plan, PlannedRun
 from lightning_moevlm.study.silent_store import SilentStore, StoreSilentError
+from lightning_moevlm.tracking.store import sqlite_path
 
 OVERRIDES_FILE = "overrides.yaml"
 SILENCE = "a silent store"
@@ -105,6 +106,7 @@ class _AtWork:
     early: EarlyStop
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     ended: list[tuple[PlannedRun, Ended]] = field(default_factory=list)  # and not judged
+    cut_short: set[str] = field(default_factory=set)  # names of those that we ended early
 
     def begin(self, run: PlannedRun) -> bool:
         """Hand a run to the engine; return False where the engine had it already.
@@ -161,7 +163,7 @@ class _AtWork:
                 break
             if self.store.attempt(partial(settle, self.plan, run, self.experiment, ended)):
                 watcher.ended(run, read_state(self.plan.run_folder(run)))
-            elif ended.code != 0 and may_repeat(run):  # as likely as not it found no store when it began
+            elif self._may_have_met_silence(run, ended) and may_repeat(run):
                 self._interrupt(run)
                 again.append(run)
             else:
@@ -176,6 +178,7 @@ class _AtWork:
         if tickets and self.early.is_due and self.store.is_ready:
             self.store.attempt(lambda: over.extend(self.early.over(tuple(self.runs.values()))))
         if over:
+            self.cut_short.update(run.name for run in over)
             self.engine.cancel([tickets[run.name] for run in over])
 
     def stop(self) -> None:
@@ -188,6 +191,14 @@ class _AtWork:
         for ticket, run in self.runs.items():
             if self.engine.poll(ticket) is not None:
                 self._interrupt(run)
+
+    def _may_have_met_silence(self, run: PlannedRun, ended: Ended) -> bool:
+        """Whether a run may have ended as it did because it found no store when it began.
+
+        Not where we ended it, nor where the store is a file: that is busy for a moment at most, and a run that goes on
+        past its crash would turn that into a result.
+        """
+        return ended.code != 0 and run.name not in self.cut_short and sqlite_path(self.experiment.uri) is None
 
     def _claim(self, run: PlannedRun, run_id: str | None) -> str:
         """Return the id of the run's one run in MLflow: that of the attempt to go on with, or a new one."""
@@ -255,10 +266,10 @@ def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> li
             shutil.rmtree(folder, ignore_errors=True)
         if not state.status.has_result:
             state = _adopt(plan, run, experiment) or state
-        over = state.status.has_result if plan.study.stop_hopeless is None else state.status.is_settled
+        over = state.status.has_result if plan.comparison.stop_hopeless is None else state.status.is_settled
         if not over and (state.status is not Status.FAILED or retry):
             waiting.append(run)
-    waiting.sort(key=lambda run: plan.study.seeds.index(run.seed))  # stable: arms stay in order
+    waiting.sort(key=lambda run: plan.comparison.seeds.index(run.seed))  # stable: arms stay in order
     return [*elsewhere, *waiting]
 
 

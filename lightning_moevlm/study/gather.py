@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import arm_stability
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM
-from lightning_moevlm.study.comparison import Comparison, comparison_of
+from lightning_moevlm.study.comparison import Arm, Comparison
 from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_effect
 from lightning_moevlm.study.equal_budget import (
     THROUGHPUT,
@@ -30,7 +30,6 @@ from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.results import ArmResult, LadderResult, Mean, RunResult, StudyResult, mean_of, rule_of
-from lightning_moevlm.study.spec import Arm
 from lightning_moevlm.study.stability import TRAIN_LOSS, stability_of
 from lightning_moevlm.study.verdict import Guarded, Rule
 from lightning_moevlm.tracking.runs import find_runs
@@ -50,12 +49,12 @@ def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) 
     """
     ids = [state.run_id for _, state in ledger if state.run_id is not None]
     series = metric_series(uri, ids)
-    tags = {row.run_id: row.tags for row in find_runs(uri, plan.study.name, {ROLE: ROLE_ARM})}
+    tags = {row.run_id: row.tags for row in find_runs(uri, plan.comparison.name, {ROLE: ROLE_ARM})}
     results = [
         result_of(run, state, series.get(state.run_id or "", {}), tags.get(state.run_id or "", {}))
         for run, state in ledger
     ]
-    return compare(comparison_of(plan.study), plan.cards, results)
+    return compare(plan.comparison, plan.cards, results)
 
 
 def result_of(

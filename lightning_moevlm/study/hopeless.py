@@ -22,9 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_moevlm.study.comparison import Comparison
+from lightning_moevlm.study.comparison import Comparison, Hopeless, Primary
 from lightning_moevlm.study.effects import Effect, paired_differences, paired_effect
-from lightning_moevlm.study.spec import Hopeless, Primary
 from lightning_moevlm.study.verdict import Rule, Verdict
 from lightning_moevlm.tracking.series import Series
 

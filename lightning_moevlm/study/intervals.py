@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from lightning_moevlm.study.spec import Test
+from lightning_moevlm.study.comparison import Test
 
 _BOOTSTRAP_LEAST = 3  # of two numbers there are three distinct resamples: no interval worth the name
 _BOOTSTRAP_RESAMPLES = 9_999

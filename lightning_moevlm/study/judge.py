@@ -66,7 +66,7 @@ def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, ended: Ended) ->
     folder = plan.run_folder(run)
     state = dataclasses.replace(ended_state(read_state(folder), ended), reason="")
     assert state.run_id is not None
-    rule = plan.study.diverged
+    rule = plan.comparison.diverged
     why = "" if ended.reason else divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
     if why:
         return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
@@ -91,7 +91,7 @@ def _why_failed(ended: Ended, lack: str, tail: Sequence[str]) -> str:
 
 def lack_of(plan: Plan, run: PlannedRun, experiment: Experiment, run_id: str) -> str:
     """Return what a run lacks to be a result, or "": the primary metric after the whole budget, not before."""
-    primary, budget = plan.study.primary.metric, run.max_steps
+    primary, budget = plan.comparison.primary.metric, run.max_steps
     points = experiment.history(run_id, primary)
     if not points:
         return f"logged no {primary}: the study has nothing to compare"

@@ -55,8 +55,8 @@ def plan_records(
 ) -> list[PlanRecord]:
     """Return one record per planned run. statuses: by run folder; probes: by arm, if any."""
     minutes = plan.study.budget.minutes
-    changes = {arm.name: flat(arm.changes) for arm in plan.study.arms}
-    levels = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan.study.arms}
+    changes = {arm.name: flat(arm.changes) for arm in plan.comparison.arms}
+    levels = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan.comparison.arms}
     return [
         PlanRecord(
             study=run.study,

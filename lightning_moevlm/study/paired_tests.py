@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import stats
 
+from lightning_moevlm.study.comparison import Test
 from lightning_moevlm.study.intervals import is_constant
-from lightning_moevlm.study.spec import Test
 
 _EXACT_MOST = 50  # seeds; beyond, SciPy's normal approximation
 

@@ -6,13 +6,13 @@ logger, output folder), so that studies of other lengths and seeds share it. `sw
 run is kept beside the study's runs under its digest; from there a refusal tells which keys have changed since.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.changes import OWNED
+from lightning_moevlm.study.digest import digest_of_text
 from lightning_moevlm.study.ledger import write_whole
 from lightning_moevlm.study.plan import Plan, seedless
 from lightning_moevlm.tracking.config_diff import changes
@@ -38,7 +38,7 @@ def refuse_other_baseline(plan: Plan) -> None:
     if pin is None or leaves is None or pin.digest == (now := _digest(leaves)):
         return
     raise UserError(
-        f"{plan.study.file}:{pin.line}: baseline_digest: the baseline {plan.study.baseline!r} is now {now} and no "
+        f"{plan.study.file}:{pin.line}: baseline_digest: the baseline {plan.comparison.baseline!r} is now {now} and no "
         f"longer the pinned {pin.digest}: {_what_changed(plan, pin.digest, leaves)}. Undo the change, or, if it is "
         f"meant, pin it: `baseline_digest: '{now}'`"
     )
@@ -52,7 +52,7 @@ def keep_baseline(plan: Plan) -> None:
 
 
 def _baseline(plan: Plan) -> dict[str, str] | None:
-    run = next((run for run in plan.runs if run.arm == plan.study.baseline), None)
+    run = next((run for run in plan.runs if run.arm == plan.comparison.baseline), None)
     if run is None:
         return None
     leaves = seedless(run.resolved)
@@ -62,7 +62,7 @@ def _baseline(plan: Plan) -> dict[str, str] | None:
 
 
 def _digest(leaves: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_of_text(json.dumps(leaves, sort_keys=True))
 
 
 def _what_changed(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:

@@ -7,7 +7,6 @@ Resolving needs the command line's parser, which lies above this folder; it is h
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shipped import find_file
+from lightning_moevlm.study.comparison import Arm, Comparison
+from lightning_moevlm.study.digest import DIGITS, digest_of_text
 from lightning_moevlm.study.seed_keys import MARK, Key, follow_plainly, marked_keys, with_seed
-from lightning_moevlm.study.spec import Arm, Study
+from lightning_moevlm.study.spec import Study
 from lightning_moevlm.tracking.config_diff import flat as spelled
 
 if TYPE_CHECKING:  # it lies beside the models, which import torch
@@ -98,6 +99,11 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     cards: "dict[str, ModelCard]"
 
+    @property
+    def comparison(self) -> Comparison:
+        """What the study compares."""
+        return self.study.comparison
+
     def run_folder(self, run: PlannedRun) -> Path:
         """Where a run keeps its state, log and checkpoints."""
         return self.folder / run.folder
@@ -116,14 +122,14 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
         UserError: where a run does not resolve (names the arm), two arms are the same, seeds change nothing, or an arm
             differs in what it must share with the baseline.
     """
-    folder = sweeps / study.name
-    steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in study.arms}
+    arms, folder = study.comparison.arms, sweeps / study.comparison.name
+    steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in arms}
     proven: set[frozenset[Key]] = set()
-    runs = tuple(run for arm in study.arms for run in _of_arm(study, arm, steps[arm.name], resolve, folder, proven))
+    runs = tuple(run for arm in arms for run in _of_arm(study, arm, steps[arm.name], resolve, folder, proven))
     _refuse_twins(study, runs)
     _refuse_idle_seeds(study, runs)
     first = {run.arm: run for run in reversed(runs)}
-    cards = {arm.name: _in_arm(study, arm, partial(describe, first[arm.name].resolved)) for arm in study.arms}
+    cards = {arm.name: _in_arm(study, arm, partial(describe, first[arm.name].resolved)) for arm in arms}
     if study.match == "active_flops":
         _refuse_unequal_flops(study, cards)
     return Plan(study, folder, runs, cards)
@@ -132,7 +138,7 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
 def digest_of(resolved: Mapping[str, Any]) -> str:
     """Return the first 12 hex digits of the SHA-256 of the config's canonical JSON, cosmetic keys left out."""
     text = json.dumps(essential(resolved), sort_keys=True, separators=(",", ":"), default=_path_as_text)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest_of_text(text)
 
 
 def essential(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +174,7 @@ def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder:
         return None
     if budget.max_steps is not None:
         return budget.max_steps
-    resolved = _planned(study, arm, study.seeds[0], 1, resolve, folder).resolved
+    resolved = _planned(study, arm, study.comparison.seeds[0], 1, resolve, folder).resolved
     return _in_arm(study, arm, lambda: budget.steps(resolved, describe(resolved)))
 
 
@@ -179,8 +185,8 @@ def _of_arm(
 
     Keys are known once the configs of the smallest and the largest seed, resolved by themselves, came out the same.
     """
-    runs = _of_marked(study, arm, steps, resolve, folder, proven) if len(study.seeds) > 1 else None
-    return runs or [_planned(study, arm, seed, steps, resolve, folder) for seed in study.seeds]
+    runs = _of_marked(study, arm, steps, resolve, folder, proven) if len(study.comparison.seeds) > 1 else None
+    return runs or [_planned(study, arm, seed, steps, resolve, folder) for seed in study.comparison.seeds]
 
 
 def _of_marked(
@@ -191,7 +197,8 @@ def _of_marked(
     texts = [file.read_text(encoding="utf-8") for file in files if file is not None]
     if not follow_plainly([*texts, json.dumps(arm.changes, default=str)]):
         return None
-    overrides = _with_places(_draft(study, arm, study.seeds[0], steps), folder)
+    seeds = study.comparison.seeds
+    overrides = _with_places(_draft(study, arm, seeds[0], steps), folder)
     _set(overrides, "seed_everything", MARK)
     try:
         marked = resolve(list(study.base), overrides)
@@ -202,7 +209,7 @@ def _of_marked(
         return None
     if steps is None:
         _refuse_endless_schedule(study, marked)
-    runs = [_identified(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in study.seeds]
+    runs = [_identified(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in seeds]
     if keys not in proven:
         for run in (min(runs, key=attrgetter("seed")), max(runs, key=attrgetter("seed"))):
             if _planned(study, arm, run.seed, steps, resolve, folder).digest != run.digest:
@@ -227,7 +234,7 @@ def _draft(study: Study, arm: Arm, seed: int, steps: int | None) -> PlannedRun:
     _set(overrides, "trainer.max_epochs", -1)  # an epoch limit of the base must not cut the budget
     if steps is None:
         _set(overrides, "trainer.max_time", study.budget.max_time)
-    return PlannedRun(study.name, arm.name, seed, overrides, {}, digest="0" * 12, max_steps=steps)
+    return PlannedRun(study.comparison.name, arm.name, seed, overrides, {}, digest="0" * DIGITS, max_steps=steps)
 
 
 def _identified(draft: PlannedRun, resolved: dict[str, Any], folder: Path) -> PlannedRun:
@@ -289,13 +296,14 @@ def _refuse_idle_seeds(study: Study, runs: tuple[PlannedRun, ...]) -> None:
 
 def _refuse_unequal_flops(study: Study, cards: "Mapping[str, ModelCard]") -> None:
     """Refuse arms whose models compute more or less than the baseline's."""
-    wanted = cards[study.baseline].active_flops_per_sample
-    for arm in study.arms:
+    baseline = study.comparison.baseline
+    wanted = cards[baseline].active_flops_per_sample
+    for arm in study.comparison.arms:
         flops = cards[arm.name].active_flops_per_sample
         if abs(flops - wanted) > _FLOPS_TOLERANCE * wanted:
             raise UserError(
                 f"{study.file}:{arm.line}: arm {arm.name!r} has {flops:,} active FLOPs per sample, "
-                f"{100 * (flops / wanted - 1):+.3g} % against the {wanted:,} of {study.baseline!r}, and `match: "
+                f"{100 * (flops / wanted - 1):+.3g} % against the {wanted:,} of {baseline!r}, and `match: "
                 "active_flops` allows 1 %; change hidden_dim, top_k or the number of blocks of one of them, or remove "
                 "`match`"
             )

@@ -55,7 +55,7 @@ def probe_arms(plan: Plan, command: ProbeCommand, tick: Callable[[str], None]) -
     """
     first = {run.arm: run for run in reversed(plan.runs)}
     probes = {}
-    for arm in plan.study.arms:
+    for arm in plan.comparison.arms:
         tick(arm.name)
         probes[arm.name] = _probe(plan, first[arm.name], command)
     return probes

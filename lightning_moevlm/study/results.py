@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import ArmStability
-from lightning_moevlm.study.comparison import Comparison
+from lightning_moevlm.study.comparison import Arm, Comparison
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.factorial import FactorEffect
 from lightning_moevlm.study.fairness import Difference
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.lr_sensitivity import Ladder
-from lightning_moevlm.study.spec import Arm
 from lightning_moevlm.study.verdict import Rule, Verdict
 from lightning_moevlm.tracking.series import Series
 

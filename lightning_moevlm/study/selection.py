@@ -21,7 +21,7 @@ def select(plan: Plan, only: Sequence[str]) -> Plan:
     Raises:
         UserError: a name or a number that the study does not have.
     """
-    allowed = {"arm": [arm.name for arm in plan.study.arms], "seed": [str(seed) for seed in plan.study.seeds]}
+    allowed = {"arm": [arm.name for arm in plan.comparison.arms], "seed": [str(seed) for seed in plan.comparison.seeds]}
     wanted: dict[str, set[str]] = {}
     for text in only:
         name, _, values = text.partition("=")
@@ -30,11 +30,11 @@ def select(plan: Plan, only: Sequence[str]) -> Plan:
         for value in values.split(","):
             if value not in allowed[name]:
                 raise UserError(
-                    f"--only {text}: {plan.study.name} has no {name} {value!r}; {nearest(value, allowed[name])}"
+                    f"--only {text}: {plan.comparison.name} has no {name} {value!r}; {nearest(value, allowed[name])}"
                     f"choose {', '.join(allowed[name])}"
                 )
             wanted.setdefault(name, set()).add(value)
     arms, seeds = (wanted.get(name, set(allowed[name])) for name in ("arm", "seed"))
     runs = tuple(run for run in plan.runs if run.arm in arms and str(run.seed) in seeds)
-    study = dataclasses.replace(plan.study, arms=tuple(arm for arm in plan.study.arms if arm.name in arms))
-    return dataclasses.replace(plan, runs=runs, study=study)
+    part = dataclasses.replace(plan.comparison, arms=tuple(arm for arm in plan.comparison.arms if arm.name in arms))
+    return dataclasses.replace(plan, runs=runs, study=dataclasses.replace(plan.study, comparison=part))

@@ -26,21 +26,31 @@ What a study sets itself (seed, budget, logger, output folder) no arm may change
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from lightning_moevlm import keys
 from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.study.budget import Budget, read_budget
 from lightning_moevlm.study.changes import merged, read_changes
+from lightning_moevlm.study.comparison import (
+    Arm,
+    Comparison,
+    Correction,
+    Decision,
+    Direction,
+    Divergence,
+    Guard,
+    Hopeless,
+    Primary,
+    Test,
+)
 from lightning_moevlm.study.design import REFERENCE, Design
-from lightning_moevlm.study.factors import FactorLevel, read_factors
+from lightning_moevlm.study.digest import DIGITS
+from lightning_moevlm.study.factors import read_factors
 from lightning_moevlm.study.located import Located, nearest, read
 from lightning_moevlm.study.read_design import read_design
 
-Direction = Literal["lower", "higher"]
 Match = Literal["active_flops"]
-Test = Literal["t", "wilcoxon", "sign"]
-Correction = Literal["none", "holm"]
 
 _OPTIONAL = (
     *("hypothesis", "source", "arms", "factors", "design", "baseline", "match", "also", "diverged", "decide", "guard"),
@@ -48,90 +58,9 @@ _OPTIONAL = (
 )
 _MAY_STOP = ("one_in", "leave_one_out")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
-_DIGEST = re.compile(r"[0-9a-f]{12}")
+_DIGEST = re.compile(rf"[0-9a-f]{{{DIGITS}}}")
 _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
 _SEEDS_END = 2**32  # what NumPy and Lightning take
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train. changes: nested config that is merged over the base; of an explicit baseline empty.
-
-    line: where the study file declares it, from 1; for messages, no part of what the arm is. levels: of a designed
-    study, where the arm stands in each factor.
-    """
-
-    name: str
-    description: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    line: int = field(default=0, compare=False)
-    levels: tuple[FactorLevel, ...] = ()
-
-
-@dataclass(frozen=True)
-class Primary:
-    """The metric that decides, and the direction that is progress."""
-
-    metric: str
-    direction: Direction
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """When a run counts as diverged: a non-finite value, or a last value above `times_untrained` x the first one.
-
-    in_a_row: a run whose values lie above that for so many points in a row has diverged, whatever comes after, and is
-    ended there; null judges the last value alone.
-    """
-
-    metric: str
-    times_untrained: float
-    in_a_row: int | None = None
-
-    @property
-    def rule(self) -> str:
-        """The rule in words."""
-        early = f"{self.in_a_row} values in a row or " if self.in_a_row else ""
-        return (
-            f"{self.metric} not finite, or {early}its last value above {self.times_untrained:g} x the untrained model's"
-        )
-
-
-@dataclass(frozen=True)
-class Hopeless:
-    """At which step an arm is withdrawn, and how far behind the baseline's primary metric; see `hopeless`."""
-
-    at_step: int
-    worse_by: float
-
-    @property
-    def words(self) -> str:
-        """The rule in words."""
-        return f"worse than the baseline of its seed by more than {self.worse_by:g} at step {self.at_step}"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How a verdict is reached.
-
-    alpha: two-sided error rate, of one comparison or, corrected, of all of them; intervals cover 1 - alpha. test: which
-    paired test's p is told and corrected. correction: over all comparisons of the study. within: an arm whose whole
-    interval lies inside +- this, in the primary metric's unit, makes no difference that matters; null asks for none.
-    """
-
-    alpha: float = 0.05
-    test: Test = "t"
-    correction: Correction = "none"
-    within: float | None = None
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A metric that an arm may not make worse than the baseline's by more than `at_most`, in the metric's unit."""
-
-    metric: str
-    direction: Direction
-    at_most: float
 
 
 @dataclass(frozen=True)
@@ -146,28 +75,15 @@ class Pin:
 class Study:
     """A study file as read.
 
-    file: where it was read; base: config files as the command line takes them; design: what made the arms, None where
-    the file lists them; match: what every arm must share with the baseline; pin: the baseline must be this one.
+    comparison: what is compared, and by which rules. file: where it was read; base: config files as the command line
+    takes them; match: what every arm must share with the baseline; pin: the baseline must be this one.
     """
 
-    name: str
+    comparison: Comparison
     file: Path
-    question: str
-    hypothesis: str
-    source: str
     base: tuple[Path, ...]
-    baseline: str
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
     budget: Budget
-    primary: Primary
-    also: tuple[str, ...]
-    diverged: Divergence
-    decide: Decision
-    guard: tuple[Guard, ...] = ()
-    design: Design | None = None
     match: Match | None = None
-    stop_hopeless: Hopeless | None = None
     pin: Pin | None = None
 
 
@@ -192,25 +108,30 @@ def read_study(file: Path) -> Study:
     arms = _explicit_arms(top["arms"]) if design is None else _designed_arms(design, top["design"])
     primary = _primary(top["primary"])
     budget = read_budget(top["budget"])
-    return Study(
+    comparison = Comparison(
         name=file.stem,
-        file=file,
         question=top["question"].text(),
         hypothesis=top["hypothesis"].text() if "hypothesis" in top else "",
         source=top["source"].text() if "source" in top else "",
-        base=tuple(_config_file(node) for node in top["base"].sequence()),
         baseline=_baseline(top, arms, designed=design is not None),
         arms=arms,
         seeds=_seeds(top["seeds"]),
-        budget=budget,
+        spends=budget.words,
+        equal_steps=budget.max_steps is not None,
         primary=primary,
         also=tuple(_metric(node) for node in top["also"].sequence()) if "also" in top else (),
         diverged=_divergence(top.get("diverged"), primary),
         decide=_decision(top.get("decide")),
         guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
         design=design,
-        match=_match(top.get("match")),
         stop_hopeless=_hopeless(top.get("stop_hopeless"), budget, design),
+    )
+    return Study(
+        comparison,
+        file,
+        base=tuple(_config_file(node) for node in top["base"].sequence()),
+        budget=budget,
+        match=_match(top.get("match")),
         pin=_pin(top.get("baseline_digest")),
     )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from lightning_moevlm.study.comparison import Correction, Test
 from lightning_moevlm.study.cost_of_arms import costs_table
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.fraction import Fraction
@@ -17,7 +18,6 @@ from lightning_moevlm.study.probe import NUM_STEPS, Probe
 from lightning_moevlm.study.progress import duration
 from lightning_moevlm.study.receipts import receipts_table
 from lightning_moevlm.study.results import ArmResult, StudyResult, rule_of
-from lightning_moevlm.study.spec import Correction, Test
 from lightning_moevlm.study.stability_tables import (
     equal_budget_table,
     fairness_table,
@@ -58,7 +58,7 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
     total = ", ".join(f"{count} {word}" for word, count in counts.items())
     job = ("job",) if on_cluster else ()
     columns = ("run", "status", "time", "attempts", "MLflow run", *job, "why")
-    return Table(plan.study.name, columns, rows, (total,))
+    return Table(plan.comparison.name, columns, rows, (total,))
 
 
 def effects_table(result: StudyResult) -> Table:
@@ -201,7 +201,7 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
     first = {run.arm: run for run in reversed(plan.runs)}
     minutes = plan.study.budget.minutes
     rows = []
-    for arm in plan.study.arms:
+    for arm in plan.comparison.arms:
         card = plan.cards[arm.name]
         sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
         changes = "\n".join(f"{key}: {_shown(value)}" for key, value in flat(arm.changes).items())
@@ -219,15 +219,15 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
             f"estimated: {duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
             f"{NUM_STEPS} steps of each arm, without tracking and checkpoints.",
         )
-    return Table(f"{plan.study.name}: {plan.study.question}", columns, tuple(rows), notes)
+    return Table(f"{plan.comparison.name}: {plan.comparison.question}", columns, tuple(rows), notes)
 
 
 def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
     """Return every planned run with its identity. statuses: by run folder."""
     rows = tuple((run.name, run.digest, statuses[run.folder], str(plan.run_folder(run))) for run in plan.runs)
-    study = plan.study
+    study = plan.comparison
     notes = (
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.budget.words} each; decided by "
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each; decided by "
         f"{study.primary.metric}, {study.primary.direction} is better.",
         f"diverged: {study.diverged.rule}.",
         *_notes_on_baseline(plan),
@@ -257,7 +257,7 @@ def _notes_on_length(plan: Plan) -> tuple[str, ...]:
 
 
 def _fractions(plan: Plan) -> tuple[Fraction, ...]:
-    return plan.study.design.fractions if plan.study.design else ()
+    return plan.comparison.design.fractions if plan.comparison.design else ()
 
 
 def _sizes(arm: ArmResult) -> tuple[str, str, str]:

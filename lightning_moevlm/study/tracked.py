@@ -12,7 +12,7 @@ from typing import Any
 from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.claim import OUTCOME
-from lightning_moevlm.study.comparison import Comparison
+from lightning_moevlm.study.comparison import Arm, Comparison, Decision, Direction, Divergence, Primary
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
 from lightning_moevlm.study.fairness import Weight
 from lightning_moevlm.study.ledger import RunState, Status
@@ -20,7 +20,6 @@ from lightning_moevlm.study.located import nearest
 from lightning_moevlm.study.named_arms import NamedRun, key_difference, name_arms
 from lightning_moevlm.study.plan import flat
 from lightning_moevlm.study.results import RunResult, StudyResult
-from lightning_moevlm.study.spec import Arm, Decision, Direction, Divergence, Primary
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
 from lightning_moevlm.tracking.chosen_runs import SHOWN_DIGITS, told
 from lightning_moevlm.tracking.config_diff import nested

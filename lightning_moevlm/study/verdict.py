@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from lightning_moevlm.study.comparison import Correction, Direction, Test
 from lightning_moevlm.study.intervals import Interval
 from lightning_moevlm.study.paired_tests import least_seeds
-from lightning_moevlm.study.spec import Correction, Direction, Test
 
 
 class Verdict(StrEnum):

@@ -1,8 +1,7 @@
 """Runs read back: which there are, and every point that they logged.
 
 MLflow's client fetches the history of one key of one run per call: 12 runs x 100 keys are 1,200 queries. In
-SQLite all keys of all runs come in one query; behind a server, where only the REST interface is open, keys
-are fetched in parallel.
+SQLite all keys of all runs come in one query; behind a server all runs of a key come in one, several keys at once.
 """
 
 import math
@@ -12,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from lightning_moevlm.tracking.bulk_history import bulk_history
+from lightning_moevlm.tracking.sqlite_tables import reading
 from lightning_moevlm.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
@@ -180,9 +181,7 @@ def _from_sqlite(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -
     )
     base: Any = sqlalchemy.select(*columns).where(SqlMetric.run_uuid.in_(list(run_ids)))
     selections = [base] if keys is None else [base.where(SqlMetric.key.in_(part)) for part in _parts(keys)]
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("PRAGMA query_only = ON"))
+    with reading(path) as connection:
         for selection in selections:
             for run_id, key, step, value, is_nan, time_ms in connection.execute(selection):
                 yield run_id, Point(key, step, math.nan if is_nan else as_logged(value), time_ms)
@@ -191,20 +190,18 @@ def _from_sqlite(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -
 def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:
     client = _client(uri)
     wanted = None if keys is None else set(keys)
-    pairs = [
-        (run_id, key)
-        for run_id in run_ids
-        for key in client.get_run(run_id).data.metrics
-        if wanted is None or key in wanted
-    ]
+    having: dict[str, list[str]] = {}  # runs by key
+    for run_id in run_ids:
+        for key in client.get_run(run_id).data.metrics:
+            if wanted is None or key in wanted:
+                having.setdefault(key, []).append(run_id)
 
-    def fetch(pair: tuple[str, str]) -> list[tuple[str, Point]]:
-        run_id, key = pair
-        history = client.get_metric_history(run_id, key)
-        return [(run_id, Point(m.key, m.step, as_logged(m.value), m.timestamp)) for m in history]
+    def fetch(key: str) -> list[tuple[str, Point]]:
+        history = bulk_history(uri, having[key], key)
+        return [(run_id, Point(m.key, m.step, as_logged(m.value), m.timestamp)) for run_id, m in history]
 
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        for points in pool.map(fetch, pairs):
+        for points in pool.map(fetch, having):
             yield from points
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightning_moevlm.tracking.runs import as_logged, metric_histories
+from lightning_moevlm.tracking.sqlite_tables import reading
 from lightning_moevlm.tracking.store import sqlite_path
 
-_RUNS_PER_REQUEST = 8  # behind a server: their keys are fetched in parallel
+_RUNS_PER_REQUEST = 16  # behind a server: what is held at once is their points
 
 
 class Series(NamedTuple):
@@ -63,9 +64,7 @@ def _from_sqlite(uri: str, run_ids: Sequence[str]) -> Iterator[tuple[str, list[R
         .where(SqlMetric.run_uuid == sqlalchemy.bindparam("run_id"))
         .order_by(SqlMetric.key, SqlMetric.step, SqlMetric.timestamp)
     )
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("PRAGMA query_only = ON"))
+    with reading(path) as connection:
         for run_id in run_ids:
             found = connection.execute(asked, {"run_id": run_id})
             yield run_id, [(key, step, math.nan if is_nan else as_logged(value)) for key, step, value, is_nan in found]

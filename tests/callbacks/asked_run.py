@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from lightning_moevlm.callbacks import Liveness
+from lightning_moevlm.dispatch import Capacity
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import ModelStabilisers
 from lightning_moevlm.losses import (
@@ -37,9 +38,10 @@ def module_of(
     losses: AuxiliaryLosses = NO_LOSSES,
     router: Callable[[int, int], Any] | None = None,
     stabilisers: ModelStabilisers = ModelStabilisers(),
+    capacity: Capacity | None = None,
     **options: Any,
 ) -> VisionLanguageModule:
-    backbone = small_vl_moe(router=router, stabilisers=stabilisers)
+    backbone = small_vl_moe(router=router, stabilisers=stabilisers, capacity=capacity)
     return VisionLanguageModule(
         backbone, losses=losses, **({"optimizer": partial(AdamW, lr=1e-3), "init_std": 0.1} | options)
     )

@@ -49,8 +49,21 @@ def test_a_clip_counts_how_often_it_acted() -> None:
     assert points[keys.LIVENESS.key(switch="gradient.clip_norm")] == [(0, 0.0), (1, 1.0), (2, 2.0)]
     never, _ = asked(module_of(gradient=GradientStabilisers(clip_norm=1e6)), steps=3)
     assert never["gradient.clip_norm"].startswith("idle: 0 of 2 steps shortened; ")
-    both, _ = asked(module_of(gradient=GradientStabilisers(clip_norm=1e-3, clip_value=1e3)), steps=2)
-    assert "1 of 1 steps shortened by all clips together" in both["gradient.clip_value"]
+
+
+def test_each_of_several_clips_counts_its_own_acts() -> None:
+    # AdamW's first updates are about the learning rate, whatever the gradient: rms 1 before weight decay
+    options = GradientStabilisers(clip_norm=1e-3, clip_value=1e3, ada_gc=AdaGC(warmup_steps=2), clip_update=0.1)
+    receipts, points = asked(module_of(gradient=options), steps=3)
+    counts = {
+        name: receipts[f"gradient.{name}"].partition(";")[0] for name in ("clip_norm", "clip_value", "clip_update")
+    }
+    assert counts == {
+        "clip_norm": "alive: 2 of 2 steps shortened",
+        "clip_value": "idle: 0 of 2 steps shortened",
+        "clip_update": "alive: 2 of 2 steps shortened",
+    }
+    assert points[keys.LIVENESS.key(switch="gradient.clip_update")] == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
 @pytest.mark.parametrize(

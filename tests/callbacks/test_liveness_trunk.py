@@ -12,6 +12,7 @@ from tests.callbacks.asked_run import asked, module_of, refused
 STABILISERS = {
     "qk_norm": ModelStabilisers(),
     "sub_norm": ModelStabilisers(sub_norm=True),
+    "norm": ModelStabilisers(norm="rms", sub_norm=True),
     "norm_placement": ModelStabilisers(norm_placement="sandwich"),
     "layer_scale": ModelStabilisers(layer_scale=0.0),
     "residual_scaling": ModelStabilisers(norm_placement="post", residual_scaling="deepnorm"),
@@ -56,6 +57,15 @@ class IgnoresCap(Attention):
             return super().forward(*args)
 
 
+class KeepsLayerNorms(Block):
+    """Is told of another kind of norm, and makes LayerNorms."""
+
+    def forward(self, *args: Any) -> Any:
+        plain = nn.LayerNorm(32)
+        with put(self, "attention_norm", plain), put(self, "ffn_norm", plain):
+            return super().forward(*args)
+
+
 class IgnoresScales(Block):
     """Has layer scales, and does not use them."""
 
@@ -69,6 +79,7 @@ class IgnoresScales(Block):
     [
         ("qk_norm", Attention, IgnoresNorms, "blocks.2.attention gives the same without its query_norm"),
         ("logit_cap", Attention, IgnoresCap, "blocks.2.attention gives the same under a cap of"),
+        ("norm", Block, KeepsLayerNorms, "blocks.2 gives the same without its attention_norm"),
         ("layer_scale", Block, IgnoresScales, "blocks.2 gives the same without its attention_scale"),
     ],
 )

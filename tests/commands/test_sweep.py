@@ -9,8 +9,15 @@ import pytest
 import yaml
 
 from lightning_moevlm.commands.sweep import written_out
+from lightning_moevlm.study.engines import Engine
 from lightning_moevlm.tracking.runs import find_runs
 from tests.commands.small_study import Moevlm, Study
+
+HERE = "tests.commands.test_sweep"
+
+
+class Half(Engine):
+    """An engine of the user's own that is not done."""
 
 
 def rows(file: Path) -> list[dict]:
@@ -98,6 +105,14 @@ def test_mistakes_in_options_are_one_line(moevlm: Moevlm, study: Study, workplac
         ),
         ("--timeout_minutes is 0; give more than 0", "--timeout-minutes", "0"),
         ("choose LocalEngine, RayEngine or SlurmEngine", "--engine", "rya"),
+        ("--engine: Engine is abstract, so that nothing can be built of it; choose ", "--engine", "Engine"),
+        (
+            "--engine: Half is abstract, so that nothing can be built of it; it lacks attach, ",
+            "--engine",
+            f"{HERE}.Half",
+        ),
+        ("OrderedDict is not an Engine; choose ", "--engine", "collections.OrderedDict"),
+        ("engine: None is no such value; give an Engine", "--engine", "null"),
         ("--engine.num_gpus is -1; give at least 0", "--engine", "local", "--engine.num_gpus", "-1"),
         ("did you mean num_gpus?", "--engine", "local", "--engine.num_gpu", "1"),
     ):

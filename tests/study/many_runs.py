@@ -45,7 +45,7 @@ def report(folder: Path) -> None:
     """Do what `moevlm sweep report` does once the runs are planned, and print seconds, CPU seconds and peak bytes."""
     plan = plan_of(folder / "tiny.yaml")
     began, cpu = time.perf_counter(), time.process_time()
-    experiment = open_experiment(f"sqlite:///{folder / 'mlflow.db'}", plan.study.name)
+    experiment = open_experiment(f"sqlite:///{folder / 'mlflow.db'}", plan.comparison.name)
     result = gather(plan, read_ledger(plan), experiment.uri)
     whole = make_report(origin_of(plan, result), result)
     page = write_report(whole, folder / "report")
@@ -58,7 +58,7 @@ def report(folder: Path) -> None:
 
 def fill(plan: Plan, uri: str, num_points: int) -> int:
     """Make every run of a plan look as if it had ended; return the number of keys of each."""
-    experiment = open_experiment(uri, plan.study.name)
+    experiment = open_experiment(uri, plan.comparison.name)
     path = sqlite_path(uri)
     assert path is not None
     ids = [f"{i:032x}" for i in range(1, len(plan.runs) + 1)]

@@ -54,7 +54,7 @@ def write(tmp_path):
 
 
 def arms(study: Study) -> dict[str, dict]:
-    return {arm.name: arm.changes for arm in study.arms}
+    return {arm.name: arm.changes for arm in study.comparison.arms}
 
 
 def test_one_in(write):
@@ -69,12 +69,12 @@ def test_one_in(write):
         "router_noisy": {"model": {"b": None, "router": "noisy"}},
         "router_hash": {"model": {"b": None, "router": "hash"}},
     }
-    assert study.baseline == "baseline"
-    told = {arm.name: arm.description for arm in study.arms}
+    assert study.comparison.baseline == "baseline"
+    told = {arm.name: arm.description for arm in study.comparison.arms}
     assert told["baseline"] == "The reference: a, b, c off; router plain."
     assert (told["a"], told["b"]) == ("with the first.", "with b.")
     assert (told["router_noisy"], told["router_hash"]) == ("with noise.", "router hash.")
-    assert study.arms[1].levels == (
+    assert study.comparison.arms[1].levels == (
         FactorLevel("a", "on"), FactorLevel("b", "off"), FactorLevel("c", "off"), FactorLevel("router", "plain"),
     )  # fmt: skip
 
@@ -87,29 +87,33 @@ def test_leave_one_out(write):
         "no_b": {"model": {"a": 1, "b": None, "c": {"x": 1, "y": 2}}},
         "no_c": {"model": {"a": 1}},
     }
-    assert [arm.description for arm in study.arms][:2] == ["The reference: a, b, c on.", "without the first."]
+    assert [arm.description for arm in study.comparison.arms][:2] == [
+        "The reference: a, b, c on.",
+        "without the first.",
+    ]
 
 
 def test_factorial(write):
     study = read_study(write(FACTORS + "design: factorial\n"))
     assert list(arms(study)) == ["baseline", "c", "b", "b__c", "a", "a__c", "a__b", "a__b__c"]
     assert arms(study)["a__b"] == {"model": {"a": 1}}
-    assert study.arms[-1].description == "with the first; with b; with c."
+    assert study.comparison.arms[-1].description == "with the first; with b; with c."
 
 
 def test_fractional_factorial_prints_its_aliases(write):
     study = read_study(write(FACTORS + "design: {fractional_factorial: {generators: {c: [a, b]}}}\n"))
     # c is on where one of a and b is: in this order of the runs, bit 0 is a and bit 1 is b
     assert list(arms(study)) == ["baseline", "a__c", "b__c", "a__b"]
-    assert study.design is not None
-    assert [fraction.aliases() for fraction in study.design.fractions] == [("a = -b*c", "b = -a*c", "c = -a*b")]
+    design = study.comparison.design
+    assert design is not None
+    assert [fraction.aliases() for fraction in design.fractions] == [("a = -b*c", "b = -a*c", "c = -a*b")]
     same = read_study(write(FACTORS + "design: {fractional_factorial: {resolution: 3}}\n"))
     assert arms(same) == arms(study)
 
 
 def test_grid(write):
     study = read_study(write(FACTORS + ROUTER + "design: grid\n"))
-    assert len(study.arms) == 2 * 2 * 2 * 3
+    assert len(study.comparison.arms) == 2 * 2 * 2 * 3
     assert list(arms(study))[:2] == ["router_plain", "router_noisy"]  # levels are always told, in a grid
     assert list(arms(study))[-1] == "a__b__c__router_hash"
 
@@ -120,10 +124,10 @@ def test_lr_sensitivity(write):
     rate = {"optimizer": {"init_args": {"lr": 0.0003}}}
     assert list(arms(study)) == ["lr_3e_4", "lr_2_5e_3", "a__lr_3e_4", "a__lr_2_5e_3"]
     assert arms(study)["a__lr_3e_4"] == {"model": {"a": 1, **rate}}
-    assert study.baseline == "lr_2_5e_3"
-    assert study.arms[3].levels == (FactorLevel("a", "on"), FactorLevel("lr", "2_5e_3"))
+    assert study.comparison.baseline == "lr_2_5e_3"
+    assert study.comparison.arms[3].levels == (FactorLevel("a", "on"), FactorLevel("lr", "2_5e_3"))
     published = read_study(write("design: lr_sensitivity\n"))
-    assert [arm.changes["model"]["optimizer"]["init_args"]["lr"] for arm in published.arms] == list(RATES)
+    assert [arm.changes["model"]["optimizer"]["init_args"]["lr"] for arm in published.comparison.arms] == list(RATES)
 
 
 def test_size_ladder_with_its_own_keys(write):
@@ -145,7 +149,7 @@ design:
         "no_a__size_w32", "no_a__size_w64", "no_a__c__size_w32", "no_a__c__size_w64",
         "no_b__size_w32", "no_b__size_w64", "no_b__c__size_w32", "no_b__c__size_w64",
     ]  # fmt: skip
-    assert {level.factor for level in study.arms[0].levels} == {"a", "b", "c", "size"}
+    assert {level.factor for level in study.comparison.arms[0].levels} == {"a", "b", "c", "size"}
 
 
 @pytest.mark.parametrize(

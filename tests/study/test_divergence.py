@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moevlm.study.comparison import Divergence
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence, has_diverged_by
 from lightning_moevlm.study.ledger import Status, read_ledger
-from lightning_moevlm.study.spec import Divergence
 from lightning_moevlm.tracking.runs import Point
 from tests.study.tiny_study import sweep, write_project
 

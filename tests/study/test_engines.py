@@ -255,6 +255,15 @@ def test_one_that_does_not_listen_is_made_to_end(tmp_path, monkeypatch):
     assert child.poll().code == -signal.SIGKILL
 
 
+def test_cancelled_jobs_tell_the_signal_that_ended_them(tmp_path):
+    engine = LocalEngine(num_gpus=0)
+    engine.open(tmp_path, 2, 2)
+    for ticket in ("a", "b"):
+        engine.submit(job_of(tmp_path, "import time; time.sleep(60)", ticket=ticket))
+    engine.cancel(["a", "b"])
+    assert [engine.poll(ticket).code for ticket in ("a", "b")] == [-signal.SIGTERM] * 2
+
+
 def test_worker_writes_down_how_the_run_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     code = "import os; print(os.environ['TOLD'], os.environ.get('SLURM_NTASKS')); raise SystemExit(3)"
@@ -334,14 +343,18 @@ def test_ray_without_room_says_so(tmp_path):
 @needs_ray
 @pytest.mark.slow
 def test_own_ray_cluster_turns_strangers_away(tmp_path):
-    """Ray listens on every interface and runs what it is sent; a program that does not know the secret gets nowhere."""
+    """It runs what it is sent: only this machine reaches it, and who does not know the secret fails there."""
     engine = RayEngine()
     engine.open(tmp_path, 1, 1)
     try:
         import ray
 
+        ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        heard = {(p.name(), c.laddr.ip) for p in ours for c in p.net_connections("inet") if c.status == "LISTEN"}
+        assert {"gcs_server", "raylet"} <= {name for name, _ in heard}
+        assert {ip.removeprefix("::ffff:") for _, ip in heard} == {"127.0.0.1"}
         address = ray.get_runtime_context().gcs_address
-        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
         code = f"import ray; ray.init(address={address!r}); print('inside')"
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     finally:

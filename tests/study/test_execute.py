@@ -119,6 +119,26 @@ def test_crash_and_divergence_are_recorded_and_the_rest_goes_on(tmp_path, uri):
     assert len(experiment.history(crash.run_id, "val/task_loss")) == 3
 
 
+def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):
+    """From its checkpoint it would go on past the crash, and have a result."""
+    from lightning_moevlm.study import execute
+
+    file = write_project(tmp_path, uri, {"arms": {"baseline": None, "crash": {"model.crash_at": 2}}, "seeds": [0]})
+    real, busy = execute.settle, ["crash"]
+
+    def settle(plan, run, *rest):
+        if run.arm in busy:
+            busy.remove(run.arm)
+            raise OSError("database is locked")
+        real(plan, run, *rest)
+
+    monkeypatch.setattr(execute, "settle", settle)
+    plan, _, tally, _ = sweep(file)
+    states = {run.arm: (state.status, state.attempts) for run, state in read_ledger(plan)}
+    assert tally.started == 2
+    assert states == {"baseline": (Status.FINISHED, 1), "crash": (Status.FAILED, 1)}
+
+
 def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     # long enough that no child is done before the other, which may start late on a busy machine, has a checkpoint
     file = write_project(tmp_path, uri, {"budget": {"max_steps": 24}}, model={"seconds_per_step": 0.15})

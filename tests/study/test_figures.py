@@ -10,7 +10,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from lightning_moevlm.study.comparison import comparison_of
 from lightning_moevlm.study.cost_of_arms import costs_of, costs_table
 from lightning_moevlm.study.figures import MANY_ARMS, draw_all, legible
 from lightning_moevlm.study.figures.expert_flow import draw_expert_flow, flows_of, shares_experts
@@ -47,7 +46,7 @@ def result_of(tmp_path, study, series_of, tags_of=lambda run: {}):
         lost = {"val/task_loss": Series((0, 3), (7.0, math.nan)), "train/task_loss": Series((3,), (math.nan,))}
         state = RunState(status, run.name, started=0.0, ended=10.0 + run.seed)
         results.append(result_of_run(run, state, series or lost, tags_of(run)))
-    return compare(comparison_of(plan.study), plan.cards, results)
+    return compare(plan.comparison, plan.cards, results)
 
 
 def ended_at(final, **more):

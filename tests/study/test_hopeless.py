@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lightning_moevlm.study.comparison import Hopeless, Primary
 from lightning_moevlm.study.effects import as_family, paired_effect
 from lightning_moevlm.study.gather import gather
 from lightning_moevlm.study.hopeless import withdrawal, without_verdict
 from lightning_moevlm.study.ledger import Status, read_ledger
 from lightning_moevlm.study.paired_tests import holm
-from lightning_moevlm.study.spec import Hopeless, Primary
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Rule, Verdict
 from tests.study.refusals import assert_refused

@@ -11,6 +11,7 @@ import pytest
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.child import last_checkpoint, share_environment
+from lightning_moevlm.study.comparison import Divergence
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
 from lightning_moevlm.study.ledger import (
     STATE_FILE,
@@ -23,7 +24,6 @@ from lightning_moevlm.study.ledger import (
     write_state,
     write_whole,
 )
-from lightning_moevlm.study.spec import Divergence
 from lightning_moevlm.tracking.runs import Point
 
 

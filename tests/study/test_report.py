@@ -45,7 +45,8 @@ def swept(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("swept")
     shutil.copyfile(migrated_database, folder / "mlflow.db")
     study = {"arms": ARMS, "seeds": [0, 1, 2], "also": ["throughput/samples_per_second"], "hypothesis": "Slow & worse."}
-    plan, experiment, _, _ = sweep(write_project(folder, f"sqlite:///{folder / 'mlflow.db'}", study))
+    plan, experiment, tally, _ = sweep(write_project(folder, f"sqlite:///{folder / 'mlflow.db'}", study))
+    assert (tally.started, tally.stopped) == (12, "")  # a signal meant for the tests stops the sweep, not them
     return plan, experiment
 
 

@@ -3,7 +3,6 @@
 import pytest
 import yaml
 
-from lightning_moevlm.study.comparison import comparison_of
 from lightning_moevlm.study.gather import compare
 from lightning_moevlm.study.gather import result_of as result_of_run
 from lightning_moevlm.study.ledger import RunState, Status
@@ -35,7 +34,7 @@ def result_of(tmp_path, study, finals, drop=lambda run: 0.1):
         }
         state = RunState(Status.DIVERGED if final is None else Status.FINISHED, run_id=run.name)
         results.append(result_of_run(run, state, series))
-    return compare(comparison_of(plan.study), plan.cards, results)
+    return compare(plan.comparison, plan.cards, results)
 
 
 def test_factors_of_a_designed_study(tmp_path):

@@ -23,7 +23,7 @@ def test_runs_that_agree(tmp_path, only, names):
     plan = plan_of(write_project(tmp_path, "sqlite:///x.db"))
     selected = select(plan, only)
     assert [run.name for run in selected.runs] == names
-    assert {arm.name for arm in selected.study.arms} == {run.arm for run in selected.runs}
+    assert {arm.name for arm in selected.comparison.arms} == {run.arm for run in selected.runs}
     assert {run.digest for run in selected.runs} <= {run.digest for run in plan.runs}
 
 

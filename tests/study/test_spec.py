@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.spec import Decision, Divergence, Guard, Primary, read_study
+from lightning_moevlm.study.comparison import Decision, Divergence, Guard, Primary
+from lightning_moevlm.study.spec import read_study
 from tests.study.refusals import assert_refused
 
 GOOD = """\
@@ -44,43 +45,48 @@ def write(tmp_path):
 
 def test_whole_study(write, tmp_path):
     study = read_study(write(GOOD))
-    assert (study.name, study.question, study.hypothesis) == ("study", "Does it help?", "It does, a little.")
+    assert (study.comparison.name, study.comparison.question, study.comparison.hypothesis) == (
+        "study",
+        "Does it help?",
+        "It does, a little.",
+    )
     assert study.base == (tmp_path / "base.yaml",)  # found beside the study file
-    assert study.baseline == "baseline"
-    assert [arm.name for arm in study.arms] == ["baseline", "no_z", "hot"]
-    assert study.arms[1].changes == {
+    assert study.comparison.baseline == "baseline"
+    assert [arm.name for arm in study.comparison.arms] == ["baseline", "no_z", "hot"]
+    assert study.comparison.arms[1].changes == {
         "model": {
             "losses": {"router_z": None},
             "backbone": {"init_args": {"dim": 32, "sparse_modalities": []}},
         }
     }
-    assert study.arms[2].changes == {"model": {"optimizer": {"init_args": {"lr": 0.01}}}}  # 1e-2 is a number
-    assert study.seeds == (0, 1)
+    assert study.comparison.arms[2].changes == {"model": {"optimizer": {"init_args": {"lr": 0.01}}}}  # 1e-2 is a number
+    assert study.comparison.seeds == (0, 1)
     assert study.budget.max_steps == 10
-    assert study.primary == Primary("val/task_loss", "lower")  # the direction is declared in keys.py
-    assert study.diverged == Divergence("val/task_loss", 1.5)
-    assert study.decide.alpha == 0.1
+    assert study.comparison.primary == Primary("val/task_loss", "lower")  # the direction is declared in keys.py
+    assert study.comparison.diverged == Divergence("val/task_loss", 1.5)
+    assert study.comparison.decide.alpha == 0.1
 
 
 def test_what_is_better_when_higher_does_not_tell_a_divergence(write):
     text = GOOD.replace("primary: {metric: val/task_loss}", "primary: {metric: val/accuracy_text}")
-    assert read_study(write(text)).diverged == Divergence("val/task_loss", 1.5)
-    assert read_study(write(text.replace("diverged: {times_untrained: 1.5}\n", ""))).diverged.metric == "val/task_loss"
+    assert read_study(write(text)).comparison.diverged == Divergence("val/task_loss", 1.5)
+    undeclared = read_study(write(text.replace("diverged: {times_untrained: 1.5}\n", ""))).comparison
+    assert undeclared.diverged.metric == "val/task_loss"
 
 
 def test_how_a_verdict_is_reached(write):
-    assert read_study(write(GOOD)).decide == Decision(alpha=0.1, test="t", correction="none", within=None)
-    assert read_study(write(GOOD.replace("decide: {alpha: 0.1}\n", ""))).decide == Decision(alpha=0.05)
+    assert read_study(write(GOOD)).comparison.decide == Decision(alpha=0.1, test="t", correction="none", within=None)
+    assert read_study(write(GOOD.replace("decide: {alpha: 0.1}\n", ""))).comparison.decide == Decision(alpha=0.05)
     decide = "decide: {test: wilcoxon, correction: holm, within: 1e-2}"
     study = read_study(write(GOOD.replace("decide: {alpha: 0.1}", decide)))
-    assert study.decide == Decision(0.05, "wilcoxon", "holm", 0.01)
+    assert study.comparison.decide == Decision(0.05, "wilcoxon", "holm", 0.01)
 
 
 def test_guard(write):
-    assert read_study(write(GOOD)).guard == ()
+    assert read_study(write(GOOD)).comparison.guard == ()
     guard = "guard:\n- {metric: val/accuracy_text, at_most: 0.01}\n"
     guard += "- {metric: val/majority_text, direction: lower, at_most: 0}\n"
-    assert read_study(write(GOOD + guard)).guard == (
+    assert read_study(write(GOOD + guard)).comparison.guard == (
         Guard("val/accuracy_text", "higher", 0.01),  # the direction is declared in keys.py
         Guard("val/majority_text", "lower", 0.0),
     )
@@ -90,9 +96,9 @@ def test_shipped_study_is_valid():
     from pathlib import Path
 
     study = read_study(Path(__file__).parents[2] / "ablations" / "quickstart.yaml")
-    assert [arm.name for arm in study.arms] == ["baseline", "no_load_balance", "no_router_z", "dense_twin"]
-    assert all(arm.description for arm in study.arms)
-    assert len(study.seeds) == 3
+    assert [arm.name for arm in study.comparison.arms] == ["baseline", "no_load_balance", "no_router_z", "dense_twin"]
+    assert all(arm.description for arm in study.comparison.arms)
+    assert len(study.comparison.seeds) == 3
 
 
 @pytest.mark.parametrize(

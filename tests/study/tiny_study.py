@@ -119,7 +119,7 @@ def sweep(
     """Run a study to its end in this process."""
     plan, watcher, engine = plan_of(file), Silent(), engine or engine_of()
     with hold_study(plan.folder):
-        experiment = open_experiment(tracking_uri_of(plan), plan.study.name)
+        experiment = open_experiment(tracking_uri_of(plan), plan.comparison.name)
         waiting = to_do(plan, experiment, engine, retry)
         at_once = engine.open(plan.folder / JOBS_FOLDER, jobs, len(waiting))
         try:

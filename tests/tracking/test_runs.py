@@ -1,12 +1,23 @@
 import math
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
-from lightning_moevlm.tracking import Point, RunLogger, find_runs, metric_histories, metric_history
+from lightning_moevlm.tracking import (
+    Point,
+    RunLogger,
+    find_runs,
+    metric_histories,
+    metric_history,
+    sqlite_tables,
+)
+from lightning_moevlm.tracking.series import metric_series
 
 
 def logged(uri: str, name: str, tags: dict[str, str]) -> str:
@@ -89,3 +100,15 @@ def test_a_study_is_read_fast(uri: str) -> None:
     assert time.perf_counter() - start_time < 3
     assert one_by_one == histories
     assert histories[run_ids[7]][29].value == pytest.approx(7.29)
+
+
+def test_a_store_that_is_busy_for_too_long_is_told_as_mlflow_tells_it(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = logged(uri, "a", {})
+    monkeypatch.setattr(sqlite_tables, "_BUSY_SECONDS", 0.1)
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        for read in (metric_histories, metric_series):
+            with pytest.raises(MlflowException, match="database is locked"):
+                read(uri, [run_id])

@@ -7,8 +7,20 @@ from pathlib import Path
 
 import pytest
 import requests
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.utils import rest_utils
 
-from lightning_moevlm.tracking import RunLogger, find_runs, metric_history, prepare_store, run_link
+from lightning_moevlm.tracking import (
+    RunLogger,
+    bulk_history,
+    find_runs,
+    metric_histories,
+    metric_history,
+    prepare_store,
+    run_link,
+)
 from tests.tracking.conftest import Relay
 from tests.tracking.tiny import TinyData, TinyModule, tiny_trainer
 
@@ -85,3 +97,38 @@ def test_training_outlives_its_server(
     assert steps == [0, 1, 2, 3, 4]
     assert [float(row["value"]) for row in kept if row.get("key") == "train/inf"] == [math.inf]
     assert kept[-1]["status"] == "FINISHED"
+
+
+def test_one_request_per_key_whatever_the_number_of_runs(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points are those that the documented interface gives one by one, also where an answer had to be cut."""
+    client = MlflowClient(mlflow_server)
+    experiment = client.create_experiment("bulk")
+    ids = [client.create_run(experiment).info.run_id for _ in range(5)]
+    for n, run_id in enumerate(ids):
+        values = (math.nan, math.inf, -math.inf, *(float(n + step) for step in range(n + 4)))
+        metrics = [Metric("a", value, 1000 + step, step) for step, value in enumerate(values)]
+        client.log_batch(run_id, [*metrics, Metric("b", 1.0, 5, 2)])
+    expected = {
+        run_id: [(m.key, m.step, m.value) for key in "ab" for m in client.get_metric_history(run_id, key)]
+        for run_id in ids
+    }
+    asked = []
+    real = rest_utils.http_request
+
+    def counted(*args: object, **kwargs: object) -> object:
+        asked.append(str(kwargs.get("endpoint", args[1:2])))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(rest_utils, "http_request", counted)
+    for most, requests_made in ((25_000, 2), (12, 5)):  # 7 + 8 + 9 + 10 + 11 points of a, 5 of b
+        monkeypatch.setattr(bulk_history, "_MOST_POINTS", most)
+        asked.clear()
+        found = metric_histories(mlflow_server, ids)
+        got = {run_id: [(p.key, p.step, p.value) for p in points] for run_id, points in found.items()}
+        assert repr(got) == repr(expected).replace("1.7976931348623157e+308", "inf")
+        # 12 points at most: of a, 5 runs, 2 and 3 of them, and 2 of those 3 are too many; then one by one
+        assert sum("get-history-bulk" in one for one in asked) == requests_made
+    monkeypatch.setattr(bulk_history, "_ENDPOINT", "/ajax-api/2.0/mlflow/metrics/not-there")
+    assert repr(metric_histories(mlflow_server, ids)) == repr(found)
+    with pytest.raises(MlflowException, match="not found"):
+        metric_histories(mlflow_server, ["0" * 32])

@@ -23,7 +23,7 @@ from tests.study.tiny_training import points
 def told(mlflow_server: str, tmp_path: Path) -> str:
     """A study of two arms and two seeds on the server, reported; returns what the report printed."""
     plan = plan_of(write_project(tmp_path, mlflow_server))
-    experiment = open_experiment(mlflow_server, plan.study.name)
+    experiment = open_experiment(mlflow_server, plan.comparison.name)
     client = MlflowClient(mlflow_server)
     for run in plan.runs:
         run_id = experiment.create(run)

@@ -24,6 +24,7 @@ from lightning_moevlm.callbacks.liveness.loss_proofs import loss_receipts
 from lightning_moevlm.callbacks.liveness.precision_proofs import precision_receipts
 from lightning_moevlm.callbacks.liveness.receipt import Receipt
 from lightning_moevlm.callbacks.liveness.rehearsal import Rehearsal
+from lightning_moevlm.callbacks.liveness.routing_proofs import routing_receipts
 from lightning_moevlm.callbacks.liveness.trunk_proofs import trunk_receipts
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
@@ -93,6 +94,7 @@ class Liveness(Callback):
             return  # nothing can be shown with a loss that is no number; that is for others to answer
         receipts = [
             *loss_receipts(rehearsal, trainer.optimizers),
+            *routing_receipts(rehearsal),
             *trunk_receipts(rehearsal),
             *init_receipts(pl_module, is_fresh=trainer.global_step == 0),
             *gradient_receipts(trainer, pl_module, self._acts.read()),

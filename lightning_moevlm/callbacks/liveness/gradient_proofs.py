@@ -2,10 +2,11 @@
 
 The trigger is one parameter with a gradient of 1e12, which an optimiser of the copy would follow. A clip must shorten
 the step, and skipping must leave it out, with the run's own thresholds; ZClip and AdaGC are given ordinary norms until
-they know what is ordinary. In the run itself one counts the steps in which the gradient was shorter after clipping than
-before, and those that were left out. Which of several clips it was is not told apart.
+they know what is ordinary. In the run itself one counts the steps in which each clip made the gradient, or the update,
+shorter than it came to it, and those that were left out.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import NamedTuple
@@ -23,11 +24,10 @@ _SPIKE = 1e12
 
 
 class Acts(NamedTuple):
-    """Optimiser steps seen, and in how many of them gradients were shortened; steps left out, on the way here."""
+    """Optimiser steps seen on the way here, and in how many of them each stabiliser, by its option, has acted."""
 
     steps: int
-    clipped: int
-    skipped: int
+    acted: Mapping[str, int]
 
 
 class ActCounter:
@@ -35,22 +35,21 @@ class ActCounter:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._clipped: Tensor | None = None
-        self._skipped: Tensor | None = None
+        self._acted: dict[str, Tensor] = {}
 
     def add(self, events: GradientEvents) -> None:
         """Take in one optimiser step."""
-        clipped = (events.coefficient < 1).to(torch.int64)
-        self._clipped = clipped if self._clipped is None else self._clipped + clipped
+        seen = dict(events.shortened)
         if events.skipped is not None:
-            skipped = events.skipped.to(torch.int64)
-            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+            seen["skip_spikes"] = events.skipped
+        for name, has_acted in seen.items():
+            one = has_acted.to(torch.int64)
+            self._acted[name] = self._acted[name] + one if name in self._acted else one
         self._steps += 1
 
     def read(self) -> Acts:
         """Return what was counted since the run started."""
-        count = [0 if value is None else int(value) for value in (self._clipped, self._skipped)]
-        return Acts(self._steps, *count)
+        return Acts(self._steps, {name: int(count) for name, count in self._acted.items()})
 
 
 def gradient_receipts(trainer: Trainer, module: VisionLanguageModule, acts: Acts) -> list[Receipt]:
@@ -59,8 +58,7 @@ def gradient_receipts(trainer: Trainer, module: VisionLanguageModule, acts: Acts
     if trainer.gradient_clip_val and not options.any_on:
         return [_lightning_clip(float(trainer.gradient_clip_val))]
     enabled = [entry.name for entry in fields(options) if getattr(options, entry.name) is not None]
-    clips = [name for name in enabled if name not in ("skip_spikes", "clip_update")]
-    return [_receipt(module, name, clips, acts) for name in enabled]
+    return [_receipt(module, name, acts) for name in enabled]
 
 
 def _lightning_clip(threshold: float) -> Receipt:
@@ -72,7 +70,7 @@ def _lightning_clip(threshold: float) -> Receipt:
     return Receipt(switch, "gradient", "idle", "Lightning clips; how often it acts in the run is not counted")
 
 
-def _receipt(module: VisionLanguageModule, name: str, clips: list[str], acts: Acts) -> Receipt:
+def _receipt(module: VisionLanguageModule, name: str, acts: Acts) -> Receipt:
     switch = f"gradient.{name}"
     alone = GradientStabilisers(**{name: getattr(module.gradient, name)})
     shown = _cut(alone)
@@ -86,11 +84,9 @@ def _receipt(module: VisionLanguageModule, name: str, clips: list[str], acts: Ac
             f"lower its threshold, or set model.{switch} to null",
         )
     trigger = f"on a copy it keeps {shown:.2g} of a spike of {_SPIKE:g}"
-    if name == "clip_update":
-        return Receipt(switch, "gradient", "idle", f"{trigger}; how often it acts in the run is not counted")
-    count = acts.skipped if name == "skip_spikes" else acts.clipped
+    count = acts.acted.get(name, 0)
     verdict: Verdict = "alive" if count else "idle"
-    what = "left out" if name == "skip_spikes" else "shortened" + ("" if len(clips) == 1 else " by all clips together")
+    what = "left out" if name == "skip_spikes" else "shortened"
     counted = f"{count} of {acts.steps} steps {what}" if acts.steps else "no step has been made yet"
     return Receipt(switch, "gradient", verdict, f"{counted}; {trigger}", float(count))
 

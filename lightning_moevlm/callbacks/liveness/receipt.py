@@ -14,7 +14,7 @@ import math
 from typing import Literal, NamedTuple
 
 Verdict = Literal["alive", "idle", "off", "unproven", "dead"]
-Kind = Literal["loss", "trunk", "gradient", "action", "precision"]
+Kind = Literal["loss", "routing", "trunk", "gradient", "action", "precision"]
 
 
 class Receipt(NamedTuple):

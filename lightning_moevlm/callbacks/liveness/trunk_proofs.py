@@ -8,6 +8,7 @@ difference: the switch is dead. Every layer that ran must differ.
     logit_cap          attention with the cap, and with one that no logit feels; within rounding the switch is idle, if
                        a cap far below the logits makes a difference
     sub_norm           attention and feed-forwards without the norm inside
+    norm               blocks, attention and feed-forwards with a LayerNorm in the place of each norm
     norm_placement     blocks without one of their norms
     layer_scale        blocks without the factors
     residual_scaling   deepnorm: blocks with the residual at weight 1; depth: see init_proofs.py
@@ -48,6 +49,7 @@ def trunk_receipts(rehearsal: Rehearsal) -> list[Receipt]:
     asked = (
         (switches.qk_norm, "qk_norm", _qk_norms(layers)),
         (switches.sub_norm, "sub_norm", _sub_norms(layers)),
+        (switches.norm != "layer", "norm", _other_norms(layers)),
         (moves_norms, "norm_placement", _block_norms(layers)),
         (switches.layer_scale is not None, "layer_scale", _scales(layers)),
         (has_alpha, "residual_scaling", _residuals(layers)),
@@ -176,6 +178,15 @@ def _block_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
     names = ("attention_norm", "attention_out_norm", "ffn_norm", "ffn_out_norm")
     for path, block in _of(layers, Block):
         yield from (_Part(path, name, None) for name in names if getattr(block, name) is not None)
+
+
+def _other_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    for part in (*_block_norms(layers), *_sub_norms(layers)):
+        norm = getattr(layers[part.path], part.attribute)
+        if norm is not None:
+            beside = next(layers[part.path].parameters())
+            plain = nn.LayerNorm(norm.normalized_shape, device=beside.device, dtype=beside.dtype)
+            yield part._replace(neutral=plain)
 
 
 def _scales(layers: dict[str, nn.Module]) -> Iterator[_Part]:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_moevlm.study.child import PATIENCE_SECONDS, Child, Ended, end_all, share_environment, usable_cores
+from lightning_moevlm.study.child import Child, Ended, end_children, share_environment, usable_cores
 from lightning_moevlm.study.engines.engine import Engine, Handle, Job, require_at_least
 
 
@@ -53,10 +53,7 @@ class LocalEngine(Engine):
 
     def cancel(self, tickets: Sequence[str]) -> None:
         """End processes, all at once."""
-        children = [self._busy[ticket][1] for ticket in tickets]
-        end_all([child.process.pid for child in children], PATIENCE_SECONDS)
-        for child in children:
-            child.process.wait()
+        end_children([self._busy[ticket][1] for ticket in tickets])
 
     def close(self) -> None:
         """Do nothing: what was started has been waited for."""

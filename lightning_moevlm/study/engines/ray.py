@@ -2,7 +2,8 @@
 
 Ray ends what it runs for a program when that program ends, so a killed sweep leaves nothing behind; the next one goes
 on from the last checkpoints. Every node needs this package and the same folders. A cluster runs whatever it is sent, so
-it must be one that strangers cannot reach; our own asks everybody for a secret that only this program knows.
+it must be one that strangers cannot reach; our own listens on loopback alone, and asks everybody there for a secret
+that only this program knows.
 """
 
 import logging
@@ -22,6 +23,9 @@ from lightning_moevlm.study.engines.tickets import Tickets
 from lightning_moevlm.study.engines.worker import carry_out
 
 _CONNECT_SECONDS = 10.0
+# Where Ray is not to make clusters of several machines it listens on loopback; named after the systems on which that is
+# the default. An address of loopback handed to `ray.init` it replaces by one that the network can reach.
+_ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class RayEngine(Engine):
@@ -49,13 +53,14 @@ class RayEngine(Engine):
     def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
         """Connect; return as many jobs as the cluster has room for now."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-        if self._address is None:  # Ray listens to the whole network even here, and runs what it is sent
+        if self._address is None:  # other users of this machine reach loopback too
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        import ray
-
+            os.environ.setdefault(_ONE_MACHINE, "0")
         self._folder = folder.absolute()
         _refuse_deaf(self._address)
+        import ray  # it reads the environment when it is imported
+
         here: dict[str, Any] = {
             "num_cpus": max(usable_cores(), self._num_cpus * (jobs or 1)),
             "include_dashboard": False,

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
+from lightning_moevlm.study.comparison import Direction
 from lightning_moevlm.study.figures.picture import INK, Look, Picture, legend_columns, looks, new_figure, picture_of
 from lightning_moevlm.study.results import ArmResult, Mean, StudyResult, peak_memory_of
-from lightning_moevlm.study.spec import Direction
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, scaled, with_deviation
 
 

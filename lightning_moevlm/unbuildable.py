@@ -1,20 +1,29 @@
-"""Refuses null where an option needs a value, before anything is built.
+"""Refuses what nothing can be built of, before anything is built: null where an option needs a value, abstract classes.
 
 The parser takes a file's null for any option, also where the signature does not allow it, and then fails inside itself
-or hands None to a constructor that calls it.
+or hands None to a constructor that calls it. Of classes it asks their ancestry alone.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from types import NoneType
 from typing import Any, get_args
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.signatures import classes_of, imported_class, in_words, options_of, type_of_option
+from lightning_moevlm.signatures import (
+    classes_of,
+    few,
+    imported_class,
+    in_words,
+    names_below,
+    options_of,
+    type_of_option,
+)
 
 
-def refuse_nulls(key: str, part: type, options: Mapping[str, Any]) -> None:
-    """Refuse null for an option of a class, or of what its options name, that does not allow it.
+def refuse_unbuildable(key: str, part: type, options: Mapping[str, Any]) -> None:
+    """Refuse null for an option of a class, or of what its options name, that does not allow it; and abstract classes.
 
     Args:
         key: of the class in the configuration, "model".
@@ -38,9 +47,34 @@ def _refuse(key: str, annotation: object, value: Any) -> None:
     elif isinstance(value, Mapping) and "class_path" in value:
         named = imported_class(value["class_path"])
         if named is not None:
-            refuse_nulls(f"{key}.init_args", named, value.get("init_args") or {})
+            refuse_abstract(key, named)
+            refuse_unbuildable(f"{key}.init_args", named, value.get("init_args") or {})
     elif isinstance(value, Mapping) and len(classes) == 1 and is_dataclass(classes[0]):
-        refuse_nulls(key, classes[0], value)
+        refuse_unbuildable(key, classes[0], value)
+
+
+def refuse_abstract(key: str, named: type) -> None:
+    """Refuse a class that leaves methods to others.
+
+    Args:
+        key: of the option that names it.
+        named: the class.
+
+    Raises:
+        UserError: what can be named instead; of a class of the user's own, what it lacks.
+    """
+    if not inspect.isabstract(named):
+        return
+    concrete = names_below(named)[0]
+    choice = few(concrete)
+    members = inspect.getmembers(named)
+    lacks = ", ".join(name for name, member in members if getattr(member, "__isabstractmethod__", False))
+    advice = (
+        (f"choose {choice}" if choice else "`moevlm list` shows what can be named")
+        if concrete
+        else f"it lacks {lacks}, which a class that is to be built has to have"
+    )
+    raise UserError(f"{key}: {named.__name__} is abstract, so that nothing can be built of it; {advice}")
 
 
 def _allows_null(annotation: object) -> bool:
