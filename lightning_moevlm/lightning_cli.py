@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, set_dumper, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_dumper, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -45,6 +45,7 @@ from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import HOLDS_CODE, look_at_checkpoint, refuse_other_model
 from lightning_moevlm.training.refusals import refuse_other_groups, refuse_other_precision
 from lightning_moevlm.unbuildable import refuse_unbuildable
+from lightning_moevlm.yaml_text import FastSafeDumper, read_yaml
 
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 
@@ -210,7 +211,8 @@ class ConfigResolver:
             files = with_sources_merged([*map(shipped_config, config_files), last], Path(folder))
             namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)
-            resolved: dict[str, object] = yaml.safe_load(self._parser.dump(namespace, skip_unset=False))
+            dumped = self._parser.dump(namespace, skip_unset=False, skip_validation=True)  # valid: it was just parsed
+            resolved: dict[str, object] = read_yaml(dumped)
             _refuse_unbuildable(resolved)
         return resolved
 
@@ -226,10 +228,16 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
 
 
 class ModelDescriber:
-    """`describe_model` with each model built once, however many configurations have it."""
+    """`describe_model` with each model built once, however many configurations have it.
 
-    def __init__(self) -> None:
+    Args:
+        complete: the configurations hold every default, as `ConfigResolver` gives them: none needs to be looked up,
+            which takes most of the time.
+    """
+
+    def __init__(self, complete: bool = False) -> None:
         _prepare()
+        self._complete = complete
         self._cards: dict[str, ModelCard] = {}
 
     def __call__(self, resolved: Mapping[str, object]) -> ModelCard:
@@ -238,7 +246,8 @@ class ModelDescriber:
         if model not in self._cards:
             parser = _model_parser()
             with _teaching_errors(), torch.device("meta"):
-                module = parser.instantiate(parser.parse_object({"model": resolved["model"]})).model
+                parsed = parser.parse_object({"model": resolved["model"]}, defaults=not self._complete)
+                module = parser.instantiate(parsed).model
                 try_schedule(module)
                 self._cards[model] = model_card(module.backbone)
         return self._cards[model]
@@ -293,10 +302,11 @@ def _prepare() -> None:
     calm_terminal()
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(FastSafeDumper):
     """Quotes texts such as 632471343e91, which the parser that reads them back takes for numbers."""
 
 
+_Dumper.add_representer(Namespace, lambda dumper, value: dumper.represent_dict(value.as_dict()))
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"), list("-+0123456789.")
 )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -55,10 +56,15 @@ def options_of(part: type) -> list[str]:
 
 def type_of_option(part: type, name: str) -> object:
     """Return the annotation of one option; None where it has none that can be read."""
+    return _types_of(part).get(name)
+
+
+@cache
+def _types_of(part: type) -> dict[str, object]:
     try:
-        return get_type_hints(inspect.getattr_static(part, "__init__")).get(name)
+        return get_type_hints(inspect.getattr_static(part, "__init__"))
     except (NameError, TypeError, AttributeError):
-        return None
+        return {}
 
 
 def classes_of(annotation: object) -> list[type]:

@@ -197,7 +197,7 @@ def _plan(file: str, only: list[str] | None = None) -> "Plan":
     study = read_study(_study_file(file))  # its mistakes are told before the seconds of importing Lightning
     from lightning_moevlm.lightning_cli import ConfigResolver, ModelDescriber
 
-    planned = plan_study(study, ConfigResolver(), ModelDescriber())
+    planned = plan_study(study, ConfigResolver(), ModelDescriber(complete=True))
     refuse_other_baseline(planned)
     return _selected(planned, only)
 

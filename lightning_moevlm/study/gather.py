@@ -32,7 +32,7 @@ from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.results import ArmResult, LadderResult, Mean, RunResult, StudyResult, mean_of, rule_of
 from lightning_moevlm.study.stability import TRAIN_LOSS, stability_of
 from lightning_moevlm.study.verdict import Guarded, Rule
-from lightning_moevlm.tracking.runs import find_runs
+from lightning_moevlm.tracking.runs import tags_of_runs
 from lightning_moevlm.tracking.series import Series, metric_series
 
 if TYPE_CHECKING:  # it lies beside the models, which import torch
@@ -49,7 +49,7 @@ def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) 
     """
     ids = [state.run_id for _, state in ledger if state.run_id is not None]
     series = metric_series(uri, ids)
-    tags = {row.run_id: row.tags for row in find_runs(uri, plan.comparison.name, {ROLE: ROLE_ARM})}
+    tags = tags_of_runs(uri, plan.comparison.name, {ROLE: ROLE_ARM})
     results = [
         result_of(run, state, series.get(state.run_id or "", {}), tags.get(state.run_id or "", {}))
         for run, state in ledger

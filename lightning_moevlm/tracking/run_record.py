@@ -32,6 +32,7 @@ from lightning_moevlm.tracking.masking import masked, masked_argv, masked_yaml
 from lightning_moevlm.tracking.provenance import code_checkout, versions
 from lightning_moevlm.tracking.run_logger import RunLogger
 from lightning_moevlm.tracking.system_metrics import SystemSampler
+from lightning_moevlm.yaml_text import read_yaml
 
 
 class RunRecord(SaveConfigCallback):
@@ -166,7 +167,7 @@ class RunRecord(SaveConfigCallback):
 
     def _resolved(self, config: Namespace) -> dict[str, object]:
         dumped = self.parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True)
-        tree = yaml.safe_load(dumped) or {}
+        tree = read_yaml(dumped) or {}
         tree.pop("config", None)  # the files' names; their content is recorded
         clean = masked(tree, os.environ)
         assert isinstance(clean, dict)

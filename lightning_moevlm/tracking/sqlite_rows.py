@@ -1,0 +1,84 @@
+"""Rows of MLflow's SQLite file, read past its client: that builds an object per row, and a study has millions of them.
+
+The file is one that `store.prepare_store` has accepted, so its tables are those of the MLflow that is installed.
+"""
+
+import math
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+_POINTS = "SELECT key, step, value, is_nan, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step, timestamp"
+_TAGS = (
+    "SELECT tags.run_uuid, tags.key, tags.value FROM tags JOIN runs USING (run_uuid) JOIN experiments USING "
+    "(experiment_id) WHERE experiments.name = ? AND runs.lifecycle_stage = 'active'"
+)
+_BUSY_SECONDS = 20.0
+"""How long a writer may keep a reader out; MLflow's own patience."""
+_LARGEST = sys.float_info.max
+
+Row = tuple[str, int, float, int]  # key, step, value, time in ms
+
+
+def points_of(path: Path, run_ids: Sequence[str], keys: Sequence[str] | None = None) -> Iterator[tuple[str, list[Row]]]:
+    """Yield each run with its points, ordered by key, step and time; NaN and infinities as they were logged.
+
+    Args:
+        path: of the file.
+        run_ids: runs, in the order wanted.
+        keys: metrics; None for every one.
+
+    Raises:
+        MlflowException: see `reading`.
+    """
+    wanted = None if keys is None else set(keys)
+    with reading(path) as database:
+        for run_id in run_ids:
+            found = database.execute(_POINTS, (run_id,))
+            yield (
+                run_id,
+                [
+                    (key, step, value if -_LARGEST < value < _LARGEST and not is_nan else _as_logged(value, is_nan), ms)
+                    for key, step, value, is_nan, ms in found
+                    if wanted is None or key in wanted
+                ],
+            )
+
+
+def tags_by_run(path: Path, experiment: str) -> dict[str, dict[str, str]]:
+    """Return the tags of every run of an experiment, by run id; without runs that were deleted or have no tag.
+
+    Raises:
+        MlflowException: see `reading`.
+    """
+    tags: dict[str, dict[str, str]] = {}
+    with reading(path) as database:
+        for run_id, key, value in database.execute(_TAGS, (experiment,)):
+            tags.setdefault(run_id, {})[key] = value
+    return tags
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """Hold a connection that writes nothing.
+
+    Raises:
+        MlflowException: the file is busy for too long, or no database: as MLflow itself says of what it cannot read.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # not read-only: what a killed writer left half done is rolled back by whoever opens the file next
+        address = f"{path.as_uri()}?mode=rw"
+        with closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as database:
+            database.execute("PRAGMA query_only = ON")
+            yield database
+    except sqlite3.DatabaseError as error:
+        raise MlflowException(f"{path} cannot be read: {error}") from error
+
+
+def _as_logged(value: float, is_nan: bool) -> float:
+    """Return what was logged: SQL has no infinity, MLflow keeps it as the largest float."""
+    return math.nan if is_nan else math.copysign(math.inf, value)

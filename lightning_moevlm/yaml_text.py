@@ -1,0 +1,23 @@
+"""YAML by libyaml where PyYAML has it, as its wheels have: ten times as fast as PyYAML by itself, the same values."""
+
+from typing import Any
+
+import yaml
+
+try:
+    from yaml import CSafeDumper as FastSafeDumper
+    from yaml import CSafeLoader as _FastSafeLoader
+except ImportError:
+    from yaml import SafeDumper as FastSafeDumper  # type: ignore[assignment]
+    from yaml import SafeLoader as _FastSafeLoader  # type: ignore[assignment]
+
+__all__ = ["FastSafeDumper", "read_yaml"]
+
+
+def read_yaml(text: str) -> Any:
+    """Return what a text says: plain data, as `yaml.safe_load`.
+
+    Raises:
+        YAMLError: it is no YAML.
+    """
+    return yaml.load(text, Loader=_FastSafeLoader)
