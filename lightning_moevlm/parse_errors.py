@@ -66,8 +66,8 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
     lonely = _NO_VALUE.fullmatch(message.strip())
     if lonely:
         return (
-            f"--{lonely[1]} needs a value; and where help on a part within it was asked for, name the configuration that "
-            "holds the part before it: -c FILE"
+            f"--{lonely[1]} needs a value; and where help on a part within it was asked for, name the configuration "
+            "that holds the part before it: -c FILE"
         )
     lines = [line for line in message.splitlines() if line.strip() and not _PATH.match(line.strip())]
     complaints = list(_complaints(lines, _Complaint((), None, None, "", None)))
@@ -182,8 +182,8 @@ def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
         refused = _OTHER_RECORD.search(each.text)
         if refused:
             return (
-                f"{where}: {refused[2]} cannot stand here, for {refused[1]} is set by its options and takes no other class; "
-                f"`moevlm describe {refused[1]}` lists them, CONTRIBUTING.md tells how to add one"
+                f"{where}: {refused[2]} cannot stand here, for {refused[1]} is set by its options and takes no other "
+                f"class; `moevlm describe {refused[1]}` lists them, CONTRIBUTING.md tells how to add one"
             )
     return None
 

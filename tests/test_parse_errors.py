@@ -117,8 +117,8 @@ def test_mistakes_in_a_file_are_told_from_their_place(
         (
             "model.losses.router_z",
             "{class_path: lightning_moevlm.losses.OutputZ}",
-            "model.losses.router_z: lightning_moevlm.losses.OutputZ cannot stand here, for RouterZ is set by its options "
-            "and takes no other class; `moevlm describe RouterZ` lists them",
+            "lightning_moevlm.losses.OutputZ cannot stand here, for RouterZ is set by its options and takes no other "
+            "class; `moevlm describe RouterZ` lists them",
         ),
     ],
 )
