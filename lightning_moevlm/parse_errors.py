@@ -29,10 +29,12 @@ _UNION = "Does not validate against any of the Union subtypes"
 _GIVEN = re.compile(r"Given value: (.*)")
 _GOT = re.compile(r"\.? Got value: (.*)")
 _REJECTED_CLASS = re.compile(r"class_path='([^']+)'")
-_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+?)\.?(?: |$)")
+_NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (\S+?)\.?(?: |$)")
 _OTHER_CLASS = re.compile(r"Expected '(\S+)' to be (?:a subclass of|a function that returns) ")
+_OTHER_RECORD = re.compile(r"Subclasses are disabled for (\w+), thus '([^']+)' is not accepted")
+_NO_VALUE = re.compile(r"argument --([\w.]+): expected one argument")
 _NO_OPTION = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'")
-_UNKNOWN = re.compile(r"[Uu]nrecognized arguments: --([\w.-]+)(\+?)")
+_UNKNOWN = re.compile(r"(?:[Uu]nrecognized arguments: --|Subcommand '\w+' does not accept option ')([\w.-]+)")
 _NO_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _RAW = re.compile(r"(?:Namespace|NestedArg)\(")  # a value as only the parser knows it
@@ -62,6 +64,12 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
     command = _NO_COMMAND.search(message)
     if command:
         return no_command(command[1], re.findall(r"[\w-]+", command[2]))
+    lonely = _NO_VALUE.fullmatch(message.strip())
+    if lonely:
+        return (
+            f"--{lonely[1]} needs a value; and where help on a part within it was asked for, name the configuration "
+            "that holds the part before it: -c FILE"
+        )
     lines = [line for line in message.splitlines() if line.strip() and not _PATH.match(line.strip())]
     complaints = list(_complaints(lines, _Complaint((), None, None, "", None)))
     depth = max(len(each.keys) for each in complaints)
@@ -70,6 +78,7 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
     where = ".".join(first.keys)
     told = (
         _of_an_option(complaints, where, known)
+        or _of_a_record(complaints, where)
         or _of_a_class(complaints, where, known)
         or _of_a_value(complaints, where, known)
     )
@@ -164,8 +173,20 @@ def _of_an_option(complaints: Sequence[_Complaint], where: str, types: Types) ->
     above, name, names = _first_unknown_key(option, types)
     near = nearest(name, names)
     meant = f"did you mean --{above}{near}? " if near else ""
-    came = each.text if unknown else f"there is no option {option}"
+    came = each.text if each.text.lower().startswith("unrecognized") else f"there is no option {option}"
     return f"{came}; {meant}--help lists the options"
+
+
+def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
+    """Tell a class that was named where only a record's own options are taken."""
+    for each in complaints:
+        refused = _OTHER_RECORD.search(each.text)
+        if refused:
+            return (
+                f"{where}: {refused[2]} cannot stand here, for {refused[1]} is set by its options and takes no other "
+                f"class; `moevlm describe {refused[1]}` lists them, CONTRIBUTING.md tells how to add one"
+            )
+    return None
 
 
 def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:

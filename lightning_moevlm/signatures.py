@@ -126,13 +126,13 @@ def _alternatives(annotation: object) -> list[str]:
     if get_origin(annotation) is Literal:
         return literals_of(annotation)
     if isinstance(annotation, type) and is_record(annotation):
-        return [f"a {annotation.__name__} {{{', '.join(options_of(annotation))}}}"]
+        return [f"{_with_article(annotation)} {{{', '.join(options_of(annotation))}}}"]
     classes = classes_of(annotation)
-    return [_WORDS.get(annotation) or (_one(classes[0].__name__) if classes else _plain(annotation))]
+    return [_WORDS.get(annotation) or (_with_article(classes[0]) if classes else _plain(annotation))]
 
 
-def _one(name: str) -> str:
-    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+def _with_article(part: type) -> str:
+    return f"{'an' if part.__name__[0] in 'AEIO' else 'a'} {part.__name__}"
 
 
 def _plain(annotation: Any) -> str:

@@ -113,6 +113,19 @@ def test_mistakes_in_a_file_are_told_from_their_place(
         ("trainer.max_step", "3", "unrecognized arguments: --trainer.max_step 3; did you mean --trainer.max_steps?"),
         ("model.losses.load_balnce.weight", "1", "did you mean --model.losses.load_balance?"),
         ("trainer.callbacks", "[{class_path: Telemetri}]", "there is no class Telemetri; did you mean Telemetry?"),
+        ("model.router_z", "null", "there is no option model.router_z; --help lists"),
+        ("model.los.router_z", "null", "did you mean --model.losses?"),
+        (
+            "model.losses.importance",
+            "0.01",
+            "model.losses.importance: 0.01 is no such value; give an Importance {weight, per_modality} or null",
+        ),
+        (
+            "model.losses.router_z",
+            "{class_path: lightning_moevlm.losses.OutputZ}",
+            "lightning_moevlm.losses.OutputZ cannot stand here, for RouterZ is set by its options and takes no other "
+            "class; `moevlm describe RouterZ` lists them",
+        ),
     ],
 )
 def test_mistakes_in_options_are_told_from_their_place(
@@ -160,6 +173,13 @@ def test_an_overlay_alone_asks_for_the_configuration_below_it(resolver: ConfigRe
 
 def test_texts_of_other_forms_pass_as_one_line() -> None:
     assert told_from_the_mistake("Subcommand 'fit' does not\n accept it") == "Subcommand 'fit' does not accept it"
+
+
+def test_help_on_a_part_of_no_configuration_asks_for_one() -> None:
+    told = told_from_the_mistake("argument --model.backbone: expected one argument")
+    assert told.startswith("--model.backbone needs a value; ") and told.endswith(
+        "name the configuration that holds the part before it: -c FILE"
+    )
 
 
 def test_a_class_that_is_not_imported_is_told_by_the_text_alone() -> None:

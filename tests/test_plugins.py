@@ -13,10 +13,19 @@ from tests.small_run import SMALL, budget
 
 MODULE = '''
 import torch
+from lightning.pytorch import Callback
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
 from lightning_moevlm.routers import Router
 from lightning_moevlm.routers.choices import plan_of_choices
+
+
+class HalfSGD(torch.optim.SGD):
+    """SGD at half the rate."""
+
+
+class Onlooker(Callback):
+    """Looks on."""
 
 
 class FirstExpertRouter(Router):
@@ -64,9 +73,20 @@ def test_router_of_another_package(plugin: dict[str, str], workplace: Path) -> N
     off = [f"--model.losses.{loss}=null" for loss in ("load_balance", "router_z")]  # it has no weights to teach
     commands = [
         ["list", "routers"],
+        ["list", "optimizers"],
+        ["list", "callbacks"],
         ["describe", "FirstExpertRouter"],
         ["fit", *SMALL, *budget(1), *off, f"{router}=FirstExpertRouter"],
-        ["fit", *SMALL, *budget(1), *off, f"{router}=elsewhere.FirstExpertRouter", f"{router}.expert=2"],
+        [
+            "fit",
+            *SMALL,
+            *budget(1),
+            *off,
+            f"{router}=elsewhere.FirstExpertRouter",
+            f"{router}.expert=2",
+            "--model.optimizer=HalfSGD",
+            "--trainer.callbacks+=Onlooker",
+        ],
     ]
     # one fresh process for all: entry points are read once, and importing takes seconds
     script = (
@@ -77,6 +97,7 @@ def test_router_of_another_package(plugin: dict[str, str], workplace: Path) -> N
     )
     assert told.returncode == 0, told.stderr
     assert "FirstExpertRouter" in told.stdout and "which one" in told.stdout
+    assert "SGD at half the rate." in told.stdout and "Looks on." in told.stdout
     with sqlite3.connect(workplace / "runs/mlflow.db") as store:
         loads = store.execute(
             "SELECT key, value FROM latest_metrics WHERE key LIKE 'load/block1/text/expert%'"

@@ -98,7 +98,8 @@ def _parts() -> dict[str, list[type]]:
     from dataclasses import fields
     from typing import get_args, get_type_hints
 
-    from torch.optim import AdamW
+    from lightning.pytorch import Callback
+    from torch.optim import AdamW, Optimizer
 
     import lightning_moevlm.callbacks as callbacks
     from lightning_moevlm.dispatch import Capacity, Dispatcher, ModalityFactors
@@ -152,11 +153,21 @@ def _parts() -> dict[str, list[type]]:
             Ramp,
             TermWeights,
         ],
-        "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW],
+        "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW, *_offered(Optimizer)],
         "stabilisers": [AdaGC, GradientStabilisers, SkipSpikes, ZClip],
         "schedules": _leaves(WarmupSchedule),
-        "callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
+        "callbacks": [*(getattr(callbacks, name) for name in callbacks.__all__), *_offered(Callback)],
     }
+
+
+def _offered(base: type) -> list[type]:
+    """Return the concrete classes below an interface of torch or Lightning that plug-ins bring, by name."""
+    from importlib.metadata import entry_points
+
+    from lightning_moevlm.lightning_cli import PLUGIN_GROUP
+
+    packages = {entry.module.split(".")[0] for entry in entry_points(group=PLUGIN_GROUP)}
+    return [part for part in _leaves(base) if part.__module__.split(".")[0] in packages]
 
 
 def _leaves(base: type) -> list[type]:

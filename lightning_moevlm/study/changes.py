@@ -1,6 +1,7 @@
 """A difference from the base as a study file writes it: dotted or nested keys, read into a flat list and merged again.
 
-What a study owns (seed, budget, logger, output folder) is refused: arms differ in the question only.
+What a study owns (seed, budget, logger, output folder) is refused: arms differ in the question only. A key that
+ends in + adds items to a list, `trainer.callbacks+: [...]`, and any number of factors may do so.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ OWNED: dict[str, str] = {
     "trainer.logger": "the study itself (one MLflow run per arm and seed)",
     "trainer.default_root_dir": "the study itself (runs/sweeps/...)",
 }
+_CALLBACKS = "trainer.callbacks"
+_MORE = "+"  # at the end of a key: further items of its list
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Change:
     node: Located
 
     def overlaps(self, other: "Change") -> bool:
-        """Whether both set the same value, or one a part of what the other sets."""
+        """Whether both set the same value, or one a part of what the other sets; to add items to a list is neither."""
+        if self.key == other.key and self.key.endswith(_MORE):
+            return False
         return f"{self.key}.".startswith(f"{other.key}.") or f"{other.key}.".startswith(f"{self.key}.")
 
 
@@ -45,6 +50,13 @@ def read_changes(key: str, node: Located) -> tuple[Change, ...]:
     for owned, by in OWNED.items():
         if key == owned or key.startswith(owned + "."):
             raise node.error(f"{key!r} may not differ between arms: it is set by {by}; remove it here")
+    if key == _CALLBACKS:
+        raise node.error(
+            f"{key!r} would take the place of the callbacks that measure and guard every run; write {key}{_MORE} "
+            "to add yours to them"
+        )
+    if key.endswith(_MORE):
+        node.sequence()
     return (Change(key, node),)
 
 
@@ -64,7 +76,14 @@ def merged(changes: Iterable[Change]) -> dict[str, Any]:
             here = here.setdefault(part, {})
             if not isinstance(here, dict):
                 raise change.node.error(f"{change.key!r} lies below a key that is already set to a plain value here")
+        if last in here and last.endswith(_MORE):
+            here[last] = [*here[last], *_items(change.node)]
+            continue
         if last in here:
             raise change.node.error(f"{change.key!r} is set twice here (dotted and nested?)")
         here[last] = change.node.plain()
     return config
+
+
+def _items(node: Located) -> list[Any]:
+    return [child.plain() for child in node.sequence()]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -31,6 +31,9 @@ from lightning_moevlm.study.table import Table, name_and_unit
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Verdict
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER = "report.html", "report.md", "tables"
 Records = Literal["arms", "factors", "learning_rates", "fairness"]
 RECORDS_FILES: dict[Records, str] = {
@@ -39,6 +42,7 @@ RECORDS_FILES: dict[Records, str] = {
     "learning_rates": "learning_rates.json",
     "fairness": "fairness.json",
 }
+_FEW_FINDINGS = 6
 _WIDE = Console(width=10_000)
 _TEMPLATES = Path(__file__).parent / "templates"
 _STYLES: dict[str, str] = {
@@ -83,10 +87,12 @@ class Origin:
 class Report:
     """A whole report before it is written.
 
-    finding: one sentence per arm; learned: one on the untrained models; undrawn: one on arms that no picture shows.
+    count: one sentence on how many arms got which verdict, empty where they are few; finding: one per arm; learned: one
+    on the untrained models; undrawn: one on arms that no picture shows.
     """
 
     result: StudyResult
+    count: str
     finding: tuple[str, ...]
     learned: str
     tables: tuple[Table, ...]
@@ -102,6 +108,7 @@ def make_report(origin: Origin, result: StudyResult) -> Report:
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return Report(
         result=result,
+        count=count(result),
         finding=tuple(finding(result, arm) for arm in result.arms if arm.effect is not None),
         learned=learned(result),
         tables=origin.tables + report_tables(result),
@@ -214,6 +221,15 @@ def _rich_columns(table: Table, count: int) -> RichTable:
     return shown
 
 
+def count(result: StudyResult) -> str:
+    """Return one sentence on how many arms got which verdict; empty where the findings can be taken in at a glance."""
+    verdicts = [arm.effect.verdict for arm in result.arms if arm.effect is not None]
+    if len(verdicts) <= _FEW_FINDINGS:
+        return ""
+    counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in Verdict if verdict in verdicts)
+    return f"{len(verdicts)} arms against {result.comparison.baseline}: {counts}."
+
+
 def finding(result: StudyResult, arm: ArmResult) -> str:
     """Return one sentence: what this arm's difference amounts to."""
     study, effect = result.comparison, arm.effect
@@ -274,6 +290,13 @@ def _story(plan: Plan, arm: ArmResult) -> ArmStory:
     return ArmStory(arm.arm.name, arm.arm.description, changes, tuple(commands), tails)
 
 
+def _breakable(name: str) -> "Markup":
+    """Return a name as HTML that may be broken after each _ and / that it has; what is copied is the name."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[_/])(?=[^_/])", "<wbr>", str(escape(name))))
+
+
 def _render(template: str, report: Report) -> str:
     import jinja2
 
@@ -286,6 +309,7 @@ def _render(template: str, report: Report) -> str:
     )
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     environment.filters["verdict_class"] = lambda cell: verdict_of(cell).replace(" ", "-")
+    environment.filters["breakable"] = _breakable
     environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
     return environment.get_template(template).render(
         report=report, result=report.result, study=report.result.comparison

@@ -79,6 +79,20 @@ def test_one_in(write):
     )  # fmt: skip
 
 
+def test_factors_may_each_add_to_a_list(write):
+    study = read_study(
+        write(
+            "factors: {a: {on: {trainer.callbacks+: [A]}}, b: {on: {trainer.callbacks+: [B, C]}}}\ndesign: factorial\n"
+        )
+    )
+    assert arms(study) == {
+        "baseline": {},
+        "b": {"trainer": {"callbacks+": ["B", "C"]}},
+        "a": {"trainer": {"callbacks+": ["A"]}},
+        "a__b": {"trainer": {"callbacks+": ["A", "B", "C"]}},
+    }
+
+
 def test_leave_one_out(write):
     study = read_study(write(FACTORS + "design: leave_one_out\n"))
     assert arms(study) == {

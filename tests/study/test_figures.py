@@ -2,16 +2,19 @@
 
 import dataclasses
 import io
+import itertools
 import math
 import re
 
 import numpy as np
 import pytest
 import yaml
+from matplotlib.text import Text
 from PIL import Image
 
 from lightning_moevlm.study.cost_of_arms import costs_of, costs_table
 from lightning_moevlm.study.figures import MANY_ARMS, draw_all, legible
+from lightning_moevlm.study.figures import picture as drawing
 from lightning_moevlm.study.figures.expert_flow import draw_expert_flow, flows_of, shares_experts
 from lightning_moevlm.study.figures.interactions import draw_interactions
 from lightning_moevlm.study.figures.learning_rates import best_rate, draw_learning_rates
@@ -22,6 +25,7 @@ from lightning_moevlm.study.gather import compare
 from lightning_moevlm.study.gather import result_of as result_of_run
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.receipts import receipts_table
+from lightning_moevlm.study.verdict import Verdict
 from lightning_moevlm.tracking.series import Series
 from tests.study.tiny_study import plan_of, write_project
 
@@ -31,8 +35,8 @@ RATES = (0.01, 0.1, 1.0)
 FACTORS = ("skew", "speed")
 
 
-def result_of(tmp_path, study, series_of, tags_of=lambda run: {}):
-    """Compare runs that logged series_of(run); None: the run diverged at step 3."""
+def result_of(tmp_path, study, series_of, tags_of=lambda run: {}, stopped=()):
+    """Compare runs that logged series_of(run); None: the run diverged at step 3. stopped: arms that were withdrawn."""
     file = write_project(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", {"seeds": SEEDS} | study)
     written = yaml.safe_load(file.read_text())
     file.write_text(
@@ -42,7 +46,7 @@ def result_of(tmp_path, study, series_of, tags_of=lambda run: {}):
     results = []
     for run in plan.runs:
         series = series_of(run)
-        status = Status.FINISHED if series else Status.DIVERGED
+        status = Status.STOPPED if run.arm in stopped else Status.FINISHED if series else Status.DIVERGED
         lost = {"val/task_loss": Series((0, 3), (7.0, math.nan)), "train/task_loss": Series((3,), (math.nan,))}
         state = RunState(status, run.name, started=0.0, ended=10.0 + run.seed)
         results.append(result_of_run(run, state, series or lost, tags_of(run)))
@@ -201,8 +205,8 @@ def test_spikes_over_time(tmp_path):
     assert is_drawn(picture)
     assert "fast-seed1: 1 of task loss, first at step 20." in picture.alt
     assert picture.table.rows == (
-        ("fast-seed1", "20", "too few points", "too few points", "–"),
-        ("fast-seed2", "too few points", "too few points", "too few points", "step 3"),
+        ("fast-seed1", "20", "too few points", "too few points", "–", "–"),
+        ("fast-seed2", "too few points", "too few points", "too few points", "step 3", "–"),
     )
     steady = dataclasses.replace(result, arms=result.arms[:1])
     assert draw_spikes(steady) is None
@@ -249,6 +253,72 @@ def test_svg_follows_the_scheme_of_the_page(tmp_path):
         assert "var(--ink)" in text
         assert not re.search(r"(fill|stroke): ?#(000000|ffffff)", text, re.IGNORECASE)
         assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", text)  # nothing from outside
+
+
+def test_runs_that_did_not_finish_are_marked_in_every_picture(tmp_path, monkeypatch):
+    """Of three seeds one of `fast` diverges; `slow` is withdrawn as a whole at step 2."""
+    arms = FAST["arms"] | {"slow": {"model.speed": 0.01}}
+    even = loads({"text": (0.5, 0.5)})
+    study = {"arms": arms, "stop_hopeless": {"at_step": 2, "worse_by": 0.5}}
+
+    def series(run):
+        if run.arm == "fast" and run.seed == 1:
+            return None
+        if run.arm == "slow":
+            return {key: Series((0, 2), (7.0, 9.0)) for key in ("val/task_loss", "train/task_loss")} | even
+        return ended_at(5.0 + run.seed, throughput__samples_per_second=99.0, val__accuracy_text=0.5) | even
+
+    result = result_of(tmp_path, study, series, stopped=["slow"])
+    assert result.arms[-1].verdict is Verdict.STOPPED_EARLY
+    figures = []
+    monkeypatch.setattr(drawing, "_svg_of", lambda figure: figures.append(figure) or b"<svg/>")
+    names = [each.name for each in draw_all(result)]
+    told = {
+        name: " ".join(text.get_text() for text in figure.findobj(Text))
+        for name, figure in zip(names, figures, strict=True)
+    }
+    for name in ("effects", "curves", "accuracy", "spikes", "expert_load", "expert_flow", "throughput"):
+        assert "stopped early" in told[name], name
+        assert "diverged" in told[name], name
+    curves = figures[names.index("curves")].axes[0]
+    marks = {line.get_marker(): line.get_xydata()[-1].tolist() for line in curves.lines if len(line.get_xdata()) == 1}
+    assert marks == {"x": [0.0, 7.0], "|": [2.0, 9.0]}  # the last number, of the diverged run the first one
+
+
+def test_long_names_stay_apart_and_within(tmp_path, monkeypatch):
+    arms = {"baseline": None} | {
+        f"expert_choice_with_capacity_per_modality_{i}": {"model.speed": i} for i in range(2, 21)
+    }
+
+    def series(run):
+        return ended_at(5.0 + run.seed) | loads({"image": (0.75, 0.25), "text": (0.1, 0.9)})
+
+    figures = []
+    monkeypatch.setattr(drawing, "_svg_of", lambda figure: figures.append(figure) or b"<svg/>")
+    names = [each.name for each in draw_all(result_of(tmp_path, {"arms": arms}, series))]
+    for name, figure in zip(names, figures, strict=True):
+        page = figure.bbox
+        titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+        labels = [text.get_window_extent() for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label)]
+        for box in [*titles, *labels]:
+            assert box.x0 >= 0 and box.x1 <= page.width, name
+        assert not any(one.overlaps(two) for one, two in itertools.combinations(titles, 2)), name
+        assert figure.get_figheight() <= 1.75 * figure.get_figwidth(), name  # a page of paper
+
+
+@pytest.mark.parametrize(
+    ("name", "letters", "lines"),
+    [
+        ("no_router_z", 28, ["no_router_z"]),
+        ("sigmoid_bias_per_modality_recentred", 28, ["sigmoid_bias_per_modality_", "recentred"]),
+        ("max_violation/block1/image", 15, ["max_violation/", "block1/image"]),
+        ("a" * 40 + "_b", 28, ["a" * 40 + "_", "b"]),
+        ("", 28, [""]),
+    ],
+)
+def test_names_are_broken_where_they_allow_it(name, letters, lines):
+    assert drawing.wrapped(name, letters).split("\n") == lines
+    assert "".join(lines) == name
 
 
 @pytest.mark.parametrize(("longest", "columns"), [(4, 5), (20, 3), (64, 1)])

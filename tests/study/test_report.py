@@ -139,8 +139,9 @@ def test_pictures_are_drawn_and_described(result, tmp_path):
         assert picture.table.rows
     assert "slow goes from" in pictures["curves"].alt
     assert "hurts" in pictures["effects"].alt
-    last = pictures["curves"].table.rows[-1]
-    assert last[:2] == ("4", f"{result.arms[0].final.mean:.4f}")
+    curve = pictures["curves"].table
+    assert curve.columns[-1] == "step 4"
+    assert (curve.rows[0][0], curve.rows[0][-1]) == ("baseline", f"{result.arms[0].final.mean:.4f}")
 
 
 def test_finding_is_a_sentence(result):

@@ -170,6 +170,13 @@ def test_shipped_study_is_valid():
         ("seeds: [0, 1]", "seeds: [0, 4294967296]", 14, ["seeds[1]: expected a seed below 2**32"]),
         ("  no_z:\n", f"  {'n' * 65}:\n", 8, ["at most 64 characters, this one has 65"]),
         ("model.losses.router_z", "trainer.logger.init_args.run_name", 10, ["may not differ between arms"]),
+        (
+            "model.losses.router_z: null",
+            "trainer.callbacks: [Mine]",
+            10,
+            ["would take the place of the callbacks that measure and guard every run; write trainer.callbacks+"],
+        ),
+        ("model.losses.router_z: null", "trainer.callbacks+: Mine", 10, ["expected a list with at least one entry"]),
         ("model.losses.router_z", "model..router_z", 10, ["empty part"]),
         ("  no_z:\n", "  no z:\n", 8, ["an arm's name is letters, digits and _"]),
         ("  hot:", "  no_z:", 13, ["the key 'no_z' occurs twice (first in line 8)"]),

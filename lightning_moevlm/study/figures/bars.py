@@ -2,6 +2,7 @@
 
 from matplotlib.axes import Axes
 
+from lightning_moevlm.study.figures.lost import row_label
 from lightning_moevlm.study.figures.picture import GROUND, INK, Picture, looks, new_figure, picture_of
 from lightning_moevlm.study.results import Mean, StudyResult
 from lightning_moevlm.study.table import NOTHING, Table, percent, with_deviation
@@ -14,12 +15,12 @@ def draw_throughput(result: StudyResult) -> Picture | None:
     if not any(arm.samples_per_second or arm.seconds for arm in result.arms):
         return None
     names = tuple(arm.arm.name for arm in result.arms)
-    figure = new_figure(1.2 + 0.42 * len(names))
+    figure = new_figure(1.4 + 0.42 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, result, [arm.samples_per_second for arm in result.arms], "{:.3g}")
     _bars(right, result, [arm.seconds for arm in result.arms], "{:.3g}")
     left.set_xlabel("training throughput (samples/s)")
-    right.set_xlabel("wall time of a run, start-up included (s)")
+    right.set_xlabel("wall time of a run,\nstart-up included (s)")
     rows = tuple(
         (arm.arm.name, with_deviation(arm.samples_per_second, 1), with_deviation(arm.seconds, 1)) for arm in result.arms
     )
@@ -47,7 +48,7 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
                 edges = [row - 0.42, row + 0.42]
                 axes.plot([place, place], edges, color=GROUND, linewidth=5)  # keeps the mark apart from a dark bar
                 axes.plot([place, place], edges, color=INK, linewidth=2, label=label)
-        axes.set_xlabel(f"masked accuracy, {term} (%)")
+        axes.set_xlabel(f"masked accuracy,\n{term} (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
     columns = ("arm", *(f"{term}, {what}" for term in terms for what in ("accuracy", "majority")))
@@ -80,7 +81,7 @@ def _bars(axes: Axes, result: StudyResult, means: list[Mean | None], form: str) 
             axes.errorbar(mean.mean, row, xerr=mean.deviation, color=_MIDDLE, capsize=3, linewidth=1.2)
         end = mean.mean + (mean.deviation or 0.0)
         axes.text(end + 0.02 * highest, row, form.format(mean.mean), va="center", fontsize=9)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [row_label(arm) for arm in result.arms], fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 1.18 * highest)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,15 +1,22 @@
-"""Learning curves: the primary metric over steps, mean and range over seeds, from the untrained model on."""
+"""Learning curves: the primary metric over steps, mean and range over seeds, from the untrained model on.
+
+A cross stands where a run diverged, a bar where the study's rule stopped one. Of many arms the baseline alone has a
+band.
+"""
 
 import math
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-from lightning_moevlm.study.figures.picture import Look, Picture, legend_columns, looks, new_figure, picture_of
+from lightning_moevlm.study.figures.picture import INK, Look, Picture, legend_columns, looks, new_figure, picture_of
+from lightning_moevlm.study.ledger import Status
 from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
 
 _FEWEST_LATE_STEPS = 3  # of fewer points the second half shows nothing that the whole does not
-_MANY_STEPS = 12  # a table shows at most about so many
+_MANY_BANDS = 8  # more hide each other and the lines
+_MANY_STEPS = 10  # a table shows at most about so many
 
 
 def draw_curves(result: StudyResult) -> Picture | None:
@@ -29,10 +36,12 @@ def draw_curves(result: StudyResult) -> Picture | None:
     for arm in result.arms:
         name = arm.arm.name
         is_baseline = name == result.comparison.baseline
-        _draw(whole, columns[name], look[name], name, is_baseline)
+        has_band = is_baseline or len(columns) <= _MANY_BANDS
+        _draw(whole, columns[name], look[name], name, is_baseline, has_band)
+        _mark_ends(whole, arm, metric, look[name])
         for late in panels[1:]:
-            _draw(late, {s: v for s, v in columns[name].items() if s >= half}, look[name], name, is_baseline)
-        _mark_divergence(whole, arm, metric, look[name])
+            _draw(late, {s: v for s, v in columns[name].items() if s >= half}, look[name], name, is_baseline, has_band)
+            _mark_ends(late, arm, metric, look[name], half)
     whole.set_title("from the untrained model (first point)", fontsize=10)
     for late in panels[1:]:
         late.set_title("second half, enlarged", fontsize=10)
@@ -42,11 +51,15 @@ def draw_curves(result: StudyResult) -> Picture | None:
         axes.spines[["top", "right"]].set_visible(False)
     whole.set_ylabel(f"{title}\n({unit})" if unit else title)
     handles, names = whole.get_legend_handles_labels()
+    for told, marker in _marks(result):
+        handles.append(Line2D([], [], linestyle="none", marker=marker, markersize=10, markeredgewidth=2.5, color=INK))
+        names.append(told)
     figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names), frameon=False)
     num_seeds = len(result.comparison.seeds)
     alt = (
-        f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means, bands the range over "
-        f"{num_seeds} seeds. " + " ".join(_sentence(name, column) for name, column in columns.items() if column)
+        f"Line plot of {title} over optimiser steps for {len(columns)} arms; lines are means over "
+        f"{num_seeds} seeds, bands {'' if len(columns) <= _MANY_BANDS else '(of the baseline alone) '}their range. "
+        + " ".join(_sentence(name, column) for name, column in columns.items() if column)
     )
     heading = f"{title[0].upper()}{title[1:]} over training"
     return picture_of(figure, "curves", heading, alt, _table(columns, steps, title, unit))
@@ -63,7 +76,7 @@ def by_step(arm: ArmResult, metric: str) -> dict[int, list[float]]:
     return dict(sorted(column.items()))
 
 
-def _draw(axes: Axes, column: dict[int, list[float]], look: Look, name: str, is_baseline: bool) -> None:
+def _draw(axes: Axes, column: dict[int, list[float]], look: Look, name: str, is_baseline: bool, has_band: bool) -> None:
     if not column:
         return
     steps = list(column)
@@ -82,18 +95,31 @@ def _draw(axes: Axes, column: dict[int, list[float]], look: Look, name: str, is_
         linewidth=width,
         zorder=place,
     )
+    if not has_band:
+        return
     low, high = [min(v) for v in column.values()], [max(v) for v in column.values()]
     axes.fill_between(steps, low, high, color=look.colour, alpha=0.12, linewidth=0)
 
 
-def _mark_divergence(axes: Axes, arm: ArmResult, metric: str, look: Look) -> None:
-    """Put a cross where a run's values stop being numbers."""
+def _marks(result: StudyResult) -> list[tuple[str, str]]:
+    """Return what the marks at ends of curves mean, of those that the study has, and the marks."""
+    statuses = {run.state.status for arm in result.arms for run in arm.runs}
+    marks = ((Status.DIVERGED, "a run diverged", "x"), (Status.STOPPED, "a run was stopped early", "|"))
+    return [(told, marker) for status, told, marker in marks if status in statuses]
+
+
+def _mark_ends(axes: Axes, arm: ArmResult, metric: str, look: Look, since: float = 0.0) -> None:
+    """Put a cross at the last number of a run that diverged, and a bar where the study's rule stopped it."""
     for run in arm.runs:
         series = run.series.get(metric)
         pairs = list(zip(series.steps, series.values, strict=True)) if series else []
         finite = [(step, value) for step, value in pairs if math.isfinite(value)]
-        if len(finite) < len(pairs) and finite:
-            axes.plot(*finite[-1], marker="x", markersize=10, markeredgewidth=2.5, color=look.colour)
+        if not finite or finite[-1][0] < since:
+            continue
+        if len(finite) < len(pairs) or run.state.status is Status.DIVERGED:
+            axes.plot(*finite[-1], marker="x", markersize=10, markeredgewidth=2.5, color=look.colour, zorder=4)
+        elif run.state.status is Status.STOPPED:
+            axes.plot(*finite[-1], marker="|", markersize=12, markeredgewidth=2.5, color=look.colour, zorder=4)
 
 
 def _sentence(name: str, column: dict[int, list[float]]) -> str:
@@ -104,8 +130,8 @@ def _sentence(name: str, column: dict[int, list[float]]) -> str:
 def _table(columns: dict[str, dict[int, list[float]]], steps: list[int], title: str, unit: str) -> Table:
     every = max(1, math.ceil(len(steps) / _MANY_STEPS))
     shown = sorted({*steps[::every], steps[-1]})
-    rows = tuple((str(step), *(_mean(column.get(step, [])) for column in columns.values())) for step in shown)
-    return Table(f"{title} ({unit}), mean over seeds", ("step", *columns), rows)
+    rows = tuple((name, *(_mean(column.get(step, [])) for step in shown)) for name, column in columns.items())
+    return Table(f"{title} ({unit}), mean over seeds", ("arm", *(f"step {step}" for step in shown)), rows)
 
 
 def _mean(values: list[float]) -> str:

@@ -13,15 +13,20 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
 from lightning_moevlm.study.figures.expert_load import first_with_load, loads_of
-from lightning_moevlm.study.figures.picture import INK, Picture, new_figure, picture_of
+from lightning_moevlm.study.figures.lost import lost_runs
+from lightning_moevlm.study.figures.picture import INK, Picture, new_figure, picture_of, wrapped
 from lightning_moevlm.study.results import ArmResult, RunResult, StudyResult
 from lightning_moevlm.study.table import Table, percent
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _GAP = 0.02  # between modalities and between experts, of the panel's height
-_LEGIBLE = 0.045  # of the panel's height: a lower expert gets no number
+_LEGIBLE = 0.03  # of the panel's height: a lower expert gets no number
+_APART = 0.085  # of the panel's height: nearer numbers would hide each other
 _LEFT, _RIGHT, _THICK = 0.0, 1.0, 0.03
 _DISPATCH = "dispatch/"
+_FEW_ARMS = 5  # more stand beside each other as well
+_PANELS_BESIDE = 4
+_LETTERS_ABOVE = 60  # of a row's panels, together
 _LARGEST = 3  # the sentence names the fullest experts alone
 
 Flow = Mapping[str, tuple[float, ...]]
@@ -34,18 +39,25 @@ def draw_expert_flow(result: StudyResult) -> Picture | None:
     blocks = sorted({block for _, run in shown for block in flows_of(run)})
     if not blocks:
         return None
-    figure = new_figure(0.4 + 1.5 * len(shown))
-    grid = figure.subplots(len(shown), len(blocks), squeeze=False)
+    beside = 1 if len(shown) <= _FEW_ARMS else max(1, _PANELS_BESIDE // len(blocks))
+    num_rows = -(-len(shown) // beside)
+    figure = new_figure(0.4 + (1.5 if beside == 1 else 1.3) * num_rows)
+    grid = figure.subplots(num_rows, beside * len(blocks), squeeze=False)
+    for axes in grid[-1][len(blocks) * (len(shown) - beside * (num_rows - 1)) :]:
+        axes.remove()
     modalities = tuple(dict.fromkeys(m for _, run in shown for flow in flows_of(run).values() for m in flow))
     colours = {modality: _COLOURS[i % len(_COLOURS)] for i, modality in enumerate(sorted(modalities))}
-    for row, (arm, run) in enumerate(shown):
+    letters = _LETTERS_ABOVE // (beside * len(blocks))
+    for place, (arm, run) in enumerate(shown):
         flows = flows_of(run)
+        row, left = divmod(place, beside)
+        heading = "\n".join([wrapped(arm.arm.name, letters), *(f"({words})" for words in lost_runs(arm))])
         for column, block in enumerate(blocks):
-            axes = grid[row][column]
+            axes = grid[row][left * len(blocks) + column]
             axes.set_axis_off()
             axes.set_xlim(-0.2, 1.14)
             axes.set_ylim(1.02, -0.02)
-            axes.set_title(f"{arm.arm.name}, block {block}", fontsize=8)
+            axes.set_title(f"{heading}, block {block}", fontsize=8)
             if block in flows:
                 _draw(axes, flows[block], colours, shares_experts(run.tags, block))
             else:
@@ -77,7 +89,7 @@ def _draw(axes: Axes, flow: Flow, colours: Mapping[str, str], is_shared: bool) -
     groups = [tuple(flow)] if is_shared else [(modality,) for modality in flow]
     num_experts = sum(max(len(flow[modality]) for modality in group) for group in groups)
     scale = (1 - _GAP * (num_experts - 1) / 2) / len(flow)  # of the experts' side, with narrower gaps
-    right = 0.0
+    right, last_number = 0.0, -1.0
     lefts = {modality: i * (part + _GAP) for i, modality in enumerate(flow)}
     for modality, top in lefts.items():
         axes.add_patch(Rectangle((_LEFT - _THICK, top), _THICK, part, color=colours[modality], linewidth=0))
@@ -94,8 +106,9 @@ def _draw(axes: Axes, flow: Flow, colours: Mapping[str, str], is_shared: bool) -
                     right += share * scale
             height = right - top
             axes.add_patch(Rectangle((_RIGHT, top), _THICK, height, color=INK, linewidth=0, alpha=0.8))
-            if height >= _LEGIBLE:
-                axes.text(_RIGHT + 2 * _THICK, top + height / 2, str(expert), va="center", fontsize=7)
+            if height >= _LEGIBLE and top + height / 2 - last_number >= _APART:
+                last_number = top + height / 2
+                axes.text(_RIGHT + 2 * _THICK, last_number, str(expert), va="center", fontsize=7)
             right += _GAP / 2
 
 

@@ -12,7 +12,8 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from lightning_moevlm import keys
-from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of
+from lightning_moevlm.study.figures.lost import lost_runs
+from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of, wrapped
 from lightning_moevlm.study.results import ArmResult, RunResult, StudyResult
 from lightning_moevlm.study.table import Table, percent
 
@@ -28,6 +29,9 @@ class Load(NamedTuple):
 
 _MANY_TICKS = 8
 _ARMS_BESIDE = 5  # more are illegible: they go below, in bands
+_LETTERS_ABOVE = 18  # of an arm's name above its panels
+_PANEL_INCHES, _PANEL_INCHES_IN_BANDS = 1.3, 0.62  # so that 20 arms with four layers fit on a page
+_TITLE_INCHES = 0.45
 
 
 def draw_expert_load(result: StudyResult) -> Picture | None:
@@ -38,7 +42,8 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
         return None
     num_columns = min(len(shown), _ARMS_BESIDE)
     num_bands = -(-len(shown) // num_columns)
-    figure = new_figure(max(2.8, 1.3 * len(layers) * num_bands + 1.2))
+    inches = _PANEL_INCHES if num_bands == 1 else _PANEL_INCHES_IN_BANDS
+    figure = new_figure(max(2.8, inches * len(layers) * num_bands + _TITLE_INCHES * (num_bands - 1) + 1.2))
     grid = figure.subplots(len(layers) * num_bands, num_columns, squeeze=False, sharex=True)
     empty = grid[-len(layers) :, len(shown) - num_columns * (num_bands - 1) :]
     for axes in empty.flat:
@@ -48,6 +53,7 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     relative = {run.name: _relative(loads_of(run)) for _, run in shown}
     highest = max(float(np.nanmax(load)) for loads in relative.values() for _, load in loads.values())
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
+    expert = " expert" if num_bands == 1 else ""  # low panels have no room for the word
     image: AxesImage | None = None
     for place, (arm, run) in enumerate(shown):
         band, column = divmod(place, num_columns)
@@ -59,15 +65,17 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
             else:
                 axes.text(0.5, 0.5, "no experts", ha="center", va="center", transform=axes.transAxes)
             if row == 0:
-                axes.set_title(f"{arm.arm.name}\nseed {run.seed}", fontsize=9)
+                axes.set_title(_heading(arm, run), fontsize=9 if num_bands == 1 else 8)
             if column == 0:
-                axes.set_ylabel(f"block {layer[0]}\n{layer[1]} expert", fontsize=9)
+                axes.set_ylabel(f"block {layer[0]}\n{layer[1]}{expert}", fontsize=9 if num_bands == 1 else 7)
             axes.tick_params(labelsize=8, labelleft=column == 0)
     budgets = [run.max_steps for _, run in shown if run.max_steps is not None]
     if budgets:  # else the clock ends the runs
         grid[0][0].set_xlim(0, max(budgets))
     grid[0][0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # shared by all panels
     figure.supxlabel("optimiser steps", fontsize=10)
+    if num_bands > 1:
+        figure.supylabel("expert, by block and modality", fontsize=10)
     assert image is not None
     bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.9, aspect=30, pad=0.01)
     bar.set_label("expert load / even load  (1 = even, 0 = idle)", fontsize=9)
@@ -75,6 +83,12 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     missing = _missing(result, shown)
     title = "Expert load by block and modality" + (f" (nothing to show for {', '.join(missing)})" if missing else "")
     return picture_of(figure, "expert_load", title, _sentence(shown, missing), _table(shown))
+
+
+def _heading(arm: ArmResult, run: RunResult) -> str:
+    """Return what stands above an arm's panels: its name, which run is shown, and what the arm has lost."""
+    told = [f"({words})" for words in lost_runs(arm)]
+    return "\n".join([wrapped(arm.arm.name, _LETTERS_ABOVE), f"seed {run.seed}", *told])
 
 
 def _missing(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> list[str]:

@@ -3,7 +3,18 @@
 from matplotlib.axes import Axes
 
 from lightning_moevlm.study.effects import Effect
-from lightning_moevlm.study.figures.picture import GROUND, INK, Look, Picture, looks, new_figure, picture_of
+from lightning_moevlm.study.figures.lost import lost_runs
+from lightning_moevlm.study.figures.picture import (
+    GROUND,
+    INK,
+    LETTERS_OF_ROW,
+    Look,
+    Picture,
+    looks,
+    new_figure,
+    picture_of,
+    wrapped,
+)
 from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.table import Table, name_and_unit
 from lightning_moevlm.study.tables import effects_table
@@ -24,10 +35,9 @@ def draw_forest(result: StudyResult) -> Picture | None:
         effect = arm.effect
         assert effect is not None
         _draw_row(axes, row, effect, look[arm.arm.name])
-        lost = [(arm.diverged, "diverged"), (arm.failed, "failed")]
-        word = "\n".join([effect.word, *(f"{n} of {arm.planned} {what}" for n, what in lost if n)])
+        word = "\n".join(dict.fromkeys([effect.word, *lost_runs(arm)]))
         axes.annotate(word, (1.01, row), xycoords=("axes fraction", "data"), va="center", weight="bold")
-    axes.set_yticks(range(len(rows)), [arm.arm.name for arm in rows])
+    axes.set_yticks(range(len(rows)), [wrapped(arm.arm.name, LETTERS_OF_ROW) for arm in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     side = "left" if study.primary.direction == "lower" else "right"
     axes.set_xlabel(f"{title}, arm minus {study.baseline}{f' ({unit})' if unit else ''}; {side} of 0 is better")

@@ -8,6 +8,7 @@ from lightning_moevlm.study.results import LadderResult, StudyResult
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, with_deviation
 
 _FEWEST_RATES = 3  # two points are no curve
+_FAR = 2.0  # times the height of the curves
 
 
 def draw_learning_rates(result: StudyResult) -> Picture | None:
@@ -24,10 +25,7 @@ def draw_learning_rates(result: StudyResult) -> Picture | None:
     for one in shown:
         _draw(axes, result, one, look[one.ladder.name])
     if untrained is not None:
-        axes.axhline(untrained, color=INK, linewidth=1, linestyle=":", label="untrained model")
-        lowest, highest = axes.get_ylim()
-        if highest > 2 * untrained:  # a run that ended far above it would flatten all the others
-            axes.set_ylim(lowest, 1.5 * untrained)
+        _draw_untrained(axes, untrained)
     _mark_divergences(axes, shown, look)
     rates = sorted({rate for one in shown for rate in one.ladder.rungs})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 8 else 0)
@@ -83,6 +81,24 @@ def _draw(axes: Axes, result: StudyResult, one: LadderResult, look: Look) -> Non
             color=look.colour,
             linestyle="none",
         )
+
+
+def _draw_untrained(axes: Axes, untrained: float) -> None:
+    """Draw the untrained model's value; where it would flatten the curves, the legend alone tells it."""
+    lowest, highest = axes.get_ylim()
+    above, below = max(0.0, untrained - highest), max(0.0, lowest - untrained)
+    if max(above, below) > _FAR * (highest - lowest):
+        axes.plot(
+            [],
+            [],
+            linestyle="none",
+            label=f"untrained model: {untrained:.4g}, {'above' if above else 'below'} the picture",
+        )
+        return
+    axes.axhline(untrained, color=INK, linewidth=1, linestyle=":", label="untrained model")
+    lowest, highest = axes.get_ylim()
+    if highest > 2 * untrained:  # a run that ended far above it would flatten all the others
+        axes.set_ylim(lowest, 1.5 * untrained)
 
 
 def _mark_divergences(axes: Axes, shown: list[LadderResult], look: dict[str, Look]) -> None:

@@ -51,7 +51,11 @@ def draw_pareto(result: StudyResult) -> Picture | None:
         axes.set_xlabel(f"{cost.name} ({cost.unit})")
     panels[0].set_ylabel(f"final {title}\n({unit})" if unit else f"final {title}")
     better = "lower" if result.comparison.primary.direction == "lower" else "higher"
-    figure.suptitle(f"further left and {better} is better; ringed and joined: the front", fontsize=10)
+    told = f"further left and {better} is better; ringed and joined: the front"
+    absent = len(result.arms) - len(finals)
+    if absent:
+        told += f"\nnot shown: {absent} of {len(result.arms)} arms, of which a run did not finish"
+    figure.suptitle(told, fontsize=10)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     same = [cost for cost in costs if cost not in drawn and any(v is not None for v in cost.by_arm.values())]

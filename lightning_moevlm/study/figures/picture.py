@@ -24,6 +24,8 @@ _MARKERS = "osD^vPX"
 WIDTH_INCHES = 8.0
 _DOTS_PER_INCH = 130
 FONT_POINTS = 10.0
+LETTERS_OF_ROW = 28
+"""Of an arm's name beside a row of a figure; a longer one is broken."""
 _LETTERS_BESIDE = 90  # of that size in a row of a figure
 _LETTERS_OF_MARK = 7  # so wide are a legend's line and the gaps around it
 # A page's colours. An SVG within a page takes its scheme from the page.
@@ -70,6 +72,16 @@ def legend_columns(names: Sequence[str]) -> int:
     """Return how many columns of a legend below a figure its width has room for, at most 5."""
     longest = max(map(len, names), default=0)
     return max(1, min(5, len(names), _LETTERS_BESIDE // (longest + _LETTERS_OF_MARK)))
+
+
+def wrapped(name: str, letters: int) -> str:
+    """Return a name broken after _, / and spaces into lines of at most so many letters, where its parts allow that."""
+    lines = [""]
+    for part in re.findall(r"[^_/ ]*[_/ ]*", name):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > letters:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def new_figure(height_inches: float) -> Figure:

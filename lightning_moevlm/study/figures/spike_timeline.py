@@ -1,4 +1,5 @@
-"""When runs were unsteady: a row per run, marks where loss, gradient or update spiked, a cross where it diverged."""
+"""When runs were unsteady: a row per run, marks where loss, gradient or update spiked, a cross where it diverged,
+a bar where the study's rule stopped it."""
 
 from typing import NamedTuple
 
@@ -31,17 +32,21 @@ _SIGNALS = (
 
 
 class Timeline(NamedTuple):
-    """One run. last: last logged step; spiked: steps by signal, None where too few points were logged to judge any."""
+    """One run. last: last logged step; spiked: steps by signal, None where too few points were logged to judge any.
+
+    stopped: whether the study's rule for hopeless arms ended it.
+    """
 
     name: str
     last: int
     diverged_at: int | None
     spiked: tuple[tuple[int, ...] | None, ...]
+    stopped: bool = False
 
     @property
     def is_steady(self) -> bool:
         """Whether there is nothing to see."""
-        return self.diverged_at is None and not any(self.spiked)
+        return self.diverged_at is None and not self.stopped and not any(self.spiked)
 
 
 def draw_spikes(result: StudyResult) -> Picture | None:
@@ -74,6 +79,16 @@ def draw_spikes(result: StudyResult) -> Picture | None:
             color=INK,
             label="diverged" if row == 0 else None,
         )
+        axes.plot(
+            [line.last] if line.stopped else [],
+            [row] if line.stopped else [],
+            linestyle="none",
+            marker="|",
+            markersize=10,
+            markeredgewidth=3,
+            color=INK,
+            label="stopped early" if row == 0 else None,
+        )
     axes.set_yticks(range(len(shown)), [line.name for line in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(left=0)
@@ -81,7 +96,7 @@ def draw_spikes(result: StudyResult) -> Picture | None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     title = f"Points {SPIKE_DEVIATIONS:g} deviations or more from those before, and divergences"
     if len(shown) < len(lines):
         title += f" ({len(shown)} of {len(lines)} runs: the first that were not steady)"
@@ -94,7 +109,13 @@ def timeline_of(run: RunResult) -> Timeline | None:
     if not ends:
         return None
     diverged = divergence_step(run.series) if run.state.status is Status.DIVERGED else None
-    return Timeline(run.name, max(ends), diverged, tuple(_spiked(run, signal.key) for signal in _SIGNALS))
+    return Timeline(
+        run.name,
+        max(ends),
+        diverged,
+        tuple(_spiked(run, signal.key) for signal in _SIGNALS),
+        run.state.status is Status.STOPPED,
+    )
 
 
 def _spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
@@ -108,7 +129,7 @@ def _spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
 def _sentence(lines: list[Timeline]) -> str:
     unsteady = [line for line in lines if not line.is_steady]
     told = [f"{line.name}: {'; '.join(_told(line))}." for line in unsteady[:_MANY_RUNS]]
-    rest = f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike and did not diverge."
+    rest = f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike, did not diverge and were not stopped."
     return " ".join(["Timeline of spikes, one row per run over optimiser steps.", *told, rest])
 
 
@@ -118,18 +139,25 @@ def _told(line: Timeline) -> list[str]:
         for signal, steps in zip(_SIGNALS, line.spiked, strict=True)
         if steps
     ]
-    return parts + ([f"diverged at step {line.diverged_at}"] if line.diverged_at is not None else [])
+    if line.diverged_at is not None:
+        parts.append(f"diverged at step {line.diverged_at}")
+    return parts + ([f"stopped early at step {line.last}"] if line.stopped else [])
 
 
 def _table(lines: list[Timeline]) -> Table:
     """Return every run with something to see."""
     unsteady = [line for line in lines if not line.is_steady]
     rows = tuple(
-        (line.name, *map(_steps, line.spiked), NOTHING if line.diverged_at is None else f"step {line.diverged_at}")
+        (
+            line.name,
+            *map(_steps, line.spiked),
+            NOTHING if line.diverged_at is None else f"step {line.diverged_at}",
+            f"step {line.last}" if line.stopped else NOTHING,
+        )
         for line in unsteady
     )
-    columns = ("run", *(f"{signal.name}: spikes at step" for signal in _SIGNALS), "diverged at")
-    notes = (f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike and did not diverge.",)
+    columns = ("run", *(f"{signal.name}: spikes at step" for signal in _SIGNALS), "diverged at", "stopped early at")
+    notes = (f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike, did not diverge and were not stopped.",)
     return Table("Spikes and divergences by run", columns, rows, notes)
 
 
