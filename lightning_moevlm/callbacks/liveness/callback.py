@@ -1,10 +1,10 @@
 """Every switch that is on proves, in the very run, that it acts; a dead one ends the run by name.
 
-Before the first step, every n steps and before the last one, the first samples of the batch at hand are rehearsed (rehearsal.py), and each
-auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside this one say which). The
-answers are tags of the run, `receipt/<switch>`, and where they have a number a metric, `liveness/<switch>`; beside them
-goes the share of the gradient that comes from balance losses. A tag is written when its verdict becomes another one,
-and in its last state when training ends; the metrics hold what was between.
+Before the first step, every n steps and before the last one, the first samples of the batch at hand are rehearsed
+(rehearsal.py), and each auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside
+this one say which). The answers are tags of the run, `receipt/<switch>`, and where they have a number a metric,
+`liveness/<switch>`; beside them goes the share of the gradient that comes from balance losses. A tag is written when
+its verdict becomes another one, and in its last state when training ends; the metrics hold what was between.
 """
 
 from collections.abc import Callable, Mapping, Sequence
