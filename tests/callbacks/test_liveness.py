@@ -83,7 +83,7 @@ def test_training_is_the_same_bit_for_bit_with_it_and_without(precision: str) ->
             assert ours == theirs
 
 
-def test_receipts_come_before_the_first_step_and_every_n() -> None:
+def test_receipts_come_before_the_first_step_every_n_and_before_the_last() -> None:
     tagged: list[int] = []
 
     class Notes(Tagged):
@@ -96,9 +96,9 @@ def test_receipts_come_before_the_first_step_and_every_n() -> None:
     def module() -> VisionLanguageModule:
         return module_of(AuxiliaryLosses(LoadBalance()))
 
-    _, points = asked(module(), 5, Liveness(every_n_steps=2), Notes(), accumulate_grad_batches=2)
-    assert steps_of(points) == [0, 2, 4]
-    assert tagged == [0, 4]  # the verdict stayed the same: first and last state
+    _, points = asked(module(), 6, Liveness(every_n_steps=2), Notes(), accumulate_grad_batches=2)
+    assert steps_of(points) == [0, 2, 4, 5]
+    assert tagged == [0, 5]  # the verdict stayed the same: first and last state
     tagged.clear()
     _, points = asked(module(), 3, Liveness(every_n_steps=None), Notes())
     assert steps_of(points) == [0] and tagged == [0]

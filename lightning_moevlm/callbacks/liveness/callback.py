@@ -1,10 +1,10 @@
 """Every switch that is on proves, in the very run, that it acts; a dead one ends the run by name.
 
-Before the first step, and every n steps, the first samples of the batch at hand are rehearsed (rehearsal.py), and each
-auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside this one say which). The
-answers are tags of the run, `receipt/<switch>`, and where they have a number a metric, `liveness/<switch>`; beside them
-goes the share of the gradient that comes from balance losses. A tag is written when its verdict becomes another one,
-and in its last state when training ends; the metrics hold what was between.
+Before the first step, every n steps and before the last one, the first samples of the batch at hand are rehearsed
+(rehearsal.py), and each auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside
+this one say which). The answers are tags of the run, `receipt/<switch>`, and where they have a number a metric,
+`liveness/<switch>`; beside them goes the share of the gradient that comes from balance losses. A tag is written when
+its verdict becomes another one, and in its last state when training ends; the metrics hold what was between.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,14 +47,15 @@ class Liveness(Callback):
     strategies that shard weights: no rank could run a layer by itself.
 
     Args:
-        every_n_steps: optimiser steps between receipts; null asks before the first step of the run alone.
+        every_n_steps: optimiser steps between receipts, of which each costs about two steps; null
+            asks before the first step of the run alone.
         num_samples: samples of the batch that are rehearsed.
 
     Raises:
         UserError: fewer than 1 step or sample; while training, a dead switch, by name.
     """
 
-    def __init__(self, every_n_steps: int | None = 50, num_samples: int = 8) -> None:
+    def __init__(self, every_n_steps: int | None = 100, num_samples: int = 8) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("num_samples", num_samples)):
             if value is not None and value < 1:
                 raise UserError(f"{name} of Liveness is {value}: choose 1 or more")
@@ -127,7 +128,7 @@ class Liveness(Callback):
             return True
         if self.every_n_steps is None or micro_step % trainer.accumulate_grad_batches:
             return False
-        return trainer.global_step % self.every_n_steps == 0
+        return trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps - 1
 
     def _write(self, trainer: Trainer, receipts: Sequence[Receipt], values: dict[str, float]) -> None:
         step = trainer.global_step
