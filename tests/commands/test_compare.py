@@ -55,8 +55,8 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
     assert "they differ in samples per step: 8 (baseline, no_router_z); 4 (small_batch)" in line
     assert "name what makes them: --by arm --by data.batch_size; or" in line
     moevlm("compare", "sweep=line,arm=baseline", "sweep=line,arm=small_batch", "--by", "data.batch_size")
-    moevlm("compare", "sweep=line", "--by", "arm", "--by", "data.batch_size", "--json", "by.json")
-    by = [record["arm"] for record in json.loads((workplace / "by.json").read_text())]
+    moevlm("compare", "sweep=line", "--by", "arm", "--by", "data.batch_size", "--json", "compared.json")
+    by = [record["arm"] for record in json.loads((workplace / "compared.json").read_text())]
     assert by == ["arm=baseline, batch_size=8", "arm=no_router_z, batch_size=8", "arm=small_batch, batch_size=4"]
     moevlm("compare", "sweep=line", "--unfair=true")
     for expected, *words in (

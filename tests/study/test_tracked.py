@@ -181,7 +181,7 @@ def test_a_difference_that_biases_is_named_with_its_key_and_may_be_declared() ->
     result = compared(runs, ENDS)
     biased = [one for one in result.unlike if one.weight == "biases"]
     assert [(one.name, one.told) for one in biased] == [("samples per step", "8 (plain); 9 (batch_size=9)")]
-    assert "(here data.batch_size) with --by KEY" in remedy_of(result)
+    assert "name what makes them: --by data.batch_size; or" in remedy_of(result)
     declared = compared(runs, ENDS, Rules(METRIC, by=("data.batch_size",)))
     assert [one.weight for one in declared.unlike] == ["declared"]
     other_order = compared(two_by_two(data__root="elsewhere"), ENDS)
