@@ -211,8 +211,9 @@ class _AtWork:
 
     def _was_deleted(self, run: PlannedRun) -> bool:
         """Whether the store answers, and no longer has the run."""
-        run_id, there = read_state(self.plan.run_folder(run)).run_id, []
-        return self.store.attempt(lambda: there.extend(self.experiment.ids())) and run_id not in there
+        there: list[str] = []
+        answers = self.store.attempt(lambda: there.extend(self.experiment.ids()))
+        return answers and read_state(self.plan.run_folder(run)).run_id not in there
 
     def _claim(self, run: PlannedRun, run_id: str | None) -> str:
         """Return the id of the run's one run in MLflow: that of the attempt to go on with, or a new one."""
