@@ -1,5 +1,6 @@
 """`moevlm compare`: the tables of a study's report for any runs in MLflow."""
 
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.study.report import Origin
     from lightning_moevlm.study.results import RunResult, StudyResult
 
-_LISTS = ("--by",)  # options that may be given more than once
+_LISTS = ("--by", "--also", "--guard")  # options that may be given more than once
 _ALONE = ("--help", "--print_config")  # options without a value
 
 
@@ -24,6 +25,9 @@ def compare(
     by: list[str] | None = None,
     baseline: str | None = None,
     within: float | None = None,
+    guard: list[str] | None = None,
+    also: list[str] | None = None,
+    correction: Literal["none", "holm"] = "holm",
     unfair: bool = False,
     report: str | None = None,
     json: str | None = None,
@@ -44,6 +48,10 @@ def compare(
             to differ in it, so it is no unfairness.
         baseline: The baseline's name, as the tables tell it.
         within: A difference that would not matter, in the metric's unit; without it no verdict says "no difference".
+        guard: METRIC=AMOUNT, a metric that may not get worse by more than that; may be repeated. An arm that breaks it
+            does not help.
+        also: A further metric to tell, without a verdict; may be repeated.
+        correction: Of the p values over all arms that are held against the baseline.
         unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
         report: Write HTML, Markdown and pictures into this folder too.
         json: Write records to this file as JSON instead of the tables; - is standard output.
@@ -64,6 +72,7 @@ def compare(
         raise UserError("no run to compare: moevlm compare RUN RUN..., each a name, an id or TAG=VALUE; see --help")
     if within is not None and within <= 0:
         raise UserError(f"--within is {within:g}; give more than 0, or leave it out")
+    guards = tuple(_guard(one) for one in guard or ())
     folder = None if report is None else Path(report).absolute()
     if folder is not None:
         refuse_other_folder(folder)
@@ -76,7 +85,8 @@ def compare(
     if not unfair:
         tracked.refuse_unchecked(chosen)
     series = metric_series(uri, [one.row.run_id for one in chosen])
-    rules = tracked.Rules(metric, direction, within, baseline, tuple(by or ()))
+    asked = (tuple(by or ()), tuple(also or ()), guards, correction)
+    rules = tracked.Rules(metric, direction, within, baseline, *asked)
     comparison, results = tracked.comparison_of_runs(chosen, series, rules)
     result = gather.compare(comparison, _cards(results), results)
     if not unfair and records != "fairness":
@@ -142,6 +152,20 @@ def _card(
         return None
 
 
+def _guard(text: str) -> tuple[str, float]:
+    metric, _, amount = text.rpartition("=")
+    try:
+        at_most = float(amount)
+    except ValueError:
+        at_most = math.nan
+    if not metric or not 0 <= at_most < math.inf:
+        raise UserError(
+            f"--guard {text}: write METRIC=AMOUNT with the amount, 0 or more, by which it may get worse, e.g. "
+            "drop_rate/block1/text=0.05"
+        )
+    return metric, at_most
+
+
 def _origin(result: "StudyResult", runs: Sequence[str], by: Sequence[str], unfair: bool) -> "Origin":
     from lightning_moevlm.study.report import ArmStory, Origin
     from lightning_moevlm.study.tracked import changes_of, runs_table
@@ -152,6 +176,9 @@ def _origin(result: "StudyResult", runs: Sequence[str], by: Sequence[str], unfai
     words += ["--direction", comparison.primary.direction, "--baseline", comparison.baseline]
     words += [word for key in by for word in ("--by", key)]
     words += [] if comparison.decide.within is None else ["--within", f"{comparison.decide.within:g}"]
+    words += [word for one in comparison.guard for word in ("--guard", f"{one.metric}={one.at_most:g}")]
+    words += [word for key in comparison.also for word in ("--also", key)]
+    words += ["--correction", comparison.decide.correction]
     words += ["--unfair=true"] if unfair else []
     return Origin(
         kind="Comparison",

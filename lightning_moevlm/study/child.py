@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -68,13 +68,18 @@ class Ended:
 
 @dataclass
 class Child:
-    """A started process and its open log. timeout_seconds: after so long it is ended; None: never."""
+    """A started process and its open log.
+
+    started: seconds since 1970. timeout_seconds: after so long it is ended; None: never. begun: the same moment by a
+    clock that nobody sets.
+    """
 
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     started: float
     timeout_seconds: float | None = None
     reason: str = ""
+    begun: float = field(default_factory=time.monotonic)
 
     @classmethod
     def start(
@@ -112,7 +117,7 @@ class Child:
     def poll(self) -> Ended | None:
         """Return how it ended, or None while it runs; one that is over its time is ended first."""
         code = self.process.poll()
-        if code is None and self.timeout_seconds is not None and time.time() > self.started + self.timeout_seconds:
+        if code is None and self.timeout_seconds is not None and time.monotonic() > self.begun + self.timeout_seconds:
             self.reason = f"not done after {self.timeout_seconds / 60:g} minutes (timeout_minutes), so it was ended"
             self.end()
             code = self.process.poll()

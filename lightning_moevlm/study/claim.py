@@ -95,11 +95,16 @@ def open_experiment(uri: str, name: str) -> Experiment:
     """Return the experiment of a study; store and experiment are created here, once, before any child could race.
 
     Raises:
-        UserError: where the store does not answer or belongs to another MLflow version.
+        UserError: where the store does not answer or belongs to another MLflow version, or the experiment was deleted.
     """
     prepare_store(uri)
     client = _client(uri)
     found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"the experiment {name!r} was deleted in MLflow; restore it, `mlflow experiments restore --experiment-id "
+            f"{found.experiment_id}`, or delete it for good with `mlflow gc`, or give the study file another name"
+        )
     if found is not None:
         return Experiment(uri, name, str(found.experiment_id))
     # A client on SQLite would put artifacts below the working directory of the moment.

@@ -83,9 +83,13 @@ class Tally:
     stopped: str
 
 
+class _RefusedError(UserError):
+    """The engine takes no more, in its own words."""
+
+
 @dataclass
 class _Stop:
-    """Set by SIGINT and SIGTERM; the loop looks at it."""
+    """Set by signals; the loop looks at it."""
 
     name: str = ""
 
@@ -113,7 +117,8 @@ class _AtWork:
 
         Raises:
             StoreSilentError: it cannot be told to MLflow.
-            UserError: the engine refused it.
+            _RefusedError: the engine refused it.
+            UserError: the ledger cannot be written.
         """
         folder = self.plan.run_folder(run)
         state = read_state(folder)
@@ -136,9 +141,9 @@ class _AtWork:
         write_state(folder, state)  # before the job: whatever dies now, the MLflow run and the ticket are known
         try:
             handle = self.engine.submit(job)
-        except UserError:
+        except UserError as error:
             write_state(folder, dataclasses.replace(state, status=Status.INTERRUPTED, attempts=attempts - 1))
-            raise
+            raise _RefusedError(str(error)) from error
         self.runs[job.ticket] = run
         write_state(folder, dataclasses.replace(state, pid=handle.pid, pid_started=handle.pid_started, job=handle.job))
         return True
@@ -165,6 +170,10 @@ class _AtWork:
                 watcher.ended(run, read_state(self.plan.run_folder(run)))
             elif self._may_have_met_silence(run, ended) and may_repeat(run):
                 self._interrupt(run)
+                again.append(run)
+            elif self._was_deleted(run) and may_repeat(run):
+                shutil.rmtree(self.plan.run_folder(run), ignore_errors=True)
+                watcher.told(f"{run.name}: its run in MLflow was deleted while it trained; it begins again from zero")
                 again.append(run)
             else:
                 continue
@@ -199,6 +208,12 @@ class _AtWork:
         past its crash would turn that into a result.
         """
         return ended.code != 0 and run.name not in self.cut_short and sqlite_path(self.experiment.uri) is None
+
+    def _was_deleted(self, run: PlannedRun) -> bool:
+        """Whether the store answers, and no longer has the run."""
+        there: list[str] = []
+        answers = self.store.attempt(lambda: there.extend(self.experiment.ids()))
+        return answers and read_state(self.plan.run_folder(run)).run_id not in there
 
     def _claim(self, run: PlannedRun, run_id: str | None) -> str:
         """Return the id of the run's one run in MLflow: that of the attempt to go on with, or a new one."""
@@ -298,14 +313,20 @@ def execute(
         silence_seconds: How long to wait for a silent store once nothing runs any more.
 
     Raises:
-        UserError: the engine refused a job.
+        UserError: the engine refused a job, or the ledger cannot be written.
     """
     queue = deque(waiting)
     store, early = SilentStore(experiment.uri, watcher.told), EarlyStop(plan, experiment)
     at_work = _AtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store, early)
     starts: Counter[str] = Counter()
     stop = _Stop()
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked_to_stop = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    )  # the last: a terminal was closed; `nohup` ignores it
+    heard = [number for number in asked_to_stop if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.handle) for number in heard}
     try:
         while (queue or at_work.runs or at_work.ended) and not stop.name:
             if queue and len(at_work.runs) < jobs and store.is_ready:
@@ -315,7 +336,7 @@ def execute(
                 except StoreSilentError:
                     queue.appendleft(run)
                     continue
-                except UserError:
+                except _RefusedError:
                     if not at_work.runs:
                         raise
                     jobs = len(at_work.runs)  # a cluster takes only so many from one user
@@ -331,9 +352,11 @@ def execute(
             time.sleep(engine.poll_seconds)
         at_work.collect(watcher, lambda run: True)  # who ended just before a signal has ended
     finally:
-        at_work.stop()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            at_work.stop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return Tally(len(+starts), stop.name)
 
 

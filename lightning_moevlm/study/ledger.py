@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import filelock
 import psutil
@@ -95,24 +96,45 @@ def read_state(folder: Path) -> RunState:
     """Return the state kept in a run's folder: planned without a file, interrupted where it `runs` without a process.
 
     Raises:
-        UserError: where the file is no state of ours (edited by hand).
+        UserError: where the file cannot be read, or is no state of ours (edited by hand).
     """
     file = folder / STATE_FILE
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return RunState()
+    except OSError as error:
+        told = f"{file} cannot be read: {error.strerror}; mend that, or remove the folder to run this again"
+        raise UserError(told) from error
     except ValueError as error:
         raise UserError(f"{file}: not readable as JSON ({error}); remove the folder to run this again") from error
     try:
         raw["status"] = Status(raw["status"])
         raw["log_tail"] = tuple(raw["log_tail"])
         state = RunState(**raw)
+        _check_types(state)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
     if state.status is Status.RUNNING and not state.is_elsewhere and living_process(state) is None:
         return dataclasses.replace(state, status=Status.INTERRUPTED)
     return state
+
+
+def _check_types(state: RunState) -> None:
+    """Refuse values that nobody could count with, before they are met in the middle of a sweep.
+
+    Raises:
+        TypeError: names the key.
+    """
+    for name, annotation in get_type_hints(RunState).items():
+        value = getattr(state, name)
+        kinds = tuple(get_origin(kind) or kind for kind in get_args(annotation) or (annotation,) if kind is not ...)
+        if get_origin(annotation) is tuple:
+            good = all(isinstance(line, str) for line in value)
+        else:
+            good = isinstance(value, kinds) or (float in kinds and type(value) is int)
+        if not good:
+            raise TypeError(f"{name} is {value!r}")
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -121,14 +143,26 @@ def write_state(folder: Path, state: RunState) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader sees the old text or the new one, never a part.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; the old text is still there.
+    """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}; make room or let the folder be written, then give the same "
+            "command again: it goes on from there"
+        ) from error
 
 
 def read_ledger(plan: Plan) -> list[tuple[PlannedRun, RunState]]:
@@ -172,17 +206,20 @@ def hold_study(folder: Path) -> Iterator[None]:
     """Hold a study alone while the block runs.
 
     Raises:
-        UserError: where another `sweep run` holds it; says which process on which machine since when.
+        UserError: where another `sweep run` holds it (says which process on which machine since when), or the folder
+            cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     owner = folder / "owner.json"
     lock = filelock.FileLock(folder / "lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout as error:
         raise UserError(
             f"{folder}: another `sweep run` of this study is at work ({_owner(owner)}); wait for it or end it first"
         ) from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; a sweep keeps its state there") from error
     try:
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_whole(owner, json.dumps(me) + "\n")

@@ -125,7 +125,7 @@ def _short(value: Any) -> str:
         class_path = leaves.pop("class_path", "").rpartition(".")[2]
         text = " ".join([class_path, *(f"{key.split('.')[-1]}:{text}" for key, text in leaves.items())]).strip()
     else:
-        text = flat({"": value})[""]
+        text = value if isinstance(value, str) else flat({"": value})[""]
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 

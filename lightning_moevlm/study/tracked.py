@@ -12,7 +12,16 @@ from typing import Any
 from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.claim import OUTCOME
-from lightning_moevlm.study.comparison import Arm, Comparison, Decision, Direction, Divergence, Primary
+from lightning_moevlm.study.comparison import (
+    Arm,
+    Comparison,
+    Correction,
+    Decision,
+    Direction,
+    Divergence,
+    Guard,
+    Primary,
+)
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
 from lightning_moevlm.study.fairness import Weight
 from lightning_moevlm.study.ledger import RunState, Status
@@ -33,13 +42,19 @@ _STATUSES = {"RUNNING": Status.RUNNING, "SCHEDULED": Status.PLANNED, "FINISHED":
 
 @dataclass(frozen=True)
 class Rules:
-    """What is asked of the runs. direction: None for what keys.py declares. by: config keys or tags that make arms."""
+    """What is asked of the runs. direction: None for what keys.py declares. by: config keys or tags that make arms.
+
+    guard: metrics that may not get worse, by how much they may. The others are those of a `Comparison`.
+    """
 
     metric: str
     direction: Direction | None = None
     within: float | None = None
     baseline: str | None = None
     by: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    guard: tuple[tuple[str, float], ...] = ()
+    correction: Correction = "holm"
 
 
 def read_runs(rows: Sequence[RunRow]) -> list[NamedRun]:
@@ -91,7 +106,12 @@ def comparison_of_runs(
             baseline, or a rule stopped it; a run that has ended has not logged the metric.
     """
     arms = name_arms(runs, rules.by)
-    primary = Primary(rules.metric, _direction(rules, {key for one in runs for key in series[one.row.run_id]}))
+    logged = {key for one in runs for key in series[one.row.run_id]}
+    primary = Primary(rules.metric, _direction(rules.metric, rules.direction, logged))
+    guard = tuple(Guard(metric, _direction(metric, None, logged), at_most) for metric, at_most in rules.guard)
+    for key in (*rules.also, *(one.metric for one in guard)):
+        if key not in logged:
+            raise UserError(f"no run has logged {key}; {nearest(key, logged)}leave it out or take another")
     baseline = _baseline(arms, rules)
     # A loss that ends above the untrained model's is a divergence; of other metrics nobody could say so.
     rule = Divergence(_TASK_LOSS, times_untrained=1.0)
@@ -119,9 +139,10 @@ def comparison_of_runs(
             spends=_spends(results),
             equal_steps=True,
             primary=primary,
-            also=(),
+            also=rules.also,
             diverged=rule,
-            decide=Decision(within=rules.within),
+            decide=Decision(within=rules.within, correction=rules.correction),
+            guard=guard,
         ),
         results,
     )
@@ -154,20 +175,22 @@ def remedy_of(result: StudyResult) -> str:
     decisive = [key for one in result.unlike if one.weight is Weight.BIASES for key in one.keys]
     changed = dict.fromkeys(key for arm in changes_of(result).values() for key in arm)
     apart = [key for key in changed if any(key == mine or key.startswith(f"{mine}.") for mine in decisive)]
-    named = f" (here {', '.join(apart)})" if apart else ""
+    tagged = all("arm" in run.tags for arm in result.arms for run in arm.runs)
+    named = " ".join(f"--by {key}" for key in (*(["arm"] if tagged else []), *apart)) if apart else "--by KEY"
     return (
-        "Compare runs that are alike; or, where arms are meant to differ in it, name the keys that make them"
-        f"{named} with --by KEY; or compare them all the same: --unfair=true"
+        f"Compare runs that are alike; or, where arms are meant to differ in it, name what makes them: {named}; or "
+        "compare them all the same: --unfair=true"
     )
 
 
-def _direction(rules: Rules, logged: Collection[str]) -> Direction:
-    metric = keys.declared(rules.metric)
-    word = rules.direction or (metric.better if metric else "neither")
+def _direction(name: str, asked: Direction | None, logged: Collection[str]) -> Direction:
+    metric = keys.declared(name)
+    word = asked or (metric.better if metric else "neither")
     if word == "neither":
-        hint = "" if rules.metric in logged else f"no run has logged it; {nearest(rules.metric, logged)}"
+        hint = "" if name in logged else f"no run has logged it; {nearest(name, logged)}"
         raise UserError(
-            f"{rules.metric} has no better direction of its own; {hint}add --direction lower or --direction higher"
+            f"{name} has no better direction of its own; {hint}give --direction lower or --direction higher with it as "
+            "--metric, or guard another"
         )
     return "lower" if word == "lower" else "higher"
 

@@ -17,12 +17,12 @@ class Change(NamedTuple):
 
 
 def flat(tree: Mapping[str, object]) -> dict[str, str]:
-    """Return {dotted key: value}: strings as they are, all else as JSON; listed mappings are numbered."""
+    """Return {dotted key: value}: all as JSON but texts that cannot be taken for it; listed mappings are numbered."""
     return {key: _spelled(value) for key, value in _leaves("", tree)}
 
 
 def nested(leaves: Mapping[str, str]) -> dict[str, Any]:
-    """Return the tree that `flat` has spelled; a text that reads as JSON (`32`, `null`) comes back as what it reads."""
+    """Return the tree that `flat` has spelled; what reads as JSON (`32`, `null`) comes back as what it says."""
     tree: dict[str, Any] = {}
     for key, text in leaves.items():
         here = tree
@@ -71,4 +71,5 @@ def _with_lists(value: Any) -> Any:
 
 
 def _spelled(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    is_plain = isinstance(value, str) and _read(value) is value
+    return str(value) if is_plain else json.dumps(value, default=str, ensure_ascii=False)

@@ -165,7 +165,7 @@ def test_receipts_are_tags_and_metrics_of_the_run(moevlm: Callable[..., str]) ->
         f"receipt/{switch}"
         for switch in (
             "losses.load_balance", "losses.router_z", "stabilisers.qk_norm", "gradient.clip_norm", "precision.router",
-            "precision.losses",
+            "precision.losses", "moe.capacity",
         )
     }  # fmt: skip
     assert tags["receipt/losses.load_balance"].startswith("alive: gradient norm ")

@@ -35,7 +35,8 @@ def test_every_arm_passes(
     study: str, resolver: ConfigResolver, asked: set[str], moevlm: Callable[..., str], scenes_root: Path, tmp_path: Path
 ) -> None:
     declared = read_study(Path(f"ablations/{study}.yaml"))
-    plan = plan_study(replace(declared, seeds=declared.seeds[:1]), resolver, describe_model)
+    one_seed = replace(declared.comparison, seeds=declared.comparison.seeds[:1])
+    plan = plan_study(replace(declared, comparison=one_seed), resolver, describe_model)
     for run in plan.runs:
         assert "lightning_moevlm.callbacks.Liveness" in str(run.resolved["trainer"])
         model = {part: options for part, options in run.resolved["model"].items() if part != "schedule"}

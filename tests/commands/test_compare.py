@@ -1,6 +1,7 @@
 """`moevlm compare` as a person calls it: runs of a real configuration in a real store, with points of no training."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
 from lightning_moevlm.study.plan import Plan, plan_study
 from lightning_moevlm.study.spec import read_study
 from tests.commands.small_study import Study
+from tests.mlflow_server import MlflowServer
 from tests.study.many_runs import fill
 
 ARMS: dict[str, Any] = {
@@ -51,14 +53,26 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
     # The study declares the batch of one arm; who compares runs has to say it.
     [line] = moevlm("compare", "sweep=line", code=2).splitlines()
     assert "they differ in samples per step: 8 (baseline, no_router_z); 4 (small_batch)" in line
-    assert "(here data.batch_size) with --by KEY" in line
+    assert "name what makes them: --by arm --by data.batch_size; or" in line
     moevlm("compare", "sweep=line,arm=baseline", "sweep=line,arm=small_batch", "--by", "data.batch_size")
+    moevlm("compare", "sweep=line", "--by", "arm", "--by", "data.batch_size", "--json", "compared.json")
+    by = [record["arm"] for record in json.loads((workplace / "compared.json").read_text())]
+    assert by == ["arm=baseline, batch_size=8", "arm=no_router_z, batch_size=8", "arm=small_batch, batch_size=4"]
     moevlm("compare", "sweep=line", "--unfair=true")
     for expected, *words in (
         ("moevlm compare RUN RUN", "--metric", "val/task_loss"),
         ("there are baseline-seed0", "baselin-seed0", "sweep=line"),
         ("is named '632471343e91'", "632471343e91"),  # reads as a number, and is a text
         ("--within is -1; give more than 0", *alike, "--within", "-1"),
+        ("--guard val/task_loss: write METRIC=AMOUNT", *alike, "--guard", "val/task_loss"),
+        ("--guard a=-1: write METRIC=AMOUNT", *alike, "--guard", "a=-1"),
+        (
+            "did you mean 'val/accuracy_text'? leave it out",
+            *alike,
+            "--also",
+            "val/accuracy_txt",
+        ),
+        ("optim/grad_norm has no better direction", *alike, "--guard", "optim/grad_norm=1"),
         ("there is no store at", *alike, "--tracking_uri", "sqlite:///none.db"),
         ("which is no part of a report", *alike, "--report", "conf"),
         ("did you mean --metric?", *alike, "--metrc", "val/task_loss"),
@@ -67,6 +81,46 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
         [line] = moevlm("compare", *words, code=2).splitlines()
         assert expected in line
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_guards_further_metrics_and_the_correction_of_a_study(
+    moevlm: Callable[..., str], plan: Plan, workplace: Path
+) -> None:
+    words = ["sweep=line", "--unfair=true", "--guard", "val/accuracy_text=0", "--guard", "drop_rate/block1/text=2"]
+    moevlm("compare", *words, "--also", "val/accuracy_text", "--json", "compared.json", "--report", "report")
+    records = json.loads((workplace / "compared.json").read_text())
+    others = records[1:]
+    assert [[guard["metric"] for guard in one["guards"]] for one in others] == [
+        ["val/accuracy_text", "drop_rate/block1/text"]
+    ] * 2
+    assert all(one["guards"][0]["broken"] is (one["guards"][0]["worse"] > 0) for one in others)
+    assert not any(one["guards"][1]["broken"] for one in others)
+    assert all("val/accuracy_text" in one["also"] for one in records)
+    # Holm over two: the smaller p is doubled, the larger one is not below it
+    small, large = sorted(others, key=lambda one: one["p_value"])
+    assert small["p_adjusted"] == pytest.approx(min(1.0, 2 * small["p_value"]))
+    assert large["p_adjusted"] == pytest.approx(max(large["p_value"], small["p_adjusted"]))
+    page = (workplace / "report/report.html").read_text()
+    assert "--guard val/accuracy_text=0 --guard drop_rate/block1/text=2 --also val/accuracy_text" in page
+    moevlm("compare", *words, "--correction", "none", "--json", "plain.json")
+    assert all(one["p_adjusted"] == one["p_value"] for one in json.loads((workplace / "plain.json").read_text()))
+
+
+def test_runs_behind_a_server(
+    moevlm: Callable[..., str], plan: Plan, workplace: Path, mortal_server: MlflowServer, tmp_path: Path
+) -> None:
+    """The same records as from the file that the server serves."""
+    moevlm("compare", "sweep=line", "--unfair=true", "--json", "file.json")
+    store = Path(mortal_server.database.removeprefix("sqlite:///"))
+    shutil.copyfile(workplace / "runs/mlflow.db", store)  # as if the server had been there all the time
+    words = ["--tracking_uri", mortal_server.address]
+    moevlm("compare", "sweep=line", *words, "--unfair=true", "--json", "server.json")
+    assert json.loads((workplace / "server.json").read_text()) == json.loads((workplace / "file.json").read_text())
+    [line] = moevlm("compare", "sweep=lien", *words, code=2).splitlines()
+    assert "there are line" in line
+    mortal_server.kill()
+    [line] = moevlm("compare", "sweep=line", *words, code=2).splitlines()
+    assert "does not answer as an MLflow server" in line
 
 
 def test_a_model_that_cannot_be_built_costs_its_card_alone(

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM, Experiment
 from lightning_moevlm.study.engines import LocalEngine
 from lightning_moevlm.study.execute import OVERRIDES_FILE, to_do, write_overrides
@@ -139,6 +141,33 @@ def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):
     assert states == {"baseline": (Status.FINISHED, 1), "crash": (Status.FAILED, 1)}
 
 
+def test_a_run_that_is_deleted_in_mlflow_while_it_trains_begins_again(tmp_path, uri):
+    file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]}, {"seconds_per_step": 0.3})
+    plan = plan_of(file)
+    folder = plan.run_folder(plan.runs[0])
+
+    def delete() -> None:
+        wait_for(lambda: (folder / "checkpoints" / "last.ckpt").exists())
+        MlflowClient(uri).delete_run(read_state(folder).run_id)
+
+    deleting = threading.Thread(target=delete)
+    deleting.start()
+    _, experiment, tally, watcher = sweep(file, jobs=1, silence_seconds=20)
+    deleting.join()
+    assert tally.stopped == ""
+    assert "baseline-seed0: its run in MLflow was deleted while it trained; it begins again from zero" in watcher.lines
+    assert_each_once(plan, experiment)
+
+
+def test_a_deleted_experiment_is_told(uri):
+    from lightning_moevlm.study.claim import open_experiment
+
+    experiment = open_experiment(uri, "tiny")
+    MlflowClient(uri).delete_experiment(experiment.experiment_id)
+    with pytest.raises(UserError, match=f"was deleted in MLflow; restore it, .*-id {experiment.experiment_id}`"):
+        open_experiment(uri, "tiny")
+
+
 def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     # long enough that no child is done before the other, which may start late on a busy machine, has a checkpoint
     file = write_project(tmp_path, uri, {"budget": {"max_steps": 24}}, model={"seconds_per_step": 0.15})
@@ -163,7 +192,8 @@ def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     assert "training from step 0 " not in (first[0] / "log.txt").read_text().split("\n# ")[1]
 
 
-def test_sigint_ends_children_and_restart_from_zero_does_not_mix(tmp_path, uri):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, number):
     model = {"seconds_per_step": 0.3, "checkpoints": False}
     file = write_project(tmp_path, uri, {"seeds": [0]}, model)
     plan = plan_of(file)
@@ -172,9 +202,10 @@ def test_sigint_ends_children_and_restart_from_zero_does_not_mix(tmp_path, uri):
     wait_for(lambda: all(log.exists() and "training from" in log.read_text() for log in logs))
     children = psutil.Process(parent.pid).children()
     time.sleep(0.5)
-    parent.send_signal(signal.SIGINT)
+    parent.send_signal(number)
+    parent.send_signal(number)  # an impatient second one changes nothing
     out, _ = parent.communicate(timeout=30)
-    assert "SIGINT" in out.splitlines()
+    assert number.name in out.splitlines()
     assert not any(child.is_running() for child in children)
     before = [state for _, state in read_ledger(plan)]
     assert [state.status for state in before] == [Status.INTERRUPTED] * 2

@@ -1,16 +1,18 @@
 """The ledger: whole after any crash, honest about dead processes, one sweep at a time."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.child import last_checkpoint, share_environment
+from lightning_moevlm.study.child import Child, last_checkpoint, share_environment
 from lightning_moevlm.study.comparison import Divergence
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
 from lightning_moevlm.study.ledger import (
@@ -34,6 +36,61 @@ def test_state_survives_the_way_to_disk_and_back(tmp_path):
     assert read_state(tmp_path) == state
     assert state.seconds == 2.5
     assert [file.name for file in tmp_path.iterdir()] == [STATE_FILE]
+
+
+@pytest.mark.parametrize(
+    ("edited", "told"),
+    [
+        ({"pid": "12a"}, "pid is '12a'"),
+        ({"started": "yesterday"}, "started is 'yesterday'"),
+        ({"attempts": None}, "attempts is None"),
+        ({"log_tail": [1]}, r"log_tail is \(1,\)"),
+        ({"status": "done"}, "'done' is not a valid Status"),
+        ({"note": "mine"}, "unexpected keyword argument 'note'"),
+    ],
+)
+def test_a_state_that_was_edited_is_told_before_anything_counts_with_it(tmp_path, edited, told):
+    write_state(tmp_path, RunState(Status.FINISHED, "abc", 12, 9, started=10, ended=12.5))  # whole numbers are numbers
+    assert read_state(tmp_path).seconds == 2.5
+    raw = json.loads((tmp_path / STATE_FILE).read_text())
+    (tmp_path / STATE_FILE).write_text(json.dumps(raw | edited))
+    with pytest.raises(UserError, match=f"not a run's state .*{told}.*remove the folder"):
+        read_state(tmp_path)
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_text(tmp_path, monkeypatch):
+    file = tmp_path / "state.json"
+    write_whole(file, "old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"state\.json cannot be written: No space left on device; make room"):
+        write_whole(file, "new")
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("state.json", "old")]
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path):
+    (tmp_path / "sweeps").write_text("a file")
+    with (
+        pytest.raises(UserError, match=r"tiny cannot be written: Not a directory"),
+        hold_study(tmp_path / "sweeps/tiny"),
+    ):
+        pass
+    (tmp_path / STATE_FILE).mkdir()
+    with pytest.raises(UserError, match=r"state\.json cannot be read: Is a directory"):
+        read_state(tmp_path)
+
+
+def test_a_clock_that_is_set_ends_no_run(tmp_path, monkeypatch):
+    child = Child.start([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, tmp_path / "log", 30.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    try:
+        assert child.poll() is None
+    finally:
+        child.end()
 
 
 def test_running_without_its_process_is_interrupted(tmp_path):

@@ -103,7 +103,7 @@ def of_store(uri: str, words: list[str], rules: Rules) -> StudyResult:
 def test_a_studys_runs_give_the_numbers_of_its_report(filled: tuple[Plan, str]) -> None:
     plan, uri = filled
     own = gather(plan, read_ledger(plan), uri)
-    result = of_store(uri, ["sweep=tiny,role=arm"], Rules(METRIC, within=0.01))
+    result = of_store(uri, ["sweep=tiny,role=arm"], Rules(METRIC, within=0.01, correction="none"))
     assert [arm.effect.mean is not None for arm in result.arms if arm.effect] == [True, True]
 
     def records(one: StudyResult) -> list[dict[str, object]]:
@@ -118,7 +118,7 @@ def test_a_studys_runs_give_the_numbers_of_its_report(filled: tuple[Plan, str]) 
     bare = [dataclasses.replace(one, tags={"seed": one.tags["seed"]}) for one in choose_runs(uri, ["sweep=tiny"])]
     runs = read_runs(bare)
     comparison, results = comparison_of_runs(
-        runs, metric_series(uri, [one.run_id for one in bare]), Rules(METRIC, within=0.01)
+        runs, metric_series(uri, [one.run_id for one in bare]), Rules(METRIC, within=0.01, correction="none")
     )
     assert [arm.name for arm in comparison.arms] == ["baseline", "speed=0.9", "skew=0.3"]
     again = compare(comparison, {arm.name: describe({}) for arm in comparison.arms}, results)
@@ -181,7 +181,7 @@ def test_a_difference_that_biases_is_named_with_its_key_and_may_be_declared() ->
     result = compared(runs, ENDS)
     biased = [one for one in result.unlike if one.weight == "biases"]
     assert [(one.name, one.told) for one in biased] == [("samples per step", "8 (plain); 9 (batch_size=9)")]
-    assert "(here data.batch_size) with --by KEY" in remedy_of(result)
+    assert "name what makes them: --by data.batch_size; or" in remedy_of(result)
     declared = compared(runs, ENDS, Rules(METRIC, by=("data.batch_size",)))
     assert [one.weight for one in declared.unlike] == ["declared"]
     other_order = compared(two_by_two(data__root="elsewhere"), ENDS)

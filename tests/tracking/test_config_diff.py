@@ -1,4 +1,4 @@
-from lightning_moevlm.tracking.config_diff import Change, changes, flat
+from lightning_moevlm.tracking.config_diff import Change, changes, flat, nested
 
 
 def test_flat() -> None:
@@ -12,7 +12,7 @@ def test_flat() -> None:
         "model.dim": "8",
         "model.router": "null",
         "model.rate": "0.001",
-        "model.name": "null",
+        "model.name": '"null"',  # a text, and no null
         "callbacks.0.class_path": "A",
         "callbacks.1.class_path": "B",
         "callbacks.1.init_args": "{}",
@@ -25,3 +25,15 @@ def test_changes() -> None:
     base, now = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "5", "d": "4"}
     assert changes(base, now) == {"b": Change("2", "5"), "c": Change("3", None), "d": Change(None, "4")}
     assert changes(now, now) == {}
+
+
+def test_a_text_that_reads_as_json_comes_back_as_a_text() -> None:
+    tree = {
+        "texts": {"number": "32", "null": "null", "list": "[1]", "quoted": '"a"', "float": "1e5", "plain": "32-true"}
+    }
+    spelled = flat(tree)
+    assert (spelled["texts.number"], spelled["texts.plain"]) == ('"32"', "32-true")
+    assert nested(spelled) == tree
+    assert nested(flat({"a": {"number": 32, "none": None, "list": [1, "x"]}})) == {
+        "a": {"number": 32, "none": None, "list": [1, "x"]}
+    }
