@@ -99,6 +99,11 @@ def test_second_expert_of_gshard_is_used_as_often_as_its_weight_says() -> None:
     second_N = route(router.train(), tokens_TD).chosen_N[20_000:]
     assert float(second_N.float().mean()) == pytest.approx(0.5, abs=0.02)
     assert bool(route(router.eval(), tokens_TD).chosen_N.all())
+    # of 1/8, 2/8 and 5/8 the weights of the two largest are 5/7 and 2/7, whether or not the second one is used: with
+    # probability 2/7 over 1/2
+    three = route(identity(GShardRouter(3, 3)).train(), LN.expand(20_000, 3))
+    torch.testing.assert_close(three.weight_N[[0, 20_000]], torch.tensor([5 / 7, 2 / 7]))
+    assert float(three.chosen_N[20_000:].float().mean()) == pytest.approx(4 / 7, abs=0.02)
 
 
 def test_bias_steers_the_choice_and_not_the_weight() -> None:
