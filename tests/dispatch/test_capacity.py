@@ -35,13 +35,16 @@ def test_capacity_is_rounded_up() -> None:
 
 @pytest.mark.parametrize("default_dtype", [torch.float32, torch.bfloat16])
 def test_capacity_is_exact_under_every_precision(default_dtype: torch.dtype) -> None:
-    # bf16-true makes bf16 the default dtype; 1.25 * 5000 / 8 = 781.25 became 780, and in fp32 1.2 * 25 / 3 became 11
+    # bf16-true makes bf16 the default dtype; 1.25 * 5000 / 8 = 781.25 became 780, in fp32 1.2 * 25 / 3 became 11, and
+    # in fp64 1.1 * 50 / 5 is a little above 11
     torch.set_default_dtype(default_dtype)
     try:
         many = top_1_plan(torch.zeros(5000, 8))._replace(expert_N=torch.zeros(5000, dtype=torch.int64))
         assert int(limited(many, 1.25).kept_N.sum()) == 782
         few = top_1_plan(torch.zeros(25, 3))._replace(expert_N=torch.zeros(25, dtype=torch.int64))
         assert int(limited(few, 1.2).kept_N.sum()) == 10
+        fifty = top_1_plan(torch.zeros(50, 5))._replace(expert_N=torch.zeros(50, dtype=torch.int64))
+        assert int(limited(fifty, 1.1).kept_N.sum()) == 11
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -33,6 +33,8 @@ def test_an_outlier_of_the_window_by_hand() -> None:
 def test_nothing_is_a_spike_before_half_the_window_is_seen() -> None:
     losses = [1.0, 1.1, 100.0, 1.0]
     assert run(SkipSpikes(window=8), losses, [1.0] * 4)[0] == [False] * 4
+    # four of eight are half: the fifth is measured against them
+    assert run(SkipSpikes(window=8), [1.0, 1.1, 1.0, 1.1, 100.0], [1.0] * 5)[0] == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

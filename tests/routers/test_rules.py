@@ -99,6 +99,11 @@ def test_second_expert_of_gshard_is_used_as_often_as_its_weight_says() -> None:
     second_N = route(router.train(), tokens_TD).chosen_N[20_000:]
     assert float(second_N.float().mean()) == pytest.approx(0.5, abs=0.02)
     assert bool(route(router.eval(), tokens_TD).chosen_N.all())
+    # of 1/8, 2/8 and 5/8 the weights of the two largest are 5/7 and 2/7, whether or not the second one is used: with
+    # probability 2/7 over 1/2
+    three = route(identity(GShardRouter(3, 3)).train(), LN.expand(20_000, 3))
+    torch.testing.assert_close(three.weight_N[[0, 20_000]], torch.tensor([5 / 7, 2 / 7]))
+    assert float(three.chosen_N[20_000:].float().mean()) == pytest.approx(4 / 7, abs=0.02)
 
 
 def test_bias_steers_the_choice_and_not_the_weight() -> None:
@@ -109,6 +114,17 @@ def test_bias_steers_the_choice_and_not_the_weight() -> None:
     after = route(router, tokens_TD)
     assert before.expert_N.tolist() == [1] and after.expert_N.tolist() == [0]
     torch.testing.assert_close(after.weight_N, torch.tensor([0.5]))  # sigmoid(0), without the bias
+
+
+def test_sigmoid_weights_by_hand() -> None:
+    # sigmoid of ln 3, 0 and -ln 3: 3/4, 2/4, 1/4; the two largest are as they are, or divided by 5/4; all by 6/4
+    tokens_TD = torch.tensor([[3.0, 1.0, 1 / 3]]).log()
+    plain = route(identity(SigmoidBiasRouter(3, 3, renormalise=False)), tokens_TD)
+    divided = route(identity(SigmoidBiasRouter(3, 3)), tokens_TD)
+    torch.testing.assert_close(plain.weight_N, torch.tensor([3 / 4, 2 / 4]))
+    torch.testing.assert_close(divided.weight_N, torch.tensor([3 / 5, 2 / 5]))
+    for plan in (plain, divided):
+        torch.testing.assert_close(plan.probs_TE, torch.tensor([[3 / 6, 2 / 6, 1 / 6]]))
 
 
 def test_bias_update_by_hand() -> None:
@@ -195,6 +211,17 @@ def test_sinkhorn_balances_columns_and_rows() -> None:
     assert torch.equal(plan_TE[60:], torch.zeros(4, 4))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_sinkhorn_weights_are_of_the_logits(training: bool) -> None:
+    # one choice weighs sigmoid(ln 5) = 5/6, several their softmax; the plan that chose them has no part in it
+    one, two = (route(identity(SinkhornRouter(3, 3, top_k=k)).train(training), LN.expand(2, 3)) for k in (1, 2))
+    weights_E = torch.tensor([1 / 2, 2 / 3, 5 / 6])
+    torch.testing.assert_close(one.weight_N, weights_E[one.expert_N])
+    torch.testing.assert_close(two.weight_N, torch.tensor([1 / 8, 2 / 8, 5 / 8])[two.expert_N])
+    if not training:
+        assert one.expert_N.tolist() == [2, 2] and two.expert_N.tolist() == [2, 2, 1, 1]
+
+
 def test_sinkhorn_routes_evenly_in_training_and_greedily_in_evaluation() -> None:
     router = SinkhornRouter(16, 8)
     initialise(router, seed=0, std=0.5)
@@ -216,6 +243,11 @@ def test_expert_choice_gives_every_expert_the_same_load() -> None:
     plan = router(routing_input(40, 16, num_padding=8))
     load_E = torch.bincount(plan.expert_N[plan.chosen_N], minlength=8)
     assert load_E.tolist() == [8] * 8  # ceil(2 * 32 / 8)
+    few = ExpertChoiceRouter(16, 5, capacity_factor=1.1)
+    initialise(few, seed=0, std=0.5)
+    plan = few(routing_input(60, 16, num_padding=10))
+    load_E = torch.bincount(plan.expert_N[plan.chosen_N], minlength=5)
+    assert load_E.tolist() == [11] * 5  # 1.1 * 50 / 5, which is a little above 11 in fp64
 
 
 def test_relu_uses_positive_scores_alone() -> None:
