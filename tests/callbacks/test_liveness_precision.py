@@ -11,7 +11,7 @@ from lightning_moevlm.callbacks import Liveness
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.precision import PrecisionPolicy, Simulation
-from lightning_moevlm.routers import FixedRouter, HashRouter, TopKRouter
+from lightning_moevlm.routers import FixedRouter, HashRouter, SoftRouter, TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.callbacks.asked_run import NO_LOSSES, asked, module_of, refused
 from tests.small_model import small_vl_moe
@@ -78,6 +78,14 @@ def test_a_dtype_that_changes_no_bit_here_is_idle(precision: str) -> None:
     told = receipts["precision.norms"]
     assert told.startswith("idle: float32 instead of bfloat16 changes no bit of these samples; on a trial float8_e5m2 ")
     assert points[keys.LIVENESS.key(switch="precision.norms")] == [(0, 0.0)]
+
+
+@pytest.mark.parametrize("router", [TopKRouter, SoftRouter])
+@pytest.mark.parametrize("region", ["heads", "experts"])
+def test_weights_that_stay_fp32_under_bf16_true_are_asked_too(region: str, router: Any) -> None:
+    module = module_of(router=router, precision=PrecisionPolicy(**{region: "float32"}))  # type: ignore[arg-type]
+    receipts, _ = asked(module, precision="bf16-true")
+    assert receipts[f"precision.{region}"].startswith("alive: float32 instead of bfloat16 moves router logits by ")
 
 
 class RunsNoExperts(MoEFFN):

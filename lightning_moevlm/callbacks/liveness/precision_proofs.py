@@ -31,7 +31,12 @@ from lightning_moevlm.precision import (
 )
 from lightning_moevlm.records import ObjectiveOutput
 
-_TRAINER_DTYPE = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-mixed": "float16", "16-true": "float16"}
+_TRAINER_DTYPE: dict[str, RegionDtype] = {
+    "bf16-mixed": "bfloat16",
+    "bf16-true": "bfloat16",
+    "16-mixed": "float16",
+    "16-true": "float16",
+}
 
 _COARSE: RegionDtype = "float8_e5m2"  # the fewest bits that can be simulated
 
@@ -67,14 +72,15 @@ def precision_receipts(rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
             receipts.append(Receipt(switch, "precision", "idle", f"{dtype} is what is computed in around it"))
         else:
             seen = seen or rehearsal.once_more()
-            receipts.append(_region(rehearsal, seen, name, f"{dtype} instead of {without}"))
+            # weights of a region pinned to fp32 stay fp32 in true half precisions, and would not fit the tokens
+            free = policy.with_region(name, without if str(trainer.precision).endswith("-true") else None)
+            receipts.append(_region(rehearsal, seen, name, free, f"{dtype} instead of {without}"))
     return receipts
 
 
-def _region(rehearsal: Rehearsal, seen: ObjectiveOutput, name: Region, what: str) -> Receipt:
+def _region(rehearsal: Rehearsal, seen: ObjectiveOutput, name: Region, without: PrecisionPolicy, what: str) -> Receipt:
     switch = f"precision.{name}"
     policy = rehearsal.module.precision
-    without = policy.with_region(name, None)
     shift = _shift(seen, _run_as(rehearsal, without))
     if shift.loss != shift.loss:
         # the samples' own loss is sound, or nobody would have asked
