@@ -19,7 +19,7 @@ def refuse_nulls(key: str, part: type, options: Mapping[str, Any]) -> None:
     Args:
         key: of the class in the configuration, "model".
         part: the class.
-        options: its options, resolved; parts as `{class_path, init_args}`.
+        options: its options, resolved; parts as `{class_path, init_args}`, or in a list.
 
     Raises:
         UserError: the whole key, and what it may be.
@@ -39,6 +39,10 @@ def _refuse(key: str, annotation: object, value: Any) -> None:
         named = imported_class(value["class_path"])
         if named is not None:
             refuse_nulls(f"{key}.init_args", named, value.get("init_args") or {})
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            if isinstance(item, Mapping) and "class_path" in item:
+                _refuse(f"{key}.{item['class_path'].rpartition('.')[2] or place}", object, item)
     elif isinstance(value, Mapping) and len(classes) == 1 and is_dataclass(classes[0]):
         refuse_nulls(key, classes[0], value)
 
