@@ -40,8 +40,6 @@ _TRAINER_DTYPE: dict[str, RegionDtype] = {
 
 _COARSE: RegionDtype = "float8_e5m2"  # the fewest bits that can be simulated
 
-_LAST_BITS = 1e-6  # of fp32; the coarsest format steps by 2^-2, the finest by 2^-10
-
 
 class _Shift(NamedTuple):
     """By how much two runs of the same samples differ."""
@@ -136,9 +134,7 @@ def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
     ]
     if not state:
         return Receipt(switch, "precision", "idle", "no step has been made that left state to round")
-    scale = policy.simulate.scale
-    # not to the last bit: a factor that fp8 is scaled by is itself rounded, so rounding twice may move the last bit
-    loose = sum(not torch.allclose(rounded(value, dtype, scale), value, rtol=_LAST_BITS, atol=0.0) for value in state)
+    loose = sum(not _is_rounded(value, dtype, policy.simulate.scale) for value in state)
     if loose:
         return Receipt(
             switch,
@@ -149,6 +145,16 @@ def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
             f"choose an optimiser whose state can be rounded after each step, or set model.{switch} to null",
         )
     return Receipt(switch, "precision", "alive", f"all {len(state)} state tensors are {dtype}", float(len(state)))
+
+
+def _is_rounded(value: Tensor, dtype: RegionDtype, scale: bool) -> bool:
+    """Say whether state is made of numbers of a format, up to the last bits of the dtype that it is kept in.
+
+    The factor that fp8 is scaled by is itself rounded, so that rounding twice may move the last bit.
+    """
+    kept_in = torch.finfo(value.dtype)
+    again = rounded(value.float(), dtype, scale).to(value.dtype)
+    return torch.allclose(again, value, rtol=4 * kept_in.eps, atol=kept_in.smallest_normal * kept_in.eps)
 
 
 def _task_loss(output: ObjectiveOutput) -> float:
