@@ -43,7 +43,7 @@ from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import HOLDS_CODE, look_at_checkpoint, refuse_other_model
-from lightning_moevlm.training.refusals import refuse_other_groups, refuse_other_precision
+from lightning_moevlm.training.refusals import refuse_other_groups, refuse_other_precision, refuse_vanishing_eps
 from lightning_moevlm.unbuildable import refuse_unbuildable
 from lightning_moevlm.yaml_text import FastSafeDumper, read_yaml
 
@@ -148,6 +148,7 @@ class CommandLine(LightningCLI):
         if self._checkpoint is not None:
             refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
         if self.subcommand == "fit":
+            refuse_vanishing_eps(self.trainer, self.model.build_optimizer())
             try_schedule(self.model, self.trainer.max_steps)
             if self._checkpoint is not None:
                 refuse_other_groups(self._checkpoint, self.model)

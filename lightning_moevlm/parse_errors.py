@@ -27,6 +27,8 @@ _FACTORY = re.compile(r"Type \S.*?\b([\w.]+)\](?: \| None|\])? expects a functio
 _PATH = re.compile(r"- Expected a path but .* either not accessible or invalid")
 _UNION = "Does not validate against any of the Union subtypes"
 _GIVEN = re.compile(r"Given value: (.*)")
+_RAW_GOT = re.compile(r"\.? Got value: (?:Namespace|NestedArg)\(.*")  # all options of the part, after the mistaken one
+_KINDS = re.compile(r" Subclass types expect one of: .*")  # of how a part may be given
 _GOT = re.compile(r"\.? Got value: (.*)")
 _REJECTED_CLASS = re.compile(r"class_path='([^']+)'")
 _NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (\S+?)\.?(?: |$)")
@@ -117,7 +119,7 @@ def _complaints(lines: Sequence[str], above: _Complaint) -> Iterator[_Complaint]
         for alternative in _alternatives(rest[titles.index("Errors:") + 1 :]):
             yield from _complaints(alternative, here)
         return
-    whole = " ".join(" ".join([text, *rest]).split())
+    whole = _RAW_GOT.sub("", _KINDS.sub("", " ".join(" ".join([text, *rest]).split())))
     got = _GOT.search(whole)
     yield _Complaint(
         keys, owner, holder, _GOT.sub("", whole) if got and _RAW.match(got[1]) else whole, got[1] if got else given

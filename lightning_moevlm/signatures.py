@@ -112,7 +112,7 @@ def is_record(part: type) -> bool:
 
 def in_words(annotation: object) -> str:
     """Return what a value may be, e.g. "a number, a Ramp {start, stop, num_steps, begin, shape} or null"."""
-    return _either(_alternatives(annotation))
+    return _either(list(dict.fromkeys(_alternatives(annotation))))
 
 
 def few(names: Sequence[str]) -> str | None:
@@ -126,13 +126,15 @@ def _alternatives(annotation: object) -> list[str]:
     if get_origin(annotation) is Literal:
         return literals_of(annotation)
     if isinstance(annotation, type) and is_record(annotation):
-        return [f"{_with_article(annotation)} {{{', '.join(options_of(annotation))}}}"]
+        return [f"{_with_article(annotation.__name__)} {{{', '.join(options_of(annotation))}}}"]
     classes = classes_of(annotation)
-    return [_WORDS.get(annotation) or (_with_article(classes[0]) if classes else _plain(annotation))]
+    return [_WORDS.get(annotation) or (_with_article(classes[0].__name__) if classes else _plain(annotation))]
 
 
-def _with_article(part: type) -> str:
-    return f"{'an' if part.__name__[0] in 'AEIO' else 'a'} {part.__name__}"
+def _with_article(name: str) -> str:
+    """Return "an Optimizer", "an LRScheduler" (spelled, el ar) or "a Router"."""
+    is_spelled = name[:2].isupper()
+    return f"{'an' if name[0] in ('AEFHILMNORSX' if is_spelled else 'AEIO') else 'a'} {name}"
 
 
 def _plain(annotation: Any) -> str:

@@ -28,7 +28,7 @@ def refuse_unbuildable(key: str, part: type, options: Mapping[str, Any]) -> None
     Args:
         key: of the class in the configuration, "model".
         part: the class.
-        options: its options, resolved; parts as `{class_path, init_args}`.
+        options: its options, resolved; parts as `{class_path, init_args}`, or in a list.
 
     Raises:
         UserError: the whole key, and what it may be.
@@ -49,6 +49,10 @@ def _refuse(key: str, annotation: object, value: Any) -> None:
         if named is not None:
             refuse_abstract(key, named)
             refuse_unbuildable(f"{key}.init_args", named, value.get("init_args") or {})
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            if isinstance(item, Mapping) and "class_path" in item:
+                _refuse(f"{key}.{item['class_path'].rpartition('.')[2] or place}", object, item)
     elif isinstance(value, Mapping) and len(classes) == 1 and is_dataclass(classes[0]):
         refuse_unbuildable(key, classes[0], value)
 

@@ -47,6 +47,35 @@ MISTAKES = {
         ("fit", *SMALL, "--model.schedule=OneCycleLR", *ENDLESS_CYCLE),
         "model.schedule cannot be built",
     ),
+    "a schedule that divides by 0": (
+        ("fit", *SMALL, "--model.schedule=StepLR", "--model.schedule.init_args.step_size=0"),
+        "model.schedule StepLR fails after step 1",
+    ),
+    "an optimiser that is null": (
+        ("fit", *SMALL, "--model.optimizer=null"),
+        "model.optimizer is null, which it cannot be: give an Optimizer, or leave the option out",
+    ),
+    "one beta": (
+        ("fit", *SMALL, "--model.optimizer.init_args.betas=[0.9]"),
+        "error: model.optimizer.betas: Expected a tuple with 2 elements. Got value: [0.9]",
+    ),
+    "a modality named twice": (
+        ("fit", *SMALL, f"{BACKBONE}.sparse_modalities=[image, image]"),
+        "sparse_modalities is ['image', 'image']: name each modality once",
+    ),
+    "no blocks": (("fit", *SMALL, f"{BACKBONE}.num_blocks=0"), "error: num_blocks is 0: choose 1 or more"),
+    "a callback's option that is null": (
+        ("fit", *SMALL, "--trainer.callbacks=[{class_path: Liveness, init_args: {num_samples: null}}]"),
+        "trainer.callbacks.Liveness.init_args.num_samples is null, which it cannot be: give a whole number",
+    ),
+    "a callback that is null": (
+        ("fit", *SMALL, "--trainer.callbacks=[null]"),
+        "trainer.callbacks: None is no such value; give a Callback or null",
+    ),
+    "a folder without a name": (
+        ("predict", *SMALL, "--trainer.callbacks=[{class_path: FeatureWriter, init_args: {folder: ''}}]"),
+        "folder of FeatureWriter is '': name one",
+    ),
     "no such checkpoint": (("validate", *SMALL, "--ckpt_path=none.ckpt"), "none.ckpt"),
     "no such study": (
         ("sweep", "plan", "rooter_z.yaml"),

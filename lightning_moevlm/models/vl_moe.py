@@ -17,6 +17,7 @@ from lightning_moevlm.layers import DenseFFN, FeedForward, ModelStabilisers, MoE
 from lightning_moevlm.models.backbone import BackboneSpec
 from lightning_moevlm.models.trunk import Trunk, check_moe_every
 from lightning_moevlm.plans import Modality
+from lightning_moevlm.ranges import check_number
 
 
 class VLMoE(Trunk):
@@ -66,9 +67,12 @@ class VLMoE(Trunk):
         causal: bool = False,
         patch_codebook: str | None = None,
     ) -> None:
+        check_number("num_blocks", num_blocks, least=1)
         if not 0 <= num_vl_blocks <= num_blocks:
             raise UserError(f"num_vl_blocks is {num_vl_blocks}: choose between 0 and num_blocks {num_blocks}")
         check_moe_every(moe_every)
+        if len(set(sparse_modalities)) < len(sparse_modalities):
+            raise UserError(f"sparse_modalities is {list(sparse_modalities)}: name each modality once")
         spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
         length = {Modality.IMAGE: spec.num_patches, Modality.TEXT: max_text_len}
 

@@ -30,6 +30,7 @@ def round_state(optimizer: Optimizer, policy: PrecisionPolicy) -> None:
         for state in stepped.state.values():
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
-                    value.copy_(rounded(value, dtype, scale))
+                    # in fp32: the factor that fp8 is scaled by is beyond float16, in which state may be kept
+                    value.copy_(rounded(value.float(), dtype, scale))
 
     optimizer.register_step_post_hook(after_step)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -109,6 +110,20 @@ def refuse_senseless_options(optimizer: Optimizer) -> None:
         raise UserError(
             "model.optimizer cannot train with eps 0: a weight without a gradient, such as the embedding of a word "
             "that no text has, becomes 0 / 0; choose a value above 0, such as 1e-8"
+        )
+
+
+def refuse_vanishing_eps(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuse an eps that is 0 in the dtype of the weights, in which torch's optimisers add it.
+
+    Raises:
+        UserError: with a value that is not.
+    """
+    eps = optimizer.defaults.get("eps")
+    if trainer.precision == "16-true" and isinstance(eps, float) and not torch.tensor(eps).half():
+        raise UserError(
+            f"model.optimizer has eps {eps:g}, which is 0 in float16, so that a weight without a gradient becomes "
+            "0 / 0 under trainer.precision 16-true: set it to 1e-4, or choose 16-mixed or bf16-true"
         )
 
 

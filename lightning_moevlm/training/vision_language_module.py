@@ -51,6 +51,7 @@ from lightning_moevlm.training.refusals import (
     refuse_unsuited_optimizer,
     refuse_unsuited_schedule,
     refuse_unsuited_trainer,
+    refuse_vanishing_eps,
 )
 from lightning_moevlm.training.resume import take_up_epoch
 from lightning_moevlm.training.routing_counts import RoutingCounter
@@ -319,6 +320,7 @@ class VisionLanguageModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
         optimizer = self.build_optimizer()
+        refuse_vanishing_eps(self.trainer, optimizer)
         round_state(optimizer, self.precision)
         if self.gradient.any_on:
             refuse_unsuited_optimizer(self.trainer, optimizer)

@@ -1,17 +1,19 @@
 """Pinned dtypes prove that they act, are told apart from those that change no bit here, and from those that cannot."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from lightning_moevlm import keys
 from lightning_moevlm.callbacks import Liveness
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.precision import PrecisionPolicy, Simulation
-from lightning_moevlm.routers import FixedRouter, HashRouter, TopKRouter
+from lightning_moevlm.routers import FixedRouter, HashRouter, SoftRouter, TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.callbacks.asked_run import NO_LOSSES, asked, module_of, refused
 from tests.small_model import small_vl_moe
@@ -48,12 +50,14 @@ def test_a_dtype_that_a_layer_ignores_is_dead() -> None:
     refused(module, "precision.router", "changes no bit of these samples, and no more does float8_e5m2 on a trial")
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
-def test_rounded_state_of_every_format_is_alive(dtype: Any, scale: bool) -> None:
+def test_rounded_state_of_every_format_is_alive(dtype: Any, scale: bool, precision: str) -> None:
     # scaled by 448 / peak, rounded and scaled back, a number of fp8 may differ from itself in the last bit of fp32
     policy = PrecisionPolicy(optimizer_state=dtype, simulate=Simulation(scale=scale))
-    receipts, _ = asked(module_of(precision=policy), steps=3)
+    module = module_of(precision=policy, optimizer=partial(AdamW, lr=1e-3, eps=1e-4))
+    receipts, _ = asked(module, steps=2, precision=precision)
     assert receipts["precision.optimizer_state"].startswith("alive: all ")
 
 
@@ -78,6 +82,14 @@ def test_a_dtype_that_changes_no_bit_here_is_idle(precision: str) -> None:
     told = receipts["precision.norms"]
     assert told.startswith("idle: float32 instead of bfloat16 changes no bit of these samples; on a trial float8_e5m2 ")
     assert points[keys.LIVENESS.key(switch="precision.norms")] == [(0, 0.0)]
+
+
+@pytest.mark.parametrize("router", [TopKRouter, SoftRouter])
+@pytest.mark.parametrize("region", ["heads", "experts"])
+def test_weights_that_stay_fp32_under_bf16_true_are_asked_too(region: str, router: Any) -> None:
+    module = module_of(router=router, precision=PrecisionPolicy(**{region: "float32"}))  # type: ignore[arg-type]
+    receipts, _ = asked(module, precision="bf16-true")
+    assert receipts[f"precision.{region}"].startswith("alive: float32 instead of bfloat16 moves router logits by ")
 
 
 class RunsNoExperts(MoEFFN):

@@ -3,11 +3,17 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+from lightning_moevlm.callbacks import Liveness
 from lightning_moevlm.callbacks.liveness.rehearsal import put
 from lightning_moevlm.layers import Attention, Block, ModelStabilisers
+from lightning_moevlm.training import Actions
+from lightning_moevlm.training.actions import QKClip
 from tests.callbacks.asked_run import asked, module_of, refused
+from tests.small_model import pair_batch
+from tests.training.small_fit import fit
 
 STABILISERS = {
     "qk_norm": ModelStabilisers(),
@@ -107,3 +113,17 @@ def test_a_projection_that_is_not_frozen_is_dead() -> None:
     module = module_of(stabilisers=ModelStabilisers(freeze_patches=True))
     module.backbone.patches.project.requires_grad_(True)
     refused(module, "stabilisers.freeze_patches", "2 tensors of the patch projection take gradients")
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_samples_without_a_word_show_nothing_and_end_nothing(with_images: bool) -> None:
+    # attention over padding alone weighs all of it alike, with norms or without
+    batch = pair_batch()
+    assert batch.text_BL is not None
+    empty = batch._replace(text_BL=0 * batch.text_BL, text_mask_BL=torch.zeros_like(batch.text_BL, dtype=torch.bool))
+    empty = empty if with_images else empty._replace(images_BRYX=None)
+    for switches in (ModelStabilisers(), ModelStabilisers(qk_norm=False, logit_cap=1.0)):
+        seen = fit(module_of(stabilisers=switches), 1, batches=[empty], callbacks=[Liveness()])
+        assert len(seen.outputs) == 1
+        clipped = module_of(stabilisers=ModelStabilisers(qk_norm=False), actions=Actions(QKClip()))
+        assert len(fit(clipped, 1, batches=[empty], callbacks=[Liveness()]).outputs) == 1

@@ -102,3 +102,14 @@ def test_an_eps_of_0_is_refused(optimizer: Callable[..., Optimizer]) -> None:
 def test_an_optimiser_that_could_not_train_is_refused(optimizer: Callable[..., Optimizer], told: str) -> None:
     with pytest.raises(UserError, match=told):
         module(optimizer=optimizer).build_optimizer()
+
+
+def test_an_eps_that_is_0_in_float16_is_refused_under_16_true() -> None:
+    # 2^-24 = 5.96e-8 is the smallest number of float16; the default eps of AdamW, 1e-8, is 0 there, and the second
+    # loss was no number whatever the model
+    with pytest.raises(
+        UserError, match=r"has eps 1e-08, which is 0 in float16, .* under trainer.precision 16-true: set it"
+    ):
+        fit(module(), 2, precision="16-true")
+    seen = fit(module(optimizer=partial(AdamW, eps=1e-4)), 3, precision="16-true").outputs
+    assert len(seen) == 3 and all(bool(output["loss"].isfinite()) for output in seen)

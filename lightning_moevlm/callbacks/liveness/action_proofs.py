@@ -131,7 +131,9 @@ def _qk_clip(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     action, options = rehearsal.module.acting["qk_clip"], rehearsal.module.actions.qk_clip
     assert isinstance(action, QKClipper) and options is not None
     largest = max(float(seen.max_H.max()) for seen in rehearsal.output.attention)
-    path = next(path for path, call in rehearsal.calls.items() if isinstance(call.output, AttentionOutput))
+    path = next((path for path, call in rehearsal.calls.items() if isinstance(call.output, AttentionOutput)), None)
+    if path is None:
+        return _is("qk_clip", "unproven", "no attention ran on this batch", 0.0)
     attention = copy.deepcopy(rehearsal.module.get_submodule(path))
     assert isinstance(attention, Attention)
     heads_H = torch.full((attention.num_heads,), 2 * options.threshold, device=rehearsal.module.device)

@@ -31,11 +31,14 @@ from lightning_moevlm.precision import (
 )
 from lightning_moevlm.records import ObjectiveOutput
 
-_TRAINER_DTYPE = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-mixed": "float16", "16-true": "float16"}
+_TRAINER_DTYPE: dict[str, RegionDtype] = {
+    "bf16-mixed": "bfloat16",
+    "bf16-true": "bfloat16",
+    "16-mixed": "float16",
+    "16-true": "float16",
+}
 
 _COARSE: RegionDtype = "float8_e5m2"  # the fewest bits that can be simulated
-
-_LAST_BITS = 1e-6  # of fp32; the coarsest format steps by 2^-2, the finest by 2^-10
 
 
 class _Shift(NamedTuple):
@@ -67,14 +70,15 @@ def precision_receipts(rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
             receipts.append(Receipt(switch, "precision", "idle", f"{dtype} is what is computed in around it"))
         else:
             seen = seen or rehearsal.once_more()
-            receipts.append(_region(rehearsal, seen, name, f"{dtype} instead of {without}"))
+            # weights of a region pinned to fp32 stay fp32 in true half precisions, and would not fit the tokens
+            free = policy.with_region(name, without if str(trainer.precision).endswith("-true") else None)
+            receipts.append(_region(rehearsal, seen, name, free, f"{dtype} instead of {without}"))
     return receipts
 
 
-def _region(rehearsal: Rehearsal, seen: ObjectiveOutput, name: Region, what: str) -> Receipt:
+def _region(rehearsal: Rehearsal, seen: ObjectiveOutput, name: Region, without: PrecisionPolicy, what: str) -> Receipt:
     switch = f"precision.{name}"
     policy = rehearsal.module.precision
-    without = policy.with_region(name, None)
     shift = _shift(seen, _run_as(rehearsal, without))
     if shift.loss != shift.loss:
         # the samples' own loss is sound, or nobody would have asked
@@ -130,9 +134,7 @@ def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
     ]
     if not state:
         return Receipt(switch, "precision", "idle", "no step has been made that left state to round")
-    scale = policy.simulate.scale
-    # not to the last bit: a factor that fp8 is scaled by is itself rounded, so rounding twice may move the last bit
-    loose = sum(not torch.allclose(rounded(value, dtype, scale), value, rtol=_LAST_BITS, atol=0.0) for value in state)
+    loose = sum(not _is_rounded(value, dtype, policy.simulate.scale) for value in state)
     if loose:
         return Receipt(
             switch,
@@ -143,6 +145,16 @@ def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
             f"choose an optimiser whose state can be rounded after each step, or set model.{switch} to null",
         )
     return Receipt(switch, "precision", "alive", f"all {len(state)} state tensors are {dtype}", float(len(state)))
+
+
+def _is_rounded(value: Tensor, dtype: RegionDtype, scale: bool) -> bool:
+    """Say whether state is made of numbers of a format, up to the last bits of the dtype that it is kept in.
+
+    The factor that fp8 is scaled by is itself rounded, so that rounding twice may move the last bit.
+    """
+    kept_in = torch.finfo(value.dtype)
+    again = rounded(value.float(), dtype, scale).to(value.dtype)
+    return torch.allclose(again, value, rtol=4 * kept_in.eps, atol=kept_in.smallest_normal * kept_in.eps)
 
 
 def _task_loss(output: ObjectiveOutput) -> float:

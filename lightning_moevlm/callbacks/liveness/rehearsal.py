@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_moevlm.layers import Attention, Block, DenseFFN, MoEFFN, PatchEmbedding
 from lightning_moevlm.losses import LayerCounts, LossInput
 from lightning_moevlm.precision import Region, region
-from lightning_moevlm.records import Batch, LossReport, ObjectiveOutput
+from lightning_moevlm.records import Batch, Layout, LossReport, ObjectiveOutput
 from lightning_moevlm.routers import Router
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.loss_inputs import loss_inputs
@@ -27,7 +27,7 @@ _WATCHED = (Attention, Block, DenseFFN, MoEFFN, Router, PatchEmbedding)
 
 
 class Call(NamedTuple):
-    """The first call of a layer: its arguments and what it returned."""
+    """The first call of a layer with anything but padding: its arguments and what it returned."""
 
     args: tuple[Any, ...]
     output: Any
@@ -115,7 +115,8 @@ class Rehearsal:
     def _watching(self) -> Iterator[None]:
         def hook(path: str) -> Any:
             def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                self.calls.setdefault(path, Call(args, output))
+                if path not in self.calls and not any(_is_padding(argument) for argument in args):
+                    self.calls[path] = Call(args, output)
 
             return keep
 
@@ -149,6 +150,11 @@ def put(owner: Any, attribute: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, attribute, before)
+
+
+def _is_padding(argument: object) -> bool:
+    """Say whether a layer is given a sequence of padding alone, which shows nothing of it."""
+    return isinstance(argument, Layout) and not bool(argument.valid_BS.any())
 
 
 def tensors_of(output: Any) -> Tensor:
