@@ -141,8 +141,8 @@ class _AtWork:
         write_state(folder, dataclasses.replace(state, pid=handle.pid, pid_started=handle.pid_started, job=handle.job))
         return True
 
-    def collect(self, watcher: Watcher, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
-        """Judge the runs that have ended; return those that a cluster has stopped and that may begin again."""
+    def collect(self, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
+        """Note the runs that have ended; return those that a cluster has stopped and that may begin again."""
         again = []
         for ticket, run in list(self.runs.items()):
             ended = self.engine.poll(ticket)
@@ -156,6 +156,11 @@ class _AtWork:
             folder = self.plan.run_folder(run)
             write_state(folder, ended_state(read_state(folder), ended))
             self.ended.append((run, ended))
+        return again
+
+    def judge(self, watcher: Watcher, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
+        """Judge the runs that have ended; return those that found no store and that may begin again."""
+        again = []
         for run, ended in self.ended[:]:
             if not self.store.is_ready:
                 break
@@ -295,6 +300,10 @@ def execute(
     starts: Counter[str] = Counter()
     stop = _Stop()
     before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def may_repeat(run: PlannedRun) -> bool:
+        return starts[run.name] < MOST_STARTS
+
     try:
         while (queue or at_work.runs or at_work.ended) and not stop.name:
             if queue and len(at_work.runs) < jobs and store.is_ready:
@@ -313,12 +322,16 @@ def execute(
                 watcher.started(run, read_state(plan.run_folder(run)))
                 continue
             at_work.stop_early()
-            queue.extend(at_work.collect(watcher, lambda run: starts[run.name] < MOST_STARTS))
+            queue.extend(at_work.collect(may_repeat))
+            if queue and len(at_work.runs) < jobs and store.is_ready:
+                continue  # the next run begins before the last one is judged: its place is not to stand idle
+            queue.extend(at_work.judge(watcher, may_repeat))
             if store.silent_seconds > silence_seconds and not at_work.runs:
                 stop.name = SILENCE
             watcher.tick()
             time.sleep(engine.poll_seconds)
-        at_work.collect(watcher, lambda run: True)  # who ended just before a signal has ended
+        at_work.collect(lambda run: True)  # who ended just before a signal has ended
+        at_work.judge(watcher, lambda run: True)
     finally:
         at_work.stop()
         for number, handler in before.items():
