@@ -90,6 +90,7 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={**_PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(_PARSER_OPTIONS)},
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # for modules that save their hyperparameters; ours does not
             trainer_defaults={"callbacks": ReleaseNotices(notices)},
         )
 

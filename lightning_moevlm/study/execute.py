@@ -8,7 +8,6 @@ result. A crashed run is left alone until it is asked for again (`retry`). A sto
 
 import dataclasses
 import shutil
-import signal
 import time
 import uuid
 from collections import Counter, deque
@@ -16,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 import yaml
@@ -37,6 +35,7 @@ from lightning_moevlm.study.ledger import (
 )
 from lightning_moevlm.study.plan import Plan, PlannedRun
 from lightning_moevlm.study.silent_store import SilentStore, StoreSilentError
+from lightning_moevlm.study.stop_signals import heard_signals
 from lightning_moevlm.tracking.store import sqlite_path
 
 OVERRIDES_FILE = "overrides.yaml"
@@ -85,16 +84,6 @@ class Tally:
 
 class _RefusedError(UserError):
     """The engine takes no more, in its own words."""
-
-
-@dataclass
-class _Stop:
-    """Set by signals; the loop looks at it."""
-
-    name: str = ""
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
 
 
 @dataclass
@@ -148,8 +137,8 @@ class _AtWork:
         write_state(folder, dataclasses.replace(state, pid=handle.pid, pid_started=handle.pid_started, job=handle.job))
         return True
 
-    def collect(self, watcher: Watcher, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
-        """Judge the runs that have ended; return those that a cluster has stopped and that may begin again."""
+    def collect(self, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
+        """Note the runs that have ended; return those that a cluster has stopped and that may begin again."""
         again = []
         for ticket, run in list(self.runs.items()):
             ended = self.engine.poll(ticket)
@@ -163,6 +152,11 @@ class _AtWork:
             folder = self.plan.run_folder(run)
             write_state(folder, ended_state(read_state(folder), ended))
             self.ended.append((run, ended))
+        return again
+
+    def judge(self, watcher: Watcher, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
+        """Judge the runs that have ended; return those that found no store and that may begin again."""
+        again = []
         for run, ended in self.ended[:]:
             if not self.store.is_ready:
                 break
@@ -319,44 +313,41 @@ def execute(
     store, early = SilentStore(experiment.uri, watcher.told), EarlyStop(plan, experiment)
     at_work = _AtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store, early)
     starts: Counter[str] = Counter()
-    stop = _Stop()
-    asked_to_stop = (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    )  # the last: a terminal was closed; `nohup` ignores it
-    heard = [number for number in asked_to_stop if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop.handle) for number in heard}
-    try:
-        while (queue or at_work.runs or at_work.ended) and not stop.name:
-            if queue and len(at_work.runs) < jobs and store.is_ready:
-                run = queue.popleft()
-                try:
-                    starts[run.name] += at_work.begin(run)
-                except StoreSilentError:
-                    queue.appendleft(run)
-                    continue
-                except _RefusedError:
-                    if not at_work.runs:
-                        raise
-                    jobs = len(at_work.runs)  # a cluster takes only so many from one user
-                    queue.appendleft(run)
-                    continue
-                watcher.started(run, read_state(plan.run_folder(run)))
-                continue
-            at_work.stop_early()
-            queue.extend(at_work.collect(watcher, lambda run: starts[run.name] < MOST_STARTS))
-            if store.silent_seconds > silence_seconds and not at_work.runs:
-                stop.name = SILENCE
-            watcher.tick()
-            time.sleep(engine.poll_seconds)
-        at_work.collect(watcher, lambda run: True)  # who ended just before a signal has ended
-    finally:
+
+    def may_repeat(run: PlannedRun) -> bool:
+        return starts[run.name] < MOST_STARTS
+
+    with heard_signals() as stop:
         try:
-            at_work.stop()
+            while (queue or at_work.runs or at_work.ended) and not stop.name:
+                if queue and len(at_work.runs) < jobs and store.is_ready:
+                    run = queue.popleft()
+                    try:
+                        starts[run.name] += at_work.begin(run)
+                    except StoreSilentError:
+                        queue.appendleft(run)
+                        continue
+                    except _RefusedError:
+                        if not at_work.runs:
+                            raise
+                        jobs = len(at_work.runs)  # a cluster takes only so many from one user
+                        queue.appendleft(run)
+                        continue
+                    watcher.started(run, read_state(plan.run_folder(run)))
+                    continue
+                at_work.stop_early()
+                queue.extend(at_work.collect(may_repeat))
+                if queue and len(at_work.runs) < jobs and store.is_ready:
+                    continue  # the next run begins before the last one is judged: its place is not to stand idle
+                queue.extend(at_work.judge(watcher, may_repeat))
+                if store.silent_seconds > silence_seconds and not at_work.runs:
+                    stop.name = SILENCE
+                watcher.tick()
+                time.sleep(engine.poll_seconds)
+            at_work.collect(lambda run: True)  # who ended just before a signal has ended
+            at_work.judge(watcher, lambda run: True)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            at_work.stop()
     return Tally(len(+starts), stop.name)
 
 

@@ -66,6 +66,16 @@ def start_sweep(file: Path) -> subprocess.Popen:
     )
 
 
+def test_a_place_does_not_stand_idle_while_a_run_is_judged(tmp_path, uri):
+    _, _, _, watcher = sweep(write_project(tmp_path, uri, {"seeds": [0]}), jobs=1)
+    assert watcher.lines == [
+        "start baseline-seed0",
+        "start fast-seed0",
+        "finished baseline-seed0",
+        "finished fast-seed0",
+    ]
+
+
 def test_each_run_once_and_twice_is_nothing(tmp_path, uri):
     file = write_project(tmp_path, uri)
     plan, experiment, tally, watcher = sweep(file)
