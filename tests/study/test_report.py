@@ -216,7 +216,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        if tag not in ("meta", "img", "link"):
+        if tag not in ("meta", "img", "link", "wbr"):
             self.open.append(tag)
         if tag == "img":
             self.images.append(attributes)

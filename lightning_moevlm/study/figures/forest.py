@@ -19,6 +19,8 @@ from lightning_moevlm.study.results import ArmResult, StudyResult
 from lightning_moevlm.study.table import Table, name_and_unit
 from lightning_moevlm.study.tables import effects_table
 
+_LETTERS_BELOW = 50
+
 
 def draw_forest(result: StudyResult) -> Picture | None:
     """Draw it; None where no arm has been compared yet."""
@@ -40,7 +42,8 @@ def draw_forest(result: StudyResult) -> Picture | None:
     axes.set_yticks(range(len(rows)), [wrapped(arm.arm.name, LETTERS_OF_ROW) for arm in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     side = "left" if study.primary.direction == "lower" else "right"
-    axes.set_xlabel(f"{title}, arm minus {study.baseline}{f' ({unit})' if unit else ''}; {side} of 0 is better")
+    told = f"{title}, arm minus {study.baseline}{f' ({unit})' if unit else ''}; {side} of 0 is better"
+    axes.set_xlabel(wrapped(told, _LETTERS_BELOW))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)

@@ -5,11 +5,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
 from lightning_moevlm.study.effects import Effect
-from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of
+from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of, wrapped
 from lightning_moevlm.study.results import StudyResult
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
 
 _DARK, _LIGHT = "#111111", "#fafafa"  # letters on a coloured cell: the same whatever the page's scheme
+_LETTERS_OF_FACTOR = 14  # of a name in a line beside the matrix
 
 
 def draw_interactions(result: StudyResult) -> Picture | None:
@@ -33,8 +34,9 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     for term, effect in known.items():
         for one, other in {(term[0], term[-1]), (term[-1], term[0])}:
             _write(axes, factors.index(one), factors.index(other), effect, largest)
-    axes.set_xticks(range(len(factors)), factors, rotation=20 if len(factors) > 4 else 0)
-    axes.set_yticks(range(len(factors)), factors)
+    names = [wrapped(name, _LETTERS_OF_FACTOR) for name in factors]
+    axes.set_xticks(range(len(factors)), names, rotation=20 if len(factors) > 4 else 0)
+    axes.set_yticks(range(len(factors)), names)
     level = f"{100 * (1 - result.comparison.decide.alpha):g} %"
     axes.set_title(
         f"diagonal: effect of a switch, on minus off; beside it: interactions; star: {level} interval without 0",
