@@ -44,7 +44,12 @@ from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import HOLDS_CODE, look_at_checkpoint, refuse_other_model
-from lightning_moevlm.training.refusals import refuse_other_groups, refuse_other_precision, refuse_vanishing_eps
+from lightning_moevlm.training.refusals import (
+    refuse_other_groups,
+    refuse_other_precision,
+    refuse_other_state,
+    refuse_vanishing_eps,
+)
 
 PLUGIN_GROUP = "lightning_moevlm.plugins"
 
@@ -151,6 +156,7 @@ class CommandLine(LightningCLI):
             try_schedule(self.model, self.trainer.max_steps)
             if self._checkpoint is not None:
                 refuse_other_groups(self._checkpoint, self.model)
+                refuse_other_state(self._checkpoint, self.model.optimizer_factory)
         self._checkpoint = None
 
     def _parse_ckpt_path(self) -> None:
