@@ -9,66 +9,44 @@
 """
 
 import gc
-import json
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import entry_points
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_dumper, set_parsing_settings
-from lightning.pytorch import Trainer
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import OmegaConfBaseException
 
 import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
 from lightning_moevlm.config_overlays import with_nulls_as_files, with_sources_merged
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.models import ModelCard, model_card
-from lightning_moevlm.notices import Notices, ReleaseNotices, calm_terminal, held_notices
+from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
+from lightning_moevlm.parsers import (
+    DEFAULTS,
+    PARSER_OPTIONS,
+    prepare_parsers,
+    refuse_unbuildable_parts,
+    shipped_config,
+    teaching_errors,
+    types_of_options,
+)
 from lightning_moevlm.shards.datamodule import ShardDataModule
-from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
-from lightning_moevlm.training.checkpoint_file import HOLDS_CODE, look_at_checkpoint, refuse_other_model
-from lightning_moevlm.training.refusals import refuse_other_groups, refuse_other_precision, refuse_vanishing_eps
-from lightning_moevlm.unbuildable import refuse_unbuildable
-from lightning_moevlm.yaml_text import FastSafeDumper, read_yaml
+from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.refusals import (
+    refuse_other_groups,
+    refuse_other_precision,
+    refuse_other_state,
+    refuse_vanishing_eps,
+)
 
-PLUGIN_GROUP = "lightning_moevlm.plugins"
-
-_PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
-_SECTIONS = {"trainer": Trainer, "model": VisionLanguageModule, "data": ShardDataModule}
 _INCOMPLETE = "the following arguments are required"
-_DEFAULTS: dict[str, object] = {
-    "trainer.logger": {"class_path": "lightning_moevlm.tracking.RunLogger"},
-    "trainer.callbacks": [
-        {"class_path": "lightning_moevlm.callbacks.Telemetry"},
-        {"class_path": "lightning_moevlm.callbacks.Liveness"},
-        {"class_path": "lightning_moevlm.callbacks.DivergenceGuard"},
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"monitor": "val/task_loss", "save_last": True, "save_on_train_epoch_end": False},
-        },
-        {"class_path": "lightning_moevlm.callbacks.StepProgress"},
-        {"class_path": "lightning_moevlm.callbacks.ResultTable"},
-    ],
-    # the whole validation set before the first step: the untrained model is step 0 of every curve
-    "trainer.num_sanity_val_steps": -1,
-    "trainer.enable_model_summary": False,  # Telemetry says it in one line, with what is active
-}
 
 
 class CommandLine(LightningCLI):
@@ -88,7 +66,7 @@ class CommandLine(LightningCLI):
             save_config_callback=RunRecord,
             save_config_kwargs={"argv": ["moevlm", *argv]},
             seed_everything_default=0,
-            parser_kwargs={**_PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(_PARSER_OPTIONS)},
+            parser_kwargs={**PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(PARSER_OPTIONS)},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # for modules that save their hyperparameters; ours does not
             trainer_defaults={"callbacks": ReleaseNotices(notices)},
@@ -109,14 +87,14 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the Trainer our logger and callbacks unless a configuration names others."""
-        parser.set_defaults(_DEFAULTS)
+        parser.set_defaults(DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; tell a mistake with what the option allows."""
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            told = told_from_the_mistake(str(error), _types(self._parser(self._asked)))
+            told = told_from_the_mistake(str(error), types_of_options(self._parser(self._asked)))
             advice = "; name a configuration, e.g. -c conf/quickstart.yaml" if told.startswith(_INCOMPLETE) else ""
             raise UserError(told + advice) from error
 
@@ -125,7 +103,7 @@ class CommandLine(LightningCLI):
         gc.freeze()  # what imports and parsers made stays: no collection need walk it
         gc.enable()
         config = self.config[self.subcommand]
-        _refuse_unbuildable(config.as_dict())
+        refuse_unbuildable_parts(config.as_dict())
         if self.subcommand == "predict":
             config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
         if config.weights_only is False:
@@ -153,6 +131,7 @@ class CommandLine(LightningCLI):
             try_schedule(self.model, self.trainer.max_steps)
             if self._checkpoint is not None:
                 refuse_other_groups(self._checkpoint, self.model)
+                refuse_other_state(self._checkpoint, self.model.optimizer_factory)
         self._checkpoint = None
 
     def _parse_ckpt_path(self) -> None:
@@ -166,8 +145,8 @@ def run(args: Sequence[str]) -> None:
         UserError: a mistake in the configuration or in what it points to.
         KeyboardInterrupt: the user interrupted; Lightning has closed the run.
     """
-    _prepare()
-    with TemporaryDirectory() as folder, held_notices() as notices, _teaching_errors():
+    prepare_parsers()
+    with TemporaryDirectory() as folder, held_notices() as notices, teaching_errors():
         words = with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
@@ -177,147 +156,6 @@ def run(args: Sequence[str]) -> None:
             if isinstance(exit_.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit_
             raise
-
-
-def resolve_config(config_files: Sequence[Path], overrides: Mapping[str, object]) -> dict[str, object]:
-    """Return the configuration that `moevlm fit -c FILE ...` would train with, every default filled in; builds nothing.
-
-    Args:
-        config_files: as given with -c, in order.
-        overrides: nested mapping, merged last.
-
-    Raises:
-        UserError: a file is missing, or an option or class is unknown or of the wrong type.
-    """
-    return ConfigResolver()(config_files, overrides)
-
-
-class ConfigResolver:
-    """`resolve_config` with the parser built once, for many configurations."""
-
-    def __init__(self) -> None:
-        _prepare()
-        self._parser = LightningArgumentParser(**_PARSER_OPTIONS)
-        self._parser.add_argument("-c", "--config", action=ActionConfigFile)
-        self._parser.add_argument("--seed_everything", type=bool | int, default=0)
-        self._parser.add_lightning_class_args(Trainer, "trainer")
-        self._parser.add_lightning_class_args(VisionLanguageModule, "model")
-        self._parser.add_lightning_class_args(ShardDataModule, "data")
-        self._parser.set_defaults(_DEFAULTS)
-
-    def __call__(self, config_files: Sequence[Path], overrides: Mapping[str, object]) -> dict[str, object]:
-        """Resolve one configuration."""
-        with TemporaryDirectory() as folder, _teaching_errors(self._parser):
-            last = Path(folder) / "overrides.yaml"
-            last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
-            files = with_sources_merged([*map(shipped_config, config_files), last], Path(folder))
-            namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
-            namespace.pop("config", None)
-            dumped = self._parser.dump(namespace, skip_unset=False, skip_validation=True)  # valid: it was just parsed
-            resolved: dict[str, object] = read_yaml(dumped)
-            _refuse_unbuildable(resolved)
-        return resolved
-
-
-def describe_model(resolved: Mapping[str, object]) -> ModelCard:
-    """Return what the model of a resolved configuration costs; built whole, but without memory for its weights.
-
-    Raises:
-        UserError: options out of range, or parts that do not fit each other: whatever `moevlm fit` would refuse when it
-            builds the model, its optimiser and its schedule.
-    """
-    return ModelDescriber()(resolved)
-
-
-class ModelDescriber:
-    """`describe_model` with each model built once, however many configurations have it.
-
-    Args:
-        complete: the configurations hold every default, as `ConfigResolver` gives them: none needs to be looked up,
-            which takes most of the time.
-    """
-
-    def __init__(self, complete: bool = False) -> None:
-        _prepare()
-        self._complete = complete
-        self._cards: dict[str, ModelCard] = {}
-
-    def __call__(self, resolved: Mapping[str, object]) -> ModelCard:
-        """Describe one configuration's model."""
-        model = repr(resolved["model"])
-        if model not in self._cards:
-            parser = _model_parser()
-            with _teaching_errors(), torch.device("meta"):
-                parsed = parser.parse_object({"model": resolved["model"]}, defaults=not self._complete)
-                module = parser.instantiate(parsed).model
-                try_schedule(module)
-                self._cards[model] = model_card(module.backbone)
-        return self._cards[model]
-
-
-@cache
-def _model_parser() -> LightningArgumentParser:
-    """Return the parser of the model section alone; a plan asks it for every arm."""
-    parser = LightningArgumentParser(**_PARSER_OPTIONS)
-    parser.add_lightning_class_args(VisionLanguageModule, "model")
-    return parser
-
-
-def build_data(resolved: Mapping[str, object]) -> ShardDataModule:
-    """Return the data module of a resolved configuration; nothing is opened.
-
-    Raises:
-        UserError: an option out of range.
-    """
-    _prepare()
-    parser = LightningArgumentParser(**_PARSER_OPTIONS)
-    parser.add_lightning_class_args(ShardDataModule, "data")
-    with _teaching_errors():
-        built = parser.instantiate(parser.parse_object({"data": dict(resolved)})).data
-    assert isinstance(built, ShardDataModule)
-    return built
-
-
-def shipped_config(path: Path) -> Path:
-    """Return the file itself, or, where there is none, the one of that name that the package ships.
-
-    Raises:
-        UserError: neither exists; names the nearest one.
-    """
-    found = find_file(path)
-    if found is None:
-        raise missing_file("configuration file", path)
-    return found
-
-
-def load_plugins() -> None:
-    """Import what other packages offer under the entry-point group, so that their parts have short names here."""
-    for entry in entry_points(group=PLUGIN_GROUP):
-        entry.load()
-
-
-def _prepare() -> None:
-    load_plugins()
-    # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
-    set_dumper("omegaconf+", _dump_yaml)
-    calm_terminal()
-
-
-class _Dumper(FastSafeDumper):
-    """Quotes texts such as 632471343e91, which the parser that reads them back takes for numbers."""
-
-
-_Dumper.add_representer(Namespace, lambda dumper, value: dumper.represent_dict(value.as_dict()))
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"), list("-+0123456789.")
-)
-
-
-def _dump_yaml(data: object) -> str:
-    """Write YAML for jsonargparse, which dumps a merged configuration and reads it back."""
-    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
 
 
 def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
@@ -341,60 +179,9 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
     return words
 
 
-def _refuse_unbuildable(resolved: Mapping[str, Any]) -> None:
-    for section, part in _SECTIONS.items():
-        refuse_unbuildable(section, part, resolved[section])
-
-
 def _save_nothing(callbacks: object) -> None:
     """Let a fast_dev_run leave nothing: Lightning saves `save_last` all the same when training ends."""
     for callback in callbacks if isinstance(callbacks, list) else []:
         part = imported_class(callback.class_path)
         if part is not None and issubclass(part, ModelCheckpoint):
             callback.init_args.save_last = None
-
-
-def _types(parser: LightningArgumentParser) -> dict[str, object]:
-    """Return the annotation of every option by its whole key."""
-    actions = [action for action in parser._actions if action.dest and not action.dest.endswith(".help")]
-    return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
-
-
-@contextmanager
-def _teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]:
-    """Turn what parsers and Lightning raise for a user's mistake into one line."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise UserError(told_from_the_mistake(str(error), _types(parser) if parser else None)) from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"a configuration file is no YAML: {_one_line(str(error))}") from error
-    except UnpicklingError as error:  # of a server's checkpoint; others were looked at before
-        raise UserError(f"the checkpoint {HOLDS_CODE}") from error
-    except MisconfigurationException as error:
-        raise UserError(_one_line(str(error))) from error
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith(__package__):
-            raise
-        raise UserError(
-            f"{_one_line(str(error))}; install the package that the option needs, or choose another"
-        ) from error
-    except ValueError as error:
-        mistake = _mistake_below(error)
-        if mistake is None or mistake is error:
-            raise
-        raise UserError(str(mistake)) from error
-
-
-def _mistake_below(error: BaseException) -> UserError | None:
-    """Return what a part of a nullable option refused, out of the parser's account of every type that it tried."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__
-    return cause
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import lightning_moevlm.routers as routers_module
 from lightning_moevlm.layers import ModelStabilisers
-from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+from lightning_moevlm.resolved_config import ConfigResolver, describe_model
 from lightning_moevlm.routers import Router
 from lightning_moevlm.training import Actions
 from tests.conftest import PROJECT

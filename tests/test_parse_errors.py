@@ -6,8 +6,8 @@ import pytest
 
 from lightning_moevlm.commands import run_command
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.lightning_cli import ConfigResolver
 from lightning_moevlm.parse_errors import told_from_the_mistake
+from lightning_moevlm.resolved_config import ConfigResolver
 from tests.conftest import PROJECT
 
 WEIGHT = "model.losses.load_balance.weight"

@@ -132,7 +132,7 @@ def _cards(results: "Sequence[RunResult]") -> "dict[str, ModelCard | None]":
         if not isinstance(config.get("model"), dict):
             continue
         if describe is None:
-            from lightning_moevlm.lightning_cli import describe_model
+            from lightning_moevlm.resolved_config import describe_model
 
             describe = describe_model
         cards[arm] = _card(describe, arm, config)

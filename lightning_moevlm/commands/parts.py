@@ -105,7 +105,6 @@ def _parts() -> dict[str, list[type]]:
     from lightning_moevlm.dispatch import Capacity, Dispatcher, ModalityFactors
     from lightning_moevlm.experts import ExpertInit, ExpertStack
     from lightning_moevlm.layers import FeedForward, ModelStabilisers
-    from lightning_moevlm.lightning_cli import load_plugins
     from lightning_moevlm.losses import AuxiliaryLosses
     from lightning_moevlm.losses.weights import ByOverflow, BySparsity
     from lightning_moevlm.models import Backbone
@@ -122,6 +121,7 @@ def _parts() -> dict[str, list[type]]:
         WarmupSchedule,
         ZClip,
     )
+    from lightning_moevlm.parsers import load_plugins
     from lightning_moevlm.precision import PrecisionPolicy
     from lightning_moevlm.routers import Gate, Router
     from lightning_moevlm.schedules import Ramp
@@ -164,7 +164,7 @@ def _offered(base: type) -> list[type]:
     """Return the concrete classes below an interface of torch or Lightning that plug-ins bring, by name."""
     from importlib.metadata import entry_points
 
-    from lightning_moevlm.lightning_cli import PLUGIN_GROUP
+    from lightning_moevlm.parsers import PLUGIN_GROUP
 
     packages = {entry.module.split(".")[0] for entry in entry_points(group=PLUGIN_GROUP)}
     return [part for part in _leaves(base) if part.__module__.split(".")[0] in packages]

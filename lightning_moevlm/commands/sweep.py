@@ -195,7 +195,7 @@ def _plan(file: str, only: list[str] | None = None) -> "Plan":
     from lightning_moevlm.study.spec import read_study
 
     study = read_study(_study_file(file))  # its mistakes are told before the seconds of importing Lightning
-    from lightning_moevlm.lightning_cli import ConfigResolver, ModelDescriber
+    from lightning_moevlm.resolved_config import ConfigResolver, ModelDescriber
 
     planned = plan_study(study, ConfigResolver(), ModelDescriber(complete=True))
     refuse_other_baseline(planned)
@@ -319,7 +319,7 @@ def _deliver(planned: "Plan") -> None:
 
 def _check_data(planned: "Plan") -> None:
     """Look at every set of shards that the runs name, so that a missing one is told once and not by every run."""
-    from lightning_moevlm.lightning_cli import build_data
+    from lightning_moevlm.resolved_config import build_data
 
     checked: list[object] = []
     for run in planned.runs:

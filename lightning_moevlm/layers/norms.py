@@ -37,7 +37,9 @@ def normalised(values: Tensor, norm: nn.Module | None, precision: PrecisionPolic
         return values
     assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
     if precision.dtype_of("norms") is None:
-        return _applied(values, norm) if isinstance(norm, nn.RMSNorm) else norm(values)
+        # a region around it may compute in another dtype than bf16-true has cast the norm to
+        is_cast = norm.weight is not None and norm.weight.dtype not in (values.dtype, torch.float32)
+        return _applied(values, norm) if is_cast or isinstance(norm, nn.RMSNorm) else norm(values)
     device_type = values.device.type
     # autocast lifts a norm to fp32 on CUDA; a region says itself what it computes in
     with region(precision, "norms", device_type) as cast, torch.autocast(device_type, enabled=False):

@@ -1,7 +1,7 @@
 """Combinations of parts that would fail later, or compute something else than they say."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,3 +156,31 @@ def refuse_other_groups(checkpoint: Mapping[str, Any], module: nn.Module) -> Non
                 f"{now}; it was saved by an older version or of a model with other parts: resume with the version and "
                 "the configuration that saved it, or begin a new run"
             )
+
+
+def refuse_other_state(checkpoint: Mapping[str, Any], build: Callable[[Iterable[Any]], Optimizer]) -> None:
+    """Refuse an optimiser's state that is not what this optimiser remembers, as another kind of optimiser leaves it.
+
+    What it remembers is seen on a step of its own, of a 2 x 2 matrix for each parameter group.
+
+    Args:
+        checkpoint: of the same parameter groups.
+        build: factory (parameter groups) -> Optimizer.
+
+    Raises:
+        UserError: with both.
+    """
+    for state in checkpoint.get("optimizer_states", []):
+        for group in state["param_groups"]:
+            saved = next((set(state["state"][index]) for index in group["params"] if index in state["state"]), None)
+            weight = nn.Parameter(torch.zeros(1, 2, 2) if group["role"] in ("expert", "shared") else torch.zeros(2, 2))
+            weight.grad = torch.ones_like(weight)
+            optimizer = build([{"params": [weight], "role": group["role"]}])
+            optimizer.step()
+            here = set(optimizer.state[weight])
+            if saved is not None and saved != here:
+                then, now = (", ".join(sorted(names)) or "nothing" for names in (saved, here))
+                raise UserError(
+                    f"the checkpoint cannot be resumed: its optimiser remembers {then}, and {type(optimizer).__name__} "
+                    f"{now}; resume with the optimiser that saved it, or begin a new run"
+                )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_moevlm.commands.compare import written_out
-from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+from lightning_moevlm.resolved_config import ConfigResolver, describe_model
 from lightning_moevlm.study.plan import Plan, plan_study
 from lightning_moevlm.study.spec import read_study
 from tests.commands.small_study import Study

@@ -133,7 +133,7 @@ def test_what_people_shorten_is_written_out() -> None:
 
 def test_run_id_that_looks_like_a_number_stays_a_text(workplace: Path) -> None:
     from lightning_moevlm.commands.sweep import _with_identity
-    from lightning_moevlm.lightning_cli import ConfigResolver
+    from lightning_moevlm.resolved_config import ConfigResolver
 
     resolver = ConfigResolver()
     for run_id in ("632471343e91", "1234567890" * 3 + "12", "c15a7ec36b46"):

@@ -298,7 +298,7 @@ def test_all_arms_of_a_seed_before_the_next_seed(tmp_path, uri):
 
 
 def test_texts_that_look_like_numbers_stay_texts_for_the_command_line(tmp_path):
-    from lightning_moevlm.lightning_cli import ConfigResolver
+    from lightning_moevlm.resolved_config import ConfigResolver
 
     tags = {"sweep": "1e5", "arm": "0x10", "seed": "0", "digest": "632471343e91"}
     logger = {"init_args": {"experiment_name": "1e5", "run_name": "2e5", "tags": tags}}

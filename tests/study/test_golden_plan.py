@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.lightning_cli import ConfigResolver, describe_model
+from lightning_moevlm.resolved_config import ConfigResolver, describe_model
 from lightning_moevlm.study.plan import Plan, plan_study
 from lightning_moevlm.study.spec import read_study
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_moevlm.lightning_cli import ConfigResolver, ModelDescriber
+from lightning_moevlm.resolved_config import ConfigResolver, ModelDescriber
 from lightning_moevlm.study.plan import plan_study
 from lightning_moevlm.study.spec import read_study
 from tests.study.many_runs import fill, plan_many

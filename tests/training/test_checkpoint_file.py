@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import SGD, AdamW
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.optim import Lion, MuonAdamW, StableAdamW
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.refusals import refuse_other_state
 from tests.small_model import small_vl_moe
 from tests.small_run import BACKBONE, SMALL, budget
 from tests.training.small_fit import fit
@@ -188,3 +191,22 @@ def test_a_trial_run_leaves_nothing(moevlm: Moevlm, workplace: Path) -> None:
 def test_half_precision_that_would_be_another_is_refused(moevlm: Moevlm) -> None:
     told = moevlm("fit", *SMALL, *budget(1), "--trainer.precision=16-mixed", "--trainer.accelerator=cpu", code=2)
     assert "trainer.precision is 16-mixed, which CPUs do not have, and Lightning would compute in bf16-mixed" in told
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, partial(AdamW, fused=True), StableAdamW, Lion, MuonAdamW])
+def test_state_of_another_kind_of_optimiser_is_refused(optimizer: Callable[..., Any], saved: Path) -> None:
+    checkpoint = torch.load(saved, weights_only=True)
+    if optimizer in (Lion, MuonAdamW):  # Lion would go on with AdamW's mean, MuonAdamW fail at its first step
+        with pytest.raises(
+            UserError, match=r"its optimiser remembers exp_avg, exp_avg_sq, step, and (Lion|MuonAdamW) "
+        ):
+            refuse_other_state(checkpoint, optimizer)
+    else:
+        refuse_other_state(checkpoint, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [Lion, MuonAdamW, SGD, partial(SGD, momentum=0.9)])
+def test_state_of_the_same_kind_is_taken(optimizer: Callable[..., Any], tmp_path: Path) -> None:
+    build = partial(optimizer, lr=1e-3)
+    fit(VisionLanguageModule(small_vl_moe(), optimizer=build), 2, save_to=tmp_path / "own.ckpt")
+    refuse_other_state(torch.load(tmp_path / "own.ckpt", weights_only=True), build)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import ModelStabilisers
 from lightning_moevlm.precision import PrecisionPolicy, Simulation
 from lightning_moevlm.records import Batch, LossReport, Predictions
 from lightning_moevlm.routers import SigmoidBiasRouter, SoftRouter
@@ -119,6 +120,15 @@ def test_every_region_trains_in_every_precision(precision: str, region: str, dty
     trainer(precision, seen, steps=1).fit(module, loader(1))
     assert bool(seen.outputs[0]["loss"].isfinite())
     assert all(named.plan.logits_TE.dtype == torch.float32 for named in seen.outputs[0]["plans"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_norm_inside_experts_of_another_dtype_trains_under_bf16_true(dtype: str) -> None:
+    # the hidden units have the experts' dtype, the norm on them that of the trunk
+    backbone = small_vl_moe(stabilisers=ModelStabilisers(sub_norm=True, norm="layer"))
+    module, seen = VisionLanguageModule(backbone, precision=PrecisionPolicy(experts=dtype)), Plans()
+    trainer("bf16-true", seen, steps=1).fit(module, loader(1))
+    assert bool(seen.outputs[0]["loss"].isfinite())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,0 +1,149 @@
+"""What all parsers of configurations share: their settings and defaults, how they write YAML, how a mistake is told."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, Namespace, set_dumper, set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+import lightning_moevlm.callbacks
+import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.notices import calm_terminal
+from lightning_moevlm.parse_errors import told_from_the_mistake
+from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shipped import find_file, missing_file
+from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.checkpoint_file import HOLDS_CODE
+from lightning_moevlm.unbuildable import refuse_unbuildable
+from lightning_moevlm.yaml_text import FastSafeDumper
+
+PLUGIN_GROUP = "lightning_moevlm.plugins"
+
+PARSER_OPTIONS: dict[str, Any] = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+SECTIONS = {"trainer": Trainer, "model": VisionLanguageModule, "data": ShardDataModule}
+DEFAULTS: dict[str, object] = {
+    "trainer.logger": {"class_path": "lightning_moevlm.tracking.RunLogger"},
+    "trainer.callbacks": [
+        {"class_path": "lightning_moevlm.callbacks.Telemetry"},
+        {"class_path": "lightning_moevlm.callbacks.Liveness"},
+        {"class_path": "lightning_moevlm.callbacks.DivergenceGuard"},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"monitor": "val/task_loss", "save_last": True, "save_on_train_epoch_end": False},
+        },
+        {"class_path": "lightning_moevlm.callbacks.StepProgress"},
+        {"class_path": "lightning_moevlm.callbacks.ResultTable"},
+    ],
+    # the whole validation set before the first step: the untrained model is step 0 of every curve
+    "trainer.num_sanity_val_steps": -1,
+    "trainer.enable_model_summary": False,  # Telemetry says it in one line, with what is active
+}
+
+
+def shipped_config(path: Path) -> Path:
+    """Return the file itself, or, where there is none, the one of that name that the package ships.
+
+    Raises:
+        UserError: neither exists; names the nearest one.
+    """
+    found = find_file(path)
+    if found is None:
+        raise missing_file("configuration file", path)
+    return found
+
+
+def load_plugins() -> None:
+    """Import what other packages offer under the entry-point group, so that their parts have short names here."""
+    for entry in entry_points(group=PLUGIN_GROUP):
+        entry.load()
+
+
+def prepare_parsers() -> None:
+    """Set what holds for all parsers of the process, before the first is made."""
+    load_plugins()
+    # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
+    set_dumper("omegaconf+", _dump_yaml)
+    calm_terminal()
+
+
+class _Dumper(FastSafeDumper):
+    """Quotes texts such as 632471343e91, which the parser that reads them back takes for numbers."""
+
+
+_Dumper.add_representer(Namespace, lambda dumper, value: dumper.represent_dict(value.as_dict()))
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"), list("-+0123456789.")
+)
+
+
+def _dump_yaml(data: object) -> str:
+    """Write YAML for jsonargparse, which dumps a merged configuration and reads it back."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def refuse_unbuildable_parts(resolved: Mapping[str, Any]) -> None:
+    """Refuse null where an option needs a value, and abstract classes, in any section of a configuration.
+
+    Raises:
+        UserError: the whole key, and what it may be.
+    """
+    for section, part in SECTIONS.items():
+        refuse_unbuildable(section, part, resolved[section])
+
+
+def types_of_options(parser: LightningArgumentParser) -> dict[str, object]:
+    """Return the annotation of every option by its whole key."""
+    actions = [action for action in parser._actions if action.dest and not action.dest.endswith(".help")]
+    return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
+
+
+@contextmanager
+def teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]:
+    """Turn what parsers and Lightning raise for a user's mistake into one line."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise UserError(told_from_the_mistake(str(error), types_of_options(parser) if parser else None)) from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"a configuration file is no YAML: {_one_line(str(error))}") from error
+    except UnpicklingError as error:  # of a server's checkpoint; others were looked at before
+        raise UserError(f"the checkpoint {HOLDS_CODE}") from error
+    except MisconfigurationException as error:
+        raise UserError(_one_line(str(error))) from error
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(__package__):
+            raise
+        raise UserError(
+            f"{_one_line(str(error))}; install the package that the option needs, or choose another"
+        ) from error
+    except ValueError as error:
+        mistake = _mistake_below(error)
+        if mistake is None or mistake is error:
+            raise
+        raise UserError(str(mistake)) from error
+
+
+def _mistake_below(error: BaseException) -> UserError | None:
+    """Return what a part of a nullable option refused, out of the parser's account of every type that it tried."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
