@@ -5,6 +5,7 @@ from lightning_moevlm.routers.controls import FixedRouter
 from lightning_moevlm.routers.cosine import CosineRouter
 from lightning_moevlm.routers.expert_choice import ExpertChoiceRouter
 from lightning_moevlm.routers.gate import Gate
+from lightning_moevlm.routers.group_limit import GroupLimit
 from lightning_moevlm.routers.group_limited import GroupLimitedRouter
 from lightning_moevlm.routers.gshard import GShardRouter
 from lightning_moevlm.routers.hashed import HashRouter
@@ -24,6 +25,7 @@ __all__ = [
     "FixedRouter",
     "GShardRouter",
     "Gate",
+    "GroupLimit",
     "GroupLimitedRouter",
     "HashRouter",
     "ModalityRouter",

@@ -7,6 +7,7 @@ Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-
 The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
 step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0. With a bias
 per modality, each modality's load is evened out on its own, as LIMoE's losses do (arXiv 2206.02770, section 2.2).
+With `groups` the top-k is among the experts of a token's best groups, by s + b, as in DeepSeek-V3.
 """
 
 from typing import Literal
@@ -18,6 +19,7 @@ from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
 from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers.choices import check_top_k, plan_of_choices, renormalised
 from lightning_moevlm.routers.gate import Gate
+from lightning_moevlm.routers.group_limit import GroupLimit
 from lightning_moevlm.routers.router import Router
 
 
@@ -33,10 +35,11 @@ class SigmoidBiasRouter(Router):
         update: by the sign of the imbalance or in proportion to it.
         recentre: keep the mean of the bias at 0.
         per_modality: one bias for each modality, moved by that modality's load alone.
+        groups: limit a token to the experts of its best groups; null: all experts.
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: top_k outside 1..E, or a negative update_rate.
+        UserError: top_k outside 1..E, a negative update_rate, or groups that do not fit.
     """
 
     bias_AE: Tensor
@@ -51,10 +54,13 @@ class SigmoidBiasRouter(Router):
         update: Literal["sign", "proportional"] = "sign",
         recentre: bool = True,
         per_modality: bool = False,
+        groups: GroupLimit | None = None,
         gate: Gate = Gate(),
     ) -> None:
         super().__init__(dim, num_experts, gate)
         check_top_k(top_k, num_experts)
+        if groups is not None:
+            groups.check(num_experts, top_k)
         check_number("update_rate", update_rate, least=0, advice="; 1e-3 in the papers, 0 switches balancing off")
         self.top_k = top_k
         self.renormalise = renormalise and top_k > 1
@@ -62,6 +68,7 @@ class SigmoidBiasRouter(Router):
         self.update = update
         self.recentre = recentre
         self.per_modality = per_modality
+        self.groups = groups
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
         rows = len(Modality) if per_modality else 1
         self.register_buffer("bias_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
@@ -80,7 +87,10 @@ class SigmoidBiasRouter(Router):
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         scores_TE = logits_TE.sigmoid()
         bias_TE = self.bias_AE.float()[inputs.modality_T if self.per_modality else 0]
-        expert_TK = (scores_TE.detach() + bias_TE).topk(self.top_k, dim=-1).indices
+        steered_TE = scores_TE.detach() + bias_TE
+        if self.groups is not None:
+            steered_TE = self.groups.within(steered_TE)
+        expert_TK = steered_TE.topk(self.top_k, dim=-1).indices
         weight_TK = scores_TE.gather(-1, expert_TK)
         if self.renormalise:
             weight_TK = renormalised(weight_TK)

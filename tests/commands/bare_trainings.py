@@ -10,7 +10,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     begin = time.perf_counter()
-    import mlflow  # noqa: F401  # a run of the sweep imports it
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # a run of the sweep imports it, when it opens its store
 
     from lightning_moevlm import lightning_cli
     from lightning_moevlm.tracking import RunLogger, RunRecord  # noqa: F401

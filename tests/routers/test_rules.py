@@ -11,6 +11,7 @@ from lightning_moevlm.routers import (
     ExpertChoiceRouter,
     FixedRouter,
     Gate,
+    GroupLimit,
     GroupLimitedRouter,
     GShardRouter,
     HashRouter,
@@ -164,12 +165,28 @@ def test_rebalancing_evens_out_a_lopsided_router() -> None:
 
 def test_groups_by_hand() -> None:
     # two groups of two: p = (5, 1 | 3, 4) / 13. By the sum of both: 6 against 7, so the second group; its order is 3, 2
-    router = identity(GroupLimitedRouter(4, 4, num_groups=2, top_groups=1, top_k=2))
     tokens_TD = torch.tensor([[5.0, 1.0, 3.0, 4.0]]).log()
-    assert route(router, tokens_TD).expert_N.tolist() == [3, 2]
+    by_both, by_largest = (identity(GroupLimitedRouter(4, 4, groups=GroupLimit(2, 1, number))) for number in (2, 1))
+    assert route(by_both, tokens_TD).expert_N.tolist() == [3, 2]
     # by the largest alone: 5 against 4, so the first group
-    router.experts_per_score = 1
-    assert route(router, tokens_TD).expert_N.tolist() == [0, 1]
+    assert route(by_largest, tokens_TD).expert_N.tolist() == [0, 1]
+
+
+def test_groups_of_biased_scores_by_hand() -> None:
+    # s = (3/4, 1/4 | 2/4, 3/5): sums 1 and 1.1, so the second group, in the order 3, 2; weights 6/11 and 5/11.
+    # with a bias of 1/5 on expert 1 the sums are 1.2 and 1.1: experts 0 and 1, by s + b, weighed by s: 3/4 and 1/4.
+    # a bias of -2 on all changes nothing: scores below 0 are chosen before experts of other groups
+    tokens_TD = torch.tensor([[3.0, 1 / 3, 1.0, 3 / 2]]).log()
+    router = identity(SigmoidBiasRouter(4, 4, groups=GroupLimit(2, 1)))
+    for bias, expected, weights in (
+        ([0.0, 0.0, 0.0, 0.0], [3, 2], [6 / 11, 5 / 11]),
+        ([0.0, 0.2, 0.0, 0.0], [0, 1], [3 / 4, 1 / 4]),
+        ([-2.0, -2.0, -2.0, -2.0], [3, 2], [6 / 11, 5 / 11]),
+    ):
+        router.bias_AE.copy_(torch.tensor([bias]))
+        plan = route(router, tokens_TD)
+        assert plan.expert_N.tolist() == expected
+        torch.testing.assert_close(plan.weight_N, torch.tensor(weights))
 
 
 def test_top_p_takes_as_many_as_it_needs() -> None:
@@ -312,11 +329,14 @@ REFUSED = {
     "renormalise needs top_k >= 2: with top_k 1": lambda: NoisyTopKRouter(16, 8, top_k=1, renormalise=True),
     "top_k is 2 with num_experts 1": lambda: GShardRouter(16, 1),
     "threshold is 0": lambda: GShardRouter(16, 4, threshold=0),
-    "num_experts 8 is no multiple of num_groups 3": lambda: GroupLimitedRouter(16, 8, num_groups=3),
-    "top_groups is 3 with num_groups 2": lambda: GroupLimitedRouter(16, 8, num_groups=2, top_groups=3),
+    "num_experts 8 is no multiple of groups.num_groups 3": lambda: GroupLimitedRouter(16, 8, groups=GroupLimit(3)),
+    "num_experts 8 is no multiple of groups.num_groups 5": lambda: SigmoidBiasRouter(16, 8, groups=GroupLimit(5)),
+    "groups.top_groups is 3": lambda: GroupLimit(2, 3),
+    "groups.num_groups is 0": lambda: GroupLimit(0),
+    "top_k is 5 with num_experts 4": lambda: SigmoidBiasRouter(16, 8, top_k=5, groups=GroupLimit(2, 1)),
     "threshold is 1.5": lambda: TopPRouter(16, 8, threshold=1.5),
     "capacity_factor is 9": lambda: ExpertChoiceRouter(16, 8, capacity_factor=9),
-    "top_k is 5 with num_experts 4": lambda: ModalityRouter(16, 8, top_k=5),
+    "top_k is 5 with num_experts 4: choose": lambda: ModalityRouter(16, 8, top_k=5),
     "num_experts is 1: ModalityRouter needs one": lambda: ModalityRouter(16, 1),
     "slots_per_expert is 0": lambda: SoftRouter(16, 4, slots_per_expert=0),
     "gate.jitter is 1.0": lambda: Gate(jitter=1.0),
