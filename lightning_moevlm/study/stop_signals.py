@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_HEARD = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -22,13 +22,13 @@ class Stop:
 
 @contextmanager
 def heard_signals() -> Iterator[Stop]:
-    """Within, signals set a Stop and end nothing by themselves; those that the caller ignores (`nohup`) stay ignored.
+    """Within, signals set a Stop and end nothing by themselves; under `nohup` a closed terminal stays ignored.
 
     From the main thread alone.
     """
     stop = Stop()
-    heard = [number for number in _HEARD if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop.handle) for number in heard}
+    closed = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    before = {number: signal.signal(number, stop.handle) for number in (*_HEARD, *closed)}
     try:
         yield stop
     finally:

@@ -86,7 +86,7 @@ class RunRecord(SaveConfigCallback):
         taken = [info.path for info in logger.experiment.list_artifacts(logger.run_id)]
         folder = write_config_folder(logger.run_dir, files, taken)
         logger.log_directory(folder, folder.name)
-        logger.log_hyperparams(flat(resolved))
+        logger.log_hyperparams(dict(resolved))
         logger.log_tags(self._tags())
         _log_dataset(logger, trainer)
 

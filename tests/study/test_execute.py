@@ -207,7 +207,9 @@ def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, 
     model = {"seconds_per_step": 0.3, "checkpoints": False}
     file = write_project(tmp_path, uri, {"seeds": [0]}, model)
     plan = plan_of(file)
+    ours = signal.signal(number, signal.SIG_DFL)  # tests may run under `nohup`, and a process inherits what is ignored
     parent = start_sweep(file)
+    signal.signal(number, ours)
     logs = [plan.run_folder(run) / "log.txt" for run in plan.runs]
     wait_for(lambda: all(log.exists() and "training from" in log.read_text() for log in logs))
     children = psutil.Process(parent.pid).children()
