@@ -12,9 +12,12 @@ import pytest
 from tests.small_run import SMALL, budget
 
 MODULE = '''
+from dataclasses import dataclass
+
 import torch
 from lightning.pytorch import Callback
 
+from lightning_moevlm.losses import LossInput, RoutingLoss
 from lightning_moevlm.plans import PairPlan, RoutingInput
 from lightning_moevlm.routers import Router
 from lightning_moevlm.routers.choices import plan_of_choices
@@ -26,6 +29,16 @@ class HalfSGD(torch.optim.SGD):
 
 class Onlooker(Callback):
     """Looks on."""
+
+
+@dataclass(frozen=True)
+class MostProbable(RoutingLoss):
+    """Mean of the largest probability."""
+
+    weight: float = 0.5
+
+    def __call__(self, inputs: LossInput) -> torch.Tensor:
+        return inputs.plan.probs_TE.max(dim=-1).values.mean()
 
 
 class FirstExpertRouter(Router):
@@ -75,6 +88,7 @@ def test_router_of_another_package(plugin: dict[str, str], workplace: Path) -> N
         ["list", "routers"],
         ["list", "optimizers"],
         ["list", "callbacks"],
+        ["list", "losses"],
         ["describe", "FirstExpertRouter"],
         ["fit", *SMALL, *budget(1), *off, f"{router}=FirstExpertRouter"],
         [
@@ -87,6 +101,12 @@ def test_router_of_another_package(plugin: dict[str, str], workplace: Path) -> N
             "--model.optimizer=HalfSGD",
             "--trainer.callbacks+=Onlooker",
         ],
+        [
+            "fit",
+            *SMALL,
+            *budget(1),
+            "--model.losses.others={sure: {class_path: elsewhere.MostProbable, init_args: {weight: 0.25}}}",
+        ],
     ]
     # one fresh process for all: entry points are read once, and importing takes seconds
     script = (
@@ -97,10 +117,14 @@ def test_router_of_another_package(plugin: dict[str, str], workplace: Path) -> N
     )
     assert told.returncode == 0, told.stderr
     assert "FirstExpertRouter" in told.stdout and "which one" in told.stdout
-    assert "SGD at half the rate." in told.stdout and "Looks on." in told.stdout
+    for summary in ("SGD at half the rate.", "Looks on.", "Mean of the largest probability."):
+        assert summary in told.stdout
     with sqlite3.connect(workplace / "runs/mlflow.db") as store:
         loads = store.execute(
             "SELECT key, value FROM latest_metrics WHERE key LIKE 'load/block1/text/expert%'"
         ).fetchall()
+        weight = store.execute("SELECT value FROM latest_metrics WHERE key = 'loss_weight/sure'").fetchall()
+        receipt = store.execute("SELECT value FROM tags WHERE key = 'receipt/losses.others.sure'").fetchall()
+    assert weight == [(0.25,)] and receipt[0][0].startswith("alive: ")
     full = sorted(key.rpartition("/")[2] for key, value in loads if value == 1.0)
     assert full == ["expert0", "expert2"]

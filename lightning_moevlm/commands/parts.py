@@ -105,7 +105,7 @@ def _parts() -> dict[str, list[type]]:
     from lightning_moevlm.dispatch import Capacity, Dispatcher, ModalityFactors
     from lightning_moevlm.experts import ExpertInit, ExpertStack
     from lightning_moevlm.layers import FeedForward, ModelStabilisers
-    from lightning_moevlm.losses import AuxiliaryLosses
+    from lightning_moevlm.losses import OWN_LOSSES, AuxiliaryLosses, RoutingLoss
     from lightning_moevlm.losses.weights import ByOverflow, BySparsity
     from lightning_moevlm.models import Backbone
     from lightning_moevlm.objectives import ImageTargets, Objective
@@ -135,7 +135,7 @@ def _parts() -> dict[str, list[type]]:
         "routers": _leaves(Router),
         "experts": _leaves(ExpertStack),
         "dispatchers": _leaves(Dispatcher),
-        "losses": [get_args(hints[entry.name])[0] for entry in fields(AuxiliaryLosses)],
+        "losses": [*(get_args(hints[name])[0] for name in OWN_LOSSES), *_leaves(RoutingLoss)],
         "actions": [get_args(action_hints[entry.name])[0] for entry in fields(Actions)],
         "objectives": _leaves(Objective),
         "image_targets": _leaves(ImageTargets),

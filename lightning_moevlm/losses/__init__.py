@@ -1,6 +1,6 @@
 """Auxiliary losses: pure functions of plans, and the set of switches that turns them on."""
 
-from lightning_moevlm.losses.auxiliary import BALANCING, AuxiliaryLosses
+from lightning_moevlm.losses.auxiliary import OWN_LOSSES, AuxiliaryLosses
 from lightning_moevlm.losses.groups import Grouping
 from lightning_moevlm.losses.gshard import GShard, gshard
 from lightning_moevlm.losses.importance import Importance, importance
@@ -13,11 +13,12 @@ from lightning_moevlm.losses.output_z import OutputZ, output_z
 from lightning_moevlm.losses.relu_l1 import ReLUL1, relu_l1
 from lightning_moevlm.losses.router_orthogonality import RouterOrthogonality, router_orthogonality
 from lightning_moevlm.losses.router_z import RouterZ, router_z
+from lightning_moevlm.losses.routing_loss import RoutingLoss
 from lightning_moevlm.losses.sequence_balance import SequenceBalance
 from lightning_moevlm.losses.weights import AdaptiveWeight, ByOverflow, BySparsity, Weight
 
 __all__ = [
-    "BALANCING",
+    "OWN_LOSSES",
     "AdaptiveWeight",
     "AuxiliaryLosses",
     "ByOverflow",
@@ -37,6 +38,7 @@ __all__ = [
     "RoutedLayer",
     "RouterOrthogonality",
     "RouterZ",
+    "RoutingLoss",
     "SequenceBalance",
     "Weight",
     "gshard",

@@ -4,14 +4,16 @@ A loss on routing is the mean over the plans of a step (MoE layers x forward pas
 depth.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lightning_moevlm.errors import UserError
 from lightning_moevlm.losses.gshard import GShard
 from lightning_moevlm.losses.importance import Importance
 from lightning_moevlm.losses.load import Load
@@ -23,14 +25,15 @@ from lightning_moevlm.losses.output_z import OutputZ
 from lightning_moevlm.losses.relu_l1 import ReLUL1
 from lightning_moevlm.losses.router_orthogonality import RouterOrthogonality
 from lightning_moevlm.losses.router_z import RouterZ
+from lightning_moevlm.losses.routing_loss import RoutingLoss
 from lightning_moevlm.losses.sequence_balance import SequenceBalance
 from lightning_moevlm.losses.weights import AdaptiveWeight, Weight, check_weight, first_value
 from lightning_moevlm.records import Term
 
-BALANCING = frozenset(
+_BALANCING = frozenset(
     {"load_balance", "importance", "load", "gshard", "sequence_balance", "global_entropy", "mutual_information"}
 )
-"""The losses that spread tokens over experts; the others keep logits small, or choices sure or few."""
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @runtime_checkable
@@ -57,9 +60,10 @@ class AuxiliaryLosses:
         mutual_information: of tokens and experts, to be large.
         relu_l1: ReMoE, few active experts per token under ReLU routing.
         router_orthogonality: rows of a router that point in different directions.
+        others: losses from elsewhere, each under a name of your choice.
 
     Raises:
-        UserError: a negative weight.
+        UserError: a negative weight, or a name that is taken or is none.
     """
 
     load_balance: LoadBalance | None = field(default_factory=LoadBalance)
@@ -74,11 +78,18 @@ class AuxiliaryLosses:
     mutual_information: MutualInformation | None = None
     relu_l1: ReLUL1 | None = None
     router_orthogonality: RouterOrthogonality | None = None
+    others: dict[str, RoutingLoss | None] | None = None
 
     def __post_init__(self) -> None:
-        """Check the weights."""
+        """Check names and weights."""
+        for name in self.others or {}:
+            if name in OWN_LOSSES or not _NAME.fullmatch(name):
+                raise UserError(
+                    f"losses.others.{name}: choose a name of small letters, digits and _ that is none of "
+                    f"{', '.join(OWN_LOSSES)}"
+                )
         for name, weight in self.weights.items():
-            check_weight(f"losses.{name}.weight", weight)
+            check_weight(f"{self.key(name)}.weight", weight)
 
     def check(self, layers: Iterable[RoutedLayer]) -> None:
         """Refuse a loss that is undefined for a layer; a dense model has none.
@@ -86,17 +97,31 @@ class AuxiliaryLosses:
         Raises:
             UserError: with what to change.
         """
-        losses = [getattr(self, name) for name in self.weights]
         for layer in layers:
-            for loss in losses:
+            for loss in self.enabled.values():
                 if isinstance(loss, _Particular):
                     loss.check(layer)
 
     @property
+    def enabled(self) -> dict[str, Callable[..., Any]]:
+        """The losses that are on, by name."""
+        everyone = {name: getattr(self, name) for name in OWN_LOSSES} | (self.others or {})
+        return {name: loss for name, loss in everyone.items() if loss is not None}
+
+    @property
     def weights(self) -> dict[str, Weight]:
         """The weight of each enabled loss, as it was configured."""
-        enabled = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
-        return {name: loss.weight for name, loss in enabled if loss is not None}
+        return {name: loss.weight for name, loss in self.enabled.items()}  # type: ignore[attr-defined]
+
+    @property
+    def balancing(self) -> frozenset[str]:
+        """The enabled losses that spread tokens over experts; the others keep logits small, or choices sure or few."""
+        others = {name for name, loss in (self.others or {}).items() if loss is not None and loss.balances}
+        return frozenset((_BALANCING & self.enabled.keys()) | others)
+
+    def key(self, name: str) -> str:
+        """Return where a loss stands in a configuration of the model."""
+        return f"losses.{name}" if name in OWN_LOSSES else f"losses.others.{name}"
 
     @property
     def reads_counts(self) -> bool:
@@ -121,8 +146,7 @@ class AuxiliaryLosses:
         """
         in_force = {name: first_value(weight) for name, weight in self.weights.items()} | dict(weights or {})
         terms: dict[str, Term] = {}
-        for name in self.weights:
-            loss = getattr(self, name)
+        for name, loss in self.enabled.items():
             if isinstance(loss, OutputZ):
                 raw = loss(log_partitions)
             else:
@@ -131,3 +155,7 @@ class AuxiliaryLosses:
             if raw is not None:
                 terms[name] = Term(raw, in_force[name])
         return terms
+
+
+OWN_LOSSES = tuple(entry.name for entry in fields(AuxiliaryLosses) if entry.name != "others")
+"""The names of our own."""

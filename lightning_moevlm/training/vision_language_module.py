@@ -358,7 +358,8 @@ class VisionLanguageModule(LightningModule):
         clash = auxiliary.keys() & output.terms.keys()
         if clash:
             raise UserError(
-                f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's"
+                f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's, or "
+                "those in losses.others"
             )
         return output, LossReport(output.terms, auxiliary)
 

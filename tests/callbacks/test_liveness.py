@@ -3,9 +3,9 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,19 +20,20 @@ from lightning_moevlm.callbacks import Liveness
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.losses import (
-    BALANCING,
     AuxiliaryLosses,
     ByOverflow,
     Load,
     LoadBalance,
+    LossInput,
     RouterZ,
+    RoutingLoss,
     load_balance,
     router_z,
 )
 from lightning_moevlm.optim import GradientStabilisers, SkipSpikes
 from lightning_moevlm.routers import NoisyTopKRouter
 from lightning_moevlm.training import VisionLanguageModule
-from tests.callbacks.asked_run import Tagged, asked, module_of
+from tests.callbacks.asked_run import Tagged, asked, module_of, refused
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
 from tests.training.small_fit import LossesSeen, NoTask, Poison, every_action, fit
@@ -137,8 +138,33 @@ def test_only_balance_gives_a_share_of_one_and_none_gives_none() -> None:
     assert not any(key.startswith("balance_gradient_share") for key in points)
 
 
-def test_the_losses_that_balance_are_among_those_there_are() -> None:
-    assert {entry.name for entry in fields(AuxiliaryLosses)} >= BALANCING
+@dataclass(frozen=True)
+class MostProbable(RoutingLoss):
+    """Mean of the largest probability, of another package."""
+
+    weight: float = 0.5
+    balances: ClassVar[bool] = True
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        return inputs.plan.probs_TE.max(dim=-1).values.mean()
+
+
+def test_a_loss_from_elsewhere_has_a_receipt_and_a_share_of_the_gradient() -> None:
+    losses = AuxiliaryLosses(None, None, others={"most_probable": MostProbable()})
+    receipts, points = asked(module_of(losses, objective=NoTask))
+    assert receipts["losses.others.most_probable"].startswith("alive: gradient norm ")
+    assert points[keys.BALANCE_GRADIENT_SHARE.key(weights="router")] == [(0, pytest.approx(1.0))]
+
+
+def test_a_loss_from_elsewhere_that_reaches_nothing_ends_the_run() -> None:
+    class Detached(MostProbable):
+        def __call__(self, inputs: LossInput) -> Tensor:
+            return super().__call__(inputs).detach()
+
+    switch = "losses.others.most_probable"
+    refused(
+        module_of(AuxiliaryLosses(None, None, others={"most_probable": Detached()})), switch, f"model.{switch} to null"
+    )
 
 
 def test_a_loss_that_is_no_number_is_no_verdict() -> None:

@@ -90,7 +90,7 @@ def test_500_runs_by_the_command_line(workplace: Path) -> None:
     cpu, peak = json.loads(done.stderr.splitlines()[-1])
     peak *= 1 if sys.platform == "darwin" else 1024
     print(f"\n500 runs by the command line: {cpu:.1f} s of CPU, peak {peak / 1e6:.0f} MB")
-    html = (workplace / "runs/sweeps/many/report/report.html").read_text()
+    html = (workplace / "runs/sweeps/many/report/report.html").read_text().replace("<wbr>", "")
     assert all(f">{arm}</th>" in html for arm in arms)
     assert peak < _BYTES
     assert cpu < _SECONDS  # wall time depends on what else the machine does

@@ -12,12 +12,12 @@ from lightning_moevlm import keys
 from lightning_moevlm.callbacks.liveness.loss_proofs import gradients_of, norm_of
 from lightning_moevlm.callbacks.liveness.rehearsal import Rehearsal
 from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.losses import BALANCING
 
 
 def balance_share(rehearsal: Rehearsal) -> dict[str, float]:
     """Return R_g by metric key; empty where no balance loss is on, or nothing reaches the weights."""
-    terms = [term.weighted for name, term in rehearsal.report.auxiliary.items() if name in BALANCING]
+    balancing = rehearsal.module.losses.balancing
+    terms = [term.weighted for name, term in rehearsal.report.auxiliary.items() if name in balancing]
     if not terms:
         return {}
     named = dict(rehearsal.module.named_parameters())

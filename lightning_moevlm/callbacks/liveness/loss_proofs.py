@@ -244,7 +244,7 @@ class _Proof:
 
     @property
     def _switch(self) -> str:
-        return f"losses.{self.name}"
+        return self.module.losses.key(self.name)
 
     def _is(self, verdict: str, evidence: str, value: float | None = None) -> Receipt:
         return Receipt(self._switch, "loss", verdict, evidence, value)  # type: ignore[arg-type]

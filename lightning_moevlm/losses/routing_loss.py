@@ -1,0 +1,27 @@
+"""What a loss on routing from elsewhere has to be; `model.losses.others` takes it by class_path, under any name."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.weights import Weight
+
+
+class RoutingLoss(ABC):
+    """A loss on the plans of MoE layers. A frozen dataclass below it has its options as fields, `weight` among them.
+
+    weight: a number, a ramp over steps or an adaptive weight. balances: whether it spreads tokens over experts, so that
+    it counts as balance in R_g, the share of the gradient.
+    """
+
+    weight: Weight
+    balances: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, inputs: LossInput) -> Tensor | None:
+        """Return the raw loss of one plan, a scalar fp32 tensor, 0 where no token is valid; None: undefined here.
+
+        The mean over plans is taken by the caller, so its scale must not move with the number of tokens.
+        """
