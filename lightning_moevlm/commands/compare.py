@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_moevlm.commands.output import console, show
+from lightning_moevlm.commands.output import console, show, written
 from lightning_moevlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def compare(
     if not unfair and records != "fairness":
         refuse_biased(comparison.name, result.unlike, tracked.remedy_of(result))
     if folder is not None:
-        page = write_report(make_report(_origin(result, runs, by or (), unfair), result), folder)
+        whole = make_report(_origin(result, runs, by or (), unfair), result)
+        with written(folder):
+            page = write_report(whole, folder)
     if json is not None:
         show(Text(), records_of(result)[records], json)
         return

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_moevlm.commands.output import console, show
+from lightning_moevlm.commands.output import console, show, written
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.engines import Engine, LocalEngine, RayEngine, SlurmEngine
 from lightning_moevlm.unbuildable import refuse_abstract
@@ -371,7 +371,8 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
     newest = max(source.stat().st_mtime for source in sources if source.exists())
     if redraw or not page.exists() or page.stat().st_mtime < newest:
         whole = make_report(origin_of(planned, result), result)
-        write_report(whole, folder)
+        with written(folder, "make room or give rights"):
+            write_report(whole, folder)
         log_summary(experiment, whole, folder)
     print_tables(terminal, report_tables(result))
     command = server_command(experiment.uri)

@@ -35,7 +35,7 @@ class LIMoE(Trunk):
         patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
 
     Raises:
-        UserError: dimensions that do not fit each other, or a causal model with a part that looks ahead.
+        UserError: dimensions that do not fit each other, no sparse block, or a causal model that looks ahead.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LIMoE(Trunk):
         causal: bool = False,
         patch_codebook: str | None = None,
     ) -> None:
-        check_moe_every(moe_every)
+        check_moe_every(moe_every, num_blocks if is_sparse else None)
         spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
         length = {Modality.IMAGE: spec.num_patches, Modality.TEXT: max_text_len}
 

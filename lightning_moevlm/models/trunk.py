@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import (
     HIDDEN,
     Attention,
@@ -156,10 +157,21 @@ class _Sequence(NamedTuple):
     source: str
 
 
-def check_moe_every(moe_every: int) -> None:
-    """Refuse a spacing of sparse blocks that is none.
+def check_moe_every(moe_every: int, num_blocks: int | None) -> None:
+    """Refuse a spacing of sparse blocks that is none, or so wide that none of them is.
+
+    Args:
+        moe_every: every n-th is sparse.
+        num_blocks: those that may be; None of a model that is dense on purpose.
 
     Raises:
-        UserError: moe_every below 1.
+        UserError: moe_every below 1 or above the number of those blocks.
     """
     check_number("moe_every", moe_every, least=1, advice="; 1 is every block")
+    if num_blocks == 0:
+        raise UserError("all blocks are on top, where none is sparse: lower num_vl_blocks, or choose the dense twin")
+    if num_blocks is not None and moe_every > num_blocks:
+        raise UserError(
+            f"moe_every is {moe_every}, and of {num_blocks} blocks that may be sparse none would be: choose 1 to "
+            f"{num_blocks}, or the dense twin"
+        )

@@ -45,7 +45,7 @@ class VLMoE(Trunk):
         patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
 
     Raises:
-        UserError: dimensions that do not fit each other, or a causal model with a part that looks ahead.
+        UserError: dimensions that do not fit each other, no sparse block, or a causal model that looks ahead.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class VLMoE(Trunk):
         check_number("num_blocks", num_blocks, least=1)
         if not 0 <= num_vl_blocks <= num_blocks:
             raise UserError(f"num_vl_blocks is {num_vl_blocks}: choose between 0 and num_blocks {num_blocks}")
-        check_moe_every(moe_every)
+        may_be_sparse = num_blocks if sparse_top else num_blocks - num_vl_blocks
+        check_moe_every(moe_every, may_be_sparse if sparse_modalities else None)
         if len(set(sparse_modalities)) < len(sparse_modalities):
             raise UserError(f"sparse_modalities is {list(sparse_modalities)}: name each modality once")
         spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)

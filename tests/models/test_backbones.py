@@ -174,5 +174,28 @@ def test_one_mixture_serves_both_modalities_of_limoe() -> None:
 
 
 def test_moe_every_is_checked() -> None:
+    limoe, vl_moe = type(small_limoe()), type(small_vl_moe())
     with pytest.raises(UserError, match="moe_every is 0"):
-        type(small_limoe())(dim=32, num_heads=2, moe_every=0)
+        limoe(dim=32, num_heads=2, moe_every=0)
+    with pytest.raises(UserError, match="moe_every is 0"):
+        vl_moe(dim=32, num_heads=2, moe_every=0, sparse_modalities=())
+
+
+def test_a_model_without_a_sparse_block_is_refused_unless_it_is_dense_on_purpose() -> None:
+    limoe, vl_moe = (
+        partial(type(small()), dim=32, num_heads=2, num_blocks=2, hidden_dim=32, image_size=16, patch_size=8)
+        for small in (small_limoe, small_vl_moe)
+    )
+    for build in (partial(limoe, moe_every=3), partial(vl_moe, moe_every=3, num_vl_blocks=0)):
+        with pytest.raises(
+            UserError, match="moe_every is 3, and of 2 blocks that may be sparse none would be: choose 1 to 2"
+        ):
+            build()
+    with pytest.raises(UserError, match="all blocks are on top, where none is sparse: lower num_vl_blocks"):
+        vl_moe(num_vl_blocks=2)
+    for build in (
+        partial(limoe, moe_every=3, is_sparse=False),
+        partial(vl_moe, num_vl_blocks=2, sparse_modalities=()),
+    ):
+        assert not any(isinstance(module, MoEFFN) for module in build().modules())
+    assert any(isinstance(module, MoEFFN) for module in vl_moe(num_vl_blocks=2, sparse_top=True).modules())
