@@ -1,7 +1,8 @@
-"""What one configuration file says of `data.sources` goes over what those before it say, source by source.
+"""What one file says of `data.sources` or `model.losses.others` goes over what those before it say, name by name.
 
 Everywhere else a later file changes the options that it names; in a mapping of names that the user chooses, the parser
-(jsonargparse) would take the later file's alone, and an arm that sets one weight would silently lose the other sources.
+(jsonargparse) would take the later file's alone, and an arm that sets one weight would silently lose the other sources
+or losses.
 What the parser cannot read from the command line, null, goes into files too.
 """
 
@@ -11,32 +12,38 @@ from pathlib import Path
 
 import yaml
 
+_NAMED = (("data", "sources"), ("model", "losses", "others"))
 
-def with_sources_merged(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Return the files, and after each that adds to the sources of those before it one that holds them all.
+
+def with_names_merged(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Return the files, and after each that adds to such a mapping of those before it one that holds all of it.
 
     Args:
         files: configuration files, in order.
         folder: where further files are written.
     """
     result: list[Path] = []
-    known: dict[str, object] = {}
+    known: dict[tuple[str, ...], dict[str, object]] = {path: {} for path in _NAMED}
     for file in files:
         result.append(file)
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        data = content.get("data") if isinstance(content, Mapping) else None
-        if not isinstance(data, Mapping) or "sources" not in data:
-            continue
-        sources = data["sources"]
-        if not isinstance(sources, Mapping):
-            known = {}  # null takes all of them away; what is neither is for the parser to refuse
-            continue
-        merged = _over(known, sources)
-        if known:
-            whole = folder / f"sources{len(result)}.yaml"
-            whole.write_text(yaml.safe_dump({"data": {"sources": merged}}, sort_keys=False), encoding="utf-8")
-            result.append(whole)
-        known = merged
+        for path in _NAMED:
+            *outer, last = path
+            group = content
+            for part in outer:
+                group = group.get(part) if isinstance(group, Mapping) else None
+            if not isinstance(group, Mapping) or last not in group:
+                continue
+            named = group[last]
+            if not isinstance(named, Mapping):
+                known[path] = {}  # null takes all of them away; what is neither is for the parser to refuse
+                continue
+            merged = _over(known[path], named)
+            if known[path]:
+                whole = folder / f"{last}{len(result)}.yaml"
+                whole.write_text(yaml.safe_dump(_nested(path, merged), sort_keys=False), encoding="utf-8")
+                result.append(whole)
+            known[path] = merged
     return result
 
 
@@ -44,8 +51,26 @@ def _over(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str,
     merged = dict(below)
     for name, value in above.items():
         old = merged.get(name)
-        merged[name] = _over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, str) and isinstance(value, Mapping) and "init_args" in value:
+            old = {"class_path": old}  # the short spelling of a class without options
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _continues(old, value):
+            merged[name] = _over(old, value)
+        else:
+            merged[name] = value
     return merged
+
+
+def _continues(below: Mapping[str, object], above: Mapping[str, object]) -> bool:
+    """Tell whether a value goes on with the one before: options of another class are none of its own."""
+    if "class_path" in above:
+        return above["class_path"] == below.get("class_path")
+    return "class_path" not in below or "init_args" in above
+
+
+def _nested(path: Sequence[str], value: object) -> object:
+    for part in reversed(path):
+        value = {part: value}
+    return value
 
 
 def with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
@@ -62,10 +87,7 @@ def with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
         is_group = key.startswith("--model.") and key.count(".") == 1
         if value == "null" and (is_group or (key.startswith("--") and ".init_args." in key)):
             path = folder / f"null{position}.yaml"
-            nested: object = None
-            for part in reversed(key.removeprefix("--").split(".")):
-                nested = {part: nested}
-            path.write_text(json.dumps(nested), encoding="utf-8")
+            path.write_text(json.dumps(_nested(key.removeprefix("--").split("."), None)), encoding="utf-8")
             result += ["-c", str(path)]
             position += 1 if equals else 2
         else:

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_moevlm.callbacks
 import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
-from lightning_moevlm.config_overlays import with_nulls_as_files, with_sources_merged
+from lightning_moevlm.config_overlays import with_names_merged, with_nulls_as_files
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
@@ -172,10 +172,10 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
             words.append(word)
             continue
         words.append(word)
-        merged = with_sources_merged([*files, Path(value)], folder)
-        if merged[-1] != Path(value):
-            words += ["-c", str(merged[-1])]
+        known = len(with_names_merged(files, folder))
         files.append(Path(value))
+        for whole in with_names_merged(files, folder)[known + 1 :]:
+            words += ["-c", str(whole)]
     return words
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_moevlm.config_overlays import with_sources_merged
+from lightning_moevlm.config_overlays import with_names_merged
 from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.parsers import (
     DEFAULTS,
@@ -52,7 +53,7 @@ class ConfigResolver:
         with TemporaryDirectory() as folder, teaching_errors(self._parser):
             last = Path(folder) / "overrides.yaml"
             last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
-            files = with_sources_merged([*map(shipped_config, config_files), last], Path(folder))
+            files = with_names_merged([*map(shipped_config, config_files), last], Path(folder))
             namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)
             dumped = self._parser.dump(namespace, skip_unset=False, skip_validation=True)  # valid: it was just parsed
@@ -90,7 +91,8 @@ class ModelDescriber:
         if model not in self._cards:
             parser = _model_parser()
             with teaching_errors(), torch.device("meta"):
-                parsed = parser.parse_object({"model": resolved["model"]}, defaults=not self._complete)
+                # a copy: of mappings of names, the parser puts what it makes of their values in their place
+                parsed = parser.parse_object({"model": deepcopy(resolved["model"])}, defaults=not self._complete)
                 module = parser.instantiate(parsed).model
                 try_schedule(module)
                 self._cards[model] = model_card(module.backbone)
@@ -115,6 +117,6 @@ def build_data(resolved: Mapping[str, object]) -> ShardDataModule:
     parser = LightningArgumentParser(**PARSER_OPTIONS)
     parser.add_lightning_class_args(ShardDataModule, "data")
     with teaching_errors():
-        built = parser.instantiate(parser.parse_object({"data": dict(resolved)})).data
+        built = parser.instantiate(parser.parse_object({"data": deepcopy(dict(resolved))})).data
     assert isinstance(built, ShardDataModule)
     return built

@@ -1,9 +1,11 @@
 """Every shipped configuration parses, has the costs it claims, and trains a step."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,8 +15,10 @@ import lightning_moevlm.routers as routers_module
 from lightning_moevlm.layers import ModelStabilisers
 from lightning_moevlm.resolved_config import ConfigResolver, describe_model
 from lightning_moevlm.routers import Router
+from lightning_moevlm.study.plan import digest_of
 from lightning_moevlm.training import Actions
 from tests.conftest import PROJECT
+from tests.losses.test_others import MostProbable
 from tests.small_run import SMALL, budget
 
 CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
@@ -113,6 +117,44 @@ def test_an_arm_changes_one_source_and_leaves_the_others(resolver: ConfigResolve
     assert after == {**before, "scenes": {**before["scenes"], "weight": 0.5}} != before
     without = resolver(files, {"data": {"sources": {"openmoji": None}}})["data"]["sources"]
     assert without == {**before, "openmoji": None}
+
+
+def test_an_arm_changes_one_loss_from_elsewhere_and_leaves_the_others(resolver: ConfigResolver, tmp_path: Path) -> None:
+    files = [PROJECT / "conf/quickstart.yaml"]
+    spell = f"{MostProbable.__module__}.{MostProbable.__qualname__}"
+    for name, loss in {
+        "a": spell,
+        "b": {"class_path": spell, "init_args": {"weight": {"start": 0.0, "stop": 1.0, "num_steps": 9}}},
+    }.items():
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(json.dumps({"model": {"losses": {"others": {name: loss}}}}), encoding="utf-8")
+
+    def others(overrides: object) -> Any:
+        return resolver(files, {"model": {"losses": {"others": overrides}}})["model"]["losses"]["others"]
+
+    before = others({})
+    assert list(before) == ["a", "b"] and before["a"]["init_args"] == {"weight": 0.5}
+    assert others({"a": None}) == {**before, "a": None}
+    # options go over those before, also over a class named alone; a weight of another kind takes the whole place
+    for weight in (
+        0.25,
+        {"class_path": "lightning_moevlm.losses.BySparsity", "init_args": {"start": 1e-8, "factor": 1.2}},
+    ):
+        changed = {"class_path": spell, "init_args": {"weight": weight}}
+        assert others({"a": {"init_args": {"weight": weight}}}) == {**before, "a": changed}
+        assert others({"b": {"init_args": {"weight": weight}}}) == {**before, "b": changed}
+    assert others(None) is None
+
+
+def test_describing_a_model_leaves_its_configuration_as_it_was(resolver: ConfigResolver) -> None:
+    # reports compare the digests of configurations after their models were described
+    spell = f"{MostProbable.__module__}.{MostProbable.__qualname__}"
+    resolved = resolver(
+        [PROJECT / "conf/quickstart.yaml"], {"model": {"losses": {"others": {"sure": {"class_path": spell}}}}}
+    )
+    before = digest_of(resolved)
+    describe_model(resolved)
+    assert digest_of(resolved) == before
 
 
 def test_every_router_has_a_configuration_and_an_arm() -> None:
