@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.budget import samples_per_step
-from lightning_moevlm.study.plan import flat
+from lightning_moevlm.study.plan import COSMETIC_KEYS, flat
+from lightning_moevlm.tracking.run_params import CHANGED_TAG
+
+_LEARNT_FROM = ("model.", "data.", "trainer.max_steps", "trainer.accumulate_grad_batches", "trainer.precision")
+_COSMETIC = frozenset(cosmetic.name for cosmetic in COSMETIC_KEYS)
 
 
 class Weight(StrEnum):
@@ -170,6 +174,13 @@ def _order(subject: Subject) -> dict[str, str]:
     return named | ({f"seed of seed {subject.seed}": str(seed)} if seed is not None else {})
 
 
+def _resumed(subject: Subject) -> dict[str, str]:
+    """What a resume set otherwise than the run began with: MLflow's params, and so the config, tell the beginning."""
+    changed = {tag.removeprefix(CHANGED_TAG): text for tag, text in subject.tags.items() if tag.startswith(CHANGED_TAG)}
+    counted = (key for key in sorted(changed) if key.startswith(_LEARNT_FROM) and key not in _COSMETIC)
+    return _one(", ".join(f"{key} to {changed[key]}" for key in counted) or "nothing")
+
+
 def _commit(subject: Subject) -> dict[str, str]:
     commit = subject.tags.get("commit")
     return _one(commit and commit[:12] + (" with edits" if subject.tags.get("commit_dirty") == "true" else ""))
@@ -212,6 +223,7 @@ ASPECTS: tuple[Aspect, ...] = (
     ),
     Aspect("data manifest", True, ("data",), _manifest),
     Aspect("data order", True, ("data",), _order),
+    Aspect("changed by a resume", True, (), _resumed),
     Aspect("code commit", False, (), _commit),
     Aspect("kernel path", False, ("model.backbone", "model.precision", "trainer.precision"), _kernels),
     Aspect("dtype", False, ("model.precision", "trainer.precision"), _dtypes),

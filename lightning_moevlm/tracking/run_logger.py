@@ -33,7 +33,7 @@ from lightning_moevlm.tracking.run_opening import (
     local_artifacts,
     reopen_run,
 )
-from lightning_moevlm.tracking.run_params import sort_params
+from lightning_moevlm.tracking.run_params import CHANGED_TAG, sort_params
 from lightning_moevlm.tracking.run_writer import METRICS_PER_WRITE, RunWriter
 from lightning_moevlm.tracking.runs import Point
 from lightning_moevlm.tracking.series_images import series_image_files
@@ -190,7 +190,7 @@ class RunLogger(MLFlowLogger):
         if not (outbox.is_empty and self._silence.attempt(lambda: writer.params(found.new))):
             outbox.keep_params(found.new)
         self._params |= found.new
-        self.log_tags({f"changed_param/{key}"[:LONGEST_NAME]: value for key, value in found.changed.items()})
+        self.log_tags({f"{CHANGED_TAG}{key}"[:LONGEST_NAME]: value for key, value in found.changed.items()})
         for key, whole in found.too_long.items():
             self.log_artifact_text(f"params/{key}.txt", whole)
 

@@ -10,6 +10,8 @@ from lightning_moevlm.tracking.config_diff import flat
 from lightning_moevlm.tracking.masking import masked
 from lightning_moevlm.tracking.metric_names import safe_name
 
+CHANGED_TAG = "changed_param/"
+"""Beginning of the tags that tell what a resume changed; MLflow's params stay as they were first."""
 LONGEST_VALUE = 6000  # characters; MLflow cuts beyond. Lightning's logger cuts at 250.
 
 

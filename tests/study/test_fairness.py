@@ -30,6 +30,14 @@ def configured(one: Subject, part: str, **values: object) -> Subject:
     return dataclasses.replace(one, resolved={**one.resolved, part: {**one.resolved[part], **values}})
 
 
+def test_a_resume_may_change_what_nothing_is_learnt_from():
+    moved = {"changed_param__trainer.logger.init_args.run_id": "1f", "changed_param__ckpt_path": "last.ckpt"}
+    other = tagged(subject("b"), **moved, **{"changed_param__data.cache_dir": "elsewhere"})
+    assert differences([subject("a"), other]) == ()
+    both = [tagged(subject(arm), **{"changed_param__trainer.max_steps": "80"}) for arm in ("a", "b")]
+    assert differences(both) == ()
+
+
 def test_equal_runs_differ_in_nothing():
     assert differences([subject(arm, seed) for arm in ("a", "b") for seed in (0, 1)]) == ()
     assert differences([]) == ()
@@ -45,6 +53,8 @@ def test_equal_runs_differ_in_nothing():
         (configured(subject("b"), "data", seed=7), "data order seed of seed 0"),
         (configured(subject("b"), "trainer", max_steps=20), "schedule"),
         (tagged(subject("b"), manifest_digest="6" * 64), "data manifest"),
+        (tagged(subject("b"), **{"changed_param__model.optimizer.init_args.lr": "0.1"}), "changed by a resume"),
+        (tagged(subject("b"), **{"changed_param__trainer.max_steps": "80"}), "changed by a resume"),
     ],
 )
 def test_what_biases_is_refused_and_named(other: Subject, name: str):
