@@ -12,21 +12,28 @@ from pathlib import Path
 
 import yaml
 
+from lightning_moevlm.yaml_text import read_yaml
+
 _NAMED = (("data", "sources"), ("model", "losses", "others"))
 
 
-def with_names_merged(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Return the files, and after each that adds to such a mapping of those before it one that holds all of it.
+class NamesMerger:
+    """Takes configuration files in their order; after one that adds to such a mapping belongs one that holds all of it.
 
     Args:
-        files: configuration files, in order.
         folder: where further files are written.
     """
-    result: list[Path] = []
-    known: dict[tuple[str, ...], dict[str, object]] = {path: {} for path in _NAMED}
-    for file in files:
-        result.append(file)
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[tuple[str, ...], dict[str, object]] = {path: {} for path in _NAMED}
+        self._num_seen = 0
+
+    def with_names(self, file: Path) -> list[Path]:
+        """Return the next file, and those that belong after it."""
+        self._num_seen += 1
+        result = [file]
+        content = read_yaml(file.read_text(encoding="utf-8"))
         for path in _NAMED:
             *outer, last = path
             group = content
@@ -36,15 +43,15 @@ def with_names_merged(files: Sequence[Path], folder: Path) -> list[Path]:
                 continue
             named = group[last]
             if not isinstance(named, Mapping):
-                known[path] = {}  # null takes all of them away; what is neither is for the parser to refuse
+                self._known[path] = {}  # null takes all of them away; what is neither is for the parser to refuse
                 continue
-            merged = _over(known[path], named)
-            if known[path]:
-                whole = folder / f"{last}{len(result)}.yaml"
+            merged = _over(self._known[path], named)
+            if self._known[path]:
+                whole = self._folder / f"{last}{self._num_seen}.yaml"
                 whole.write_text(yaml.safe_dump(_nested(path, merged), sort_keys=False), encoding="utf-8")
                 result.append(whole)
-            known[path] = merged
-    return result
+            self._known[path] = merged
+        return result
 
 
 def _over(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:

@@ -19,9 +19,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import lightning_moevlm.callbacks
-import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selected by their short class names
-from lightning_moevlm.config_overlays import with_names_merged, with_nulls_as_files
+from lightning_moevlm.config_overlays import NamesMerger, with_nulls_as_files
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
@@ -160,7 +158,7 @@ def run(args: Sequence[str]) -> None:
 
 def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
     words: list[str] = []
-    files: list[Path] = []
+    merger = NamesMerger(folder)
     for before, word in zip(("", *args), args, strict=False):
         flag, equals, value = word.partition("=")
         if before in ("-c", "--config"):
@@ -172,9 +170,7 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
             words.append(word)
             continue
         words.append(word)
-        known = len(with_names_merged(files, folder))
-        files.append(Path(value))
-        for whole in with_names_merged(files, folder)[known + 1 :]:
+        for whole in merger.with_names(Path(value))[1:]:
             words += ["-c", str(whole)]
     return words
 

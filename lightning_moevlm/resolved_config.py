@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_moevlm.config_overlays import with_names_merged
+from lightning_moevlm.config_overlays import NamesMerger
 from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.parsers import (
     DEFAULTS,
@@ -53,7 +53,9 @@ class ConfigResolver:
         with TemporaryDirectory() as folder, teaching_errors(self._parser):
             last = Path(folder) / "overrides.yaml"
             last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
-            files = with_names_merged([*map(shipped_config, config_files), last], Path(folder))
+            merger = NamesMerger(Path(folder))
+            named = [*map(shipped_config, config_files), last]
+            files = [each for file in named for each in merger.with_names(file)]
             namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)
             dumped = self._parser.dump(namespace, skip_unset=False, skip_validation=True)  # valid: it was just parsed

@@ -4,8 +4,6 @@ MLflow's client fetches the history of one key of one run per call: 12 runs x 10
 SQLite all keys of a run come in one query; behind a server all runs of a key come in one, several keys at once.
 """
 
-import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lightning_moevlm.tracking.bulk_history import bulk_history
-from lightning_moevlm.tracking.sqlite_rows import points_of, tags_by_run
+from lightning_moevlm.tracking.sqlite_rows import as_logged, points_of, tags_by_run
 from lightning_moevlm.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
@@ -195,11 +193,6 @@ def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
         for points in pool.map(fetch, having):
             yield from points
-
-
-def as_logged(value: float) -> float:
-    """Return what was logged: SQL has no infinity, MLflow keeps it as the largest float."""
-    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value
 
 
 def _tag_filter(tags: Mapping[str, str]) -> str:

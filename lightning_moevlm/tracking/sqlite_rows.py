@@ -40,7 +40,7 @@ def points_of(path: Path, run_ids: Sequence[str], keys: Sequence[str] | None = N
             yield (
                 run_id,
                 [
-                    (key, step, value if -_LARGEST < value < _LARGEST and not is_nan else _as_logged(value, is_nan), ms)
+                    (key, step, math.nan if is_nan else value if -_LARGEST < value < _LARGEST else as_logged(value), ms)
                     for key, step, value, is_nan, ms in found
                     if wanted is None or key in wanted
                 ],
@@ -79,6 +79,6 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
         raise MlflowException(f"{path} cannot be read: {error}") from error
 
 
-def _as_logged(value: float, is_nan: bool) -> float:
+def as_logged(value: float) -> float:
     """Return what was logged: SQL has no infinity, MLflow keeps it as the largest float."""
-    return math.nan if is_nan else math.copysign(math.inf, value)
+    return value if abs(value) != _LARGEST else math.copysign(math.inf, value)

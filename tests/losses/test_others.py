@@ -1,13 +1,22 @@
 """Losses on routing from elsewhere: in the set as our own are, under names that can be told apart."""
 
 from dataclasses import dataclass
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.losses import AuxiliaryLosses, ByOverflow, LossInput, RoutedLayer, RouterZ, RoutingLoss
+from lightning_moevlm.losses import (
+    OWN_LOSSES,
+    AuxiliaryLosses,
+    ByOverflow,
+    LossInput,
+    RoutedLayer,
+    RouterZ,
+    RoutingLoss,
+)
 from lightning_moevlm.losses.weights import Weight
 from tests.routing import top_1_plan
 
@@ -37,6 +46,21 @@ def test_it_is_averaged_over_plans_beside_our_own() -> None:
     assert (losses.key("sure"), losses.key("router_z")) == ("losses.others.sure", "losses.router_z")
     assert AuxiliaryLosses(None, None, others={"sure": MostProbable(ByOverflow(0.1))}).adapts
     assert not losses.balancing
+
+
+def test_of_our_own_seven_balance() -> None:
+    kinds = {name: get_args(hint)[0] for name, hint in get_type_hints(AuxiliaryLosses).items() if name in OWN_LOSSES}
+    everyone = AuxiliaryLosses(**{name: kind() for name, kind in kinds.items()})
+    balancing = {
+        "load_balance",
+        "importance",
+        "load",
+        "gshard",
+        "sequence_balance",
+        "global_entropy",
+        "mutual_information",
+    }
+    assert everyone.balancing == balancing and everyone.enabled.keys() == set(OWN_LOSSES)
 
 
 def test_it_may_refuse_a_router() -> None:

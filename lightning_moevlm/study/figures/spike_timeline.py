@@ -1,7 +1,10 @@
 """When runs were unsteady: a row per run, marks where loss, gradient or update spiked, a cross where it diverged,
 a bar where the study's rule stopped it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from matplotlib.axes import Axes
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.figures.picture import INK, Picture, new_figure, picture_of
@@ -14,21 +17,31 @@ _MANY_RUNS = 60  # more rows are illegible
 _MANY_STEPS = 8  # so many does a cell of the table name
 
 
-class Signal(NamedTuple):
-    """What can spike, and how it is drawn. offset: within the row, so that marks of one step do not hide each other."""
+class Mark(NamedTuple):
+    """How something that happened at a step is drawn; `markersize` and `markeredgewidth` in points."""
 
     name: str
-    key: str
     marker: str
     colour: str
+    size: float = 5.0
+    edge: float = 1.0
+
+
+class Signal(NamedTuple):
+    """What can spike. offset: of its mark within the row, so that marks of one step do not hide each other."""
+
+    mark: Mark
+    key: str
     offset: float
 
 
 _SIGNALS = (
-    Signal("task loss", TRAIN_LOSS, "o", "#D55E00", -0.22),
-    Signal("gradient norm", keys.GRAD_NORM.key(), "^", "#0072B2", 0.0),
-    Signal("update norm", keys.UPDATE_NORM.key(), "s", "#009E73", 0.22),
+    Signal(Mark("task loss", "o", "#D55E00"), TRAIN_LOSS, -0.22),
+    Signal(Mark("gradient norm", "^", "#0072B2"), keys.GRAD_NORM.key(), 0.0),
+    Signal(Mark("update norm", "s", "#009E73"), keys.UPDATE_NORM.key(), 0.22),
 )
+_DIVERGED = Mark("diverged", "x", INK, 9.0, 2.2)
+_STOPPED = Mark("stopped early", "|", INK, 10.0, 3.0)
 
 
 class Timeline(NamedTuple):
@@ -60,35 +73,9 @@ def draw_spikes(result: StudyResult) -> Picture | None:
     for row, line in enumerate(shown):
         axes.plot([0, line.last], [row, row], color=INK, linewidth=0.8, alpha=0.35)
         for signal, steps in zip(_SIGNALS, line.spiked, strict=True):
-            axes.plot(
-                steps or [],
-                [row + signal.offset] * len(steps or []),
-                linestyle="none",
-                marker=signal.marker,
-                markersize=5,
-                color=signal.colour,
-                label=signal.name if row == 0 else None,
-            )
-        axes.plot(
-            [] if line.diverged_at is None else [line.diverged_at],
-            [] if line.diverged_at is None else [row],
-            linestyle="none",
-            marker="x",
-            markersize=9,
-            markeredgewidth=2.2,
-            color=INK,
-            label="diverged" if row == 0 else None,
-        )
-        axes.plot(
-            [line.last] if line.stopped else [],
-            [row] if line.stopped else [],
-            linestyle="none",
-            marker="|",
-            markersize=10,
-            markeredgewidth=3,
-            color=INK,
-            label="stopped early" if row == 0 else None,
-        )
+            _draw(axes, signal.mark, steps or (), row + signal.offset, in_legend=row == 0)
+        _draw(axes, _DIVERGED, () if line.diverged_at is None else (line.diverged_at,), row, in_legend=row == 0)
+        _draw(axes, _STOPPED, (line.last,) if line.stopped else (), row, in_legend=row == 0)
     axes.set_yticks(range(len(shown)), [line.name for line in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(left=0)
@@ -101,6 +88,19 @@ def draw_spikes(result: StudyResult) -> Picture | None:
     if len(shown) < len(lines):
         title += f" ({len(shown)} of {len(lines)} runs: the first that were not steady)"
     return picture_of(figure, "spikes", title, _sentence(lines), _table(lines))
+
+
+def _draw(axes: Axes, mark: Mark, steps: Sequence[int], height: float, in_legend: bool) -> None:
+    axes.plot(
+        steps,
+        [height] * len(steps),
+        linestyle="none",
+        marker=mark.marker,
+        markersize=mark.size,
+        markeredgewidth=mark.edge,
+        color=mark.colour,
+        label=mark.name if in_legend else None,
+    )
 
 
 def timeline_of(run: RunResult) -> Timeline | None:
@@ -135,7 +135,7 @@ def _sentence(lines: list[Timeline]) -> str:
 
 def _told(line: Timeline) -> list[str]:
     parts = [
-        f"{len(steps)} of {signal.name}, first at step {steps[0]}"
+        f"{len(steps)} of {signal.mark.name}, first at step {steps[0]}"
         for signal, steps in zip(_SIGNALS, line.spiked, strict=True)
         if steps
     ]
@@ -156,7 +156,12 @@ def _table(lines: list[Timeline]) -> Table:
         )
         for line in unsteady
     )
-    columns = ("run", *(f"{signal.name}: spikes at step" for signal in _SIGNALS), "diverged at", "stopped early at")
+    columns = (
+        "run",
+        *(f"{signal.mark.name}: spikes at step" for signal in _SIGNALS),
+        "diverged at",
+        "stopped early at",
+    )
     notes = (f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike, did not diverge and were not stopped.",)
     return Table("Spikes and divergences by run", columns, rows, notes)
 
