@@ -3,10 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from importlib.metadata import entry_points
+from operator import or_
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_dumper, set_parsing_settings
@@ -71,10 +73,24 @@ def load_plugins() -> None:
 def prepare_parsers() -> None:
     """Set what holds for all parsers of the process, before the first is made."""
     load_plugins()
+    keep_whole_numbers(Trainer)
     # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
     set_dumper("omegaconf+", _dump_yaml)
     calm_terminal()
+
+
+def keep_whole_numbers(part: type) -> None:
+    """Let `limit_val_batches: 1` be one batch whatever was imported before: 1.0 is all of them.
+
+    The parser tries the types of a union in order, and `Optional[Union[int, float]]` has the order of whoever in the
+    process wrote that union first: typing takes `Union[float, int]` for the same and hands out the one that it has.
+    """
+    annotations = part.__init__.__annotations__  # type: ignore[misc]
+    for name, hint in annotations.items():
+        types = get_args(hint)
+        if int in types and float in types:
+            annotations[name] = reduce(or_, sorted(types, key=lambda each: each is not int))
 
 
 class _Dumper(FastSafeDumper):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 import lightning_moevlm.routers as routers_module
@@ -203,6 +204,17 @@ def test_later_files_and_flags_move_what_refers_to_them(resolver: ConfigResolver
     resolved = resolver([PROJECT / "conf/quickstart.yaml"], {"data": {"image_size": 32}, "seed_everything": 7})
     assert resolved["model"]["backbone"]["init_args"]["image_size"] == 32
     assert resolved["model"]["seed"] == resolved["data"]["seed"] == 7
+
+
+def test_one_batch_is_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """typing hands out whichever of Union[float, int] and Union[int, float] the process wrote first."""
+    keys = ("limit_val_batches", "limit_train_batches", "val_check_interval", "gradient_clip_val")
+    for key in keys:
+        monkeypatch.setitem(Trainer.__init__.__annotations__, key, float | int | None)
+    resolve = ConfigResolver()
+    for given in (1, 1.0, None):
+        trainer = resolve([Path("conf/quickstart.yaml")], {"trainer": dict.fromkeys(keys, given)})["trainer"]
+        assert {key: repr(trainer[key]) for key in keys} == dict.fromkeys(keys, repr(given))
 
 
 def test_an_arm_turns_one_loss_off_and_leaves_the_other(resolver: ConfigResolver) -> None:
