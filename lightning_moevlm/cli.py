@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 something failed while running, 2 a mistake in what was asked, 130 interrupted.
 """
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lightning_moevlm import __version__
+from lightning_moevlm.collector import collected_seldom
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.url_secrets import without_url_secrets
 
@@ -45,7 +45,8 @@ def main(args: Sequence[str] | None = None) -> int:
         Console().print(__version__, highlight=False)
         return 0
     try:
-        return _dispatch(arguments)
+        with collected_seldom():
+            return _dispatch(arguments)
     except UserError as error:
         if os.environ.get("MOEVLM_TRACEBACK"):
             raise
@@ -61,13 +62,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     # imports are local: `moevlm data check` need not wait for Lightning
     if arguments[0] in _TRAINING:
-        gc.disable()  # imports make a million objects that stay; `lightning_cli` collects again before it trains
-        try:
-            from lightning_moevlm import lightning_cli
+        from lightning_moevlm import lightning_cli
 
-            lightning_cli.run(arguments)
-        finally:
-            gc.enable()
+        lightning_cli.run(arguments)
         return 0
     from lightning_moevlm.commands import COMMANDS, run_command
     from lightning_moevlm.parse_errors import no_command

@@ -8,7 +8,6 @@
 - A mistake in a configuration is one line and exit code 2.
 """
 
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_moevlm.collector import collect_as_usual
 from lightning_moevlm.config_overlays import NamesMerger, with_nulls_as_files
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
@@ -98,8 +98,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
-        gc.freeze()  # what imports and parsers made stays: no collection need walk it
-        gc.enable()
+        collect_as_usual()
         config = self.config[self.subcommand]
         refuse_unbuildable_parts(config.as_dict())
         if self.subcommand == "predict":

@@ -8,12 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+from lightning_moevlm.collector import collected_seldom
+
 if __name__ == "__main__":
     begin = time.perf_counter()
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # a run of the sweep imports it, when it opens its store
+    with collected_seldom():  # as `moevlm fit` imports
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # a run imports it when it opens its store
+        import s3fs  # noqa: F401  # Lightning imports it when a ModelCheckpoint begins
 
-    from lightning_moevlm import lightning_cli
-    from lightning_moevlm.tracking import RunLogger, RunRecord  # noqa: F401
+        from lightning_moevlm import lightning_cli
+        from lightning_moevlm.tracking import RunLogger, RunRecord  # noqa: F401
 
     imports = time.perf_counter() - begin
     training = 0.0
