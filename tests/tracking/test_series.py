@@ -1,14 +1,18 @@
 import math
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from lightning_moevlm.tracking.runs import find_runs, tags_of_runs
 from lightning_moevlm.tracking.series import metric_series
+from lightning_moevlm.tracking.sqlite_rows import are_most_points
+from lightning_moevlm.tracking.store import sqlite_path
 
 
-def test_series_are_what_was_logged(uri: str) -> None:
+@pytest.mark.parametrize("others", [0, 4])
+def test_series_are_what_was_logged(uri: str, others: int) -> None:
     """As MLflow's own client tells it, but for NaN and infinities, which it tells as 0 and the largest float."""
     client = MlflowClient(uri)
     run_id, silent = (client.create_run("0").info.run_id for _ in range(2))
@@ -22,6 +26,13 @@ def test_series_are_what_was_logged(uri: str) -> None:
         Metric("grad_norm", -1e300, 1000, 10),
     ]
     client.log_batch(run_id, metrics=metrics)
+    for _ in range(others):
+        client.log_batch(
+            client.create_run("0").info.run_id, metrics=[Metric("loss", 9.0, 1000, step) for step in range(8)]
+        )
+    path = sqlite_path(uri)
+    assert path is not None
+    assert are_most_points(path, [run_id, silent]) == (others == 0)
     found = metric_series(uri, [run_id, silent])
     assert found[silent] == {}
     assert list(found[run_id]) == ["grad_norm", "loss"]
