@@ -16,22 +16,23 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_moevlm.study.comparison import Direction
-from lightning_moevlm.study.intervals import Interval, bootstrap_interval, interval_of, t_interval
+from lightning_moevlm.study.intervals import Interval, bootstrap_interval, interval_of, is_constant, t_interval
 from lightning_moevlm.study.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
 from lightning_moevlm.study.power import seeds_needed
-from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Verdict, decide, with_guards
+from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Sides, Verdict, decide, with_guards
 
 
 class Lost(NamedTuple):
-    """Runs of an arm that gave no sound result, by kind."""
+    """Runs of an arm that gave no sound result, by kind. unpaired: how many of them the other side has no run for."""
 
     diverged: int = 0
     crashed: int = 0
+    unpaired: int = 0
 
     @property
-    def runs(self) -> int:
-        """All of them."""
-        return self.diverged + self.crashed
+    def against(self) -> int:
+        """Those that speak against the arm: an arm with more seeds than the other has more to lose."""
+        return self.diverged + self.crashed - self.unpaired
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Effect:
     within the family; without a correction they are the plain ones. share_better: fraction of compared seeds in which
     the arm is ahead. seeds_needed: for 80 % power of a t-test at this effect and spread, one comparison; None where
     it cannot be told (fewer than 3 seeds) or is beyond 1,000. losses: what to know of missing seeds. limit: what limits
-    the verdict.
+    the verdict. sides: of a contrast that is not arm against baseline.
     """
 
     seeds: tuple[int, ...]
@@ -70,6 +71,7 @@ class Effect:
     verdict: Verdict
     limit: str
     within: float | None = None
+    sides: Sides | None = None
 
     @property
     def note(self) -> str:
@@ -91,6 +93,7 @@ def paired_effect(
     arm_lost: Lost | None = None,
     baseline_lost: Lost | None = None,
     guards: tuple[Guarded, ...] = (),
+    sides: Sides | None = None,
 ) -> Effect:
     """Compare an arm with the baseline, as the only comparison; `as_family` judges it among others.
 
@@ -103,6 +106,7 @@ def paired_effect(
             survivors may say that the arm helps; where they are fewer, none may say that it hurts.
         baseline_lost: The same of the baseline.
         guards: What became of the metrics that may not get worse.
+        sides: What arm and baseline are called where they are something else.
     """
     arm_lost, baseline_lost = arm_lost or Lost(), baseline_lost or Lost()
     paired = paired_differences(arm, baseline, seeds)
@@ -130,12 +134,13 @@ def paired_effect(
             p_outside_adjusted=outside,
             share_better=sum(sign * d > 0 for d in differences) / len(differences) if differences else None,
             seeds_needed=seeds_needed(differences, rule.alpha),
-            more_lost=arm_lost.runs - baseline_lost.runs,
-            losses=tuple(_losses(left_out, seeds, arm_lost, baseline_lost)),
+            more_lost=arm_lost.against - baseline_lost.against,
+            losses=tuple(_losses(left_out, seeds, arm_lost, baseline_lost, sides)),
             guards=guards,
             verdict=Verdict.INCONCLUSIVE,
             limit="",
             within=rule.within,
+            sides=sides,
         ),
         rule,
     )
@@ -192,20 +197,30 @@ def _judged(effect: Effect, rule: Rule) -> Effect:
     if not effect.differences:
         return dataclasses.replace(effect, limit="no seed has a finite result in both arms")
     evidence = Evidence(
-        effect.interval, len(effect.differences), effect.more_lost, effect.p_adjusted, effect.p_outside_adjusted
+        effect.interval,
+        len(effect.differences),
+        effect.more_lost,
+        effect.p_adjusted,
+        effect.p_outside_adjusted,
+        is_constant(effect.differences),
+        effect.sides,
     )
     verdict, limit = decide(evidence, rule)
     return dataclasses.replace(effect, verdict=with_guards(verdict, effect.guards), limit=limit)
 
 
-def _losses(left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost) -> list[str]:
+def _losses(
+    left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost, sides: Sides | None
+) -> list[str]:
     """Return what a reader must know of the seeds that are missing from a comparison."""
     told = []
     if left_out:
         told.append(f"{len(left_out)} of {len(seeds)} seeds left out")
-    for whose, lost in (("this arm", arm), ("the baseline", baseline)):
+    for whose, lost in zip(sides or ("this arm", "the baseline"), (arm, baseline), strict=True):
         for count, what in ((lost.diverged, "diverged"), (lost.crashed, "crashed")):
-            if count == len(seeds):
+            if count and sides is not None:
+                told.append(f"{count} of the {whose} {what}")
+            elif count == len(seeds):
                 told.append(f"every run of {whose} {what}")
             elif count:
                 told.append(f"{count} {'run' if count == 1 else 'runs'} of {whose} {what}")

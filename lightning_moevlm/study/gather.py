@@ -4,7 +4,7 @@ Only runs with a result (finished or diverged) enter comparisons; runs that stil
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -180,8 +180,8 @@ def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequ
         baseline=_finals(base, study.primary.metric),
         seeds=study.seeds,
         rule=rule,
-        arm_lost=_lost(runs),
-        baseline_lost=_lost(base),
+        arm_lost=_lost(runs, _ended(base)),
+        baseline_lost=_lost(base, _ended(runs)),
         guards=_guards(study, runs, base),
     )
 
@@ -192,7 +192,10 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
         return ()
     values = {name: _finals(runs, study.primary.metric) for name, runs in by_arm.items()}
     levels = {arm.name: {here.factor: here.level == ON for here in arm.levels} for arm in study.arms}
-    return factor_effects(values, levels, study.seeds, rule)
+    ended = set(study.seeds).intersection(*map(_ended, by_arm.values()))
+    return factor_effects(
+        values, levels, study.seeds, rule, {name: _lost(runs, ended) for name, runs in by_arm.items()}
+    )
 
 
 def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
@@ -275,8 +278,16 @@ def _finals(results: Sequence[RunResult], key: str) -> dict[int, float]:
     return {r.seed: value for r in done if (value := r.last(key)) is not None}
 
 
-def _lost(results: Sequence[RunResult]) -> Lost:
-    return Lost(_count(results, Status.DIVERGED), _count(results, Status.FAILED))
+def _ended(results: Sequence[RunResult]) -> set[int]:
+    """Return the seeds of the runs that have a result or crashed."""
+    return {r.seed for r in results if r.state.status.has_result or r.state.status is Status.FAILED}
+
+
+def _lost(results: Sequence[RunResult], paired: Set[int]) -> Lost:
+    """Return the runs that were lost. paired: the seeds for which the other side has a run that ended, too."""
+    unpaired = [r for r in results if r.seed not in paired]
+    counted = (_count(results, Status.DIVERGED), _count(results, Status.FAILED))
+    return Lost(*counted, unpaired=_count(unpaired, Status.DIVERGED) + _count(unpaired, Status.FAILED))
 
 
 def _by_term(results: Sequence[RunResult], family: keys.MetricKey) -> dict[str, Mean]:

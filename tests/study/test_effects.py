@@ -1,9 +1,11 @@
 """Paired effects against numbers worked out by hand."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lightning_moevlm.study.effects import Lost, as_family, guarded, paired_effect
 from lightning_moevlm.study.intervals import (
@@ -211,6 +213,69 @@ def test_sign_test_by_hand():
     # n = 9: P(at most 1) = 10/512 = 0.0195 <= 0.025: the second least and greatest.
     assert sign_interval((*differences, 9.0), 0.05) == Interval(2.0, 8.0, "sign")
     assert two_sided_p("sign", (0.0, 0.0)) is None  # nothing has a sign
+
+
+def test_wilcoxon_with_ties_and_zeros_is_exact():
+    # Six equal differences: one of 64 patterns of signs is as extreme on this side. The normal approximation says
+    # 0.0143, which at alpha = 0.02 would be a false alarm.
+    assert two_sided_p("wilcoxon", (0.5,) * 6) == pytest.approx(2 / 64)
+    # A difference of 0 has no sign: five are left, which cannot be rarer than 2 / 32 (approximated: 0.042).
+    assert two_sided_p("wilcoxon", (0.0, 1.0, 1.0, 2.0, 3.0, 4.0)) == pytest.approx(2 / 32)
+    # Sizes 1, 1, 2 have the ranks 1.5, 1.5, 3; +, -, + have the sum 4.5, as much as or less than 4.5, 4.5, 6 of the
+    # eight sums 0, 1.5, 1.5, 3, 3, 4.5, 4.5, 6: 3 / 8, two-sided 3 / 4.
+    assert two_sided_p("wilcoxon", (1.0, -1.0, 2.0)) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("differences", list(itertools.product((-2.0, -1.0, 0.0, 1.0), repeat=4))[9:90:9])
+def test_wilcoxon_agrees_with_every_pattern_of_signs(differences):
+    kept = [d for d in differences if d]
+    ranks = stats.rankdata(np.abs(kept))
+    sums = [sum(rank for rank, is_up in zip(ranks, up, strict=True) if is_up) for up in _patterns(len(kept))]
+    seen = sum(rank for rank, d in zip(ranks, kept, strict=True) if d > 0)
+    tails = np.mean([one >= seen for one in sums]), np.mean([one <= seen for one in sums])
+    assert two_sided_p("wilcoxon", differences) == pytest.approx(min(1.0, 2 * min(tails)))
+
+
+def _patterns(n: int):
+    return itertools.product((False, True), repeat=n)
+
+
+def test_ties_of_a_rank_test_are_no_repetitions():
+    # Accuracies in steps: the second least and the second greatest of nine differences are the same.
+    arm, zero = dict(enumerate((1.0,) + 7 * (2.0,) + (3.0,))), dict.fromkeys(range(9), 0.0)
+    effect = paired_effect(arm, zero, tuple(range(9)), Rule("higher", 0.05, "sign"))
+    assert effect.interval == Interval(2.0, 2.0, "sign")
+    assert (effect.verdict, effect.note) == (Verdict.HELPS, "")
+    # The same but for rounding is the same to a test of ranks too.
+    arm = {seed: 0.3 + 1e-17 * seed for seed in range(6)} | {0: 0.1 + 0.2}
+    effect = paired_effect(arm, zero, tuple(range(6)), Rule("higher", 0.05, "wilcoxon"))
+    assert effect.note == "all 6 seeds give exactly the same difference: are they repetitions?"
+
+
+def test_an_arm_that_changes_nothing_is_told_from_repetitions():
+    same = {0: 1.0, 1: 2.0, 2: 3.0}
+    effect = paired_effect(same, same, (0, 1, 2), LOWER)
+    assert effect.verdict is Verdict.INCONCLUSIVE
+    assert effect.note == "the difference is exactly 0 in all 3 seeds: does it change anything?"
+
+
+def test_the_order_of_seeds_does_not_matter():
+    differences = (0.42, -0.31, 0.94, 0.33, -0.24)
+    intervals = {
+        bootstrap_interval(some, 0.05) for some in (differences, differences[::-1], differences[2:] + differences[:2])
+    }
+    assert len(intervals) == 1
+
+
+def test_losses_count_where_both_sides_had_a_run():
+    # The baseline ran ten seeds and lost two that the arm never ran; of the arm's three one diverged.
+    arm, baseline = {0: 1.0, 1: 1.02}, {s: 2.0 + s / 100 for s in range(8)}
+    lost = Lost(diverged=1), Lost(diverged=2, unpaired=2)
+    effect = paired_effect(arm, baseline, tuple(range(10)), LOWER, *lost)
+    assert effect.more_lost == 1
+    assert effect.verdict is Verdict.INCONCLUSIVE
+    assert effect.note.startswith("ahead where it survives, but it lost 1 more than the baseline")
+    assert effect.note.endswith("1 run of this arm diverged; 2 runs of the baseline diverged")
 
 
 @pytest.mark.parametrize("test", ["wilcoxon", "sign"])
