@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lightning_moevlm.study.equal_budget import step_cost
 from lightning_moevlm.study.results import ArmResult, Mean, RunResult, StudyResult, mean_of, peak_memory_of_run
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, with_deviation
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, signed, with_deviation
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _row(arm: ArmResult, cost: ArmCost) -> tuple[str, ...]:
         _signed(cost.more_time),
         with_deviation(cost.memory, 1),
         _signed(cost.more_memory),
-        NOTHING if mean is None else f"{mean:+.4f}",
+        NOTHING if mean is None else signed(mean),
         arm.effect.word if arm.effect else str(arm.verdict),
     )
 

@@ -21,6 +21,8 @@ from lightning_moevlm.study.paired_tests import holm, least_seeds, p_outside, pa
 from lightning_moevlm.study.power import seeds_needed
 from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Sides, Verdict, decide, with_guards
 
+_LEAST_PAIRS = 2  # of one no test has a p
+
 
 class Lost(NamedTuple):
     """Runs of an arm that gave no sound result, by kind. unpaired: how many of them the other side has no run for."""
@@ -150,16 +152,17 @@ def as_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
     """Judge the comparisons of one study together: with Holm's correction, if that is the rule's.
 
     "No difference" and "differs by at least `within`" are two families: of one arm only one of the two can be true. An
-    arm that was stopped early counts in both with p = 1, so that no other arm's p gets smaller by its absence.
+    arm that was stopped early, or has too few seeds for a p, yet or for good, counts in both with p = 1: no other arm's
+    p gets smaller by its absence, and no verdict of a study that still runs is taken back by the arms to come.
     """
     if rule.correction == "none":
         return dict(effects)
-    stopped = {name: 1.0 for name, effect in effects.items() if effect.verdict is Verdict.STOPPED_EARLY}
-    plain = holm({name: effect.p_value for name, effect in effects.items()} | stopped)
-    outside = holm({name: effect.p_outside for name, effect in effects.items()} | stopped)
+    absent = {name: 1.0 for name, effect in effects.items() if len(effect.differences) < _LEAST_PAIRS}
+    plain = holm({name: effect.p_value for name, effect in effects.items()} | absent)
+    outside = holm({name: effect.p_outside for name, effect in effects.items()} | absent)
     return {
         name: effect
-        if name in stopped
+        if name in absent
         else _judged(
             dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]),
             rule,
@@ -176,12 +179,19 @@ def guarded(
     direction: Direction,
     at_most: float,
     alpha: float,
+    compared: tuple[int, ...] = (),
 ) -> Guarded:
-    """Return what became of a metric that may get worse by `at_most`; arm and baseline: final values by seed."""
+    """Return what became of a metric that may get worse by `at_most`.
+
+    arm, baseline: final values by seed. compared: seeds in which the primary metric is compared; where one of them has
+    no finite value of this one in both arms, nobody can say that it held.
+    """
     sign = 1.0 if direction == "lower" else -1.0
-    worse = tuple(sign * d for d in paired_differences(arm, baseline, seeds).values())
+    paired = paired_differences(arm, baseline, seeds)
+    worse = tuple(sign * d for d in paired.values())
     mean = float(np.mean(worse)) if worse else None
-    return Guarded(metric, at_most, mean, t_interval(worse, alpha))
+    missing = sum(seed not in paired for seed in compared)
+    return Guarded(metric, at_most, mean, t_interval(worse, alpha), missing)
 
 
 def paired_differences(

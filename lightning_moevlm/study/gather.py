@@ -13,7 +13,7 @@ from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import arm_stability
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM
 from lightning_moevlm.study.comparison import Arm, Comparison
-from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_effect
+from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_differences, paired_effect
 from lightning_moevlm.study.equal_budget import (
     THROUGHPUT,
     EqualBudget,
@@ -31,7 +31,7 @@ from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stabl
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.results import ArmResult, LadderResult, Mean, RunResult, StudyResult, mean_of, rule_of
 from lightning_moevlm.study.stability import TRAIN_LOSS, stability_of
-from lightning_moevlm.study.verdict import Guarded, Rule
+from lightning_moevlm.study.verdict import Guarded, Rule, Verdict
 from lightning_moevlm.tracking.runs import tags_of_runs
 from lightning_moevlm.tracking.series import Series, metric_series
 
@@ -142,6 +142,7 @@ def _arm_result(
     primary = study.primary.metric
     done = [r for r in runs if r.state.status.has_result]
     sign = 1 if study.primary.direction == "lower" else -1
+    is_withdrawn = effect is not None and effect.verdict is Verdict.STOPPED_EARLY
     stable, total = _count(base, Status.FINISHED), sum(r.state.status.has_result for r in base)
     return ArmResult(
         arm=arm,
@@ -157,7 +158,8 @@ def _arm_result(
         stability=arm_stability(
             [stability_of(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
             _count(runs, Status.DIVERGED),
-            None if arm.name == study.baseline else (stable, total),
+            # of a withdrawn arm the runs that diverged are left, and those that did not are stopped: no sample
+            None if arm.name == study.baseline or is_withdrawn else (stable, total),
         ),
         equal=equal,
         samples_per_second=mean_of([throughput_of(r) for r in done]),
@@ -199,6 +201,8 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
 
 
 def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
+    primary = study.primary.metric
+    compared = tuple(paired_differences(_finals(runs, primary), _finals(base, primary), study.seeds))
     return tuple(
         guarded(
             guard.metric,
@@ -208,6 +212,7 @@ def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResu
             guard.direction,
             guard.at_most,
             study.decide.alpha,
+            compared,
         )
         for guard in study.guard
     )

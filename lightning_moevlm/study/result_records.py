@@ -11,7 +11,10 @@ from lightning_moevlm.study.verdict import Guarded
 
 @dataclass(frozen=True)
 class GuardRecord:
-    """One guard metric of one arm; worse: mean over paired seeds, negative where it got better."""
+    """One guard metric of one arm; worse: mean over paired seeds, negative where it got better.
+
+    seeds_missing: of those in which the primary metric is compared, how many have no finite value of it in both arms.
+    """
 
     metric: str
     at_most: float
@@ -19,6 +22,7 @@ class GuardRecord:
     worse_low: float | None
     worse_high: float | None
     broken: bool
+    seeds_missing: int
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,7 @@ def _guard_record(guard: Guarded) -> GuardRecord:
         worse_low=guard.interval.low if guard.interval else None,
         worse_high=guard.interval.high if guard.interval else None,
         broken=guard.is_broken,
+        seeds_missing=guard.missing,
     )
 
 

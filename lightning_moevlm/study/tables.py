@@ -25,7 +25,7 @@ from lightning_moevlm.study.stability_tables import (
     signs_table,
     stability_table,
 )
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, with_deviation
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, signed, with_deviation
 from lightning_moevlm.study.verdict import Verdict
 
 _DECIDING: dict[Test, str] = {
@@ -103,6 +103,7 @@ def factors_table(result: StudyResult) -> Table | None:
         notes.append(
             f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
         )
+        notes += [f"{line}." for line in fraction.told()[1:]]
     return Table(f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4)
 
 
@@ -276,8 +277,8 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
     return (
         arm.arm.name,
         final,
-        NOTHING if effect.mean is None else f"{effect.mean:+.4f}",
-        NOTHING if effect.interval is None else f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}",
+        NOTHING if effect.mean is None else signed(effect.mean),
+        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
         NOTHING if better is None else f"{better} of {len(effect.seeds)}",
@@ -287,8 +288,8 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
 
 def _contrast_cells(effect: Effect) -> tuple[str, ...]:
     return (
-        NOTHING if effect.mean is None else f"{effect.mean:+.4f}",
-        NOTHING if effect.interval is None else f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}",
+        NOTHING if effect.mean is None else signed(effect.mean),
+        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
     )
@@ -302,7 +303,7 @@ def _no_final(arm: ArmResult) -> str:
 
 def _learned(arm: ArmResult) -> str:
     done = arm.finished + arm.diverged
-    return f"{arm.learned} of {done} seeds" if done else NOTHING
+    return f"{arm.learned} of {done} seeds" if done and arm.untrained else NOTHING
 
 
 def _accuracy(arm: ArmResult, term: str) -> str:

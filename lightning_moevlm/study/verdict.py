@@ -10,6 +10,7 @@ difference, also where the interval does not hold 0; corrected for the family by
 else is inconclusive, which is no proof that there is no effect.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -78,18 +79,22 @@ class Guarded:
     """One guard metric of one arm.
 
     worse: by how much it got worse on average over paired seeds, in the metric's unit, negative where it got better;
-    None where no seed has it in both arms. at_most: by how much it may.
+    None where no seed has it in both arms. at_most: by how much it may. missing: how many of the seeds in which the
+    primary metric is compared do not have it in both arms, in finite numbers.
     """
 
     metric: str
     at_most: float
     worse: float | None
     interval: Interval | None
+    missing: int = 0
 
     @property
     def is_broken(self) -> bool:
-        """Whether it got worse by more than it may."""
-        return self.worse is not None and self.worse > self.at_most
+        """Whether it got worse by more than it may; 1.05 - 1 is no more than 0.05, whatever fp64 makes of it."""
+        if self.worse is None or math.isclose(self.worse, self.at_most, rel_tol=1e-9, abs_tol=1e-12):
+            return False
+        return self.worse > self.at_most
 
     @property
     def told(self) -> str:
@@ -97,7 +102,10 @@ class Guarded:
         if self.worse is None:
             return f"guard {self.metric} could not be compared: no seed has it in both arms"
         if not self.is_broken:
-            return ""
+            missing = (
+                f"guard {self.metric} could not be compared in {self.missing} of the seeds: no number in both arms"
+            )
+            return missing if self.missing else ""
         sure = self.interval is not None and self.interval.low > self.at_most
         doubt = "" if sure else ", although its interval does not exclude less"
         return f"{self.metric} is worse by {self.worse:.4g}, more than the {self.at_most:g} it may be{doubt}"
@@ -133,7 +141,7 @@ def with_guards(verdict: Verdict, guards: tuple[Guarded, ...]) -> Verdict:
         return verdict
     if any(guard.is_broken for guard in guards):
         return Verdict.BREAKS_GUARD
-    return Verdict.INCONCLUSIVE if any(guard.worse is None for guard in guards) else verdict
+    return Verdict.INCONCLUSIVE if any(guard.worse is None or guard.missing for guard in guards) else verdict
 
 
 def _is_small(evidence: Evidence, interval: Interval, rule: Rule) -> bool:

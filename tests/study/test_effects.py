@@ -314,6 +314,12 @@ def test_the_family_takes_a_verdict_back():
     assert judged["arm"].verdict is Verdict.INCONCLUSIVE
     assert judged["arm"].note == "its interval does not hold 0, but p = 0.061 over the study's comparisons"
     assert as_family(effects, LOWER) == effects
+    # An arm whose seeds are still to come, or all lost, counts as it will: no verdict stands until it is there alone.
+    for seeds in ((), (0,)):
+        early = effects | {"other": paired_effect({s: other[s] for s in seeds}, zero, (0, 1, 2, 3), rule)}
+        judged = as_family(early, rule)
+        assert judged["arm"].p_adjusted == pytest.approx(0.0609, abs=1e-4)
+        assert judged["other"] == early["other"]
 
 
 def test_no_difference_needs_the_whole_interval_within_the_margin():
@@ -351,6 +357,23 @@ def test_guards():
     assert doubtful.told.endswith("0.15 it may be, although its interval does not exclude less")
     assert not guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.25, 0.05).is_broken
     assert guarded("accuracy", arm, baseline, (0, 1, 2), "higher", 0.0, 0.05).worse == pytest.approx(-0.22)
+
+
+def test_a_guard_is_not_broken_by_rounding():
+    # 1.05 - 1 is 0.050000000000000044 in fp64.
+    assert not guarded("x", {0: 1.05}, {0: 1.0}, (0,), "lower", 0.05, 0.05).is_broken
+    assert guarded("x", {0: 1.0501}, {0: 1.0}, (0,), "lower", 0.05, 0.05).is_broken
+    assert not guarded("x", {0: 0.3 - 0.1}, {0: 0.2}, (0,), "higher", 0.0, 0.05).is_broken
+
+
+def test_a_guard_that_is_no_number_in_a_seed_has_not_held():
+    arm, baseline = {0: 0.1, 1: math.inf, 2: 0.1}, dict.fromkeys(range(3), 0.1)
+    guard = guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.05, 0.05, compared=(0, 1, 2))
+    assert (guard.worse, guard.is_broken, guard.missing) == (0.0, False, 1)
+    assert guard.told == "guard drop_rate could not be compared in 1 of the seeds: no number in both arms"
+    assert with_guards(Verdict.HELPS, (guard,)) is Verdict.INCONCLUSIVE
+    # A seed that the primary metric lacks, too, is told of already.
+    assert guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.05, 0.05, compared=(0, 2)).missing == 0
 
 
 def test_an_arm_that_breaks_a_guard_does_not_help():

@@ -16,7 +16,7 @@ from lightning_moevlm.study.figures.picture import (
     wrapped,
 )
 from lightning_moevlm.study.results import ArmResult, StudyResult
-from lightning_moevlm.study.table import Table, name_and_unit
+from lightning_moevlm.study.table import Table, name_and_unit, signed
 from lightning_moevlm.study.tables import effects_table
 
 _LETTERS_BELOW = 50
@@ -72,8 +72,8 @@ def _sentence(arm: ArmResult) -> str:
     assert effect is not None
     if effect.mean is None:
         return f"{arm.arm.name}: {effect.note}."
-    interval = f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]" if effect.interval else ""
-    return f"{arm.arm.name}: {effect.mean:+.4f}{interval}, {effect.word}."
+    interval = f" [{signed(effect.interval.low)}, {signed(effect.interval.high)}]" if effect.interval else ""
+    return f"{arm.arm.name}: {signed(effect.mean)}{interval}, {effect.word}."
 
 
 def _table(result: StudyResult) -> Table:
@@ -83,7 +83,7 @@ def _table(result: StudyResult) -> Table:
     for arm in result.arms:
         if arm.effect is not None:
             by_seed = dict(zip(arm.effect.seeds, arm.effect.differences, strict=True))
-            rows.append((arm.arm.name, *(f"{by_seed[s]:+.4f}" if s in by_seed else "–" for s in seeds)))
+            rows.append((arm.arm.name, *(signed(by_seed[s]) if s in by_seed else "–" for s in seeds)))
     return Table(
         f"{effects_table(result).title}, arm minus baseline",
         ("arm", *(f"seed {s}" for s in seeds)),

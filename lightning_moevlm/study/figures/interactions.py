@@ -7,7 +7,7 @@ from matplotlib.colors import TwoSlopeNorm
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of, wrapped
 from lightning_moevlm.study.results import StudyResult
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, signed
 
 _DARK, _LIGHT = "#111111", "#fafafa"  # letters on a coloured cell: the same whatever the page's scheme
 _LETTERS_OF_FACTOR = 14  # of a name in a line beside the matrix
@@ -32,7 +32,7 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     colours = "RdBu_r" if result.comparison.primary.direction == "lower" else "RdBu"
     image = axes.imshow(values, cmap=colours, norm=TwoSlopeNorm(0.0, -largest, largest), aspect="auto")
     for term, effect in known.items():
-        for one, other in {(term[0], term[-1]), (term[-1], term[0])}:
+        for one, other in dict.fromkeys(((term[0], term[-1]), (term[-1], term[0]))):
             _write(axes, factors.index(one), factors.index(other), effect, largest)
     names = [wrapped(name, _LETTERS_OF_FACTOR) for name in factors]
     axes.set_xticks(range(len(factors)), names, rotation=20 if len(factors) > 4 else 0)
@@ -71,5 +71,5 @@ def _table(result: StudyResult) -> Table:
 def _cell(effect: Effect | None) -> str:
     if effect is None or effect.mean is None:
         return NOTHING
-    interval = f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]" if effect.interval else ""
-    return f"{effect.mean:+.4f}{interval}"
+    interval = f" [{signed(effect.interval.low)}, {signed(effect.interval.high)}]" if effect.interval else ""
+    return f"{signed(effect.mean)}{interval}"
