@@ -16,7 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_moevlm.study.comparison import Direction
-from lightning_moevlm.study.intervals import Interval, bootstrap_interval, interval_of, is_constant, t_interval
+from lightning_moevlm.study.intervals import (
+    Interval,
+    bootstrap_interval,
+    centre_of,
+    interval_of,
+    is_constant,
+    t_interval,
+)
 from lightning_moevlm.study.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
 from lightning_moevlm.study.power import seeds_needed
 from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Sides, Verdict, decide, with_guards
@@ -42,19 +49,22 @@ class Effect:
     """An arm against the baseline; differences are arm minus baseline, in the metric's unit.
 
     seeds: those compared. left_out: seeds of the study that have no difference (crashed, diverged to a non-finite value
-    or not yet run, in either arm). bootstrap, t: the two intervals of the mean; interval: the one that decides.
-    p_t, p_sign, p_wilcoxon: two-sided; the last two None where n is too small for them at alpha. p_value: of the
-    rule's test. p_outside: of "differs by at least the rule's `within`". p_adjusted, p_outside_adjusted: of the two
-    within the family; without a correction they are the plain ones. share_better: fraction of compared seeds in which
-    the arm is ahead. seeds_needed: for 80 % power of a t-test at this effect and spread, one comparison; None where
-    it cannot be told (fewer than 3 seeds) or is beyond 1,000. losses: what to know of missing seeds. limit: what limits
-    the verdict. sides: of a contrast that is not arm against baseline.
+    or not yet run, in either arm). centre: what the deciding interval is of, by the rule's test: the mean, for ranks
+    the Hodges-Lehmann estimate, for signs the median; one seed may pull a mean out of an interval of these. bootstrap,
+    t: the two intervals of the mean; interval: the one that decides. p_t, p_sign, p_wilcoxon: two-sided; the last two
+    None where n is too small for them at alpha. p_value: of the rule's test. p_outside: of "differs by at least the
+    rule's `within`". p_adjusted, p_outside_adjusted: of the two within the family; without a correction they are the
+    plain ones. share_better: fraction of compared seeds in which the arm is ahead. seeds_needed: for 80 % power of a
+    t-test at this effect and spread, one comparison; None where it cannot be told (fewer than 3 seeds) or is beyond
+    1,000. losses: what to know of missing seeds. limit: what limits the verdict. sides: of a contrast that is not arm
+    against baseline.
     """
 
     seeds: tuple[int, ...]
     left_out: tuple[int, ...]
     differences: tuple[float, ...]
     mean: float | None
+    centre: float | None
     bootstrap: Interval | None
     t: Interval | None
     interval: Interval | None
@@ -124,6 +134,7 @@ def paired_effect(
             left_out=left_out,
             differences=differences,
             mean=float(np.mean(differences)) if differences else None,
+            centre=centre_of(rule.test, differences),
             bootstrap=bootstrap_interval(differences, rule.alpha),
             t=t_interval(differences, rule.alpha),
             interval=interval_of(rule.test, differences, rule.alpha),

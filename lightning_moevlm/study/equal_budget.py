@@ -69,13 +69,15 @@ def _tokens_per_sample(series: Mapping[str, Series]) -> float | None:
     rates = [series.get(key) for key in (keys.TOKENS_PER_SECOND.key(), THROUGHPUT)]
     tokens, samples = (dict(zip(*one, strict=True)) if one else {} for one in rates)
     quotients = [tokens[step] / samples[step] for step in tokens if samples.get(step)]
-    kept = quotients[_WARM_UP_POINTS:] or quotients
+    kept = [quotient for quotient in quotients[_WARM_UP_POINTS:] or quotients if math.isfinite(quotient)]
     return math.fsum(kept) / len(kept) if kept else None
 
 
 def median_after_warm_up(series: Series | None) -> float | None:
     """Return a rate's median, its first logged interval left out."""
-    return statistics.median(series.values[_WARM_UP_POINTS:] or series.values) if series else None
+    values = series.values[_WARM_UP_POINTS:] or series.values if series else ()
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else None
 
 
 def equal_budgets(runs: Sequence[tuple[StepCost, Series]], finished: Sequence[bool]) -> tuple[EqualBudget, ...]:

@@ -50,6 +50,15 @@ def interval_of(test: Test, differences: tuple[float, ...], alpha: float) -> Int
     return max((i for i in both if i is not None), key=lambda i: i.width, default=None)
 
 
+def centre_of(test: Test, differences: tuple[float, ...]) -> float | None:
+    """Return the estimate whose interval decides: mean, median of the means of pairs (Hodges-Lehmann), or median."""
+    if not differences:
+        return None
+    if test == "t":
+        return float(np.mean(differences))
+    return float(np.median(_walsh_averages(differences) if test == "wilcoxon" else differences))
+
+
 def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
     """Return mean +- t_{n-1, 1-alpha/2} s / sqrt(n), or None for fewer than two numbers."""
     n = len(differences)
@@ -90,8 +99,7 @@ def wilcoxon_interval(differences: tuple[float, ...], alpha: float) -> Interval 
     skipped = int(np.searchsorted(cumulated, alpha / 2, side="right"))  # k + 1 of the sums 0 .. k
     if skipped == 0:
         return None
-    pairs = itertools.combinations_with_replacement(differences, 2)
-    walsh = sorted((a + b) / 2 for a, b in pairs)
+    walsh = _walsh_averages(differences)
     return Interval(walsh[skipped - 1], walsh[-skipped], "wilcoxon")
 
 
@@ -110,6 +118,10 @@ def is_constant(differences: tuple[float, ...]) -> bool:
     """Whether nothing varies but by rounding; a computed deviation may be 1e-17 where it ought to be 0."""
     size = max(abs(difference) for difference in differences)
     return max(differences) - min(differences) <= _ROUNDING * size
+
+
+def _walsh_averages(differences: tuple[float, ...]) -> list[float]:
+    return sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(differences, 2))
 
 
 def sign_patterns(ranks: Sequence[int] | np.ndarray) -> np.ndarray:

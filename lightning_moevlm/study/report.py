@@ -236,10 +236,10 @@ def finding(result: StudyResult, arm: ArmResult) -> str:
     assert effect is not None
     title, unit = name_and_unit(study.primary.metric)
     start = f"{arm.arm.name}: {effect.word}"
-    if effect.mean is None or effect.interval is None:
+    if effect.centre is None or effect.interval is None:
         return f"{start} ({effect.note})."
     title = title[0].upper() + title[1:]
-    size = f"{signed(effect.mean)} {unit}".strip()
+    size = f"{signed(effect.centre)} {unit}".strip()
     interval = f"[{signed(effect.interval.low)}, {signed(effect.interval.high)}]"
     sentence = f"{start}. {title} {size} against {study.baseline}, interval {interval}, {len(effect.seeds)} seeds"
     if effect.verdict is Verdict.INCONCLUSIVE and (effect.seeds_needed or 0) > len(effect.seeds):

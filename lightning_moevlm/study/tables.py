@@ -30,8 +30,8 @@ from lightning_moevlm.study.verdict import Verdict
 
 _DECIDING: dict[Test, str] = {
     "t": "the wider of the t and the bootstrap interval of the mean decides, with the paired t-test's p",
-    "wilcoxon": "Wilcoxon's signed ranks decide, with the interval of the centre (Hodges-Lehmann)",
-    "sign": "the sign test decides, with the interval of the median",
+    "wilcoxon": "Wilcoxon's signed ranks decide; effect and interval are of the centre (Hodges-Lehmann)",
+    "sign": "the sign test decides; effect and interval are of the median",
 }
 _CORRECTED: dict[Correction, str] = {
     "none": "one comparison each, not corrected for their number",
@@ -277,7 +277,7 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
     return (
         arm.arm.name,
         final,
-        NOTHING if effect.mean is None else signed(effect.mean),
+        NOTHING if effect.centre is None else signed(effect.centre),
         NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
@@ -288,7 +288,7 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
 
 def _contrast_cells(effect: Effect) -> tuple[str, ...]:
     return (
-        NOTHING if effect.mean is None else signed(effect.mean),
+        NOTHING if effect.centre is None else signed(effect.centre),
         NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",

@@ -389,6 +389,20 @@ def test_an_arm_that_breaks_a_guard_does_not_help():
     assert with_guards(Verdict.HURTS, (broken,)) is Verdict.HURTS  # what hurts already is not softened
 
 
+@pytest.mark.parametrize(("test", "centre"), [("t", 0.7), ("wilcoxon", -0.5), ("sign", -0.5)])
+def test_the_effect_is_what_its_interval_is_of(test, centre):
+    # Nine seeds, one with a spike: the mean is (-0.2 - 0.3 - ... - 0.9 + 10.7) / 9 = 6.3 / 9, the fifth is -0.5. Of the
+    # 45 means of pairs the 9 with the spike lie above all others, and the 23rd of the rest from below is -0.5: of -0.9,
+    # -0.85, ... -0.55 there are 1 + 1 + 2 + 2 + 3 + 3 + 4 + 4 = 20, of -0.5 four.
+    differences = (-0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8, -0.9, 10.7)
+    zero = dict.fromkeys(range(9), 0.0)
+    effect = paired_effect(dict(enumerate(differences)), zero, tuple(range(9)), Rule("lower", 0.05, test))
+    assert effect.mean == pytest.approx(0.7)
+    assert effect.centre == pytest.approx(centre)
+    assert effect.interval.low <= effect.centre <= effect.interval.high
+    assert effect.verdict is (Verdict.HELPS if test == "sign" else Verdict.INCONCLUSIVE)  # eight of nine
+
+
 def test_the_interval_is_that_of_the_test():
     differences = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     assert [interval_of(test, differences, 0.05).method for test in ("t", "wilcoxon", "sign")] == [

@@ -173,6 +173,13 @@ def test_tokens_of_a_step_do_not_depend_on_the_clock():
         }
         tokens.append(step_cost(config, logged, None).tokens)
     assert tokens == [160.0, 160.0]  # 8 samples of (10 + 20 + 30) / 3
+    # A rate that is no number, of an interval that took no time, is none.
+    logged = {
+        keys.SAMPLES_PER_SECOND.key(): series(1.0, math.inf, 4.0, math.nan),
+        keys.TOKENS_PER_SECOND.key(): series(1.0, math.inf, 80.0, 5.0),
+    }
+    assert step_cost(config, logged, None) == StepCost(160.0, None, 2.0)
+    assert step_cost(config, {keys.SAMPLES_PER_SECOND.key(): series(math.nan)}, None).seconds is None
 
 
 def test_sensitivity_by_hand():
