@@ -104,6 +104,10 @@ def factors_table(result: StudyResult) -> Table | None:
             f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
         )
         notes += [f"{line}." for line in fraction.told()[1:]]
+    told: dict[str, list[str]] = {}  # names by note: a seed that is left out is so in every contrast
+    for one in result.factors:
+        told.setdefault(one.effect.note, []).append(one.name)
+    notes += [f"{', '.join(names)}: {note}." for note, names in told.items() if note]
     return Table(f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4)
 
 

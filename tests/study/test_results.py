@@ -207,3 +207,18 @@ def test_the_report_of_a_fraction_tells_its_aliases(tmp_path):
 )
 def test_a_small_difference_is_not_told_as_nothing(difference, text):
     assert signed(difference) == text
+
+
+def test_a_factor_of_a_study_does_not_help_over_its_survivors(tmp_path):
+    def final(run):
+        fast, skewed = run.resolved["model"]["speed"] == 0.9, run.resolved["model"]["skew"] == 0.9
+        return None if fast and run.seed == 2 else 5.0 + run.seed - (2.0 + NOISE[run.seed]) * fast - 1e-3 * skewed
+
+    gone = {"val/task_loss": Series((0, 4), (7.0, math.nan))}
+    study = {"arms": None, "factors": FACTORS, "design": "factorial"}
+    result = result_of(tmp_path, study, final, more=lambda run: gone if final(run) is None else {})
+    speed = next(one.effect for one in result.factors if one.name == "speed")
+    assert (speed.interval.high < 0, speed.more_lost, speed.verdict) == (True, 2, Verdict.INCONCLUSIVE)
+    assert speed.note.endswith("1 of 3 seeds left out; 2 of the runs with it on diverged")
+    table = next(table for table in report_tables(result) if table.title.startswith("Main effects"))
+    assert any("runs with it on lost 2 more" in note for note in table.notes)
