@@ -25,7 +25,16 @@ from lightning_moevlm.study.stability_tables import (
     signs_table,
     stability_table,
 )
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, signed, with_deviation
+from lightning_moevlm.study.table import (
+    NOTHING,
+    Table,
+    name_and_unit,
+    of_seeds,
+    percent,
+    scaled,
+    signed,
+    with_deviation,
+)
 from lightning_moevlm.study.verdict import Verdict
 
 _DECIDING: dict[Test, str] = {
@@ -72,7 +81,7 @@ def effects_table(result: StudyResult) -> Table:
     rows = tuple(_effect_row(arm) for arm in result.arms)
     notes = [
         f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
-        "standard deviation over seeds.",
+        "standard deviation over seeds, (k of n): over k of n.",
         f"effect: arm minus {study.baseline}, paired by seed; {_DECIDING[rule.test]}; {_CORRECTED[rule.correction]}.",
         "seeds needed: for 80 % power of a single comparison by t, if effect and spread are as seen here.",
     ]
@@ -126,7 +135,7 @@ def learning_table(result: StudyResult) -> Table:
         (
             arm.arm.name,
             f"{arm.untrained.mean:.4f}" if arm.untrained else NOTHING,
-            f"{arm.final.mean:.4f}" if arm.final else _no_final(arm),
+            f"{arm.final.mean:.4f}{of_seeds(arm.final, arm.planned)}" if arm.final else _no_final(arm),
             *(_accuracy(arm, term) for term in terms),
             _learned(arm),
         )
@@ -273,7 +282,7 @@ def _sizes(arm: ArmResult) -> tuple[str, str, str]:
 
 
 def _effect_row(arm: ArmResult) -> tuple[str, ...]:
-    final = with_deviation(arm.final, 4) if arm.final else _no_final(arm)
+    final = with_deviation(arm.final, 4) + of_seeds(arm.final, arm.planned) if arm.final else _no_final(arm)
     effect = arm.effect
     if effect is None:
         return (arm.arm.name, final, NOTHING, NOTHING, str(arm.verdict), NOTHING, NOTHING, NOTHING)

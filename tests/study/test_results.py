@@ -124,6 +124,8 @@ def test_what_was_logged_before_the_loss_was_no_number_is_no_final_value(tmp_pat
     assert (fast.final.n, fast.learned, fast.untrained.n) == (2, 2, 3)
     assert fast.also["drop_rate/block1/text"].mean == pytest.approx(0.1)
     assert fast.effect.verdict is Verdict.INCONCLUSIVE  # ahead where it survives
+    rows = report_tables(result)[0].rows
+    assert [row[1] for row in rows] == ["6.0000 ± 1.0000", "4.5010 ± 0.7227 (2 of 3)"]
 
 
 def test_a_mean_of_survivors_tells_of_how_many(tmp_path):
