@@ -117,6 +117,14 @@ TOTAL_PARAMETERS = MetricKey("model/total_parameters", "parameters", "parameters
 ACTIVE_PARAMETERS = MetricKey("model/active_parameters", "active parameters", "parameters", "neither")
 ACTIVE_FLOPS = MetricKey("model/active_flops_per_sample", "active forward FLOPs", "FLOP/sample", "neither")
 
+_OF_VALIDATION = ("val", "val_loss")  # what keys with a stage begin with
+
+
+def is_of_validation(key: str) -> bool:
+    """Whether a metric is of held-out data: what lies at step 0 is the untrained model's, what lies later is not."""
+    return key.partition("/")[0] in _OF_VALIDATION
+
+
 ALL: tuple[MetricKey, ...] = tuple(value for value in list(globals().values()) if isinstance(value, MetricKey))
 
 

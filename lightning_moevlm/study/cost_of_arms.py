@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lightning_moevlm.study.equal_budget import step_cost
 from lightning_moevlm.study.results import ArmResult, Mean, RunResult, StudyResult, mean_of, peak_memory_of_run
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, with_deviation
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, signed, with_deviation
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def _row(arm: ArmResult, cost: ArmCost) -> tuple[str, ...]:
     milliseconds = seconds and Mean(
         1e3 * seconds.mean, None if seconds.deviation is None else 1e3 * seconds.deviation, seconds.n
     )
-    mean = arm.effect.mean if arm.effect else None
+    centre = arm.effect.centre if arm.effect else None
     return (
         arm.arm.name,
         with_deviation(milliseconds, 1),
         _signed(cost.more_time),
         with_deviation(cost.memory, 1),
         _signed(cost.more_memory),
-        NOTHING if mean is None else f"{mean:+.4f}",
+        NOTHING if centre is None else signed(centre),
         arm.effect.word if arm.effect else str(arm.verdict),
     )
 

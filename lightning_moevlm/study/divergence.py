@@ -3,6 +3,8 @@
 Diverged is: the training loss was not finite at some step (the run's guard logs the first one); or the rule's metric
 was not finite at some point; or it lay above `times_untrained` x its first value, which is the untrained model's, for
 `in_a_row` points in a row; or it ended above it. All but the last can be told in the middle, and end a run there.
+A run that was first validated after some training does not tell the untrained model's value, and is not held against
+what is none.
 """
 
 import math
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from lightning_moevlm import keys
+from lightning_moevlm.keys import is_of_validation
 from lightning_moevlm.study.comparison import Divergence
 from lightning_moevlm.tracking.runs import Point
 
@@ -27,7 +30,7 @@ def divergence(points: Sequence[Point], rule: Divergence) -> str:
     if early:
         return early
     own = _own(points, rule)
-    if len(own) >= 2 and own[-1].value > rule.times_untrained * own[0].value:
+    if len(own) >= 2 and _has_untrained(own) and own[-1].value > rule.times_untrained * own[0].value:
         return f"{rule.metric} ended at {own[-1].value:.4g}, {_above(own, rule)}"
     return ""
 
@@ -41,7 +44,7 @@ def has_diverged_by(points: Sequence[Point], rule: Divergence) -> str:
     for point in own:
         if not math.isfinite(point.value):
             return f"{rule.metric} is {point.value} at step {point.step}"
-    if rule.in_a_row is None:
+    if rule.in_a_row is None or not _has_untrained(own):
         return ""
     for is_above, group in groupby(own, lambda point: point.value > rule.times_untrained * own[0].value):
         row = list(group)[: rule.in_a_row]
@@ -55,6 +58,10 @@ def has_diverged_by(points: Sequence[Point], rule: Divergence) -> str:
 
 def _own(points: Sequence[Point], rule: Divergence) -> list[Point]:
     return [point for point in points if point.key == rule.metric]
+
+
+def _has_untrained(own: Sequence[Point]) -> bool:
+    return bool(own) and (own[0].step == 0 or not is_of_validation(own[0].key))
 
 
 def _above(own: Sequence[Point], rule: Divergence) -> str:

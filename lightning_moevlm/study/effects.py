@@ -16,22 +16,32 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_moevlm.study.comparison import Direction
-from lightning_moevlm.study.intervals import Interval, bootstrap_interval, interval_of, t_interval
+from lightning_moevlm.study.intervals import (
+    Interval,
+    bootstrap_interval,
+    centre_of,
+    interval_of,
+    is_constant,
+    t_interval,
+)
 from lightning_moevlm.study.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
 from lightning_moevlm.study.power import seeds_needed
-from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Verdict, decide, with_guards
+from lightning_moevlm.study.verdict import Evidence, Guarded, Rule, Sides, Verdict, decide, with_guards
+
+_LEAST_PAIRS = 2  # of one no test has a p
 
 
 class Lost(NamedTuple):
-    """Runs of an arm that gave no sound result, by kind."""
+    """Runs of an arm that gave no sound result, by kind. unpaired: how many of them the other side has no run for."""
 
     diverged: int = 0
     crashed: int = 0
+    unpaired: int = 0
 
     @property
-    def runs(self) -> int:
-        """All of them."""
-        return self.diverged + self.crashed
+    def against(self) -> int:
+        """Those that speak against the arm: an arm with more seeds than the other has more to lose."""
+        return self.diverged + self.crashed - self.unpaired
 
 
 @dataclass(frozen=True)
@@ -39,19 +49,22 @@ class Effect:
     """An arm against the baseline; differences are arm minus baseline, in the metric's unit.
 
     seeds: those compared. left_out: seeds of the study that have no difference (crashed, diverged to a non-finite value
-    or not yet run, in either arm). bootstrap, t: the two intervals of the mean; interval: the one that decides.
-    p_t, p_sign, p_wilcoxon: two-sided; the last two None where n is too small for them at alpha. p_value: of the
-    rule's test. p_outside: of "differs by at least the rule's `within`". p_adjusted, p_outside_adjusted: of the two
-    within the family; without a correction they are the plain ones. share_better: fraction of compared seeds in which
-    the arm is ahead. seeds_needed: for 80 % power of a t-test at this effect and spread, one comparison; None where
-    it cannot be told (fewer than 3 seeds) or is beyond 1,000. losses: what to know of missing seeds. limit: what limits
-    the verdict.
+    or not yet run, in either arm). centre: what the deciding interval is of, by the rule's test: the mean, for ranks
+    the Hodges-Lehmann estimate, for signs the median; one seed may pull a mean out of an interval of these. bootstrap,
+    t: the two intervals of the mean; interval: the one that decides. p_t, p_sign, p_wilcoxon: two-sided; the last two
+    None where n is too small for them at alpha. p_value: of the rule's test. p_outside: of "differs by at least the
+    rule's `within`". p_adjusted, p_outside_adjusted: of the two within the family; without a correction they are the
+    plain ones. share_better: fraction of compared seeds in which the arm is ahead. seeds_needed: for 80 % power of a
+    t-test at this effect and spread, one comparison; None where it cannot be told (fewer than 3 seeds) or is beyond
+    1,000. losses: what to know of missing seeds. limit: what limits the verdict. sides: of a contrast that is not arm
+    against baseline.
     """
 
     seeds: tuple[int, ...]
     left_out: tuple[int, ...]
     differences: tuple[float, ...]
     mean: float | None
+    centre: float | None
     bootstrap: Interval | None
     t: Interval | None
     interval: Interval | None
@@ -70,6 +83,7 @@ class Effect:
     verdict: Verdict
     limit: str
     within: float | None = None
+    sides: Sides | None = None
 
     @property
     def note(self) -> str:
@@ -91,6 +105,7 @@ def paired_effect(
     arm_lost: Lost | None = None,
     baseline_lost: Lost | None = None,
     guards: tuple[Guarded, ...] = (),
+    sides: Sides | None = None,
 ) -> Effect:
     """Compare an arm with the baseline, as the only comparison; `as_family` judges it among others.
 
@@ -103,6 +118,7 @@ def paired_effect(
             survivors may say that the arm helps; where they are fewer, none may say that it hurts.
         baseline_lost: The same of the baseline.
         guards: What became of the metrics that may not get worse.
+        sides: What arm and baseline are called where they are something else.
     """
     arm_lost, baseline_lost = arm_lost or Lost(), baseline_lost or Lost()
     paired = paired_differences(arm, baseline, seeds)
@@ -118,6 +134,7 @@ def paired_effect(
             left_out=left_out,
             differences=differences,
             mean=float(np.mean(differences)) if differences else None,
+            centre=centre_of(rule.test, differences),
             bootstrap=bootstrap_interval(differences, rule.alpha),
             t=t_interval(differences, rule.alpha),
             interval=interval_of(rule.test, differences, rule.alpha),
@@ -130,12 +147,13 @@ def paired_effect(
             p_outside_adjusted=outside,
             share_better=sum(sign * d > 0 for d in differences) / len(differences) if differences else None,
             seeds_needed=seeds_needed(differences, rule.alpha),
-            more_lost=arm_lost.runs - baseline_lost.runs,
-            losses=tuple(_losses(left_out, seeds, arm_lost, baseline_lost)),
+            more_lost=arm_lost.against - baseline_lost.against,
+            losses=tuple(_losses(left_out, seeds, arm_lost, baseline_lost, sides)),
             guards=guards,
             verdict=Verdict.INCONCLUSIVE,
             limit="",
             within=rule.within,
+            sides=sides,
         ),
         rule,
     )
@@ -145,16 +163,17 @@ def as_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
     """Judge the comparisons of one study together: with Holm's correction, if that is the rule's.
 
     "No difference" and "differs by at least `within`" are two families: of one arm only one of the two can be true. An
-    arm that was stopped early counts in both with p = 1, so that no other arm's p gets smaller by its absence.
+    arm that was stopped early, or has too few seeds for a p, yet or for good, counts in both with p = 1: no other arm's
+    p gets smaller by its absence, and no verdict of a study that still runs is taken back by the arms to come.
     """
     if rule.correction == "none":
         return dict(effects)
-    stopped = {name: 1.0 for name, effect in effects.items() if effect.verdict is Verdict.STOPPED_EARLY}
-    plain = holm({name: effect.p_value for name, effect in effects.items()} | stopped)
-    outside = holm({name: effect.p_outside for name, effect in effects.items()} | stopped)
+    absent = {name: 1.0 for name, effect in effects.items() if len(effect.differences) < _LEAST_PAIRS}
+    plain = holm({name: effect.p_value for name, effect in effects.items()} | absent)
+    outside = holm({name: effect.p_outside for name, effect in effects.items()} | absent)
     return {
         name: effect
-        if name in stopped
+        if name in absent
         else _judged(
             dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]),
             rule,
@@ -171,12 +190,19 @@ def guarded(
     direction: Direction,
     at_most: float,
     alpha: float,
+    compared: tuple[int, ...] = (),
 ) -> Guarded:
-    """Return what became of a metric that may get worse by `at_most`; arm and baseline: final values by seed."""
+    """Return what became of a metric that may get worse by `at_most`.
+
+    arm, baseline: final values by seed. compared: seeds in which the primary metric is compared; where one of them has
+    no finite value of this one in both arms, nobody can say that it held.
+    """
     sign = 1.0 if direction == "lower" else -1.0
-    worse = tuple(sign * d for d in paired_differences(arm, baseline, seeds).values())
+    paired = paired_differences(arm, baseline, seeds)
+    worse = tuple(sign * d for d in paired.values())
     mean = float(np.mean(worse)) if worse else None
-    return Guarded(metric, at_most, mean, t_interval(worse, alpha))
+    missing = sum(seed not in paired for seed in compared)
+    return Guarded(metric, at_most, mean, t_interval(worse, alpha), missing)
 
 
 def paired_differences(
@@ -192,20 +218,30 @@ def _judged(effect: Effect, rule: Rule) -> Effect:
     if not effect.differences:
         return dataclasses.replace(effect, limit="no seed has a finite result in both arms")
     evidence = Evidence(
-        effect.interval, len(effect.differences), effect.more_lost, effect.p_adjusted, effect.p_outside_adjusted
+        effect.interval,
+        len(effect.differences),
+        effect.more_lost,
+        effect.p_adjusted,
+        effect.p_outside_adjusted,
+        is_constant(effect.differences),
+        effect.sides,
     )
     verdict, limit = decide(evidence, rule)
     return dataclasses.replace(effect, verdict=with_guards(verdict, effect.guards), limit=limit)
 
 
-def _losses(left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost) -> list[str]:
+def _losses(
+    left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost, sides: Sides | None
+) -> list[str]:
     """Return what a reader must know of the seeds that are missing from a comparison."""
     told = []
     if left_out:
         told.append(f"{len(left_out)} of {len(seeds)} seeds left out")
-    for whose, lost in (("this arm", arm), ("the baseline", baseline)):
+    for whose, lost in zip(sides or ("this arm", "the baseline"), (arm, baseline), strict=True):
         for count, what in ((lost.diverged, "diverged"), (lost.crashed, "crashed")):
-            if count == len(seeds):
+            if count and sides is not None:
+                told.append(f"{count} of the {whose} {what}")
+            elif count == len(seeds):
                 told.append(f"every run of {whose} {what}")
             elif count:
                 told.append(f"{count} {'run' if count == 1 else 'runs'} of {whose} {what}")

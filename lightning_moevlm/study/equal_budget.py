@@ -53,19 +53,31 @@ def step_cost(resolved: Mapping[str, Any], series: Mapping[str, Series], flops_p
     """
     samples = samples_per_step(resolved)
     per_second = median_after_warm_up(series.get(THROUGHPUT))
-    tokens_per_second = median_after_warm_up(series.get(keys.TOKENS_PER_SECOND.key()))
     if samples is None:
         return StepCost(None, None, None)
     flops = None if flops_per_sample is None else samples * flops_per_sample
-    if not per_second:
-        return StepCost(None, flops, None)
-    tokens = samples * tokens_per_second / per_second if tokens_per_second else None
-    return StepCost(tokens, flops, samples / per_second)
+    tokens_per_sample = _tokens_per_sample(series)
+    tokens = None if tokens_per_sample is None else samples * tokens_per_sample
+    return StepCost(tokens, flops, samples / per_second if per_second else None)
+
+
+def _tokens_per_sample(series: Mapping[str, Series]) -> float | None:
+    """Return the mean over logged intervals: of each the quotient of both rates, in which its seconds cancel out.
+
+    A quotient of two medians would be of two intervals, and which ones these are the clock decides.
+    """
+    rates = [series.get(key) for key in (keys.TOKENS_PER_SECOND.key(), THROUGHPUT)]
+    tokens, samples = (dict(zip(*one, strict=True)) if one else {} for one in rates)
+    quotients = [tokens[step] / samples[step] for step in tokens if samples.get(step)]
+    kept = [quotient for quotient in quotients[_WARM_UP_POINTS:] or quotients if math.isfinite(quotient)]
+    return math.fsum(kept) / len(kept) if kept else None
 
 
 def median_after_warm_up(series: Series | None) -> float | None:
     """Return a rate's median, its first logged interval left out."""
-    return statistics.median(series.values[_WARM_UP_POINTS:] or series.values) if series else None
+    values = series.values[_WARM_UP_POINTS:] or series.values if series else ()
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else None
 
 
 def equal_budgets(runs: Sequence[tuple[StepCost, Series]], finished: Sequence[bool]) -> tuple[EqualBudget, ...]:

@@ -8,18 +8,25 @@ Every factor is off (-1) or on (+1) in an arm. Per seed, from the values y of al
 
 so an interaction of 0 means that the switches add up. Differences of one seed are paired, as everywhere; over seeds
 they get the interval, p and word of `effects`, as one family. In a fractional factorial the same contrasts hold the
-effects that the design aliases with them. Source: Box, Hunter and Hunter, Statistics for Experimenters, chapter 5.
+effects that the design aliases with them. A factor whose side lost more runs is not the better one, as an arm is not.
+Source: Box, Hunter and Hunter, Statistics for Experimenters, chapter 5.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from types import MappingProxyType
 
-from lightning_moevlm.study.effects import Effect, as_family, paired_effect
-from lightning_moevlm.study.verdict import Rule
+from lightning_moevlm.study.effects import Effect, Lost, as_family, paired_effect
+from lightning_moevlm.study.verdict import Rule, Sides
 
 Levels = Mapping[str, Mapping[str, bool]]
+_ROUNDING = 1e-14  # relative, of sums in fp64
+_SIDES = {
+    1: Sides("runs with it on", "runs with it off"),
+    2: Sides("runs with both on or both off", "runs with one of the two on"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,11 @@ class FactorEffect:
 
 
 def factor_effects(
-    values: Mapping[str, Mapping[int, float]], levels: Levels, seeds: tuple[int, ...], rule: Rule
+    values: Mapping[str, Mapping[int, float]],
+    levels: Levels,
+    seeds: tuple[int, ...],
+    rule: Rule,
+    lost: Mapping[str, Lost] = MappingProxyType({}),
 ) -> tuple[FactorEffect, ...]:
     """Return every main effect, then every two-way interaction.
 
@@ -46,6 +57,7 @@ def factor_effects(
         levels: Whether each factor is on, by arm.
         seeds: All seeds of the study.
         rule: How verdicts are reached.
+        lost: Runs that diverged or crashed, by arm; none of an arm that is absent.
 
     Raises:
         ValueError: an arm lacks a factor, or a factor is never switched.
@@ -60,7 +72,8 @@ def factor_effects(
         if len(set(signs.values())) < 2:
             continue  # the fraction holds the two switches together: there is nothing to compare
         contrast = {s: len(term) * _contrast({arm: values[arm][s] for arm in levels}, signs) for s in whole}
-        effects[term] = paired_effect(contrast, zero, seeds, rule)
+        mine, theirs = (_lost_by(sign, signs, lost) for sign in (1, -1))
+        effects[term] = paired_effect(contrast, zero, seeds, rule, mine, theirs, sides=_SIDES[len(term)])
     judged = as_family({" x ".join(term): effect for term, effect in effects.items()}, rule)
     return tuple(FactorEffect(term, judged[" x ".join(term)]) for term in effects)
 
@@ -69,7 +82,15 @@ def _contrast(values: Mapping[str, float], signs: Mapping[str, int]) -> float:
     """Return the mean of the values signed +1 minus the mean of those signed -1."""
     above = [value for arm, value in values.items() if signs[arm] > 0]
     below = [value for arm, value in values.items() if signs[arm] < 0]
-    return sum(above) / len(above) - sum(below) / len(below)
+    difference = sum(above) / len(above) - sum(below) / len(below)
+    # A switch that changes nothing leaves what rounding makes of the sums, and tests of ranks would take its signs.
+    return difference if abs(difference) > _ROUNDING * max(map(abs, values.values())) else 0.0
+
+
+def _lost_by(sign: int, signs: Mapping[str, int], lost: Mapping[str, Lost]) -> Lost:
+    """Return the runs that the arms of one sign lost."""
+    mine = [lost[arm] for arm, own in signs.items() if own == sign and arm in lost]
+    return Lost(*(sum(counts) for counts in zip(*mine, strict=True)))
 
 
 def _factors(levels: Levels) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Only runs with a result (finished or diverged) enter comparisons; runs that stil
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import arm_stability
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM
 from lightning_moevlm.study.comparison import Arm, Comparison
-from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_effect
+from lightning_moevlm.study.effects import Effect, Lost, as_family, guarded, paired_differences, paired_effect
 from lightning_moevlm.study.equal_budget import (
     THROUGHPUT,
     EqualBudget,
@@ -31,7 +31,7 @@ from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stabl
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.results import ArmResult, LadderResult, Mean, RunResult, StudyResult, mean_of, rule_of
 from lightning_moevlm.study.stability import TRAIN_LOSS, stability_of
-from lightning_moevlm.study.verdict import Guarded, Rule
+from lightning_moevlm.study.verdict import Guarded, Rule, Verdict
 from lightning_moevlm.tracking.runs import tags_of_runs
 from lightning_moevlm.tracking.series import Series, metric_series
 
@@ -142,6 +142,7 @@ def _arm_result(
     primary = study.primary.metric
     done = [r for r in runs if r.state.status.has_result]
     sign = 1 if study.primary.direction == "lower" else -1
+    is_withdrawn = effect is not None and effect.verdict is Verdict.STOPPED_EARLY
     stable, total = _count(base, Status.FINISHED), sum(r.state.status.has_result for r in base)
     return ArmResult(
         arm=arm,
@@ -157,7 +158,8 @@ def _arm_result(
         stability=arm_stability(
             [stability_of(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
             _count(runs, Status.DIVERGED),
-            None if arm.name == study.baseline else (stable, total),
+            # of a withdrawn arm the runs that diverged are left, and those that did not are stopped: no sample
+            None if arm.name == study.baseline or is_withdrawn else (stable, total),
         ),
         equal=equal,
         samples_per_second=mean_of([throughput_of(r) for r in done]),
@@ -180,8 +182,8 @@ def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequ
         baseline=_finals(base, study.primary.metric),
         seeds=study.seeds,
         rule=rule,
-        arm_lost=_lost(runs),
-        baseline_lost=_lost(base),
+        arm_lost=_lost(runs, _ended(base)),
+        baseline_lost=_lost(base, _ended(runs)),
         guards=_guards(study, runs, base),
     )
 
@@ -192,10 +194,15 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
         return ()
     values = {name: _finals(runs, study.primary.metric) for name, runs in by_arm.items()}
     levels = {arm.name: {here.factor: here.level == ON for here in arm.levels} for arm in study.arms}
-    return factor_effects(values, levels, study.seeds, rule)
+    ended = set(study.seeds).intersection(*map(_ended, by_arm.values()))
+    return factor_effects(
+        values, levels, study.seeds, rule, {name: _lost(runs, ended) for name, runs in by_arm.items()}
+    )
 
 
 def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
+    primary = study.primary.metric
+    compared = tuple(paired_differences(_finals(runs, primary), _finals(base, primary), study.seeds))
     return tuple(
         guarded(
             guard.metric,
@@ -205,6 +212,7 @@ def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResu
             guard.direction,
             guard.at_most,
             study.decide.alpha,
+            compared,
         )
         for guard in study.guard
     )
@@ -275,8 +283,16 @@ def _finals(results: Sequence[RunResult], key: str) -> dict[int, float]:
     return {r.seed: value for r in done if (value := r.last(key)) is not None}
 
 
-def _lost(results: Sequence[RunResult]) -> Lost:
-    return Lost(_count(results, Status.DIVERGED), _count(results, Status.FAILED))
+def _ended(results: Sequence[RunResult]) -> set[int]:
+    """Return the seeds of the runs that have a result or crashed."""
+    return {r.seed for r in results if r.state.status.has_result or r.state.status is Status.FAILED}
+
+
+def _lost(results: Sequence[RunResult], paired: Set[int]) -> Lost:
+    """Return the runs that were lost. paired: the seeds for which the other side has a run that ended, too."""
+    unpaired = [r for r in results if r.seed not in paired]
+    counted = (_count(results, Status.DIVERGED), _count(results, Status.FAILED))
+    return Lost(*counted, unpaired=_count(unpaired, Status.DIVERGED) + _count(unpaired, Status.FAILED))
 
 
 def _by_term(results: Sequence[RunResult], family: keys.MetricKey) -> dict[str, Mean]:

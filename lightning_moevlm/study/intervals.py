@@ -13,6 +13,7 @@ The two rank intervals are exact and have no length where n is too small for the
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,15 @@ def interval_of(test: Test, differences: tuple[float, ...], alpha: float) -> Int
     return max((i for i in both if i is not None), key=lambda i: i.width, default=None)
 
 
+def centre_of(test: Test, differences: tuple[float, ...]) -> float | None:
+    """Return the estimate whose interval decides: mean, median of the means of pairs (Hodges-Lehmann), or median."""
+    if not differences:
+        return None
+    if test == "t":
+        return float(np.mean(differences))
+    return float(np.median(_walsh_averages(differences) if test == "wilcoxon" else differences))
+
+
 def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
     """Return mean +- t_{n-1, 1-alpha/2} s / sqrt(n), or None for fewer than two numbers."""
     n = len(differences)
@@ -64,14 +74,14 @@ def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
 def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
     """Return the BCa bootstrap interval of the mean; None for fewer than three numbers, or where BCa gives none.
 
-    The generator is fixed: the same differences always give the same interval.
+    The generator is fixed and draws from the sorted differences: the same ones, in any order, give the same interval.
     """
     if len(differences) < _BOOTSTRAP_LEAST:
         return None
     if is_constant(differences):  # BCa divides by the spread
         return Interval(differences[0], differences[0], "bootstrap")
     found = stats.bootstrap(
-        (np.asarray(differences),),
+        (np.sort(differences),),
         np.mean,
         confidence_level=1 - alpha,
         n_resamples=_BOOTSTRAP_RESAMPLES,
@@ -85,12 +95,11 @@ def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval
 def wilcoxon_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
     """Return the exact interval of the centre, or None where no rank sum is as rare as alpha (n < 6 at 0.05)."""
     n = len(differences)
-    cumulated = np.cumsum(_rank_sums(n)) / 2.0**n
+    cumulated = np.cumsum(sign_patterns(range(1, n + 1))) / 2.0**n
     skipped = int(np.searchsorted(cumulated, alpha / 2, side="right"))  # k + 1 of the sums 0 .. k
     if skipped == 0:
         return None
-    pairs = itertools.combinations_with_replacement(differences, 2)
-    walsh = sorted((a + b) / 2 for a, b in pairs)
+    walsh = _walsh_averages(differences)
     return Interval(walsh[skipped - 1], walsh[-skipped], "wilcoxon")
 
 
@@ -111,10 +120,14 @@ def is_constant(differences: tuple[float, ...]) -> bool:
     return max(differences) - min(differences) <= _ROUNDING * size
 
 
-def _rank_sums(n: int) -> np.ndarray:
-    """Return how many of the 2^n sign patterns give each sum of ranks 0 .. n(n+1)/2."""
-    counts = np.zeros(n * (n + 1) // 2 + 1)
+def _walsh_averages(differences: tuple[float, ...]) -> list[float]:
+    return sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(differences, 2))
+
+
+def sign_patterns(ranks: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return how many of the 2^n patterns of signs give each sum 0 .. sum(ranks) of the positive ranks."""
+    counts = np.zeros(int(sum(ranks)) + 1)
     counts[0] = 1.0
-    for rank in range(1, n + 1):
+    for rank in ranks:
         counts[rank:] += counts[:-rank].copy()
     return counts

@@ -27,7 +27,7 @@ from lightning_moevlm.study.figures import MANY_ARMS, Picture, draw_all
 from lightning_moevlm.study.plan import Plan, flat
 from lightning_moevlm.study.result_records import arm_record, factor_records, ladder_records, unlike_records
 from lightning_moevlm.study.results import ArmResult, StudyResult
-from lightning_moevlm.study.table import Table, name_and_unit
+from lightning_moevlm.study.table import Table, name_and_unit, signed
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Verdict
 
@@ -236,13 +236,13 @@ def finding(result: StudyResult, arm: ArmResult) -> str:
     assert effect is not None
     title, unit = name_and_unit(study.primary.metric)
     start = f"{arm.arm.name}: {effect.word}"
-    if effect.mean is None or effect.interval is None:
+    if effect.centre is None or effect.interval is None:
         return f"{start} ({effect.note})."
     title = title[0].upper() + title[1:]
-    size = f"{effect.mean:+.4f} {unit}".strip()
-    interval = f"[{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]"
+    size = f"{signed(effect.centre)} {unit}".strip()
+    interval = f"[{signed(effect.interval.low)}, {signed(effect.interval.high)}]"
     sentence = f"{start}. {title} {size} against {study.baseline}, interval {interval}, {len(effect.seeds)} seeds"
-    if effect.verdict is Verdict.INCONCLUSIVE and effect.seeds_needed:
+    if effect.verdict is Verdict.INCONCLUSIVE and (effect.seeds_needed or 0) > len(effect.seeds):
         sentence += f"; about {effect.seeds_needed} seeds would show an effect of this size"
     extra = f" ({effect.note})" if effect.note else ""
     return f"{sentence}{extra}."
@@ -258,11 +258,15 @@ def learned(result: StudyResult) -> str:
     behind = [
         f"{arm.arm.name} ({arm.learned} of {done} seeds)"
         for arm in result.arms
-        if (done := arm.finished + arm.diverged) and arm.learned < done
+        if (done := arm.finished + arm.diverged) and arm.untrained and arm.learned < done
     ]
     title, _ = name_and_unit(result.comparison.primary.metric)
     if not any(arm.finished + arm.diverged for arm in result.arms):
         return "No run has a result yet."
+    if not any(arm.untrained for arm in result.arms):
+        return (
+            f"No run has logged {title} of its untrained model, so that nobody can tell whether anything was learned."
+        )
     if behind:
         return f"Not every run ended ahead of its untrained model in {title}: {', '.join(behind)} did."
     return f"Every run with a result ended ahead of its untrained model in {title}."

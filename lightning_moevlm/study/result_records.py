@@ -11,7 +11,10 @@ from lightning_moevlm.study.verdict import Guarded
 
 @dataclass(frozen=True)
 class GuardRecord:
-    """One guard metric of one arm; worse: mean over paired seeds, negative where it got better."""
+    """One guard metric of one arm; worse: mean over paired seeds, negative where it got better.
+
+    seeds_missing: of those in which the primary metric is compared, how many have no finite value of it in both arms.
+    """
 
     metric: str
     at_most: float
@@ -19,6 +22,7 @@ class GuardRecord:
     worse_low: float | None
     worse_high: float | None
     broken: bool
+    seeds_missing: int
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def arm_record(study: StudyResult, arm: ArmResult) -> ArmRecord:
         final_deviation=arm.final.deviation if arm.final else None,
         untrained=arm.untrained.mean if arm.untrained else None,
         seeds_learned=arm.learned,
-        effect=effect.mean if effect else None,
+        effect=effect.centre if effect else None,
         effect_low=interval.low if interval else None,
         effect_high=interval.high if interval else None,
         interval_method=interval.method if interval else None,
@@ -198,7 +202,7 @@ def factor_records(study: StudyResult) -> list[FactorRecord]:
             study=study.comparison.name,
             factors=list(one.factors),
             metric=study.comparison.primary.metric,
-            effect=one.effect.mean,
+            effect=one.effect.centre,
             effect_low=one.effect.interval.low if one.effect.interval else None,
             effect_high=one.effect.interval.high if one.effect.interval else None,
             p_value=one.effect.p_value,
@@ -248,6 +252,7 @@ def _guard_record(guard: Guarded) -> GuardRecord:
         worse_low=guard.interval.low if guard.interval else None,
         worse_high=guard.interval.high if guard.interval else None,
         broken=guard.is_broken,
+        seeds_missing=guard.missing,
     )
 
 

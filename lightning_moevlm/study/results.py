@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import ArmStability
 from lightning_moevlm.study.comparison import Arm, Comparison
+from lightning_moevlm.study.divergence import NONFINITE_STEP
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.factorial import FactorEffect
 from lightning_moevlm.study.fairness import Difference
@@ -51,14 +52,18 @@ class RunResult:
         return f"{self.arm}-seed{self.seed}"
 
     def first(self, key: str) -> float | None:
-        """First value of a metric; of validation metrics the untrained model's."""
+        """First value of a metric; of validation metrics the untrained model's, None where that was not validated."""
         series = self.series.get(key)
-        return series.values[0] if series else None
+        if series is None or (series.steps[0] > 0 and keys.is_of_validation(key)):
+            return None
+        return series.values[0]
 
     def last(self, key: str) -> float | None:
-        """Last value of a metric."""
-        series = self.series.get(key)
-        return series.values[-1] if series else None
+        """Last value of a metric; NaN where the training loss was no number after it: that model is gone."""
+        series, guard = self.series.get(key), self.series.get(NONFINITE_STEP)
+        if series is None:
+            return None
+        return math.nan if guard and series.steps[-1] < guard.values[0] else series.values[-1]
 
 
 @dataclass(frozen=True)

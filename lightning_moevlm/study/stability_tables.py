@@ -6,7 +6,8 @@ from collections.abc import Callable
 from lightning_moevlm.study.arm_stability import ArmStability
 from lightning_moevlm.study.results import LadderResult, StudyResult
 from lightning_moevlm.study.stability import Stability
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, with_deviation
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, of_seeds, percent, scaled, with_deviation
+from lightning_moevlm.study.verdict import Verdict
 
 _BUDGET_UNITS = {"tokens": "tokens", "active FLOPs": "forward FLOPs", "seconds": "s of training"}
 
@@ -14,7 +15,9 @@ _BUDGET_UNITS = {"tokens": "tokens", "active FLOPs": "forward FLOPs", "seconds":
 def stability_table(result: StudyResult) -> Table:
     """Return stable runs of all, spikes, and the way back from them."""
     columns = ("arm", "stable", "p", "diverged at", "spikes: loss", "gradient", "update", "recovery")
-    rows = tuple((arm.arm.name, *_stability_cells(arm.stability)) for arm in result.arms)
+    rows = tuple(
+        (arm.arm.name, *_stability_cells(arm.stability, arm.verdict is Verdict.STOPPED_EARLY)) for arm in result.arms
+    )
     notes = (
         "stable: runs with a result that did not diverge; p: Fisher's exact test against the baseline; diverged at: "
         "the step at which the first one did.",
@@ -53,11 +56,19 @@ def equal_budget_table(result: StudyResult) -> Table | None:
     title, _ = name_and_unit(result.comparison.primary.metric)
     columns = ("arm", *(f"at {scaled(spent)} {_BUDGET_UNITS[what]}" for what, spent in result.budgets.items()))
     rows = tuple(
-        (arm.arm.name, *(with_deviation(arm.equal.get(what), 4) for what in result.budgets)) for arm in result.arms
+        (
+            arm.arm.name,
+            *(
+                with_deviation(arm.equal.get(what), 4) + of_seeds(arm.equal.get(what), arm.planned)
+                for what in result.budgets
+            ),
+        )
+        for arm in result.arms
     )
     notes = (
         "each budget is the least that any finished run spent; between two validations values lie on a straight line; "
-        "time is that of training at the run's median throughput. Mean ± standard deviation over seeds.",
+        "time is that of training at the run's median throughput. Mean ± standard deviation over seeds; (k of n): "
+        "over k of n, the others were not sound there or have no result.",
     )
     return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes)
 
@@ -71,7 +82,7 @@ def sensitivity_table(result: StudyResult) -> Table | None:
     rows = tuple(
         (
             one.ladder.name,
-            with_deviation(one.sensitivity, 4),
+            with_deviation(one.sensitivity, 4) + of_seeds(one.sensitivity, len(result.comparison.seeds)),
             NOTHING if one.largest_stable is None else f"{one.largest_stable:g}",
             *(_rung(one, rate) for rate in sorted(rates)),
         )
@@ -80,7 +91,8 @@ def sensitivity_table(result: StudyResult) -> Table | None:
     title, _ = name_and_unit(result.comparison.primary.metric)
     notes = (
         f"sensitivity: mean over learning rates of min({title}, untrained) - best of the ladder; lower is better "
-        "(arXiv 2309.14322). largest stable: up to it no run diverged. lr: mean final value, stable/all runs.",
+        "(arXiv 2309.14322), mean over seeds; (k of n): over the k of n that have a result at every rate. largest "
+        "stable: up to it no run diverged. lr: mean final value, stable/all runs.",
     )
     return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3)
 
@@ -97,10 +109,10 @@ def fairness_table(result: StudyResult) -> Table:
     return Table("Fairness: what was not the same in all runs", ("what", "weight", "values"), rows, notes)
 
 
-def _stability_cells(arm: ArmStability) -> tuple[str, ...]:
+def _stability_cells(arm: ArmStability, is_withdrawn: bool) -> tuple[str, ...]:
     first = arm.first_divergence
     return (
-        f"{arm.stable}/{arm.total}" if arm.total else NOTHING,
+        f"{arm.stable}/{arm.total}" if arm.total and not is_withdrawn else NOTHING,
         NOTHING if arm.p is None else f"{arm.p:.2g}",
         NOTHING if first is None else f"step {first}",
         *(_share(arm.mean(read)) for read in _SPIKES),

@@ -41,6 +41,18 @@ def with_deviation(mean: Mean | None, decimals: int) -> str:
     return f"{mean.mean:.{decimals}f}{spread}"
 
 
+def of_seeds(mean: Mean | None, num_seeds: int) -> str:
+    """Return how many seeds a mean is over, where they are not all: a mean of survivors is to be seen as one."""
+    return f" ({mean.n} of {num_seeds})" if mean is not None and mean.n < num_seeds else ""
+
+
+def signed(difference: float) -> str:
+    """Return a difference with its sign and four decimals, or as many as a small one takes to be told from 0."""
+    if 0 < abs(difference) < 1e-3:
+        return f"{difference:+.2g}"
+    return f"{difference:+.4f}" if abs(difference) < 1e6 else f"{difference:+.4g}"
+
+
 def scaled(number: float) -> str:
     """Return a count with three digits and a k, M, G or T."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

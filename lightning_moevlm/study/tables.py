@@ -25,13 +25,22 @@ from lightning_moevlm.study.stability_tables import (
     signs_table,
     stability_table,
 )
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, percent, scaled, with_deviation
+from lightning_moevlm.study.table import (
+    NOTHING,
+    Table,
+    name_and_unit,
+    of_seeds,
+    percent,
+    scaled,
+    signed,
+    with_deviation,
+)
 from lightning_moevlm.study.verdict import Verdict
 
 _DECIDING: dict[Test, str] = {
     "t": "the wider of the t and the bootstrap interval of the mean decides, with the paired t-test's p",
-    "wilcoxon": "Wilcoxon's signed ranks decide, with the interval of the centre (Hodges-Lehmann)",
-    "sign": "the sign test decides, with the interval of the median",
+    "wilcoxon": "Wilcoxon's signed ranks decide; effect and interval are of the centre (Hodges-Lehmann)",
+    "sign": "the sign test decides; effect and interval are of the median",
 }
 _CORRECTED: dict[Correction, str] = {
     "none": "one comparison each, not corrected for their number",
@@ -72,7 +81,7 @@ def effects_table(result: StudyResult) -> Table:
     rows = tuple(_effect_row(arm) for arm in result.arms)
     notes = [
         f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
-        "standard deviation over seeds.",
+        "standard deviation over seeds, (k of n): over k of n.",
         f"effect: arm minus {study.baseline}, paired by seed; {_DECIDING[rule.test]}; {_CORRECTED[rule.correction]}.",
         "seeds needed: for 80 % power of a single comparison by t, if effect and spread are as seen here.",
     ]
@@ -103,6 +112,11 @@ def factors_table(result: StudyResult) -> Table | None:
         notes.append(
             f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
         )
+        notes += [f"{line}." for line in fraction.told()[1:]]
+    told: dict[str, list[str]] = {}  # names by note: a seed that is left out is so in every contrast
+    for one in result.factors:
+        told.setdefault(one.effect.note, []).append(one.name)
+    notes += [f"{', '.join(names)}: {note}." for note, names in told.items() if note]
     return Table(f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4)
 
 
@@ -121,7 +135,7 @@ def learning_table(result: StudyResult) -> Table:
         (
             arm.arm.name,
             f"{arm.untrained.mean:.4f}" if arm.untrained else NOTHING,
-            f"{arm.final.mean:.4f}" if arm.final else _no_final(arm),
+            f"{arm.final.mean:.4f}{of_seeds(arm.final, arm.planned)}" if arm.final else _no_final(arm),
             *(_accuracy(arm, term) for term in terms),
             _learned(arm),
         )
@@ -268,7 +282,7 @@ def _sizes(arm: ArmResult) -> tuple[str, str, str]:
 
 
 def _effect_row(arm: ArmResult) -> tuple[str, ...]:
-    final = with_deviation(arm.final, 4) if arm.final else _no_final(arm)
+    final = with_deviation(arm.final, 4) + of_seeds(arm.final, arm.planned) if arm.final else _no_final(arm)
     effect = arm.effect
     if effect is None:
         return (arm.arm.name, final, NOTHING, NOTHING, str(arm.verdict), NOTHING, NOTHING, NOTHING)
@@ -276,8 +290,8 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
     return (
         arm.arm.name,
         final,
-        NOTHING if effect.mean is None else f"{effect.mean:+.4f}",
-        NOTHING if effect.interval is None else f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}",
+        NOTHING if effect.centre is None else signed(effect.centre),
+        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
         NOTHING if better is None else f"{better} of {len(effect.seeds)}",
@@ -287,8 +301,8 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
 
 def _contrast_cells(effect: Effect) -> tuple[str, ...]:
     return (
-        NOTHING if effect.mean is None else f"{effect.mean:+.4f}",
-        NOTHING if effect.interval is None else f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}",
+        NOTHING if effect.centre is None else signed(effect.centre),
+        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
     )
@@ -302,7 +316,7 @@ def _no_final(arm: ArmResult) -> str:
 
 def _learned(arm: ArmResult) -> str:
     done = arm.finished + arm.diverged
-    return f"{arm.learned} of {done} seeds" if done else NOTHING
+    return f"{arm.learned} of {done} seeds" if done and arm.untrained else NOTHING
 
 
 def _accuracy(arm: ArmResult, term: str) -> str:

@@ -46,6 +46,17 @@ def test_the_guard_has_the_first_word() -> None:
     )
 
 
+def test_without_the_untrained_model_nothing_is_above_it() -> None:
+    # First validated at step 500: it learnt from 2.0 on and overfitted since. That is no divergence.
+    late = [Point(LOSS, 500 * (1 + place), value, 0) for place, value in enumerate((2.0, 1.9, 2.1, 2.2))]
+    rule = Divergence(LOSS, times_untrained=1.0, in_a_row=1)
+    assert divergence(late, rule) == has_diverged_by(late, rule) == ""
+    assert divergence([*late, Point(LOSS, 3000, math.inf, 0)], rule) == f"{LOSS} is inf at step 3000"
+    # The first training loss is logged after a step, and is of the untrained model all the same.
+    train = [point._replace(key="train/task_loss") for point in late]
+    assert "above 1 x 2 of" in divergence(train, Divergence("train/task_loss", 1.0))
+
+
 @pytest.mark.slow
 def test_a_run_that_has_diverged_is_stopped_in_the_middle(tmp_path: Path, uri: str) -> None:
     arms = {"baseline": None, "high": {"model.worse": 20.0}, "nan": {"model.nan_at": 2}}

@@ -1,9 +1,11 @@
 """Paired effects against numbers worked out by hand."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lightning_moevlm.study.effects import Lost, as_family, guarded, paired_effect
 from lightning_moevlm.study.intervals import (
@@ -213,6 +215,69 @@ def test_sign_test_by_hand():
     assert two_sided_p("sign", (0.0, 0.0)) is None  # nothing has a sign
 
 
+def test_wilcoxon_with_ties_and_zeros_is_exact():
+    # Six equal differences: one of 64 patterns of signs is as extreme on this side. The normal approximation says
+    # 0.0143, which at alpha = 0.02 would be a false alarm.
+    assert two_sided_p("wilcoxon", (0.5,) * 6) == pytest.approx(2 / 64)
+    # A difference of 0 has no sign: five are left, which cannot be rarer than 2 / 32 (approximated: 0.042).
+    assert two_sided_p("wilcoxon", (0.0, 1.0, 1.0, 2.0, 3.0, 4.0)) == pytest.approx(2 / 32)
+    # Sizes 1, 1, 2 have the ranks 1.5, 1.5, 3; +, -, + have the sum 4.5, as much as or less than 4.5, 4.5, 6 of the
+    # eight sums 0, 1.5, 1.5, 3, 3, 4.5, 4.5, 6: 3 / 8, two-sided 3 / 4.
+    assert two_sided_p("wilcoxon", (1.0, -1.0, 2.0)) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("differences", list(itertools.product((-2.0, -1.0, 0.0, 1.0), repeat=4))[9:90:9])
+def test_wilcoxon_agrees_with_every_pattern_of_signs(differences):
+    kept = [d for d in differences if d]
+    ranks = stats.rankdata(np.abs(kept))
+    sums = [sum(rank for rank, is_up in zip(ranks, up, strict=True) if is_up) for up in _patterns(len(kept))]
+    seen = sum(rank for rank, d in zip(ranks, kept, strict=True) if d > 0)
+    tails = np.mean([one >= seen for one in sums]), np.mean([one <= seen for one in sums])
+    assert two_sided_p("wilcoxon", differences) == pytest.approx(min(1.0, 2 * min(tails)))
+
+
+def _patterns(n: int):
+    return itertools.product((False, True), repeat=n)
+
+
+def test_ties_of_a_rank_test_are_no_repetitions():
+    # Accuracies in steps: the second least and the second greatest of nine differences are the same.
+    arm, zero = dict(enumerate((1.0,) + 7 * (2.0,) + (3.0,))), dict.fromkeys(range(9), 0.0)
+    effect = paired_effect(arm, zero, tuple(range(9)), Rule("higher", 0.05, "sign"))
+    assert effect.interval == Interval(2.0, 2.0, "sign")
+    assert (effect.verdict, effect.note) == (Verdict.HELPS, "")
+    # The same but for rounding is the same to a test of ranks too.
+    arm = {seed: 0.3 + 1e-17 * seed for seed in range(6)} | {0: 0.1 + 0.2}
+    effect = paired_effect(arm, zero, tuple(range(6)), Rule("higher", 0.05, "wilcoxon"))
+    assert effect.note == "all 6 seeds give exactly the same difference: are they repetitions?"
+
+
+def test_an_arm_that_changes_nothing_is_told_from_repetitions():
+    same = {0: 1.0, 1: 2.0, 2: 3.0}
+    effect = paired_effect(same, same, (0, 1, 2), LOWER)
+    assert effect.verdict is Verdict.INCONCLUSIVE
+    assert effect.note == "the difference is exactly 0 in all 3 seeds: does it change anything?"
+
+
+def test_the_order_of_seeds_does_not_matter():
+    differences = (0.42, -0.31, 0.94, 0.33, -0.24)
+    intervals = {
+        bootstrap_interval(some, 0.05) for some in (differences, differences[::-1], differences[2:] + differences[:2])
+    }
+    assert len(intervals) == 1
+
+
+def test_losses_count_where_both_sides_had_a_run():
+    # The baseline ran ten seeds and lost two that the arm never ran; of the arm's three one diverged.
+    arm, baseline = {0: 1.0, 1: 1.02}, {s: 2.0 + s / 100 for s in range(8)}
+    lost = Lost(diverged=1), Lost(diverged=2, unpaired=2)
+    effect = paired_effect(arm, baseline, tuple(range(10)), LOWER, *lost)
+    assert effect.more_lost == 1
+    assert effect.verdict is Verdict.INCONCLUSIVE
+    assert effect.note.startswith("ahead where it survives, but it lost 1 more than the baseline")
+    assert effect.note.endswith("1 run of this arm diverged; 2 runs of the baseline diverged")
+
+
 @pytest.mark.parametrize("test", ["wilcoxon", "sign"])
 def test_rank_tests_need_six_seeds(test):
     assert least_seeds(test, 0.05) == 6
@@ -249,6 +314,12 @@ def test_the_family_takes_a_verdict_back():
     assert judged["arm"].verdict is Verdict.INCONCLUSIVE
     assert judged["arm"].note == "its interval does not hold 0, but p = 0.061 over the study's comparisons"
     assert as_family(effects, LOWER) == effects
+    # An arm whose seeds are still to come, or all lost, counts as it will: no verdict stands until it is there alone.
+    for seeds in ((), (0,)):
+        early = effects | {"other": paired_effect({s: other[s] for s in seeds}, zero, (0, 1, 2, 3), rule)}
+        judged = as_family(early, rule)
+        assert judged["arm"].p_adjusted == pytest.approx(0.0609, abs=1e-4)
+        assert judged["other"] == early["other"]
 
 
 def test_no_difference_needs_the_whole_interval_within_the_margin():
@@ -288,6 +359,23 @@ def test_guards():
     assert guarded("accuracy", arm, baseline, (0, 1, 2), "higher", 0.0, 0.05).worse == pytest.approx(-0.22)
 
 
+def test_a_guard_is_not_broken_by_rounding():
+    # 1.05 - 1 is 0.050000000000000044 in fp64.
+    assert not guarded("x", {0: 1.05}, {0: 1.0}, (0,), "lower", 0.05, 0.05).is_broken
+    assert guarded("x", {0: 1.0501}, {0: 1.0}, (0,), "lower", 0.05, 0.05).is_broken
+    assert not guarded("x", {0: 0.3 - 0.1}, {0: 0.2}, (0,), "higher", 0.0, 0.05).is_broken
+
+
+def test_a_guard_that_is_no_number_in_a_seed_has_not_held():
+    arm, baseline = {0: 0.1, 1: math.inf, 2: 0.1}, dict.fromkeys(range(3), 0.1)
+    guard = guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.05, 0.05, compared=(0, 1, 2))
+    assert (guard.worse, guard.is_broken, guard.missing) == (0.0, False, 1)
+    assert guard.told == "guard drop_rate could not be compared in 1 of the seeds: no number in both arms"
+    assert with_guards(Verdict.HELPS, (guard,)) is Verdict.INCONCLUSIVE
+    # A seed that the primary metric lacks, too, is told of already.
+    assert guarded("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.05, 0.05, compared=(0, 2)).missing == 0
+
+
 def test_an_arm_that_breaks_a_guard_does_not_help():
     arm, zero = {0: -1.0, 1: -1.1, 2: -1.2}, dict.fromkeys(range(3), 0.0)
     broken, held = Guarded("drop_rate", 0.1, 0.22, None), Guarded("max_violation", 0.1, -1.0, None)
@@ -299,6 +387,20 @@ def test_an_arm_that_breaks_a_guard_does_not_help():
     assert unknown.verdict is Verdict.INCONCLUSIVE
     assert unknown.note == "guard drop_rate could not be compared: no seed has it in both arms"
     assert with_guards(Verdict.HURTS, (broken,)) is Verdict.HURTS  # what hurts already is not softened
+
+
+@pytest.mark.parametrize(("test", "centre"), [("t", 0.7), ("wilcoxon", -0.5), ("sign", -0.5)])
+def test_the_effect_is_what_its_interval_is_of(test, centre):
+    # Nine seeds, one with a spike: the mean is (-0.2 - 0.3 - ... - 0.9 + 10.7) / 9 = 6.3 / 9, the fifth is -0.5. Of the
+    # 45 means of pairs the 9 with the spike lie above all others, and the 23rd of the rest from below is -0.5: of -0.9,
+    # -0.85, ... -0.55 there are 1 + 1 + 2 + 2 + 3 + 3 + 4 + 4 = 20, of -0.5 four.
+    differences = (-0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8, -0.9, 10.7)
+    zero = dict.fromkeys(range(9), 0.0)
+    effect = paired_effect(dict(enumerate(differences)), zero, tuple(range(9)), Rule("lower", 0.05, test))
+    assert effect.mean == pytest.approx(0.7)
+    assert effect.centre == pytest.approx(centre)
+    assert effect.interval.low <= effect.centre <= effect.interval.high
+    assert effect.verdict is (Verdict.HELPS if test == "sign" else Verdict.INCONCLUSIVE)  # eight of nine
 
 
 def test_the_interval_is_that_of_the_test():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from lightning_moevlm.study.effects import Lost
 from lightning_moevlm.study.factorial import factor_effects
 from lightning_moevlm.study.verdict import Rule, Verdict
 
@@ -78,6 +79,43 @@ def test_a_seed_with_a_hole_is_left_out_of_all():
     for one in factor_effects(cells, CELLS, (0, 1, 2), RULE):
         assert one.effect.seeds == (0,)
         assert one.effect.left_out == (1, 2)
+
+
+def test_survivors_alone_make_no_factor_help():
+    # With a on the loss is lower by 1, but three of its runs have diverged: seeds 2 and 3 have no contrast.
+    cells = values(4, lambda s, a, b: 5 + s - a * (1 + s / 100) - b * (0.5 + s / 100))
+    cells["a1b0"] |= {2: math.nan, 3: math.nan}
+    cells["a1b1"][3] = math.nan
+    lost = {"a1b0": Lost(diverged=2), "a1b1": Lost(diverged=1), "a0b1": Lost()}
+    judged = {one.name: one.effect for one in factor_effects(cells, CELLS, (0, 1, 2, 3), RULE, lost)}
+    assert factor_effects(cells, CELLS, (0, 1, 2, 3), RULE)[0].effect.verdict is Verdict.HELPS
+    assert judged["a"].verdict is Verdict.INCONCLUSIVE
+    assert judged["a"].note == (
+        "ahead where all runs of a seed survive, but runs with it on lost 3 more than runs with it off; "
+        "2 of 4 seeds left out; 3 of the runs with it on diverged"
+    )
+    # b lost fewer with it on (1) than with it off (2), and it is ahead: nothing speaks against it.
+    assert judged["b"].verdict is Verdict.HELPS
+    higher = factor_effects(cells, CELLS, (0, 1, 2, 3), Rule("higher", 0.05), lost)
+    assert higher[1].effect.limit == (
+        "behind where all runs of a seed survive, but runs with it off lost 1 more than runs with it on"
+    )
+
+
+@pytest.mark.parametrize("test", ["t", "wilcoxon", "sign"])
+def test_a_switch_that_changes_nothing_has_no_effect_of_rounding(test):
+    levels = {
+        "".join(map(str, on)): dict(zip("abc", map(bool, on), strict=True))
+        for on in itertools.product((0, 1), repeat=3)
+    }
+    cells = {
+        arm: {s: 0.1 * (s + 1) + 0.7 * on["a"] * (1 + s / 7) + 0.2 * on["b"] * (1 + s / 3) for s in range(6)}
+        for arm, on in levels.items()
+    }
+    found = {one.name: one.effect for one in factor_effects(cells, levels, tuple(range(6)), Rule("lower", 0.05, test))}
+    for name in ("c", "a x b", "a x c", "b x c"):
+        assert found[name].differences == (0.0,) * 6
+        assert found[name].verdict is Verdict.INCONCLUSIVE
 
 
 def test_levels_must_be_whole():

@@ -162,6 +162,26 @@ def test_cost_of_a_step():
     assert step_cost(config, {}, flops_per_sample=10.0) == StepCost(None, 640.0, None)
 
 
+def test_tokens_of_a_step_do_not_depend_on_the_clock():
+    # Texts of 10, 20 and 30 tokens; the second run was held up in other intervals than the first.
+    config = {"data": {"batch_size": 8}}
+    tokens = []
+    for rates in ((9.0, 32.0, 32.0, 16.0), (9.0, 16.0, 8.0, 32.0)):
+        logged = {
+            keys.SAMPLES_PER_SECOND.key(): series(*rates),
+            keys.TOKENS_PER_SECOND.key(): series(*(r * t for r, t in zip(rates, (20, 10, 20, 30), strict=True))),
+        }
+        tokens.append(step_cost(config, logged, None).tokens)
+    assert tokens == [160.0, 160.0]  # 8 samples of (10 + 20 + 30) / 3
+    # A rate that is no number, of an interval that took no time, is none.
+    logged = {
+        keys.SAMPLES_PER_SECOND.key(): series(1.0, math.inf, 4.0, math.nan),
+        keys.TOKENS_PER_SECOND.key(): series(1.0, math.inf, 80.0, 5.0),
+    }
+    assert step_cost(config, logged, None) == StepCost(160.0, None, 2.0)
+    assert step_cost(config, {keys.SAMPLES_PER_SECOND.key(): series(math.nan)}, None).seconds is None
+
+
 def test_sensitivity_by_hand():
     # Untrained 7: losses capped at 7, a divergence counts as 7. (5 + 4 + 7 + 7) / 4 - 4 = 1.75.
     losses = {1e-3: 5.0, 3e-3: 4.0, 1e-2: 9.0, 3e-2: math.nan}

@@ -216,6 +216,19 @@ def test_states_come_from_the_study_or_from_the_points() -> None:
         compared(judged, ENDS, Rules(METRIC, baseline="dim=4"))
 
 
+def test_runs_lost_in_seeds_that_only_one_arm_has_are_not_held_against_it() -> None:
+    # Seeds 0 to 2 are in both: there the arm lost one. The baseline lost its seed 3, which the arm never ran.
+    lost = series_of(math.nan)
+    runs = [row(s, config(s)) for s in range(4)] + [row(10 + s, config(s, model__dim=4)) for s in range(3)]
+    ends = [*(series_of(5.0 + s / 10) for s in range(3)), lost, *(series_of(4.0 + s / 9) for s in range(2)), lost]
+    effect = compared(runs, ends).arms[1].effect
+    assert effect.more_lost == 1
+    assert (effect.verdict, effect.limit) == (
+        Verdict.INCONCLUSIVE,
+        "ahead where it survives, but it lost 1 more than the baseline",
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "rules", "told"),
     [

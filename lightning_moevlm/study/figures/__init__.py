@@ -49,7 +49,7 @@ def legible(result: StudyResult) -> StudyResult:
     def distance(arm: ArmResult) -> float:
         if arm.arm.name == result.comparison.baseline:
             return math.inf
-        return abs(arm.effect.mean) if arm.effect and arm.effect.mean is not None else -1.0
+        return abs(arm.effect.centre) if arm.effect and arm.effect.centre is not None else -1.0
 
     kept = {arm.arm.name for arm in sorted(result.arms, key=distance, reverse=True)[:MANY_ARMS]}
     return dataclasses.replace(result, arms=tuple(arm for arm in result.arms if arm.arm.name in kept))

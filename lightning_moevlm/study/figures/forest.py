@@ -2,6 +2,7 @@
 
 from matplotlib.axes import Axes
 
+from lightning_moevlm.study.comparison import Test
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.figures.lost import lost_runs
 from lightning_moevlm.study.figures.picture import (
@@ -16,10 +17,11 @@ from lightning_moevlm.study.figures.picture import (
     wrapped,
 )
 from lightning_moevlm.study.results import ArmResult, StudyResult
-from lightning_moevlm.study.table import Table, name_and_unit
+from lightning_moevlm.study.table import Table, name_and_unit, signed
 from lightning_moevlm.study.tables import effects_table
 
 _LETTERS_BELOW = 50
+_CENTRES: dict[Test, str] = {"t": "mean", "wilcoxon": "centre (Hodges-Lehmann)", "sign": "median"}
 
 
 def draw_forest(result: StudyResult) -> Picture | None:
@@ -48,21 +50,20 @@ def draw_forest(result: StudyResult) -> Picture | None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
     level = f"{100 * (1 - study.decide.alpha):g} %"
-    axes.set_title(f"mean and {level} interval; small circles: single seeds", fontsize=10)
+    axes.set_title(f"{_CENTRES[study.decide.test]} and {level} interval; small circles: single seeds", fontsize=10)
     alt = f"Forest plot of the effect of each arm on {title}. " + " ".join(_sentence(arm) for arm in rows)
     return picture_of(figure, "effects", f"Effect on {title}", alt, _table(result))
 
 
 def _draw_row(axes: Axes, row: int, effect: Effect, look: Look) -> None:
-    if not effect.differences:
+    if effect.centre is None:
         return
     if effect.interval is not None:
         ends = (effect.interval.low, effect.interval.high)
         axes.plot(ends, (row, row), color=look.colour, linewidth=2)
         for end in ends:
             axes.plot((end, end), (row - 0.12, row + 0.12), color=look.colour, linewidth=2)
-    mean = sum(effect.differences) / len(effect.differences)
-    axes.plot([mean], [row], marker=look.marker, markersize=9, color=look.colour)
+    axes.plot([effect.centre], [row], marker=look.marker, markersize=9, color=look.colour)
     below = [row + 0.28] * len(effect.differences)
     axes.plot(effect.differences, below, "o", markersize=4.5, markerfacecolor=GROUND, color=look.colour)
 
@@ -70,10 +71,10 @@ def _draw_row(axes: Axes, row: int, effect: Effect, look: Look) -> None:
 def _sentence(arm: ArmResult) -> str:
     effect = arm.effect
     assert effect is not None
-    if effect.mean is None:
+    if effect.centre is None:
         return f"{arm.arm.name}: {effect.note}."
-    interval = f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]" if effect.interval else ""
-    return f"{arm.arm.name}: {effect.mean:+.4f}{interval}, {effect.word}."
+    interval = f" [{signed(effect.interval.low)}, {signed(effect.interval.high)}]" if effect.interval else ""
+    return f"{arm.arm.name}: {signed(effect.centre)}{interval}, {effect.word}."
 
 
 def _table(result: StudyResult) -> Table:
@@ -83,7 +84,7 @@ def _table(result: StudyResult) -> Table:
     for arm in result.arms:
         if arm.effect is not None:
             by_seed = dict(zip(arm.effect.seeds, arm.effect.differences, strict=True))
-            rows.append((arm.arm.name, *(f"{by_seed[s]:+.4f}" if s in by_seed else "–" for s in seeds)))
+            rows.append((arm.arm.name, *(signed(by_seed[s]) if s in by_seed else "–" for s in seeds)))
     return Table(
         f"{effects_table(result).title}, arm minus baseline",
         ("arm", *(f"seed {s}" for s in seeds)),

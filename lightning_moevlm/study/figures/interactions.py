@@ -7,7 +7,7 @@ from matplotlib.colors import TwoSlopeNorm
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.figures.picture import Picture, new_figure, picture_of, wrapped
 from lightning_moevlm.study.results import StudyResult
-from lightning_moevlm.study.table import NOTHING, Table, name_and_unit
+from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, signed
 
 _DARK, _LIGHT = "#111111", "#fafafa"  # letters on a coloured cell: the same whatever the page's scheme
 _LETTERS_OF_FACTOR = 14  # of a name in a line beside the matrix
@@ -17,14 +17,14 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     """Draw it; None where the design has fewer than two factors or no seed has all of its arms."""
     factors = tuple(dict.fromkeys(name for one in result.factors for name in one.factors))
     effects = {one.factors: one.effect for one in result.factors}
-    known = {term: effect for term, effect in effects.items() if effect.mean is not None}
+    known = {term: effect for term, effect in effects.items() if effect.centre is not None}
     if len(factors) < 2 or not known:
         return None
     title, unit = name_and_unit(result.comparison.primary.metric)
     values = np.full((len(factors), len(factors)), np.nan)
     for term, effect in known.items():
         row, column = factors.index(term[0]), factors.index(term[-1])
-        values[row, column] = values[column, row] = effect.mean
+        values[row, column] = values[column, row] = effect.centre
     largest = float(np.nanmax(np.abs(values))) or 1.0
     figure = new_figure(min(8.0, 1.6 + 0.75 * len(factors)))
     axes = figure.subplots()
@@ -32,7 +32,7 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     colours = "RdBu_r" if result.comparison.primary.direction == "lower" else "RdBu"
     image = axes.imshow(values, cmap=colours, norm=TwoSlopeNorm(0.0, -largest, largest), aspect="auto")
     for term, effect in known.items():
-        for one, other in {(term[0], term[-1]), (term[-1], term[0])}:
+        for one, other in dict.fromkeys(((term[0], term[-1]), (term[-1], term[0]))):
             _write(axes, factors.index(one), factors.index(other), effect, largest)
     names = [wrapped(name, _LETTERS_OF_FACTOR) for name in factors]
     axes.set_xticks(range(len(factors)), names, rotation=20 if len(factors) > 4 else 0)
@@ -52,11 +52,11 @@ def draw_interactions(result: StudyResult) -> Picture | None:
 
 
 def _write(axes: Axes, row: int, column: int, effect: Effect, largest: float) -> None:
-    assert effect.mean is not None
+    assert effect.centre is not None
     star = "*" if effect.interval is not None and not effect.interval.low <= 0 <= effect.interval.high else ""
-    colour = _LIGHT if abs(effect.mean) > 0.6 * largest else _DARK
+    colour = _LIGHT if abs(effect.centre) > 0.6 * largest else _DARK
     weight = "bold" if row == column else "normal"
-    axes.text(column, row, f"{effect.mean:+.3g}{star}", ha="center", va="center", color=colour, weight=weight)
+    axes.text(column, row, f"{effect.centre:+.3g}{star}", ha="center", va="center", color=colour, weight=weight)
 
 
 def _table(result: StudyResult) -> Table:
@@ -69,7 +69,7 @@ def _table(result: StudyResult) -> Table:
 
 
 def _cell(effect: Effect | None) -> str:
-    if effect is None or effect.mean is None:
+    if effect is None or effect.centre is None:
         return NOTHING
-    interval = f" [{effect.interval.low:+.4f}, {effect.interval.high:+.4f}]" if effect.interval else ""
-    return f"{effect.mean:+.4f}{interval}"
+    interval = f" [{signed(effect.interval.low)}, {signed(effect.interval.high)}]" if effect.interval else ""
+    return f"{signed(effect.centre)}{interval}"
