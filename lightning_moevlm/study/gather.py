@@ -266,7 +266,8 @@ def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[Run
         {rate: mean_of([r.last(primary) for r in runs.values()]) for rate, runs in done.items()},
         stable,
         total,
-        largest_stable({rate: stable[rate] == total[rate] for rate in done if total[rate]}),
+        # of a rate whose runs all crashed, or are still to come, nobody knows: what is stable ends below it
+        largest_stable({rate: 0 < total[rate] == stable[rate] for rate in done}),
     )
 
 

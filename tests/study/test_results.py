@@ -26,7 +26,7 @@ FACTORS = {
 NOISE = {0: 0.010, 1: -0.012, 2: 0.008}
 
 
-def result_of(tmp_path, study, finals, drop=lambda run: 0.1, more=lambda run: {}):
+def result_of(tmp_path, study, finals, drop=lambda run: 0.1, more=lambda run: {}, crashed=lambda run: False):
     """Compare runs that ended at finals(run), diverged where that is None; more: series beside or instead."""
     file = write_project(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", {"seeds": [0, 1, 2]} | study)
     written = yaml.safe_load(file.read_text())
@@ -39,7 +39,8 @@ def result_of(tmp_path, study, finals, drop=lambda run: 0.1, more=lambda run: {}
             "val/task_loss": Series((0, 4), (7.0, 9.0 if final is None else final)),
             "drop_rate/block1/text": Series((4,), (drop(run),)),
         } | more(run)
-        state = RunState(Status.DIVERGED if final is None else Status.FINISHED, run_id=run.name)
+        status = Status.DIVERGED if final is None else Status.FINISHED
+        state = RunState(Status.FAILED if crashed(run) else status, run_id=run.name)
         results.append(result_of_run(run, state, series))
     return compare(plan.comparison, plan.cards, results)
 
@@ -78,6 +79,14 @@ def test_learning_rates_of_a_study(tmp_path):
         (1.0, 0, 3),
     ]
     assert any(table.title == "Sensitivity to the learning rate" for table in report_tables(result))
+
+
+def test_nobody_knows_whether_a_rate_is_stable_whose_runs_crashed(tmp_path):
+    rates = {"low": 0.001, "middle": 0.01, "high": 0.1}
+    arms = {"baseline": None} | {name: {"model.optimizer.init_args.lr": rate} for name, rate in rates.items()}
+    for gone, largest in (("high", 0.01), ("middle", 0.001), ("low", None)):
+        result = result_of(tmp_path, {"arms": arms}, lambda run: 5.0, crashed=lambda run, gone=gone: run.arm == gone)
+        assert result.ladders[0].largest_stable == largest
 
 
 def test_guard_correction_and_margin_of_the_study_file(tmp_path):
