@@ -21,6 +21,13 @@ def test_nothing_is_unpickled_and_no_shell_is_called() -> None:
             assert forbidden not in text.replace(".eval(", ""), f"{path}: {forbidden}"
 
 
+def test_mlflow_is_imported_where_it_is_used() -> None:
+    """It takes a third of all the time that imports take, and a mistake is to be told without that wait."""
+    for path in SOURCES:
+        for line in path.read_text("utf-8").splitlines():
+            assert not line.startswith(("import mlflow", "from mlflow")), f"{path}: {line}"
+
+
 def test_metric_keys_are_declared_once() -> None:
     patterns = [metric.pattern for metric in keys.ALL]
     assert len(patterns) == len(set(patterns)) > 20

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+if TYPE_CHECKING:  # commands that write no run need not wait for MLflow
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
 _DEFAULT_INTERVAL = 10.0  # seconds, MLflow's own
 
@@ -61,7 +63,7 @@ class SystemSampler:
             self._stop.wait(self._interval)
 
 
-def _probes() -> list[BaseMetricsMonitor]:
+def _probes() -> "list[BaseMetricsMonitor]":
     if find_spec("psutil") is None:
         return []
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
