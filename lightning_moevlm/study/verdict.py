@@ -100,7 +100,7 @@ def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
     if n < least:
         return Verdict.INCONCLUSIVE, f"{_seeds(n)} no interval; at least {least} are needed"
     if interval is None or interval.width == 0:
-        return Verdict.INCONCLUSIVE, f"all {n} seeds give exactly the same difference: are they repetitions?"
+        return Verdict.INCONCLUSIVE, f"all {n} seeds give exactly the same difference, as repetitions would"
     low, high = interval.low, interval.high
     ahead = high < 0 if rule.direction == "lower" else low > 0
     behind = low > 0 if rule.direction == "lower" else high < 0
