@@ -203,7 +203,9 @@ def rich_table(table: Table, width: int) -> Group:
     wanted = Measurement.get(_WIDE, _WIDE.options, shown).maximum
     if table.essential and wanted > width:
         shown = _rich_columns(table, table.essential)
-        notes.append(f"{len(table.columns) - table.essential} more columns need a terminal of {wanted} characters.")
+        left = len(table.columns) - table.essential
+        more = "one more column needs" if left == 1 else f"{left} more columns need"
+        notes.append(f"{more} a terminal of {wanted} characters.")
     return Group(shown, *(Text(note, style="dim") for note in notes), Text())
 
 
