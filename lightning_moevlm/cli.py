@@ -28,7 +28,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data show DIR                              write samples as a page to browse
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
   moevlm deliver [FOLDER]                           hand MLflow what runs kept on disk while it was silent
-  moevlm bench layer|dispatch|step                  time layers, dispatchers and whole steps on this machine
+  moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
   moevlm list [KIND]                                parts that a configuration can name
   moevlm describe NAME                              one part: what it does, its options
 

@@ -105,6 +105,7 @@ MISTAKES = {
         ),
         "begin of a drought is -1",
     ),
+    "a word that is missing": (("sweep", "plan"), "moevlm sweep plan needs FILE: `moevlm sweep plan --help` tells"),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
     "no such kind": (("list", "rooters"), "rooters"),
     "tracking server that does not answer": (
@@ -219,8 +220,11 @@ def test_notices_wait_for_the_run_and_a_mistake_drops_them(mistaken: bool) -> No
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_moevlm.cli import main
+    from lightning_moevlm.commands import COMMANDS
 
-    assert main(["--help"]) == 0 and "sweep run" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert "sweep run" in told and f"bench {'|'.join(COMMANDS['bench'])} " in told
     assert main(["--version"]) == 0 and __version__ in capsys.readouterr().out
 
 
@@ -236,6 +240,13 @@ def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None
     options = {row["option"]: row["default"] for row in json.loads((workplace / "options.json").read_text())}
     assert options.pop("gate").startswith("Gate(jitter=0.0")
     assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
+
+
+def test_types_are_described_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_moevlm.cli import main
+
+    assert main(["describe", "MoEFFN"]) == 0
+    assert "Callable[[int, int]," in capsys.readouterr().out
 
 
 def test_describing_qk_clip_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Commands that are no training: typed functions whose signature is the options and whose docstring is the help."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
@@ -38,8 +39,17 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:
-        raise UserError(told_from_the_mistake(str(error), _types(words))) from error
+        raise UserError(_lacking(str(error)) or told_from_the_mistake(str(error), _types(words))) from error
     return result if isinstance(result, int) else 0
+
+
+def _lacking(message: str) -> str:
+    """Tell what a command cannot do without, by the command's words instead of the parser's key; else nothing."""
+    lacks = re.fullmatch(r"the following arguments are required: ([\w.]+)\.(\w+)", message.strip())
+    if lacks is None:
+        return ""
+    command = f"moevlm {lacks[1].replace('.', ' ')}"
+    return f"{command} needs {lacks[2].upper()}: `{command} --help` tells what that is"
 
 
 def _types(words: Sequence[str]) -> dict[str, object]:

@@ -52,7 +52,7 @@ def compare(
             does not help.
         also: A further metric to tell, without a verdict; may be repeated.
         correction: Of the p values over all arms that are held against the baseline.
-        unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
+        unfair: Compare also runs that differ in steps, schedule, batch, data, their order or validation samples.
         report: Write HTML, Markdown and pictures into this folder too.
         json: Write records to this file as JSON instead of the tables; - is standard output.
         records: What `json` writes: arms (effects, stability, cost), learning rates, or what was not alike.

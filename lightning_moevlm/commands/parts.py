@@ -30,6 +30,7 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
         json: write the rows to this file as JSON; - is standard output.
     """
     from rich.table import Table
+    from rich.text import Text
 
     from lightning_moevlm.commands.output import show
 
@@ -41,7 +42,7 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
     ]
     table = Table("kind", "name", "what it is", title=None)
     for row in rows:
-        table.add_row(row["kind"], row["name"], row["summary"])
+        table.add_row(row["kind"], row["name"], Text(row["summary"]))
     show(table, rows, json)
 
 
@@ -76,7 +77,9 @@ def describe(name: str, json: str | None = None) -> None:
     ]
     table = Table("option", "type", "default")
     for row in rows:
-        table.add_row(row["option"], row["type"], row["default"] or "required, or given by the model")
+        # brackets are part of a type: rich would take those of Callable[[int, int], Router] for its markup
+        given = row["default"] or "required, or given by the model"
+        table.add_row(row["option"], Text(str(row["type"])), Text(given))
     module = inspect.getmodule(part)
     texts = [class_path(part), inspect.getdoc(module) or "", inspect.getdoc(part) or ""]
     show(Group(Text("\n\n".join(text for text in texts if text)), Text(""), table), rows, json)

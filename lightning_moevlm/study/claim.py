@@ -7,7 +7,7 @@ A run that has to start from zero gets a new MLflow run and the old one is delet
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +64,13 @@ class Experiment:
         client.set_tag(run_id, OUTCOME, outcome)
         if client.get_run(run_id).info.status == "RUNNING":
             client.set_terminated(run_id, "FINISHED" if finished else "FAILED")
+
+    def interrupt(self, run_ids: Iterable[str]) -> None:
+        """See to it that runs which were ended before they could say so do not look as if they were still running."""
+        client = _client(self.uri)
+        for run_id in run_ids:
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_terminated(run_id, "KILLED")
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""

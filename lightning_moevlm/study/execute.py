@@ -191,9 +191,12 @@ class _AtWork:
         """
         if self.runs:
             self.engine.cancel(list(self.runs))
-        for ticket, run in self.runs.items():
-            if self.engine.poll(ticket) is not None:
-                self._interrupt(run)
+        ended = [run for ticket, run in self.runs.items() if self.engine.poll(ticket) is not None]
+        for run in ended:
+            self._interrupt(run)
+        if ended and self.store.is_ready:
+            ids = [read_state(self.plan.run_folder(run)).run_id for run in ended]
+            self.store.attempt(partial(self.experiment.interrupt, [each for each in ids if each]))
 
     def _may_have_met_silence(self, run: PlannedRun, ended: Ended) -> bool:
         """Whether a run may have ended as it did because it found no store when it began.

@@ -1,10 +1,10 @@
 """Are the runs comparable? What must be the same in all of them, and what was not.
 
 Within a seed all arms must have seen the same data in the same order, in the same number of equal steps, at the same
-part of their schedule: a difference in these biases the comparison, and it is refused. Differences in code, kernels,
-dtypes and versions move results a little and speed a lot; they are told as a warning, since a commit between two
-starts of one sweep is the usual case. A difference that the study file itself declares in an arm is the arm's own
-matter, told and not refused.
+part of their schedule, and be judged on the same samples: a difference in these biases the comparison, and it is
+refused. Differences in code, kernels, dtypes and versions move results a little and speed a lot; they are told as a
+warning, since a commit between two starts of one sweep is the usual case. A difference that the study file itself
+declares in an arm is the arm's own matter, told and not refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -174,6 +174,17 @@ def _order(subject: Subject) -> dict[str, str]:
     return named | ({f"seed of seed {subject.seed}": str(seed)} if seed is not None else {})
 
 
+def _held_out(subject: Subject) -> dict[str, str]:
+    """How much of the validation set every validation reads: a loss on other samples is another number."""
+    trainer = subject.resolved.get("trainer")
+    if not isinstance(trainer, Mapping) or "limit_val_batches" not in trainer:
+        return {}
+    limit = trainer["limit_val_batches"]
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return _one("all")
+    return _one(f"{limit:g} of all" if isinstance(limit, float) else f"batches: {limit}")
+
+
 def _resumed(subject: Subject) -> dict[str, str]:
     """What a resume set otherwise than the run began with: MLflow's params, and so the config, tell the beginning."""
     changed = {tag.removeprefix(CHANGED_TAG): text for tag, text in subject.tags.items() if tag.startswith(CHANGED_TAG)}
@@ -223,6 +234,7 @@ ASPECTS: tuple[Aspect, ...] = (
     ),
     Aspect("data manifest", True, ("data",), _manifest),
     Aspect("data order", True, ("data",), _order),
+    Aspect("validation samples", True, ("trainer.limit_val_batches",), _held_out),
     Aspect("changed by a resume", True, (), _resumed),
     Aspect("code commit", False, (), _commit),
     Aspect("kernel path", False, ("model.backbone", "model.precision", "trainer.precision"), _kernels),

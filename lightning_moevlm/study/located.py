@@ -24,6 +24,8 @@ class _StudyLoader(yaml.SafeLoader):
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
 _StudyLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
+_INDENTATION = "; this line or one before it is indented unevenly: keys of one mapping begin in the same column"
+
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `did you mean 'x'? ` for the closest allowed name, or an empty text where nothing is close."""
@@ -101,6 +103,8 @@ class Located:
         for name, child in children.items():
             if name not in allowed:
                 hint = nearest(name, allowed)
+                if not self.key and "." in name:
+                    hint = "values of a configuration stand in an arm, in a level of a factor or in a file of `base`; "
                 raise child.error(f"unknown key {name!r}; {hint}allowed here: {', '.join(allowed)}")
         for name in required:
             if name not in children:
@@ -181,7 +185,9 @@ def read(file: Path) -> Located:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise UserError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from error
+        problem = error.problem or error.context or ""
+        advice = _INDENTATION if problem.startswith("expected <block end>") else ""
+        raise UserError(f"{file}:{line}: not valid YAML: {problem}{advice}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {_one_line(error)}") from error
     if node is None:

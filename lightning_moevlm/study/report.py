@@ -199,10 +199,14 @@ def print_tables(console: Console, tables: Sequence[Table]) -> None:
 
 def rich_table(table: Table, width: int) -> Group:
     """Return a table with its notes for a terminal of that width; verdicts are coloured where it has colours."""
-    shown = _rich_columns(table, len(table.columns))
-    if table.essential and Measurement.get(_WIDE, _WIDE.options, shown).maximum > width:
+    shown, notes = _rich_columns(table, len(table.columns)), list(table.notes)
+    wanted = Measurement.get(_WIDE, _WIDE.options, shown).maximum
+    if table.essential and wanted > width:
         shown = _rich_columns(table, table.essential)
-    return Group(shown, *(Text(note, style="dim") for note in table.notes), Text())
+        left = len(table.columns) - table.essential
+        more = "one more column needs" if left == 1 else f"{left} more columns need"
+        notes.append(f"{more} a terminal of {wanted} characters.")
+    return Group(shown, *(Text(note, style="dim") for note in notes), Text())
 
 
 def _rich_columns(table: Table, count: int) -> RichTable:

@@ -103,8 +103,9 @@ def fairness_table(result: StudyResult) -> Table:
     alike = (("everything compared", "alike", f"{runs} runs"),)
     rows = tuple((one.name, str(one.weight), one.told) for one in result.unlike) or alike
     notes = (
-        "steps, schedule, batch, data and their order must be the same: a difference biases the comparison. Commit, "
-        "kernels, dtypes, devices and versions: a warning. declared: the study file asks for it in an arm.",
+        "steps, schedule, batch, data, their order and validation samples must be the same: a difference biases the "
+        "comparison. Commit, kernels, dtypes, devices and versions: a warning. declared: the study file asks for it in "
+        "an arm.",
     )
     return Table("Fairness: what was not the same in all runs", ("what", "weight", "values"), rows, notes)
 

@@ -83,7 +83,8 @@ def effects_table(result: StudyResult) -> Table:
         f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
         "standard deviation over seeds, (k of n): over k of n.",
         f"effect: arm minus {study.baseline}, paired by seed; {_DECIDING[rule.test]}; {_CORRECTED[rule.correction]}.",
-        "seeds needed: for 80 % power of a single comparison by t, if effect and spread are as seen here.",
+        "seeds needed: for 80 % power of a single comparison by t, if effect and spread are as seen here; "
+        "told from 3 seeds on, up to 1,000.",
     ]
     if rule.within is not None:
         notes.append(f"no difference: the whole interval lies within ±{rule.within:g}, below which none matters here.")

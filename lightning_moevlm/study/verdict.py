@@ -153,8 +153,8 @@ def _is_small(evidence: Evidence, interval: Interval, rule: Rule) -> bool:
 
 def _constant(n: int, interval: Interval | None) -> str:
     if interval is not None and interval.low == interval.high == 0:
-        return f"the difference is exactly 0 in all {n} seeds: does it change anything?"
-    return f"all {n} seeds give exactly the same difference: are they repetitions?"
+        return f"the difference is exactly 0 in all {n} seeds, as if it changed nothing"
+    return f"all {n} seeds give exactly the same difference, as repetitions would"
 
 
 def _survivors(more_lost: int, sides: Sides | None) -> str:

@@ -81,7 +81,7 @@ def test_seeds_that_change_nothing_are_no_repetitions():
     effect = paired_effect({0: 0.9, 1: 0.9, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2), LOWER)
     assert effect.interval.width == 0
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert effect.note == "all 3 seeds give exactly the same difference: are they repetitions?"
+    assert effect.note == "all 3 seeds give exactly the same difference, as repetitions would"
     assert (effect.p_value, effect.seeds_needed) == (None, None)
 
 

@@ -221,6 +221,7 @@ def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, 
     assert not any(child.is_running() for child in children)
     before = [state for _, state in read_ledger(plan)]
     assert [state.status for state in before] == [Status.INTERRUPTED] * 2
+    assert {row.status for row in find_runs(uri, "tiny", {ROLE: ROLE_ARM})} == {"KILLED"}
 
     _, experiment, tally, _ = sweep(file)
     assert tally.started == 2

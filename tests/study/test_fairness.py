@@ -12,6 +12,7 @@ def subject(arm: str, seed: int = 0, **config: object) -> Subject:
     data = {"root": "shards", "batch_size": 8, "seed": seed, "shuffle_buffer": 100}
     model = {"schedule": {"init_args": {"total_steps": 40}}, "precision": {"router": "float32"}}
     trainer = {"max_steps": 40, "accumulate_grad_batches": 1, "precision": "32-true", "accelerator": "auto"}
+    trainer |= {"limit_val_batches": None}
     tags = {
         "commit": "a" * 40,
         "commit_dirty": "false",
@@ -38,6 +39,10 @@ def test_a_resume_may_change_what_nothing_is_learnt_from():
     assert differences(both) == ()
 
 
+def test_all_batches_are_all_however_they_are_written():
+    assert differences([subject("a"), configured(subject("b"), "trainer", limit_val_batches=1.0)]) == ()
+
+
 def test_equal_runs_differ_in_nothing():
     assert differences([subject(arm, seed) for arm in ("a", "b") for seed in (0, 1)]) == ()
     assert differences([]) == ()
@@ -53,6 +58,8 @@ def test_equal_runs_differ_in_nothing():
         (configured(subject("b"), "data", seed=7), "data order seed of seed 0"),
         (configured(subject("b"), "trainer", max_steps=20), "schedule"),
         (tagged(subject("b"), manifest_digest="6" * 64), "data manifest"),
+        (configured(subject("b"), "trainer", limit_val_batches=1), "validation samples"),
+        (configured(subject("b"), "trainer", limit_val_batches=0.5), "validation samples"),
         (tagged(subject("b"), **{"changed_param__model.optimizer.init_args.lr": "0.1"}), "changed by a resume"),
         (tagged(subject("b"), **{"changed_param__trainer.max_steps": "80"}), "changed by a resume"),
     ],

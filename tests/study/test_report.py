@@ -123,6 +123,7 @@ def test_terminal_tables_fit(result, width):
     assert "slow" in text
     assert "hurts" in text
     assert ("seeds needed  " in text or "seeds better" in text) is (width == 120)
+    assert ("more columns need a terminal of " in text) is (width == 80)
 
 
 def test_pictures_are_drawn_and_described(result, tmp_path):

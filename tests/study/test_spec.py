@@ -190,6 +190,8 @@ def test_shipped_study_is_valid():
         ),
         ("arms:\n", "arms: &a\n  - b\nbogus:\n", 8, ["unknown key 'bogus'"]),
         ("seeds: [0, 1]", "seeds: [0, 1", 15, ["not valid YAML"]),
+        ("seeds: [0, 1]", " seeds: [0, 1]", 14, ["not valid YAML", "keys of one mapping begin in the same column"]),
+        ("seeds: [0, 1]", "trainer.precision: x", 14, ["unknown key", "stand in an arm, in a level of a factor"]),
         ("dim: 32", "dim: !!python/object/apply:os.getcwd []", 12, ["could not determine a constructor"]),
     ],
 )
