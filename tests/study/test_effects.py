@@ -249,14 +249,14 @@ def test_ties_of_a_rank_test_are_no_repetitions():
     # The same but for rounding is the same to a test of ranks too.
     arm = {seed: 0.3 + 1e-17 * seed for seed in range(6)} | {0: 0.1 + 0.2}
     effect = paired_effect(arm, zero, tuple(range(6)), Rule("higher", 0.05, "wilcoxon"))
-    assert effect.note == "all 6 seeds give exactly the same difference: are they repetitions?"
+    assert effect.note == "all 6 seeds give exactly the same difference, as repetitions would"
 
 
 def test_an_arm_that_changes_nothing_is_told_from_repetitions():
     same = {0: 1.0, 1: 2.0, 2: 3.0}
     effect = paired_effect(same, same, (0, 1, 2), LOWER)
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert effect.note == "the difference is exactly 0 in all 3 seeds: does it change anything?"
+    assert effect.note == "the difference is exactly 0 in all 3 seeds, as if it changed nothing"
 
 
 def test_the_order_of_seeds_does_not_matter():
