@@ -242,9 +242,10 @@ def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None
     assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
 
 
-def test_types_are_described_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_types_are_described_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_moevlm.cli import main
 
+    monkeypatch.setenv("COLUMNS", "160")  # no line of a type is broken
     assert main(["describe", "MoEFFN"]) == 0
     assert "Callable[[int, int]," in capsys.readouterr().out
 
