@@ -120,9 +120,9 @@ ACTIVE_FLOPS = MetricKey("model/active_flops_per_sample", "active forward FLOPs"
 _OF_VALIDATION = ("val", "val_loss")  # what keys with a stage begin with
 
 
-def is_of_validation(key: str) -> bool:
-    """Whether a metric is of held-out data: what lies at step 0 is the untrained model's, what lies later is not."""
-    return key.partition("/")[0] in _OF_VALIDATION
+def is_untrained(key: str, first_step: int) -> bool:
+    """Whether a metric's first value is the untrained model's: of held-out data only what lies at step 0 is."""
+    return first_step == 0 or key.partition("/")[0] not in _OF_VALIDATION
 
 
 ALL: tuple[MetricKey, ...] = tuple(value for value in list(globals().values()) if isinstance(value, MetricKey))

@@ -62,15 +62,13 @@ class Experiment:
         """Tag a run with its outcome and see to it that it does not look as if it were still running."""
         client = _client(self.uri)
         client.set_tag(run_id, OUTCOME, outcome)
-        if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, "FINISHED" if finished else "FAILED")
+        _end(client, run_id, "FINISHED" if finished else "FAILED")
 
     def interrupt(self, run_ids: Iterable[str]) -> None:
         """See to it that runs which were ended before they could say so do not look as if they were still running."""
         client = _client(self.uri)
         for run_id in run_ids:
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_terminated(run_id, "KILLED")
+            _end(client, run_id, "KILLED")
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
@@ -117,6 +115,12 @@ def open_experiment(uri: str, name: str) -> Experiment:
     # A client on SQLite would put artifacts below the working directory of the moment.
     local = (runs_dir(uri) / "artifacts" / name).as_uri() if sqlite_path(uri) is not None else None
     return Experiment(uri, name, str(client.create_experiment(name, artifact_location=local)))
+
+
+def _end(client: "MlflowClient", run_id: str, status: str) -> None:
+    """Set the status of a run that does not have a last one yet."""
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, status)
 
 
 def _client(uri: str) -> "MlflowClient":

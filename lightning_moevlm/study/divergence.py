@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from lightning_moevlm import keys
-from lightning_moevlm.keys import is_of_validation
 from lightning_moevlm.study.comparison import Divergence
 from lightning_moevlm.tracking.runs import Point
 
@@ -61,7 +60,7 @@ def _own(points: Sequence[Point], rule: Divergence) -> list[Point]:
 
 
 def _has_untrained(own: Sequence[Point]) -> bool:
-    return bool(own) and (own[0].step == 0 or not is_of_validation(own[0].key))
+    return bool(own) and keys.is_untrained(own[0].key, own[0].step)
 
 
 def _above(own: Sequence[Point], rule: Divergence) -> str:

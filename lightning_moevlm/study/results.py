@@ -54,9 +54,7 @@ class RunResult:
     def first(self, key: str) -> float | None:
         """First value of a metric; of validation metrics the untrained model's, None where that was not validated."""
         series = self.series.get(key)
-        if series is None or (series.steps[0] > 0 and keys.is_of_validation(key)):
-            return None
-        return series.values[0]
+        return series.values[0] if series and keys.is_untrained(key, series.steps[0]) else None
 
     def last(self, key: str) -> float | None:
         """Last value of a metric; NaN where the training loss was no number after it: that model is gone."""
