@@ -10,6 +10,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +36,8 @@ from lightning_moevlm.parsers import (
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
+from lightning_moevlm.tracking.config_base import resolved_base
+from lightning_moevlm.tracking.config_sources import config_sources
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse_other_model
 from lightning_moevlm.training.refusals import (
@@ -135,6 +138,30 @@ class CommandLine(LightningCLI):
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
 
 
+class _ParsedError(Exception):
+    """Ends a rehearsal."""
+
+
+class _Rehearsal(CommandLine):
+    """A command line that is parsed, and nothing else."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and read the base as the run's record will."""
+        super().parse_arguments(parser, args)
+        resolved_base(self._parser(self._asked), config_sources(sys.argv))
+        raise _ParsedError
+
+
+def rehearse(args: Sequence[str]) -> None:
+    """Parse `moevlm fit ...` for the sake of what this process then knows, and its forks with it.
+
+    Raises:
+        UserError: a mistake in the configuration.
+    """
+    with suppress(_ParsedError):
+        _start(args, _Rehearsal)
+
+
 def run(args: Sequence[str]) -> None:
     """Run `moevlm fit|validate|test|predict ...`; args start with the subcommand.
 
@@ -142,13 +169,17 @@ def run(args: Sequence[str]) -> None:
         UserError: a mistake in the configuration or in what it points to.
         KeyboardInterrupt: the user interrupted; Lightning has closed the run.
     """
+    _start(args, CommandLine)
+
+
+def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
     prepare_parsers()
     with TemporaryDirectory() as folder, held_notices() as notices, teaching_errors():
         words = with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
         try:
-            CommandLine(args[0], args, notices)
+            command_line(args[0], args, notices)
         except SystemExit as exit_:
             if isinstance(exit_.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit_

@@ -1,4 +1,4 @@
-"""One run as a process of its own: the public command line, its environment, its log, its clean end.
+"""One run as a process: the public command line, its environment, its log, its clean end.
 
 A child is a session of its own, so Ctrl-C in the terminal reaches the sweep alone, which then ends its children in
 order. If the sweep itself is killed, the system ends them (Linux); elsewhere the next `sweep run` does.
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import psutil
 
@@ -26,12 +26,18 @@ PATIENCE_SECONDS = 10.0
 """How long a process that was asked to end may take."""
 _LOG_LINES = 20
 _PR_SET_PDEATHSIG = 1
+_PROGRAM = (sys.executable, "-m", "lightning_moevlm")
 
 
 def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
     """Return the public command of a run: `python -m lightning_moevlm fit -c BASE... -c OVERRIDES`."""
     configs = [word for file in (*base, overrides) for word in ("-c", str(file))]
-    return [sys.executable, "-m", "lightning_moevlm", "fit", *configs]
+    return [*_PROGRAM, "fit", *configs]
+
+
+def own_words(command: Sequence[str]) -> list[str] | None:
+    """Return what a command line gives to `moevlm`, or None where it starts another program."""
+    return list(command[len(_PROGRAM) :]) if tuple(command[: len(_PROGRAM)]) == _PROGRAM else None
 
 
 def share_environment(env: Mapping[str, str], jobs: int, cores: int, slot: int, num_gpus: int) -> dict[str, str]:
@@ -66,6 +72,30 @@ class Ended:
     ended: float | None = None
 
 
+class Process(Protocol):
+    """What a run needs of its process, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its number; None while nobody has told it."""
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, for so many seconds, and return its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """Make it end."""
+
+
 @dataclass
 class Child:
     """A started process and its open log.
@@ -74,7 +104,7 @@ class Child:
     clock that nobody sets.
     """
 
-    process: subprocess.Popen[bytes]
+    process: Process
     log: IO[bytes]
     started: float
     timeout_seconds: float | None = None
@@ -91,28 +121,8 @@ class Child:
         folder: Path | None = None,
     ) -> "Child":
         """Start a command in a folder, by default this one; its output is appended to the log."""
-        log = log_file.open("ab")
-        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
-            command,
-            env=dict(env),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_die_with_parent(),
-        )
-        return cls(process, log, time.time(), timeout_seconds)
-
-    @property
-    def pid_started(self) -> float:
-        """Start of the process as the system tells it, seconds since 1970."""
-        try:
-            return psutil.Process(self.process.pid).create_time()
-        except psutil.NoSuchProcess:
-            return self.started
+        log = open_log(log_file, command)
+        return cls(start_process(command, env, log, folder), log, time.time(), timeout_seconds)
 
     def poll(self) -> Ended | None:
         """Return how it ended, or None while it runs; one that is over its time is ended first."""
@@ -137,7 +147,7 @@ def end_children(children: Sequence[Child]) -> None:
     Whoever waits for a child first has its exit code, so that psutil, which `end_all` waits by, would keep it.
     """
     living = [child.process for child in children if child.process.poll() is None]
-    below = [process for child in living for process in psutil.Process(child.pid).children(recursive=True)]
+    below = [process for child in living for process in _below(child.pid)]
     for process in living:
         process.terminate()
     patience_ends = time.monotonic() + PATIENCE_SECONDS
@@ -148,6 +158,13 @@ def end_children(children: Sequence[Child]) -> None:
             process.kill()
             process.wait()
     _make_end(below, PATIENCE_SECONDS)
+
+
+def _below(pid: int | None) -> list[psutil.Process]:
+    try:
+        return [] if pid is None else psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # of a process that another one waits for
+        return []
 
 
 def end_all(pids: Sequence[int], patience_seconds: float) -> None:
@@ -172,6 +189,39 @@ def _make_end(processes: Sequence[psutil.Process], patience_seconds: float) -> N
     psutil.wait_procs(left, timeout=patience_seconds)
 
 
+def open_log(log_file: Path, command: Sequence[str]) -> IO[bytes]:
+    """Open a log to append to, and write the command line that it is of."""
+    log = log_file.open("ab")
+    log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
+    log.flush()
+    return log
+
+
+def start_process(
+    command: Sequence[str], env: Mapping[str, str], log: IO[bytes], folder: Path | None, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a command as a session of its own that ends with this process; it inherits only the files `pass_fds`."""
+    return subprocess.Popen(
+        command,
+        env=dict(env),
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=die_with_parent(),
+        pass_fds=pass_fds,
+    )
+
+
+def start_of(pid: int) -> float | None:
+    """Return when a process started as the system tells it, seconds since 1970; None where it is gone."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
 def log_tail(log_file: Path) -> tuple[str, ...]:
     """Return the last lines of a log, without empty ones."""
     try:
@@ -192,8 +242,8 @@ def last_checkpoint(*folders: Path) -> Path | None:
     return next((file for file in newest_first if zipfile.is_zipfile(file)), None)
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return what a child does between fork and exec so that the kernel ends it when its parent dies."""
+def die_with_parent() -> Callable[[], None] | None:
+    """Return what a child does first, before exec if there is one, so that the kernel ends it when its parent dies."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl

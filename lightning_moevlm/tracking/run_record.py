@@ -13,26 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from typing_extensions import override
 
+from lightning_moevlm.tracking.config_base import masked_tree, resolved_base
 from lightning_moevlm.tracking.config_diff import changes, flat
 from lightning_moevlm.tracking.config_folder import write_config_folder
 from lightning_moevlm.tracking.config_sources import config_sources
 from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, log_dataset
 from lightning_moevlm.tracking.last_words import command_to_go_on, where_everything_is
-from lightning_moevlm.tracking.masking import masked, masked_argv, masked_yaml
+from lightning_moevlm.tracking.masking import masked_argv, masked_yaml
 from lightning_moevlm.tracking.provenance import code_checkout, versions
 from lightning_moevlm.tracking.run_logger import RunLogger
 from lightning_moevlm.tracking.system_metrics import SystemSampler
-from lightning_moevlm.yaml_text import read_yaml
 
 
 class RunRecord(SaveConfigCallback):
@@ -76,7 +75,7 @@ class RunRecord(SaveConfigCallback):
             return  # nothing will be logged: there would be a run without content
         if not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger):
             return
-        resolved = self._resolved(self.config)
+        resolved = masked_tree(self.parser, self.config)
         files = self._files(resolved)
         logger = _run_logger(trainer)
         if logger is None:
@@ -144,34 +143,10 @@ class RunRecord(SaveConfigCallback):
 
     def _changed(self, sources: Sequence[Path], resolved: Mapping[str, object]) -> str:
         """Every key that the later files and the command line changed, with both values."""
-        base, told = self._base(sources)
+        base, told = resolved_base(self.parser, sources)
         different = changes(flat(base), flat(resolved))
         rows = {key: {"base": change.base, "now": change.now} for key, change in different.items()}
         return f"# {told}\n" + yaml.safe_dump(rows, sort_keys=False)
-
-    def _base(self, sources: Sequence[Path]) -> tuple[dict[str, object], str]:
-        if not sources:
-            return self._defaults(), "against the defaults: no configuration file was given"
-        exits, self.parser.exit_on_error = self.parser.exit_on_error, False
-        try:
-            base = self.parser.parse_args(["--config", str(sources[0])])
-        except (ArgumentError, OmegaConfBaseException) as error:
-            reason = str(error).splitlines()[0]
-            return self._defaults(), f"against the defaults: {sources[0].name} is not complete alone ({reason})"
-        finally:
-            self.parser.exit_on_error = exits
-        return self._resolved(base), f"against {sources[0].name} alone"
-
-    def _defaults(self) -> dict[str, object]:
-        return self._resolved(self.parser.get_defaults(skip_validation=True))
-
-    def _resolved(self, config: Namespace) -> dict[str, object]:
-        dumped = self.parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True)
-        tree = read_yaml(dumped) or {}
-        tree.pop("config", None)  # the files' names; their content is recorded
-        clean = masked(tree, os.environ)
-        assert isinstance(clean, dict)
-        return clean
 
     @staticmethod
     def _tags() -> dict[str, str]:

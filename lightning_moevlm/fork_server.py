@@ -1,0 +1,140 @@
+"""A process that has imported and read what the runs of a sweep have in common, and becomes each of them by forking.
+
+A run then begins at once, not after seconds of imports; forks share the memory of what was there before. Started by
+`study/engines/forks.py`:
+
+    python -m lightning_moevlm.fork_server SOCKET WORDS...
+
+SOCKET is the number of an inherited socket, WORDS a command line like those to come: it is parsed, and nothing of it is
+built, since a process that has computed on several threads must not be forked. Every run is a session of its own and
+ends with this process.
+"""
+
+import atexit
+import gc
+import importlib
+import multiprocessing
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
+
+from rich.console import Console
+
+from lightning_moevlm.cli import main
+from lightning_moevlm.collector import collected_seldom
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.child import die_with_parent
+from lightning_moevlm.study.engines.forks import Channel
+from lightning_moevlm.url_secrets import without_url_secrets
+
+# What a run imports in the course of things, beyond what its command line needs; the last three where they are there.
+_LATER = (
+    *("mlflow.store.tracking.sqlalchemy_store", "sqlalchemy.dialects.sqlite", "alembic.command", "git"),
+    *("s3fs", "gcsfs", "adlfs"),
+)
+
+
+def serve(channel: Channel, program: Callable[[list[str]], int]) -> None:
+    """Fork runs as asked, and tell how they end, until the other end is gone; that ends them all.
+
+    Args:
+        channel: to the engine.
+        program: what a run does with its words; returns its exit code.
+    """
+    forks = multiprocessing.get_context("fork")
+    runs: dict[str, BaseProcess] = {}  # by ticket
+    with selectors.PollSelector() as events:
+        events.register(channel.socket, selectors.EVENT_READ)
+        while True:
+            for event, _ in events.select():
+                if event.data is not None:  # the ticket of a run that has ended
+                    events.unregister(event.fd)
+                    os.close(event.fd)
+                    run = runs.pop(event.data)
+                    run.join()
+                    channel.send({"ticket": event.data, "code": run.exitcode})
+                    continue
+                message = channel.receive()
+                if message is None:
+                    for run in runs.values():
+                        run.kill()
+                    return
+                if "signal" in message:
+                    if (asked := runs.get(message["ticket"])) is not None and asked.pid is not None:
+                        os.kill(asked.pid, message["signal"])
+                    continue
+                ours = [other.fd for other in events.get_map().values()]
+                bind = die_with_parent()
+                run = forks.Process(target=_be, args=(program, message["words"], message["log"], ours, bind))
+                run.start()
+                assert run.pid is not None
+                runs[message["begin"]] = run
+                events.register(os.pidfd_open(run.pid), selectors.EVENT_READ, message["begin"])
+                channel.send({"ticket": message["begin"], "pid": run.pid, "at": time.time()})
+
+
+def _be(
+    program: Callable[[list[str]], int],
+    words: list[str],
+    log_file: str,
+    ours: Collection[int],
+    bind: Callable[[], None] | None,
+) -> None:
+    """Be a run: a session of its own that writes to its log. `ours`: files of the server, `bind`: to end with it."""
+    if bind is not None:
+        bind()
+    for number in ours:
+        os.close(number)
+    os.setsid()
+    log = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+    # to start further ranks, Lightning runs the main module again
+    sys.modules["__main__"] = importlib.import_module("lightning_moevlm.__main__")
+    try:
+        code = program(words)
+    finally:
+        atexit._run_exitfuncs()  # as a program does; a fork leaves without
+    sys.exit(code)
+
+
+def prepare(words: Sequence[str]) -> None:
+    """Import and parse what a run imports and parses."""
+    from lightning_moevlm import lightning_cli
+
+    for name in _LATER:
+        if find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
+    try:
+        lightning_cli.rehearse(words)
+    except UserError as error:  # its run will tell
+        _tell(str(error))
+
+
+def _tell(line: str) -> None:
+    Console(stderr=True).print(without_url_secrets(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def run(number: str, words: Sequence[str]) -> int:
+    """Serve the socket of that number; return an exit code."""
+    channel = Channel(socket.socket(fileno=int(number)))
+    with collected_seldom():
+        prepare(words)
+    gc.freeze()
+    if threading.active_count() > 1:
+        names = ", ".join(thread.name for thread in threading.enumerate())
+        _tell(f"what was imported has started threads ({names}), which no fork would have")
+        return 1
+    serve(channel, main)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,224 @@
+"""Runs as forks of one process: real ones, but their server imports nothing; `tests/commands` has the true server."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lightning_moevlm.study.child import Ended
+from lightning_moevlm.study.engines import JOBS_FOLDER, Job, LocalEngine
+from lightning_moevlm.study.engines.local import SERVER_LOG
+from tests.study.test_engines import job_of
+from tests.study.test_execute import REPOSITORY, wait_for
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks that end with their server are of Linux")
+
+SLEEP = "import time; time.sleep(60)"
+PROGRAM = (sys.executable, "-m", "tests.study.fork_program")
+Run = Callable[[str, str], Job]
+
+
+@pytest.fixture(autouse=True)
+def quick_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_moevlm.study.engines.forks._SERVER", PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[LocalEngine]:
+    engine = LocalEngine(num_gpus=0)
+    engine.open(tmp_path / JOBS_FOLDER, 3, 8)
+    yield engine
+    engine.close()
+
+
+def run(folder: Path, ticket: str, code: str) -> Job:
+    """Return a job that the public command would carry out, and `fork_program` as Python code."""
+    job = job_of(folder, "", ticket=ticket)
+    return replace(job, command=(sys.executable, "-m", "lightning_moevlm", code), log=folder / f"{ticket}.txt")
+
+
+def end_of(engine: LocalEngine, ticket: str) -> Ended:
+    found: list[Ended] = []
+    wait_for(lambda: found.extend(filter(None, [engine.poll(ticket)])) or found)
+    return found[0]
+
+
+def is_over(process: psutil.Process) -> bool:
+    """Whether a process has ended; nobody may have waited for it yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def server_of(engine: LocalEngine) -> psutil.Process:
+    assert engine._server is not None
+    return psutil.Process(engine._server.pid)
+
+
+def begun(engine: LocalEngine, folder: Path, *tickets: str) -> list[psutil.Process]:
+    """Submit runs that sleep; return their processes."""
+    for ticket in tickets:
+        engine.submit(run(folder, ticket, SLEEP))
+    wait_for(lambda: len(server_of(engine).children()) == len(tickets))
+    return server_of(engine).children()
+
+
+def test_exit_codes_output_and_surroundings(engine: LocalEngine, tmp_path: Path) -> None:
+    told = "import os, sys; print(os.getsid(0) == os.getpid(), os.getcwd(), os.environ['TOLD'], repr(sys.stdin.read()))"
+    codes = {"good": (told, 0), "refused": ("sys.exit(2)", 2), "raised": ("1 / 0", 1)}
+    for ticket, (code, expected) in codes.items():
+        before = time.time()
+        handle = engine.submit(run(tmp_path, ticket, code))
+        assert handle.pid == server_of(engine).pid  # a run lives and dies with its server
+        ended = end_of(engine, ticket)
+        assert (ended.code, ended.reason) == (expected, "")
+        assert before <= ended.started <= ended.ended <= time.time()
+    header, output = (tmp_path / "good.txt").read_text().splitlines()
+    assert header.endswith(f"{sys.executable} -m lightning_moevlm {told}")
+    assert output == f"True {tmp_path} this ''"
+    assert (tmp_path / "raised.txt").read_text().endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_what_a_run_waits_for_its_server_is_no_time_of_its_own(engine: LocalEngine, tmp_path: Path) -> None:
+    begun(engine, tmp_path, "a")
+    server = server_of(engine)
+    server.suspend()
+    engine.submit(run(tmp_path, "b", "pass"))
+    time.sleep(1.0)
+    resumed = time.time()
+    server.resume()
+    assert end_of(engine, "b").started >= resumed
+
+
+def test_runs_share_nothing_that_one_of_them_changes(engine: LocalEngine, tmp_path: Path) -> None:
+    code = "import os; from glob import glob; print(os.environ.get('LEFT')); os.environ['LEFT'] = 'behind';"
+    code += " os.chdir('/'); print([os.readlink(file) for file in glob('/proc/self/fd/*') if os.path.exists(file)])"
+    begun(engine, tmp_path, "beside")
+    for ticket in ("a", "b"):
+        engine.submit(run(tmp_path, ticket, code))
+        assert end_of(engine, ticket).code == 0
+        _, left, files = (tmp_path / f"{ticket}.txt").read_text().splitlines()
+        assert left == "None"
+        assert str(tmp_path / f"{ticket}.txt") in files
+        assert not any(word in files for word in ("socket", "pidfd", "beside"))  # what the server speaks by
+
+
+def test_one_that_is_killed_takes_no_other_with_it(engine: LocalEngine, tmp_path: Path) -> None:
+    one, other = begun(engine, tmp_path, "a", "b")
+    one.kill()
+    codes: dict[str, int | None] = {}
+    wait_for(lambda: codes.update({t: e.code for t in "ab" if (e := engine.poll(t)) is not None}) or codes)
+    assert list(codes.values()) == [-signal.SIGKILL]
+    assert other.is_running()
+    engine.cancel(list({"a", "b"} - codes.keys()))
+    assert is_over(other)
+
+
+def test_cancelled_runs_tell_the_signal_that_ended_them(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_moevlm.study.child.PATIENCE_SECONDS", 0.5)
+    deaf = "import signal; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True);" + SLEEP
+    child = "import subprocess, sys; subprocess.Popen(['sleep', '61']); print('has one', flush=True);" + SLEEP
+    for ticket, code in (("deaf", deaf), ("parent", child)):
+        engine.submit(run(tmp_path, ticket, code))
+    for ticket, word in (("deaf", "\ndeaf"), ("parent", "\nhas one")):
+        wait_for(lambda ticket=ticket, word=word: word in (tmp_path / f"{ticket}.txt").read_text())
+    [below] = [each for each in server_of(engine).children(recursive=True) if each.name() == "sleep"]
+    engine.cancel(["deaf", "parent"])
+    assert [engine.poll(ticket).code for ticket in ("deaf", "parent")] == [-signal.SIGKILL, -signal.SIGTERM]
+    assert is_over(below)
+
+
+def test_cancelled_before_it_has_begun(engine: LocalEngine, tmp_path: Path) -> None:
+    begun(engine, tmp_path, "a")
+    server = server_of(engine)
+    server.suspend()
+    engine.submit(run(tmp_path, "b", "print('worked')"))
+    subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({server.pid}, 18)"])  # SIGCONT
+    engine.cancel(["b"])
+    assert engine.poll("b").code == -signal.SIGTERM
+    assert "\nworked" not in (tmp_path / "b.txt").read_text()
+
+
+def test_one_that_is_over_its_time_is_ended(engine: LocalEngine, tmp_path: Path) -> None:
+    engine.submit(replace(run(tmp_path, "a", SLEEP), timeout_seconds=0.6))
+    ended = end_of(engine, "a")
+    assert ended.code == -signal.SIGTERM
+    assert ended.reason == "not done after 0.01 minutes (timeout_minutes), so it was ended"
+
+
+def test_runs_end_with_their_server_and_the_next_has_a_new_one(engine: LocalEngine, tmp_path: Path) -> None:
+    runs, before = begun(engine, tmp_path, "a", "b"), server_of(engine)
+    before.kill()
+    assert [end_of(engine, ticket).code for ticket in ("a", "b")] == [-signal.SIGKILL] * 2
+    assert all(map(is_over, runs))
+    engine.submit(run(tmp_path, "c", "print('here')"))
+    assert end_of(engine, "c").code == 0
+    assert server_of(engine) != before
+
+
+def test_a_server_that_cannot_start_costs_no_run(tmp_path: Path) -> None:
+    engine = LocalEngine(num_gpus=0)
+    engine.open(tmp_path / JOBS_FOLDER, 1, 2)
+    for ticket in ("a", "b"):
+        job = replace(run(tmp_path, ticket, "fails"), folder=REPOSITORY)
+        engine.submit(job)
+        assert end_of(engine, ticket).code == 2  # `moevlm fails` is no command
+        assert "fails" in (tmp_path / f"{ticket}.txt").read_text().splitlines()[-1]
+    log = (tmp_path / JOBS_FOLDER / SERVER_LOG).read_text()
+    assert log.count("it cannot be imported") == 1  # it was not tried again
+    assert "the fork server ended before this began" in (tmp_path / "a.txt").read_text()
+    engine.close()
+
+
+def test_other_programs_and_other_surroundings_are_no_forks(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(engine, tmp_path, "a")
+    handle = engine.submit(job_of(tmp_path, "print('by itself')", ticket="b"))
+    assert handle.pid != server_of(engine).pid
+    assert end_of(engine, "b").code == 0
+    other = replace(run(tmp_path, "c", "print(1)"), environment={"TOLD": "something else"})
+    assert engine.submit(other).pid != server_of(engine).pid
+    assert end_of(engine, "c").code == 2  # the real `moevlm` knows no such command
+    engine.cancel(["a"])
+    monkeypatch.setattr("lightning_moevlm.study.engines.local._visible_gpus", lambda: 1)
+    for plain in (LocalEngine(num_gpus=0, fork=False), LocalEngine()):  # a GPU cannot be taken over by a fork
+        plain.open(tmp_path / JOBS_FOLDER, 1, 1)
+        plain.submit(run(tmp_path, "d", "no command"))
+        assert end_of(plain, "d").code == 2
+        assert plain._server is None
+
+
+def test_kill_of_the_sweep_ends_server_and_runs(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from lightning_moevlm.study.engines import forks\n"
+        "from tests.study.test_forks import *\n"
+        f"forks._SERVER = PROGRAM; folder = Path({str(tmp_path)!r})\n"
+        "engine = LocalEngine(num_gpus=0); engine.open(folder / 'jobs', 2, 2)\n"
+        "print(*[each.pid for each in begun(engine, folder, 'a', 'b')], engine._server.pid, flush=True); time.sleep(60)"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert sweep.stdout is not None
+    processes = [psutil.Process(int(pid)) for pid in sweep.stdout.readline().split()]
+    assert len(processes) == 3
+    sweep.kill()
+    sweep.wait()
+    wait_for(lambda: all(map(is_over, processes)), 10)
+
+
+def test_a_closed_engine_leaves_nothing(tmp_path: Path) -> None:
+    engine = LocalEngine(num_gpus=0)
+    engine.open(tmp_path / JOBS_FOLDER, 2, 8)
+    [sleeping] = begun(engine, tmp_path, "a")
+    server = server_of(engine)
+    engine.close()
+    wait_for(lambda: is_over(server) and is_over(sleeping), 10)
+    assert os.environ.get("TOLD") is None
