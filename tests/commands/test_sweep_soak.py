@@ -59,8 +59,9 @@ def states(folder: Path, study: str = "soak") -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob(f"runs/sweeps/{study}/*/state.json"))]
 
 
-def children(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return psutil.Process(parent.pid).children()
+def runs_of(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the runs at work, which are forks of the sweep's one child."""
+    return [run for server in psutil.Process(parent.pid).children() for run in server.children()]
 
 
 @pytest.mark.slow
@@ -68,20 +69,20 @@ def children(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
 def test_three_random_kills_lose_and_duplicate_nothing(soak: Path) -> None:
     rng = random.Random(os.environ.get("MOEVLM_SOAK_SEED", "7"))
     parent = start(soak)
-    for whom in rng.sample(["a run", "a run", "the sweep"], 3):
+    for whom in rng.sample(["a run", "the server that runs are forks of", "the sweep"], 3):
         done = sum(state["status"] == "finished" for state in states(soak))
         goal = done + rng.randint(1, 5)
-        while sum(state["status"] == "finished" for state in states(soak)) < goal or not children(parent):
+        while sum(state["status"] == "finished" for state in states(soak)) < goal or not runs_of(parent):
             assert parent.poll() is None, (soak / "out").read_text()
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 3))
-        if whom == "a run":
-            victims = children(parent)
-            rng.choice(victims).kill() if victims else pytest.fail("no run was at work")
+        if whom == "the sweep":
+            os.kill(parent.pid, signal.SIGKILL)
+            parent.wait()
+            parent = start(soak)
             continue
-        os.kill(parent.pid, signal.SIGKILL)
-        parent.wait()
-        parent = start(soak)
+        victims = runs_of(parent) if whom == "a run" else psutil.Process(parent.pid).children()
+        rng.choice(victims).kill() if victims else pytest.fail("nobody was at work")
     assert parent.wait() in (0, 1), (soak / "out").read_text()
     assert start(soak, "--retry=true").wait() == 0, (soak / "out").read_text()
     assert len(list(soak.glob("runs/sweeps/soak/*/state.json"))) == 24

@@ -108,8 +108,9 @@ class ForkServer:
         return self._codes.get(ticket, lost)
 
     def close(self) -> None:
-        """Let go of it, and of whatever it still runs."""
+        """End it, and whatever it still runs; it keeps nothing that it would have to write."""
         self._channel.socket.close()
+        self._process.kill()
         self._process.wait()
 
 

@@ -1,0 +1,42 @@
+"""The base of a run is resolved once by a process and its forks, and again where its file has changed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_moevlm import lightning_cli
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.tracking import config_base
+from tests.commands.small_study import SMALL
+
+
+@pytest.fixture
+def words(workplace: Path) -> list[str]:
+    (workplace / "base.yaml").write_text((workplace / "conf/quickstart.yaml").read_text())
+    (workplace / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    return ["fit", "-c", "base.yaml", "-c", "small.yaml", "--trainer.max_steps=2"]
+
+
+def test_a_rehearsal_resolves_the_base_for_the_runs_to_come(words: list[str], workplace: Path) -> None:
+    lightning_cli.rehearse(words)
+    before = config_base._resolved_alone.cache_info()
+    lightning_cli.run([*words, "--trainer.default_root_dir=runs"])
+    after = config_base._resolved_alone.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+    text = (workplace / "base.yaml").read_text()
+    (workplace / "base.yaml").write_text(text + "\n# changed\n")
+    lightning_cli.rehearse(words)
+    assert config_base._resolved_alone.cache_info().misses == after.misses + 1
+
+
+def test_a_rehearsal_leaves_nothing_behind(words: list[str], workplace: Path) -> None:
+    files, environment, state = sorted(workplace.rglob("*")), dict(os.environ), torch.get_rng_state()
+    lightning_cli.rehearse([*words, "--seed_everything=7"])
+    assert sorted(workplace.rglob("*")) == files
+    assert dict(os.environ) == environment  # Lightning keeps the seed there, and a run with `true` would take it
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(UserError, match="max_stepz"):
+        lightning_cli.rehearse([*words, "--trainer.max_stepz=2"])
