@@ -10,9 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
-from lightning_moevlm.yaml_text import read_yaml
+from lightning_moevlm.yaml_text import read_yaml, write_yaml
 
 _NAMED = (("data", "sources"), ("model", "losses", "others"))
 
@@ -48,7 +46,7 @@ class NamesMerger:
             merged = _over(self._known[path], named)
             if self._known[path]:
                 whole = self._folder / f"{last}{self._num_seen}.yaml"
-                whole.write_text(yaml.safe_dump(_nested(path, merged), sort_keys=False), encoding="utf-8")
+                whole.write_text(write_yaml(_nested(path, merged)), encoding="utf-8")
                 result.append(whole)
             self._known[path] = merged
         return result

@@ -1,6 +1,7 @@
 """What all parsers of configurations share: their settings and defaults, how they write YAML, how a mistake is told."""
 
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
@@ -86,6 +87,8 @@ def keep_whole_numbers(part: type) -> None:
     The parser tries the types of a union in order, and `Optional[Union[int, float]]` has the order of whoever in the
     process wrote that union first: typing takes `Union[float, int]` for the same and hands out the one that it has.
     """
+    for forget in typing._cleanups:  # type: ignore[attr-defined]  # the parser asks for Optional[...] of what is set here
+        forget()
     annotations = part.__init__.__annotations__  # type: ignore[misc]
     for name, hint in annotations.items():
         types = get_args(hint)

@@ -11,7 +11,7 @@ except ImportError:
     from yaml import SafeDumper as FastSafeDumper  # type: ignore[assignment]
     from yaml import SafeLoader as _FastSafeLoader  # type: ignore[assignment]
 
-__all__ = ["FastSafeDumper", "read_yaml"]
+__all__ = ["FastSafeDumper", "read_yaml", "write_yaml"]
 
 
 def read_yaml(text: str) -> Any:
@@ -21,3 +21,13 @@ def read_yaml(text: str) -> Any:
         YAMLError: it is no YAML.
     """
     return yaml.load(text, Loader=_FastSafeLoader)
+
+
+def write_yaml(data: object) -> str:
+    """Return plain data as a text, in its own order, as `yaml.safe_dump`.
+
+    Raises:
+        YAMLError: something in it is no plain data.
+    """
+    text: str = yaml.dump(data, Dumper=FastSafeDumper, sort_keys=False)
+    return text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import typing
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -211,6 +212,9 @@ def test_one_batch_is_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ("limit_val_batches", "limit_train_batches", "val_check_interval", "gradient_clip_val")
     for key in keys:
         monkeypatch.setitem(Trainer.__init__.__annotations__, key, float | int | None)
+    for forget in typing._cleanups:
+        forget()
+    assert typing.Optional[float | int | None].__args__ == (float, int, type(None))  # noqa: UP045  # and this one, too
     resolve = ConfigResolver()
     for given in (1, 1.0, None):
         trainer = resolve([Path("conf/quickstart.yaml")], {"trainer": dict.fromkeys(keys, given)})["trainer"]

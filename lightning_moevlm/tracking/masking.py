@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-import yaml
-
 from lightning_moevlm.url_secrets import MASK, without_url_secrets
+from lightning_moevlm.yaml_text import read_yaml, write_yaml
 
 _ALWAYS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
 _KEY_KINDS = {"api", "access", "private", "secret", "auth", "encryption", "signing"}
@@ -62,11 +61,11 @@ def masked(value: object, environment: Mapping[str, str], key: str = "") -> obje
 
 def masked_yaml(text: str, environment: Mapping[str, str]) -> str:
     """Return a YAML text as it is or, if it holds a secret, its masked content without comments."""
-    tree = yaml.safe_load(text)
+    tree = read_yaml(text)
     clean = masked(tree, environment)
     if clean == tree:
         return text
-    return "# a secret was masked here; comments are lost\n" + yaml.safe_dump(clean, sort_keys=False)
+    return "# a secret was masked here; comments are lost\n" + write_yaml(clean)
 
 
 def masked_argv(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -32,6 +31,7 @@ from lightning_moevlm.tracking.masking import masked_argv, masked_yaml
 from lightning_moevlm.tracking.provenance import code_checkout, versions
 from lightning_moevlm.tracking.run_logger import RunLogger
 from lightning_moevlm.tracking.system_metrics import SystemSampler
+from lightning_moevlm.yaml_text import write_yaml
 
 
 class RunRecord(SaveConfigCallback):
@@ -133,7 +133,7 @@ class RunRecord(SaveConfigCallback):
     def _files(self, resolved: Mapping[str, object]) -> dict[str, str]:
         sources = config_sources(self._argv)
         files = {
-            "config.yaml": yaml.safe_dump(dict(resolved), sort_keys=False),
+            "config.yaml": write_yaml(dict(resolved)),
             "changed.yaml": self._changed(sources, resolved),
             "command.txt": shlex.join(masked_argv(self._argv, os.environ)) + "\n",
         }
@@ -146,7 +146,7 @@ class RunRecord(SaveConfigCallback):
         base, told = resolved_base(self.parser, sources)
         different = changes(flat(base), flat(resolved))
         rows = {key: {"base": change.base, "now": change.now} for key, change in different.items()}
-        return f"# {told}\n" + yaml.safe_dump(rows, sort_keys=False)
+        return f"# {told}\n" + write_yaml(rows)
 
     @staticmethod
     def _tags() -> dict[str, str]:

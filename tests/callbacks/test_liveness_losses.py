@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -194,3 +195,15 @@ def test_a_loss_at_its_minimum_is_idle() -> None:
             nn.init.zeros_(layer.router.weight_ED)  # all experts alike: CV = 0, and so is its gradient
     receipts, _ = asked(module)
     assert receipts["losses.importance"].startswith("idle: no gradient on router weights here")
+
+
+def test_a_loss_on_a_router_that_training_has_saturated_is_idle() -> None:
+    """At rates that are too high routers end there; that is how the run went, and no switch that cannot act."""
+    module = module_of(AuxiliaryLosses(LoadBalance(), None, importance=Importance()))
+    with torch.no_grad():
+        for layer in module.backbone.modules():
+            if isinstance(layer, MoEFFN):
+                layer.router.weight_ED.mul_(1e6)
+    receipts, _ = asked(module)
+    for name in ("load_balance", "importance"):
+        assert receipts[f"losses.{name}"].startswith("idle: no gradient on router weights here; a plan pushed")

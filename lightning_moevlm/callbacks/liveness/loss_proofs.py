@@ -264,7 +264,11 @@ def _target_parameters(rehearsal: Rehearsal, on_routing: bool) -> Iterable[nn.Pa
 
 
 def _pushed(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[LossInput]]:
-    """Return plans with noise on their logits and the first expert's raised, and their new leaves."""
+    """Return plans with noise on their logits and the first expert's raised, and their new leaves.
+
+    Logits are brought to a root mean square of 1 at most: of a router that training has driven into saturation, every
+    probability is 0 or 1, and no push would give a loss on them a gradient.
+    """
     leaves: list[Tensor] = []
     pushed: list[LossInput] = []
     generator = torch.Generator().manual_seed(0)
@@ -274,7 +278,8 @@ def _pushed(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], lis
 
     for one in inputs:
         plan = one.plan
-        logits_TE = noisy(plan.logits_TE)
+        size = plan.logits_TE.detach().float().square().mean().sqrt().clamp(min=1.0)
+        logits_TE = noisy(plan.logits_TE / size.to(plan.logits_TE))
         logits_TE[:, 0] += push
         leaves.append(logits_TE.requires_grad_())
         probs_TE = logits_TE.softmax(dim=-1)
