@@ -96,7 +96,7 @@ def compare(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> 
         arms,
         unlike=differences([_subject(study, r) for r in done]),
         budgets={budget.what: budget.spent for budget in budgets},
-        ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders(_configs(study, results))),
+        ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders(_configs(results))),
         factors=_factors(study, rule, by_arm),
     )
 
@@ -112,10 +112,9 @@ def _withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str
     return before | {name: found.told for name, found in now.items()}
 
 
-def _configs(study: Comparison, results: Sequence[RunResult]) -> dict[str, Mapping[str, Any]]:
-    """Return the config of each arm with one seed, the first that most of them have."""
-    seed = max(study.seeds, key=lambda seed: sum(r.seed == seed for r in results))
-    return {r.arm: r.resolved for r in results if r.seed == seed}
+def _configs(results: Sequence[RunResult]) -> dict[str, Mapping[str, Any]]:
+    """Return the config of one run of each arm."""
+    return {r.arm: r.resolved for r in reversed(results)}
 
 
 def _stopped(result: RunResult) -> RunResult:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_moevlm.study.plan import digest_of
+from lightning_moevlm.study.plan import seedless
 
 _BEGUN_NUMBER = re.compile(r"[_.-]*(\d[0-9e_.-]*)?$")  # at the end of what names share: that of the rate
 LEARNING_RATE = ("model", "optimizer", "init_args", "lr")
@@ -34,16 +34,16 @@ class Ladder:
 
 
 def ladders(configs: Mapping[str, Mapping[str, object]]) -> tuple[Ladder, ...]:
-    """Return every group of at least two arms whose configs differ in the optimiser's learning rate alone.
+    """Return every group of at least two arms whose configs, seeds aside, differ in the learning rate alone.
 
     Args:
-        configs: The resolved config of one run of each arm, all of the same seed.
+        configs: The resolved config of one run of each arm.
     """
-    groups: dict[str, dict[float, str]] = {}
+    groups: dict[tuple[tuple[str, str], ...], dict[float, str]] = {}
     for arm, config in configs.items():
         rate, rest = _without_rate(config)
         if rate is not None:
-            groups.setdefault(digest_of(rest), {})[rate] = arm
+            groups.setdefault(tuple(seedless(rest).items()), {})[rate] = arm
     return tuple(Ladder(dict(sorted(group.items()))) for group in groups.values() if len(group) > 1)
 
 

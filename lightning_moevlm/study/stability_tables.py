@@ -114,7 +114,7 @@ def _stability_cells(arm: ArmStability, is_withdrawn: bool) -> tuple[str, ...]:
     first = arm.first_divergence
     return (
         f"{arm.stable}/{arm.total}" if arm.total and not is_withdrawn else NOTHING,
-        NOTHING if arm.p is None else f"{arm.p:.2g}",
+        NOTHING if arm.p is None else f"{arm.p:.3g}",
         NOTHING if first is None else f"step {first}",
         *(_share(arm.mean(read)) for read in _SPIKES),
         _recovery(arm),

@@ -294,7 +294,7 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
         NOTHING if effect.centre is None else signed(effect.centre),
         NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
-        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
+        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
         NOTHING if better is None else f"{better} of {len(effect.seeds)}",
         NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
     )
@@ -305,7 +305,7 @@ def _contrast_cells(effect: Effect) -> tuple[str, ...]:
         NOTHING if effect.centre is None else signed(effect.centre),
         NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
         effect.word,
-        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}",
+        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
     )
 
 

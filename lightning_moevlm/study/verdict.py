@@ -131,7 +131,7 @@ def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
         return Verdict.INCONCLUSIVE, ""
     if evidence.p is not None and evidence.p > rule.alpha:
         family = " over the study's comparisons" if rule.correction == "holm" else ""
-        return Verdict.INCONCLUSIVE, f"its interval does not hold 0, but p = {evidence.p:.2g}{family}"
+        return Verdict.INCONCLUSIVE, f"its interval does not hold 0, but p = {evidence.p:.3g}{family}"
     return (Verdict.HELPS if ahead else Verdict.HURTS), ""
 
 

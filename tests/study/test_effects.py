@@ -312,7 +312,7 @@ def test_the_family_takes_a_verdict_back():
     assert judged["arm"].p_value == pytest.approx(0.0305, abs=1e-4)
     assert judged["arm"].p_adjusted == pytest.approx(0.0609, abs=1e-4)
     assert judged["arm"].verdict is Verdict.INCONCLUSIVE
-    assert judged["arm"].note == "its interval does not hold 0, but p = 0.061 over the study's comparisons"
+    assert judged["arm"].note == "its interval does not hold 0, but p = 0.0609 over the study's comparisons"
     assert as_family(effects, LOWER) == effects
     # An arm whose seeds are still to come, or all lost, counts as it will: no verdict stands until it is there alone.
     for seeds in ((), (0,)):

@@ -207,6 +207,8 @@ def test_ladders_are_arms_that_differ_in_the_rate_alone():
         "on_lr_1e-2": config(1e-2), "on_lr_1e-3": config(1e-3), "off_lr_1e-3": config(1e-3, False),
         "off_lr_1e-2": config(1e-2, False), "other": config(1e-3, None),
     }  # fmt: skip
+    configs["on_lr_1e-2"] |= {"seed_everything": 7, "data": {"seed": 7}}  # an arm need not have the seeds of the others
+    configs["on_lr_1e-3"] |= {"seed_everything": 8, "data": {"seed": 8}}
     before = copy.deepcopy(configs)
     found = ladders(configs)
     assert [dict(one.rungs) for one in found] == [
