@@ -3,9 +3,9 @@
 A run then begins at once, not after seconds of imports; forks share the memory of what was there before. Started by
 `study/engines/forks.py`:
 
-    python -m lightning_moevlm.fork_server SOCKET WORDS...
+    python -m lightning_moevlm.fork_server PIPE WORDS...
 
-SOCKET is the number of an inherited socket, WORDS a command line like those to come: it is parsed, and nothing of it is
+PIPE is the number of an inherited pipe, WORDS a command line like those to come: it is parsed, and nothing of it is
 built, since a process that has computed on several threads must not be forked. Every run is a session of its own and
 ends with this process.
 """
@@ -16,13 +16,15 @@ import importlib
 import multiprocessing
 import os
 import selectors
-import socket
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from rich.console import Console
 
@@ -41,42 +43,66 @@ _LATER = (
 
 
 def serve(channel: Channel, program: Callable[[list[str]], int]) -> None:
-    """Fork runs as asked, and tell how they end, until the other end is gone; that ends them all.
+    """Fork runs as asked, and tell how they end, until the other end is gone.
 
     Args:
         channel: to the engine.
         program: what a run does with its words; returns its exit code.
     """
-    forks = multiprocessing.get_context("fork")
     runs: dict[str, BaseProcess] = {}  # by ticket
-    with selectors.PollSelector() as events:
-        events.register(channel.socket, selectors.EVENT_READ)
-        while True:
-            for event, _ in events.select():
-                if event.data is not None:  # the ticket of a run that has ended
-                    events.unregister(event.fd)
-                    os.close(event.fd)
-                    run = runs.pop(event.data)
-                    run.join()
-                    channel.send({"ticket": event.data, "code": run.exitcode})
-                    continue
-                message = channel.receive()
-                if message is None:
-                    for run in runs.values():
-                        run.kill()
-                    return
-                if "signal" in message:
-                    if (asked := runs.get(message["ticket"])) is not None and asked.pid is not None:
-                        os.kill(asked.pid, message["signal"])
-                    continue
-                ours = [other.fd for other in events.get_map().values()]
-                bind = die_with_parent()
-                run = forks.Process(target=_be, args=(program, message["words"], message["log"], ours, bind))
-                run.start()
-                assert run.pid is not None
-                runs[message["begin"]] = run
-                events.register(os.pidfd_open(run.pid), selectors.EVENT_READ, message["begin"])
-                channel.send({"ticket": message["begin"], "pid": run.pid, "at": time.time()})
+    try:
+        with selectors.PollSelector() as events:
+            events.register(channel.pipe, selectors.EVENT_READ)
+            while True:
+                for event, _ in events.select():
+                    if event.data is not None:
+                        _tell_end(channel, event, events, runs)
+                    elif (message := channel.receive()) is None:
+                        return
+                    elif "signal" in message:
+                        if (run := runs.get(message["ticket"])) is not None:
+                            _end(run, message["signal"])
+                    else:
+                        _begin(channel, message, events, runs, program)
+    finally:  # also of an error: Python would wait for them when this process ends, and nobody would hear of them
+        for run in runs.values():
+            run.kill()
+
+
+def _begin(
+    channel: Channel,
+    message: Mapping[str, Any],
+    events: selectors.BaseSelector,
+    runs: dict[str, BaseProcess],
+    program: Callable[[list[str]], int],
+) -> None:
+    ours = [other.fd for other in events.get_map().values()]
+    forks = multiprocessing.get_context("fork")
+    arguments = program, message["words"], message["log"], ours, die_with_parent()
+    run = forks.Process(target=_be, args=arguments)
+    run.start()
+    assert run.pid is not None
+    runs[message["begin"]] = run
+    events.register(os.pidfd_open(run.pid), selectors.EVENT_READ, message["begin"])
+    channel.send({"ticket": message["begin"], "pid": run.pid, "at": time.time()})
+
+
+def _end(run: BaseProcess, number: int) -> None:
+    """Send a signal by the run itself: `os.kill` would fail, or meet another, where its end was noted just now."""
+    if number == signal.SIGKILL:
+        run.kill()
+    else:
+        run.terminate()
+
+
+def _tell_end(
+    channel: Channel, event: selectors.SelectorKey, events: selectors.BaseSelector, runs: dict[str, BaseProcess]
+) -> None:
+    events.unregister(event.fd)
+    os.close(event.fd)
+    run = runs.pop(event.data)
+    run.join()
+    channel.send({"ticket": event.data, "code": run.exitcode})
 
 
 def _be(
@@ -123,16 +149,16 @@ def _tell(line: str) -> None:
 
 
 def run(number: str, words: Sequence[str]) -> int:
-    """Serve the socket of that number; return an exit code."""
-    channel = Channel(socket.socket(fileno=int(number)))
-    with collected_seldom():
-        prepare(words)
-    gc.freeze()
-    if threading.active_count() > 1:
-        names = ", ".join(thread.name for thread in threading.enumerate())
-        _tell(f"what was imported has started threads ({names}), which no fork would have")
-        return 1
-    serve(channel, main)
+    """Serve the pipe of that number; return an exit code."""
+    with Connection(int(number)) as pipe:  # closed as soon as this ends, whatever then holds the process up
+        with collected_seldom():
+            prepare(words)
+        gc.freeze()
+        if threading.active_count() > 1:
+            names = ", ".join(thread.name for thread in threading.enumerate())
+            _tell(f"what was imported has started threads ({names}), which no fork would have")
+            return 1
+        serve(Channel(pipe), main)
     return 0
 
 

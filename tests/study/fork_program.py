@@ -1,12 +1,12 @@
 """A fork server that imports nothing, so that it is there at once: its runs execute the Python code in their words.
 
-    python -m tests.study.fork_program SOCKET EXAMPLE
+    python -m tests.study.fork_program PIPE EXAMPLE
 
 An EXAMPLE `fails` makes it end before it serves.
 """
 
-import socket
 import sys
+from multiprocessing.connection import Connection
 
 from lightning_moevlm.fork_server import serve
 from lightning_moevlm.study.engines.forks import Channel
@@ -20,4 +20,4 @@ def program(words: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[2] == "fails":
         sys.exit("it cannot be imported")
-    serve(Channel(socket.socket(fileno=int(sys.argv[1]))), program)
+    serve(Channel(Connection(int(sys.argv[1]))), program)
