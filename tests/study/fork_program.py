@@ -8,16 +8,19 @@ An EXAMPLE `fails` makes it end before it serves.
 import sys
 from multiprocessing.connection import Connection
 
-from lightning_moevlm.fork_server import serve
+from lightning_moevlm.fork_server import leave, serve
 from lightning_moevlm.study.engines.forks import Channel
 
 
-def program(words: list[str]) -> int:
-    exec(words[0], {"sys": sys})
-    return 0
+def serve_and_run() -> None:
+    with Connection(int(sys.argv[1])) as pipe:
+        words = serve(Channel(pipe))
+    if words is not None:
+        exec(words[0], {"sys": sys})
+        leave(0)
 
 
 if __name__ == "__main__":
     if sys.argv[2] == "fails":
         sys.exit("it cannot be imported")
-    serve(Channel(Connection(int(sys.argv[1]))), program)
+    serve_and_run()

@@ -109,6 +109,24 @@ def test_runs_share_nothing_that_one_of_them_changes(engine: LocalEngine, tmp_pa
         assert not any(word in files for word in ("socket", "pidfd", "beside"))  # what the server speaks by
 
 
+def test_a_run_is_the_main_program_for_whoever_asks(engine: LocalEngine, tmp_path: Path) -> None:
+    """It ends like one, too: threads are waited for, and then comes what is registered for the end."""
+    code = (
+        "import atexit, multiprocessing as mp, threading, time\n"
+        "print(mp.parent_process(), mp.current_process().name, mp.get_start_method(allow_none=True))\n"
+        "print(sys.argv, sys.modules['__main__'].__spec__.name)\n"
+        "atexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
+        "sys.excepthook = lambda *_: print('hook')\n"
+    )
+    surroundings = ["None MainProcess None", f"['{REPOSITORY}/lightning_moevlm/__main__.py'] lightning_moevlm.__main__"]
+    for ticket, more, exit_code, told in (("a", "1 / 0", 1, ["hook"]), ("b", "", 0, []), ("c", "sys.exit(3)", 3, [])):
+        engine.submit(run(tmp_path, ticket, code + more))
+        assert end_of(engine, ticket).code == exit_code
+        output = (tmp_path / f"{ticket}.txt").read_text().splitlines()
+        assert output[output.index(surroundings[0]) :] == [*surroundings, *told, "thread", "at exit"]
+
+
 def test_one_that_is_killed_takes_no_other_with_it(engine: LocalEngine, tmp_path: Path) -> None:
     one, other = begun(engine, tmp_path, "a", "b")
     one.kill()
@@ -225,14 +243,9 @@ def test_a_closed_engine_leaves_nothing(tmp_path: Path) -> None:
 
 
 def served_by(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> LocalEngine:
-    """Return an engine whose server is the Python program, which may call `serve_all()`."""
-    serving = (
-        "import os, sys, time\nfrom multiprocessing.connection import Connection\n"
-        "from lightning_moevlm.fork_server import serve\nfrom lightning_moevlm.study.engines.forks import Channel\n"
-        "from tests.study.fork_program import program\n"
-        "def serve_all(): serve(Channel(Connection(int(sys.argv[1]))), program)\n"
-    )
-    monkeypatch.setattr("lightning_moevlm.study.engines.forks._SERVER", (sys.executable, "-c", serving + program))
+    """Return an engine whose server is the Python program, which may call `serve_and_run()`."""
+    needed = "import os, time; from tests.study.fork_program import serve_and_run\n"
+    monkeypatch.setattr("lightning_moevlm.study.engines.forks._SERVER", (sys.executable, "-c", needed + program))
     engine = LocalEngine(num_gpus=0)
     engine.open(folder / JOBS_FOLDER, 3, 8)
     return engine
@@ -240,7 +253,9 @@ def served_by(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Lo
 
 def test_no_run_outlives_a_server_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python waits for the children of a process that ends by an error; the engine would begin the run again."""
-    failing = "def fail(*_): time.sleep(1); raise OSError\nos.pidfd_open = fail  # as an old kernel does\nserve_all()"
+    failing = (
+        "def fail(*_): time.sleep(1); raise OSError\nos.pidfd_open = fail  # as an old kernel does\nserve_and_run()"
+    )
     engine = served_by(failing, tmp_path, monkeypatch)
     code = "import time; print('one', flush=True); time.sleep(4); print('two', flush=True)"
     engine.submit(replace(run(tmp_path, "a", code), folder=REPOSITORY))
@@ -260,7 +275,7 @@ def test_an_interrupted_server_ends_its_runs(engine: LocalEngine, tmp_path: Path
 def test_the_end_of_a_server_is_seen_though_another_process_holds_its_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = served_by("os.fork() or (time.sleep(20), os._exit(0))\nserve_all()", tmp_path, monkeypatch)
+    engine = served_by("os.fork() or (time.sleep(20), os._exit(0))\nserve_and_run()", tmp_path, monkeypatch)
     engine.submit(run(tmp_path, "a", SLEEP))
     wait_for(lambda: len(server_of(engine).children()) == 2)
     holder = min(server_of(engine).children(), key=lambda child: child.create_time())
