@@ -9,7 +9,7 @@ import yaml
 
 from lightning_moevlm import lightning_cli
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking import config_base
+from lightning_moevlm.tracking import config_base, provenance
 from tests.commands.small_study import SMALL
 
 
@@ -40,3 +40,12 @@ def test_a_rehearsal_leaves_nothing_behind(words: list[str], workplace: Path) ->
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(UserError, match="max_stepz"):
         lightning_cli.rehearse([*words, "--trainer.max_stepz=2"])
+
+
+def test_a_rehearsal_notes_the_code_for_the_runs_to_come(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They train with what it has imported; a commit made since tells of other code."""
+    provenance.code_checkout.cache_clear()
+    lightning_cli.rehearse(words)
+    edited = provenance.Checkout("made since", dirty=True)
+    monkeypatch.setattr(provenance, "checkout_of", lambda directory: edited)
+    assert provenance.code_checkout() != edited
