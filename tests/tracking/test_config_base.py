@@ -15,7 +15,10 @@ from tests.commands.small_study import SMALL
 
 @pytest.fixture
 def words(workplace: Path) -> list[str]:
-    (workplace / "base.yaml").write_text((workplace / "conf/quickstart.yaml").read_text())
+    base = yaml.safe_load((workplace / "conf/quickstart.yaml").read_text())
+    base.setdefault("trainer", {})["callbacks"] = "part.yaml"
+    (workplace / "base.yaml").write_text(yaml.safe_dump(base))
+    (workplace / "part.yaml").write_text("- class_path: lightning_moevlm.callbacks.Telemetry")
     (workplace / "small.yaml").write_text(yaml.safe_dump(SMALL))
     return ["fit", "-c", "base.yaml", "-c", "small.yaml", "--trainer.max_steps=2"]
 
@@ -30,6 +33,9 @@ def test_a_rehearsal_resolves_the_base_for_the_runs_to_come(words: list[str], wo
     (workplace / "base.yaml").write_text(text + "\n# changed\n")
     lightning_cli.rehearse(words)
     assert config_base._resolved_alone.cache_info().misses == after.misses + 1
+    (workplace / "part.yaml").write_text("- class_path: lightning_moevlm.callbacks.Liveness")
+    lightning_cli.rehearse(words)
+    assert config_base._resolved_alone.cache_info().misses == after.misses + 2
 
 
 def test_a_rehearsal_leaves_nothing_behind(words: list[str], workplace: Path) -> None:
