@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from importlib.util import find_spec
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -116,7 +116,7 @@ def prepare(words: Sequence[str]) -> None:
     from lightning_moevlm import lightning_cli
 
     for name in _LATER:
-        if find_spec(name.partition(".")[0]) is not None:
+        with suppress(ImportError):  # one that is broken may not be asked for by any run
             importlib.import_module(name)
     try:
         lightning_cli.rehearse(words)

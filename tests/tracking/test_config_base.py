@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_moevlm import lightning_cli
+from lightning_moevlm import fork_server, lightning_cli
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.tracking import config_base, provenance
 from tests.commands.small_study import SMALL
@@ -55,3 +55,11 @@ def test_a_rehearsal_notes_the_code_for_the_runs_to_come(words: list[str], monke
     edited = provenance.Checkout("made since", dirty=True)
     monkeypatch.setattr(provenance, "checkout_of", lambda directory: edited)
     assert provenance.code_checkout() != edited
+
+
+def test_a_broken_package_of_a_store_keeps_nobody_from_forking(
+    words: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workplace / "adlfs.py").write_text("from nowhere import nothing")
+    monkeypatch.syspath_prepend(workplace)
+    fork_server.prepare(words)
