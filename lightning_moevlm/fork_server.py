@@ -3,26 +3,26 @@
 A run then begins at once, not after seconds of imports; forks share the memory of what was there before. Started by
 `study/engines/forks.py`:
 
-    python -m lightning_moevlm.fork_server SOCKET WORDS...
+    python -m lightning_moevlm.fork_server PIPE
 
-SOCKET is the number of an inherited socket, WORDS a command line like those to come: it is parsed, and nothing of it is
-built, since a process that has computed on several threads must not be forked. Every run is a session of its own and
-ends with this process.
+PIPE is the number of an inherited pipe. The first that comes by it is a command line like those to come: it is parsed,
+and nothing of it is built, since a process that has computed on several threads must not be forked. Every run is a
+session of its own and ends with this process.
 """
 
 import atexit
 import gc
 import importlib
-import multiprocessing
 import os
 import selectors
-import socket
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from importlib.util import find_spec
-from multiprocessing.process import BaseProcess
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -40,56 +40,57 @@ _LATER = (
 )
 
 
-def serve(channel: Channel, program: Callable[[list[str]], int]) -> None:
+def serve(channel: Channel) -> list[str] | None:
     """Fork runs as asked, and tell how they end, until the other end is gone; that ends them all.
 
-    Args:
-        channel: to the engine.
-        program: what a run does with its words; returns its exit code.
+    Returns:
+        In a fork: the words of the run that it is to be. In this process itself: None.
     """
-    forks = multiprocessing.get_context("fork")
-    runs: dict[str, BaseProcess] = {}  # by ticket
+    runs: dict[str, int] = {}  # process numbers by ticket; each is the run's own until it has been waited for here
     with selectors.PollSelector() as events:
-        events.register(channel.socket, selectors.EVENT_READ)
-        while True:
-            for event, _ in events.select():
-                if event.data is not None:  # the ticket of a run that has ended
-                    events.unregister(event.fd)
-                    os.close(event.fd)
-                    run = runs.pop(event.data)
-                    run.join()
-                    channel.send({"ticket": event.data, "code": run.exitcode})
-                    continue
-                message = channel.receive()
-                if message is None:
-                    for run in runs.values():
-                        run.kill()
-                    return
-                if "signal" in message:
-                    if (asked := runs.get(message["ticket"])) is not None and asked.pid is not None:
-                        os.kill(asked.pid, message["signal"])
-                    continue
-                ours = [other.fd for other in events.get_map().values()]
-                bind = die_with_parent()
-                run = forks.Process(target=_be, args=(program, message["words"], message["log"], ours, bind))
-                run.start()
-                assert run.pid is not None
-                runs[message["begin"]] = run
-                events.register(os.pidfd_open(run.pid), selectors.EVENT_READ, message["begin"])
-                channel.send({"ticket": message["begin"], "pid": run.pid, "at": time.time()})
+        events.register(channel.pipe, selectors.EVENT_READ)
+        try:
+            while True:
+                for event, _ in events.select():
+                    if event.data is not None:  # the ticket of a run that has ended
+                        events.unregister(event.fd)
+                        os.close(event.fd)
+                        _, status = os.waitpid(runs.pop(event.data), 0)
+                        channel.send({"ticket": event.data, "code": os.waitstatus_to_exitcode(status)})
+                    elif (message := channel.receive()) is None:
+                        return None
+                    elif "signal" in message:
+                        if message["ticket"] in runs:
+                            os.kill(runs[message["ticket"]], message["signal"])
+                    else:
+                        bind = die_with_parent()
+                        pid = os.fork()
+                        if pid == 0:
+                            runs.clear()
+                            others = [other.fd for other in events.get_map().values() if other.data is not None]
+                            _be_a_run(message["log"], others, bind)
+                            return list(message["words"])
+                        runs[message["begin"]] = pid
+                        events.register(os.pidfd_open(pid), selectors.EVENT_READ, message["begin"])
+                        channel.send({"ticket": message["begin"], "pid": pid, "at": time.time()})
+        finally:  # also after an error; none of them is left when the engine learns of it
+            for pid in runs.values():
+                os.kill(pid, signal.SIGKILL)
+            for pid in runs.values():
+                os.waitpid(pid, 0)
 
 
-def _be(
-    program: Callable[[list[str]], int],
-    words: list[str],
-    log_file: str,
-    ours: Collection[int],
-    bind: Callable[[], None] | None,
-) -> None:
-    """Be a run: a session of its own that writes to its log. `ours`: files of the server, `bind`: to end with it."""
+def _be_a_run(log_file: str, others: Collection[int], bind: Callable[[], None] | None) -> None:
+    """Be a session that ends with the server, writes to its log and is, for whoever asks, `python -m lightning_moevlm`.
+
+    Args:
+        log_file: gets the output.
+        others: files that tell the server of the end of other runs.
+        bind: called first.
+    """
     if bind is not None:
         bind()
-    for number in ours:
+    for number in others:
         os.close(number)
     os.setsid()
     log = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -97,12 +98,17 @@ def _be(
     os.dup2(log, sys.stderr.fileno())
     os.close(log)
     # to start further ranks, Lightning runs the main module again
-    sys.modules["__main__"] = importlib.import_module("lightning_moevlm.__main__")
-    try:
-        code = program(words)
-    finally:
-        atexit._run_exitfuncs()  # as a program does; a fork leaves without
-    sys.exit(code)
+    main_module = sys.modules["__main__"] = importlib.import_module("lightning_moevlm.__main__")
+    sys.argv = [str(main_module.__file__)]
+
+
+def leave(code: int) -> NoReturn:
+    """End a run as Python ends, but free nothing: it would first copy all that it shares, which takes a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def prepare(words: Sequence[str]) -> None:
@@ -110,7 +116,7 @@ def prepare(words: Sequence[str]) -> None:
     from lightning_moevlm import lightning_cli
 
     for name in _LATER:
-        if find_spec(name.partition(".")[0]) is not None:
+        with suppress(ImportError):  # one that is broken may not be asked for by any run
             importlib.import_module(name)
     try:
         lightning_cli.rehearse(words)
@@ -122,19 +128,24 @@ def _tell(line: str) -> None:
     Console(stderr=True).print(without_url_secrets(line), highlight=False, markup=False, soft_wrap=True)
 
 
-def run(number: str, words: Sequence[str]) -> int:
-    """Serve the socket of that number; return an exit code."""
-    channel = Channel(socket.socket(fileno=int(number)))
-    with collected_seldom():
-        prepare(words)
-    gc.freeze()
-    if threading.active_count() > 1:
-        names = ", ".join(thread.name for thread in threading.enumerate())
-        _tell(f"what was imported has started threads ({names}), which no fork would have")
-        return 1
-    serve(channel, main)
+def run(number: str) -> int:
+    """Serve the pipe of that number, or be one of its runs; return an exit code."""
+    with Connection(int(number)) as pipe:  # closed as soon as this ends, whatever then holds the process up
+        channel = Channel(pipe)
+        if (example := channel.receive()) is None:
+            return 0
+        with collected_seldom():
+            prepare(example["words"])
+        gc.freeze()
+        if threading.active_count() > 1:
+            names = ", ".join(thread.name for thread in threading.enumerate())
+            _tell(f"what was imported has started threads ({names}), which no fork would have")
+            return 1
+        own_words = serve(channel)
+    if own_words is not None:
+        leave(main(own_words))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1], sys.argv[2:]))
+    sys.exit(run(sys.argv[1]))

@@ -38,6 +38,7 @@ from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.tracking.config_base import resolved_base
 from lightning_moevlm.tracking.config_sources import config_sources
+from lightning_moevlm.tracking.provenance import code_checkout
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse_other_model
 from lightning_moevlm.training.refusals import (
@@ -146,7 +147,8 @@ class _Rehearsal(CommandLine):
     """A command line that is parsed, and nothing else."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and read the base as the run's record will."""
+        """Parse; note the code, and read the base, as the run's record will."""
+        code_checkout()
         super().parse_arguments(parser, args)
         resolved_base(self._parser(self._asked), config_sources(sys.argv))
         raise _ParsedError

@@ -19,10 +19,14 @@ from lightning_moevlm.yaml_text import read_yaml
 
 @dataclass(frozen=True)
 class _Alone:
-    """A file by its text, so that one which was changed is read again; all parsers of a subcommand are alike."""
+    """A file by its text and that of the files it names, so that one which was changed is read again.
+
+    All parsers of a subcommand are alike.
+    """
 
     source: Path
     text: bytes
+    named: tuple[bytes, ...]
     subcommand: str
     parser: LightningArgumentParser = field(compare=False, repr=False)
 
@@ -36,7 +40,10 @@ def resolved_base(parser: LightningArgumentParser, sources: Sequence[Path]) -> t
     """
     if not sources:
         return _defaults(parser), "against the defaults: no configuration file was given"
-    return _resolved_alone(_Alone(sources[0].absolute(), sources[0].read_bytes(), parser.prog, parser))
+    source = sources[0].absolute()
+    text = source.read_bytes()
+    named = tuple(file.read_bytes() for file in _named_files(read_yaml(text.decode()), source.parent))
+    return _resolved_alone(_Alone(source, text, named, parser.prog, parser))
 
 
 def masked_tree(parser: LightningArgumentParser, config: Namespace) -> dict[str, object]:
@@ -65,3 +72,12 @@ def _resolved_alone(alone: _Alone) -> tuple[dict[str, object], str]:
 
 def _defaults(parser: LightningArgumentParser) -> dict[str, object]:
     return masked_tree(parser, parser.get_defaults(skip_validation=True))
+
+
+def _named_files(node: object, folder: Path) -> list[Path]:
+    """Return the YAML files that stand for a part of a configuration, as in `callbacks: mine.yaml`."""
+    if isinstance(node, dict | list):
+        children = node.values() if isinstance(node, dict) else node
+        return [file for child in children for file in _named_files(child, folder)]
+    named = isinstance(node, str) and node.endswith((".yaml", ".yml"))
+    return [file for file in (folder / str(node), Path(str(node))) if file.is_file()] if named else []

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ def checkout_of(directory: Path) -> Checkout | None:
     return Checkout(commit, bool(changed))
 
 
+@cache  # this process, and its forks, go on with what was imported, whatever is committed since
 def code_checkout() -> Checkout | None:
     """Return the checkout that this package runs from; if it is installed, the working directory's."""
     package = Path(__file__).parent

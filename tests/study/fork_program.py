@@ -1,23 +1,28 @@
 """A fork server that imports nothing, so that it is there at once: its runs execute the Python code in their words.
 
-    python -m tests.study.fork_program SOCKET EXAMPLE
+    python -m tests.study.fork_program PIPE
 
-An EXAMPLE `fails` makes it end before it serves.
+Words `fails` in the first message make it end before it serves.
 """
 
-import socket
 import sys
+from multiprocessing.connection import Connection
 
-from lightning_moevlm.fork_server import serve
+from lightning_moevlm.fork_server import leave, serve
 from lightning_moevlm.study.engines.forks import Channel
 
 
-def program(words: list[str]) -> int:
-    exec(words[0], {"sys": sys})
-    return 0
+def serve_and_run() -> None:
+    with Connection(int(sys.argv[1])) as pipe:
+        channel = Channel(pipe)
+        example = channel.receive()
+        if example is not None and example["words"] == ["fails"]:
+            sys.exit("it cannot be imported")
+        words = serve(channel)
+    if words is not None:
+        exec(words[0], {"sys": sys})
+        leave(0)
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "fails":
-        sys.exit("it cannot be imported")
-    serve(Channel(socket.socket(fileno=int(sys.argv[1]))), program)
+    serve_and_run()

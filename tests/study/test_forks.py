@@ -109,6 +109,24 @@ def test_runs_share_nothing_that_one_of_them_changes(engine: LocalEngine, tmp_pa
         assert not any(word in files for word in ("socket", "pidfd", "beside"))  # what the server speaks by
 
 
+def test_a_run_is_the_main_program_for_whoever_asks(engine: LocalEngine, tmp_path: Path) -> None:
+    """It ends like one, too: threads are waited for, and then comes what is registered for the end."""
+    code = (
+        "import atexit, multiprocessing as mp, threading, time\n"
+        "print(mp.parent_process(), mp.current_process().name, mp.get_start_method(allow_none=True))\n"
+        "print(sys.argv, sys.modules['__main__'].__spec__.name)\n"
+        "atexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
+        "sys.excepthook = lambda *_: print('hook')\n"
+    )
+    surroundings = ["None MainProcess None", f"['{REPOSITORY}/lightning_moevlm/__main__.py'] lightning_moevlm.__main__"]
+    for ticket, more, exit_code, told in (("a", "1 / 0", 1, ["hook"]), ("b", "", 0, []), ("c", "sys.exit(3)", 3, [])):
+        engine.submit(run(tmp_path, ticket, code + more))
+        assert end_of(engine, ticket).code == exit_code
+        output = (tmp_path / f"{ticket}.txt").read_text().splitlines()
+        assert output[output.index(surroundings[0]) :] == [*surroundings, *told, "thread", "at exit"]
+
+
 def test_one_that_is_killed_takes_no_other_with_it(engine: LocalEngine, tmp_path: Path) -> None:
     one, other = begun(engine, tmp_path, "a", "b")
     one.kill()
@@ -136,14 +154,14 @@ def test_cancelled_runs_tell_the_signal_that_ended_them(
     assert is_over(below)
 
 
-def test_cancelled_before_it_has_begun(engine: LocalEngine, tmp_path: Path) -> None:
-    begun(engine, tmp_path, "a")
-    server = server_of(engine)
-    server.suspend()
-    engine.submit(run(tmp_path, "b", "print('worked')"))
-    subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({server.pid}, 18)"])  # SIGCONT
-    engine.cancel(["b"])
-    assert engine.poll("b").code == -signal.SIGTERM
+def test_cancelled_while_its_server_is_stopped(engine: LocalEngine, tmp_path: Path) -> None:
+    """One has begun, one has not."""
+    [sleeping] = begun(engine, tmp_path, "a")
+    server_of(engine).suspend()
+    engine.submit(run(tmp_path, "b", f"{SLEEP}; print('worked')"))
+    engine.cancel(["a", "b"])
+    assert [engine.poll(ticket).code for ticket in ("a", "b")] == [-signal.SIGTERM] * 2
+    assert is_over(sleeping)
     assert "\nworked" not in (tmp_path / "b.txt").read_text()
 
 
@@ -222,3 +240,72 @@ def test_a_closed_engine_leaves_nothing(tmp_path: Path) -> None:
     engine.close()
     wait_for(lambda: is_over(server) and is_over(sleeping), 10)
     assert os.environ.get("TOLD") is None
+
+
+def served_by(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> LocalEngine:
+    """Return an engine whose server is the Python program, which may call `serve_and_run()`."""
+    needed = "import os, time; from tests.study.fork_program import serve_and_run\n"
+    monkeypatch.setattr("lightning_moevlm.study.engines.forks._SERVER", (sys.executable, "-c", needed + program))
+    engine = LocalEngine(num_gpus=0)
+    engine.open(folder / JOBS_FOLDER, 3, 8)
+    return engine
+
+
+def test_no_run_outlives_a_server_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python waits for the children of a process that ends by an error; the engine would begin the run again."""
+    failing = (
+        "def fail(*_): time.sleep(1); raise OSError\nos.pidfd_open = fail  # as an old kernel does\nserve_and_run()"
+    )
+    engine = served_by(failing, tmp_path, monkeypatch)
+    code = "import time; print('one', flush=True); time.sleep(4); print('two', flush=True)"
+    engine.submit(replace(run(tmp_path, "a", code), folder=REPOSITORY))
+    assert end_of(engine, "a").code == 2  # begun again, by itself: the real `moevlm` knows no such command
+    assert "\none" in (tmp_path / "a.txt").read_text()
+    assert "\ntwo" not in (tmp_path / "a.txt").read_text()
+    engine.close()
+
+
+def test_an_interrupted_server_ends_its_runs(engine: LocalEngine, tmp_path: Path) -> None:
+    runs = begun(engine, tmp_path, "a", "b")
+    server_of(engine).send_signal(signal.SIGINT)
+    assert [end_of(engine, ticket).code for ticket in ("a", "b")] == [-signal.SIGKILL] * 2
+    assert all(map(is_over, runs))
+
+
+def test_the_end_of_a_server_is_seen_though_another_process_holds_its_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = served_by("os.fork() or (time.sleep(20), os._exit(0))\nserve_and_run()", tmp_path, monkeypatch)
+    engine.submit(run(tmp_path, "a", SLEEP))
+    wait_for(lambda: len(server_of(engine).children()) == 2)
+    holder = min(server_of(engine).children(), key=lambda child: child.create_time())
+    server_of(engine).kill()
+    assert end_of(engine, "a").code == -signal.SIGKILL
+    assert not is_over(holder)
+    holder.kill()
+    engine.close()
+
+
+def test_cancelled_while_its_server_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_moevlm.study.child.PATIENCE_SECONDS", 0.5)
+    engine = served_by("time.sleep(600)", tmp_path, monkeypatch)  # as an import may that waits for a dead disk
+    engine.submit(run(tmp_path, "a", "print('worked')"))
+    engine.cancel(["a"])
+    assert engine.poll("a").code in (-signal.SIGTERM, -signal.SIGKILL)
+    assert (tmp_path / "a.txt").read_text().count("\n") == 1  # nor did it begin by itself
+    engine.close()
+
+
+def test_cancelled_as_its_server_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = served_by("time.sleep(1)", tmp_path, monkeypatch)
+    engine.submit(run(tmp_path, "a", "print('worked')"))
+    engine.cancel(["a"])
+    assert engine.poll("a").code == -signal.SIGTERM
+    assert (tmp_path / "a.txt").read_text().count("\n") == 1
+    engine.close()
+
+
+def test_a_long_command_line(engine: LocalEngine, tmp_path: Path) -> None:
+    begun(engine, tmp_path, "a")
+    engine.submit(run(tmp_path, "b", "pass #" + "long" * 200_000))
+    assert end_of(engine, "b").code == 0

@@ -7,15 +7,18 @@ import pytest
 import torch
 import yaml
 
-from lightning_moevlm import lightning_cli
+from lightning_moevlm import fork_server, lightning_cli
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking import config_base
+from lightning_moevlm.tracking import config_base, provenance
 from tests.commands.small_study import SMALL
 
 
 @pytest.fixture
 def words(workplace: Path) -> list[str]:
-    (workplace / "base.yaml").write_text((workplace / "conf/quickstart.yaml").read_text())
+    base = yaml.safe_load((workplace / "conf/quickstart.yaml").read_text())
+    base.setdefault("trainer", {})["callbacks"] = "part.yaml"
+    (workplace / "base.yaml").write_text(yaml.safe_dump(base))
+    (workplace / "part.yaml").write_text("- class_path: lightning_moevlm.callbacks.Telemetry")
     (workplace / "small.yaml").write_text(yaml.safe_dump(SMALL))
     return ["fit", "-c", "base.yaml", "-c", "small.yaml", "--trainer.max_steps=2"]
 
@@ -30,6 +33,9 @@ def test_a_rehearsal_resolves_the_base_for_the_runs_to_come(words: list[str], wo
     (workplace / "base.yaml").write_text(text + "\n# changed\n")
     lightning_cli.rehearse(words)
     assert config_base._resolved_alone.cache_info().misses == after.misses + 1
+    (workplace / "part.yaml").write_text("- class_path: lightning_moevlm.callbacks.Liveness")
+    lightning_cli.rehearse(words)
+    assert config_base._resolved_alone.cache_info().misses == after.misses + 2
 
 
 def test_a_rehearsal_leaves_nothing_behind(words: list[str], workplace: Path) -> None:
@@ -40,3 +46,20 @@ def test_a_rehearsal_leaves_nothing_behind(words: list[str], workplace: Path) ->
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(UserError, match="max_stepz"):
         lightning_cli.rehearse([*words, "--trainer.max_stepz=2"])
+
+
+def test_a_rehearsal_notes_the_code_for_the_runs_to_come(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They train with what it has imported; a commit made since tells of other code."""
+    provenance.code_checkout.cache_clear()
+    lightning_cli.rehearse(words)
+    edited = provenance.Checkout("made since", dirty=True)
+    monkeypatch.setattr(provenance, "checkout_of", lambda directory: edited)
+    assert provenance.code_checkout() != edited
+
+
+def test_a_broken_package_of_a_store_keeps_nobody_from_forking(
+    words: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workplace / "adlfs.py").write_text("from nowhere import nothing")
+    monkeypatch.syspath_prepend(workplace)
+    fork_server.prepare(words)
