@@ -114,7 +114,10 @@ def _withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str
 
 def _configs(results: Sequence[RunResult]) -> dict[str, Mapping[str, Any]]:
     """Return the config of one run of each arm."""
-    return {r.arm: r.resolved for r in reversed(results)}
+    first: dict[str, Mapping[str, Any]] = {}
+    for result in results:
+        first.setdefault(result.arm, result.resolved)
+    return first
 
 
 def _stopped(result: RunResult) -> RunResult:

@@ -266,7 +266,9 @@ def test_no_run_outlives_a_server_that_fails(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_interrupted_server_ends_its_runs(engine: LocalEngine, tmp_path: Path) -> None:
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits what is ignored
     runs = begun(engine, tmp_path, "a", "b")
+    signal.signal(signal.SIGINT, ours)
     server_of(engine).send_signal(signal.SIGINT)
     assert [end_of(engine, ticket).code for ticket in ("a", "b")] == [-signal.SIGKILL] * 2
     assert all(map(is_over, runs))
