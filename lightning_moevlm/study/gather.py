@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_moevlm import keys
 from lightning_moevlm.study.arm_stability import arm_stability
@@ -96,7 +96,10 @@ def compare(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> 
         arms,
         unlike=differences([_subject(study, r) for r in done]),
         budgets={budget.what: budget.spent for budget in budgets},
-        ladders=tuple(_ladder(study, ladder, by_arm) for ladder in ladders(_configs(results))),
+        ladders=tuple(
+            _ladder(study, ladder, by_arm)
+            for ladder in ladders({arm: runs[0].resolved for arm, runs in by_arm.items() if runs})
+        ),
         factors=_factors(study, rule, by_arm),
     )
 
@@ -110,14 +113,6 @@ def _withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str
         if r.state.status is Status.STOPPED
     }
     return before | {name: found.told for name, found in now.items()}
-
-
-def _configs(results: Sequence[RunResult]) -> dict[str, Mapping[str, Any]]:
-    """Return the config of one run of each arm."""
-    first: dict[str, Mapping[str, Any]] = {}
-    for result in results:
-        first.setdefault(result.arm, result.resolved)
-    return first
 
 
 def _stopped(result: RunResult) -> RunResult:

@@ -18,6 +18,7 @@ from lightning_moevlm.tracking.runs import find_runs
 from tests.commands.small_study import SMALL, Moevlm, Study
 from tests.commands.test_sweep_engines import content
 from tests.study.test_execute import REPOSITORY, wait_for
+from tests.study.test_forks import is_over
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,7 +76,7 @@ def test_a_stopped_sweep_closes_its_forks_and_goes_on(study: Study, workplace: P
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(60) == 130
     psutil.wait_procs([server, *runs], timeout=10)
-    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in (server, *runs))
+    assert all(map(is_over, (server, *runs)))
     assert set(statuses(workplace)) == {("interrupted", "KILLED")}
 
     assert subprocess.run(command, cwd=workplace, env=env, stdout=subprocess.DEVNULL, check=False).returncode == 0

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks that end 
 
 SLEEP = "import time; time.sleep(60)"
 PROGRAM = (sys.executable, "-m", "tests.study.fork_program")
-Run = Callable[[str, str], Job]
 
 
 @pytest.fixture(autouse=True)

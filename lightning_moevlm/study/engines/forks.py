@@ -181,11 +181,13 @@ class Fork:
             subprocess.TimeoutExpired: it still runs.
         """
         ends = float("inf") if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
+        left = ends - time.monotonic()
+        while (code := self.poll(max(0.0, min(left, 1.0)))) is None:
+            if self.alone is not None:
+                return self.alone.wait(None if timeout is None else max(0.0, left))
             left = ends - time.monotonic()
             if left <= 0:
                 raise subprocess.TimeoutExpired(self.command, timeout or 0.0)
-            self._rest(min(left, 1.0))
         return code
 
     def terminate(self) -> None:
@@ -204,12 +206,3 @@ class Fork:
             self.server.signal(self.ticket, number)
         else:
             self.alone.send_signal(number)
-
-    def _rest(self, seconds: float) -> None:
-        if self.alone is None:
-            self.server.hear(seconds)
-            return
-        try:
-            self.alone.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return
