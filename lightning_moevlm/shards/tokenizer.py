@@ -33,10 +33,16 @@ class EncodedText(NamedTuple):
 
 
 class CaptionTokenizer:
-    """Texts to ids and back: [BOS] ids [EOS], cut or padded to a fixed length."""
+    """Texts to ids and back: [BOS] ids [EOS], cut or padded to a fixed length.
+
+    Texts never make control ids: `[PAD]` in a caption is a word like any other.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        # the same model without the tokens added to it (control tokens, now or later), which would be found in texts
+        self._plain = Tokenizer(tokenizer.model)
+        self._plain.normalizer, self._plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -47,7 +53,7 @@ class CaptionTokenizer:
         """Return the ids of a text, without [BOS] and [EOS]."""
         # one at a time on purpose: encode_batch starts threads, which a forked worker must not inherit, and without
         # threads it is no faster
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode(self, texts: Sequence[str], max_text_len: int) -> EncodedText:
         """Encode texts to (B, max_text_len); a longer text loses its end but keeps its [EOS]."""

@@ -3,10 +3,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.shards.manifest import read_manifest
-from lightning_moevlm.shards.tokenizer import BOS, EOS, MASK, PAD, load_tokenizer, train_tokenizer
+from lightning_moevlm.shards.manifest import TokenizerEntry, read_manifest
+from lightning_moevlm.shards.tokenizer import BOS, EOS, MASK, PAD, load_tokenizer, parse_tokenizer, train_tokenizer
 
 CAPTIONS = ["a red apple left of a cat face", "two stars above a red car", "a cat face on a blue ground"] * 5
 
@@ -36,6 +37,37 @@ def test_encode_frames_cuts_and_pads(tmp_path: Path) -> None:
     text_BL, text_mask_BL = tokenizer.encode([long, short], max_text_len=6)
     assert text_BL.tolist() == [[BOS, *ids[:4], EOS], [BOS, *tokenizer.ids(short), EOS, PAD, PAD, PAD]]
     assert text_mask_BL.tolist() == [[True] * 6, [True] * 3 + [False] * 3]
+
+
+def test_control_words_in_a_caption_make_no_control_ids(tmp_path: Path) -> None:
+    captions = ["a [PAD] b [MASK] c [EOS][BOS] d", "[PAD][PAD]", "[EOS]"]
+    for name, learnt in (("foreign", CAPTIONS), ("learnt", captions * 5)):  # the vocabulary may know the words
+        root = tmp_path / name
+        root.mkdir()
+        entry = train_tokenizer(learnt, 320, root)
+        tokenizer = load_tokenizer(root, entry)
+        for caption in captions:
+            assert not {PAD, MASK, BOS, EOS} & set(tokenizer.ids(caption))
+            assert tokenizer.decode(tokenizer.ids(caption)) == caption
+        text_BL, text_mask_BL = tokenizer.encode(captions, max_text_len=64)
+        for row_L, real_L, caption in zip(text_BL.tolist(), text_mask_BL.tolist(), captions, strict=True):
+            length = len(tokenizer.ids(caption)) + 2
+            assert real_L == [True] * length + [False] * (64 - length)  # no hole in the mask
+            assert [row_L.count(control) for control in (MASK, BOS, EOS)] == [0, 1, 1]
+
+
+def test_tokens_added_later_are_not_found_in_texts_either(tmp_path: Path) -> None:
+    train_tokenizer(CAPTIONS, 300, tmp_path)
+    grown = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    before = grown.get_vocab_size()
+    grown.add_special_tokens(["<image>"])
+    grown.add_tokens(["<code_7>"])  # as codes of a codebook are added, not as special tokens
+    data = grown.to_str().encode()
+    tokenizer = parse_tokenizer(data, TokenizerEntry("t.json", hashlib.sha256(data).hexdigest(), before + 2), "t.json")
+    assert tokenizer.vocab_size == before + 2
+    ids = tokenizer.ids("a <image> of <code_7>")
+    assert max(ids) < before
+    assert tokenizer.decode(ids) == "a <image> of <code_7>"
 
 
 def test_too_small_vocabulary_is_refused(tmp_path: Path) -> None:
