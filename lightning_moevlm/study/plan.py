@@ -42,6 +42,7 @@ class Cosmetic(NamedTuple):
 
 
 _FLOPS_TOLERANCE = 0.01
+_OURS = f"{__name__.partition('.')[0]}."  # how the paths of this package's classes begin
 _SEEDS = ("seed", "seed_everything")  # the last part of the keys that hold one
 
 COSMETIC_KEYS: tuple[Cosmetic, ...] = (
@@ -142,14 +143,15 @@ def digest_of(resolved: Mapping[str, Any]) -> str:
 
 
 def essential(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of the config without cosmetic keys."""
+    """Return a copy of the config without cosmetic keys, classes of this package by their short names."""
     rest = copy.deepcopy(dict(resolved))
     for cosmetic in COSMETIC_KEYS:
         _remove(rest, cosmetic.name.split("."))
     trainer = rest.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get("callbacks"), list):
         trainer["callbacks"] = [c for c in trainer["callbacks"] if not _is_cosmetic_callback(c)]
-    return rest
+    shortened: dict[str, Any] = _shorten_class_paths(rest)
+    return shortened
 
 
 def seedless(resolved: Mapping[str, Any]) -> dict[str, str]:
@@ -333,6 +335,22 @@ def _remove(config: Any, path: list[str]) -> None:
         config = config.get(part) if isinstance(config, dict) else None
     if isinstance(config, dict):
         config.pop(path[-1], None)
+
+
+def _shorten_class_paths(value: Any) -> Any:
+    """Spell classes of this package by their short names: moving a file does not make another experiment."""
+    if isinstance(value, dict):
+        return {
+            key: _short_name(item) if key == "class_path" else _shorten_class_paths(item) for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_shorten_class_paths(item) for item in value]
+    return value
+
+
+def _short_name(class_path: Any) -> Any:
+    is_ours = isinstance(class_path, str) and class_path.startswith(_OURS)
+    return class_path.rpartition(".")[2] if is_ours else class_path
 
 
 def _is_cosmetic_callback(callback: Any) -> bool:

@@ -74,6 +74,27 @@ def test_everything_else_changes_identity(dotted, value):
     assert digest_of(changed(dotted, value)) != digest_of(CONFIG)
 
 
+def test_a_class_of_this_package_that_moves_is_the_same_experiment():
+    router = {
+        "class_path": "lightning_moevlm.routers.TopKRouter",
+        "init_args": {"gates": [{"class_path": "lightning_moevlm.a.Gate"}]},
+    }
+    moved = {
+        "class_path": "lightning_moevlm.model.routers.learned.TopKRouter",
+        "init_args": {"gates": [{"class_path": "Gate"}]},
+    }
+    assert digest_of(changed("model.router", router)) == digest_of(changed("model.router", moved))
+
+
+@pytest.mark.parametrize(
+    "class_path",
+    ["theirs.routers.TopKRouter", "lightning_moevlm_plus.TopKRouter", "lightning_moevlm.routers.TopPRouter"],
+)
+def test_another_class_is_another_experiment(class_path):
+    ours = changed("model.router", {"class_path": "lightning_moevlm.routers.TopKRouter"})
+    assert digest_of(ours) != digest_of(changed("model.router", {"class_path": class_path}))
+
+
 def test_order_of_keys_is_no_identity():
     assert digest_of(dict(reversed(CONFIG.items()))) == digest_of(CONFIG)
 
