@@ -56,6 +56,9 @@ LOAD_ENTROPY = MetricKey("load_entropy/block{block}/{modality}", "load entropy /
 TOKEN_ENTROPY = MetricKey("token_entropy/block{block}/{modality}", "mean token entropy / ln E", "fraction", "neither")
 MAX_VIOLATION = MetricKey("max_violation/block{block}/{modality}", "max load / mean load - 1 (MaxVio)", "", "lower")
 DROP_RATE = MetricKey("drop_rate/block{block}/{modality}", "dropped pairs", "fraction", "lower")
+EVAL_DROP_RATE = MetricKey(
+    "{stage}/drop_rate/block{block}/{modality}", "dropped pairs on held-out data", "fraction", "lower"
+)
 DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts without a token", "experts", "lower")
 CAPACITY = MetricKey("capacity/block{block}/{modality}", "capacity factor after rounding", "", "neither")
 LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")

@@ -196,6 +196,12 @@ def test_dense_twin_differs_in_one_value_and_costs_the_same(size: str, resolver:
     assert cards[0].active_flops_per_sample == pytest.approx(cards[1].active_flops_per_sample, rel=0.01)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_evaluation_is_dropless_as_shipped(config: str, resolver: ConfigResolver) -> None:
+    capacity = resolver([PROJECT / config], {})["model"]["backbone"]["init_args"]["moe"]["init_args"]["capacity"]
+    assert capacity["train_factor"] == 1.25 and capacity["eval_factor"] is None
+
+
 def test_base_is_the_published_model(resolver: ConfigResolver) -> None:
     card = describe_model(resolver([PROJECT / "conf/vl_moe_base.yaml"], {}))
     assert 1.9e9 < card.total_parameters < 2.0e9

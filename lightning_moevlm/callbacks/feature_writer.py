@@ -10,11 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.layers import batch_dependence
 from lightning_moevlm.records import Batch
 
 
 class FeatureWriter(BasePredictionWriter):
     """One `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys` (a line each).
+
+    Where features are not a function of the sample alone, the metadata `depends_on_batch` says why.
 
     Args:
         folder: where the files go; made if missing.
@@ -47,4 +50,8 @@ class FeatureWriter(BasePredictionWriter):
             name: features.detach().to("cpu", torch.float32).contiguous() for name, features in prediction.items()
         }
         target = self.folder / f"features-{trainer.global_rank:04d}-{batch_idx:06d}.safetensors"
-        save_file(tensors, target, metadata={"keys": "\n".join(batch.keys)})
+        metadata = {"keys": "\n".join(batch.keys)}
+        causes = batch_dependence(pl_module)
+        if causes:
+            metadata["depends_on_batch"] = "\n".join(causes)
+        save_file(tensors, target, metadata=metadata)

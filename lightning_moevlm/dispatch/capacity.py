@@ -50,7 +50,8 @@ class Capacity:
 
     Args:
         train_factor: typically 1.0 to 1.25; one number, or one per modality, `{image: 1.25, text: 2.0}`.
-        eval_factor: typically 2.0; can be swept without retraining.
+        eval_factor: null by default. With a limit, the output for a sample depends on the other samples of its batch or
+            group. Can be swept without retraining.
         priority: who stays when an expert is full.
         group_size: samples that share places; null is the whole micro-batch.
         multiple_of: round places up to a multiple of this (V-MoE: 4).
@@ -60,7 +61,7 @@ class Capacity:
     """
 
     train_factor: float | ModalityFactors | None = 1.25
-    eval_factor: float | ModalityFactors | None = 2.0
+    eval_factor: float | ModalityFactors | None = None
     priority: Priority = "position"
     group_size: int | None = None
     multiple_of: int = 1
@@ -81,6 +82,15 @@ class Capacity:
     def competes(self) -> bool:
         """Whether later positions can take the place of earlier ones, which a causal model must refuse."""
         return self.priority != "position"
+
+    @property
+    def evaluation_limit(self) -> str | None:
+        """The factor that limits experts in evaluation, in words; None where evaluation is dropless."""
+        factor = self.eval_factor
+        if isinstance(factor, ModalityFactors):
+            limits = [f"{name} {value:g}" for name, value in vars(factor).items() if value is not None]
+            return ", ".join(limits) or None
+        return None if factor is None else f"{factor:g}"
 
     def factor(self, training: bool) -> Factor | None:
         """Return the factor of a mode."""

@@ -34,9 +34,15 @@ class PaddedDispatcher(Dispatcher):
         self.factor = factor
 
     def check(self, capacity: Capacity | None) -> None:
-        """Refuse fewer places than the capacity may fill; without capacity the user answers for the factor."""
+        """Refuse fewer places than the capacity may fill; without any limit the user answers for the factor."""
         if capacity is None or self.factor is None:
             return
+        if capacity.train_factor is not None and capacity.eval_factor is None:
+            raise UserError(
+                f"factor of PaddedDispatcher is {self.factor} and capacity.eval_factor is null: dropless evaluation "
+                "may give an expert more pairs than it has places for; set the dispatcher's factor to null, or give "
+                "capacity.eval_factor a limit up to it"
+            )
         for name in ("train_factor", "eval_factor"):
             value = getattr(capacity, name)
             factors = (value.image, value.text) if isinstance(value, ModalityFactors) else (value,)

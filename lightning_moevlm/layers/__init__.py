@@ -1,6 +1,7 @@
 """Feed-forwards (dense, MoE, multiway), attention, block: what models are arranged from."""
 
 from lightning_moevlm.layers.attention import Attention, AttentionOutput
+from lightning_moevlm.layers.batch_dependence import batch_dependence, limited_in_evaluation
 from lightning_moevlm.layers.block import Block, BlockOutput, Depth
 from lightning_moevlm.layers.causality import check_causal
 from lightning_moevlm.layers.dense import DenseFFN, dense_twin
@@ -30,9 +31,11 @@ __all__ = [
     "PatchEmbedding",
     "RoutedPlan",
     "TextEmbedding",
+    "batch_dependence",
     "check_causal",
     "dense_twin",
     "initialise",
+    "limited_in_evaluation",
     "make_norm",
     "name_layers",
     "normalised",

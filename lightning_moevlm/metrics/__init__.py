@@ -1,10 +1,12 @@
 """Metrics: pure functions of plans and logits, and torchmetrics classes where state must span batches."""
 
+from lightning_moevlm.metrics.drop_rate import DropRates
 from lightning_moevlm.metrics.majority import MajorityAccuracy
 from lightning_moevlm.metrics.routing import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.metrics.routing_shift import RoutingShift, routing_shift
 
 __all__ = [
+    "DropRates",
     "MajorityAccuracy",
     "RoutingMetrics",
     "RoutingShift",

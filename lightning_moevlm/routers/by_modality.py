@@ -4,13 +4,14 @@
 
 The hard split of VLMo (arXiv 2111.02358) and of MoMa's groups (arXiv 2407.21770, section 2.1) without anything learned
 inside: the control for what a shared mixture of experts learns about modalities. Weights are 1 / k; no parameters.
+Turns are taken over the batch while training, and over the sample in evaluation.
 """
 
 import torch
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import check_top_k, even_plan
+from lightning_moevlm.routers.choices import check_top_k, even_plan, turns
 from lightning_moevlm.routers.router import Router
 
 
@@ -47,7 +48,7 @@ class ModalityRouter(Router):
         turn_T = torch.zeros_like(inputs.modality_T)
         for modality in Modality:  # padding takes no turn, nor does the other modality
             mine_T = inputs.valid_T & (inputs.modality_T == modality)
-            turn_T = torch.where(mine_T, mine_T.cumsum(dim=0) - 1, turn_T)
+            turn_T = torch.where(mine_T, turns(mine_T, inputs.num_sequences, self.training), turn_T)
         share = self.num_experts // len(Modality)
         choice_K = torch.arange(self.top_k, device=turn_T.device)
         place_TK = (turn_T.unsqueeze(-1) * self.top_k + choice_K) % share

@@ -80,5 +80,17 @@ def even_plan(inputs: RoutingInput, expert_TK: Tensor, num_experts: int) -> Pair
     return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, weight_TK)
 
 
+def turns(taken_T: Tensor, num_sequences: int, training: bool) -> Tensor:
+    """Return which one of the selected tokens (bool) each is, from 0: int64, of no meaning for the others.
+
+    They are counted through the batch while training, so that taking turns gives experts equal loads, and within each
+    sample in evaluation, so that the output for a sample does not depend on the other samples of its batch.
+    """
+    taken_BS = (
+        taken_T.unsqueeze(0) if training else taken_T.unflatten(0, (num_sequences, len(taken_T) // num_sequences))
+    )
+    return (taken_BS.cumsum(dim=1) - 1).clamp(min=0).flatten()
+
+
 def _choice_major(values_TK: Tensor) -> Tensor:
     return values_TK.t().reshape(-1)

@@ -1,7 +1,8 @@
 """Controls: routers that learn nothing, so that an ablation can ask what learning to route is worth.
 
-random: a fixed pseudo-random draw for each position of the batch. balanced: experts in turn, so loads are equal, which
-is the forced balance that throughput benchmarks use. Weights are 1 / k; there are no parameters.
+random: a fixed pseudo-random draw for each position. balanced: experts in turn, so loads are equal, which is the forced
+balance that throughput benchmarks use. Positions are those of the batch while training, and those of the sample in
+evaluation. Weights are 1 / k; there are no parameters.
 """
 
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.plans import PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import check_top_k, even_plan
+from lightning_moevlm.routers.choices import check_top_k, even_plan, turns
 from lightning_moevlm.routers.hashed import scrambled
 from lightning_moevlm.routers.router import Router
 
@@ -47,7 +48,7 @@ class FixedRouter(Router):
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""
-        turn_T1 = (inputs.valid_T.cumsum(dim=0) - 1).clamp(min=0).unsqueeze(-1)  # padding takes no turn
+        turn_T1 = turns(inputs.valid_T, inputs.num_sequences, self.training).unsqueeze(-1)  # padding takes no turn
         expert_TK = self._random(turn_T1) if self.rule == "random" else self._balanced(turn_T1)
         return even_plan(inputs, expert_TK, self.num_experts)
 

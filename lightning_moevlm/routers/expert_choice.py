@@ -3,7 +3,8 @@
     p = softmax over experts,   expert e takes the C tokens with the largest p_.e,   C = ceil(capacity_factor * T / E)
 
 Zhou et al. 2022 (arXiv 2202.09368, section 3.1). A token may get several experts or none. Tokens compete across the
-batch, so it is not causal: training would see the future.
+batch, so it is not causal: training would see the future. In evaluation, too, the output for a sample depends on the
+other samples of its batch.
 """
 
 import math
@@ -31,6 +32,7 @@ class ExpertChoiceRouter(Router):
     """
 
     competes = True
+    crosses_samples = True
     never_starves = True
 
     def __init__(self, dim: int, num_experts: int, capacity_factor: float = 1.0, gate: Gate = Gate()) -> None:

@@ -27,6 +27,9 @@ class Router(nn.Module, ABC):
     competes: tokens compete for places across positions, so what one token gets depends on others, later ones too. A
     causal model must refuse such a router.
 
+    crosses_samples: in evaluation, too, what a token gets depends on the other samples of its batch. Features and
+    metrics then depend on the batch size, and runs say so.
+
     choices_vary: how many experts a token takes depends on the token. Capacity counts choices, so in a causal model it
     would tell an early token how many the later ones took.
 
@@ -40,6 +43,7 @@ class Router(nn.Module, ABC):
     """
 
     competes = False
+    crosses_samples = False
     choices_vary = False
     never_starves = False
     reads_identity = False

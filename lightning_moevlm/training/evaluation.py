@@ -1,15 +1,18 @@
 """What is measured over an evaluation epoch: losses, masked accuracy, and the accuracy of a constant answer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_moevlm import keys
-from lightning_moevlm.metrics import MajorityAccuracy
-from lightning_moevlm.records import LossReport, Predictions
+from lightning_moevlm.layers import batch_dependence, limited_in_evaluation
+from lightning_moevlm.metrics import DropRates, MajorityAccuracy
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.records import LossReport, NamedPlan, Predictions
 
 
 class Evaluation(nn.Module):
@@ -18,9 +21,10 @@ class Evaluation(nn.Module):
     Args:
         stage: "val" or "test", the prefix of its keys.
         num_classes: classes of every class-predicting term.
+        backbone: whose layers with a limit in evaluation have their drop rate measured.
     """
 
-    def __init__(self, stage: str, num_classes: Mapping[str, int]) -> None:
+    def __init__(self, stage: str, num_classes: Mapping[str, int], backbone: Backbone) -> None:
         super().__init__()
         self.stage = stage
         self.task_loss = _mean()
@@ -29,9 +33,12 @@ class Evaluation(nn.Module):
         self.accuracy = _collection(
             {term: MulticlassAccuracy(num_classes=count, average="micro") for term, count in num_classes.items()}
         )
+        self.drop_rates = DropRates(limited_in_evaluation(backbone))
         self.majority = _collection({term: MajorityAccuracy(count) for term, count in num_classes.items()})
 
-    def update(self, report: LossReport, predictions: Mapping[str, Predictions], num_samples: int) -> None:
+    def update(
+        self, report: LossReport, predictions: Mapping[str, Predictions], num_samples: int, plans: Iterable[NamedPlan]
+    ) -> None:
         """Add one batch."""
         self.task_loss.update(report.task_loss, num_samples)
         self.total_loss.update(report.total_loss, num_samples)
@@ -39,6 +46,7 @@ class Evaluation(nn.Module):
             if name not in self.terms:
                 self.terms.add_metrics({name: _mean(term.raw.device)})
             self.terms[name].update(term.raw, num_samples)
+        self.drop_rates.update(plans)
         for name, prediction in predictions.items():
             self.accuracy[name].update(prediction.predicted_M, prediction.target_M)
             self.majority[name].update(prediction.target_M)
@@ -55,13 +63,27 @@ class Evaluation(nn.Module):
             if accuracy.update_called:
                 values[keys.ACCURACY.key(stage=self.stage, term=name)] = accuracy.compute()
                 values[keys.MAJORITY_ACCURACY.key(stage=self.stage, term=name)] = self.majority[name].compute()
+        for (block, modality), rate in self.drop_rates.compute().items():
+            key = keys.EVAL_DROP_RATE.key(stage=self.stage, block=block, modality=modality.label)
+            values[key] = torch.tensor(rate)
         self.reset()
         return values
 
     def reset(self) -> None:
         """Forget all batches."""
-        for metrics in (self.task_loss, self.total_loss, self.terms, self.accuracy, self.majority):
+        for metrics in (self.task_loss, self.total_loss, self.terms, self.accuracy, self.majority, self.drop_rates):
             metrics.reset()
+
+
+def tell_batch_dependence(backbone: Backbone, stage: str) -> None:
+    """Say, once per cause, that features ("predict") or metrics are not those of each sample alone."""
+    what = (
+        "Features are not a function of the sample alone"
+        if stage == "predict"
+        else "Metrics are not those of each sample alone"
+    )
+    for cause in batch_dependence(backbone):
+        rank_zero_info(f"{what}; they change with data.batch_size: {cause}")
 
 
 def _mean(device: torch.device | None = None) -> MeanMetric:

@@ -38,7 +38,7 @@ from lightning_moevlm.training.accumulation import (
     restore_gradients,
 )
 from lightning_moevlm.training.actions import Action, ActionRunner, Actions, build_actions
-from lightning_moevlm.training.evaluation import Evaluation
+from lightning_moevlm.training.evaluation import Evaluation, tell_batch_dependence
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.logging_steps import is_logging_step
@@ -136,14 +136,15 @@ class VisionLanguageModule(LightningModule):
         self._routing_counter = RoutingCounter(backbone)
         self.acting: Mapping[str, Action] = acting
         self.action_runner = ActionRunner(acting, backbone, seed, self._routing_counter) if acting else None
-        self.val_evaluation = Evaluation("val", self.objective.num_classes)
-        self.test_evaluation = Evaluation("test", self.objective.num_classes)
+        self.val_evaluation = Evaluation("val", self.objective.num_classes, backbone)
+        self.test_evaluation = Evaluation("test", self.objective.num_classes, backbone)
 
     def setup(self, stage: str) -> None:
         """Refuse a trainer that does not fit; keep in fp32 what is pinned to it, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
             refuse_unsuited_trainer(self.trainer)
         keep_pinned_regions(self.trainer, self.precision)
+        tell_batch_dependence(self.backbone, stage)
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
@@ -252,7 +253,7 @@ class VisionLanguageModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch; its masks are the same in every epoch."""
         output, report = self.losses_of(batch, "val", batch_idx)
-        self.val_evaluation.update(report, output.predictions, batch.num_samples)
+        self.val_evaluation.update(report, output.predictions, batch.num_samples, output.plans)
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch. Lightning's sanity check before the first step is the untrained model: step 0 of a curve."""
@@ -261,7 +262,7 @@ class VisionLanguageModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch."""
         output, report = self.losses_of(batch, "test", batch_idx)
-        self.test_evaluation.update(report, output.predictions, batch.num_samples)
+        self.test_evaluation.update(report, output.predictions, batch.num_samples, output.plans)
 
     def on_test_epoch_end(self) -> None:
         """Log the epoch."""

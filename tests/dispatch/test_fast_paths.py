@@ -187,6 +187,9 @@ def test_a_fixed_buffer_is_never_too_small_in_silence() -> None:
         with pytest.raises(UserError, match=r"_factor 1\.25: experts may get more pairs than it has places for"):
             MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.2))
         MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.25))
+    with pytest.raises(UserError, match=r"eval_factor is null: dropless evaluation may give an expert more pairs"):
+        MoEFFN(16, capacity=Capacity(1.25), dispatcher=PaddedDispatcher(1.25))
+    MoEFFN(16, capacity=Capacity(1.25), dispatcher=PaddedDispatcher())
 
 
 class Layer(nn.Module):

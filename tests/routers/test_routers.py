@@ -149,6 +149,36 @@ def test_padding_is_never_routed(router: Router, training: bool) -> None:
     assert torch.equal(plan.kept_N, plan.chosen_N)  # only capacity drops
 
 
+def test_a_router_whose_evaluation_depends_on_other_samples_says_so(router: Router) -> None:
+    router.eval()
+    inputs = routing_input(40, 16, num_padding=7)  # four samples of ten tokens
+    among_others = given(router(inputs))
+    alone = torch.cat(
+        [
+            given(
+                router(
+                    RoutingInput(
+                        *(
+                            tensor[start : start + 10]
+                            for tensor in (inputs.tokens_TD, inputs.modality_T, inputs.valid_T)
+                        ),
+                        1,
+                        None if inputs.identity_T is None else inputs.identity_T[start : start + 10],
+                    )
+                )
+            )
+            for start in range(0, 40, 10)
+        ]
+    )
+    assert router.crosses_samples is not torch.allclose(among_others, alone, atol=1e-6)
+
+
+def given(plan: PairPlan) -> Tensor:
+    """What each token gets from each expert."""
+    weight_TE = torch.zeros(plan.num_tokens, plan.num_experts)
+    return weight_TE.index_put_((plan.token_N, plan.expert_N), plan.weight_N * plan.kept_N, accumulate=True)
+
+
 @pytest.mark.parametrize("name", EVERY_CHOICE_TAKEN_UP)
 def test_every_real_token_takes_up_its_choices(name: str) -> None:
     plan = build(name)(routing_input(40, 16, num_padding=7))
