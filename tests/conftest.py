@@ -1,7 +1,13 @@
 """What more than one folder of tests needs: a small real set and a migrated database, made once per session."""
 
+import atexit
+import ctypes
 import gc
+import os
 import shutil
+import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +19,29 @@ from lightning_moevlm.tracking.store import prepare_store
 from tests.mlflow_server import MlflowServer
 
 PROJECT = Path(__file__).parent.parent
+_INHERITED = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "MLFLOW_", "MOEVLM_TRACEBACK", "SLURM_", "RAY_", "MALLOC_")
+_INHERITED += ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_", "PL_", "OMP_WAIT_POLICY", "GOMP_", "KMP_")
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def pytest_configure() -> None:
+    """Let the tests run alike on every machine: what they would inherit from terminal, shell and scheduler is set here.
+
+    Orphans stay zombies until these tests are over, as in a container whose process 1 reaps none.
+    """
+    for name in [name for name in os.environ if name.startswith(_INHERITED)]:
+        del os.environ[name]
+    own_cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    os.environ.setdefault("MPLCONFIGDIR", f"{own_cache}/matplotlib")  # finding all fonts again takes seconds
+    os.environ["XDG_CACHE_HOME"] = cache = (
+        tempfile.mkdtemp()
+    )  # not what the user has cached, nor a home that is read-only
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.umask(0o022)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and by `nohup`
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def pytest_collection_finish() -> None:

@@ -25,6 +25,7 @@ LOG_FILE = "log.txt"
 PATIENCE_SECONDS = 10.0
 """How long a process that was asked to end may take."""
 _LOG_LINES = 20
+_LOOK_SECONDS = 0.01
 _PR_SET_PDEATHSIG = 1
 _PROGRAM = (sys.executable, "-m", "lightning_moevlm")
 
@@ -144,7 +145,7 @@ class Child:
 def end_children(children: Sequence[Child]) -> None:
     """End our own processes and all below them, at once: first asked (SIGTERM), after some patience made to (SIGKILL).
 
-    Whoever waits for a child first has its exit code, so that psutil, which `end_all` waits by, would keep it.
+    Whoever waits for a child first has its exit code, so each child is waited for by its own `process`.
     """
     living = [child.process for child in children if child.process.poll() is None]
     below = [process for child in living for process in _below(child.pid)]
@@ -157,7 +158,7 @@ def end_children(children: Sequence[Child]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    _make_end(below, PATIENCE_SECONDS)
+    _make_end(below)
 
 
 def _below(pid: int | None) -> list[psutil.Process]:
@@ -177,16 +178,35 @@ def end_all(pids: Sequence[int], patience_seconds: float) -> None:
             family += process.children(recursive=True)
             process.terminate()
             asked.append(process)
-    psutil.wait_procs(asked, timeout=patience_seconds)
-    _make_end([*asked, *family], patience_seconds)
+    _wait_until_over(asked, patience_seconds)
+    _make_end([*asked, *family])
 
 
-def _make_end(processes: Sequence[psutil.Process], patience_seconds: float) -> None:
-    left = [process for process in processes if process.is_running()]
+def _make_end(processes: Sequence[psutil.Process]) -> None:
+    left = [process for process in processes if is_alive(process)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=patience_seconds)
+    _wait_until_over(left, PATIENCE_SECONDS)
+
+
+def _wait_until_over(processes: Sequence[psutil.Process], seconds: float) -> None:
+    # psutil.wait_procs would take the exit codes of our own children, and wait for zombies that nobody reaps
+    ends = time.monotonic() + seconds
+    while any(map(is_alive, processes)) and time.monotonic() < ends:
+        time.sleep(_LOOK_SECONDS)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process still does anything.
+
+    One that has ended stays listed, as a zombie, until its parent asks for its exit code. The parent of an orphan is
+    process 1, which in a container without an init never asks.
+    """
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def open_log(log_file: Path, command: Sequence[str]) -> IO[bytes]:

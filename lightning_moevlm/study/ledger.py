@@ -22,6 +22,7 @@ import filelock
 import psutil
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.child import is_alive
 from lightning_moevlm.study.plan import Plan, PlannedRun
 from lightning_moevlm.url_secrets import without_url_secrets
 
@@ -196,7 +197,7 @@ def living_process(state: RunState) -> psutil.Process | None:
     try:
         process = psutil.Process(state.pid)
         same = abs(process.create_time() - state.pid_started) < 1.0
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        return process if same and is_alive(process) else None
     except psutil.NoSuchProcess:
         return None
 

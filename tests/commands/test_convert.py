@@ -14,6 +14,7 @@ import pytest
 from lightning_moevlm.cli import main
 from lightning_moevlm.commands.convert import COMMANDS
 from lightning_moevlm.shards.manifest import read_manifest
+from lightning_moevlm.study.child import is_alive
 from tests.conftest import PROJECT
 from tests.shards.sources import (
     caption,
@@ -26,6 +27,7 @@ from tests.shards.sources import (
     write_csv,
 )
 from tests.small_run import BACKBONE, SMALL
+from tests.waiting import wait_for
 
 TERMS = ("--licence", "CC BY 4.0", "--vocab_size", "400", "--jobs", "1")
 
@@ -169,5 +171,5 @@ def kill_when(command: list[str], folder: Path, pattern: str, at_least: int) -> 
         process.kill()
     assert process.returncode == -9
     assert len(children) >= 2
-    assert psutil.wait_procs(children, timeout=20)[1] == []
+    wait_for(lambda: not any(map(is_alive, children)))
     assert not (folder / "set").exists()

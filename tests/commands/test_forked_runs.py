@@ -13,12 +13,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from lightning_moevlm.study.child import is_alive
 from lightning_moevlm.study.engines.local import SERVER_LOG
 from lightning_moevlm.tracking.runs import find_runs
 from tests.commands.small_study import SMALL, Moevlm, Study
 from tests.commands.test_sweep_engines import content
-from tests.study.test_execute import REPOSITORY, wait_for
-from tests.study.test_forks import is_over
+from tests.study.test_execute import REPOSITORY
+from tests.waiting import wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,8 +76,7 @@ def test_a_stopped_sweep_closes_its_forks_and_goes_on(study: Study, workplace: P
     assert len(runs) == 2
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(60) == 130
-    psutil.wait_procs([server, *runs], timeout=10)
-    assert all(map(is_over, (server, *runs)))
+    wait_for(lambda: not any(map(is_alive, (server, *runs))))
     assert set(statuses(workplace)) == {("interrupted", "KILLED")}
 
     assert subprocess.run(command, cwd=workplace, env=env, stdout=subprocess.DEVNULL, check=False).returncode == 0

@@ -21,6 +21,7 @@ from lightning_moevlm.shards.order import Stretch
 from lightning_moevlm.shards.source import RawSample
 from lightning_moevlm.shards.storage import ShardStorage
 
+from ..waiting import wait_for
 from .unsteady_server import Unsteady, serve
 
 PER_SHARD, NUM_SHARDS = 16, 8
@@ -47,29 +48,25 @@ def _asked(server: Unsteady) -> list[str]:
     return [path for path, _ in server.asked if path.endswith(".tar")]
 
 
-def test_reading_waits_for_the_server_less_than_without(
+def test_the_next_shard_is_here_before_it_is_needed(
     scenes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 8 shards, 0.1 s until the server answers, and as long to use a shard: one after the other at least 8 x 0.2 s;
-    # ahead all but the first come while another is used, about 0.1 + 8 x 0.1 s
-    elapsed: dict[bool, list[float]] = {True: [], False: []}
+    """While the last sample of a shard is used, nobody has asked for one of the next shard."""
     samples: list[list[tuple[int, RawSample | Lost]]] = []
-    with serve(Unsteady(scenes_root, delay_s=0.1)) as server:
-        for turn in range(4):
-            ahead = turn % 2 == 0
+    with serve(Unsteady(scenes_root, delay_s=0.02)) as server:
+        for ahead in (True, False):
             with monkeypatch.context() as patch:
                 if not ahead:
                     patch.setattr(Ahead, "_begin", lambda self, beside: None)
-                source = _source(scenes_root, server.url, tmp_path / str(turn))
-                start, found = time.perf_counter(), []
-                for number, sample in _arriving(source):
+                cache, found = tmp_path / str(ahead), []
+                for number, sample in _arriving(_source(scenes_root, server.url, cache)):
                     found.append((number, sample))
-                    time.sleep(0.1 if number % PER_SHARD == PER_SHARD - 1 else 0)
-                elapsed[ahead].append(time.perf_counter() - start)
+                    if number % PER_SHARD == PER_SHARD - 1:
+                        expected = number // PER_SHARD + 1 + ahead
+                        wait_for(lambda expected=expected, cache=cache: len(list(cache.glob("*.tar"))) == expected)
                 samples.append(found)
-        assert len(_asked(server)) == 4 * NUM_SHARDS, "every shard once a turn"
-    assert all(found == samples[0] for found in samples) and len(samples[0]) == PER_SHARD * (NUM_SHARDS - 1) + 8
-    assert max(elapsed[True]) < 0.8 * min(elapsed[False]), elapsed
+        assert len(_asked(server)) == 2 * NUM_SHARDS, "every shard once a turn"
+    assert samples[0] == samples[1] and len(samples[0]) == PER_SHARD * (NUM_SHARDS - 1) + 8
 
 
 def test_one_shard_ahead_and_no_more(scenes_root: Path, tmp_path: Path) -> None:
@@ -144,7 +141,7 @@ def test_a_closed_reader_leaves_no_thread_and_no_half_file(scenes_root: Path, tm
         assert list(tmp_path.glob("*.partial"))
         start = time.perf_counter()
         arriving.close()  # type: ignore[attr-defined]
-        assert time.perf_counter() - start < 2, "it should not wait for the server"
+        assert time.perf_counter() - start < 30, "the server keeps it waiting for 60 s"
     assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".tar"]
 
 

@@ -158,12 +158,12 @@ def _forged(kind: int, size: int) -> bytes:
 
 def _read(folder: Path, data: bytes, entry: ShardEntry) -> list[RawSample | Lost]:
     (folder / entry.file).write_bytes(data)
-    begin = time.perf_counter()
+    begin = time.process_time()  # other programs may keep the cores busy
     found = []
     for item in read_shard(ShardStorage(str(folder)), entry, WANTED):
         found.append(item)
-        assert time.perf_counter() - begin < SLOWEST_S, "hangs"
-    assert time.perf_counter() - begin < SLOWEST_S, "hangs"
+        assert time.process_time() - begin < SLOWEST_S, "hangs"
+    assert time.process_time() - begin < SLOWEST_S, "hangs"
     return found
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.child import Child, Ended
+from lightning_moevlm.study.child import Child, Ended, is_alive
 from lightning_moevlm.study.claim import open_experiment
 from lightning_moevlm.study.engines import CHECKPOINT, JOBS_FOLDER, Job, LocalEngine, RayEngine, SlurmEngine
 from lightning_moevlm.study.engines.tickets import NOBODY, Tickets
@@ -47,9 +47,9 @@ def start_sweep(file: Path, engine: str) -> subprocess.Popen:
 def processes(text: str) -> list[psutil.Process]:
     """Return the living processes whose command line holds a text."""
     found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in psutil.process_iter(["cmdline"]):
         words = " ".join(process.info["cmdline"] or ())
-        if text in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if text in words and is_alive(process):
             found.append(process)
     return found
 

@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.child import is_alive
 from lightning_moevlm.study.claim import ROLE, ROLE_ARM, Experiment
 from lightning_moevlm.study.engines import LocalEngine
 from lightning_moevlm.study.execute import OVERRIDES_FILE, to_do, write_overrides
@@ -22,6 +23,7 @@ from lightning_moevlm.study.ledger import RunState, Status, read_ledger, read_st
 from lightning_moevlm.study.plan import Plan
 from lightning_moevlm.tracking.runs import RunRow, find_runs
 from tests.study.tiny_study import plan_of, sweep, write_project
+from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,13 +50,6 @@ def assert_each_once(plan: Plan, experiment: Experiment) -> None:
 def by_seed(plan: Plan) -> list[RunState]:
     """Return where the runs stand in the order in which they are run."""
     return [state for _, state in sorted(read_ledger(plan), key=lambda pair: pair[0].seed)]
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.05)
 
 
 def start_sweep(file: Path) -> subprocess.Popen:
@@ -189,7 +184,7 @@ def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     assert len(children) == 2
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    wait_for(lambda: not any(child.is_running() for child in children), 10)  # the kernel ends them with their parent
+    wait_for(lambda: not any(map(is_alive, children)))  # the kernel ends them with their parent
     states = by_seed(plan)
     assert [s.status for s in states] == [Status.INTERRUPTED] * 2 + [Status.PLANNED] * 2
 
@@ -218,7 +213,7 @@ def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, 
     parent.send_signal(number)  # an impatient second one changes nothing
     out, _ = parent.communicate(timeout=30)
     assert number.name in out.splitlines()
-    assert not any(child.is_running() for child in children)
+    assert not any(map(is_alive, children))
     before = [state for _, state in read_ledger(plan)]
     assert [state.status for state in before] == [Status.INTERRUPTED] * 2
     assert {row.status for row in find_runs(uri, "tiny", {ROLE: ROLE_ARM})} == {"KILLED"}

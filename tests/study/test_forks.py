@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lightning_moevlm.study.child import Ended
+from lightning_moevlm.study.child import Ended, is_alive
 from lightning_moevlm.study.engines import JOBS_FOLDER, Job, LocalEngine
 from lightning_moevlm.study.engines.local import SERVER_LOG
 from tests.study.test_engines import job_of
-from tests.study.test_execute import REPOSITORY, wait_for
+from tests.study.test_execute import REPOSITORY
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks that end with their server are of Linux")
 
@@ -48,11 +49,6 @@ def end_of(engine: LocalEngine, ticket: str) -> Ended:
     found: list[Ended] = []
     wait_for(lambda: found.extend(filter(None, [engine.poll(ticket)])) or found)
     return found[0]
-
-
-def is_over(process: psutil.Process) -> bool:
-    """Whether a process has ended; nobody may have waited for it yet."""
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def server_of(engine: LocalEngine) -> psutil.Process:
@@ -132,9 +128,9 @@ def test_one_that_is_killed_takes_no_other_with_it(engine: LocalEngine, tmp_path
     codes: dict[str, int | None] = {}
     wait_for(lambda: codes.update({t: e.code for t in "ab" if (e := engine.poll(t)) is not None}) or codes)
     assert list(codes.values()) == [-signal.SIGKILL]
-    assert other.is_running()
+    assert is_alive(other)
     engine.cancel(list({"a", "b"} - codes.keys()))
-    assert is_over(other)
+    assert not is_alive(other)
 
 
 def test_cancelled_runs_tell_the_signal_that_ended_them(
@@ -150,7 +146,7 @@ def test_cancelled_runs_tell_the_signal_that_ended_them(
     [below] = [each for each in server_of(engine).children(recursive=True) if each.name() == "sleep"]
     engine.cancel(["deaf", "parent"])
     assert [engine.poll(ticket).code for ticket in ("deaf", "parent")] == [-signal.SIGKILL, -signal.SIGTERM]
-    assert is_over(below)
+    assert not is_alive(below)
 
 
 def test_cancelled_while_its_server_is_stopped(engine: LocalEngine, tmp_path: Path) -> None:
@@ -160,7 +156,7 @@ def test_cancelled_while_its_server_is_stopped(engine: LocalEngine, tmp_path: Pa
     engine.submit(run(tmp_path, "b", f"{SLEEP}; print('worked')"))
     engine.cancel(["a", "b"])
     assert [engine.poll(ticket).code for ticket in ("a", "b")] == [-signal.SIGTERM] * 2
-    assert is_over(sleeping)
+    assert not is_alive(sleeping)
     assert "\nworked" not in (tmp_path / "b.txt").read_text()
 
 
@@ -175,7 +171,7 @@ def test_runs_end_with_their_server_and_the_next_has_a_new_one(engine: LocalEngi
     runs, before = begun(engine, tmp_path, "a", "b"), server_of(engine)
     before.kill()
     assert [end_of(engine, ticket).code for ticket in ("a", "b")] == [-signal.SIGKILL] * 2
-    assert all(map(is_over, runs))
+    assert not any(map(is_alive, runs))
     engine.submit(run(tmp_path, "c", "print('here')"))
     assert end_of(engine, "c").code == 0
     assert server_of(engine) != before
@@ -228,7 +224,7 @@ def test_kill_of_the_sweep_ends_server_and_runs(tmp_path: Path) -> None:
     assert len(processes) == 3
     sweep.kill()
     sweep.wait()
-    wait_for(lambda: all(map(is_over, processes)), 10)
+    wait_for(lambda: not any(map(is_alive, processes)))
 
 
 def test_a_closed_engine_leaves_nothing(tmp_path: Path) -> None:
@@ -237,7 +233,7 @@ def test_a_closed_engine_leaves_nothing(tmp_path: Path) -> None:
     [sleeping] = begun(engine, tmp_path, "a")
     server = server_of(engine)
     engine.close()
-    wait_for(lambda: is_over(server) and is_over(sleeping), 10)
+    wait_for(lambda: not is_alive(server) and not is_alive(sleeping))
     assert os.environ.get("TOLD") is None
 
 
@@ -256,7 +252,7 @@ def test_no_run_outlives_a_server_that_fails(tmp_path: Path, monkeypatch: pytest
         "def fail(*_): time.sleep(1); raise OSError\nos.pidfd_open = fail  # as an old kernel does\nserve_and_run()"
     )
     engine = served_by(failing, tmp_path, monkeypatch)
-    code = "import time; print('one', flush=True); time.sleep(4); print('two', flush=True)"
+    code = "import time; print('one', flush=True); time.sleep(30); print('two', flush=True)"
     engine.submit(replace(run(tmp_path, "a", code), folder=REPOSITORY))
     assert end_of(engine, "a").code == 2  # begun again, by itself: the real `moevlm` knows no such command
     assert "\none" in (tmp_path / "a.txt").read_text()
@@ -270,7 +266,7 @@ def test_an_interrupted_server_ends_its_runs(engine: LocalEngine, tmp_path: Path
     signal.signal(signal.SIGINT, ours)
     server_of(engine).send_signal(signal.SIGINT)
     assert [end_of(engine, ticket).code for ticket in ("a", "b")] == [-signal.SIGKILL] * 2
-    assert all(map(is_over, runs))
+    assert not any(map(is_alive, runs))
 
 
 def test_the_end_of_a_server_is_seen_though_another_process_holds_its_pipe(
@@ -282,7 +278,7 @@ def test_the_end_of_a_server_is_seen_though_another_process_holds_its_pipe(
     holder = min(server_of(engine).children(), key=lambda child: child.create_time())
     server_of(engine).kill()
     assert end_of(engine, "a").code == -signal.SIGKILL
-    assert not is_over(holder)
+    assert is_alive(holder)
     holder.kill()
     engine.close()
 

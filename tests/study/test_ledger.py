@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.child import Child, last_checkpoint, share_environment
+from lightning_moevlm.study.child import Child, end_all, is_alive, last_checkpoint, share_environment
 from lightning_moevlm.study.comparison import Divergence
 from lightning_moevlm.study.divergence import NONFINITE_STEP, divergence
 from lightning_moevlm.study.ledger import (
@@ -27,6 +27,7 @@ from lightning_moevlm.study.ledger import (
     write_whole,
 )
 from lightning_moevlm.tracking.runs import Point
+from tests.waiting import wait_for
 
 
 def test_state_survives_the_way_to_disk_and_back(tmp_path):
@@ -81,6 +82,18 @@ def test_a_folder_that_cannot_be_is_told(tmp_path):
     (tmp_path / STATE_FILE).mkdir()
     with pytest.raises(UserError, match=r"state\.json cannot be read: Is a directory"):
         read_state(tmp_path)
+
+
+def test_a_process_that_has_ended_is_not_alive_though_nobody_reaps_it():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(child.pid)
+    wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    assert process.is_running()  # what psutil says of it
+    assert not is_alive(process)
+    before = time.monotonic()
+    end_all([child.pid], 60.0)
+    assert time.monotonic() - before < 60.0
+    assert child.returncode is None and child.wait() == 0  # whoever started it is still told how it ended
 
 
 def test_a_clock_that_is_set_ends_no_run(tmp_path, monkeypatch):

@@ -20,11 +20,11 @@ def uri(migrated_database: Path, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def unused_port() -> int:
-    """A port of this machine on which nobody listens."""
+def unused_port() -> Iterator[int]:
+    """A port of this machine on which nobody listens, and which no other program is given meanwhile."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        yield int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

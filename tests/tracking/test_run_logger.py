@@ -271,10 +271,10 @@ def test_a_call_costs_little(uri: str) -> None:
     logger = RunLogger(tracking_uri=uri, flush_points=10**9, flush_seconds=3600)
     metrics = {f"load/block{i}": float(i) for i in range(50)}
     logger.log_metrics(metrics, 0)
-    start = time.perf_counter()
+    start = time.thread_time()
     for step in range(1000):
         logger.log_metrics(metrics, step)
-    assert (time.perf_counter() - start) / 1000 < 0.5e-3
+    assert (time.thread_time() - start) / 1000 < 0.5e-3
 
 
 def test_arms_that_start_together_share_one_new_experiment(uri: str) -> None:

@@ -61,7 +61,7 @@ def test_a_server_that_comes_back_gets_everything(
         for step in range(1, 6):
             logger.log_metrics({"a": float(step)}, step)
             time.sleep(0.06)
-    assert time.perf_counter() - start < 10  # MLflow by itself retries for minutes
+    assert time.perf_counter() - start < 60  # MLflow by itself retries for minutes
     assert len([warning for warning in told if "takes nothing" in str(warning.message)]) == 1
     relay.open()
     logger.finalize("success")

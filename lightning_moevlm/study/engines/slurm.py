@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.child import Ended, last_checkpoint
+from lightning_moevlm.study.child import Ended, is_alive, last_checkpoint
 from lightning_moevlm.study.engines.engine import Engine, Handle, Job, require, require_at_least
 from lightning_moevlm.study.engines.tickets import NOBODY, Tickets
 from lightning_moevlm.study.engines.worker import NO_CHECKPOINT, carry_out
@@ -204,7 +204,7 @@ def _is_controller(pid: int) -> bool:
     """Return whether submitit's program that runs a job on this machine is alive."""
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and "submitit.local._local" in process.cmdline()
+        return is_alive(process) and "submitit.local._local" in process.cmdline()
     except (psutil.NoSuchProcess, ValueError):
         return False
 
