@@ -34,7 +34,7 @@ QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _DECODED_SIZE = 8  # pixels; small, since only whether it can be decoded matters
 _DIGEST_BYTES = 16  # of sha256, kept per picture: enough to tell any number of pictures apart
 
-Complaint = Cause | Literal["json_malformed", "caption_empty"]
+Complaint = Cause | Literal["json_malformed"]
 
 
 class SplitCard(NamedTuple):

@@ -112,7 +112,7 @@ class Collate:
         """Decode one sample. into: a row of `image_rows` for its picture; after a fault it may be used again.
 
         Raises:
-            SampleFault: if a member is missing, a picture is none or too large, or a text is not UTF-8.
+            SampleFault: if a member is missing, a picture is none or too large, or a text is empty or no UTF-8.
 
         """
         image_RYX, caption, jpeg = None, None, None
@@ -125,6 +125,8 @@ class Collate:
                 caption = decode_caption(_member(sample, CAPTION_EXTENSION))
             except UnicodeDecodeError as error:
                 raise _fault("text_not_utf8", sample, CAPTION_EXTENSION, error) from error
+            if not caption:
+                raise SampleFault("caption_empty", f"{_place(sample, CAPTION_EXTENSION)} is empty; rebuild the set")
         return Decoded(sample.key, image_RYX, caption, jpeg)
 
     def batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:

@@ -3,37 +3,18 @@
 A shard is verified before it is opened (size, then sha256: about a millisecond per megabyte, which warms the
 page cache for the parsing; not again by the same process, unless the file was touched), and the end of its tar
 is compared with what was promised, so a set whose manifest was made of broken files is found out as well.
-Samples are named and grouped as WebDataset does it: members of one key follow each other, and a whole shard gives
-exactly the samples that WebDataset gives. Only wanted extensions are ever looked at; nothing is unpickled.
+Samples are named and grouped as WebDataset does it (`sample_groups`), so a whole shard gives exactly the samples that
+WebDataset gives. Only members with wanted extensions are read; nothing is unpickled.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import BinaryIO, NamedTuple, Protocol
-
-from webdataset.tariterators import base_plus_ext
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import Lost, ShardFault
-from lightning_moevlm.shards.manifest import OTHER_SPELLINGS, ShardEntry
-from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
-
-_META = re.compile(r"__[^/]*__($|/)")
-"""Names that WebDataset passes over."""
-
-
-@lru_cache(maxsize=1)  # asked twice of every name in turn: is it wanted, and whose is it
-def _split(name: str) -> tuple[str, str]:
-    """Return the key and the extension that WebDataset finds in a name; two empty strings if it finds none.
-
-    Extensions are in lower case and the usual spelling: `KEY.JPEG` is the member `jpg`.
-    """
-    base, extension = base_plus_ext(name)
-    if base is None or extension is None:
-        return "", ""
-    lower = extension.lower()
-    return base, OTHER_SPELLINGS.get(lower, lower)
+from lightning_moevlm.shards.manifest import ShardEntry
+from lightning_moevlm.shards.sample_groups import Group, key_and_extension, sample_groups
+from lightning_moevlm.shards.tar_members import TarBreak, tar_members
 
 
 class Shelf(Protocol):
@@ -88,51 +69,21 @@ def read_shard(shelf: Shelf, entry: ShardEntry, wanted: frozenset[str]) -> Itera
     place = shelf.place(entry.file)
     try:
         with shelf.open(entry) as stream:
-            members = tar_members(stream, lambda name: _split(name)[1] in wanted)
-            yield from _accounted(_groups(members, wanted), entry, wanted, place)
+            members = tar_members(stream, lambda name: key_and_extension(name)[1] in wanted)
+            yield from _accounted(sample_groups(members), entry, wanted, place)
     except ShardFault as fault:
         yield Lost(entry.num_samples, fault.cause, str(fault))
 
 
-class _Group(NamedTuple):
-    """Wanted members of one key that follow each other. cut: the tar broke here, more may have belonged to it."""
-
-    key: str
-    members: dict[str, bytes]
-    cut: bool
-
-
-def _groups(members: Iterator[Member], wanted: frozenset[str]) -> Iterator[_Group]:
-    """Group members by key; a wanted extension that comes again begins a second sample of the same key."""
-    key: str | None = None
-    found: dict[str, bytes] = {}
-    try:
-        for name, data in members:
-            base, extension = _split(name)
-            if not base or (name.startswith("__") and _META.match(name)):
-                continue
-            if key is not None and (base != key or extension in found):
-                yield _Group(key, found, cut=False)
-                found = {}
-            key = base
-            if data is not None:
-                found[extension] = data
-    except TarBreak:
-        if key is not None:
-            yield _Group(key, found, cut=True)
-        raise
-    if key is not None:
-        yield _Group(key, found, cut=False)
-
-
 def _accounted(
-    groups: Iterator[_Group], entry: ShardEntry, wanted: frozenset[str], place: str
+    groups: Iterator[Group], entry: ShardEntry, wanted: frozenset[str], place: str
 ) -> Iterator[RawSample | Lost]:
     """Give every group one of the promised places; the places that are left over go to what ended the shard."""
     num_found, num_useless, seen = 0, 0, set[str]()
     broken: TarBreak | None = None
     try:
-        for key, members, cut in groups:
+        for key, found, cut in groups:
+            members = {extension: member.data for extension, member in found.items() if member.data is not None}
             lacking = sorted(wanted - members.keys()) if len(members) < len(wanted) else []
             if wanted and not members:
                 num_useless += 1  # a sample without anything of use, or no sample at all: the count will tell
@@ -154,8 +105,8 @@ def _accounted(
             else:
                 seen.add(key)
                 yield RawSample(key, entry.file, members)
-    except TarBreak as found:
-        broken = found
+    except TarBreak as error:
+        broken = error
     except OSError as error:
         broken = TarBreak("shard_unreachable", f"cannot be read on ({error})")
     left = entry.num_samples - num_found

@@ -25,10 +25,16 @@ _NO_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError,
 
 
 class Member(NamedTuple):
-    """A regular file in a tar. name: printable; other characters are escaped. data: None if it was not wanted."""
+    """A regular file in a tar.
+
+    name: printable; other characters are escaped. data: None if it was not wanted. offset, num_bytes: where its bytes
+    lie in the tar.
+    """
 
     name: str
     data: bytes | None
+    offset: int
+    num_bytes: int
 
 
 class TarBreak(Exception):  # noqa: N818 - an end of data
@@ -66,7 +72,7 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
             if wanted(info.name):
                 stream.seek(info.offset_data)
                 data = stream.read(info.size)
-            yield Member(_printable(info.name), data)
+            yield Member(_printable(info.name), data, info.offset_data, info.size)
         tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header
         if end > num_bytes:
             raise TarBreak("shard_truncated", f"ends within {_printable(info.name)}")
@@ -108,7 +114,7 @@ def _plain_members(
         end = start + BLOCK_BYTES + header.num_padded
         if end > num_bytes:
             return start
-        yield Member(_printable(name), read(size) if wanted(name) else None)
+        yield Member(_printable(name), read(size) if wanted(name) else None, start + BLOCK_BYTES, size)
         start = end
 
 

@@ -201,22 +201,24 @@ def test_a_batch_holds_what_the_set_has(tmp_path) -> None:
     jpg = simplejpeg.encode_jpeg(_halves(16, 16), 95, "RGB", "444")
     raw = [
         RawSample("k1", "x.tar", {"jpg": jpg, "txt": b" a \n"}),
-        RawSample("k2", "x.tar", {"jpg": jpg, "txt": b""}),
+        RawSample("k2", "x.tar", {"jpg": jpg, "txt": b"aa"}),
     ]
     both = Collate(("jpg", "json", "txt"), tokenizer, 16, 4)
     assert both.wanted == {"jpg", "txt"}
     images_BRYX, text_BL, text_mask_BL, keys, *_ = both(raw)
     assert images_BRYX is not None and images_BRYX.shape == (2, 3, 16, 16) and images_BRYX.dtype == torch.uint8
     (a,) = tokenizer.ids("a")
-    assert text_BL is not None and text_BL.tolist() == [[BOS, a, EOS, 0], [BOS, EOS, 0, 0]]
+    assert text_BL is not None and text_BL.tolist() == [[BOS, a, EOS, 0], [BOS, a, a, EOS]]
     assert text_mask_BL is not None and text_mask_BL.tolist() == [
         [True, True, True, False],
-        [True, True, False, False],
+        [True, True, True, True],
     ]
     assert keys == ("k1", "k2")
     assert Collate(("txt",), tokenizer, 16, 4)(raw).images_BRYX is None
     only_images = Collate(("jpg",), tokenizer, 16, 4)(raw)
     assert only_images.text_BL is None and only_images.text_mask_BL is None
+    with pytest.raises(UserError, match=r"k3\.txt in shard x\.tar is empty"):
+        both([RawSample("k3", "x.tar", {"jpg": jpg, "txt": b" \n"})])
 
 
 def test_a_jpeg_that_is_cut_short_is_found_out_without_decoding() -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from lightning_moevlm.shards.faults import Lost
 from lightning_moevlm.shards.manifest import ShardEntry, file_sha256, read_manifest
+from lightning_moevlm.shards.sample_groups import key_and_extension
 from lightning_moevlm.shards.source import RawSample, read_shard
 from lightning_moevlm.shards.storage import ShardStorage
 
@@ -219,6 +220,39 @@ def test_whole_shards_give_what_webdataset_gives(tmp_path: Path, format: int) ->
     found = _read(tmp_path, data, len(expected) + 1)
     assert [(item.key, item.members) for item in found if isinstance(item, RawSample)] == expected
     assert len(expected) == 6 and _shown(found)[3] == (1, "member_missing")  # a.b.jpg is the member b.jpg of a
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jpg",
+        "b/a.jpg",
+        "v1.0.7.jpg",
+        "b.c/a.d.txt",
+        "b.c/a",
+        "a",
+        "a.",
+        "./b/a.txt",
+        "/a.txt",
+        "b/",
+        "__a__.txt",
+        "ä/ö.ü",
+    ],
+)
+def test_names_are_cut_where_webdataset_cuts_them(name: str) -> None:
+    assert key_and_extension(name) == tuple(part or "" for part in base_plus_ext(name))
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._a.jpg", "b/._a.jpg", "__MACOSX/b/._a.jpg"])
+def test_hidden_files_belong_to_no_sample(name: str) -> None:
+    assert key_and_extension(name) == ("", "")
+
+
+def test_an_unwanted_member_that_comes_again_begins_a_sample(tmp_path: Path) -> None:
+    # so that every reading of a shard counts the same samples, whatever it wants of them
+    files = [("a.jpg", b"1"), ("a.txt", b"1"), ("a.json", b"1"), ("a.json", b"2"), ("b.jpg", b"3"), ("b.txt", b"3")]
+    data = _tar(files)
+    assert _shown(_read(tmp_path, data, 3)) == ["a", "b", (1, "member_missing")]
 
 
 def _open_files() -> set[Path]:

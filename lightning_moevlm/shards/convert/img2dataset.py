@@ -2,20 +2,21 @@
 
 Its tars are WebDataset shards already: KEY.jpg, KEY.txt (where there were captions), KEY.json. A tar without its
 statistics was never finished, and one that holds fewer samples than they tell was cut short; both are refused. A folder
-without any statistics is one of plain WebDataset shards, under any name: what they hold is what their set has.
+without any statistics is one of plain WebDataset shards, under any name: what they hold is what their set has. Members
+are grouped into samples as readers of shards do it (`sample_groups`).
 Format: the README of github.com/rom1504/img2dataset, "Output format".
 """
 
 import hashlib
 import json
 import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.convert.rows import (
+    LONGEST_KEY,
     BadRow,
     PictureAt,
     Row,
@@ -28,18 +29,16 @@ from lightning_moevlm.shards.convert.rows import (
     json_object,
     set_name,
 )
-from lightning_moevlm.shards.manifest import OTHER_SPELLINGS, Scalar
+from lightning_moevlm.shards.manifest import Scalar
+from lightning_moevlm.shards.sample_groups import key_and_extension, sample_groups
+from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
 
 PICTURE_EXTENSIONS = ("jpg", "png", "webp")
+KNOWN_EXTENSIONS = ("jpg", "json", "png", "txt", "webp")
 _TAR = re.compile(r"\d+\.tar")
 _STATISTICS = "_stats.json"
-
-
-class Part(NamedTuple):
-    """A member of a sample: where its bytes lie in the tar."""
-
-    offset: int
-    num_bytes: int
+_KEPT_KEY_SIGNS = 40
+"""Of a key that had to be changed; a hash of the whole follows."""
 
 
 class Download(NamedTuple):
@@ -95,37 +94,40 @@ def fingerprint(found: tuple[Download, ...]) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def samples_of(folder: Path, download: Download) -> Iterator[tuple[str, dict[str, Part]]]:
-    """Yield every sample of a tar: its key, and its members by extension; one that comes again begins a second sample.
+class TarSample(NamedTuple):
+    """A sample of a tar. members: by extension; those that were not wanted have no data."""
+
+    key: str
+    members: dict[str, Member]
+
+
+def samples_of(folder: Path, download: Download, wanted: Callable[[str], bool]) -> Iterator[TarSample]:
+    """Yield every sample of a tar as readers find it. wanted: extensions whose bytes are read.
+
+    Groups without any extension that readers know (`README.md`) are no samples.
 
     Raises:
-        UserError: if it is no tar, ends within a member, or holds another number of samples.
+        UserError: if it is no tar or not whole, if members of one sample do not stand side by side, or if it holds
+            another number of samples than its statistics tell.
 
     """
     remedy = "download it again, or move it and its statistics away"
     num_samples = 0
+    extensions_of: dict[str, set[str]] = {}
     try:
-        path = inside(folder, download.file)
-        with tarfile.open(path, "r:") as tar:
-            key, parts = "", dict[str, Part]()
-            for member in tar:
-                if not member.isreg():
+        with inside(folder, download.file).open("rb") as stream:
+            members = tar_members(stream, lambda name: wanted(key_and_extension(name)[1]))
+            for key, found, _ in sample_groups(members):
+                if not found.keys() & set(KNOWN_EXTENSIONS):
                     continue
-                name, _, ending = member.name.rpartition("/")[2].partition(".")
-                extension = OTHER_SPELLINGS.get(ending.lower(), ending.lower())
-                if parts and (name != key or extension in parts):
-                    num_samples += 1
-                    yield key, parts
-                    parts = {}
-                key = name
-                parts[extension] = Part(member.offset_data, member.size)
-            if parts:
+                _refuse_scattered(folder / download.file, key, extensions_of.setdefault(key, set()), found)
+                extensions_of[key].update(found)
                 num_samples += 1
-                yield key, parts
+                yield TarSample(key, found)
     except RowError as error:
         raise UserError(f"{folder / download.file}: {error}") from None
-    except tarfile.TarError as error:
-        raise UserError(f"{folder / download.file} is cut short, or no tar ({error}); {remedy}") from None
+    except TarBreak as error:
+        raise UserError(f"{folder / download.file} is cut short, or no tar: it {error}; {remedy}") from None
     if download.num_samples is not None and num_samples != download.num_samples:
         raise UserError(
             f"{folder / download.file} holds {num_samples} samples, its statistics tell {download.num_samples}; "
@@ -133,13 +135,17 @@ def samples_of(folder: Path, download: Download) -> Iterator[tuple[str, dict[str
         )
 
 
-def read_part(file: BinaryIO, part: Part) -> bytes:
-    """Return a member's bytes from its tar."""
-    file.seek(part.offset)
-    return file.read(part.num_bytes)
+def _refuse_scattered(tar: Path, key: str, before: set[str], found: dict[str, Member]) -> None:
+    """Refuse members of one key that others stand between: a reader would take them for two samples, each lacking."""
+    if before and not before & found.keys():
+        raise UserError(
+            f"{tar}: members of {key} do not stand side by side (.{', .'.join(sorted(before))} first, "
+            f".{', .'.join(sorted(found))} later), as readers of shards need them; sort the tar: unpack it into an "
+            f"empty folder and pack it with `tar --sort=name -cf {tar.name} -C FOLDER .`"
+        )
 
 
-def picture_extension(parts: dict[str, Part]) -> str:
+def picture_extension(members: dict[str, Member]) -> str:
     """Return the extension of a sample's picture.
 
     Raises:
@@ -147,9 +153,9 @@ def picture_extension(parts: dict[str, Part]) -> str:
 
     """
     for extension in PICTURE_EXTENSIONS:
-        if extension in parts:
+        if extension in members:
             return extension
-    raise RowError("member_missing", f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}), only .{', .'.join(parts)}")
+    raise RowError("member_missing", f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}), only .{', .'.join(members)}")
 
 
 def caption_of(data: bytes) -> str:
@@ -176,24 +182,28 @@ class Img2datasetSource(Source):
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield the samples of every tar, by name; pictures are not read."""
         for download in self.found:
-            with (self.folder / download.file).open("rb") as file:
-                for key, parts in samples_of(self.folder, download):
-                    texts: dict[str, bytes] = {}
-                    for extension in ("txt", "json"):
-                        if extension in parts:
-                            texts[extension] = read_part(file, parts[extension])
-                    place = f"{download.file} {key[:100]}"
-                    try:
-                        yield self._row(key, parts, texts, download.file, place)
-                    except RowError as error:
-                        yield error.at(place)
+            for sample in samples_of(self.folder, download, ("txt", "json").__contains__):
+                place = f"{download.file} {sample.key[:100]}"
+                try:
+                    yield self._row(sample, download, place)
+                except RowError as error:
+                    yield error.at(place)
 
-    def _row(self, key: str, parts: dict[str, Part], texts: dict[str, bytes], file: str, place: str) -> Row:
-        offset, num_bytes = parts[picture_extension(parts)]
+    def _row(self, sample: TarSample, download: Download, place: str) -> Row:
+        members = sample.members
+        picture, text, about = members[picture_extension(members)], members.get("txt"), members.get("json")
         return Row(
             place=place,
-            key=checked_key(f"{self.name}-{key}"),
-            picture=PictureAt(file, offset, num_bytes),
-            caption=caption_of(texts["txt"]) if "txt" in texts else None,
-            annotation=json_object(texts["json"]) if "json" in texts else None,
+            key=self._key(sample.key, download),
+            picture=PictureAt(download.file, picture.offset, picture.num_bytes),
+            caption=None if text is None else caption_of(text.data or b""),
+            annotation=None if about is None else json_object(about.data or b""),
         )
+
+    def _key(self, key: str, download: Download) -> str:
+        """Return a key that is unique in the set: img2dataset numbers samples, others begin anew in every tar."""
+        whole = key if download.num_samples is not None else f"{Path(download.file).stem}-{key}"
+        signs = re.sub(r"[^A-Za-z0-9_-]+", "-", whole)
+        if signs != whole or len(f"{self.name}-{whole}") > LONGEST_KEY:
+            signs = f"{signs[:_KEPT_KEY_SIGNS]}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+        return checked_key(f"{self.name}-{signs}"[-LONGEST_KEY:])

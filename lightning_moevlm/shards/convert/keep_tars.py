@@ -4,7 +4,7 @@ The tars are linked into the set (copied where links are not possible), or the s
 What is left as it is cannot be dealt out by picture: whole tars fall into the splits, every tenth into validation and
 into test, by the hash of their bytes. The same picture may so be in two splits; `moevlm data check` counts them, and
 writing the samples anew (`--keep_tars false`) prevents it. Bad samples that are borne stay in their tars, where the
-loader meets them: `data.max_lost_fraction` must bear them too.
+loader meets them: `data.max_lost_fraction` must bear them too. Tars without a good sample are left out.
 """
 
 import os
@@ -56,11 +56,7 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
         there = existing_set(out, recipe, effort.force)
         if there is not None:
             return Converted(there, False, ())
-    if len(found) < 3:
-        raise UserError(
-            f"{folder} holds {len(found)} tars, but training, validation and test need one each; write the samples "
-            "anew with --keep_tars false"
-        )
+    _refuse_few(folder, len(found), "")
     out.parent.mkdir(parents=True, exist_ok=True)
     with workshop(out, recipe.fingerprint) as shop:
         looks = _look_at_all(folder, found, effort.num_jobs, shop)
@@ -73,7 +69,9 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
         bad.refuse_beyond(effort.max_bad)
         if not members:
             raise UserError(f"none of the samples in {folder} can be used, so there is nothing to make a set of")
-        dealt = _dealt(looks)
+        full = [look for look in looks if look.members]
+        _refuse_few(folder, len(full), " with a sample that can be used")
+        dealt = _dealt(full)
         contents = Contents(
             image_size=usual_size(Counter(side for look in looks for side in look.sides)),
             members=members,
@@ -86,11 +84,19 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
                 (shop.folder / file).replace(out / file)
             shutil.rmtree(shop.folder)
         else:
-            for download in track(found, len(found), "linking tars"):
-                _link(folder / download.file, shop.folder / download.file)
+            for look in track(full, len(full), "linking tars"):
+                _link(folder / look.entry.file, shop.folder / look.entry.file)
             shop.tidy()
             put_in_place(shop.folder, out)
     return Converted(manifest, True, bad.counts())
+
+
+def _refuse_few(folder: Path, num_tars: int, which: str) -> None:
+    if num_tars < 3:
+        raise UserError(
+            f"{folder} holds {num_tars} tars{which}, but training, validation and test need one each; write the "
+            "samples anew with --keep_tars false"
+        )
 
 
 def _look_at_all(folder: Path, found: tuple[Download, ...], num_jobs: int, shop: Workshop) -> list[TarLook]:
@@ -140,7 +146,7 @@ def _lacking(look: TarLook, members: tuple[str, ...]) -> Iterator[BadRow]:
 
 
 def _dealt(looks: list[TarLook]) -> dict[Split, list[TarLook]]:
-    """Deal the tars out, by the hash of their bytes; within a split they keep the order of their names."""
+    """Deal three or more tars out, by the hash of their bytes; within a split they keep the order of their names."""
     mixed = sorted(looks, key=lambda look: look.entry.sha256)
     num_held_out = max(1, round(len(looks) * _HELD_OUT_SHARE))
     dealt: dict[Split, list[TarLook]] = {

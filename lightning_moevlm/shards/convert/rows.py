@@ -31,8 +31,10 @@ BadCause = Literal[
 ]
 BAD_CAUSES: tuple[BadCause, ...] = get_args(BadCause)
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-"""Whatever reads tars takes the first dot for the end of the key; 80 signs leave room for extension and header."""
+LONGEST_KEY = 80
+"""Signs; they leave room for extension and header in a tar."""
+_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_KEY}}}")
+"""Whatever reads tars takes the first dot for the end of the key."""
 
 
 class BadRow(NamedTuple):
@@ -163,12 +165,14 @@ def checked_text(text: str) -> None:
 def json_object(data: bytes) -> dict[str, object]:
     """Return the object that a line or a member holds.
 
+    NaN and Infinity, which many programs write and JSON does not know, become null.
+
     Raises:
         RowError: if it is no JSON object in UTF-8.
 
     """
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(data.decode("utf-8"), parse_constant=_null)
     except UnicodeDecodeError as error:
         raise RowError("text_not_utf8", f"bytes that are no UTF-8 at byte {error.start + 1}") from None
     except (ValueError, RecursionError) as error:
@@ -179,8 +183,8 @@ def json_object(data: bytes) -> dict[str, object]:
     return content
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not in JSON")
+def _null(name: str) -> None:
+    """Take the place of a constant that JSON does not know."""
 
 
 def inside(folder: Path, file: str) -> Path:

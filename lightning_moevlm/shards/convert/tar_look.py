@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_moevlm.shards.convert.img2dataset import (
+    KNOWN_EXTENSIONS,
     Download,
     caption_of,
     picture_extension,
-    read_part,
     samples_of,
 )
 from lightning_moevlm.shards.convert.picture import Wish, look_at, refuse_misnamed
 from lightning_moevlm.shards.convert.rows import BadRow, RowError, json_object
 from lightning_moevlm.shards.manifest import ShardEntry, file_sha256
-
-_KNOWN = ("jpg", "json", "png", "txt", "webp")
 
 
 @dataclass(frozen=True)
@@ -48,24 +46,23 @@ def look_at_tar(download: Download, folder: Path) -> TarLook:
     bad: list[BadRow] = []
     keys: set[str] = set()
     num_samples = 0
-    with path.open("rb") as file:
-        for key, parts in samples_of(folder, download):
-            num_samples += 1
-            try:
-                if key in keys:
-                    raise RowError("duplicate_key", f"key {key!r} occurs twice in its tar")
-                keys.add(key)
-                picture = picture_extension(parts)
-                data = read_part(file, parts[picture])
-                refuse_misnamed(data, picture)
-                side = look_at(data, Wish("jpg", None)).side
-                if "json" in parts:
-                    json_object(read_part(file, parts["json"]))
-                if "txt" in parts:
-                    captions.append(caption_of(read_part(file, parts["txt"])))
-                sides.append(side)
-                members[" ".join(sorted(extension for extension in parts if extension in _KNOWN))] += 1
-            except RowError as error:
-                bad.append(error.at(f"{download.file} {key[:100]}"))
+    for key, found in samples_of(folder, download, KNOWN_EXTENSIONS.__contains__):
+        num_samples += 1
+        try:
+            if key in keys:
+                raise RowError("duplicate_key", f"key {key!r} occurs twice in its tar")
+            keys.add(key)
+            picture = picture_extension(found)
+            data = found[picture].data or b""
+            refuse_misnamed(data, picture)
+            side = look_at(data, Wish("jpg", None)).side
+            if "json" in found:
+                json_object(found["json"].data or b"")
+            if "txt" in found:
+                captions.append(caption_of(found["txt"].data or b""))
+            sides.append(side)
+            members[" ".join(sorted(extension for extension in found if extension in KNOWN_EXTENSIONS))] += 1
+        except RowError as error:
+            bad.append(error.at(f"{download.file} {key[:100]}"))
     entry = ShardEntry(download.file, num_samples, path.stat().st_size, file_sha256(path))
     return TarLook(entry, dict(sorted(members.items())), captions, sides, bad)
