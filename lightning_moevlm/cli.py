@@ -20,6 +20,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
 
   moevlm fit -c conf/quickstart.yaml                train one model; validate, test and predict take the same options
   moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a declared study, resumable
+  moevlm sweep new FILE                             write a study file to start from, every key explained
   moevlm sweep plan|status|report FILE              what would run, what has run, what it showed
   moevlm compare RUN RUN...                         the same tables for any runs in MLflow, fairness checked
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
@@ -29,8 +30,8 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
   moevlm deliver [FOLDER]                           hand MLflow what runs kept on disk while it was silent
   moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
-  moevlm list [KIND]                                parts that a configuration can name
-  moevlm describe NAME                              one part: what it does, its options
+  moevlm list [KIND]                                parts that a configuration can name, designs, metrics
+  moevlm describe NAME|study                        one part: what it does, its options; the keys of a study file
 
 Every command takes --help. MOEVLM_TRACEBACK=1 shows where an error was raised."""
 

@@ -1,4 +1,4 @@
-"""`moevlm list` and `moevlm describe`: the parts that a configuration can name."""
+"""`moevlm list` and `moevlm describe`: the parts that a configuration can name, and what a study file can say."""
 
 import inspect
 import sys
@@ -19,11 +19,13 @@ Kind = Literal[
     "stabilisers",
     "schedules",
     "callbacks",
+    "designs",
+    "metrics",
 ]
 
 
 def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
-    """List the parts that a configuration can name, plug-ins included.
+    """List the parts that a configuration can name, plug-ins included, and the designs and metrics of studies.
 
     Args:
         kind: one kind only.
@@ -33,13 +35,16 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
     from rich.text import Text
 
     from lightning_moevlm.commands.output import show
+    from lightning_moevlm.commands.study_guide import design_rows, metric_rows
 
+    of_studies = {"designs": design_rows, "metrics": metric_rows}
     rows = [
         {"kind": name, "name": part.__name__, "class_path": class_path(part), "summary": summary(part)}
-        for name, parts in _parts().items()
+        for name, parts in ({} if kind in of_studies else _parts()).items()
         if kind in (None, name)
         for part in parts
     ]
+    rows += [row for name, make in of_studies.items() if kind in (None, name) for row in make()]
     table = Table("kind", "name", "what it is", title=None)
     for row in rows:
         table.add_row(row["kind"], row["name"], Text(row["summary"]))
@@ -47,24 +52,29 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
 
 
 def describe(name: str, json: str | None = None) -> None:
-    """Describe one part: what it does, where it comes from, its options.
+    """Describe one part: what it does, where it comes from, its options. `study` describes the keys of a study file.
 
     Args:
-        name: class name as in `moevlm list`, or its full path.
+        name: Class name or design as in `moevlm list`, the full path of a class, or study.
         json: write the options to this file as JSON; - is standard output.
     """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    from lightning_moevlm.commands import study_guide
     from lightning_moevlm.commands.output import show
     from lightning_moevlm.errors import UserError
     from lightning_moevlm.signatures import nearest
 
+    page = study_guide.page_of(name)
+    if page is not None:
+        show(*page, json)
+        return
     known = {part.__name__: part for parts in _parts().values() for part in parts}
     part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
     if part is None:
-        near = nearest(name, list(known))
+        near = nearest(name, [*known, *study_guide.names()])
         hint = f"did you mean {near}?" if near else "moevlm list shows what there is"
         raise UserError(f"no part is called {name}: {hint}")
     rows = [

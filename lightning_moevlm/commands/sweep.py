@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_moevlm.commands.output import console, show, written
+from lightning_moevlm.commands.study_guide import new
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.engines import Engine, LocalEngine, RayEngine, SlurmEngine
 from lightning_moevlm.unbuildable import refuse_abstract
@@ -167,6 +168,7 @@ def report(
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
+    "new": new,
     "plan": plan,
     "run": run,
     "status": status,

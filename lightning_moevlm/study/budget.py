@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.study import study_keys as k
 from lightning_moevlm.study.located import Located
 
 if TYPE_CHECKING:  # it lies beside the models, which import torch
     from lightning_moevlm.models.card import ModelCard
 
-_MEASURES = ("max_steps", "samples", "active_flops", "minutes")
 _FORWARD_AND_BACKWARD = 3
 
 
@@ -73,21 +73,14 @@ def read_budget(node: Located) -> Budget:
     Raises:
         UserError: one line with file, line, key and what is allowed.
     """
-    fields = node.fields(required=(), optional=_MEASURES)
+    fields = k.BUDGET_BLOCK.fields(node)
     if len(fields) != 1:
-        came = ", ".join(fields) or "none"
-        raise node.error(f"a budget has exactly one of {', '.join(_MEASURES)}; got {came}")
-    (measure, child), *_ = fields.items()
-    if measure == "max_steps":
-        return Budget(max_steps=child.integer(least=1))
-    if measure == "samples":
-        return Budget(samples=child.integer(least=1))
-    if measure == "active_flops":
-        return Budget(active_flops=child.number(above=0.0))
-    minutes = child.number(above=0.0)
-    if round(60 * minutes) < 1:
-        raise child.error(f"{minutes:g} minutes are less than a second; give at least 0.02")
-    return Budget(minutes=minutes)
+        allowed = ", ".join(key.name for key in k.BUDGET_BLOCK.keys)
+        raise node.error(f"a budget has exactly one of {allowed}; got {', '.join(fields) or 'none'}")
+    minutes = k.MINUTES.of(fields)
+    if minutes is not None and round(60 * minutes) < 1:
+        raise fields["minutes"].error(f"{minutes:g} minutes are less than a second; give at least 0.02")
+    return Budget(k.MAX_STEPS.of(fields), k.SAMPLES.of(fields), k.ACTIVE_FLOPS.of(fields), minutes)
 
 
 def samples_per_step(resolved: Mapping[str, Any]) -> int | None:

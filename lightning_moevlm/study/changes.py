@@ -4,7 +4,8 @@ What a study owns (seed, budget, logger, output folder) is refused: arms differ 
 ends in + adds items to a list, `trainer.callbacks+: [...]`, and any number of factors may do so.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,20 @@ def merged(changes: Iterable[Change]) -> dict[str, Any]:
         if last in here:
             raise change.node.error(f"{change.key!r} is set twice here (dotted and nested?)")
         here[last] = change.node.plain()
+    return config
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two nested configs as one: the upper one's values win, and lists to be added (`key+`) join."""
+    config = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        before = config.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping) and value:
+            config[key] = overlaid(before, value)
+        elif key.endswith(_MORE) and key in config:
+            config[key] = [*config[key], *value]
+        else:
+            config[key] = copy.deepcopy(value)
     return config
 
 

@@ -1,16 +1,8 @@
 """Designs: which combinations of factor levels are trained. Pure functions from factors to the points of a design.
 
-    one_in                 the reference and each other level of each factor, one at a time
-    leave_one_out          all switches on, and each one off
-    factorial              all combinations of switches, 2^k
-    fractional_factorial   a part of them that still tells main effects apart, see fraction.py
-    grid                   all combinations of factors of any number of levels
-    lr_sensitivity         every combination of the switches at every learning rate of a ladder (arXiv 2309.14322)
-    size_ladder            every combination of the switches at every size
-    product                every point of one design with every point of another
-
-The first point is the reference, which becomes the study's baseline unless the file names another. A point's name says
-where it leaves the reference: `router_z`, `no_router_z`, `qk_norm__router_z__lr_3e_4`.
+`design_keys` tells what each of them makes. The first point is the reference, which becomes the study's baseline unless
+the file names another. A point's name says where it leaves the reference: `router_z`, `no_router_z`,
+`qk_norm__router_z__lr_3e_4`.
 """
 
 import itertools

@@ -21,8 +21,38 @@ from typing import NamedTuple
 
 from lightning_moevlm.study.changes import Change, merged, read_changes
 from lightning_moevlm.study.located import Located
+from lightning_moevlm.study.schema import TEXT, Block, Key, node_of
 
 OFF, ON = "off", "on"
+CHANGES = node_of("mapping of configuration keys, dotted or nested, to values")
+DESCRIPTION = Key("description", TEXT, "What it is, for the report.", "Router logits may grow freely.", default="")
+FACTOR_BLOCK = Block(
+    "factors.NAME",
+    "One factor: a switch (`on`, `off`) or `levels`.",
+    (
+        DESCRIPTION,
+        Key(
+            ON,
+            CHANGES,
+            "What the switch changes where it is on.",
+            "{model.losses.router_z: {weight: 1.0e-3}}",
+            default_words="the base",
+        ),
+        Key(
+            OFF,
+            CHANGES,
+            "What the switch changes where it is off.",
+            "{model.losses.router_z: null}",
+            default_words="the base",
+        ),
+        Key(
+            "levels",
+            node_of("mapping of names to changes, at least two"),
+            "Settings of a factor that is no switch. The first one is the reference.",
+            "{narrow: {}, wide: {model.backbone.init_args.hidden_dim: 512}}",
+        ),
+    ),
+)
 _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*", re.IGNORECASE)
 
 
@@ -100,8 +130,8 @@ def refuse_conflicts(factors: tuple[Factor, ...]) -> None:
 
 def _factor(name: str, node: Located) -> Factor:
     _check_name(name, "a factor", node)
-    fields = node.fields(required=(), optional=("description", ON, OFF, "levels"))
-    description = fields["description"].text() if "description" in fields else ""
+    fields = FACTOR_BLOCK.fields(node)
+    description = DESCRIPTION.of(fields)
     if "levels" in fields:
         if ON in fields or OFF in fields:
             raise node.error("a factor has either `on` / `off` or `levels`; keep one of them")
@@ -119,10 +149,11 @@ def _level(name: str, node: Located) -> Level:
     if node.is_null:
         return Level(name, "", ())
     children = dict(node.items())
-    described = children.pop("description", None)
+    description = DESCRIPTION.of(children)
+    children.pop(DESCRIPTION.name, None)
     changes = tuple(change for key, child in children.items() for change in read_changes(key, child))
     merged(changes)  # refuses what contradicts itself
-    return Level(name, described.text() if described else "", changes)
+    return Level(name, description, changes)
 
 
 def _check_name(name: str, what: str, node: Located) -> None:

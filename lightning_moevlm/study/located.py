@@ -108,7 +108,8 @@ class Located:
                 raise child.error(f"unknown key {name!r}; {hint}allowed here: {', '.join(allowed)}")
         for name in required:
             if name not in children:
-                raise self.error(f"the key {name!r} is missing; needed here: {', '.join(required)}")
+                where = "" if self.key else "; `moevlm describe study` tells what each of them is"
+                raise self.error(f"the key {name!r} is missing; needed here: {', '.join(required)}{where}")
         return children
 
     def sequence(self) -> list["Located"]:
@@ -191,7 +192,7 @@ def read(file: Path) -> Located:
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {_one_line(error)}") from error
     if node is None:
-        raise UserError(f"{file}: the file is empty; it needs at least question, base, arms, seeds, budget, primary")
+        raise UserError(f"{file}: the file is empty; `moevlm sweep new FILE` writes one to start from")
     return Located(file, "", node, node.start_mark.line + 1)
 
 

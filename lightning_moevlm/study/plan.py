@@ -1,7 +1,8 @@
 """From a study to its runs: arms x seeds, every one resolved and checked before the first one starts.
 
-A run's identity is the digest of its *resolved* config (all defaults filled in) without cosmetic keys. So a changed
-base, a changed default and a changed arm give new runs, while a new output folder or progress bar does not.
+A run's config is the base files, over them `all_arms`, over these what the arm changes, and last what the study sets
+itself. Its identity is the digest of that config *resolved* (all defaults filled in) without cosmetic keys. So a
+changed base, a changed default and a changed arm give new runs, while a new output folder or progress bar does not.
 Resolving needs the command line's parser, which lies above this folder; it is handed in as a function.
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shipped import find_file
+from lightning_moevlm.study.changes import overlaid
 from lightning_moevlm.study.comparison import Arm, Comparison
 from lightning_moevlm.study.digest import DIGITS, digest_of_text
 from lightning_moevlm.study.seed_keys import MARK, Key, follow_plainly, marked_keys, with_seed
@@ -197,7 +199,7 @@ def _of_marked(
     """Return an arm's runs from one config with a mark for the seed; None where each has to be resolved."""
     files = (find_file(file) for file in study.base)
     texts = [file.read_text(encoding="utf-8") for file in files if file is not None]
-    if not follow_plainly([*texts, json.dumps(arm.changes, default=str)]):
+    if not follow_plainly([*texts, json.dumps([study.all_arms, arm.changes], default=str)]):
         return None
     seeds = study.comparison.seeds
     overrides = _with_places(_draft(study, arm, seeds[0], steps), folder)
@@ -230,7 +232,7 @@ def _planned(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Reso
 
 
 def _draft(study: Study, arm: Arm, seed: int, steps: int | None) -> PlannedRun:
-    overrides = copy.deepcopy(arm.changes)
+    overrides = overlaid(study.all_arms, arm.changes)
     _set(overrides, "seed_everything", seed)
     _set(overrides, "trainer.max_steps", -1 if steps is None else steps)
     _set(overrides, "trainer.max_epochs", -1)  # an epoch limit of the base must not cut the budget

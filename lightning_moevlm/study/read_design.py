@@ -1,13 +1,9 @@
 """The `design` of a study file: a word, or one word with options.
 
     design: one_in
-    design: {factorial: {factors: [qk_norm, router_z]}}            # default: all factors
     design: {fractional_factorial: {resolution: 4}}
-    design: {fractional_factorial: {generators: {d: [a, b, c]}}}   # d is on where an odd number of a, b, c is
-    design: {lr_sensitivity: {rates: [1.0e-3, 1.0e-2, 1.0e-1], key: model.optimizer.init_args.lr}}
-    design: {size_ladder: {levels: {w32: {model.backbone.init_args.dim: 32}, w64: {}}}}
-    design: {product: [{leave_one_out: {factors: [a, b]}}, {size_ladder: {factors: [], levels: {...}}}]}
 
+`design_keys` holds every design with its options; `moevlm list designs` and `moevlm describe DESIGN` print them.
 Inside a product every part names its factors, so that a new factor goes where its author puts it.
 """
 
@@ -16,22 +12,16 @@ from typing import cast
 import yaml
 
 from lightning_moevlm.study import design as designs
+from lightning_moevlm.study import design_keys as k
 from lightning_moevlm.study.changes import read_changes
 from lightning_moevlm.study.design import Design, Kind, num_combinations
 from lightning_moevlm.study.factors import Factor, Level, read_levels, refuse_conflicts
 from lightning_moevlm.study.fraction import Fraction, fraction_of_generators, fraction_of_resolution
 from lightning_moevlm.study.located import Located, nearest
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # the ladder of arXiv 2309.14322
-RATE_KEY = "model.optimizer.init_args.lr"
 LADDERS: dict[Kind, str] = {"lr_sensitivity": "lr", "size_ladder": "size"}
 """Designs that bring a factor of their own, and its name."""
 
-_OPTIONS: dict[Kind, tuple[str, ...]] = {
-    "fractional_factorial": ("factors", "resolution", "generators"),
-    "lr_sensitivity": ("factors", "rates", "key"),
-    "size_ladder": ("factors", "levels"),
-}
 _SWITCHES_ONLY: tuple[Kind, ...] = ("leave_one_out", "factorial", "fractional_factorial")
 _MOST_POINTS = 1024
 _MOST_IN_FRACTION = 15
@@ -56,7 +46,13 @@ def _design(node: Located, factors: tuple[Factor, ...], in_product: bool) -> Des
     kind, options = _kind(node)
     if kind == "product":
         return _product(options, factors, in_product)
-    fields = options.fields((), _OPTIONS.get(kind, ("factors",))) if options.is_filled_mapping else {}
+    page = k.DESIGNS[kind]
+    if page.options.requires and not options.is_filled_mapping:
+        lacks = ", ".join(page.options.requires)
+        raise node.error(
+            f"{kind} needs {lacks}, e.g. design: {page.example}; `moevlm describe {kind}` tells what it is"
+        )
+    fields = page.options.fields(options) if options.is_filled_mapping else {}
     if in_product and "factors" not in fields:
         raise node.error(f"inside a product, {kind} names its factors: `factors: [...]`, or `[]` for a ladder alone")
     chosen = _chosen(fields["factors"], factors) if "factors" in fields else factors
@@ -137,14 +133,12 @@ def _ladder(kind: Kind, node: Located, fields: dict[str, Located], factors: tupl
             )
     if kind == "lr_sensitivity":
         return Factor(name, "peak learning rate", _rates(node, fields), node.line)
-    if "levels" not in fields:
-        raise node.error("size_ladder needs `levels`: a name and the changed keys for each size")
     return Factor(name, "size", read_levels(fields["levels"]), fields["levels"].line)
 
 
 def _rates(node: Located, fields: dict[str, Located]) -> tuple[Level, ...]:
-    key = fields["key"].text() if "key" in fields else RATE_KEY
-    nodes = fields["rates"].sequence() if "rates" in fields else [_written(node, rate) for rate in RATES]
+    key = k.RATE_KEY.of(fields)
+    nodes = fields["rates"].sequence() if "rates" in fields else [_written(node, rate) for rate in k.LADDER_RATES]
     levels: list[Level] = []
     before = 0.0
     for child in nodes:
@@ -194,12 +188,12 @@ def _refuse_crowd(node: Located, points: int) -> None:
 
 def _fraction(node: Located, fields: dict[str, Located], factors: tuple[Factor, ...]) -> Fraction:
     names = tuple(factor.name for factor in factors)
-    if ("resolution" in fields) == ("generators" in fields):
+    if (k.RESOLUTION.of(fields) is None) == ("generators" not in fields):
         raise node.error("fractional_factorial needs either `resolution` (3, 4 or 5) or `generators`")
     if len(names) > _MOST_IN_FRACTION:
         raise node.error(f"a fraction of {len(names)} factors, at most {_MOST_IN_FRACTION} are planned; vary fewer")
-    if "resolution" in fields:
-        resolution = fields["resolution"].integer(least=3)
+    resolution = k.RESOLUTION.of(fields)
+    if resolution is not None:
         found = fraction_of_resolution(names, resolution)
         if found is None:
             raise fields["resolution"].error(

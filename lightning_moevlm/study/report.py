@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -124,7 +124,7 @@ def origin_of(plan: Plan, result: StudyResult) -> Origin:
     """Return where the report of a study comes from."""
     return Origin(
         kind="Ablation study",
-        held_against="the base",
+        held_against=_base_of(plan),
         rerun=shlex.join(["moevlm", "sweep", "run", str(plan.study.file)]),
         goes_on="goes on where it was",
         arms=tuple(_story(plan, arm) for arm in result.arms),
@@ -286,6 +286,13 @@ def undrawn(result: StudyResult) -> str:
     )
 
 
+def _base_of(plan: Plan) -> str:
+    shared = ", ".join(
+        f"{key}: {'null' if value is None else value}" for key, value in flat(plan.study.all_arms).items()
+    )
+    return f"the base with {shared} (all_arms)" if shared else "the base"
+
+
 def _story(plan: Plan, arm: ArmResult) -> ArmStory:
     base = [word for file in plan.study.base for word in ("-c", str(file))]
     commands = [
@@ -293,9 +300,13 @@ def _story(plan: Plan, arm: ArmResult) -> ArmStory:
         for run in plan.runs
         if run.arm == arm.arm.name
     ]
-    changes = tuple(f"{key}: {'null' if value is None else value}" for key, value in flat(arm.arm.changes).items())
+    changes = _changes(arm.arm.changes)
     tails = tuple(f"{r.name}: {r.state.reason}\n" + "\n".join(r.state.log_tail) for r in arm.runs if r.state.log_tail)
     return ArmStory(arm.arm.name, arm.arm.description, changes, tuple(commands), tails)
+
+
+def _changes(config: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(f"{key}: {'null' if value is None else value}" for key, value in flat(config).items())
 
 
 def _breakable(name: str) -> "Markup":

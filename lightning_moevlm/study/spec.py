@@ -1,24 +1,7 @@
 """A declared study: one YAML file read into frozen records, or refused with file, line, key and nearest name.
 
-    question: Does the router z-loss matter at this size?     # required
-    hypothesis: ...   source: ...                             # optional texts
-    base: [conf/quickstart.yaml]                              # LightningCLI files, later ones win
-    baseline: baseline                                        # default: the first arm
-    baseline_digest: 3f2a81c09d4e                             # refuse a baseline that has changed since: see pin.py
-    arms:                                                     # either arms; here the baseline changes nothing
-      baseline: {description: everything on}
-      no_router_z: {model.losses.router_z: null}              # changes over the base; dotted keys are expanded
-    factors: {router_z: {off: {model.losses.router_z: null}}} # or factors (factors.py) and a design (read_design.py)
-    design: leave_one_out
-    seeds: [0, 1, 2]
-    budget: {max_steps: 200}                                  # or samples, active_flops, minutes: see budget.py
-    match: active_flops                                       # refuse arms that differ from the baseline by over 1 %
-    primary: {metric: val/task_loss, direction: lower}
-    also: [val/accuracy_text]
-    diverged: {metric: val/task_loss, times_untrained: 1.0, in_a_row: null}   # non-finite always counts as diverged
-    stop_hopeless: {at_step: 100, worse_by: 0.5}              # withdraws arms far behind: see hopeless.py
-    decide: {alpha: 0.05, test: t, correction: none, within: null}
-    guard: [{metric: drop_rate/block1/text, at_most: 0.05}]   # may not get worse by more than this
+`study_keys` holds every key with its meaning and default. `moevlm describe study` prints them, `moevlm sweep new`
+writes a file to start from.
 
 What a study sets itself (seed, budget, logger, output folder) no arm may change, see changes.py.
 """
@@ -26,41 +9,33 @@ What a study sets itself (seed, budget, logger, output folder) no arm may change
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any
 
 from lightning_moevlm import keys
-from lightning_moevlm.shipped import find_file, missing_file
+from lightning_moevlm.errors import UserError
+from lightning_moevlm.study import study_keys as k
 from lightning_moevlm.study.budget import Budget, read_budget
 from lightning_moevlm.study.changes import merged, read_changes
 from lightning_moevlm.study.comparison import (
     Arm,
     Comparison,
-    Correction,
     Decision,
     Direction,
     Divergence,
     Guard,
     Hopeless,
     Primary,
-    Test,
 )
 from lightning_moevlm.study.design import REFERENCE, Design
 from lightning_moevlm.study.digest import DIGITS
-from lightning_moevlm.study.factors import read_factors
-from lightning_moevlm.study.located import Located, nearest, read
+from lightning_moevlm.study.factors import DESCRIPTION, read_factors
+from lightning_moevlm.study.located import Located, read
 from lightning_moevlm.study.read_design import read_design
 
-Match = Literal["active_flops"]
-
-_OPTIONAL = (
-    *("hypothesis", "source", "arms", "factors", "design", "baseline", "match", "also", "diverged", "decide", "guard"),
-    *("stop_hopeless", "baseline_digest"),
-)
 _MAY_STOP = ("one_in", "leave_one_out")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
 _DIGEST = re.compile(rf"[0-9a-f]{{{DIGITS}}}")
 _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 bytes on every common file system
-_SEEDS_END = 2**32  # what NumPy and Lightning take
 
 
 @dataclass(frozen=True)
@@ -76,14 +51,16 @@ class Study:
     """A study file as read.
 
     comparison: what is compared, and by which rules. file: where it was read; base: config files as the command line
-    takes them; match: what every arm must share with the baseline; pin: the baseline must be this one.
+    takes them; all_arms: nested config that goes over the base of every arm, below what the arm itself changes; match:
+    what every arm must share with the baseline; pin: the baseline must be this one.
     """
 
     comparison: Comparison
     file: Path
     base: tuple[Path, ...]
     budget: Budget
-    match: Match | None = None
+    all_arms: dict[str, Any] = field(default_factory=dict)
+    match: str | None = None
     pin: Pin | None = None
 
 
@@ -94,46 +71,54 @@ def read_study(file: Path) -> Study:
         UserError: one line with file, line, key and what is allowed.
     """
     root = read(file)
-    if not _NAME.fullmatch(file.stem):
-        raise root.error(f"the file's name is the study's name: use letters, digits and _, not {file.stem!r}")
-    if len(file.stem) > _LONGEST_NAME:
-        raise root.error(
-            f"the file's name is the study's name and has {len(file.stem)} characters; use at most {_LONGEST_NAME}"
-        )
-    top = root.fields(
-        required=("question", "base", "seeds", "budget", "primary"),
-        optional=_OPTIONAL,
-    )
+    refuse_bad_name(file)
+    top = k.STUDY_FILE.fields(root)
     design = _design(root, top)
     arms = _explicit_arms(top["arms"]) if design is None else _designed_arms(design, top["design"])
     primary = _primary(top["primary"])
     budget = read_budget(top["budget"])
     comparison = Comparison(
         name=file.stem,
-        question=top["question"].text(),
-        hypothesis=top["hypothesis"].text() if "hypothesis" in top else "",
-        source=top["source"].text() if "source" in top else "",
+        question=k.QUESTION.of(top),
+        hypothesis=k.HYPOTHESIS.of(top),
+        source=k.SOURCE.of(top),
         baseline=_baseline(top, arms, designed=design is not None),
         arms=arms,
         seeds=_seeds(top["seeds"]),
         spends=budget.words,
         equal_steps=budget.max_steps is not None,
         primary=primary,
-        also=tuple(_metric(node) for node in top["also"].sequence()) if "also" in top else (),
+        also=k.ALSO.of(top),
         diverged=_divergence(top.get("diverged"), primary),
         decide=_decision(top.get("decide")),
         guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
         design=design,
-        stop_hopeless=_hopeless(top.get("stop_hopeless"), budget, design),
+        stop_hopeless=_hopeless(k.STOP_HOPELESS.of(top), budget, design),
     )
     return Study(
         comparison,
         file,
-        base=tuple(_config_file(node) for node in top["base"].sequence()),
+        base=k.BASE.of(top),
         budget=budget,
-        match=_match(top.get("match")),
-        pin=_pin(top.get("baseline_digest")),
+        all_arms=_all_arms(top.get("all_arms")),
+        match=k.MATCH.of(top),
+        pin=_pin(k.BASELINE_DIGEST.of(top)),
     )
+
+
+def refuse_bad_name(file: Path) -> None:
+    """Refuse a file whose name cannot be a study's.
+
+    Raises:
+        UserError: it has other characters than letters, digits and _, or too many.
+    """
+    if not _NAME.fullmatch(file.stem):
+        raise UserError(f"{file}: the file's name is the study's name: use letters, digits and _, not {file.stem!r}")
+    if len(file.stem) > _LONGEST_NAME:
+        raise UserError(
+            f"{file}: the file's name is the study's name and has {len(file.stem)} characters; use at most "
+            f"{_LONGEST_NAME}"
+        )
 
 
 def _design(root: Located, top: dict[str, Located]) -> Design | None:
@@ -164,9 +149,10 @@ def _arm(name: str, node: Located) -> Arm:
     if node.is_null:
         return Arm(name, "", line=node.line)
     children = dict(node.items())
-    described = children.pop("description", None)
+    description = DESCRIPTION.of(children)
+    children.pop(DESCRIPTION.name, None)
     changes = merged(change for key, child in children.items() for change in read_changes(key, child))
-    return Arm(name, described.text() if described else "", changes, node.line)
+    return Arm(name, description, changes, node.line)
 
 
 def _designed_arms(design: Design, node: Located) -> tuple[Arm, ...]:
@@ -197,61 +183,35 @@ def _baseline(top: dict[str, Located], arms: tuple[Arm, ...], designed: bool) ->
     return name
 
 
-def _match(node: Located | None) -> Match | None:
-    return None if node is None or node.is_null else cast(Match, node.choice(get_args(Match)))
-
-
-def _config_file(node: Located) -> Path:
-    """Find a base file: as given (from the working directory), beside the study file, or shipped with the package."""
-    given = Path(node.text())
-    beside = [node.file.parent]
-    found = find_file(given, beside)
-    if found is None:
-        raise node.error(str(missing_file("configuration file", given, beside)))
-    return found
+def _all_arms(node: Located | None) -> dict[str, Any]:
+    if node is None or node.is_null:
+        return {}
+    return merged(change for key, child in node.items() for change in read_changes(key, child))
 
 
 def _seeds(node: Located) -> tuple[int, ...]:
-    seeds: list[int] = []
-    for child in node.sequence():
-        seed = child.integer(least=0)
-        if seed >= _SEEDS_END:
-            raise child.error(f"expected a seed below 2**32 = {_SEEDS_END}, got {seed}; take a small one such as 0")
-        if seed in seeds:
+    seeds = k.SEEDS.value.read(node)
+    for place, (child, seed) in enumerate(zip(node.sequence(), seeds, strict=True)):
+        if seed in seeds[:place]:
             raise child.error(f"seed {seed} occurs twice; every seed is one independent repetition")
-        seeds.append(seed)
-    return tuple(seeds)
-
-
-def _metric(node: Located) -> str:
-    name = node.text()
-    if keys.declared(name) is None:
-        # The usual fillings of the patterns are offered too, so that a slip in a real key finds the real key.
-        stages = [m.pattern.replace("{stage}", stage) for m in keys.ALL for stage in ("val", "train")]
-        hint = nearest(name, [*stages, *(m.pattern for m in keys.ALL)])
-        raise node.error(f"unknown metric {name!r}; {hint}every metric is declared in lightning_moevlm/keys.py")
-    return name
+    return seeds
 
 
 def _primary(node: Located) -> Primary:
-    fields = node.fields(required=("metric",), optional=("direction",))
-    return Primary(*_progress(fields))
+    return Primary(*_progress(k.PRIMARY_BLOCK.fields(node)))
 
 
 def _guard(node: Located) -> Guard:
-    fields = node.fields(required=("metric", "at_most"), optional=("direction",))
+    fields = k.GUARD_BLOCK.fields(node)
     metric, direction = _progress(fields)
-    return Guard(metric, direction, fields["at_most"].amount())
+    return Guard(metric, direction, k.AT_MOST.of(fields))
 
 
 def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
     """Return a metric and which way is progress: as the file says, else as keys.py declares."""
-    metric = _metric(fields["metric"])
-    if "direction" in fields:
-        word = fields["direction"].choice(("lower", "higher"))
-    else:
-        declared = keys.declared(metric)
-        word = declared.better if declared else "neither"
+    metric = k.METRIC_NAME.of(fields)
+    declared = keys.declared(metric)
+    word = k.DIRECTION.of(fields) or (declared.better if declared else "neither")
     if word == "neither":
         raise fields["metric"].error(
             f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
@@ -262,36 +222,33 @@ def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
 def _divergence(node: Located | None, primary: Primary) -> Divergence:
     # what learns ends above the untrained model where higher is better: the loss tells a divergence there
     usual = primary.metric if primary.direction == "lower" else keys.TASK_LOSS.key(stage="val")
-    if node is None:
-        return Divergence(usual, times_untrained=1.0)
-    fields = node.fields(required=(), optional=("metric", "times_untrained", "in_a_row"))
-    in_a_row = fields.get("in_a_row")
+    fields = {} if node is None else k.DIVERGED_BLOCK.fields(node)
     return Divergence(
-        metric=_metric(fields["metric"]) if "metric" in fields else usual,
-        times_untrained=fields["times_untrained"].number(above=0.0) if "times_untrained" in fields else 1.0,
-        in_a_row=None if in_a_row is None or in_a_row.is_null else in_a_row.integer(least=1),
+        metric=k.DIVERGED_METRIC.of(fields) or usual,
+        times_untrained=k.TIMES_UNTRAINED.of(fields),
+        in_a_row=k.IN_A_ROW.of(fields),
     )
 
 
 def _hopeless(node: Located | None, budget: Budget, design: Design | None) -> Hopeless | None:
-    if node is None or node.is_null:
+    if node is None:
         return None
     if design is not None and design.kind not in _MAY_STOP:
         raise node.error(
             f"a {design.kind} design needs every arm to its end; stop_hopeless goes with {', '.join(_MAY_STOP)} or "
             "`arms`"
         )
-    fields = node.fields(required=("at_step", "worse_by"))
-    step = fields["at_step"].integer(least=1)
+    fields = k.STOP_HOPELESS_BLOCK.fields(node)
+    step = k.AT_STEP.of(fields)
     if budget.max_steps is None:
         raise node.error("stop_hopeless compares arms at one step; give the budget as max_steps")
     if step >= budget.max_steps:
         raise fields["at_step"].error(f"step {step} is not before the end, which is step {budget.max_steps}")
-    return Hopeless(step, fields["worse_by"].number(above=0.0))
+    return Hopeless(step, k.WORSE_BY.of(fields))
 
 
 def _pin(node: Located | None) -> Pin | None:
-    if node is None or node.is_null:
+    if node is None:
         return None
     digest = node.written()  # YAML would read 123456789012 and 12345678e012 as numbers
     if not _DIGEST.fullmatch(digest):
@@ -300,16 +257,5 @@ def _pin(node: Located | None) -> Pin | None:
 
 
 def _decision(node: Located | None) -> Decision:
-    if node is None:
-        return Decision()
-    usual = Decision()
-    fields = node.fields(required=(), optional=("alpha", "test", "correction", "within"))
-    within = fields.get("within")
-    return Decision(
-        alpha=fields["alpha"].number(above=0.0, below=1.0) if "alpha" in fields else usual.alpha,
-        test=cast(Test, fields["test"].choice(get_args(Test))) if "test" in fields else usual.test,
-        correction=cast(Correction, fields["correction"].choice(get_args(Correction)))
-        if "correction" in fields
-        else usual.correction,
-        within=None if within is None or within.is_null else within.number(above=0.0),
-    )
+    fields = {} if node is None else k.DECIDE_BLOCK.fields(node)
+    return Decision(k.ALPHA.of(fields), k.TEST.of(fields), k.CORRECTION.of(fields), k.WITHIN.of(fields))

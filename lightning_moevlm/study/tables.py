@@ -227,10 +227,11 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
         rows.append((arm.name, *(scaled(size) for size in sizes), *times, changes or NOTHING))
     timed = ("time/step", "time/run") if probes else ()
     columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
-    notes: tuple[str, ...] = ()
+    shared = ", ".join(f"{key}: {_shown(value)}" for key, value in flat(plan.study.all_arms).items())
+    notes: tuple[str, ...] = (f"all arms, over the base: {shared}.",) if shared else ()
     if probes:
         total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
-        notes = (
+        notes += (
             f"estimated: {duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
             f"{NUM_STEPS} steps of each arm, without tracking and checkpoints.",
         )

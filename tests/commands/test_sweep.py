@@ -79,6 +79,24 @@ def test_mistakes_are_told_before_anything_is_written(moevlm: Moevlm, study: Stu
     refused("moevlm data build scenes", arms={"baseline": {}, "other": {"data.root": "data/shards/none"}})
 
 
+def test_a_new_study_plans_at_once(moevlm: Moevlm, workplace: Path) -> None:
+    moevlm("sweep", "new", "mine/first.yaml")
+    moevlm("sweep", "plan", "mine/first.yaml", "--json", "plan.json")
+    assert {row["arm"] for row in rows(workplace / "plan.json")} == {"baseline", "no_router_z"}
+    before = (workplace / "mine/first.yaml").read_text()
+    assert "mine/first.yaml is there already" in moevlm("sweep", "new", "mine/first.yaml", code=2)
+    assert (workplace / "mine/first.yaml").read_text() == before
+    assert "use letters, digits and _" in moevlm("sweep", "new", "my study.yaml", code=2)
+    assert "write mine.yaml" in moevlm("sweep", "new", "mine", code=2)
+    for name in ("study", "lr_sensitivity"):
+        moevlm("describe", name, "--json", f"{name}.json")
+        assert all(row["meaning"] for row in rows(workplace / f"{name}.json"))
+    for kind in ("designs", "metrics"):
+        moevlm("list", kind, "--json", f"{kind}.json")
+        assert {row["kind"] for row in rows(workplace / f"{kind}.json")} == {kind}
+    assert "did you mean lr_sensitivity?" in moevlm("describe", "lr_sensitivty", code=2)
+
+
 def test_dead_tracking_server_is_one_line(moevlm: Moevlm, study: Study, workplace: Path, monkeypatch) -> None:
     file = study()
     before = sorted(workplace.rglob("*"))

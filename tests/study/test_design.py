@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.study.design_keys import LADDER_RATES
 from lightning_moevlm.study.factors import FactorLevel
 from lightning_moevlm.study.listing import plan_records
 from lightning_moevlm.study.plan import plan_study
-from lightning_moevlm.study.read_design import RATES, rate_name
+from lightning_moevlm.study.read_design import rate_name
 from lightning_moevlm.study.spec import Study, read_study
 from lightning_moevlm.study.tables import plan_table
 from tests.study.refusals import assert_refused
@@ -141,7 +142,9 @@ def test_lr_sensitivity(write):
     assert study.comparison.baseline == "lr_2_5e_3"
     assert study.comparison.arms[3].levels == (FactorLevel("a", "on"), FactorLevel("lr", "2_5e_3"))
     published = read_study(write("design: lr_sensitivity\n"))
-    assert [arm.changes["model"]["optimizer"]["init_args"]["lr"] for arm in published.comparison.arms] == list(RATES)
+    assert [arm.changes["model"]["optimizer"]["init_args"]["lr"] for arm in published.comparison.arms] == list(
+        LADDER_RATES
+    )
 
 
 def test_size_ladder_with_its_own_keys(write):
@@ -220,7 +223,7 @@ LONG = "factors:\n" + "".join(f"  {c * 30}: {{on: {{model.{c}: 1}}}}\n" for c in
         (FACTORS + "design: {lr_sensitivity: {rates: [1e-2]}}\n", 14, ["two rates or more"]),
         ("factors: {lr: {on: {model.a: 1}}}\ndesign: lr_sensitivity\n", 7, ["a factor 'lr' of its own", "line 6"]),
         ("factors: {a: {on: {model.optimizer.init_args.lr: 1}}}\ndesign: lr_sensitivity\n", 7, ["factor 'lr' sets"]),
-        ("design: size_ladder\n", 6, ["size_ladder needs `levels`"]),
+        ("design: size_ladder\n", 6, ["size_ladder needs levels, e.g. design: {size_ladder: {levels:"]),
         (FACTORS + "design: {product: [{one_in: {factors: [a, b, c]}}]}\n", 14, ["two parts or more"]),
         (FACTORS + "design: {product: [one_in, factorial]}\n", 14, ["inside a product, one_in names its factors"]),
         (FACTORS + "design: {product: [{one_in: {factors: [a, b]}}, {grid: {factors: [b, c]}}]}\n", 14, [
