@@ -40,6 +40,16 @@ class Batch(NamedTuple):
             return 0
         return len(self.keys) if self.num_pairs is None else self.num_pairs
 
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """The samples that the images are of, row by row."""
+        return () if self.images_BRYX is None else self.keys[: len(self.images_BRYX)]
+
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        """The samples that the texts are of, row by row."""
+        return () if self.text_BL is None else self.keys[: self.pairs] + self.keys[len(self.image_keys) :]
+
     def first(self, num_samples: int) -> "Batch":
         """Return the first samples alone; which sources they came from is no longer known."""
         images_BRYX, text_BL, text_mask_BL = self.images_BRYX, self.text_BL, self.text_mask_BL
@@ -121,10 +131,15 @@ class AttentionLogits(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total, a tensor if it adapts."""
+    """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total, a tensor if it adapts.
+
+    num_predictions: that raw is the mean over, so that means of several batches can be joined; None: unknown, and
+    batches count by their samples.
+    """
 
     raw: Tensor
     weight: float | Tensor
+    num_predictions: int | None = None
 
     @property
     def weighted(self) -> Tensor:
@@ -133,7 +148,7 @@ class Term(NamedTuple):
 
     def detached(self) -> "Term":
         """Return the same term without gradient."""
-        return Term(self.raw.detach(), self.weight)
+        return self._replace(raw=self.raw.detach())
 
 
 class LossReport(NamedTuple):

@@ -98,6 +98,23 @@ def small_moe(
     )
 
 
+def uneven_batch(num_samples: int, *, seed: int = 0) -> Batch:
+    """Random pairs as of `pair_batch`, with texts of 1 to 5 words in turns."""
+    batch = pair_batch(num_samples, seed=seed)
+    assert batch.text_BL is not None
+    num_words_B1 = torch.arange(num_samples).unsqueeze(-1) % 5 + 1
+    position_L = torch.arange(batch.text_BL.shape[1])
+    text_BL = torch.where(position_L <= num_words_B1, batch.text_BL, 0)
+    text_BL = torch.where(position_L == num_words_B1 + 1, 3, text_BL)
+    return batch._replace(text_BL=text_BL, text_mask_BL=text_BL != 0)
+
+
+def cut(batch: Batch, size: int) -> list[Batch]:
+    """The same pairs in batches of at most so many."""
+    rows = [slice(start, start + size) for start in range(0, batch.num_samples, size)]
+    return [Batch(*(field[part] for field in batch[:4])) for part in rows]  # type: ignore[index]
+
+
 def pair_batch(num_samples: int = 4, *, seed: int = 0) -> Batch:
     """Random pairs: texts of 5 words between [BOS] = 2 and [EOS] = 3, one position of padding."""
     generator = torch.Generator().manual_seed(seed)

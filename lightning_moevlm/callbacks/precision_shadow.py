@@ -20,7 +20,7 @@ from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.metrics import routing_shift
 from lightning_moevlm.models import Backbone
-from lightning_moevlm.objectives import Objective
+from lightning_moevlm.objectives import Draws, Objective
 from lightning_moevlm.plans import Modality, PairPlan
 from lightning_moevlm.precision import (
     REGIONS,
@@ -109,8 +109,8 @@ class _Whole(nn.Module):
         self.backbone = backbone
         self.objective = objective
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
-        output: ObjectiveOutput = self.objective(self.backbone, batch, generator)
+    def forward(self, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        output: ObjectiveOutput = self.objective(self.backbone, batch, draws)
         return output
 
 
@@ -125,7 +125,9 @@ class _Rerun:
     def as_trained(self) -> ObjectiveOutput:
         """Run in the precision of training."""
         with self._repeatable(), torch.no_grad():
-            output: ObjectiveOutput = self.module.objective(self.module.backbone, self.batch, self._masks())
+            output: ObjectiveOutput = self.module.objective(
+                self.module.backbone, self.batch, self.module.draws("train")
+            )
             return output
 
     def in_fp32(self, policy: PrecisionPolicy) -> ObjectiveOutput:
@@ -133,11 +135,8 @@ class _Rerun:
         whole = _Whole(self.module.backbone, self.module.objective)
         wide = {name: _widened(tensor) for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
         with self._repeatable(), torch.no_grad(), precision_as(whole, policy):
-            output: ObjectiveOutput = functional_call(whole, wide, (self.batch, self._masks()))
+            output: ObjectiveOutput = functional_call(whole, wide, (self.batch, self.module.draws("train")))
             return output
-
-    def _masks(self) -> torch.Generator:
-        return self.module.mask_generator("train", self.step)
 
     @contextmanager
     def _repeatable(self) -> Iterator[None]:

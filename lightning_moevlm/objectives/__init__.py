@@ -1,6 +1,7 @@
 """Objectives: (backbone, batch) -> loss terms. They own their heads, because targets decide what a head predicts."""
 
 from lightning_moevlm.objectives.codebook_targets import CodebookTargets
+from lightning_moevlm.objectives.draws import Draws
 from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets
 from lightning_moevlm.objectives.masked_modelling import MaskedModelling
 from lightning_moevlm.objectives.objective import Objective
@@ -8,6 +9,7 @@ from lightning_moevlm.objectives.vq_targets import VQCheckpointTargets
 
 __all__ = [
     "CodebookTargets",
+    "Draws",
     "ImageTargets",
     "MaskedModelling",
     "Objective",

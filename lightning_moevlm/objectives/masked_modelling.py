@@ -9,7 +9,7 @@ Pairs are used three times: as images, as texts and as pairs. Images and texts t
 Each term is the mean over its masked positions, in nats for classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.objectives.draws import Draws
 from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets, TargetLoss, cross_entropy
 from lightning_moevlm.objectives.objective import Objective
 from lightning_moevlm.plans import Modality
@@ -90,27 +91,23 @@ class MaskedModelling(Objective):
         if self.image_targets.num_classes is not None:
             self.num_classes |= dict.fromkeys(("image", "pair_image"), self.image_targets.num_classes)
 
-    def forward(self, backbone: Backbone, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Run the passes that have a term; a batch without one modality skips what needs it."""
         step = _Step(self, backbone)
         images, text, text_mask = batch.images_BRYX, batch.text_BL, batch.text_mask_BL
         if text is not None and text_mask is not None and self.weights.text is not None:
-            masked = mask_text(text, text_mask, self.ratios.text, generator)
+            masked = self._masked_text("text", self.ratios.text, text, text_mask, batch.text_keys, draws)
             output = step.encode(None, masked.input_BL, text_mask, None)
             step.add_text("text", self.weights.text, output, text, masked.hidden_BL)
         if images is not None and self.weights.image is not None:
-            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(
-                images.device
-            )
+            hidden_BP = self._hidden_patches("image", images, batch.image_keys, draws)
             output = step.encode(images, None, None, hidden_BP)
             step.add_image("image", self.weights.image, output, images, hidden_BP)
         pairs = batch.pairs
         if images is not None and text is not None and text_mask is not None and pairs and self._uses_pairs():
-            images, text, text_mask = images[:pairs], text[:pairs], text_mask[:pairs]
-            masked = mask_text(text, text_mask, self.ratios.pair_text, generator)
-            hidden_BP = mask_patches(images.shape[0], self.spec.num_patches, self.ratios.image, generator).to(
-                images.device
-            )
+            images, text, text_mask, keys = images[:pairs], text[:pairs], text_mask[:pairs], batch.keys[:pairs]
+            masked = self._masked_text("pair_text", self.ratios.pair_text, text, text_mask, keys, draws)
+            hidden_BP = self._hidden_patches("pair_image", images, keys, draws)
             output = step.encode(images, masked.input_BL, text_mask, hidden_BP)
             if self.weights.pair_text is not None:
                 step.add_text("pair_text", self.weights.pair_text, output, text, masked.hidden_BL)
@@ -140,6 +137,16 @@ class MaskedModelling(Objective):
         with region(self.precision, "heads", features_MD.device.type) as cast:
             output_MO: Tensor = self.image_head(cast(features_MD))
             return output_MO
+
+    def _masked_text(
+        self, term: str, ratio: float, text_BL: Tensor, text_mask_BL: Tensor, keys: Sequence[str], draws: Draws
+    ) -> MaskedText:
+        noise_BL = draws.uniform(term, keys, text_BL.shape[1]).to(text_BL.device)
+        return mask_text(text_BL, text_mask_BL, ratio, noise_BL)
+
+    def _hidden_patches(self, term: str, images_BRYX: Tensor, keys: Sequence[str], draws: Draws) -> Tensor:
+        noise_BP = draws.uniform(term, keys, self.spec.num_patches)
+        return mask_patches(noise_BP, self.ratios.image).to(images_BRYX.device)
 
     def _uses_pairs(self) -> bool:
         return self.weights.pair_text is not None or self.weights.pair_image is not None
@@ -173,7 +180,7 @@ class _Step:
         target_M = text_BL[hidden_BL]
         logits_MV = self.objective.text_logits(features_MD, self.backbone.text_embedding_VD)
         with region(self.objective.precision, "losses", logits_MV.device.type) as cast:
-            self._add(name, weight, cross_entropy(cast(logits_MV), target_M))
+            self._add(name, weight, cross_entropy(cast(logits_MV), target_M), len(target_M))
         self.predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
 
     def add_image(self, name: str, weight: float, output: BackboneOutput, images: Tensor, hidden_BP: Tensor) -> None:
@@ -183,31 +190,31 @@ class _Step:
         target_M = self.image_target[: hidden_BP.shape[0]][hidden_BP]
         output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden_BP])
         with region(self.objective.precision, "losses", output_MO.device.type) as cast:
-            self._add(name, weight, targets.loss(cast(output_MO), target_M))
+            self._add(name, weight, targets.loss(cast(output_MO), target_M), len(target_M))
         predictions = targets.predictions(output_MO.detach(), target_M)
         if predictions is not None:
             self.predictions[name] = predictions
 
-    def _add(self, name: str, weight: float, loss: TargetLoss) -> None:
-        self.terms[name] = Term(loss.mean, weight)
+    def _add(self, name: str, weight: float, loss: TargetLoss, count: int) -> None:
+        self.terms[name] = Term(loss.mean, weight, count)
         if loss.log_partition_M is not None:
             self.log_partitions[name] = loss.log_partition_M
 
 
-def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, generator: torch.Generator) -> MaskedText:
+def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, noise_BL: Tensor) -> MaskedText:
     """Hide words: in each text round(ratio x words) of them, at least one; special tokens and padding never.
 
-    A hidden word becomes [MASK] always; BERT's 80/10/10 mixture is not used.
+    A hidden word becomes [MASK] always; BERT's 80/10/10 mixture is not used. noise_BL: uniform in [0, 1); the words
+    with the least are hidden.
     """
-    noise_BL = torch.rand(text_BL.shape, generator=generator, dtype=torch.float32).to(text_BL.device)
     word_BL = text_mask_BL & (text_BL >= len(SPECIAL_TOKENS))
-    rank_BL = torch.where(word_BL, noise_BL, 2.0).argsort(dim=-1).argsort(dim=-1)
+    rank_BL = torch.where(word_BL, noise_BL, 2.0).argsort(dim=-1, stable=True).argsort(dim=-1)
     count_B = (word_BL.sum(dim=-1).float() * ratio).round().clamp(min=1)
     hidden_BL = word_BL & (rank_BL < count_B.unsqueeze(-1))
     return MaskedText(torch.where(hidden_BL, MASK, text_BL), hidden_BL)
 
 
-def mask_patches(batch: int, num_patches: int, ratio: float, generator: torch.Generator) -> Tensor:
-    """Hide round(ratio x P) patches of each image, at least one: bool (B, P) on the CPU."""
-    noise_BP = torch.rand((batch, num_patches), generator=generator, dtype=torch.float32)
-    return noise_BP.argsort(dim=-1).argsort(dim=-1) < max(1, round(ratio * num_patches))
+def mask_patches(noise_BP: Tensor, ratio: float) -> Tensor:
+    """Hide round(ratio x P) patches of each image, at least one, those with the least noise: bool (B, P)."""
+    rank_BP = noise_BP.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return rank_BP < max(1, round(ratio * noise_BP.shape[1]))

@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import nn
 
 from lightning_moevlm.models import Backbone
+from lightning_moevlm.objectives.draws import Draws
 from lightning_moevlm.precision import PrecisionPolicy, Region
 from lightning_moevlm.records import Batch, ObjectiveOutput
 
@@ -21,5 +21,5 @@ class Objective(nn.Module, ABC):
     precision = PrecisionPolicy()
 
     @abstractmethod
-    def forward(self, backbone: Backbone, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
-        """Compute the terms; every random choice is drawn from `generator` (on the CPU), so a step can be repeated."""
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        """Compute the terms; every random choice is taken from `draws`, so it follows from the sample and the step."""

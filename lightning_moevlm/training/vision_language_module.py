@@ -17,7 +17,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers.initialise import initialise, seed_of
 from lightning_moevlm.losses import AuxiliaryLosses, LayerCounts, LossInput
 from lightning_moevlm.models import Backbone, BackboneSpec
-from lightning_moevlm.objectives import MaskedModelling, Objective
+from lightning_moevlm.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.optim import (
     GradientControl,
     GradientEvents,
@@ -73,8 +73,9 @@ class StepOutput(TypedDict):
 class VisionLanguageModule(LightningModule):
     """Trains any backbone with any objective.
 
-    Initial weights and masks depend on `seed` and on names and step numbers alone, so that arms of a study share them
-    and an interrupted run goes on as if it had not stopped.
+    Initial weights depend on `seed` and names alone, masks on `seed`, the sample's key and, in training, the number of
+    the optimiser step: arms of a study share them, whatever their batch size, and an interrupted run goes on as if it
+    had not stopped.
 
     Args:
         backbone: the vision-language trunk.
@@ -148,10 +149,9 @@ class VisionLanguageModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
-        step = self.micro_step(batch_idx)
-        self.seed_noise(step)
+        self.seed_noise(self.micro_step(batch_idx))
         self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
-        output, report = self.losses_of(batch, "train", step)
+        output, report = self.losses_of(batch, "train")
         self.backbone.measure_attention = False
         self._micro_losses.append(report.task_loss.detach())
         return StepOutput(
@@ -251,8 +251,8 @@ class VisionLanguageModule(LightningModule):
             self.trainer.should_stop = True  # Lightning validates and saves once more when it is asked to stop
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure one batch; its masks are the same in every epoch."""
-        output, report = self.losses_of(batch, "val", batch_idx)
+        """Measure one batch; the masks of its samples are always the same."""
+        output, report = self.losses_of(batch, "val")
         self.val_evaluation.update(report, output.predictions, batch.num_samples, output.plans)
 
     def on_validation_epoch_end(self) -> None:
@@ -261,7 +261,7 @@ class VisionLanguageModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch."""
-        output, report = self.losses_of(batch, "test", batch_idx)
+        output, report = self.losses_of(batch, "test")
         self.test_evaluation.update(report, output.predictions, batch.num_samples, output.plans)
 
     def on_test_epoch_end(self) -> None:
@@ -335,12 +335,14 @@ class VisionLanguageModule(LightningModule):
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def mask_generator(self, stage: str, step: int) -> torch.Generator:
-        """Return the generator of a step's masks: the same for the same seed, stage, (micro-)step and rank."""
-        return torch.Generator().manual_seed(seed_of(self.seed, stage, step, self.global_rank))
+    def draws(self, stage: str) -> Draws:
+        """Return what masks are drawn from: of the optimiser step at hand in training, always the same elsewhere."""
+        return Draws(
+            seed_of(self.seed, stage, self.global_step) if stage == "train" else seed_of(self.seed, "held out")
+        )
 
     def micro_step(self, batch_idx: int) -> int:
-        """Return the number of a training batch: its masks and noise follow from it."""
+        """Return the number of a training batch: its noise follows from it."""
         micro_batches = self.trainer.accumulate_grad_batches
         return self.global_step * micro_batches + batch_idx % micro_batches
 
@@ -350,9 +352,9 @@ class VisionLanguageModule(LightningModule):
         # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
         torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
 
-    def losses_of(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
-        """Run the model on a batch; stage ("train", "val" or "test") and step say which masks it gets."""
-        output: ObjectiveOutput = self.objective(self.backbone, batch, self.mask_generator(stage, step))
+    def losses_of(self, batch: Batch, stage: str) -> tuple[ObjectiveOutput, LossReport]:
+        """Run the model on a batch; stage: "train", "val" or "test"."""
+        output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage))
         inputs = self._loss_inputs(output.plans, training=stage == "train")
         with region(self.precision, "losses", self.device.type):
             auxiliary = self.losses.terms(inputs, output.log_partitions, self.weights_in_force)

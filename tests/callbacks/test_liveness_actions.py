@@ -16,7 +16,7 @@ from lightning_moevlm.losses import (
     LoadBalance,
 )
 from lightning_moevlm.models import Backbone
-from lightning_moevlm.objectives import MaskedModelling
+from lightning_moevlm.objectives import Draws, MaskedModelling
 from lightning_moevlm.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
 from lightning_moevlm.records import Batch, ObjectiveOutput
 from lightning_moevlm.routers import SigmoidBiasRouter
@@ -139,8 +139,8 @@ def test_a_balancing_state_that_does_not_choose_is_dead() -> None:
 class HandsNothingOn(MaskedModelling):
     """Keeps plans and attention logits to itself."""
 
-    def forward(self, backbone: Backbone, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
-        return super().forward(backbone, batch, generator)._replace(attention=(), plans=())
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        return super().forward(backbone, batch, draws)._replace(attention=(), plans=())
 
 
 def test_an_action_that_never_gets_its_input_is_dead() -> None:

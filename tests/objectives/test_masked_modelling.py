@@ -10,7 +10,7 @@ import torch
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import initialise
 from lightning_moevlm.layers.embeddings import patchify
-from lightning_moevlm.objectives import MaskedModelling, PixelTargets, VQCheckpointTargets
+from lightning_moevlm.objectives import Draws, MaskedModelling, PixelTargets, VQCheckpointTargets
 from lightning_moevlm.objectives.image_targets import cross_entropy, standardise
 from lightning_moevlm.objectives.masked_modelling import MaskRatios, TermWeights, mask_patches, mask_text
 from lightning_moevlm.records import Batch
@@ -18,13 +18,13 @@ from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def noise(num_samples: int, num: int, seed: int = 0) -> torch.Tensor:
+    return Draws(seed).uniform("text", [str(sample) for sample in range(num_samples)], num)
 
 
 def test_only_words_are_hidden_and_in_the_asked_share() -> None:
     batch = pair_batch(64)
-    masked = mask_text(batch.text_BL, batch.text_mask_BL, 0.4, generator())
+    masked = mask_text(batch.text_BL, batch.text_mask_BL, 0.4, noise(64, 8))
     assert masked.hidden_BL.sum(dim=1).tolist() == [2] * 64  # 40 % of 5 words
     assert not bool(masked.hidden_BL[:, [0, 6, 7]].any())  # [BOS], [EOS], padding
     assert bool((masked.input_BL[masked.hidden_BL] == 1).all())
@@ -33,25 +33,26 @@ def test_only_words_are_hidden_and_in_the_asked_share() -> None:
 
 def test_at_least_one_word_is_hidden() -> None:
     batch = pair_batch(8)
-    assert mask_text(batch.text_BL, batch.text_mask_BL, 0.01, generator()).hidden_BL.sum(dim=1).tolist() == [1] * 8
+    masked = mask_text(batch.text_BL, batch.text_mask_BL, 0.01, noise(8, 8))
+    assert masked.hidden_BL.sum(dim=1).tolist() == [1] * 8
 
 
 def test_text_without_words_hides_nothing_and_costs_nothing() -> None:
     text = torch.tensor([[2, 3, 0]])
-    masked = mask_text(text, text != 0, 0.5, generator())
+    masked = mask_text(text, text != 0, 0.5, noise(1, 3))
     assert not bool(masked.hidden_BL.any())
     assert float(cross_entropy(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)).mean) == 0.0
 
 
 def test_patches_are_hidden_in_the_asked_share_and_at_random() -> None:
-    hidden = mask_patches(200, 16, 0.4, generator())
+    hidden = mask_patches(noise(200, 16), 0.4)
     assert hidden.sum(dim=1).tolist() == [6] * 200
     assert bool((hidden.float().mean(dim=0) > 0.25).all())
 
 
-def test_masks_repeat_with_the_generator() -> None:
+def test_masks_repeat_with_the_seed() -> None:
     batch = pair_batch()
-    one, again, other = (mask_text(batch.text_BL, batch.text_mask_BL, 0.4, generator(seed)) for seed in (1, 1, 2))
+    one, again, other = (mask_text(batch.text_BL, batch.text_mask_BL, 0.4, noise(4, 8, seed)) for seed in (1, 1, 2))
     assert torch.equal(one.hidden_BL, again.hidden_BL) and not torch.equal(one.hidden_BL, other.hidden_BL)
 
 
@@ -64,7 +65,7 @@ def objective(**options: object) -> tuple[MaskedModelling, object]:
 
 def test_untrained_terms_are_those_of_guessing() -> None:
     head, backbone = objective()
-    output = head(backbone, pair_batch(16), generator())
+    output = head(backbone, pair_batch(16), Draws(0))
     assert set(output.terms) == {"text", "image", "pair_text", "pair_image"}
     uniform = float(torch.tensor(300.0).log())
     assert float(output.terms["text"].raw) == pytest.approx(uniform, rel=0.02)
@@ -77,15 +78,15 @@ def test_untrained_terms_are_those_of_guessing() -> None:
 
 def test_a_null_weight_leaves_term_and_pass_out() -> None:
     head, backbone = objective(weights=TermWeights(text=None, pair_text=None, pair_image=None))
-    output = head(backbone, pair_batch(), generator())
+    output = head(backbone, pair_batch(), Draws(0))
     assert list(output.terms) == ["image"] and {plan.source for plan in output.plans} == {"image"}
 
 
 def test_sources_of_one_modality() -> None:
     head, backbone = objective()
     batch = pair_batch()
-    assert list(head(backbone, batch._replace(images_BRYX=None), generator()).terms) == ["text"]
-    assert list(head(backbone, batch._replace(text_BL=None, text_mask_BL=None), generator()).terms) == ["image"]
+    assert list(head(backbone, batch._replace(images_BRYX=None), Draws(0)).terms) == ["text"]
+    assert list(head(backbone, batch._replace(text_BL=None, text_mask_BL=None), Draws(0)).terms) == ["image"]
 
 
 def test_a_mixed_batch_uses_pairs_as_pairs_and_everything_by_modality() -> None:
@@ -101,13 +102,13 @@ def test_a_mixed_batch_uses_pairs_as_pairs_and_everything_by_modality() -> None:
     for terms, part in parts.items():
         weights = TermWeights(**{name: 1.0 if name in terms else None for name in vars(TermWeights())})
         head, backbone = objective(weights=weights)
-        found, alone = (head(backbone, batch, generator()) for batch in (mixed, part))
+        found, alone = (head(backbone, batch, Draws(0)) for batch in (mixed, part))
         assert found.terms.keys() == alone.terms.keys() == set(terms)
         for name in terms:
             assert torch.equal(found.terms[name].raw, alone.terms[name].raw)
     head, backbone = objective()
-    assert head(backbone, mixed, generator()).terms.keys() == {"text", "image", "pair_text", "pair_image"}
-    unpaired = head(backbone, mixed._replace(num_pairs=0), generator())
+    assert head(backbone, mixed, Draws(0)).terms.keys() == {"text", "image", "pair_text", "pair_image"}
+    unpaired = head(backbone, mixed._replace(num_pairs=0), Draws(0))
     assert unpaired.terms.keys() == {"text", "image"}
 
 
@@ -123,7 +124,7 @@ def test_features_of_a_mixed_batch_are_pooled_by_what_there_is() -> None:
 def test_a_batch_that_no_term_can_use_is_refused() -> None:
     head, backbone = objective(weights=TermWeights(image=None, pair_text=None, pair_image=None))
     with pytest.raises(UserError, match="no modality that a weighted term"):
-        head(backbone, pair_batch()._replace(text_BL=None, text_mask_BL=None), generator())
+        head(backbone, pair_batch()._replace(text_BL=None, text_mask_BL=None), Draws(0))
 
 
 def test_all_null_weights_are_refused() -> None:
@@ -164,7 +165,7 @@ def test_codes_of_a_users_checkpoint_are_targets(vq_checkpoint: Path) -> None:
     head, backbone = objective(image_targets=lambda spec: VQCheckpointTargets(spec, str(vq_checkpoint), num_codes=10))
     batch = pair_batch(16)
     assert torch.equal(head.image_targets(batch.images_BRYX), BrightnessCodes()(batch.images_BRYX.float() / 255))
-    output = head(backbone, batch, generator())
+    output = head(backbone, batch, Draws(0))
     assert float(output.terms["image"].raw) == pytest.approx(float(torch.tensor(10.0).log()), rel=0.05)
     assert head.num_classes["image"] == 10 and "image" in output.predictions
 
@@ -251,7 +252,7 @@ def test_masks_do_not_depend_on_the_default_dtype() -> None:
     for default in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(default)
         try:
-            masks.append(mask_text(text_BL, text_BL > 0, 0.151, generator()).hidden_BL)
+            masks.append(mask_text(text_BL, text_BL > 0, 0.151, noise(1, 76)).hidden_BL)
         finally:
             torch.set_default_dtype(torch.float32)
     assert int(masks[0].sum()) == 11

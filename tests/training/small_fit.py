@@ -18,7 +18,7 @@ from lightning_moevlm.dispatch import Capacity
 from lightning_moevlm.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.losses import AuxiliaryLosses
 from lightning_moevlm.models import Backbone, BackboneSpec
-from lightning_moevlm.objectives import MaskedModelling, Objective
+from lightning_moevlm.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.records import Batch, ObjectiveOutput, Term
 from lightning_moevlm.routers import Router, TopKRouter
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
@@ -38,7 +38,7 @@ class NoTask(Objective):
         super().__init__()
         self.num_classes = {}
 
-    def forward(self, backbone: Backbone, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         output = backbone(batch.images_BRYX, batch.text_BL, batch.text_mask_BL)
         return ObjectiveOutput({"none": Term(0.0 * output.tokens_BSD.sum(), 1.0)}, {}, output.plans, 0)
 

@@ -25,7 +25,7 @@ from lightning_moevlm.losses import (
     load_balance,
     router_orthogonality,
 )
-from lightning_moevlm.objectives import MaskedModelling
+from lightning_moevlm.objectives import Draws, MaskedModelling
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.records import Batch, Layout, Span
 from lightning_moevlm.routers import NoisyTopKRouter, ReLURouter, SigmoidBiasRouter
@@ -232,7 +232,7 @@ def test_output_z_needs_classes_and_says_so() -> None:
 def test_output_z_reaches_the_head() -> None:
     losses = AuxiliaryLosses(None, None, OutputZ())
     module = VisionLanguageModule(small_vl_moe(), MaskedModelling, losses, init_std=0.3)
-    output = module.objective(module.backbone, pair_batch(), torch.Generator().manual_seed(0))
+    output = module.objective(module.backbone, pair_batch(), Draws(0))
     assert output.log_partitions.keys() == {"text", "pair_text"}  # pixels have none
     losses.terms([], output.log_partitions)["output_z"].raw.backward()
     assert float(module.objective.text_bias_V.grad.abs().sum()) > 0

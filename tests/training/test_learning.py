@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim import Optimizer
 
 from lightning_moevlm.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
-from lightning_moevlm.objectives import MaskedModelling
+from lightning_moevlm.objectives import Draws, MaskedModelling
 from lightning_moevlm.optim import (
     AdaGC,
     GradientControl,
@@ -39,8 +40,7 @@ def test_one_batch_is_learnt_by_heart(dispatcher: Dispatcher) -> None:
     batch = pair_batch(2)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     for step in range(150):
-        generator = torch.Generator().manual_seed(0)  # the same masks every time
-        output = module.objective(module.backbone, batch, generator)
+        output = module.objective(module.backbone, batch, Draws(0))  # the same masks every time
         loss = torch.stack([term.raw for term in output.terms.values()]).sum()
         if step == 0:
             first = {name: float(term.raw.detach()) for name, term in output.terms.items()}
@@ -54,13 +54,13 @@ def test_one_batch_is_learnt_by_heart(dispatcher: Dispatcher) -> None:
 
 
 def test_step_does_not_depend_on_what_ran_before() -> None:
-    # masks come from (seed, stage, step), so a resumed run draws what the uninterrupted one drew
+    # masks come from (seed, step, sample), so a resumed run draws what the uninterrupted one drew
     module = VisionLanguageModule(small_vl_moe())
     batch = pair_batch()
 
     def losses(step: int) -> list[float]:
-        generator = torch.Generator().manual_seed(step)
-        return [float(term.raw.detach()) for term in module.objective(module.backbone, batch, generator).terms.values()]
+        terms = module.objective(module.backbone, batch, Draws(step)).terms
+        return [float(term.raw.detach()) for term in terms.values()]
 
     first = losses(3)
     torch.rand(100)
@@ -70,10 +70,12 @@ def test_step_does_not_depend_on_what_ran_before() -> None:
 def test_masks_follow_from_seed_stage_and_step() -> None:
     def draw(seed: int, stage: str, step: int) -> float:
         module = VisionLanguageModule(small_vl_moe(), seed=seed)
-        return float(torch.rand((), generator=module.mask_generator(stage, step)))
+        module.trainer = SimpleNamespace(global_step=step)  # type: ignore[assignment]
+        return float(module.draws(stage).uniform("text", ["sample"], 1))
 
     assert draw(1, "train", 3) == draw(1, "train", 3)
     assert len({draw(1, "train", 3), draw(2, "train", 3), draw(1, "train", 4), draw(1, "val", 3)}) == 4
+    assert draw(1, "val", 3) == draw(1, "val", 4) == draw(1, "test", 0)  # held out: of seed and sample alone
 
 
 OPTIMIZERS = [
@@ -111,8 +113,7 @@ def learn_by_heart(build: Callable[..., Optimizer], options: GradientStabilisers
     control = GradientControl(options, optimizer)
     batch = pair_batch(2)
     for step in range(150):
-        generator = torch.Generator().manual_seed(0)  # the same masks every time
-        output = module.objective(module.backbone, batch, generator)
+        output = module.objective(module.backbone, batch, Draws(0))  # the same masks every time
         loss = torch.stack([term.raw for term in output.terms.values()]).sum()
         if step == 0:
             first = {name: float(term.raw.detach()) for name, term in output.terms.items()}

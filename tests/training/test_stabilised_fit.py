@@ -114,8 +114,13 @@ class Spoilt(VisionLanguageModule):
     at: Mapping[int, float] = MappingProxyType({})
     rank = 0
 
-    def losses_of(self, batch: Batch, stage: str, step: int) -> tuple[ObjectiveOutput, LossReport]:
-        output, report = super().losses_of(batch, stage, step)
+    def seed_noise(self, step: int) -> None:
+        super().seed_noise(step)
+        self.micro_batch = step
+
+    def losses_of(self, batch: Batch, stage: str) -> tuple[ObjectiveOutput, LossReport]:
+        output, report = super().losses_of(batch, stage)
+        step = self.micro_batch if stage == "train" else 0
         if stage == "train" and step in self.at and self.global_rank == self.rank:
             report = report._replace(task=report.task | {"spoilt": Term(torch.tensor(self.at[step]), 1.0)})
         return output, report

@@ -60,7 +60,7 @@ class Rehearsal:
         self._spare_dispatchers = [(layer, copy.deepcopy(layer.dispatcher)) for layer in moes]
         backbone = module.backbone
         with self.conditions(), torch.enable_grad(), self._watching(), self._measuring():
-            self.output: ObjectiveOutput = module.objective(backbone, self.batch, self._masks())
+            self.output: ObjectiveOutput = module.objective(backbone, self.batch, module.draws("train"))
         counter = RoutingCounter(backbone)
         counter.add(0, self.output.plans)
         self.counts: dict[str, LayerCounts] = counter.totals(lambda own: own, module.device)
@@ -98,7 +98,9 @@ class Rehearsal:
     def once_more(self) -> ObjectiveOutput:
         """Run the samples again without gradient, as the model now is."""
         with self.conditions(), torch.no_grad():
-            output: ObjectiveOutput = self.module.objective(self.module.backbone, self.batch, self._masks())
+            output: ObjectiveOutput = self.module.objective(
+                self.module.backbone, self.batch, self.module.draws("train")
+            )
             return output
 
     def layer(self, path: str, instead: nn.Module | None = None, *more: object) -> Any:
@@ -107,9 +109,6 @@ class Rehearsal:
         name: Region = "router" if isinstance(layer, Router) else "trunk"
         with self.conditions(), torch.no_grad(), region(self.module.precision, name, self.module.device.type):
             return layer(*self.calls[path].args, *more)
-
-    def _masks(self) -> torch.Generator:
-        return self.module.mask_generator("train", self._step)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

@@ -1,0 +1,41 @@
+"""Sums over the batches of an evaluation, and over ranks: what is linear may be divided when all of it is there.
+
+A mean of means depends on how samples fall into batches; a quotient of sums does not, but for rounding.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RunningSums:
+    """Vectors by name, added up in float64. A rank need not know every name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, name: str, values: Tensor) -> None:
+        """Add a tensor to those of the same name, which have its shape; NaN stays NaN."""
+        values = values.to(torch.float64)
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+    def totals(self) -> dict[str, Tensor]:
+        """Return the sums over all ranks by name, in the order of names, on the CPU; all ranks must ask together."""
+        own = {name: values.cpu() for name, values in self._sums.items()}
+        of_ranks: list[Mapping[str, Tensor]] = [own]
+        if dist.is_available() and dist.is_initialized():
+            of_ranks = [own] * dist.get_world_size()
+            dist.all_gather_object(of_ranks, own)
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for sums in of_ranks:
+            for name, values in sums.items():
+                found[name].append(values)
+        return {name: torch.stack(found[name]).sum(dim=0) for name in sorted(found)}
+
+    def reset(self) -> None:
+        """Forget them."""
+        self._sums = {}
