@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -42,6 +42,8 @@ class _Resized:
         self._size = (size, size)
 
     def __call__(self, image: Image.Image) -> Tensor:
+        if "exif" in image.info:
+            image = ImageOps.exif_transpose(image)
         pixels = np.array(image.resize(self._size, Image.Resampling.BILINEAR))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

@@ -2,7 +2,8 @@
 
 Pixels stay uint8 (a quarter of the memory and of the transfer); whoever computes with them scales them. In memory they
 lie by row, column, channel, as decoders write them and as torch's antialiased resize of bytes is fastest; shapes are
-(3, R, X) all the same. The header is read before anything is decoded: a picture of absurd size costs nothing.
+(3, R, X) all the same. The header is read before anything is decoded: a picture of absurd size costs nothing. One of
+absurd shape is cut to its middle before it is resized, so memory is bounded for any. Images are set upright.
 """
 
 import io
@@ -18,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.shards.faults import MAX_PIXELS
+from lightning_moevlm.shards.faults import MAX_PIXELS, MAX_SIDE
+from lightning_moevlm.shards.orientation import FLIPPED_ACROSS, FLIPPED_DOWN, TRANSPOSED, UPRIGHT, orientation
 from lightning_moevlm.shards.rooms import Allocate, private_bytes
 
 IMAGE_EXTENSIONS = ("jpg", "png")
@@ -26,8 +28,11 @@ CAPTION_EXTENSION = "txt"
 
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on broken files; OSError includes UnidentifiedImageError."""
+_ROWS_AT_ONCE = 512
+_LONGEST = 4
+"""A longer image, in units of its shorter side, is cut to its middle before it is resized; common shapes are not."""
 
 
 class ImageTooLargeError(ValueError):
@@ -37,7 +42,7 @@ class ImageTooLargeError(ValueError):
 def decode_image(
     data: bytes, extension: str, size: int, max_pixels: int = MAX_PIXELS, into: Tensor | None = None
 ) -> Tensor:
-    """Decode to uint8 RGB of shape (3, size, size); transparent pixels are laid on white.
+    """Decode to uint8 RGB of shape (3, size, size), upright; transparent pixels are laid on white.
 
     A picture of another size is scaled (antialiased, bilinear) until its shorter side fits and cut to its middle. A
     JPEG at least twice as large is scaled while it is decoded, as far as possible but never below the wanted size.
@@ -46,11 +51,11 @@ def decode_image(
         data: the encoded picture.
         extension: "jpg" or "png"; another format than it names is no picture.
         size: pixels per side.
-        max_pixels: pixels that the encoded picture may have.
+        max_pixels: pixels that the encoded picture may have; `MAX_SIDE` limits each side.
         into: a row of `image_rows`; decoding straight into it saves a copy. It is what is returned.
 
     Raises:
-        ImageTooLargeError: if the picture has more than `max_pixels`; nothing was decoded.
+        ImageTooLargeError: if the picture has more than `max_pixels`, or too long a side; nothing was decoded.
         ValueError: if the bytes are no such image.
 
     """
@@ -58,7 +63,7 @@ def decode_image(
     if extension == "jpg":
         _decode_jpeg(data, size, max_pixels, row_RYX)
     else:
-        fit(_decode_png(data, max_pixels), size, row_RYX)
+        fit(_decode_png(data, max_pixels), size, row_RYX, orientation(data))
     return row_RYX
 
 
@@ -66,12 +71,12 @@ def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Look at the beginning and the end of a JPEG without decoding anything.
 
     Raises:
-        ImageTooLargeError: if the picture has more than `max_pixels`.
+        ImageTooLargeError: if the picture has more than `max_pixels`, or too long a side.
         ValueError: if the bytes do not begin as a JPEG does, or are cut short.
 
     """
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(height, width, max_pixels)
+    check_pixels(height, width, max_pixels)
     # markers do not occur within pixels; an end before the last scan is that of a preview in the header
     end = data.rfind(_JPEG_END)
     if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
@@ -106,10 +111,28 @@ def jpeg_scaling(size: int) -> dict[str, int]:
     return {"min_height": size, "min_width": size, "min_factor": 2}
 
 
-def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor) -> None:
-    """Scale (H, W, 3) pixels until the shorter side has `size`, and write their middle into a row of `image_rows`."""
-    image_BRYX = torch.from_numpy(pixels_YXR).permute(2, 0, 1)[None]
-    height, width = pixels_YXR.shape[:2]
+def middle(height: int, width: int) -> tuple[slice, slice]:
+    """Return the rows and columns of an image that are resized: all of it, or the middle of a very long one."""
+    rows, columns = min(height, _LONGEST * width), min(width, _LONGEST * height)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return slice(top, top + rows), slice(left, left + columns)
+
+
+def turned(image_RYX: Tensor, turn: int) -> Tensor:
+    """Return the pixels (..., Y, X) as they are shown. turn: the orientation they are stored in."""
+    stored = image_RYX.mT if turn in TRANSPOSED else image_RYX
+    axes = [-2] * (turn in FLIPPED_DOWN) + [-1] * (turn in FLIPPED_ACROSS)
+    return stored.flip(axes) if axes else stored
+
+
+def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor, turn: int = UPRIGHT) -> None:
+    """Scale (H, W, 3) pixels until the shorter side has `size`, and write their middle into a row of `image_rows`.
+
+    turn: the orientation that the pixels are stored in.
+    """
+    stored_YXR = torch.from_numpy(pixels_YXR[middle(*pixels_YXR.shape[:2])])
+    image_BRYX = turned(stored_YXR.permute(2, 0, 1), turn)[None]
+    height, width = image_BRYX.shape[2:]
     scale = size / min(height, width)
     target = [max(size, round(height * scale)), max(size, round(width * scale))]
     if target == [height, width]:
@@ -124,6 +147,19 @@ def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor) -> None:
     row_RYX.copy_(scaled_BRYX[0, :, top : top + size, left : left + size])
 
 
+def check_pixels(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse an image by its size.
+
+    Raises:
+        ImageTooLargeError: if it has more than `max_pixels`, or a side of more than `MAX_SIDE`.
+
+    """
+    if height * width > max_pixels:
+        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {max_pixels}")
+    if max(height, width) > MAX_SIDE:
+        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {MAX_SIDE} per side")
+
+
 def undecodable(key: str, shard: str, extension: str, error: ValueError) -> UserError:
     """Return the error to raise for a member that cannot be decoded."""
     return UserError(f"{key}.{extension} in shard {shard} cannot be decoded ({error}); rebuild the set without it")
@@ -131,33 +167,41 @@ def undecodable(key: str, shard: str, extension: str, error: ValueError) -> User
 
 def _decode_jpeg(data: bytes, size: int, max_pixels: int, row_RYX: Tensor) -> None:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(height, width, max_pixels)
-    scaling = jpeg_scaling(size)
+    check_pixels(height, width, max_pixels)
+    scaling, turn = jpeg_scaling(size), orientation(data)
     height, width, _, _ = simplejpeg.decode_jpeg_header(data, **scaling)
-    if (height, width) == (size, size):
+    if (height, width) == (size, size) and turn == UPRIGHT:
         simplejpeg.decode_jpeg(data, "RGB", **scaling, buffer=row_RYX.permute(1, 2, 0).numpy())
     else:
-        fit(simplejpeg.decode_jpeg(data, "RGB", **scaling), size, row_RYX)
+        fit(simplejpeg.decode_jpeg(data, "RGB", **scaling), size, row_RYX, turn)
 
 
 def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    """Return the pixels as they are stored; of a very long image, of its middle."""
     if data[:8] != _PNG_START or data[12:16] != b"IHDR" or len(data) < 24:
         raise ValueError("it does not begin as a PNG file does")
     width, height = struct.unpack(">II", data[16:24])
-    _check_pixels(height, width, max_pixels)
+    check_pixels(height, width, max_pixels)
+    rows, columns = middle(height, width)
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as whole:
+            seen = (columns.start, rows.start, columns.stop, rows.stop)
+            image = whole if seen == (0, 0, *whole.size) else whole.crop(seen)
             if image.mode == "RGB" and "transparency" not in image.info:
                 return np.array(image)
-            rgba = image.convert("RGBA")
+            return _laid_on_white(image)
     except Image.DecompressionBombError as error:  # Pillow's own limit, should ours be set above it
         raise ImageTooLargeError(str(error)) from error
-    except _PNG_ERRORS as error:
+    except PILLOW_ERRORS as error:
         raise ValueError(str(error)) from error
-    ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(ground, rgba).convert("RGB"))
 
 
-def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-    if height * width > max_pixels:
-        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {max_pixels}")
+def _laid_on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """Return (H, W, 3) pixels; some rows after the other, since a large picture takes several copies on the way."""
+    pixels_YXR = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top in range(0, image.height, _ROWS_AT_ONCE):
+        bottom = min(image.height, top + _ROWS_AT_ONCE)
+        rgba = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        pixels_YXR[top:bottom] = np.asarray(Image.alpha_composite(ground, rgba).convert("RGB"))
+    return pixels_YXR

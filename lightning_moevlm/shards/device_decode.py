@@ -3,6 +3,7 @@
 On a CUDA device torchcodec decodes a whole batch in one call (extra `gpu-decode`), and the pictures are resized there.
 Where there is no such device, or torchcodec is missing or does not load, the CPU decodes as it always does. The two
 differ by what decoders differ in: nvJPEG does not scale while it decodes, and resizing there is in floating point.
+torchcodec sets images upright by their EXIF orientation, by the rule of `orientation`.
 
 What is no picture for the CPU's decoder is none here either: if the device refuses a batch, which it does as a whole,
 the CPU decodes it and says which pictures it cannot decode.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_moevlm.shards.decode import decode_image, image_rows
+from lightning_moevlm.shards.decode import decode_image, image_rows, middle
 from lightning_moevlm.shards.encoded_images import EncodedImages
 from lightning_moevlm.shards.faults import MAX_PIXELS
 
@@ -52,16 +53,18 @@ def decode_on(images: EncodedImages, size: int, device: torch.device, max_pixels
 def fit_all(pictures: Sequence[Tensor], size: int) -> Tensor:
     """Resize pictures (3, H, W), uint8, so that their shorter sides have `size`, and cut out their middles.
 
-    Those of one shape are resized together. Antialiased, bilinear, rounded to the nearest.
+    What `middle` leaves out of a very long one is not resized. Those of one shape are resized together. Antialiased,
+    bilinear, rounded to the nearest.
     """
+    seen = [picture[:, *middle(picture.shape[1], picture.shape[2])] for picture in pictures]
     by_shape: dict[tuple[int, int], list[int]] = {}
-    for place, picture in enumerate(pictures):
+    for place, picture in enumerate(seen):
         by_shape.setdefault((picture.shape[1], picture.shape[2]), []).append(place)
     fitted_BRYX = pictures[0].new_empty((len(pictures), 3, size, size))
     for (height, width), places in by_shape.items():
         scale = size / min(height, width)
         target = (max(size, round(height * scale)), max(size, round(width * scale)))
-        stacked = torch.stack([pictures[place] for place in places])
+        stacked = torch.stack([seen[place] for place in places])
         if target != (height, width):
             floats = F.interpolate(stacked.float(), size=target, mode="bilinear", antialias=True)
             stacked = floats.round_().clamp_(0, 255).to(torch.uint8)

@@ -20,6 +20,8 @@ Cause = Literal[
 ]
 MAX_PIXELS = 2**26
 """Of a picture: 67 million, 192 MiB decoded; more than cameras have, less than a bomb."""
+MAX_SIDE = 65_500
+"""Of a picture, in pixels: libjpeg reads and writes no longer ones."""
 
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 

@@ -5,8 +5,15 @@ import warnings
 
 from PIL import Image, UnidentifiedImageError
 
-from lightning_moevlm.shards.decode import CAPTION_EXTENSION, IMAGE_EXTENSIONS
+from lightning_moevlm.shards.decode import (
+    CAPTION_EXTENSION,
+    IMAGE_EXTENSIONS,
+    PILLOW_ERRORS,
+    ImageTooLargeError,
+    check_pixels,
+)
 from lightning_moevlm.shards.manifest import Manifest
+from lightning_moevlm.shards.orientation import orientation, shown_size, turned_picture
 
 _FORMATS = {"jpg": ("JPEG",), "png": ("PNG",)}
 
@@ -23,20 +30,22 @@ def picture_extension(manifest: Manifest) -> str | None:
 
 
 def picture_size(data: bytes, extension: str) -> tuple[int, int]:
-    """Return (width, height) in pixels, from the picture's header.
+    """Return (width, height) in pixels, upright, from the picture's header.
 
     Raises:
+        ImageTooLargeError: if it has more pixels than allowed.
         ValueError: if the bytes are no such picture.
 
     """
     with open_picture(data, extension) as image:
-        return image.size
+        return shown_size(image.size, orientation(data))
 
 
 def thumbnail(data: bytes, extension: str, side: int) -> Image.Image:
-    """Return the whole picture as RGB, its longer side at most `side` pixels; transparent pixels lie on white.
+    """Return the whole picture as RGB, upright, its longer side at most `side` pixels; transparent pixels lie on white.
 
     Raises:
+        ImageTooLargeError: if it has more pixels than allowed.
         ValueError: if the bytes are no such picture.
 
     """
@@ -44,26 +53,30 @@ def thumbnail(data: bytes, extension: str, side: int) -> Image.Image:
         try:
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is scaled while it is decoded
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
-            if image.mode == "RGB":
-                return image.copy()
             rgba = image.convert("RGBA")
-        except (OSError, SyntaxError, EOFError) as error:
+        except PILLOW_ERRORS as error:
             raise ValueError(str(error)) from error
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    whole = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return turned_picture(whole, orientation(data))
 
 
 def open_picture(data: bytes, extension: str) -> Image.Image:
     """Open a picture of the format that its extension names, without decoding it.
 
     Raises:
-        ValueError: if the bytes are no such picture, or one of absurd size.
+        ImageTooLargeError: if it has more pixels than allowed.
+        ValueError: if the bytes are no such picture.
 
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=_FORMATS[extension])
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decided below
+            image = Image.open(io.BytesIO(data), formats=_FORMATS[extension])
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(str(error)) from error
     except UnidentifiedImageError:
         raise ValueError(f"these bytes are no {_FORMATS[extension][0]}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise ValueError(str(error)) from error
+    check_pixels(image.height, image.width)
+    return image

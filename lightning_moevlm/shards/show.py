@@ -18,13 +18,14 @@ from lightning_moevlm.shards.decode import CAPTION_EXTENSION, decode_caption
 from lightning_moevlm.shards.faults import Lost
 from lightning_moevlm.shards.look import modality_of, picture_extension, picture_size, thumbnail
 from lightning_moevlm.shards.manifest import Manifest, Split
+from lightning_moevlm.shards.orientation import UPRIGHT, orientation
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.source import RawSample, read_shard
 from lightning_moevlm.shards.storage import ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 
 SHOWN_SIDE = 320
-"""Pixels; larger pictures are shown scaled, smaller ones as the bytes that they are."""
+"""Pixels; larger pictures, and turned ones, are encoded anew, others shown as the bytes that they are."""
 _TEMPLATES = Path(__file__).parent / "templates"
 _MIME = {"jpg": "image/jpeg", "png": "image/png"}
 _LOSSES_SHOWN = 10
@@ -152,7 +153,7 @@ def _picture(data: bytes, extension: str) -> ShownPicture:
     size = f"{width} x {height} px, {len(data) / 1e3:,.1f} kB"
     small = thumbnail(data, extension, SHOWN_SIDE)  # also finds out whether it can be decoded
     mime = _MIME[extension]
-    if max(width, height) > SHOWN_SIDE:
+    if max(width, height) > SHOWN_SIDE or orientation(data) != UPRIGHT:  # not all that shows pages turns PNGs
         out = io.BytesIO()
         small.save(out, "JPEG", quality=85)
         data, mime = out.getvalue(), "image/jpeg"

@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lightning_moevlm.shards.convert.rows import PictureAt, RowError, inside
 from lightning_moevlm.shards.encode import ImageFormat, encode
-from lightning_moevlm.shards.faults import MAX_PIXELS
+from lightning_moevlm.shards.faults import MAX_PIXELS, MAX_SIDE
+from lightning_moevlm.shards.orientation import UPRIGHT, orientation, turned_picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _NAMED = {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}  # MPO: a JPEG with others behind it
 _PLAIN_MODES = {"jpg": ("RGB", "L"), "png": ("RGB", "RGBA", "L", "LA", "P", "1")}
 _DECODABLE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
-_ORIENTATION = 0x0112
 
 
 class Wish(NamedTuple):
@@ -96,21 +96,21 @@ def stored(data: bytes, wish: Wish) -> bytes:
 
     """
     with _opened(data) as image:
-        if _fits(image, wish):
+        turn = orientation(data)
+        if turn == UPRIGHT and _fits(image, wish):
             return data
-        image = ImageOps.exif_transpose(image)
         transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-        image = image.convert("RGBA" if transparent else "RGB")
+        mode = "RGBA" if transparent else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
         if wish.max_side is not None and max(image.size) > wish.max_side:
             image = image.resize(_scaled(image.size, wish.max_side), Image.Resampling.LANCZOS)
-        return encode(np.asarray(image), wish.image_format)
+        return encode(np.asarray(turned_picture(image, turn)), wish.image_format)
 
 
 def _fits(image: Image.Image, wish: Wish) -> bool:
     return (
         image.format == {"jpg": "JPEG", "png": "PNG"}[wish.image_format]
         and image.mode in _PLAIN_MODES[wish.image_format]
-        and image.getexif().get(_ORIENTATION, 1) == 1
         and (wish.max_side is None or max(image.size) <= wish.max_side)
     )
 
@@ -129,6 +129,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise RowError("image_too_large", f"{image.width}x{image.height} pixels, {MAX_PIXELS:,} allowed")
+                if max(image.size) > MAX_SIDE:
+                    said = f"{image.width}x{image.height} pixels, {MAX_SIDE:,} allowed per side"
+                    raise RowError("image_too_large", said)
                 if image.mode not in _DECODABLE_MODES:
                     raise RowError("image_undecodable", f"pixels of mode {image.mode}, which has no plain RGB")
                 yield image

@@ -66,7 +66,7 @@ def write_shard(task: ShardTask) -> ShardEntry:
     """Write one shard, whole or not at all.
 
     Raises:
-        UserError: if a picture is not what it was when it was looked at.
+        UserError: if a picture is not what it was when it was looked at, or cannot be stored.
 
     """
     unfinished = task.target.with_name(f".{task.target.name}.{os.getpid()}.unfinished")
@@ -78,19 +78,26 @@ def write_shard(task: ShardTask) -> ShardEntry:
     return entry
 
 
+def _picture(place: str, picture: PictureAt, sha256: str, task: ShardTask) -> bytes:
+    try:
+        data = read_picture(task.folder, picture)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RowError("image_undecodable", "it holds other bytes than a moment ago")
+    except RowError as fault:
+        raise UserError(
+            f"{place}: the picture has changed while the set was converted ({fault.message}); "
+            "convert again when nothing writes to the folder any more"
+        ) from None
+    try:
+        return stored(data, task.wish)
+    except RowError as fault:  # found by another decoder than that which looked at it
+        raise UserError(f"{place}: {fault.message}; mend or remove the picture, and convert again") from None
+
+
 def _members(sample: Planned, task: ShardTask) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     if sample.picture is not None:
-        try:
-            data = read_picture(task.folder, sample.picture)
-            if hashlib.sha256(data).hexdigest() != sample.sha256:
-                raise RowError("image_undecodable", "it holds other bytes than a moment ago")
-            members[task.wish.image_format] = stored(data, task.wish)
-        except RowError as fault:
-            raise UserError(
-                f"{sample.place}: the picture has changed while the set was converted ({fault.message}); "
-                "convert again when nothing writes to the folder any more"
-            ) from None
+        members[task.wish.image_format] = _picture(sample.place, sample.picture, sample.sha256, task)
     if sample.caption is not None:
         members["txt"] = sample.caption.encode("utf-8")
     if sample.annotation is not None:
