@@ -28,7 +28,7 @@ from lightning_moevlm.bench.timing import Seconds, interleave, ratio
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
 from lightning_moevlm.shards.datamodule import ShardDataModule
-from lightning_moevlm.shards.decode import decode_image, fit, image_rows, jpeg_scaling
+from lightning_moevlm.shards.decode import decode_caption, decode_image, fit, image_rows, jpeg_scaling
 from lightning_moevlm.shards.manifest import Manifest, file_sha256, read_manifest
 from lightning_moevlm.shards.scenes import build_scenes
 from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
@@ -174,7 +174,7 @@ def _stages(data: DataSet) -> list[Timed]:
             for _ in all_or_error(read_shard(ShardStorage(str(data.root)), shard, wanted)):
                 pass
 
-    captions = [sample.members["txt"].decode().strip() for sample in data.samples]
+    captions = [decode_caption(sample.members["txt"]) for sample in data.samples]
 
     def tokenise() -> None:
         for start in range(0, len(captions), BATCH_SIZE):

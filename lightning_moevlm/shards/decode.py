@@ -22,6 +22,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import MAX_PIXELS, MAX_SIDE
 from lightning_moevlm.shards.orientation import FLIPPED_ACROSS, FLIPPED_DOWN, TRANSPOSED, UPRIGHT, orientation
 from lightning_moevlm.shards.rooms import Allocate, private_bytes
+from lightning_moevlm.shards.texts import decoded
 
 IMAGE_EXTENSIONS = ("jpg", "png")
 CAPTION_EXTENSION = "txt"
@@ -94,13 +95,13 @@ def image_bytes(size: int) -> int:
 
 
 def decode_caption(data: bytes) -> str:
-    """Decode a caption; it is UTF-8 without surrounding blanks.
+    """Decode a caption; it is UTF-8, without a byte-order mark and surrounding blanks.
 
     Raises:
         ValueError: if the bytes are no UTF-8.
 
     """
-    return data.decode("utf-8").strip()
+    return decoded(data)
 
 
 def jpeg_scaling(size: int) -> dict[str, int]:

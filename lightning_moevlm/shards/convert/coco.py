@@ -24,6 +24,7 @@ from lightning_moevlm.shards.convert.rows import (
     set_name,
 )
 from lightning_moevlm.shards.manifest import Scalar, file_sha256
+from lightning_moevlm.shards.texts import bare
 
 Take = Literal["first", "each"]
 
@@ -58,7 +59,7 @@ class CocoCaptions(Source):
             if not about.captions:
                 yield BadRow(place, "caption_empty", "this picture has no caption")
                 continue
-            every = [caption.strip() for _, caption in about.captions]
+            every = [bare(caption) for _, caption in about.captions]
             annotation: dict[str, object] = {"image_id": image_id, "file_name": about.file_name, "captions": every}
             for number, (where, text) in enumerate(about.captions[: 1 if self.take == "first" else None]):
                 key = f"{self.name}-{image_id:012d}" + ("" if self.take == "first" else f"-{number}")

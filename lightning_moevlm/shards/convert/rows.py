@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.manifest import SPLITS, Scalar, Split
+from lightning_moevlm.shards.texts import bare
 
 BadCause = Literal[
     "row_malformed",  # no row of its table: fields missing, not JSON, of another kind
@@ -129,13 +130,13 @@ def checked_split(text: str) -> Split:
 
     """
     for split in SPLITS:
-        if text.strip() == split:
+        if bare(text) == split:
             return split
     raise RowError("split_unknown", f"split {text[:40]!r} is none of {', '.join(SPLITS)}")
 
 
 def checked_caption(text: object) -> str:
-    """Return the caption without surrounding blanks.
+    """Return the caption without surrounding blanks and without a byte-order mark.
 
     Raises:
         RowError: if it is no text, an empty one, or one that UTF-8 cannot hold.
@@ -144,9 +145,9 @@ def checked_caption(text: object) -> str:
     if not isinstance(text, str):
         raise RowError("row_malformed", f"caption is {type(text).__name__}, not a text")
     checked_text(text)
-    if not text.strip():
+    if not bare(text):
         raise RowError("caption_empty", "caption is empty")
-    return text.strip()
+    return bare(text)
 
 
 def checked_text(text: str) -> None:
@@ -172,7 +173,7 @@ def json_object(data: bytes) -> dict[str, object]:
 
     """
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_null)
+        content = json.loads(data.decode("utf-8-sig"), parse_constant=_null)
     except UnicodeDecodeError as error:
         raise RowError("text_not_utf8", f"bytes that are no UTF-8 at byte {error.start + 1}") from None
     except (ValueError, RecursionError) as error:
