@@ -163,7 +163,7 @@ def test_every_router_has_a_configuration_and_an_arm() -> None:
     routers = {part.__name__ for part in vars(routers_module).values() if is_router(part)}
     for place in (ROUTERS, ["ablations/routers.yaml"]):
         text = "".join((PROJECT / path).read_text(encoding="utf-8") for path in place)
-        named = set(re.findall(r"lightning_moevlm\.routers\.(\w+)", text))
+        named = set(re.findall(r"class_path: (\w+Router)\b", text))
         assert named | {"TopKRouter"} == routers  # top-k is the baseline, named in conf/quickstart.yaml
 
 
