@@ -29,6 +29,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.collate import Collate
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.decode import decode_caption, decode_image, fit, image_rows, jpeg_scaling
+from lightning_moevlm.shards.layout import Layout
 from lightning_moevlm.shards.manifest import Manifest, file_sha256, read_manifest
 from lightning_moevlm.shards.scenes import build_scenes
 from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
@@ -115,8 +116,11 @@ def open_set(root: Path) -> DataSet:
 
     """
     manifest = read_manifest(root)
-    if not {"jpg", "txt"} <= set(manifest.members):
-        raise UserError(f"--root {root} has members {', '.join(manifest.members)}; the bench reads sets of jpg and txt")
+    if not {"jpg", "txt"} <= set(manifest.members) or manifest.layout != Layout():
+        raise UserError(
+            f"--root {root} has members {', '.join(manifest.members)}; the bench reads sets of jpg and txt, kept as "
+            "they are called in the tars"
+        )
     if manifest.num_samples("train") < 8 * BATCH_SIZE or len(manifest.splits["train"]) < max(WORKERS):
         raise UserError(
             f"--root {root} has {manifest.num_samples('train')} training samples in {len(manifest.splits['train'])} "

@@ -234,6 +234,9 @@ def convert_img2dataset(
     attribution: str = "",
     name: str | None = None,
     keep_tars: bool = True,
+    image_member: str | None = None,
+    caption_member: str | None = "txt",
+    caption_field: str | None = None,
     image_format: ImageFormat = "jpg",
     max_side: int | None = None,
     samples_per_shard: int = 1000,
@@ -256,6 +259,9 @@ def convert_img2dataset(
         attribution: The sentence that the licence asks for.
         name: Of the set; by default the folder's name.
         keep_tars: Whether the tars stay as they are.
+        image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
+        caption_member: Extension of the captions; null for a set of images alone.
+        caption_field: Field of KEY.json that holds the caption, or a list of them, of which each epoch draws one.
         image_format: Of samples that are written anew.
         max_side: Of samples that are written anew: the longer side has no more pixels than this.
         samples_per_shard: Of samples that are written anew.
@@ -268,10 +274,12 @@ def convert_img2dataset(
     from lightning_moevlm.shards.convert.convert import Terms
     from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
     from lightning_moevlm.shards.convert.keep_tars import keep_tars as convert_kept
+    from lightning_moevlm.shards.convert.member_names import MemberNames
     from lightning_moevlm.shards.convert.rows import set_name
 
     terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
     effort = _effort(max_bad, jobs, force)
+    names = MemberNames(image_member, caption_member, caption_field)
     target = _target(out, set_name(name or Path(folder).resolve().name))
     if keep_tars:
         if (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
@@ -279,9 +287,9 @@ def convert_img2dataset(
                 "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
                 "false, or leave them out"
             )
-        _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort), _STAY)
+        _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort, names), _STAY)
         return
-    source = Img2datasetSource(Path(folder), name)
+    source = Img2datasetSource(Path(folder), name, names)
     _convert(source, target, terms, form, effort)
 
 

@@ -8,17 +8,17 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.ahead import Ahead
+from lightning_moevlm.shards.captions import captions_in
 from lightning_moevlm.shards.decode import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
     ImageTooLargeError,
-    decode_caption,
     decode_image,
     undecodable,
 )
@@ -34,16 +34,14 @@ QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _DECODED_SIZE = 8  # pixels; small, since only whether it can be decoded matters
 _DIGEST_BYTES = 16  # of sha256, kept per picture: enough to tell any number of pictures apart
 
-Complaint = Cause | Literal["json_malformed"]
-
 
 class SplitCard(NamedTuple):
     """One row of a set's card, over samples without problems.
 
-    caption_*: tokens, without [BOS] and [EOS]; 0 in a set without captions. side_*: pixels, min, median and 95 % of the
-    shorter side and the largest longer side; 0 in a set without pictures. duplicates_within: samples whose picture (in
-    a set of texts: caption) is byte for byte one that occurred before in the split; duplicates_across: not in this
-    split, but in one before it.
+    caption_*: tokens of a sample's longest caption, without [BOS] and [EOS]; 0 in a set without captions. side_*:
+    pixels, min, median and 95 % of the shorter side and the largest longer side; 0 in a set without pictures.
+    duplicates_within: samples whose picture (in a set of texts: caption) is byte for byte one that occurred before in
+    the split; duplicates_across: not in this split, but in one before it.
     """
 
     split: Split
@@ -74,12 +72,12 @@ class CheckReport(NamedTuple):
     manifest: Manifest
     cards: tuple[SplitCard, ...]
     sizes: tuple[tuple[tuple[int, int], int], ...]
-    faults: dict[Complaint, int]
+    faults: dict[Cause, int]
     problems: tuple[str, ...]
 
 
 class _ComplaintError(Exception):
-    def __init__(self, cause: Complaint, message: str) -> None:
+    def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(message)
         self.cause = cause
 
@@ -122,7 +120,7 @@ class _Check:
         self._keys: set[str] = set()
         self._shown: dict[bytes, set[Split]] = {}
         self.sizes: Counter[tuple[int, int]] = Counter()
-        self.faults: Counter[Complaint] = Counter()
+        self.faults: Counter[Cause] = Counter()
         self.problems: list[str] = []
 
     def split(self, split: Split) -> SplitCard | None:
@@ -165,9 +163,9 @@ class _Check:
         shards = self._manifest.splits[split]
         with Ahead(self._storage, shards) as ahead:
             for shard in track(shards, len(shards), f"checking {split}"):
-                yield from read_shard(ahead, shard, wanted)
+                yield from read_shard(ahead, shard, wanted, self._manifest.layout)
 
-    def _complain(self, cause: Complaint, message: str, num_samples: int = 1) -> None:
+    def _complain(self, cause: Cause, message: str, num_samples: int = 1) -> None:
         self.faults[cause] += num_samples
         self.problems.append(message)
 
@@ -183,6 +181,7 @@ class _Check:
             raise _ComplaintError("duplicate_key", f"{where} occurs twice in the set")
         self._keys.add(sample.key)
         num_tokens, size, num_questions = None, None, 0
+        captions = captions_in(self._manifest.members, self._manifest.layout.caption_field)
         for extension in self._manifest.members:
             if extension not in sample.members:
                 raise _ComplaintError("member_missing", f"{where} has no .{extension} member")
@@ -191,12 +190,12 @@ class _Check:
                 if extension in IMAGE_EXTENSIONS:
                     size = picture_size(data, extension)
                     decode_image(data, extension, _DECODED_SIZE)
-                elif extension == CAPTION_EXTENSION:
-                    caption = decode_caption(data)
-                    if not caption:
+                if captions is not None and extension == captions.member:
+                    texts = captions.of(data)
+                    if not texts:
                         raise _ComplaintError("caption_empty", f"{where} has an empty caption")
-                    num_tokens = len(self._tokenizer.ids(caption))
-                else:
+                    num_tokens = max(len(self._tokenizer.ids(text)) for text in texts)
+                if extension == "json":
                     num_questions += _num_questions(json.loads(data))
             except ValueError as error:
                 message = str(undecodable(sample.key, sample.shard, extension, error))
@@ -204,7 +203,7 @@ class _Check:
         return _Found(num_tokens, size, num_questions)
 
 
-def _cause_of(extension: str, error: ValueError) -> Complaint:
+def _cause_of(extension: str, error: ValueError) -> Cause:
     if isinstance(error, ImageTooLargeError):
         return "image_too_large"
     if extension in IMAGE_EXTENSIONS:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.records import Batch
+from lightning_moevlm.shards.captions import captions_in, drawn
 from lightning_moevlm.shards.decode import (
-    CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
     ImageTooLargeError,
     check_jpeg,
-    decode_caption,
     decode_image,
     image_bytes,
     image_rows,
@@ -48,6 +47,7 @@ class Collate:
 
     image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included. max_pixels: that an encoded
     picture may have. keeps_jpegs: whether pictures, which must be JPEGs, are decoded later, on the device.
+    caption_field: field of the json member that captions are read from; "" for the txt member.
     """
 
     def __init__(
@@ -58,9 +58,10 @@ class Collate:
         max_text_len: int,
         max_pixels: int = MAX_PIXELS,
         keeps_jpegs: bool = False,
+        caption_field: str = "",
     ) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
-        self._has_captions = CAPTION_EXTENSION in members
+        self._captions = captions_in(members, caption_field)
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._max_text_len = max_text_len
@@ -71,7 +72,7 @@ class Collate:
     @property
     def wanted(self) -> frozenset[str]:
         """The file extensions that are read at all."""
-        captions = (CAPTION_EXTENSION,) if self._has_captions else ()
+        captions = () if self._captions is None else (self._captions.member,)
         return frozenset(captions if self._image_extension is None else (self._image_extension, *captions))
 
     def __call__(self, samples: Sequence[RawSample]) -> Batch:
@@ -95,7 +96,7 @@ class Collate:
         """Of the tensors of a batch: its picture, its ids and their mask."""
         has_pixels = self._image_extension is not None and not self._keeps_jpegs
         image = image_bytes(self._image_size) if has_pixels else 0
-        return image + (self._max_text_len * _BYTES_PER_ID if self._has_captions else 0)
+        return image + (self._max_text_len * _BYTES_PER_ID if self._captions is not None else 0)
 
     def image_rows(self, num_samples: int, allocate: Allocate = private_bytes) -> Tensor | None:
         """Return room for the pictures of a batch, (B, 3, S, S) uint8, or None if the set has none.
@@ -108,8 +109,10 @@ class Collate:
             return torch.empty((num_samples, 3, self._image_size, self._image_size), dtype=torch.uint8, device="meta")
         return image_rows(num_samples, self._image_size, allocate)
 
-    def decode(self, sample: RawSample, into: Tensor | None = None) -> Decoded:
+    def decode(self, sample: RawSample, into: Tensor | None = None, draw: str = "") -> Decoded:
         """Decode one sample. into: a row of `image_rows` for its picture; after a fault it may be used again.
+
+        draw: decides which of several captions is taken (`captions.drawn`).
 
         Raises:
             SampleFault: if a member is missing, a picture is none or too large, or a text is empty or no UTF-8.
@@ -120,19 +123,22 @@ class Collate:
             jpeg = self._jpeg(sample, self._image_extension)
         elif self._image_extension is not None:
             image_RYX = self._image(sample, self._image_extension, into)
-        if self._has_captions:
+        if self._captions is not None:
+            member = self._captions.member
             try:
-                caption = decode_caption(_member(sample, CAPTION_EXTENSION))
-            except UnicodeDecodeError as error:
-                raise _fault("text_not_utf8", sample, CAPTION_EXTENSION, error) from error
-            if not caption:
-                raise SampleFault("caption_empty", f"{_place(sample, CAPTION_EXTENSION)} is empty; rebuild the set")
+                captions = self._captions.of(_member(sample, member))
+            except ValueError as error:
+                cause: Cause = "text_not_utf8" if isinstance(error, UnicodeError) else "json_malformed"
+                raise _fault(cause, sample, member, error) from error
+            if not captions:
+                raise SampleFault("caption_empty", f"{_place(sample, member)} holds no caption; rebuild the set")
+            caption = drawn(captions, draw, sample.key)
         return Decoded(sample.key, image_RYX, caption, jpeg)
 
     def batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
         text_BL, text_mask_BL = None, None
-        if self._has_captions:
+        if self._captions is not None:
             captions = [each.caption or "" for each in decoded]
             text_BL, text_mask_BL = self._tokenizer.encode(captions, self._max_text_len)
         return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded))

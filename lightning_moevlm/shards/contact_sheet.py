@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_moevlm.shards.decode import CAPTION_EXTENSION, decode_caption, undecodable
+from lightning_moevlm.shards.captions import captions_in
+from lightning_moevlm.shards.decode import undecodable
 from lightning_moevlm.shards.look import picture_extension, thumbnail
 from lightning_moevlm.shards.manifest import Manifest, Split
 from lightning_moevlm.shards.source import RawSample, all_or_error, read_shard
@@ -33,13 +34,14 @@ def write_contact_sheet(storage: ShardStorage, manifest: Manifest, split: Split,
     samples = list(islice(_samples(storage, manifest, split), num_samples))
     extension = picture_extension(manifest)
     rows = -(-len(samples) // COLUMNS)
-    has_lines = extension is not None and CAPTION_EXTENSION in manifest.members
+    captions = captions_in(manifest.members, manifest.layout.caption_field)
+    has_lines = extension is not None and captions is not None
     width, height = TILE + MARGIN, TILE + (LINES * LINE if has_lines else 0) + MARGIN
     sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), _font()
     for place, sample in enumerate(samples):
         left, top = MARGIN + place % COLUMNS * width, MARGIN + place // COLUMNS * height
-        caption = decode_caption(sample.members.get(CAPTION_EXTENSION, b""))
+        caption = "" if captions is None else next(iter(captions.of(sample.members[captions.member])), "")
         if extension is None:
             draw.multiline_text((left + 4, top + 4), _lines(caption, TEXT_LINES - 3), "black", font, spacing=2)
         else:
@@ -56,7 +58,7 @@ def write_contact_sheet(storage: ShardStorage, manifest: Manifest, split: Split,
 
 def _samples(storage: ShardStorage, manifest: Manifest, split: Split) -> Iterator[RawSample]:
     for shard in manifest.splits[split]:
-        yield from all_or_error(read_shard(storage, shard, frozenset(manifest.members)))
+        yield from all_or_error(read_shard(storage, shard, frozenset(manifest.members), manifest.layout))
 
 
 def _font() -> ImageFont.FreeTypeFont:

@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.augment import Augment
 from lightning_moevlm.shards.collate import Collate
+from lightning_moevlm.shards.decode import IMAGE_EXTENSIONS
 from lightning_moevlm.shards.device_stage import DeviceStage
 from lightning_moevlm.shards.faults import MAX_PIXELS
 from lightning_moevlm.shards.line import OpenSource
@@ -278,6 +279,7 @@ class ShardDataModule(LightningDataModule):
                 opened.storage,
                 opened.manifest.splits[split],
                 self._collate(opened),
+                opened.manifest.layout,
             )
             for name, opened in sets.items()
         )
@@ -285,12 +287,17 @@ class ShardDataModule(LightningDataModule):
     def _collate(self, opened: OpenSet) -> Collate:
         self._refuse_other_than_jpegs(opened)
         keeps_jpegs = self.decode == "device"
-        return Collate(opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs)
+        return Collate(
+            opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
+            opened.manifest.layout.caption_field,
+        )  # fmt: skip
 
     def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:
-        if self.decode == "device" and "png" in opened.members:
+        others = [name for name in IMAGE_EXTENSIONS if name != "jpg" and name in opened.members]
+        if self.decode == "device" and others:
+            kinds = "PNG pictures" if others == ["png"] else "pictures of several formats"
             raise UserError(
-                f"data.decode is device, but {opened.storage} has PNG pictures, and a device decodes JPEGs alone; "
+                f"data.decode is device, but {opened.storage} has {kinds}, and a device decodes JPEGs alone; "
                 "set data.decode cpu, or build or convert the set with --image_format jpg"
             )
 

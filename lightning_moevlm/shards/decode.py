@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels: JPEG by simplejpeg, PNG by Pillow, nothing else.
+"""From encoded bytes to pixels: JPEG by simplejpeg, others by Pillow.
 
 Pixels stay uint8 (a quarter of the memory and of the transfer); whoever computes with them scales them. In memory they
 lie by row, column, channel, as decoders write them and as torch's antialiased resize of bytes is fastest; shapes are
@@ -24,10 +24,13 @@ from lightning_moevlm.shards.orientation import FLIPPED_ACROSS, FLIPPED_DOWN, TR
 from lightning_moevlm.shards.rooms import Allocate, private_bytes
 from lightning_moevlm.shards.texts import decoded
 
-IMAGE_EXTENSIONS = ("jpg", "png")
+IMAGE_EXTENSIONS = ("jpg", "png", "image")
+"""Members that are pictures; `image` may have any of `IMAGE_FORMATS`, sample by sample, whatever their names say."""
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 CAPTION_EXTENSION = "txt"
 
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 """What Pillow raises on broken files; OSError includes UnidentifiedImageError."""
@@ -50,7 +53,7 @@ def decode_image(
 
     Args:
         data: the encoded picture.
-        extension: "jpg" or "png"; another format than it names is no picture.
+        extension: "jpg" or "png", and another format is no picture; or "image", for any of `IMAGE_FORMATS`.
         size: pixels per side.
         max_pixels: pixels that the encoded picture may have; `MAX_SIDE` limits each side.
         into: a row of `image_rows`; decoding straight into it saves a copy. It is what is returned.
@@ -61,10 +64,11 @@ def decode_image(
 
     """
     row_RYX = image_rows(1, size)[0] if into is None else into
-    if extension == "jpg":
+    if extension == "jpg" or (extension == "image" and data.startswith(_JPEG_START)):
         _decode_jpeg(data, size, max_pixels, row_RYX)
     else:
-        fit(_decode_png(data, max_pixels), size, row_RYX, orientation(data))
+        pixels_YXR = _decode_png(data, max_pixels) if extension == "png" else _pixels(data, max_pixels)
+        fit(pixels_YXR, size, row_RYX, orientation(data))
     return row_RYX
 
 
@@ -178,19 +182,26 @@ def _decode_jpeg(data: bytes, size: int, max_pixels: int, row_RYX: Tensor) -> No
 
 
 def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """Return the pixels as they are stored; of a very long image, of its middle."""
     if data[:8] != _PNG_START or data[12:16] != b"IHDR" or len(data) < 24:
         raise ValueError("it does not begin as a PNG file does")
     width, height = struct.unpack(">II", data[16:24])
     check_pixels(height, width, max_pixels)
-    rows, columns = middle(height, width)
+    return _pixels(data, max_pixels, ("PNG",))
+
+
+def _pixels(data: bytes, max_pixels: int, formats: tuple[str, ...] = IMAGE_FORMATS) -> NDArray[np.uint8]:
+    """Return the pixels as they are stored; of a very long image, of its middle."""
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as whole:
+        with Image.open(io.BytesIO(data), formats=formats) as whole:
+            check_pixels(whole.height, whole.width, max_pixels)
+            rows, columns = middle(whole.height, whole.width)
             seen = (columns.start, rows.start, columns.stop, rows.stop)
             image = whole if seen == (0, 0, *whole.size) else whole.crop(seen)
             if image.mode == "RGB" and "transparency" not in image.info:
                 return np.array(image)
             return _laid_on_white(image)
+    except ImageTooLargeError:
+        raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, should ours be set above it
         raise ImageTooLargeError(str(error)) from error
     except PILLOW_ERRORS as error:

@@ -17,6 +17,7 @@ Cause = Literal[
     "image_too_large",  # more pixels than allowed: a decompression bomb, or a mistake
     "text_not_utf8",
     "caption_empty",
+    "json_malformed",  # a json member that captions are read from
 ]
 MAX_PIXELS = 2**26
 """Of a picture: 67 million, 192 MiB decoded; more than cameras have, less than a bomb."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.codebook import Codebook, standardised_patches
 from lightning_moevlm.shards.collate import Collate
+from lightning_moevlm.shards.decode import IMAGE_EXTENSIONS
 from lightning_moevlm.shards.line import OpenSource
 from lightning_moevlm.shards.loader import ShardLoader
 from lightning_moevlm.shards.order import Rank
@@ -32,15 +33,17 @@ def fit_codebook(storage: ShardStorage, num_codes: int, patch_size: int, seed: i
     if num_codes < 2:
         raise UserError(f"num_codes is {num_codes}, but a codebook needs at least 2")
     manifest = storage.manifest()
-    collate = Collate(manifest.members, storage.tokenizer(manifest.tokenizer), manifest.image_size, max_text_len=2)
-    source = OpenSource(manifest.name, storage, manifest.splits["train"], collate)
+    images = [member for member in manifest.members if member in IMAGE_EXTENSIONS]
+    if not images:
+        raise UserError(f"{storage} holds no pictures, so there are no patches to make a codebook of")
+    collate = Collate(images, storage.tokenizer(manifest.tokenizer), manifest.image_size, max_text_len=2)
+    source = OpenSource(manifest.name, storage, manifest.splits["train"], collate, manifest.layout)
     reader = FixedReader((source,), BATCH_SIZE, Rank(0, 1), num_streams=1, tolerant=False)
     loader = ShardLoader(reader, num_workers=0)
     num_batches = min(len(loader), -(-max_samples // BATCH_SIZE))
     found: list[Tensor] = []
     for _, batch in zip(range(num_batches), track(loader, num_batches, "cutting patches"), strict=False):
-        if batch.images_BRYX is None:
-            raise UserError(f"{storage} holds no pictures, so there are no patches to make a codebook of")
+        assert batch.images_BRYX is not None
         found.append(standardised_patches(batch.images_BRYX, patch_size).flatten(0, 1))
     patches_PQ = torch.cat(found)
     structured_PQ = patches_PQ[patches_PQ.std(-1, correction=0) > FLAT]

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_moevlm.shards.ahead import Ahead
 from lightning_moevlm.shards.collate import Collate, Decoded
 from lightning_moevlm.shards.faults import Lost, SampleFault
+from lightning_moevlm.shards.layout import PLAIN, Layout
 from lightning_moevlm.shards.manifest import ShardEntry
 from lightning_moevlm.shards.order import Piece, Stretch, pieces, shard_permutation, shuffled
 from lightning_moevlm.shards.source import RawSample, read_shard
@@ -23,12 +24,16 @@ from lightning_moevlm.shards.storage import ShardStorage
 
 @dataclass(frozen=True)
 class OpenSource:
-    """One split of a set, and how its samples are decoded. name: in messages, in the log and in the state."""
+    """One split of a set, and how its samples are decoded.
+
+    name: in messages, in the log and in the state. layout: where members lie in its tars.
+    """
 
     name: str
     storage: ShardStorage
     shards: tuple[ShardEntry, ...]
     collate: Collate
+    layout: Layout = PLAIN
 
     @property
     def num_samples(self) -> int:
@@ -44,17 +49,21 @@ class OpenSource:
         left = [piece for piece in line if not gone or not gone.issuperset(_numbers(piece))]
         with Ahead(self.storage, [self.shards[piece.shard] for piece in left]) as ahead:
             for piece in left:
-                found = _one_by_one(read_shard(ahead, self.shards[piece.shard], self.collate.wanted))
+                read = read_shard(ahead, self.shards[piece.shard], self.collate.wanted, self.layout)
+                found = _one_by_one(read)
                 for number, sample in zip(_numbers(piece), islice(found, piece.start, piece.stop), strict=True):
                     if number not in gone:
                         yield number, sample
 
-    def decoded(self, sample: RawSample | Lost, into: Tensor | None) -> Decoded | Lost:
-        """Decode a sample, its picture into a row of a batch; one that cannot be used is lost."""
+    def decoded(self, sample: RawSample | Lost, into: Tensor | None, draw: str = "") -> Decoded | Lost:
+        """Decode a sample, its picture into a row of a batch; one that cannot be used is lost.
+
+        draw: decides which of several captions is taken (`captions.drawn`).
+        """
         if isinstance(sample, Lost):
             return sample
         try:
-            return self.collate.decode(sample, into)
+            return self.collate.decode(sample, into, draw)
         except SampleFault as fault:
             return Lost(1, fault.cause, str(fault))
 
@@ -93,6 +102,10 @@ class Line:
                 place = place._replace(taken=place.taken + 1)
                 yield place, sample
             place = Place(place.epoch + 1) if self.runs_on else Place(place.epoch, place.lap + 1)
+
+    def draw(self, place: Place) -> str:
+        """Return what decides which of a sample's captions is taken: another one in every epoch."""
+        return f"{self.seed}/{place.epoch}/{self.source.name}"
 
     def _lap(self, place: Place) -> Iterator[RawSample | Lost]:
         random = Random(f"samples/{self.seed}/{place.epoch}/{place.lap}/{self.reader}/{self.source.name}")

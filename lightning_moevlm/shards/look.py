@@ -5,9 +5,10 @@ import warnings
 
 from PIL import Image, UnidentifiedImageError
 
+from lightning_moevlm.shards.captions import captions_in
 from lightning_moevlm.shards.decode import (
-    CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
+    IMAGE_FORMATS,
     PILLOW_ERRORS,
     ImageTooLargeError,
     check_pixels,
@@ -15,12 +16,13 @@ from lightning_moevlm.shards.decode import (
 from lightning_moevlm.shards.manifest import Manifest
 from lightning_moevlm.shards.orientation import orientation, shown_size, turned_picture
 
-_FORMATS = {"jpg": ("JPEG",), "png": ("PNG",)}
+_FORMATS = {"jpg": ("JPEG",), "png": ("PNG",), "image": IMAGE_FORMATS}
 
 
 def modality_of(manifest: Manifest) -> str:
     """Return what the set's samples are: pairs, images or texts."""
-    has_pictures, has_captions = picture_extension(manifest) is not None, CAPTION_EXTENSION in manifest.members
+    has_pictures = picture_extension(manifest) is not None
+    has_captions = captions_in(manifest.members, manifest.layout.caption_field) is not None
     return "pairs" if has_pictures and has_captions else "images" if has_pictures else "texts"
 
 
@@ -75,7 +77,7 @@ def open_picture(data: bytes, extension: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(str(error)) from error
     except UnidentifiedImageError:
-        raise ValueError(f"these bytes are no {_FORMATS[extension][0]}") from None
+        raise ValueError(f"these bytes are no {' or '.join(_FORMATS[extension])}") from None
     except PILLOW_ERRORS as error:
         raise ValueError(str(error)) from error
     check_pixels(image.height, image.width)

@@ -14,9 +14,10 @@ from typing import Literal, get_args
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import ShardFault
+from lightning_moevlm.shards.layout import PLAIN, Layout
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "moevlm-shards/1"
+FORMAT, FORMAT_WITH_LAYOUT = "moevlm-shards/1", "moevlm-shards/2"
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -50,7 +51,8 @@ class Manifest:
 
     image_size: pixels per side of the stored pictures; where they differ, a size that half of them reach; 0 without
     pictures. members: file extensions that every sample has.
-    build: the arguments it was built with. sources: versions of the packages its pictures come from.
+    build: the arguments it was built with. sources: versions of the packages its pictures come from. layout: where
+    members lie in the tars.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Manifest:
     sources: dict[str, str]
     tokenizer: TokenizerEntry
     splits: dict[Split, tuple[ShardEntry, ...]]
+    layout: Layout = PLAIN
 
     @property
     def digest(self) -> str:
@@ -82,7 +85,10 @@ class Manifest:
         unfinished.replace(root / MANIFEST_FILE)
 
     def _as_json(self) -> dict[str, object]:
-        return {"format": FORMAT, **asdict(self)}
+        content = {"format": FORMAT if self.layout == PLAIN else FORMAT_WITH_LAYOUT, **asdict(self)}
+        if self.layout == PLAIN:
+            del content["layout"]  # as it always was, so that digests stay
+        return content
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -267,10 +273,21 @@ class _Fields:
                 raise UserError(f"{self._file}: field {self._name(key)}.{name} must be a plain value, got {value!r}")
         return dict(values)
 
+    def layout(self) -> Layout:
+        stored_as = self.inner("stored_as")
+        return Layout(
+            {member: stored_as.texts(member) for member in stored_as._content},
+            self.text("caption_field"),
+            self._get("keys_repeat", bool) is True,
+        )
+
     def manifest(self) -> Manifest:
         found = self.text("format")
-        if found != FORMAT:
-            raise UserError(f"{self._file}: format {found!r} is not known, only {FORMAT!r}; rebuild the set")
+        if found not in (FORMAT, FORMAT_WITH_LAYOUT):
+            raise UserError(
+                f"{self._file}: format {found!r} is not known, only {FORMAT!r} and {FORMAT_WITH_LAYOUT!r}; rebuild the "
+                "set"
+            )
         tokenizer, splits = self.inner("tokenizer"), self.inner("splits")
         return Manifest(
             name=self.text("name"),
@@ -284,6 +301,7 @@ class _Fields:
             sources={name: str(value) for name, value in self.scalars("sources").items()},
             tokenizer=TokenizerEntry(tokenizer.file("file"), tokenizer.text("sha256"), tokenizer.count("vocab_size")),
             splits={split: tuple(entry.shard() for entry in splits.items(split)) for split in SPLITS},
+            layout=PLAIN if found == FORMAT else self.inner("layout").layout(),
         )
 
     def shard(self) -> ShardEntry:

@@ -4,7 +4,8 @@ import re
 from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.shards.decode import CAPTION_EXTENSION, IMAGE_EXTENSIONS
+from lightning_moevlm.shards.captions import captions_in
+from lightning_moevlm.shards.decode import IMAGE_EXTENSIONS
 from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest, no_set
 from lightning_moevlm.shards.mixture import Source
 from lightning_moevlm.shards.storage import ShardStorage
@@ -22,7 +23,7 @@ class OpenSet(NamedTuple):
     @property
     def has_texts(self) -> bool:
         """Whether texts are read."""
-        return CAPTION_EXTENSION in self.members
+        return captions_in(self.members, self.manifest.layout.caption_field) is not None
 
     @property
     def gives_pairs(self) -> bool:
@@ -48,8 +49,8 @@ def open_set(source: Source, storage: ShardStorage) -> OpenSet:
         raise no_set(folder)
     manifest = storage.manifest()
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
-    text = CAPTION_EXTENSION if CAPTION_EXTENSION in manifest.members else None
-    there = {"picture": image, "text": text}
+    captions = captions_in(manifest.members, manifest.layout.caption_field)
+    there = {"picture": image, "text": None if captions is None else captions.member}
     wanted = there.keys() if source.modality is None else _NEEDED[source.modality]
     lacking = [kind for kind in wanted if there[kind] is None]
     if source.modality is not None and lacking:

@@ -351,7 +351,7 @@ class _Taker:
     def take(self, into: Tensor | None) -> tuple[Place, Decoded | Lost]:
         """Return the next sample and the place after it. into: a row of a batch, for its picture."""
         place, raw = next(self._samples)
-        sample = self._line.source.decoded(raw, into)
+        sample = self._line.source.decoded(raw, into, self._line.draw(place))
         if isinstance(sample, Decoded):
             self._lost_in_a_row = 0
             return place, sample

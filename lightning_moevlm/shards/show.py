@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.shards.decode import CAPTION_EXTENSION, decode_caption
+from lightning_moevlm.shards.captions import captions_in
+from lightning_moevlm.shards.decode import CAPTION_EXTENSION
 from lightning_moevlm.shards.faults import Lost
 from lightning_moevlm.shards.look import modality_of, picture_extension, picture_size, thumbnail
 from lightning_moevlm.shards.manifest import Manifest, Split
@@ -99,7 +100,7 @@ def _chosen(
 ) -> Iterator[RawSample]:
     wanted = None if containing is None else containing.casefold()
     for shard in manifest.splits[split]:
-        for sample in read_shard(storage, shard, frozenset(manifest.members)):
+        for sample in read_shard(storage, shard, frozenset(manifest.members), manifest.layout):
             if isinstance(sample, Lost):
                 lost.append(sample)
             elif wanted is None or wanted in _searched(sample):
@@ -121,7 +122,7 @@ def _searched(sample: RawSample) -> str:
 def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -> ShownSample:
     faults: list[str] = []
     picture, caption, annotation = None, "", None
-    extension = picture_extension(manifest)
+    extension, captions = picture_extension(manifest), captions_in(manifest.members, manifest.layout.caption_field)
     for member in manifest.members:
         if member not in sample.members:
             faults.append(f"there is no .{member} member")
@@ -130,9 +131,9 @@ def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -
         try:
             if member == extension:
                 picture = _picture(data, member)
-            elif member == CAPTION_EXTENSION:
-                caption = decode_caption(data)[:_LONG_TEXT]
-            elif member == "json":
+            if captions is not None and member == captions.member:
+                caption = next(iter(captions.of(data)), "")[:_LONG_TEXT]
+            if member == "json":
                 annotation = json.loads(data)
         except ValueError as error:
             faults.append(f".{member} cannot be decoded ({error})")

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.faults import Lost, ShardFault
+from lightning_moevlm.shards.layout import PLAIN, Layout
 from lightning_moevlm.shards.manifest import ShardEntry
 from lightning_moevlm.shards.sample_groups import Group, key_and_extension, sample_groups
 from lightning_moevlm.shards.tar_members import TarBreak, tar_members
@@ -55,8 +56,12 @@ def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
         yield sample
 
 
-def read_shard(shelf: Shelf, entry: ShardEntry, wanted: frozenset[str]) -> Iterator[RawSample | Lost]:
-    """Yield a shard's samples in order, each with its members of the wanted extensions, and what is lost.
+def read_shard(
+    shelf: Shelf, entry: ShardEntry, wanted: frozenset[str], layout: Layout = PLAIN
+) -> Iterator[RawSample | Lost]:
+    """Yield a shard's samples in order, each with its wanted members, and what is lost.
+
+    wanted: members of the set. layout: where they lie in the tar.
 
     The samples and the `num_samples` of the losses add up to `entry.num_samples`, the same at every reading. Bad
     data raise nothing:
@@ -69,21 +74,40 @@ def read_shard(shelf: Shelf, entry: ShardEntry, wanted: frozenset[str]) -> Itera
     place = shelf.place(entry.file)
     try:
         with shelf.open(entry) as stream:
-            members = tar_members(stream, lambda name: key_and_extension(name)[1] in wanted)
-            yield from _accounted(sample_groups(members), entry, wanted, place)
+            extensions = frozenset(extension for member in wanted for extension in layout.extensions_of(member))
+            members = tar_members(stream, lambda name: key_and_extension(name)[1] in extensions)
+            yield from _accounted(_named(sample_groups(members), wanted, layout, entry), entry, wanted, place)
     except ShardFault as fault:
         yield Lost(entry.num_samples, fault.cause, str(fault))
 
 
+class _Found(NamedTuple):
+    """A group with the wanted members that it has, by their names in the set. cut: more may have belonged to it."""
+
+    key: str
+    members: dict[str, bytes]
+    cut: bool
+
+
+def _named(groups: Iterator[Group], wanted: frozenset[str], layout: Layout, entry: ShardEntry) -> Iterator[_Found]:
+    prefix = f"{entry.file.removesuffix('.tar')}/" if layout.keys_repeat else ""
+    for key, found, cut in groups:
+        members: dict[str, bytes] = {}
+        for name in wanted:
+            member = layout.found(name, found)
+            if member is not None and member.data is not None:
+                members[name] = member.data
+        yield _Found(prefix + key, members, cut)
+
+
 def _accounted(
-    groups: Iterator[Group], entry: ShardEntry, wanted: frozenset[str], place: str
+    groups: Iterator[_Found], entry: ShardEntry, wanted: frozenset[str], place: str
 ) -> Iterator[RawSample | Lost]:
     """Give every group one of the promised places; the places that are left over go to what ended the shard."""
     num_found, num_useless, seen = 0, 0, set[str]()
     broken: TarBreak | None = None
     try:
-        for key, found, cut in groups:
-            members = {extension: member.data for extension, member in found.items() if member.data is not None}
+        for key, members, cut in groups:
             lacking = sorted(wanted - members.keys()) if len(members) < len(wanted) else []
             if wanted and not members:
                 num_useless += 1  # a sample without anything of use, or no sample at all: the count will tell

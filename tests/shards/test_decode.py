@@ -217,7 +217,7 @@ def test_a_batch_holds_what_the_set_has(tmp_path) -> None:
     assert Collate(("txt",), tokenizer, 16, 4)(raw).images_BRYX is None
     only_images = Collate(("jpg",), tokenizer, 16, 4)(raw)
     assert only_images.text_BL is None and only_images.text_mask_BL is None
-    with pytest.raises(UserError, match=r"k3\.txt in shard x\.tar is empty"):
+    with pytest.raises(UserError, match=r"k3\.txt in shard x\.tar holds no caption"):
         both([RawSample("k3", "x.tar", {"jpg": jpg, "txt": b" \n"})])
 
 

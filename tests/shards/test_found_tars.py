@@ -1,9 +1,12 @@
 """Folders of tars that other programs have written: what makes a sample, what is left out, and what is refused."""
 
+import json
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.check import check_set
@@ -11,8 +14,11 @@ from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
 from lightning_moevlm.shards.convert.convert import Converted, Effort, Form, Terms, convert
 from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
 from lightning_moevlm.shards.convert.keep_tars import keep_tars
+from lightning_moevlm.shards.convert.member_names import USUAL, MemberNames
 from lightning_moevlm.shards.convert.picture import Wish
 from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shards.decode import decode_image
+from lightning_moevlm.shards.layout import Layout
 from lightning_moevlm.shards.manifest import SPLITS, read_manifest
 from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.found_tars import Files, folder_of, sample
@@ -23,12 +29,15 @@ TERMS = Terms("CC BY 4.0", "", "")
 FORM = Form(Wish("jpg", None), 16, 400)
 
 
-def keep(folder: Path, out: Path, max_bad: int = 0) -> Converted:
-    return keep_tars(folder, "found", out, TERMS, 400, Effort(max_bad, 1, False))
+def keep(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = USUAL) -> Converted:
+    return keep_tars(folder, "found", out, TERMS, 400, Effort(max_bad, 1, False), names)
 
 
-def write_anew(folder: Path, out: Path, max_bad: int = 0) -> Converted:
-    return convert(Img2datasetSource(folder, "found"), out, TERMS, FORM, Effort(max_bad, 1, False))
+def write_anew(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = USUAL) -> Converted:
+    return convert(Img2datasetSource(folder, "found", names), out, TERMS, FORM, Effort(max_bad, 1, False))
+
+
+BOTH = pytest.mark.parametrize("convert_it", [keep, write_anew])
 
 
 def num_samples(converted: Converted) -> int:
@@ -58,7 +67,7 @@ def test_samples_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
     tars = [
         flat(
             *(
-                sample(100 * t + 10 * i + k, f"{kind}/{t}{i:03d}")
+                sample(100 * t + 10 * i + k, f"{kind}/{i:04d}")
                 for i in range(10)
                 for k, kind in enumerate(("cat", "dog"))
             )
@@ -132,7 +141,9 @@ def test_a_bad_sample_that_is_borne_is_not_trained_on(tmp_path: Path) -> None:
         data = _reading(tmp_path / "set", 0.2 if tolerant else 0.0)
         loader = getattr(data, f"{split}_dataloader")()
         if not tolerant:
-            with pytest.raises(UserError, match=r"0024\.txt in shard part-1\.tar is empty.*data\.max_lost_fraction"):
+            with pytest.raises(
+                UserError, match=r"0024\.txt in shard part-1\.tar holds no caption.*data\.max_lost_fraction"
+            ):
                 list(loader)
             continue
         with pytest.warns(UserWarning, match="caption_empty 1"):
@@ -140,7 +151,7 @@ def test_a_bad_sample_that_is_borne_is_not_trained_on(tmp_path: Path) -> None:
         assert "0024" not in keys and len(keys) >= 15 and loader.lost == {"caption_empty": 1}
 
 
-@pytest.mark.parametrize("convert_it", [keep, write_anew])
+@BOTH
 def test_all_pictures_first_then_all_texts_is_told_with_its_remedy(tmp_path: Path, convert_it) -> None:  # type: ignore[no-untyped-def]
     sorted_by_kind = [sorted(files, key=lambda file: file[0].endswith("txt")) for files in three_tars()]
     folder = folder_of(tmp_path / "in", *sorted_by_kind)
@@ -154,7 +165,153 @@ def test_all_pictures_first_then_all_texts_is_told_with_its_remedy(tmp_path: Pat
 def test_the_same_keys_in_every_tar_are_different_samples(tmp_path: Path) -> None:
     tars = [flat(*(sample(20 * t + i, f"{i:04d}") for i in range(20))) for t in range(3)]
     folder = folder_of(tmp_path / "in", *tars)
+    manifest = keep(folder, tmp_path / "kept").manifest
+    assert check_set(ShardStorage(str(tmp_path / "kept"))).problems == ()
+    keys = [key for batch in _reading(tmp_path / "kept").val_dataloader() for key in batch.keys]
+    assert keys[0] == f"{manifest.splits['val'][0].file.removesuffix('.tar')}/0000" and len(set(keys)) == 20
     assert num_samples(write_anew(folder, tmp_path / "anew")) == 60
     assert set(map(caption, range(60))) == {
         data.decode() for name, data in members(tmp_path / "anew").items() if name.endswith("txt")
     }
+
+
+def _renamed(tars: list[Files], **names: str) -> list[Files]:
+    """The same samples with other extensions."""
+    return [
+        [(f"{key}.{names.get(extension, extension)}", data) for (key, _, extension), data in _parted(files)]
+        for files in tars
+    ]
+
+
+def _parted(files: Files) -> Iterator[tuple[tuple[str, str, str], bytes]]:
+    for name, data in files:
+        yield name.partition("."), data
+
+
+@BOTH
+@pytest.mark.parametrize("extension", ["caption", "text", "caption.txt", "cls"])
+def test_captions_under_another_extension_are_not_passed_over(tmp_path: Path, convert_it, extension: str) -> None:  # type: ignore[no-untyped-def]
+    folder = folder_of(tmp_path / "in", *_renamed(three_tars(), txt=extension))
+    with pytest.raises(UserError, match=rf"part-0\.tar: samples have no \.txt.* give --caption_member {extension}, or"):
+        convert_it(folder, tmp_path / "set")
+    manifest = convert_it(folder, tmp_path / "set", names=MemberNames(caption=extension)).manifest
+    assert manifest.members == ("jpg", "txt")
+    check_set(ShardStorage(str(tmp_path / "set")))
+    batch = next(iter(_reading(tmp_path / "set").val_dataloader()))
+    assert batch.text_BL is not None and batch.images_BRYX is not None
+    alone = convert_it(folder, tmp_path / "alone", names=MemberNames(caption=None)).manifest
+    assert alone.members == ("jpg",)
+
+
+@BOTH
+def test_images_under_a_longer_extension_are_named(tmp_path: Path, convert_it) -> None:  # type: ignore[no-untyped-def]
+    folder = folder_of(tmp_path / "in", *_renamed(three_tars(), jpg="input.jpg", txt="outputs.txt"))
+    with pytest.raises(UserError, match=r"only \.input\.jpg, \.outputs\.txt; .* try --image_member input\.jpg"):
+        convert_it(folder, tmp_path / "set")
+    names = MemberNames(image="input.jpg", caption="outputs.txt")
+    assert num_samples(convert_it(folder, tmp_path / "set", names=names)) == 60
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
+
+
+@BOTH
+def test_dots_in_keys_are_told_with_their_remedy(tmp_path: Path, convert_it) -> None:  # type: ignore[no-untyped-def]
+    tars = [flat(*(sample(10 * t + i, f"v1.{t}.{i}") for i in range(10))) for t in range(3)]
+    with pytest.raises(UserError, match=r"only \.0\.0\.jpg, .* and 16 more; .* no key has a dot in it"):
+        convert_it(folder_of(tmp_path / "in", *tars), tmp_path / "set")
+
+
+def test_images_of_several_formats_are_trained_on_as_they_are(tmp_path: Path) -> None:
+    tars = three_tars()
+    for files in tars:
+        files[0], files[2] = ("a.png", picture(600, "png")), ("b.webp", picture(601, "webp"))
+        files[1], files[3] = ("a.txt", b"a PNG"), ("b.txt", b"a WebP")
+    folder = folder_of(tmp_path / "in", *tars)
+    manifest = keep(folder, tmp_path / "set").manifest
+    assert manifest.members == ("image", "txt")
+    assert manifest.layout == Layout({"image": ("jpg", "png", "webp")}, "", keys_repeat=True)
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
+    (batch, *_) = _reading(tmp_path / "set").val_dataloader()
+    assert batch.images_BRYX is not None
+    assert [key.rpartition("/")[2] for key in batch.keys[:3]] == [
+        "a",
+        "b",
+        next(iter(batch.keys[2:])).rpartition("/")[2],
+    ]
+    for row, (number, kind) in enumerate(((600, "png"), (601, "webp"))):
+        assert torch.equal(batch.images_BRYX[row], decode_image(picture(number, kind), "image", 16))
+
+
+SEVERAL = MemberNames(caption_field="captions")
+
+
+def _with_captions_in_json(field: str = "captions") -> list[Files]:
+    return [
+        flat(
+            *(
+                [
+                    (f"{i:04d}.jpg", picture(i)),
+                    (
+                        f"{i:04d}.json",
+                        json.dumps({field: [f"first of {i}", f"second of {i}", " "], "url": "x"}).encode(),
+                    ),
+                ]
+                for i in range(20 * t, 20 * t + 20)
+            )
+        )
+        for t in range(3)
+    ]
+
+
+@BOTH
+def test_captions_in_json_are_told_and_one_is_drawn_in_every_epoch(tmp_path: Path, convert_it) -> None:  # type: ignore[no-untyped-def]
+    folder = folder_of(tmp_path / "in", *_with_captions_in_json())
+    with pytest.raises(
+        UserError, match=r"samples have no \.txt.* give --caption_field captions, or --caption_member null"
+    ):
+        convert_it(folder, tmp_path / "set")
+    manifest = convert_it(folder, tmp_path / "set", names=SEVERAL).manifest
+    assert manifest.members == ("jpg", "json") and manifest.layout.caption_field == "captions"
+    report = check_set(ShardStorage(str(tmp_path / "set")))
+    assert report.problems == () and {card.modality for card in report.cards} == {"pairs"}
+
+    def epochs(seed: int) -> list[dict[str, str]]:
+        data = ShardDataModule(str(tmp_path / "set"), 1, 16, 16, 400, num_streams=1, seed=seed)
+        loader, spell = data.train_dataloader(), data.tokenizer
+        found = []
+        for _ in range(2):
+            texts: dict[str, str] = {}
+            for batch in loader:
+                assert batch.text_BL is not None
+                texts[batch.keys[0]] = spell.decode(batch.text_BL[0].tolist())
+            found.append(texts)
+        return found
+
+    first, second = epochs(0)
+    assert first != second and first.keys() == second.keys()
+    assert {text.split()[0] for text in first.values()} == {"first", "second"}
+    assert epochs(0) == [first, second]
+    assert epochs(1)[0] != first
+    validation = next(iter(_reading(tmp_path / "set").val_dataloader()))
+    assert validation.text_BL is not None
+    spelt = [
+        ShardStorage(str(tmp_path / "set")).tokenizer(manifest.tokenizer).decode(row.tolist())
+        for row in validation.text_BL
+    ]
+    assert all(text.startswith("first of") for text in spelt)
+
+
+@BOTH
+def test_a_field_that_is_not_there_is_told(tmp_path: Path, convert_it) -> None:  # type: ignore[no-untyped-def]
+    folder = folder_of(tmp_path / "in", *_with_captions_in_json())
+    with pytest.raises(TooManyBadError, match=r"60 rows are bad.*no field 'caption', only captions, url"):
+        convert_it(folder, tmp_path / "set", names=MemberNames(caption_field="caption"))
+
+
+def test_a_set_with_a_layout_is_not_read_by_programs_that_do_not_know_it(tmp_path: Path) -> None:
+    keep(folder_of(tmp_path / "in", *_with_captions_in_json()), tmp_path / "set", names=SEVERAL)
+    written = json.loads((tmp_path / "set/manifest.json").read_text())
+    assert written["format"] == "moevlm-shards/2"
+    assert written["layout"] == {"stored_as": {}, "caption_field": "captions", "keys_repeat": False}
+    keep(folder_of(tmp_path / "plain", *three_tars()), tmp_path / "plain_set")
+    written = json.loads((tmp_path / "plain_set/manifest.json").read_text())
+    assert written["format"] == "moevlm-shards/1" and "layout" not in written

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.check import check_set
@@ -17,6 +18,7 @@ from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
 from lightning_moevlm.shards.convert.keep_tars import keep_tars
 from lightning_moevlm.shards.convert.picture import Wish
 from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shards.decode import decode_image
 from lightning_moevlm.shards.manifest import SPLITS, read_manifest
 from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.sources import caption, img2dataset_source, picture
@@ -135,10 +137,18 @@ def test_bad_samples_are_told_and_may_stay(tmp_path: Path) -> None:
     assert sum(converted.manifest.num_samples(split) for split in SPLITS) == 18  # they are still in their tar
 
 
-def test_pictures_that_readers_do_not_know(tmp_path: Path) -> None:
+def test_webp_is_trained_on_as_it_is_or_written_anew(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 3, 20, "webp")
-    with pytest.raises(UserError, match=r"hold pictures as \.webp, .* --keep_tars false"):
-        keep(folder, tmp_path / "set")
+    manifest = keep(folder, tmp_path / "kept").manifest
+    assert manifest.members == ("image", "json", "txt") and manifest.layout.stored_as == {"image": ("webp",)}
+    assert check_set(ShardStorage(str(tmp_path / "kept"))).problems == ()
+    data = ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, num_streams=2)
+    batch = next(iter(data.val_dataloader()))
+    first = 20 * int(manifest.splits["val"][0].file.removesuffix(".tar"))
+    expected = decode_image(picture(first, "webp"), "image", 16)
+    assert batch.images_BRYX is not None and torch.equal(batch.images_BRYX[0], expected)
+    with pytest.raises(UserError, match=r"pictures of several formats.*--image_format jpg"):
+        ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, decode="device").prepare_data()
     source = Img2datasetSource(folder, "web")
     convert(source, tmp_path / "set", TERMS, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
     assert read_manifest(tmp_path / "set").members == ("jpg", "json", "txt")
@@ -156,13 +166,12 @@ def test_other_spellings_of_jpg_are_read_as_it(tmp_path: Path, spelling: str) ->
     assert members(tmp_path / "anew")["web-000000000.jpg"] == picture(0)
 
 
-def test_names_that_lie_about_their_format_are_told(tmp_path: Path) -> None:
-    # img2dataset's --disable_all_reencoding calls everything .jpg; readers go by the name
+def test_images_are_what_their_bytes_say(tmp_path: Path) -> None:
+    # img2dataset's --disable_all_reencoding calls everything .jpg
     folder = img2dataset_source(tmp_path / "in", 3, 30, "png", "jpg")
-    with pytest.raises(TooManyBadError, match=r"90 rows are bad.* a PNG, though its name ends in \.jpg"):
-        keep(folder, tmp_path / "set")
-    with pytest.raises(UserError, match=r"none of the samples in .* can be used"):
-        keep(folder, tmp_path / "set", max_bad=90)
+    manifest = keep(folder, tmp_path / "set").manifest
+    assert manifest.members == ("json", "png", "txt") and manifest.layout.stored_as == {"png": ("jpg",)}
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
     converted = convert(Img2datasetSource(folder, "web"), tmp_path / "anew", TERMS, FORM, Effort(0, 1, False))
     assert converted.left_out == ()
 

@@ -113,6 +113,7 @@ def convert(source: Source, out: Path, terms: Terms, form: Form, effort: Effort)
             members=_members(next(table.samples("train")), wish),
             texts=table.texts("train"),
             splits=_write_all(source, table, num_samples, form, effort.num_jobs, shop),
+            layout=source.layout,
         )
         manifest = finish(shop.folder, recipe, terms, contents, form.vocab_size)
         shop.tidy(_TABLE)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.build import canonical_json
+from lightning_moevlm.shards.layout import PLAIN, Layout
 from lightning_moevlm.shards.manifest import Manifest, Scalar, ShardEntry, Split
 from lightning_moevlm.shards.tokenizer import train_tokenizer
 
@@ -62,6 +63,7 @@ class Contents(NamedTuple):
     members: tuple[str, ...]
     texts: Iterable[str]
     splits: dict[Split, tuple[ShardEntry, ...]]
+    layout: Layout = PLAIN
 
 
 def finish(folder: Path, recipe: ConvertRecipe, terms: Terms, contents: Contents, vocab_size: int) -> Manifest:
@@ -83,6 +85,7 @@ def finish(folder: Path, recipe: ConvertRecipe, terms: Terms, contents: Contents
         sources={name: version(name) for name in ("pillow", "simplejpeg", "tokenizers")},
         tokenizer=train_tokenizer(islice(contents.texts, MAX_LEARNT_TEXTS), vocab_size, folder),
         splits=contents.splits,
+        layout=contents.layout,
     )
     said = "\n".join(line for line in (terms.attribution, terms.named, terms.licence_url) if line)
     (folder / "LICENCE.txt").write_text(said + "\n", encoding="utf-8")

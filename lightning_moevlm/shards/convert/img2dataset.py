@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.convert.member_names import USUAL, MemberNames, is_image
 from lightning_moevlm.shards.convert.rows import (
     LONGEST_KEY,
     BadRow,
@@ -22,19 +23,18 @@ from lightning_moevlm.shards.convert.rows import (
     Row,
     RowError,
     Source,
-    checked_caption,
     checked_key,
     existing_folder,
     inside,
     json_object,
     set_name,
 )
+from lightning_moevlm.shards.convert.unread_texts import UnreadTexts
+from lightning_moevlm.shards.layout import Layout
 from lightning_moevlm.shards.manifest import Scalar
 from lightning_moevlm.shards.sample_groups import key_and_extension, sample_groups
 from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
 
-PICTURE_EXTENSIONS = ("jpg", "png", "webp")
-KNOWN_EXTENSIONS = ("jpg", "json", "png", "txt", "webp")
 _TAR = re.compile(r"\d+\.tar")
 _STATISTICS = "_stats.json"
 _KEPT_KEY_SIGNS = 40
@@ -101,10 +101,12 @@ class TarSample(NamedTuple):
     members: dict[str, Member]
 
 
-def samples_of(folder: Path, download: Download, wanted: Callable[[str], bool]) -> Iterator[TarSample]:
+def samples_of(
+    folder: Path, download: Download, known: frozenset[str], wanted: Callable[[str], bool]
+) -> Iterator[TarSample]:
     """Yield every sample of a tar as readers find it. wanted: extensions whose bytes are read.
 
-    Groups without any extension that readers know (`README.md`) are no samples.
+    Groups without any known extension and without an image (`README.md`) are no samples.
 
     Raises:
         UserError: if it is no tar or not whole, if members of one sample do not stand side by side, or if it holds
@@ -118,7 +120,7 @@ def samples_of(folder: Path, download: Download, wanted: Callable[[str], bool]) 
         with inside(folder, download.file).open("rb") as stream:
             members = tar_members(stream, lambda name: wanted(key_and_extension(name)[1]))
             for key, found, _ in sample_groups(members):
-                if not found.keys() & set(KNOWN_EXTENSIONS):
+                if not found.keys() & known and not any(map(is_image, found)):
                     continue
                 _refuse_scattered(folder / download.file, key, extensions_of.setdefault(key, set()), found)
                 extensions_of[key].update(found)
@@ -145,59 +147,48 @@ def _refuse_scattered(tar: Path, key: str, before: set[str], found: dict[str, Me
         )
 
 
-def picture_extension(members: dict[str, Member]) -> str:
-    """Return the extension of a sample's picture.
-
-    Raises:
-        RowError: if it has none.
-
-    """
-    for extension in PICTURE_EXTENSIONS:
-        if extension in members:
-            return extension
-    raise RowError("member_missing", f"no picture (.{', .'.join(PICTURE_EXTENSIONS)}), only .{', .'.join(members)}")
-
-
-def caption_of(data: bytes) -> str:
-    """Return the caption that a txt member holds.
-
-    Raises:
-        RowError: if it is empty or no UTF-8.
-
-    """
-    try:
-        return checked_caption(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError("text_not_utf8", f"bytes that are no UTF-8 at byte {error.start + 1}") from None
-
-
 class Img2datasetSource(Source):
     """img2dataset's samples as rows, for writing them anew: in new shards, mixed, split by picture, scaled."""
 
-    def __init__(self, folder: Path, name: str | None) -> None:
+    def __init__(self, folder: Path, name: str | None, names: MemberNames = USUAL) -> None:
         self.found = downloads(folder)
         arguments: dict[str, Scalar] = {"source": "img2dataset", "keep_tars": False, "table": fingerprint(self.found)}
-        super().__init__(set_name(name or folder.resolve().name), folder, arguments)
+        if self.found[0].num_samples is None:
+            arguments["keys"] = "TAR-KEY"
+        super().__init__(set_name(name or folder.resolve().name), folder, {**arguments, **names.as_arguments()})
+        self.names = names
+        self.layout = Layout(caption_field=names.caption_field or "")
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield the samples of every tar, by name; pictures are not read."""
+        names, unread = self.names, UnreadTexts(self.names)
+        wanted = {"json", names.text}
         for download in self.found:
-            for sample in samples_of(self.folder, download, ("txt", "json").__contains__):
+            tar = samples_of(self.folder, download, names.known, lambda name: name in wanted or unread.is_open)
+            for sample in tar:
+                unread.see(sample.members)
                 place = f"{download.file} {sample.key[:100]}"
                 try:
                     yield self._row(sample, download, place)
                 except RowError as error:
                     yield error.at(place)
+            if unread.complaint:
+                raise UserError(f"{self.folder / download.file}: {unread.complaint}")
 
     def _row(self, sample: TarSample, download: Download, place: str) -> Row:
-        members = sample.members
-        picture, text, about = members[picture_extension(members)], members.get("txt"), members.get("json")
+        names, members = self.names, sample.members
+        picture, about = members[names.image_of(members)], members.get("json")
+        text = None if names.text is None else members.get(names.text)
+        if text is None and names.caption_field is not None:
+            raise RowError("member_missing", f"no .json that holds its captions, only .{', .'.join(members)}")
+        captions = () if text is None else names.captions_of(text.data or b"")
         return Row(
             place=place,
             key=self._key(sample.key, download),
             picture=PictureAt(download.file, picture.offset, picture.num_bytes),
-            caption=None if text is None else caption_of(text.data or b""),
+            caption=captions[0] if captions and names.caption_field is None else None,
             annotation=None if about is None else json_object(about.data or b""),
+            words=() if names.caption_field is None else captions,
         )
 
     def _key(self, key: str, download: Download) -> str:

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.build import existing_set, put_in_place
@@ -23,10 +23,12 @@ from lightning_moevlm.shards.convert.bad_rows import BadRows
 from lightning_moevlm.shards.convert.convert import VERSION, Converted, Effort
 from lightning_moevlm.shards.convert.finish import Contents, ConvertRecipe, Terms, finish, usual_size
 from lightning_moevlm.shards.convert.img2dataset import Download, downloads, fingerprint
+from lightning_moevlm.shards.convert.member_names import USUAL, MemberNames
 from lightning_moevlm.shards.convert.pool import in_order
 from lightning_moevlm.shards.convert.rows import BadRow, set_name
 from lightning_moevlm.shards.convert.tar_look import TarLook, look_at_tar
 from lightning_moevlm.shards.convert.workshop import Workshop, workshop
+from lightning_moevlm.shards.layout import Layout
 from lightning_moevlm.shards.manifest import MANIFEST_FILE, Scalar, ShardEntry, Split
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.tokenizer import TOKENIZER_FILE, check_vocab_size
@@ -34,7 +36,15 @@ from lightning_moevlm.shards.tokenizer import TOKENIZER_FILE, check_vocab_size
 _HELD_OUT_SHARE = 0.1
 
 
-def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_size: int, effort: Effort) -> Converted:
+def keep_tars(
+    folder: Path,
+    name: str | None,
+    out: Path,
+    terms: Terms,
+    vocab_size: int,
+    effort: Effort,
+    names: MemberNames = USUAL,
+) -> Converted:
     """Make a set of a folder that img2dataset has filled; `out` may be that folder itself.
 
     Raises:
@@ -49,6 +59,7 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
         "keep_tars": True,
         "table": fingerprint(found),
         "vocab_size": vocab_size,
+        **names.as_arguments(),
     }
     recipe = ConvertRecipe(set_name(name or folder.resolve().name), VERSION, {**arguments, **terms.as_arguments()})
     in_place = out.resolve() == folder.resolve()
@@ -59,24 +70,25 @@ def keep_tars(folder: Path, name: str | None, out: Path, terms: Terms, vocab_siz
     _refuse_few(folder, len(found), "")
     out.parent.mkdir(parents=True, exist_ok=True)
     with workshop(out, recipe.fingerprint) as shop:
-        looks = _look_at_all(folder, found, effort.num_jobs, shop)
-        members, bad = _members(looks), BadRows()
+        looks = _look_at_all(folder, found, names, effort.num_jobs, shop)
+        kept, bad = _kept(looks, names), BadRows()
         for row in (row for look in looks for row in look.bad):
             bad.add(row)
         for look in looks:
-            for row in _lacking(look, members):
+            for row in _lacking(look, kept):
                 bad.add(row)
         bad.refuse_beyond(effort.max_bad)
-        if not members:
+        if not any(look.choices for look in looks):
             raise UserError(f"none of the samples in {folder} can be used, so there is nothing to make a set of")
-        full = [look for look in looks if look.members]
+        full = [look for look in looks if look.choices]
         _refuse_few(folder, len(full), " with a sample that can be used")
         dealt = _dealt(full)
         contents = Contents(
             image_size=usual_size(Counter(side for look in looks for side in look.sides)),
-            members=members,
+            members=kept.members,
             texts=(caption for look in dealt["train"] for caption in look.captions),
             splits={split: tuple(look.entry for look in some) for split, some in dealt.items()},
+            layout=kept.layout,
         )
         manifest = finish(shop.folder, recipe, terms, contents, vocab_size)
         if in_place:
@@ -99,47 +111,70 @@ def _refuse_few(folder: Path, num_tars: int, which: str) -> None:
         )
 
 
-def _look_at_all(folder: Path, found: tuple[Download, ...], num_jobs: int, shop: Workshop) -> list[TarLook]:
+def _look_at_all(
+    folder: Path, found: tuple[Download, ...], names: MemberNames, num_jobs: int, shop: Workshop
+) -> list[TarLook]:
     known = [_recalled(shop.recall(f"tar-{download.file}")) for download in found]
     todo = [download for download, look in zip(found, known, strict=True) if look is None]
-    looks = []
-    with closing(in_order(partial(look_at_tar, folder=folder), todo, min(num_jobs, len(todo)))) as fresh:
+    looks: list[TarLook] = []
+    with closing(in_order(partial(look_at_tar, folder=folder, names=names), todo, min(num_jobs, len(todo)))) as fresh:
         for download, earlier in zip(found, track(known, len(known), "looking at tars"), strict=True):
             look = next(fresh) if earlier is None else earlier
             if earlier is None and not look.bad:  # a bad sample may be mended, and is looked at again
                 shop.remember(f"tar-{download.file}", asdict(look))
+            if look.unread and not any(before.captions for before in looks):
+                raise UserError(f"{folder / download.file}: {look.unread}")
             looks.append(look)
     return looks
 
 
 def _recalled(noted: Any) -> TarLook | None:
-    if noted is None:
+    if not isinstance(noted, dict) or noted.keys() != TarLook.__annotations__.keys():
         return None
     entry, bad = ShardEntry(**noted.pop("entry")), [BadRow(*row) for row in noted.pop("bad")]
     return TarLook(entry=entry, bad=bad, **noted)
 
 
-def _members(looks: list[TarLook]) -> tuple[str, ...]:
-    """Return what the set promises: every extension that readers know and that occurs in a good sample.
+class _Kept(NamedTuple):
+    """Members that the set promises, and where they lie. required: extensions that good samples must have."""
 
-    Raises:
-        UserError: if its pictures are not of one kind that readers know; of no kind, if no sample is good.
+    members: tuple[str, ...]
+    layout: Layout
+    required: frozenset[str]
 
+
+def _kept(looks: list[TarLook], names: MemberNames) -> _Kept:
+    """Say what the set promises of what was found in good samples.
+
+    Images are the member jpg or png if all of them are of that format, by their bytes, else the member image. Texts are
+    promised if any sample has one. Annotations, which training does not read, are promised if all have one.
     """
-    found = {extension for look in looks for choice in look.members for extension in choice.split()}
-    pictures = found - {"txt", "json"}
-    if len(pictures) > 1 or pictures == {"webp"}:
-        raise UserError(
-            f"the tars hold pictures as .{', .'.join(sorted(pictures))}, readers need all of them as .jpg or .jpeg, "
-            "or all as .png; encode them anew with --keep_tars false"
-        )
-    return tuple(sorted(found))
+    choices = Counter[frozenset[str]]()
+    images = Counter[str]()
+    for look in looks:
+        images.update(look.images)
+        choices.update({frozenset(choice.split()): num for choice, num in look.choices.items()})
+    required = frozenset({names.text} & frozenset().union(*choices)) if names.text is not None else frozenset()
+    stored_as: dict[str, tuple[str, ...]] = {}
+    formats = {image.split()[1] for image in images}
+    image = "jpg" if formats == {"JPEG"} else "png" if formats == {"PNG"} else "image"
+    stored_as[image] = tuple(name for name in names.images if any(found.split()[0] == name for found in images))
+    members = [image]
+    if required and names.caption_field is None:
+        members.append("txt")
+        stored_as["txt"] = tuple(required)
+    if "json" in required or (choices and all("json" in choice for choice in choices if choice >= required)):
+        members.append("json")
+    different = {member: found for member, found in stored_as.items() if found != (member,)}
+    keys = Counter(key for look in looks for key in look.keys)
+    repeat = any(num > 1 for num in keys.values())
+    return _Kept(tuple(sorted(members)), Layout(different, names.caption_field or "", repeat), required)
 
 
-def _lacking(look: TarLook, members: tuple[str, ...]) -> Iterator[BadRow]:
+def _lacking(look: TarLook, kept: _Kept) -> Iterator[BadRow]:
     """Yield one bad row per good sample that lacks what the set promises; all good ones have a picture."""
-    for choice, num in look.members.items():
-        lacks = ", ".join(f".{extension}" for extension in members if extension not in choice.split())
+    for choice, num in look.choices.items():
+        lacks = ", ".join(f".{extension}" for extension in sorted(kept.required - set(choice.split())))
         if lacks:
             row = BadRow(look.entry.file, "member_missing", f"{num} of its samples have no {lacks}, while others have")
             yield from [row] * num

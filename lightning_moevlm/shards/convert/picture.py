@@ -23,7 +23,6 @@ from lightning_moevlm.shards.faults import MAX_PIXELS, MAX_SIDE
 from lightning_moevlm.shards.orientation import UPRIGHT, orientation, turned_picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_NAMED = {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}  # MPO: a JPEG with others behind it
 _PLAIN_MODES = {"jpg": ("RGB", "L"), "png": ("RGB", "RGBA", "L", "LA", "P", "1")}
 _DECODABLE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -76,16 +75,15 @@ def look_at(data: bytes, wish: Wish) -> Seen:
     return Seen(hashlib.sha256(data).hexdigest(), side)
 
 
-def refuse_misnamed(data: bytes, extension: str) -> None:
-    """Refuse a picture that is of another format than its name says: a reader of shards goes by the name.
+def format_of(data: bytes) -> str:
+    """Return the format of a picture by its bytes, one of `FORMATS`.
 
     Raises:
-        RowError: if it is, or is no picture.
+        RowError: if it is no picture.
 
     """
     with _opened(data) as image:
-        if image.format not in _NAMED[extension]:
-            raise RowError("image_undecodable", f"a {image.format}, though its name ends in .{extension}")
+        return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with others behind it
 
 
 def stored(data: bytes, wish: Wish) -> bytes:

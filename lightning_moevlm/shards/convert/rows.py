@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Literal, NamedTuple, get_args
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.layout import PLAIN, Layout
 from lightning_moevlm.shards.manifest import SPLITS, Scalar, Split
 from lightning_moevlm.shards.texts import bare
 
@@ -87,8 +88,11 @@ class Source(ABC):
     """A table of rows and the folder that their pictures lie in.
 
     name: of the set to be, and the beginning of its keys. arguments: everything that decides about the rows, the
-    hash of the table's bytes included; never a path, so that the same table gives the same set anywhere.
+    hash of the table's bytes included; never a path, so that the same table gives the same set anywhere. layout: where
+    captions lie in the samples that its rows become, known when the rows are read.
     """
+
+    layout: Layout = PLAIN
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:
         self.name = name

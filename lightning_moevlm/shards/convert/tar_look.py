@@ -7,15 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_moevlm.shards.convert.img2dataset import (
-    KNOWN_EXTENSIONS,
-    Download,
-    caption_of,
-    picture_extension,
-    samples_of,
-)
-from lightning_moevlm.shards.convert.picture import Wish, look_at, refuse_misnamed
+from lightning_moevlm.shards.convert.img2dataset import Download, samples_of
+from lightning_moevlm.shards.convert.member_names import MemberNames
+from lightning_moevlm.shards.convert.picture import Wish, format_of, look_at
 from lightning_moevlm.shards.convert.rows import BadRow, RowError, json_object
+from lightning_moevlm.shards.convert.unread_texts import UnreadTexts
 from lightning_moevlm.shards.manifest import ShardEntry, file_sha256
 
 
@@ -23,18 +19,23 @@ from lightning_moevlm.shards.manifest import ShardEntry, file_sha256
 class TarLook:
     """What one tar holds.
 
-    members: for every choice of members (their extensions, sorted, with a blank between) how many good samples have
-    just these. sides: the shorter one of every good picture. bad: one per sample that cannot be used.
+    choices: how many good samples have just these members: the extensions "json" and that of the text, sorted, with a
+    blank between. images: how many good samples have an image of this extension and format ("jpg JPEG"). captions: of
+    good samples. sides: the shorter one of every good picture. keys: of all samples. bad: one per sample that cannot be
+    used. unread: a complaint about texts that nothing reads, "" if there are none.
     """
 
     entry: ShardEntry
-    members: dict[str, int]
+    choices: dict[str, int]
+    images: dict[str, int]
     captions: list[str]
     sides: list[int]
+    keys: list[str]
     bad: list[BadRow]
+    unread: str
 
 
-def look_at_tar(download: Download, folder: Path) -> TarLook:
+def look_at_tar(download: Download, folder: Path, names: MemberNames) -> TarLook:
     """Read one tar from end to end and look at every sample.
 
     Raises:
@@ -42,27 +43,38 @@ def look_at_tar(download: Download, folder: Path) -> TarLook:
 
     """
     path = folder / download.file
-    members, captions, sides = Counter[str](), list[str](), list[int]()
+    choices, images, captions, sides = Counter[str](), Counter[str](), list[str](), list[int]()
     bad: list[BadRow] = []
-    keys: set[str] = set()
+    keys: dict[str, None] = {}
     num_samples = 0
-    for key, found in samples_of(folder, download, KNOWN_EXTENSIONS.__contains__):
+    unread = UnreadTexts(names)
+    for key, found in samples_of(folder, download, names.known, lambda name: name in names.known or unread.is_open):
         num_samples += 1
+        unread.see(found)
         try:
             if key in keys:
                 raise RowError("duplicate_key", f"key {key!r} occurs twice in its tar")
-            keys.add(key)
-            picture = picture_extension(found)
-            data = found[picture].data or b""
-            refuse_misnamed(data, picture)
-            side = look_at(data, Wish("jpg", None)).side
+            keys[key] = None
+            extension = names.image_of(found)
+            data = found[extension].data or b""
+            side, picture_format = look_at(data, Wish("jpg", None)).side, format_of(data)
             if "json" in found:
                 json_object(found["json"].data or b"")
-            if "txt" in found:
-                captions.append(caption_of(found["txt"].data or b""))
+            if names.text is not None and names.text in found:
+                captions.extend(names.captions_of(found[names.text].data or b""))
             sides.append(side)
-            members[" ".join(sorted(extension for extension in found if extension in KNOWN_EXTENSIONS))] += 1
+            images[f"{extension} {picture_format}"] += 1
+            choices[" ".join(sorted(name for name in ("json", names.text) if name in found))] += 1
         except RowError as error:
             bad.append(error.at(f"{download.file} {key[:100]}"))
     entry = ShardEntry(download.file, num_samples, path.stat().st_size, file_sha256(path))
-    return TarLook(entry, dict(sorted(members.items())), captions, sides, bad)
+    return TarLook(
+        entry,
+        dict(sorted(choices.items())),
+        dict(sorted(images.items())),
+        captions,
+        sides,
+        list(keys),
+        bad,
+        unread.complaint,
+    )
