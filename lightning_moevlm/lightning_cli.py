@@ -45,6 +45,8 @@ from lightning_moevlm.training.refusals import (
     refuse_other_groups,
     refuse_other_precision,
     refuse_other_state,
+    refuse_senseless_trainer,
+    refuse_unsuited_trainer,
     refuse_vanishing_eps,
 )
 
@@ -75,9 +77,11 @@ class CommandLine(LightningCLI):
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Let checkpoints be read without unpickling, so that the record of a run says so."""
+        """Let checkpoints be read without unpickling, so that the record of a run says so; keep to our table."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # of Lightning's table; ResultTable prints ours
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -128,6 +132,9 @@ class CommandLine(LightningCLI):
         if self._checkpoint is not None:
             refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
         if self.subcommand == "fit":
+            refuse_senseless_trainer(self.trainer)
+            if self.model.gradient.any_on:
+                refuse_unsuited_trainer(self.trainer)
             refuse_vanishing_eps(self.trainer, self.model.build_optimizer())
             try_schedule(self.model, self.trainer.max_steps)
             if self._checkpoint is not None:

@@ -84,7 +84,7 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
         or _of_a_class(complaints, where, known)
         or _of_a_value(complaints, where, known)
     )
-    return told or (f"{where}: {first.text}" if where else " ".join(message.split()))
+    return told or (f"{where}: {first.text}" if where else _of_a_part(complaints) or " ".join(message.split()))
 
 
 def no_command(name: str, commands: Sequence[str]) -> str:
@@ -242,6 +242,14 @@ def _of_a_value(complaints: Sequence[_Complaint], where: str, types: Types) -> s
         return f"{where}: give {in_words(annotation)}"
     meant = _meant(first.given, literals_of(annotation))
     return f"{where}: {first.given} is no such value; {meant}give {in_words(annotation)}"
+
+
+def _of_a_part(complaints: Sequence[_Complaint]) -> str | None:
+    """Tell what a part said when it was built, out of what is said of the types that its option might have had too."""
+    own = [each for each in complaints if not re.match("Expected a|Not a valid subclass", each.text)]
+    if len(complaints) == 1 or not own:
+        return None
+    return f"{own[0].holder.__name__}: {own[0].text}" if own[0].holder else own[0].text
 
 
 def _annotation(complaint: _Complaint, types: Types) -> object:

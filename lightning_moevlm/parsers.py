@@ -4,6 +4,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import reduce
 from importlib.metadata import entry_points
 from operator import or_
@@ -11,8 +12,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, get_args
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_dumper, set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,6 +26,7 @@ import lightning_moevlm.objectives  # noqa: F401 - imported parts can be selecte
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.notices import calm_terminal
 from lightning_moevlm.parse_errors import told_from_the_mistake
+from lightning_moevlm.refused_elsewhere import is_raised_by, refusal_below
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shipped import find_file, missing_file
 from lightning_moevlm.training import VisionLanguageModule
@@ -74,18 +78,20 @@ def load_plugins() -> None:
 def prepare_parsers() -> None:
     """Set what holds for all parsers of the process, before the first is made."""
     load_plugins()
-    keep_whole_numbers(Trainer)
+    order_types(Trainer)
+    register_type(torch.device, str, torch.device)  # a default of StochasticWeightAveraging
     # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
     set_dumper("omegaconf+", _dump_yaml)
     calm_terminal()
 
 
-def keep_whole_numbers(part: type) -> None:
-    """Let `limit_val_batches: 1` be one batch whatever was imported before: 1.0 is all of them.
+def order_types(part: type) -> None:
+    """Let `limit_val_batches: 1` be one batch whatever was imported before, and `strategy: DDPStrategy` that class.
 
     The parser tries the types of a union in order, and `Optional[Union[int, float]]` has the order of whoever in the
     process wrote that union first: typing takes `Union[float, int]` for the same and hands out the one that it has.
+    1.0 is all batches. A text is tried after the classes that it may name.
     """
     for forget in typing._cleanups:  # type: ignore[attr-defined]  # the parser asks for Optional[...] of what is set here
         forget()
@@ -94,6 +100,8 @@ def keep_whole_numbers(part: type) -> None:
         types = get_args(hint)
         if int in types and float in types:
             annotations[name] = reduce(or_, sorted(types, key=lambda each: each is not int))
+        elif str in types and any(getattr(each, "__module__", "").startswith("lightning.") for each in types):
+            annotations[name] = reduce(or_, sorted(types, key=lambda each: each is str))
 
 
 class _Dumper(FastSafeDumper):
@@ -101,6 +109,8 @@ class _Dumper(FastSafeDumper):
 
 
 _Dumper.add_representer(Namespace, lambda dumper, value: dumper.represent_dict(value.as_dict()))
+# defaults that are members of an enumeration of texts, as of Lightning's Timer
+_Dumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.value))
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"), list("-+0123456789.")
 )
@@ -142,26 +152,22 @@ def teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[N
     except UnpicklingError as error:  # of a server's checkpoint; others were looked at before
         raise UserError(f"the checkpoint {HOLDS_CODE}") from error
     except MisconfigurationException as error:
-        raise UserError(_one_line(str(error))) from error
+        raise UserError(refusal_below(error) or _one_line(str(error))) from error
     except ModuleNotFoundError as error:
         if str(error.name).startswith(__package__):
             raise
         raise UserError(
             f"{_one_line(str(error))}; install the package that the option needs, or choose another"
         ) from error
-    except ValueError as error:
-        mistake = _mistake_below(error)
-        if mistake is None or mistake is error:
+    except UserError:
+        raise
+    except Exception as error:
+        refused = refusal_below(error)
+        if refused is None and isinstance(error, ValueError) and is_raised_by(error, "jsonargparse"):
+            refused = told_from_the_mistake(str(error), types_of_options(parser) if parser else None)
+        if refused is None:
             raise
-        raise UserError(str(mistake)) from error
-
-
-def _mistake_below(error: BaseException) -> UserError | None:
-    """Return what a part of a nullable option refused, out of the parser's account of every type that it tried."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__
-    return cause
+        raise UserError(refused) from error
 
 
 def _one_line(message: str) -> str:

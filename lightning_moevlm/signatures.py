@@ -70,7 +70,7 @@ def _types_of(part: type) -> dict[str, object]:
 def classes_of(annotation: object) -> list[type]:
     """Return the classes whose instances an option holds: of `A | list[A] | None` and of `Callable[..., A]`, A."""
     if get_origin(annotation) is Callable:
-        return classes_of(get_args(annotation)[-1])
+        return classes_of(get_args(annotation)[-1]) if get_args(annotation) else []  # of a bare Callable, nothing known
     if inspect.isclass(annotation) and get_origin(annotation) is None:
         return [] if annotation in _WORDS else [annotation]
     found = [part for argument in get_args(annotation) for part in classes_of(argument)]

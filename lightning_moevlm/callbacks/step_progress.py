@@ -55,12 +55,15 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """Move on; the loss is read from the device on logging steps alone."""
+        """Move on; the loss is read from the device on logging steps alone.
+
+        It is the report's: Lightning has divided `outputs["loss"]` by the micro-batches of a step.
+        """
         if self._progress is None:
             return
         self._progress.update(self._task, completed=trainer.global_step)
         if trainer.global_step % log_interval(trainer) == 0 or trainer.global_step == trainer.max_steps:
-            self._progress.update(self._task, loss=f"{float(outputs['loss']):.3f}")
+            self._progress.update(self._task, loss=f"{float(outputs['report'].total_loss):.3f}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say why the bar stands still."""

@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_moevlm import keys
+from lightning_moevlm.callbacks.monitors import refuse_unknown_monitors
 from lightning_moevlm.callbacks.peak_memory import forget_peak, peak_memory
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.metrics import RoutingMetrics, capacity_factor, routing_metrics
@@ -59,11 +60,14 @@ class Telemetry(Callback):
         self._gradient_norm: float | None = None
         self._learning_rate = 0.0
         self._step_seen = 0
+        self._first_step = 1
+        self._evaluated: set[str] = set()  # what a validation measures, by key
         self._samples = 0
         self._tokens = 0
         self._seconds = 0.0
         self._resumed_at = time.perf_counter()
         self._dispatch: dict[str, str] = {}
+        self._in_use: list[str] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log what the model costs."""
@@ -90,6 +94,7 @@ class Telemetry(Callback):
         """Start the clock, and count the peak of memory from here."""
         forget_peak(pl_module.device)
         self._step_seen = trainer.global_step
+        self._first_step = trainer.global_step + 1
         self._samples, self._tokens, self._seconds = 0, 0, 0.0  # of the validation before the first step
         self._resumed_at = time.perf_counter()
 
@@ -99,6 +104,8 @@ class Telemetry(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock again."""
+        if trainer.sanity_checking:  # of a validation before the first step, which Lightning then forgets
+            self._evaluated = set(trainer.callback_metrics)
         self._resumed_at = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -132,6 +139,8 @@ class Telemetry(Callback):
             values[keys.LEARNING_RATE.key()] = self._learning_rate
         values |= self._step_values(pl_module) | data_values(trainer) | peak_memory(pl_module.device)
         self._write(trainer, values)
+        if trainer.global_step == self._first_step:
+            refuse_unknown_monitors(trainer, self._evaluated)
         self._tell_dispatch(trainer, pl_module)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
 
@@ -157,8 +166,10 @@ class Telemetry(Callback):
         now = {f"dispatch/{path}": layer.dispatcher.record() for path, layer in layers.items()}
         new = {tag: text for tag, text in now.items() if self._dispatch.get(tag) != text}
         self._dispatch |= new
-        for text in dict.fromkeys(new.values()):
-            rank_zero_info(f"dispatch: {text}")
+        in_use = sorted({name for layer in layers.values() for name in layer.dispatcher.in_use()})
+        if in_use != self._in_use:
+            self._in_use = in_use
+            rank_zero_info(f"dispatch: {', '.join(in_use)} (why: the run's tags dispatch/*)")
         if new:
             for logger in trainer.loggers:
                 if isinstance(logger, TakesTags):
@@ -166,6 +177,8 @@ class Telemetry(Callback):
 
     @staticmethod
     def _write(trainer: Trainer, values: dict[str, float]) -> None:
+        # where EarlyStopping and ModelCheckpoint look for what they monitor
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 

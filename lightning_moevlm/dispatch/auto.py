@@ -56,6 +56,10 @@ class AutoDispatcher(Dispatcher):
         told = dict.fromkeys(f"{choice.name} for {case}: {choice.why}" for case, choice in self._choices.items())
         return "; ".join(told)
 
+    def in_use(self) -> tuple[str, ...]:
+        """Return the dispatchers chosen so far."""
+        return tuple(sorted({choice.name for choice in self._choices.values()}))
+
     @torch.compiler.disable
     def choose(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Choice:
         """Return the choice for such a plan; made once per case, and logged then."""

@@ -46,6 +46,10 @@ class Dispatcher(ABC):
         """Say which path runs, for the record of a run."""
         return type(self).__name__
 
+    def in_use(self) -> tuple[str, ...]:
+        """Return the classes of the dispatchers that have run, by name: what a line on the terminal has room for."""
+        return (type(self).__name__,)
+
 
 def matmul_dtype(tokens_TD: Tensor) -> torch.dtype:
     """Return the dtype that matrix products run in: autocast's where it is on, else the tokens'."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
@@ -17,6 +18,7 @@ from lightning_moevlm.losses import AuxiliaryLosses, RoutedLayer
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.objectives import Objective
 from lightning_moevlm.optim import parameter_groups
+from lightning_moevlm.ranges import check_number
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 """Strategies whose ranks hold parts of a gradient."""
@@ -62,6 +64,26 @@ def refuse_unsuited_trainer(trainer: Trainer) -> None:
             f"model.gradient is set and {type(trainer.strategy).__name__} shards gradients over ranks, so that no rank "
             "sees a whole norm: choose the strategy ddp, or set every field of model.gradient to null"
         )
+
+
+def refuse_senseless_trainer(trainer: Trainer) -> None:
+    """Refuse what Lightning lets pass and what then divides by 0, trains nothing or cannot find what it sets.
+
+    Raises:
+        UserError: with what to change.
+    """
+    check_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, least=1)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets, but declares it not
+        if isinstance(callback, StochasticWeightAveraging) and trainer.max_epochs == -1:
+            raise UserError(
+                "StochasticWeightAveraging counts epochs, and trainer.max_epochs is -1: set trainer.max_epochs to a "
+                "number, trainer.max_steps to -1, and swa_epoch_start to the epoch that averaging begins with"
+            )
+        if isinstance(callback, LearningRateFinder):
+            raise UserError(
+                "LearningRateFinder sets an attribute of the model, and rates here are options of model.optimizer: "
+                "leave it out; a study with design: lr_sensitivity finds the rate"
+            )
 
 
 def refuse_other_precision(asked: object, trainer: Trainer) -> None:

@@ -389,8 +389,9 @@ class VisionLanguageModule(LightningModule):
         return total
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
+        """Log at the optimiser step. Outside of `fit` Lightning logs: it returns what it has logged."""
         values = {key: float(value) for key, value in evaluation.compute().items()}
-        for logger in self.loggers:
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING
+        for logger in self.loggers if is_fit else ():
             logger.log_metrics(values, step=self.global_step)
-        if not self.trainer.sanity_checking:
-            self.log_dict(values, logger=False, rank_zero_only=False, sync_dist=False)
+        self.log_dict(values, logger=not is_fit, rank_zero_only=False, sync_dist=False)
