@@ -33,6 +33,7 @@ def compare(
     json: str | None = None,
     records: Literal["arms", "learning_rates", "fairness"] = "arms",
     tracking_uri: str | None = None,
+    full: bool = False,
 ) -> None:
     """Compare any runs in MLflow, paired by seed: moevlm compare RUN RUN... gives the tables of a study's report.
 
@@ -57,13 +58,13 @@ def compare(
         json: Write records to this file as JSON instead of the tables; - is standard output.
         records: What `json` writes: arms (effects, stability, cost), learning rates, or what was not alike.
         tracking_uri: Where the runs are; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
+        full: Print every table of a report here too: stability, costs, receipts, fairness.
     """
     from rich.text import Text
 
     from lightning_moevlm.study import gather, tracked
     from lightning_moevlm.study.fairness import refuse_biased
-    from lightning_moevlm.study.report import make_report, print_tables, records_of, refuse_other_folder, write_report
-    from lightning_moevlm.study.tables import report_tables
+    from lightning_moevlm.study.report import make_report, print_answer, records_of, refuse_other_folder, write_report
     from lightning_moevlm.tracking.chosen_runs import choose_runs
     from lightning_moevlm.tracking.series import metric_series
     from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, sqlite_path
@@ -99,9 +100,11 @@ def compare(
         show(Text(), records_of(result)[records], json)
         return
     terminal = console()
-    print_tables(terminal, (tracked.runs_table(result), *report_tables(result)))
+    print_answer(terminal, result, full, before=(tracked.runs_table(result),))
     if folder is not None:
         terminal.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    elif not full:
+        terminal.print("More: --full=true prints every table, --report FOLDER writes a page.", highlight=False)
 
 
 def written_out(words: Sequence[str]) -> list[str]:

@@ -130,16 +130,19 @@ def status(file: str, json: str | None = None, only: list[str] | None = None) ->
 def report(
     file: str,
     json: str | None = None,
-    records: Literal["arms", "factors", "learning_rates", "fairness"] = "arms",
+    records: Literal["arms", "factors", "learning_rates", "fairness"] | None = None,
     unfair: bool = False,
+    full: bool = False,
 ) -> None:
-    """Compare the arms: tables here, HTML, Markdown and pictures in runs/sweeps/<study>/report, and in MLflow.
+    """Compare the arms: the finding here, HTML, Markdown and pictures in runs/sweeps/<study>/report, and in MLflow.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
-        json: Write records to this file as JSON instead of the tables; - is standard output.
-        records: What `json` writes: arms (effects, stability, cost), factors, learning rates, or what was not alike.
+        json: Write records to this file as JSON instead of the finding; - is standard output.
+        records: What `json` writes: factors (main effects, interactions), arms (effects, stability, cost), learning
+            rates, or what was not alike. By default factors if the design crosses them, else arms.
         unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
+        full: Print every table of the report here too.
     """
     from lightning_moevlm.study.claim import open_experiment
     from lightning_moevlm.study.fairness import refuse_biased
@@ -159,12 +162,13 @@ def report(
             judge_ended(planned, experiment, experiment.ids())
         ledger = read_ledger(planned)
     if json is None:
-        _report(planned, experiment, console(), redraw=True, unfair=unfair)
+        _report(planned, experiment, console(), redraw=True, unfair=unfair, full=full)
         return
     result = gather(planned, ledger, experiment.uri)
-    if not unfair and records == "arms":
+    kind = records or ("factors" if result.factors else "arms")
+    if not unfair and kind in ("arms", "factors"):
         refuse_biased(planned.comparison.name, result.unlike, _run_again(planned))
-    _show((), records_of(result)[records], json)
+    _show((), records_of(result)[kind], json)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -354,14 +358,20 @@ def _show(tables: "Sequence[Table]", records: list[dict[str, object]], json: str
         show(Text(), records, json)
 
 
-def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redraw: bool, unfair: bool = False) -> None:
-    """Print the tables; draw and write the report unless it is newer than every run and the study file."""
+def _report(
+    planned: "Plan",
+    experiment: "Experiment",
+    terminal: "Console",
+    redraw: bool,
+    unfair: bool = False,
+    full: bool = False,
+) -> None:
+    """Print the finding; draw and write the report unless it is newer than every run and the study file."""
     from lightning_moevlm.study.fairness import refuse_biased
     from lightning_moevlm.study.gather import gather
     from lightning_moevlm.study.ledger import STATE_FILE, read_ledger
-    from lightning_moevlm.study.report import HTML_FILE, make_report, origin_of, print_tables, write_report
+    from lightning_moevlm.study.report import HTML_FILE, make_report, origin_of, print_answer, write_report
     from lightning_moevlm.study.summary_run import log_summary
-    from lightning_moevlm.study.tables import report_tables
     from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
 
     result = gather(planned, read_ledger(planned), experiment.uri)
@@ -376,9 +386,11 @@ def _report(planned: "Plan", experiment: "Experiment", terminal: "Console", redr
         with written(folder, "make room or give rights"):
             write_report(whole, folder)
         log_summary(experiment, whole, folder)
-    print_tables(terminal, report_tables(result))
+    print_answer(terminal, result, full)
     command = server_command(experiment.uri)
-    terminal.print(f"Report: {page.absolute()}", highlight=False, soft_wrap=True)
+    terminal.print(
+        f"Report with curves, stability, costs and all tables: {page.absolute()}", highlight=False, soft_wrap=True
+    )
     if command:
         terminal.print(f"MLflow: {command}", highlight=False, soft_wrap=True, markup=False)
     address = ui_address(experiment.uri)

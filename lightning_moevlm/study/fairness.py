@@ -3,7 +3,8 @@
 Within a seed all arms must have seen the same data in the same order, in the same number of equal steps, at the same
 part of their schedule, and be judged on the same samples: a difference in these biases the comparison, and it is
 refused. Differences in code, kernels, dtypes and versions move results a little and speed a lot; they are told as a
-warning, since a commit between two starts of one sweep is the usual case. A difference that the study file itself
+warning, since a commit between two starts of one sweep is the usual case. So is a difference in active FLOPs by more
+than 1 %: what an arm gains may be what it computes more. A difference that the study file itself
 declares in an arm is the arm's own matter, told and not refused.
 """
 
@@ -36,6 +37,7 @@ class Subject:
     changes: what its arm declares, dotted. resolved: its whole config. tags: what it logged of code, versions, data
     and kernels. steps: of the optimiser; None where the run diverged, which may end it early, or logged nothing.
     budget_in_steps: False where the study gives every arm the same of something else, and so its own number of steps.
+    compute: the active FLOPs of a sample in words, the same words for what is alike; empty where they are not known.
     """
 
     arm: str
@@ -45,6 +47,7 @@ class Subject:
     tags: Mapping[str, str]
     steps: int | None
     budget_in_steps: bool = True
+    compute: str = ""
 
 
 class Aspect(NamedTuple):
@@ -192,6 +195,10 @@ def _resumed(subject: Subject) -> dict[str, str]:
     return _one(", ".join(f"{key} to {changed[key]}" for key in counted) or "nothing")
 
 
+def _compute(subject: Subject) -> dict[str, str]:
+    return _one(subject.compute or None)
+
+
 def _commit(subject: Subject) -> dict[str, str]:
     commit = subject.tags.get("commit")
     return _one(commit and commit[:12] + (" with edits" if subject.tags.get("commit_dirty") == "true" else ""))
@@ -236,6 +243,7 @@ ASPECTS: tuple[Aspect, ...] = (
     Aspect("data order", True, ("data",), _order),
     Aspect("validation samples", True, ("trainer.limit_val_batches",), _held_out),
     Aspect("changed by a resume", True, (), _resumed),
+    Aspect("active FLOPs of a sample", False, ("model", "data"), _compute),
     Aspect("code commit", False, (), _commit),
     Aspect("kernel path", False, ("model.backbone", "model.precision", "trainer.precision"), _kernels),
     Aspect("dtype", False, ("model.precision", "trainer.precision"), _dtypes),

@@ -22,15 +22,15 @@ from lightning_moevlm.study.equal_budget import (
     median_after_warm_up,
     step_cost,
 )
-from lightning_moevlm.study.factorial import FactorEffect, factor_effects
-from lightning_moevlm.study.factors import ON
+from lightning_moevlm.study.factorial import FactorEffect, crossing_of, factor_effects
 from lightning_moevlm.study.fairness import Subject, differences
 from lightning_moevlm.study.hopeless import STOPPED_RULE, withdrawals, without_verdict
 from lightning_moevlm.study.ledger import RunState, Status
 from lightning_moevlm.study.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
-from lightning_moevlm.study.plan import Plan, PlannedRun, flat
+from lightning_moevlm.study.plan import FLOPS_TOLERANCE, Plan, PlannedRun, flat
 from lightning_moevlm.study.results import ArmResult, LadderResult, Mean, RunResult, StudyResult, mean_of, rule_of
 from lightning_moevlm.study.stability import TRAIN_LOSS, stability_of
+from lightning_moevlm.study.table import scaled
 from lightning_moevlm.study.verdict import Guarded, Rule, Verdict
 from lightning_moevlm.tracking.runs import tags_of_runs
 from lightning_moevlm.tracking.series import Series, metric_series
@@ -94,7 +94,7 @@ def compare(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> 
     return StudyResult(
         study,
         arms,
-        unlike=differences([_subject(study, r) for r in done]),
+        unlike=differences([_subject(study, cards, r) for r in done]),
         budgets={budget.what: budget.spent for budget in budgets},
         ladders=tuple(
             _ladder(study, ladder, by_arm)
@@ -186,14 +186,14 @@ def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequ
 
 
 def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunResult]]) -> tuple[FactorEffect, ...]:
-    """Return main effects and interactions, where the design is made for them."""
-    if study.design is None or study.design.kind not in ("factorial", "fractional_factorial"):
+    """Return main effects and interactions, where the design crosses factors."""
+    crossing = crossing_of(study.design, {arm.name: arm.levels for arm in study.arms})
+    if crossing is None:
         return ()
     values = {name: _finals(runs, study.primary.metric) for name, runs in by_arm.items()}
-    levels = {arm.name: {here.factor: here.level == ON for here in arm.levels} for arm in study.arms}
     ended = set(study.seeds).intersection(*map(_ended, by_arm.values()))
     return factor_effects(
-        values, levels, study.seeds, rule, {name: _lost(runs, ended) for name, runs in by_arm.items()}
+        values, crossing, study.seeds, rule, {name: _lost(runs, ended) for name, runs in by_arm.items()}
     )
 
 
@@ -231,7 +231,7 @@ def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[s
     return arms
 
 
-def _subject(study: Comparison, result: RunResult) -> Subject:
+def _subject(study: Comparison, cards: "Cards", result: RunResult) -> Subject:
     arm = next(arm for arm in study.arms if arm.name == result.arm)
     logged = [result.series[key].steps[-1] for key in (TRAIN_LOSS, study.primary.metric) if key in result.series]
     finished = result.state.status is Status.FINISHED
@@ -243,7 +243,17 @@ def _subject(study: Comparison, result: RunResult) -> Subject:
         result.tags,
         max(logged, default=None) if finished else None,
         budget_in_steps=study.equal_steps,
+        compute=_compute(cards[study.baseline], cards[arm.name]),
     )
+
+
+def _compute(base: "ModelCard | None", card: "ModelCard | None") -> str:
+    """Return an arm's active FLOPs against the baseline's; within the tolerance of `match` they are the same."""
+    if base is None or card is None:
+        return ""
+    more = card.active_flops_per_sample / base.active_flops_per_sample - 1
+    told = scaled(base.active_flops_per_sample)
+    return told if abs(more) <= FLOPS_TOLERANCE else f"{100 * more:+.1f} % of {told}"
 
 
 def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[RunResult]]) -> LadderResult:

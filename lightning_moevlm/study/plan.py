@@ -43,7 +43,8 @@ class Cosmetic(NamedTuple):
     reason: str
 
 
-_FLOPS_TOLERANCE = 0.01
+FLOPS_TOLERANCE = 0.01
+"""Share by which active FLOPs may differ and be called equal."""
 _OURS = f"{__name__.partition('.')[0]}."  # how the paths of this package's classes begin
 _SEEDS = ("seed", "seed_everything")  # the last part of the keys that hold one
 
@@ -304,7 +305,7 @@ def _refuse_unequal_flops(study: Study, cards: "Mapping[str, ModelCard]") -> Non
     wanted = cards[baseline].active_flops_per_sample
     for arm in study.comparison.arms:
         flops = cards[arm.name].active_flops_per_sample
-        if abs(flops - wanted) > _FLOPS_TOLERANCE * wanted:
+        if abs(flops - wanted) > FLOPS_TOLERANCE * wanted:
             raise UserError(
                 f"{study.file}:{arm.line}: arm {arm.name!r} has {flops:,} active FLOPs per sample, "
                 f"{100 * (flops / wanted - 1):+.3g} % against the {wanted:,} of {baseline!r}, and `match: "

@@ -23,12 +23,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.figures import MANY_ARMS, Picture, draw_all
+from lightning_moevlm.study.figures import Picture, draw_all
+from lightning_moevlm.study.finding import answer_lines, count, findings, learned, undrawn
 from lightning_moevlm.study.plan import Plan, flat
 from lightning_moevlm.study.result_records import arm_record, factor_records, ladder_records, unlike_records
 from lightning_moevlm.study.results import ArmResult, StudyResult
-from lightning_moevlm.study.table import Table, name_and_unit, signed
-from lightning_moevlm.study.tables import report_tables
+from lightning_moevlm.study.table import Table
+from lightning_moevlm.study.tables import answer_table, report_tables
 from lightning_moevlm.study.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ RECORDS_FILES: dict[Records, str] = {
     "learning_rates": "learning_rates.json",
     "fairness": "fairness.json",
 }
-_FEW_FINDINGS = 6
 _WIDE = Console(width=10_000)
 _TEMPLATES = Path(__file__).parent / "templates"
 _STYLES: dict[str, str] = {
@@ -87,8 +87,9 @@ class Origin:
 class Report:
     """A whole report before it is written.
 
-    count: one sentence on how many arms got which verdict, empty where they are few; finding: one per arm; learned: one
-    on the untrained models; undrawn: one on arms that no picture shows.
+    count: one sentence on how many verdicts there are of each kind, empty where they are few; finding: one per factor
+    of a design that crosses them, else per arm; learned: one on the untrained models; undrawn: one on arms that no
+    picture shows.
     """
 
     result: StudyResult
@@ -109,7 +110,7 @@ def make_report(origin: Origin, result: StudyResult) -> Report:
     return Report(
         result=result,
         count=count(result),
-        finding=tuple(finding(result, arm) for arm in result.arms if arm.effect is not None),
+        finding=findings(result),
         learned=learned(result),
         tables=origin.tables + report_tables(result),
         pictures=tuple(draw_all(result)),
@@ -191,6 +192,17 @@ def records_of(result: StudyResult) -> dict[Records, list[dict[str, object]]]:
     }
 
 
+def print_answer(console: Console, result: StudyResult, full: bool, before: Sequence[Table] = ()) -> None:
+    """Print what was found, first in sentences, then in one table; full: then every other table too."""
+    for line in answer_lines(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    answer = answer_table(result)
+    print_tables(console, (answer, *before))
+    if full:
+        print_tables(console, [table for table in report_tables(result) if table.title != answer.title])
+
+
 def print_tables(console: Console, tables: Sequence[Table]) -> None:
     """Print tables for people, each with its notes."""
     for table in tables:
@@ -225,65 +237,9 @@ def _rich_columns(table: Table, count: int) -> RichTable:
     return shown
 
 
-def count(result: StudyResult) -> str:
-    """Return one sentence on how many arms got which verdict; empty where the findings can be taken in at a glance."""
-    verdicts = [arm.effect.verdict for arm in result.arms if arm.effect is not None]
-    if len(verdicts) <= _FEW_FINDINGS:
-        return ""
-    counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in Verdict if verdict in verdicts)
-    return f"{len(verdicts)} arms against {result.comparison.baseline}: {counts}."
-
-
-def finding(result: StudyResult, arm: ArmResult) -> str:
-    """Return one sentence: what this arm's difference amounts to."""
-    study, effect = result.comparison, arm.effect
-    assert effect is not None
-    title, unit = name_and_unit(study.primary.metric)
-    start = f"{arm.arm.name}: {effect.word}"
-    if effect.centre is None or effect.interval is None:
-        return f"{start} ({effect.note})."
-    title = title[0].upper() + title[1:]
-    size = f"{signed(effect.centre)} {unit}".strip()
-    interval = f"[{signed(effect.interval.low)}, {signed(effect.interval.high)}]"
-    sentence = f"{start}. {title} {size} against {study.baseline}, interval {interval}, {len(effect.seeds)} seeds"
-    if effect.verdict is Verdict.INCONCLUSIVE and (effect.seeds_needed or 0) > len(effect.seeds):
-        sentence += f"; about {effect.seeds_needed} seeds would show an effect of this size"
-    extra = f" ({effect.note})" if effect.note else ""
-    return f"{sentence}{extra}."
-
-
 def verdict_of(cell: str) -> str:
     """Return the verdict that a cell of a table shows, or an empty text."""
     return next((str(verdict) for verdict in _STYLES if cell == verdict or cell.startswith(f"{verdict} within ")), "")
-
-
-def learned(result: StudyResult) -> str:
-    """Return one sentence: whether training was worth anything, held against the untrained models."""
-    behind = [
-        f"{arm.arm.name} ({arm.learned} of {done} seeds)"
-        for arm in result.arms
-        if (done := arm.finished + arm.diverged) and arm.untrained and arm.learned < done
-    ]
-    title, _ = name_and_unit(result.comparison.primary.metric)
-    if not any(arm.finished + arm.diverged for arm in result.arms):
-        return "No run has a result yet."
-    if not any(arm.untrained for arm in result.arms):
-        return (
-            f"No run has logged {title} of its untrained model, so that nobody can tell whether anything was learned."
-        )
-    if behind:
-        return f"Not every run ended ahead of its untrained model in {title}: {', '.join(behind)} did."
-    return f"Every run with a result ended ahead of its untrained model in {title}."
-
-
-def undrawn(result: StudyResult) -> str:
-    """Return one sentence on arms that the pictures leave out, or an empty text."""
-    if len(result.arms) <= MANY_ARMS:
-        return ""
-    return (
-        f"Pictures show {MANY_ARMS} of {len(result.arms)} arms: the baseline and those furthest from it; the tables "
-        "under Numbers hold all."
-    )
 
 
 def _base_of(plan: Plan) -> str:

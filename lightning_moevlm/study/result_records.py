@@ -48,10 +48,15 @@ class StabilityRecord:
 
 @dataclass(frozen=True)
 class FactorRecord:
-    """A main effect (one factor) or a two-way interaction; on minus off, in the metric's unit."""
+    """A main effect (one factor) or a two-way interaction, in the metric's unit.
+
+    levels, against: of each factor, the level that is held against another one; on against off of a switch.
+    """
 
     study: str
     factors: list[str]
+    levels: list[str]
+    against: list[str]
     metric: str
     effect: float | None
     effect_low: float | None
@@ -201,6 +206,8 @@ def factor_records(study: StudyResult) -> list[FactorRecord]:
         FactorRecord(
             study=study.comparison.name,
             factors=list(one.factors),
+            levels=[contrast.level for contrast in one.contrasts],
+            against=[contrast.other for contrast in one.contrasts],
             metric=study.comparison.primary.metric,
             effect=one.effect.centre,
             effect_low=one.effect.interval.low if one.effect.interval else None,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from lightning_moevlm.study.arm_stability import ArmStability
+from lightning_moevlm.study.fairness import ASPECTS
 from lightning_moevlm.study.results import LadderResult, StudyResult
 from lightning_moevlm.study.stability import Stability
 from lightning_moevlm.study.table import NOTHING, Table, name_and_unit, of_seeds, percent, scaled, with_deviation
@@ -100,12 +101,13 @@ def sensitivity_table(result: StudyResult) -> Table | None:
 def fairness_table(result: StudyResult) -> Table:
     """Return in what the runs were not alike."""
     runs = sum(arm.finished + arm.diverged for arm in result.arms)
-    alike = (("everything compared", "alike", f"{runs} runs"),)
+    aspects = ", ".join(aspect.name.removesuffix(" of") for aspect in ASPECTS)
+    alike = (("everything compared", "alike", f"{runs} runs: {aspects}"),)
     rows = tuple((one.name, str(one.weight), one.told) for one in result.unlike) or alike
     notes = (
         "steps, schedule, batch, data, their order and validation samples must be the same: a difference biases the "
-        "comparison. Commit, kernels, dtypes, devices and versions: a warning. declared: the study file asks for it in "
-        "an arm.",
+        "comparison. Active FLOPs (over 1 % apart), commit, kernels, dtypes, devices and versions: a warning. "
+        "declared: the study file asks for it in an arm.",
     )
     return Table("Fairness: what was not the same in all runs", ("what", "weight", "values"), rows, notes)
 

@@ -41,7 +41,7 @@ def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
     client.set_tag(run_id, _TABLES, json.dumps(tables))
     study = report.result.comparison
     rest = len(report.finding) - _MANY_FINDINGS
-    more = (f"... and {rest} more arms in the report",) if rest > 0 else ()
+    more = (f"... and {rest} more in the report",) if rest > 0 else ()
     verdicts = "\n".join(f"- {line}" for line in (*report.finding[:_MANY_FINDINGS], *more, report.learned))
     client.set_tag(
         run_id, _NOTE, f"**{study.question}**\n\n{verdicts}\n\nSee artifacts, `{_ARTIFACTS}/{MARKDOWN_FILE}`."

@@ -102,13 +102,19 @@ def factors_table(result: StudyResult) -> Table | None:
         return None
     rule = rule_of(result.comparison)
     interval = f"{100 * (1 - rule.alpha):g} % interval"
-    columns = ("switch", "effect", interval, "verdict", "p (Holm)" if rule.correction == "holm" else "p")
+    columns = ("factor", "effect", interval, "verdict", "p (Holm)" if rule.correction == "holm" else "p")
     rows = tuple((one.name, *_contrast_cells(one.effect)) for one in result.factors)
     title, _ = name_and_unit(result.comparison.primary.metric)
-    notes = [
-        "a switch: mean over arms with it on minus mean with it off, by seed; the verdict is on turning it on.",
-        "A x B: effect of A with B on minus effect of A with B off; 0 where the two add up.",
-    ]
+    mains = [one.contrasts[0] for one in result.factors if len(one.contrasts) == 1]
+    notes = []
+    if any(contrast.is_switch for contrast in mains):
+        notes.append(
+            "a switch: mean over arms with it on minus mean with it off, by seed; the verdict is on turning it on."
+        )
+    levels = dict.fromkeys(contrast.told_other for contrast in mains if not contrast.is_switch)
+    if levels:
+        notes.append(f"a level: mean over arms at it minus mean over arms at {' or '.join(levels)}, by seed.")
+    notes.append("A x B: effect of A with B minus effect of A without it; 0 where the two add up.")
     for fraction in result.comparison.design.fractions if result.comparison.design else ():
         notes.append(
             f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
@@ -195,12 +201,12 @@ def also_table(result: StudyResult) -> Table | None:
 def report_tables(result: StudyResult) -> tuple[Table, ...]:
     """Return every table of the report, in order."""
     tables = (
+        factors_table(result),
         effects_table(result),
         learning_table(result),
         also_table(result),
         stability_table(result),
         signs_table(result),
-        factors_table(result),
         sensitivity_table(result),
         equal_budget_table(result),
         costs_table(result),
@@ -209,6 +215,11 @@ def report_tables(result: StudyResult) -> tuple[Table, ...]:
         fairness_table(result),
     )
     return tuple(table for table in tables if table is not None)
+
+
+def answer_table(result: StudyResult) -> Table:
+    """Return the one table that answers: of factors where the design crosses them, else of arms."""
+    return factors_table(result) or effects_table(result)
 
 
 def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -> Table:

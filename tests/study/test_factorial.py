@@ -6,11 +6,20 @@ import math
 import pytest
 
 from lightning_moevlm.study.effects import Lost
-from lightning_moevlm.study.factorial import factor_effects
+from lightning_moevlm.study.factorial import Contrast, Crossing
+from lightning_moevlm.study.factorial import factor_effects as effects_of_crossing
 from lightning_moevlm.study.verdict import Rule, Verdict
 
 RULE = Rule("lower", 0.05)
 CELLS = {f"a{a}b{b}": {"a": bool(a), "b": bool(b)} for a, b in itertools.product((0, 1), repeat=2)}
+
+
+def factor_effects(values, levels, *rest):
+    """Of switches, each arm's as true and false."""
+    factors = dict.fromkeys(factor for on in levels.values() for factor in on)
+    named = {arm: {factor: "on" if on else "off" for factor, on in own.items()} for arm, own in levels.items()}
+    crossing = Crossing(tuple(Contrast(factor, "on", "off") for factor in factors), named)
+    return effects_of_crossing(values, crossing, *rest)
 
 
 def values(seeds: int, cell) -> dict[str, dict[int, float]]:
@@ -119,7 +128,7 @@ def test_a_switch_that_changes_nothing_has_no_effect_of_rounding(test):
 
 
 def test_levels_must_be_whole():
-    with pytest.raises(ValueError, match="arm 'y' does not say whether b is on"):
+    with pytest.raises(ValueError, match="arm 'y' has no level of b"):
         factor_effects({}, {"x": {"a": True, "b": False}, "y": {"a": False}}, (0,), RULE)
     with pytest.raises(ValueError, match="factor 'a' is the same in every arm"):
         factor_effects({}, {"x": {"a": True}, "y": {"a": True}}, (0,), RULE)

@@ -43,6 +43,18 @@ def test_all_batches_are_all_however_they_are_written():
     assert differences([subject("a"), configured(subject("b"), "trainer", limit_val_batches=1.0)]) == ()
 
 
+def test_other_compute_is_told_and_not_called_alike():
+    base, more = (
+        dataclasses.replace(subject(arm), compute=told) for arm, told in (("a", "19 M"), ("b", "+14.2 % of 19 M"))
+    )
+    [found] = differences([base, more])
+    assert (found.name, found.weight) == ("active FLOPs of a sample", Weight.WARNS)
+    wide = dataclasses.replace(more, changes={"model.backbone.init_args.hidden_dim": 512})
+    [found] = differences([base, wide])
+    assert (found.weight, found.told) == (Weight.DECLARED, "19 M (a); +14.2 % of 19 M (b)")
+    assert differences([base, dataclasses.replace(base, arm="b")]) == ()
+
+
 def test_equal_runs_differ_in_nothing():
     assert differences([subject(arm, seed) for arm in ("a", "b") for seed in (0, 1)]) == ()
     assert differences([]) == ()

@@ -171,7 +171,7 @@ def test_page_in_a_browser(address: str, scheme: str, tmp_path: Path, report: Re
     assert "CONSOLE" not in errors, [line for line in errors.splitlines() if "CONSOLE" in line]
     assert [frame["width"] for frame in frames] == list(WIDTHS)
     for frame in frames:
-        assert len(frame["images"]) == len(report.pictures) == 8
+        assert len(frame["images"]) == len(report.pictures) == 9
         assert all(width > 0 and complete and alt for width, complete, alt in frame["images"])
         assert frame["links"] > 20
         assert (frame["dead"], frame["twins"]) == ([], [])

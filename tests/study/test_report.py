@@ -17,9 +17,10 @@ from rich.console import Console
 from lightning_moevlm.study.figures import curves, draw_all, expert_load
 from lightning_moevlm.study.figures.expert_load import loads_of
 from lightning_moevlm.study.figures.picture import looks, picture_of
+from lightning_moevlm.study.finding import finding
 from lightning_moevlm.study.gather import gather
 from lightning_moevlm.study.ledger import read_ledger
-from lightning_moevlm.study.report import finding, make_report, origin_of, print_tables, write_report
+from lightning_moevlm.study.report import make_report, origin_of, print_tables, write_report
 from lightning_moevlm.study.result_records import arm_record
 from lightning_moevlm.study.results import StudyResult
 from lightning_moevlm.study.summary_run import log_summary

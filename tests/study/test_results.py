@@ -6,10 +6,10 @@ import math
 import pytest
 import yaml
 
+from lightning_moevlm.study.finding import finding, learned
 from lightning_moevlm.study.gather import compare
 from lightning_moevlm.study.gather import result_of as result_of_run
 from lightning_moevlm.study.ledger import RunState, Status
-from lightning_moevlm.study.report import finding, learned
 from lightning_moevlm.study.result_records import factor_records, ladder_records
 from lightning_moevlm.study.results import mean_of
 from lightning_moevlm.study.stability_tables import equal_budget_table, sensitivity_table
@@ -17,7 +17,7 @@ from lightning_moevlm.study.table import signed
 from lightning_moevlm.study.tables import report_tables
 from lightning_moevlm.study.verdict import Verdict
 from lightning_moevlm.tracking.series import Series
-from tests.study.tiny_study import plan_of, write_project
+from tests.study.tiny_study import describe, plan_of, write_project
 
 FACTORS = {
     "skew": {"on": {"model.skew": 0.9}},
@@ -26,11 +26,14 @@ FACTORS = {
 NOISE = {0: 0.010, 1: -0.012, 2: 0.008}
 
 
-def result_of(tmp_path, study, finals, drop=lambda run: 0.1, more=lambda run: {}, crashed=lambda run: False):
+def result_of(
+    tmp_path, study, finals, drop=lambda run: 0.1, more=lambda run: {}, crashed=lambda run: False, cards=None
+):
     """Compare runs that ended at finals(run), diverged where that is None; more: series beside or instead."""
     file = write_project(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", {"seeds": [0, 1, 2]} | study)
     written = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump({key: value for key, value in written.items() if value is not None}))
+    kept = {key: value for key, value in written.items() if value is not None}
+    file.write_text(yaml.safe_dump(kept, sort_keys=False))
     plan = plan_of(file)
     results = []
     for run in plan.runs:
@@ -42,7 +45,7 @@ def result_of(tmp_path, study, finals, drop=lambda run: 0.1, more=lambda run: {}
         status = Status.DIVERGED if final is None else Status.FINISHED
         state = RunState(Status.FAILED if crashed(run) else status, run_id=run.name)
         results.append(result_of_run(run, state, series))
-    return compare(plan.comparison, plan.cards, results)
+    return compare(plan.comparison, cards or plan.cards, results)
 
 
 def test_factors_of_a_designed_study(tmp_path):
@@ -61,6 +64,16 @@ def test_factors_of_a_designed_study(tmp_path):
     table = next(table for table in report_tables(result) if table.title.startswith("Main effects"))
     assert [row[0] for row in table.rows] == ["skew", "speed", "skew x speed"]
     assert [record.factors for record in factor_records(result)] == [["skew"], ["speed"], ["skew", "speed"]]
+
+
+@pytest.mark.parametrize(("flops", "told"), [(11_900_000, "alike"), (13_700_000, "+14.2 % of 12 M (fast)")])
+def test_arms_that_compute_more_are_not_called_alike(tmp_path, flops, told):
+    arms = {"baseline": None, "fast": {"model.speed": 0.9}}
+    cards = {"baseline": describe({}), "fast": describe({})._replace(active_flops_per_sample=flops)}
+    result = result_of(tmp_path, {"arms": arms}, lambda run: 5.0, cards=cards)
+    [row] = report_tables(result)[-1].rows
+    assert told in row[1] or told in row[2]
+    assert (row[0] == "everything compared") is (told == "alike")
 
 
 def test_learning_rates_of_a_study(tmp_path):

@@ -9,7 +9,7 @@ from lightning_moevlm.study.figures.bars import draw_accuracy, draw_throughput
 from lightning_moevlm.study.figures.curves import draw_curves
 from lightning_moevlm.study.figures.expert_flow import draw_expert_flow
 from lightning_moevlm.study.figures.expert_load import draw_expert_load
-from lightning_moevlm.study.figures.forest import draw_forest
+from lightning_moevlm.study.figures.forest import draw_factor_forest, draw_forest
 from lightning_moevlm.study.figures.interactions import draw_interactions
 from lightning_moevlm.study.figures.learning_rates import draw_learning_rates
 from lightning_moevlm.study.figures.pareto import draw_pareto
@@ -20,8 +20,9 @@ from lightning_moevlm.study.results import ArmResult, StudyResult
 __all__ = ["MANY_ARMS", "Picture", "draw_all", "legible"]
 
 _DRAWERS = (
-    draw_forest,
+    draw_factor_forest,
     draw_interactions,
+    draw_forest,
     draw_learning_rates,
     draw_curves,
     draw_accuracy,

@@ -1,4 +1,4 @@
-"""Interaction matrix of a factorial study: main effects on the diagonal, two-way interactions beside it."""
+"""Interaction matrix of a study that crosses factors: main effects on the diagonal, two-way interactions beside it."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,8 +15,8 @@ _LETTERS_OF_FACTOR = 14  # of a name in a line beside the matrix
 
 def draw_interactions(result: StudyResult) -> Picture | None:
     """Draw it; None where the design has fewer than two factors or no seed has all of its arms."""
-    factors = tuple(dict.fromkeys(name for one in result.factors for name in one.factors))
-    effects = {one.factors: one.effect for one in result.factors}
+    factors = _names(result)
+    effects = {tuple(contrast.name for contrast in one.contrasts): one.effect for one in result.factors}
     known = {term: effect for term, effect in effects.items() if effect.centre is not None}
     if len(factors) < 2 or not known:
         return None
@@ -39,16 +39,14 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     axes.set_yticks(range(len(factors)), names)
     level = f"{100 * (1 - result.comparison.decide.alpha):g} %"
     axes.set_title(
-        f"diagonal: effect of a switch, on minus off; beside it: interactions; star: {level} interval without 0",
+        f"diagonal: effect of a switch or level; beside it: interactions; star: {level} interval without 0",
         fontsize=10,
     )
     bar = figure.colorbar(image, ax=axes, shrink=0.9)
     bar.set_label(f"{title}\n({unit}), blue is better" if unit else f"{title}, blue is better", fontsize=9)
     sentences = " ".join(f"{' x '.join(term)}: {_cell(effect)}." for term, effect in known.items())
     alt = f"Matrix of main effects and two-way interactions on {title}. {sentences}"
-    return picture_of(
-        figure, "interactions", f"Effects of switches on {title}, alone and together", alt, _table(result)
-    )
+    return picture_of(figure, "interactions", f"Effects of factors on {title}, alone and together", alt, _table(result))
 
 
 def _write(axes: Axes, row: int, column: int, effect: Effect, largest: float) -> None:
@@ -59,9 +57,13 @@ def _write(axes: Axes, row: int, column: int, effect: Effect, largest: float) ->
     axes.text(column, row, f"{effect.centre:+.3g}{star}", ha="center", va="center", color=colour, weight=weight)
 
 
+def _names(result: StudyResult) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(contrast.name for one in result.factors for contrast in one.contrasts))
+
+
 def _table(result: StudyResult) -> Table:
-    factors = tuple(dict.fromkeys(name for one in result.factors for name in one.factors))
-    effects = {frozenset(one.factors): one.effect for one in result.factors}
+    factors = _names(result)
+    effects = {frozenset(contrast.name for contrast in one.contrasts): one.effect for one in result.factors}
     rows = tuple((row, *(_cell(effects.get(frozenset((row, column)))) for column in factors)) for row in factors)
     title, unit = name_and_unit(result.comparison.primary.metric)
     notes = ("a factor with itself: its main effect. In brackets the interval.",)
