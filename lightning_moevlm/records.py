@@ -18,7 +18,8 @@ class Batch(NamedTuple):
 
     images_BRYX: uint8, RGB. text_BL: int64 token ids, padded. text_mask_BL: bool, True on real tokens.
     keys: the samples' WebDataset keys, in order. num_pairs: how many leading images and texts belong together; None
-    where every image has its text. per_source: how many samples each source of the data gave, in their order.
+    where every image has its text. per_source: how many samples each source of the data gave, in their order. num_cut:
+    texts that have lost their end, of those that were read for the batch.
     """
 
     images_BRYX: Tensor | None
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     keys: tuple[str, ...]
     num_pairs: int | None = None
     per_source: tuple[int, ...] = ()
+    num_cut: int = 0
 
     @property
     def num_samples(self) -> int:

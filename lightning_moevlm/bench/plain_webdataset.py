@@ -1,6 +1,6 @@
 """The peer of the data bench: the same shards as most people read them, with WebDataset and Pillow."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +50,8 @@ class _Resized:
 
 class _Tokenised:
     def __init__(self, tokenizer: CaptionTokenizer, max_text_len: int) -> None:
-        self._encode: Callable[[list[str], int], tuple[Tensor, Tensor]] = tokenizer.encode
+        self._tokenizer = tokenizer
         self._max_text_len = max_text_len
 
     def __call__(self, caption: str) -> Tensor:
-        return self._encode([caption.strip()], self._max_text_len)[0][0]
+        return self._tokenizer.encode([caption.strip()], self._max_text_len).text_BL[0]

@@ -26,6 +26,7 @@ from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, Term
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.faults import CAUSES
+from lightning_moevlm.shards.loader import ShardLoader
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.logging_steps import is_logging_step
 
@@ -37,6 +38,9 @@ _SCALARS = {
     "dead_experts": keys.DEAD_EXPERTS,
     "logit_max": keys.LOGIT_MAX,
 }
+
+_ENOUGH_CAPTIONS = 500
+"""Over which the share that is cut is told: the first few may not be like the rest."""
 
 
 @runtime_checkable
@@ -68,6 +72,7 @@ class Telemetry(Callback):
         self._resumed_at = time.perf_counter()
         self._dispatch: dict[str, str] = {}
         self._in_use: list[str] = []
+        self._has_told_cut = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log what the model costs."""
@@ -141,8 +146,25 @@ class Telemetry(Callback):
         self._write(trainer, values)
         if trainer.global_step == self._first_step:
             refuse_unknown_monitors(trainer, self._evaluated)
+        self._tell_cut(trainer, enough=_ENOUGH_CAPTIONS)
         self._tell_dispatch(trainer, pl_module)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell what a short training has not told yet."""
+        self._tell_cut(trainer, enough=1)
+
+    def _tell_cut(self, trainer: Trainer, enough: int) -> None:
+        """Say once which share of the captions is cut, if any is, when enough have been read."""
+        loader = _train_loader(trainer)
+        if self._has_told_cut or loader is None or not loader.num_cut or loader.num_texts < enough:
+            return
+        self._has_told_cut = True
+        rank_zero_info(
+            f"{loader.num_cut / loader.num_texts:.1%} of {loader.num_texts:,} captions are longer than "
+            f"data.max_text_len {trainer.datamodule.max_text_len} and lose their end; "  # type: ignore[attr-defined]
+            "`moevlm data check` tells which length keeps how many"
+        )
 
     def _step_values(self, pl_module: LightningModule) -> dict[str, float]:
         """Return how far the step went and what the gradient stabilisers did, by key."""
@@ -199,24 +221,33 @@ def loss_values(report: LossReport) -> dict[str, float]:
 
 def data_values(trainer: Trainer) -> dict[str, float]:
     """Return what was read of each source, and what could not be used, over all ranks, by key; all ranks must ask."""
-    data: object = trainer.datamodule  # type: ignore[attr-defined]
-    loader = data.train_loader if isinstance(data, ShardDataModule) else None
+    loader = _train_loader(trainer)
     if loader is None:
         return {}
     values: dict[str, float] = {}
     for name, samples, epochs in zip(loader.source_names, loader.samples, loader.source_epochs, strict=True):
         values[keys.SOURCE_SAMPLES.key(source=name)] = float(samples * trainer.world_size)  # alike on every rank
         values[keys.SOURCE_EPOCHS.key(source=name)] = epochs
+    num_cut, num_texts = _over_ranks(trainer, [loader.num_cut, loader.num_texts])
+    if num_texts:
+        values[keys.CUT_CAPTIONS.key()] = num_cut / num_texts
     if loader.may_lose:
-        own = torch.tensor([loader.lost[cause] for cause in CAUSES], device=trainer.strategy.root_device)
-        total = trainer.strategy.reduce(own, reduce_op="sum")
-        assert isinstance(total, Tensor)
+        total = _over_ranks(trainer, [loader.lost[cause] for cause in CAUSES])
         values |= {
-            keys.SKIPPED_SAMPLES.key(cause=cause): count
-            for cause, count in zip(CAUSES, total.tolist(), strict=True)
-            if count
+            keys.SKIPPED_SAMPLES.key(cause=cause): count for cause, count in zip(CAUSES, total, strict=True) if count
         }
     return values
+
+
+def _over_ranks(trainer: Trainer, own: list[int]) -> list[int]:
+    total = trainer.strategy.reduce(torch.tensor(own, device=trainer.strategy.root_device), reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total.tolist()
+
+
+def _train_loader(trainer: Trainer) -> ShardLoader | None:
+    data: object = trainer.datamodule  # type: ignore[attr-defined]
+    return data.train_loader if isinstance(data, ShardDataModule) else None
 
 
 def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:

@@ -72,6 +72,18 @@ def _notes(report: "CheckReport") -> list[str]:
         shown = ", ".join(f"{width}x{height} ({num:,})" for (width, height), num in report.sizes[:_SIZES_SHOWN])
         others = f" and {len(report.sizes) - _SIZES_SHOWN:,} other sizes" if len(report.sizes) > _SIZES_SHOWN else ""
         notes.append(f"width x height: {shown}{others}")
+    longest = max(card.caption_max for card in report.cards)
+    if longest:
+        total = sum(card.num_samples for card in report.cards)
+        cut = {
+            limit: sum(card.cut[limit] * card.num_samples for card in report.cards) / total
+            for limit in report.cards[0].cut
+        }
+        shares = "; ".join(f"{limit}: {share:.1%}" for limit, share in cut.items() if share)
+        notes.append(
+            f"captions that lose their end, by data.max_text_len: {shares + '; ' if shares else ''}"
+            f"{longest + 2} and more: none"
+        )
     across = sum(card.duplicates_across for card in report.cards)
     if across:
         what = "captions" if report.cards[0].modality == "texts" else "pictures"

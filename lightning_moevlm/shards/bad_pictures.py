@@ -86,4 +86,5 @@ def _rows(batch: Batch, kept: Sequence[int]) -> Batch:
         sum(place < pairs for place in kept),
         # samples are left out in evaluation only, where a batch is of one source
         tuple(samples and samples - left_out for samples in batch.per_source),
+        batch.num_cut,
     )

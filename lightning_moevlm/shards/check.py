@@ -32,16 +32,20 @@ from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _DECODED_SIZE = 8  # pixels; small, since only whether it can be decoded matters
+TEXT_LENGTHS = (24, 40, 64, 128)
+"""Of `data.max_text_len`: those of the shipped configurations, and more; a check tells how many captions each cuts."""
+_FRAME = 2  # [BOS] and [EOS]
 _DIGEST_BYTES = 16  # of sha256, kept per picture: enough to tell any number of pictures apart
 
 
 class SplitCard(NamedTuple):
     """One row of a set's card, over samples without problems.
 
-    caption_*: tokens of a sample's longest caption, without [BOS] and [EOS]; 0 in a set without captions. side_*:
-    pixels, min, median and 95 % of the shorter side and the largest longer side; 0 in a set without pictures.
-    duplicates_within: samples whose picture (in a set of texts: caption) is byte for byte one that occurred before in
-    the split; duplicates_across: not in this split, but in one before it.
+    caption_*: tokens of a sample's longest caption, without [BOS] and [EOS]; 0 in a set without captions. cut: share of
+    the samples of which a caption loses its end, by `data.max_text_len`. side_*: pixels, min, median and 95 % of the
+    shorter side and the largest longer side; 0 in a set without pictures. duplicates_within: samples whose picture (in
+    a set of texts: caption) is byte for byte one that occurred before in the split; duplicates_across: not in this
+    split, but in one before it.
     """
 
     split: Split
@@ -53,6 +57,7 @@ class SplitCard(NamedTuple):
     caption_median: int
     caption_p95: int
     caption_max: int
+    cut: dict[int, float]
     side_min: int
     side_median: int
     side_p95: int
@@ -145,13 +150,15 @@ class _Check:
             return None
         self.sizes.update(entry.size for entry in found if entry.size is not None)
         sizes = [entry.size for entry in found if entry.size is not None]
+        lengths = [entry.num_tokens for entry in found if entry.num_tokens is not None]
         return SplitCard(
             split,
             len(shards),
             len(found),
             sum(shard.num_bytes for shard in shards),
             modality_of(self._manifest),
-            *_quantiles([entry.num_tokens for entry in found if entry.num_tokens is not None]),
+            *_quantiles(lengths),
+            {limit: _share_above(limit - _FRAME, lengths) for limit in TEXT_LENGTHS if lengths},
             *_quantiles([min(size) for size in sizes])[:3],
             max((max(size) for size in sizes), default=0),
             sum(entry.num_questions for entry in found),
@@ -221,6 +228,10 @@ def _shown(sample: RawSample) -> bytes:
     extension = next((e for e in (*IMAGE_EXTENSIONS, CAPTION_EXTENSION) if e in sample.members), None)
     data = sample.key.encode() if extension is None else sample.members[extension]
     return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
+
+
+def _share_above(limit: int, counts: list[int]) -> float:
+    return sum(count > limit for count in counts) / len(counts)
 
 
 def _quantiles(counts: list[int]) -> tuple[int, int, int, int]:

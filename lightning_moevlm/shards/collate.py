@@ -137,11 +137,11 @@ class Collate:
 
     def batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
-        text_BL, text_mask_BL = None, None
+        text_BL, text_mask_BL, num_cut = None, None, 0
         if self._captions is not None:
             captions = [each.caption or "" for each in decoded]
-            text_BL, text_mask_BL = self._tokenizer.encode(captions, self._max_text_len)
-        return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded))
+            text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len)
+        return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded), num_cut=num_cut)
 
     def encoded(self, decoded: Sequence[Decoded], num_fresh: int) -> EncodedImages | None:
         """Put the JPEGs of a batch together; None where there are none, or they are decoded already.

@@ -53,7 +53,7 @@ class ShardDataModule(LightningDataModule):
             endpoints of object stores come from the environment. Null with `sources`.
         batch_size: Samples per rank and step.
         image_size: Pixels per side that the model sees; other sizes are scaled.
-        max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut.
+        max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut, and a run says how many.
         vocab_size: Ids that the model can embed; the set's tokenizer must not have more.
         num_workers: Processes that read and decode; 0 reads in the training process. The order of samples is the same
             for any number.

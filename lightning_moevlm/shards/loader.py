@@ -51,12 +51,14 @@ class RankState(TypedDict):
 class LoaderState(TypedDict):
     """Where a loader is, as plain values. order: all that the order of batches depends on.
 
-    samples: handed out so far on this rank, by source. ranks: by number of the rank.
+    samples: handed out so far on this rank, by source. texts: how many of them have one, and in how many it is cut.
+    ranks: by number of the rank.
     """
 
     epoch: int
     batch: int
     samples: list[int]
+    texts: list[int]
     ranks: dict[int, RankState]
     order: dict[str, object]
 
@@ -91,6 +93,7 @@ class ShardLoader:
         self._cursor = reader.next_epoch(Cursor(-1, 0))
         self._resume_here = True
         self.samples = [0] * len(reader.sources)
+        self.num_texts, self.num_cut = 0, 0
         self.lost: Counter[Cause] = Counter()
 
     @property
@@ -174,6 +177,8 @@ class ShardLoader:
             places = (*places[:stream], delivery.places, *places[stream + 1 :])
         self._cursor = replace(self._cursor, batch=batch + 1, places=places)
         self.samples = [before + more for before, more in zip(self.samples, delivery.batch.per_source, strict=True)]
+        self.num_texts += len(delivery.batch.text_keys)
+        self.num_cut += delivery.batch.num_cut
         if not delivery.lost:
             return
         self.lost.update(delivery.lost)
@@ -199,6 +204,7 @@ class ShardLoader:
             epoch=self._cursor.epoch,
             batch=self._cursor.batch,
             samples=list(self.samples),
+            texts=[self.num_texts, self.num_cut],
             ranks=self._of_all_ranks(own),
             order=self._order(),
         )
@@ -228,6 +234,7 @@ class ShardLoader:
         places: Places = tuple(tuple(Place(*place) for place in stream) for stream in own["places"])
         self._cursor = Cursor(int(state_dict["epoch"]), int(state_dict["batch"]), places)
         self.samples = list(state_dict["samples"])
+        self.num_texts, self.num_cut = state_dict.get("texts", [0, 0])  # older checkpoints do not count them
         self.lost = Counter(own["lost"])  # type: ignore[arg-type]  # written by `state_dict`
         self._resume_here = True
 

@@ -171,6 +171,7 @@ def joined(batches: Mapping[int, Batch], num_sources: int) -> Batch:
         tuple(key for batch in ordered for key in batch.keys),
         sum(batch.pairs for batch in ordered),
         per_source,
+        sum(batch.num_cut for batch in ordered),
     )
 
 

@@ -100,4 +100,5 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         keys=batch.keys[start:stop],
         num_pairs=None if batch.num_pairs is None else min(batch.num_pairs, stop - start),
         per_source=tuple(stop - start if count else 0 for count in batch.per_source),
+        num_cut=0 if start else batch.num_cut,  # counted once
     )

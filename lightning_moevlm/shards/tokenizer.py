@@ -26,10 +26,11 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 class EncodedText(NamedTuple):
-    """text_BL: int64 ids, padded with PAD. text_mask_BL: bool, True on real tokens."""
+    """text_BL: int64 ids, padded with PAD. text_mask_BL: bool, True on real tokens. num_cut: texts that were cut."""
 
     text_BL: Tensor
     text_mask_BL: Tensor
+    num_cut: int
 
 
 class CaptionTokenizer:
@@ -58,11 +59,14 @@ class CaptionTokenizer:
     def encode(self, texts: Sequence[str], max_text_len: int) -> EncodedText:
         """Encode texts to (B, max_text_len); a longer text loses its end but keeps its [EOS]."""
         ids_BL = np.full((len(texts), max_text_len), PAD, dtype=np.int64)  # rows of numpy are filled faster
+        num_cut = 0
         for row_L, text in zip(ids_BL, texts, strict=True):
-            ids = [BOS, *self.ids(text)[: max_text_len - 2], EOS]
-            row_L[: len(ids)] = ids
+            ids = self.ids(text)
+            num_cut += len(ids) > max_text_len - 2
+            framed = [BOS, *ids[: max_text_len - 2], EOS]
+            row_L[: len(framed)] = framed
         text_BL = torch.from_numpy(ids_BL)
-        return EncodedText(text_BL, text_BL != PAD)
+        return EncodedText(text_BL, text_BL != PAD, num_cut)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, leaving out special tokens."""

@@ -70,12 +70,14 @@ def test_check_prints_a_card_and_writes_records(
     printed = capsys.readouterr().out
     manifest = read_manifest(built)
     assert "CC BY-SA 4.0" in printed and manifest.digest[:12] in printed and "train" in printed
+    assert "captions that lose their end, by data.max_text_len: " in " ".join(printed.split())
     assert sheet.read_bytes().startswith(b"\x89PNG")
     assert main(["data", "check", str(built), "--json", "-"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert [record["split"] for record in records] == ["train", "val", "test"]
     assert sum(record["num_samples"] for record in records) == 80
     assert {record["manifest_digest"] for record in records} == {manifest.digest}
+    assert set(records[0]["cut"]) == {"24", "40", "64", "128"}
 
 
 def test_check_fails_on_a_truncated_shard(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

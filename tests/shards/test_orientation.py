@@ -83,17 +83,17 @@ def test_a_missing_or_broken_note_turns_nothing(extension: str) -> None:
         assert orientation(bytes(bad[: chance.randint(0, len(bad))])) in TURNS
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png"])
+@pytest.mark.parametrize("extension", FORMATS)
 @pytest.mark.parametrize("turn", TURNS)
 def test_turned_images_are_upright_for_training_looking_and_the_device(turn: int, extension: str) -> None:
     upright = Image.fromarray(_corner())
     inverse = {6: 8, 8: 6}.get(turn, turn)
     lying = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(_stored(_corner(), "png", _exif(inverse))))))
-    data = _stored(lying, extension, _exif(turn))
+    data, plain = _stored(lying, extension, _exif(turn)), _stored(np.asarray(upright), extension, b"")
+    extension = "image" if extension == "webp" else extension  # what a set calls members of any format
     for side in (8, 24):  # scaled by much, and not at all
-        expected = decode_image(_stored(np.asarray(upright), extension, b""), extension, side)
-        image_RYX = decode_image(data, extension, side)
-        assert (image_RYX.int() - expected.int()).abs().max() <= (0 if extension == "png" else 12)
+        expected, image_RYX = decode_image(plain, extension, side), decode_image(data, extension, side)
+        assert (image_RYX.int() - expected.int()).abs().max() <= (12 if extension == "jpg" else 0)
         if extension == "jpg":
             encoded = EncodedImages.of([Jpeg(data, "a")])
             assert torch.equal(decode_on(encoded, side, torch.device("cpu")).images_BRYX[0], image_RYX)

@@ -34,7 +34,8 @@ def test_encode_frames_cuts_and_pads(tmp_path: Path) -> None:
     long, short = "a red apple left of a cat face", "a"
     ids = tokenizer.ids(long)
     assert len(ids) > 4
-    text_BL, text_mask_BL = tokenizer.encode([long, short], max_text_len=6)
+    text_BL, text_mask_BL, num_cut = tokenizer.encode([long, short], max_text_len=6)
+    assert num_cut == 1 and tokenizer.encode([long], max_text_len=len(ids) + 2).num_cut == 0
     assert text_BL.tolist() == [[BOS, *ids[:4], EOS], [BOS, *tokenizer.ids(short), EOS, PAD, PAD, PAD]]
     assert text_mask_BL.tolist() == [[True] * 6, [True] * 3 + [False] * 3]
 
@@ -49,7 +50,7 @@ def test_control_words_in_a_caption_make_no_control_ids(tmp_path: Path) -> None:
         for caption in captions:
             assert not {PAD, MASK, BOS, EOS} & set(tokenizer.ids(caption))
             assert tokenizer.decode(tokenizer.ids(caption)) == caption
-        text_BL, text_mask_BL = tokenizer.encode(captions, max_text_len=64)
+        text_BL, text_mask_BL, _ = tokenizer.encode(captions, max_text_len=64)
         for row_L, real_L, caption in zip(text_BL.tolist(), text_mask_BL.tolist(), captions, strict=True):
             length = len(tokenizer.ids(caption)) + 2
             assert real_L == [True] * length + [False] * (64 - length)  # no hole in the mask
