@@ -1,6 +1,7 @@
 """The `moevlm` command: training goes to LightningCLI, everything else to typed functions.
 
-Exit codes: 0 done, 1 something failed while running, 2 a mistake in what was asked, 130 interrupted.
+Exit codes: 0 done, 1 something failed while running, 2 a mistake in what was asked, 3 the loss of a run is not a
+number, 128 + N ended by signal N (130 is Ctrl-C).
 """
 
 import os
@@ -11,10 +12,11 @@ from rich.console import Console
 
 from lightning_moevlm import __version__
 from lightning_moevlm.collector import collected_seldom
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.errors import Diverged, Stopped, UserError
 from lightning_moevlm.url_secrets import without_url_secrets
 
 _TRAINING = ("fit", "validate", "test", "predict")
+_DIVERGED = 3
 _HELP = f"""\
 moevlm {__version__}: train sparse mixture-of-experts vision-language models, ablate stabilisers, compare honestly
 
@@ -58,6 +60,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("moevlm: interrupted", highlight=False)
         return 130
+    except (Diverged, Stopped) as ending:
+        Console(stderr=True).print(f"moevlm: {ending}", highlight=False, markup=False, soft_wrap=True)
+        return 128 + ending.signal_number if isinstance(ending, Stopped) else _DIVERGED
 
 
 def _dispatch(arguments: list[str]) -> int:

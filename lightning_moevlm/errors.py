@@ -7,3 +7,20 @@ Whatever the command line can say in one line (what came, what is allowed, what 
 
 class UserError(ValueError):
     """A mistake in the user's input; the message names what came, what is allowed and what to change."""
+
+
+class Diverged(Exception):  # noqa: N818 - an outcome, not a fault
+    """A run was ended because its loss is not a number; the message says at which step and what to try."""
+
+
+class Stopped(Exception):  # noqa: N818 - asked for, not a fault
+    """A run was ended by a signal, after it saved where it stood.
+
+    Args:
+        signal_number: which.
+        told: where the run stood.
+    """
+
+    def __init__(self, signal_number: int, told: str) -> None:
+        super().__init__(told)
+        self.signal_number = signal_number

@@ -8,6 +8,7 @@
 - A mistake in a configuration is one line and exit code 2.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,13 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import SUPPRESS, ArgumentError, Namespace
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
 
+from lightning_moevlm.callbacks import DivergenceGuard, LastCheckpoint, StopBySignal
 from lightning_moevlm.collector import collect_as_usual
 from lightning_moevlm.config_overlays import NamesMerger, with_nulls_as_files
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.errors import Diverged, Stopped, UserError
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.parse_errors import told_from_the_mistake
 from lightning_moevlm.parsers import (
@@ -38,6 +43,8 @@ from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.tracking.config_base import resolved_base
 from lightning_moevlm.tracking.config_sources import config_sources
+from lightning_moevlm.tracking.last_words import resume_line
+from lightning_moevlm.tracking.named_run import RUN, with_recorded_run
 from lightning_moevlm.tracking.provenance import code_checkout
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse_other_model
@@ -64,6 +71,7 @@ class CommandLine(LightningCLI):
 
     def __init__(self, asked: str, argv: Sequence[str], notices: Notices) -> None:
         self._asked = asked
+        self._stop = StopBySignal()
         super().__init__(
             VisionLanguageModule,
             ShardDataModule,
@@ -73,7 +81,7 @@ class CommandLine(LightningCLI):
             parser_kwargs={**PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(PARSER_OPTIONS)},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # for modules that save their hyperparameters; ours does not
-            trainer_defaults={"callbacks": ReleaseNotices(notices)},
+            trainer_defaults={"callbacks": [ReleaseNotices(notices), self._stop]},
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -94,6 +102,8 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the Trainer our logger and callbacks unless a configuration names others."""
         parser.set_defaults(DEFAULTS)
+        told = "id, name or folder of a run: its configuration and its last checkpoint, to resume or to measure it"
+        parser.add_argument(RUN, default=SUPPRESS, metavar="RUN", help=told)  # replaced before anything is parsed
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; tell a mistake with what the option allows."""
@@ -118,8 +128,8 @@ class CommandLine(LightningCLI):
         config.weights_only = True  # null is Lightning's default, which unpickles what comes from a server
         root = Path(config.trainer.default_root_dir or ".")
         self._checkpoint = look_at_checkpoint(config.get("ckpt_path"), self._asked, root)
-        if config.trainer.fast_dev_run:
-            _save_nothing(config.trainer.callbacks)
+        if _saves(config.trainer) and self.subcommand == "fit":
+            self.trainer_defaults["callbacks"].append(LastCheckpoint(self._stop))
         if config.trainer.enable_progress_bar is False and isinstance(config.trainer.callbacks, list):
             config.trainer.callbacks = [
                 callback for callback in config.trainer.callbacks if not callback.class_path.endswith(".StepProgress")
@@ -128,6 +138,9 @@ class CommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse, before anything is written, what only the parts as built can tell not to fit."""
         config = self.config[self.subcommand]
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
+                callback.save_last = None  # LastCheckpoint does; a fast_dev_run is to leave nothing
         refuse_other_precision(config.trainer.precision, self.trainer)
         if self._checkpoint is not None:
             refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
@@ -141,6 +154,32 @@ class CommandLine(LightningCLI):
                 refuse_other_groups(self._checkpoint, self.model)
                 refuse_other_state(self._checkpoint, self.model.optimizer_factory)
         self._checkpoint = None
+
+    def after_fit(self) -> None:
+        """Tell a run that has diverged from one that is done."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set, but not declared
+        for callback in callbacks:
+            if isinstance(callback, DivergenceGuard) and callback.diverged_at is not None:
+                raise Diverged(f"diverged: the training loss is not a number at step {callback.diverged_at}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; where training ends early, say last of all how to resume it."""
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError:
+            raise
+        except BaseException as error:
+            told = ""
+            if subcommand == "fit":
+                told = resume_line(self.trainer)
+                if told and self.trainer.is_global_zero:
+                    Console(stderr=True).print(told, soft_wrap=True, highlight=False, markup=False)
+            if isinstance(error, SIGTERMException):
+                number = self._stop.number or signal.SIGTERM
+                where = f" at step {self.trainer.global_step}" if subcommand == "fit" else ""
+                lost = "; nothing was saved" if where and not told else ""
+                raise Stopped(number, f"stopped by {signal.Signals(number).name}{where}{lost}") from error
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint restores state, it does not configure."""
@@ -183,6 +222,7 @@ def run(args: Sequence[str]) -> None:
 
 def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
     prepare_parsers()
+    args = with_recorded_run(args)
     with TemporaryDirectory() as folder, held_notices() as notices, teaching_errors():
         words = with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
@@ -214,9 +254,16 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
     return words
 
 
-def _save_nothing(callbacks: object) -> None:
-    """Let a fast_dev_run leave nothing: Lightning saves `save_last` all the same when training ends."""
-    for callback in callbacks if isinstance(callbacks, list) else []:
-        part = imported_class(callback.class_path)
-        if part is not None and issubclass(part, ModelCheckpoint):
-            callback.init_args.save_last = None
+def _saves(trainer: Namespace) -> bool:
+    """Tell whether a run is to keep its last checkpoint; where it is to keep none, drop what would."""
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    saving = [each for each in callbacks if each is not None and _is_checkpoint(each.class_path)]
+    if trainer.enable_checkpointing is False:
+        trainer.callbacks = [each for each in callbacks if each is not None and each not in saving]
+        return False
+    return all(each.init_args.get("save_last") is not False for each in saving) and not trainer.fast_dev_run
+
+
+def _is_checkpoint(class_path: str) -> bool:
+    part = imported_class(class_path)
+    return part is not None and issubclass(part, ModelCheckpoint)

@@ -27,11 +27,15 @@ class DivergenceGuard(Callback):
     def __init__(self, every_n_steps: int = 10) -> None:
         check_number("every_n_steps of DivergenceGuard", every_n_steps, least=1)
         self.every_n_steps = every_n_steps
+        self.diverged_at: int | None = None
+        """The first step whose loss was not a number, as far as was asked."""
+        self._has_logged = False
         self._first_bad: Tensor | None = None  # int64, on the device; a huge number while all is well
         self._bad_in_a_row: Tensor | None = None  # int64, on the device: batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with a clean record."""
+        self._has_logged = False
         self._first_bad = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=pl_module.device)
         self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=pl_module.device)
 
@@ -46,12 +50,26 @@ class DivergenceGuard(Callback):
         step = trainer.global_step
         patience = 1 if pl_module.gradient.skip_spikes is None else self.every_n_steps
         self._bad_in_a_row = torch.where(outputs["loss"].isfinite(), 0, self._bad_in_a_row + 1)
-        has_diverged = self._bad_in_a_row >= patience
-        self._first_bad = torch.where(has_diverged, self._first_bad.clamp(max=step), self._first_bad)
-        if step % self.every_n_steps and step != trainer.max_steps:
-            return
-        first: Tensor = -trainer.strategy.reduce(-self._first_bad.double(), reduce_op="max")
-        if first <= step:
+        is_bad = self._bad_in_a_row >= patience
+        self._first_bad = torch.where(is_bad, self._first_bad.clamp(max=step), self._first_bad)
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask once more, where training ended between two waits."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        if not self._has_logged and self.has_diverged(trainer):
+            assert self.diverged_at is not None
             for logger in trainer.loggers:
-                logger.log_metrics({keys.FIRST_NONFINITE_STEP.key(): int(first)}, step=step)
-            trainer.should_stop = True
+                logger.log_metrics({keys.FIRST_NONFINITE_STEP.key(): self.diverged_at}, step=trainer.global_step)
+            self._has_logged = trainer.should_stop = True
+
+    def has_diverged(self, trainer: Trainer) -> bool:
+        """Ask all ranks, who ask at once; `diverged_at` then tells the step."""
+        if self._first_bad is None:
+            return False
+        first = int(-trainer.strategy.reduce(-self._first_bad.double(), reduce_op="max"))
+        self.diverged_at = first if first <= trainer.global_step else None
+        return self.diverged_at is not None

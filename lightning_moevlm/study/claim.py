@@ -59,10 +59,10 @@ class Experiment:
         _client(self.uri).update_run(run_id, status="RUNNING")
 
     def close(self, run_id: str, outcome: str, finished: bool) -> None:
-        """Tag a run with its outcome and see to it that it does not look as if it were still running."""
+        """Tag a run with its outcome; none looks as if it were still running, and a result not as if it had failed."""
         client = _client(self.uri)
         client.set_tag(run_id, OUTCOME, outcome)
-        _end(client, run_id, "FINISHED" if finished else "FAILED")
+        _end(client, run_id, "FINISHED" if finished else "FAILED", even_if_failed=finished)
 
     def interrupt(self, run_ids: Iterable[str]) -> None:
         """See to it that runs which were ended before they could say so do not look as if they were still running."""
@@ -117,10 +117,11 @@ def open_experiment(uri: str, name: str) -> Experiment:
     return Experiment(uri, name, str(client.create_experiment(name, artifact_location=local)))
 
 
-def _end(client: "MlflowClient", run_id: str, status: str) -> None:
-    """Set the status of a run that does not have a last one yet."""
-    if client.get_run(run_id).info.status == "RUNNING":
-        client.set_terminated(run_id, status)
+def _end(client: "MlflowClient", run_id: str, status: str, even_if_failed: bool = False) -> None:
+    """Set the status of a run that does not have a last one yet; or says that it failed, when it has diverged."""
+    info = client.get_run(run_id).info
+    if info.status == "RUNNING" or (even_if_failed and info.status != status):
+        client.set_terminated(run_id, status, end_time=info.end_time or None)
 
 
 def _client(uri: str) -> "MlflowClient":

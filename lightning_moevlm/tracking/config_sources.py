@@ -17,19 +17,15 @@ def config_sources(argv: Sequence[str]) -> tuple[Path, ...]:
     A path that does not exist from here is looked for among those that the package ships. What is no file at all
     is left out: jsonargparse also takes a configuration written into the option itself.
     """
-    named: list[str] = []
-    follows_option = False
-    for word in argv:
-        if follows_option:
-            named.append(word)
-        elif word.startswith("--config="):
-            named.append(word.removeprefix("--config="))
-        follows_option = not follows_option and word in _OPTIONS
-    found = (_file(name) for name in named)
+    pairs = zip(("", *argv), argv, strict=False)
+    named = [word.removeprefix("--config=") for before, word in pairs if names_config(before, word)]
+    found = (find_file(Path(name)) for name in named)
     return tuple(path for path in found if path is not None)
 
 
-def _file(name: str) -> Path | None:
-    if "\n" in name or name.lstrip().startswith("{"):
-        return None  # a configuration itself, which may be too long to be looked up as a name
-    return find_file(Path(name))
+def names_config(before: str, word: str) -> bool:
+    """Tell whether a word, which follows another, names a configuration file; or is `--config=` and the name of one."""
+    is_named = before in _OPTIONS or word.startswith("--config=")
+    name = word.removeprefix("--config=")
+    # a configuration itself may be too long to be looked up as a name
+    return is_named and "\n" not in name and not name.lstrip().startswith("{")

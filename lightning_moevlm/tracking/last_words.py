@@ -1,39 +1,47 @@
-"""What a run says when it ends: where everything is, or how to go on with it."""
+"""What a run says when it ends: where everything is, and how to resume or measure it."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_moevlm.tracking.links import run_link, server_command, ui_address
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-_CHECKPOINT = "--ckpt_path"
-_RUN_ID = "--trainer.logger.init_args.run_id"
+from lightning_moevlm.tracking.chosen_runs import SHOWN_DIGITS
+from lightning_moevlm.tracking.links import run_link, server_command, ui_address
+from lightning_moevlm.tracking.run_logger import RunLogger
+from lightning_moevlm.tracking.store import resolve_tracking_uri
 
 
 def where_everything_is(uri: str, experiment_id: str, run_id: str, run_dir: Path) -> tuple[str, ...]:
     """Return the lines to print after a run; the second is missing where the store is a server, which runs already."""
     server = server_command(uri)
+    word = run_word(uri, run_id, run_dir)
     return (
         f"Checkpoints and configuration: {run_dir}",
         *(() if server is None else (f"MLflow: {server}",)),
         f"{'MLflow:' if server is None else '       '} {run_link(ui_address(uri), experiment_id, run_id)}",
+        f"Measure or resume: moevlm test --run {word}, moevlm fit --run {word}",
     )
 
 
-def command_to_go_on(argv: Sequence[str], checkpoint: Path, run_id: str | None) -> str:
-    """Return the command line that continues a run from a checkpoint, in the shell's words.
+def run_word(uri: str, run_id: str, run_dir: Path) -> str:
+    """Return what `--run` finds a run by, in the shell's words.
 
-    Args:
-        argv: the command that began it; where it continued a run itself, its options for that are replaced.
-        checkpoint: to start from.
-        run_id: to go on in; None where no option can name it, and a new run will be made.
+    That is how its id begins, or, in a store that only its configuration names, its folder.
     """
-    told = {_CHECKPOINT: str(checkpoint)} | ({} if run_id is None else {_RUN_ID: run_id})
-    words: list[str] = []
-    skip = False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        if not skip and name not in told:
-            words.append(word)
-        skip = not skip and name in told and not equals
-    return shlex.join([*words, *(word for option in told.items() for word in option)])
+    return run_id[:SHOWN_DIGITS] if uri == resolve_tracking_uri(None) else shlex.quote(str(run_dir))
+
+
+def resume_line(trainer: Trainer) -> str:
+    """Return how to resume a run that ended early, or "" where it has kept no checkpoint or no configuration."""
+    saving = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    kept = (Path(callback.last_model_path) for callback in saving if callback.last_model_path)
+    last = next((path for path in kept if path.exists()), None)
+    if last is None:
+        return ""
+    logger = next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+    if logger is not None and logger.run_id is not None:
+        return f"Resume with: moevlm fit --run {run_word(logger.tracking_uri, logger.run_id, logger.run_dir)}"
+    folder = last.parent.parent
+    is_recorded = (folder / "config").is_dir()
+    return f"Resume with: moevlm fit --run {shlex.quote(str(folder))}" if is_recorded else ""

@@ -6,6 +6,7 @@ away, and says where it could not keep what it was given.
 """
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -22,14 +23,17 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.tracking.metric_names import LONGEST_NAME, MetricNames
 from lightning_moevlm.tracking.outbox import Address, Outbox
 from lightning_moevlm.tracking.point_buffer import PointBuffer
+from lightning_moevlm.tracking.rewind import drop_points
 from lightning_moevlm.tracking.run_opening import (
     NONFINITE_TAG,
     OpenRun,
     create_run,
+    experiment_of_environment,
     local_artifacts,
     reopen_run,
 )
@@ -46,6 +50,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL.Image import Image
 
+_EXPERIMENT = "moevlm"
+_DIVERGED = keys.FIRST_NONFINITE_STEP.key()
+
 
 class RunLogger(MLFlowLogger):
     """Logs one run; nothing is created before the first access to `experiment`, and only on rank 0.
@@ -55,12 +62,14 @@ class RunLogger(MLFlowLogger):
     searches to find.
 
     Args:
-        experiment_name: the experiment to log to, made if there is none. Ignored when `run_id` is given.
+        experiment_name: the experiment to log to, made if there is none; None = that of MLFLOW_EXPERIMENT_NAME or
+            MLFLOW_EXPERIMENT_ID, else `moevlm`. Ignored when `run_id` is given.
         run_name: shown in the UI; None = the local time of its start. Ignored when `run_id` is given.
         tracking_uri: see `resolve_tracking_uri`.
         tags: tags of the run.
-        run_id: continue this run. Params that differ from its own become tags `changed_param/<key>`, since
-            params are immutable.
+        run_id: continue this run; None = that of MLFLOW_RUN_ID, for the first logger of the process, unless an
+            experiment is named. Params that differ from its own become tags `changed_param/<key>`, since params are
+            immutable.
         artifact_location: where a new experiment keeps its files; None = `artifacts/<experiment>` beside the
             SQLite file, or a server's own choice.
         flush_points: write when this many points wait.
@@ -73,7 +82,7 @@ class RunLogger(MLFlowLogger):
 
     def __init__(
         self,
-        experiment_name: str = "moevlm",
+        experiment_name: str | None = None,
         run_name: str | None = None,
         tracking_uri: str | None = None,
         tags: dict[str, str] | None = None,
@@ -90,8 +99,10 @@ class RunLogger(MLFlowLogger):
         if flush_seconds < 0:
             raise UserError(f"flush_seconds is {flush_seconds}: give 0 or more seconds")
         self._tracking_uri = resolve_tracking_uri(tracking_uri)
-        self._experiment_name = experiment_name
+        self._experiment = experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         self._run_name = run_name
+        if run_id is None and experiment_name is None:
+            run_id = os.environ.get("MLFLOW_RUN_ID") or None
         self._run_id = run_id
         self._artifact_location = artifact_location
         self._experiment_id: str | None = None
@@ -102,6 +113,8 @@ class RunLogger(MLFlowLogger):
         self._silence = Silence(self._tracking_uri, _warn, "training goes on, what it logs is kept on disk")
         self._params: dict[str, str] = {}
         self._names = MetricNames()
+        self._logged_until: Mapping[str, int] = {}  # steps that a server has, and that a resumed run logs again
+        self._has_diverged = False
         self._buffer = PointBuffer(flush_points, flush_seconds)
         self._nonfinite_seen: set[str] = set()
         self._nonfinite_tags: dict[str, str] = {}  # not written yet
@@ -141,11 +154,14 @@ class RunLogger(MLFlowLogger):
         time_ms = int(time.time() * 1000)
         at = step or 0
         safe, add = self._names.safe, self._buffer.add
+        self._has_diverged |= _DIVERGED in metrics
         for name, value in metrics.items():
             if isinstance(value, str):
                 rank_zero_warn(f"metric {name} is the text {value!r}: not logged", category=RuntimeWarning)
                 continue
             key, number = safe(name), float(value)
+            if at <= self._logged_until.get(key, -1):
+                continue
             add(Point(key, at, number, time_ms))
             if not math.isfinite(number) and key not in self._nonfinite_seen:
                 self._nonfinite_seen.add(key)
@@ -154,6 +170,26 @@ class RunLogger(MLFlowLogger):
             self.flush()
         elif self._silence.reason:
             self._keep_waiting()
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Let the steps beyond one be logged anew by a run that is resumed there; see `rewind.drop_points`."""
+        if not self._resumed:
+            return
+        client = self._write.client
+
+        def drop() -> None:
+            assert self._run_id is not None
+            self._logged_until = drop_points(client, self._tracking_uri, self._run_id, step)
+            if not self._logged_until:
+                self._nonfinite_seen = set()
+
+        if self._silence.attempt(drop) and self._logged_until:
+            _warn(
+                f"run {self._run_id} is resumed at step {step} and has points up to step "
+                f"{max(self._logged_until.values())}: a server forgets none, so these stay and are not logged again; "
+                "if options have changed, leave run_id out and begin a new run"
+            )
 
     @rank_zero_only
     def log_from_thread(self, metrics: Mapping[str, float], step: int) -> None:
@@ -233,7 +269,7 @@ class RunLogger(MLFlowLogger):
     @override
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Write what waits and set the run's status: FINISHED, FAILED, or KILLED (Ctrl-C, SIGTERM).
+        """Write what waits and set the status: FINISHED, FAILED (as a run that diverged), or KILLED by a signal.
 
         What the store does not take stays in `run_dir`, with a warning that says how it gets there.
         """
@@ -243,7 +279,9 @@ class RunLogger(MLFlowLogger):
         self.flush()
         # Lightning says "failed" from within its except block, whatever the exception is.
         killed = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SIGTERMException))
-        ending = ("KILLED" if killed else "FAILED") if status == "failed" else "FINISHED"
+        ending = "KILLED" if killed and status == "failed" else "FINISHED"
+        if self._has_diverged or (status == "failed" and not killed):
+            ending = "FAILED"
         now_ms = int(time.time() * 1000)
         if not (outbox.is_empty and self._silence.attempt(lambda: writer.ending(ending, now_ms))):
             outbox.keep_ending(ending, now_ms)
@@ -290,12 +328,14 @@ class RunLogger(MLFlowLogger):
         return self._writer
 
     def _open(self, client: "MlflowClient") -> OpenRun:
+        os.environ.pop("MLFLOW_RUN_ID", None)  # as MLflow does: the next run of this process is another one
         if self._run_id is not None:
             return reopen_run(client, self._run_id, self._tracking_uri)
+        name = self._experiment or experiment_of_environment(client) or _EXPERIMENT
         location = self._artifact_location
         if location is None and sqlite_path(self._tracking_uri) is not None:
-            location = local_artifacts(Path(self.save_dir), self._experiment_name)
-        return create_run(client, self._experiment_name, location, self._run_name, self._run_tags)
+            location = local_artifacts(Path(self.save_dir), name)
+        return create_run(client, name, location, self._run_name, self._run_tags)
 
     def _deliver_file(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file and hand it over."""

@@ -1,5 +1,6 @@
 """Open a run in MLflow: create it, and its experiment if need be, or continue one that exists."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,6 +50,26 @@ def create_run(
         run_name = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     run = client.create_run(experiment_id, tags=resolve_tags(dict(tags)), run_name=run_name)
     return OpenRun(run.info.run_id, experiment_id, {}, frozenset())
+
+
+def experiment_of_environment(client: "MlflowClient") -> str | None:
+    """Return the name of the experiment that MLFLOW_EXPERIMENT_ID names, or None.
+
+    Raises:
+        UserError: there is none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if not experiment_id:
+        return None
+    try:
+        return str(client.get_experiment(experiment_id).name)
+    except MlflowException as error:
+        raise UserError(
+            f"MLFLOW_EXPERIMENT_ID is {experiment_id!r}, and there is no such experiment: unset it, or name one with "
+            "--trainer.logger.init_args.experiment_name"
+        ) from error
 
 
 def find_or_create_experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:

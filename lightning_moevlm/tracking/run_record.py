@@ -6,6 +6,7 @@ its MLflow logger does not have, and refuses to resume where a config.yaml lies.
 """
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,12 +26,14 @@ from lightning_moevlm.tracking.config_diff import changes, flat
 from lightning_moevlm.tracking.config_folder import write_config_folder
 from lightning_moevlm.tracking.config_sources import config_sources
 from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, log_dataset
-from lightning_moevlm.tracking.last_words import command_to_go_on, where_everything_is
+from lightning_moevlm.tracking.last_words import where_everything_is
 from lightning_moevlm.tracking.masking import masked_argv, masked_yaml
 from lightning_moevlm.tracking.provenance import code_checkout, versions
 from lightning_moevlm.tracking.run_logger import RunLogger
 from lightning_moevlm.tracking.system_metrics import SystemSampler
 from lightning_moevlm.yaml_text import write_yaml
+
+_RECORDED = re.compile(r"^source\d+_")  # of a run that is resumed
 
 
 class RunRecord(SaveConfigCallback):
@@ -100,6 +102,13 @@ class RunRecord(SaveConfigCallback):
         self._sampler.start()
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what an earlier attempt logged beyond the checkpoint that this one resumes."""
+        logger = _run_logger(trainer)
+        if trainer.ckpt_path is not None and logger is not None:
+            logger.rewind(trainer.global_step)
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
         logger = _run_logger(trainer)
@@ -111,14 +120,8 @@ class RunRecord(SaveConfigCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop sampling before the logger closes the run; say how to go on if fit has left a checkpoint."""
+        """Stop sampling before the logger closes the run."""
         self._stop_sampling()
-        logger, checkpoint = _run_logger(trainer), _newest_checkpoint(trainer)
-        if trainer.state.fn != TrainerFn.FITTING or logger is None or checkpoint is None or not trainer.is_global_zero:
-            return
-        run_id = None if isinstance(self.config.get("trainer.logger"), list) else logger.run_id  # a list has no option
-        command = command_to_go_on(masked_argv(self._argv, os.environ), checkpoint, run_id)
-        Console(stderr=True).print(f"Go on with: {command}", soft_wrap=True, highlight=False, markup=False)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -138,7 +141,8 @@ class RunRecord(SaveConfigCallback):
             "command.txt": shlex.join(masked_argv(self._argv, os.environ)) + "\n",
         }
         for index, path in enumerate(sources):
-            files[f"source{index}_{path.name}"] = masked_yaml(path.read_text(encoding="utf-8"), os.environ)
+            name = f"source{index}_{_RECORDED.sub('', path.name)}"
+            files[name] = masked_yaml(path.read_text(encoding="utf-8"), os.environ)
         return files
 
     def _changed(self, sources: Sequence[Path], resolved: Mapping[str, object]) -> str:
@@ -160,18 +164,6 @@ class RunRecord(SaveConfigCallback):
 def _run_logger(trainer: Trainer) -> RunLogger | None:
     """The first of our loggers; under fast_dev_run Lightning has put a dummy in its place."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
-
-
-def _newest_checkpoint(trainer: Trainer) -> Path | None:
-    """What a ModelCheckpoint has saved in this run; `last.ckpt` before the best one."""
-    saved = (
-        Path(path)
-        for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, ModelCheckpoint)
-        for path in (callback.last_model_path, callback.best_model_path)
-        if path
-    )
-    return next((path for path in saved if path.exists()), None)
 
 
 def _log_dataset(logger: RunLogger, trainer: Trainer) -> None:

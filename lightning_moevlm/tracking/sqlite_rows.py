@@ -20,7 +20,7 @@ _TAGS = (
     "SELECT tags.run_uuid, tags.key, tags.value FROM tags JOIN runs USING (run_uuid) JOIN experiments USING "
     "(experiment_id) WHERE experiments.name = ? AND runs.lifecycle_stage = 'active'"
 )
-_BUSY_SECONDS = 20.0
+BUSY_SECONDS = 20.0
 """How long a writer may keep a reader out; MLflow's own patience."""
 _LARGEST = sys.float_info.max
 
@@ -101,7 +101,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         # not read-only: what a killed writer left half done is rolled back by whoever opens the file next
         address = f"{path.as_uri()}?mode=rw"
-        with closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as database:
+        with closing(sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)) as database:
             database.execute("PRAGMA query_only = ON")
             yield database
     except sqlite3.DatabaseError as error:

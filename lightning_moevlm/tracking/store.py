@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.tracking.moved_store import follow_move
 from lightning_moevlm.url_secrets import without_url_secrets
 
 DEFAULT_RUNS_DIR = Path("runs")
@@ -78,7 +79,8 @@ def runs_dir(uri: str) -> Path:
 def prepare_store(uri: str) -> None:
     """Make the store ready: create the SQLite file if there is none, or ask the server for an answer.
 
-    Safe when several processes call it at once. On a database that exists it costs one query.
+    Safe when several processes call it at once. On a database that exists it costs two queries. One that was moved
+    with its folder finds its artifacts there.
 
     Args:
         uri: as `resolve_tracking_uri` returns it.
@@ -94,6 +96,7 @@ def prepare_store(uri: str) -> None:
     if _revision(path) is None:
         _create(path)
     _check_revision(path)
+    follow_move(path)
 
 
 @contextmanager

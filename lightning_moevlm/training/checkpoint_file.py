@@ -52,6 +52,19 @@ def look_at_checkpoint(path: str | None, subcommand: str, root: Path) -> Mapping
     return None if path in ("last", "hpc") or "://" in local else _read(Path(local), subcommand == "fit")
 
 
+def best_beside(last: Path) -> Path | None:
+    """Return the checkpoint in the folder of a run's last one that the first `ModelCheckpoint` calls its best, or None.
+
+    Raises:
+        UserError: the last one cannot be read.
+    """
+    checkpoint = _read(last, goes_on=False)
+    states = checkpoint.get("callbacks", {}) if checkpoint is not None else {}
+    best = next((state["best_model_path"] for state in states.values() if state.get("best_model_path")), None)
+    path = last.with_name(Path(best).name) if best else None
+    return path if path is not None and path.exists() else None
+
+
 def refuse_other_model(checkpoint: Mapping[str, Any], path: str, module: nn.Module) -> None:
     """Refuse weights that are not those of this model, by name and shape.
 

@@ -2,8 +2,7 @@
 
 import re
 import shlex
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -59,60 +58,39 @@ def test_runs_without_a_name_are_called_after_their_start(moevlm: Moevlm, workpl
     assert before <= starts[0] < starts[1] <= before + timedelta(minutes=5)
 
 
-@pytest.fixture
-def ctrl_c_restored() -> Iterator[None]:
-    """Lightning ignores further interrupts while it ends, and leaves it so."""
-    kept = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, kept)
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("the card fell off the bus")])
-@pytest.mark.usefixtures("ctrl_c_restored")
-def test_a_run_that_ends_early_says_how_to_go_on(
-    failure: BaseException,
-    moevlm: Moevlm,
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+def test_a_run_that_crashes_says_how_to_resume(
+    moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: StepProgress, trainer: object, *_: object) -> None:
         if getattr(trainer, "global_step", 0) == 3:
-            raise failure
+            raise RuntimeError("the card fell off the bus")
 
     arguments = ("fit", *SMALL, *budget(4, val_every=2))
     with monkeypatch.context() as patch:
         patch.setattr(StepProgress, "on_train_batch_end", fail)
-        if isinstance(failure, KeyboardInterrupt):
-            printed = moevlm(*arguments, code=130)
-        else:
-            with pytest.raises(RuntimeError, match="fell off"):
-                moevlm(*arguments)
-            printed = capfd.readouterr().err
+        with pytest.raises(RuntimeError, match="fell off"):
+            moevlm(*arguments)
     (run,) = runs(workplace)
-    checkpoint = workplace / "runs" / run.info.experiment_id / run.info.run_id / "checkpoints/last.ckpt"
-    found = re.search(r"^Go on with: (.*)$", printed, re.MULTILINE)
-    assert found, printed
-    words = shlex.split(found[1])
-    told = ["--ckpt_path", str(checkpoint), "--trainer.logger.init_args.run_id", run.info.run_id]
-    assert words == ["moevlm", *arguments, *told]
+    found = re.search(r"^Resume with: moevlm (.*)$", capfd.readouterr().err, re.MULTILINE)
+    assert found and shlex.split(found[1]) == ["fit", "--run", run.info.run_id[:8]]
 
-    moevlm(*words[1:])
+    moevlm("fit", "--run", run.info.run_id[:8])
     (run,) = runs(workplace)
     assert run.info.status == "FINISHED"
     points = store(workplace).get_metric_history(run.info.run_id, "train/task_loss")
-    assert max(point.step for point in points) == 4
+    assert sorted(point.step for point in points) == [1, 2, 3, 4]  # step 3 was logged by both
 
 
-@pytest.mark.usefixtures("ctrl_c_restored")
-def test_without_a_checkpoint_there_is_nothing_to_go_on_from(
-    moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_checkpoint_there_is_nothing_to_resume(
+    moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: StepProgress, *_: object) -> None:
-        raise KeyboardInterrupt
+        raise RuntimeError("the card fell off the bus")
 
     monkeypatch.setattr(StepProgress, "on_train_batch_end", fail)
-    assert "Go on with" not in moevlm("fit", *SMALL, *budget(4, val_every=4), code=130)
+    with pytest.raises(RuntimeError, match="fell off"):
+        moevlm("fit", *SMALL, *budget(4, val_every=4))
+    assert "Resume with" not in capfd.readouterr().err
 
 
 def test_predict_records_nothing(moevlm: Moevlm, workplace: Path) -> None:

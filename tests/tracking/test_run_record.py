@@ -103,10 +103,11 @@ def test_a_fit_is_recorded_lightning_19441(command: Command, capsys: pytest.Capt
     run_dir = Path(command.uri.removeprefix("sqlite:///")).parent / run.experiment_id / run.run_id
     assert (run_dir / "config" / "config.yaml").read_text() == command.artifact("config/config.yaml")
     assert list((run_dir / "checkpoints").glob("*.ckpt"))
-    where, server, link = capsys.readouterr().out.splitlines()[-3:]
+    where, server, link, again = capsys.readouterr().out.splitlines()[-4:]
     assert where == f"Checkpoints and configuration: {run_dir}"
     assert server.startswith("MLflow: mlflow server --host 127.0.0.1 --port 5000")
     assert link.startswith(" ") and f"#/experiments/{run.experiment_id}/runs/{run.run_id}" in link
+    assert again == f"Measure or resume: moevlm test --run '{run_dir}', moevlm fit --run '{run_dir}'"
 
 
 def test_the_recorded_config_repeats_the_run(command: Command) -> None:
