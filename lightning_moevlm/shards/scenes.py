@@ -32,7 +32,7 @@ from lightning_moevlm.shards.scene_graph import GROUNDS, Box, Group, Scene, fact
 from lightning_moevlm.shards.scene_language import caption, questions, statements
 from lightning_moevlm.shards.writer import Sample
 
-VERSION = 1
+VERSION = 2  # 2: relations are objects, so that every field of the json has one type
 MIN_ALPHA = 16
 """Fainter edge pixels (of 255) are cut off before the box is taken."""
 
@@ -127,7 +127,7 @@ def make_sample(
             }
             for group in scene.groups
         ],
-        "relations": facts(scene),
+        "relations": [fact._asdict() for fact in facts(scene)],
         "questions": [question._asdict() for question in questions(scene, world, random)],
         "statements": [statement._asdict() for statement in statements(scene, world, random)],
     }

@@ -20,6 +20,7 @@ from lightning_moevlm.shards.openmoji import (
     first_twins,
 )
 from lightning_moevlm.shards.writer import split_of
+from tests.shards.one_type import types_by_field
 
 
 @pytest.mark.slow
@@ -41,6 +42,8 @@ def test_the_whole_set(tmp_path: Path) -> None:
     assert set(about["names"]) == set(LANGUAGES) and len(LANGUAGES) == 14
     assert (about["group"], about["subgroup"]) == ("Food & Drink", "food-fruit")
     assert about["code_points"] == ["1F34E"]
+    types = types_by_field(json.loads(data) for name, data in found.items() if name.endswith(".json"))
+    assert {field: kinds for field, kinds in types.items() if len(kinds) > 1} == {}
     assert Image.open(io.BytesIO(found["openmoji-1F34E.png"])).size == (16, 16)
     # the flags of Chad and Romania are the same picture; by their code points alone they would part
     chad, romania = "1F1F9-1F1E9", "1F1F7-1F1F4"

@@ -17,6 +17,7 @@ from lightning_moevlm.shards.scene_graph import GROUNDS, Box, Group, Scene, sali
 from lightning_moevlm.shards.scene_language import caption
 from lightning_moevlm.shards.scenes import Painter, build_scenes, make_sample
 from lightning_moevlm.shards.writer import Sample
+from tests.shards.one_type import types_by_field
 
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 BY_NAME = {p.name: p for p in PICTURES} | {p.plural: p for p in PICTURES}
@@ -173,7 +174,14 @@ def test_relations_of_the_graph_are_complete(samples: list[tuple[Sample, dict, n
             for relation in ("left of", "right of", "above", "below")
             if i != j and _stands(objects[i]["boxes"], relation, objects[j]["boxes"])
         }
-        assert {tuple(fact) for fact in annotation["relations"]} == expected
+        assert {(fact["subject"], fact["relation"], fact["object"]) for fact in annotation["relations"]} == expected
+
+
+def test_every_field_of_the_json_has_one_type(samples: list[tuple[Sample, dict, np.ndarray]]) -> None:
+    types = types_by_field(annotation for _, annotation, _ in samples)
+    assert {field: kinds for field, kinds in types.items() if len(kinds) > 1} == {}
+    assert types[".relations[].relation"] == {"str"} and types[".relations[].subject"] == {"int"}
+    assert types[".objects[].boxes[][]"] == {"int"}
 
 
 def test_caption_by_hand() -> None:
