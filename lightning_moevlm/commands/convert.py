@@ -5,6 +5,7 @@ What is common to every kind stands under the same name in each: --out, --licenc
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +35,8 @@ def convert_csv(
     key_column: str | None = None,
     split_column: str | None = None,
     delimiter: str = ",",
+    encoding: str = "utf-8",
+    quotes: bool | None = None,
     image_format: ImageFormat = "jpg",
     max_side: int | None = None,
     samples_per_shard: int = 1000,
@@ -45,7 +48,7 @@ def convert_csv(
     """Convert a CSV file and the folder of pictures that it names. Columns without a meaning go to the json member.
 
     Args:
-        table: The CSV file, UTF-8, its first line names the columns.
+        table: The CSV file; its first line names the columns.
         pictures: Folder that the pictures' paths start from; by default the table's own. None may lead out of it.
         out: Folder of the set; by default data/shards/NAME.
         licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
@@ -57,6 +60,8 @@ def convert_csv(
         key_column: Holds the samples' keys (letters, digits, - and _); by default rows are numbered.
         split_column: Holds train, val or test; by default the hash of the picture decides, 80, 10 and 10 %.
         delimiter: Between fields.
+        encoding: Of the table, as cp1252 for tables from Windows.
+        quotes: Whether fields may be quoted; null reads them so, and refuses a table where that seems to swallow rows.
         image_format: Pictures of this format are kept byte for byte, others are encoded anew.
         max_side: Scale pictures until their longer side has no more pixels than this.
         samples_per_shard: Samples per tar file.
@@ -67,12 +72,15 @@ def convert_csv(
 
     """
     from lightning_moevlm.shards.convert.convert import Terms
+    from lightning_moevlm.shards.convert.csv_form import CsvForm
     from lightning_moevlm.shards.convert.tables import Columns, CsvSource
 
     terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
     effort = _effort(max_bad, jobs, force)
     columns = Columns(image_column, caption_column, key_column, split_column)
-    source = CsvSource(Path(table), _path(pictures), name, columns, delimiter)
+    # a shell hands a tab on as \\t
+    written = CsvForm("\t" if delimiter == "\\t" else delimiter, encoding, quotes)
+    source = CsvSource(_source(table, "table"), _folder(pictures), name, columns, written)
     _convert(source, _target(out, source.name), terms, form, effort)
 
 
@@ -125,7 +133,7 @@ def convert_jsonl(
     terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
     effort = _effort(max_bad, jobs, force)
     columns = Columns(image_field, caption_field, key_field, split_field)
-    source = JsonlSource(Path(table), _path(pictures), name, columns)
+    source = JsonlSource(_source(table, "table"), _folder(pictures), name, columns)
     _convert(source, _target(out, source.name), terms, form, effort)
 
 
@@ -171,7 +179,8 @@ def convert_coco_captions(
 
     terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
     effort = _effort(max_bad, jobs, force)
-    source = CocoCaptions(Path(annotations), _path(pictures) or Path(annotations).parent, name, captions)
+    file = _source(annotations, "annotations")
+    source = CocoCaptions(file, _folder(pictures) or file.parent, name, captions)
     _convert(source, _target(out, source.name), terms, form, effort)
 
 
@@ -221,8 +230,9 @@ def convert_coco_vqa(
 
     terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
     effort = _effort(max_bad, jobs, force)
-    folder = _path(pictures) or Path(questions).parent
-    source = CocoQuestions(Path(questions), Path(annotations), folder, name, image_name, _path(captions))
+    asked, answered = _source(questions, "questions"), _source(annotations, "annotations")
+    described = None if captions is None else _source(captions, "--captions")
+    source = CocoQuestions(asked, answered, _folder(pictures) or asked.parent, name, image_name, described)
     _convert(source, _target(out, source.name), terms, form, effort)
 
 
@@ -234,6 +244,7 @@ def convert_img2dataset(
     attribution: str = "",
     name: str | None = None,
     keep_tars: bool = True,
+    recompress: bool = False,
     image_member: str | None = None,
     caption_member: str | None = "txt",
     caption_field: str | None = None,
@@ -259,6 +270,7 @@ def convert_img2dataset(
         attribution: The sentence that the licence asks for.
         name: Of the set; by default the folder's name.
         keep_tars: Whether the tars stay as they are.
+        recompress: Whether compressed tars (gzip, bzip2, xz) are unpacked into the set; they are refused otherwise.
         image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
         caption_member: Extension of the captions; null for a set of images alone.
         caption_field: Field of KEY.json that holds the caption, or a list of them, of which each epoch draws one.
@@ -275,22 +287,27 @@ def convert_img2dataset(
     from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
     from lightning_moevlm.shards.convert.keep_tars import keep_tars as convert_kept
     from lightning_moevlm.shards.convert.member_names import MemberNames
-    from lightning_moevlm.shards.convert.rows import set_name
+    from lightning_moevlm.shards.convert.rows import existing_folder, set_name
+    from lightning_moevlm.shards.convert.unpack import refuse_compressed, unpacked
 
     terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
     effort = _effort(max_bad, jobs, force)
     names = MemberNames(image_member, caption_member, caption_field)
-    target = _target(out, set_name(name or Path(folder).resolve().name))
-    if keep_tars:
-        if (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
-            raise UserError(
-                "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
-                "false, or leave them out"
-            )
-        _tell(target, lambda: convert_kept(Path(folder), name, target, terms, vocab_size, effort, names), _STAY)
-        return
-    source = Img2datasetSource(Path(folder), name, names)
-    _convert(source, target, terms, form, effort)
+    if keep_tars and (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
+        raise UserError(
+            "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
+            "false, or leave them out"
+        )
+    tars = existing_folder(_source(folder, "folder"), "folder")
+    name = set_name(name or tars.resolve().name)
+    target = _target(out, name)
+    if not recompress:
+        refuse_compressed(tars)
+    with unpacked(tars, target) if recompress else nullcontext(tars) as plain:
+        if keep_tars:
+            _tell(target, lambda: convert_kept(plain, name, target, terms, vocab_size, effort, names), _STAY)
+        else:
+            _convert(Img2datasetSource(plain, name, names), target, terms, form, effort)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -302,12 +319,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+def _source(text: str, option: str) -> Path:
+    from lightning_moevlm.shards.local import local_source
+
+    return local_source(text, option)
+
+
+def _folder(pictures: str | None) -> Path | None:
+    return None if pictures is None else _source(pictures, "--pictures")
 
 
 def _target(out: str | None, name: str) -> Path:
-    return Path(f"data/shards/{name}" if out is None else out)
+    from lightning_moevlm.shards.local import local_target
+
+    return local_target(f"data/shards/{name}" if out is None else out, "--out")
 
 
 def _form(image_format: ImageFormat, max_side: int | None, samples_per_shard: int, vocab_size: int) -> "Form":
@@ -345,6 +370,11 @@ def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") ->
     manifest = converted.manifest
     counts = {split: manifest.num_samples(split) for split in manifest.splits}
     tell_built(str(out), "converted" if converted.built else None, manifest.digest, counts)
+    if converted.built:
+        num_bad = sum(count.num_rows for count in converted.left_out)
+        said = f"{converted.num_rows:,} rows read, {converted.num_rows - num_bad:,} of them good, {num_bad:,} bad"
+        for line in (said, *converted.notes):
+            Console(soft_wrap=True, highlight=False).print(line, markup=False)
 
 
 def _show(counts: "tuple[BadCount, ...]", title: str) -> None:

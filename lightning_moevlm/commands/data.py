@@ -113,6 +113,7 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     from lightning_moevlm.commands.card import card_of, faults_of
     from lightning_moevlm.shards.check import check_set
     from lightning_moevlm.shards.contact_sheet import write_contact_sheet
+    from lightning_moevlm.shards.local import local_target
     from lightning_moevlm.shards.storage import ShardStorage
 
     storage = ShardStorage(path)
@@ -130,8 +131,9 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     with written(json or "the card"):
         output.show(card_of(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
     if contact_sheet is not None:
+        sheet = local_target(contact_sheet, "--contact_sheet")
         with written(contact_sheet):
-            write_contact_sheet(storage, manifest, "val", 36, Path(contact_sheet))
+            write_contact_sheet(storage, manifest, "val", 36, sheet)
         Console(stderr=True, highlight=False).print(f"wrote {contact_sheet}")
 
 
@@ -152,12 +154,13 @@ def show(
         containing: Only samples whose key, caption or json member contains this text, in upper or lower case.
 
     """
+    from lightning_moevlm.shards.local import local_target
     from lightning_moevlm.shards.show import write_page
     from lightning_moevlm.shards.storage import ShardStorage
 
     storage = ShardStorage(path)
     if out:
-        target = Path(out)
+        target = local_target(out, "--out")
     else:
         folder = _local(storage).resolve()
         target = folder.with_name(f"{folder.name}.html")
@@ -188,10 +191,11 @@ def codebook(
     """
     from lightning_moevlm.shards.codebook import codebook_file, save_codebook
     from lightning_moevlm.shards.fit_codebook import fit_codebook
+    from lightning_moevlm.shards.local import local_target
     from lightning_moevlm.shards.storage import ShardStorage
 
     storage = ShardStorage(path)
-    target = Path(out) if out else _local(storage) / codebook_file(num_codes, patch_size)
+    target = local_target(out, "--out") if out else _local(storage) / codebook_file(num_codes, patch_size)
     fitted = fit_codebook(storage, num_codes, patch_size, seed, max_samples)
     with written(target):
         target.parent.mkdir(parents=True, exist_ok=True)

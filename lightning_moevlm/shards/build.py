@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.shards.local import local_target
 from lightning_moevlm.shards.manifest import MANIFEST_FILE, Manifest, Scalar, check_shard_size, read_manifest
 from lightning_moevlm.shards.progress import track
 from lightning_moevlm.shards.tokenizer import train_tokenizer
@@ -73,8 +74,7 @@ def existing_set(out: Path, plan: Recipe, force: bool) -> Manifest | None:
         UserError: if `out` holds another set and `force` is off, or holds something that is no set at all.
 
     """
-    if "://" in str(out) or str(out).startswith("pipe:"):
-        raise UserError(f"--out is {str(out)!r}, but sets are built on local folders; give a path")
+    local_target(str(out), "--out")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     if not out.exists() or not any(out.iterdir()):

@@ -61,7 +61,7 @@ def test_csv_rows_become_samples(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 60)
     converted = run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
     manifest = read_manifest(tmp_path / "set")
-    assert converted == (manifest, True, ())
+    assert converted == (manifest, True, (), 60, ())
     assert (manifest.name, manifest.licence, manifest.members) == ("captions", "CC BY 4.0", ("jpg", "json", "txt"))
     assert manifest.image_size == 32  # every picture is 40 x 32
     found = members(tmp_path / "set")

@@ -1,6 +1,9 @@
 """Folders of tars that other programs have written: what makes a sample, what is left out, and what is refused."""
 
+import gzip
 import json
+import lzma
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_moevlm.cli import main
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.check import check_set
 from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
@@ -315,3 +319,56 @@ def test_a_set_with_a_layout_is_not_read_by_programs_that_do_not_know_it(tmp_pat
     keep(folder_of(tmp_path / "plain", *three_tars()), tmp_path / "plain_set")
     written = json.loads((tmp_path / "plain_set/manifest.json").read_text())
     assert written["format"] == "moevlm-shards/1" and "layout" not in written
+
+
+def test_compressed_tars_are_told_or_unpacked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(tmp_path / "in", *three_tars())
+    (folder / "part-1.tar").write_bytes(gzip.compress((folder / "part-1.tar").read_bytes()))
+    (folder / "part-2.tar.xz").write_bytes(lzma.compress((folder / "part-2.tar").read_bytes()))
+    (folder / "part-2.tar").unlink()
+    convert_them = [
+        "data",
+        "convert",
+        "img2dataset",
+        str(folder),
+        "--licence=X",
+        "--vocab_size=400",
+        "--jobs=1",
+        "--out",
+    ]
+    assert main([*convert_them, str(tmp_path / "set")]) == 2
+    assert "part-1.tar is gzip" in (said := capsys.readouterr().err) and "--recompress true" in said
+    for kept in ("true", "false"):
+        out = tmp_path / kept
+        assert main([*convert_them, str(out), "--recompress=true", f"--keep_tars={kept}"]) == 0
+        assert "60 rows read, 60 of them good, 0 bad" in capsys.readouterr().out
+        assert check_set(ShardStorage(str(out))).problems == ()
+    (folder / "part-1.tar").write_bytes((folder / "part-1.tar").read_bytes()[:2000])
+    assert main([*convert_them, str(tmp_path / "broken"), "--recompress=true"]) == 2
+    assert "part-1.tar is broken (Compressed file ended" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["false", "in", "true"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["img2dataset", "s3://bucket/set"],
+            "folder s3://bucket/set is an address, .*`aws s3 sync s3://bucket/set FOLDER`",
+        ),
+        (["csv", "https://me:secret@host/t.csv"], r"table https://\*\*\*@host/t.csv is an address, .*rclone copy"),
+        (["coco_captions", "gs://bucket/c.json"], r"annotations gs://bucket/c.json is an address, .*gsutil"),
+        (["img2dataset", ".", "--out", "s3://bucket/set"], "--out s3://bucket/set is an address, .*local folders only"),
+    ],
+)
+def test_addresses_are_told_the_way_round(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(folder_of(tmp_path / "in", *three_tars(1)))
+    assert main(["data", "convert", *arguments, "--licence=X"]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -78,11 +78,16 @@ class Effort:
 
 
 class Converted(NamedTuple):
-    """The set, whether anything had to be done for it, and what was left out."""
+    """The set, whether anything had to be done for it, and what was left out.
+
+    num_rows: of the source, bad ones included. notes: sentences to tell.
+    """
 
     manifest: Manifest
     built: bool
     left_out: tuple[BadCount, ...]
+    num_rows: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def convert(source: Source, out: Path, terms: Terms, form: Form, effort: Effort) -> Converted:
@@ -96,16 +101,16 @@ def convert(source: Source, out: Path, terms: Terms, form: Form, effort: Effort)
     found = existing_set(out, recipe, effort.force)
     if found is not None:
         return Converted(found, False, ())
-    bad = BadRows()
+    bad = BadRows(source.remedies)
     out.parent.mkdir(parents=True, exist_ok=True)
     with workshop(out, recipe.fingerprint) as shop, row_table(shop.folder / _TABLE) as table:
-        _fill(table, source, bad)
-        bad.refuse_beyond(effort.max_bad)
+        num_rows = _fill(table, source, bad)
+        bad.refuse_beyond(effort.max_bad, num_rows)
         if not table.num_rows:
-            bad.refuse_beyond(0)  # every row is bad, however many may be
+            bad.refuse_beyond(0, num_rows)  # every row is bad, however many may be
             raise UserError(f"{source.name} has no rows to make samples of")
         _look_at_all(source, table, wish, effort.num_jobs, shop, bad)
-        bad.refuse_beyond(effort.max_bad)
+        bad.refuse_beyond(effort.max_bad, num_rows)
         num_samples = table.sort()
         refuse_empty(num_samples)
         contents = Contents(
@@ -118,7 +123,7 @@ def convert(source: Source, out: Path, terms: Terms, form: Form, effort: Effort)
         manifest = finish(shop.folder, recipe, terms, contents, form.vocab_size)
         shop.tidy(_TABLE)
         put_in_place(shop.folder, out)
-    return Converted(manifest, True, bad.counts())
+    return Converted(manifest, True, bad.counts(), num_rows, tuple(source.notes))
 
 
 def recipe_of(source: Source, terms: Terms, form: Form) -> ConvertRecipe:
@@ -134,9 +139,11 @@ def recipe_of(source: Source, terms: Terms, form: Form) -> ConvertRecipe:
     return ConvertRecipe(source.name, VERSION, arguments)
 
 
-def _fill(table: RowTable, source: Source, bad: BadRows) -> None:
-    """Take the rows that are good so far; all of them will have the same members."""
+def _fill(table: RowTable, source: Source, bad: BadRows) -> int:
+    """Take the rows that are good so far; all of them will have the same members. Return how many there were in all."""
+    num_rows = 0
     for row in source.rows():
+        num_rows += 1
         if isinstance(row, BadRow):
             bad.add(row)
             continue
@@ -146,6 +153,7 @@ def _fill(table: RowTable, source: Source, bad: BadRows) -> None:
     if 0 < table.num_captioned < table.num_rows:
         for place in table.drop_uncaptioned():
             bad.add(BadRow(place, "member_missing", "no caption, while others have one"))
+    return num_rows
 
 
 def _look_at_all(source: Source, table: RowTable, wish: Wish, num_jobs: int, shop: Workshop, bad: BadRows) -> None:

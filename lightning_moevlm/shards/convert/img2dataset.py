@@ -18,6 +18,7 @@ from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.convert.member_names import USUAL, MemberNames, is_image
 from lightning_moevlm.shards.convert.rows import (
     LONGEST_KEY,
+    BadCause,
     BadRow,
     PictureAt,
     Row,
@@ -37,6 +38,14 @@ from lightning_moevlm.shards.tar_members import Member, TarBreak, tar_members
 
 _TAR = re.compile(r"\d+\.tar")
 _STATISTICS = "_stats.json"
+REMEDIES: dict[BadCause, str] = {
+    "member_missing": "members of a sample stand side by side and have one path up to the first dot of the file name, "
+    "folders included; name other members with --image_member, --caption_member or --caption_field",
+    "duplicate_key": "samples of one tar need different keys; pack them into a tar each, or give them other names",
+    "row_malformed": "its json members are not as asked; name another field with --caption_field",
+    "text_not_utf8": "its texts are in another encoding; write them in UTF-8",
+}
+"""What to do where many samples are bad for one cause."""
 _KEPT_KEY_SIGNS = 40
 """Of a key that had to be changed; a hash of the whole follows."""
 
@@ -158,6 +167,7 @@ class Img2datasetSource(Source):
         super().__init__(set_name(name or folder.resolve().name), folder, {**arguments, **names.as_arguments()})
         self.names = names
         self.layout = Layout(caption_field=names.caption_field or "")
+        self.remedies = REMEDIES
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield the samples of every tar, by name; pictures are not read."""

@@ -22,7 +22,7 @@ from lightning_moevlm.shards.build import existing_set, put_in_place
 from lightning_moevlm.shards.convert.bad_rows import BadRows
 from lightning_moevlm.shards.convert.convert import VERSION, Converted, Effort
 from lightning_moevlm.shards.convert.finish import Contents, ConvertRecipe, Terms, finish, usual_size
-from lightning_moevlm.shards.convert.img2dataset import Download, downloads, fingerprint
+from lightning_moevlm.shards.convert.img2dataset import REMEDIES, Download, downloads, fingerprint
 from lightning_moevlm.shards.convert.member_names import USUAL, MemberNames
 from lightning_moevlm.shards.convert.pool import in_order
 from lightning_moevlm.shards.convert.rows import BadRow, set_name
@@ -71,13 +71,14 @@ def keep_tars(
     out.parent.mkdir(parents=True, exist_ok=True)
     with workshop(out, recipe.fingerprint) as shop:
         looks = _look_at_all(folder, found, names, effort.num_jobs, shop)
-        kept, bad = _kept(looks, names), BadRows()
+        kept, bad = _kept(looks, names), BadRows(REMEDIES)
         for row in (row for look in looks for row in look.bad):
             bad.add(row)
         for look in looks:
             for row in _lacking(look, kept):
                 bad.add(row)
-        bad.refuse_beyond(effort.max_bad)
+        num_samples = sum(look.entry.num_samples for look in looks)
+        bad.refuse_beyond(effort.max_bad, num_samples)
         if not any(look.choices for look in looks):
             raise UserError(f"none of the samples in {folder} can be used, so there is nothing to make a set of")
         full = [look for look in looks if look.choices]
@@ -100,7 +101,7 @@ def keep_tars(
                 _link(folder / look.entry.file, shop.folder / look.entry.file)
             shop.tidy()
             put_in_place(shop.folder, out)
-    return Converted(manifest, True, bad.counts())
+    return Converted(manifest, True, bad.counts(), num_samples)
 
 
 def _refuse_few(folder: Path, num_tars: int, which: str) -> None:

@@ -8,8 +8,8 @@ import json
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from pathlib import Path, PurePath
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Literal, NamedTuple, get_args
 
 from lightning_moevlm.errors import UserError
@@ -89,15 +89,18 @@ class Source(ABC):
 
     name: of the set to be, and the beginning of its keys. arguments: everything that decides about the rows, the
     hash of the table's bytes included; never a path, so that the same table gives the same set anywhere. layout: where
-    captions lie in the samples that its rows become, known when the rows are read.
+    captions lie in the samples that its rows become, known when the rows are read. remedies: what to do where many
+    rows are bad for one cause. notes: sentences to tell when the rows are read.
     """
 
     layout: Layout = PLAIN
+    remedies: Mapping[BadCause, str] = {}
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:
         self.name = name
         self.folder = folder
         self.arguments = arguments
+        self.notes: list[str] = []
 
     @abstractmethod
     def rows(self) -> Iterator[Row | BadRow]:
@@ -199,8 +202,8 @@ def inside(folder: Path, file: str) -> Path:
         RowError: if the name leads out of the folder, by its words or by a link, or there is no such regular file.
 
     """
-    name = PurePath(file)
-    if name.is_absolute() or "\\" in file or ".." in name.parts:
+    name = PurePath(file.replace("\\", "/"))  # tables from Windows
+    if name.is_absolute() or PureWindowsPath(file).is_absolute() or ".." in name.parts:
         raise RowError("path_outside", f"picture {file[:200]!r} is not named by a path within the folder of pictures")
     if "\0" in file or not name.parts:
         raise RowError("picture_missing", f"picture {file[:200]!r} is no file name")
@@ -226,6 +229,8 @@ def existing_file(path: Path, option: str) -> Path:
         UserError: if no such file exists.
 
     """
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file in it")
     if not path.is_file():
         raise UserError(f"{option} {path}: there is no such file")
     return path
@@ -238,6 +243,8 @@ def existing_folder(path: Path, option: str) -> Path:
         UserError: if no such folder exists.
 
     """
+    if path.is_file():
+        raise UserError(f"{option} {path} is a file; give the folder that it is in")
     if not path.is_dir():
         raise UserError(f"{option} {path}: there is no such folder")
     return path
