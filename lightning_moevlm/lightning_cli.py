@@ -38,6 +38,7 @@ from lightning_moevlm.parsers import (
     teaching_errors,
     types_of_options,
 )
+from lightning_moevlm.reference_parser import ReferenceParser, References
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.signatures import imported_class
 from lightning_moevlm.tracking import RunRecord
@@ -72,13 +73,16 @@ class CommandLine(LightningCLI):
     def __init__(self, asked: str, argv: Sequence[str], notices: Notices) -> None:
         self._asked = asked
         self._stop = StopBySignal()
+        references = References(asked)
+        options = {**PARSER_OPTIONS, "references": references}
         super().__init__(
             VisionLanguageModule,
             ShardDataModule,
             save_config_callback=RunRecord,
             save_config_kwargs={"argv": ["moevlm", *argv]},
             seed_everything_default=0,
-            parser_kwargs={**PARSER_OPTIONS, "prog": "moevlm", self._asked: dict(PARSER_OPTIONS)},
+            parser_class=ReferenceParser,
+            parser_kwargs={**options, "prog": "moevlm", self._asked: options},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # for modules that save their hyperparameters; ours does not
             trainer_defaults={"callbacks": [ReleaseNotices(notices), self._stop]},
@@ -149,7 +153,7 @@ class CommandLine(LightningCLI):
             if self.model.gradient.any_on:
                 refuse_unsuited_trainer(self.trainer)
             refuse_vanishing_eps(self.trainer, self.model.build_optimizer())
-            try_schedule(self.model, self.trainer.max_steps)
+            try_schedule(self.model, self.trainer.max_steps, is_endless=self.trainer.max_epochs == -1)
             if self._checkpoint is not None:
                 refuse_other_groups(self._checkpoint, self.model)
                 refuse_other_state(self._checkpoint, self.model.optimizer_factory)

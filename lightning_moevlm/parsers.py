@@ -82,7 +82,7 @@ def prepare_parsers() -> None:
     register_type(torch.device, str, torch.device)  # a default of StochasticWeightAveraging
     # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
-    set_dumper("omegaconf+", _dump_yaml)
+    set_dumper("omegaconf+", dump_yaml)
     calm_terminal()
 
 
@@ -116,7 +116,7 @@ _Dumper.add_implicit_resolver(
 )
 
 
-def _dump_yaml(data: object) -> str:
+def dump_yaml(data: object) -> str:
     """Write YAML for jsonargparse, which dumps a merged configuration and reads it back."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text

@@ -15,6 +15,7 @@ from rich.progress import (
 from lightning_moevlm.records import Batch
 from lightning_moevlm.training import StepOutput
 from lightning_moevlm.training.logging_steps import log_interval
+from lightning_moevlm.training.schedule_length import steps_of_run
 
 
 class StepProgress(ProgressBar):
@@ -48,8 +49,9 @@ class StepProgress(ProgressBar):
             TextColumn("left"),
             console=Console(stderr=True),
         )
-        total = trainer.max_steps if trainer.max_steps > 0 else None
-        self._task = self._progress.add_task("train", total=total, completed=trainer.global_step, loss="-")
+        self._task = self._progress.add_task(
+            "train", total=steps_of_run(trainer), completed=trainer.global_step, loss="-"
+        )
         self._progress.start()
 
     def on_train_batch_end(  # type: ignore[override]

@@ -27,7 +27,8 @@ class WarmupSchedule(LRScheduler, ABC):
 
     Args:
         optimizer: its learning rates are the peaks.
-        total_steps: optimiser steps until final_ratio is reached; constant from there on.
+        total_steps: optimiser steps until final_ratio is reached; constant from there on. In a configuration -1, as
+            `${trainer.max_steps}` may be, is as many as the run takes.
         warmup: share of total_steps.
         final_ratio: share of the peak at the end.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moevlm.tracking.masking import masked
@@ -46,11 +47,21 @@ def resolved_base(parser: LightningArgumentParser, sources: Sequence[Path]) -> t
     return _resolved_alone(_Alone(source, text, named, parser.prog, parser))
 
 
-def masked_tree(parser: LightningArgumentParser, config: Namespace) -> dict[str, object]:
-    """Return a parsed configuration as plain values, every default filled in and secrets masked."""
+def masked_tree(
+    parser: LightningArgumentParser, config: Namespace, *, keep_references: bool = False
+) -> dict[str, object]:
+    """Return a parsed configuration as plain values, every default filled in and secrets masked.
+
+    Args:
+        parser: of the subcommand.
+        config: what it parsed.
+        keep_references: have `${trainer.max_steps}` where the parser writes it, and not the number.
+    """
     dumped = parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True)
     tree = read_yaml(dumped) or {}
     tree.pop("config", None)  # the files' names; their content is recorded
+    if not keep_references and "${" in dumped:
+        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     clean = masked(tree, os.environ)
     assert isinstance(clean, dict)
     return clean

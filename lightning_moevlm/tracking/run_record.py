@@ -39,8 +39,8 @@ _RECORDED = re.compile(r"^source\d+_")  # of a run that is resumed
 class RunRecord(SaveConfigCallback):
     """For LightningCLI's `save_config_callback`; it acts on rank 0, and not at all under fast_dev_run or in predict.
 
-    In the run's directory and among its artifacts appears `config/`: `config.yaml` (resolved), `changed.yaml`
-    (against the first -c file, or the defaults), `command.txt`, and the -c files as they were,
+    In the run's directory and among its artifacts appears `config/`: `config.yaml` (whole, with its references),
+    `changed.yaml` (against the first -c file, or the defaults), `command.txt`, and the -c files as they were,
     `source0_<name>` first. A run that is continued gets `config.1/`, and so on; nothing is overwritten.
     Secrets are masked, see `masking`.
 
@@ -136,7 +136,7 @@ class RunRecord(SaveConfigCallback):
     def _files(self, resolved: Mapping[str, object]) -> dict[str, str]:
         sources = config_sources(self._argv)
         files = {
-            "config.yaml": write_yaml(dict(resolved)),
+            "config.yaml": write_yaml(masked_tree(self.parser, self.config, keep_references=True)),
             "changed.yaml": self._changed(sources, resolved),
             "command.txt": shlex.join(masked_argv(self._argv, os.environ)) + "\n",
         }

@@ -22,18 +22,20 @@ FAILURES = (ArithmeticError, LookupError, TypeError, ValueError)
 _MOST_STEPS = 1000
 
 
-def try_schedule(module: "VisionLanguageModule", max_steps: int = -1) -> None:
+def try_schedule(module: "VisionLanguageModule", max_steps: int = -1, is_endless: bool = False) -> None:
     """Build the optimiser and the schedule of a run, and step the schedule as training would, at most 1000 times.
 
     Args:
         module: whose optimiser and schedule they are.
         max_steps: of the run; below 1 it is not known, and one step is tried.
+        is_endless: neither steps nor epochs end the run; else their number will be known when training starts.
 
     Raises:
         UserError: one of them cannot be built, or the schedule fails, ends too early or gives a rate that is none.
     """
     optimizer = module.build_optimizer()
-    schedule = module.build_schedule(optimizer)
+    not_known = None if is_endless else _MOST_STEPS
+    schedule = module.build_schedule(optimizer, max_steps if max_steps > 0 else not_known)
     if schedule is None:
         return
     name = type(schedule).__name__

@@ -49,12 +49,12 @@ from lightning_moevlm.training.refusals import (
     refuse_senseless_options,
     refuse_unsuited_losses,
     refuse_unsuited_optimizer,
-    refuse_unsuited_schedule,
     refuse_unsuited_trainer,
     refuse_vanishing_eps,
 )
 from lightning_moevlm.training.resume import take_up_epoch
 from lightning_moevlm.training.routing_counts import RoutingCounter
+from lightning_moevlm.training.schedule_length import build_schedule, steps_of_run, tell_cut_schedule
 from lightning_moevlm.training.schedule_trial import FAILURES
 
 
@@ -301,22 +301,10 @@ class VisionLanguageModule(LightningModule):
         self.groups.apply(optimizer)
         return optimizer
 
-    def build_schedule(self, optimizer: Optimizer) -> LRScheduler | None:
-        """Return the schedule over an optimiser, which it sets to its first rates; None without one.
-
-        Raises:
-            UserError: the schedule refuses an option, or goes by a metric.
-        """
-        if self.schedule_factory is None:
-            return None
-        try:
-            schedule = self.schedule_factory(optimizer)
-        except UserError:
-            raise
-        except FAILURES as error:
-            raise UserError(f"model.schedule cannot be built: {error}; change its options") from error
-        refuse_unsuited_schedule(schedule)
-        return schedule
+    def build_schedule(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler | None:
+        """Return the schedule over an optimiser, for a run of so many steps; None without one."""
+        factory = self.schedule_factory
+        return None if factory is None else build_schedule(factory, optimizer, num_steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
@@ -329,10 +317,11 @@ class VisionLanguageModule(LightningModule):
             self._gradient_control.load_state_dict(self._gradient_memory)
             if self.action_runner is not None:
                 self.action_runner.gradient_control = self._gradient_control
-        schedule = self.build_schedule(optimizer)
+        schedule = self.build_schedule(optimizer, steps_of_run(self.trainer))
         self._hyperparameters = Hyperparameters(optimizer, keeps_rate=schedule is None)
         if schedule is None:
             return {"optimizer": optimizer}
+        tell_cut_schedule(schedule, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def draws(self, stage: str) -> Draws:

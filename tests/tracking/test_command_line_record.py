@@ -43,6 +43,8 @@ def test_files_and_difference_of_a_fit(moevlm: Moevlm, workplace: Path) -> None:
     changed = yaml.safe_load(text)
     assert changed["data.batch_size"] == {"base": str(base["data"]["batch_size"]), "now": "8"}
     assert resolved["data"]["batch_size"] == 8
+    assert resolved["model"]["backbone"]["init_args"]["image_size"] == "${data.image_size}"  # for the next run
+    assert run.data.params["model.backbone.init_args.image_size"] == "32"
     flags = [word.partition("=")[0].removeprefix("--") for word in (*SMALL, *budget(1)) if "=" in word]
     follow = {f"{BACKBONE}.image_size".removeprefix("--")}  # ${data.image_size}
     assert "data.image_size" in changed
