@@ -1,6 +1,6 @@
 """Records that cross borders between the parts of the house."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     images_BRYX: uint8, RGB. text_BL: int64 token ids, padded. text_mask_BL: bool, True on real tokens.
     keys: the samples' WebDataset keys, in order. num_pairs: how many leading images and texts belong together; None
     where every image has its text. per_source: how many samples each source of the data gave, in their order. num_cut:
-    texts that have lost their end, of those that were read for the batch.
+    texts that have lost their end, of those that were read for the batch. step: all that the optimiser step is made of;
+    None where the loader does not look ahead.
     """
 
     images_BRYX: Tensor | None
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
     num_pairs: int | None = None
     per_source: tuple[int, ...] = ()
     num_cut: int = 0
+    step: "WholeStep | None" = None
 
     @property
     def num_samples(self) -> int:
@@ -66,6 +68,23 @@ class Batch(NamedTuple):
             self.keys[:num_samples],
             pairs,
         )
+
+    def without_pixels(self) -> "Batch":
+        """Return the same batch with images that have a shape alone."""
+        images = self.images_BRYX
+        return self._replace(images_BRYX=None if images is None else images.to("meta"), step=None)
+
+
+class WholeStep:
+    """The batches of one optimiser step on this rank, without pixels.
+
+    No tuple and no dataclass, so that nobody moves it to a device with the batch that it comes with.
+    """
+
+    __slots__ = ("batches",)
+
+    def __init__(self, batches: tuple[Batch, ...]) -> None:
+        self.batches = batches
 
 
 class Span(NamedTuple):
@@ -132,25 +151,78 @@ class AttentionLogits(NamedTuple):
     max_H: Tensor
 
 
+class PlanSize(NamedTuple):
+    """What the means of a loss on routing are over, in one plan or in all plans of a layer and pass. Sizes add up.
+
+    tokens_A: valid tokens of each modality. sequences_A: sequences with such a token. sequences: with any, a scalar.
+    """
+
+    tokens_A: Tensor
+    sequences_A: Tensor
+    sequences: Tensor
+
+    def of(self, modalities: Iterable[Modality]) -> "PlanSize":
+        """Return the size of a plan that holds the tokens of some modalities alone."""
+        among = set(modalities)
+        tokens_A, sequences_A = (
+            torch.stack([count_A[modality] * (modality in among) for modality in Modality])
+            for count_A in (self.tokens_A, self.sequences_A)
+        )
+        return PlanSize(tokens_A, sequences_A, self.sequences if len(among) > 1 else sequences_A.sum())
+
+
+class BatchSize(NamedTuple):
+    """What means are over, in one batch or in a whole optimiser step. Sizes add up.
+
+    predictions: by term of the task, how many it makes, scalars. passes: by source, the size of the sequences.
+    """
+
+    predictions: Mapping[str, Tensor]
+    passes: Mapping[str, PlanSize]
+
+    def numbers(self) -> Tensor:
+        """Return all of it as one float64 vector, to be added to others and divided."""
+        values = [*self.predictions.values(), *(value for size in self.passes.values() for value in size)]
+        return torch.cat([value.flatten().to(torch.float64) for value in values])
+
+    def holding(self, numbers: Tensor) -> "BatchSize":
+        """Return a size with these numbers, rounded to whole ones, in place of its own."""
+        of_terms, of_passes = (
+            numbers.round().to(torch.int64).split([len(self.predictions), len(numbers) - len(self.predictions)])
+        )
+        kinds = len(Modality)
+        sizes = (PlanSize(one[:kinds], one[kinds:-1], one[-1]) for one in of_passes.split(2 * kinds + 1))
+        return BatchSize(
+            dict(zip(self.predictions, of_terms.unbind(), strict=True)), dict(zip(self.passes, sizes, strict=True))
+        )
+
+
 class Term(NamedTuple):
     """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total, a tensor if it adapts.
 
     num_predictions: that raw is the mean over, so that means of several batches can be joined; None: unknown, and
-    batches count by their samples.
+    batches count by their samples. in_step: what is differentiated in place of raw, where a step has several parts: its
+    mean over micro-batches and ranks is the raw term of their joined batch. None: raw itself.
     """
 
     raw: Tensor
     weight: float | Tensor
     num_predictions: int | None = None
+    in_step: Tensor | None = None
 
     @property
     def weighted(self) -> Tensor:
         """raw x weight."""
         return self.raw * self.weight
 
+    @property
+    def differentiated(self) -> Tensor:
+        """What it adds to the loss of the step, the mean over micro-batches and ranks."""
+        return self.weighted if self.in_step is None else self.in_step * self.weight
+
     def detached(self) -> "Term":
         """Return the same term without gradient."""
-        return self._replace(raw=self.raw.detach())
+        return self._replace(raw=self.raw.detach(), in_step=None if self.in_step is None else self.in_step.detach())
 
 
 class LossReport(NamedTuple):
@@ -166,8 +238,18 @@ class LossReport(NamedTuple):
 
     @property
     def total_loss(self) -> Tensor:
-        """Task loss plus weighted auxiliary terms: what is differentiated."""
+        """Task loss plus weighted auxiliary terms, of this batch alone."""
         return torch.stack([term.weighted for term in (*self.task.values(), *self.auxiliary.values())]).sum()
+
+    @property
+    def task_in_step(self) -> Tensor:
+        """The task loss whose mean over micro-batches and ranks is that of the joined batch."""
+        return torch.stack([term.differentiated for term in self.task.values()]).sum()
+
+    @property
+    def differentiated(self) -> Tensor:
+        """The total loss whose mean over micro-batches and ranks is that of the joined batch."""
+        return torch.stack([term.differentiated for term in (*self.task.values(), *self.auxiliary.values())]).sum()
 
     def detached(self) -> "LossReport":
         """Return the same report without gradients, for callbacks."""

@@ -4,7 +4,7 @@ Multiway and MoE compose, so VL-MoE, LIMoE, MoMa and their dense twins are arran
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -43,3 +43,7 @@ class FeedForward(nn.Module, ABC):
     @abstractmethod
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs (multiply and add counted apart) of one forward pass over so many tokens."""
+
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """Return how many plans `forward` makes of sequences of these modalities: here those of its parts."""
+        return sum(part.num_plans(modalities) for part in self.children() if isinstance(part, FeedForward))

@@ -1,6 +1,6 @@
 """The mixture-of-experts feed-forward: route, limit, dispatch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,10 @@ class MoEFFN(FeedForward):
         if self.shared is not None:
             experts += total * self.shared.num_experts * self.shared.forward_flops_per_row()
         return self.router.forward_flops_per_token() * total + experts
+
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """One."""
+        return 1
 
     def _computed(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
         if self.precision.dtype_of("experts") is None:

@@ -4,7 +4,7 @@ With a `pair` branch, sequences of several modalities go through that one whole 
 the top blocks of VLMo and VL-MoE), while sequences of a single modality keep their own path.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class MultiwayFFN(FeedForward):
         if self.pair is not None and len(num_tokens) > 1:
             return self.pair.forward_flops(num_tokens)
         return sum(self.branch(modality).forward_flops({modality: count}) for modality, count in num_tokens.items())
+
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """Sum over the branches that these modalities take."""
+        if self.pair is not None and len(modalities) > 1:
+            return self.pair.num_plans(modalities)
+        return sum(self.branch(modality).num_plans((modality,)) for modality in modalities)
 
     def branch(self, modality: Modality) -> FeedForward:
         """Return the feed-forward of one modality."""

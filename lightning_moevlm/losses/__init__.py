@@ -1,15 +1,16 @@
 """Auxiliary losses: pure functions of plans, and the set of switches that turns them on."""
 
-from lightning_moevlm.losses.auxiliary import OWN_LOSSES, AuxiliaryLosses
+from lightning_moevlm.losses.auxiliary import OWN_LOSSES, AuxiliaryLosses, SumName
 from lightning_moevlm.losses.groups import Grouping
 from lightning_moevlm.losses.gshard import GShard, gshard
 from lightning_moevlm.losses.importance import Importance, importance
 from lightning_moevlm.losses.load import Load, load
 from lightning_moevlm.losses.load_balance import LoadBalance, load_balance
-from lightning_moevlm.losses.loss_input import LayerCounts, LossInput, RoutedLayer
+from lightning_moevlm.losses.loss_input import LayerCounts, LossInput, Place, RoutedLayer, StepSize
 from lightning_moevlm.losses.modality_entropy import GlobalEntropy, LocalEntropy
 from lightning_moevlm.losses.mutual_information import MutualInformation, mutual_information
 from lightning_moevlm.losses.output_z import OutputZ, output_z
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.relu_l1 import ReLUL1, relu_l1
 from lightning_moevlm.losses.router_orthogonality import RouterOrthogonality, router_orthogonality
 from lightning_moevlm.losses.router_z import RouterZ, router_z
@@ -34,12 +35,16 @@ __all__ = [
     "LossInput",
     "MutualInformation",
     "OutputZ",
+    "Place",
+    "PlanLoss",
     "ReLUL1",
     "RoutedLayer",
     "RouterOrthogonality",
     "RouterZ",
     "RoutingLoss",
     "SequenceBalance",
+    "StepSize",
+    "SumName",
     "Weight",
     "gshard",
     "importance",

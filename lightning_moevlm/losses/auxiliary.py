@@ -5,34 +5,40 @@ depth.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.losses.groups import size_of
 from lightning_moevlm.losses.gshard import GShard
 from lightning_moevlm.losses.importance import Importance
 from lightning_moevlm.losses.load import Load
 from lightning_moevlm.losses.load_balance import LoadBalance
-from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
+from lightning_moevlm.losses.loss_input import LossInput, Place, RoutedLayer, StepSize
 from lightning_moevlm.losses.modality_entropy import GlobalEntropy, LocalEntropy
 from lightning_moevlm.losses.mutual_information import MutualInformation
-from lightning_moevlm.losses.output_z import OutputZ
+from lightning_moevlm.losses.output_z import OutputZ, output_z_sums
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.relu_l1 import ReLUL1
 from lightning_moevlm.losses.router_orthogonality import RouterOrthogonality
 from lightning_moevlm.losses.router_z import RouterZ
 from lightning_moevlm.losses.routing_loss import RoutingLoss
 from lightning_moevlm.losses.sequence_balance import SequenceBalance
 from lightning_moevlm.losses.weights import AdaptiveWeight, Weight, check_weight, first_value
-from lightning_moevlm.records import Term
+from lightning_moevlm.plans import Modality
+from lightning_moevlm.records import PlanSize, Term
 
 _BALANCING = frozenset(
     {"load_balance", "importance", "load", "gshard", "sequence_balance", "global_entropy", "mutual_information"}
 )
+SumName = tuple[str, Place | str]
+"""A loss and the place of a plan, or the term whose logits it is on; without a name of a loss: the size of a plan."""
+
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -103,15 +109,16 @@ class AuxiliaryLosses:
                     loss.check(layer)
 
     @property
-    def enabled(self) -> dict[str, Callable[..., Any]]:
+    def enabled(self) -> dict[str, PlanLoss | OutputZ]:
         """The losses that are on, by name."""
-        everyone = {name: getattr(self, name) for name in OWN_LOSSES} | (self.others or {})
+        everyone: dict[str, PlanLoss | OutputZ | None] = {name: getattr(self, name) for name in OWN_LOSSES}
+        everyone |= self.others or {}
         return {name: loss for name, loss in everyone.items() if loss is not None}
 
     @property
     def weights(self) -> dict[str, Weight]:
         """The weight of each enabled loss, as it was configured."""
-        return {name: loss.weight for name, loss in self.enabled.items()}  # type: ignore[attr-defined]
+        return {name: loss.weight for name, loss in self.enabled.items()}  # type: ignore[union-attr]
 
     @property
     def balancing(self) -> frozenset[str]:
@@ -138,23 +145,74 @@ class AuxiliaryLosses:
         inputs: Sequence[LossInput],
         log_partitions: Mapping[str, Tensor] = MappingProxyType({}),
         weights: Mapping[str, float | Tensor] | None = None,
+        step: StepSize | None = None,
     ) -> dict[str, Term]:
         """Return each enabled loss, averaged over plans; one that is undefined here is left out.
 
         A dense model (no inputs) has no losses on routing. log_partitions: of every class-predicting term of the task,
-        its logsumexp per masked position, fp32 (M,). weights: those in force; None: those of the first step.
+        its logsumexp per masked position, fp32 (M,). weights: those in force; None: those of the first step. step: of
+        which this batch is a part; None: the batch is the whole step.
         """
-        in_force = {name: first_value(weight) for name, weight in self.weights.items()} | dict(weights or {})
+        in_force = self._in_force(weights)
+        sizes = [size_of(one.plan) for one in inputs]
         terms: dict[str, Term] = {}
         for name, loss in self.enabled.items():
             if isinstance(loss, OutputZ):
-                raw = loss(log_partitions)
+                raw, in_step = loss(log_partitions), None if step is None else loss.in_step(log_partitions, step)
             else:
-                values = [value for value in map(loss, inputs) if value is not None]
+                found = [(own, k) for k, one in enumerate(inputs) if (own := loss.sums(one)) is not None]
+                values = [loss.value(own, sizes[k]) for own, k in found]
                 raw = torch.stack(values).mean() if values else None
+                in_step = None
+                if step is not None and loss.adds_up and values:
+                    parts = [loss.value(own, step.of(inputs[k].place)) for own, k in found]
+                    in_step = torch.stack(parts).sum() * step.num_parts / step.num_plans
             if raw is not None:
-                terms[name] = Term(raw, in_force[name])
+                terms[name] = Term(raw, in_force[name], in_step=in_step)
         return terms
+
+    def sums(
+        self, inputs: Sequence[LossInput], log_partitions: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[SumName, Tensor]:
+        """Return what is to be added up over batches and ranks, for `means`."""
+        found: dict[SumName, Tensor] = {}
+        for one in inputs:
+            size = size_of(one.plan)
+            found["", one.place] = torch.cat([size.tokens_A, size.sequences_A, size.sequences.unsqueeze(0)])
+        for name, loss in self.enabled.items():
+            if isinstance(loss, OutputZ):
+                found |= {(name, term): output_z_sums(value_M) for term, value_M in log_partitions.items()}
+                continue
+            for one in inputs:
+                own = loss.sums(one)
+                if own is not None:
+                    found[name, one.place] = own
+        return found
+
+    def means(
+        self, sums: Mapping[SumName, Tensor], weights: Mapping[str, float | Tensor] | None = None
+    ) -> dict[str, Term]:
+        """Return each enabled loss of all that was added up, averaged over plans."""
+        in_force = self._in_force(weights)
+        kinds = len(Modality)
+        sizes = {
+            place: PlanSize(numbers[:kinds], numbers[kinds : 2 * kinds], numbers[-1])
+            for (name, place), numbers in sums.items()
+            if not name
+        }
+        terms: dict[str, Term] = {}
+        for name, loss in self.enabled.items():
+            own = {place: each for (of, place), each in sums.items() if of == name}
+            if isinstance(loss, OutputZ):
+                values = [each[0] / each[1] for each in own.values() if each[1]]
+            else:
+                values = [loss.value(each, sizes[place]) for place, each in own.items()]
+            if values:
+                terms[name] = Term(torch.stack(values).mean(), in_force[name])
+        return terms
+
+    def _in_force(self, weights: Mapping[str, float | Tensor] | None) -> dict[str, float | Tensor]:
+        return {name: first_value(weight) for name, weight in self.weights.items()} | dict(weights or {})
 
 
 OWN_LOSSES = tuple(entry.name for entry in fields(AuxiliaryLosses) if entry.name != "others")

@@ -1,8 +1,9 @@
 """Which tokens are balanced together: all of a plan, those of one sequence, of one modality, or of both.
 
 Groups are modality-major: group = modality x B + sequence. A loss is the mean over the groups that hold a valid
-token, so its scale does not move with their number. Every shape follows from the plan's, so nothing is read from the
-device; sums of floats are masked and not scattered, so that they add up in the same order each time.
+token, so its scale does not move with their number. What means are over, a `PlanSize`, comes from outside: it may be
+that of a whole optimiser step, of which the plan is a part. Every shape follows from the plan's, so nothing is read
+from the device; sums of floats are masked and not scattered, so that they add up in the same order each time.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.plans import Modality, RoutingPlan
+from lightning_moevlm.records import PlanSize
 
 
 class Grouping(NamedTuple):
@@ -39,18 +41,28 @@ class Grouping(NamedTuple):
         members = (member_T.view(self._shape(plan)).unsqueeze(-1) for member_T in self._members(plan))
         return torch.cat([(values_BSE * member_BS1).sum(dim=1) for member_BS1 in members])
 
-    def num_tokens(self, plan: RoutingPlan) -> Tensor:
-        """Return the number of each group's valid tokens, int64 (U,)."""
-        return torch.cat([member_T.view(self._shape(plan)).sum(dim=1) for member_T in self._members(plan)])
+    def tokens_U(self, size: PlanSize) -> Tensor:
+        """Return the number of each group's valid tokens, (U,); groups are no sequences."""
+        assert not self.by_sequence, "sequences are balanced one by one"
+        return size.tokens_A if self.by_modality else size.tokens_A.sum().unsqueeze(0)
 
-    def means(self, values_TE: Tensor, plan: RoutingPlan) -> Tensor:
+    def means(self, sums_UE: Tensor, size: PlanSize) -> Tensor:
         """Return the mean over each group's valid tokens, (U, E); 0 for a group without any."""
-        return self.sums(values_TE, plan) / self.num_tokens(plan).clamp(min=1).unsqueeze(-1)
+        return sums_UE / self.tokens_U(size).clamp(min=1).unsqueeze(-1)
 
-    def over_groups(self, value_U: Tensor, plan: RoutingPlan) -> Tensor:
+    def over_groups(self, value_U: Tensor, size: PlanSize) -> Tensor:
         """Return the mean of a value over the groups that hold a valid token; 0 where none does."""
-        present_U = (self.num_tokens(plan) > 0).to(value_U.dtype)
+        present_U = (self.tokens_U(size) > 0).to(value_U.dtype)
         return (value_U * present_U).sum() / present_U.sum().clamp(min=1)
+
+    def num_sequences(self, size: PlanSize) -> Tensor:
+        """Return how many groups hold a valid token; groups are sequences."""
+        assert self.by_sequence
+        return size.sequences_A.sum() if self.by_modality else size.sequences
+
+    def tokens_in_sequences(self, plan: RoutingPlan) -> Tensor:
+        """Return the number of each group's valid tokens, int64 (U,), counted in the plan."""
+        return torch.cat([member_T.view(self._shape(plan)).sum(dim=1) for member_T in self._members(plan)])
 
     def _shape(self, plan: RoutingPlan) -> tuple[int, int]:
         batch = plan.num_sequences if self.by_sequence else 1
@@ -66,3 +78,11 @@ def shares(counts_UE: Tensor, like: Tensor) -> Tensor:
     """Return counts divided by their sum over experts, in the dtype of `like`; 0 for a group without counts."""
     counts_UE = counts_UE.to(like.dtype)
     return counts_UE / counts_UE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+def size_of(plan: RoutingPlan) -> PlanSize:
+    """Return the size of a plan, int64."""
+    batch = plan.num_sequences
+    kinds = [plan.valid_T & (plan.modality_T == modality) for modality in Modality]
+    num_AB = torch.stack(kinds).view(len(kinds), batch, plan.num_tokens // batch).sum(dim=-1)
+    return PlanSize(num_AB.sum(dim=1), (num_AB > 0).sum(dim=1), (num_AB.sum(dim=0) > 0).sum())

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moevlm.losses.groups import Grouping, shares
+from lightning_moevlm.losses.groups import Grouping, size_of
+from lightning_moevlm.losses.load_balance import balance
 from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import RoutingPlan
+from lightning_moevlm.records import PlanSize
 
 
 @dataclass(frozen=True)
-class GShard:
+class GShard(PlanLoss):
     """GShard's balance loss.
 
     Args:
@@ -30,16 +33,24 @@ class GShard:
     weight: BalanceWeight = 1e-2
     per_modality: bool = False
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return gshard(inputs.plan, Grouping(by_modality=self.per_modality))
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return first choices and probabilities of each group, (2, U, E)."""
+        plan, num_groups = inputs.plan, self._grouping.size(inputs.plan)
+        cell_T = self._grouping.group_T(plan) * plan.num_experts + plan.probs_TE.argmax(dim=-1)
+        zero = torch.zeros(num_groups * plan.num_experts, dtype=torch.int64, device=cell_T.device)
+        first_UE = zero.index_add(0, cell_T, plan.valid_T.to(torch.int64)).view(num_groups, plan.num_experts)
+        return torch.stack([first_UE.to(plan.probs_TE.dtype), self._grouping.sums(plan.probs_TE, plan)])
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return E * sum_e of share x mean, averaged over groups."""
+        return balance(sums[0], sums[1], self._grouping, size)
+
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(by_modality=self.per_modality)
 
 
 def gshard(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
     """Return E * sum_e of (share of first choices x mean probability); 0 where no token is valid."""
-    cell_T = grouping.group_T(plan) * plan.num_experts + plan.probs_TE.argmax(dim=-1)
-    num_groups = grouping.size(plan)
-    zero = torch.zeros(num_groups * plan.num_experts, dtype=torch.int64, device=cell_T.device)
-    first_UE = zero.index_add(0, cell_T, plan.valid_T.to(torch.int64)).view(num_groups, plan.num_experts)
-    balance_U = (shares(first_UE, plan.probs_TE) * grouping.means(plan.probs_TE, plan)).sum(dim=-1)
-    return grouping.over_groups(plan.num_experts * balance_U, plan)
+    loss = GShard(per_modality=grouping.by_modality)
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_moevlm.losses.groups import Grouping
+from lightning_moevlm.losses.groups import Grouping, size_of
 from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import PairPlan, RoutingPlan
+from lightning_moevlm.records import PlanSize
 
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(PlanLoss):
     """Importance loss.
 
     Args:
@@ -29,16 +31,25 @@ class Importance:
     weight: BalanceWeight = 5e-3
     per_modality: bool = False
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return importance(inputs.plan, Grouping(by_modality=self.per_modality))
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the probabilities of each group, (U, E)."""
+        plan = inputs.plan
+        is_noisy = isinstance(plan, PairPlan) and plan.noisy_logits_TE is not None
+        return self._grouping.sums(plan.logits_TE.softmax(dim=-1) if is_noisy else plan.probs_TE, plan)
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return their squared coefficient of variation, averaged over groups."""
+        return self._grouping.over_groups(squared_variation(self._grouping.means(sums, size)), size)
+
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(by_modality=self.per_modality)
 
 
 def importance(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
     """Return the squared coefficient of variation of summed probabilities; 0 where no token is valid."""
-    is_noisy = isinstance(plan, PairPlan) and plan.noisy_logits_TE is not None
-    probs_TE = plan.logits_TE.softmax(dim=-1) if is_noisy else plan.probs_TE
-    return grouping.over_groups(squared_variation(grouping.means(probs_TE, plan)), plan)
+    loss = Importance(per_modality=grouping.by_modality)
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))
 
 
 def squared_variation(values_UE: Tensor) -> Tensor:

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.losses.groups import Grouping
+from lightning_moevlm.losses.groups import Grouping, size_of
 from lightning_moevlm.losses.importance import squared_variation
 from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.records import PlanSize
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(PlanLoss):
     """Load loss; needs a router that adds noise while training.
 
     Args:
@@ -45,17 +47,26 @@ class Load:
                 "set losses.load to null (losses.importance and losses.load_balance need no noise)"
             )
 
-    def __call__(self, inputs: LossInput) -> Tensor | None:
-        """Return the raw loss of one plan, a scalar fp32 tensor; None in evaluation."""
+    def sums(self, inputs: LossInput) -> Tensor | None:
+        """Return the chances of each group, (U, E); None in evaluation."""
         if not inputs.training:
             return None
         assert isinstance(inputs.plan, PairPlan), "checked"
-        return load(inputs.plan, Grouping(by_modality=self.per_modality))
+        return self._grouping.sums(chances(inputs.plan), inputs.plan)
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return their squared coefficient of variation, averaged over groups."""
+        return self._grouping.over_groups(squared_variation(self._grouping.means(sums, size)), size)
+
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(by_modality=self.per_modality)
 
 
 def load(plan: PairPlan, grouping: Grouping = Grouping()) -> Tensor:
     """Return the squared coefficient of variation of expected loads; 0 where no token is valid."""
-    return grouping.over_groups(squared_variation(grouping.means(chances(plan), plan)), plan)
+    sums_UE = grouping.sums(chances(plan), plan)
+    return Load(per_modality=grouping.by_modality).value(sums_UE, size_of(plan))
 
 
 def chances(plan: PairPlan) -> Tensor:

@@ -19,18 +19,21 @@ Each can be taken per modality: the balance of a pooled batch hides the collapse
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from lightning_moevlm.losses.groups import Grouping, shares
-from lightning_moevlm.losses.loss_input import LayerCounts, LossInput
+from lightning_moevlm.losses.groups import Grouping, shares, size_of
+from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import RoutingPlan
+from lightning_moevlm.records import PlanSize
 
 Scope = Literal["sequence", "micro_batch", "global"]
 
 
 @dataclass(frozen=True)
-class LoadBalance:
+class LoadBalance(PlanLoss):
     """Switch load-balancing loss.
 
     Args:
@@ -44,26 +47,53 @@ class LoadBalance:
     scope: Scope = "micro_batch"
     per_modality: bool = False
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan, a scalar fp32 tensor."""
-        counts = inputs.counts if self.scope == "global" else None
-        return load_balance(inputs.plan, Grouping(self.scope == "sequence", self.per_modality), counts)
+    @property
+    def adds_up(self) -> bool:
+        """Whether f is given: that of a sequence lies in one batch, the global one is the same for all ranks."""
+        return self.scope != "micro_batch"
+
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return choices and probabilities of each group, (2, U, E); of sequences the sum of their losses, a scalar."""
+        plan, grouping = inputs.plan, self._grouping
+        if self.scope == "sequence":
+            return of_sequences(plan.chosen_by(grouping.group_T(plan), grouping.size(plan)), plan, grouping)
+        if inputs.counts is None or self.scope == "micro_batch":
+            choices_UE = plan.chosen_by(grouping.group_T(plan), grouping.size(plan))
+        else:
+            chosen_AE = inputs.counts.chosen_AE
+            choices_UE = chosen_AE if self.per_modality else chosen_AE.sum(dim=0, keepdim=True)
+        return torch.stack([choices_UE.to(plan.probs_TE.dtype), grouping.sums(plan.probs_TE, plan)])
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return E * sum_e f_e P_e, averaged over groups."""
+        if self.scope == "sequence":
+            return sums / self._grouping.num_sequences(size).clamp(min=1)
+        return balance(sums[0], sums[1], self._grouping, size)
+
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(self.scope == "sequence", self.per_modality)
 
 
-def load_balance(plan: RoutingPlan, grouping: Grouping = Grouping(), counts: LayerCounts | None = None) -> Tensor:
+def load_balance(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
     """Return E * sum_e f_e P_e over each group's valid tokens, averaged over groups: a scalar fp32 tensor.
 
-    counts: where f is taken from instead of the plan itself; then groups are no sequences. 0 where no token is valid.
+    0 where no token is valid.
     """
-    if counts is None:
-        choices_UE = plan.chosen_by(grouping.group_T(plan), grouping.size(plan))
-    else:
-        assert not grouping.by_sequence, "counts of a layer know no sequences"
-        choices_UE = counts.chosen_AE if grouping.by_modality else counts.chosen_AE.sum(dim=0, keepdim=True)
-    return balance(plan, grouping, choices_UE)
+    scope: Scope = "sequence" if grouping.by_sequence else "micro_batch"
+    loss = LoadBalance(scope=scope, per_modality=grouping.by_modality)
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))
 
 
-def balance(plan: RoutingPlan, grouping: Grouping, choices_UE: Tensor) -> Tensor:
-    """Return E * sum_e f_e P_e, averaged over groups, with f the share of an expert in its group's choices (U, E)."""
-    f_UE, mean_prob_UE = shares(choices_UE, plan.probs_TE), grouping.means(plan.probs_TE, plan)
-    return grouping.over_groups(plan.num_experts * (f_UE * mean_prob_UE).sum(dim=-1), plan)
+def balance(choices_UE: Tensor, prob_sums_UE: Tensor, grouping: Grouping, size: PlanSize) -> Tensor:
+    """Return E * sum_e f_e P_e, averaged over groups, with f the share of an expert in its group's choices."""
+    f_UE, mean_prob_UE = shares(choices_UE, prob_sums_UE), grouping.means(prob_sums_UE, size)
+    return grouping.over_groups(choices_UE.shape[1] * (f_UE * mean_prob_UE).sum(dim=-1), size)
+
+
+def of_sequences(choices_UE: Tensor, plan: RoutingPlan, grouping: Grouping) -> Tensor:
+    """Return the sum over sequences of E * sum_e f_e P_e, a scalar; choices: of each sequence, (U, E)."""
+    num_U1 = grouping.tokens_in_sequences(plan).unsqueeze(-1)
+    mean_prob_UE = grouping.sums(plan.probs_TE, plan) / num_U1.clamp(min=1)
+    balance_U1 = (shares(choices_UE, plan.probs_TE) * mean_prob_UE).sum(dim=-1, keepdim=True)
+    return (plan.num_experts * balance_U1 * (num_U1 > 0)).sum()

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_moevlm.plans import RoutingPlan
+from lightning_moevlm.plans import Modality, RoutingPlan
+from lightning_moevlm.records import BatchSize, PlanSize
 
 
 class RoutedLayer(NamedTuple):
@@ -33,6 +34,32 @@ class LayerCounts(NamedTuple):
     aimed_share: float
 
 
+class Place(NamedTuple):
+    """Where a plan comes from: the fields of `NamedPlan`."""
+
+    source: str = ""
+    block: int = 0
+    layer: str = ""
+    modalities: tuple[Modality, ...] = tuple(Modality)
+
+
+class StepSize(NamedTuple):
+    """The optimiser step that a batch is a part of.
+
+    num_parts: micro-batches x ranks. size: of all of them together. num_plans: that their joined batch would make.
+    num_heads: terms that predict classes and have something to predict. The two are scalars.
+    """
+
+    num_parts: int
+    size: BatchSize
+    num_plans: Tensor
+    num_heads: Tensor
+
+    def of(self, place: Place) -> PlanSize:
+        """Return the size of the plan that the joined batch would have in a place."""
+        return self.size.passes[place.source].of(place.modalities)
+
+
 class LossInput(NamedTuple):
     """A plan in its place.
 
@@ -45,3 +72,4 @@ class LossInput(NamedTuple):
     rows: Tensor | None = None
     counts: LayerCounts | None = None
     training: bool = True
+    place: Place = Place()

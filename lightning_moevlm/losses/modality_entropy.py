@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.losses.groups import Grouping
 from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BalanceWeight
-from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.ranges import check_number
+from lightning_moevlm.records import PlanSize
 from lightning_moevlm.schedules import Schedule
+
+_BY_MODALITY = Grouping(by_modality=True)
 
 
 @dataclass(frozen=True)
-class LocalEntropy:
+class LocalEntropy(PlanLoss):
     """Mean entropy of single tokens.
 
     Args:
@@ -44,20 +48,23 @@ class LocalEntropy:
         """Check ranges."""
         _check_factors("local_entropy", self.image, self.text)
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
+    @property
+    def adds_up(self) -> bool:
+        """Yes: means over tokens."""
+        return True
+
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the entropy of each modality's tokens in nats, (A,)."""
         plan = inputs.plan
-        factors = {Modality.IMAGE: self.image, Modality.TEXT: self.text}
-        entropies = {
-            modality: local_entropy(plan.probs_TE, _tokens(plan, modality))
-            for modality, factor in factors.items()
-            if factor is not None
-        }
-        return _mean_over_modalities(plan, entropies, factors)
+        return _BY_MODALITY.sums(entropy(plan.probs_TE).unsqueeze(-1), plan).squeeze(-1)
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return their means, averaged over modalities."""
+        return _mean_over_modalities(sums / size.tokens_A.clamp(min=1), size, (self.image, self.text))
 
 
 @dataclass(frozen=True)
-class GlobalEntropy:
+class GlobalEntropy(PlanLoss):
     """Missing entropy of a modality's mean distribution.
 
     Args:
@@ -98,27 +105,16 @@ class GlobalEntropy:
                     f"choose at most {layer.num_experts}, or null for all of them"
                 )
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
-        plan = inputs.plan
-        factors = {Modality.IMAGE: self.image, Modality.TEXT: self.text}
-        wanted = {Modality.IMAGE: self.min_image_experts, Modality.TEXT: self.min_text_experts}
-        missing: dict[Modality, Tensor] = {}
-        for modality, factor in factors.items():
-            if factor is not None:
-                threshold = math.log(wanted[modality] or plan.num_experts)
-                missing[modality] = (threshold - global_entropy(plan.probs_TE, _tokens(plan, modality))).clamp(min=0)
-        return _mean_over_modalities(plan, missing, factors)
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the probabilities of each modality's tokens, (A, E)."""
+        return _BY_MODALITY.sums(inputs.plan.probs_TE, inputs.plan)
 
-
-def local_entropy(probs_TE: Tensor, token_T: Tensor) -> Tensor:
-    """Return the mean entropy of the selected tokens in nats; 0 where there is none."""
-    return (entropy(probs_TE) * token_T).sum() / token_T.sum().clamp(min=1)
-
-
-def global_entropy(probs_TE: Tensor, token_T: Tensor) -> Tensor:
-    """Return the entropy of the selected tokens' mean distribution in nats; 0 where there is none."""
-    return entropy((probs_TE * token_T.unsqueeze(-1)).sum(dim=0) / token_T.sum().clamp(min=1))
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return the entropy that their means lack, averaged over modalities."""
+        wanted = (self.min_image_experts, self.min_text_experts)
+        entropy_A = entropy(_BY_MODALITY.means(sums, size))
+        missing = [math.log(count or sums.shape[1]) - entropy_A[k] for k, count in enumerate(wanted)]
+        return _mean_over_modalities(torch.stack(missing).clamp(min=0), size, (self.image, self.text))
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -133,16 +129,12 @@ def _check_factors(loss: str, image: float | None, text: float | None) -> None:
             check_number(f"{loss}.{name}", factor, least=0, advice=", or null to leave those tokens out")
 
 
-def _tokens(plan: RoutingPlan, modality: Modality) -> Tensor:
-    return plan.valid_T & (plan.modality_T == modality)
-
-
-def _mean_over_modalities(
-    plan: RoutingPlan, values: dict[Modality, Tensor], factors: dict[Modality, float | None]
-) -> Tensor:
-    """Average over the modalities that occur among the plan's valid tokens, each times its factor."""
-    if not values:
-        return plan.probs_TE.new_zeros(())
-    here = torch.stack([_tokens(plan, modality).any() for modality in values]).to(plan.probs_TE.dtype)
-    weighted = torch.stack([value * (factors[modality] or 0.0) for modality, value in values.items()])
-    return (weighted * here).sum() / here.sum().clamp(min=1)
+def _mean_over_modalities(value_A: Tensor, size: PlanSize, factors: tuple[float | None, float | None]) -> Tensor:
+    """Average over the modalities that have a factor and a valid token, each times its factor; 0 where none has."""
+    here_A = (size.tokens_A > 0).to(value_A.dtype)
+    asked = [(value_A[k] * here_A[k] * factor, here_A[k]) for k, factor in enumerate(factors) if factor is not None]
+    if not asked:
+        return value_A.new_zeros(())
+    return torch.stack([value for value, _ in asked]).sum() / torch.stack([here for _, here in asked]).sum().clamp(
+        min=1
+    )

@@ -8,17 +8,20 @@ local plus global entropy loss with equal weights and no threshold, less a const
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lightning_moevlm.losses.groups import Grouping
+from lightning_moevlm.losses.groups import Grouping, size_of
 from lightning_moevlm.losses.loss_input import LossInput
 from lightning_moevlm.losses.modality_entropy import entropy
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import RoutingPlan
+from lightning_moevlm.records import PlanSize
 
 
 @dataclass(frozen=True)
-class MutualInformation:
+class MutualInformation(PlanLoss):
     """Minus the mutual information.
 
     Args:
@@ -29,12 +32,22 @@ class MutualInformation:
     weight: BalanceWeight = 1e-2
     per_modality: bool = False
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan in nats, a scalar fp32 tensor."""
-        return mutual_information(inputs.plan, Grouping(by_modality=self.per_modality))
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the probabilities of each group and last the entropy of its tokens, (U, E + 1)."""
+        probs_TE = inputs.plan.probs_TE
+        return self._grouping.sums(torch.cat([probs_TE, entropy(probs_TE).unsqueeze(-1)], dim=-1), inputs.plan)
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return minus the mutual information, averaged over groups."""
+        means = self._grouping.means(sums, size)
+        return self._grouping.over_groups(means[:, -1] - entropy(means[:, :-1]), size)
+
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(by_modality=self.per_modality)
 
 
 def mutual_information(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
     """Return minus the mutual information in nats; 0 where no token is valid."""
-    token_U = grouping.means(entropy(plan.probs_TE).unsqueeze(-1), plan).squeeze(-1)
-    return grouping.over_groups(token_U - entropy(grouping.means(plan.probs_TE, plan)), plan)
+    loss = MutualInformation(per_modality=grouping.by_modality)
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

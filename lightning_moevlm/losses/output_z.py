@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_moevlm.losses.loss_input import StepSize
 from lightning_moevlm.schedules import Schedule
 
 
@@ -30,6 +31,20 @@ class OutputZ:
         if not log_partitions:
             return None
         return torch.stack([output_z(log_partition_M) for log_partition_M in log_partitions.values()]).mean()
+
+    def in_step(self, log_partitions: Mapping[str, Tensor], step: StepSize) -> Tensor | None:
+        """Return the part of a batch in the loss of its step, times the number of parts; None where it has no part."""
+        own = [
+            output_z_sums(value_M)[0] / step.size.predictions[term].clamp(min=1)
+            for term, value_M in log_partitions.items()
+        ]
+        return torch.stack(own).sum() * step.num_parts / step.num_heads.clamp(min=1) if own else None
+
+
+def output_z_sums(log_partition_M: Tensor) -> Tensor:
+    """Return the sum of the squares of logsumexps, and their number: (2,)."""
+    squares = log_partition_M.square().sum()
+    return torch.stack([squares, torch.full_like(squares, log_partition_M.shape[0])])
 
 
 def output_z(log_partition_M: Tensor) -> Tensor:

@@ -10,17 +10,20 @@ while fewer are.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.losses.groups import Grouping, shares
+from lightning_moevlm.losses.groups import Grouping, shares, size_of
 from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BySparsity, SparsityWeight
 from lightning_moevlm.plans import PairPlan
+from lightning_moevlm.records import PlanSize
 
 
 @dataclass(frozen=True)
-class ReLUL1:
+class ReLUL1(PlanLoss):
     """L1 loss on the weights of routed pairs.
 
     Args:
@@ -43,17 +46,32 @@ class ReLUL1:
                 "ReLURouter, or set losses.relu_l1 to null"
             )
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan, a scalar fp32 tensor."""
-        assert isinstance(inputs.plan, PairPlan), "checked"
-        return relu_l1(inputs.plan, self.load_weighted)
+    @property
+    def adds_up(self) -> bool:
+        """Whether loads are left out, which are those of the batch."""
+        return not self.load_weighted
+
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the load of every expert and the weights of its pairs, (2, E)."""
+        plan, whole = inputs.plan, Grouping()
+        assert isinstance(plan, PairPlan), "checked"
+        weight_N = plan.weight_N * plan.chosen_N
+        # a cell for every pair, so that floats are added up in the same order each time
+        weight_TE = torch.zeros_like(plan.probs_TE.flatten(), dtype=weight_N.dtype).index_add(
+            0, plan.token_N * plan.num_experts + plan.expert_N, weight_N
+        )
+        load_1E = plan.chosen_by(whole.group_T(plan), 1).to(weight_N.dtype)
+        return torch.cat([load_1E, whole.sums(weight_TE.view_as(plan.probs_TE), plan)])
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return the mean over tokens of their weights' sum, by load if asked."""
+        load_E, weight_E = sums.unbind()
+        if self.load_weighted:
+            weight_E = weight_E * (len(load_E) * shares(load_E.unsqueeze(0), weight_E)[0])
+        return weight_E.sum() / size.tokens_A.sum().clamp(min=1)
 
 
 def relu_l1(plan: PairPlan, load_weighted: bool = True) -> Tensor:
     """Return the mean over valid tokens of their weights' sum, by load if asked; 0 where no token is valid."""
-    weight_N = plan.weight_N * plan.chosen_N
-    if load_weighted:
-        whole = Grouping()
-        load_1E = plan.chosen_by(whole.group_T(plan), 1)
-        weight_N = weight_N * (plan.num_experts * shares(load_1E, weight_N))[0, plan.expert_N]
-    return weight_N.sum() / plan.valid_T.sum().clamp(min=1)
+    loss = ReLUL1(load_weighted=load_weighted)
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.losses.loss_input import LossInput, RoutedLayer
+from lightning_moevlm.losses.plan_loss import PlanLoss
+from lightning_moevlm.records import PlanSize
 from lightning_moevlm.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class RouterOrthogonality:
+class RouterOrthogonality(PlanLoss):
     """Mean squared cosine between the rows of a router.
 
     Args:
@@ -40,10 +42,19 @@ class RouterOrthogonality:
                 "that scores tokens with learned rows, such as TopKRouter, or set losses.router_orthogonality to null"
             )
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one layer, a scalar fp32 tensor."""
+    @property
+    def adds_up(self) -> bool:
+        """Yes: the same for every token, so a mean over tokens."""
+        return True
+
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the loss of the layer for every token, a scalar."""
         assert inputs.rows is not None, "checked"
-        return router_orthogonality(inputs.rows)
+        return router_orthogonality(inputs.rows) * inputs.plan.valid_T.sum()
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return their mean."""
+        return sums / size.tokens_A.sum().clamp(min=1)
 
 
 def router_orthogonality(rows_ED: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_moevlm.losses.groups import size_of
 from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.plans import RoutingPlan
+from lightning_moevlm.records import PlanSize
 from lightning_moevlm.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class RouterZ:
+class RouterZ(PlanLoss):
     """Router z-loss.
 
     Args:
@@ -22,12 +25,22 @@ class RouterZ:
 
     weight: Schedule = 1e-3
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return router_z(inputs.plan)
+    @property
+    def adds_up(self) -> bool:
+        """Yes: a mean over tokens."""
+        return True
+
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the sum of squares, a scalar."""
+        plan = inputs.plan
+        return (plan.logits_TE.logsumexp(dim=-1).square() * plan.valid_T).sum()
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return their mean."""
+        return sums / size.tokens_A.sum().clamp(min=1)
 
 
 def router_z(plan: RoutingPlan) -> Tensor:
     """Return the mean squared logsumexp over valid tokens, a scalar fp32 tensor; 0 where no token is valid."""
-    squared_T = plan.logits_TE.logsumexp(dim=-1).square() * plan.valid_T
-    return squared_T.sum() / plan.valid_T.sum().clamp(min=1)
+    loss = RouterZ()
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moevlm.losses.groups import Grouping
-from lightning_moevlm.losses.load_balance import balance, load_balance
+from lightning_moevlm.losses.groups import Grouping, size_of
+from lightning_moevlm.losses.load_balance import of_sequences
 from lightning_moevlm.losses.loss_input import LossInput
+from lightning_moevlm.losses.plan_loss import PlanLoss
 from lightning_moevlm.losses.weights import BalanceWeight
 from lightning_moevlm.plans import MixPlan, RoutingPlan
+from lightning_moevlm.records import PlanSize
 
 
 @dataclass(frozen=True)
-class SequenceBalance:
+class SequenceBalance(PlanLoss):
     """Balance within each sequence.
 
     Args:
@@ -32,18 +34,32 @@ class SequenceBalance:
     weight: BalanceWeight = 1e-4
     per_modality: bool = False
 
-    def __call__(self, inputs: LossInput) -> Tensor:
-        """Return the raw loss of one plan, a scalar fp32 tensor."""
-        return sequence_balance(inputs.plan, self.per_modality)
+    @property
+    def adds_up(self) -> bool:
+        """Yes: a mean over sequences."""
+        return True
+
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the sum over sequences, a scalar."""
+        plan, grouping = inputs.plan, self._grouping
+        if isinstance(plan, MixPlan):
+            return of_sequences(plan.chosen_by(grouping.group_T(plan), grouping.size(plan)), plan, grouping)
+        num_chosen_T = torch.zeros_like(plan.modality_T).index_add(0, plan.token_N, plan.chosen_N.to(torch.int64))
+        # a token's rank of each expert: where the expert stands among the scores in falling order
+        rank_TE = plan.probs_TE.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        highest_TE = (rank_TE < num_chosen_T.unsqueeze(-1)).to(plan.probs_TE.dtype)
+        return of_sequences(grouping.sums(highest_TE, plan), plan, grouping)
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return the mean over sequences."""
+        return sums / self._grouping.num_sequences(size).clamp(min=1)
+
+    @property
+    def _grouping(self) -> Grouping:
+        return Grouping(by_sequence=True, by_modality=self.per_modality)
 
 
 def sequence_balance(plan: RoutingPlan, per_modality: bool = False) -> Tensor:
     """Return E * sum_e f_e P_e of each sequence, averaged over them: a scalar fp32 tensor; 0 without a valid token."""
-    grouping = Grouping(by_sequence=True, by_modality=per_modality)
-    if isinstance(plan, MixPlan):
-        return load_balance(plan, grouping)
-    num_chosen_T = torch.zeros_like(plan.modality_T).index_add(0, plan.token_N, plan.chosen_N.to(torch.int64))
-    # a token's rank of each expert: where the expert stands among the scores in falling order
-    rank_TE = plan.probs_TE.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    highest_TE = (rank_TE < num_chosen_T.unsqueeze(-1)).to(plan.probs_TE.dtype)
-    return balance(plan, grouping, grouping.sums(highest_TE, plan))
+    loss = SequenceBalance(per_modality=per_modality)
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

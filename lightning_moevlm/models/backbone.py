@@ -1,12 +1,13 @@
 """The backbone contract: images, texts or both in, contextual tokens and routing plans out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_moevlm.layers import Block
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy
 from lightning_moevlm.ranges import check_number
@@ -91,3 +92,8 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """Active matrix FLOPs of one forward pass of one sample with so many tokens per modality."""
+
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """Return how many plans `forward` makes of sequences of these modalities: those of its feed-forwards."""
+        whole = [module for module in self.modules() if isinstance(module, Block)]
+        return sum(block.ffn.num_plans(modalities) for block in whole)

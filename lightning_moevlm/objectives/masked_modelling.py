@@ -24,7 +24,16 @@ from lightning_moevlm.objectives.image_targets import ImageTargets, PixelTargets
 from lightning_moevlm.objectives.objective import Objective
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import region
-from lightning_moevlm.records import AttentionLogits, Batch, NamedPlan, ObjectiveOutput, Predictions, Term
+from lightning_moevlm.records import (
+    AttentionLogits,
+    Batch,
+    BatchSize,
+    NamedPlan,
+    ObjectiveOutput,
+    PlanSize,
+    Predictions,
+    Term,
+)
 from lightning_moevlm.shards.tokenizer import MASK, SPECIAL_TOKENS
 
 
@@ -127,6 +136,32 @@ class MaskedModelling(Objective):
             step.log_partitions,
         )
 
+    def size(self, batch: Batch) -> BatchSize:
+        """Return hidden words and patches by term, and tokens by pass; nothing of them is drawn."""
+        pairs, device = batch.pairs, None if batch.text_BL is None else batch.text_BL.device
+        num_images = torch.tensor(len(batch.image_keys), device=device)
+        num_hidden = _num_hidden_patches(self.spec.num_patches, self.ratios.image)
+        words: dict[str, Tensor] = {}
+        tokens_B = torch.zeros(0, dtype=torch.int64, device=device)
+        if batch.text_BL is not None and batch.text_mask_BL is not None:
+            word_BL = batch.text_mask_BL & (batch.text_BL >= len(SPECIAL_TOKENS))
+            tokens_B = batch.text_mask_BL.sum(dim=-1)
+            words = {
+                "text": _num_hidden_words(word_BL, self.ratios.text).sum(),
+                "pair_text": _num_hidden_words(word_BL[:pairs], self.ratios.pair_text).sum(),
+            }
+        patches = {"image": num_images * num_hidden, "pair_image": torch.full_like(num_images, pairs * num_hidden)}
+        none = torch.zeros_like(num_images)
+        asked = [name for name, weight in vars(self.weights).items() if weight is not None]
+        predictions = {name: (words | patches).get(name, none) for name in asked}
+        passes = {
+            "text": _pass_size(none, tokens_B, self.spec.num_patches),
+            "image": _pass_size(num_images, tokens_B[:0], self.spec.num_patches),
+            "pair": _pass_size(torch.full_like(num_images, pairs), tokens_B[:pairs], self.spec.num_patches),
+        }
+        runs = {"text": "text" in asked, "image": "image" in asked, "pair": self._uses_pairs()}
+        return BatchSize(predictions, {source: size for source, size in passes.items() if runs[source]})
+
     def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
         """Return logits over the vocabulary, sharing the embedding matrix."""
         with region(self.precision, "heads", features_MD.device.type) as cast:
@@ -209,12 +244,28 @@ def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, noise_BL: Ten
     """
     word_BL = text_mask_BL & (text_BL >= len(SPECIAL_TOKENS))
     rank_BL = torch.where(word_BL, noise_BL, 2.0).argsort(dim=-1, stable=True).argsort(dim=-1)
-    count_B = (word_BL.sum(dim=-1).float() * ratio).round().clamp(min=1)
-    hidden_BL = word_BL & (rank_BL < count_B.unsqueeze(-1))
+    hidden_BL = word_BL & (rank_BL < _num_hidden_words(word_BL, ratio).unsqueeze(-1))
     return MaskedText(torch.where(hidden_BL, MASK, text_BL), hidden_BL)
 
 
 def mask_patches(noise_BP: Tensor, ratio: float) -> Tensor:
     """Hide round(ratio x P) patches of each image, at least one, those with the least noise: bool (B, P)."""
     rank_BP = noise_BP.argsort(dim=-1, stable=True).argsort(dim=-1)
-    return rank_BP < max(1, round(ratio * noise_BP.shape[1]))
+    return rank_BP < _num_hidden_patches(noise_BP.shape[1], ratio)
+
+
+def _num_hidden_words(word_BL: Tensor, ratio: float) -> Tensor:
+    """Return how many words of each text are hidden, int64 (B,): at least one, where there is one."""
+    num_B = word_BL.sum(dim=-1)
+    return (num_B.float() * ratio).round().long().clamp(min=1).minimum(num_B)
+
+
+def _num_hidden_patches(num_patches: int, ratio: float) -> int:
+    return max(1, round(ratio * num_patches))
+
+
+def _pass_size(num_images: Tensor, tokens_B: Tensor, num_patches: int) -> PlanSize:
+    """Return the size of the sequences of so many images and texts; those of pairs hold both."""
+    num_texts = (tokens_B > 0).sum()
+    sequences_A = torch.stack([num_images, num_texts])
+    return PlanSize(torch.stack([num_images * num_patches, tokens_B.sum()]), sequences_A, sequences_A.max())

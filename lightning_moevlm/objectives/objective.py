@@ -7,7 +7,7 @@ from torch import nn
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.objectives.draws import Draws
 from lightning_moevlm.precision import PrecisionPolicy, Region
-from lightning_moevlm.records import Batch, ObjectiveOutput
+from lightning_moevlm.records import Batch, BatchSize, ObjectiveOutput
 
 
 class Objective(nn.Module, ABC):
@@ -23,3 +23,11 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Compute the terms; every random choice is taken from `draws`, so it follows from the sample and the step."""
+
+    def size(self, batch: Batch) -> BatchSize | None:
+        """Return what the means of `forward` are over, of a batch that may lack its pixels; None: not known beforehand.
+
+        It names the same terms and sources whatever the batch holds. With it, the gradient over micro-batches and ranks
+        is that of their joined batch; without, all of them count alike.
+        """
+        return None

@@ -229,7 +229,10 @@ class ShardDataModule(LightningDataModule):
                 tolerant=self.max_lost_fraction > 0,
             )
             stage = self._stage(self.augment, fills=True)
-            loader = ShardLoader(reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction, stage)
+            per_step = 1 if trainer is None else trainer.accumulate_grad_batches
+            loader = ShardLoader(
+                reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction, stage, per_step
+            )
         if self._resume_from is not None:
             loader.load_state_dict(self._resume_from)
             self._resume_from = None

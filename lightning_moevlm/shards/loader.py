@@ -33,6 +33,7 @@ from lightning_moevlm.shards.line import Place
 from lightning_moevlm.shards.reader import Cursor, Delivery, Failure, Places, Reader
 from lightning_moevlm.shards.rooms import Rooms, private_bytes, shared_bytes, unpacked
 from lightning_moevlm.shards.spread import spread
+from lightning_moevlm.shards.steps_ahead import steps_ahead
 
 _JUDGED_FROM = 1000
 """Samples over which the first losses are judged, so that one bad sample at the start is not a share of one."""
@@ -68,7 +69,8 @@ class ShardLoader:
 
     digest: names the exact data. batches_per_epoch: where an epoch ends if the trainer uses fewer batches than there
     are. max_lost_fraction: share of the samples read that may be lost. stage: what happens to batches in this process
-    before they are handed out; null hands them out as they come.
+    before they are handed out; null hands them out as they come. per_step: batches that make an optimiser step, each of
+    which knows the others.
 
     Raises:
         UserError: if the streams cannot be shared out evenly among the workers.
@@ -82,6 +84,7 @@ class ShardLoader:
         batches_per_epoch: int | None = None,
         max_lost_fraction: float = 0.0,
         stage: DeviceStage | None = None,
+        per_step: int = 1,
     ) -> None:
         refuse_uneven_workers(num_workers, reader.num_streams)
         self._reader = reader
@@ -90,6 +93,7 @@ class ShardLoader:
         self._batches_per_epoch = min(reader.num_batches, batches_per_epoch or reader.num_batches)
         self._max_lost_fraction = max_lost_fraction
         self._stage = stage
+        self._per_step = per_step
         self._cursor = reader.next_epoch(Cursor(-1, 0))
         self._resume_here = True
         self.samples = [0] * len(reader.sources)
@@ -130,7 +134,8 @@ class ShardLoader:
         self._resume_here = False
         arriving = self._arriving()
         before = Counter(self.lost)
-        for delivery in arriving if self._stage is None else self._stage(arriving, self._cursor):
+        staged = arriving if self._stage is None else self._stage(arriving, self._cursor)
+        for delivery in steps_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged:
             if isinstance(delivery, Failure):
                 raise UserError(delivery.message)
             self._take(delivery)

@@ -152,7 +152,10 @@ def _steps(subject: Subject) -> dict[str, str]:
 
 
 def _batch(subject: Subject) -> dict[str, str]:
-    return _one(samples_per_step(subject.resolved))
+    """How many, and in how many batches: each is of a stream of its own, so 4 of 8 are not the samples of one of 32."""
+    samples = samples_per_step(subject.resolved)
+    batches = (subject.resolved.get("trainer") or {}).get("accumulate_grad_batches") or 1
+    return _one(samples if samples is None or batches == 1 else f"{samples} in {batches} batches")
 
 
 def _schedule(subject: Subject) -> dict[str, str]:
@@ -169,7 +172,7 @@ def _manifest(subject: Subject) -> dict[str, str]:
 
 
 def _order(subject: Subject) -> dict[str, str]:
-    """Everything of the data's config but its seed, which is compared within a seed."""
+    """Everything of the data's config but its seed, which is compared within a seed, and `_batch`."""
     data = subject.resolved.get("data")
     leaves = flat(data) if isinstance(data, Mapping) else {}
     named = {name: str(value) for name, value in leaves.items() if name not in ("seed", "batch_size")}
@@ -178,14 +181,23 @@ def _order(subject: Subject) -> dict[str, str]:
 
 
 def _held_out(subject: Subject) -> dict[str, str]:
-    """How much of the validation set every validation reads: a loss on other samples is another number."""
-    trainer = subject.resolved.get("trainer")
+    """How much of the validation set every validation reads: a loss on other samples is another number.
+
+    A limit is in batches, so it is of other samples where batches are of another size.
+    """
+    trainer, data = subject.resolved.get("trainer"), subject.resolved.get("data")
     if not isinstance(trainer, Mapping) or "limit_val_batches" not in trainer:
         return {}
-    limit = trainer["limit_val_batches"]
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
-        return _one("all")
-    return _one(f"{limit:g} of all" if isinstance(limit, float) else f"batches: {limit}")
+    size = data.get("batch_size") if isinstance(data, Mapping) else None
+    of = "" if size is None else f" of {size} samples"
+
+    def told(limit: object) -> str:
+        if limit in (None, -1) or (isinstance(limit, float) and limit == 1.0):
+            return "all"
+        return f"{limit:g} of all batches{of}" if isinstance(limit, float) else f"{limit} batches{of}"
+
+    at_start = trainer.get("num_sanity_val_steps", -1)
+    return {"": told(trainer["limit_val_batches"]), "of the untrained model": told(at_start)}
 
 
 def _resumed(subject: Subject) -> dict[str, str]:
@@ -241,7 +253,7 @@ ASPECTS: tuple[Aspect, ...] = (
     ),
     Aspect("data manifest", True, ("data",), _manifest),
     Aspect("data order", True, ("data",), _order),
-    Aspect("validation samples", True, ("trainer.limit_val_batches",), _held_out),
+    Aspect("validation samples", True, ("trainer.limit_val_batches", "trainer.num_sanity_val_steps"), _held_out),
     Aspect("changed by a resume", True, (), _resumed),
     Aspect("active FLOPs of a sample", False, ("model", "data"), _compute),
     Aspect("code commit", False, (), _commit),

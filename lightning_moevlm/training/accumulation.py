@@ -10,7 +10,7 @@ parts, which leaves the mean that they will exchange what it was, but for roundi
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from lightning.pytorch import Trainer
@@ -23,12 +23,14 @@ from lightning_moevlm.training.refusals import SHARDING
 
 class HalfStep(TypedDict):
     """micro_batches: of a whole step. gradients: of each rank, by parameter. losses: of the task, one per micro-batch
-    done, by rank (ranks, n). routing: counts over all ranks so far. facts: what actions ask for, so far.
+    done, by rank (ranks, n). size: of the whole step, where it was known ahead. routing: counts over all ranks so far.
+    facts: what actions ask for, so far.
     """
 
     micro_batches: int
     gradients: list[dict[str, Tensor]]
     losses: Tensor
+    size: NotRequired[Tensor | None]
     routing: dict[str, Tensor]
     facts: Gathered | None
 

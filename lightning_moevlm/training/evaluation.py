@@ -4,7 +4,7 @@ Every mean is over what was predicted in all batches and on all ranks, so that h
 matter, but for rounding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -13,9 +13,10 @@ from torchmetrics import MetricCollection
 
 from lightning_moevlm import keys
 from lightning_moevlm.layers import batch_dependence, limited_in_evaluation
+from lightning_moevlm.losses import AuxiliaryLosses, LossInput, SumName
 from lightning_moevlm.metrics import DropRates, MajorityAccuracy
 from lightning_moevlm.models import Backbone
-from lightning_moevlm.records import LossReport, NamedPlan, Predictions
+from lightning_moevlm.records import ObjectiveOutput
 from lightning_moevlm.training.running_sums import RunningSums
 
 
@@ -25,48 +26,53 @@ class Evaluation(nn.Module):
     Args:
         stage: "val" or "test", the prefix of its keys.
         num_classes: classes of every class-predicting term.
+        losses: auxiliary losses, each measured once on the sums of all batches.
         backbone: whose layers with a limit in evaluation have their drop rate measured.
     """
 
-    def __init__(self, stage: str, num_classes: Mapping[str, int], backbone: Backbone) -> None:
+    def __init__(self, stage: str, num_classes: Mapping[str, int], losses: AuxiliaryLosses, backbone: Backbone) -> None:
         super().__init__()
         self.stage = stage
-        self.task, self.auxiliary, self.correct = RunningSums(), RunningSums(), RunningSums()
+        self._losses = losses
+        self._task = RunningSums[str]()
+        self._routing = RunningSums[SumName]()
+        self._correct = RunningSums[str]()
         self.drop_rates = DropRates(limited_in_evaluation(backbone))
         # one by one: their targets differ
         majority = {term: MajorityAccuracy(count) for term, count in num_classes.items()}
         self.majority = MetricCollection(majority, compute_groups=False)  # type: ignore[arg-type]
 
-    def update(
-        self, report: LossReport, predictions: Mapping[str, Predictions], num_samples: int, plans: Iterable[NamedPlan]
-    ) -> None:
-        """Add one batch."""
-        for sums, terms in ((self.task, report.task), (self.auxiliary, report.auxiliary)):
-            for name, term in terms.items():
-                count = num_samples if term.num_predictions is None else term.num_predictions
-                raw, weight = term.raw.double(), torch.as_tensor(term.weight).to(term.raw.device)
-                sums.add(name, torch.stack([raw, raw * weight, torch.ones_like(raw)]) * count)
-        self.drop_rates.update(plans)
-        for name, prediction in predictions.items():
+    def update(self, output: ObjectiveOutput, inputs: Sequence[LossInput], num_samples: int) -> None:
+        """Add one batch; inputs: of the losses on routing."""
+        for name, term in output.terms.items():
+            count = num_samples if term.num_predictions is None else term.num_predictions
+            raw, weight = term.raw.double(), torch.as_tensor(term.weight).to(term.raw.device)
+            self._task.add(name, torch.stack([raw, raw * weight, torch.ones_like(raw)]) * count)
+        for of, sums in self._losses.sums(inputs, output.log_partitions).items():
+            self._routing.add(of, sums)
+        self.drop_rates.update(output.plans)
+        for name, prediction in output.predictions.items():
             correct_M = prediction.predicted_M == prediction.target_M
-            self.correct.add(name, torch.stack([correct_M.sum(), torch.ones_like(correct_M).sum()]))
+            self._correct.add(name, torch.stack([correct_M.sum(), torch.ones_like(correct_M).sum()]))
             self.majority[name].update(prediction.target_M)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return every metric under its key and start anew; terms that nothing was predicted for are left out."""
-        task, auxiliary = (
-            {n: s[:2] / s[2] for n, s in sums.totals().items() if s[2]} for sums in (self.task, self.auxiliary)
-        )
-        task_loss = sum((means[1] for means in task.values()), start=torch.zeros((), dtype=torch.float64))
-        total_loss = sum((means[1] for means in auxiliary.values()), start=task_loss)
+    def compute(self, weights: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+        """Return every metric under its key and start anew; terms that nothing was predicted for are left out.
+
+        weights: of the auxiliary losses, in force.
+        """
+        task = {name: sums[:2] / sums[2] for name, sums in self._task.totals().items() if sums[2]}
+        auxiliary = self._losses.means(self._routing.totals(), weights)
+        task_loss = sum((weighted for _, weighted in task.values()), start=torch.zeros((), dtype=torch.float64))
+        total_loss = sum((term.weighted.cpu() for term in auxiliary.values()), start=task_loss)
         values = {
             keys.TASK_LOSS.key(stage=self.stage): task_loss,
             keys.TOTAL_LOSS.key(stage=self.stage): total_loss,
         }
-        for name, means in {**task, **auxiliary}.items():
-            values[keys.EVAL_TERM.key(stage=self.stage, term=name)] = means[0]
+        raw = {name: mean for name, (mean, _) in task.items()} | {name: term.raw for name, term in auxiliary.items()}
+        values |= {keys.EVAL_TERM.key(stage=self.stage, term=name): value for name, value in raw.items()}
         majority = self.majority.compute()  # on every rank, whatever it has seen: all wait for all
-        for name, (correct, count) in self.correct.totals().items():
+        for name, (correct, count) in self._correct.totals().items():
             if count:
                 values[keys.ACCURACY.key(stage=self.stage, term=name)] = correct / count
                 values[keys.MAJORITY_ACCURACY.key(stage=self.stage, term=name)] = majority[name]
@@ -78,7 +84,7 @@ class Evaluation(nn.Module):
 
     def reset(self) -> None:
         """Forget all batches."""
-        for metrics in (self.task, self.auxiliary, self.correct, self.majority, self.drop_rates):
+        for metrics in (self._task, self._routing, self._correct, self.majority, self.drop_rates):
             metrics.reset()
 
 

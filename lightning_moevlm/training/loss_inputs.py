@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.losses import LayerCounts, LossInput
+from lightning_moevlm.losses import LayerCounts, LossInput, Place
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.plans import MixPlan
 from lightning_moevlm.records import NamedPlan
@@ -18,5 +18,6 @@ def loss_inputs(
         layer = backbone.get_submodule(named.layer)
         assert isinstance(layer, MoEFFN)
         layer_counts = None if isinstance(named.plan, MixPlan) else counts.get(named.layer)
-        inputs.append(LossInput(named.plan, layer.router.rows(), layer_counts, training))
+        place = Place(named.source, named.block, named.layer, named.modalities)
+        inputs.append(LossInput(named.plan, layer.router.rows(), layer_counts, training, place))
     return inputs

@@ -5,36 +5,39 @@ A mean of means depends on how samples fall into batches; a quotient of sums doe
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Name = TypeVar("Name")
 
-class RunningSums:
-    """Vectors by name, added up in float64. A rank need not know every name."""
+
+class RunningSums(Generic[Name]):
+    """Tensors by name, added up in float64. A rank need not know every name."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[Name, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, name: str, values: Tensor) -> None:
+    def add(self, name: Name, values: Tensor) -> None:
         """Add a tensor to those of the same name, which have its shape; NaN stays NaN."""
         values = values.to(torch.float64)
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
-    def totals(self) -> dict[str, Tensor]:
-        """Return the sums over all ranks by name, in the order of names, on the CPU; all ranks must ask together."""
+    def totals(self) -> dict[Name, Tensor]:
+        """Return the sums over all ranks by name, on the CPU; all ranks must ask together."""
         own = {name: values.cpu() for name, values in self._sums.items()}
-        of_ranks: list[Mapping[str, Tensor]] = [own]
+        everyone: list[Mapping[Name, Tensor]] = [own]
         if dist.is_available() and dist.is_initialized():
-            of_ranks = [own] * dist.get_world_size()
-            dist.all_gather_object(of_ranks, own)
-        found: dict[str, list[Tensor]] = defaultdict(list)
-        for sums in of_ranks:
+            everyone = [own] * dist.get_world_size()
+            dist.all_gather_object(everyone, own)
+        found: dict[Name, list[Tensor]] = defaultdict(list)
+        for sums in everyone:
             for name, values in sums.items():
                 found[name].append(values)
-        return {name: torch.stack(found[name]).sum(dim=0) for name in sorted(found)}
+        return {name: torch.stack(of_ranks).sum(dim=0) for name, of_ranks in found.items()}
 
     def reset(self) -> None:
         """Forget them."""

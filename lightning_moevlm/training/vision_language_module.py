@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -28,7 +28,7 @@ from lightning_moevlm.optim import (
 )
 from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.ranges import check_number
-from lightning_moevlm.records import AttentionLogits, Batch, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.records import Batch, BatchSize, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.training.accumulation import (
     HalfStep,
     for_rank,
@@ -39,6 +39,7 @@ from lightning_moevlm.training.accumulation import (
 )
 from lightning_moevlm.training.actions import Action, ActionRunner, Actions, build_actions
 from lightning_moevlm.training.evaluation import Evaluation, tell_batch_dependence
+from lightning_moevlm.training.features import features_of
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.hyperparameters import Hyperparameters
 from lightning_moevlm.training.logging_steps import is_logging_step
@@ -56,18 +57,8 @@ from lightning_moevlm.training.resume import take_up_epoch
 from lightning_moevlm.training.routing_counts import RoutingCounter
 from lightning_moevlm.training.schedule_length import build_schedule, steps_of_run, tell_cut_schedule
 from lightning_moevlm.training.schedule_trial import FAILURES
-
-
-class StepOutput(TypedDict):
-    """What a training step hands to callbacks (Lightning asks for a dict); all but `loss` is detached."""
-
-    loss: Tensor
-    report: LossReport
-    plans: tuple[NamedPlan, ...]
-    attention: tuple[AttentionLogits, ...]
-    log_partitions: dict[str, Tensor]
-    num_tokens: int
-    num_samples: int
+from lightning_moevlm.training.step_output import StepOutput
+from lightning_moevlm.training.step_size import StepSizes, in_step, step_size
 
 
 class VisionLanguageModule(LightningModule):
@@ -128,6 +119,7 @@ class VisionLanguageModule(LightningModule):
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
         self._micro_losses: list[Tensor] = []  # of the step at hand
+        self._step_sizes = StepSizes(self.objective)
         self._half_step: HalfStep | None = None  # of a checkpoint, until training starts
         self._hyperparameters: Hyperparameters | None = None
         self._needs_attention = actions.qk_clip is not None
@@ -137,8 +129,8 @@ class VisionLanguageModule(LightningModule):
         self._routing_counter = RoutingCounter(backbone)
         self.acting: Mapping[str, Action] = acting
         self.action_runner = ActionRunner(acting, backbone, seed, self._routing_counter) if acting else None
-        self.val_evaluation = Evaluation("val", self.objective.num_classes, backbone)
-        self.test_evaluation = Evaluation("test", self.objective.num_classes, backbone)
+        self.val_evaluation = Evaluation("val", self.objective.num_classes, losses, backbone)
+        self.test_evaluation = Evaluation("test", self.objective.num_classes, losses, backbone)
 
     def setup(self, stage: str) -> None:
         """Refuse a trainer that does not fit; keep in fp32 what is pinned to it, before Lightning casts the module."""
@@ -151,11 +143,11 @@ class VisionLanguageModule(LightningModule):
         """Return the total loss, and what callbacks may want to measure."""
         self.seed_noise(self.micro_step(batch_idx))
         self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
-        output, report = self.losses_of(batch, "train")
+        output, report = self.losses_of(batch, self._measured(batch))
         self.backbone.measure_attention = False
-        self._micro_losses.append(report.task_loss.detach())
+        self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
-            loss=report.total_loss,
+            loss=report.differentiated,
             report=report.detached(),
             plans=tuple(plan.detached() for plan in output.plans),
             attention=output.attention,
@@ -216,6 +208,7 @@ class VisionLanguageModule(LightningModule):
                 micro_batches=self.trainer.accumulate_grad_batches,
                 gradients=gradients_of(self, self.trainer),
                 losses=gather(torch.stack(self._micro_losses)),
+                size=self._step_sizes.state(self.global_step),
                 routing=self._routing_counter.state(self._sum_over_ranks, self.device),
                 facts=None if runner is None else runner.gathered(self.trainer, self.device, gather),
             )
@@ -252,8 +245,7 @@ class VisionLanguageModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch; the masks of its samples are always the same."""
-        output, report = self.losses_of(batch, "val")
-        self.val_evaluation.update(report, output.predictions, batch.num_samples, output.plans)
+        self._evaluate(batch, "val", self.val_evaluation)
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch. Lightning's sanity check before the first step is the untrained model: step 0 of a curve."""
@@ -261,8 +253,7 @@ class VisionLanguageModule(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch."""
-        output, report = self.losses_of(batch, "test")
-        self.test_evaluation.update(report, output.predictions, batch.num_samples, output.plans)
+        self._evaluate(batch, "test", self.test_evaluation)
 
     def on_test_epoch_end(self) -> None:
         """Log the epoch."""
@@ -270,19 +261,7 @@ class VisionLanguageModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return features averaged over real positions, (B, D) each: `image`, `text` and `pair`, as the data allows."""
-        inputs = {
-            "image": (batch.images_BRYX, None, None),
-            "text": (None, batch.text_BL, batch.text_mask_BL),
-            "pair": batch.first(batch.pairs)[:3],
-        }
-        needed = {"image": (0,), "text": (1,), "pair": (0, 1)}
-        features: dict[str, Tensor] = {}
-        for name, arguments in inputs.items():
-            if all(arguments[position] is not None for position in needed[name]):
-                output = self.backbone(*arguments)
-                valid_BS1 = output.layout.valid_BS.unsqueeze(-1)
-                features[name] = (output.tokens_BSD * valid_BS1).sum(dim=1) / valid_BS1.sum(dim=1).clamp(min=1)
-        return features
+        return features_of(self.backbone, batch)
 
     def build_optimizer(self) -> Optimizer:
         """Return a new optimiser over the parameter groups, each with its peak rate and decay.
@@ -341,24 +320,48 @@ class VisionLanguageModule(LightningModule):
         # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
         torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
 
-    def losses_of(self, batch: Batch, stage: str) -> tuple[ObjectiveOutput, LossReport]:
-        """Run the model on a batch; stage: "train", "val" or "test"."""
-        output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage))
-        inputs = self._loss_inputs(output.plans, training=stage == "train")
+    def losses_of(self, batch: Batch, whole: BatchSize | None = None) -> tuple[ObjectiveOutput, LossReport]:
+        """Run the model on a training batch; whole: the size of its optimiser step, None where it is the step."""
+        output, inputs = self._routed(batch, "train")
+        step, task = None, output.terms
+        if whole is not None:
+            step = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
+            task = {name: in_step(term, whole.predictions[name], step.num_parts) for name, term in task.items()}
         with region(self.precision, "losses", self.device.type):
-            auxiliary = self.losses.terms(inputs, output.log_partitions, self.weights_in_force)
-        clash = auxiliary.keys() & output.terms.keys()
+            auxiliary = self.losses.terms(inputs, output.log_partitions, self.weights_in_force, step)
+        return output, LossReport(task, auxiliary)
+
+    def _routed(self, batch: Batch, stage: str) -> tuple[ObjectiveOutput, list[LossInput]]:
+        output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage))
+        clash = self.losses.enabled.keys() & output.terms.keys()
         if clash:
             raise UserError(
                 f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's, or "
                 "those in losses.others"
             )
-        return output, LossReport(output.terms, auxiliary)
+        return output, self._loss_inputs(output.plans, training=stage == "train")
+
+    def _evaluate(self, batch: Batch, stage: str, evaluation: Evaluation) -> None:
+        output, inputs = self._routed(batch, stage)
+        with region(self.precision, "losses", self.device.type):
+            evaluation.update(output, inputs, batch.num_samples)
+
+    def _measured(self, batch: Batch) -> BatchSize | None:
+        if self._num_parts == 1:
+            return None
+        micro_batches = self.trainer.accumulate_grad_batches
+        return self._step_sizes.measure(batch, self.global_step, micro_batches, self._sum_over_ranks)
+
+    @property
+    def _num_parts(self) -> int:
+        """Micro-batches of an optimiser step on all ranks."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def _take_up_step(self, saved: HalfStep) -> None:
         refuse_other_accumulation(saved, self.trainer)
         restore_gradients(self, saved["gradients"], self.trainer)
         self._micro_losses = list(for_rank(saved["losses"], self.trainer).to(self.device))
+        self._step_sizes.restore(self.global_step, saved.get("size"))
         if self.global_rank == 0:  # counts of all ranks, which will be summed
             routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
             self._routing_counter.restore(self.global_step, routing)
@@ -379,7 +382,7 @@ class VisionLanguageModule(LightningModule):
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         """Log at the optimiser step. Outside of `fit` Lightning logs: it returns what it has logged."""
-        values = {key: float(value) for key, value in evaluation.compute().items()}
+        values = {key: float(value) for key, value in evaluation.compute(self.weights_in_force).items()}
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
         for logger in self.loggers if is_fit else ():
             logger.log_metrics(values, step=self.global_step)

@@ -21,6 +21,7 @@ from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.records import Batch, ObjectiveOutput, Term
 from lightning_moevlm.routers import Router, TopKRouter
+from lightning_moevlm.shards.steps_ahead import StepsAhead
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
 from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from tests.small_model import pair_batch, small_vl_moe
@@ -153,7 +154,7 @@ def fit(
     module: VisionLanguageModule,
     steps: int,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Sequence[Batch] | StepsAhead | None = None,
     accumulate: int = 1,
     ranks: int = 1,
     callbacks: Sequence[Callback] = (),
@@ -176,7 +177,7 @@ def fit(
         enable_model_summary=False,
         **({"log_every_n_steps": 1} | options),
     )
-    data = DataLoader(batches or [pair_batch()] * 4, batch_size=None)  # type: ignore[arg-type]
+    data = batches if isinstance(batches, StepsAhead) else DataLoader(batches or [pair_batch()] * 4, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     if save_to is not None:
         trainer.save_checkpoint(save_to)

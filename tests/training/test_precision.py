@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import ModelStabilisers
 from lightning_moevlm.precision import PrecisionPolicy, Simulation
-from lightning_moevlm.records import Batch, LossReport
+from lightning_moevlm.records import Batch, LossReport, ObjectiveOutput
 from lightning_moevlm.routers import SigmoidBiasRouter, SoftRouter
 from lightning_moevlm.training import Evaluation, RegionHalfPrecision, StepOutput, VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
@@ -173,10 +173,10 @@ def test_means_over_an_evaluation_epoch_are_exact_above_256_samples(
     seen: dict[str, list[float]] = {"task": [], "text": []}
     update = Evaluation.update
 
-    def spy(self: Evaluation, report: LossReport, *rest: Any) -> None:
-        seen["task"].append(float(report.task_loss))
-        seen["text"].append(float(report.task["text"].raw))
-        update(self, report, *rest)
+    def spy(self: Evaluation, output: ObjectiveOutput, *rest: Any) -> None:
+        seen["task"].append(float(LossReport(output.terms, {}).task_loss))
+        seen["text"].append(float(output.terms["text"].raw))
+        update(self, output, *rest)
 
     monkeypatch.setattr(Evaluation, "update", spy)
     evaluating = trainer(precision)

@@ -20,7 +20,7 @@ from lightning_moevlm.dispatch import Capacity
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.losses import AuxiliaryLosses, ByOverflow, LoadBalance
 from lightning_moevlm.optim import AdaGC, GradientStabilisers, GroupOptions, SkipSpikes, StableAdamW, ZClip
-from lightning_moevlm.records import Batch, LossReport, ObjectiveOutput, Term
+from lightning_moevlm.records import Batch, BatchSize, LossReport, ObjectiveOutput, Term
 from lightning_moevlm.routers import SigmoidBiasRouter
 from lightning_moevlm.training import Actions, VisionLanguageModule
 from lightning_moevlm.training.actions import ActionRunner, ReviveDeadExperts
@@ -118,10 +118,10 @@ class Spoilt(VisionLanguageModule):
         super().seed_noise(step)
         self.micro_batch = step
 
-    def losses_of(self, batch: Batch, stage: str) -> tuple[ObjectiveOutput, LossReport]:
-        output, report = super().losses_of(batch, stage)
-        step = self.micro_batch if stage == "train" else 0
-        if stage == "train" and step in self.at and self.global_rank == self.rank:
+    def losses_of(self, batch: Batch, whole: BatchSize | None = None) -> tuple[ObjectiveOutput, LossReport]:
+        output, report = super().losses_of(batch, whole)
+        step = self.micro_batch
+        if step in self.at and self.global_rank == self.rank:
             report = report._replace(task=report.task | {"spoilt": Term(torch.tensor(self.at[step]), 1.0)})
         return output, report
 

@@ -66,7 +66,7 @@ class ActionRunner(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: "StepOutput", batch: Batch, batch_idx: int
     ) -> None:
         """Gather, and after an update act. A step that is taken back is no reason for any other action."""
-        self._gatherer.add(outputs["attention"], outputs["report"].total_loss)
+        self._gatherer.add(outputs["attention"], outputs["report"].differentiated)
         step = trainer.global_step
         if step == self._steps_done:
             return  # the batch only added to the gradient

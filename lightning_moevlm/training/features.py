@@ -1,0 +1,23 @@
+"""Features of samples: the backbone's tokens, averaged over real positions."""
+
+from torch import Tensor
+
+from lightning_moevlm.models import Backbone
+from lightning_moevlm.records import Batch
+
+
+def features_of(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+    """Return (B, D) of `image`, `text` and `pair`, as the batch allows."""
+    inputs = {
+        "image": (batch.images_BRYX, None, None),
+        "text": (None, batch.text_BL, batch.text_mask_BL),
+        "pair": batch.first(batch.pairs)[:3],
+    }
+    needed = {"image": (0,), "text": (1,), "pair": (0, 1)}
+    features: dict[str, Tensor] = {}
+    for name, arguments in inputs.items():
+        if all(arguments[position] is not None for position in needed[name]):
+            output = backbone(*arguments)
+            valid_BS1 = output.layout.valid_BS.unsqueeze(-1)
+            features[name] = (output.tokens_BSD * valid_BS1).sum(dim=1) / valid_BS1.sum(dim=1).clamp(min=1)
+    return features
