@@ -145,7 +145,7 @@ def convert_coco_captions(
     licence_url: str = "",
     attribution: str = "",
     name: str | None = None,
-    captions: Literal["first", "each"] = "first",
+    captions: Literal["first", "each", "draw"] = "first",
     image_format: ImageFormat = "jpg",
     max_side: int | None = None,
     samples_per_shard: int = 1000,
@@ -164,7 +164,8 @@ def convert_coco_captions(
         licence_url: Where the licence can be read.
         attribution: The sentence that the licence asks for.
         name: Of the set, and the beginning of its keys; by default the file's name.
-        captions: first makes one sample per picture, each one per caption; all are in the json member either way.
+        captions: first makes one sample per picture, each one per caption; draw is one per picture as well, and each
+            epoch draws one of its captions. All captions are in the json member.
         image_format: Pictures of this format are kept byte for byte, others are encoded anew.
         max_side: Scale pictures until their longer side has no more pixels than this.
         samples_per_shard: Samples per tar file.

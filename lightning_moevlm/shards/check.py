@@ -110,6 +110,8 @@ def check_set(storage: ShardStorage) -> CheckReport:
     check = _Check(storage, manifest, tokenizer)
     if tokenizer.vocab_size != manifest.tokenizer.vocab_size:
         check.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, not {manifest.tokenizer.vocab_size}")
+    empty = [split for split in SPLITS if not manifest.num_samples(split)]
+    check.problems.extend(f"the {split} split of {storage} is empty; make the set anew" for split in empty)
     cards = tuple(card for split in SPLITS if (card := check.split(split)) is not None)
     sizes = tuple(sorted(check.sizes.items(), key=lambda entry: (-entry[1], entry[0])))
     return CheckReport(manifest, cards, sizes, dict(sorted(check.faults.items())), tuple(check.problems))
@@ -142,7 +144,7 @@ class _Check:
             except _ComplaintError as complaint:
                 self._complain(complaint.cause, str(complaint))
                 continue
-            splits = self._shown.setdefault(_shown(sample), set())
+            splits = self._shown.setdefault(self._identity(sample), set())
             within += split in splits
             across += bool(splits) and split not in splits
             splits.add(split)
@@ -175,6 +177,14 @@ class _Check:
     def _complain(self, cause: Cause, message: str, num_samples: int = 1) -> None:
         self.faults[cause] += num_samples
         self.problems.append(message)
+
+    def _identity(self, sample: RawSample) -> bytes:
+        """Digest of the picture's bytes, of the captions where there is no picture."""
+        captions = captions_in(self._manifest.members, self._manifest.layout.caption_field)
+        shown = next((sample.members[member] for member in IMAGE_EXTENSIONS if member in sample.members), None)
+        if shown is None and captions is not None:
+            shown = "\n".join(captions.of(sample.members[captions.member])).encode()
+        return hashlib.sha256(sample.key.encode() if shown is None else shown).digest()[:_DIGEST_BYTES]
 
     def _sample(self, sample: RawSample) -> _Found:
         """Decode every member.
@@ -221,13 +231,6 @@ def _cause_of(extension: str, error: ValueError) -> Cause:
 def _num_questions(annotation: object) -> int:
     questions = annotation.get("questions") if isinstance(annotation, dict) else None
     return len(questions) if isinstance(questions, list) else 0
-
-
-def _shown(sample: RawSample) -> bytes:
-    """Digest of the picture's bytes, of the caption's where there is no picture."""
-    extension = next((e for e in (*IMAGE_EXTENSIONS, CAPTION_EXTENSION) if e in sample.members), None)
-    data = sample.key.encode() if extension is None else sample.members[extension]
-    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
 
 
 def _share_above(limit: int, counts: list[int]) -> float:

@@ -260,6 +260,10 @@ class FixedReader(Reader):
 
     def __post_init__(self) -> None:
         for source, batches in zip(self.sources, self._batches, strict=True):
+            if source.num_samples == 0:
+                raise UserError(
+                    f"the split of {source.name} to evaluate on is empty; make the set anew, with more samples"
+                )
             if batches == 0:
                 raise UserError(
                     f"source {source.name} has {source.num_samples} samples to evaluate on, less than one for each of "

@@ -15,6 +15,8 @@ from lightning_moevlm.shards.convert.csv_form import CsvForm
 from lightning_moevlm.shards.convert.picture import Wish, read_picture
 from lightning_moevlm.shards.convert.rows import BadRow, PictureAt, Row, RowError, Source
 from lightning_moevlm.shards.convert.tables import Columns, CsvSource, JsonlSource
+from lightning_moevlm.shards.datamodule import ShardDataModule
+from lightning_moevlm.shards.manifest import SPLITS
 from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.sources import coco_source, picture, vqa_source, write_csv, write_pictures
 
@@ -191,3 +193,35 @@ def test_leaving_rows_out_is_not_advised_where_the_table_is_misread(tmp_path: Pa
 
 def run(source: Source, out: Path) -> Converted:
     return convert(source, out, Terms("X", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+
+
+def test_a_quote_over_two_lines_swallows_no_row(tmp_path: Path) -> None:
+    table = tmp_path / "t.tsv"
+    table.write_text('image\tcaption\tpage\n1.jpg\t"Open\tp1\n2.jpg\tclosed"\tp2\n')
+    with pytest.raises(UserError, match=r"line 2: .*closed on line 3, .*--quotes false"):
+        list(CsvSource(table, None, None, COLUMNS, CsvForm("\t")).rows())
+
+
+def test_one_of_a_pictures_captions_is_drawn(tmp_path: Path) -> None:
+    manifest = run(CocoCaptions(coco_source(tmp_path, 50), tmp_path, "coco", "draw"), tmp_path / "set").manifest
+    assert manifest.members == ("jpg", "json", "txt") and manifest.layout.caption_field == "captions"
+    assert sum(manifest.num_samples(split) for split in SPLITS) == 50
+    data = ShardDataModule(str(tmp_path / "set"), 1, 16, 16, 400, num_streams=1)
+    texts = [
+        data.tokenizer.decode(batch.text_BL[0].tolist())
+        for batch in data.train_dataloader()
+        if batch.text_BL is not None
+    ]
+    assert 5 < sum(text.endswith("again") for text in texts) < len(texts) - 5
+
+
+def test_texts_alone_may_have_several_captions(tmp_path: Path) -> None:
+    rows = [{"caption": [f"one {i // 2}", f"two {i // 2}"]} for i in range(120)]  # each twice
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns(None, "caption", None, None))
+    assert run(source, tmp_path / "set").manifest.members == ("json",)
+    report = check_set(ShardStorage(str(tmp_path / "set")))
+    assert report.problems == () and {card.modality for card in report.cards} == {"texts"}
+    assert sum(card.duplicates_within for card in report.cards) == 60 and not any(
+        card.duplicates_across for card in report.cards
+    )

@@ -5,6 +5,7 @@ import json
 import lzma
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.shards.decode import decode_image
 from lightning_moevlm.shards.layout import Layout
 from lightning_moevlm.shards.manifest import SPLITS, read_manifest
+from lightning_moevlm.shards.mixture import Source
 from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.found_tars import Files, folder_of, sample
 from tests.shards.sources import caption, picture
@@ -132,7 +134,21 @@ def test_too_few_tars_with_samples_leave_no_empty_split(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "in", *three_tars()[:2], [])
     with pytest.raises(UserError, match=r"holds 2 tars with a sample that can be used.* --keep_tars false"):
         keep(folder, tmp_path / "set")
+    bare = [(name, data) for name, data in three_tars()[2] if name.endswith("jpg")]
+    folder_of(tmp_path / "in", *three_tars()[:2], bare)  # no sample of the third has a text
+    with pytest.raises(UserError, match="holds 2 tars with a sample that can be used"):
+        keep(folder, tmp_path / "set", max_bad=20)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_set_whose_split_is_empty_is_told(tmp_path: Path) -> None:
+    keep(folder_of(tmp_path / "in", *three_tars()), tmp_path / "set")
+    manifest = read_manifest(tmp_path / "set")
+    replace(manifest, splits={**manifest.splits, "val": ()}).write(tmp_path / "set")
+    (problem,) = check_set(ShardStorage(str(tmp_path / "set"))).problems
+    assert problem.startswith("the val split of ") and problem.endswith("is empty; make the set anew")
+    with pytest.raises(UserError, match="to evaluate on is empty; make the set anew"):
+        _reading(tmp_path / "set").val_dataloader()
 
 
 def test_a_bad_sample_that_is_borne_is_not_trained_on(tmp_path: Path) -> None:
@@ -295,6 +311,11 @@ def test_captions_in_json_are_told_and_one_is_drawn_in_every_epoch(tmp_path: Pat
     assert {text.split()[0] for text in first.values()} == {"first", "second"}
     assert epochs(0) == [first, second]
     assert epochs(1)[0] != first
+    texts = ShardDataModule(
+        None, 4, 16, 16, 400, sources={"words": Source(str(tmp_path / "set"), modality="text")}, num_streams=1
+    )
+    batch = next(iter(texts.train_dataloader()))
+    assert batch.images_BRYX is None and batch.text_BL is not None
     validation = next(iter(_reading(tmp_path / "set").val_dataloader()))
     assert validation.text_BL is not None
     spelt = [

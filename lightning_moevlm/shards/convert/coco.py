@@ -23,10 +23,11 @@ from lightning_moevlm.shards.convert.rows import (
     existing_folder,
     set_name,
 )
+from lightning_moevlm.shards.layout import Layout
 from lightning_moevlm.shards.manifest import Scalar, file_sha256
 from lightning_moevlm.shards.texts import bare
 
-Take = Literal["first", "each"]
+Take = Literal["first", "each", "draw"]
 
 
 class _Said(NamedTuple):
@@ -40,7 +41,8 @@ class CocoCaptions(Source):
     """A `captions_*.json`.
 
     take: `first` gives one sample per picture, its caption the one of lowest id; `each` one sample per caption, with
-    a copy of the picture in each. Either way all captions of the picture stand in the json member.
+    a copy of the picture in each; `draw` one sample per picture, of whose captions training draws one per epoch. All
+    captions of the picture stand in the json member.
     """
 
     def __init__(self, annotations: Path, pictures: Path, name: str | None, take: Take) -> None:
@@ -49,6 +51,8 @@ class CocoCaptions(Source):
         super().__init__(set_name(name or table.stem), existing_folder(pictures, "--pictures"), arguments)
         self.table = table
         self.take = take
+        if take == "draw":
+            self.layout = Layout(caption_field="captions")
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield pictures in the order of their ids."""
@@ -61,10 +65,11 @@ class CocoCaptions(Source):
                 continue
             every = [bare(caption) for _, caption in about.captions]
             annotation: dict[str, object] = {"image_id": image_id, "file_name": about.file_name, "captions": every}
-            for number, (where, text) in enumerate(about.captions[: 1 if self.take == "first" else None]):
-                key = f"{self.name}-{image_id:012d}" + ("" if self.take == "first" else f"-{number}")
+            words = tuple(every[1:]) if self.take == "draw" else ()
+            for number, (where, text) in enumerate(about.captions[: None if self.take == "each" else 1]):
+                key = f"{self.name}-{image_id:012d}" + (f"-{number}" if self.take == "each" else "")
                 try:
-                    yield Row(where, key, PictureAt(about.file_name), checked_caption(text), annotation)
+                    yield Row(where, key, PictureAt(about.file_name), checked_caption(text), annotation, words=words)
                 except RowError as fault:
                     yield fault.at(where)
 

@@ -68,11 +68,18 @@ def other_delimiter(header: Sequence[str], named: Sequence[str], delimiter: str)
 
 
 def holds_rows(cells: Sequence[str], header: Sequence[str], image: str | None, delimiter: str) -> bool:
-    """Tell whether lines within a quoted field look like rows: as many fields, an image where one is due."""
+    """Tell whether lines within a quoted field look like rows of the table.
+
+    A line between the first and the last does if it has all fields, and an image where one is due. The first and the
+    last, of which the rest stands outside of the quotes, do if they have the fields that are due, and an image.
+    """
     place = None if image is None else header.index(image)
-    for cell in cells:
-        for line in cell.splitlines()[1:]:
-            fields = line.split(delimiter)
-            if len(fields) == len(header) > 1 and (place is None or _FILE_NAME.fullmatch(fields[place])):
+    for column, cell in enumerate(cells):
+        first, *others = (line.split(delimiter) for line in cell.splitlines() or [""])
+        for fields in others:
+            has_image = place is not None and place < len(fields) and _FILE_NAME.fullmatch(fields[place]) is not None
+            if len(fields) == len(header) > 1 and (place is None or has_image):
+                return True
+            if has_image and len(fields) == column + 1 and len(first) == len(header) - column:
                 return True
     return False

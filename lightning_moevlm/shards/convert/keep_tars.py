@@ -81,7 +81,7 @@ def keep_tars(
         bad.refuse_beyond(effort.max_bad, num_samples)
         if not any(look.choices for look in looks):
             raise UserError(f"none of the samples in {folder} can be used, so there is nothing to make a set of")
-        full = [look for look in looks if look.choices]
+        full = [look for look in looks if any(kept.required <= set(choice.split()) for choice in look.choices)]
         _refuse_few(folder, len(full), " with a sample that can be used")
         dealt = _dealt(full)
         contents = Contents(

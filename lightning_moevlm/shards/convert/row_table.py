@@ -148,5 +148,5 @@ def row_table(path: Path) -> Iterator[RowTable]:
 
 
 def _stored(number: int, key: str, content: str) -> Stored:
-    place, picture, caption, _, _, split = json.loads(content)
-    return Stored(number, place, picture and PictureAt(*picture), caption or key, split)
+    place, picture, caption, _, words, split = json.loads(content)
+    return Stored(number, place, picture and PictureAt(*picture), caption or "\n".join(words) or key, split)

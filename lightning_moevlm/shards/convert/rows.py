@@ -94,7 +94,7 @@ class Source(ABC):
     """
 
     layout: Layout = PLAIN
-    remedies: Mapping[BadCause, str] = {}
+    remedies: Mapping[BadCause, str] = {"picture_missing": "name the folder that the pictures are in with --pictures"}
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:
         self.name = name

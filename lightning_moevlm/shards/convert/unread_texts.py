@@ -1,6 +1,7 @@
 """Finds texts beside images that nobody would read: a set of images alone is made on purpose, or not at all."""
 
 from collections.abc import Mapping
+from itertools import islice
 
 from lightning_moevlm.shards.convert.member_names import DEFAULT_CAPTION, MemberNames
 from lightning_moevlm.shards.convert.rows import RowError, json_object
@@ -8,6 +9,8 @@ from lightning_moevlm.shards.tar_members import Member
 
 _LOOKED_AT = 100
 """Samples; the first one with a caption ends the search."""
+_SHOWN = 4
+"""Members, and fields, that are offered."""
 _LONGEST_TEXT = 10_000
 """Bytes; what is longer is no caption."""
 
@@ -43,8 +46,8 @@ class UnreadTexts:
     def complaint(self) -> str:
         """A line if samples were seen, none has a caption, and texts lie elsewhere or were asked for; else ""."""
         text = self._names.text
-        options = [f"--caption_member {name}" for name in self._members]
-        options += [f"--caption_field {name}" for name in self._fields]
+        options = [f"--caption_member {name}" for name in islice(self._members, _SHOWN)]
+        options += [f"--caption_field {name}" for name in islice(self._fields, _SHOWN)]
         if self._met or not self._num_seen or (not options and text == DEFAULT_CAPTION):
             return ""
         found = f", though texts lie beside it: give {' or '.join(options)}, or" if options else "; give"
