@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_moevlm.commands.output import console, show, written
+from lightning_moevlm.commands.output import console, show
 from lightning_moevlm.commands.study_guide import new
+from lightning_moevlm.commands.sweep_answer import answer, run_again
+from lightning_moevlm.commands.sweep_known import known_in_plan, take_up
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.engines import Engine, LocalEngine, RayEngine, SlurmEngine
 from lightning_moevlm.unbuildable import refuse_abstract
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from lightning_moevlm.study.probe import Probe
     from lightning_moevlm.study.table import Table
 
-_REPORT_FOLDER = "report"
 _ENGINES = {engine.name: engine.__name__ for engine in (LocalEngine, SlurmEngine, RayEngine)}
 
 
@@ -45,8 +46,9 @@ def plan(file: str, json: str | None = None, probe: bool = False, only: list[str
     planned = _plan(file, only)
     statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
     probes = _probes(planned) if probe else {}
-    records = [dataclasses.asdict(record) for record in plan_records(planned, statuses, probes)]
-    _show((arms_table(planned, probes), plan_table(planned, statuses)), records, json)
+    known = known_in_plan(planned)
+    records = [dataclasses.asdict(record) for record in plan_records(planned, statuses, probes, known)]
+    _show((arms_table(planned, probes), plan_table(planned, statuses, known)), records, json)
 
 
 def run(
@@ -56,6 +58,7 @@ def run(
     only: list[str] | None = None,
     engine: Callable[[], Engine] = LocalEngine,
     timeout_minutes: float | None = None,
+    reuse: bool = True,
 ) -> int:
     """Run what a study still lacks, then report. Running it again does nothing; after any interruption it goes on.
 
@@ -66,6 +69,8 @@ def run(
         only: Runs to run, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
         engine: Who carries the runs out: local, slurm or ray, with options of its own, e.g. --engine.num_gpus 1.
         timeout_minutes: End a run that takes longer, not counting the time that it waits for a cluster; it has failed.
+        reuse: Take the results of finished runs that another study has made with the same configuration, seed, budget,
+            data and code; with false every run is trained here.
     """
     from lightning_moevlm.study.claim import open_experiment
     from lightning_moevlm.study.execute import SILENCE, to_do
@@ -88,6 +93,7 @@ def run(
         experiment = open_experiment(uri, planned.comparison.name)
         keep_store(planned.folder, uri)
         keep_baseline(planned)
+        taken = take_up(selected, experiment, terminal) if reuse else 0
         waiting = to_do(selected, experiment, chosen, retry)
         if waiting:
             stopped = _execute(selected, experiment, waiting, terminal, chosen, jobs, timeout_minutes)
@@ -100,7 +106,7 @@ def run(
         total = len(selected.runs)
         if not waiting and not failed:
             terminal.print(f"Nothing left to do: all {total} runs have results.", highlight=False)
-        _report(planned, experiment, terminal, redraw=bool(waiting))
+        answer(planned, experiment, terminal, redraw=bool(waiting or taken))
     if failed:
         terminal.print(f"[red]{len(failed)} of {total} runs failed[/]: {', '.join(failed)}", highlight=False)
         terminal.print(f"Their last lines are in the report. After mending: moevlm sweep run {file} --retry=true")
@@ -162,12 +168,12 @@ def report(
             judge_ended(planned, experiment, experiment.ids())
         ledger = read_ledger(planned)
     if json is None:
-        _report(planned, experiment, console(), redraw=True, unfair=unfair, full=full)
+        answer(planned, experiment, console(), redraw=True, unfair=unfair, full=full)
         return
     result = gather(planned, ledger, experiment.uri)
     kind = records or ("factors" if result.factors else "arms")
     if not unfair and kind in ("arms", "factors"):
-        refuse_biased(planned.comparison.name, result.unlike, _run_again(planned))
+        refuse_biased(planned.comparison.name, result.unlike, run_again(planned))
     _show((), records_of(result)[kind], json)
 
 
@@ -335,13 +341,6 @@ def _check_data(planned: "Plan") -> None:
             build_data(data).prepare_data()
 
 
-def _run_again(planned: "Plan") -> str:
-    return (
-        f"Run them again alike (remove their folders in {planned.folder}), or compare them all the same: `moevlm sweep "
-        "report ... --unfair=true`"
-    )
-
-
 def _with_identity(command: list[str], run_id: str, checkpoint: Path | None) -> list[str]:
     resume = ["--ckpt_path", str(checkpoint)] if checkpoint else []
     return [*command, f"--trainer.logger.init_args.run_id={run_id}", *resume]
@@ -356,43 +355,3 @@ def _show(tables: "Sequence[Table]", records: list[dict[str, object]], json: str
         print_tables(console(), tables)
     else:
         show(Text(), records, json)
-
-
-def _report(
-    planned: "Plan",
-    experiment: "Experiment",
-    terminal: "Console",
-    redraw: bool,
-    unfair: bool = False,
-    full: bool = False,
-) -> None:
-    """Print the finding; draw and write the report unless it is newer than every run and the study file."""
-    from lightning_moevlm.study.fairness import refuse_biased
-    from lightning_moevlm.study.gather import gather
-    from lightning_moevlm.study.ledger import STATE_FILE, read_ledger
-    from lightning_moevlm.study.report import HTML_FILE, make_report, origin_of, print_answer, write_report
-    from lightning_moevlm.study.summary_run import log_summary
-    from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
-
-    result = gather(planned, read_ledger(planned), experiment.uri)
-    if not unfair:
-        refuse_biased(planned.comparison.name, result.unlike, _run_again(planned))
-    folder = planned.folder / _REPORT_FOLDER
-    page = folder / HTML_FILE
-    sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]
-    newest = max(source.stat().st_mtime for source in sources if source.exists())
-    if redraw or not page.exists() or page.stat().st_mtime < newest:
-        whole = make_report(origin_of(planned, result), result)
-        with written(folder, "make room or give rights"):
-            write_report(whole, folder)
-        log_summary(experiment, whole, folder)
-    print_answer(terminal, result, full)
-    command = server_command(experiment.uri)
-    terminal.print(
-        f"Report with curves, stability, costs and all tables: {page.absolute()}", highlight=False, soft_wrap=True
-    )
-    if command:
-        terminal.print(f"MLflow: {command}", highlight=False, soft_wrap=True, markup=False)
-    address = ui_address(experiment.uri)
-    link = compare_link(address, experiment.experiment_id, planned.comparison.name)
-    terminal.print(f"        {link}", highlight=False, soft_wrap=True, markup=False)

@@ -7,22 +7,28 @@ A run that has to start from zero gets a new MLflow run and the old one is delet
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.plan import Plan, PlannedRun, tags_of
-from lightning_moevlm.tracking.runs import Point, RunRow, find_runs, metric_history
+from lightning_moevlm.tracking.runs import Point, RunRow, find_runs, metric_history, read_run
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_Item = TypeVar("_Item")
+
 ROLE = "role"
 ROLE_ARM = "arm"
 OUTCOME = "outcome"
+TAKEN_FROM = "taken_from"
+"""Tag of a run that was not trained for its study: "study/run (id)" of the one that was."""
+_OF_ONE_RUN = ("mlflow.runName", "mlflow.loggedArtifacts", "mlflow.log-model")
+_TEXTS_AT_ONCE, _POINTS_AT_ONCE = 100, 1000  # the most that MLflow takes
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,37 @@ class Experiment:
         """Return the ids of all runs that a parent created in this experiment."""
         return {row.run_id for row in find_runs(self.uri, self.name, {ROLE: ROLE_ARM})}
 
-    def create(self, run: PlannedRun) -> str:
-        """Delete what earlier attempts left in MLflow, create the one run, return its id."""
+    def create(self, run: PlannedRun, start_ms: int | None = None) -> str:
+        """Delete what earlier attempts left in MLflow, create the one run, return its id. start_ms: by default now."""
         client = _client(self.uri)
         for row in self.find(run):
             client.delete_run(row.run_id)
             shutil.rmtree(self.folder(row.run_id), ignore_errors=True)
         tags = {**tags_of(run), ROLE: ROLE_ARM}
-        return str(client.create_run(self.experiment_id, tags=tags, run_name=run.name).info.run_id)
+        created = client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=run.name)
+        return str(created.info.run_id)
+
+    def copy(self, run: PlannedRun, source: str, tags: Mapping[str, str]) -> RunRow:
+        """Create the one run of a planned run with what another run of the store has logged; return it.
+
+        What earlier attempts left is deleted first. Files are not copied. tags: to set beside the other's.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, row = _client(self.uri), read_run(self.uri, source)
+        run_id = self.create(run, row.start_ms)
+        kept = {key: value for key, value in row.tags.items() if not key.startswith(_OF_ONE_RUN)}
+        own = {**kept, **tags_of(run), ROLE: ROLE_ARM, **tags}
+        own.pop(OUTCOME, None)
+        points = [Metric(p.key, p.value, p.time_ms, p.step) for p in metric_history(self.uri, source)]
+        for told in _parts([RunTag(*pair) for pair in own.items()], _TEXTS_AT_ONCE):
+            client.log_batch(run_id, tags=told)
+        for params in _parts([Param(*pair) for pair in row.params.items()], _TEXTS_AT_ONCE):
+            client.log_batch(run_id, params=params)
+        for metrics in _parts(points, _POINTS_AT_ONCE):
+            client.log_batch(run_id, metrics=metrics)
+        client.set_terminated(run_id, "FINISHED", row.end_ms)
+        return read_run(self.uri, run_id)
 
     def folder(self, run_id: str) -> Path:
         """Return where the tracking logger keeps a run's checkpoints and copies of its configs."""
@@ -115,6 +144,11 @@ def open_experiment(uri: str, name: str) -> Experiment:
     # A client on SQLite would put artifacts below the working directory of the moment.
     local = (runs_dir(uri) / "artifacts" / name).as_uri() if sqlite_path(uri) is not None else None
     return Experiment(uri, name, str(client.create_experiment(name, artifact_location=local)))
+
+
+def _parts(items: Sequence[_Item], most: int) -> Iterator[Sequence[_Item]]:
+    """Yield items in parts of at most so many."""
+    yield from (items[start : start + most] for start in range(0, len(items), most))
 
 
 def _end(client: "MlflowClient", run_id: str, status: str, even_if_failed: bool = False) -> None:

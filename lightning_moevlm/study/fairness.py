@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.study.budget import samples_per_step
+from lightning_moevlm.study.claim import TAKEN_FROM
 from lightning_moevlm.study.plan import COSMETIC_KEYS, flat
 from lightning_moevlm.tracking.run_params import CHANGED_TAG
 
@@ -216,6 +217,12 @@ def _commit(subject: Subject) -> dict[str, str]:
     return _one(commit and commit[:12] + (" with edits" if subject.tags.get("commit_dirty") == "true" else ""))
 
 
+def _trained_for(subject: Subject) -> dict[str, str]:
+    """The study that a run was taken from: its speed is that of the machine as it was then."""
+    origin = subject.tags.get(TAKEN_FROM, "").partition("/")[0]
+    return _one(origin or "this one")
+
+
 def _kernels(subject: Subject) -> dict[str, str]:
     """The dispatcher of each layer, without the measured reasons; a layer that another arm lacks is not compared."""
     prefix = "dispatch/"
@@ -257,6 +264,7 @@ ASPECTS: tuple[Aspect, ...] = (
     Aspect("changed by a resume", True, (), _resumed),
     Aspect("active FLOPs of a sample", False, ("model", "data"), _compute),
     Aspect("code commit", False, (), _commit),
+    Aspect("trained for study", False, (), _trained_for),
     Aspect("kernel path", False, ("model.backbone", "model.precision", "trainer.precision"), _kernels),
     Aspect("dtype", False, ("model.precision", "trainer.precision"), _dtypes),
     Aspect("device", False, ("trainer",), _devices),

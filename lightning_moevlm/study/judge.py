@@ -15,6 +15,7 @@ from lightning_moevlm.study.early_stop import has_reached, withdrawn_arm
 from lightning_moevlm.study.ledger import RunState, Status, read_state, write_state
 from lightning_moevlm.study.plan import Plan, PlannedRun
 from lightning_moevlm.study.silent_store import deliver_first
+from lightning_moevlm.tracking.runs import Point
 
 MOST_STARTS = 4  # of one run by one sweep: a cluster may keep stopping it
 _MISTAKE = "moevlm: error: "  # how the command line begins the one line that says what to mend
@@ -91,8 +92,12 @@ def _why_failed(ended: Ended, lack: str, tail: Sequence[str]) -> str:
 
 def lack_of(plan: Plan, run: PlannedRun, experiment: Experiment, run_id: str) -> str:
     """Return what a run lacks to be a result, or "": the primary metric after the whole budget, not before."""
-    primary, budget = plan.comparison.primary.metric, run.max_steps
-    points = experiment.history(run_id, primary)
+    primary = plan.comparison.primary.metric
+    return lack_in(experiment.history(run_id, primary), primary, run.max_steps)
+
+
+def lack_in(points: Sequence[Point], primary: str, budget: int | None) -> str:
+    """Return what points of the primary metric lack to be a result, or "". budget: in steps, None for the clock's."""
     if not points:
         return f"logged no {primary}: the study has nothing to compare"
     last = max(point.step for point in points)

@@ -65,7 +65,7 @@ class RunState:
     start (seconds since 1970), which together name a process for good. started, ended: of the latest attempt, seconds
     since 1970. attempts: how often it was started. reason: why it failed or what made it diverge. log_tail: last lines
     of a crashed run's log. engine, ticket, job: who runs the latest attempt, what we call that attempt, and what the
-    cluster calls it.
+    cluster calls it. taken_from: the run of another study that it is a copy of, not trained here; see `known_runs`.
     """
 
     status: Status = Status.PLANNED
@@ -81,6 +81,7 @@ class RunState:
     engine: str = "local"
     ticket: str = ""
     job: str = ""
+    taken_from: str = ""
 
     @property
     def is_elsewhere(self) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from lightning_moevlm.study.known_runs import KnownRuns
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
 from lightning_moevlm.study.probe import Probe
@@ -14,7 +15,8 @@ class PlanRecord:
     """One planned run: identity, difference from the base, size of its model, where it stands.
 
     levels: of a designed study, the level of each factor. max_steps: None where the clock ends the run.
-    seconds_per_step, estimated_seconds: of a whole run on this machine; None without a probe.
+    known_from: the run of another study that `sweep run` would take, or "". seconds_per_step, estimated_seconds: of a
+    whole run on this machine; None without a probe.
     """
 
     study: str
@@ -22,6 +24,7 @@ class PlanRecord:
     seed: int
     digest: str
     status: str
+    known_from: str
     changes: dict[str, object]
     levels: dict[str, str]
     max_steps: int | None
@@ -35,7 +38,7 @@ class PlanRecord:
 
 @dataclass(frozen=True)
 class StatusRecord:
-    """Where one run stands. seconds: wall time of its latest attempt."""
+    """Where one run stands. seconds: wall time of its latest attempt. taken_from: the run that it copies, or ""."""
 
     study: str
     arm: str
@@ -47,13 +50,18 @@ class StatusRecord:
     run_id: str | None
     exit_code: int | None
     reason: str
+    taken_from: str
     folder: str
 
 
 def plan_records(
-    plan: Plan, statuses: dict[str, str], probes: Mapping[str, Probe] = MappingProxyType({})
+    plan: Plan,
+    statuses: dict[str, str],
+    probes: Mapping[str, Probe] = MappingProxyType({}),
+    known: KnownRuns | None = None,
 ) -> list[PlanRecord]:
-    """Return one record per planned run. statuses: by run folder; probes: by arm, if any."""
+    """Return one record per planned run. statuses: by run folder; probes: by arm, if any; known: in other studies."""
+    taken = known.taken if known else {}
     minutes = plan.study.budget.minutes
     changes = {arm.name: flat(arm.changes) for arm in plan.comparison.arms}
     levels = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan.comparison.arms}
@@ -64,6 +72,7 @@ def plan_records(
             seed=run.seed,
             digest=run.digest,
             status=statuses[run.folder],
+            known_from=taken[run.folder].told if run.folder in taken else "",
             changes=changes[run.arm],
             levels=levels[run.arm],
             max_steps=run.max_steps,
@@ -92,6 +101,7 @@ def status_records(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) ->
             run_id=state.run_id,
             exit_code=state.exit_code,
             reason=state.reason,
+            taken_from=state.taken_from,
             folder=str(plan.run_folder(run)),
         )
         for run, state in ledger

@@ -11,6 +11,7 @@ from lightning_moevlm.study.comparison import Correction, Test
 from lightning_moevlm.study.cost_of_arms import costs_table
 from lightning_moevlm.study.effects import Effect
 from lightning_moevlm.study.fraction import Fraction
+from lightning_moevlm.study.known_runs import KnownRuns
 from lightning_moevlm.study.ledger import RunState
 from lightning_moevlm.study.pin import baseline_digest
 from lightning_moevlm.study.plan import Plan, PlannedRun, flat
@@ -59,7 +60,7 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
             str(state.attempts),
             state.run_id or NOTHING,
             *((state.job or NOTHING,) if on_cluster else ()),
-            state.reason or NOTHING,
+            "; ".join(filter(None, (state.reason, state.taken_from and f"taken from {state.taken_from}"))) or NOTHING,
         )
         for run, state in ledger
     )
@@ -183,6 +184,7 @@ def models_table(result: StudyResult) -> Table:
     notes = (
         "active FLOPs: forward, per sample. parameters and FLOPs are the backbone's, without heads.",
         "samples/s and time depend on what else ran on the machine; runs of one sweep share it.",
+        *_notes_on_taken(result),
         *(f"{arm.arm.name}: its runs tell no model that can be built here." for arm in result.arms if not arm.card),
     )
     return Table("Models and cost", columns, rows, notes)
@@ -249,19 +251,35 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
     return Table(f"{plan.comparison.name}: {plan.comparison.question}", columns, tuple(rows), notes)
 
 
-def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
-    """Return every planned run with its identity. statuses: by run folder."""
-    rows = tuple((run.name, run.digest, statuses[run.folder], str(plan.run_folder(run))) for run in plan.runs)
+def plan_table(plan: Plan, statuses: dict[str, str], known: KnownRuns | None = None) -> Table:
+    """Return every planned run with its identity. statuses: by run folder; known: runs in other studies."""
+    taken = known.taken if known else {}
+    known_as = {folder: f"known from {one.study}" for folder, one in taken.items()}
+    shown = statuses | known_as
+    rows = tuple((run.name, run.digest, shown[run.folder], str(plan.run_folder(run))) for run in plan.runs)
     study = plan.comparison
     notes = (
         f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each; decided by "
         f"{study.primary.metric}, {study.primary.direction} is better.",
         f"diverged: {study.diverged.rule}.",
+        *(f"{line}." for line in (known.told(len(plan.runs)) if known else ())),
+        *(("`sweep run` takes the results of known runs; with --reuse=false it trains them again.",) if taken else ()),
         *_notes_on_baseline(plan),
         *_notes_on_length(plan),
         *(line for fraction in _fractions(plan) for line in fraction.told()),
     )
     return Table("Runs", ("run", "digest", "status", "folder"), rows, notes, essential=3)
+
+
+def _notes_on_taken(result: StudyResult) -> tuple[str, ...]:
+    """Return which runs were not trained for this study."""
+    origins = [run.state.taken_from for arm in result.arms for run in arm.runs if run.state.taken_from]
+    total = sum(len(arm.runs) for arm in result.arms)
+    counts = Counter(origin.partition("/")[0] for origin in origins)
+    return tuple(
+        f"{count} of {total} runs were trained for study {study} and taken from there; their times are of then."
+        for study, count in counts.items()
+    )
 
 
 def _notes_on_baseline(plan: Plan) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Which code made a run: the git commit, whether it was edited since, the versions of what it stands on."""
 
+import hashlib
 import platform
 import subprocess
 from functools import cache
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from lightning_moevlm import __version__
 
+CODE_TAG = "code_digest"
 _GIT_SECONDS = 10
 _PACKAGES = ("torch", "lightning", "mlflow")
 
@@ -36,6 +38,16 @@ def code_checkout() -> Checkout | None:
     if _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is not None:
         return checkout_of(package)
     return checkout_of(Path.cwd())
+
+
+@cache
+def code_digest() -> str:
+    """Return a hash of this package's source, the same wherever it lies and whatever git knows of it."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

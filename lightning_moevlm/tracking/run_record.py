@@ -28,7 +28,7 @@ from lightning_moevlm.tracking.config_sources import config_sources
 from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, log_dataset
 from lightning_moevlm.tracking.last_words import where_everything_is
 from lightning_moevlm.tracking.masking import masked_argv, masked_yaml
-from lightning_moevlm.tracking.provenance import code_checkout, versions
+from lightning_moevlm.tracking.provenance import CODE_TAG, code_checkout, code_digest, versions
 from lightning_moevlm.tracking.run_logger import RunLogger
 from lightning_moevlm.tracking.system_metrics import SystemSampler
 from lightning_moevlm.yaml_text import write_yaml
@@ -154,7 +154,7 @@ class RunRecord(SaveConfigCallback):
 
     @staticmethod
     def _tags() -> dict[str, str]:
-        tags = {f"version/{name}": number for name, number in versions().items()}
+        tags = {f"version/{name}": number for name, number in versions().items()} | {CODE_TAG: code_digest()}
         checkout = code_checkout()
         if checkout is not None:
             tags |= {"commit": checkout.commit, "commit_dirty": str(checkout.dirty).lower()}

@@ -4,18 +4,19 @@ MLflow's client fetches the history of one key of one run per call: 12 runs x 10
 SQLite all keys of a run come in one query; behind a server all runs of a key come in one, several keys at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lightning_moevlm.tracking.bulk_history import bulk_history
-from lightning_moevlm.tracking.sqlite_rows import as_logged, points_of, tags_by_run
+from lightning_moevlm.tracking.sqlite_rows import as_logged, points_of, tags_by_run, tags_by_run_with
 from lightning_moevlm.tracking.store import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.store.entities import PagedList
 
 _Found = TypeVar("_Found")
@@ -87,6 +88,27 @@ def tags_of_runs(uri: str, experiment: str, tags: Mapping[str, str]) -> dict[str
     return {run_id: own for run_id, own in found.items() if tags.items() <= own.items()}
 
 
+def tags_of_runs_with(uri: str, key: str, values: Collection[str]) -> dict[str, Mapping[str, str]]:
+    """Return all tags of the runs of every experiment whose tag `key` has one of the values, by run id.
+
+    Raises:
+        MlflowException: the store cannot be read.
+    """
+    path = sqlite_path(uri)
+    if path is None:
+        return {row.run_id: row.tags for value in values for row in find_runs_anywhere(uri, {key: value})}
+    return dict(tags_by_run_with(path, key, values)) if path.exists() else {}
+
+
+def read_run(uri: str, run_id: str) -> RunRow:
+    """Return one run.
+
+    Raises:
+        MlflowException: the store cannot be read, or has no such run.
+    """
+    return _row(_client(uri).get_run(run_id))
+
+
 def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: str = "") -> list[RunRow]:
     """Return the runs of every experiment that carry all of `tags`, oldest first; as `find_runs` in all else.
 
@@ -118,22 +140,23 @@ def _rows(client: "MlflowClient", experiments: list[str], wanted: Mapping[str, s
             page_token=token,
         )
     )
-    rows = (
-        RunRow(
-            run_id=run.info.run_id,
-            name=run.info.run_name or "",
-            status=run.info.status,
-            experiment_id=run.info.experiment_id,
-            artifact_uri=run.info.artifact_uri,
-            start_ms=run.info.start_time,
-            end_ms=run.info.end_time or None,
-            tags=dict(run.data.tags),
-            params=dict(run.data.params),
-            last={key: as_logged(value) for key, value in run.data.metrics.items()},
-        )
-        for run in found
-    )
+    rows = map(_row, found)
     return [row for row in rows if all(row.tags.get(key) == value for key, value in wanted.items())]
+
+
+def _row(run: "Run") -> RunRow:
+    return RunRow(
+        run_id=run.info.run_id,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        experiment_id=run.info.experiment_id,
+        artifact_uri=run.info.artifact_uri,
+        start_ms=run.info.start_time,
+        end_ms=run.info.end_time or None,
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        last={key: as_logged(value) for key, value in run.data.metrics.items()},
+    )
 
 
 def _every_page(search: "Callable[[str | None], PagedList[_Found]]") -> "Iterator[_Found]":

@@ -6,7 +6,7 @@ The file is one that `store.prepare_store` has accepted, so its tables are those
 import math
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -20,6 +20,11 @@ _TAGS = (
     "SELECT tags.run_uuid, tags.key, tags.value FROM tags JOIN runs USING (run_uuid) JOIN experiments USING "
     "(experiment_id) WHERE experiments.name = ? AND runs.lifecycle_stage = 'active'"
 )
+_WITH_TAG = (
+    "SELECT tags.run_uuid FROM tags JOIN runs USING (run_uuid) JOIN experiments USING (experiment_id) WHERE "
+    "tags.key = ? AND tags.value = ? AND runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'"
+)
+_TAGS_OF = "SELECT key, value FROM tags WHERE run_uuid = ?"
 BUSY_SECONDS = 20.0
 """How long a writer may keep a reader out; MLflow's own patience."""
 _LARGEST = sys.float_info.max
@@ -89,6 +94,20 @@ def tags_by_run(path: Path, experiment: str) -> dict[str, dict[str, str]]:
     return tags
 
 
+def tags_by_run_with(path: Path, key: str, values: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return the tags of every run, of any experiment, whose tag `key` has one of the values; by run id.
+
+    Raises:
+        MlflowException: see `reading`.
+    """
+    tags: dict[str, dict[str, str]] = {}
+    with reading(path) as database:
+        for value in values:
+            for (run_id,) in database.execute(_WITH_TAG, (key, value)).fetchall():
+                tags[run_id] = dict(database.execute(_TAGS_OF, (run_id,)))
+    return tags
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
     """Hold a connection that writes nothing.
@@ -96,8 +115,6 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     Raises:
         MlflowException: the file is busy for too long, or no database: as MLflow itself says of what it cannot read.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         # not read-only: what a killed writer left half done is rolled back by whoever opens the file next
         address = f"{path.as_uri()}?mode=rw"
@@ -105,6 +122,8 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
             database.execute("PRAGMA query_only = ON")
             yield database
     except sqlite3.DatabaseError as error:
+        from mlflow.exceptions import MlflowException
+
         raise MlflowException(f"{path} cannot be read: {error}") from error
 
 

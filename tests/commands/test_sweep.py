@@ -59,6 +59,19 @@ def test_plan_run_status_report(moevlm: Moevlm, study: Study, workplace: Path) -
     assert html.count("<img ") == 7
     assert "at least 2 are needed" in html
 
+    # Another study of the same runs takes them.
+    (workplace / file).rename(workplace / "again.yaml")
+    moevlm("sweep", "plan", "again.yaml", "--json", "plan.json")
+    known = [row["known_from"].partition(" ")[0] for row in rows(workplace / "plan.json")]
+    assert known == ["line/baseline-seed0", "line/dense_twin-seed0"]
+    moevlm("sweep", "run", "again.yaml")
+    moevlm("sweep", "status", "again.yaml", "--json", "status.json")
+    own = rows(workplace / "status.json")
+    assert [(row["status"], row["attempts"], row["taken_from"]) for row in own] == [
+        ("finished", 0, f"line/{row.name} ({row.run_id})") for row in tracked
+    ]
+    assert len(find_runs(uri, "again")) == 3
+
 
 def test_mistakes_are_told_before_anything_is_written(moevlm: Moevlm, study: Study, workplace: Path) -> None:
     def refused(*expected: str, **changes: object) -> None:

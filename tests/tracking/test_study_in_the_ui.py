@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from rich.console import Console
 
-from lightning_moevlm.commands.sweep import _report
+from lightning_moevlm.commands.sweep_answer import answer
 from lightning_moevlm.study.claim import open_experiment
 from lightning_moevlm.study.ledger import RunState, Status, write_state
 from tests.study.tiny_study import plan_of, write_project
@@ -33,7 +33,7 @@ def told(mlflow_server: str, tmp_path: Path) -> str:
         experiment.close(run_id, "finished", finished=True)
         write_state(plan.run_folder(run), RunState(Status.FINISHED, run_id, started=0.0, ended=5.0))
     terminal = Console(record=True, width=200, file=(tmp_path / "terminal").open("w"))
-    _report(plan, experiment, terminal, redraw=True)
+    answer(plan, experiment, terminal, redraw=True)
     return terminal.export_text()
 
 
