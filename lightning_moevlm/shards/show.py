@@ -13,11 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.captions import captions_in
 from lightning_moevlm.shards.decode import CAPTION_EXTENSION
 from lightning_moevlm.shards.faults import Lost
-from lightning_moevlm.shards.look import modality_of, picture_extension, picture_size, thumbnail
+from lightning_moevlm.shards.look import modality_of, open_picture, picture_extension, picture_size, thumbnail
 from lightning_moevlm.shards.manifest import Manifest, Split
 from lightning_moevlm.shards.orientation import UPRIGHT, orientation
 from lightning_moevlm.shards.progress import track
@@ -28,7 +30,6 @@ from lightning_moevlm.shards.tokenizer import CaptionTokenizer
 SHOWN_SIDE = 320
 """Pixels; larger pictures, and turned ones, are encoded anew, others shown as the bytes that they are."""
 _TEMPLATES = Path(__file__).parent / "templates"
-_MIME = {"jpg": "image/jpeg", "png": "image/png"}
 _LOSSES_SHOWN = 10
 _FLAT_LIST = re.compile(r"\[(\n[^\[\]{}]*)\]")
 _LONG_TEXT = 2000  # signs of a caption that are shown and cut into tokens
@@ -153,7 +154,8 @@ def _picture(data: bytes, extension: str) -> ShownPicture:
     width, height = picture_size(data, extension)
     size = f"{width} x {height} px, {len(data) / 1e3:,.1f} kB"
     small = thumbnail(data, extension, SHOWN_SIDE)  # also finds out whether it can be decoded
-    mime = _MIME[extension]
+    with open_picture(data, extension) as image:
+        mime = Image.MIME["JPEG" if image.format == "MPO" else str(image.format)]  # MPO: a JPEG with others behind it
     if max(width, height) > SHOWN_SIDE or orientation(data) != UPRIGHT:  # not all that shows pages turns PNGs
         out = io.BytesIO()
         small.save(out, "JPEG", quality=85)

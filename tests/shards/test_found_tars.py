@@ -1,5 +1,6 @@
 """Folders of tars that other programs have written: what makes a sample, what is left out, and what is refused."""
 
+import base64
 import gzip
 import json
 import lzma
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lightning_moevlm.cli import main
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.check import check_set
+from lightning_moevlm.shards.contact_sheet import write_contact_sheet
 from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
 from lightning_moevlm.shards.convert.convert import Converted, Effort, Form, Terms, convert
 from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
@@ -26,6 +29,7 @@ from lightning_moevlm.shards.decode import decode_image
 from lightning_moevlm.shards.layout import Layout
 from lightning_moevlm.shards.manifest import SPLITS, read_manifest
 from lightning_moevlm.shards.mixture import Source
+from lightning_moevlm.shards.show import write_page
 from lightning_moevlm.shards.storage import ShardStorage
 from tests.shards.found_tars import Files, folder_of, sample
 from tests.shards.sources import caption, picture
@@ -259,6 +263,22 @@ def test_images_of_several_formats_are_trained_on_as_they_are(tmp_path: Path) ->
     ]
     for row, (number, kind) in enumerate(((600, "png"), (601, "webp"))):
         assert torch.equal(batch.images_BRYX[row], decode_image(picture(number, kind), "image", 16))
+
+
+def test_images_of_several_formats_are_shown(tmp_path: Path) -> None:
+    kinds = ("webp", "png", "jpg")
+    tars = [flat(*([(f"{t}.{kind}", picture(t, kind)), (f"{t}.txt", b"a thing")] for t in range(3))) for kind in kinds]
+    manifest = keep(folder_of(tmp_path / "in", *tars), tmp_path / "set").manifest
+    assert manifest.members == ("image", "txt")
+    storage = ShardStorage(str(tmp_path / "set"))
+    for split in SPLITS:
+        (sample, *_) = write_page(storage, split, 1, None, tmp_path / "page.html").samples
+        kind = kinds[int(manifest.splits[split][0].file[5])]
+        mime = f"image/{'jpeg' if kind == 'jpg' else kind}"
+        assert sample.faults == () and sample.picture is not None
+        assert sample.picture.data_uri == f"data:{mime};base64,{base64.b64encode(picture(0, kind)).decode()}"
+    write_contact_sheet(storage, manifest, "val", 3, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size[0] > 100
 
 
 SEVERAL = MemberNames(caption_field="captions")

@@ -8,7 +8,7 @@ from typing import TypeVar
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.convert.rows import RowError, checked_caption, json_object
 from lightning_moevlm.shards.json_texts import texts_of
-from lightning_moevlm.shards.manifest import Scalar
+from lightning_moevlm.shards.manifest import OTHER_SPELLINGS, Scalar
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 DEFAULT_CAPTION = "txt"
@@ -41,7 +41,7 @@ class MemberNames:
     @property
     def images(self) -> tuple[str, ...]:
         """Extensions of images, the first that a sample has counts."""
-        return IMAGE_EXTENSIONS if self.image is None else (self.image,)
+        return IMAGE_EXTENSIONS if self.image is None else (OTHER_SPELLINGS.get(self.image, self.image),)
 
     @property
     def text(self) -> str | None:
@@ -93,7 +93,7 @@ USUAL = MemberNames()
 
 def is_image(extension: str) -> bool:
     """Tell whether an extension ends as those of images do."""
-    return extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "jpeg")
+    return extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "jpeg", "gif", "bmp")
 
 
 def _remedy(images: list[str]) -> str:
