@@ -7,11 +7,13 @@ What the parser cannot read from the command line, null, goes into files too.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_moevlm.yaml_text import read_yaml, write_yaml
 
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")
 _NAMED = (("data", "sources"), ("model", "losses", "others"))
 
 
@@ -79,9 +81,10 @@ def _nested(path: Sequence[str], value: object) -> object:
 
 
 def with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
-    """Put `--model...capacity null` into a file in its place.
+    """Put `--model...capacity null` and `--data.image_size '${...}'` into a file in its place.
 
-    In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name.
+    In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name. References it takes for
+    seen from the root of a file's configuration in files alone.
     """
     result: list[str] = []
     position = 0
@@ -89,10 +92,15 @@ def with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
         key, equals, value = words[position].partition("=")
         if not equals and key.startswith("--") and position + 1 < len(words):
             value = words[position + 1]
+        is_whole = key.startswith("--") and ".init_args." in key
         is_group = key.startswith("--model.") and key.count(".") == 1
-        if value == "null" and (is_group or (key.startswith("--") and ".init_args." in key)):
+        is_reference = _REFERENCE.fullmatch(value) and key.startswith("--")
+        if (value == "null" and (is_group or is_whole)) or (is_reference and (is_whole or key.count(".") == 1)):
             path = folder / f"null{position}.yaml"
-            path.write_text(json.dumps(_nested(key.removeprefix("--").split("."), None)), encoding="utf-8")
+            path.write_text(
+                json.dumps(_nested(key.removeprefix("--").split("."), None if value == "null" else value)),
+                encoding="utf-8",
+            )
             result += ["-c", str(path)]
             position += 1 if equals else 2
         else:

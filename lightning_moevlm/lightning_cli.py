@@ -21,9 +21,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from lightning_moevlm.callbacks import DivergenceGuard, LastCheckpoint, StopBySignal
+from lightning_moevlm.callbacks.result_table import WRITE_FEATURES, prediction_writers
 from lightning_moevlm.collector import collect_as_usual
 from lightning_moevlm.config_overlays import NamesMerger, with_nulls_as_files
 from lightning_moevlm.errors import Diverged, Stopped, UserError
@@ -52,6 +54,7 @@ from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse
 from lightning_moevlm.training.refusals import (
     refuse_other_groups,
     refuse_other_precision,
+    refuse_other_sizes,
     refuse_other_state,
     refuse_senseless_trainer,
     refuse_unsuited_trainer,
@@ -80,7 +83,6 @@ class CommandLine(LightningCLI):
             ShardDataModule,
             save_config_callback=RunRecord,
             save_config_kwargs={"argv": ["moevlm", *argv]},
-            seed_everything_default=0,
             parser_class=ReferenceParser,
             parser_kwargs={**options, "prog": "moevlm", self._asked: options},
             auto_configure_optimizers=False,
@@ -102,6 +104,10 @@ class CommandLine(LightningCLI):
         Static in LightningCLI, which calls it on the instance all the same.
         """
         return {self._asked: LightningCLI.subcommands()[self._asked]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Take a number for a seed: Lightning's true and false are none that weights, masks and order could follow."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="number that all seeds follow from")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the Trainer our logger and callbacks unless a configuration names others."""
@@ -146,6 +152,11 @@ class CommandLine(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
                 callback.save_last = None  # LastCheckpoint does; a fast_dev_run is to leave nothing
         refuse_other_precision(config.trainer.precision, self.trainer)
+        refuse_other_sizes(self.model.backbone.spec, config.data.as_dict())
+        if self.subcommand != "fit" and not config.get("ckpt_path"):
+            _warn("no checkpoint is given, so that an untrained model is measured; name --run RUN or --ckpt_path FILE")
+        if self.subcommand == "predict" and not prediction_writers(self.trainer):
+            _warn(f"nothing keeps the predictions, they are thrown away; to write them to files add {WRITE_FEATURES}")
         if self._checkpoint is not None:
             refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
         if self.subcommand == "fit":
@@ -256,6 +267,11 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
         for whole in merger.with_names(Path(value))[1:]:
             words += ["-c", str(whole)]
     return words
+
+
+@rank_zero_only
+def _warn(line: str) -> None:
+    Console(stderr=True).print(f"Warning: {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _saves(trainer: Namespace) -> bool:

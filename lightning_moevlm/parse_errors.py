@@ -38,6 +38,7 @@ _NO_VALUE = re.compile(r"argument --([\w.]+): expected one argument")
 _NO_OPTION = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'")
 _UNKNOWN = re.compile(r"(?:[Uu]nrecognized arguments: --|Subcommand '\w+' does not accept option ')([\w.-]+)")
 _NO_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)")
+_NO_MODULE = re.compile(r"No module named '([^']+)'")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _RAW = re.compile(r"(?:Namespace|NestedArg)\(")  # a value as only the parser knows it
 
@@ -81,10 +82,19 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
     told = (
         _of_an_option(complaints, where, known)
         or _of_a_record(complaints, where)
+        or _of_a_module(complaints, where)
         or _of_a_class(complaints, where, known)
         or _of_a_value(complaints, where, known)
     )
     return told or (f"{where}: {first.text}" if where else _of_a_part(complaints) or " ".join(message.split()))
+
+
+def no_module(name: str) -> str:
+    """Tell a module that is not found, and where modules are looked for."""
+    return (
+        f"there is no module {name}; one of your own is found by PYTHONPATH, as in `PYTHONPATH=. moevlm ...`, or as an "
+        "installed package"
+    )
 
 
 def no_command(name: str, commands: Sequence[str]) -> str:
@@ -189,6 +199,12 @@ def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
                 f"class; `moevlm describe {refused[1]}` lists them, CONTRIBUTING.md tells how to add one"
             )
     return None
+
+
+def _of_a_module(complaints: Sequence[_Complaint], where: str) -> str | None:
+    """Tell a class_path whose module is not found."""
+    missing = next((found for each in complaints if (found := _NO_MODULE.search(each.text))), None)
+    return f"{where}: {no_module(missing[1])}" if missing else None
 
 
 def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:

@@ -7,9 +7,11 @@ something else stays that.
 """
 
 import re
+from argparse import Action
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -71,6 +73,18 @@ class ReferenceParser(LightningArgumentParser):
     def __init__(self, *args: Any, references: References | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._references = references
+
+    def _check_value_key(
+        self, action: Action, value: Any, key: str, cfg: Namespace | None, append: bool = False
+    ) -> Any:
+        """Take a reference for what it will say: a changed class_path keeps the options that both classes have.
+
+        jsonargparse checks them before references are resolved, and would drop `image_size: ${data.image_size}`, which
+        is no number yet; once resolved, every value is checked.
+        """
+        if isinstance(value, str) and value.startswith("${"):
+            return value
+        return super()._check_value_key(action, value, key, cfg, append)
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Return the configuration as YAML."""

@@ -13,10 +13,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_moevlm.config_overlays import NamesMerger
+from lightning_moevlm.errors import UserError
 from lightning_moevlm.models import ModelCard, model_card
 from lightning_moevlm.parsers import (
     DEFAULTS,
     PARSER_OPTIONS,
+    SECTIONS,
     prepare_parsers,
     refuse_unbuildable_parts,
     shipped_config,
@@ -24,6 +26,8 @@ from lightning_moevlm.parsers import (
 )
 from lightning_moevlm.shards.datamodule import ShardDataModule
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
+from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.refusals import refuse_other_sizes
 from lightning_moevlm.yaml_text import read_yaml
 
 
@@ -34,7 +38,7 @@ class ConfigResolver:
         prepare_parsers()
         self._parser = LightningArgumentParser(**PARSER_OPTIONS)
         self._parser.add_argument("-c", "--config", action=ActionConfigFile)
-        self._parser.add_argument("--seed_everything", type=bool | int, default=0)
+        self._parser.add_argument("--seed_everything", type=int, default=0)
         self._parser.add_lightning_class_args(Trainer, "trainer")
         self._parser.add_lightning_class_args(VisionLanguageModule, "model")
         self._parser.add_lightning_class_args(ShardDataModule, "data")
@@ -96,6 +100,9 @@ class ModelDescriber:
                 # a copy: of mappings of names, the parser puts what it makes of their values in their place
                 parsed = parser.parse_object({"model": deepcopy(resolved["model"])}, defaults=not self._complete)
                 module = parser.instantiate(parsed).model
+                data = resolved.get("data")
+                if isinstance(data, Mapping):
+                    refuse_other_sizes(module.backbone.spec, data)
                 try_schedule(module)
                 self._cards[model] = model_card(module.backbone)
         return self._cards[model]
@@ -107,6 +114,35 @@ def _model_parser() -> LightningArgumentParser:
     parser = LightningArgumentParser(**PARSER_OPTIONS)
     parser.add_lightning_class_args(VisionLanguageModule, "model")
     return parser
+
+
+def load_module(checkpoint: Path | str, config: Path | str | None = None) -> VisionLanguageModule:
+    """Return the model of a run with the weights of one of its checkpoints, in evaluation mode.
+
+    Args:
+        checkpoint: RUN/checkpoints/last.ckpt, say.
+        config: that it was trained with; None is RUN/config/config.yaml, which every run writes.
+
+    Raises:
+        UserError: one of them is not there, or they do not belong together.
+    """
+    path = Path(checkpoint)
+    file = path.parent.parent / "config" / "config.yaml" if config is None else Path(config)
+    if not file.is_file():
+        raise UserError(f"{path} has no configuration at {file}: name the one that it was trained with, config=FILE")
+    saved = look_at_checkpoint(str(path), "test", Path())
+    if saved is None:
+        raise UserError(f"{path} is not a checkpoint in one local file: give RUN/checkpoints/last.ckpt")
+    recorded = read_yaml(file.read_text(encoding="utf-8"))
+    sections = {name: recorded[name] for name in (*SECTIONS, "seed_everything") if name in recorded}
+    model = ConfigResolver()([], sections)["model"]
+    parser = _model_parser()
+    with teaching_errors():
+        module = parser.instantiate(parser.parse_object({"model": model})).model
+    assert isinstance(module, VisionLanguageModule)
+    refuse_other_model(saved, str(path), module)
+    module.load_state_dict(saved["state_dict"])
+    return module.eval()
 
 
 def build_data(resolved: Mapping[str, object]) -> ShardDataModule:

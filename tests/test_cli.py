@@ -107,6 +107,26 @@ MISTAKES = {
     ),
     "a word that is missing": (("sweep", "plan"), "moevlm sweep plan needs FILE: `moevlm sweep plan --help` tells"),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
+    "a part of a module that is not found": (
+        ("describe", "my_package.MyRouter"),
+        "there is no module my_package; one of your own is found by PYTHONPATH, as in `PYTHONPATH=. moevlm ...`",
+    ),
+    "a router of a module that is not found": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router=my_package.MyRouter"),
+        "moe.router: there is no module my_package; one of your own is found by PYTHONPATH",
+    ),
+    "a callback of a module that is not found": (
+        ("fit", *SMALL, "--trainer.callbacks+=my_package.MyCallback"),
+        "trainer.callbacks: there is no module my_package; one of your own is found by PYTHONPATH",
+    ),
+    "a class that its module lacks": (
+        ("describe", "lightning_moevlm.routers.MyRouter"),
+        "lightning_moevlm.routers has no class MyRouter",
+    ),
+    "a seed that is no number": (
+        ("fit", *SMALL, "--seed_everything=true"),
+        "error: seed_everything: True is no such value; give a whole number",
+    ),
     "no such kind": (("list", "rooters"), "rooters"),
     "tracking server that does not answer": (
         ("fit", *SMALL, *budget(1), "--trainer.logger.init_args.tracking_uri=http://127.0.0.1:9"),
@@ -248,6 +268,20 @@ def test_types_are_described_whole(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setenv("COLUMNS", "160")  # no line of a type is broken
     assert main(["describe", "MoEFFN"]) == 0
     assert "Callable[[int, int]," in capsys.readouterr().out
+
+
+def test_a_part_from_elsewhere_is_described_by_its_path(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_moevlm.cli import main
+
+    (tmp_path / "their_package.py").write_text(
+        "class TheirRouter:\n    'Sends all to one.'\n    def __init__(self, dim: int, chosen: int = 3): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["describe", "their_package.TheirRouter"]) == 0
+    told = capsys.readouterr().out
+    assert "their_package.TheirRouter" in told and "Sends all to one." in told and "chosen" in told
 
 
 def test_describing_qk_clip_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

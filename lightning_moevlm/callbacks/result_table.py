@@ -15,7 +15,8 @@ from lightning_moevlm import keys
 from lightning_moevlm.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.records import Batch
 
-_KEEP = "--trainer.callbacks+=lightning_moevlm.callbacks.FeatureWriter"
+WRITE_FEATURES = "--trainer.callbacks+=lightning_moevlm.callbacks.FeatureWriter"
+"""What keeps predictions, in a command line."""
 
 
 class ResultTable(Callback):
@@ -34,10 +35,8 @@ class ResultTable(Callback):
         _print_table(trainer, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count; warn while there is still time that nothing keeps the predictions."""
+        """Start to count."""
         self._num_batches = 0
-        if not _prediction_writers(trainer):
-            _warn(f"Warning: nothing keeps the predictions, they are thrown away. To write them to files add {_KEEP}")
 
     def on_predict_batch_end(
         self,
@@ -55,7 +54,7 @@ class ResultTable(Callback):
         """Say how many files are where."""
         batches = torch.tensor(self._num_batches, device=pl_module.device)
         num_files = int(trainer.strategy.reduce(batches, reduce_op="sum"))  # a file per batch; every rank is asked
-        for writer in _prediction_writers(trainer):
+        for writer in prediction_writers(trainer):
             if isinstance(writer, FeatureWriter):
                 _say(f"{num_files} {'file' if num_files == 1 else 'files'} with features: {writer.folder.absolute()}")
 
@@ -75,7 +74,8 @@ def result_table(metrics: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def _prediction_writers(trainer: Trainer) -> list[BasePredictionWriter]:
+def prediction_writers(trainer: Trainer) -> list[BasePredictionWriter]:
+    """Return the callbacks that keep what `predict` computes."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets, but declares it not
     return [callback for callback in callbacks if isinstance(callback, BasePredictionWriter)]
 
@@ -90,8 +90,3 @@ def _print_table(trainer: Trainer, title: str) -> None:
 @rank_zero_only
 def _say(line: str) -> None:
     Console().print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-@rank_zero_only
-def _warn(line: str) -> None:
-    Console(stderr=True).print(line, soft_wrap=True, highlight=False, markup=False)

@@ -73,6 +73,7 @@ def describe(name: str, json: str | None = None) -> None:
         return
     known = {part.__name__: part for parts in _parts().values() for part in parts}
     part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
+    part = part or _imported(name)
     if part is None:
         near = nearest(name, [*known, *study_guide.names()])
         hint = f"did you mean {near}?" if near else "moevlm list shows what there is"
@@ -93,6 +94,25 @@ def describe(name: str, json: str | None = None) -> None:
     module = inspect.getmodule(part)
     texts = [class_path(part), inspect.getdoc(module) or "", inspect.getdoc(part) or ""]
     show(Group(Text("\n\n".join(text for text in texts if text)), Text(""), table), rows, json)
+
+
+def _imported(path: str) -> type | None:
+    """Return the class that a dotted path names; None where the path is a name alone."""
+    from importlib import import_module
+
+    from lightning_moevlm.errors import UserError
+    from lightning_moevlm.parse_errors import no_module
+
+    module, _, name = path.rpartition(".")
+    if not module:
+        return None
+    try:
+        part = getattr(import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise UserError(no_module(str(error.name))) from error
+    if not inspect.isclass(part):
+        raise UserError(f"{module} has no class {name}; give the full path of one, package.module.Class")
+    return part
 
 
 def class_path(part: type) -> str:

@@ -32,11 +32,24 @@ def run_word(uri: str, run_id: str, run_dir: Path) -> str:
     return run_id[:SHOWN_DIGITS] if uri == resolve_tracking_uri(None) else shlex.quote(str(run_dir))
 
 
+def where_checkpoints_are(trainer: Trainer) -> tuple[str, ...]:
+    """Return the lines to print after a run that MLflow does not hold."""
+    last = _last_checkpoint(trainer)
+    if last is None:
+        return ()
+    folder = last.parent.parent
+    if not (folder / "config").is_dir():
+        return (f"Checkpoints: {last.parent}",)
+    word = shlex.quote(str(folder))
+    return (
+        f"Checkpoints and configuration: {folder}",
+        f"Measure or resume: moevlm test --run {word}, moevlm fit --run {word}",
+    )
+
+
 def resume_line(trainer: Trainer) -> str:
     """Return how to resume a run that ended early, or "" where it has kept no checkpoint or no configuration."""
-    saving = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    kept = (Path(callback.last_model_path) for callback in saving if callback.last_model_path)
-    last = next((path for path in kept if path.exists()), None)
+    last = _last_checkpoint(trainer)
     if last is None:
         return ""
     logger = next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
@@ -45,3 +58,9 @@ def resume_line(trainer: Trainer) -> str:
     folder = last.parent.parent
     is_recorded = (folder / "config").is_dir()
     return f"Resume with: moevlm fit --run {shlex.quote(str(folder))}" if is_recorded else ""
+
+
+def _last_checkpoint(trainer: Trainer) -> Path | None:
+    saving = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    kept = (Path(callback.last_model_path) for callback in saving if callback.last_model_path)
+    return next((path for path in kept if path.exists()), None)

@@ -26,7 +26,7 @@ from lightning_moevlm.tracking.config_diff import changes, flat
 from lightning_moevlm.tracking.config_folder import write_config_folder
 from lightning_moevlm.tracking.config_sources import config_sources
 from lightning_moevlm.tracking.dataset_input import DIGEST_TAG, HasManifest, log_dataset
-from lightning_moevlm.tracking.last_words import where_everything_is
+from lightning_moevlm.tracking.last_words import where_checkpoints_are, where_everything_is
 from lightning_moevlm.tracking.masking import masked_argv, masked_yaml
 from lightning_moevlm.tracking.provenance import CODE_TAG, code_checkout, code_digest, versions
 from lightning_moevlm.tracking.run_logger import RunLogger
@@ -112,10 +112,14 @@ class RunRecord(SaveConfigCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where everything is."""
         logger = _run_logger(trainer)
-        if logger is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
-        assert logger.experiment_id is not None and logger.run_id is not None
-        for line in where_everything_is(logger.tracking_uri, logger.experiment_id, logger.run_id, logger.run_dir):
+        if logger is None:
+            lines = where_checkpoints_are(trainer)
+        else:
+            assert logger.experiment_id is not None and logger.run_id is not None
+            lines = where_everything_is(logger.tracking_uri, logger.experiment_id, logger.run_id, logger.run_dir)
+        for line in lines:
             Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     @override

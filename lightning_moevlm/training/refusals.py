@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.losses import AuxiliaryLosses, RoutedLayer
-from lightning_moevlm.models import Backbone
+from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import Objective
 from lightning_moevlm.optim import parameter_groups
 from lightning_moevlm.ranges import check_number
@@ -83,6 +83,28 @@ def refuse_senseless_trainer(trainer: Trainer) -> None:
             raise UserError(
                 "LearningRateFinder sets an attribute of the model, and rates here are options of model.optimizer: "
                 "leave it out; a study with design: lr_sensitivity finds the rate"
+            )
+
+
+def refuse_other_sizes(spec: BackboneSpec, data: Mapping[str, Any]) -> None:
+    """Refuse data that the model has no places for.
+
+    Args:
+        spec: of the backbone.
+        data: options of the data module, by name.
+
+    Raises:
+        UserError: both numbers, and where they are set.
+    """
+    for name, fits in (
+        ("image_size", data["image_size"] == spec.image_size),
+        ("vocab_size", data["vocab_size"] <= spec.vocab_size),
+        ("max_text_len", data["max_text_len"] <= spec.max_text_len),
+    ):
+        if not fits:
+            raise UserError(
+                f"data.{name} is {data[name]}, and the model is made for {getattr(spec, name)}: set "
+                f"model.backbone.init_args.{name} to {data[name]}, or data.{name} to {getattr(spec, name)}"
             )
 
 

@@ -132,6 +132,16 @@ class VisionLanguageModule(LightningModule):
         self.val_evaluation = Evaluation("val", self.objective.num_classes, losses, backbone)
         self.test_evaluation = Evaluation("test", self.objective.num_classes, losses, backbone)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "VisionLanguageModule":
+        """Build a module of the given parts with a checkpoint's weights; a UserError without a backbone."""
+        if "backbone" not in options:
+            raise UserError(
+                "a checkpoint holds the weights of parts, not the parts: give backbone=... and what else has weights, "
+                "or use lightning_moevlm.resolved_config.load_module(PATH), which reads the run's configuration"
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **options)
+
     def setup(self, stage: str) -> None:
         """Refuse a trainer that does not fit; keep in fp32 what is pinned to it, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
@@ -219,7 +229,7 @@ class VisionLanguageModule(LightningModule):
         Raises:
             UserError: the optimiser's state is of other parameter groups.
         """
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # else load_from_checkpoint
             refuse_other_groups(checkpoint, self)
         self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
         self._half_step = checkpoint.get("half_step")
