@@ -47,7 +47,7 @@ from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.tracking.config_base import resolved_base
 from lightning_moevlm.tracking.config_sources import config_sources
 from lightning_moevlm.tracking.last_words import resume_line
-from lightning_moevlm.tracking.named_run import RUN, with_recorded_run
+from lightning_moevlm.tracking.named_run import RUN, run_beside_checkpoint, with_recorded_run
 from lightning_moevlm.tracking.provenance import code_checkout
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoint_file import look_at_checkpoint, refuse_other_model
@@ -121,7 +121,10 @@ class CommandLine(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             told = told_from_the_mistake(str(error), types_of_options(self._parser(self._asked)))
-            advice = "; name a configuration, e.g. -c conf/quickstart.yaml" if told.startswith(_INCOMPLETE) else ""
+            run = run_beside_checkpoint(sys.argv)
+            example = "name a configuration, e.g. -c conf/quickstart.yaml"
+            remedy = f"give the checkpoint's run, {RUN} {run}" if run is not None else example
+            advice = f"; {remedy}" if told.startswith(_INCOMPLETE) else ""
             raise UserError(told + advice) from error
 
     def before_instantiate_classes(self) -> None:

@@ -17,6 +17,8 @@ from lightning_moevlm.records import Batch
 class FeatureWriter(BasePredictionWriter):
     """One `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys` (a line each).
 
+    The files of an earlier prediction in the folder make way: none is left among those of fewer batches or ranks.
+
     Where features are not a function of the sample alone, the metadata `depends_on_batch` says why.
 
     Args:
@@ -33,6 +35,13 @@ class FeatureWriter(BasePredictionWriter):
             )
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what an earlier prediction left, before any rank writes."""
+        if trainer.is_global_zero:
+            for file in self.folder.glob(f"features-{'[0-9]' * 4}-{'[0-9]' * 6}.safetensors"):
+                file.unlink()
+        trainer.strategy.barrier("earlier features are removed")
 
     def write_on_batch_end(
         self,

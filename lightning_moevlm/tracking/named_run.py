@@ -75,6 +75,13 @@ def with_recorded_run(args: Sequence[str]) -> list[str]:
     return [subcommand, *words]
 
 
+def run_beside_checkpoint(words: Sequence[str]) -> Path | None:
+    """Return the folder of the run that the checkpoint of a command line lies in, or None."""
+    checkpoint = _option(CHECKPOINT, words)
+    folder = Path(checkpoint).parent.parent if checkpoint else None
+    return folder if folder is not None and (folder / "config").is_dir() else None
+
+
 def _find(name: str, uri: str | None) -> tuple[_Recorded, str]:
     """Return a run, and the store that it is in."""
     folder = Path(name)

@@ -328,8 +328,9 @@ class RunLogger(MLFlowLogger):
         return self._writer
 
     def _open(self, client: "MlflowClient") -> OpenRun:
-        os.environ.pop("MLFLOW_RUN_ID", None)  # as MLflow does: the next run of this process is another one
         if self._run_id is not None:
+            if os.environ.get("MLFLOW_RUN_ID") == self._run_id:
+                del os.environ["MLFLOW_RUN_ID"]  # as MLflow does: the next run of this process is another one
             return reopen_run(client, self._run_id, self._tracking_uri)
         name = self._experiment or experiment_of_environment(client) or _EXPERIMENT
         location = self._artifact_location

@@ -43,8 +43,8 @@ def look_at_checkpoint(path: str | None, subcommand: str, root: Path) -> Mapping
         return None
     if path == "best" or (path == "last" and subcommand != "fit"):
         raise UserError(
-            f"ckpt_path is {path}, and this command has trained nothing: give the file, RUN/checkpoints/last.ckpt or "
-            "the best one beside it"
+            f"ckpt_path is {path}, and this command has trained nothing: give the file, or the run, --run RUN "
+            f"--ckpt_path {path}"
         )
     if path == "hpc" and not list(root.glob("hpc_ckpt_*.ckpt")):
         raise UserError(f"ckpt_path is hpc, and no hpc_ckpt_N.ckpt is in {root}: give a .ckpt file")

@@ -289,3 +289,51 @@ def test_arms_that_start_together_share_one_new_experiment(uri: str) -> None:
         ids = set(pool.map(start, range(4)))
     assert len(ids) == 1
     assert [found.name for found in client.search_experiments()].count("new") == 1
+
+
+def test_the_environment_names_experiment_and_run_and_options_win(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the environment")
+    first = RunLogger(tracking_uri=uri)
+    first.log_metrics({"a": 1.0}, 0)
+    first.finalize()
+    named = RunLogger(tracking_uri=uri, experiment_name="of the option")
+    named.log_metrics({"a": 1.0}, 0)
+    named.flush()
+    assert [len(find_runs(uri, name)) for name in ("of the environment", "of the option", "moevlm")] == [1, 1, 0]
+
+    monkeypatch.setenv("MLFLOW_RUN_ID", str(first.run_id))
+    explicit = RunLogger(tracking_uri=uri, run_id=named.run_id)
+    assert explicit.run_id == named.run_id
+    again = RunLogger(tracking_uri=uri)
+    again.log_metrics({"a": 2.0}, 1)
+    again.finalize()
+    assert values(uri, str(first.run_id), "a") == [(0, 1.0), (1, 2.0)]
+    another = RunLogger(tracking_uri=uri)  # as in MLflow, the run of the environment is taken up once
+    another.log_metrics({"a": 2.0}, 1)
+    assert another.run_id not in (first.run_id, None)
+
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", str(first.experiment_id))
+    by_id = RunLogger(tracking_uri=uri)
+    assert by_id.experiment is not None and by_id.experiment_id == first.experiment_id
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
+    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_ID is '4711', and there is no such experiment: unset it"):
+        RunLogger(tracking_uri=uri).flush()
+
+
+def test_a_resumed_run_forgets_what_lies_beyond_its_checkpoint(uri: str) -> None:
+    first = RunLogger(tracking_uri=uri)
+    for step, value in enumerate((1.0, 2.0, math.inf, 4.0)):
+        first.log_metrics({"a": value, "b": 0.5} if step < 2 else {"a": value}, step)
+    first.log_metrics({"system/cpu": 50.0}, 30)
+    first.finalize("failed")
+    again = RunLogger(tracking_uri=uri, run_id=first.run_id)
+    again.rewind(1)
+    (run,) = find_runs(uri, "moevlm")
+    assert run.last == {"a": 2.0, "b": 0.5, "system/cpu": 50.0}  # its steps are seconds
+    assert "nonfinite/a" not in run.tags
+    again.log_metrics({"a": math.inf}, 3)
+    again.finalize()
+    assert values(uri, str(first.run_id), "a") == [(0, 1.0), (1, 2.0), (3, math.inf)]
+    (run,) = find_runs(uri, "moevlm")
+    assert run.tags["nonfinite/a"] == "inf first at step 3" and run.last["a"] == math.inf

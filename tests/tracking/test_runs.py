@@ -106,7 +106,7 @@ def test_a_store_that_is_busy_for_too_long_is_told_as_mlflow_tells_it(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = logged(uri, "a", {})
-    monkeypatch.setattr(sqlite_rows, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite_rows, "BUSY_SECONDS", 0.1)
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as writer:
         writer.execute("BEGIN EXCLUSIVE")
         for read in (metric_histories, metric_series):

@@ -49,6 +49,25 @@ def test_a_run_over_http(mlflow_server: str, tmp_path: Path, monkeypatch: pytest
     assert text == "text"
 
 
+def test_behind_a_server_a_resumed_run_leaves_out_what_it_logged_before(
+    mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server forgets no point."""
+    monkeypatch.chdir(tmp_path)
+    first = RunLogger(experiment_name="again", tracking_uri=mlflow_server)
+    for step in range(4):
+        first.log_metrics({"a": float(step)}, step)
+    first.finalize("failed")
+    again = RunLogger(tracking_uri=mlflow_server, run_id=first.run_id)
+    with pytest.warns(RuntimeWarning, match="is resumed at step 1 and has points up to step 3: a server forgets none"):
+        again.rewind(1)
+    for step in range(2, 6):
+        again.log_metrics({"a": float(step)}, step)
+    again.finalize()
+    history = MlflowClient(mlflow_server).get_metric_history(str(first.run_id), "a")
+    assert [(point.step, point.value) for point in history] == [(step, float(step)) for step in range(6)]
+
+
 def test_a_server_that_comes_back_gets_everything(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,12 +174,14 @@ def test_validate_test_and_predict(moevlm: Moevlm, trained: Path, workplace: Pat
 
 
 def test_a_diverged_run_stops_and_says_when(moevlm: Moevlm, workplace: Path) -> None:
-    moevlm("fit", *SMALL, *budget(60), "--model.optimizer.init_args.lr=1e30", "--model.gradient.clip_norm=null")
+    options = ("--model.optimizer.init_args.lr=1e30", "--model.gradient.clip_norm=null")
+    told = moevlm("fit", *SMALL, *budget(60), *options, code=3)
     (run,) = runs(workplace)
     losses = history(workplace, run, "train/task_loss")
     first = next(step for step, loss in losses if not math.isfinite(loss))
     assert first < 10 and run.data.metrics["stability/first_nonfinite_step"] == first
-    assert run.info.status == "FINISHED"  # an outcome, not a crash
+    assert told.splitlines()[-1] == f"moevlm: diverged: the training loss is not a number at step {first}"
+    assert run.info.status == "FAILED"
     assert max(step for step, _ in history(workplace, run, "train/task_loss")) == 10
     assert not math.isfinite(history(workplace, run, "val/task_loss")[-1][1])  # torchmetrics would leave NaN out
 
