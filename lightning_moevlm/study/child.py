@@ -22,9 +22,10 @@ import psutil
 from lightning_moevlm import allocator
 
 LOG_FILE = "log.txt"
-PATIENCE_SECONDS = 10.0
-"""How long a process that was asked to end may take."""
+PATIENCE_SECONDS = 30.0
+"""How long a process that was asked to end may take: it finishes its step and writes a checkpoint."""
 _LOG_LINES = 20
+_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # what a run saves upon: callbacks/stop_by_signal.py
 _LOOK_SECONDS = 0.01
 _PR_SET_PDEATHSIG = 1
 _PROGRAM = (sys.executable, "-m", "lightning_moevlm")
@@ -71,6 +72,11 @@ class Ended:
     reason: str = ""
     started: float | None = None
     ended: float | None = None
+
+    @property
+    def stop_signal(self) -> signal.Signals | None:
+        """The signal that asked it to end, upon which it saved where it stood, as `moevlm fit` does; or None."""
+        return next((number for number in signal.Signals if number.name in _STOPS and self.code == 128 + number), None)
 
 
 class Process(Protocol):

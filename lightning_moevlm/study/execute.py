@@ -138,14 +138,17 @@ class _AtWork:
         return True
 
     def collect(self, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
-        """Note the runs that have ended; return those that a cluster has stopped and that may begin again."""
+        """Note the runs that have ended; return those that others have stopped and that may go on."""
         again = []
         for ticket, run in list(self.runs.items()):
             ended = self.engine.poll(ticket)
             if ended is None:
                 continue
             del self.runs[ticket]
-            if ended.code is None and may_repeat(run):
+            was_stopped = ended.code is None or (
+                ended.stop_signal and not ended.reason and run.name not in self.cut_short
+            )
+            if was_stopped and may_repeat(run):
                 self._interrupt(run)
                 again.append(run)
                 continue

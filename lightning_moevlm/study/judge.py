@@ -86,7 +86,8 @@ def _why_failed(ended: Ended, lack: str, tail: Sequence[str]) -> str:
     if ended.reason:
         return ended.reason
     told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
-    why = f"ended by {signal.Signals(-ended.code).name}" if ended.code < 0 else f"exit code {ended.code}"
+    killer = signal.Signals(-ended.code) if ended.code < 0 else ended.stop_signal
+    why = f"ended by {killer.name}" if killer else f"exit code {ended.code}"
     return f"{why}, {told[-1]}" if told else why
 
 

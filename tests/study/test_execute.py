@@ -126,6 +126,22 @@ def test_crash_and_divergence_are_recorded_and_the_rest_goes_on(tmp_path, uri):
     assert len(experiment.history(crash.run_id, "val/task_loss")) == 3
 
 
+def test_a_run_that_others_stop_goes_on_from_where_it_saved(tmp_path, uri):
+    """A preempted node tells all its processes, the runs of a sweep and the sweep."""
+    file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]}, {"stop_at": [1, 3]})
+    plan, experiment, *_ = sweep(file)
+    [state] = [state for _, state in read_ledger(plan)]
+    assert (state.status, state.attempts) == (Status.FINISHED, 3)
+    assert_each_once(plan, experiment)
+
+
+def test_a_run_that_is_stopped_again_and_again_has_failed(tmp_path, uri):
+    file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]}, {"stop_at": [0, 1, 2, 3, 4]})
+    plan, *_ = sweep(file)
+    [state] = [state for _, state in read_ledger(plan)]
+    assert (state.status, state.attempts, state.reason) == (Status.FAILED, 4, "ended by SIGTERM")
+
+
 def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):
     """From its checkpoint it would go on past the crash, and have a result."""
     from lightning_moevlm.study import execute

@@ -42,6 +42,8 @@ def main(base: str, overrides: str, run_id: str, checkpoint: str | None = None) 
                 store.executemany(f"{table} {columns} VALUES (?, ?, ?, ?, ?, ?)", rows)
         if model["checkpoints"]:
             keep(folder / "checkpoints" / "last.ckpt", step)
+        if step in model.get("stop_at", ()) and first <= step:
+            sys.exit(128 + 15)  # as `moevlm fit` leaves when it is asked to end, and has saved
         if step == model["crash_at"]:
             raise RuntimeError("the tiny training was told to crash")
         time.sleep(model["seconds_per_step"])
