@@ -126,6 +126,20 @@ def test_numbers_that_json_does_not_know_are_borne(tmp_path: Path) -> None:
     }
 
 
+def test_an_annotation_that_some_samples_lack_is_not_promised(tmp_path: Path) -> None:
+    tars = three_tars()
+    tars[0] = [*tars[0], *sample(99, "0099", {"n": 1})]
+    manifest = keep(folder_of(tmp_path / "in", *tars), tmp_path / "set").manifest
+    assert manifest.members == ("jpg", "txt")
+    assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
+
+
+def test_tars_in_folders_below_are_told(tmp_path: Path) -> None:
+    folder_of(tmp_path / "in/train", *three_tars(1))
+    with pytest.raises(UserError, match=r"holds no tars, but folders in it do \(train\): convert each"):
+        keep(tmp_path / "in", tmp_path / "set")
+
+
 def test_an_empty_tar_among_full_ones_is_in_no_split(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "in", *three_tars(), [], [("README.md", b"about")])
     converted = keep(folder, tmp_path / "set")
@@ -314,8 +328,8 @@ def test_captions_in_json_are_told_and_one_is_drawn_in_every_epoch(tmp_path: Pat
     report = check_set(ShardStorage(str(tmp_path / "set")))
     assert report.problems == () and {card.modality for card in report.cards} == {"pairs"}
 
-    def epochs(seed: int) -> list[dict[str, str]]:
-        data = ShardDataModule(str(tmp_path / "set"), 1, 16, 16, 400, num_streams=1, seed=seed)
+    def epochs(seed: int, num_workers: int = 0) -> list[dict[str, str]]:
+        data = ShardDataModule(str(tmp_path / "set"), 1, 16, 16, 400, num_workers, num_streams=1, seed=seed)
         loader, spell = data.train_dataloader(), data.tokenizer
         found = []
         for _ in range(2):
@@ -329,7 +343,7 @@ def test_captions_in_json_are_told_and_one_is_drawn_in_every_epoch(tmp_path: Pat
     first, second = epochs(0)
     assert first != second and first.keys() == second.keys()
     assert {text.split()[0] for text in first.values()} == {"first", "second"}
-    assert epochs(0) == [first, second]
+    assert epochs(0, num_workers=1) == [first, second]
     assert epochs(1)[0] != first
     texts = ShardDataModule(
         None, 4, 16, 16, 400, sources={"words": Source(str(tmp_path / "set"), modality="text")}, num_streams=1

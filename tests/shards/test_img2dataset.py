@@ -88,8 +88,10 @@ def test_samples_are_written_anew(tmp_path: Path) -> None:
 
 def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 3, 6)
+    (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"holds no tars of WebDataset or img2dataset"):
-        keep(tmp_path, tmp_path / "set")
+        keep(tmp_path / "none", tmp_path / "set")
+    (tmp_path / "none").rmdir()
     (folder / "00001_stats.json").rename(tmp_path / "stats")
     with pytest.raises(UserError, match=r"00001.tar has no 00001_stats.json .* has not finished it"):
         keep(folder, tmp_path / "set")

@@ -46,6 +46,7 @@ REMEDIES: dict[BadCause, str] = {
     "text_not_utf8": "its texts are in another encoding; write them in UTF-8",
 }
 """What to do where many samples are bad for one cause."""
+_SHOWN = 4
 _KEPT_KEY_SIGNS = 40
 """Of a key that had to be changed; a hash of the whole follows."""
 
@@ -70,6 +71,12 @@ def downloads(folder: Path) -> tuple[Download, ...]:
         found = [_finished(path) for path in _tars(folder) if _TAR.fullmatch(path.name)]
     else:
         found = [Download(path.name, None, path.stat().st_size) for path in _tars(folder)]
+    below = sorted({path.parent.name for path in folder.glob("*/*.tar")}) if not found else []
+    if below:
+        raise UserError(
+            f"{folder} itself holds no tars, but folders in it do ({', '.join(below[:_SHOWN])}): convert each to a set "
+            "and mix them with data.sources, or link all their tars into one folder"
+        )
     if not found:
         raise UserError(
             f"{folder} holds no tars of WebDataset or img2dataset (00000.tar, 00000{_STATISTICS} and so on); was "
