@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.shards.convert.rows import Source
 
 ImageFormat = Literal["jpg", "png"]
+_AGAIN = "when that is mended, the same command goes on where it was"
 _STAY = "bad samples, which stay in their tars: train with data.max_lost_fraction above 0"
 
 
@@ -284,6 +285,7 @@ def convert_img2dataset(
         force: Replace a set that was converted differently.
 
     """
+    from lightning_moevlm.commands.output import written
     from lightning_moevlm.shards.convert.convert import Terms
     from lightning_moevlm.shards.convert.img2dataset import Img2datasetSource
     from lightning_moevlm.shards.convert.keep_tars import keep_tars as convert_kept
@@ -304,7 +306,7 @@ def convert_img2dataset(
     target = _target(out, name)
     if not recompress:
         refuse_compressed(tars)
-    with unpacked(tars, target) if recompress else nullcontext(tars) as plain:
+    with written(target, _AGAIN), unpacked(tars, target) if recompress else nullcontext(tars) as plain:
         if keep_tars:
             _tell(target, lambda: convert_kept(plain, name, target, terms, vocab_size, effort, names), _STAY)
         else:
@@ -361,7 +363,7 @@ def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") ->
     from lightning_moevlm.shards.convert.bad_rows import TooManyBadError
 
     try:
-        with written(out, "when that is mended, the same command goes on where it was"):
+        with written(out, _AGAIN):
             converted = run()
     except TooManyBadError as error:
         _show(error.counts, "bad rows; nothing was converted")

@@ -376,7 +376,9 @@ def test_a_set_with_a_layout_is_not_read_by_programs_that_do_not_know_it(tmp_pat
     assert written["format"] == "moevlm-shards/1" and "layout" not in written
 
 
-def test_compressed_tars_are_told_or_unpacked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compressed_tars_are_told_or_unpacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = folder_of(tmp_path / "in", *three_tars())
     (folder / "part-1.tar").write_bytes(gzip.compress((folder / "part-1.tar").read_bytes()))
     (folder / "part-2.tar.xz").write_bytes(lzma.compress((folder / "part-2.tar").read_bytes()))
@@ -393,6 +395,14 @@ def test_compressed_tars_are_told_or_unpacked(tmp_path: Path, capsys: pytest.Cap
     ]
     assert main([*convert_them, str(tmp_path / "set")]) == 2
     assert "part-1.tar is gzip" in (said := capsys.readouterr().err) and "--recompress true" in said
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("shutil.copyfileobj", no_room)
+        assert main([*convert_them, str(tmp_path / "true"), "--recompress=true"]) == 2
+    assert "could not be written (No space left on device)" in capsys.readouterr().err
     for kept in ("true", "false"):
         out = tmp_path / kept
         assert main([*convert_them, str(out), "--recompress=true", f"--keep_tars={kept}"]) == 0
