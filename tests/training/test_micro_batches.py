@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import SGD
 
 from lightning_moevlm.losses import AuxiliaryLosses, OutputZ
-from lightning_moevlm.models import Backbone
 from lightning_moevlm.objectives import MaskedModelling
 from lightning_moevlm.records import Batch, WholeStep
 from lightning_moevlm.shards.steps_ahead import StepsAhead
@@ -56,15 +58,10 @@ UNLIKE = (
 """The same, of which no two parts hold the same modalities."""
 
 
-def module_of(build: type[Backbone], losses: AuxiliaryLosses) -> VisionLanguageModule:
-    backbone = build(top_k=2)  # type: ignore[call-arg]
-    return VisionLanguageModule(backbone, losses=losses, optimizer=partial(SGD, lr=1.0), init_std=0.3)
-
-
-def gradient(module: VisionLanguageModule, parts: Sequence[Batch]) -> dict[str, Tensor]:
+def gradient(module: "InParts", parts: Sequence[Batch]) -> dict[str, Tensor]:
     """The mean of the parts' gradients, as accumulation and data-parallel training take it."""
     module.zero_grad()
-    module.num_parts_seen = len(parts)  # type: ignore[assignment]
+    module.num_parts_seen = len(parts)
     step = WholeStep(tuple(part.without_pixels() for part in parts))
     for part in parts:
         whole = StepSizes(module.objective).measure(part._replace(step=step), 0, len(parts), lambda own: own)
@@ -115,3 +112,33 @@ def test_lightning_takes_the_step_of_the_joined_batch() -> None:
     fit(one, 2, batches=[whole] * 2)
     fit(three, 2, batches=StepsAhead(parts * 2, 3), accumulate=3)  # type: ignore[arg-type]
     assert_same(dict(three.named_parameters()), dict(one.named_parameters()))
+
+
+def test_a_step_resumed_in_its_midst_is_the_step_of_the_joined_batch(tmp_path: Path) -> None:
+    whole, parts = PAIRS
+    options = {"optimizer": partial(SGD, lr=0.1), "losses": AuxiliaryLosses(load_balance=None), "init_std": 0.3}
+    one, three, again = (VisionLanguageModule(small_vl_moe(), **options) for _ in range(3))  # type: ignore[arg-type]
+    fit(one, 1, batches=[whole])
+    fit(three, 1, batches=StepsAhead(parts, 3), accumulate=3, callbacks=[SaveAmid(tmp_path / "amid.ckpt")])
+    rest = [part._replace(step=WholeStep(tuple(parts[1:]))) for part in parts[1:]]  # as a resumed loader knows it
+    # a plain list knows no position: the epoch keeps its length, and begins with what is left
+    fit(again, 1, batches=[*rest, whole], accumulate=3, resume_from=tmp_path / "amid.ckpt")
+    for module in (three, again):
+        assert_same(dict(module.named_parameters()), dict(one.named_parameters()))
+
+
+class SaveAmid(Checkpoint):
+    """Saves after the first micro-batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def test_who_does_not_look_ahead_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(VisionLanguageModule(small_vl_moe()), 2, batches=[rows(0, 5), rows(5, 10)] * 2, accumulate=2)
+    assert sum("Batches do not tell of their optimiser step" in record.message for record in caplog.records) == 1
