@@ -1,7 +1,8 @@
 """Logs what training does: losses apart, routing per layer and modality, attention, gradient norm, speed, memory.
 
 Everything is computed on logging steps alone (every `trainer.log_every_n_steps` optimiser steps, and the first), from
-the plans that the step itself used; between them the callback only counts samples and tokens.
+the plans that the step itself used; between them the callback only counts samples and tokens. Losses are those of the
+whole step, the rest is of its last micro-batch on the first rank.
 """
 
 import time
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_moevlm import keys
 from lightning_moevlm.callbacks.monitors import refuse_unknown_monitors
 from lightning_moevlm.callbacks.peak_memory import forget_peak, peak_memory
+from lightning_moevlm.callbacks.step_losses import losses_of_step
 from lightning_moevlm.layers import MoEFFN
 from lightning_moevlm.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.models import Backbone, model_card
@@ -64,6 +66,7 @@ class Telemetry(Callback):
         self._gradient_norm: float | None = None
         self._learning_rate = 0.0
         self._step_seen = 0
+        self._reports: list[LossReport] = []  # of the step at hand
         self._first_step = 1
         self._evaluated: set[str] = set()  # what a validation measures, by key
         self._samples = 0
@@ -100,6 +103,7 @@ class Telemetry(Callback):
         forget_peak(pl_module.device)
         self._step_seen = trainer.global_step
         self._first_step = trainer.global_step + 1
+        self._reports = []
         self._samples, self._tokens, self._seconds = 0, 0, 0.0  # of the validation before the first step
         self._resumed_at = time.perf_counter()
 
@@ -128,14 +132,16 @@ class Telemetry(Callback):
         """Count, and on logging steps measure and write."""
         self._samples += outputs["num_samples"] * trainer.world_size
         self._tokens += outputs["num_tokens"] * trainer.world_size
+        self._reports.append(outputs["report"])
         if trainer.global_step == self._step_seen:
             return  # the batch only added to the gradient
         self._step_seen = trainer.global_step
+        reports, self._reports = self._reports, []
         if not is_logging_step(trainer, trainer.global_step):
             return
         now = time.perf_counter()
         seconds = self._seconds + now - self._resumed_at
-        values = loss_values(outputs["report"]) | routing_values(outputs["plans"])
+        values = loss_values(losses_of_step(reports, trainer.world_size)) | routing_values(outputs["plans"])
         values |= attention_values(outputs["attention"]) | log_partition_values(outputs["log_partitions"])
         values[keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
         values[keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds

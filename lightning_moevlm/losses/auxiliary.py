@@ -1,7 +1,10 @@
 """The set of auxiliary losses: one nullable field per loss, so that an arm turns one off without touching the others.
 
 A loss on routing is the mean over the plans of a step (MoE layers x forward passes), so its scale does not move with
-depth.
+depth. Over micro-batches and ranks the gradient is that of the joined batch for router_z, output_z, sequence_balance,
+local_entropy, router_orthogonality, load_balance over a sequence and relu_l1 without loads, and over ranks for
+load_balance of global scope. The others are balances of a batch: their loss is the mean of those of micro-batches, and
+it moves with the size of these. In evaluation each is one value, of all batches together.
 """
 
 import re

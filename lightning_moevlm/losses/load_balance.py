@@ -13,7 +13,9 @@ Scope is what f and P are taken over:
                   (arXiv 2501.11873): the larger the balance batch, the freer single batches are to specialise
 
 Each can be taken per modality: the balance of a pooled batch hides the collapse of its smaller modality (LIMoE, arXiv
-2206.02770). An earlier micro-batch of a step does not know the counts of later ones; the last one knows them all.
+2206.02770). P is a mean over the tokens of the whole step, so that over ranks the gradient is that of their joined
+batch. Over micro-batches it is so but for f: an earlier micro-batch does not know the counts of later ones, the last
+one knows them all.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import SGD
 
+from lightning_moevlm.callbacks import Telemetry
 from lightning_moevlm.losses import AuxiliaryLosses, OutputZ
 from lightning_moevlm.objectives import MaskedModelling
 from lightning_moevlm.records import Batch, WholeStep
@@ -109,9 +110,11 @@ def test_lightning_takes_the_step_of_the_joined_batch() -> None:
     whole, parts = UNLIKE
     options = {"optimizer": partial(SGD, lr=0.1), "losses": losses, "init_std": 0.3}
     one, three = (VisionLanguageModule(small_vl_moe(), MaskedModelling, **options) for _ in range(2))  # type: ignore[arg-type]
-    fit(one, 2, batches=[whole] * 2)
-    fit(three, 2, batches=StepsAhead(parts * 2, 3), accumulate=3)  # type: ignore[arg-type]
+    expected = fit(one, 2, batches=[whole] * 2, callbacks=[Telemetry()]).points
+    found = fit(three, 2, batches=StepsAhead(parts * 2, 3), accumulate=3, callbacks=[Telemetry()]).points
     assert_same(dict(three.named_parameters()), dict(one.named_parameters()))
+    for key in ("train/task_loss", "train/total_loss", "loss/text", "loss/image", "loss/router_z", "grad_norm"):
+        assert [value for _, value in found[key]] == pytest.approx([value for _, value in expected[key]], rel=1e-5), key
 
 
 def test_a_step_resumed_in_its_midst_is_the_step_of_the_joined_batch(tmp_path: Path) -> None:
