@@ -30,6 +30,7 @@ from lightning_moevlm.collector import collect_as_usual
 from lightning_moevlm.config_overlays import NamesMerger, with_nulls_as_files
 from lightning_moevlm.errors import Diverged, Stopped, UserError
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
+from lightning_moevlm.one_voice import one_voice
 from lightning_moevlm.parse_errors import told_from_the_mistake
 from lightning_moevlm.parsers import (
     DEFAULTS,
@@ -241,7 +242,7 @@ def run(args: Sequence[str]) -> None:
 def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
     prepare_parsers()
     args = with_recorded_run(args)
-    with TemporaryDirectory() as folder, held_notices() as notices, teaching_errors():
+    with TemporaryDirectory() as folder, one_voice(Path(folder)), held_notices() as notices, teaching_errors():
         words = with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
