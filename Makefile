@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format plan-golden clean
+.PHONY: help demo test test-slow check format plan-golden gpu gpu-wheels clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,14 @@ format: $(INSTALLED) ## Format and mend what can be mended
 
 plan-golden: $(INSTALLED) ## Write the golden plans of the shipped studies anew
 	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m "slow or not slow" tests/study/test_golden_plan.py
+
+DEVICE ?= cuda
+gpu: ## All that needs a GPU, in 8 minutes, with this PYTHON and no network: writes .gpu/table.md (DEVICE=cpu rehearses)
+	$(PYTHON) tests/on_gpu.py run --device $(DEVICE)
+
+HAVE ?= pip-list.txt
+gpu-wheels: ## Fetch what a machine without network lacks (HAVE: its `pip list --format=freeze`)
+	$(PYTHON) tests/on_gpu.py wheels --have $(HAVE)
 
 clean: ## Remove what builds and tests left; keeps data and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

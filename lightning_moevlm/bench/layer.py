@@ -5,19 +5,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
+import torch
+
 from lightning_moevlm.bench.candidates import DENSE, GEMM, Candidate, own_candidates
-from lightning_moevlm.bench.cases import Case, make_tokens
+from lightning_moevlm.bench.cases import Case, Tokens, make_tokens
 from lightning_moevlm.bench.memory import peak_mib
 from lightning_moevlm.bench.peers import Peers, peer_candidates
 from lightning_moevlm.bench.timing import Seconds, interleave
 
 
 class LayerResult(NamedTuple):
-    """A case, every candidate's times, and its peak memory in MiB where it allocates any."""
+    """A case, every candidate's times, its peak memory in MiB where it allocates any, and where it ran."""
 
     case: Case
     seconds: Seconds
     peaks: dict[str, float]
+    device: str = "cpu"
 
     def records(self) -> list[dict[str, object]]:
         """Return one record per candidate, as `--json` writes them."""
@@ -29,7 +32,7 @@ class LayerResult(NamedTuple):
                 "shape": shape,
                 "skew": self.case.skew,
                 "dtype": "float32",
-                "device": "cpu",
+                "device": self.device,
                 "impl": name,
                 "median_ms": round(1e3 * median, 3),
                 "ratio_dense": round(median / medians[DENSE], 4),
@@ -40,13 +43,16 @@ class LayerResult(NamedTuple):
         ]
 
 
-def candidates_of(case: Case, peers: Peers) -> list[Candidate]:
-    """Return every candidate that can run the case."""
-    tokens = make_tokens(case)
-    return [*own_candidates(case, tokens), *peer_candidates(case, tokens, peers)]
+def candidates_of(case: Case, peers: Peers, device: str = "cpu") -> list[Candidate]:
+    """Return every candidate that can run the case, on a device."""
+    tokens = Tokens(*(each.to(device) for each in make_tokens(case)))
+    with torch.device(device):
+        return [*own_candidates(case, tokens), *peer_candidates(case, tokens, peers)]
 
 
-def run_case(case: Case, rounds: int, candidates: Sequence[Candidate], tick: Callable[[], None]) -> LayerResult:
-    """Time all candidates of a case together; tick after each step."""
-    peaks = {each.name: peak_mib(each.step, each.release) for each in candidates if each.release is not None}
-    return LayerResult(case, interleave(candidates, rounds, tick), peaks)
+def run_case(
+    case: Case, rounds: int, candidates: Sequence[Candidate], tick: Callable[[], None], device: str = "cpu"
+) -> LayerResult:
+    """Time all candidates of a case together; tick after each step. device: where they are."""
+    peaks = {each.name: peak_mib(each.step, each.release, device) for each in candidates if each.release is not None}
+    return LayerResult(case, interleave(candidates, rounds, tick), peaks, device)

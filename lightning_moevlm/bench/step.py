@@ -37,6 +37,7 @@ from lightning_moevlm.objectives.masked_modelling import TermWeights
 from lightning_moevlm.optim import GradientStabilisers, WarmupCosine, parameter_groups
 from lightning_moevlm.records import Batch
 from lightning_moevlm.routers import TopKRouter
+from lightning_moevlm.shards.device_stage import moved
 from lightning_moevlm.tracking import RunLogger
 from lightning_moevlm.tracking.store import prepare_store
 from lightning_moevlm.training import VisionLanguageModule
@@ -69,19 +70,20 @@ class StepTimes(NamedTuple):
         ]
 
 
-def measure_overhead(rounds: int, tick: Callable[[], None]) -> StepTimes:
+def measure_overhead(rounds: int, tick: Callable[[], None], device: str = "cpu") -> StepTimes:
     """Train a small VL-MoE for `NUM_STEPS` steps in each way and round; tick after each round.
 
     The ways take turns of `TURN` steps, so that a machine whose clock drifts slows both. One thread: what is added
     runs on one, and a small step on several is mostly waiting.
     """
-    batches = [pair_batch(2, seed) for seed in range(8)]
+    batches = [pair_batch(2, seed, device) for seed in range(8)]
     times = StepTimes([], [])
     with tempfile.TemporaryDirectory() as folder, _one_thread(), _quiet():
         uri = f"sqlite:///{Path(folder) / 'mlflow.db'}"
         prepare_store(uri)
         for _ in range(rounds):
-            bare, whole = milliseconds_in_turns(small_module(), small_module(), batches, uri, folder)
+            by_hand, by_trainer = small_module().to(device), small_module()
+            bare, whole = milliseconds_in_turns(by_hand, by_trainer, batches, uri, folder)
             times.bare.append(bare)
             times.whole.append(whole)
             tick()
@@ -113,7 +115,7 @@ def milliseconds_in_turns(
     """Return the mean time of a step of the bare loop, and of `Trainer.fit` with all that `moevlm fit` brings."""
     turns = _Turns(bare_step(by_hand, batches))
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if by_hand.device.type == "cuda" else "cpu",
         devices=1,
         max_steps=WARM_UP + NUM_STEPS + TURN,
         max_epochs=-1,
@@ -145,18 +147,20 @@ def small_module() -> VisionLanguageModule:
     )
 
 
-def sparsity_candidates() -> list[Candidate]:
+def sparsity_candidates(device: str = "cpu") -> list[Candidate]:
     """Return a step of a six-block sparse model, MoE in every other block, 8 experts, top-2, and of its dense twin.
 
     Batches of 64 pairs of 64 patches and 32 words: 6,144 tokens, d = 192, f = 768.
     """
-    batches = [pair_batch(64, seed) for seed in range(2)]
-    return [Candidate(name, bare_step(_wide_module(name == SPARSE), batches)) for name in (SPARSE, DENSE)]
+    batches = [pair_batch(64, seed, device) for seed in range(2)]
+    return [Candidate(name, bare_step(_wide_module(name == SPARSE).to(device), batches)) for name in (SPARSE, DENSE)]
 
 
-def measure_sparsity(rounds: int, tick: Callable[[], None]) -> tuple[Ratio, list[dict[str, object]]]:
+def measure_sparsity(
+    rounds: int, tick: Callable[[], None], device: str = "cpu"
+) -> tuple[Ratio, list[dict[str, object]]]:
     """Return how much longer the sparse step takes, and the records."""
-    seconds = interleave(sparsity_candidates(), rounds, tick)
+    seconds = interleave(sparsity_candidates(device), rounds, tick)
     records: list[dict[str, object]] = [
         {"bench": "step", "impl": name, "median_ms": round(1e3 * statistics.median(times), 3), "rounds": len(times)}
         for name, times in seconds.items()
@@ -175,12 +179,13 @@ def _wide_module(is_sparse: bool) -> VisionLanguageModule:
     return VisionLanguageModule(backbone, objective, optimizer=partial(AdamW, lr=1e-3))
 
 
-def pair_batch(num_samples: int, seed: int) -> Batch:
-    """Return random pictures with texts of full length."""
+def pair_batch(num_samples: int, seed: int, device: str = "cpu") -> Batch:
+    """Return random pictures with texts of full length, on a device."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (num_samples, 3, _IMAGE, _IMAGE), generator=generator, dtype=torch.uint8)
     text = torch.randint(10, _VOCABULARY, (num_samples, _TEXT), generator=generator)
-    return Batch(images, text, torch.ones_like(text, dtype=torch.bool), tuple(str(each) for each in range(num_samples)))
+    batch = Batch(images, text, torch.ones_like(text, dtype=torch.bool), tuple(map(str, range(num_samples))))
+    return moved(batch, torch.device(device))
 
 
 class _Repeated(Dataset[Batch]):

@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     from lightning_moevlm.bench.layer import LayerResult
 
 Peers = Literal["all", "none", "transformers", "st-moe"]
+Device = Literal["cpu", "cuda"]
 
 
 def layer(
-    only: str | None = None, rounds: int = 9, peers: Peers = "all", threads: int | None = None, json: str | None = None
+    only: str | None = None,
+    rounds: int = 9,
+    peers: Peers = "all",
+    threads: int | None = None,
+    device: Device = "cpu",
+    json: str | None = None,
 ) -> int:
     """Time whole MoE layers, forward and backward, against a dense twin, the pure expert products and peers.
 
@@ -33,11 +39,11 @@ def layer(
         rounds: Interleaved rounds; each times every candidate once.
         peers: Packages to compare with, where they are installed (extra `peers`).
         threads: Threads of torch; by default one per core.
+        device: Where layers run; goals are held against on the CPU alone.
         json: Write one record per case and candidate to this file instead of the tables; - is standard output.
     """
-    code = _in_tuned_child(
-        ["layer"], {"only": only, "rounds": rounds, "peers": peers, "threads": threads, "json": json}
-    )
+    options = {"only": only, "rounds": rounds, "peers": peers, "threads": threads, "device": device, "json": json}
+    code = _in_tuned_child(["layer"], options)
     if code is not None:
         return code
     from lightning_moevlm.bench.cases import LAYER_CASES, select
@@ -45,18 +51,18 @@ def layer(
     from lightning_moevlm.bench.layer import candidates_of, run_case
     from lightning_moevlm.bench.peers import missing_peers
 
-    _prepare(rounds, threads)
+    _prepare(rounds, threads, device)
     cases = select(LAYER_CASES, only)
     for package in missing_peers(peers):
         _note(f"{package} is not installed and left out: pip install 'lightning-moevlm[peers]'")
     results = []
     with _progress() as progress:
         for case in cases:
-            candidates = candidates_of(case, peers)
+            candidates = candidates_of(case, peers, device)
             task = progress.add_task(f"{case.shape} {case.skew}", total=(rounds + 1) * len(candidates))
-            results.append(run_case(case, rounds, candidates, lambda task=task: progress.advance(task)))  # type: ignore[misc]
+            results.append(run_case(case, rounds, candidates, lambda task=task: progress.advance(task), device))  # type: ignore[misc]
     records = [record for result in results for record in result.records()]
-    _show_layer(results, layer_verdicts(results), records, json)
+    _show_layer(results, layer_verdicts(results) if device == "cpu" else [], records, json)
     return 0
 
 
@@ -120,15 +126,16 @@ def dispatch(
     return 0
 
 
-def step(rounds: int = 5, threads: int | None = None, json: str | None = None) -> int:
+def step(rounds: int = 5, threads: int | None = None, device: Device = "cpu", json: str | None = None) -> int:
     """Time whole training steps: what Lightning, telemetry and MLflow add to the bare loop, and sparse over dense.
 
     Args:
         rounds: Interleaved rounds; each trains 110 steps of a small model in each way, and one step of a larger one.
         threads: Threads of torch; by default one per core.
+        device: Where models train; goals are held against on the CPU alone.
         json: Write one record per way to train to this file instead of the tables; - is standard output.
     """
-    code = _in_tuned_child(["step"], {"rounds": rounds, "threads": threads, "json": json})
+    code = _in_tuned_child(["step"], {"rounds": rounds, "threads": threads, "device": device, "json": json})
     if code is not None:
         return code
     from rich.table import Table
@@ -136,18 +143,18 @@ def step(rounds: int = 5, threads: int | None = None, json: str | None = None) -
     from lightning_moevlm.bench.goals import step_verdicts
     from lightning_moevlm.bench.step import measure_overhead, measure_sparsity
 
-    _prepare(rounds, threads)
+    _prepare(rounds, threads, device)
     with _progress() as progress:
         trained = progress.add_task("bare loop and Trainer", total=rounds)
-        times = measure_overhead(rounds, lambda: progress.advance(trained))
+        times = measure_overhead(rounds, lambda: progress.advance(trained), device)
         wide = progress.add_task("sparse and dense", total=2 * (rounds + 1))
-        sparsity, wide_records = measure_sparsity(rounds, lambda: progress.advance(wide))
+        sparsity, wide_records = measure_sparsity(rounds, lambda: progress.advance(wide), device)
     records = [*times.records(), *wide_records]
     table = Table("step", "median ms", title=_setting())
     for record in records:
         table.add_row(str(record["impl"]), f"{record['median_ms']:.2f}")
     show(table, records, json)
-    if json is None:
+    if json is None and device == "cpu":
         _show_verdicts(step_verdicts(times, sparsity))
     return 0
 
@@ -196,9 +203,11 @@ def _in_tuned_child(command: list[str], options: Mapping[str, object]) -> int | 
     ).returncode
 
 
-def _prepare(rounds: int, threads: int | None) -> None:
+def _prepare(rounds: int, threads: int | None, device: Device = "cpu") -> None:
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device is cuda, but torch {torch.__version__} sees no CUDA device; leave it out here")
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}: give at least 1, or 9 for ratios that repeat within some percent")
     if threads is not None and threads < 1:
@@ -313,7 +322,8 @@ def _setting() -> str:
     from lightning_moevlm.bench.timing import wall_clock
 
     threads = f"{torch.get_num_threads()} threads by the wall clock" if wall_clock() else "1 thread by its CPU time"
-    return f"fp32, {threads}, torch {torch.__version__}, glibc allocator keeps its memory"
+    gpu = f"on {torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}fp32, {threads}, torch {torch.__version__}, glibc allocator keeps its memory"
 
 
 def _note(text: str) -> None:

@@ -181,7 +181,16 @@ def test_the_child_has_the_allocator(monkeypatch: pytest.MonkeyPatch, moevlm: Ca
     monkeypatch.setattr(subprocess, "run", run)
     moevlm("bench", "layer", "--only", "E=8", "--rounds", "2", code=3)
     ((command, env),) = seen
-    assert command[1:] == ["-m", "lightning_moevlm", "bench", "layer", "--only=E=8", "--rounds=2", "--peers=all"]
+    assert command[1:] == [
+        "-m",
+        "lightning_moevlm",
+        "bench",
+        "layer",
+        "--only=E=8",
+        "--rounds=2",
+        "--peers=all",
+        "--device=cpu",
+    ]
     assert allocator.ENVIRONMENT.items() <= env.items()
 
 
