@@ -45,6 +45,12 @@ class Batch(NamedTuple):
         return len(self.keys) if self.num_pairs is None else self.num_pairs
 
     @property
+    def device(self) -> torch.device:
+        """Where its values are; images without pixels have none."""
+        held = [each for each in (self.text_BL, self.images_BRYX) if each is not None and not each.is_meta]
+        return held[0].device if held else torch.device("cpu")
+
+    @property
     def image_keys(self) -> tuple[str, ...]:
         """The samples that the images are of, row by row."""
         return () if self.images_BRYX is None else self.keys[: len(self.images_BRYX)]

@@ -138,7 +138,7 @@ class MaskedModelling(Objective):
 
     def size(self, batch: Batch) -> BatchSize:
         """Return hidden words and patches by term, and tokens by pass; nothing of them is drawn."""
-        pairs, device = batch.pairs, None if batch.text_BL is None else batch.text_BL.device
+        pairs, device = batch.pairs, batch.device
         num_images = torch.tensor(len(batch.image_keys), device=device)
         num_hidden = _num_hidden_patches(self.spec.num_patches, self.ratios.image)
         words: dict[str, Tensor] = {}
