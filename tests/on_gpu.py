@@ -130,7 +130,7 @@ def setting(device: str) -> str:
     if missing:
         raise RefusedError(
             f"packages are missing: {', '.join(missing)}; where there is network, run `make gpu-wheels HAVE=FILE` with "
-            f"this machine's `pip list --format=freeze` in FILE, and bring {WHEELS.parent.relative_to(ROOT)} along"
+            f"this machine's `pip list --format=freeze` in FILE, and bring .gpu along"
         )
     import torch
 
@@ -206,7 +206,7 @@ def fetch_wheels(have: Path, python: str) -> None:
     if not has_set():
         subprocess.run(DRAW, cwd=ROOT, check=True)
     size = sum(file.stat().st_size for folder in (WHEELS, SET) for file in folder.iterdir())
-    _say(f"{len(missing)} wheels and a set, {size / 1e6:.1f} MB in {WHEELS.parent.relative_to(ROOT)}")
+    _say(f"{len(missing)} wheels and a set, {size / 1e6:.1f} MB in .gpu")
     if size > MAX_BYTES:
         raise RefusedError(
             f"wheels and set have {size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} may travel; install the largest "
@@ -302,12 +302,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "wheels":
             fetch_wheels(given.have, given.python)
             return 0
-        unpack_wheels()
+        if missing_packages():
+            unpack_wheels()
         told = setting(given.device)
         if not has_set():
             subprocess.run(DRAW, cwd=ROOT, check=True)
-    except (RefusedError, subprocess.CalledProcessError) as error:  # pip has said what is wrong
-        _say(f"gpu: {error}"[:400])
+    except RefusedError as error:
+        _say(f"gpu: {error}")
+        return 2
+    except subprocess.CalledProcessError as error:
+        _say(f"gpu: {' '.join(map(str, error.cmd[:5]))} ... failed; what it said stands above")
         return 2
     with tempfile.TemporaryDirectory() as folder:
         scale = given.seconds / TOTAL_SECONDS

@@ -3,6 +3,7 @@
 import inspect
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -69,15 +70,35 @@ def test_the_exit_code_says_whether_every_step_ran(
 
 
 def test_without_cuda_or_packages_nothing_is_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(on_gpu, "run_all", lambda *_: pytest.fail("nothing may run"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert on_gpu.main(["run"]) == 2
     assert "sees no CUDA device; run this on a machine with one" in capsys.readouterr().err
     monkeypatch.setattr(on_gpu, "missing_packages", lambda: ["mlflow", "webdataset"])
+    monkeypatch.setattr(on_gpu, "WHEELS", tmp_path / "none")
+    monkeypatch.setattr(on_gpu, "SITE", tmp_path / "site")
     assert on_gpu.main(["run", "--device", "cpu"]) == 2
     assert "packages are missing: mlflow, webdataset; where there is network, run `make gpu" in capsys.readouterr().err
+
+
+def test_wheels_that_came_along_are_found_by_the_steps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "carried_along-1.0-py3-none-any.whl", "w") as wheel:
+        info = "carried_along-1.0.dist-info"
+        wheel.writestr("carried_along.py", "WORD = 'here'\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-along\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(on_gpu, "WHEELS", wheels)
+    monkeypatch.setattr(on_gpu, "SITE", tmp_path / "site")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    on_gpu.unpack_wheels()
+    command = _python("import carried_along; print(carried_along.WORD)")
+    (outcome,) = run_all((Step("a", (command,), 60, lambda _, printed: printed),), tmp_path, time.monotonic() + 60)
+    assert outcome[:2] == ("a", "ran") and outcome.figures == "here\n"
 
 
 def test_this_python_lacks_nothing_and_only_what_is_lacking_travels() -> None:
