@@ -60,7 +60,7 @@ def costs_table(result: StudyResult) -> Table | None:
         "peak memory: of tensors on the GPU since training began; without a GPU of the whole process, libraries "
         "included.",
     ]
-    return Table("Costs beside effects", columns, rows, tuple(notes), essential=5)
+    return Table("Costs beside effects", columns, rows, tuple(notes), essential=5, picture="pareto")
 
 
 def _row(arm: ArmResult, cost: ArmCost) -> tuple[str, ...]:

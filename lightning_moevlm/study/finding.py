@@ -90,7 +90,7 @@ def undrawn(result: StudyResult) -> str:
         return ""
     return (
         f"Pictures show {MANY_ARMS} of {len(result.arms)} arms: the baseline and those furthest from it; the tables "
-        "under Numbers hold all."
+        "hold all."
     )
 
 

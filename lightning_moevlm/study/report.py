@@ -103,6 +103,12 @@ class Report:
     versions: str
     written: str
 
+    @property
+    def rest(self) -> tuple[Table, ...]:
+        """The tables that no picture draws."""
+        drawn = {picture.name for picture in self.pictures}
+        return tuple(table for table in self.tables if table.picture not in drawn)
+
 
 def make_report(origin: Origin, result: StudyResult) -> Report:
     """Compute everything that the report shows."""

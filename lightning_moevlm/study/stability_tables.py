@@ -26,7 +26,7 @@ def stability_table(result: StudyResult) -> Table:
         "seeds (a run needs 11 points); recovery: longest way back of the loss, in optimiser steps and the tokens "
         "of their batches.",
     )
-    return Table("Stability", columns, rows, notes, essential=5)
+    return Table("Stability", columns, rows, notes, essential=5, picture="spikes")
 
 
 def signs_table(result: StudyResult) -> Table:
@@ -47,7 +47,7 @@ def signs_table(result: StudyResult) -> Table:
         "share of logged steps with one; MaxVio: max load / mean load - 1, mean over steps and layers; R_g: gradient "
         "of balance losses / whole gradient, on router weights, mean over the steps with receipts and over seeds.",
     )
-    return Table("Signs of trouble: logits and routing", columns, rows, notes)
+    return Table("Signs of trouble: logits and routing", columns, rows, notes, picture="expert_load")
 
 
 def equal_budget_table(result: StudyResult) -> Table | None:
@@ -71,7 +71,7 @@ def equal_budget_table(result: StudyResult) -> Table | None:
         "time is that of training at the run's median throughput. Mean ± standard deviation over seeds; (k of n): "
         "over k of n, the others were not sound there or have no result.",
     )
-    return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes)
+    return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes, picture="pareto")
 
 
 def sensitivity_table(result: StudyResult) -> Table | None:
@@ -95,7 +95,7 @@ def sensitivity_table(result: StudyResult) -> Table | None:
         "(arXiv 2309.14322), mean over seeds; (k of n): over the k of n that have a result at every rate. largest "
         "stable: up to it no run diverged. lr: mean final value, stable/all runs.",
     )
-    return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3)
+    return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3, picture="learning_rates")
 
 
 def fairness_table(result: StudyResult) -> Table:

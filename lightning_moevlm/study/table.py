@@ -13,7 +13,7 @@ class Table:
     """A table of text. The first column names the row.
 
     notes: what a reader must know to read it. essential: how many columns, from the left, a narrow terminal shows;
-    0 = all.
+    0 = all. picture: name of the one that draws these numbers, under which the page folds the table.
     """
 
     title: str
@@ -21,6 +21,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     essential: int = 0
+    picture: str = ""
 
 
 def name_and_unit(key: str) -> tuple[str, str]:

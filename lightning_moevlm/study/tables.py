@@ -60,7 +60,7 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
             str(state.attempts),
             state.run_id or NOTHING,
             *((state.job or NOTHING,) if on_cluster else ()),
-            "; ".join(filter(None, (state.reason, state.taken_from and f"taken from {state.taken_from}"))) or NOTHING,
+            _why(state) or NOTHING,
         )
         for run, state in ledger
     )
@@ -69,6 +69,11 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
     job = ("job",) if on_cluster else ()
     columns = ("run", "status", "time", "attempts", "MLflow run", *job, "why")
     return Table(plan.comparison.name, columns, rows, (total,))
+
+
+def _why(state: RunState) -> str:
+    origin = state.taken_from.partition(" ")[0]  # without the id, which is a tag of the run
+    return "; ".join(filter(None, (state.reason, f"taken from {origin}" if origin else "")))
 
 
 def effects_table(result: StudyResult) -> Table:
@@ -94,7 +99,7 @@ def effects_table(result: StudyResult) -> Table:
         for guard in study.guard
     ]
     notes += [f"{arm.arm.name}: {arm.effect.note}." for arm in result.arms if arm.effect and arm.effect.note]
-    return Table(f"Effect on {title}", columns, rows, tuple(notes), essential=5)
+    return Table(f"Effect on {title}", columns, rows, tuple(notes), essential=5, picture="effects")
 
 
 def factors_table(result: StudyResult) -> Table | None:
@@ -125,7 +130,9 @@ def factors_table(result: StudyResult) -> Table | None:
     for one in result.factors:
         told.setdefault(one.effect.note, []).append(one.name)
     notes += [f"{', '.join(names)}: {note}." for note, names in told.items() if note]
-    return Table(f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4)
+    return Table(
+        f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4, picture="factors"
+    )
 
 
 def learning_table(result: StudyResult) -> Table:
@@ -153,7 +160,7 @@ def learning_table(result: StudyResult) -> Table:
         f"untrained, final: {title}, mean over seeds. learned: in how many seeds final is ahead of untrained.",
         "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
     )
-    return Table("Has anything been learned?", columns, rows, notes)
+    return Table("Has anything been learned?", columns, rows, notes, picture="accuracy")
 
 
 def models_table(result: StudyResult) -> Table:
@@ -187,7 +194,7 @@ def models_table(result: StudyResult) -> Table:
         *_notes_on_taken(result),
         *(f"{arm.arm.name}: its runs tell no model that can be built here." for arm in result.arms if not arm.card),
     )
-    return Table("Models and cost", columns, rows, notes)
+    return Table("Models and cost", columns, rows, notes, picture="pareto")
 
 
 def also_table(result: StudyResult) -> Table | None:

@@ -220,10 +220,9 @@ def test_receipts_are_shown_where_runs_have_them(tmp_path):
         return {"arm": run.arm}
 
     table = receipts_table(result_of(tmp_path, FAST, lambda run: ended_at(5.0), tags))
-    assert table.rows == (
-        ("fast", "router_z", "dead", "1 of 3", "norm 0 (step 50)"),
-        ("fast", "router_z", "alive", "2 of 3", "norm 0.1 (step 300)"),
-    )
+    assert table.columns == ("switch", "baseline", "fast")
+    assert table.rows == (("router_z", "–", "dead (1 of 3), alive (2 of 3)"),)
+    assert table.notes[1:] == ("fast, router_z: dead, norm 0 (step 50).",)  # what is alive needs no words
     assert receipts_table(result_of(tmp_path, FAST, lambda run: ended_at(5.0))) is None
 
 

@@ -248,7 +248,12 @@ def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
         assert kind == "data:image/svg+xml;base64"
         assert base64.b64decode(data).startswith(b"<svg")
         assert image["alt"]
-    assert html.count("<details>") == len(PICTURES) + 3  # a table behind each picture, a log behind each crash
+    # the rules, a table behind each picture, every table of the report, a log behind each crash
+    assert html.count("<details>") == 1 + len(PICTURES) + len(report_tables(result)) + 3
+    answer, rest = html.split('<nav aria-labelledby="contents">')
+    assert answer.count("<img ") == 1 and "slow: hurts. " in answer  # the finding and its picture stand first
+    curves = rest.partition('id="accuracy"')[2].partition("</figure>")[0]
+    assert "Has anything been learned?" in curves  # a table folds under the picture that it belongs to
     assert "Learns &lt;slowly&gt;." in html
     assert "the tiny training was told to crash" in html
     assert "prefers-color-scheme: dark" in html
