@@ -61,7 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
         Console(stderr=True).print("moevlm: interrupted", highlight=False)
         return 130
     except (Diverged, Stopped) as ending:
-        Console(stderr=True).print(f"moevlm: {ending}", highlight=False, markup=False, soft_wrap=True)
+        if str(ending):  # the first rank speaks for all
+            Console(stderr=True).print(f"moevlm: {ending}", highlight=False, markup=False, soft_wrap=True)
         return 128 + ending.signal_number if isinstance(ending, Stopped) else _DIVERGED
 
 

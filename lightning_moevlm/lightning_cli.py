@@ -179,7 +179,8 @@ class CommandLine(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set, but not declared
         for callback in callbacks:
             if isinstance(callback, DivergenceGuard) and callback.diverged_at is not None:
-                raise Diverged(f"diverged: the training loss is not a number at step {callback.diverged_at}")
+                told = f"diverged: the training loss is not a number at step {callback.diverged_at}"
+                raise Diverged(told if self.trainer.is_global_zero else "")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; where training ends early, say last of all how to resume it."""
@@ -197,7 +198,8 @@ class CommandLine(LightningCLI):
                 number = self._stop.number or signal.SIGTERM
                 where = f" at step {self.trainer.global_step}" if subcommand == "fit" else ""
                 lost = "; nothing was saved" if where and not told else ""
-                raise Stopped(number, f"stopped by {signal.Signals(number).name}{where}{lost}") from error
+                told = f"stopped by {signal.Signals(number).name}{where}{lost}"
+                raise Stopped(number, told if self.trainer.is_global_zero else "") from error
             raise
 
     def _parse_ckpt_path(self) -> None:
