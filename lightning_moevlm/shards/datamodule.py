@@ -1,8 +1,9 @@
 """Sets of shards as a LightningDataModule: `data.root` names the set, everything else how it is read.
 
 Training reads in a new order every epoch and resumes to the batch; validation, testing and prediction (on the test
-split) read every sample once, in fixed order. `num_workers` 0 is the fastest on two cores for small models: workers
-take a core from the arithmetic.
+split) read every sample once, in fixed order. Where `trainer.accumulate_grad_batches` does not divide the batches of an
+epoch, an epoch of the trainer has as many batches as make whole optimiser steps, and the rest comes in the next.
+`num_workers` 0 is the fastest on two cores for small models: workers take a core from the arithmetic.
 
 `data.sources` in place of `data.root` mixes several sets. Texts of all of them are told apart by the tokenizer of the
 first (a byte-level one, which can spell any text). What is validated on does not depend on weights, so that mixtures
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.shards.augment import Augment
@@ -34,6 +36,7 @@ from lightning_moevlm.shards.order import Rank, train_batches
 from lightning_moevlm.shards.reader import FixedReader, TrainReader
 from lightning_moevlm.shards.storage import CACHE_GIB, PROTOCOLS, ShardStorage
 from lightning_moevlm.shards.tokenizer import CaptionTokenizer
+from lightning_moevlm.shards.whole_steps import refuse_smaller_step, whole_steps
 from lightning_moevlm.url_secrets import without_url_secrets
 
 _HASHED_BEFOREHAND_BYTES = 256 * 2**20
@@ -206,6 +209,22 @@ class ShardDataModule(LightningDataModule):
                 else:
                     check_shard_size(folder, shard)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a limit on the batches of an epoch that would make its last optimiser step smaller than the others.
+
+        Say where epochs of the trainer are not those of the data.
+        """
+        if stage != "fit" or self.trainer is None or self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return
+        limit = self._train_limit(self._whole_steps)
+        option = f"trainer.limit_train_batches {self.trainer.limit_train_batches}"
+        refuse_smaller_step(limit or 0, self._batches_per_step, option)
+        if self._whole_steps != self._batches_at_hand > 0:
+            rank_zero_info(
+                f"{self._batches_at_hand} batches do not make whole steps of {self._batches_per_step}: an epoch of the "
+                f"trainer has {self._whole_steps}, and data are read on over its end"
+            )
+
     def train_dataloader(self) -> ShardLoader:
         """Whole batches in a new order every epoch; in fixed order while overfitting a few batches."""
         trainer = self.trainer
@@ -214,9 +233,9 @@ class ShardDataModule(LightningDataModule):
             loader = self._fixed(opened)
         else:
             rank = self._rank
-            available = train_batches(sum(one.num_samples for one in opened), self.batch_size, rank.world_size)
-            limit = self._train_limit(available)
-            pace = Pace(limit or available, 1 if trainer is None else trainer.accumulate_grad_batches)
+            per_step, whole = self._batches_per_step, self._whole_steps
+            limit = self._train_limit(whole)
+            pace = Pace(limit or whole, per_step)
             reader = TrainReader(
                 opened,
                 self.mixture,
@@ -332,6 +351,23 @@ class ShardDataModule(LightningDataModule):
         reader = FixedReader(opened, self.batch_size, self._rank, self.num_streams, tolerant)
         stage = self._stage(augment=None, fills=False)
         return ShardLoader(reader, self.num_workers, self.manifest_digest, None, self.max_lost_fraction, stage)
+
+    @property
+    def _batches_per_step(self) -> int:
+        """Batches that make an optimiser step; a fast_dev_run takes one on its single batch."""
+        trainer = self.trainer
+        return 1 if trainer is None or trainer.fast_dev_run else trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+    @property
+    def _whole_steps(self) -> int:
+        """Training batches of an epoch of the trainer."""
+        return whole_steps(self._batches_at_hand, self._batches_per_step)
+
+    @property
+    def _batches_at_hand(self) -> int:
+        """Training batches once through the data."""
+        num_samples = sum(shard.num_samples for one in self.sets.values() for shard in one.manifest.splits["train"])
+        return train_batches(num_samples, self.batch_size, self._rank.world_size)
 
     def _train_limit(self, num_batches: int) -> int | None:
         """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""

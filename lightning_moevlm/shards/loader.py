@@ -30,7 +30,7 @@ from lightning_moevlm.shards.batch_stream import BatchStream
 from lightning_moevlm.shards.device_stage import DeviceStage
 from lightning_moevlm.shards.faults import Cause
 from lightning_moevlm.shards.line import Place
-from lightning_moevlm.shards.reader import Cursor, Delivery, Failure, Places, Reader
+from lightning_moevlm.shards.reader import BY_EPOCHS, READING, Cursor, Delivery, Failure, Places, Reader
 from lightning_moevlm.shards.rooms import Rooms, private_bytes, shared_bytes, unpacked
 from lightning_moevlm.shards.spread import spread
 from lightning_moevlm.shards.steps_ahead import steps_ahead
@@ -221,7 +221,7 @@ class ShardLoader:
             UserError: if the order of batches would not be the one that the place was counted in.
 
         """
-        saved = dict(state_dict.get("order", {}))
+        saved = {READING: BY_EPOCHS} | state_dict.get("order", {})  # older versions knew no other
         for name, now in self._order().items():
             then = saved.get(name)
             if then != now:

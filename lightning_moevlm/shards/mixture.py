@@ -91,9 +91,8 @@ class Pace:
     batches_per_step: int = 1
 
     def step(self, epoch: int, batch: int) -> int:
-        """Return the optimiser steps done before a batch; the last of an epoch may be made of fewer batches."""
-        steps_per_epoch = -(-self.batches_per_epoch // self.batches_per_step)
-        return epoch * steps_per_epoch + batch // self.batches_per_step
+        """Return the optimiser steps done before a batch; an epoch is of whole steps."""
+        return (epoch * self.batches_per_epoch + batch) // self.batches_per_step
 
 
 @dataclass(frozen=True)

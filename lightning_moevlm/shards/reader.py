@@ -32,9 +32,13 @@ from lightning_moevlm.shards.order import (
 )
 from lightning_moevlm.shards.rooms import Allocate, Parcel
 from lightning_moevlm.shards.source import RawSample
+from lightning_moevlm.shards.whole_steps import whole_steps
 
 Places = tuple[tuple[Place, ...], ...]
 """Where every stream stands in every source."""
+
+READING = "the reading of an epoch, set by trainer.accumulate_grad_batches,"
+BY_EPOCHS, OVER_EPOCHS = "up to its end", "over its end, as its batches make no whole steps"
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ class TrainReader(Reader):
 
     One source is read in epochs: each of its samples at most once, less than a batch per rank left out, and lost
     samples replaced from a second pass. Several sources run on over the ends of epochs, each with its own epoch; an
-    epoch of the mixture has as many samples as all of them.
+    epoch of the mixture has as many samples as all of them. So does one source whose batches do not make whole
+    optimiser steps: an epoch is then of as many batches as do, and the rest comes in the next one.
 
     batch_size: samples per rank and step. shuffle_buffer: samples per stream and source to choose the next one from.
     """
@@ -152,7 +157,7 @@ class TrainReader(Reader):
 
     def __post_init__(self) -> None:
         ranks, num_samples = self.rank.world_size, sum(source.num_samples for source in self.sources)
-        if self.num_batches == 0:
+        if self._batches_at_hand == 0:
             raise UserError(
                 f"{_names(self.sources)} has {num_samples} training samples, less than batch_size {self.batch_size} on "
                 f"each of {ranks} ranks; lower data.batch_size, use fewer ranks, or build a larger set"
@@ -168,8 +173,7 @@ class TrainReader(Reader):
     @property
     def num_batches(self) -> int:
         """Batches of one epoch on this rank."""
-        num_samples = sum(source.num_samples for source in self.sources)
-        return train_batches(num_samples, self.batch_size, self.rank.world_size)
+        return whole_steps(self._batches_at_hand, self.pace.batches_per_step)
 
     @property
     def order(self) -> dict[str, object]:
@@ -183,6 +187,8 @@ class TrainReader(Reader):
             "world_size": self.rank.world_size,
             "num_streams": self.num_streams,
         }
+        if len(self.sources) == 1:
+            order[READING] = OVER_EPOCHS if self._runs_on else BY_EPOCHS
         return {**order, **asdict(self.pace)} if self.mixture.changes else order
 
     def next_epoch(self, before: Cursor) -> Cursor:
@@ -231,7 +237,12 @@ class TrainReader(Reader):
 
     @property
     def _runs_on(self) -> bool:
-        return len(self.sources) > 1
+        return len(self.sources) > 1 or self.num_batches != self._batches_at_hand
+
+    @property
+    def _batches_at_hand(self) -> int:
+        num_samples = sum(source.num_samples for source in self.sources)
+        return train_batches(num_samples, self.batch_size, self.rank.world_size)
 
     def _lines(self, stream: int) -> Iterator[Line]:
         rank = self.rank

@@ -19,6 +19,7 @@ from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import Objective
 from lightning_moevlm.optim import parameter_groups
 from lightning_moevlm.ranges import check_number
+from lightning_moevlm.shards.whole_steps import refuse_smaller_step
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 """Strategies whose ranks hold parts of a gradient."""
@@ -106,6 +107,18 @@ def refuse_other_sizes(spec: BackboneSpec, data: Mapping[str, Any]) -> None:
                 f"data.{name} is {data[name]}, and the model is made for {getattr(spec, name)}: set "
                 f"model.backbone.init_args.{name} to {data[name]}, or data.{name} to {getattr(spec, name)}"
             )
+
+
+def refuse_uneven_steps(trainer: Trainer) -> None:
+    """Refuse training batches, of whatever loader, of which the last step of an epoch would get fewer.
+
+    Raises:
+        UserError: with the numbers that divide.
+    """
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets, but declares it not
+        overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+        option = f"trainer.overfit_batches {overfit}" if overfit else "the loader of training data"
+        refuse_smaller_step(trainer.num_training_batches, trainer.accumulate_grad_batches, option)
 
 
 def refuse_other_precision(asked: object, trainer: Trainer) -> None:

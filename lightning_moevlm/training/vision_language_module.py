@@ -48,6 +48,7 @@ from lightning_moevlm.training.loss_weights import LossWeights
 from lightning_moevlm.training.refusals import (
     refuse_other_groups,
     refuse_senseless_options,
+    refuse_uneven_steps,
     refuse_unsuited_losses,
     refuse_unsuited_optimizer,
     refuse_unsuited_trainer,
@@ -168,6 +169,7 @@ class VisionLanguageModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Go on in the right epoch and step; options that a checkpoint brought along give way to those of this run."""
+        refuse_uneven_steps(self.trainer)
         take_up_epoch(self.trainer)
         half_step, self._half_step = self._half_step, None
         if half_step is not None:

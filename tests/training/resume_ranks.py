@@ -8,7 +8,7 @@ from tests.training.test_resume import Runs, remembering_module
 
 
 def main(shards: Path, folder: Path, found: Path) -> None:
-    moments = Runs(shards, 2, 3, module=remembering_module, ranks=2).resume_from_everywhere(folder)
+    moments = Runs(shards, 2, 4, module=remembering_module, ranks=2).resume_from_everywhere(folder)
     found.write_text(json.dumps(sorted(moments)))
 
 

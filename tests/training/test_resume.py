@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,7 @@ class Runs:
         validate_every: int = 0,
         module: Callable[[], VisionLanguageModule] | None = None,
         ranks: int = 1,
+        limited: bool = True,
     ) -> None:
         self.accumulate = accumulate
         self.num_batches = num_batches
@@ -108,7 +110,7 @@ class Runs:
         self._module = module or partial(tiny_module, Actions())
         self._options = {
             "accumulate_grad_batches": accumulate,
-            "limit_train_batches": num_batches,
+            "limit_train_batches": num_batches if limited else None,
             "limit_val_batches": int(validate_every > 0),
             "val_check_interval": validate_every or None,
             "devices": ranks,
@@ -139,7 +141,7 @@ class Runs:
 
         They are those of the first epochs, and those of runs that end after each micro-batch, done or asked to stop.
         """
-        total = NUM_EPOCHS * -(-self.num_batches // self.accumulate)
+        total = NUM_EPOCHS * self.num_batches // self.accumulate
         whole, trainer = self.run(total, SaveAlways(folder))
         assert len(whole.seen) == NUM_EPOCHS * self.num_batches
         first = range(1, (NUM_EPOCHS - 1) * self.num_batches + 1)
@@ -183,12 +185,12 @@ def remembering_module() -> VisionLanguageModule:
 @pytest.mark.parametrize(
     ("accumulate", "num_batches", "validate_every"),
     [
-        pytest.param(2, 3, 1, marks=pytest.mark.slow),
-        pytest.param(2, 3, 3, marks=pytest.mark.slow),
+        pytest.param(2, 4, 1, marks=pytest.mark.slow),
+        pytest.param(2, 4, 3, marks=pytest.mark.slow),
         pytest.param(1, 2, 0, marks=pytest.mark.slow),
         pytest.param(2, 4, 0, marks=pytest.mark.slow),
         pytest.param(2, 4, 4, marks=pytest.mark.slow),
-        pytest.param(3, 5, 2, marks=pytest.mark.slow),
+        pytest.param(3, 6, 2, marks=pytest.mark.slow),
     ],
 )
 def test_resumed_equals_uninterrupted(
@@ -197,7 +199,7 @@ def test_resumed_equals_uninterrupted(
     # Lightning 2.6 took a checkpoint from an epoch's end for one inside it: batch N + 1 of N was a step of its own; and
     # of a step half done it saves nothing
     moments = Runs(shards, accumulate, num_batches, validate_every).resume_from_everywhere(tmp_path)
-    ends = {batch for batch in range(1, num_batches + 1) if batch % accumulate == 0 or batch == num_batches}
+    ends = {batch for batch in range(1, num_batches + 1) if batch % accumulate == 0}
     validations = {batch for batch in range(1, num_batches + 1) if validate_every and batch % validate_every == 0}
     expected = {"step", "epoch", "end"}
     expected |= {"amid", "amid-end"} if accumulate > 1 else set()
@@ -207,8 +209,53 @@ def test_resumed_equals_uninterrupted(
 
 
 def test_all_that_a_step_gathers_is_resumed(shards: Path, tmp_path: Path) -> None:
-    moments = Runs(shards, 2, 3, validate_every=1, module=remembering_module).resume_from_everywhere(tmp_path)
+    moments = Runs(shards, 2, 4, validate_every=1, module=remembering_module).resume_from_everywhere(tmp_path)
     assert moments == {"amid", "amid-validation", "amid-end", "step", "validation", "epoch", "end"}
+
+
+def test_steps_are_equal_over_the_ends_of_epochs_and_resumed(shards: Path, tmp_path: Path) -> None:
+    # 34 samples in batches of 4: 8 of them, which 3 per step do not divide; an epoch of the trainer has 2 steps
+    runs = Runs(shards, 3, 6, limited=False)
+    assert runs.resume_from_everywhere(tmp_path) == {"amid", "amid-end", "step", "epoch", "end"}
+    whole, _ = runs.run(8)  # 24 batches: three times through the data
+    num_samples: Counter[int] = Counter()
+    for done, number, _, keys, _ in whole.seen:
+        num_samples[done if number % 3 == 2 else done + 1] += len(keys)
+    assert num_samples == dict.fromkeys(range(1, 9), 12)
+    seen = Counter(key for _, _, _, keys, _ in whole.seen for key in keys)
+    assert len(seen) > 32 and set(seen.values()) <= {2, 3, 4}  # 96 of 34: about three times each
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "options", "told"),
+    [
+        (4, {"limit_train_batches": 6}, r"limit_train_batches 6 makes epochs of 6 batches, .* made of 2; let an epoch"),
+        (4, {"limit_train_batches": 6}, r"have 4 or 8 batches, or accumulate over 1, 2, 3 or 6$"),
+        (2, {"limit_train_batches": 0.4}, r"limit_train_batches 0\.4 makes epochs of 3 batches"),
+        (
+            4,
+            {"overfit_batches": 3},
+            r"overfit_batches 3 makes epochs of 3 batches, .* have 4 batches, or accum.* 1 or 3$",
+        ),
+    ],
+)
+def test_a_last_step_of_fewer_batches_is_refused(
+    shards: Path, accumulate: int, options: dict[str, float], told: str
+) -> None:
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, logger=False, accumulate_grad_batches=accumulate, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # type: ignore[arg-type]  # fmt: skip
+    with pytest.raises(UserError, match=told):
+        trainer.fit(tiny_module(Actions()), ShardDataModule(str(shards), 4, 16, 8, 300))
+
+
+def test_a_change_of_accumulation_that_changes_the_order_is_not_resumed(shards: Path, tmp_path: Path) -> None:
+    Runs(shards, 3, 6, limited=False).run(1)[1].save_checkpoint(tmp_path / "over.ckpt")
+    with pytest.raises(
+        UserError, match=r"set by trainer\.accumulate_grad_batches, was over its end.*, now it is up to"
+    ):
+        Runs(shards, 2, 8, limited=False).run(4, resume=tmp_path / "over.ckpt")
 
 
 @pytest.mark.slow
@@ -257,7 +304,7 @@ def test_an_optimiser_of_other_parameter_groups_is_refused(shards: Path, tmp_pat
 
 
 def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path) -> None:
-    runs = Runs(shards, 2, 3)
+    runs = Runs(shards, 2, 4)
     whole, _ = runs.run(4)
     seen, resume = [], None
     for step in range(1, 5):
