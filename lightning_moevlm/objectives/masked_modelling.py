@@ -91,6 +91,7 @@ class MaskedModelling(Objective):
             raise UserError("every weight of MaskedModelling is null: give at least one term a weight")
         self.spec = spec
         self.weights = weights
+        self.pairs_reach_all = None not in vars(weights).values()
         self.ratios = ratios
         self.image_targets = image_targets(spec)
         self.text_head = nn.Sequential(nn.Linear(spec.dim, spec.dim), nn.GELU(), nn.LayerNorm(spec.dim))

@@ -14,9 +14,12 @@ class Objective(nn.Module, ABC):
     """Makes task terms of a batch; the first constructor argument is the backbone's spec.
 
     num_classes: number of classes of every term that predicts classes, by term name.
+
+    pairs_reach_all: whether every batch of pairs gives a gradient to every part of the backbone and of the objective.
     """
 
     num_classes: dict[str, int]
+    pairs_reach_all: bool = False
     region: Region = "heads"
     precision = PrecisionPolicy()
 

@@ -60,6 +60,7 @@ from lightning_moevlm.training.schedule_length import build_schedule, steps_of_r
 from lightning_moevlm.training.schedule_trial import FAILURES
 from lightning_moevlm.training.step_output import StepOutput
 from lightning_moevlm.training.step_size import StepSizes, in_step, step_size
+from lightning_moevlm.training.unused_parameters import UnusedParameters
 
 
 class VisionLanguageModule(LightningModule):
@@ -238,7 +239,7 @@ class VisionLanguageModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what acts after each optimiser step along."""
-        return [] if self.action_runner is None else [self.action_runner]
+        return [UnusedParameters(self.objective), *([] if self.action_runner is None else [self.action_runner])]
 
     @property
     def weights_in_force(self) -> dict[str, float | Tensor]:

@@ -1,0 +1,74 @@
+"""Trains on what does not reach every parameter; `torchrun --nproc_per_node 2 -m tests.training.unused_ranks FILE`."""
+
+import os
+import sys
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.losses import AuxiliaryLosses
+from lightning_moevlm.objectives import MaskedModelling
+from lightning_moevlm.objectives.masked_modelling import TermWeights
+from lightning_moevlm.records import Batch
+from lightning_moevlm.training import VisionLanguageModule
+from tests.small_model import pair_batch, small_vl_moe
+from tests.training.small_fit import fit
+
+PAIRS = pair_batch(8)
+IMAGES = PAIRS._replace(text_BL=None, text_mask_BL=None, num_pairs=0)
+TEXTS = PAIRS._replace(images_BRYX=None, num_pairs=0)
+BOTH_ALONE = PAIRS._replace(num_pairs=0, keys=tuple(f"alone{index}" for index in range(16)))
+CASES: dict[str, tuple[list[Batch], TermWeights]] = {
+    "texts alone": ([TEXTS] * 3, TermWeights()),
+    "images alone": ([IMAGES] * 3, TermWeights()),
+    "a term without a weight": ([PAIRS] * 3, TermWeights(text=None)),
+    "batches of one modality among pairs": ([PAIRS, IMAGES, TEXTS], TermWeights()),
+    "a modality for each rank": ([BOTH_ALONE] * 3, TermWeights()),
+}
+
+
+def joined(case: str) -> list[Batch]:
+    """Return what all ranks together train on."""
+    return [PAIRS] * 3 if case == "pairs" else CASES[case][0]
+
+
+def trained(case: str, batches: list[Batch], *, steps: int = 3, **options: object) -> dict[str, Tensor]:
+    """Return the weights after so many steps of plain SGD."""
+    weights = CASES[case][1] if case in CASES else TermWeights()
+    module = VisionLanguageModule(
+        small_vl_moe(),
+        partial(MaskedModelling, weights=weights),
+        AuxiliaryLosses(None, None),  # the balance loss of a batch is not the mean of those of its parts
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        init_std=0.1,
+    )
+    if steps:
+        fit(module, steps, batches=batches, use_distributed_sampler=False, **options)  # type: ignore[arg-type]
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def part_of(batch: Batch, rank: int) -> Batch:
+    """Return the samples of one of two ranks: a half, or of images and texts that come alone one of the two."""
+    if batch is BOTH_ALONE:
+        of_rank = batch.keys[8 * rank : 8 * rank + 8]
+        gone = {"images_BRYX": None} if rank else {"text_BL": None, "text_mask_BL": None}
+        return batch._replace(keys=of_rank, **gone)  # type: ignore[arg-type]
+    part = slice(4 * rank, 4 * rank + 4)
+    return batch._replace(
+        **{name: value[part] for name, value in batch._asdict().items() if isinstance(value, Tensor) or name == "keys"}
+    )
+
+
+def main(target: str) -> None:
+
+    rank = int(os.environ["RANK"])
+    found = {
+        case: trained(case, [part_of(batch, rank) for batch in joined(case)], ranks=2, strategy="ddp") for case in CASES
+    }
+    if rank == 0:
+        torch.save(found, target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
