@@ -194,6 +194,9 @@ def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
     for each in complaints:
         refused = _OTHER_RECORD.search(each.text)
         if refused:
+            named = imported_class(refused[2])
+            if named and any(other.holder is named and _MISSING.search(other.text) for other in complaints):
+                return None  # another alternative takes it, and lacks options
             return (
                 f"{where}: {refused[2]} cannot stand here, for {refused[1]} is set by its options and takes no other "
                 f"class; `moevlm describe {refused[1]}` lists them, CONTRIBUTING.md tells how to add one"

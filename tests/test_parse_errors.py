@@ -12,6 +12,7 @@ from tests.conftest import PROJECT
 
 WEIGHT = "model.losses.load_balance.weight"
 RAMP = "a Ramp {start, stop, num_steps, begin, shape}"
+CAPACITY = "model.backbone.init_args.moe.init_args.capacity.train_factor"
 ROUTER = "model.backbone.init_args.moe.init_args.router"
 
 
@@ -31,6 +32,7 @@ def resolver() -> ConfigResolver:
         ),
         (WEIGHT, "abc", f"{WEIGHT}: abc is no such value; give a number, {RAMP} or a ByOverflow"),
         (WEIGHT, {"start": 0, "num_steps": 10}, f"{WEIGHT}: Ramp needs stop too"),
+        (CAPACITY, {"start": 2.0}, "capacity.train_factor: Ramp needs stop, num_steps too"),
         (
             WEIGHT,
             {"start": 0, "stop": 1, "num_steps": 10, "shape": "lineer"},

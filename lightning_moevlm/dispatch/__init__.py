@@ -2,6 +2,7 @@
 
 from lightning_moevlm.dispatch.auto import AutoDispatcher
 from lightning_moevlm.dispatch.capacity import Capacity, ModalityFactors, apply_capacity
+from lightning_moevlm.dispatch.capacity_rule import ByDropRate
 from lightning_moevlm.dispatch.dispatcher import Dispatcher
 from lightning_moevlm.dispatch.everywhere import run_everywhere
 from lightning_moevlm.dispatch.expert_protocol import Experts, Linear
@@ -12,6 +13,7 @@ from lightning_moevlm.dispatch.segments import SegmentDispatcher
 
 __all__ = [
     "AutoDispatcher",
+    "ByDropRate",
     "Capacity",
     "Dispatcher",
     "Experts",

@@ -21,9 +21,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_moevlm.dispatch.capacity_rule import ByDropRate
 from lightning_moevlm.errors import UserError
 from lightning_moevlm.plans import Modality, PairPlan
 from lightning_moevlm.ranges import check_number
+from lightning_moevlm.schedules import Ramp, value_at
 
 Priority = Literal["position", "gate", "probability"]
 
@@ -41,7 +43,10 @@ class ModalityFactors:
     text: float | None = 1.25
 
 
-Factor = float | ModalityFactors
+Factor = float | ModalityFactors | Tensor
+
+TrainFactor = float | ModalityFactors | Ramp | ByDropRate
+"""A constant, one per modality, a ramp over optimiser steps, or one that follows the share of dropped pairs."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Capacity:
     """Capacity factors of training and evaluation; null is dropless.
 
     Args:
-        train_factor: typically 1.0 to 1.25; one number, or one per modality, `{image: 1.25, text: 2.0}`.
+        train_factor: typically 1.0 to 1.25; one number, or one per modality, `{image: 1.25, text: 2.0}`; a ramp over
+            optimiser steps, `{start: 2.0, stop: 1.0, num_steps: 1000}`; or steered to a drop rate, `{drop_rate: 0.02}`.
         eval_factor: null by default. With a limit, the output for a sample depends on the other samples of its batch or
             group. Can be swept without retraining.
         priority: who stays when an expert is full.
@@ -60,7 +66,7 @@ class Capacity:
         UserError: a factor, a group or a multiple that is not positive.
     """
 
-    train_factor: float | ModalityFactors | None = 1.25
+    train_factor: float | ModalityFactors | Ramp | ByDropRate | None = 1.25
     eval_factor: float | ModalityFactors | None = None
     priority: Priority = "position"
     group_size: int | None = None
@@ -69,8 +75,7 @@ class Capacity:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         for name in ("train_factor", "eval_factor"):
-            value = getattr(self, name)
-            for factor in (value.image, value.text) if isinstance(value, ModalityFactors) else (value,):
+            for factor in numbers_of(getattr(self, name)):
                 if factor is not None:
                     check_number(name, factor, above=0, advice=", typically 1.0 to 2.0, or null for dropless")
         if self.group_size is not None and self.group_size < 1:
@@ -92,9 +97,19 @@ class Capacity:
             return ", ".join(limits) or None
         return None if factor is None else f"{factor:g}"
 
-    def factor(self, training: bool) -> Factor | None:
-        """Return the factor of a mode."""
-        return self.train_factor if training else self.eval_factor
+    @property
+    def changes(self) -> bool:
+        """Whether the factor of training is not the same in every step."""
+        return isinstance(self.train_factor, Ramp | ByDropRate)
+
+    def factor(self, training: bool, in_force: Tensor | None = None) -> Factor | None:
+        """Return the factor of a mode; in_force: of the step at hand, for one that changes; None is the first step."""
+        if not training:
+            return self.eval_factor
+        if isinstance(self.train_factor, Ramp | ByDropRate):
+            first = value_at(self.train_factor, 0) if isinstance(self.train_factor, Ramp) else self.train_factor.start
+            return first if in_force is None else in_force
+        return self.train_factor
 
 
 class _Shares(NamedTuple):
@@ -108,9 +123,24 @@ class _Shares(NamedTuple):
     share_T: Tensor
 
 
-def apply_capacity(plan: PairPlan, capacity: Capacity, training: bool) -> PairPlan:
-    """Return the plan with pairs over capacity no longer kept, and the real factor; order, shapes and weights stay."""
-    factor = capacity.factor(training)
+def numbers_of(factor: TrainFactor | None) -> tuple[float | None, ...]:
+    """Return the constants that a factor is given by; null is dropless, and one that adapts checks its own."""
+    match factor:
+        case ModalityFactors():
+            return factor.image, factor.text
+        case Ramp():
+            return factor.start, factor.stop
+        case ByDropRate():
+            return ()
+    return (factor,)
+
+
+def apply_capacity(plan: PairPlan, capacity: Capacity, training: bool, in_force: Tensor | None = None) -> PairPlan:
+    """Return the plan with pairs over capacity no longer kept, and the real factor; order, shapes and weights stay.
+
+    in_force: the factor of the step at hand, a scalar, where it changes while training.
+    """
+    factor = capacity.factor(training, in_force)
     if factor is None:
         return plan
     shares = _shares(plan, factor, capacity.group_size)
@@ -132,7 +162,10 @@ def _shares(plan: PairPlan, factor: Factor, group_size: int | None) -> _Shares:
     group_T = plan.sequence_T // max(size, 1)
     num_groups = -(-plan.num_sequences // max(size, 1)) or 1
     if not isinstance(factor, ModalityFactors):
-        factor_T = torch.full(group_T.shape, factor, dtype=torch.float64, device=group_T.device)
+        if isinstance(factor, Tensor):
+            factor_T = factor.to(group_T.device, torch.float64).expand(group_T.shape)
+        else:
+            factor_T = torch.full(group_T.shape, factor, dtype=torch.float64, device=group_T.device)
         return _Shares(group_T[plan.token_N], num_groups, factor_T, group_T)
     image, text = (torch.inf if each is None else each for each in (factor.image, factor.text))
     factor_T = torch.full(group_T.shape, text, dtype=torch.float64, device=group_T.device)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lightning_moevlm.dispatch.capacity import Capacity, ModalityFactors
+from lightning_moevlm.dispatch.capacity import Capacity, numbers_of
+from lightning_moevlm.dispatch.capacity_rule import ByDropRate
 from lightning_moevlm.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.dispatch.pairs import SortedPairs, combine, gather_rows, sort_by_expert
@@ -37,6 +38,11 @@ class PaddedDispatcher(Dispatcher):
         """Refuse fewer places than the capacity may fill; without any limit the user answers for the factor."""
         if capacity is None or self.factor is None:
             return
+        if isinstance(capacity.train_factor, ByDropRate):
+            raise UserError(
+                f"factor of PaddedDispatcher is {self.factor} and capacity.train_factor follows the drop rate, so that "
+                "no number of places is enough for it; set the dispatcher's factor to null"
+            )
         if capacity.train_factor is not None and capacity.eval_factor is None:
             raise UserError(
                 f"factor of PaddedDispatcher is {self.factor} and capacity.eval_factor is null: dropless evaluation "
@@ -44,8 +50,7 @@ class PaddedDispatcher(Dispatcher):
                 "capacity.eval_factor a limit up to it"
             )
         for name in ("train_factor", "eval_factor"):
-            value = getattr(capacity, name)
-            factors = (value.image, value.text) if isinstance(value, ModalityFactors) else (value,)
+            factors = numbers_of(getattr(capacity, name))
             largest = max((factor for factor in factors if factor is not None), default=0.0)
             if self.factor < largest:
                 raise UserError(

@@ -59,6 +59,7 @@ class MoEFFN(FeedForward):
         self.router = router(dim, num_experts)
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
+        self.factor_in_force: Tensor | None = None  # of the capacity in the step at hand, where it changes
         self.shared = None if shared is None else shared(dim, num_shared)
         self.dispatcher = dispatcher or AutoDispatcher()
         self.dispatcher.check(capacity)
@@ -88,7 +89,7 @@ class MoEFFN(FeedForward):
                 )
             )
         if self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
-            plan = apply_capacity(plan, self.capacity, self.training)
+            plan = apply_capacity(plan, self.capacity, self.training, self.factor_in_force)
         out_TD = self._computed(plan, tokens_TD)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))

@@ -318,9 +318,8 @@ class VisionLanguageModule(LightningModule):
 
     def draws(self, stage: str) -> Draws:
         """Return what masks are drawn from: of the optimiser step at hand in training, always the same elsewhere."""
-        return Draws(
-            seed_of(self.seed, stage, self.global_step) if stage == "train" else seed_of(self.seed, "held out")
-        )
+        words = (stage, self.global_step) if stage == "train" else ("held out",)
+        return Draws(seed_of(self.seed, *words))
 
     def micro_step(self, batch_idx: int) -> int:
         """Return the number of a training batch: its noise follows from it."""
@@ -390,8 +389,7 @@ class VisionLanguageModule(LightningModule):
         return loss_inputs(self.backbone, plans, counts, training)
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
-        total: Tensor = self.trainer.strategy.reduce(counts, reduce_op="sum")
-        return total
+        return self.trainer.strategy.reduce(counts, reduce_op="sum")
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         """Log at the optimiser step. Outside of `fit` Lightning logs: it returns what it has logged."""

@@ -21,6 +21,7 @@ from lightning_moevlm.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
 from lightning_moevlm.routers import SigmoidBiasRouter
 from lightning_moevlm.training import Actions, VisionLanguageModule
 from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
+from lightning_moevlm.training.unused_parameters import UnusedParameters
 from tests.conftest import PROJECT
 from tests.small_model import small_vl_moe
 from tests.small_run import BACKBONE, SMALL, budget
@@ -29,7 +30,8 @@ from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
 
 
 def test_without_actions_nothing_is_brought_along() -> None:
-    assert tiny_module(Actions()).configure_callbacks() == []
+    (brought,) = tiny_module(Actions()).configure_callbacks()
+    assert isinstance(brought, UnusedParameters)  # it acts on nothing
 
 
 def test_attention_logits_are_measured_on_logging_steps_alone() -> None:

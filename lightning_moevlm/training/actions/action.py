@@ -86,6 +86,10 @@ class Action(ABC):
     def before_step(self, training: Training, step: int) -> None:  # noqa: B027 - most actions have nothing to do here
         """Look at the gradients before they are clipped and used; step: the number of the step to be made, from 1."""
 
+    def prepare(self, step: int) -> None:  # noqa: B027 - most actions have nothing to tell
+        """Tell the model what the next step is computed with; step: optimiser steps done. Called before the first step
+        and after each, also after one that was taken back."""
+
     @abstractmethod
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Act, and return what happened by metric key; empty if nothing did."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.training.actions.action import Action
+from lightning_moevlm.training.actions.capacity_factors import CapacityFactors, layers_of_changing_factor
 from lightning_moevlm.training.actions.freeze_router import FreezeRouter, RouterFreezer
 from lightning_moevlm.training.actions.qk_clip import QKClip, QKClipper
 from lightning_moevlm.training.actions.rebalance import Rebalancer, balances_itself
@@ -38,6 +39,9 @@ def build_actions(options: Actions, backbone: Backbone) -> dict[str, Action]:
     actions: dict[str, Action] = {}
     if balances_itself(backbone):
         actions["rebalance"] = Rebalancer(last_step)
+    changing = layers_of_changing_factor(backbone)
+    if changing:
+        actions["capacity_factors"] = CapacityFactors(changing)
     if options.freeze_router is not None:
         actions["freeze_router"] = RouterFreezer(options.freeze_router)
     if options.qk_clip is not None:

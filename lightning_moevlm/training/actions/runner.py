@@ -54,6 +54,7 @@ class ActionRunner(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where training starts."""
         self._steps_done = trainer.global_step
+        self._prepare(trainer.global_step)
         if self._ring is not None:
             self._ring.start(self._training(trainer, pl_module), trainer.global_step)
 
@@ -80,12 +81,17 @@ class ActionRunner(Callback):
         if not events:
             for action in self._actions.values():
                 events |= action.after_step(training, facts)
+        self._prepare(step)
         if is_logging_step(trainer, step):
             for action in self._actions.values():
                 events |= action.pending()
         if events:
             for logger in trainer.loggers:
                 logger.log_metrics(events, step=step)
+
+    def _prepare(self, step: int) -> None:
+        for action in self._actions.values():
+            action.prepare(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every action."""
