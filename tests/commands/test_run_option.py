@@ -74,7 +74,9 @@ def test_a_run_is_resumed_measured_and_used_by_its_name_id_or_folder_alone(moevl
     moevlm("fit", "--run", run.info.run_id, "--trainer.max_steps", "8")
     assert len(runs(project)) == 3
     resolved = yaml.safe_load((folder / "config.2/config.yaml").read_text())
-    assert resolved["model"]["schedule"]["init_args"]["total_steps"] == 8  # ${trainer.max_steps} has stayed a reference
+    # the schedule follows the larger budget, this time and the next
+    assert resolved["model"]["schedule"]["init_args"]["total_steps"] == "${trainer.max_steps}"
+    assert resolved["trainer"]["max_steps"] == 8
     ((_, rows),) = points_of(project / "runs/mlflow.db", [run.info.run_id], ["train/task_loss", "val/task_loss"])
     counted = Counter((key, step) for key, step, *_ in rows)
     assert counted == Counter(
