@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lightning_moevlm import __version__
+from lightning_moevlm.allocator import keep_memory
 from lightning_moevlm.collector import collected_seldom
+from lightning_moevlm.cores import settle
 from lightning_moevlm.errors import Diverged, Stopped, UserError
 from lightning_moevlm.url_secrets import without_url_secrets
 
@@ -47,6 +49,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         Console().print(__version__, highlight=False)
         return 0
+    if "torch" not in sys.modules:  # it reads the environment once
+        settle(os.environ, computes=arguments[0] in (*_TRAINING, "bench"))
+        keep_memory()
     try:
         with collected_seldom():
             return _dispatch(arguments)

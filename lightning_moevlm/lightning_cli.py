@@ -29,6 +29,7 @@ from lightning_moevlm.callbacks.result_table import WRITE_FEATURES, prediction_w
 from lightning_moevlm.collector import collect_as_usual
 from lightning_moevlm.config_overlays import NamesMerger, with_nulls_as_files
 from lightning_moevlm.errors import Diverged, Stopped, UserError
+from lightning_moevlm.initial_weights import drawn_together
 from lightning_moevlm.notices import Notices, ReleaseNotices, held_notices
 from lightning_moevlm.one_voice import one_voice
 from lightning_moevlm.parse_errors import told_from_the_mistake
@@ -148,6 +149,11 @@ class CommandLine(LightningCLI):
             config.trainer.callbacks = [
                 callback for callback in config.trainer.callbacks if not callback.class_path.endswith(".StepProgress")
             ]
+
+    def instantiate_classes(self) -> None:
+        """Build; the model then draws its weights once, whole."""
+        with drawn_together():
+            super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         """Refuse, before anything is written, what only the parts as built can tell not to fit."""

@@ -5,6 +5,10 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from tests.conftest import PROJECT
 from tests.shards.sources import csv_source
@@ -31,6 +35,17 @@ def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) ->
         if tool == "moevlm":
             moevlm(*arguments)
     assert (workplace / "data/shards/scenes/manifest.json").is_file()
+
+
+def test_its_python_runs_as_written(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (program,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(program.replace("max_steps=20", "max_steps=2"), found)
+    features, trained = found["features"], found["trainer"].lightning_module
+    assert features.shape == (12, 40, 64)  # the small set has no more samples to validate on
+    assert features.isfinite().all()
+    for name, parameter in found["model"].named_parameters():
+        assert torch.equal(parameter, trained.backbone.get_parameter(name)), name
 
 
 def test_the_map_names_every_folder() -> None:

@@ -8,7 +8,7 @@ decides. A dispatcher that cannot run a case is passed over by name: nothing fal
 """
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,11 @@ class AutoDispatcher(Dispatcher):
 
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
-        return self._dispatchers[self.choose(plan, tokens_TD, experts).name].run_pairs(plan, tokens_TD, experts)
+        if torch.compiler.is_compiling():
+            name = self._name_for(self._refusals(tokens_TD, experts), *case_of(plan, tokens_TD, experts))
+        else:
+            name = self.choose(plan, tokens_TD, experts).name
+        return self._dispatchers[name].run_pairs(plan, tokens_TD, experts)
 
     def record(self) -> str:
         """Say what has run so far and why, for the record of a run."""
@@ -60,36 +64,44 @@ class AutoDispatcher(Dispatcher):
         """Return the dispatchers chosen so far."""
         return tuple(sorted({choice.name for choice in self._choices.values()}))
 
-    @torch.compiler.disable
     def choose(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Choice:
         """Return the choice for such a plan; made once per case, and logged then."""
-        case = case_of(plan, tokens_TD, experts)
+        return self._choice(case_of(plan, tokens_TD, experts), self._refusals(tokens_TD, experts))
+
+    def _choice(self, case: Case, refusals: tuple[str | None, ...]) -> Choice:
         if case not in self._choices:
-            self._choices[case] = self._decide(case, tokens_TD, experts)
+            self._choices[case] = self._decide(case, refusals)
             _log.info("%s runs %s: %s", self._choices[case].name, case, self._choices[case].why)
         return self._choices[case]
 
-    def _decide(self, case: Case, tokens_TD: Tensor, experts: Experts) -> Choice:
+    @torch.compiler.assume_constant_result
+    def _name_for(self, refusals: tuple[str | None, ...], *case: Any) -> str:
+        """Choose while a graph is compiled: from constants alone, so the choice is one, too."""
+        return self._choice(Case(*case), refusals).name
+
+    def _refusals(self, tokens_TD: Tensor, experts: Experts) -> tuple[str | None, ...]:
+        return tuple(dispatcher.refusal(tokens_TD, experts) for dispatcher in self._dispatchers.values())
+
+    def _decide(self, case: Case, refusals: tuple[str | None, ...]) -> Choice:
         able: list[str] = []
         refused: list[str] = []
-        for name, dispatcher in self._dispatchers.items():
-            refusal = dispatcher.refusal(tokens_TD, experts)
+        for name, refusal in zip(self._dispatchers, refusals, strict=True):
             if refusal is None and name == "PaddedDispatcher" and not case.bounded:
                 refusal = "no capacity bounds the load"
             if refusal is None:
                 able.append(name)
             else:
                 refused.append(f"{name} passed over: {refusal}")
-        ranked, why = self._ranked(case, able, tokens_TD.device)
+        ranked, why = self._ranked(case, able)
         return Choice(ranked[0], "; ".join([why, *refused]))
 
-    def _ranked(self, case: Case, able: list[str], device: torch.device) -> tuple[list[str], str]:
+    def _ranked(self, case: Case, able: list[str]) -> tuple[list[str], str]:
         """Return the dispatchers that can run the case, best first, and the reason for the order."""
         for table in measurements(self.table):
             row = table.nearest(case)
             if row is not None and (ranked := row.ranked(able)):
                 return ranked, f"measured at {row.case} ({row.told(able)}; table {table.digest})"
-        order, why = _rule(case, device)
+        order, why = _rule(case)
         return [name for name in order if name in able], why
 
 
@@ -107,12 +119,12 @@ def case_of(plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Case:
     )
 
 
-def _rule(case: Case, device: torch.device) -> tuple[list[str], str]:
+def _rule(case: Case) -> tuple[list[str], str]:
     """Return an order for what was not measured."""
     segments, grouped, padded = "SegmentDispatcher", "GroupedDispatcher", "PaddedDispatcher"
     start = f"no measurement for {case.device} in {case.dtype}, so by rule"
-    if device.type == "cuda" and case.dtype == "bfloat16" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if case.device == "cuda" and case.dtype == "bfloat16" and torch.cuda.get_device_capability() >= (9, 0):
         return [grouped, segments, padded], f"{start}: grouped_mm has a kernel for it and waits for nothing"
-    if device.type != "cpu" and case.bounded:
+    if case.device != "cpu" and case.bounded:
         return [padded, segments, grouped], f"{start}: one batched product, as the load is bounded"
     return [segments, grouped, padded], f"{start}: runs everywhere"

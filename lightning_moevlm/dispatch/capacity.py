@@ -145,9 +145,10 @@ def apply_capacity(plan: PairPlan, capacity: Capacity, training: bool, in_force:
         return plan
     shares = _shares(plan, factor, capacity.group_size)
     share_N = shares.share_N
-    # what the group asks for, in float64 and with a little slack: 1.2 * 25 / 3 is 10, not the 11 of rounding errors
-    asked = torch.zeros(shares.num_shares, dtype=torch.float64, device=share_N.device)
-    asked_T = asked.index_add(0, share_N, plan.kept_N.double())[shares.share_T]
+    # counted in integers, which every back-end of torch.compile can add by index
+    asked = torch.zeros(shares.num_shares, dtype=torch.int64, device=share_N.device)
+    asked_T = asked.index_add(0, share_N, plan.kept_N.to(torch.int64))[shares.share_T]
+    # in float64 and with a little slack: 1.2 * 25 / 3 is 10, not the 11 of rounding errors
     places_T = torch.ceil(asked_T * shares.factor_T / plan.num_experts - 1e-9)
     places_T = torch.ceil(places_T / capacity.multiple_of) * capacity.multiple_of
     real_T = torch.where(asked_T > 0, places_T * plan.num_experts / asked_T, shares.factor_T)
@@ -169,7 +170,7 @@ def _shares(plan: PairPlan, factor: Factor, group_size: int | None) -> _Shares:
         return _Shares(group_T[plan.token_N], num_groups, factor_T, group_T)
     image, text = (torch.inf if each is None else each for each in (factor.image, factor.text))
     factor_T = torch.full(group_T.shape, text, dtype=torch.float64, device=group_T.device)
-    factor_T = factor_T.masked_fill_(plan.modality_T == Modality.IMAGE, image)  # no copy from the host
+    factor_T = factor_T.masked_fill_(plan.modality_T == int(Modality.IMAGE), image)  # no copy from the host
     share_T = group_T * len(Modality) + plan.modality_T
     return _Shares(share_T[plan.token_N], num_groups * len(Modality), factor_T, share_T)
 

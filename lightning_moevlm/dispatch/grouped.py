@@ -2,8 +2,7 @@
 
 What torch 2.13 asks of `grouped_mm`: fp32, bf16 or fp16; row strides in multiples of 16 bytes; contiguous gradients;
 int32 offsets. It ignores autocast and leaves rows behind the last offset uninitialised. On CUDA its own kernel is for
-bf16 on compute capability 9.0 and later; elsewhere torch runs one product per expert and waits for the device. Under
-`torch.compile` bf16 goes into the graph; other dtypes fail its shape check, so the graph is broken around the product.
+bf16 on compute capability 9.0 and later; elsewhere torch runs one product per expert and waits for the device.
 Widths and dtypes that it cannot run are refused with the remedy; there is no silent fallback.
 """
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lightning_moevlm.dispatch.compiled_products import run_in_graph
 from lightning_moevlm.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.dispatch.pairs import combine, gather_rows, sort_by_expert
@@ -32,19 +32,20 @@ class GroupedDispatcher(Dispatcher):
             raise UserError(f"GroupedDispatcher cannot run this: {refusal}")
         dtype = matmul_dtype(tokens_TD)
         stacks = tuple(stack.to(dtype) for stack in experts.stacks())
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+            return run_in_graph(plan, tokens_TD, experts, stacks, "grouped")
         wait = tokens_TD.device.type == "cpu" and not torch.compiler.is_compiling()
         pairs = sort_by_expert(plan, wait=wait)
         offset_E = pairs.load_E.cumsum(0).to(torch.int32)
-        multiply = _grouped_mm if dtype == torch.bfloat16 else _uncompiled_grouped_mm
         rows_MD = gather_rows(tokens_TD.to(dtype), pairs)
         if wait:  # the rows are those of the kept pairs
-            rows_MD = experts.run(rows_MD, stacks, lambda rows, weight: multiply(rows, weight, offset_E))
+            rows_MD = experts.run(rows_MD, stacks, lambda rows, weight: _grouped_mm(rows, weight, offset_E))
             return combine(rows_MD, plan.weight_N, pairs, tokens_TD.dtype)
         kept_M1 = (torch.arange(pairs.token_M.shape[0], device=tokens_TD.device) < offset_E[-1]).unsqueeze(-1)
 
         def masked(rows: Tensor, weight: Tensor, /) -> Tensor:
             # the tail is uninitialised memory: where() keeps a NaN there out of values and of gradients
-            return torch.where(kept_M1, multiply(rows, weight, offset_E), 0.0)
+            return torch.where(kept_M1, _grouped_mm(rows, weight, offset_E), 0.0)
 
         rows_MD = experts.run(torch.where(kept_M1, rows_MD, 0.0), stacks, masked)
         # experts may make something of a row of zeros: it weighs nothing, and no gradient comes back through it
@@ -81,6 +82,3 @@ class _Contiguous(torch.autograd.Function):
 
 def _grouped_mm(rows: Tensor, weight: Tensor, offset_E: Tensor) -> Tensor:
     return _Contiguous.apply(F.grouped_mm(_Contiguous.apply(rows.to(weight.dtype)), weight, offs=offset_E))
-
-
-_uncompiled_grouped_mm = torch.compiler.disable(_grouped_mm)

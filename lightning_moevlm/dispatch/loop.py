@@ -15,11 +15,15 @@ class LoopDispatcher(Dispatcher):
         """Return (T, D) in the tokens' dtype."""
         out_TD = torch.zeros_like(tokens_TD)
         for expert in range(plan.num_experts):
-            pair_M = torch.nonzero((plan.expert_N == expert) & plan.kept_N).squeeze(-1)
+            mine_N = (plan.expert_N == expert) & plan.kept_N
+            if torch.compiler.is_compiling():  # shapes may not depend on data there: all pairs run, others weigh 0
+                pair_M = torch.arange(plan.token_N.shape[0], device=tokens_TD.device)
+            else:
+                pair_M = torch.nonzero(mine_N).squeeze(-1)
             token_M = plan.token_N[pair_M]
             weights = tuple(stack[expert] for stack in experts.stacks())
             rows_MD = experts.run(tokens_TD[token_M], weights, torch.matmul)
-            weighted_MD = rows_MD * plan.weight_N[pair_M].unsqueeze(-1)
+            weighted_MD = rows_MD * torch.where(mine_N, plan.weight_N, 0.0)[pair_M].unsqueeze(-1)
             zeros_TD = torch.zeros(tokens_TD.shape, dtype=weighted_MD.dtype, device=tokens_TD.device)
             out_TD = out_TD + zeros_TD.index_add(0, token_M, weighted_MD).to(tokens_TD.dtype)
         return out_TD

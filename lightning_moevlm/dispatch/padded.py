@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_moevlm.dispatch.capacity import Capacity, numbers_of
 from lightning_moevlm.dispatch.capacity_rule import ByDropRate
+from lightning_moevlm.dispatch.compiled_products import run_in_graph
 from lightning_moevlm.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.dispatch.pairs import SortedPairs, combine, gather_rows, sort_by_expert
@@ -62,6 +63,8 @@ class PaddedDispatcher(Dispatcher):
         """Return (T, D) in the tokens' dtype."""
         dtype = matmul_dtype(tokens_TD)
         stacks = tuple(stack.to(dtype) for stack in experts.stacks())
+        if torch.compiler.is_compiling() and self.factor is None:
+            return run_in_graph(plan, tokens_TD, experts, stacks, "padded")
         pairs = sort_by_expert(plan, wait=False)
         places = self._places(plan, pairs.load_E)
         slot_M, row_S = _slots(plan, pairs, places)

@@ -1,7 +1,7 @@
 """Sort by expert, then one matrix product per expert on its contiguous rows.
 
 No width or dtype limits, works under autocast, no padding, no work for experts without rows. Segment lengths are read
-on the host, so on CUDA it waits for the device once per layer, and `torch.compile` breaks the graph around it.
+on the host, so on CUDA it waits for the device once per layer.
 """
 
 from functools import partial
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_moevlm.dispatch.compiled_products import run_in_graph
 from lightning_moevlm.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.dispatch.expert_protocol import Experts
 from lightning_moevlm.dispatch.pairs import combine, gather_rows, sort_by_expert
@@ -24,11 +25,12 @@ class SegmentDispatcher(Dispatcher):
     `segment_linear`, product by product.
     """
 
-    @torch.compiler.disable
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
         dtype = matmul_dtype(tokens_TD)
         stacks = tuple(stack.to(dtype) for stack in experts.stacks())
+        if torch.compiler.is_compiling():
+            return run_in_graph(plan, tokens_TD, experts, stacks, "segments")
         pairs = sort_by_expert(plan, wait=True)
         assert pairs.lengths is not None
         activation = experts.activation()

@@ -6,13 +6,13 @@ optimisers, compile and sharding simple; nobody indexes the stack under autograd
 `weight[e]` writes a zero tensor of the whole stack for each expert.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_moevlm.initial_weights import ExpertInit, Module
 from lightning_moevlm.precision import Region
 from lightning_moevlm.ranges import check_number
 
@@ -30,29 +30,7 @@ class Activation(NamedTuple):
     backward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
-@dataclass(frozen=True)
-class ExpertInit:
-    """Initial weights of experts.
-
-    Args:
-        scale: s of std = sqrt(s / inputs of the matrix); Switch found 0.1 more stable than 1.0 (arXiv 2101.03961,
-            section 2.4). null takes the model's own std.
-        same: every expert starts as a copy of the first, and differs from then on by what it is given alone.
-
-    Raises:
-        UserError: a scale below 0.
-    """
-
-    scale: float | None = None
-    same: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        if self.scale is not None:
-            check_number("the initial scale of experts", self.scale, least=0, advice=", 0.1 as in Switch, or null")
-
-
-class ExpertStack(nn.Module, ABC):
+class ExpertStack(Module):
     """E feed-forwards D -> D; the first two constructor arguments are `dim` and `num_experts`.
 
     Args:

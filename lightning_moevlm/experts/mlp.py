@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moevlm.experts.expert_stack import Activation, ExpertInit, ExpertStack, Linear
+from lightning_moevlm.experts.expert_stack import Activation, ExpertStack, Linear
+from lightning_moevlm.initial_weights import ExpertInit
 
 
 class MLPExperts(ExpertStack):

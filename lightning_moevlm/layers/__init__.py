@@ -1,13 +1,14 @@
 """Feed-forwards (dense, MoE, multiway), attention, block: what models are arranged from."""
 
+from lightning_moevlm.initial_weights import drawn_together, initialise
 from lightning_moevlm.layers.attention import Attention, AttentionOutput
 from lightning_moevlm.layers.batch_dependence import batch_dependence, limited_in_evaluation
-from lightning_moevlm.layers.block import Block, BlockOutput, Depth
+from lightning_moevlm.layers.block import Block, BlockOutput
 from lightning_moevlm.layers.causality import check_causal
 from lightning_moevlm.layers.dense import DenseFFN, dense_twin
+from lightning_moevlm.layers.depth import Depth
 from lightning_moevlm.layers.embeddings import PatchEmbedding, TextEmbedding
 from lightning_moevlm.layers.feed_forward import FeedForward, FFNOutput, RoutedPlan
-from lightning_moevlm.layers.initialise import initialise
 from lightning_moevlm.layers.moe import MoEFFN, name_layers, reads_identity
 from lightning_moevlm.layers.multiway import MultiwayFFN
 from lightning_moevlm.layers.norms import make_norm, normalised
@@ -34,6 +35,7 @@ __all__ = [
     "batch_dependence",
     "check_causal",
     "dense_twin",
+    "drawn_together",
     "initialise",
     "limited_in_evaluation",
     "make_norm",

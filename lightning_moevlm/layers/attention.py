@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.initial_weights import Module
 from lightning_moevlm.layers.norms import NormKind, make_norm, normalised
 from lightning_moevlm.layers.stabilisers import ModelStabilisers
 from lightning_moevlm.plans import Modality
@@ -42,7 +43,7 @@ class AttentionOutput(NamedTuple):
     logit_max_H: Tensor | None
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Multi-head attention; padding is not attended to.
 
     Args:

@@ -16,21 +16,17 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_moevlm.initial_weights import InitialScale, Module
 from lightning_moevlm.layers.attention import Attention
+from lightning_moevlm.layers.depth import Depth, deepnorm_alpha
 from lightning_moevlm.layers.feed_forward import FeedForward, RoutedPlan
+from lightning_moevlm.layers.init_scheme import scales_in_block
 from lightning_moevlm.layers.layer_scale import LayerScale
 from lightning_moevlm.layers.norms import make_norm, normalised
 from lightning_moevlm.layers.stabilisers import ModelStabilisers
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy, region
 from lightning_moevlm.records import Layout
-
-
-class Depth(NamedTuple):
-    """Where a block stands: its index from 0, of num_blocks."""
-
-    block: int
-    num_blocks: int
 
 
 class BlockOutput(NamedTuple):
@@ -41,7 +37,7 @@ class BlockOutput(NamedTuple):
     logit_max_H: Tensor | None
 
 
-class Block(nn.Module):
+class Block(Module):
     """A block with any feed-forward.
 
     Args:
@@ -99,6 +95,10 @@ class Block(nn.Module):
         """Active matrix FLOPs of one sequence."""
         return self.attention.forward_flops(sum(num_tokens.values())) + self.ffn.forward_flops(num_tokens)
 
+    def initial_scales(self, std: float) -> dict[str, InitialScale]:
+        """Return the scale of every matrix inside, by its name in the block."""
+        return scales_in_block(self, std)
+
     def _input(self, tokens_BSD: Tensor, norm: nn.Module | None) -> Tensor:
         return tokens_BSD if self.norms_sum else normalised(tokens_BSD, norm, self.precision)
 
@@ -117,13 +117,3 @@ class Block(nn.Module):
             tokens_BSD = tokens_BSD * self.residual_weight
         total_BSD = tokens_BSD + branch_BSD
         return normalised(total_BSD, norm, self.precision) if self.norms_sum else total_BSD
-
-
-def deepnorm_alpha(depth: Depth) -> float:
-    """Return (2 N)^(1/4): the weight of the residual in a stack of N blocks without cross-attention."""
-    return float((2 * depth.num_blocks) ** 0.25)
-
-
-def deepnorm_beta(depth: Depth) -> float:
-    """Return (8 N)^(-1/4): the factor on the initial values, outputs and feed-forwards of such a stack."""
-    return float((8 * depth.num_blocks) ** -0.25)

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.initial_weights import Module
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(Module):
     """Cuts an image into square patches and projects each; masked patches become one learned vector.
 
     Args:
@@ -52,7 +53,7 @@ class _RandomLinear(nn.Linear):
         self.requires_grad_(False)
 
 
-class TextEmbedding(nn.Module):
+class TextEmbedding(Module):
     """Token and position vectors.
 
     Args:

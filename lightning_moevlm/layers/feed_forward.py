@@ -3,12 +3,13 @@
 Multiway and MoE compose, so VL-MoE, LIMoE, MoMa and their dense twins are arrangements of one block.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_moevlm.initial_weights import Module
 from lightning_moevlm.layers.norms import NormKind
 from lightning_moevlm.plans import Modality, RoutingPlan
 from lightning_moevlm.records import Layout
@@ -29,7 +30,7 @@ class FFNOutput(NamedTuple):
     plans: tuple[RoutedPlan, ...]
 
 
-class FeedForward(nn.Module, ABC):
+class FeedForward(Module):
     """Position-wise map D -> D over a sequence whose layout says which modality lies where."""
 
     @abstractmethod

@@ -14,36 +14,28 @@ Embeddings, patches and heads lie outside of blocks and stay truncated normal; a
 """
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lightning_moevlm.experts import ExpertStack
+from lightning_moevlm.initial_weights import InitialScale
 from lightning_moevlm.layers.attention import Attention
-from lightning_moevlm.layers.block import Block, deepnorm_beta
 from lightning_moevlm.layers.dense import DenseFFN
+from lightning_moevlm.layers.depth import deepnorm_beta
+
+if TYPE_CHECKING:
+    from lightning_moevlm.layers.block import Block
 
 
-class InitialScale(NamedTuple):
-    """std: before the cut. cut: in std. value_factor: on the value rows of an attention's fused matrix."""
-
-    std: float
-    cut: float = 2.0
-    value_factor: float = 1.0
-
-
-def initial_scales(model: nn.Module, std: float) -> dict[str, InitialScale]:
-    """Return the scale of every matrix inside of blocks, by its full name."""
+def scales_in_block(block: "Block", std: float) -> dict[str, InitialScale]:
+    """Return the scale of every matrix of a block, by its name in the block."""
     return {
-        f"{path}.{name}" if path else name: _scale(block, name, parameter, std)
-        for path, block in model.named_modules()
-        if isinstance(block, Block)
-        for name, parameter in block.named_parameters()
-        if parameter.ndim >= 2
+        name: _scale(block, name, parameter, std) for name, parameter in block.named_parameters() if parameter.ndim >= 2
     }
 
 
-def _scale(block: Block, name: str, parameter: Tensor, std: float) -> InitialScale:
+def _scale(block: "Block", name: str, parameter: Tensor, std: float) -> InitialScale:
     switches = block.stabilisers
     writes_residual = any(parameter is output for output in residual_outputs(block))
     if switches.init_scheme in ("fan_in", "depth_scaled"):

@@ -9,8 +9,10 @@ StableAdamW train in fp8 (arXiv 2304.13013, section 2).
 import torch
 from torch import Tensor, nn
 
+from lightning_moevlm.initial_weights import Module
 
-class LayerScale(nn.Module):
+
+class LayerScale(Module):
     """Multiplies each channel by a learned factor.
 
     Args:

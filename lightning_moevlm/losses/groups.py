@@ -71,7 +71,7 @@ class Grouping(NamedTuple):
     def _members(self, plan: RoutingPlan) -> list[Tensor]:
         if not self.by_modality:
             return [plan.valid_T]
-        return [plan.valid_T & (plan.modality_T == modality) for modality in Modality]
+        return [plan.valid_T & (plan.modality_T == int(modality)) for modality in Modality]
 
 
 def shares(counts_UE: Tensor, like: Tensor) -> Tensor:
@@ -83,6 +83,6 @@ def shares(counts_UE: Tensor, like: Tensor) -> Tensor:
 def size_of(plan: RoutingPlan) -> PlanSize:
     """Return the size of a plan, int64."""
     batch = plan.num_sequences
-    kinds = [plan.valid_T & (plan.modality_T == modality) for modality in Modality]
+    kinds = [plan.valid_T & (plan.modality_T == int(modality)) for modality in Modality]
     num_AB = torch.stack(kinds).view(len(kinds), batch, plan.num_tokens // batch).sum(dim=-1)
     return PlanSize(num_AB.sum(dim=1), (num_AB > 0).sum(dim=1), (num_AB.sum(dim=0) > 0).sum())

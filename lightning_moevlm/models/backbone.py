@@ -1,12 +1,13 @@
 """The backbone contract: images, texts or both in, contextual tokens and routing plans out."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_moevlm.initial_weights import Module
 from lightning_moevlm.layers import Block
 from lightning_moevlm.plans import Modality
 from lightning_moevlm.precision import PrecisionPolicy
@@ -63,13 +64,14 @@ class BackboneOutput(NamedTuple):
         return self.tokens_BSD[:, span.start : span.stop]
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(Module):
     """A vision-language trunk for image-only, text-only and pair inputs.
 
     measure_attention: a mode like `training`, off at first: while it is on, outputs carry the largest attention logits,
     which costs one product of queries and keys per block. Nothing is kept in the model.
     """
 
+    path_in_model = "backbone"
     spec: BackboneSpec
     precision = PrecisionPolicy()
     measure_attention: bool = False

@@ -15,7 +15,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from lightning_moevlm.layers.initialise import seed_of
+from lightning_moevlm.initial_weights import seed_of
 
 _GOLDEN, _MIX_1, _MIX_2 = (
     number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)

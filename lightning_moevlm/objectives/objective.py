@@ -1,16 +1,15 @@
 """The objective contract."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
-from torch import nn
-
+from lightning_moevlm.initial_weights import Module
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.objectives.draws import Draws
 from lightning_moevlm.precision import PrecisionPolicy, Region
 from lightning_moevlm.records import Batch, BatchSize, ObjectiveOutput
 
 
-class Objective(nn.Module, ABC):
+class Objective(Module):
     """Makes task terms of a batch; the first constructor argument is the backbone's spec.
 
     num_classes: number of classes of every term that predicts classes, by term name.
@@ -18,6 +17,7 @@ class Objective(nn.Module, ABC):
     pairs_reach_all: whether every batch of pairs gives a gradient to every part of the backbone and of the objective.
     """
 
+    path_in_model = "objective"
     num_classes: dict[str, int]
     pairs_reach_all: bool = False
     region: Region = "heads"

@@ -47,7 +47,7 @@ class ModalityRouter(Router):
         """Route T tokens to K experts of their modality."""
         turn_T = torch.zeros_like(inputs.modality_T)
         for modality in Modality:  # padding takes no turn, nor does the other modality
-            mine_T = inputs.valid_T & (inputs.modality_T == modality)
+            mine_T = inputs.valid_T & (inputs.modality_T == int(modality))
             turn_T = torch.where(mine_T, turns(mine_T, inputs.num_sequences, self.training), turn_T)
         share = self.num_experts // len(Modality)
         choice_K = torch.arange(self.top_k, device=turn_T.device)

@@ -1,10 +1,11 @@
 """The router contract: tokens in, routing plan out."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_moevlm.initial_weights import Module
 from lightning_moevlm.plans import RoutingInput, RoutingPlan
 from lightning_moevlm.precision import Region
 from lightning_moevlm.routers.gate import Gate
@@ -17,7 +18,7 @@ class ExpertAxis(NamedTuple):
     axis: int
 
 
-class Router(nn.Module, ABC):
+class Router(Module):
     """Turns tokens into a plan.
 
     A router's first two constructor arguments are `dim` (D) and `num_experts` (E). The plan's logits and probabilities

@@ -20,6 +20,7 @@ from typing import IO, Protocol
 import psutil
 
 from lightning_moevlm import allocator
+from lightning_moevlm.cores import THREADS, waiting
 
 LOG_FILE = "log.txt"
 PATIENCE_SECONDS = 30.0
@@ -48,16 +49,11 @@ def share_environment(env: Mapping[str, str], jobs: int, cores: int, slot: int, 
     What the user has set himself stays, save for the GPU, which the slot decides among those he made visible.
     """
     threads = str(max(1, cores // jobs))
-    shared = {**allocator.ENVIRONMENT, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **env}
+    shared = {**allocator.ENVIRONMENT, **waiting(env), THREADS: threads, "PYTHONUNBUFFERED": "1", **env}
     if num_gpus:
         visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",") if env.get("CUDA_VISIBLE_DEVICES") else []
         shared["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus] if visible else str(slot % num_gpus)
     return shared
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from lightning_moevlm.cores import usable_cores
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.child import log_tail, share_environment, usable_cores
+from lightning_moevlm.study.child import log_tail, share_environment
 from lightning_moevlm.study.execute import write_overrides
 from lightning_moevlm.study.plan import Plan, PlannedRun
 

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.layers.initialise import initialise, seed_of
+from lightning_moevlm.initial_weights import initialise, seed_of
 from lightning_moevlm.losses import AuxiliaryLosses, LayerCounts, LossInput
 from lightning_moevlm.models import Backbone, BackboneSpec
 from lightning_moevlm.objectives import Draws, MaskedModelling, Objective

@@ -192,42 +192,6 @@ def test_a_fixed_buffer_is_never_too_small_in_silence() -> None:
     MoEFFN(16, capacity=Capacity(1.25), dispatcher=PaddedDispatcher())
 
 
-class Layer(nn.Module):
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        super().__init__()
-        self.router, self.experts, self.dispatcher = TopKRouter(16, 4, 2), MLPExperts(16, 4, 32), dispatcher
-        self.inputs = routing_input(32, 16)
-        initialise(self, seed=3, std=0.3)
-
-    def forward(self, tokens_TD: Tensor) -> Tensor:
-        return self.dispatcher(self.router(self.inputs._replace(tokens_TD=tokens_TD)), tokens_TD, self.experts)
-
-
-@pytest.mark.parametrize("dispatcher", DISPATCHERS, ids=name)
-def test_compiles_or_breaks_the_graph_and_gives_the_same(dispatcher: Dispatcher) -> None:
-    tokens_TD = routing_input(32, 16).tokens_TD
-    results = []
-    for compiled in (False, True):
-        layer = Layer(dispatcher)
-        run = torch.compile(layer, backend="aot_eager") if compiled else layer
-        out_TD = run(tokens_TD)
-        out_TD.square().sum().backward()
-        results.append([out_TD.detach(), *(parameter.grad for parameter in layer.parameters())])
-    torch._dynamo.reset()
-    for plain, again in zip(*results, strict=True):
-        torch.testing.assert_close(again, plain)
-
-
-@pytest.mark.parametrize("dispatcher", [PaddedDispatcher(4.0), GroupedDispatcher()], ids=name)
-def test_static_shapes_compile_into_one_graph(dispatcher: Dispatcher) -> None:
-    # bf16: in any other dtype torch cannot trace grouped_mm
-    layer = Layer(dispatcher)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out_TD = torch.compile(layer, backend="aot_eager", fullgraph=True)(layer.inputs.tokens_TD)
-        torch.testing.assert_close(out_TD, layer(layer.inputs.tokens_TD), atol=2e-2, rtol=2e-2)
-    torch._dynamo.reset()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fast", FAST, ids=name)

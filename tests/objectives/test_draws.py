@@ -4,7 +4,7 @@ from hashlib import blake2b
 
 import torch
 
-from lightning_moevlm.layers.initialise import seed_of
+from lightning_moevlm.initial_weights import seed_of
 from lightning_moevlm.objectives import Draws
 
 KEYS = [f"sample{index}" for index in range(500)]

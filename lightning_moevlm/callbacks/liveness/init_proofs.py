@@ -14,8 +14,8 @@ from torch import nn
 
 from lightning_moevlm.callbacks.liveness.receipt import Receipt
 from lightning_moevlm.callbacks.liveness.trunk_proofs import stabilisers_of
+from lightning_moevlm.initial_weights import InitialScale, initial_scales
 from lightning_moevlm.layers import Block, ModelStabilisers
-from lightning_moevlm.layers.init_scheme import InitialScale, initial_scales
 from lightning_moevlm.training import VisionLanguageModule
 
 _CUT_AT_TWO = 0.87963  # standard deviation of a standard normal cut at two: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1))

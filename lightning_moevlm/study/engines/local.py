@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_moevlm.cores import usable_cores
 from lightning_moevlm.study.child import (
     Child,
     Ended,
@@ -15,7 +16,6 @@ from lightning_moevlm.study.child import (
     own_words,
     share_environment,
     start_of,
-    usable_cores,
 )
 from lightning_moevlm.study.engines.engine import Engine, Handle, Job, require_at_least
 from lightning_moevlm.study.engines.forks import Fork, ForkServer

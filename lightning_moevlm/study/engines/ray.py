@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 
+from lightning_moevlm.cores import usable_cores
 from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.child import PATIENCE_SECONDS, Ended, usable_cores
+from lightning_moevlm.study.child import PATIENCE_SECONDS, Ended
 from lightning_moevlm.study.engines.engine import Engine, Handle, Job, require, require_at_least
 from lightning_moevlm.study.engines.tickets import Tickets
 from lightning_moevlm.study.engines.worker import carry_out

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from lightning_moevlm import keys
 from lightning_moevlm.errors import UserError
+from lightning_moevlm.initial_weights import seed_of
 from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.layers.initialise import seed_of
 from lightning_moevlm.models import Backbone
 from lightning_moevlm.ranges import check_number
 from lightning_moevlm.routers import ExpertAxis
