@@ -153,7 +153,7 @@ def test_mistakes_in_options_are_told_from_their_place(
         (["data", "build", "scenes", "--num-sample", "3"], "did you mean --num_samples?"),
         (["data", "build", "scenes", "--image-format", "gif"], "gif is no such value; give jpg or png"),
         (["sweep", "run", "x.yaml", "--jobs", "2x"], "jobs: 2x is no such value; give a whole number or null"),
-        (["sweep", "rum"], "there is no command rum; did you mean run? choose plan, run, status, report"),
+        (["sweep", "rum"], "there is no command rum; did you mean run? choose new, plan, run, status, report"),
     ],
 )
 def test_mistakes_in_commands_are_told_with_what_is_allowed(

@@ -8,6 +8,7 @@ does not see second choices.
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from lightning_moevlm.plans import RoutingPlan
 from lightning_moevlm.records import PlanSize
 
 
+@final
 @dataclass(frozen=True)
 class GShard(PlanLoss):
     """GShard's balance loss.

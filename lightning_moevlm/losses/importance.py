@@ -8,6 +8,7 @@ pair it with the load loss, each at half the weight.
 """
 
 from dataclasses import dataclass
+from typing import final
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from lightning_moevlm.plans import PairPlan, RoutingPlan
 from lightning_moevlm.records import PlanSize
 
 
+@final
 @dataclass(frozen=True)
 class Importance(PlanLoss):
     """Importance loss.

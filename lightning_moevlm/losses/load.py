@@ -9,6 +9,7 @@ undefined: a step function has no gradient. It is therefore left out of evaluati
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.records import PlanSize
 
 
+@final
 @dataclass(frozen=True)
 class Load(PlanLoss):
     """Load loss; needs a router that adds noise while training.

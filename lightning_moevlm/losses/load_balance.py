@@ -19,7 +19,7 @@ one knows them all.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from lightning_moevlm.records import PlanSize
 Scope = Literal["sequence", "micro_batch", "global"]
 
 
+@final
 @dataclass(frozen=True)
 class LoadBalance(PlanLoss):
     """Switch load-balancing loss.

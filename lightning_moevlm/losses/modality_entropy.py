@@ -11,6 +11,7 @@ tokens and experts, up to the constant tau.
 
 import math
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from lightning_moevlm.schedules import Schedule
 _BY_MODALITY = Grouping(by_modality=True)
 
 
+@final
 @dataclass(frozen=True)
 class LocalEntropy(PlanLoss):
     """Mean entropy of single tokens.
@@ -63,6 +65,7 @@ class LocalEntropy(PlanLoss):
         return _mean_over_modalities(sums / size.tokens_A.clamp(min=1), size, (self.image, self.text))
 
 
+@final
 @dataclass(frozen=True)
 class GlobalEntropy(PlanLoss):
     """Missing entropy of a modality's mean distribution.

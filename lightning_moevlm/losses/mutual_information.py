@@ -7,6 +7,7 @@ local plus global entropy loss with equal weights and no threshold, less a const
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from lightning_moevlm.plans import RoutingPlan
 from lightning_moevlm.records import PlanSize
 
 
+@final
 @dataclass(frozen=True)
 class MutualInformation(PlanLoss):
     """Minus the mutual information.

@@ -6,6 +6,8 @@ So the loss of a whole evaluation is one value, of sums over its batches and ran
 fall into batches. In training the sums of other micro-batches are not there yet, but the size of the whole step is.
 A loss whose value is linear in the sums (`adds_up`) is divided by that size, and its gradient over micro-batches and
 ranks is that of the joined batch. Another is the mean of the losses of micro-batches, each of which is balanced.
+
+A loss with an option of its own name is `@final`: the command line then takes its fields, and needs no class_path.
 """
 
 from abc import ABC, abstractmethod

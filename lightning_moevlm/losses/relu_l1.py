@@ -9,6 +9,7 @@ while fewer are.
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from lightning_moevlm.plans import PairPlan
 from lightning_moevlm.records import PlanSize
 
 
+@final
 @dataclass(frozen=True)
 class ReLUL1(PlanLoss):
     """L1 loss on the weights of routed pairs.

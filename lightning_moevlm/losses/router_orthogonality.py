@@ -8,6 +8,7 @@ with d < E dimensions the least value is (E - d) / (d (E - 1)), that of a tight 
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from lightning_moevlm.records import PlanSize
 from lightning_moevlm.schedules import Schedule
 
 
+@final
 @dataclass(frozen=True)
 class RouterOrthogonality(PlanLoss):
     """Mean squared cosine between the rows of a router.

@@ -4,6 +4,7 @@ loss = mean over tokens of (logsumexp over experts of the logits)^2
 """
 
 from dataclasses import dataclass
+from typing import final
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from lightning_moevlm.records import PlanSize
 from lightning_moevlm.schedules import Schedule
 
 
+@final
 @dataclass(frozen=True)
 class RouterZ(PlanLoss):
     """Router z-loss.

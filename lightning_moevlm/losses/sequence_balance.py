@@ -9,6 +9,7 @@ same.
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from lightning_moevlm.plans import MixPlan, RoutingPlan
 from lightning_moevlm.records import PlanSize
 
 
+@final
 @dataclass(frozen=True)
 class SequenceBalance(PlanLoss):
     """Balance within each sequence.

@@ -26,7 +26,11 @@ ARMS: dict[str, Any] = {
 @pytest.fixture
 def plan(study: Study, workplace: Path) -> Plan:
     """A study whose runs seem to have ended."""
-    file = study(arms=ARMS, seeds=[0, 1], budget={"max_steps": 500})
+    whole_split = {
+        "trainer.limit_val_batches": 1.0,
+        "trainer.num_sanity_val_steps": -1,
+    }  # also where batches are smaller
+    file = study(arms=ARMS, seeds=[0, 1], budget={"max_steps": 500}, all_arms=whole_split)
     planned = plan_study(read_study(Path(file)), ConfigResolver(), describe_model)
     fill(planned, f"sqlite:///{workplace / 'runs/mlflow.db'}", num_points=12)
     return planned
