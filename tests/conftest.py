@@ -19,7 +19,18 @@ from lightning_moevlm.tracking.store import prepare_store
 from tests.mlflow_server import MlflowServer
 
 PROJECT = Path(__file__).parent.parent
-_INHERITED = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "MLFLOW_", "MOEVLM_TRACEBACK", "SLURM_", "RAY_", "MALLOC_")
+_INHERITED = (
+    "COLUMNS",
+    "LINES",
+    "FORCE_COLOR",
+    "NO_COLOR",
+    "PYTHONWARNINGS",
+    "MLFLOW_",
+    "MOEVLM_TRACEBACK",
+    "SLURM_",
+    "RAY_",
+    "MALLOC_",
+)
 _INHERITED += ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_", "PL_", "OMP_WAIT_POLICY", "GOMP_", "KMP_")
 _PR_SET_CHILD_SUBREAPER = 36
 
