@@ -126,7 +126,7 @@ class _Rerun:
         """Run in the precision of training."""
         with self._repeatable(), torch.no_grad():
             output: ObjectiveOutput = self.module.objective(
-                self.module.backbone, self.batch, self.module.draws("train")
+                self.module.backbone, self.batch, self.module.draws("train", self.module.global_step)
             )
             return output
 
@@ -135,7 +135,9 @@ class _Rerun:
         whole = _Whole(self.module.backbone, self.module.objective)
         wide = {name: _widened(tensor) for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
         with self._repeatable(), torch.no_grad(), precision_as(whole, policy):
-            output: ObjectiveOutput = functional_call(whole, wide, (self.batch, self.module.draws("train")))
+            output: ObjectiveOutput = functional_call(
+                whole, wide, (self.batch, self.module.draws("train", self.module.global_step))
+            )
             return output
 
     @contextmanager

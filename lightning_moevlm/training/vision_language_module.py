@@ -155,7 +155,7 @@ class VisionLanguageModule(LightningModule):
         """Return the total loss, and what callbacks may want to measure."""
         self.seed_noise(self.micro_step(batch_idx))
         self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
-        output, report = self.losses_of(batch, self._measured(batch))
+        output, report = self.losses_of(batch, self.global_step, self._measured(batch))
         self.backbone.measure_attention = False
         self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
@@ -316,9 +316,9 @@ class VisionLanguageModule(LightningModule):
         tell_cut_schedule(schedule, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def draws(self, stage: str) -> Draws:
-        """Return what masks are drawn from: of the optimiser step at hand in training, always the same elsewhere."""
-        words = (stage, self.global_step) if stage == "train" else ("held out",)
+    def draws(self, stage: str, step: int = 0) -> Draws:
+        """Return what masks are drawn from: of the optimiser step in training, always the same elsewhere."""
+        words = (stage, step) if stage == "train" else ("held out",)
         return Draws(seed_of(self.seed, *words))
 
     def micro_step(self, batch_idx: int) -> int:
@@ -332,19 +332,19 @@ class VisionLanguageModule(LightningModule):
         # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
         torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
 
-    def losses_of(self, batch: Batch, whole: BatchSize | None = None) -> tuple[ObjectiveOutput, LossReport]:
-        """Run the model on a training batch; whole: the size of its optimiser step, None where it is the step."""
-        output, inputs = self._routed(batch, "train")
-        step, task = None, output.terms
+    def losses_of(self, batch: Batch, step: int, whole: BatchSize | None = None) -> tuple[ObjectiveOutput, LossReport]:
+        """Run the model on a batch of an optimiser step; whole: the size of that step, None where it is the batch."""
+        output, inputs = self._routed(batch, "train", step)
+        size, task = None, output.terms
         if whole is not None:
-            step = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
-            task = {name: in_step(term, whole.predictions[name], step.num_parts) for name, term in task.items()}
+            size = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
+            task = {name: in_step(term, whole.predictions[name], size.num_parts) for name, term in task.items()}
         with region(self.precision, "losses", self.device.type):
-            auxiliary = self.losses.terms(inputs, output.log_partitions, self.weights_in_force, step)
+            auxiliary = self.losses.terms(inputs, output.log_partitions, self.weights_in_force, size)
         return output, LossReport(task, auxiliary)
 
-    def _routed(self, batch: Batch, stage: str) -> tuple[ObjectiveOutput, list[LossInput]]:
-        output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage))
+    def _routed(self, batch: Batch, stage: str, step: int = 0) -> tuple[ObjectiveOutput, list[LossInput]]:
+        output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage, step))
         clash = self.losses.enabled.keys() & output.terms.keys()
         if clash:
             raise UserError(

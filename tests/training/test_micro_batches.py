@@ -66,7 +66,7 @@ def gradient(module: "InParts", parts: Sequence[Batch]) -> dict[str, Tensor]:
     step = WholeStep(tuple(part.without_pixels() for part in parts))
     for part in parts:
         whole = StepSizes(module.objective).measure(part._replace(step=step), 0, len(parts), lambda own: own)
-        _, report = module.losses_of(part, whole if len(parts) > 1 else None)
+        _, report = module.losses_of(part, 0, whole if len(parts) > 1 else None)
         (report.differentiated / len(parts)).backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 

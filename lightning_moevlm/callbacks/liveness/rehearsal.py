@@ -60,7 +60,9 @@ class Rehearsal:
         self._spare_dispatchers = [(layer, copy.deepcopy(layer.dispatcher)) for layer in moes]
         backbone = module.backbone
         with self.conditions(), torch.enable_grad(), self._watching(), self._measuring():
-            self.output: ObjectiveOutput = module.objective(backbone, self.batch, module.draws("train"))
+            self.output: ObjectiveOutput = module.objective(
+                backbone, self.batch, module.draws("train", module.global_step)
+            )
         counter = RoutingCounter(backbone)
         counter.add(0, self.output.plans)
         self.counts: dict[str, LayerCounts] = counter.totals(lambda own: own, module.device)
@@ -99,7 +101,7 @@ class Rehearsal:
         """Run the samples again without gradient, as the model now is."""
         with self.conditions(), torch.no_grad():
             output: ObjectiveOutput = self.module.objective(
-                self.module.backbone, self.batch, self.module.draws("train")
+                self.module.backbone, self.batch, self.module.draws("train", self.module.global_step)
             )
             return output
 
