@@ -37,7 +37,7 @@ format: $(INSTALLED) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 plan-golden: $(INSTALLED) ## Write the golden plans of the shipped studies anew
-	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m "slow or not slow" tests/study/test_golden_plan.py
+	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m "slow or not slow" tests/study/plan/test_golden_plan.py
 
 DEVICE ?= cuda
 gpu: ## All that needs a GPU, in 8 minutes, with this PYTHON and no network: writes .gpu/table.md (DEVICE=cpu rehearses)

@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_moevlm.cli import main
+from lightning_moevlm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.cli import main
-from lightning_moevlm.shards.scenes import build_scenes
+from lightning_moevlm.cli.main import main
+from lightning_moevlm.data.write.demo.scenes import build_scenes
 from lightning_moevlm.tracking.store import prepare_store
 from tests.mlflow_server import MlflowServer
 

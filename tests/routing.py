@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_moevlm.dispatch import Capacity, apply_capacity
-from lightning_moevlm.dispatch.capacity import Priority
-from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
-from lightning_moevlm.routers.choices import plan_of_choices
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
+from lightning_moevlm.model.dispatch import Capacity, apply_capacity
+from lightning_moevlm.model.dispatch.capacity import Priority
+from lightning_moevlm.model.routers.choices import plan_of_choices
 
 
 def routing_input(num_tokens: int, dim: int, *, num_padding: int = 0, seed: int = 0) -> RoutingInput:

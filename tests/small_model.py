@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
-from lightning_moevlm.dispatch import Capacity, Dispatcher
-from lightning_moevlm.experts import MLPExperts
-from lightning_moevlm.layers import ModelStabilisers, MoEFFN, initialise
-from lightning_moevlm.models import LIMoE, VLMoE
-from lightning_moevlm.records import Batch
-from lightning_moevlm.routers import Router, TopKRouter
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.model.backbones import LIMoE, VLMoE
+from lightning_moevlm.model.dispatch import Capacity, Dispatcher
+from lightning_moevlm.model.experts import MLPExperts
+from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN, initialise
+from lightning_moevlm.model.routers import Router, TopKRouter
 
 
 def small_vl_moe(

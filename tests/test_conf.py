@@ -13,20 +13,20 @@ import yaml
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
-import lightning_moevlm.routers as routers_module
-from lightning_moevlm.layers import ModelStabilisers
-from lightning_moevlm.resolved_config import ConfigResolver, describe_model
-from lightning_moevlm.routers import Router
-from lightning_moevlm.study.plan import digest_of
+import lightning_moevlm.model.routers as routers_module
+from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
+from lightning_moevlm.model.layers import ModelStabilisers
+from lightning_moevlm.model.routers import Router
+from lightning_moevlm.study.plan.run_identity import digest_of
 from lightning_moevlm.training import Actions
 from tests.conftest import PROJECT
-from tests.losses.test_others import MostProbable
+from tests.model.losses.test_others import MostProbable
 from tests.small_run import SMALL, budget
 
 CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
 OVERLAYS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/overlays").glob("*.yaml"))
 ROUTERS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/routers").glob("*.yaml"))
-DATA = sorted(  # of folders; tests/shards/test_object_store.py trains from a bucket
+DATA = sorted(  # of folders; tests/data/storage/test_object_store.py trains from a bucket
     path.relative_to(PROJECT).as_posix()
     for path in (PROJECT / "conf/data").glob("*.yaml")
     if "root: data/shards/" in path.read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def test_a_callback_is_added_and_takes_nothing_away(config: str, resolver: Confi
     before, after = (
         [callback["class_path"] for callback in resolver(files, {})["trainer"]["callbacks"]] for files in (plain, added)
     )
-    assert after[:-1] == before and after[-1].startswith("lightning_moevlm.callbacks.")
+    assert after[:-1] == before and after[-1].startswith("lightning_moevlm.training.callbacks.")
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_an_arm_changes_one_loss_from_elsewhere_and_leaves_the_others(resolver: 
     # options go over those before, also over a class named alone; a weight of another kind takes the whole place
     for weight in (
         0.25,
-        {"class_path": "lightning_moevlm.losses.BySparsity", "init_args": {"start": 1e-8, "factor": 1.2}},
+        {"class_path": "lightning_moevlm.model.losses.BySparsity", "init_args": {"start": 1e-8, "factor": 1.2}},
     ):
         changed = {"class_path": spell, "init_args": {"weight": weight}}
         assert others({"a": {"init_args": {"weight": weight}}}) == {**before, "a": changed}

@@ -3,7 +3,7 @@
 import tomllib
 from pathlib import Path
 
-from lightning_moevlm import keys
+from lightning_moevlm.contracts import metric_keys
 from tests.conftest import PROJECT
 
 SOURCES = sorted((PROJECT / "lightning_moevlm").rglob("*.py"))
@@ -29,12 +29,12 @@ def test_mlflow_is_imported_where_it_is_used() -> None:
 
 
 def test_metric_keys_are_declared_once() -> None:
-    patterns = [metric.pattern for metric in keys.ALL]
+    patterns = [metric.pattern for metric in metric_keys.ALL]
     assert len(patterns) == len(set(patterns)) > 20
-    for metric in keys.ALL:
+    for metric in metric_keys.ALL:
         example = metric.pattern.replace("{stage}", "val").replace("{modality}", "text")
         example = example.replace("{term}", "text").replace("{block}", "1").replace("{expert}", "0")
-        assert keys.declared(example) is metric
+        assert metric_keys.declared(example) is metric
         assert metric.match(example) is not None
 
 

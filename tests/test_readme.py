@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import PROJECT
-from tests.shards.sources import csv_source
+from tests.data.sources import csv_source
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")

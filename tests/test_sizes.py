@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_moevlm.cli import main
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.resolved_config import ConfigResolver, describe_model
+from lightning_moevlm.cli.main import main
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
 from tests.small_run import SMALL, budget
 
 Moevlm = Callable[..., str]

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_moevlm.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
-from lightning_moevlm.experts import GatedExperts, MLPExperts
-from lightning_moevlm.layers import MoEFFN, initialise
-from lightning_moevlm.losses import (
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
+from lightning_moevlm.contracts.sequence_layout import Layout, Span
+from lightning_moevlm.contracts.step_records import LossReport, Term
+from lightning_moevlm.model.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
+from lightning_moevlm.model.experts import GatedExperts, MLPExperts
+from lightning_moevlm.model.layers import MoEFFN, initialise
+from lightning_moevlm.model.losses import (
     OWN_LOSSES,
     AuxiliaryLosses,
     GlobalEntropy,
@@ -29,11 +32,8 @@ from lightning_moevlm.losses import (
     load_balance,
     router_z,
 )
-from lightning_moevlm.objectives import Draws
-from lightning_moevlm.optim import parameter_groups
-from lightning_moevlm.plans import Modality, PairPlan, RoutingInput
-from lightning_moevlm.records import Layout, LossReport, Span, Term
-from lightning_moevlm.routers import (
+from lightning_moevlm.model.objectives import Draws
+from lightning_moevlm.model.routers import (
     ExpertChoiceRouter,
     Gate,
     NoisyTopKRouter,
@@ -45,8 +45,9 @@ from lightning_moevlm.routers import (
     TopKRouter,
 )
 from lightning_moevlm.training import VisionLanguageModule
-from tests.losses.every_loss import LOSSES, raw_loss
-from tests.routers.test_routers import LEARNED, ROUTERS
+from lightning_moevlm.training.optim import parameter_groups
+from tests.model.losses.every_loss import LOSSES, raw_loss
+from tests.model.routers.test_routers import LEARNED, ROUTERS
 from tests.routing import full_plan, routing_input
 from tests.small_model import pair_batch, small_vl_moe
 from tests.training.small_fit import NoTask, build, fit, routers

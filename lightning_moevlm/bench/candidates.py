@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.bench.cases import Case, Shape, Tokens
-from lightning_moevlm.dispatch import (
+from lightning_moevlm.contracts.routing_plan import RoutingInput
+from lightning_moevlm.model.dispatch import (
     AutoDispatcher,
     Dispatcher,
     GroupedDispatcher,
     PaddedDispatcher,
     SegmentDispatcher,
 )
-from lightning_moevlm.experts import ExpertStack, GatedExperts, MLPExperts
-from lightning_moevlm.plans import RoutingInput
-from lightning_moevlm.routers import TopKRouter
+from lightning_moevlm.model.experts import ExpertStack, GatedExperts, MLPExperts
+from lightning_moevlm.model.routers import TopKRouter
 
 DENSE, GEMM, OURS = "dense", "expert GEMMs", "auto"
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.common.errors import UserError
 
 Skew = Literal["balanced", "zipf"]
 Act = Literal["gelu", "swiglu"]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_moevlm.bench.candidates import DENSE, GEMM, OURS
-from lightning_moevlm.bench.data import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, at
-from lightning_moevlm.bench.dispatch_alone import Growth
+from lightning_moevlm.bench.data_loading import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, at
+from lightning_moevlm.bench.dispatch_scaling import Growth
 from lightning_moevlm.bench.layer import LayerResult
 from lightning_moevlm.bench.peers import TRANSFORMERS_EAGER, TRANSFORMERS_GROUPED
-from lightning_moevlm.bench.step import StepTimes
 from lightning_moevlm.bench.timing import Ratio, ratio
+from lightning_moevlm.bench.training_step import StepTimes
 
 _TIME = {
     (DENSE, 8): 1.10,

@@ -9,9 +9,8 @@ import torch
 
 from lightning_moevlm.bench.candidates import DENSE, GEMM, Candidate, own_candidates
 from lightning_moevlm.bench.cases import Case, Tokens, make_tokens
-from lightning_moevlm.bench.memory import peak_mib
 from lightning_moevlm.bench.peers import Peers, peer_candidates
-from lightning_moevlm.bench.timing import Seconds, interleave
+from lightning_moevlm.bench.timing import Seconds, interleave, peak_mib
 
 
 class LayerResult(NamedTuple):

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_moevlm.shards.tokenizer import CaptionTokenizer
+from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 
 def plain_batches(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
-from lightning_moevlm.study.design_keys import DESIGNS, DesignPage
-from lightning_moevlm.study.schema import Block, Key
-from lightning_moevlm.study.study_keys import BLOCKS, STUDY_FILE
+from lightning_moevlm.study.declare.design_keys import DESIGNS, DesignPage
+from lightning_moevlm.study.declare.schema import Block, Key
+from lightning_moevlm.study.declare.study_keys import BLOCKS, STUDY_FILE
 
 _COLUMNS = 110
 ABOUT = """\

@@ -9,12 +9,13 @@ import os
 from typing import TYPE_CHECKING
 
 from lightning_moevlm.tracking.links import compare_link, run_link, server_command
-from lightning_moevlm.tracking.runs import Point, RunRow, find_runs, metric_histories, metric_history
+from lightning_moevlm.tracking.point import Point
+from lightning_moevlm.tracking.read.runs import RunRow, find_runs, metric_histories, metric_history
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri
 
 if TYPE_CHECKING:
-    from lightning_moevlm.tracking.run_logger import RunLogger
-    from lightning_moevlm.tracking.run_record import RunRecord
+    from lightning_moevlm.tracking.record.run_record import RunRecord
+    from lightning_moevlm.tracking.write.run_logger import RunLogger
 
 __all__ = [
     "Point",
@@ -35,8 +36,8 @@ __all__ = [
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _NEEDS_LIGHTNING = {
-    "RunLogger": "lightning_moevlm.tracking.run_logger",
-    "RunRecord": "lightning_moevlm.tracking.run_record",
+    "RunLogger": "lightning_moevlm.tracking.write.run_logger",
+    "RunRecord": "lightning_moevlm.tracking.record.run_record",
 }
 
 

@@ -7,8 +7,8 @@ page is named after the `#`, with a query of its own.
 import shlex
 from urllib.parse import quote
 
+from lightning_moevlm.common.secret_masking import without_url_secrets
 from lightning_moevlm.tracking.store import sqlite_path
-from lightning_moevlm.url_secrets import without_url_secrets
 
 DEFAULT_PORT = 5000
 _WORKFLOW = "workflowType=machine_learning"

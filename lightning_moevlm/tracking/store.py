@@ -14,9 +14,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.tracking.moved_store import follow_move
-from lightning_moevlm.url_secrets import without_url_secrets
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.tracking.write.moved_store import follow_move
 
 DEFAULT_RUNS_DIR = Path("runs")
 _DATABASE_NAME = "mlflow.db"

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_moevlm import keys
-from lightning_moevlm.layers import batch_dependence, limited_in_evaluation
-from lightning_moevlm.losses import AuxiliaryLosses, LossInput, SumName
-from lightning_moevlm.metrics import DropRates, MajorityAccuracy
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.records import ObjectiveOutput
-from lightning_moevlm.training.running_sums import RunningSums
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.step_records import ObjectiveOutput
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.layers import batch_dependence, limited_in_evaluation
+from lightning_moevlm.model.losses import AuxiliaryLosses, LossInput, SumName
+from lightning_moevlm.model.metrics import DropRates, MajorityAccuracy
+from lightning_moevlm.model.metrics.running_sums import RunningSums
 
 
 class Evaluation(nn.Module):
@@ -66,18 +66,18 @@ class Evaluation(nn.Module):
         task_loss = sum((weighted for _, weighted in task.values()), start=torch.zeros((), dtype=torch.float64))
         total_loss = sum((term.weighted.cpu() for term in auxiliary.values()), start=task_loss)
         values = {
-            keys.TASK_LOSS.key(stage=self.stage): task_loss,
-            keys.TOTAL_LOSS.key(stage=self.stage): total_loss,
+            metric_keys.TASK_LOSS.key(stage=self.stage): task_loss,
+            metric_keys.TOTAL_LOSS.key(stage=self.stage): total_loss,
         }
         raw = {name: mean for name, (mean, _) in task.items()} | {name: term.raw for name, term in auxiliary.items()}
-        values |= {keys.EVAL_TERM.key(stage=self.stage, term=name): value for name, value in raw.items()}
+        values |= {metric_keys.EVAL_TERM.key(stage=self.stage, term=name): value for name, value in raw.items()}
         majority = self.majority.compute()  # on every rank, whatever it has seen: all wait for all
         for name, (correct, count) in self._correct.totals().items():
             if count:
-                values[keys.ACCURACY.key(stage=self.stage, term=name)] = correct / count
-                values[keys.MAJORITY_ACCURACY.key(stage=self.stage, term=name)] = majority[name]
+                values[metric_keys.ACCURACY.key(stage=self.stage, term=name)] = correct / count
+                values[metric_keys.MAJORITY_ACCURACY.key(stage=self.stage, term=name)] = majority[name]
         for (block, modality), rate in self.drop_rates.compute().items():
-            key = keys.EVAL_DROP_RATE.key(stage=self.stage, block=block, modality=modality.label)
+            key = metric_keys.EVAL_DROP_RATE.key(stage=self.stage, block=block, modality=modality.label)
             values[key] = torch.tensor(rate)
         self.reset()
         return values

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.records import Batch
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.model.backbones import Backbone
 
 
 def features_of(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.objectives import ImageTargets
-from lightning_moevlm.precision import PrecisionPolicy, Region, region_of_parameters
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.objectives import ImageTargets
+from lightning_moevlm.model.precision import PrecisionPolicy, Region, region_of_parameters
 
 _WEIGHTED: tuple[Region, ...] = ("router", "norms", "experts", "heads", "trunk")
 

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_moevlm.training.vision_language_module import VisionLanguageModule
-
-FAILURES = (ArithmeticError, LookupError, TypeError, ValueError)
-"""What torch's optimisers and schedules raise for options that they cannot work with."""
+from lightning_moevlm.training.checks.optimizer_checks import FAILURES
 
 _MOST_STEPS = 1000
 

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_moevlm.objectives import Objective
-from lightning_moevlm.shards.datamodule import ShardDataModule
-from lightning_moevlm.training.refusals import SHARDING
+from lightning_moevlm.data.datamodule import ShardDataModule
+from lightning_moevlm.model.objectives import Objective
+from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
 
 class UnusedParameters(Callback):

@@ -13,23 +13,21 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.initial_weights import initialise, seed_of
-from lightning_moevlm.losses import AuxiliaryLosses, LayerCounts, LossInput
-from lightning_moevlm.models import Backbone, BackboneSpec
-from lightning_moevlm.objectives import Draws, MaskedModelling, Objective
-from lightning_moevlm.optim import (
-    GradientControl,
-    GradientEvents,
-    GradientStabilisers,
-    GroupOptions,
-    parameter_groups,
-    round_state,
-)
-from lightning_moevlm.precision import PrecisionPolicy, region, set_precision
-from lightning_moevlm.ranges import check_number
-from lightning_moevlm.records import Batch, BatchSize, LossReport, NamedPlan, ObjectiveOutput
-from lightning_moevlm.training.accumulation import (
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.step_records import BatchSize, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.initial_weights import initialise, seed_of
+from lightning_moevlm.model.losses import AuxiliaryLosses, LayerCounts, LossInput
+from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
+from lightning_moevlm.model.precision import PrecisionPolicy, region, set_precision
+from lightning_moevlm.training.actions import Action, ActionRunner, Actions, build_actions
+from lightning_moevlm.training.actions.loss_weights import LossWeights
+from lightning_moevlm.training.checkpoints.configured_options import Hyperparameters
+from lightning_moevlm.training.checkpoints.epoch_position import take_up_epoch
+from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups
+from lightning_moevlm.training.checkpoints.partial_step import (
     HalfStep,
     for_rank,
     from_ranks,
@@ -37,29 +35,30 @@ from lightning_moevlm.training.accumulation import (
     refuse_other_accumulation,
     restore_gradients,
 )
-from lightning_moevlm.training.actions import Action, ActionRunner, Actions, build_actions
+from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
+from lightning_moevlm.training.checks.optimizer_checks import (
+    FAILURES,
+    refuse_senseless_options,
+    refuse_unsuited_optimizer,
+    refuse_vanishing_eps,
+)
+from lightning_moevlm.training.checks.trainer_checks import refuse_uneven_steps, refuse_unsuited_trainer
 from lightning_moevlm.training.evaluation import Evaluation, tell_batch_dependence
 from lightning_moevlm.training.features import features_of
 from lightning_moevlm.training.half_precision import keep_pinned_regions
-from lightning_moevlm.training.hyperparameters import Hyperparameters
-from lightning_moevlm.training.logging_steps import is_logging_step
-from lightning_moevlm.training.loss_inputs import loss_inputs
-from lightning_moevlm.training.loss_weights import LossWeights
-from lightning_moevlm.training.refusals import (
-    refuse_other_groups,
-    refuse_senseless_options,
-    refuse_uneven_steps,
-    refuse_unsuited_losses,
-    refuse_unsuited_optimizer,
-    refuse_unsuited_trainer,
-    refuse_vanishing_eps,
+from lightning_moevlm.training.optim import (
+    GradientControl,
+    GradientEvents,
+    GradientStabilisers,
+    GroupOptions,
+    parameter_groups,
+    round_state,
 )
-from lightning_moevlm.training.resume import take_up_epoch
-from lightning_moevlm.training.routing_counts import RoutingCounter
-from lightning_moevlm.training.schedule_length import build_schedule, steps_of_run, tell_cut_schedule
-from lightning_moevlm.training.schedule_trial import FAILURES
-from lightning_moevlm.training.step_output import StepOutput
-from lightning_moevlm.training.step_size import StepSizes, in_step, step_size
+from lightning_moevlm.training.optim.schedules.schedule_length import build_schedule, steps_of_run, tell_cut_schedule
+from lightning_moevlm.training.step.logging_steps import is_logging_step
+from lightning_moevlm.training.step.routing_counts import RoutingCounter, loss_inputs
+from lightning_moevlm.training.step.step_output import StepOutput
+from lightning_moevlm.training.step.step_size import StepSizes, in_step, step_size
 from lightning_moevlm.training.unused_parameters import UnusedParameters
 
 
@@ -140,7 +139,7 @@ class VisionLanguageModule(LightningModule):
         if "backbone" not in options:
             raise UserError(
                 "a checkpoint holds the weights of parts, not the parts: give backbone=... and what else has weights, "
-                "or use lightning_moevlm.resolved_config.load_module(PATH), which reads the run's configuration"
+                "or use lightning_moevlm.configuration.resolver.load_module(PATH), which reads the run's configuration"
             )
         return super().load_from_checkpoint(checkpoint_path, *args, **options)
 

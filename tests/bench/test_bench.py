@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_moevlm import allocator
 from lightning_moevlm.bench.candidates import DENSE, GEMM, OURS, Candidate, own_candidates
 from lightning_moevlm.bench.cases import LAYER_CASES, Case, Shape, make_tokens, select
-from lightning_moevlm.bench.dispatch_alone import Growth
+from lightning_moevlm.bench.dispatch_scaling import Growth
+from lightning_moevlm.bench.dispatcher_timings import grid, measure_row
 from lightning_moevlm.bench.goals import Verdict, dispatch_verdicts, layer_verdicts
 from lightning_moevlm.bench.layer import LayerResult, candidates_of, run_case
-from lightning_moevlm.bench.memory import peak_mib
-from lightning_moevlm.bench.table import grid, measure_row
-from lightning_moevlm.bench.timing import interleave, ratio
-from lightning_moevlm.dispatch.measured import Case as DispatchCase
-from lightning_moevlm.dispatch.measured import read_measured
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.bench.timing import interleave, peak_mib, ratio
+from lightning_moevlm.common import process_tuning
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.dispatch.auto.timings_table import Case as DispatchCase
+from lightning_moevlm.model.dispatch.auto.timings_table import read_measured
 
 SMALL = Shape(64, 16, 32, 4)
 
@@ -147,21 +146,21 @@ def test_cases_are_selected_by_name() -> None:
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in the child process that the command starts."""
-    for name, value in allocator.ENVIRONMENT.items():
+    for name, value in process_tuning.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.usefixtures("tuned")
 def test_commands_write_what_they_say(moevlm: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_moevlm.bench import cases, table
+    from lightning_moevlm.bench import cases, dispatcher_timings
 
     monkeypatch.setattr(cases, "LAYER_CASES", (Case(SMALL, "balanced"), Case(SMALL, "zipf")))
     moevlm("bench", "layer", "--rounds", "1", "--only", "skew=zipf", "--json", "layer.json")
     assert {record["skew"] for record in json.loads(Path("layer.json").read_text())} == {"zipf"}
     moevlm("bench", "layer", "--rounds", "1")
-    monkeypatch.setattr(table, "_WIDTHS", ((32, 32),))
-    monkeypatch.setattr(table, "_ROWS", (4,))
+    monkeypatch.setattr(dispatcher_timings, "_WIDTHS", ((32, 32),))
+    monkeypatch.setattr(dispatcher_timings, "_ROWS", (4,))
     moevlm("bench", "dispatch", "--rounds", "1", "--growth=false", "--table", "table.json")
     written = read_measured(Path("table.json"), 1)
     assert len(written.rows) == 4 and written.source["torch"] == torch.__version__
@@ -176,7 +175,7 @@ def test_the_child_has_the_allocator(monkeypatch: pytest.MonkeyPatch, moevlm: Ca
         seen.append((command, env))
         return subprocess.CompletedProcess(command, 3)
 
-    for name in allocator.ENVIRONMENT:
+    for name in process_tuning.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(subprocess, "run", run)
     moevlm("bench", "layer", "--only", "E=8", "--rounds", "2", code=3)
@@ -191,7 +190,7 @@ def test_the_child_has_the_allocator(monkeypatch: pytest.MonkeyPatch, moevlm: Ca
         "--peers=all",
         "--device=cpu",
     ]
-    assert allocator.ENVIRONMENT.items() <= env.items()
+    assert process_tuning.ENVIRONMENT.items() <= env.items()
 
 
 @pytest.mark.usefixtures("tuned")

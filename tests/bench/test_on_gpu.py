@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_moevlm.bench import layer, step
+from lightning_moevlm.bench import layer, training_step
 from lightning_moevlm.bench.cases import Case, Shape
-from lightning_moevlm.commands.bench import COMMANDS
-from lightning_moevlm.study.spec import read_study
+from lightning_moevlm.cli.bench import COMMANDS
+from lightning_moevlm.study.declare.study_file import read_study
 from tests import on_gpu
 from tests.on_gpu import Outcome, Step, lacking, run_all, steps, table
 
@@ -110,7 +110,7 @@ def test_this_python_lacks_nothing_and_only_what_is_lacking_travels() -> None:
 def test_the_steps_name_what_is_there(tmp_path: Path) -> None:
     todo = {each.name: each for each in steps("cuda", tmp_path)}
     marked = [argument for argument in todo["GPU-marked tests"].commands[0] if argument.endswith(".py")]
-    assert str(on_gpu.ROOT / "tests/shards/test_augment.py") in marked
+    assert str(on_gpu.ROOT / "tests/data/images/test_augment.py") in marked
     for bench, command in COMMANDS.items():
         for _, *given in [each.commands[0] for each in todo.values() if each.commands[0][3:5] == ("bench", bench)]:
             options = {each.partition("=")[0].removeprefix("--") for each in given if each.startswith("--")}
@@ -125,4 +125,4 @@ def test_benches_run_on_the_gpu() -> None:
     result = layer.run_case(case, 1, layer.candidates_of(case, "none", "cuda"), lambda: None, "cuda")
     assert all(record["device"] == "cuda" for record in result.records())
     assert all(peak > 0 for peak in result.peaks.values())
-    assert step.measure_sparsity(1, lambda: None, "cuda")[0].best > 0
+    assert training_step.measure_sparsity(1, lambda: None, "cuda")[0].best > 0

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_moevlm.dispatch import LoopDispatcher, SegmentDispatcher
-from lightning_moevlm.experts import MLPExperts
-from lightning_moevlm.losses import router_z
-from lightning_moevlm.plans import RoutingInput
-from lightning_moevlm.routers import GShardRouter, SoftRouter
+from lightning_moevlm.contracts.routing_plan import RoutingInput
+from lightning_moevlm.model.dispatch import LoopDispatcher, SegmentDispatcher
+from lightning_moevlm.model.experts import MLPExperts
+from lightning_moevlm.model.losses import router_z
+from lightning_moevlm.model.routers import GShardRouter, SoftRouter
 
 DIM, HIDDEN, EXPERTS, BATCH, LENGTH = 16, 32, 4, 3, 10
 

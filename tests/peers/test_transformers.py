@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_moevlm.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
-from lightning_moevlm.experts import GatedExperts
-from lightning_moevlm.losses import load_balance
-from lightning_moevlm.plans import PairPlan, RoutingInput
-from lightning_moevlm.routers import TopKRouter
+from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
+from lightning_moevlm.model.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
+from lightning_moevlm.model.experts import GatedExperts
+from lightning_moevlm.model.losses import load_balance
+from lightning_moevlm.model.routers import TopKRouter
 
 pytest.importorskip("transformers", reason="compares with transformers: pip install 'lightning-moevlm[peers]'")
 

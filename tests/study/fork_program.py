@@ -8,8 +8,8 @@ Words `fails` in the first message make it end before it serves.
 import sys
 from multiprocessing.connection import Connection
 
-from lightning_moevlm.fork_server import leave, serve
-from lightning_moevlm.study.engines.forks import Channel
+from lightning_moevlm.cli.fork_server import leave, serve
+from lightning_moevlm.study.run.engines.forks import Channel
 
 
 def serve_and_run() -> None:

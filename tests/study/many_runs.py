@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lightning_moevlm.study.claim import OUTCOME, ROLE, ROLE_ARM, open_experiment
-from lightning_moevlm.study.gather import gather
-from lightning_moevlm.study.ledger import RunState, Status, read_ledger, write_state
-from lightning_moevlm.study.plan import Plan, tags_of
-from lightning_moevlm.study.report import make_report, origin_of, print_tables, write_report
-from lightning_moevlm.study.summary_run import log_summary
-from lightning_moevlm.study.tables import report_tables
-from lightning_moevlm.tracking.config_diff import flat
+from lightning_moevlm.common.flat_config import flat
+from lightning_moevlm.study.compare.collect_results import gather
+from lightning_moevlm.study.plan.planned_run import Plan, tags_of
+from lightning_moevlm.study.report.make_report import make_report, origin_of
+from lightning_moevlm.study.report.mlflow_summary import log_summary
+from lightning_moevlm.study.report.tables.report_tables import report_tables
+from lightning_moevlm.study.report.terminal import print_tables
+from lightning_moevlm.study.report.write_report import write_report
+from lightning_moevlm.study.run.ledger import RunState, Status, read_ledger, write_state
+from lightning_moevlm.study.run.mlflow_runs import OUTCOME, ROLE, ROLE_ARM, open_experiment
 from lightning_moevlm.tracking.store import sqlite_path
 from tests.study.tiny_study import plan_of, write_project
 

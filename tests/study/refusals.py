@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.study.spec import read_study
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.declare.study_file import read_study
 
 
 def assert_refused(file: Path, line: int, words: Sequence[str]) -> None:

@@ -4,13 +4,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lightning_moevlm.study.figures import draw_all
-from lightning_moevlm.study.finding import count, findings
-from lightning_moevlm.study.report import print_answer
-from lightning_moevlm.study.result_records import factor_records
-from lightning_moevlm.study.tables import report_tables
-from lightning_moevlm.study.verdict import Verdict
-from tests.study.test_results import NOISE, result_of
+from lightning_moevlm.study.report.figures import draw_all
+from lightning_moevlm.study.report.make_report import print_answer
+from lightning_moevlm.study.report.result_records import factor_records
+from lightning_moevlm.study.report.sentences import count, findings
+from lightning_moevlm.study.report.tables.report_tables import report_tables
+from lightning_moevlm.study.statistics.verdict import Verdict
+from tests.study.compare.test_results import NOISE, result_of
 from tests.study.tiny_study import plan_of, write_project
 
 LEVELS = {

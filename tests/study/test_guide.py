@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_moevlm.study.design_keys import DESIGNS
+from lightning_moevlm.study.declare.design_keys import DESIGNS
+from lightning_moevlm.study.declare.study_file import Study, read_study
+from lightning_moevlm.study.declare.study_keys import STUDY_FILE
 from lightning_moevlm.study.guide import skeleton, study_rows
-from lightning_moevlm.study.plan import flat
-from lightning_moevlm.study.spec import Study, read_study
-from lightning_moevlm.study.study_keys import STUDY_FILE
+from lightning_moevlm.study.plan.plan_study import flat
 from tests.study.refusals import assert_refused
 from tests.study.tiny_study import plan_of, write_project
 

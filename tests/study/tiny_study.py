@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from lightning_moevlm.study.claim import Experiment, open_experiment, tracking_uri_of
-from lightning_moevlm.study.engines import JOBS_FOLDER, Engine, LocalEngine, RayEngine, SlurmEngine
-from lightning_moevlm.study.execute import Tally, execute, to_do
-from lightning_moevlm.study.ledger import RunState, hold_study
-from lightning_moevlm.study.plan import Plan, PlannedRun, plan_study
-from lightning_moevlm.study.spec import read_study
+from lightning_moevlm.study.declare.study_file import read_study
+from lightning_moevlm.study.plan.plan_study import plan_study
+from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
+from lightning_moevlm.study.run.engines import JOBS_FOLDER, Engine, LocalEngine, RayEngine, SlurmEngine
+from lightning_moevlm.study.run.execute import Tally, execute
+from lightning_moevlm.study.run.ledger import RunState, hold_study
+from lightning_moevlm.study.run.mlflow_runs import Experiment, open_experiment, tracking_uri_of
+from lightning_moevlm.study.run.to_do import to_do
 
 BASE = {
     "seed_everything": 0,

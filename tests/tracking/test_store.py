@@ -13,7 +13,7 @@ import pytest
 from alembic.script import ScriptDirectory
 from mlflow.store import db_migrations
 
-from lightning_moevlm.errors import UserError
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.tracking import prepare_store, resolve_tracking_uri
 from lightning_moevlm.tracking.store import _newest_by_text, impatient_requests, runs_dir, sqlite_path
 

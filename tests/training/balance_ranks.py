@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_moevlm.dispatch import Capacity
-from lightning_moevlm.losses import (
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.data.load.steps_ahead import StepsAhead
+from lightning_moevlm.model.dispatch import Capacity
+from lightning_moevlm.model.losses import (
     AuxiliaryLosses,
     ByOverflow,
     GlobalEntropy,
@@ -23,9 +25,7 @@ from lightning_moevlm.losses import (
     RouterZ,
     SequenceBalance,
 )
-from lightning_moevlm.records import Batch
-from lightning_moevlm.routers import ReLURouter, SigmoidBiasRouter
-from lightning_moevlm.shards.steps_ahead import StepsAhead
+from lightning_moevlm.model.routers import ReLURouter, SigmoidBiasRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, uneven_batch
 from tests.training.small_fit import NoTask, build, fit, routers

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
-from lightning_moevlm.losses import LayerCounts
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.routers import (
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.losses import LayerCounts
+from lightning_moevlm.model.routers import (
     CosineRouter,
     NoisyTopKRouter,
     Router,

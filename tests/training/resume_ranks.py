@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.training.test_resume import Runs, remembering_module
+from tests.training.checkpoints.test_resume import Runs, remembering_module
 
 
 def main(shards: Path, folder: Path, found: Path) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_moevlm.dispatch import Capacity
-from lightning_moevlm.layers import ModelStabilisers, MoEFFN
-from lightning_moevlm.losses import AuxiliaryLosses
-from lightning_moevlm.models import Backbone, BackboneSpec
-from lightning_moevlm.objectives import Draws, MaskedModelling, Objective
-from lightning_moevlm.records import Batch, ObjectiveOutput, Term
-from lightning_moevlm.routers import Router, TopKRouter
-from lightning_moevlm.shards.steps_ahead import StepsAhead
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.step_records import ObjectiveOutput, Term
+from lightning_moevlm.data.load.steps_ahead import StepsAhead
+from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.dispatch import Capacity
+from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN
+from lightning_moevlm.model.losses import AuxiliaryLosses
+from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
+from lightning_moevlm.model.routers import Router, TopKRouter
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
 from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from tests.small_model import pair_batch, small_vl_moe

@@ -10,10 +10,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_moevlm.dispatch import Capacity
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.layers import MoEFFN, initialise
-from lightning_moevlm.losses import (
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.schedules import Ramp
+from lightning_moevlm.contracts.sequence_layout import Layout, Span
+from lightning_moevlm.model.dispatch import Capacity
+from lightning_moevlm.model.layers import MoEFFN, initialise
+from lightning_moevlm.model.losses import (
     AuxiliaryLosses,
     ByOverflow,
     LoadBalance,
@@ -25,13 +29,10 @@ from lightning_moevlm.losses import (
     load_balance,
     router_orthogonality,
 )
-from lightning_moevlm.objectives import Draws, MaskedModelling
-from lightning_moevlm.plans import Modality
-from lightning_moevlm.records import Batch, Layout, Span
-from lightning_moevlm.routers import NoisyTopKRouter, ReLURouter, SigmoidBiasRouter
-from lightning_moevlm.schedules import Ramp
+from lightning_moevlm.model.objectives import Draws, MaskedModelling
+from lightning_moevlm.model.routers import NoisyTopKRouter, ReLURouter, SigmoidBiasRouter
 from lightning_moevlm.training import VisionLanguageModule
-from lightning_moevlm.training.routing_counts import RoutingCounter
+from lightning_moevlm.training.step.routing_counts import RoutingCounter
 from tests.small_model import pair_batch, small_vl_moe
 from tests.training.small_fit import NoTask, RouterFactory, build, fit, routers
 

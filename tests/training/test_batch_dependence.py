@@ -10,13 +10,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_moevlm.dispatch import Capacity, ModalityFactors
-from lightning_moevlm.layers import batch_dependence
-from lightning_moevlm.metrics import DropRates
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.plans import Modality
-from lightning_moevlm.records import NamedPlan
-from lightning_moevlm.routers import ExpertChoiceRouter, SoftRouter, TopKRouter
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.step_records import NamedPlan
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.dispatch import Capacity, ModalityFactors
+from lightning_moevlm.model.layers import batch_dependence
+from lightning_moevlm.model.metrics import DropRates
+from lightning_moevlm.model.routers import ExpertChoiceRouter, SoftRouter, TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.routing import limited, top_1_plan
 from tests.small_model import pair_batch, small_limoe, small_vl_moe
@@ -105,7 +105,7 @@ def test_drop_rates_of_evaluation_are_logged_where_a_limit_holds(caplog: pytest.
 def test_predict_says_that_features_are_not_of_the_sample_alone(
     moevlm: Callable[..., str], workplace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writer = "--trainer.callbacks=[lightning_moevlm.callbacks.FeatureWriter]"
+    writer = "--trainer.callbacks=[lightning_moevlm.training.callbacks.FeatureWriter]"
 
     def metadata(*options: str) -> tuple[str, dict[str, str]]:
         moevlm("predict", *SMALL, writer, "--trainer.limit_predict_batches=1", *options)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from lightning_moevlm.dispatch import ByDropRate, Capacity, PaddedDispatcher
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.losses import AuxiliaryLosses
-from lightning_moevlm.plans import PairPlan
-from lightning_moevlm.schedules import Ramp
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.routing_plan import PairPlan
+from lightning_moevlm.contracts.schedules import Ramp
+from lightning_moevlm.model.dispatch import ByDropRate, Capacity, PaddedDispatcher
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.losses import AuxiliaryLosses
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 from tests.training.small_fit import Fit, fit

@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_moevlm.losses import OWN_LOSSES, AuxiliaryLosses
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.records import Batch, ObjectiveOutput, Predictions, Term
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.step_records import ObjectiveOutput, Predictions, Term
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.losses import OWN_LOSSES, AuxiliaryLosses
 from lightning_moevlm.training import Evaluation, VisionLanguageModule
-from lightning_moevlm.training.loss_inputs import loss_inputs
+from lightning_moevlm.training.step.routing_counts import loss_inputs
 from tests.small_model import cut, small_limoe, small_vl_moe, uneven_batch
 
 NONE = AuxiliaryLosses(None, None)

@@ -12,9 +12,9 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from lightning_moevlm import keys
-from lightning_moevlm.cli import main
-from lightning_moevlm.shards.manifest import read_manifest
+from lightning_moevlm.cli.main import main
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.data.format.manifest import read_manifest
 from tests.conftest import furnish
 from tests.small_run import BACKBONE, SMALL, budget
 
@@ -75,7 +75,7 @@ def test_steps_are_logged_and_kept(trained: Path) -> None:
         "model/active_flops_per_sample",
     ):
         assert key in logged, key
-    undeclared = {key for key in logged if keys.declared(key) is None and not key.startswith("system/")}
+    undeclared = {key for key in logged if metric_keys.declared(key) is None and not key.startswith("system/")}
     assert undeclared == set()
     checkpoint = torch.load(last_checkpoint(trained), weights_only=True)
     assert checkpoint["global_step"] == 10
@@ -161,7 +161,7 @@ def test_validate_test_and_predict(moevlm: Moevlm, trained: Path, workplace: Pat
         checkpoint,
         "--trainer.limit_predict_batches=1",
         "--trainer.logger=false",
-        "--trainer.callbacks=[lightning_moevlm.callbacks.FeatureWriter]",
+        "--trainer.callbacks=[lightning_moevlm.training.callbacks.FeatureWriter]",
     )
     from safetensors import safe_open
 
@@ -224,7 +224,7 @@ def test_noise_of_a_router_is_drawn_again_after_a_resume(moevlm: Moevlm, workpla
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-PACKAGE = "lightning_moevlm.routers"
+PACKAGE = "lightning_moevlm.model.routers"
 
 
 def test_logged_learning_rate_is_the_one_of_the_step(trained: Path) -> None:

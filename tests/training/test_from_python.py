@@ -7,8 +7,8 @@ import pytest
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.resolved_config import load_module
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.configuration.resolver import load_module
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
@@ -30,7 +30,7 @@ def test_an_evaluation_returns_what_it_has_logged(name: str, stage: str) -> None
 def test_a_module_is_loaded_with_its_parts_or_by_its_run(moevlm: Any, workplace: Path, tmp_path: Path) -> None:
     moevlm("fit", *SMALL, *budget(2), "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs")
     (path,) = workplace.glob("runs/**/last.ckpt")
-    with pytest.raises(UserError, match=r"give backbone=.* or use lightning_moevlm.resolved_config.load_module"):
+    with pytest.raises(UserError, match=r"give backbone=.* or use lightning_moevlm.configuration.resolver.load_module"):
         VisionLanguageModule.load_from_checkpoint(path)
     module = load_module(path)
     assert not module.training and module.backbone.spec.dim == 16
@@ -44,7 +44,7 @@ def test_a_module_is_loaded_with_its_parts_or_by_its_run(moevlm: Any, workplace:
 
 
 def test_a_run_that_mlflow_does_not_hold_says_where_it_is(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from lightning_moevlm.cli import main
+    from lightning_moevlm.cli.main import main
 
     assert main(["fit", *SMALL, *budget(1), "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"]) == 0
     folder = "runs/lightning_logs/version_0"

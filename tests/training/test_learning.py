@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from lightning_moevlm.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
-from lightning_moevlm.objectives import Draws, MaskedModelling
-from lightning_moevlm.optim import (
+from lightning_moevlm.model.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
+from lightning_moevlm.model.objectives import Draws, MaskedModelling
+from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.optim import (
     AdaGC,
     GradientControl,
     GradientStabilisers,
@@ -20,7 +21,6 @@ from lightning_moevlm.optim import (
     ZClip,
     parameter_groups,
 )
-from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 
 

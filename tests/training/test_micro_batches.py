@@ -11,14 +11,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.optim import SGD
 
-from lightning_moevlm.callbacks import Telemetry
-from lightning_moevlm.losses import AuxiliaryLosses, OutputZ
-from lightning_moevlm.objectives import MaskedModelling
-from lightning_moevlm.records import Batch, WholeStep
-from lightning_moevlm.shards.steps_ahead import StepsAhead
+from lightning_moevlm.contracts.batch import Batch, WholeStep
+from lightning_moevlm.data.load.steps_ahead import StepsAhead
+from lightning_moevlm.model.losses import AuxiliaryLosses, OutputZ
+from lightning_moevlm.model.objectives import MaskedModelling
 from lightning_moevlm.training import VisionLanguageModule
-from lightning_moevlm.training.step_size import StepSizes
-from tests.losses.every_loss import LOSSES
+from lightning_moevlm.training.callbacks import Telemetry
+from lightning_moevlm.training.step.step_size import StepSizes
+from tests.model.losses.every_loss import LOSSES
 from tests.small_model import small_limoe, small_vl_moe, uneven_batch
 from tests.training.small_fit import fit
 

@@ -12,11 +12,12 @@ from lightning.pytorch.plugins import FSDPPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.layers import ModelStabilisers
-from lightning_moevlm.precision import PrecisionPolicy, Simulation
-from lightning_moevlm.records import Batch, LossReport, ObjectiveOutput
-from lightning_moevlm.routers import SigmoidBiasRouter, SoftRouter
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.step_records import LossReport, ObjectiveOutput
+from lightning_moevlm.model.layers import ModelStabilisers
+from lightning_moevlm.model.precision import PrecisionPolicy, Simulation
+from lightning_moevlm.model.routers import SigmoidBiasRouter, SoftRouter
 from lightning_moevlm.training import Evaluation, RegionHalfPrecision, StepOutput, VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget

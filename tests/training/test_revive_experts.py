@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.routers import (
-    ExpertChoiceRouter,
-    FixedRouter,
-    SoftRouter,
-)
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.routers import ExpertChoiceRouter, FixedRouter, SoftRouter
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import ReviveDeadExperts, build_actions
 from lightning_moevlm.training.actions.revive_experts import ExpertReviver, copy_expert

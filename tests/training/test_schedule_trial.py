@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.optim import MuonAdamW, StableAdamW, WarmupCosine
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
+from lightning_moevlm.training.optim import MuonAdamW, StableAdamW, WarmupCosine
 from tests.small_model import small_vl_moe
 from tests.training.small_fit import fit
 

@@ -15,20 +15,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
-from lightning_moevlm.callbacks import DivergenceGuard
-from lightning_moevlm.dispatch import Capacity
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.losses import AuxiliaryLosses, ByOverflow, LoadBalance
-from lightning_moevlm.optim import AdaGC, GradientStabilisers, GroupOptions, SkipSpikes, StableAdamW, ZClip
-from lightning_moevlm.records import Batch, BatchSize, LossReport, ObjectiveOutput, Term
-from lightning_moevlm.routers import SigmoidBiasRouter
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.step_records import BatchSize, LossReport, ObjectiveOutput, Term
+from lightning_moevlm.model.dispatch import Capacity
+from lightning_moevlm.model.losses import AuxiliaryLosses, ByOverflow, LoadBalance
+from lightning_moevlm.model.routers import SigmoidBiasRouter
 from lightning_moevlm.training import Actions, VisionLanguageModule
 from lightning_moevlm.training.actions import ActionRunner, ReviveDeadExperts
+from lightning_moevlm.training.callbacks import DivergenceGuard
+from lightning_moevlm.training.optim import AdaGC, GradientStabilisers, GroupOptions, SkipSpikes, StableAdamW, ZClip
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
 from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
 
-OPTIM = "lightning_moevlm.optim"
+OPTIM = "lightning_moevlm.training.optim"
 
 
 def scheduled(name: str, **extra: object) -> str:

@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_moevlm.losses import AuxiliaryLosses
-from lightning_moevlm.objectives import MaskedModelling
-from lightning_moevlm.objectives.masked_modelling import TermWeights
-from lightning_moevlm.records import Batch
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.model.losses import AuxiliaryLosses
+from lightning_moevlm.model.objectives import MaskedModelling
+from lightning_moevlm.model.objectives.masked_modelling import TermWeights
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 from tests.training.small_fit import fit

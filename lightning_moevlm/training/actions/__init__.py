@@ -1,8 +1,8 @@
 """What acts on a model once per optimiser step: QK-clip, revival of experts, frozen routers, rollback."""
 
 from lightning_moevlm.training.actions.action import Action
-from lightning_moevlm.training.actions.actions import Actions, build_actions
 from lightning_moevlm.training.actions.freeze_router import FreezeRouter
+from lightning_moevlm.training.actions.options import Actions, build_actions
 from lightning_moevlm.training.actions.qk_clip import QKClip
 from lightning_moevlm.training.actions.revive_experts import ReviveDeadExperts
 from lightning_moevlm.training.actions.rollback import Rollback

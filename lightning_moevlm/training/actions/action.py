@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_moevlm.losses import LayerCounts
-from lightning_moevlm.models import Backbone
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.losses import LayerCounts
 
 Fact = Literal["load", "attention", "loss"]
 """What can be gathered; only what some action needs is."""

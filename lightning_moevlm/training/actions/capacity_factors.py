@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lightning_moevlm.dispatch import ByDropRate
-from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.schedules import Ramp
+from lightning_moevlm.contracts.schedules import Ramp
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.dispatch import ByDropRate
+from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.training.actions.action import Action, Fact, StepFacts, Training
 
 

@@ -8,9 +8,9 @@ too. The parameters keep `requires_grad`, which data-parallel training could not
 
 from dataclasses import dataclass
 
-from lightning_moevlm import keys
-from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.ranges import check_number
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -52,4 +52,4 @@ class RouterFreezer(Action):
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Tell of the first step without routers."""
-        return {keys.ROUTER_FROZEN.key(): 1.0} if facts.step == self._options.after_steps + 1 else {}
+        return {metric_keys.ROUTER_FROZEN.key(): 1.0} if facts.step == self._options.after_steps + 1 else {}

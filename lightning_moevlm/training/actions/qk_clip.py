@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_moevlm import keys
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.layers import Attention
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.ranges import check_number
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.layers import Attention
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -82,7 +82,7 @@ class QKClipper(Action):
         """Return the number of heads clipped since last asked."""
         count = 0 if self._clipped is None else int(self._clipped)
         self._clipped = None
-        return {keys.QK_CLIPPED_HEADS.key(): float(count)}
+        return {metric_keys.QK_CLIPPED_HEADS.key(): float(count)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count that has not been logged yet."""

@@ -6,9 +6,9 @@ the counts of the router's own choices. It is on wherever a router has such stat
 
 from collections.abc import Sequence
 
-from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.routers import Router
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.routers import Router
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_moevlm import keys
-from lightning_moevlm.errors import UserError
-from lightning_moevlm.initial_weights import seed_of
-from lightning_moevlm.layers import MoEFFN
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.ranges import check_number
-from lightning_moevlm.routers import ExpertAxis
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.initial_weights import seed_of
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.routers import ExpertAxis
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -111,7 +111,7 @@ class ExpertReviver(Action):
         for path, dead_E in dead.items():
             revived = self._revive(training, facts, path, dead_E.nonzero().squeeze(-1).tolist())
             if revived:
-                events[keys.REVIVED_EXPERTS.key(layer=path)] = float(revived)
+                events[metric_keys.REVIVED_EXPERTS.key(layer=path)] = float(revived)
         return events
 
     def state_dict(self) -> dict[str, Any]:

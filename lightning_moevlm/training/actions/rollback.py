@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning_moevlm import keys
-from lightning_moevlm.ranges import check_number
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -112,7 +112,7 @@ class SnapshotRing(Action):
         self._ring = self._ring[: max(1, place)]
         self._losses = list(snapshot.losses)
         self._done += 1
-        return {keys.ROLLBACK.key(): float(snapshot.step)}
+        return {metric_keys.ROLLBACK.key(): float(snapshot.step)}
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Remember a good loss; now and then take a snapshot."""

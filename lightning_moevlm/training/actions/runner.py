@@ -12,14 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moevlm.models import Backbone
-from lightning_moevlm.optim import GradientControl
-from lightning_moevlm.records import Batch
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.training.actions.action import Action, Fact, Memory, Training
-from lightning_moevlm.training.actions.gather import FactGatherer, Gathered, Reduce
 from lightning_moevlm.training.actions.rollback import SnapshotRing
-from lightning_moevlm.training.logging_steps import is_logging_step
-from lightning_moevlm.training.routing_counts import RoutingCounter
+from lightning_moevlm.training.actions.step_facts import FactGatherer, Gathered, Reduce
+from lightning_moevlm.training.optim import GradientControl
+from lightning_moevlm.training.step.logging_steps import is_logging_step
+from lightning_moevlm.training.step.routing_counts import RoutingCounter
 
 if TYPE_CHECKING:
     from lightning_moevlm.training.vision_language_module import StepOutput

@@ -1,0 +1,392 @@
+"""`moevlm data convert`: sets of shards from pictures and captions that lie in other forms.
+
+What is common to every kind stands under the same name in each: --out, --licence, --image_format, --max_side and so on.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+
+from lightning_moevlm.common.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moevlm.data.write.convert.bad_rows import BadCount
+    from lightning_moevlm.data.write.convert.convert import Converted, Effort, Form, Terms
+    from lightning_moevlm.data.write.convert.sources.row_source import Source
+
+ImageFormat = Literal["jpg", "png"]
+_AGAIN = "when that is mended, the same command goes on where it was"
+_STAY = "bad samples, which stay in their tars: train with data.max_lost_fraction above 0"
+
+
+def convert_csv(
+    table: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    image_column: str | None = "image",
+    caption_column: str | None = "caption",
+    key_column: str | None = None,
+    split_column: str | None = None,
+    delimiter: str = ",",
+    encoding: str = "utf-8",
+    quotes: bool | None = None,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert a CSV file and the folder of pictures that it names. Columns without a meaning go to the json member.
+
+    Args:
+        table: The CSV file; its first line names the columns.
+        pictures: Folder that the pictures' paths start from; by default the table's own. None may lead out of it.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the table's name.
+        image_column: Holds the pictures' paths; null for a set of texts alone.
+        caption_column: Holds the captions; null for a set of pictures alone.
+        key_column: Holds the samples' keys (letters, digits, - and _); by default rows are numbered.
+        split_column: Holds train, val or test; by default the hash of the picture decides, 80, 10 and 10 %.
+        delimiter: Between fields.
+        encoding: Of the table, as cp1252 for tables from Windows.
+        quotes: Whether fields may be quoted; null reads them so, and refuses a table where that seems to swallow rows.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad rows at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.data.write.convert.convert import Terms
+    from lightning_moevlm.data.write.convert.sources.csv_form import CsvForm
+    from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
+
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
+    columns = Columns(image_column, caption_column, key_column, split_column)
+    # a shell hands a tab on as \\t
+    written = CsvForm("\t" if delimiter == "\\t" else delimiter, encoding, quotes)
+    source = CsvSource(_source(table, "table"), _folder(pictures), name, columns, written)
+    _convert(source, _target(out, source.name), terms, form, effort)
+
+
+def convert_jsonl(
+    table: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    image_field: str | None = "image",
+    caption_field: str | None = "caption",
+    key_field: str | None = None,
+    split_field: str | None = None,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert a file of JSON objects, one per line, and the folder of pictures that it names.
+
+    Args:
+        table: The file, UTF-8. Fields without a meaning go to the json member.
+        pictures: Folder that the pictures' paths start from; by default the table's own. None may lead out of it.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the table's name.
+        image_field: Holds the pictures' paths; null for a set of texts alone.
+        caption_field: Holds the captions; null for a set of pictures alone.
+        key_field: Holds the samples' keys (letters, digits, - and _); by default lines are numbered.
+        split_field: Holds train, val or test; by default the hash of the picture decides, 80, 10 and 10 %.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad lines at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.data.write.convert.convert import Terms
+    from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, JsonlSource
+
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
+    columns = Columns(image_field, caption_field, key_field, split_field)
+    source = JsonlSource(_source(table, "table"), _folder(pictures), name, columns)
+    _convert(source, _target(out, source.name), terms, form, effort)
+
+
+def convert_coco_captions(
+    annotations: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    captions: Literal["first", "each", "draw"] = "first",
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert a COCO captions file (captions_train2017.json and the like) and its folder of pictures.
+
+    Args:
+        annotations: The captions file.
+        pictures: Folder of the pictures; by default the file's own.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the file's name.
+        captions: first makes one sample per picture, each one per caption; draw is one per picture as well, and each
+            epoch draws one of its captions. All captions are in the json member.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad entries at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.data.write.convert.convert import Terms
+    from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions
+
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
+    file = _source(annotations, "annotations")
+    source = CocoCaptions(file, _folder(pictures) or file.parent, name, captions)
+    _convert(source, _target(out, source.name), terms, form, effort)
+
+
+def convert_coco_vqa(
+    questions: str,
+    annotations: str,
+    pictures: str | None = None,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    image_name: str | None = None,
+    captions: str | None = None,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Convert questions and answers in COCO's style (VQA v1, v2): one sample per picture, questions in its json.
+
+    Args:
+        questions: The questions file.
+        annotations: The file with the answers.
+        pictures: Folder of the pictures; by default the questions' own.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set, and the beginning of its keys; by default the questions file's name.
+        image_name: How pictures are called; by default COCO_SUBTYPE_{image_id:012d}.jpg.
+        captions: A COCO captions file of the same pictures, for captions as well and for the pictures' names.
+        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
+        max_side: Scale pictures until their longer side has no more pixels than this.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Leave out so many bad entries at most; one more, and nothing is converted.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.data.write.convert.convert import Terms
+    from lightning_moevlm.data.write.convert.sources.coco import CocoQuestions
+
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
+    asked, answered = _source(questions, "questions"), _source(annotations, "annotations")
+    described = None if captions is None else _source(captions, "--captions")
+    source = CocoQuestions(asked, answered, _folder(pictures) or asked.parent, name, image_name, described)
+    _convert(source, _target(out, source.name), terms, form, effort)
+
+
+def convert_img2dataset(
+    folder: str,
+    out: str | None = None,
+    licence: str | None = None,
+    licence_url: str = "",
+    attribution: str = "",
+    name: str | None = None,
+    keep_tars: bool = True,
+    recompress: bool = False,
+    image_member: str | None = None,
+    caption_member: str | None = "txt",
+    caption_field: str | None = None,
+    image_format: ImageFormat = "jpg",
+    max_side: int | None = None,
+    samples_per_shard: int = 1000,
+    vocab_size: int = 8192,
+    max_bad: int = 0,
+    jobs: int | None = None,
+    force: bool = False,
+) -> None:
+    """Make a set of what img2dataset has downloaded (--output_format webdataset), or of any WebDataset tars.
+
+    The tars stay as they are: they are linked into the set, or, where --out is their own folder, get a manifest beside
+    them. Whole tars then fall into the splits. Bad samples stay in their tars, and data.max_lost_fraction must bear
+    them; --keep_tars false writes the good samples anew, mixed and split by picture.
+
+    Args:
+        folder: The folder with 00000.tar, 00000_stats.json and so on; without any statistics, with tars of any name.
+        out: Folder of the set; by default data/shards/NAME.
+        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
+        licence_url: Where the licence can be read.
+        attribution: The sentence that the licence asks for.
+        name: Of the set; by default the folder's name.
+        keep_tars: Whether the tars stay as they are.
+        recompress: Whether compressed tars (gzip, bzip2, xz) are unpacked into the set; they are refused otherwise.
+        image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
+        caption_member: Extension of the captions; null for a set of images alone.
+        caption_field: Field of KEY.json that holds the caption, or a list of them, of which each epoch draws one.
+        image_format: Of samples that are written anew.
+        max_side: Of samples that are written anew: the longer side has no more pixels than this.
+        samples_per_shard: Of samples that are written anew.
+        vocab_size: Largest number of token ids, at least 260.
+        max_bad: Bear so many bad samples at most.
+        jobs: Processes; by default one per processor. The set's bytes do not depend on them.
+        force: Replace a set that was converted differently.
+
+    """
+    from lightning_moevlm.common.atomic_files import written
+    from lightning_moevlm.data.write.convert.convert import Terms
+    from lightning_moevlm.data.write.convert.keep_tars import keep_tars as convert_kept
+    from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
+    from lightning_moevlm.data.write.convert.sources.member_names import MemberNames
+    from lightning_moevlm.data.write.convert.sources.row_source import existing_folder, set_name
+    from lightning_moevlm.data.write.convert.sources.unpack import refuse_compressed, unpacked
+
+    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
+    effort = _effort(max_bad, jobs, force)
+    names = MemberNames(image_member, caption_member, caption_field)
+    if keep_tars and (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
+        raise UserError(
+            "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
+            "false, or leave them out"
+        )
+    tars = existing_folder(_source(folder, "folder"), "folder")
+    name = set_name(name or tars.resolve().name)
+    target = _target(out, name)
+    if not recompress:
+        refuse_compressed(tars)
+    with written(target, _AGAIN), unpacked(tars, target) if recompress else nullcontext(tars) as plain:
+        if keep_tars:
+            _tell(target, lambda: convert_kept(plain, name, target, terms, vocab_size, effort, names), _STAY)
+        else:
+            _convert(Img2datasetSource(plain, name, names), target, terms, form, effort)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "csv": convert_csv,
+    "jsonl": convert_jsonl,
+    "coco_captions": convert_coco_captions,
+    "coco_vqa": convert_coco_vqa,
+    "img2dataset": convert_img2dataset,
+}
+
+
+def _source(text: str, option: str) -> Path:
+    from lightning_moevlm.data.storage.local import local_source
+
+    return local_source(text, option)
+
+
+def _folder(pictures: str | None) -> Path | None:
+    return None if pictures is None else _source(pictures, "--pictures")
+
+
+def _target(out: str | None, name: str) -> Path:
+    from lightning_moevlm.data.storage.local import local_target
+
+    return local_target(f"data/shards/{name}" if out is None else out, "--out")
+
+
+def _form(image_format: ImageFormat, max_side: int | None, samples_per_shard: int, vocab_size: int) -> "Form":
+    from lightning_moevlm.data.write.convert.convert import Form
+    from lightning_moevlm.data.write.convert.picture import Wish
+
+    return Form(Wish(image_format, max_side), samples_per_shard, vocab_size)
+
+
+def _effort(max_bad: int, jobs: int | None, force: bool) -> "Effort":
+    from lightning_moevlm.data.write.convert.convert import Effort
+
+    return Effort(max_bad, len(os.sched_getaffinity(0)) if jobs is None else jobs, force)
+
+
+def _convert(source: "Source", target: Path, terms: "Terms", form: "Form", effort: "Effort") -> None:
+    from lightning_moevlm.data.write.convert.convert import convert
+
+    _tell(target, lambda: convert(source, target, terms, form, effort))
+
+
+def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") -> None:
+    """Convert, and say what came of it; bad rows are shown as a table, under `borne` where there are not too many."""
+    from lightning_moevlm.cli.output import tell_built
+    from lightning_moevlm.common.atomic_files import written
+    from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
+
+    try:
+        with written(out, _AGAIN):
+            converted = run()
+    except TooManyBadError as error:
+        _show(error.counts, "bad rows; nothing was converted")
+        raise
+    if converted.left_out:
+        _show(converted.left_out, borne)
+    manifest = converted.manifest
+    counts = {split: manifest.num_samples(split) for split in manifest.splits}
+    tell_built(str(out), "converted" if converted.built else None, manifest.digest, counts)
+    if converted.built:
+        num_bad = sum(count.num_rows for count in converted.left_out)
+        said = f"{converted.num_rows:,} rows read, {converted.num_rows - num_bad:,} of them good, {num_bad:,} bad"
+        for line in (said, *converted.notes):
+            Console(soft_wrap=True, highlight=False).print(line, markup=False)
+
+
+def _show(counts: "tuple[BadCount, ...]", title: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("cause", "rows", "the first of them", title=title, title_justify="left")
+    for count in counts:
+        table.add_row(count.cause, f"{count.num_rows:,}", Text(f"{count.first.place}: {count.first.message}"))
+    terminal = Console(stderr=True)
+    (terminal if terminal.is_terminal else Console(stderr=True, width=160)).print(table)

@@ -1,0 +1,311 @@
+"""`moevlm data`: build, convert, check, show and prepare sets of shards.
+
+Plain typed functions; the command line makes options of their arguments and help of their docstrings. What
+they need is imported when they run, so that `moevlm --help` stays quick.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+
+from lightning_moevlm.cli import convert
+from lightning_moevlm.cli.output import tell_built
+from lightning_moevlm.common.atomic_files import written
+from lightning_moevlm.common.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moevlm.data.storage.shard_storage import ShardStorage
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from lightning_moevlm.data.inspect.check import CheckReport
+
+
+def build_openmoji(
+    out: str = "data/shards/openmoji",
+    image_size: int = 64,
+    image_format: Literal["jpg", "png"] = "jpg",
+    skin_tones: bool = False,
+    samples_per_shard: int = 256,
+    vocab_size: int = 1024,
+    force: bool = False,
+) -> None:
+    """Build the set `openmoji`: OpenMoji pictures with names in 14 languages (CC BY-SA 4.0).
+
+    Args:
+        out: Folder of the set.
+        image_size: Pixels per side, 16 to 1024.
+        image_format: jpg on a white ground, or png with transparency.
+        skin_tones: Whether to include skin-tone variants (they share the split of their base picture).
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        force: Replace a set that was built with other arguments.
+
+    """
+    from lightning_moevlm.data.write.demo import openmoji
+
+    with written(out):
+        manifest, built = openmoji.build_openmoji(
+            Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
+        )
+    tell_built(
+        out,
+        "built" if built else None,
+        manifest.digest,
+        {split: manifest.num_samples(split) for split in manifest.splits},
+    )
+
+
+def build_scenes(
+    out: str = "data/shards/scenes",
+    num_samples: int = 3000,
+    image_size: int = 64,
+    image_format: Literal["jpg", "png"] = "jpg",
+    num_pictures: int = 64,
+    seed: int = 0,
+    samples_per_shard: int = 256,
+    vocab_size: int = 1024,
+    force: bool = False,
+) -> None:
+    """Build the set `scenes`: 1-4 pictures on tinted grounds, with captions, questions and scene graphs.
+
+    Args:
+        out: Folder of the set.
+        num_samples: Scenes over all splits (80 % train, 10 % val, 10 % test).
+        image_size: Pixels per side, 32 to 1024.
+        image_format: jpg, or png without losses.
+        num_pictures: How many different pictures the scenes draw from, 8 to 84.
+        seed: Of the scenes; the same seed gives the same scenes, whatever their number.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        force: Replace a set that was built with other arguments.
+
+    """
+    from lightning_moevlm.data.write.demo import scenes
+
+    with written(out):
+        manifest, built = scenes.build_scenes(
+            Path(out),
+            num_samples,
+            image_size,
+            image_format,
+            num_pictures,
+            seed,
+            samples_per_shard,
+            vocab_size,
+            force,
+        )
+    tell_built(
+        out,
+        "built" if built else None,
+        manifest.digest,
+        {split: manifest.num_samples(split) for split in manifest.splits},
+    )
+
+
+def check(path: str, json: str | None = None, contact_sheet: str | None = None) -> None:
+    """Verify every shard and sample of a set against its manifest, and print its card.
+
+    Args:
+        path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
+        json: Write one record per split to this file instead of the table; - is standard output.
+        contact_sheet: Also write a PNG with pictures and captions of the validation split to this file.
+
+    """
+    from lightning_moevlm.cli import output
+    from lightning_moevlm.data.inspect.check import check_set
+    from lightning_moevlm.data.inspect.contact_sheet import write_contact_sheet
+    from lightning_moevlm.data.storage.local import local_target
+    from lightning_moevlm.data.storage.shard_storage import ShardStorage
+
+    storage = ShardStorage(path)
+    report = check_set(storage)
+    manifest = report.manifest
+    if report.problems:
+        for problem in report.problems:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(problem, markup=False)
+        if report.faults:
+            Console(stderr=True).print(faults_of(report))
+        raise UserError(
+            f"{storage} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}"
+        )
+    about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
+    with written(json or "the card"):
+        output.show(card_of(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
+    if contact_sheet is not None:
+        sheet = local_target(contact_sheet, "--contact_sheet")
+        with written(contact_sheet):
+            write_contact_sheet(storage, manifest, "val", 36, sheet)
+        Console(stderr=True, highlight=False).print(f"wrote {contact_sheet}")
+
+
+def show(
+    path: str,
+    out: str | None = None,
+    split: Literal["train", "val", "test"] = "val",
+    num_samples: int = 48,
+    containing: str | None = None,
+) -> None:
+    """Write samples of a set as one HTML page: pictures, captions and their tokens, questions, annotations.
+
+    Args:
+        path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
+        out: File to write; by default SET.html beside the set's folder.
+        split: Whose samples are shown.
+        num_samples: Show so many at most.
+        containing: Only samples whose key, caption or json member contains this text, in upper or lower case.
+
+    """
+    from lightning_moevlm.data.inspect.html_page import write_page
+    from lightning_moevlm.data.storage.local import local_target
+    from lightning_moevlm.data.storage.shard_storage import ShardStorage
+
+    storage = ShardStorage(path)
+    if out:
+        target = local_target(out, "--out")
+    else:
+        folder = _local(storage).resolve()
+        target = folder.with_name(f"{folder.name}.html")
+    with written(target):
+        page = write_page(storage, split, num_samples, containing, target)
+    said = f"wrote {target}: {len(page.samples)} of {page.num_in_split:,} {page.modality} of the {split} split"
+    Console(soft_wrap=True, highlight=False).print(said, markup=False)
+
+
+def codebook(
+    path: str,
+    num_codes: int = 512,
+    patch_size: int = 16,
+    seed: int = 0,
+    max_samples: int = 20000,
+    out: str | None = None,
+) -> None:
+    """Fit a k-means codebook on patches of a set's training pictures: targets for masked image modelling.
+
+    Args:
+        path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
+        num_codes: Codes, the one for patches of a single grey included.
+        patch_size: Pixels per side of a patch; must divide the image size.
+        seed: Of the k-means.
+        max_samples: Use at most this many training pictures.
+        out: File to write; by default codebook-CODESxPATCH.safetensors in the set's folder.
+
+    """
+    from lightning_moevlm.contracts.codebook import codebook_file, save_codebook
+    from lightning_moevlm.data.fit_codebook import fit_codebook
+    from lightning_moevlm.data.storage.local import local_target
+    from lightning_moevlm.data.storage.shard_storage import ShardStorage
+
+    storage = ShardStorage(path)
+    target = local_target(out, "--out") if out else _local(storage) / codebook_file(num_codes, patch_size)
+    fitted = fit_codebook(storage, num_codes, patch_size, seed, max_samples)
+    with written(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_codebook(fitted, target)
+    Console().print(f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False)
+
+
+def _local(storage: "ShardStorage") -> Path:
+    if storage.folder is None:
+        raise UserError(f"{storage} is on a server, where nothing is written; say with --out which file to write")
+    return storage.folder
+
+
+Command = Callable[..., None]
+COMMANDS: dict[str, Command | dict[str, Command]] = {
+    "build": {"openmoji": build_openmoji, "scenes": build_scenes},
+    "convert": convert.COMMANDS,
+    "check": check,
+    "codebook": codebook,
+    "show": show,
+}
+
+
+_SIZES_SHOWN = 4
+
+
+def card_of(report: "CheckReport", path: str) -> Group:
+    """Return the card of a set that is in order."""
+    manifest = report.manifest
+    modality = report.cards[0].modality
+    total = sum(card.num_samples for card in report.cards)
+    lines = [
+        f"{manifest.name} ({path}): {total:,} {modality} of {', '.join(manifest.members)}; "
+        f"{manifest.tokenizer.vocab_size:,} token ids; digest {manifest.digest[:12]}",
+        f"licence {manifest.licence} {manifest.licence_url}".rstrip(),
+    ]
+    if manifest.attribution:
+        lines.append(manifest.attribution)
+    columns = ["shards", "samples", "MB"]
+    rows = {
+        card.split: [f"{card.num_shards:,}", f"{card.num_samples:,}", f"{card.num_bytes / 1e6:.1f}"]
+        for card in report.cards
+    }
+    if modality != "images":
+        columns.append("tokens")
+        for card in report.cards:
+            rows[card.split].append(_range(card.caption_min, card.caption_median, card.caption_p95, card.caption_max))
+    if modality != "texts":
+        columns.append("pixels")
+        for card in report.cards:
+            rows[card.split].append(_range(card.side_min, card.side_median, card.side_p95, card.side_max))
+    if any(card.num_questions for card in report.cards):
+        columns.append("questions")
+        for card in report.cards:
+            rows[card.split].append(f"{card.num_questions:,}")
+    columns += ["twice here", "in earlier split"]
+    for card in report.cards:
+        rows[card.split] += [f"{card.duplicates_within:,}", f"{card.duplicates_across:,}"]
+    table = Table("split", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for split, cells in rows.items():
+        table.add_row(split, *cells)
+    return Group(*(Text(line) for line in lines), table, *(Text(line) for line in _notes(report)))
+
+
+def faults_of(report: "CheckReport") -> Table:
+    """Return the table of samples that cannot be used, by cause."""
+    table = Table("cause", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("samples", justify="right")
+    for cause, num_samples in report.faults.items():
+        table.add_row(cause, f"{num_samples:,}")
+    return table
+
+
+def _range(*quantiles: int) -> str:
+    return " / ".join(f"{number:,}" for number in quantiles)
+
+
+def _notes(report: "CheckReport") -> list[str]:
+    notes = ["tokens, pixels of the shorter side: min / median / 95 % / max (pixels: the longest side)"]
+    if report.sizes:
+        shown = ", ".join(f"{width}x{height} ({num:,})" for (width, height), num in report.sizes[:_SIZES_SHOWN])
+        others = f" and {len(report.sizes) - _SIZES_SHOWN:,} other sizes" if len(report.sizes) > _SIZES_SHOWN else ""
+        notes.append(f"width x height: {shown}{others}")
+    longest = max(card.caption_max for card in report.cards)
+    if longest:
+        total = sum(card.num_samples for card in report.cards)
+        cut = {
+            limit: sum(card.cut[limit] * card.num_samples for card in report.cards) / total
+            for limit in report.cards[0].cut
+        }
+        shares = "; ".join(f"{limit}: {share:.1%}" for limit, share in cut.items() if share)
+        notes.append(
+            f"captions that lose their end, by data.max_text_len: {shares + '; ' if shares else ''}"
+            f"{longest + 2} and more: none"
+        )
+    across = sum(card.duplicates_across for card in report.cards)
+    if across:
+        what = "captions" if report.cards[0].modality == "texts" else "pictures"
+        notes.append(
+            f"{across:,} {what} of an earlier split occur again in a later one: what is measured there is known"
+        )
+    return notes

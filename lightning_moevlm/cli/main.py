@@ -1,0 +1,88 @@
+"""The `moevlm` command: training goes to LightningCLI, everything else to typed functions.
+
+Exit codes: 0 done, 1 something failed while running, 2 a mistake in what was asked, 3 the loss of a run is not a
+number, 128 + N ended by signal N (130 is Ctrl-C).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lightning_moevlm import __version__
+from lightning_moevlm.common.errors import Diverged, Stopped, UserError
+from lightning_moevlm.common.process_tuning import collected_seldom, keep_memory, settle
+from lightning_moevlm.common.secret_masking import without_url_secrets
+
+_TRAINING = ("fit", "validate", "test", "predict")
+_DIVERGED = 3
+_HELP = f"""\
+moevlm {__version__}: train sparse mixture-of-experts vision-language models, ablate stabilisers, compare honestly
+
+  moevlm fit -c conf/quickstart.yaml                train one model; validate, test and predict take the same options
+  moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a declared study, resumable
+  moevlm sweep new FILE                             write a study file to start from, every key explained
+  moevlm sweep plan|status|report FILE              what would run, what has run, what it showed
+  moevlm compare RUN RUN...                         the same tables for any runs in MLflow, fairness checked
+  moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
+  moevlm data convert csv|jsonl|coco_captions|coco_vqa|img2dataset   make a set of your own pictures and captions
+  moevlm data check DIR                             verify a set and print its card
+  moevlm data show DIR                              write samples as a page to browse
+  moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
+  moevlm deliver [FOLDER]                           hand MLflow what runs kept on disk while it was silent
+  moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
+  moevlm list [KIND]                                parts that a configuration can name, designs, metrics
+  moevlm describe NAME|study                        one part: what it does, its options; the keys of a study file
+
+Every command takes --help. MOEVLM_TRACEBACK=1 shows where an error was raised."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        Console().print(_HELP, highlight=False, markup=False, soft_wrap=True)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        Console().print(__version__, highlight=False)
+        return 0
+    if "torch" not in sys.modules:  # it reads the environment once
+        settle(os.environ, computes=arguments[0] in (*_TRAINING, "bench"))
+        keep_memory()
+    try:
+        with collected_seldom():
+            return _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get("MOEVLM_TRACEBACK"):
+            raise
+        told = without_url_secrets(str(error))  # some messages repeat what was given
+        # a path may hold what rich takes for an emoji, as in registry:x:1
+        Console(stderr=True, emoji=False).print(f"moevlm: error: {told}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("moevlm: interrupted", highlight=False)
+        return 130
+    except (Diverged, Stopped) as ending:
+        if str(ending):  # the first rank speaks for all
+            Console(stderr=True).print(f"moevlm: {ending}", highlight=False, markup=False, soft_wrap=True)
+        return 128 + ending.signal_number if isinstance(ending, Stopped) else _DIVERGED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    # imports are local: `moevlm data check` need not wait for Lightning
+    if arguments[0] in _TRAINING:
+        from lightning_moevlm.cli import training
+
+        training.run(arguments)
+        return 0
+    from lightning_moevlm.cli.run_command import COMMANDS, run_command
+    from lightning_moevlm.configuration.parse_errors import no_command
+
+    if arguments[0] not in COMMANDS:
+        raise UserError(no_command(arguments[0], (*_TRAINING, *COMMANDS)))
+    return run_command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

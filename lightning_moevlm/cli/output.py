@@ -1,0 +1,53 @@
+"""How a listing command shows itself: a table for people, or records for programs."""
+
+import json as json_format
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from lightning_moevlm.data.format.manifest import Split
+
+
+def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: str | None) -> None:
+    """Print the table, or write the rows as a JSON list.
+
+    Args:
+        table: anything that rich can print.
+        rows: one record per row; values that JSON can hold.
+        json: a file, "-" for standard output (nothing else is printed then), or None for the table.
+    """
+    if json is None:
+        console().print(table)
+        return
+    text = json_format.dumps(list(rows), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if json == "-":
+        sys.stdout.write(text)
+        return
+    target = Path(json)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
+
+
+def console() -> "Console":
+    """Return a console; a log file has no width of its own and gets one that tables fit in."""
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+
+
+def tell_built(out: str, verb: str | None, digest: str, counts: Mapping["Split", int]) -> None:
+    """Print one line on a set: what was done (None: nothing, it was there), samples by split, the manifest's digest."""
+    from rich.console import Console
+
+    said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    Console(soft_wrap=True, highlight=False).print(
+        f"{verb or 'already built, nothing to do:'} {out} ({said} samples; manifest {digest[:12]})", markup=False
+    )

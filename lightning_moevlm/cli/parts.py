@@ -1,0 +1,298 @@
+"""`moevlm list` and `moevlm describe`: the parts that a configuration can name, and what a study file can say."""
+
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lightning_moevlm.cli.output import console
+from lightning_moevlm.common.atomic_files import written
+from lightning_moevlm.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Kind = Literal[
+    "backbones",
+    "layers",
+    "routers",
+    "experts",
+    "dispatchers",
+    "losses",
+    "actions",
+    "objectives",
+    "image_targets",
+    "options",
+    "optimizers",
+    "stabilisers",
+    "schedules",
+    "callbacks",
+    "designs",
+    "metrics",
+]
+
+
+def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
+    """List the parts that a configuration can name, plug-ins included, and the designs and metrics of studies.
+
+    Args:
+        kind: one kind only.
+        json: write the rows to this file as JSON; - is standard output.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from lightning_moevlm.cli.output import show
+
+    of_studies = {"designs": design_rows, "metrics": metric_rows}
+    rows = [
+        {"kind": name, "name": part.__name__, "class_path": class_path(part), "summary": summary(part)}
+        for name, parts in ({} if kind in of_studies else _parts()).items()
+        if kind in (None, name)
+        for part in parts
+    ]
+    rows += [row for name, make in of_studies.items() if kind in (None, name) for row in make()]
+    table = Table("kind", "name", "what it is", title=None)
+    for row in rows:
+        table.add_row(row["kind"], row["name"], Text(row["summary"]))
+    show(table, rows, json)
+
+
+def describe(name: str, json: str | None = None) -> None:
+    """Describe one part: what it does, where it comes from, its options. `study` describes the keys of a study file.
+
+    Args:
+        name: Class name or design as in `moevlm list`, the full path of a class, or study.
+        json: write the options to this file as JSON; - is standard output.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lightning_moevlm.cli.output import show
+    from lightning_moevlm.common.errors import UserError
+    from lightning_moevlm.common.nearest_name import nearest
+
+    page = page_of(name)
+    if page is not None:
+        show(*page, json)
+        return
+    known = {part.__name__: part for parts in _parts().values() for part in parts}
+    part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
+    part = part or _imported(name)
+    if part is None:
+        near = nearest(name, [*known, *names()])
+        hint = f"did you mean {near}?" if near else "moevlm list shows what there is"
+        raise UserError(f"no part is called {name}: {hint}")
+    rows = [
+        {
+            "option": parameter.name,
+            "type": inspect.formatannotation(parameter.annotation),
+            "default": None if parameter.default is inspect.Parameter.empty else repr(parameter.default),
+        }
+        for parameter in inspect.signature(part).parameters.values()
+    ]
+    table = Table("option", "type", "default")
+    for row in rows:
+        # brackets are part of a type: rich would take those of Callable[[int, int], Router] for its markup
+        given = row["default"] or "required, or given by the model"
+        table.add_row(row["option"], Text(str(row["type"])), Text(given))
+    module = inspect.getmodule(part)
+    texts = [class_path(part), inspect.getdoc(module) or "", inspect.getdoc(part) or ""]
+    show(Group(Text("\n\n".join(text for text in texts if text)), Text(""), table), rows, json)
+
+
+def _imported(path: str) -> type | None:
+    """Return the class that a dotted path names; None where the path is a name alone."""
+    from importlib import import_module
+
+    from lightning_moevlm.common.errors import UserError
+    from lightning_moevlm.configuration.parse_errors import no_module
+
+    module, _, name = path.rpartition(".")
+    if not module:
+        return None
+    try:
+        part = getattr(import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise UserError(no_module(str(error.name))) from error
+    if not inspect.isclass(part):
+        raise UserError(f"{module} has no class {name}; give the full path of one, package.module.Class")
+    return part
+
+
+def class_path(part: type) -> str:
+    """Return the path that a configuration names the class by: the outermost package that exports it."""
+    words = part.__module__.split(".")
+    modules = [".".join(words[:depth]) for depth in range(1, len(words))]
+    exporting = (name for name in modules if getattr(sys.modules.get(name), part.__name__, None) is part)
+    return f"{next(exporting, part.__module__)}.{part.__qualname__}"
+
+
+def summary(part: type) -> str:
+    """Return the first sentence of the docstring."""
+    return (inspect.getdoc(part) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _parts() -> dict[str, list[type]]:
+    from dataclasses import fields
+    from typing import get_args, get_type_hints
+
+    from lightning.pytorch import Callback
+    from torch.optim import AdamW, Optimizer
+
+    import lightning_moevlm.training.callbacks as callbacks
+    from lightning_moevlm.configuration.plugins import load_plugins
+    from lightning_moevlm.contracts.schedules import Ramp
+    from lightning_moevlm.model.backbones import Backbone
+    from lightning_moevlm.model.dispatch import Capacity, Dispatcher, ModalityFactors
+    from lightning_moevlm.model.experts import ExpertInit, ExpertStack
+    from lightning_moevlm.model.layers import FeedForward, ModelStabilisers
+    from lightning_moevlm.model.losses import OWN_LOSSES, AuxiliaryLosses, RoutingLoss
+    from lightning_moevlm.model.losses.weights import ByOverflow, BySparsity
+    from lightning_moevlm.model.objectives import ImageTargets, Objective
+    from lightning_moevlm.model.objectives.masked_modelling import MaskRatios, TermWeights
+    from lightning_moevlm.model.precision import PrecisionPolicy
+    from lightning_moevlm.model.routers import Gate, Router
+    from lightning_moevlm.training import Actions
+    from lightning_moevlm.training.optim import (
+        AdaGC,
+        GradientStabilisers,
+        GroupOptions,
+        Lion,
+        MuonAdamW,
+        SkipSpikes,
+        StableAdamW,
+        WarmupSchedule,
+        ZClip,
+    )
+
+    load_plugins()
+    hints, action_hints = get_type_hints(AuxiliaryLosses), get_type_hints(Actions)
+    return {
+        "backbones": _leaves(Backbone),
+        "layers": _leaves(FeedForward),
+        "routers": _leaves(Router),
+        "experts": _leaves(ExpertStack),
+        "dispatchers": _leaves(Dispatcher),
+        "losses": [*(get_args(hints[name])[0] for name in OWN_LOSSES), *_leaves(RoutingLoss)],
+        "actions": [get_args(action_hints[entry.name])[0] for entry in fields(Actions)],
+        "objectives": _leaves(Objective),
+        "image_targets": _leaves(ImageTargets),
+        "options": [
+            ByOverflow,
+            BySparsity,
+            Capacity,
+            ExpertInit,
+            Gate,
+            GroupOptions,
+            MaskRatios,
+            ModalityFactors,
+            ModelStabilisers,
+            PrecisionPolicy,
+            Ramp,
+            TermWeights,
+        ],
+        "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW, *_offered(Optimizer)],
+        "stabilisers": [AdaGC, GradientStabilisers, SkipSpikes, ZClip],
+        "schedules": _leaves(WarmupSchedule),
+        "callbacks": [*(getattr(callbacks, name) for name in callbacks.__all__), *_offered(Callback)],
+    }
+
+
+def _offered(base: type) -> list[type]:
+    """Return the concrete classes below an interface of torch or Lightning that plug-ins bring, by name."""
+    from importlib.metadata import entry_points
+
+    from lightning_moevlm.configuration.plugins import PLUGIN_GROUP
+
+    packages = {entry.module.split(".")[0] for entry in entry_points(group=PLUGIN_GROUP)}
+    return [part for part in _leaves(base) if part.__module__.split(".")[0] in packages]
+
+
+def _leaves(base: type) -> list[type]:
+    """Return every concrete class below an interface, by name."""
+    children: list[type] = base.__subclasses__()
+    found = {part for child in children for part in (child, *_leaves(child)) if not inspect.isabstract(part)}
+    return sorted(found, key=lambda part: part.__name__)
+
+
+STUDY = "study"
+
+
+def new(file: str) -> None:
+    """Write a study file to start from: it plans as it is, and a comment explains each key.
+
+    Args:
+        file: Where to write it, e.g. mine.yaml. Its name without .yaml becomes the study's name.
+    """
+    from lightning_moevlm.study.declare.study_file import refuse_bad_name
+    from lightning_moevlm.study.guide import skeleton
+
+    path = Path(file)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{file}: a study is a YAML file; write {path.with_suffix('.yaml')}")
+    refuse_bad_name(path)
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x", encoding="utf-8") as stream:
+                stream.write(skeleton(file))
+        except FileExistsError as error:
+            raise UserError(f"{file} is there already; remove it, or name another file") from error
+    console().print(f"Wrote {file}. Show what it would run: moevlm sweep plan {file}", highlight=False, markup=False)
+
+
+def design_rows() -> list[dict[str, str]]:
+    """Return a row of `moevlm list` per design of a study."""
+    from lightning_moevlm.study.guide import designs
+
+    return [
+        {"kind": "designs", "name": page.kind, "class_path": "", "summary": page.arms.rstrip(".")} for page in designs()
+    ]
+
+
+def metric_rows() -> list[dict[str, str]]:
+    """Return a row of `moevlm list` per metric that a study can name."""
+    from lightning_moevlm.contracts import metric_keys
+
+    return [
+        {
+            "kind": "metrics",
+            "name": metric.pattern,
+            "class_path": "",
+            "summary": f"{metric.title} ({metric.unit or 'no unit'}, {_better(metric.better)})",
+        }
+        for metric in metric_keys.ALL
+    ]
+
+
+def names() -> list[str]:
+    """Return every name that `describe` takes from here."""
+    from lightning_moevlm.study.guide import designs
+
+    return [STUDY, *(page.kind for page in designs())]
+
+
+def page_of(name: str) -> "tuple[RenderableType, list[dict[str, object]]] | None":
+    """Return the page and the records of the study file or of a design; None for any other name."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lightning_moevlm.study.guide import ABOUT, design_text, designs, key_rows, study_rows
+
+    found = next((page for page in designs() if page.kind == name), None)
+    if name != STUDY and found is None:
+        return None
+    rows = study_rows() if found is None else key_rows(found.options)
+    table = Table("key", "takes", "default", "meaning")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in (row.key, row.type, row.default, row.meaning)))
+    text = ABOUT if found is None else design_text(found)
+    return Group(Text(text), Text(""), table), [dataclasses.asdict(row) for row in rows]
+
+
+def _better(word: str) -> str:
+    return "no better direction" if word == "neither" else f"{word} is better"

@@ -1,0 +1,68 @@
+"""Commands that are no training: typed functions whose signature is the options and whose docstring is the help."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+from jsonargparse import ArgumentError, auto_cli
+
+from lightning_moevlm.cli import bench, compare, data, parts, sweep, sync
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
+
+COMMANDS: dict[str, Any] = {
+    "bench": bench.COMMANDS,
+    "data": data.COMMANDS,
+    "sweep": sweep.COMMANDS,
+    "compare": compare.compare,
+    "deliver": sync.deliver,
+    "list": parts.list_parts,
+    "describe": parts.describe,
+}
+# Options in their signatures, since they may be left out, but `moevlm list routers` is what people type.
+_FIRST = {"list": "--kind", "deliver": "--folder"}
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Parse and run; a function that returns an int sets the exit code.
+
+    Raises:
+        UserError: an unknown command, option or value.
+    """
+    words = [_underscored(argument) for argument in arguments]
+    if words[0] in _FIRST and len(words) > 1 and not words[1].startswith("-"):
+        words.insert(1, _FIRST[words[0]])
+    if words[0] == "sweep":
+        words = sweep.written_out(words)
+    if words[0] == "compare":
+        words = compare.written_out(words)
+    try:
+        result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
+    except ArgumentError as error:
+        raise UserError(_lacking(str(error)) or told_from_the_mistake(str(error), _types(words))) from error
+    return result if isinstance(result, int) else 0
+
+
+def _lacking(message: str) -> str:
+    """Tell what a command cannot do without, by the command's words instead of the parser's key; else nothing."""
+    lacks = re.fullmatch(r"the following arguments are required: ([\w.]+)\.(\w+)", message.strip())
+    if lacks is None:
+        return ""
+    command = f"moevlm {lacks[1].replace('.', ' ')}"
+    return f"{command} needs {lacks[2].upper()}: `{command} --help` tells what that is"
+
+
+def _types(words: Sequence[str]) -> dict[str, object]:
+    """Return the annotation of every option of the command that the words begin with."""
+    command: Any = COMMANDS
+    for word in words:
+        if not isinstance(command, dict) or word not in command:
+            break
+        command = command[word]
+    return {} if isinstance(command, dict) else get_type_hints(command)
+
+
+def _underscored(argument: str) -> str:
+    """Let --num-samples stand for --num_samples, the name in the signature."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument

@@ -1,0 +1,58 @@
+"""`moevlm deliver`: hand MLflow what runs had to keep on disk while it was silent."""
+
+from pathlib import Path
+
+from lightning_moevlm.cli.output import console, show
+from lightning_moevlm.common.errors import UserError
+
+
+def deliver(folder: str | None = None, json: str | None = None, dry_run: bool = False) -> int:
+    """Deliver what runs kept on disk while their MLflow server or database took nothing. Nothing is there twice after.
+
+    A run that is at work delivers by itself, and `moevlm sweep run|status|report` does so for the runs of a study.
+
+    Args:
+        folder: A run's folder or one above it; by default where the store in force keeps its runs, e.g. runs.
+        json: Write one record per run to this file as JSON; - is standard output.
+        dry_run: Show what waits, deliver nothing.
+    """
+    from rich import box
+    from rich.table import Table
+
+    from lightning_moevlm.tracking.store import resolve_tracking_uri, runs_dir
+    from lightning_moevlm.tracking.write.sync_offline_logs import Delivered, Delivery, outboxes_below
+    from lightning_moevlm.tracking.write.sync_offline_logs import deliver as deliver_all
+
+    uri = resolve_tracking_uri(None)
+    where = runs_dir(uri) if folder is None else Path(folder)
+    if folder is not None and not where.is_dir():
+        raise UserError(f"no such folder: {folder}; give a run's, which a run prints at its end, or one above it")
+    outboxes = outboxes_below([where])
+    if dry_run:
+        rows = [Delivered(outbox, outbox.count(), Delivery.KEPT, "dry run") for outbox in outboxes]
+    else:
+        rows = deliver_all(outboxes, uri)
+    if not rows and json is None:
+        console().print(f"Nothing waits in {where.absolute()}.", highlight=False, soft_wrap=True)
+        return 0
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("run", "points", "files", "outcome", "store"):
+        table.add_column(heading, overflow="fold")
+    records: list[dict[str, object]] = []
+    for outbox, waiting, outcome, reason in rows:
+        told = f"{outcome}: {reason}" if reason else str(outcome)
+        store, run_id = outbox.address
+        table.add_row(run_id, str(waiting.points), str(waiting.files), told, store)
+        records.append(
+            {
+                "run_id": run_id,
+                "run_dir": str(outbox.run_dir),
+                "store": store,
+                "points": waiting.points,
+                "files": waiting.files,
+                "outcome": str(outcome),
+                "reason": reason,
+            }
+        )
+    show(table, records, json)
+    return 0 if dry_run or all(row.outcome is not Delivery.KEPT for row in rows) else 1

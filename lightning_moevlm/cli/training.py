@@ -1,0 +1,300 @@
+"""fit, validate, test, predict: LightningCLI with the faults mended that would bite an ablation.
+
+- Configurations are merged first and interpolated last (`parser_mode="omegaconf+"`), so an overriding file or flag
+  moves everything that refers to it; absolute references work although the subcommand is their root.
+- Values stored in a checkpoint never beat the command line (Lightning #21455).
+- The configuration is kept as artifacts of the MLflow run; Lightning's own callback fails on a logger without a
+  directory (Lightning #19441).
+- A mistake in a configuration is one line and exit code 2.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jsonargparse import SUPPRESS, ArgumentError, Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from lightning_moevlm.common.errors import Diverged, Stopped, UserError
+from lightning_moevlm.common.process_tuning import collect_as_usual
+from lightning_moevlm.common.shipped_files import shipped_config
+from lightning_moevlm.configuration.lightning_notices import Notices, ReleaseNotices, held_notices
+from lightning_moevlm.configuration.named_run import RUN, run_beside_checkpoint, with_recorded_run
+from lightning_moevlm.configuration.one_voice import one_voice
+from lightning_moevlm.configuration.overlays import NamesMerger, with_nulls_as_files
+from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
+from lightning_moevlm.configuration.parsers import (
+    DEFAULTS,
+    PARSER_OPTIONS,
+    prepare_parsers,
+    refuse_unbuildable_parts,
+    teaching_errors,
+    types_of_options,
+)
+from lightning_moevlm.configuration.reference_parser import ReferenceParser, References
+from lightning_moevlm.configuration.signatures import imported_class
+from lightning_moevlm.data.datamodule import ShardDataModule
+from lightning_moevlm.model.initial_weights import drawn_together
+from lightning_moevlm.tracking import RunRecord
+from lightning_moevlm.tracking.record.base_config import resolved_base
+from lightning_moevlm.tracking.record.closing_lines import resume_line
+from lightning_moevlm.tracking.record.config_files import config_sources
+from lightning_moevlm.tracking.record.provenance import code_checkout
+from lightning_moevlm.training import VisionLanguageModule, try_schedule
+from lightning_moevlm.training.callbacks import DivergenceGuard, LastCheckpoint, StopBySignal
+from lightning_moevlm.training.callbacks.result_table import WRITE_FEATURES, prediction_writers
+from lightning_moevlm.training.checkpoints.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups, refuse_other_state
+from lightning_moevlm.training.checks.optimizer_checks import refuse_vanishing_eps
+from lightning_moevlm.training.checks.trainer_checks import (
+    refuse_other_precision,
+    refuse_other_sizes,
+    refuse_senseless_trainer,
+    refuse_unsuited_trainer,
+)
+
+_INCOMPLETE = "the following arguments are required"
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI for `VisionLanguageModule` on `ShardDataModule`; it parses `sys.argv`.
+
+    Args:
+        asked: the subcommand.
+        argv: the command line as the user typed it, for the record.
+        notices: released when the run begins.
+    """
+
+    def __init__(self, asked: str, argv: Sequence[str], notices: Notices) -> None:
+        self._asked = asked
+        self._stop = StopBySignal()
+        references = References(asked)
+        options = {**PARSER_OPTIONS, "references": references}
+        super().__init__(
+            VisionLanguageModule,
+            ShardDataModule,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"argv": ["moevlm", *argv]},
+            parser_class=ReferenceParser,
+            parser_kwargs={**options, "prog": "moevlm", self._asked: options},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # for modules that save their hyperparameters; ours does not
+            trainer_defaults={"callbacks": [ReleaseNotices(notices), self._stop]},
+        )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Let checkpoints be read without unpickling, so that the record of a run says so; keep to our table."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # of Lightning's table; ResultTable prints ours
+        return parser
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Build the parser of the subcommand that was asked for alone: each costs a fifth of a second.
+
+        Static in LightningCLI, which calls it on the instance all the same.
+        """
+        return {self._asked: LightningCLI.subcommands()[self._asked]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Take a number for a seed: Lightning's true and false are none that weights, masks and order could follow."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="number that all seeds follow from")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give the Trainer our logger and callbacks unless a configuration names others."""
+        parser.set_defaults(DEFAULTS)
+        told = "id, name or folder of a run: its configuration and its last checkpoint, to resume or to measure it"
+        parser.add_argument(RUN, default=SUPPRESS, metavar="RUN", help=told)  # replaced before anything is parsed
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; tell a mistake with what the option allows."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            told = told_from_the_mistake(str(error), types_of_options(self._parser(self._asked)))
+            run = run_beside_checkpoint(sys.argv)
+            example = "name a configuration, e.g. -c conf/quickstart.yaml"
+            remedy = f"give the checkpoint's run, {RUN} {run}" if run is not None else example
+            advice = f"; {remedy}" if told.startswith(_INCOMPLETE) else ""
+            raise UserError(told + advice) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
+        collect_as_usual()
+        config = self.config[self.subcommand]
+        refuse_unbuildable_parts(config.as_dict())
+        if self.subcommand == "predict":
+            config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
+        if config.weights_only is False:
+            raise UserError(
+                "weights_only is false, but a checkpoint that needs it runs code when it is read: leave it out"
+            )
+        config.weights_only = True  # null is Lightning's default, which unpickles what comes from a server
+        root = Path(config.trainer.default_root_dir or ".")
+        self._checkpoint = look_at_checkpoint(config.get("ckpt_path"), self._asked, root)
+        if _saves(config.trainer) and self.subcommand == "fit":
+            self.trainer_defaults["callbacks"].append(LastCheckpoint(self._stop))
+        if config.trainer.enable_progress_bar is False and isinstance(config.trainer.callbacks, list):
+            config.trainer.callbacks = [
+                callback for callback in config.trainer.callbacks if not callback.class_path.endswith(".StepProgress")
+            ]
+
+    def instantiate_classes(self) -> None:
+        """Build; the model then draws its weights once, whole."""
+        with drawn_together():
+            super().instantiate_classes()
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse, before anything is written, what only the parts as built can tell not to fit."""
+        config = self.config[self.subcommand]
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
+                callback.save_last = None  # LastCheckpoint does; a fast_dev_run is to leave nothing
+        refuse_other_precision(config.trainer.precision, self.trainer)
+        refuse_other_sizes(self.model.backbone.spec, config.data.as_dict())
+        if self.subcommand != "fit" and not config.get("ckpt_path"):
+            _warn("no checkpoint is given, so that an untrained model is measured; name --run RUN or --ckpt_path FILE")
+        if self.subcommand == "predict" and not prediction_writers(self.trainer):
+            _warn(f"nothing keeps the predictions, they are thrown away; to write them to files add {WRITE_FEATURES}")
+        if self._checkpoint is not None:
+            refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
+        if self.subcommand == "fit":
+            refuse_senseless_trainer(self.trainer)
+            if self.model.gradient.any_on:
+                refuse_unsuited_trainer(self.trainer)
+            refuse_vanishing_eps(self.trainer, self.model.build_optimizer())
+            try_schedule(self.model, self.trainer.max_steps, is_endless=self.trainer.max_epochs == -1)
+            if self._checkpoint is not None:
+                refuse_other_groups(self._checkpoint, self.model)
+                refuse_other_state(self._checkpoint, self.model.optimizer_factory)
+        self._checkpoint = None
+
+    def after_fit(self) -> None:
+        """Tell a run that has diverged from one that is done."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set, but not declared
+        for callback in callbacks:
+            if isinstance(callback, DivergenceGuard) and callback.diverged_at is not None:
+                told = f"diverged: the training loss is not a number at step {callback.diverged_at}"
+                raise Diverged(told if self.trainer.is_global_zero else "")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; where training ends early, say last of all how to resume it."""
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError:
+            raise
+        except BaseException as error:
+            told = ""
+            if subcommand == "fit":
+                told = resume_line(self.trainer)
+                if told and self.trainer.is_global_zero:
+                    Console(stderr=True).print(told, soft_wrap=True, highlight=False, markup=False)
+            if isinstance(error, SIGTERMException):
+                number = self._stop.number or signal.SIGTERM
+                where = f" at step {self.trainer.global_step}" if subcommand == "fit" else ""
+                lost = "; nothing was saved" if where and not told else ""
+                told = f"stopped by {signal.Signals(number).name}{where}{lost}"
+                raise Stopped(number, told if self.trainer.is_global_zero else "") from error
+            raise
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: a checkpoint restores state, it does not configure."""
+
+
+class _ParsedError(Exception):
+    """Ends a rehearsal."""
+
+
+class _Rehearsal(CommandLine):
+    """A command line that is parsed, and nothing else."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; note the code, and read the base, as the run's record will."""
+        code_checkout()
+        super().parse_arguments(parser, args)
+        resolved_base(self._parser(self._asked), config_sources(sys.argv))
+        raise _ParsedError
+
+
+def rehearse(args: Sequence[str]) -> None:
+    """Parse `moevlm fit ...` for the sake of what this process then knows, and its forks with it.
+
+    Raises:
+        UserError: a mistake in the configuration.
+    """
+    with suppress(_ParsedError):
+        _start(args, _Rehearsal)
+
+
+def run(args: Sequence[str]) -> None:
+    """Run `moevlm fit|validate|test|predict ...`; args start with the subcommand.
+
+    Raises:
+        UserError: a mistake in the configuration or in what it points to.
+        KeyboardInterrupt: the user interrupted; Lightning has closed the run.
+    """
+    _start(args, CommandLine)
+
+
+def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
+    prepare_parsers()
+    args = with_recorded_run(args)
+    with TemporaryDirectory() as folder, one_voice(Path(folder)), held_notices() as notices, teaching_errors():
+        words = with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
+        # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
+        sys.argv = [sys.argv[0], *words]
+        try:
+            command_line(args[0], args, notices)
+        except SystemExit as exit_:
+            if isinstance(exit_.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from exit_
+            raise
+
+
+def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
+    words: list[str] = []
+    merger = NamesMerger(folder)
+    for before, word in zip(("", *args), args, strict=False):
+        flag, equals, value = word.partition("=")
+        if before in ("-c", "--config"):
+            word = value = str(shipped_config(Path(word)))
+        elif flag == "--config" and equals:
+            value = str(shipped_config(Path(value)))
+            word = f"--config={value}"
+        else:
+            words.append(word)
+            continue
+        words.append(word)
+        for whole in merger.with_names(Path(value))[1:]:
+            words += ["-c", str(whole)]
+    return words
+
+
+@rank_zero_only
+def _warn(line: str) -> None:
+    Console(stderr=True).print(f"Warning: {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _saves(trainer: Namespace) -> bool:
+    """Tell whether a run is to keep its last checkpoint; where it is to keep none, drop what would."""
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    saving = [each for each in callbacks if each is not None and _is_checkpoint(each.class_path)]
+    if trainer.enable_checkpointing is False:
+        trainer.callbacks = [each for each in callbacks if each is not None and each not in saving]
+        return False
+    return all(each.init_args.get("save_last") is not False for each in saving) and not trainer.fast_dev_run
+
+
+def _is_checkpoint(class_path: str) -> bool:
+    part = imported_class(class_path)
+    return part is not None and issubclass(part, ModelCheckpoint)

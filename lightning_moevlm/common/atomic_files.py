@@ -1,0 +1,45 @@
+"""Writes a file whole or not at all, and turns errors of the file system into one line."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_moevlm.common.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; the old text is still there.
+    """
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}; make room or let the folder be written, then give the same "
+            "command again: it goes on from there"
+        ) from error
+
+
+@contextmanager
+def written(target: Path | str, remedy: str = "make room or give rights, or name another") -> Iterator[None]:
+    """Tell of a target that cannot be written in one line; what writes into it leaves nothing half done."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target} could not be written ({error.strerror or error}); {remedy}") from error

@@ -1,0 +1,15 @@
+"""Finds the known name that a mistyped one most resembles."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Return the name that was probably meant: one that begins with or contains what came, or is spelled like it."""
+    lower = name.lower()
+    holding = [each for each in names if len(lower) > 2 and lower in each.lower()]
+    if holding:
+        return min(holding, key=lambda each: (not each.lower().startswith(lower), len(each)))
+    by_lower = {each.lower(): each for each in names}
+    near = get_close_matches(lower, by_lower, n=1)
+    return by_lower[near[0]] if near else None

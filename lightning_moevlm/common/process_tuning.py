@@ -1,0 +1,125 @@
+"""glibc's allocator set to keep what it has, for every process that computes on a CPU.
+
+By default glibc hands tensors over 32 MiB back at every free and faults every page in again at the next step; measured
+up to a third of a step. A process sets itself by `mallopt`; a child that it starts is given the environment.
+"""
+
+import atexit
+import ctypes
+import gc
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+
+ENVIRONMENT: Mapping[str, str] = {
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGEST = 2**31 - 1
+
+
+def is_set() -> bool:
+    """Say whether this process was started with it."""
+    return all(os.environ.get(name) == value for name, value in ENVIRONMENT.items())
+
+
+def keep_memory() -> bool:
+    """Let this process keep its memory; return whether it does. What the user has set of it stays, as it is."""
+    if any(name in os.environ for name in ENVIRONMENT):
+        return is_set()
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # blocks below 2 GiB come from the heap, and -1 never hands its top back
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+_USUAL = gc.get_threshold()
+
+_SELDOM = (100_000, 50, 100)
+
+
+@contextmanager
+def collected_seldom() -> Iterator[None]:
+    """Collect seldom within, and not when the process ends: that takes seconds, and the system frees all of it."""
+    atexit.register(gc.freeze)
+    gc.set_threshold(*_SELDOM)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*_USUAL)
+
+
+def collect_as_usual() -> None:
+    """Collect as often as Python does from here on, but never what is there already."""
+    gc.freeze()
+    gc.set_threshold(*_USUAL)
+
+
+THREADS = "OMP_NUM_THREADS"
+
+_WAIT_POLICY = "OMP_WAIT_POLICY"
+
+_HOW_TO_WAIT = (_WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them is the user's word
+
+
+def settle(env: MutableMapping[str, str], computes: bool) -> None:
+    """Set in an environment, where the user has not, how threads wait and how many there are.
+
+    Args:
+        env: of this process, before torch is loaded.
+        computes: this process trains or measures; else it starts others, which get a share of the cores each.
+    """
+    env.update(waiting(env))
+    if computes and THREADS not in env and usable_cores() < _cores_by_affinity():
+        env[THREADS] = str(usable_cores())  # OpenMP knows the affinity, and no quota
+
+
+def waiting(env: Mapping[str, str]) -> dict[str, str]:
+    """Return what lets threads sleep while they wait; nothing where the user has said how they do."""
+    return {} if any(name in env for name in _HOW_TO_WAIT) else {_WAIT_POLICY: "PASSIVE"}
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, by its affinity and by the quotas of the containers around it."""
+    return min(_cores_by_affinity(), _cores_by_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+
+
+def _cores_by_affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cores_by_quota(membership: Path, root: Path) -> int:
+    """Return the whole cores, at least 1, that the smallest quota of the groups of a process comes to.
+
+    Args:
+        membership: one line per hierarchy, `number:controllers:/path`; the second version has no controllers.
+        root: where the hierarchies are.
+    """
+    cores = math.inf
+    for line in _text(membership).splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root
+        folder = top / path.strip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(top):
+                break
+            cores = min(cores, _quota(group))
+    return max(1, math.ceil(cores)) if cores < math.inf else 2**31
+
+
+def _quota(group: Path) -> float:
+    quota, period = _text(group / "cpu.max").split() or ["", ""]
+    if not quota:
+        quota, period = (_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf  # "max", or -1: no limit
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""

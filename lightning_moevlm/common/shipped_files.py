@@ -1,0 +1,58 @@
+"""Files that come with the package: configurations in conf/, studies in ablations/.
+
+A wheel has the two folders inside the package; an editable install has them beside it, as the repository has.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.nearest_name import nearest
+
+_FOLDERS = ("conf", "ablations")
+
+
+def shipped_root(package: Path = Path(__file__).parents[1]) -> Path:
+    """Return the folder that holds the shipped ones."""
+    return package if (package / "conf").is_dir() else package.parent
+
+
+def find_file(path: Path, beside: Sequence[Path] = ()) -> Path | None:
+    """Return the file itself, or the one of that name in the folders `beside`, or the shipped one; None: no such file.
+
+    A path that leads elsewhere than conf/ or ablations/ names no shipped file.
+    """
+    places = [path, *(folder / path for folder in beside)]
+    if path.parts and path.parts[0] in _FOLDERS:
+        places.append(shipped_root() / path)
+    return next((place for place in places if place.is_file()), None)
+
+
+def missing_file(kind: str, path: Path, beside: Sequence[Path] = ()) -> UserError:
+    """Return the refusal of a YAML file that is not there, with the nearest that is.
+
+    Args:
+        kind: what was asked for: "configuration file".
+        path: as given.
+        beside: folders that were looked in too.
+    """
+    root = shipped_root()
+    names = [str(each) for each in path.parent.glob("*.yaml")]
+    names += [each.relative_to(folder).as_posix() for folder in beside for each in folder.glob("*.yaml")]
+    names += [each.relative_to(root).as_posix() for folder in _FOLDERS for each in (root / folder).rglob("*.yaml")]
+    near = nearest(str(path), names) or nearest(path.name, names)
+    meant = f"did you mean {near}? " if near else ""
+    places = " and ".join(str(root / folder) for folder in _FOLDERS)
+    return UserError(f"there is no {kind} {path}; {meant}the shipped ones are in {places}")
+
+
+def shipped_config(path: Path) -> Path:
+    """Return the file itself, or, where there is none, the one of that name that the package ships.
+
+    Raises:
+        UserError: neither exists; names the nearest one.
+    """
+    found = find_file(path)
+    if found is None:
+        raise missing_file("configuration file", path)
+    return found

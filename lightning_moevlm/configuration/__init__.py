@@ -1,0 +1,1 @@
+"""YAML files and flags to checked options."""

@@ -1,0 +1,184 @@
+"""`--run RUN`: the words that began a run, with its checkpoint, in the place of that option.
+
+A run is repeated from its record (`config/`: command line and configuration files as they were), so that references
+such as `${trainer.max_steps}` still follow what is given beside it. `fit` resumes in the same MLflow run; `validate`
+and `test` log to one of their own, with the tag `evaluates`.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.flat_config import flat
+from lightning_moevlm.common.secret_masking import MASK
+from lightning_moevlm.common.yaml_text import read_yaml
+from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS, choose_runs
+from lightning_moevlm.tracking.record.config_files import names_config
+from lightning_moevlm.tracking.store import resolve_tracking_uri, runs_dir, sqlite_path
+from lightning_moevlm.training.checkpoints.checkpoint_file import best_beside
+
+RUN, CHECKPOINT = "--run", "--ckpt_path"
+_LOGGER = "--trainer.logger.init_args"
+_RUN_ID, _URI = f"{_LOGGER}.run_id", f"{_LOGGER}.tracking_uri"
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A run on disk. config: its newest record of a training."""
+
+    folder: Path
+    config: Path
+
+    @property
+    def resolved(self) -> Mapping[str, Any]:
+        return read_yaml((self.config / "config.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def words(self) -> list[str]:
+        """What began it, after `moevlm fit`; configuration files are those that were kept."""
+        words = shlex.split((self.config / "command.txt").read_text(encoding="utf-8"))[2:]
+        sources = iter(sorted(self.config.glob("source*_*"), key=lambda path: int(path.name[6:].partition("_")[0])))
+        before = ""
+        for place, word in enumerate(words):
+            if names_config(before, word):
+                words[place] = f"{'--config=' if before not in ('-c', '--config') else ''}{next(sources)}"
+            before = word
+        return words
+
+
+def with_recorded_run(args: Sequence[str]) -> list[str]:
+    """Return a command line with `--run RUN` replaced; without the option as it is.
+
+    Args:
+        args: subcommand and options of `moevlm fit|validate|test|predict`; what they say goes over the run's own words.
+
+    Raises:
+        UserError: there is no such run here, it has no record or no checkpoint, or its record masks a secret.
+    """
+    name, rest = _take(RUN, args)
+    if name is None:
+        return list(args)
+    subcommand, *given = rest
+    run, uri = _find(name, _option(_URI, given))
+    checkpoint, given = _take(CHECKPOINT, given)
+    own = [CHECKPOINT, str(_checkpoint(run, checkpoint or "last"))]
+    if _is_ours(run.resolved):
+        own += _logger_words(subcommand, run, uri)
+    recorded = run.words
+    for option in (CHECKPOINT, _RUN_ID):
+        recorded = _take(option, recorded)[1]
+    words = [*recorded, *own, *given]
+    _refuse_masked(run, words, given)
+    return [subcommand, *words]
+
+
+def run_beside_checkpoint(words: Sequence[str]) -> Path | None:
+    """Return the folder of the run that the checkpoint of a command line lies in, or None."""
+    checkpoint = _option(CHECKPOINT, words)
+    folder = Path(checkpoint).parent.parent if checkpoint else None
+    return folder if folder is not None and (folder / "config").is_dir() else None
+
+
+def _find(name: str, uri: str | None) -> tuple[_Recorded, str]:
+    """Return a run, and the store that it is in."""
+    folder = Path(name)
+    if folder.is_dir():
+        database = folder.absolute().parent.parent / "mlflow.db"
+        beside = f"sqlite:///{database}" if database.exists() else resolve_tracking_uri(None)
+        return _read(folder, name), uri or beside
+    store = resolve_tracking_uri(uri)
+    path = sqlite_path(store)
+    if path is not None and not path.exists():
+        raise UserError(
+            f"{RUN} is {name}: no such folder, and there is no {path} to look it up in; give the run's folder, or name "
+            "the store in MLFLOW_TRACKING_URI"
+        )
+    rows = choose_runs(store, [name])
+    if len(rows) > 1:
+        ids = ", ".join(row.run_id[:SHOWN_DIGITS] for row in rows[:4])
+        raise UserError(f"{RUN} is {name}, which means {len(rows)} runs ({ids}, ...): give one of their ids")
+    return _read(runs_dir(store) / rows[0].experiment_id / rows[0].run_id, name), store
+
+
+def _read(folder: Path, name: str) -> _Recorded:
+    if not folder.is_dir():
+        raise UserError(
+            f"{RUN} is {name}, whose folder {folder} is not on this machine: copy it here and give it, {RUN} FOLDER"
+        )
+    configs = sorted(folder.glob("config*/command.txt"), key=lambda path: int(path.parent.suffix[1:] or 0))
+    trainings = [path.parent for path in configs if path.read_text(encoding="utf-8").startswith("moevlm fit ")]
+    if not trainings:
+        raise UserError(
+            f"{RUN} is {name}, and {folder} holds no record of a training (config/command.txt): give the folder, id or "
+            f"name of a run of `moevlm fit`, or -c CONFIG and {CHECKPOINT} FILE"
+        )
+    return _Recorded(folder, trainings[-1])
+
+
+def _checkpoint(run: _Recorded, wanted: str) -> Path:
+    """Return what `last`, `best` or a file means; a file may be named as it is in the run's folder."""
+    named = [value for key, value in flat(run.resolved).items() if key.endswith(".dirpath") and value]
+    folders = [run.folder / "checkpoints", *(Path(str(folder)) for folder in named)]
+    found = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
+    last = next((path for path in found if path.name == "last.ckpt"), None)
+    if wanted in ("last", "best"):
+        chosen = best_beside(last) if wanted == "best" and last is not None else last
+    else:
+        chosen = next((path for path in found if path.name == wanted), Path(wanted))
+    if chosen is None:
+        there = f"there are {', '.join(str(path) for path in found)}" if found else "it has saved none"
+        raise UserError(f"{CHECKPOINT} is {wanted}, and run {run.folder} has no such checkpoint: {there}")
+    return chosen
+
+
+def _is_ours(resolved: Mapping[str, Any]) -> bool:
+    logger = resolved.get("trainer", {}).get("logger")
+    return isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger")
+
+
+def _logger_words(subcommand: str, run: _Recorded, uri: str) -> list[str]:
+    recorded = run.resolved["trainer"]["logger"].get("init_args") or {}
+    words = [] if recorded.get("tracking_uri") is None and uri == resolve_tracking_uri(None) else [_URI, uri]
+    run_id = run.folder.name
+    if subcommand == "fit":
+        return [*words, _RUN_ID, run_id]
+    told = f"{subcommand} of {recorded.get('run_name') or run_id[:SHOWN_DIGITS]}"
+    tags = f'{{"evaluates": "{run_id}"}}'
+    return [*words, _RUN_ID, "null", f"{_LOGGER}.run_name", told, f"{_LOGGER}.tags", tags]
+
+
+def _refuse_masked(run: _Recorded, words: Sequence[str], given: Sequence[str]) -> None:
+    """Refuse to go on with *** in the place of a secret that was kept out of the record."""
+    texts = [*run.config.glob("source*_*")]
+    keys = [key for path in texts for key, value in flat(read_yaml(path.read_text("utf-8"))).items() if value == MASK]
+    for before, word in zip(("", *words), words, strict=False):
+        name, equals, value = word.partition("=")
+        if MASK in (word, value):
+            keys.append((name if equals else before).lstrip("-"))
+    missing = [key for key in keys if _option(f"--{key}", given) is None]
+    if missing:
+        raise UserError(f"the record of run {run.folder} masks {missing[0]}: give it again, --{missing[0]} VALUE")
+
+
+def _option(option: str, words: Sequence[str]) -> str | None:
+    return _take(option, words)[0]
+
+
+def _take(option: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the last value of an option, written `--x V` or `--x=V`, and the other words."""
+    value, others, is_value = None, [], False
+    for word in words:
+        name, equals, after = word.partition("=")
+        if is_value:
+            value, is_value = word, False
+        elif name == option:
+            value, is_value = after, not equals
+        else:
+            others.append(word)
+    if is_value or value == "":
+        example = "RUN, an id, name or folder" if option == RUN else "FILE"
+        raise UserError(f"{option} needs a value: {option} {example}")
+    return value, others

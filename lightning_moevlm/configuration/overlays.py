@@ -1,0 +1,109 @@
+"""What one file says of `data.sources` or `model.losses.others` goes over what those before it say, name by name.
+
+Everywhere else a later file changes the options that it names; in a mapping of names that the user chooses, the parser
+(jsonargparse) would take the later file's alone, and an arm that sets one weight would silently lose the other sources
+or losses.
+What the parser cannot read from the command line, null, goes into files too.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lightning_moevlm.common.yaml_text import read_yaml, write_yaml
+
+_REFERENCE = re.compile(r"\$\{[\w.]+\}")
+_NAMED = (("data", "sources"), ("model", "losses", "others"))
+
+
+class NamesMerger:
+    """Takes configuration files in their order; after one that adds to such a mapping belongs one that holds all of it.
+
+    Args:
+        folder: where further files are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[tuple[str, ...], dict[str, object]] = {path: {} for path in _NAMED}
+        self._num_seen = 0
+
+    def with_names(self, file: Path) -> list[Path]:
+        """Return the next file, and those that belong after it."""
+        self._num_seen += 1
+        result = [file]
+        content = read_yaml(file.read_text(encoding="utf-8"))
+        for path in _NAMED:
+            *outer, last = path
+            group = content
+            for part in outer:
+                group = group.get(part) if isinstance(group, Mapping) else None
+            if not isinstance(group, Mapping) or last not in group:
+                continue
+            named = group[last]
+            if not isinstance(named, Mapping):
+                self._known[path] = {}  # null takes all of them away; what is neither is for the parser to refuse
+                continue
+            merged = _over(self._known[path], named)
+            if self._known[path]:
+                whole = self._folder / f"{last}{self._num_seen}.yaml"
+                whole.write_text(write_yaml(_nested(path, merged)), encoding="utf-8")
+                result.append(whole)
+            self._known[path] = merged
+        return result
+
+
+def _over(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+    merged = dict(below)
+    for name, value in above.items():
+        old = merged.get(name)
+        if isinstance(old, str) and isinstance(value, Mapping) and "init_args" in value:
+            old = {"class_path": old}  # the short spelling of a class without options
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _continues(old, value):
+            merged[name] = _over(old, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _continues(below: Mapping[str, object], above: Mapping[str, object]) -> bool:
+    """Tell whether a value goes on with the one before: options of another class are none of its own."""
+    if "class_path" in above:
+        return above["class_path"] == below.get("class_path")
+    return "class_path" not in below or "init_args" in above
+
+
+def _nested(path: Sequence[str], value: object) -> object:
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
+def with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
+    """Put `--model...capacity null` and `--data.image_size '${...}'` into a file in its place.
+
+    In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name. References it takes for
+    seen from the root of a file's configuration in files alone.
+    """
+    result: list[str] = []
+    position = 0
+    while position < len(words):
+        key, equals, value = words[position].partition("=")
+        if not equals and key.startswith("--") and position + 1 < len(words):
+            value = words[position + 1]
+        is_whole = key.startswith("--") and ".init_args." in key
+        is_group = key.startswith("--model.") and key.count(".") == 1
+        is_reference = _REFERENCE.fullmatch(value) and key.startswith("--")
+        if (value == "null" and (is_group or is_whole)) or (is_reference and (is_whole or key.count(".") == 1)):
+            path = folder / f"null{position}.yaml"
+            path.write_text(
+                json.dumps(_nested(key.removeprefix("--").split("."), None if value == "null" else value)),
+                encoding="utf-8",
+            )
+            result += ["-c", str(path)]
+            position += 1 if equals else 2
+        else:
+            result.append(words[position])
+            position += 1
+    return result

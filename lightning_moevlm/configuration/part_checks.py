@@ -1,0 +1,95 @@
+"""Refuses what nothing can be built of, before anything is built: null where an option needs a value, abstract classes.
+
+The parser takes a file's null for any option, also where the signature does not allow it, and then fails inside itself
+or hands None to a constructor that calls it. Of classes it asks their ancestry alone.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from types import NoneType
+from typing import Any, get_args
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.configuration.signatures import (
+    classes_of,
+    few,
+    imported_class,
+    in_words,
+    names_below,
+    options_of,
+    type_of_option,
+)
+
+
+def refuse_unbuildable(key: str, part: type, options: Mapping[str, Any]) -> None:
+    """Refuse null for an option of a class, or of what its options name, that does not allow it; and abstract classes.
+
+    Args:
+        key: of the class in the configuration, "model".
+        part: the class.
+        options: its options, resolved; parts as `{class_path, init_args}`, or in a list.
+
+    Raises:
+        UserError: the whole key, and what it may be.
+    """
+    for name in options_of(part):
+        annotation = type_of_option(part, name)
+        if name in options and annotation is not None:
+            _refuse(f"{key}.{name}", annotation, options[name])
+
+
+def _refuse(key: str, annotation: object, value: Any) -> None:
+    classes = classes_of(annotation)
+    if value is None:
+        if not _allows_null(annotation):
+            raise UserError(f"{key} is null, which it cannot be: {_instead(key, annotation, classes)}")
+    elif isinstance(value, Mapping) and "class_path" in value:
+        named = imported_class(value["class_path"])
+        if named is not None:
+            refuse_abstract(key, named)
+            refuse_unbuildable(f"{key}.init_args", named, value.get("init_args") or {})
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            if isinstance(item, Mapping) and "class_path" in item:
+                _refuse(f"{key}.{item['class_path'].rpartition('.')[2] or place}", object, item)
+    elif isinstance(value, Mapping) and len(classes) == 1 and is_dataclass(classes[0]):
+        refuse_unbuildable(key, classes[0], value)
+
+
+def refuse_abstract(key: str, named: type) -> None:
+    """Refuse a class that leaves methods to others.
+
+    Args:
+        key: of the option that names it.
+        named: the class.
+
+    Raises:
+        UserError: what can be named instead; of a class of the user's own, what it lacks.
+    """
+    if not inspect.isabstract(named):
+        return
+    concrete = names_below(named)[0]
+    choice = few(concrete)
+    members = inspect.getmembers(named)
+    lacks = ", ".join(name for name, member in members if getattr(member, "__isabstractmethod__", False))
+    advice = (
+        (f"choose {choice}" if choice else "`moevlm list` shows what can be named")
+        if concrete
+        else f"it lacks {lacks}, which a class that is to be built has to have"
+    )
+    raise UserError(f"{key}: {named.__name__} is abstract, so that nothing can be built of it; {advice}")
+
+
+def _allows_null(annotation: object) -> bool:
+    return annotation in (None, NoneType, Any, object) or NoneType in get_args(annotation)
+
+
+def _instead(key: str, annotation: object, classes: list[type]) -> str:
+    """Say what to give: of a group of switches, each has a null or a value of its own."""
+    if len(classes) != 1 or not is_dataclass(classes[0]):
+        return f"give {in_words(annotation)}, or leave the option out for its default"
+    names = options_of(classes[0])
+    nullable = [name for name in names if _allows_null(type_of_option(classes[0], name))]
+    advice = f"; null turns off {', '.join(nullable)}" if nullable else ""
+    return f"it is a group of options, so set those ({', '.join(f'{key}.{name}' for name in names[:2])}, ...){advice}"

@@ -1,0 +1,123 @@
+"""A parser that writes `${trainer.max_steps}` where a configuration has it, and not the number that it stood for.
+
+A printed or recorded configuration can then be used again with another budget, size or seed, and what refers to it
+follows. jsonargparse writes the whole configuration once, unresolved, and reads it back resolved: there the references
+are seen. They are written wherever they still say what the value is: an option that a later file or flag has set to
+something else stays that.
+"""
+
+import re
+from argparse import Action
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_moevlm.common.yaml_text import read_yaml
+from lightning_moevlm.configuration.parsers import dump_yaml
+
+_RELATIVE = re.compile(r"\$\{(\.+)([^{}]*)\}")
+
+Path = tuple[str, ...]
+
+
+class References:
+    """The references of one command line.
+
+    Args:
+        subcommand: under which the parser of all subcommands has the configuration.
+    """
+
+    def __init__(self, subcommand: str) -> None:
+        self._subcommand = subcommand
+        self._by_path: dict[Path, str] = {}
+
+    def note(self, unresolved: Mapping[str, Any]) -> None:
+        """Remember every text with a reference; relative ones as seen from the root."""
+        tree = unresolved.get(self._subcommand, unresolved)
+        self._by_path = {path: _absolute(text, path) for path, text in _texts(tree, ()) if "${" in text}
+
+    def put_back(self, resolved: dict[str, Any]) -> bool:
+        """Write references into a resolved configuration where they have the value that is there; tell if any do."""
+        here = {path: text for path, text in self._by_path.items() if _holder(resolved, path) is not None}
+        whole = OmegaConf.create({**resolved, _KEY: list(here.values())})
+        found = False
+        for index, (path, text) in enumerate(here.items()):
+            holder = _holder(resolved, path)
+            assert holder is not None
+            try:
+                value = whole[_KEY][index]
+            except OmegaConfBaseException:  # it refers to what this part of the configuration does not hold
+                continue
+            if value == holder[path[-1]]:
+                holder[path[-1]] = text
+                found = True
+        return found
+
+
+_KEY = "the references themselves"
+
+
+class ReferenceParser(LightningArgumentParser):
+    """Writes configurations with their references.
+
+    Args:
+        args: as of LightningArgumentParser.
+        references: of the command line; None writes resolved values, as in parsers that jsonargparse makes itself.
+        kwargs: as of LightningArgumentParser.
+    """
+
+    def __init__(self, *args: Any, references: References | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._references = references
+
+    def _check_value_key(
+        self, action: Action, value: Any, key: str, cfg: Namespace | None, append: bool = False
+    ) -> Any:
+        """Take a reference for what it will say: a changed class_path keeps the options that both classes have.
+
+        jsonargparse checks them before references are resolved, and would drop `image_size: ${data.image_size}`, which
+        is no number yet; once resolved, every value is checked.
+        """
+        if isinstance(value, str) and value.startswith("${"):
+            return value
+        return super()._check_value_key(action, value, key, cfg, append)
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Return the configuration as YAML."""
+        text: str = super().dump(*args, **kwargs)
+        if self._references is None or kwargs.get("with_comments"):
+            return text
+        tree = read_yaml(text)
+        if "${" in text:
+            self._references.note(tree)
+        elif isinstance(tree, dict) and self._references.put_back(tree):
+            return dump_yaml(tree)
+        return text
+
+
+def _texts(node: object, path: Path) -> Iterator[tuple[Path, str]]:
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _texts(value, (*path, str(name)))
+    elif isinstance(node, str):
+        yield path, node
+
+
+def _absolute(text: str, path: Path) -> str:
+    def whole(found: re.Match[str]) -> str:
+        above = path[: -len(found[1])]  # one dot is the group that the option is in
+        return f"${{{'.'.join((*above, found[2]))}}}"
+
+    return _RELATIVE.sub(whole, text)
+
+
+def _holder(tree: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Return the mapping that holds the last name of a path."""
+    here: Any = tree
+    for name in path[:-1]:
+        here = here.get(name) if isinstance(here, dict) else None
+    return here if isinstance(here, dict) and path[-1] in here else None

@@ -1,0 +1,52 @@
+"""Tell what Lightning refuses from what fails: an error that a `raise` of Lightning's own has raised is a refusal.
+
+Lightning raises ValueError, TypeError, RuntimeError and more for what a user got wrong, and bugs raise the same
+classes. The place of the `raise` tells them apart. The parser wraps such an error in a page of its own: there the cause
+is looked for.
+"""
+
+import linecache
+from types import TracebackType
+
+from lightning_moevlm.common.errors import UserError
+
+_LIGHTNING = ("lightning", "pytorch_lightning")
+
+
+def refusal_below(error: BaseException) -> str | None:
+    """Return what was refused, in one line: by a part of ours (a `UserError`) or by Lightning; None for a failure."""
+    told: str | None = None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            told = str(cause)
+        elif isinstance(cause, Exception) and is_raised_by(cause, *_LIGHTNING):
+            told = _with_its_class(cause)
+        cause = cause.__cause__
+    return told
+
+
+def is_raised_by(error: BaseException, *packages: str) -> bool:
+    """Return whether a `raise` in one of the packages has raised it, and not what they call."""
+    if error.__traceback__ is None:
+        return False
+    frame = _last(error.__traceback__)
+    line = linecache.getline(frame.tb_frame.f_code.co_filename, frame.tb_lineno)
+    return str(frame.tb_frame.f_globals.get("__name__")).split(".")[0] in packages and line.lstrip().startswith(
+        "raise "
+    )
+
+
+def _with_its_class(error: Exception) -> str:
+    assert error.__traceback__ is not None
+    names = _last(error.__traceback__).tb_frame.f_locals
+    message = " ".join(str(error).split())
+    owner = type(names["self"]).__name__ if "self" in names else ""
+    is_public = owner and not owner.startswith("_") and not owner.endswith(("Connector", "Loop"))
+    return f"{owner}: {message}" if is_public and owner not in message else message
+
+
+def _last(traceback: TracebackType) -> TracebackType:
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback

@@ -1,0 +1,160 @@
+"""Configurations as a whole: what `moevlm fit` would train with, what its model costs, its data module."""
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.shipped_files import shipped_config
+from lightning_moevlm.common.yaml_text import read_yaml
+from lightning_moevlm.configuration.overlays import NamesMerger
+from lightning_moevlm.configuration.parsers import (
+    DEFAULTS,
+    PARSER_OPTIONS,
+    SECTIONS,
+    prepare_parsers,
+    refuse_unbuildable_parts,
+    teaching_errors,
+)
+from lightning_moevlm.data.datamodule import ShardDataModule
+from lightning_moevlm.model.backbones import ModelCard, model_card
+from lightning_moevlm.training import VisionLanguageModule, try_schedule
+from lightning_moevlm.training.checkpoints.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.checks.trainer_checks import refuse_other_sizes
+
+
+class ConfigResolver:
+    """Gives what `moevlm fit -c FILE ...` would train with, every default filled in; builds nothing."""
+
+    def __init__(self) -> None:
+        prepare_parsers()
+        self._parser = LightningArgumentParser(**PARSER_OPTIONS)
+        self._parser.add_argument("-c", "--config", action=ActionConfigFile)
+        self._parser.add_argument("--seed_everything", type=int, default=0)
+        self._parser.add_lightning_class_args(Trainer, "trainer")
+        self._parser.add_lightning_class_args(VisionLanguageModule, "model")
+        self._parser.add_lightning_class_args(ShardDataModule, "data")
+        self._parser.set_defaults(DEFAULTS)
+
+    def __call__(self, config_files: Sequence[Path], overrides: Mapping[str, object]) -> dict[str, object]:
+        """Resolve one configuration.
+
+        Args:
+            config_files: as given with -c, in order.
+            overrides: nested mapping, merged last.
+
+        Raises:
+            UserError: a file is missing, or an option or class is unknown or of the wrong type.
+        """
+        with TemporaryDirectory() as folder, teaching_errors(self._parser):
+            last = Path(folder) / "overrides.yaml"
+            last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
+            merger = NamesMerger(Path(folder))
+            named = [*map(shipped_config, config_files), last]
+            files = [each for file in named for each in merger.with_names(file)]
+            namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
+            namespace.pop("config", None)
+            dumped = self._parser.dump(namespace, skip_unset=False, skip_validation=True)  # valid: it was just parsed
+            resolved: dict[str, object] = read_yaml(dumped)
+            refuse_unbuildable_parts(resolved)
+        return resolved
+
+
+def describe_model(resolved: Mapping[str, object]) -> ModelCard:
+    """Return what the model of a resolved configuration costs; built whole, but without memory for its weights.
+
+    Raises:
+        UserError: options out of range, or parts that do not fit each other: whatever `moevlm fit` would refuse when it
+            builds the model, its optimiser and its schedule.
+    """
+    return ModelDescriber()(resolved)
+
+
+class ModelDescriber:
+    """`describe_model` with each model built once, however many configurations have it.
+
+    Args:
+        complete: the configurations hold every default, as `ConfigResolver` gives them: none needs to be looked up,
+            which takes most of the time.
+    """
+
+    def __init__(self, complete: bool = False) -> None:
+        prepare_parsers()
+        self._complete = complete
+        self._cards: dict[str, ModelCard] = {}
+
+    def __call__(self, resolved: Mapping[str, object]) -> ModelCard:
+        """Describe one configuration's model."""
+        model = repr(resolved["model"])
+        if model not in self._cards:
+            parser = _model_parser()
+            with teaching_errors(), torch.device("meta"):
+                # a copy: of mappings of names, the parser puts what it makes of their values in their place
+                parsed = parser.parse_object({"model": deepcopy(resolved["model"])}, defaults=not self._complete)
+                module = parser.instantiate(parsed).model
+                data = resolved.get("data")
+                if isinstance(data, Mapping):
+                    refuse_other_sizes(module.backbone.spec, data)
+                try_schedule(module)
+                self._cards[model] = model_card(module.backbone)
+        return self._cards[model]
+
+
+@cache
+def _model_parser() -> LightningArgumentParser:
+    """Return the parser of the model section alone; a plan asks it for every arm."""
+    parser = LightningArgumentParser(**PARSER_OPTIONS)
+    parser.add_lightning_class_args(VisionLanguageModule, "model")
+    return parser
+
+
+def load_module(checkpoint: Path | str, config: Path | str | None = None) -> VisionLanguageModule:
+    """Return the model of a run with the weights of one of its checkpoints, in evaluation mode.
+
+    Args:
+        checkpoint: RUN/checkpoints/last.ckpt, say.
+        config: that it was trained with; None is RUN/config/config.yaml, which every run writes.
+
+    Raises:
+        UserError: one of them is not there, or they do not belong together.
+    """
+    path = Path(checkpoint)
+    file = path.parent.parent / "config" / "config.yaml" if config is None else Path(config)
+    if not file.is_file():
+        raise UserError(f"{path} has no configuration at {file}: name the one that it was trained with, config=FILE")
+    saved = look_at_checkpoint(str(path), "test", Path())
+    if saved is None:
+        raise UserError(f"{path} is not a checkpoint in one local file: give RUN/checkpoints/last.ckpt")
+    recorded = read_yaml(file.read_text(encoding="utf-8"))
+    sections = {name: recorded[name] for name in (*SECTIONS, "seed_everything") if name in recorded}
+    model = ConfigResolver()([], sections)["model"]
+    parser = _model_parser()
+    with teaching_errors():
+        module = parser.instantiate(parser.parse_object({"model": model})).model
+    assert isinstance(module, VisionLanguageModule)
+    refuse_other_model(saved, str(path), module)
+    module.load_state_dict(saved["state_dict"])
+    return module.eval()
+
+
+def build_data(resolved: Mapping[str, object]) -> ShardDataModule:
+    """Return the data module of a resolved configuration; nothing is opened.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    prepare_parsers()
+    parser = LightningArgumentParser(**PARSER_OPTIONS)
+    parser.add_lightning_class_args(ShardDataModule, "data")
+    with teaching_errors():
+        built = parser.instantiate(parser.parse_object({"data": deepcopy(dict(resolved))})).data
+    assert isinstance(built, ShardDataModule)
+    return built

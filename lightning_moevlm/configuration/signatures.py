@@ -1,0 +1,133 @@
+"""What a class takes and what a type allows, read from signatures and said in words: for error messages.
+
+A signature that cannot be read, such as one of another package whose annotations name what it does not import, is told
+as empty: a message then advises less, it never fails.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_WORDS: dict[object, str] = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "null",
+}
+_FOREIGN = ("torch", "lightning", "pytorch_lightning")
+_MANY = 8
+"""Longer lists are left to `moevlm list` and `moevlm describe`."""
+
+
+def imported_class(path: str) -> type | None:
+    """Return the class of that dotted path where its module is imported; nothing is imported for it."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if inspect.isclass(found) else None
+
+
+def options_of(part: type) -> list[str]:
+    """Return the names that the constructor takes."""
+    try:
+        parameters = inspect.signature(part).parameters.values()
+    except ValueError:
+        return []
+    return [
+        each.name for each in parameters if each.kind is not each.VAR_POSITIONAL and each.kind is not each.VAR_KEYWORD
+    ]
+
+
+def type_of_option(part: type, name: str) -> object:
+    """Return the annotation of one option; None where it has none that can be read."""
+    return _types_of(part).get(name)
+
+
+@cache
+def _types_of(part: type) -> dict[str, object]:
+    try:
+        return get_type_hints(inspect.getattr_static(part, "__init__"))
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def classes_of(annotation: object) -> list[type]:
+    """Return the classes whose instances an option holds: of `A | list[A] | None` and of `Callable[..., A]`, A."""
+    if get_origin(annotation) is Callable:
+        return classes_of(get_args(annotation)[-1]) if get_args(annotation) else []  # of a bare Callable, nothing known
+    if inspect.isclass(annotation) and get_origin(annotation) is None:
+        return [] if annotation in _WORDS else [annotation]
+    found = [part for argument in get_args(annotation) for part in classes_of(argument)]
+    return list(dict.fromkeys(found))
+
+
+def literals_of(annotation: object) -> list[str]:
+    """Return the values of a `Literal`, or of those in a union."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    if get_origin(annotation) in (Union, UnionType):
+        return [value for part in get_args(annotation) for value in literals_of(part)]
+    return []
+
+
+def names_below(base: type) -> tuple[list[str], list[str]]:
+    """Return what can be named where a `base` is asked for, itself and its imported subclasses, none abstract: those of
+    this package and its plug-ins, and those that torch and Lightning bring along."""
+    below = {base}
+    waiting = [base]
+    child: type
+    while waiting:
+        for child in type.__subclasses__(waiting.pop()):
+            if child not in below:
+                below.add(child)
+                waiting.append(child)
+    own: set[str] = set()
+    foreign: set[str] = set()
+    for part in below:
+        if not inspect.isabstract(part) and not part.__name__.startswith("_"):
+            (foreign if part.__module__.split(".")[0] in _FOREIGN else own).add(part.__name__)
+    return sorted(own), sorted(foreign - own)
+
+
+def is_record(part: type) -> bool:
+    """Return whether a value of the class is given by its fields alone: a dataclass without subclasses."""
+    return is_dataclass(part) and not type.__subclasses__(part)
+
+
+def in_words(annotation: object) -> str:
+    """Return what a value may be, e.g. "a number, a Ramp {start, stop, num_steps, begin, shape} or null"."""
+    return _either(list(dict.fromkeys(_alternatives(annotation))))
+
+
+def few(names: Sequence[str]) -> str | None:
+    """Return a short list of names as "a, b or c"; None where it is empty or long."""
+    return _either(names) if 0 < len(names) <= _MANY else None
+
+
+def _alternatives(annotation: object) -> list[str]:
+    if get_origin(annotation) in (Union, UnionType):
+        return [words for part in get_args(annotation) for words in _alternatives(part)]
+    if get_origin(annotation) is Literal:
+        return literals_of(annotation)
+    if isinstance(annotation, type) and is_record(annotation):
+        return [f"{_with_article(annotation.__name__)} {{{', '.join(options_of(annotation))}}}"]
+    classes = classes_of(annotation)
+    return [_WORDS.get(annotation) or (_with_article(classes[0].__name__) if classes else _plain(annotation))]
+
+
+def _with_article(name: str) -> str:
+    """Return "an Optimizer", "an LRScheduler" (spelled, el ar) or "a Router"."""
+    is_spelled = name[:2].isupper()
+    return f"{'an' if name[0] in ('AEFHILMNORSX' if is_spelled else 'AEIO') else 'a'} {name}"
+
+
+def _plain(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _either(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

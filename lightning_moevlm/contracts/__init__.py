@@ -1,0 +1,1 @@
+"""The records that folders exchange: routing plans, batches, step records, metric keys."""

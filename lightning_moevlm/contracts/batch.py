@@ -1,0 +1,89 @@
+"""One batch of image-text pairs, the input of every model."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One collated batch; a modality that no sample has is None.
+
+    Samples are in order of what they hold: pairs, then images alone, then texts alone. So images are those of pairs and
+    of images alone, texts those of pairs and of texts alone, and each has its own B.
+
+    images_BRYX: uint8, RGB. text_BL: int64 token ids, padded. text_mask_BL: bool, True on real tokens.
+    keys: the samples' WebDataset keys, in order. num_pairs: how many leading images and texts belong together; None
+    where every image has its text. per_source: how many samples each source of the data gave, in their order. num_cut:
+    texts that have lost their end, of those that were read for the batch. step: all that the optimiser step is made of;
+    None where the loader does not look ahead.
+    """
+
+    images_BRYX: Tensor | None
+    text_BL: Tensor | None
+    text_mask_BL: Tensor | None
+    keys: tuple[str, ...]
+    num_pairs: int | None = None
+    per_source: tuple[int, ...] = ()
+    num_cut: int = 0
+    step: "WholeStep | None" = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of any kind."""
+        return len(self.keys)
+
+    @property
+    def pairs(self) -> int:
+        """How many samples have both an image and a text."""
+        if self.images_BRYX is None or self.text_BL is None:
+            return 0
+        return len(self.keys) if self.num_pairs is None else self.num_pairs
+
+    @property
+    def device(self) -> torch.device:
+        """Where its values are; images without pixels have none."""
+        held = [each for each in (self.text_BL, self.images_BRYX) if each is not None and not each.is_meta]
+        return held[0].device if held else torch.device("cpu")
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """The samples that the images are of, row by row."""
+        return () if self.images_BRYX is None else self.keys[: len(self.images_BRYX)]
+
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        """The samples that the texts are of, row by row."""
+        return () if self.text_BL is None else self.keys[: self.pairs] + self.keys[len(self.image_keys) :]
+
+    def first(self, num_samples: int) -> "Batch":
+        """Return the first samples alone; which sources they came from is no longer known."""
+        images_BRYX, text_BL, text_mask_BL = self.images_BRYX, self.text_BL, self.text_mask_BL
+        num_samples = min(num_samples, self.num_samples)
+        pairs = min(num_samples, self.pairs)
+        num_images = 0 if images_BRYX is None else min(num_samples, len(images_BRYX))
+        num_texts = num_samples - num_images + pairs
+        return Batch(
+            images_BRYX[:num_images] if images_BRYX is not None and num_images else None,
+            text_BL[:num_texts] if text_BL is not None and num_texts else None,
+            text_mask_BL[:num_texts] if text_mask_BL is not None and num_texts else None,
+            self.keys[:num_samples],
+            pairs,
+        )
+
+    def without_pixels(self) -> "Batch":
+        """Return the same batch with images that have a shape alone."""
+        images = self.images_BRYX
+        return self._replace(images_BRYX=None if images is None else images.to("meta"), step=None)
+
+
+class WholeStep:
+    """The batches of one optimiser step on this rank, without pixels.
+
+    No tuple and no dataclass, so that nobody moves it to a device with the batch that it comes with.
+    """
+
+    __slots__ = ("batches",)
+
+    def __init__(self, batches: tuple[Batch, ...]) -> None:
+        self.batches = batches

@@ -1,0 +1,149 @@
+"""Every metric key, declared once, with its unit and its better direction.
+
+A key is a pattern: braces stand for a name or a number (`loss/{term}`, `load/block{block}/{modality}/expert{expert}`).
+Writers call `.key(...)`, readers (report, comparison) find the declaration of a key with `declared`.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from lightning_moevlm.contracts import metric_keys
+
+
+@dataclass(frozen=True)
+class MetricKey:
+    """A family of metric keys. unit: for axis labels ("" = pure number). better: the direction that is progress."""
+
+    pattern: str
+    title: str
+    unit: str
+    better: Literal["lower", "higher", "neither"]
+
+    def key(self, **parts: str | int) -> str:
+        """Return the key with its braces filled."""
+        return self.pattern.format(**parts)
+
+    def match(self, key: str) -> dict[str, str] | None:
+        """Return the parts that the braces hold in `key`, or None where it belongs to another family."""
+        found = self._regex.fullmatch(key)
+        return found.groupdict() if found else None
+
+    @property
+    def _regex(self) -> re.Pattern[str]:
+        return _compiled(self.pattern)
+
+
+@cache  # a report asks for each of thousands of series
+def _compiled(pattern: str) -> re.Pattern[str]:
+    literal = re.split(r"\{(\w+)\}", pattern)
+    parts = [re.escape(p) if i % 2 == 0 else f"(?P<{p}>[^/]+)" for i, p in enumerate(literal)]
+    return re.compile("".join(parts))
+
+
+TASK_LOSS = MetricKey("{stage}/task_loss", "task loss", "sum of term losses", "lower")
+TOTAL_LOSS = MetricKey("{stage}/total_loss", "total loss", "sum of term losses", "lower")
+TERM_RAW = MetricKey("loss/{term}", "loss term, raw", "term's own", "lower")
+TERM_WEIGHTED = MetricKey("loss_weighted/{term}", "loss term, weighted", "term's own", "lower")
+TERM_WEIGHT = MetricKey("loss_weight/{term}", "weight of a loss term", "", "neither")
+EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "term's own", "lower")
+ACCURACY = MetricKey("{stage}/accuracy_{term}", "masked accuracy", "fraction", "higher")
+MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")
+
+EXPERT_LOAD = MetricKey(
+    "load/block{block}/{modality}/expert{expert}", "expert load", "fraction of kept pairs", "neither"
+)
+LOAD_ENTROPY = MetricKey("load_entropy/block{block}/{modality}", "load entropy / ln E", "fraction", "higher")
+TOKEN_ENTROPY = MetricKey("token_entropy/block{block}/{modality}", "mean token entropy / ln E", "fraction", "neither")
+MAX_VIOLATION = MetricKey("max_violation/block{block}/{modality}", "max load / mean load - 1 (MaxVio)", "", "lower")
+DROP_RATE = MetricKey("drop_rate/block{block}/{modality}", "dropped pairs", "fraction", "lower")
+EVAL_DROP_RATE = MetricKey(
+    "{stage}/drop_rate/block{block}/{modality}", "dropped pairs on held-out data", "fraction", "lower"
+)
+DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts without a token", "experts", "lower")
+CAPACITY = MetricKey("capacity/block{block}/{modality}", "capacity factor after rounding", "", "neither")
+LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")
+
+SHADOW_FLIP_RATE = MetricKey(
+    "shadow_flip_rate/block{block}/{modality}", "tokens that fp32 routes elsewhere", "fraction", "lower"
+)
+SHADOW_LOGIT_ERROR_MAX = MetricKey(
+    "shadow_logit_error_max/block{block}/{modality}", "largest |router logit - fp32|", "", "lower"
+)
+SHADOW_LOGIT_ERROR_RMS = MetricKey(
+    "shadow_logit_error_rms/block{block}/{modality}", "RMS of router logit - fp32", "", "lower"
+)
+SHADOW_LOSS_ERROR = MetricKey("shadow_loss_error", "|task loss - fp32|", "sum of term losses", "lower")
+REGION_LOGIT_ERROR = MetricKey(
+    "shadow_region_logit_error_rms/{region}", "RMS of router logit - fp32, one region narrow", "", "lower"
+)
+REGION_FLIP_RATE = MetricKey(
+    "shadow_region_flip_rate/{region}", "tokens that fp32 routes elsewhere, one region narrow", "fraction", "lower"
+)
+REGION_LOSS_ERROR = MetricKey(
+    "shadow_region_loss_error/{region}", "|task loss - fp32|, one region narrow", "sum of term losses", "lower"
+)
+ATTENTION_LOGIT_MAX = MetricKey("attention_logit_max/block{block}", "largest attention logit", "", "neither")
+LOG_PARTITION_MAX = MetricKey(
+    "output_log_partition_max/{term}", "largest |logsumexp of the output logits|", "", "neither"
+)
+
+QK_CLIPPED_HEADS = MetricKey(
+    "action/qk_clipped_heads", "heads clipped since the last logging step", "heads x steps", "neither"
+)
+REVIVED_EXPERTS = MetricKey("action/revived_experts/{layer}", "experts revived", "experts", "neither")
+ROUTER_FROZEN = MetricKey("action/router_frozen", "routers stand still from here on", "", "neither")
+ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after step", "optimiser steps", "neither")
+
+LIVENESS = MetricKey("liveness/{switch}", "by how much a switch acts", "switch's own", "neither")
+BALANCE_GRADIENT_SHARE = MetricKey(
+    "balance_gradient_share/{weights}", "gradient of balance losses / whole gradient (R_g)", "", "lower"
+)
+
+GRAD_NORM = MetricKey("optim/grad_norm", "gradient norm before clipping", "", "neither")
+CLIP_COEFFICIENT = MetricKey("optim/clip_coefficient", "gradient norm after / before clipping", "fraction", "neither")
+UPDATE_NORM = MetricKey("optim/update_norm", "norm of the parameters' update", "", "neither")
+SKIPPED_STEPS = MetricKey("optim/skipped_steps", "steps left out so far", "optimiser steps", "lower")
+LEARNING_RATE = MetricKey("optim/learning_rate", "learning rate", "", "neither")
+FIRST_NONFINITE_STEP = MetricKey(
+    "stability/first_nonfinite_step", "first step with a non-finite loss", "optimiser steps", "neither"
+)
+SAMPLES_PER_SECOND = MetricKey("throughput/samples_per_second", "throughput", "samples/s", "higher")
+TOKENS_PER_SECOND = MetricKey("throughput/tokens_per_second", "throughput", "tokens/s", "higher")
+PEAK_DEVICE_MEMORY = MetricKey(
+    "memory/peak_device", "peak memory of tensors on the device since training began", "MiB", "lower"
+)
+PEAK_PROCESS_MEMORY = MetricKey("memory/peak_process", "peak resident memory of the process", "MiB", "lower")
+SOURCE_SAMPLES = MetricKey("data/samples/{source}", "samples read so far", "samples", "neither")
+SOURCE_EPOCHS = MetricKey("data/epochs/{source}", "how often the source has been read", "epochs", "neither")
+SKIPPED_SAMPLES = MetricKey("data/skipped/{cause}", "samples that could not be used so far", "samples", "lower")
+CUT_CAPTIONS = MetricKey("data/cut_captions", "captions that lost their end so far", "fraction", "lower")
+TOTAL_PARAMETERS = MetricKey("model/total_parameters", "parameters", "parameters", "neither")
+ACTIVE_PARAMETERS = MetricKey("model/active_parameters", "active parameters", "parameters", "neither")
+ACTIVE_FLOPS = MetricKey("model/active_flops_per_sample", "active forward FLOPs", "FLOP/sample", "neither")
+
+_OF_VALIDATION = ("val", "val_loss")  # what keys with a stage begin with
+
+
+def is_untrained(key: str, first_step: int) -> bool:
+    """Whether a metric's first value is the untrained model's: of held-out data only what lies at step 0 is."""
+    return first_step == 0 or key.partition("/")[0] not in _OF_VALIDATION
+
+
+ALL: tuple[MetricKey, ...] = tuple(value for value in list(globals().values()) if isinstance(value, MetricKey))
+
+
+def declared(key: str) -> MetricKey | None:
+    """Return the declaration that `key` belongs to, or None for a key that nobody declared."""
+    return next((metric for metric in ALL if metric.match(key) is not None), None)
+
+
+def name_and_unit(key: str) -> tuple[str, str]:
+    """Return a metric's title and unit, as declared; the key itself where it is not."""
+    metric = metric_keys.declared(key)
+    if metric is None:
+        return key, ""
+    parts = metric.match(key) or {}
+    stage = {"val": "validation ", "train": "training ", "test": "test "}.get(parts.get("stage", ""), "")
+    return stage + metric.title, metric.unit

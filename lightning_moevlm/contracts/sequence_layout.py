@@ -1,0 +1,41 @@
+"""The modalities of a token sequence and where each lies."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import Modality
+
+
+class Span(NamedTuple):
+    """Sequence positions start..stop-1 hold tokens of one modality."""
+
+    modality: Modality
+    start: int
+    stop: int
+
+
+class Layout(NamedTuple):
+    """Where the modalities lie in a sequence, and which positions are real.
+
+    spans: in order and without gaps. valid_BS: bool, False on padding. identity_BS: int64, token ids and patch codes,
+    or None where no router asked for them. causal: text sees no later text, and patches see no text.
+    """
+
+    spans: tuple[Span, ...]
+    valid_BS: Tensor
+    identity_BS: Tensor | None = None
+    causal: bool = False
+
+    @property
+    def modality_S(self) -> Tensor:
+        """Modality of each position, int64."""
+        pieces = [torch.full((s.stop - s.start,), int(s.modality)) for s in self.spans]
+        return torch.cat(pieces).to(self.valid_BS.device, non_blocking=True)
+
+    def select(self, span: Span) -> "Layout":
+        """Return the layout of one span alone."""
+        inner = Span(span.modality, 0, span.stop - span.start)
+        identity_BS = None if self.identity_BS is None else self.identity_BS[:, span.start : span.stop]
+        return Layout((inner,), self.valid_BS[:, span.start : span.stop], identity_BS, self.causal)

@@ -1,0 +1,170 @@
+"""Records that cross borders between the parts of the house."""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import Modality, RoutingPlan
+
+
+class NamedPlan(NamedTuple):
+    """A plan with its place in the model.
+
+    source: which forward pass made it ("image", "text" or "pair"). block: index of the transformer block.
+    layer: path of the MoE layer in the backbone. modalities: those that occur among its tokens.
+    """
+
+    source: str
+    block: int
+    layer: str
+    modalities: tuple[Modality, ...]
+    plan: RoutingPlan
+
+    def detached(self) -> "NamedPlan":
+        """Return the same plan without gradients, for callbacks."""
+        return self._replace(plan=self.plan.detached())
+
+
+class AttentionLogits(NamedTuple):
+    """The largest attention logits of one forward pass, with their place in the model.
+
+    source: which forward pass ("image", "text" or "pair"). block: index of the transformer block. layer: path of the
+    attention in the backbone. max_H: fp32, the largest logit of each head before any cap; it has no gradient.
+    """
+
+    source: str
+    block: int
+    layer: str
+    max_H: Tensor
+
+
+class PlanSize(NamedTuple):
+    """What the means of a loss on routing are over, in one plan or in all plans of a layer and pass. Sizes add up.
+
+    tokens_A: valid tokens of each modality. sequences_A: sequences with such a token. sequences: with any, a scalar.
+    """
+
+    tokens_A: Tensor
+    sequences_A: Tensor
+    sequences: Tensor
+
+    def of(self, modalities: Iterable[Modality]) -> "PlanSize":
+        """Return the size of a plan that holds the tokens of some modalities alone."""
+        among = set(modalities)
+        tokens_A, sequences_A = (
+            torch.stack([count_A[modality] * (modality in among) for modality in Modality])
+            for count_A in (self.tokens_A, self.sequences_A)
+        )
+        return PlanSize(tokens_A, sequences_A, self.sequences if len(among) > 1 else sequences_A.sum())
+
+
+class BatchSize(NamedTuple):
+    """What means are over, in one batch or in a whole optimiser step. Sizes add up.
+
+    predictions: by term of the task, how many it makes, scalars. passes: by source, the size of the sequences.
+    """
+
+    predictions: Mapping[str, Tensor]
+    passes: Mapping[str, PlanSize]
+
+    def numbers(self) -> Tensor:
+        """Return all of it as one float64 vector, to be added to others and divided."""
+        values = [*self.predictions.values(), *(value for size in self.passes.values() for value in size)]
+        return torch.cat([value.flatten().to(torch.float64) for value in values])
+
+    def holding(self, numbers: Tensor) -> "BatchSize":
+        """Return a size with these numbers, rounded to whole ones, in place of its own."""
+        of_terms, of_passes = (
+            numbers.round().to(torch.int64).split([len(self.predictions), len(numbers) - len(self.predictions)])
+        )
+        kinds = len(Modality)
+        sizes = (PlanSize(one[:kinds], one[kinds:-1], one[-1]) for one in of_passes.split(2 * kinds + 1))
+        return BatchSize(
+            dict(zip(self.predictions, of_terms.unbind(), strict=True)), dict(zip(self.passes, sizes, strict=True))
+        )
+
+
+class Term(NamedTuple):
+    """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total, a tensor if it adapts.
+
+    num_predictions: that raw is the mean over, so that means of several batches can be joined; None: unknown, and
+    batches count by their samples. in_step: what is differentiated in place of raw, where a step has several parts: its
+    mean over micro-batches and ranks is the raw term of their joined batch. None: raw itself.
+    """
+
+    raw: Tensor
+    weight: float | Tensor
+    num_predictions: int | None = None
+    in_step: Tensor | None = None
+
+    @property
+    def weighted(self) -> Tensor:
+        """raw x weight."""
+        return self.raw * self.weight
+
+    @property
+    def differentiated(self) -> Tensor:
+        """What it adds to the loss of the step, the mean over micro-batches and ranks."""
+        return self.weighted if self.in_step is None else self.in_step * self.weight
+
+    def detached(self) -> "Term":
+        """Return the same term without gradient."""
+        return self._replace(raw=self.raw.detach(), in_step=None if self.in_step is None else self.in_step.detach())
+
+
+class LossReport(NamedTuple):
+    """Every term of a step. The task loss never contains auxiliary terms."""
+
+    task: dict[str, Term]
+    auxiliary: dict[str, Term]
+
+    @property
+    def task_loss(self) -> Tensor:
+        """Weighted sum of the task terms."""
+        return torch.stack([term.weighted for term in self.task.values()]).sum()
+
+    @property
+    def total_loss(self) -> Tensor:
+        """Task loss plus weighted auxiliary terms, of this batch alone."""
+        return torch.stack([term.weighted for term in (*self.task.values(), *self.auxiliary.values())]).sum()
+
+    @property
+    def task_in_step(self) -> Tensor:
+        """The task loss whose mean over micro-batches and ranks is that of the joined batch."""
+        return torch.stack([term.differentiated for term in self.task.values()]).sum()
+
+    @property
+    def differentiated(self) -> Tensor:
+        """The total loss whose mean over micro-batches and ranks is that of the joined batch."""
+        return torch.stack([term.differentiated for term in (*self.task.values(), *self.auxiliary.values())]).sum()
+
+    def detached(self) -> "LossReport":
+        """Return the same report without gradients, for callbacks."""
+        task, auxiliary = ({name: term.detached() for name, term in terms.items()} for terms in self)
+        return LossReport(task, auxiliary)
+
+
+class Predictions(NamedTuple):
+    """Predicted and true classes at the masked positions of one term, both int64."""
+
+    predicted_M: Tensor
+    target_M: Tensor
+
+
+class ObjectiveOutput(NamedTuple):
+    """What an objective makes of a batch.
+
+    terms: of the task. predictions: classes, by term. plans: of every MoE that ran. num_tokens: encoded, padding
+    included. attention: the largest logits of every attention that ran, where the backbone was asked for them.
+    log_partitions: of every term that predicts classes, the logsumexp of the logits at each masked position, (M,).
+    """
+
+    terms: dict[str, Term]
+    predictions: dict[str, Predictions]
+    plans: tuple[NamedPlan, ...]
+    num_tokens: int
+    attention: tuple[AttentionLogits, ...] = ()
+    log_partitions: Mapping[str, Tensor] = MappingProxyType({})

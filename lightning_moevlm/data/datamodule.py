@@ -1,0 +1,378 @@
+"""Sets of shards as a LightningDataModule: `data.root` names the set, everything else how it is read.
+
+Training reads in a new order every epoch and resumes to the batch; validation, testing and prediction (on the test
+split) read every sample once, in fixed order. Where `trainer.accumulate_grad_batches` does not divide the batches of an
+epoch, an epoch of the trainer has as many batches as make whole optimiser steps, and the rest comes in the next.
+`num_workers` 0 is the fastest on two cores for small models: workers take a core from the arithmetic.
+
+`data.sources` in place of `data.root` mixes several sets. Texts of all of them are told apart by the tokenizer of the
+first (a byte-level one, which can spell any text). What is validated on does not depend on weights, so that mixtures
+can be compared: the sources that are read as pairs, one after the other; all of them where none is.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.data.format.faults import MAX_PIXELS
+from lightning_moevlm.data.format.manifest import Manifest, Split, check_shard_size
+from lightning_moevlm.data.images.augment import Augment
+from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
+from lightning_moevlm.data.load.device_stage import DeviceStage
+from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, refuse_uneven_workers
+from lightning_moevlm.data.read.collate import Collate
+from lightning_moevlm.data.read.evaluation_reader import FixedReader
+from lightning_moevlm.data.read.mixture import Mixture, Pace, Source, refuse_odd_names
+from lightning_moevlm.data.read.open_set import OpenSet, open_set
+from lightning_moevlm.data.read.sample_order import Rank, train_batches
+from lightning_moevlm.data.read.source_stream import OpenSource
+from lightning_moevlm.data.read.train_reader import TrainReader
+from lightning_moevlm.data.read.whole_steps import refuse_smaller_step, whole_steps
+from lightning_moevlm.data.storage.shard_storage import CACHE_GIB, PROTOCOLS, ShardStorage
+from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
+
+_HASHED_BEFOREHAND_BYTES = 256 * 2**20
+
+
+class MixedManifest(NamedTuple):
+    """What a mixture is called."""
+
+    name: str
+
+
+class ShardDataModule(LightningDataModule):
+    """Loaders over one set of shards, or a mixture of several.
+
+    Args:
+        root: Folder of the set, as made by `moevlm data build`, or its address: http, https, s3, gs. Credentials and
+            endpoints of object stores come from the environment. Null with `sources`.
+        batch_size: Samples per rank and step.
+        image_size: Pixels per side that the model sees; other sizes are scaled.
+        max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut, and a run says how many.
+        vocab_size: Ids that the model can embed; the set's tokenizer must not have more.
+        num_workers: Processes that read and decode; 0 reads in the training process. The order of samples is the same
+            for any number.
+        shuffle_buffer: Samples per stream (and source) from which the next training sample is chosen.
+        seed: Of the order of training samples.
+        cache_dir: Where shards of a remote set are kept; null is `~/.cache/lightning-moevlm/shards`.
+        cache_gib: GiB to keep there, the least recently used shards go first; null is not bounded.
+        allowed_protocols: Protocols that `root` may have; another one that fsspec knows can be named here.
+        num_streams: Logical streams per rank that batches come from in turns, a multiple of `num_workers`.
+        max_lost_fraction: Share of the samples read that a run may do without; with 0 the first that cannot be used
+            ends it.
+        sources: Sets to mix, by name, in place of `root`; a source that is null is left out.
+        decode: Where pictures are decoded: `cpu`, by the processes that read them, or `device`, JPEGs only, by the GPU
+            of the rank (extra `gpu-decode`).
+        max_pixels: That an encoded picture may have; larger ones are lost, and nothing of them is decoded.
+        augment: Crops and flips of training pictures, on the device; null is none, and evaluation never has any.
+        prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null is none.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        batch_size: int,
+        image_size: int,
+        max_text_len: int,
+        vocab_size: int,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        cache_dir: str | None = None,
+        cache_gib: float | None = CACHE_GIB,
+        allowed_protocols: tuple[str, ...] = PROTOCOLS,
+        num_streams: int = 4,
+        max_lost_fraction: float = 0.0,
+        sources: dict[str, Source | None] | None = None,
+        decode: Literal["cpu", "device"] = "cpu",
+        max_pixels: int = MAX_PIXELS,
+        augment: Augment | None = None,
+        prefetch: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("image_size", image_size, 8),
+            ("max_text_len", max_text_len, 3),
+            ("num_workers", num_workers, 0),
+            ("shuffle_buffer", shuffle_buffer, 1),
+            ("num_streams", num_streams, 1),
+            ("max_pixels", max_pixels, 1),
+            ("prefetch", prefetch, 1),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"data.{name} is {value}, but must be at least {least}")
+        refuse_uneven_workers(num_workers, num_streams)
+        if not 0 <= max_lost_fraction < 1:
+            raise UserError(f"data.max_lost_fraction is {max_lost_fraction}: give a share from 0 to below 1")
+        mixed = {name: source for name, source in (sources or {}).items() if source is not None}
+        if (root is None) == (not mixed):
+            shown = root and without_url_secrets(root)
+            raise UserError(
+                f"data.root is {shown} and data.sources names {len(mixed)} sets: give a folder as root and no sources, "
+                "or sources and null as root"
+            )
+        refuse_odd_names(list(mixed))
+        self.sources = mixed or {"": Source(str(root))}
+        self.storages = {
+            name: ShardStorage(source.root, cache_dir, cache_gib, tuple(allowed_protocols))
+            for name, source in self.sources.items()
+        }
+        self.mixture = Mixture(tuple(self.sources.values()))
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.max_text_len = max_text_len
+        self.vocab_size = vocab_size
+        self.num_workers = num_workers
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.num_streams = num_streams
+        self.max_lost_fraction = max_lost_fraction
+        self.decode = decode
+        self.max_pixels = max_pixels
+        self.augment = augment
+        self.prefetch = prefetch
+        self.train_loader: ShardLoader | None = None
+        self._resume_from: LoaderState | None = None
+
+    @cached_property
+    def sets(self) -> dict[str, OpenSet]:
+        """The sets by name of their source; that of `root` has its own name.
+
+        Raises:
+            UserError: if there is no set, with the command that builds one; if its manifest is broken; or if it lacks
+                what the source should give.
+
+        """
+        opened = [open_set(source, self.storages[name]) for name, source in self.sources.items()]
+        return {name or found.metric_name: found for name, found in zip(self.sources, opened, strict=True)}
+
+    @property
+    def manifest(self) -> Manifest | MixedManifest:
+        """What the set holds; of a mixture, what it is called."""
+        found = [opened.manifest for opened in self.sets.values()]
+        return found[0] if self._is_alone else MixedManifest("+".join(manifest.name for manifest in found))
+
+    @property
+    def manifest_digest(self) -> str:
+        """The hash that names the exact data; of a mixture, a hash of names, digests and what is read of each."""
+        if self._is_alone:
+            return next(iter(self.sets.values())).manifest.digest
+        parts = [[name, opened.manifest.digest, *opened.members] for name, opened in self.sets.items()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> CaptionTokenizer:
+        """The set's tokenizer; of a mixture, that of the first source with texts.
+
+        Raises:
+            UserError: if it is missing, altered, or has more ids than the model.
+
+        """
+        found = list(self.sets.values())
+        opened = next((one for one in found if one.has_texts), found[0])
+        entry = opened.manifest.tokenizer
+        if entry.vocab_size > self.vocab_size:
+            raise UserError(
+                f"the tokenizer of {opened.storage} has {entry.vocab_size} ids, "
+                f"data.vocab_size is {self.vocab_size}; "
+                f"raise it to {entry.vocab_size} or more, or build the set with a smaller --vocab_size"
+            )
+        return opened.storage.tokenizer(entry)
+
+    def prepare_data(self) -> None:
+        """Fail before anything is written if the sets are not in order: manifest, tokenizer, every shard.
+
+        Shards are hashed here when a whole set is small; those of a large set have their size checked here and are
+        hashed when a process first opens them. Those of a remote set are downloaded, and verified, when they are
+        opened. Where losses are tolerated, shards are left to the reader.
+        """
+        assert self.tokenizer.vocab_size <= self.vocab_size  # the property refuses, with the remedy
+        for opened in self.sets.values():
+            self._refuse_other_than_jpegs(opened)
+            folder = opened.storage.folder
+            if folder is None or self.max_lost_fraction > 0:
+                continue
+            shards = [shard for split in opened.manifest.splits.values() for shard in split]
+            small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
+            for shard in shards:
+                if small:
+                    opened.storage.local_path(shard)
+                else:
+                    check_shard_size(folder, shard)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a limit on the batches of an epoch that would make its last optimiser step smaller than the others.
+
+        Say where epochs of the trainer are not those of the data.
+        """
+        if stage != "fit" or self.trainer is None or self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return
+        limit = self._train_limit(self._whole_steps)
+        option = f"trainer.limit_train_batches {self.trainer.limit_train_batches}"
+        refuse_smaller_step(limit or 0, self._batches_per_step, option)
+        if self._whole_steps != self._batches_at_hand > 0:
+            rank_zero_info(
+                f"{self._batches_at_hand} batches do not make whole steps of {self._batches_per_step}: an epoch of the "
+                f"trainer has {self._whole_steps}, and data are read on over its end"
+            )
+
+    def train_dataloader(self) -> ShardLoader:
+        """Whole batches in a new order every epoch; in fixed order while overfitting a few batches."""
+        trainer = self.trainer
+        opened = self._open("train", self.sets)
+        if trainer is not None and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            loader = self._fixed(opened)
+        else:
+            rank = self._rank
+            per_step, whole = self._batches_per_step, self._whole_steps
+            limit = self._train_limit(whole)
+            pace = Pace(limit or whole, per_step)
+            reader = TrainReader(
+                opened,
+                self.mixture,
+                self.batch_size,
+                rank,
+                self.shuffle_buffer,
+                self.seed,
+                self.num_streams,
+                pace,
+                tolerant=self.max_lost_fraction > 0,
+            )
+            stage = self._stage(self.augment, fills=True)
+            per_step = 1 if trainer is None else trainer.accumulate_grad_batches
+            loader = ShardLoader(
+                reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction, stage, per_step
+            )
+        if self._resume_from is not None:
+            loader.load_state_dict(self._resume_from)
+            self._resume_from = None
+        self.train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> ShardLoader:
+        """Every validation sample once, in fixed order."""
+        return self._fixed(self._open("val", self._evaluated))
+
+    def test_dataloader(self) -> ShardLoader:
+        """Every test sample once, in fixed order."""
+        return self._fixed(self._open("test", self._evaluated))
+
+    def predict_dataloader(self) -> ShardLoader:
+        """Every test sample once, in fixed order."""
+        return self.test_dataloader()
+
+    def state_dict(self) -> LoaderState | dict[str, Any]:  # type: ignore[override]
+        """Return the place in the training data; Lightning puts it into every checkpoint.
+
+        Lightning saves the loader's own state as well, but restores it only from checkpoints inside an epoch:
+        from one at the end of an epoch, the data would begin anew.
+        """
+        return {} if self.train_loader is None else self.train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: LoaderState) -> None:  # type: ignore[override]
+        """Remember the place; it is taken when the training loader is made."""
+        self._resume_from = state_dict or None
+
+    @property
+    def _is_alone(self) -> bool:
+        return len(self.sources) == 1
+
+    @property
+    def _rank(self) -> Rank:
+        return Rank(0, 1) if self.trainer is None else Rank(self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def _evaluated(self) -> dict[str, OpenSet]:
+        return {name: opened for name, opened in self.sets.items() if opened.gives_pairs} or self.sets
+
+    def _open(self, split: Split, sets: Mapping[str, OpenSet]) -> tuple[OpenSource, ...]:
+        return tuple(
+            OpenSource(
+                name,
+                opened.storage,
+                opened.manifest.splits[split],
+                self._collate(opened),
+                opened.manifest.layout,
+            )
+            for name, opened in sets.items()
+        )
+
+    def _collate(self, opened: OpenSet) -> Collate:
+        self._refuse_other_than_jpegs(opened)
+        keeps_jpegs = self.decode == "device"
+        return Collate(
+            opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
+            opened.manifest.layout.caption_field,
+        )  # fmt: skip
+
+    def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:
+        others = [name for name in IMAGE_EXTENSIONS if name != "jpg" and name in opened.members]
+        if self.decode == "device" and others:
+            kinds = "PNG pictures" if others == ["png"] else "pictures of several formats"
+            raise UserError(
+                f"data.decode is device, but {opened.storage} has {kinds}, and a device decodes JPEGs alone; "
+                "set data.decode cpu, or build or convert the set with --image_format jpg"
+            )
+
+    def _stage(self, augment: Augment | None, fills: bool) -> DeviceStage | None:
+        """Return what happens to batches in this process; None where every option of it is off."""
+        if self.decode == "cpu" and augment is None and self.prefetch is None:
+            return None
+        return DeviceStage(
+            self._device, self.image_size, self.max_pixels, augment, self.seed, self._rank.index, self.prefetch or 0,
+            tolerant=self.max_lost_fraction > 0, fills=fills,
+        )  # fmt: skip
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where the model is; told once, where options ask for a GPU and there is none."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        in_vain = [f"data.decode {self.decode}"] * (self.decode == "device")
+        in_vain += [f"data.prefetch {self.prefetch}"] * (self.prefetch is not None)
+        if in_vain and device.type != "cuda" and self._rank.index == 0:
+            warnings.warn(
+                f"{' and '.join(in_vain)}: only a CUDA device saves time by it, and this run is on {device.type}; the "
+                "training process does the work, with the same result; set data.decode cpu and data.prefetch null here",
+                stacklevel=3,  # beyond the property's own machinery
+            )
+        return device
+
+    def _fixed(self, opened: tuple[OpenSource, ...]) -> ShardLoader:
+        tolerant = self.max_lost_fraction > 0
+        reader = FixedReader(opened, self.batch_size, self._rank, self.num_streams, tolerant)
+        stage = self._stage(augment=None, fills=False)
+        return ShardLoader(reader, self.num_workers, self.manifest_digest, None, self.max_lost_fraction, stage)
+
+    @property
+    def _batches_per_step(self) -> int:
+        """Batches that make an optimiser step; a fast_dev_run takes one on its single batch."""
+        trainer = self.trainer
+        return 1 if trainer is None or trainer.fast_dev_run else trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+    @property
+    def _whole_steps(self) -> int:
+        """Training batches of an epoch of the trainer."""
+        return whole_steps(self._batches_at_hand, self._batches_per_step)
+
+    @property
+    def _batches_at_hand(self) -> int:
+        """Training batches once through the data."""
+        num_samples = sum(shard.num_samples for one in self.sets.values() for shard in one.manifest.splits["train"])
+        return train_batches(num_samples, self.batch_size, self._rank.world_size)
+
+    def _train_limit(self, num_batches: int) -> int | None:
+        """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""
+        if self.trainer is None:
+            return None
+        limit = self.trainer.limit_train_batches
+        return min(num_batches, limit if isinstance(limit, int) else int(num_batches * limit))

@@ -1,0 +1,1 @@
+"""Reads and describes a set on disk: manifest, tokenizer, tar members, faults."""

@@ -1,0 +1,143 @@
+"""The members of a tar, and how it ended: a tar that breaks off is never taken for one that is over.
+
+A tar reader stops without a word where the next header is no header: at a zeroed block, a flipped bit, the end
+of half a file (WebDataset and Python's `tarfile` alike). Here only a proper end is silent. Headers are
+`tarfile`'s business (ustar, GNU and pax names), except plain ones, because it is slow; the walk from one to the
+next is guarded, so that no file can make it jump backwards, unpack anything or ask for memory without end. Sparse
+members are no data and compressed tars are no tars: both would unpack to any size. Names stay names: nothing is
+written anywhere.
+"""
+
+import os
+import tarfile
+from collections.abc import Callable, Generator, Iterator
+from typing import BinaryIO, NamedTuple
+
+from lightning_moevlm.data.format.faults import Cause
+from lightning_moevlm.data.format.tar_header import BLOCK_BYTES, plain_header
+
+_CHUNK_BYTES = 2**20
+_LONGEST_HEADER_BYTES = 2**14
+"""Of an extended header, which holds names; Python before 3.11.10 takes time with the square of its length."""
+# all that tarfile's parsing of a header can raise: some of its fields are read without a check (IndexError, KeyError),
+# and a chain of extended headers is followed by recursion
+_NO_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError, RecursionError)
+
+
+class Member(NamedTuple):
+    """A regular file in a tar.
+
+    name: printable; other characters are escaped. data: None if it was not wanted. offset, num_bytes: where its bytes
+    lie in the tar.
+    """
+
+    name: str
+    data: bytes | None
+    offset: int
+    num_bytes: int
+
+
+class TarBreak(Exception):  # noqa: N818 - an end of data
+    """A tar that ends where no whole tar does; the message goes on from "the shard ...": where and how."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Member]:
+    """Yield the regular files of a plain tar in their order, with the bytes of those whose name is wanted.
+
+    Raises:
+        TarBreak: after the last good member, if anything but the end of a whole tar follows it.
+
+    """
+    num_bytes = os.fstat(stream.fileno()).st_size
+    if num_bytes == 0:
+        raise TarBreak("shard_truncated", "is empty")
+    try:
+        tar = tarfile.TarFile(fileobj=_HeaderFile(stream), encoding="utf-8")  # type: ignore[arg-type]
+        info = tar.next()
+    except _NO_HEADER:
+        raise _break_at(0, stream.tell(), num_bytes) from None
+    end = 0
+    while info is not None:
+        start, end = end, tar.offset
+        if info.size < 0 or end <= start or (info.isreg() and info.offset_data + info.size > end):
+            raise TarBreak("shard_corrupt", f"is no tar from byte {start} on")
+        if info.isreg() and not info.issparse():
+            if info.offset_data + info.size > num_bytes:
+                raise TarBreak("shard_truncated", f"ends within {_printable(info.name)}")
+            data = None
+            if wanted(info.name):
+                stream.seek(info.offset_data)
+                data = stream.read(info.size)
+            yield Member(_printable(info.name), data, info.offset_data, info.size)
+        tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header
+        if end > num_bytes:
+            raise TarBreak("shard_truncated", f"ends within {_printable(info.name)}")
+        if not tar.pax_headers:  # headers that change what later ones mean
+            end = tar.offset = yield from _plain_members(stream, end, num_bytes, wanted)
+        try:
+            info = tar.next()
+        except _NO_HEADER:
+            raise _break_at(end, stream.tell(), num_bytes) from None
+    if not _only_zeros_from(stream, end):
+        raise _break_at(end, end, num_bytes)
+
+
+class _HeaderFile:
+    """What `tarfile` reads headers from: it cannot ask for more than a header may have."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek = stream.seek
+        self.tell = stream.tell
+        self._stream = stream
+
+    def read(self, num_bytes: int) -> bytes:
+        if not 0 <= num_bytes <= _LONGEST_HEADER_BYTES:
+            raise ValueError(f"a header of {num_bytes} bytes")
+        return self._stream.read(num_bytes)
+
+
+def _plain_members(
+    stream: BinaryIO, start: int, num_bytes: int, wanted: Callable[[str], bool]
+) -> Generator[Member, None, int]:
+    """Yield the members from `start` on whose headers are plain and whose data is whole; return where they end."""
+    seek, read = stream.seek, stream.read
+    while True:
+        seek(start)
+        header = plain_header(read(BLOCK_BYTES))
+        if header is None:
+            return start
+        name, size = header
+        end = start + BLOCK_BYTES + header.num_padded
+        if end > num_bytes:
+            return start
+        yield Member(_printable(name), read(size) if wanted(name) else None, start + BLOCK_BYTES, size)
+        start = end
+
+
+def _printable(name: str) -> str:
+    """Escape what could harm a terminal, or cannot be encoded again: names come from strangers."""
+    return name if name.isprintable() else name.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def _break_at(offset: int, read_to: int, num_bytes: int) -> TarBreak:
+    """Say why there is no header at `offset`, where there is no end of a tar either; `read_to`: searched so far."""
+    if num_bytes - offset < tarfile.BLOCKSIZE or read_to >= max(num_bytes, offset + tarfile.BLOCKSIZE + 1):
+        return TarBreak("shard_truncated", f"ends at byte {num_bytes} without the end mark of a tar")
+    return TarBreak("shard_corrupt", f"is no tar from byte {offset} on")
+
+
+def _only_zeros_from(stream: BinaryIO, offset: int) -> bool:
+    """Tell whether at least one byte, and nothing but zeros, follows."""
+    stream.seek(offset)
+    chunk = stream.read(_CHUNK_BYTES)
+    if not chunk:
+        return False
+    while chunk:
+        if chunk.count(0) != len(chunk):
+            return False
+        chunk = stream.read(_CHUNK_BYTES)
+    return True

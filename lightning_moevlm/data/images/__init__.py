@@ -1,0 +1,1 @@
+"""Decodes, encodes and augments images."""

@@ -1,0 +1,219 @@
+"""From encoded bytes to pixels: JPEG by simplejpeg, others by Pillow.
+
+Pixels stay uint8 (a quarter of the memory and of the transfer); whoever computes with them scales them. In memory they
+lie by row, column, channel, as decoders write them and as torch's antialiased resize of bytes is fastest; shapes are
+(3, R, X) all the same. The header is read before anything is decoded: a picture of absurd size costs nothing. One of
+absurd shape is cut to its middle before it is resized, so memory is bounded for any. Images are set upright.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.faults import MAX_PIXELS, MAX_SIDE
+from lightning_moevlm.data.images.allocation import Allocate, private_bytes
+from lightning_moevlm.data.images.orientation import FLIPPED_ACROSS, FLIPPED_DOWN, TRANSPOSED, UPRIGHT, orientation
+from lightning_moevlm.data.text.texts import decoded
+
+IMAGE_EXTENSIONS = ("jpg", "png", "image")
+"""Members that are pictures; `image` may have any of `IMAGE_FORMATS`, sample by sample, whatever their names say."""
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+CAPTION_EXTENSION = "txt"
+
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_JPEG_START = b"\xff\xd8\xff"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+"""What Pillow raises on broken files; OSError includes UnidentifiedImageError."""
+_ROWS_AT_ONCE = 512
+_LONGEST = 4
+"""A longer image, in units of its shorter side, is cut to its middle before it is resized; common shapes are not."""
+
+
+class ImageTooLargeError(ValueError):
+    """A picture whose header promises more pixels than allowed."""
+
+
+def decode_image(
+    data: bytes, extension: str, size: int, max_pixels: int = MAX_PIXELS, into: Tensor | None = None
+) -> Tensor:
+    """Decode to uint8 RGB of shape (3, size, size), upright; transparent pixels are laid on white.
+
+    A picture of another size is scaled (antialiased, bilinear) until its shorter side fits and cut to its middle. A
+    JPEG at least twice as large is scaled while it is decoded, as far as possible but never below the wanted size.
+
+    Args:
+        data: the encoded picture.
+        extension: "jpg" or "png", and another format is no picture; or "image", for any of `IMAGE_FORMATS`.
+        size: pixels per side.
+        max_pixels: pixels that the encoded picture may have; `MAX_SIDE` limits each side.
+        into: a row of `image_rows`; decoding straight into it saves a copy. It is what is returned.
+
+    Raises:
+        ImageTooLargeError: if the picture has more than `max_pixels`, or too long a side; nothing was decoded.
+        ValueError: if the bytes are no such image.
+
+    """
+    row_RYX = image_rows(1, size)[0] if into is None else into
+    if extension == "jpg" or (extension == "image" and data.startswith(_JPEG_START)):
+        _decode_jpeg(data, size, max_pixels, row_RYX)
+    else:
+        pixels_YXR = _decode_png(data, max_pixels) if extension == "png" else _pixels(data, max_pixels)
+        fit(pixels_YXR, size, row_RYX, orientation(data))
+    return row_RYX
+
+
+def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Look at the beginning and the end of a JPEG without decoding anything.
+
+    Raises:
+        ImageTooLargeError: if the picture has more than `max_pixels`, or too long a side.
+        ValueError: if the bytes do not begin as a JPEG does, or are cut short.
+
+    """
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    check_pixels(height, width, max_pixels)
+    # markers do not occur within pixels; an end before the last scan is that of a preview in the header
+    end = data.rfind(_JPEG_END)
+    if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
+        raise ValueError("Premature end of JPEG file")
+
+
+def image_rows(num_images: int, size: int, allocate: Allocate = private_bytes) -> Tensor:
+    """Return room for pictures: (B, 3, size, size), uint8, each picture contiguous by row, column, channel."""
+    return allocate(num_images * image_bytes(size)).view(num_images, size, size, 3).permute(0, 3, 1, 2)
+
+
+def image_bytes(size: int) -> int:
+    """Return the bytes of a decoded picture."""
+    return size * size * 3
+
+
+def decode_caption(data: bytes) -> str:
+    """Decode a caption; it is UTF-8, without a byte-order mark and surrounding blanks.
+
+    Raises:
+        ValueError: if the bytes are no UTF-8.
+
+    """
+    return decoded(data)
+
+
+def jpeg_scaling(size: int) -> dict[str, int]:
+    """Return how simplejpeg is told to scale while it decodes: by a factor of at least 2, never below `size`.
+
+    A smaller factor, such as 8/7, is no shortcut: it takes twice as long as decoding the whole picture.
+    """
+    return {"min_height": size, "min_width": size, "min_factor": 2}
+
+
+def middle(height: int, width: int) -> tuple[slice, slice]:
+    """Return the rows and columns of an image that are resized: all of it, or the middle of a very long one."""
+    rows, columns = min(height, _LONGEST * width), min(width, _LONGEST * height)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return slice(top, top + rows), slice(left, left + columns)
+
+
+def turned(image_RYX: Tensor, turn: int) -> Tensor:
+    """Return the pixels (..., Y, X) as they are shown. turn: the orientation they are stored in."""
+    stored = image_RYX.mT if turn in TRANSPOSED else image_RYX
+    axes = [-2] * (turn in FLIPPED_DOWN) + [-1] * (turn in FLIPPED_ACROSS)
+    return stored.flip(axes) if axes else stored
+
+
+def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor, turn: int = UPRIGHT) -> None:
+    """Scale (H, W, 3) pixels until the shorter side has `size`, and write their middle into a row of `image_rows`.
+
+    turn: the orientation that the pixels are stored in.
+    """
+    stored_YXR = torch.from_numpy(pixels_YXR[middle(*pixels_YXR.shape[:2])])
+    image_BRYX = turned(stored_YXR.permute(2, 0, 1), turn)[None]
+    height, width = image_BRYX.shape[2:]
+    scale = size / min(height, width)
+    target = [max(size, round(height * scale)), max(size, round(width * scale))]
+    if target == [height, width]:
+        scaled_BRYX = image_BRYX
+    elif target == [size, size]:
+        # F.interpolate has no `out`, and a picture of its own would have to be copied
+        torch.ops.aten._upsample_bilinear2d_aa.out(image_BRYX, target, False, None, None, out=row_RYX[None])
+        return
+    else:
+        scaled_BRYX = F.interpolate(image_BRYX, size=target, mode="bilinear", antialias=True)
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    row_RYX.copy_(scaled_BRYX[0, :, top : top + size, left : left + size])
+
+
+def check_pixels(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse an image by its size.
+
+    Raises:
+        ImageTooLargeError: if it has more than `max_pixels`, or a side of more than `MAX_SIDE`.
+
+    """
+    if height * width > max_pixels:
+        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {max_pixels}")
+    if max(height, width) > MAX_SIDE:
+        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {MAX_SIDE} per side")
+
+
+def undecodable(key: str, shard: str, extension: str, error: ValueError) -> UserError:
+    """Return the error to raise for a member that cannot be decoded."""
+    return UserError(f"{key}.{extension} in shard {shard} cannot be decoded ({error}); rebuild the set without it")
+
+
+def _decode_jpeg(data: bytes, size: int, max_pixels: int, row_RYX: Tensor) -> None:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    check_pixels(height, width, max_pixels)
+    scaling, turn = jpeg_scaling(size), orientation(data)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, **scaling)
+    if (height, width) == (size, size) and turn == UPRIGHT:
+        simplejpeg.decode_jpeg(data, "RGB", **scaling, buffer=row_RYX.permute(1, 2, 0).numpy())
+    else:
+        fit(simplejpeg.decode_jpeg(data, "RGB", **scaling), size, row_RYX, turn)
+
+
+def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    if data[:8] != _PNG_START or data[12:16] != b"IHDR" or len(data) < 24:
+        raise ValueError("it does not begin as a PNG file does")
+    width, height = struct.unpack(">II", data[16:24])
+    check_pixels(height, width, max_pixels)
+    return _pixels(data, max_pixels, ("PNG",))
+
+
+def _pixels(data: bytes, max_pixels: int, formats: tuple[str, ...] = IMAGE_FORMATS) -> NDArray[np.uint8]:
+    """Return the pixels as they are stored; of a very long image, of its middle."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as whole:
+            check_pixels(whole.height, whole.width, max_pixels)
+            rows, columns = middle(whole.height, whole.width)
+            seen = (columns.start, rows.start, columns.stop, rows.stop)
+            image = whole if seen == (0, 0, *whole.size) else whole.crop(seen)
+            if image.mode == "RGB" and "transparency" not in image.info:
+                return np.array(image)
+            return _laid_on_white(image)
+    except ImageTooLargeError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, should ours be set above it
+        raise ImageTooLargeError(str(error)) from error
+    except PILLOW_ERRORS as error:
+        raise ValueError(str(error)) from error
+
+
+def _laid_on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """Return (H, W, 3) pixels; some rows after the other, since a large picture takes several copies on the way."""
+    pixels_YXR = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top in range(0, image.height, _ROWS_AT_ONCE):
+        bottom = min(image.height, top + _ROWS_AT_ONCE)
+        rgba = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        pixels_YXR[top:bottom] = np.asarray(Image.alpha_composite(ground, rgba).convert("RGB"))
+    return pixels_YXR

@@ -1,0 +1,1 @@
+"""Checks a set and shows its samples."""

@@ -1,0 +1,1 @@
+"""Moves batches from worker processes to the device."""

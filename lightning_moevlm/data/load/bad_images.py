@@ -1,0 +1,90 @@
+"""What becomes of a batch when the device finds that some of its pictures are none.
+
+Beginning and end were checked in the loader's process, where a bad sample is replaced by the next of its stream; what
+is broken in between shows when the pixels are made, and then the stream has gone on. A run that tolerates no loss ends.
+Otherwise the sample is counted as lost, for the same cause as if the CPU had decoded it, and
+
+- in training its place goes to a copy of a neighbour, picture, text and key, from the same source if there is one, else
+  of the same kind (pairs, or images alone), so that every rank keeps its number of samples and every text its picture;
+- in evaluation it is left out, as every sample counts once.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.data.format.faults import Cause, Lost, undecodable, untolerated
+from lightning_moevlm.data.images.decode import ImageTooLargeError
+from lightning_moevlm.data.images.gpu_decode import Pixels
+from lightning_moevlm.data.images.jpeg_batch import EncodedImages
+from lightning_moevlm.data.read.reader import Delivery, Failure
+
+
+def with_pixels(
+    delivery: Delivery, images: EncodedImages, pixels: Pixels, tolerant: bool, fills: bool
+) -> Delivery | Failure:
+    """Put decoded pictures into their batch, and account for those that are none.
+
+    Args:
+        delivery: the batch, with what was lost on the way to it.
+        images: its pictures as they came.
+        pixels: as they are now.
+        tolerant: whether samples may be lost.
+        fills: whether lost samples are replaced, or left out.
+
+    """
+    delivery = delivery._replace(batch=delivery.batch._replace(images_BRYX=pixels.images_BRYX), encoded=None)
+    if not pixels.faults:
+        return delivery
+    lost = {place: _lost(images.names[place], error) for place, error in pixels.faults.items()}
+    last = lost[max(lost)]
+    if not tolerant:
+        return Failure(str(untolerated(lost[min(lost)])))
+    good = [place for place in range(images.num_images) if place not in lost]
+    kept = _neighbours(good, images.parts, delivery.batch.pairs) if fills else good
+    if not kept:
+        return Failure(
+            f"no picture of a kind in a batch is left to replace a bad one: {last.message} (or set data.decode cpu, "
+            "which takes the next sample instead, or raise data.batch_size)"
+        )
+    counted = Counter[Cause](delivery.lost)
+    counted.update(each.cause for place, each in lost.items() if images.fresh[place])
+    return delivery._replace(batch=_rows(delivery.batch, kept), lost=dict(counted), last_words=last.message)
+
+
+def _lost(name: str, error: ValueError) -> Lost:
+    cause: Cause = "image_too_large" if isinstance(error, ImageTooLargeError) else "image_undecodable"
+    return Lost(1, cause, str(undecodable(cause, name, error)))
+
+
+def _neighbours(good: Sequence[int], parts: Sequence[int], pairs: int) -> list[int]:
+    """Return for every picture the nearest good one of its kind, its own source first; nothing if a kind has none."""
+    source = [k for k, part in enumerate(parts) for _ in range(part)]
+    found: list[int] = []
+    for place in range(len(source)):
+        alike = [other for other in good if (other < pairs) == (place < pairs)]
+        if not alike:
+            return []
+        found.append(min(alike, key=lambda other: (source[other] != source[place], abs(other - place))))
+    return found
+
+
+def _rows(batch: Batch, kept: Sequence[int]) -> Batch:
+    """Return a batch with the samples of these pictures, and its texts without pictures as they were."""
+    assert batch.images_BRYX is not None
+    num_images, pairs = len(batch.images_BRYX), batch.pairs
+    left_out = num_images - len(kept)
+    text_BL, text_mask_BL = batch.text_BL, batch.text_mask_BL
+    if text_BL is not None and text_mask_BL is not None:
+        texts = [*(place for place in kept if place < pairs), *range(pairs, len(text_BL))]
+        text_BL, text_mask_BL = text_BL[texts], text_mask_BL[texts]
+    return Batch(
+        batch.images_BRYX[list(kept)],
+        text_BL,
+        text_mask_BL,
+        (*(batch.keys[place] for place in kept), *batch.keys[num_images:]),
+        sum(place < pairs for place in kept),
+        # samples are left out in evaluation only, where a batch is of one source
+        tuple(samples and samples - left_out for samples in batch.per_source),
+        batch.num_cut,
+    )

@@ -1,0 +1,46 @@
+"""What one loader worker runs: its streams of a reader, in turns."""
+
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.images.allocation import Allocate
+from lightning_moevlm.data.load.buffer_pool import Packer, Rooms
+from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure, Reader
+
+
+class BatchStream(IterableDataset[Delivery | Failure]):
+    """A worker's batches, from the cursor on.
+
+    batches: where the epoch ends. rooms: for the batches of every worker, or of this process if there is none.
+    """
+
+    def __init__(self, reader: Reader, start: Cursor, batches: int, rooms: Sequence[Rooms]) -> None:
+        self._reader = reader
+        self._start = start
+        self._batches = batches
+        self._rooms = rooms
+
+    def __iter__(self) -> Iterator[Delivery | Failure]:
+        """Yield this worker's batches; a user's mistake ends the stream as a `Failure`."""
+        worker = get_worker_info()
+        try:
+            if worker is None:
+                yield from self._deliveries(0, 1, self._rooms[0].allocate)
+                return
+            packer = Packer(self._rooms[worker.id], worker.id)
+            for delivery in self._deliveries(worker.id, worker.num_workers, packer.allocate):
+                batch, parcel = packer.packed(delivery.batch)
+                yield delivery._replace(batch=batch, parcel=parcel)
+        except UserError as error:
+            yield Failure(str(error))
+
+    def _deliveries(self, worker_id: int, num_workers: int, allocate: Allocate) -> Iterator[Delivery]:
+        streams: dict[int, Iterator[Delivery]] = {}
+        # the loader asks worker 0 first: it must hold the stream that the next batch belongs to
+        for batch in range(self._start.batch + worker_id, self._batches, num_workers):
+            stream = batch % self._reader.num_streams
+            if stream not in streams:
+                streams[stream] = self._reader.stream(self._start, stream, allocate)
+            yield next(streams[stream])

@@ -1,0 +1,185 @@
+"""From raw samples to one `Batch`: decode each for itself, straight into the batch's memory; tokenise all together.
+
+Pictures that are to be decoded on the device stay JPEGs: beginning and end are checked, and the batch has images of the
+meta device of torch, which have a shape and no pixels, until those are made.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, undecodable
+from lightning_moevlm.data.format.shard_reader import RawSample
+from lightning_moevlm.data.images.allocation import Allocate, private_bytes
+from lightning_moevlm.data.images.decode import (
+    IMAGE_EXTENSIONS,
+    ImageTooLargeError,
+    check_jpeg,
+    decode_image,
+    image_bytes,
+    image_rows,
+)
+from lightning_moevlm.data.images.jpeg_batch import EncodedImages, Jpeg
+from lightning_moevlm.data.text.captions import captions_in, drawn
+from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
+
+_BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
+
+
+class Decoded(NamedTuple):
+    """A decoded sample; what its set lacks is None. image_RYX: uint8, RGB. caption: without surrounding blanks.
+
+    jpeg: the picture of a sample that is to be decoded on the device; image_RYX is then None.
+    """
+
+    key: str
+    image_RYX: Tensor | None
+    caption: str | None
+    jpeg: Jpeg | None = None
+
+
+class Collate:
+    """Makes a batch of raw samples.
+
+    image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included. max_pixels: that an encoded
+    picture may have. keeps_jpegs: whether pictures, which must be JPEGs, are decoded later, on the device.
+    caption_field: field of the json member that captions are read from; "" for the txt member.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[str],
+        tokenizer: CaptionTokenizer,
+        image_size: int,
+        max_text_len: int,
+        max_pixels: int = MAX_PIXELS,
+        keeps_jpegs: bool = False,
+        caption_field: str = "",
+    ) -> None:
+        self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+        self._captions = captions_in(members, caption_field)
+        self._tokenizer = tokenizer
+        self._image_size = image_size
+        self._max_text_len = max_text_len
+        self._max_pixels = max_pixels
+        self._keeps_jpegs = keeps_jpegs
+        assert not keeps_jpegs or self._image_extension in (None, "jpg"), "the data module refuses other pictures"
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The file extensions that are read at all."""
+        captions = () if self._captions is None else (self._captions.member,)
+        return frozenset(captions if self._image_extension is None else (self._image_extension, *captions))
+
+    def __call__(self, samples: Sequence[RawSample]) -> Batch:
+        """Decode and put together; the modality that the set lacks is None.
+
+        Raises:
+            UserError: if a sample lacks a member or cannot be decoded.
+
+        """
+        assert not self._keeps_jpegs, "a batch without pixels needs its JPEGs beside it"
+        images_BRYX = self.image_rows(len(samples))
+        rows: Sequence[Tensor | None] = [None] * len(samples) if images_BRYX is None else images_BRYX.unbind()
+        try:
+            decoded = [self.decode(sample, row) for sample, row in zip(samples, rows, strict=True)]
+        except SampleFault as fault:
+            raise UserError(str(fault)) from fault
+        return self.batch(decoded, images_BRYX)
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Of the tensors of a batch: its picture, its ids and their mask."""
+        has_pixels = self._image_extension is not None and not self._keeps_jpegs
+        image = image_bytes(self._image_size) if has_pixels else 0
+        return image + (self._max_text_len * _BYTES_PER_ID if self._captions is not None else 0)
+
+    def image_rows(self, num_samples: int, allocate: Allocate = private_bytes) -> Tensor | None:
+        """Return room for the pictures of a batch, (B, 3, S, S) uint8, or None if the set has none.
+
+        Where JPEGs are kept, it is of the meta device.
+        """
+        if self._image_extension is None:
+            return None
+        if self._keeps_jpegs:
+            return torch.empty((num_samples, 3, self._image_size, self._image_size), dtype=torch.uint8, device="meta")
+        return image_rows(num_samples, self._image_size, allocate)
+
+    def decode(self, sample: RawSample, into: Tensor | None = None, draw: str = "") -> Decoded:
+        """Decode one sample. into: a row of `image_rows` for its picture; after a fault it may be used again.
+
+        draw: decides which of several captions is taken (`captions.drawn`).
+
+        Raises:
+            SampleFault: if a member is missing, a picture is none or too large, or a text is empty or no UTF-8.
+
+        """
+        image_RYX, caption, jpeg = None, None, None
+        if self._keeps_jpegs and self._image_extension is not None:
+            jpeg = self._jpeg(sample, self._image_extension)
+        elif self._image_extension is not None:
+            image_RYX = self._image(sample, self._image_extension, into)
+        if self._captions is not None:
+            member = self._captions.member
+            try:
+                captions = self._captions.of(_member(sample, member))
+            except ValueError as error:
+                cause: Cause = "text_not_utf8" if isinstance(error, UnicodeError) else "json_malformed"
+                raise _fault(cause, sample, member, error) from error
+            if not captions:
+                raise SampleFault("caption_empty", f"{_place(sample, member)} holds no caption; rebuild the set")
+            caption = drawn(captions, draw, sample.key)
+        return Decoded(sample.key, image_RYX, caption, jpeg)
+
+    def batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
+        """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
+        text_BL, text_mask_BL, num_cut = None, None, 0
+        if self._captions is not None:
+            captions = [each.caption or "" for each in decoded]
+            text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len)
+        return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded), num_cut=num_cut)
+
+    def encoded(self, decoded: Sequence[Decoded], num_fresh: int) -> EncodedImages | None:
+        """Put the JPEGs of a batch together; None where there are none, or they are decoded already.
+
+        num_fresh: how many samples at the beginning are read for the first time in their epoch.
+        """
+        jpegs = [each.jpeg for each in decoded if each.jpeg is not None]
+        return EncodedImages.of(jpegs, num_fresh) if jpegs else None
+
+    def _jpeg(self, sample: RawSample, extension: str) -> Jpeg:
+        data = _member(sample, extension)
+        try:
+            check_jpeg(data, self._max_pixels)
+        except ImageTooLargeError as error:
+            raise _fault("image_too_large", sample, extension, error) from error
+        except ValueError as error:
+            raise _fault("image_undecodable", sample, extension, error) from error
+        return Jpeg(data, _place(sample, extension))
+
+    def _image(self, sample: RawSample, extension: str, into: Tensor | None) -> Tensor:
+        try:
+            return decode_image(_member(sample, extension), extension, self._image_size, self._max_pixels, into)
+        except ImageTooLargeError as error:
+            raise _fault("image_too_large", sample, extension, error) from error
+        except ValueError as error:
+            raise _fault("image_undecodable", sample, extension, error) from error
+
+
+def _member(sample: RawSample, extension: str) -> bytes:
+    if extension not in sample.members:
+        message = f"{sample.key} in shard {sample.shard} has no .{extension} member; rebuild the set"
+        raise SampleFault("member_missing", message)
+    return sample.members[extension]
+
+
+def _fault(cause: Cause, sample: RawSample, extension: str, error: ValueError) -> SampleFault:
+    return undecodable(cause, _place(sample, extension), error)
+
+
+def _place(sample: RawSample, extension: str) -> str:
+    return f"{sample.key}.{extension} in shard {sample.shard}"

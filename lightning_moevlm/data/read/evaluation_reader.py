@@ -1,0 +1,117 @@
+"""Reads each sample of a split once, in a fixed order, as evaluation needs it."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.data.format.faults import Lost
+from lightning_moevlm.data.format.shard_reader import RawSample
+from lightning_moevlm.data.images.allocation import Allocate
+from lightning_moevlm.data.read.collate import Decoded
+from lightning_moevlm.data.read.joined_batches import joined
+from lightning_moevlm.data.read.reader import Cursor, Delivery, Reader
+from lightning_moevlm.data.read.sample_order import Rank, Stretch, fixed_batches, fixed_number, fixed_stretch
+from lightning_moevlm.data.read.source_stream import OpenSource
+
+
+@dataclass(frozen=True)
+class FixedReader(Reader):
+    """Every sample of every source once, unshuffled, source after source; a batch is of one source.
+
+    Every rank has equally many batches, all of nearly equal size (at most `batch_size`). Streams read neighbouring
+    samples, so with several streams batches alternate between as many places of the split.
+    """
+
+    sources: tuple[OpenSource, ...]
+    batch_size: int
+    rank: Rank
+    num_streams: int
+    tolerant: bool
+
+    def __post_init__(self) -> None:
+        for source, batches in zip(self.sources, self._batches, strict=True):
+            if source.num_samples == 0:
+                raise UserError(
+                    f"the split of {source.name} to evaluate on is empty; make the set anew, with more samples"
+                )
+            if batches == 0:
+                raise UserError(
+                    f"source {source.name} has {source.num_samples} samples to evaluate on, less than one for each of "
+                    f"{self.rank.world_size} ranks; use fewer ranks, or build a larger set"
+                )
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of all sources on this rank."""
+        return sum(self._batches)
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Without a second pass, nothing takes the place of what was lost."""
+        return self.tolerant
+
+    @property
+    def order(self) -> dict[str, object]:
+        """All that the order of batches depends on."""
+        return {
+            "sources": [source.name for source in self.sources],
+            "num_samples": [source.num_samples for source in self.sources],
+            "batch_size": self.batch_size,
+            "world_size": self.rank.world_size,
+            "num_streams": self.num_streams,
+        }
+
+    def next_epoch(self, before: Cursor) -> Cursor:
+        """Start anew."""
+        return Cursor(before.epoch + 1, 0)
+
+    def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
+        """Yield the stream's batches; one that has lost all its samples is empty."""
+        offset = 0
+        for k, batches in enumerate(self._batches):
+            own = [batch for batch in range(batches) if (offset + batch) % self.num_streams == stream]
+            own = [batch for batch in own if offset + batch >= start.batch]
+            offset += batches
+            if own:
+                yield from self._of_source(k, [self._stretch(k, batch) for batch in own], allocate)
+
+    def _of_source(self, k: int, stretches: Sequence[Stretch], allocate: Allocate) -> Iterator[Delivery]:
+        source = self.sources[k]
+        whole = Stretch(stretches[0].start, stretches[-1].stop)
+        assert len(whole) == sum(map(len, stretches)), "a stream reads without gaps"
+        arriving = source.arriving(source.pieces(whole, tuple(range(len(source.shards)))), set())
+        for stretch in stretches:
+            yield self._delivery(k, islice(arriving, len(stretch)), len(stretch), allocate)
+
+    def _delivery(
+        self, k: int, arriving: Iterator[tuple[int, RawSample | Lost]], num_samples: int, allocate: Allocate
+    ) -> Delivery:
+        source = self.sources[k]
+        rows = source.collate.image_rows(num_samples, allocate)
+        samples: list[Decoded] = []
+        lost: list[Lost] = []
+        for _, raw in arriving:
+            sample = source.decoded(raw, None if rows is None else rows[len(samples)])
+            if isinstance(sample, Decoded):
+                samples.append(sample)
+            else:
+                lost.append(self._met(sample))
+        batches: dict[int, Batch] = {}
+        if samples:
+            batches[k] = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
+        causes = Counter(sample.cause for sample in lost)
+        last_words = lost[-1].message if lost else ""
+        images = source.collate.encoded(samples, len(samples))
+        return Delivery(joined(batches, len(self.sources)), (), dict(causes), last_words, images)
+
+    @property
+    def _batches(self) -> tuple[int, ...]:
+        sizes = [source.num_samples for source in self.sources]
+        return tuple(fixed_batches(size, self.batch_size, self.rank.world_size) for size in sizes)
+
+    def _stretch(self, k: int, batch: int) -> Stretch:
+        number = fixed_number(batch, self._batches[k], self.num_streams)
+        return fixed_stretch(self.sources[k].num_samples, self._batches[k], self.rank, number)

@@ -1,0 +1,61 @@
+"""A set of shards that a source of a mixture names, with what of it is read."""
+
+import re
+from typing import NamedTuple
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Manifest, no_set
+from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
+from lightning_moevlm.data.read.mixture import Source
+from lightning_moevlm.data.storage.shard_storage import ShardStorage
+from lightning_moevlm.data.text.captions import captions_in
+
+_NEEDED = {"pair": ("picture", "text"), "image": ("picture",), "text": ("text",)}
+
+
+class OpenSet(NamedTuple):
+    """members: extensions of the members that are read."""
+
+    storage: ShardStorage
+    manifest: Manifest
+    members: tuple[str, ...]
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether texts are read."""
+        return captions_in(self.members, self.manifest.layout.caption_field) is not None
+
+    @property
+    def gives_pairs(self) -> bool:
+        """Whether its samples are read as pairs."""
+        return self.has_texts and any(extension in self.members for extension in IMAGE_EXTENSIONS)
+
+    @property
+    def metric_name(self) -> str:
+        """The set's name, as it can stand in a metric key."""
+        return re.sub(r"[^\w.-]", "_", self.manifest.name)
+
+
+def open_set(source: Source, storage: ShardStorage) -> OpenSet:
+    """Read the manifest of a source's set, which lies in `storage`, and choose what of it is read.
+
+    Raises:
+        UserError: if there is no set, with the command that builds one; if its manifest is broken; or if it lacks what
+            the source should give.
+
+    """
+    folder = storage.folder
+    if folder is not None and not (folder / MANIFEST_FILE).is_file():
+        raise no_set(folder)
+    manifest = storage.manifest()
+    image = next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
+    captions = captions_in(manifest.members, manifest.layout.caption_field)
+    there = {"picture": image, "text": None if captions is None else captions.member}
+    wanted = there.keys() if source.modality is None else _NEEDED[source.modality]
+    lacking = [kind for kind in wanted if there[kind] is None]
+    if source.modality is not None and lacking:
+        raise UserError(
+            f"source {storage} has modality {source.modality!r}, but its samples have no {' and no '.join(lacking)}: "
+            f"they have {', '.join(manifest.members)}; choose another modality or another set"
+        )
+    return OpenSet(storage, manifest, tuple(member for kind in wanted if (member := there[kind]) is not None))

@@ -1,0 +1,175 @@
+"""Reads training batches without end, in an order that the seed, the epoch and the rank decide."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.data.format.faults import Cause, Lost
+from lightning_moevlm.data.images.allocation import Allocate
+from lightning_moevlm.data.images.jpeg_batch import EncodedImages
+from lightning_moevlm.data.read.collate import Decoded
+from lightning_moevlm.data.read.joined_batches import in_order, joined
+from lightning_moevlm.data.read.mixture import Mixture, Pace
+from lightning_moevlm.data.read.reader import BY_EPOCHS, OVER_EPOCHS, READING, Cursor, Delivery, Reader
+from lightning_moevlm.data.read.sample_order import Rank, running_stretch, train_batches, train_stretch
+from lightning_moevlm.data.read.source_stream import Line, OpenSource, Place
+from lightning_moevlm.data.read.whole_steps import whole_steps
+
+
+@dataclass(frozen=True)
+class TrainReader(Reader):
+    """Whole batches in a new order every epoch, equally many on every rank.
+
+    One source is read in epochs: each of its samples at most once, less than a batch per rank left out, and lost
+    samples replaced from a second pass. Several sources run on over the ends of epochs, each with its own epoch; an
+    epoch of the mixture has as many samples as all of them. So does one source whose batches do not make whole
+    optimiser steps: an epoch is then of as many batches as do, and the rest comes in the next one.
+
+    batch_size: samples per rank and step. shuffle_buffer: samples per stream and source to choose the next one from.
+    """
+
+    sources: tuple[OpenSource, ...]
+    mixture: Mixture
+    batch_size: int
+    rank: Rank
+    shuffle_buffer: int
+    seed: int
+    num_streams: int
+    pace: Pace
+    tolerant: bool
+
+    def __post_init__(self) -> None:
+        ranks, num_samples = self.rank.world_size, sum(source.num_samples for source in self.sources)
+        if self._batches_at_hand == 0:
+            raise UserError(
+                f"{_names(self.sources)} has {num_samples} training samples, less than batch_size {self.batch_size} on "
+                f"each of {ranks} ranks; lower data.batch_size, use fewer ranks, or build a larger set"
+            )
+        for source in self.sources if self._runs_on else ():
+            if source.num_samples < ranks * self.num_streams:
+                raise UserError(
+                    f"source {source.name} has {source.num_samples} training samples, less than one for each of "
+                    f"{ranks} ranks x {self.num_streams} streams; lower data.num_streams, use fewer ranks, or build a "
+                    "larger set"
+                )
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch on this rank."""
+        return whole_steps(self._batches_at_hand, self.pace.batches_per_step)
+
+    @property
+    def order(self) -> dict[str, object]:
+        """All that places depend on; weights may be changed, and count from the next batch on."""
+        order: dict[str, object] = {
+            "sources": [source.name for source in self.sources],
+            "num_samples": [source.num_samples for source in self.sources],
+            "batch_size": self.batch_size,
+            "shuffle_buffer": self.shuffle_buffer,
+            "seed": self.seed,
+            "world_size": self.rank.world_size,
+            "num_streams": self.num_streams,
+        }
+        if len(self.sources) == 1:
+            order[READING] = OVER_EPOCHS if self._runs_on else BY_EPOCHS
+        return {**order, **asdict(self.pace)} if self.mixture.changes else order
+
+    def next_epoch(self, before: Cursor) -> Cursor:
+        """Start anew with one source; several run on from where they are."""
+        epoch = before.epoch + 1
+        if self._runs_on and before.places:
+            return Cursor(epoch, 0, before.places)
+        return Cursor(epoch, 0, tuple(tuple(Place(epoch) for _ in self.sources) for _ in range(self.num_streams)))
+
+    def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
+        """Yield the rest of a stream's batches of the epoch; `places` of the start say where in the sources."""
+        places = list(start.places[stream])
+        takers = [_Taker(line, place) for line, place in zip(self._lines(stream), places, strict=True)]
+        first = start.batch + (stream - start.batch) % self.num_streams
+        for number in range(first, self.num_batches, self.num_streams):
+            yield self._delivery(start.epoch, number, takers, places, allocate)  # a stream that waits holds no batch
+
+    def _delivery(
+        self, epoch: int, number: int, takers: Sequence["_Taker"], places: list[Place], allocate: Allocate
+    ) -> Delivery:
+        """Fill one batch of a stream, and move its places on."""
+        lost: Counter[Cause] = Counter()
+        last_words = ""
+        batches: dict[int, Batch] = {}
+        encoded: dict[int, EncodedImages | None] = {}
+        for k, count in enumerate(self.mixture.counts(epoch, number, self.batch_size, self.pace)):
+            if not count:
+                continue
+            collate = self.sources[k].collate
+            rows = collate.image_rows(count, allocate)
+            samples: list[Decoded] = []
+            num_fresh = 0
+            while len(samples) < count:
+                places[k], sample = takers[k].take(None if rows is None else rows[len(samples)])
+                if isinstance(sample, Decoded):
+                    samples.append(sample)
+                    num_fresh += places[k].lap == 0
+                    continue
+                # filling up meets the losses of the first pass again: they are counted already
+                lost[self._met(sample).cause] += 1 if places[k].lap == 0 else 0
+                last_words = sample.message
+            batches[k] = collate.batch(samples, rows)
+            encoded[k] = collate.encoded(samples, num_fresh)
+        batch, images = joined(batches, len(self.sources)), _joined_images(batches, encoded)
+        return Delivery(batch, tuple(places), dict(+lost), last_words, images)
+
+    @property
+    def _runs_on(self) -> bool:
+        return len(self.sources) > 1 or self.num_batches != self._batches_at_hand
+
+    @property
+    def _batches_at_hand(self) -> int:
+        num_samples = sum(source.num_samples for source in self.sources)
+        return train_batches(num_samples, self.batch_size, self.rank.world_size)
+
+    def _lines(self, stream: int) -> Iterator[Line]:
+        rank = self.rank
+        reader = f"{rank.index}/{rank.world_size}/{stream}/{self.num_streams}"
+        for source in self.sources:
+            if self._runs_on:
+                stretch = running_stretch(source.num_samples, rank, stream, self.num_streams)
+            else:
+                stretch = train_stretch(self.num_batches, self.batch_size, rank.index, stream, self.num_streams)
+            yield Line(source, stretch, self.shuffle_buffer, self.seed, reader, self._runs_on)
+
+
+class _Taker:
+    """Takes from a line and decodes, as long as there is something left that can be used."""
+
+    def __init__(self, line: Line, start: Place) -> None:
+        self._line = line
+        self._samples = line.samples(start)
+        self._lost_in_a_row = 0
+
+    def take(self, into: Tensor | None) -> tuple[Place, Decoded | Lost]:
+        """Return the next sample and the place after it. into: a row of a batch, for its picture."""
+        place, raw = next(self._samples)
+        sample = self._line.source.decoded(raw, into, self._line.draw(place))
+        if isinstance(sample, Decoded):
+            self._lost_in_a_row = 0
+            return place, sample
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > len(self._line.stretch):
+            raise UserError(
+                f"none of the {len(self._line.stretch)} samples that a stream should read of "
+                f"{self._line.source.name} can be used: {sample.message}"
+            )
+        return place, sample
+
+
+def _joined_images(batches: dict[int, Batch], encoded: dict[int, EncodedImages | None]) -> EncodedImages | None:
+    """Put the sources' JPEGs together in the order of the joined batch."""
+    return EncodedImages.joined([images for k in in_order(batches) if (images := encoded[k]) is not None])
+
+
+def _names(sources: Sequence[OpenSource]) -> str:
+    return " + ".join(source.name for source in sources)

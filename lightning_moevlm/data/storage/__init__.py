@@ -1,0 +1,1 @@
+"""Opens shards in folders, on web servers and in object stores."""

@@ -1,0 +1,106 @@
+"""The next shard of a stream is fetched while this one is read, so that a reader waits for its server only once.
+
+A thread per stream (and source) opens one shard ahead, never two: it lies verified in the cache when its turn comes,
+and is held open, so that it can be read even if others have needed its room by then. What is read, and in which order,
+is the same as without. Nothing is fetched ahead of local sets, or where the cache cannot hold the shard being read
+beside the next one. Whatever goes wrong in the background is told when that shard's turn comes, not earlier: a server
+that did not answer is asked once more then, with all its tries.
+"""
+
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from threading import Thread
+from types import TracebackType
+from typing import BinaryIO
+
+from lightning_moevlm.data.format.faults import ShardFault
+from lightning_moevlm.data.format.manifest import ShardEntry
+from lightning_moevlm.data.storage.shard_storage import ShardStorage
+from lightning_moevlm.data.storage.stop_request import Stop
+
+
+class Ahead:
+    """Opens shards in the order that they are going to be read in; a context manager.
+
+    After its end no thread runs and no half file is left: a transfer under way is broken off.
+    """
+
+    def __init__(self, storage: ShardStorage, shards: Sequence[ShardEntry]) -> None:
+        self._storage = storage
+        self._shards = iter(shards)
+        self._next = next(self._shards, None)
+        self._fetch: _Fetch | None = None
+
+    def place(self, file: str) -> str:
+        """Return where a file of the set lies, for messages."""
+        return self._storage.place(file)
+
+    def open(self, entry: ShardEntry) -> BinaryIO:
+        """Open the shard whose turn it is, and begin to fetch the one after it.
+
+        Raises:
+            ShardFault: if the shard is missing, unreachable, truncated or altered.
+            UserError: if the cache cannot be written.
+
+        """
+        assert entry == self._next, "shards are opened in their order"
+        fetch, self._fetch = self._fetch, None
+        self._next = next(self._shards, None)
+        try:
+            return self._storage.open(entry) if fetch is None else fetch.opened()
+        finally:
+            self._begin(beside=entry)
+
+    def _begin(self, beside: ShardEntry) -> None:
+        if self._next is not None and self._next != beside and self._storage.fits_beside(self._next, beside):
+            self._fetch = _Fetch(self._storage, self._next)
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._fetch is not None:
+            self._fetch.abandon()
+
+
+class _Fetch:
+    """One shard being opened by a thread."""
+
+    def __init__(self, storage: ShardStorage, entry: ShardEntry) -> None:
+        self._storage = storage
+        self._entry = entry
+        self._found: Future[BinaryIO] = Future()
+        stop = Stop()
+        # a daemon, so that a process that ends does not wait for a server; the finalizer, which runs at the end of
+        # the process too, lets it clear away what it has begun
+        thread = Thread(target=_open_into, args=(self._found, storage, entry, stop), name="shard-ahead", daemon=True)
+        self.abandon = weakref.finalize(self, _abandon, self._found, stop, thread)
+        thread.start()
+
+    def opened(self) -> BinaryIO:
+        """Return the shard, as soon as it is here."""
+        try:
+            stream = self._found.result()
+        except ShardFault as fault:
+            if fault.cause != "shard_unreachable":
+                raise  # asking again does not mend it
+            return self._storage.open(self._entry)
+        self.abandon.detach()
+        return stream
+
+
+def _open_into(found: "Future[BinaryIO]", storage: ShardStorage, entry: ShardEntry, stop: Stop) -> None:
+    try:
+        found.set_result(storage.open(entry, stop))
+    except BaseException as error:  # it is raised where the shard is asked for
+        found.set_exception(error)
+
+
+def _abandon(found: "Future[BinaryIO]", stop: Stop, thread: Thread) -> None:
+    stop.ask()
+    thread.join()
+    if found.done() and found.exception() is None:  # in a forked copy of the process the thread is not there
+        found.result().close()

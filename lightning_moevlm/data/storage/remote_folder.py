@@ -1,0 +1,283 @@
+"""Files of a set on a server: fetched through fsspec, tried again with growing pauses, resumed where they broke off.
+
+Drivers differ in what they raise, so at this border any error of theirs means that the storage did not answer; it
+is tried again unless the answer was a clear no. The pause before try n is drawn from [0, backoff * 2^n] ("full
+jitter"), so that many readers do not come back at once. Addresses are shown without credentials: neither the part
+before @ nor a query (signatures stand there) reaches a message, or what
+a driver logs. Keys and endpoints come from the environment, as
+each driver documents it (`AWS_*`, `FSSPEC_S3_*`, `GOOGLE_APPLICATION_CREDENTIALS`).
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import fsspec
+from fsspec.asyn import sync
+from fsspec.callbacks import Callback
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.secret_masking import MASK, without_url_secrets
+from lightning_moevlm.data.format.faults import ShardFault
+from lightning_moevlm.data.format.manifest import ShardEntry, check_size
+from lightning_moevlm.data.storage.stop_request import Stop, StoppedError
+
+T = TypeVar("T")
+
+HTTP = ("http", "https")
+_EXTRAS = {"s3": "s3", "gs": "gs"}
+_PIECE_BYTES = 8 * 2**20
+_LONGEST_PAUSE_S = 30.0
+_SILENCE_S = 60
+"""A server that sends nothing for so long is taken for gone."""
+_NOTICED_S = 0.1
+"""A transfer that is not wanted any more ends after so long at the latest, however silent its server."""
+_TRY_AGAIN = (408, 425, 429)
+_chance = random.SystemRandom()  # never the generators that a run seeds
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder on a server. attempts: tries in a row without any progress. backoff_s: longest first pause, seconds."""
+
+    url: str = field(repr=False)
+    attempts: int
+    backoff_s: float
+
+    @property
+    def protocol(self) -> str:
+        """The scheme of the URL."""
+        return urlsplit(self.url).scheme.lower()
+
+    def place(self, file: str = "") -> str:
+        """Return the address of a file without credentials."""
+        parts = urlsplit(self.url)
+        path = "/".join((parts.path.rstrip("/"), file)) if file else parts.path
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", ""))
+
+    def read(self, file: str) -> bytes:
+        """Return a small file.
+
+        Raises:
+            ShardFault: if it is missing or its storage does not answer.
+
+        """
+        system, path = self._open_system(file)
+        return self._try(file, lambda: bytes(system.cat_file(path)), lambda: 0, Stop())
+
+    def download(self, entry: ShardEntry, out: BinaryIO, stop: Stop) -> None:
+        """Write a shard to `out`, from its beginning; a connection that breaks is taken up where it broke.
+
+        Raises:
+            ShardFault: if it is missing, its storage does not answer, or its size is not the manifest's.
+            UserError: if `out` cannot be written.
+            StoppedError: if asked to stop.
+
+        """
+        sink = _Sink(out, entry, self.place(entry.file))
+        system, path = self._open_system(entry.file)
+        if self.protocol in HTTP:
+            self._try(entry.file, lambda: self._stream(system, path, sink, stop), lambda: sink.furthest, stop)
+        else:
+            size = self._try(entry.file, lambda: _called(system, "info", stop, path)["size"], lambda: 0, stop)
+            check_size(size, entry, sink.place)
+            self._try(entry.file, lambda: self._piecewise(system, path, sink, stop), lambda: sink.furthest, stop)
+
+    def _stream(self, system: Any, path: str, sink: "_Sink", stop: Stop) -> None:
+        """Go on from where the sink is; a server that ignores the range is read from the beginning."""
+        if sink.tell() == sink.entry.num_bytes:
+            return
+        sink.expect_answer()
+        headers = {**_HTTP_HEADERS}
+        if sink.tell():
+            headers["Range"] = f"bytes={sink.tell()}-"
+        _called(system, "get_file", stop, path, sink, callback=sink.answer, headers=headers)
+        sink.check_whole()
+
+    def _piecewise(self, system: Any, path: str, sink: "_Sink", stop: Stop) -> None:
+        while sink.tell() < sink.entry.num_bytes:
+            end = min(sink.tell() + _PIECE_BYTES, sink.entry.num_bytes)
+            piece = _called(system, "cat_file", stop, path, start=sink.tell(), end=end)
+            if not piece:
+                break
+            sink.write(piece)
+        sink.check_whole()
+
+    def _open_system(self, file: str) -> tuple[Any, str]:
+        """Return fsspec's file system, which it keeps per process, and the file's path in it."""
+        for logger in _DRIVERS:
+            logging.getLogger(logger).addFilter(_DISCRETION)  # twice is once
+        parts = urlsplit(self.url)
+        name = quote(file) if self.protocol in HTTP else file
+        url = urlunsplit(parts._replace(path="/".join((parts.path.rstrip("/"), name))))
+        try:
+            if self.protocol in HTTP:
+                return fsspec.core.url_to_fs(url, client_kwargs={"timeout": _patience()})
+            return fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            extra = _EXTRAS.get(self.protocol)
+            remedy = f"pip install 'lightning-moevlm[{extra}]'" if extra else "install it"
+            raise UserError(f"data root {self.place()} needs a package that is missing ({error}); {remedy}") from None
+        except ValueError as error:
+            raise UserError(f"data root {self.place()} cannot be opened: {self._masked(str(error))}") from None
+
+    def _try(self, file: str, action: Callable[[], T], progress: Callable[[], int], stop: Stop) -> T:
+        failures, reached = 0, progress()
+        while True:
+            try:
+                return action()
+            except (UserError, StoppedError):
+                raise
+            except Exception as error:  # whatever a driver raises
+                where, why = self.place(file), self._masked(f"{type(error).__name__}: {error}")
+                status = _status(error)
+                if isinstance(error, FileNotFoundError) and status in (None, 404, 410):
+                    raise ShardFault("shard_missing", f"{where} is missing; restore it or rebuild the set") from None
+                failures = 1 if progress() > reached else failures + 1
+                reached = progress()
+                refused = _is_refusal(error, status)
+                if refused or failures >= self.attempts:
+                    times = "refused" if refused else f"did not answer {failures} times in a row"
+                    raise ShardFault(
+                        "shard_unreachable",
+                        f"{where} {times} ({why}); check address, credentials in the environment, and network",
+                    ) from None
+            stop.pause(_chance.uniform(0, min(_LONGEST_PAUSE_S, self.backoff_s * 2**failures)))
+
+    def _masked(self, text: str) -> str:
+        parts = urlsplit(self.url)
+        for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
+            text = text.replace(secret, MASK) if secret else text
+        return without_url_secrets(text)
+
+
+class _Discretion(logging.Filter):
+    """Masks addresses in what drivers log, which some do at the level DEBUG; errors with their traceback included."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_url_secrets(record.getMessage()), ()
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = without_url_secrets(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
+        return True
+
+
+_DRIVERS = ("fsspec", "fsspec.http", "fsspec.asyn", "aiohttp.client", "aiohttp.internal", "asyncio", "s3fs", "gcsfs")
+_DISCRETION = _Discretion()
+
+_HTTP_HEADERS = {"Accept-Encoding": "identity"}
+"""A packed transfer could unpack to any size, and could not be resumed."""
+
+
+class _Sink:
+    """A file that is written from the beginning, never beyond its promised size; to fsspec it looks like a file."""
+
+    def __init__(self, out: BinaryIO, entry: ShardEntry, place: str) -> None:
+        self._out = out
+        self.entry = entry
+        self.place = place
+        self.furthest = 0
+        self._at = 0
+        self._unanswered = False
+        self._lengthless = False
+        self.answer = Callback()
+
+    def expect_answer(self) -> None:
+        """Before a request: how many bytes the server is going to send decides where they belong."""
+        if self._lengthless:
+            self._at = 0  # it tells no sizes, so an answer to a range could not be told from the whole file
+        self.answer = Callback()
+        self._unanswered = True
+
+    def write(self, data: bytes) -> int:
+        if self._unanswered:
+            self._unanswered = False
+            self._place_answer()
+        if self._at + len(data) > self.entry.num_bytes:
+            check_size(self._at + len(data), self.entry, self.place)
+        try:
+            self._out.seek(self._at)
+            self._out.write(data)
+        except OSError as error:
+            raise UserError(
+                f"the cache of shards cannot be written ({error}); "
+                "free space, lower data.cache_gib or set data.cache_dir"
+            ) from None
+        self._at += len(data)
+        self.furthest = max(self.furthest, self._at)
+        return len(data)
+
+    def _place_answer(self) -> None:
+        size = self.answer.size
+        self._lengthless = size is None
+        if self._at and self._lengthless:
+            raise ConnectionError("the server did not say how much it was going to send")
+        if self._at and size == self.entry.num_bytes - self._at:
+            return
+        self._at = 0  # the range was ignored: this is the file from its beginning
+        if size is not None:
+            check_size(size, self.entry, self.place)
+
+    def check_whole(self) -> None:
+        if self._at < self.entry.num_bytes:
+            raise ConnectionError(f"the connection ended after {self._at} of {self.entry.num_bytes} bytes")
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self) -> bytes:
+        raise NotImplementedError("write only")
+
+    def close(self) -> None:
+        pass
+
+
+def _called(system: Any, method: str, stop: Stop, *arguments: Any, **options: Any) -> Any:
+    """Call a driver, and break its transfer off when asked to stop."""
+    stop.check()
+    if not system.async_impl:
+        return getattr(system, method)(*arguments, **options)
+    # what fsspec's own `get_file` and so on do; those could not be woken while a server is silent
+    return sync(system.loop, _attended, getattr(system, f"_{method}")(*arguments, **options), stop)
+
+
+async def _attended(transfer: Coroutine[Any, Any, Any], stop: Stop) -> Any:
+    task = asyncio.ensure_future(transfer)
+    while not task.done():
+        await asyncio.wait({task}, timeout=_NOTICED_S)
+        if stop.asked:
+            task.cancel()
+    if task.cancelled():
+        raise StoppedError
+    return task.result()
+
+
+def _patience() -> Any:
+    import aiohttp  # only where something is read from a web server
+
+    # the default allows five minutes for the whole transfer, however fast it goes
+    return aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status behind an error; 0 if there was no answer at all, None if nothing is known."""
+    # fsspec turns every error of a first contact into FileNotFoundError; what it really was is its cause
+    for one in (error, error.__cause__):
+        status = getattr(one, "status", None)  # aiohttp's; its `code` may be that of a broken transfer, always 400
+        if isinstance(status, int):
+            return status
+    if isinstance(error.__cause__, OSError):
+        return 0
+    code = getattr(error, "code", None)  # gcsfs
+    return code if isinstance(code, int) else None
+
+
+def _is_refusal(error: Exception, status: int | None) -> bool:
+    """Tell whether asking again is of no use: the server said no, or there are no credentials to ask with."""
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return True
+    return status is not None and 400 <= status < 500 and status not in _TRY_AGAIN

@@ -1,0 +1,147 @@
+"""Shards of a remote set on the local disk: whole files only, the least recently used go first.
+
+Several processes share the folder. Who needs a shard takes a lock that its name falls to, so one process downloads and
+the others wait. A download reserves its bytes at once (a sparse file of the full size), and is renamed when it is
+complete and verified; what a killed process has left is removed, never continued. Files are named by the hash of the
+full address (without credentials) and of the expected content, so sets never mix and a changed set is fetched anew.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.manifest import ShardEntry, check_sha256, check_size, file_sha256
+from lightning_moevlm.data.storage.stop_request import Stop
+
+GIB = 2**30
+_DONE = ".tar"
+_PARTIAL = ".partial"
+_LOOK_UP_S = 0.5
+
+
+def default_cache_dir() -> Path:
+    """Return the user's folder for things that can be fetched again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lightning-moevlm" / "shards"
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """A folder of downloaded shards. max_bytes: of all files together; None is not bounded."""
+
+    folder: Path
+    max_bytes: int | None
+
+    def path(
+        self, address: str, entry: ShardEntry, download: Callable[[BinaryIO], None], stop: Stop | None = None
+    ) -> Path:
+        """Return the verified shard, downloaded if it is not here yet.
+
+        Another process may remove it again before it is opened; then ask once more.
+
+        Raises:
+            ShardFault: if `download` does, or what it brought is not what the manifest names.
+            UserError: if the folder cannot be written.
+            StoppedError: if asked to stop.
+
+        """
+        name = hashlib.sha256(f"{address}\n{entry.sha256}".encode()).hexdigest()
+        path = self.folder / (name + _DONE)
+        try:
+            if self._is_good(path, entry):
+                return path
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._turn(name, stop or Stop()):
+                if not self._is_good(path, entry):  # another process may just have brought it
+                    self._bring(path, entry, address, download)
+        except OSError as error:
+            raise UserError(
+                f"the cache of shards {self.folder} cannot be used ({error}); set data.cache_dir to a folder with space"
+            ) from None
+        return path
+
+    @contextmanager
+    def _turn(self, name: str, stop: Stop) -> Iterator[None]:
+        """Hold the lock of a name; who waits for it may be asked to stop."""
+        lock = self._lock(name)
+        while True:
+            try:
+                lock.acquire(timeout=_LOOK_UP_S)
+                break
+            except Timeout:
+                stop.check()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _is_good(self, path: Path, entry: ShardEntry) -> bool:
+        try:
+            if path.stat().st_size != entry.num_bytes or file_sha256(path) != entry.sha256:
+                return False
+            os.utime(path)  # used just now
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _bring(self, path: Path, entry: ShardEntry, address: str, download: Callable[[BinaryIO], None]) -> None:
+        partial = path.with_suffix(_PARTIAL)
+        try:
+            self._reserve(partial, entry.num_bytes)
+            with partial.open("r+b") as out:
+                download(out)
+            check_size(partial.stat().st_size, entry, address)
+            check_sha256(file_sha256(partial), entry, address)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _reserve(self, partial: Path, num_bytes: int) -> None:
+        """Make room for a file and make it, empty but of its full size, so that others count it."""
+        with FileLock(self.folder / "room.lock"):
+            partial.unlink(missing_ok=True)
+            if self.max_bytes is not None:
+                self._make_room(self.max_bytes - num_bytes)
+            with partial.open("wb") as file:
+                file.truncate(num_bytes)
+
+    def _make_room(self, target_bytes: int) -> None:
+        """Remove what killed processes left, then shards, the least recently used first, down to a size.
+
+        Downloads under way stay, so a cache that is smaller than what its readers fetch at once grows beyond its bound.
+        """
+        for partial in self.folder.glob("*" + _PARTIAL):
+            self._remove_if_abandoned(partial)
+        found = []
+        for path in self.folder.iterdir():
+            if path.suffix in (_DONE, _PARTIAL):
+                try:
+                    about = path.stat()
+                except FileNotFoundError:
+                    continue
+                found.append((about.st_mtime_ns, about.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= target_bytes:
+                return
+            if path.suffix == _DONE:
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def _remove_if_abandoned(self, partial: Path) -> None:
+        lock = self._lock(partial.stem)
+        try:
+            with lock.acquire(timeout=0):
+                partial.unlink(missing_ok=True)
+        except Timeout:
+            return  # somebody is filling it
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.folder / f"{name[:2]}.lock")  # 256 of them: they are never removed

@@ -1,0 +1,186 @@
+"""Where a set lies: a folder, or an address on a server; the one place that turns manifest entries into files.
+
+Folders are read in place. Shards of a remote set (http, https, s3, gs) are downloaded when they are opened and kept
+in a bounded cache; manifest and tokenizer, which are small, are read afresh by whoever starts. Either way a shard is
+handed out only with the size and the sha256 of the manifest. There is no way from an address to a shell.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.faults import ShardFault
+from lightning_moevlm.data.format.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+    check_shard,
+    check_shard_size,
+    parse_manifest,
+    read_manifest,
+)
+from lightning_moevlm.data.storage.remote_folder import RemoteFolder
+from lightning_moevlm.data.storage.shard_cache import GIB, ShardCache, default_cache_dir
+from lightning_moevlm.data.storage.stop_request import Stop
+from lightning_moevlm.data.text.tokenizer import CaptionTokenizer, load_tokenizer, parse_tokenizer
+
+PROTOCOLS = ("file", "http", "https", "s3", "gs")
+CACHE_GIB = 50.0
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):(?=//)")
+_OPENINGS = 5
+_BUFFER_BYTES = 2**16  # a sample or two per system call
+
+
+class _Version(NamedTuple):
+    """What tells a file from itself before: nobody can write to it without a new time of change."""
+
+    inode: int
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Version":
+        stat = path.stat()
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class ShardStorage:
+    """A set's place.
+
+    root: its folder, or its address. cache_dir: where shards of a remote set are kept; null is the user's cache
+    folder. cache_gib: GiB to keep there; null is not bounded. allowed_protocols: schemes that `root` may have.
+    attempts: tries in a row without progress until a server counts as unreachable. backoff_s: the longest first pause
+    between them, which doubles.
+    """
+
+    root: str = field(repr=False)
+    cache_dir: str | None = None
+    cache_gib: float | None = CACHE_GIB
+    allowed_protocols: tuple[str, ...] = PROTOCOLS
+    attempts: int = 8
+    backoff_s: float = 0.5
+    _verified: dict[ShardEntry, _Version] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        protocol = self._protocol
+        if protocol == "pipe":
+            raise UserError(f"data root is {self.root!r}, but data never reach a shell; give a folder or an address")
+        if protocol not in self.allowed_protocols or (protocol != "file" and "::" in self.root):
+            raise UserError(
+                f"data root {self} has the protocol {protocol!r}, but only {', '.join(self.allowed_protocols)} are "
+                "allowed, without chains (::); copy the set, or name the protocol in data.allowed_protocols"
+            )
+        if self.cache_gib is not None and self.cache_gib <= 0:
+            raise UserError(f"data.cache_gib is {self.cache_gib}, but must be above 0, or null for no bound")
+        if self.attempts < 1:
+            raise UserError(f"attempts is {self.attempts}, but must be at least 1")
+
+    def __str__(self) -> str:
+        return str(self.folder) if self._protocol in ("file", "pipe") else self._remote.place()
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a local set; None if it is remote."""
+        if self._protocol not in ("file", "pipe"):
+            return None
+        return Path(self.root.removeprefix("file://"))
+
+    def place(self, file: str) -> str:
+        """Return where a file of the set lies, without credentials, for messages."""
+        return str(self.folder / file) if self.folder is not None else self._remote.place(file)
+
+    def manifest(self) -> Manifest:
+        """Read the set's manifest.
+
+        Raises:
+            UserError: if it is missing, out of reach or broken.
+
+        """
+        if self.folder is not None:
+            return read_manifest(self.folder)
+        return parse_manifest(self._remote.read(MANIFEST_FILE), self.place(MANIFEST_FILE))
+
+    def tokenizer(self, entry: TokenizerEntry) -> CaptionTokenizer:
+        """Read the set's tokenizer.
+
+        Raises:
+            UserError: if it is missing, out of reach, or not the one of the manifest.
+
+        """
+        if self.folder is not None:
+            return load_tokenizer(self.folder, entry)
+        return parse_tokenizer(self._remote.read(entry.file), entry, self.place(entry.file))
+
+    def local_path(self, entry: ShardEntry, stop: Stop | None = None) -> Path:
+        """Return the shard as a local file that has the size and the sha256 of the manifest.
+
+        A shard of a folder is read for that once per process, and again when the file has been touched.
+
+        Raises:
+            ShardFault: if the shard is missing, unreachable, truncated or altered.
+            UserError: if the cache cannot be written.
+            StoppedError: if asked to stop.
+
+        """
+        if self.folder is not None:
+            try:
+                path = check_shard_size(self.folder, entry)
+                version = _Version.of(path)  # before the bytes are read: what is written meanwhile has another
+                if self._verified.get(entry) != version:
+                    check_shard(self.folder, entry)
+                    self._verified[entry] = version
+                return path
+            except OSError as error:
+                raise _unreadable(self.place(entry.file), error) from None
+        remote, stop = self._remote, stop or Stop()
+        return self._cache.path(self.place(entry.file), entry, lambda out: remote.download(entry, out, stop), stop)
+
+    def fits_beside(self, entry: ShardEntry, other: ShardEntry) -> bool:
+        """Tell whether there is a cache for the shard, with room for another one."""
+        if self.folder is not None:
+            return False
+        return self._cache.max_bytes is None or entry.num_bytes + other.num_bytes <= self._cache.max_bytes
+
+    def open(self, entry: ShardEntry, stop: Stop | None = None) -> BinaryIO:
+        """Open the verified shard for reading.
+
+        Raises:
+            ShardFault: if the shard is missing, unreachable, truncated or altered.
+            UserError: if the cache cannot be written.
+            StoppedError: if asked to stop.
+
+        """
+        for _ in range(_OPENINGS):
+            path = self.local_path(entry, stop)
+            try:
+                return path.open("rb", buffering=_BUFFER_BYTES)
+            except FileNotFoundError:
+                continue  # another process needed its room in the cache: fetch it again
+            except OSError as error:
+                raise _unreadable(str(path), error) from None
+        raise UserError(f"shards vanish from {self._cache.folder} before they are read; raise data.cache_gib")
+
+    @property
+    def _protocol(self) -> str:
+        if self.root.startswith(("pipe:", "|")):
+            return "pipe"
+        match = _SCHEME.match(self.root)
+        return match.group(1).lower() if match else "file"
+
+    @property
+    def _remote(self) -> RemoteFolder:
+        return RemoteFolder(self.root, self.attempts, self.backoff_s)
+
+    @property
+    def _cache(self) -> ShardCache:
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
+        return ShardCache(folder, None if self.cache_gib is None else int(self.cache_gib * GIB))
+
+
+def _unreadable(place: str, error: OSError) -> ShardFault:
+    return ShardFault("shard_unreachable", f"shard {place} cannot be read ({error}); check the disk and permissions")

@@ -1,0 +1,46 @@
+"""Where a set's captions lie: in the member txt, one per sample, or in a field of the member json, one or several."""
+
+import json
+from collections.abc import Collection
+from random import Random
+from typing import NamedTuple
+
+from lightning_moevlm.data.images.decode import CAPTION_EXTENSION, decode_caption
+from lightning_moevlm.data.text.json_texts import texts_of
+
+ANNOTATION_EXTENSION = "json"
+
+
+class Captions(NamedTuple):
+    """member: the extension of the member that holds them. field: of a json member, "" for a text member."""
+
+    member: str
+    field: str
+
+    def of(self, data: bytes) -> tuple[str, ...]:
+        """Return the captions of a sample's member, without surrounding blanks; none if they are empty.
+
+        Raises:
+            UnicodeError: if they are no UTF-8.
+            ValueError: if the member is no JSON, or the field holds neither a text nor a list of texts.
+
+        """
+        if not self.field:
+            caption = decode_caption(data)
+            return (caption,) if caption else ()
+        content = json.loads(data.decode("utf-8-sig"))
+        return texts_of(content.get(self.field) if isinstance(content, dict) else None, self.field)
+
+
+def captions_in(members: Collection[str], caption_field: str) -> Captions | None:
+    """Return where captions lie in samples of these members; None if they have none."""
+    if caption_field:
+        return Captions(ANNOTATION_EXTENSION, caption_field) if ANNOTATION_EXTENSION in members else None
+    return Captions(CAPTION_EXTENSION, "") if CAPTION_EXTENSION in members else None
+
+
+def drawn(captions: tuple[str, ...], draw: str, key: str) -> str:
+    """Return one of a sample's captions. draw: what decides, as seed and epoch; "" takes the first."""
+    if not draw or len(captions) == 1:
+        return captions[0]
+    return captions[Random(f"caption/{draw}/{key}").randrange(len(captions))]

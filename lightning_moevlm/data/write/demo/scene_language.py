@@ -1,0 +1,156 @@
+"""What can be said of a scene: its caption, questions with answers, statements with their truth.
+
+Every sentence is computed from the scene graph, so it is true (or false, and marked so) by construction.
+"""
+
+from random import Random
+from typing import Literal, NamedTuple
+
+from lightning_moevlm.data.write.demo.picture_catalogue import Picture
+from lightning_moevlm.data.write.demo.scene_graph import (
+    GROUNDS,
+    INVERSE,
+    RELATIONS,
+    Group,
+    Relation,
+    Scene,
+    holds,
+    salient_relation,
+)
+
+NUMBERS = ("no", "one", "two", "three", "four")
+QuestionKind = Literal["existence", "count", "colour", "category", "relation"]
+
+
+class Question(NamedTuple):
+    """A question of one kind with its only right answer."""
+
+    kind: QuestionKind
+    question: str
+    answer: str
+
+
+class Statement(NamedTuple):
+    """A sentence about the scene and whether it is true."""
+
+    text: str
+    truth: bool
+
+
+def phrase(group: Group) -> str:
+    """Return "a star", "an umbrella" or "two stars"."""
+    return _counted(group.picture, group.num_copies)
+
+
+def caption(scene: Scene) -> str:
+    """Say what stands where: the first group's relation to each other one, and the ground's colour."""
+    first, others = scene.groups[0], scene.groups[1:]
+    placed: dict[Relation | None, list[str]] = {}
+    for other in others:
+        placed.setdefault(salient_relation(first, other), []).append(phrase(other))
+    parts = [f"{relation or 'with'} {_enumerated(phrases)}" for relation, phrases in placed.items()]
+    ground = f"on {_article(scene.ground)} {scene.ground} ground"
+    if len(parts) < 2:
+        return " ".join([phrase(first), *parts, ground])
+    return f"{phrase(first)} {', '.join(parts)}, {ground}"
+
+
+def questions(scene: Scene, world: tuple[Picture, ...], random: Random) -> tuple[Question, ...]:
+    """Ask of existence (yes and no), count, colour and category, and of relations where there are some."""
+    groups = scene.groups
+    absent = random.choice([p for p in world if p not in {group.picture for group in groups}])
+    group = random.choice(groups)
+    counted = random.choice(groups)
+    asked = [
+        Question("existence", f"is there {_counted(group.picture, 1)}?", "yes"),
+        Question("existence", f"is there {_counted(absent, 1)}?", "no"),
+        Question("count", f"how many {counted.picture.plural} are there?", NUMBERS[counted.num_copies]),
+        Question("colour", "what colour is the ground?", scene.ground),
+    ]
+    coloured = [g for g in groups if g.picture.colour is not None and g.picture.colour not in g.picture.name]
+    if coloured:
+        one = random.choice(coloured)
+        assert one.picture.colour is not None
+        asked.append(Question("colour", f"what colour {_is(one)} {_the(one)}?", one.picture.colour))
+    kind = random.choice(groups)
+    asked.append(Question("category", f"what kind of thing {_is(kind)} {_the(kind)}?", kind.picture.category))
+    pairs = _related(scene)
+    if pairs:
+        one, relation, other = random.choice(pairs)
+        true = random.random() < 0.5
+        said = relation if true else INVERSE[relation]
+        asked.append(Question("relation", f"{_is(one)} {_the(one)} {said} {_the(other)}?", "yes" if true else "no"))
+        unique = [(r, o) for r in RELATIONS for o in groups if len(_standing(scene, r, o)) == 1]
+        if unique:
+            said, other = random.choice(unique)
+            (standing,) = _standing(scene, said, other)
+            asked.append(Question("relation", f"what is {said} {_the(other)}?", standing.picture.name))
+    return tuple(asked)
+
+
+def statements(scene: Scene, world: tuple[Picture, ...], random: Random) -> tuple[Statement, ...]:
+    """Make true and false statements in equal number, for pairs of images as in NLVR2."""
+    groups = scene.groups
+    absent = random.choice([p for p in world if p not in {group.picture for group in groups}])
+    group = random.choice(groups)
+    miscounted = random.choice([n for n in (1, 2, 3) if n != group.num_copies])
+    other_ground = random.choice([ground for ground in GROUNDS if ground != scene.ground])
+    made = [
+        Statement(_exactly(group.picture, group.num_copies), True),
+        Statement(_exactly(group.picture, miscounted), False),
+        Statement(f"there is no {absent.name}", True),
+        Statement(f"there is {_counted(absent, 1)}", False),
+        Statement(f"the ground is {scene.ground}", True),
+        Statement(f"the ground is {other_ground}", False),
+    ]
+    pairs = _related(scene)
+    if pairs:
+        one, relation, other = random.choice(pairs)
+        made.append(Statement(f"{_the(one)} {_is(one)} {relation} {_the(other)}", True))
+        made.append(Statement(f"{_the(one)} {_is(one)} {INVERSE[relation]} {_the(other)}", False))
+    return tuple(made)
+
+
+def _enumerated(phrases: list[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    return " and ".join([*([", ".join(phrases[:-1])] if phrases[:-1] else []), phrases[-1]])
+
+
+def _related(scene: Scene) -> list[tuple[Group, Relation, Group]]:
+    pairs = []
+    for one in scene.groups:
+        for other in scene.groups:
+            relation = None if one is other else salient_relation(one, other)
+            if relation is not None:
+                pairs.append((one, relation, other))
+    return pairs
+
+
+def _standing(scene: Scene, relation: Relation, other: Group) -> list[Group]:
+    return [group for group in scene.groups if group is not other and holds(group, relation, other)]
+
+
+def _exactly(picture: Picture, count: int) -> str:
+    return f"there {'is' if count == 1 else 'are'} exactly {NUMBERS[count]} {_noun(picture, count)}"
+
+
+def _counted(picture: Picture, count: int) -> str:
+    if count == 1:
+        return f"{_article(picture.name)} {picture.name}"
+    return f"{NUMBERS[count]} {picture.plural}"
+
+
+def _noun(picture: Picture, count: int) -> str:
+    return picture.name if count == 1 else picture.plural
+
+
+def _the(group: Group) -> str:
+    return f"the {_noun(group.picture, group.num_copies)}"
+
+
+def _is(group: Group) -> str:
+    return "is" if group.num_copies == 1 else "are"
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" and not word.startswith("uni") else "a"

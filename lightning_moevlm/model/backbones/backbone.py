@@ -1,0 +1,102 @@
+"""The backbone contract: images, texts or both in, contextual tokens and routing plans out."""
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.sequence_layout import Layout
+from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
+from lightning_moevlm.model.initial_weights import Module
+from lightning_moevlm.model.layers import Block
+from lightning_moevlm.model.precision import PrecisionPolicy
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The dimensions that objectives and data must agree with.
+
+    Args:
+        dim: model width D.
+        image_size: pixels, height and width.
+        patch_size: pixels, height and width.
+        vocab_size: V.
+        max_text_len: longest text L.
+
+    Raises:
+        UserError: a dimension of 0 or less.
+    """
+
+    dim: int
+    image_size: int
+    patch_size: int
+    vocab_size: int
+    max_text_len: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for entry in fields(self):
+            check_number(entry.name, getattr(self, entry.name), least=1)
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class BackboneOutput(NamedTuple):
+    """tokens_BSD: normalised features. layout: where the modalities lie. plans: of every MoE that ran.
+
+    attention: the largest logits of every attention that ran, empty unless `measure_attention` is set.
+    """
+
+    tokens_BSD: Tensor
+    layout: Layout
+    plans: tuple[NamedPlan, ...]
+    attention: tuple[AttentionLogits, ...] = ()
+
+    def features(self, modality: Modality) -> Tensor:
+        """Return the features of one modality's span."""
+        span = next(span for span in self.layout.spans if span.modality == modality)
+        return self.tokens_BSD[:, span.start : span.stop]
+
+
+class Backbone(Module):
+    """A vision-language trunk for image-only, text-only and pair inputs.
+
+    measure_attention: a mode like `training`, off at first: while it is on, outputs carry the largest attention logits,
+    which costs one product of queries and keys per block. Nothing is kept in the model.
+    """
+
+    path_in_model = "backbone"
+    spec: BackboneSpec
+    precision = PrecisionPolicy()
+    measure_attention: bool = False
+
+    @abstractmethod
+    def forward(
+        self,
+        images_BRYX: Tensor | None = None,
+        text_BL: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        image_mask_BP: Tensor | None = None,
+    ) -> BackboneOutput:
+        """Encode; images uint8, text int64, text_mask True on real tokens, image_mask True on hidden patches."""
+
+    @property
+    @abstractmethod
+    def text_embedding_VD(self) -> Tensor:
+        """Token embedding matrix, for heads that share it."""
+
+    @abstractmethod
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active matrix FLOPs of one forward pass of one sample with so many tokens per modality."""
+
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """Return how many plans `forward` makes of sequences of these modalities: those of its feed-forwards."""
+        whole = [module for module in self.modules() if isinstance(module, Block)]
+        return sum(block.ffn.num_plans(modalities) for block in whole)

@@ -1,0 +1,1 @@
+"""Chooses the fastest dispatcher from measured timings."""

@@ -1,0 +1,211 @@
+"""Expert capacity: at most `places` pairs per expert, routing group and, where asked, modality; the rest is dropped to
+the residual.
+
+    places = ceil(factor x chosen pairs of the group / E), rounded up to a multiple
+
+Who stays when an expert is full:
+
+- "position": first choices before second ones, then earlier tokens before later (Switch, arXiv 2101.03961, section
+  2.2);
+- "gate": first choices before second ones, then tokens with the larger best gate: batch-priority routing (V-MoE, arXiv
+  2106.05974, section 4.1);
+- "probability": every pair by its own weight, whichever choice it is (Megatron-LM's drop policy "probs").
+
+The factor that holds after both roundings is larger than the nominal one; plans carry it (`capacity_T`) and telemetry
+logs it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
+from lightning_moevlm.contracts.schedules import Ramp, value_at
+from lightning_moevlm.model.dispatch.capacity_rule import ByDropRate
+
+Priority = Literal["position", "gate", "probability"]
+
+
+@dataclass(frozen=True)
+class ModalityFactors:
+    """A capacity factor per modality: each has places of its own, so the larger one cannot crowd out the smaller.
+
+    Args:
+        image: factor on the image pairs; null is dropless.
+        text: factor on the text pairs; null is dropless.
+    """
+
+    image: float | None = 1.25
+    text: float | None = 1.25
+
+
+Factor = float | ModalityFactors | Tensor
+
+TrainFactor = float | ModalityFactors | Ramp | ByDropRate
+"""A constant, one per modality, a ramp over optimiser steps, or one that follows the share of dropped pairs."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Capacity factors of training and evaluation; null is dropless.
+
+    Args:
+        train_factor: typically 1.0 to 1.25; one number, or one per modality, `{image: 1.25, text: 2.0}`; a ramp over
+            optimiser steps, `{start: 2.0, stop: 1.0, num_steps: 1000}`; or steered to a drop rate, `{drop_rate: 0.02}`.
+        eval_factor: null by default. With a limit, the output for a sample depends on the other samples of its batch or
+            group. Can be swept without retraining.
+        priority: who stays when an expert is full.
+        group_size: samples that share places; null is the whole micro-batch.
+        multiple_of: round places up to a multiple of this (V-MoE: 4).
+
+    Raises:
+        UserError: a factor, a group or a multiple that is not positive.
+    """
+
+    train_factor: float | ModalityFactors | Ramp | ByDropRate | None = 1.25
+    eval_factor: float | ModalityFactors | None = None
+    priority: Priority = "position"
+    group_size: int | None = None
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        for name in ("train_factor", "eval_factor"):
+            for factor in numbers_of(getattr(self, name)):
+                if factor is not None:
+                    check_number(name, factor, above=0, advice=", typically 1.0 to 2.0, or null for dropless")
+        if self.group_size is not None and self.group_size < 1:
+            raise UserError(f"group_size is {self.group_size}: choose at least 1 sample, or null for the whole batch")
+        if self.multiple_of < 1:
+            raise UserError(f"multiple_of is {self.multiple_of}: choose 1 (no rounding) or more")
+
+    @property
+    def competes(self) -> bool:
+        """Whether later positions can take the place of earlier ones, which a causal model must refuse."""
+        return self.priority != "position"
+
+    @property
+    def evaluation_limit(self) -> str | None:
+        """The factor that limits experts in evaluation, in words; None where evaluation is dropless."""
+        factor = self.eval_factor
+        if isinstance(factor, ModalityFactors):
+            limits = [f"{name} {value:g}" for name, value in vars(factor).items() if value is not None]
+            return ", ".join(limits) or None
+        return None if factor is None else f"{factor:g}"
+
+    @property
+    def changes(self) -> bool:
+        """Whether the factor of training is not the same in every step."""
+        return isinstance(self.train_factor, Ramp | ByDropRate)
+
+    def factor(self, training: bool, in_force: Tensor | None = None) -> Factor | None:
+        """Return the factor of a mode; in_force: of the step at hand, for one that changes; None is the first step."""
+        if not training:
+            return self.eval_factor
+        if isinstance(self.train_factor, Ramp | ByDropRate):
+            first = value_at(self.train_factor, 0) if isinstance(self.train_factor, Ramp) else self.train_factor.start
+            return first if in_force is None else in_force
+        return self.train_factor
+
+
+class _Shares(NamedTuple):
+    """share_N: int64, which pool of places a pair draws from (group, and modality where they are apart).
+    num_shares: how many pools. factor_T: fp64 nominal factor, infinite where dropless. share_T: as share_N, per token.
+    """
+
+    share_N: Tensor
+    num_shares: int
+    factor_T: Tensor
+    share_T: Tensor
+
+
+def numbers_of(factor: TrainFactor | None) -> tuple[float | None, ...]:
+    """Return the constants that a factor is given by; null is dropless, and one that adapts checks its own."""
+    match factor:
+        case ModalityFactors():
+            return factor.image, factor.text
+        case Ramp():
+            return factor.start, factor.stop
+        case ByDropRate():
+            return ()
+    return (factor,)
+
+
+def apply_capacity(plan: PairPlan, capacity: Capacity, training: bool, in_force: Tensor | None = None) -> PairPlan:
+    """Return the plan with pairs over capacity no longer kept, and the real factor; order, shapes and weights stay.
+
+    in_force: the factor of the step at hand, a scalar, where it changes while training.
+    """
+    factor = capacity.factor(training, in_force)
+    if factor is None:
+        return plan
+    shares = _shares(plan, factor, capacity.group_size)
+    share_N = shares.share_N
+    # counted in integers, which every back-end of torch.compile can add by index
+    asked = torch.zeros(shares.num_shares, dtype=torch.int64, device=share_N.device)
+    asked_T = asked.index_add(0, share_N, plan.kept_N.to(torch.int64))[shares.share_T]
+    # in float64 and with a little slack: 1.2 * 25 / 3 is 10, not the 11 of rounding errors
+    places_T = torch.ceil(asked_T * shares.factor_T / plan.num_experts - 1e-9)
+    places_T = torch.ceil(places_T / capacity.multiple_of) * capacity.multiple_of
+    real_T = torch.where(asked_T > 0, places_T * plan.num_experts / asked_T, shares.factor_T)
+    # 0 x infinity: a dropless share without pairs
+    places_N = places_T.nan_to_num(nan=0.0, posinf=float("inf"))[plan.token_N]
+    fits_N = _rank(plan, share_N, capacity.priority) < places_N
+    return plan._replace(kept_N=plan.kept_N & fits_N, capacity_T=real_T.float())
+
+
+def _shares(plan: PairPlan, factor: Factor, group_size: int | None) -> _Shares:
+    size = plan.num_sequences if group_size is None else group_size
+    group_T = plan.sequence_T // max(size, 1)
+    num_groups = -(-plan.num_sequences // max(size, 1)) or 1
+    if not isinstance(factor, ModalityFactors):
+        if isinstance(factor, Tensor):
+            factor_T = factor.to(group_T.device, torch.float64).expand(group_T.shape)
+        else:
+            factor_T = torch.full(group_T.shape, factor, dtype=torch.float64, device=group_T.device)
+        return _Shares(group_T[plan.token_N], num_groups, factor_T, group_T)
+    image, text = (torch.inf if each is None else each for each in (factor.image, factor.text))
+    factor_T = torch.full(group_T.shape, text, dtype=torch.float64, device=group_T.device)
+    factor_T = factor_T.masked_fill_(plan.modality_T == int(Modality.IMAGE), image)  # no copy from the host
+    share_T = group_T * len(Modality) + plan.modality_T
+    return _Shares(share_T[plan.token_N], num_groups * len(Modality), factor_T, share_T)
+
+
+def _rank(plan: PairPlan, share_N: Tensor, priority: Priority) -> Tensor:
+    """Return how many kept pairs of the same expert and share come before each pair."""
+    bucket_N = torch.where(plan.kept_N, share_N * plan.num_experts + plan.expert_N, -1)
+    order_N = _order(plan, priority)
+    order_N = order_N[bucket_N[order_N].argsort(stable=True)]
+    sorted_bucket_N = bucket_N[order_N]
+    position_N = torch.arange(order_N.shape[0], device=order_N.device)
+    # where a bucket starts: the largest start up to here
+    is_start_N = torch.ones_like(sorted_bucket_N, dtype=torch.bool)
+    is_start_N[1:] = sorted_bucket_N[1:] != sorted_bucket_N[:-1]
+    start_N = torch.where(is_start_N, position_N, 0).cummax(0).values if position_N.numel() else position_N
+    return torch.empty_like(position_N).scatter_(0, order_N, position_N - start_N)
+
+
+def _order(plan: PairPlan, priority: Priority) -> Tensor:
+    """Return the pairs in the order in which they are served."""
+    if priority == "probability":
+        return plan.weight_N.argsort(descending=True, stable=True)
+    if priority == "position":
+        return torch.arange(plan.token_N.shape[0], device=plan.token_N.device)
+    gate_N = torch.where(plan.kept_N, plan.weight_N.detach(), -torch.inf)
+    best_T = gate_N.new_full((plan.num_tokens,), -torch.inf).scatter_reduce_(0, plan.token_N, gate_N, "amax")
+    by_gate_N = best_T[plan.token_N].argsort(descending=True, stable=True)
+    return by_gate_N[_choice(plan)[by_gate_N].argsort(stable=True)]
+
+
+def _choice(plan: PairPlan) -> Tensor:
+    """Return which choice of its token each pair is, 0 for the first, by the order of the pairs."""
+    order_N = plan.token_N.argsort(stable=True)
+    count_T = torch.zeros(plan.num_tokens, dtype=torch.int64, device=order_N.device)
+    count_T = count_T.index_add(0, plan.token_N, torch.ones_like(plan.token_N))
+    start_T = count_T.cumsum(0) - count_T
+    position_N = torch.arange(order_N.shape[0], device=order_N.device)
+    return torch.empty_like(position_N).scatter_(0, order_N, position_N - start_T[plan.token_N[order_N]])

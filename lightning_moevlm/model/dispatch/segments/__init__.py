@@ -1,0 +1,1 @@
+"""Runs experts segment by segment on sorted tokens."""

@@ -1,0 +1,8 @@
+"""Stacked expert feed-forwards."""
+
+from lightning_moevlm.model.experts.expert_stack import Activation, ExpertStack, Linear
+from lightning_moevlm.model.experts.gated import GatedExperts
+from lightning_moevlm.model.experts.mlp import MLPExperts
+from lightning_moevlm.model.initial_weights import ExpertInit
+
+__all__ = ["Activation", "ExpertInit", "ExpertStack", "GatedExperts", "Linear", "MLPExperts"]

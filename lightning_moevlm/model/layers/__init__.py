@@ -1,0 +1,45 @@
+"""Feed-forwards (dense, MoE, multiway), attention, block: what models are arranged from."""
+
+from lightning_moevlm.model.initial_weights import drawn_together, initialise
+from lightning_moevlm.model.layers.attention import Attention, AttentionOutput
+from lightning_moevlm.model.layers.batch_dependence import batch_dependence, limited_in_evaluation
+from lightning_moevlm.model.layers.block import Block, BlockOutput
+from lightning_moevlm.model.layers.causality import check_causal
+from lightning_moevlm.model.layers.depth import Depth
+from lightning_moevlm.model.layers.embeddings import PatchEmbedding, TextEmbedding
+from lightning_moevlm.model.layers.feed_forward.dense import DenseFFN, dense_twin
+from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan
+from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN, name_layers, reads_identity
+from lightning_moevlm.model.layers.feed_forward.multiway import MultiwayFFN
+from lightning_moevlm.model.layers.norms import make_norm, normalised
+from lightning_moevlm.model.layers.patch_codes import HIDDEN, PatchCodes
+from lightning_moevlm.model.layers.stabilisers import ModelStabilisers
+
+__all__ = [
+    "HIDDEN",
+    "Attention",
+    "AttentionOutput",
+    "Block",
+    "BlockOutput",
+    "DenseFFN",
+    "Depth",
+    "FFNOutput",
+    "FeedForward",
+    "MoEFFN",
+    "ModelStabilisers",
+    "MultiwayFFN",
+    "PatchCodes",
+    "PatchEmbedding",
+    "RoutedPlan",
+    "TextEmbedding",
+    "batch_dependence",
+    "check_causal",
+    "dense_twin",
+    "drawn_together",
+    "initialise",
+    "limited_in_evaluation",
+    "make_norm",
+    "name_layers",
+    "normalised",
+    "reads_identity",
+]

@@ -1,0 +1,129 @@
+"""Self-attention shared by all modalities, and the switches that keep its logits small.
+
+    logits = q k^T / sqrt(W),   output = softmax(logits) v W_out
+
+qk-norm: queries and keys pass an RMS norm per head before their product, which bounds the logits
+(arXiv 2302.05442, section 2; arXiv 2309.14322, section 3.1).
+
+logit cap: logits become cap * tanh(logits / cap) before the softmax (Gemma 2, arXiv 2408.00118, section 2). The fused
+kernels know no cap, and torch's flex_attention has no backward on CPUs, so the cap is written out: it keeps the logits
+and two more tensors of shape (B, H, S, S) for the backward pass, where the fused kernel keeps none.
+
+sub-norm: a norm between the heads' outputs and W_out (Magneto, arXiv 2210.06423, section 2.2).
+
+The largest logit of a head is the early warning of divergence (arXiv 2309.14322, section 3.1) and what QK-clip acts on.
+It is computed where a caller asks for it, returned beside the tokens, and stored nowhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.sequence_layout import Layout
+from lightning_moevlm.model.initial_weights import Module
+from lightning_moevlm.model.layers.norms import NormKind, make_norm, normalised
+from lightning_moevlm.model.layers.stabilisers import ModelStabilisers
+from lightning_moevlm.model.precision import PrecisionPolicy, region
+
+_QK_NORM: NormKind = "rms"
+
+
+class AttentionOutput(NamedTuple):
+    """tokens_BSD: as the input. logit_max_H: fp32, the largest logit of each head before any cap, if it was asked for.
+
+    Logits of padding, and those that a mask forbids, do not count; the maximum carries no gradient.
+    """
+
+    tokens_BSD: Tensor
+    logit_max_H: Tensor | None
+
+
+class Attention(Module):
+    """Multi-head attention; padding is not attended to.
+
+    Args:
+        dim: model width D.
+        num_heads: H; must divide D.
+        stabilisers: `qk_norm`, `logit_cap` and `sub_norm` (of kind `norm`) act here.
+    """
+
+    precision = PrecisionPolicy()
+
+    def __init__(self, dim: int, num_heads: int, stabilisers: ModelStabilisers = ModelStabilisers()) -> None:
+        super().__init__()
+        check_number("num_heads", num_heads, least=1)
+        if dim % num_heads:
+            raise UserError(f"dim {dim} is no multiple of num_heads {num_heads}: change one of them")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.logit_cap = stabilisers.logit_cap
+        self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        width = dim // num_heads
+        self.query_norm = make_norm(_QK_NORM, width) if stabilisers.qk_norm else None
+        self.key_norm = make_norm(_QK_NORM, width) if stabilisers.qk_norm else None
+        self.out_norm = make_norm(stabilisers.norm, dim) if stabilisers.sub_norm else None
+        self.path = ""  # in the backbone, see name_layers
+
+    def forward(self, tokens_BSD: Tensor, layout: Layout, measure: bool = False) -> AttentionOutput:
+        """Attend; `measure` asks for the largest logit of each head, at the price of computing all of them once."""
+        query, key, value = self.query_key_value(tokens_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        query_BHSW = normalised(query, self.query_norm, self.precision).transpose(1, 2)
+        key_BHSW = normalised(key, self.key_norm, self.precision).transpose(1, 2)
+        allowed = allowed_keys(layout)
+        with region(self.precision, "attention_logits", tokens_BSD.device.type) as cast:
+            query_BHSW, key_BHSW, value_BHSW = cast(query_BHSW), cast(key_BHSW), cast(value.transpose(1, 2))
+            if self.logit_cap is None:
+                attended_BHSW = F.scaled_dot_product_attention(query_BHSW, key_BHSW, value_BHSW, attn_mask=allowed)
+            else:
+                attended_BHSW = capped_attention(query_BHSW, key_BHSW, value_BHSW, allowed, self.logit_cap)
+        logit_max_H = largest_logits(query_BHSW, key_BHSW, allowed, layout.valid_BS) if measure else None
+        heads_BSD = attended_BHSW.to(value.dtype).transpose(1, 2).flatten(2)
+        return AttentionOutput(self.out(normalised(heads_BSD, self.out_norm, self.precision)), logit_max_H)
+
+    def forward_flops(self, num_tokens: int) -> float:
+        """8 S D^2 for the projections and 4 S^2 D for scores and values, for one sequence of S tokens."""
+        return 8.0 * num_tokens * self.dim**2 + 4.0 * num_tokens**2 * self.dim
+
+
+def allowed_keys(layout: Layout) -> Tensor:
+    """Return a bool mask, True where the query of the third axis may see the key of the fourth.
+
+    Bidirectional: every real position, (B, 1, 1, S). Causal: patches see patches, text sees patches and no later text,
+    (B, 1, S, S); each position sees itself, so that a row of padding is not a softmax over nothing.
+    """
+    valid_B11S = layout.valid_BS[:, None, None, :]
+    if not layout.causal:
+        return valid_B11S
+    is_text_S = layout.modality_S == int(Modality.TEXT)
+    position_S = torch.arange(is_text_S.shape[0], device=is_text_S.device)
+    is_earlier_SS = position_S.unsqueeze(0) <= position_S.unsqueeze(1)
+    seen_SS = ~is_text_S.unsqueeze(0) | (is_text_S.unsqueeze(1) & is_earlier_SS)
+    return (valid_B11S & seen_SS) | (position_S.unsqueeze(0) == position_S.unsqueeze(1))
+
+
+def capped_attention(
+    query_BHSW: Tensor, key_BHSW: Tensor, value_BHSW: Tensor, allowed: Tensor, logit_cap: float
+) -> Tensor:
+    """Return softmax(cap * tanh(q k^T / sqrt(W) / cap)) v; cap and softmax in fp32, products in the inputs' dtype."""
+    logits_BHSS = (query_BHSW @ key_BHSW.transpose(-2, -1)).to(torch.float32) / query_BHSW.shape[-1] ** 0.5
+    capped_BHSS = logit_cap * torch.tanh(logits_BHSS / logit_cap)
+    probs_BHSS = capped_BHSS.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return probs_BHSS.to(value_BHSW.dtype) @ value_BHSW
+
+
+@torch.no_grad()
+def largest_logits(query_BHSW: Tensor, key_BHSW: Tensor, allowed: Tensor, valid_BS: Tensor) -> Tensor:
+    """Return the largest q k^T / sqrt(W) of each head over real queries and the keys that they see, fp32 (H).
+
+    One head at a time, so that the memory is that of (B, S, S).
+    """
+    seen_BSS = allowed[:, 0] & valid_BS.unsqueeze(-1)
+    heads = zip(query_BHSW.detach().unbind(1), key_BHSW.detach().unbind(1), strict=True)
+    largest = [(query @ key.transpose(-2, -1)).masked_fill(~seen_BSS, -torch.inf).amax() for query, key in heads]
+    return torch.stack(largest).to(torch.float32) / query_BHSW.shape[-1] ** 0.5

@@ -1,0 +1,119 @@
+"""The transformer block: attention, then a feed-forward, each added to the residual stream.
+
+With n a norm and f a branch, `norm_placement` says where the norms stand:
+
+    pre       x + f(n(x))          the default; arXiv 2002.04745 says why it needs no warm-up
+    post      n(x + f(x))          Vaswani et al. 2017 (arXiv 1706.03762)
+    sandwich  x + n(f(n(x)))       CogView (arXiv 2105.13290, section 2.4)
+    output    x + n(f(x))          Swin v2 (arXiv 2111.09883, section 3.2), OLMo 2 (arXiv 2501.00656, section 3.2)
+
+`layer_scale` multiplies f by a learned factor per channel. DeepNorm is n(alpha x + f(x)) with alpha = (2 N)^(1/4) for N
+blocks (DeepNet, arXiv 2203.00555, section 4.1); its smaller start, beta, is in init_scheme.py.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.sequence_layout import Layout
+from lightning_moevlm.model.initial_weights import InitialScale, Module
+from lightning_moevlm.model.layers.attention import Attention
+from lightning_moevlm.model.layers.depth import Depth, deepnorm_alpha
+from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan
+from lightning_moevlm.model.layers.init_scheme import scales_in_block
+from lightning_moevlm.model.layers.layer_scale import LayerScale
+from lightning_moevlm.model.layers.norms import make_norm, normalised
+from lightning_moevlm.model.layers.stabilisers import ModelStabilisers
+from lightning_moevlm.model.precision import PrecisionPolicy, region
+
+
+class BlockOutput(NamedTuple):
+    """tokens_BSD: as the input. plans: of the MoEs inside. logit_max_H: see `AttentionOutput`."""
+
+    tokens_BSD: Tensor
+    plans: tuple[RoutedPlan, ...]
+    logit_max_H: Tensor | None
+
+
+class Block(Module):
+    """A block with any feed-forward.
+
+    Args:
+        dim: model width D.
+        attention: shared by the modalities.
+        ffn: dense, MoE or multiway.
+        stabilisers: norms, layer scale and residual scaling act here, and the initial scale of all that is inside.
+        depth: where the block stands; initial scales and DeepNorm depend on it.
+    """
+
+    precision = PrecisionPolicy()
+
+    def __init__(
+        self,
+        dim: int,
+        attention: Attention,
+        ffn: FeedForward,
+        stabilisers: ModelStabilisers = ModelStabilisers(),
+        depth: Depth = Depth(0, 1),
+    ) -> None:
+        super().__init__()
+        self.stabilisers = stabilisers
+        self.depth = depth
+        placement = stabilisers.norm_placement
+        has_norm, has_out_norm = placement != "output", placement in ("sandwich", "output")
+        self.attention_norm = make_norm(stabilisers.norm, dim) if has_norm else None
+        self.attention = attention
+        self.attention_out_norm = make_norm(stabilisers.norm, dim) if has_out_norm else None
+        self.ffn_norm = make_norm(stabilisers.norm, dim) if has_norm else None
+        self.ffn = ffn
+        self.ffn_out_norm = make_norm(stabilisers.norm, dim) if has_out_norm else None
+        value = stabilisers.layer_scale
+        self.attention_scale = None if value is None else LayerScale(dim, value)
+        self.ffn_scale = None if value is None else LayerScale(dim, value)
+        self.residual_weight = deepnorm_alpha(depth) if stabilisers.residual_scaling == "deepnorm" else 1.0
+        self.norms_sum = placement == "post"
+
+    def forward(self, tokens_BSD: Tensor, layout: Layout, measure: bool = False) -> BlockOutput:
+        """Return tokens of the same shape, the plans of the MoEs inside and, if asked, the largest attention logits."""
+        if self.precision.trunk is None:
+            return self._transform(tokens_BSD, layout, measure)
+        with region(self.precision, "trunk", tokens_BSD.device.type):
+            return self._transform(tokens_BSD, layout, measure)
+
+    def _transform(self, tokens_BSD: Tensor, layout: Layout, measure: bool) -> BlockOutput:
+        attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure)
+        tokens_BSD = self._add(
+            tokens_BSD, attended.tokens_BSD, self.attention_out_norm, self.attention_scale, self.attention_norm
+        )
+        output = self.ffn(self._input(tokens_BSD, self.ffn_norm), layout)
+        tokens_BSD = self._add(tokens_BSD, output.tokens_BSD, self.ffn_out_norm, self.ffn_scale, self.ffn_norm)
+        return BlockOutput(tokens_BSD, output.plans, attended.logit_max_H)
+
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active matrix FLOPs of one sequence."""
+        return self.attention.forward_flops(sum(num_tokens.values())) + self.ffn.forward_flops(num_tokens)
+
+    def initial_scales(self, std: float) -> dict[str, InitialScale]:
+        """Return the scale of every matrix inside, by its name in the block."""
+        return scales_in_block(self, std)
+
+    def _input(self, tokens_BSD: Tensor, norm: nn.Module | None) -> Tensor:
+        return tokens_BSD if self.norms_sum else normalised(tokens_BSD, norm, self.precision)
+
+    def _add(
+        self,
+        tokens_BSD: Tensor,
+        branch_BSD: Tensor,
+        out_norm: nn.Module | None,
+        scale: LayerScale | None,
+        norm: nn.Module | None,
+    ) -> Tensor:
+        branch_BSD = normalised(branch_BSD, out_norm, self.precision)
+        if scale is not None:
+            branch_BSD = scale(branch_BSD)
+        if self.residual_weight != 1.0:
+            tokens_BSD = tokens_BSD * self.residual_weight
+        total_BSD = tokens_BSD + branch_BSD
+        return normalised(total_BSD, norm, self.precision) if self.norms_sum else total_BSD

@@ -1,0 +1,56 @@
+"""What a causal model must not contain: parts through which an earlier token learns of a later one.
+
+A router whose tokens compete for places looks ahead: expert choice leaks the future of a sequence into its training
+loss (arXiv 2408.15664, section 5). Capacity does the same as soon as somebody further back can be served first, or
+takes as many experts as he likes: places are a share of all choices. Samples of one batch share capacity all the same:
+causal means within a sequence.
+"""
+
+from torch import nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN
+
+
+def check_causal(backbone: nn.Module) -> None:
+    """Refuse MoE layers that would let a token see later ones.
+
+    Raises:
+        UserError: a router that competes, or a capacity in which a later token can take the place of an earlier one.
+    """
+    for module in backbone.modules():
+        if isinstance(module, MoEFFN):
+            _check_router(module)
+            _check_capacity(module)
+
+
+def _check_router(layer: MoEFFN) -> None:
+    if layer.router.competes:
+        raise UserError(
+            f"a causal model cannot use {type(layer.router).__name__}: its tokens compete for experts across "
+            "positions, so what an early token gets depends on later ones; use a router that decides token by token, "
+            "such as TopKRouter, or set causal to false"
+        )
+
+
+def _check_capacity(layer: MoEFFN) -> None:
+    capacity, top_k = layer.capacity, layer.router.experts_per_token
+    if capacity is None or capacity.train_factor is capacity.eval_factor is None:
+        return
+    if capacity.competes:
+        raise UserError(
+            f"a causal model cannot use capacity priority {capacity.priority}: a later token with a larger gate would "
+            "take the place of an earlier one; set capacity.priority to position, or capacity to null (dropless)"
+        )
+    if layer.router.choices_vary:
+        raise UserError(
+            f"a causal model cannot limit capacity with {type(layer.router).__name__}: its tokens take as many experts "
+            "as they like, and the places of all follow from how many the later ones took; set capacity to null "
+            "(dropless), or use a router with a fixed number of experts per token, such as TopKRouter"
+        )
+    if top_k > 1:
+        raise UserError(
+            f"a causal model cannot limit capacity with {top_k:g} experts per token: every first choice is served "
+            "before any second one, so a later token would take the place of an earlier one; set capacity to null "
+            "(dropless), or top_k to 1"
+        )

@@ -1,0 +1,1 @@
+"""Feed-forward blocks: dense, mixture of experts, multiway."""

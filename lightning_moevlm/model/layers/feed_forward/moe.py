@@ -1,0 +1,142 @@
+"""The mixture-of-experts feed-forward: route, limit, dispatch."""
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput, RoutingPlan
+from lightning_moevlm.contracts.sequence_layout import Layout
+from lightning_moevlm.model.dispatch import (
+    AutoDispatcher,
+    Capacity,
+    Dispatcher,
+    Experts,
+    apply_capacity,
+    run_everywhere,
+)
+from lightning_moevlm.model.experts import ExpertStack, MLPExperts
+from lightning_moevlm.model.layers.attention import Attention
+from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan
+from lightning_moevlm.model.layers.feed_forward.sub_norm import SubNormedExperts
+from lightning_moevlm.model.layers.norms import NormKind, make_norm
+from lightning_moevlm.model.precision import PrecisionPolicy, region
+from lightning_moevlm.model.routers import Router, TopKRouter
+
+
+class MoEFFN(FeedForward):
+    """Sparse feed-forward: each token runs through the experts that the router gives it.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        router: factory (dim, num_experts) -> Router.
+        experts: factory (dim, num_experts) -> ExpertStack.
+        capacity: factors and priority; null is dropless.
+        dispatcher: how a plan is run; null is AutoDispatcher.
+        shared: factory (dim, num_shared) -> ExpertStack of experts that every token visits beside its routed ones, with
+            weight 1 (DeepSeekMoE, arXiv 2401.06066, section 3.2); null is none.
+        num_shared: how many shared experts there are.
+
+    Raises:
+        UserError: no experts, shared ones that are none, or a dispatcher that could not serve the capacity.
+    """
+
+    precision = PrecisionPolicy()
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int = 8,
+        router: Callable[[int, int], Router] = TopKRouter,
+        experts: Callable[[int, int], ExpertStack] = MLPExperts,
+        capacity: Capacity | None = None,
+        dispatcher: Dispatcher | None = None,
+        shared: Callable[[int, int], ExpertStack] | None = None,
+        num_shared: int = 1,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise UserError(f"num_experts is {num_experts}: a mixture needs at least 1 expert")
+        if num_shared < 1:
+            raise UserError(f"num_shared is {num_shared}: choose at least 1, or leave `shared` null for none")
+        self.dim = dim
+        self.num_experts = num_experts
+        self.router = router(dim, num_experts)
+        self.experts = experts(dim, num_experts)
+        self.capacity = capacity
+        self.factor_in_force: Tensor | None = None  # of the capacity in the step at hand, where it changes
+        self.shared = None if shared is None else shared(dim, num_shared)
+        self.dispatcher = dispatcher or AutoDispatcher()
+        self.dispatcher.check(capacity)
+        self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
+        self.shared_hidden_norm: nn.Module | None = None
+        self.path = ""  # in the backbone, see name_layers
+
+    def add_hidden_norm(self, kind: NormKind) -> None:
+        """Normalise the hidden units before the last matrix; the experts share the norm's scale."""
+        self.hidden_norm = make_norm(kind, self.experts.stacks()[-1].shape[1])
+        if self.shared is not None:
+            self.shared_hidden_norm = make_norm(kind, self.shared.stacks()[-1].shape[1])
+
+    def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
+        """Route and run; padding and dropped tokens come out as zeros for the residual to carry."""
+        batch, length, dim = tokens_BSD.shape
+        tokens_TD = tokens_BSD.reshape(batch * length, dim)
+        modality_T = layout.modality_S.expand(batch, length).reshape(-1)
+        with region(self.precision, "router", tokens_TD.device.type) as cast:
+            plan: RoutingPlan = self.router(
+                RoutingInput(
+                    cast(tokens_TD),
+                    modality_T,
+                    layout.valid_BS.reshape(-1),
+                    batch,
+                    None if layout.identity_BS is None else layout.identity_BS.reshape(-1),
+                )
+            )
+        if self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
+            plan = apply_capacity(plan, self.capacity, self.training, self.factor_in_force)
+        out_TD = self._computed(plan, tokens_TD)
+        modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
+        return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
+
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Router plus the experts that run, of one sequence; nothing is counted as dropped."""
+        total = sum(num_tokens.values())
+        experts = self.router.expert_rows(total) * self.experts.forward_flops_per_row()
+        if self.shared is not None:
+            experts += total * self.shared.num_experts * self.shared.forward_flops_per_row()
+        return self.router.forward_flops_per_token() * total + experts
+
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """One."""
+        return 1
+
+    def _computed(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
+        if self.precision.dtype_of("experts") is None:
+            return self._run(plan, tokens_TD)
+        with region(self.precision, "experts", tokens_TD.device.type) as cast:
+            return self._run(plan, cast(tokens_TD)).to(tokens_TD.dtype)
+
+    def _run(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
+        out_TD = self.dispatcher(plan, tokens_TD, self._normed(self.experts, self.hidden_norm))
+        if self.shared is None:
+            return out_TD
+        shared_TD = run_everywhere(tokens_TD, self._normed(self.shared, self.shared_hidden_norm))
+        return out_TD + torch.where(plan.valid_T.unsqueeze(-1), shared_TD, 0.0)
+
+    def _normed(self, experts: ExpertStack, norm: nn.Module | None) -> Experts:
+        return experts if norm is None else SubNormedExperts(experts, norm, self.precision)
+
+
+def name_layers(backbone: nn.Module) -> None:
+    """Tell every MoE and attention layer its path in the backbone, so that records say where they come from."""
+    for path, module in backbone.named_modules():
+        if isinstance(module, MoEFFN | Attention):
+            module.path = path
+
+
+def reads_identity(backbone: nn.Module) -> bool:
+    """Say whether a router of the backbone wants token ids and patch codes."""
+    return any(isinstance(module, MoEFFN) and module.router.reads_identity for module in backbone.modules())

@@ -1,0 +1,58 @@
+"""What an image patch is before the model sees it: a code, so that hash routing has something to hash.
+
+    without a codebook: the signs of `num_bits` fixed random projections of the standardised patch, read as a number,
+                        so that similar patches tend to share a code (locality-sensitive hashing, Charikar 2002)
+    with a codebook:    the nearest of its k-means centres (`moevlm data codebook`)
+
+A hidden patch has the code -1, whatever is under the mask: otherwise routing would give the target away.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.codebook import load_codebook, standardised_patches
+
+HIDDEN = -1
+
+
+class PatchCodes(nn.Module):
+    """Codes of image patches; nothing is learned and nothing is in a checkpoint.
+
+    Args:
+        patch_size: pixels per side.
+        num_bits: 2^num_bits codes without a codebook.
+        codebook: file of `moevlm data codebook`; null takes random projections.
+
+    Raises:
+        UserError: a codebook for other patches, or none at that path.
+    """
+
+    projection_QN: Tensor
+
+    def __init__(self, patch_size: int, num_bits: int = 10, codebook: str | None = None) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.num_bits = num_bits
+        self.codebook = None if codebook is None else load_codebook(Path(codebook))
+        if self.codebook is not None and self.codebook.patch_size != patch_size:
+            raise UserError(
+                f"codebook {codebook} is for patches of {self.codebook.patch_size} px, the model's have {patch_size}: "
+                "fit one with `moevlm data codebook --patch-size`, or change patch_size"
+            )
+        generator = torch.Generator("cpu").manual_seed(0)
+        projection_QN = torch.randn(3 * patch_size**2, num_bits, generator=generator, dtype=torch.float32, device="cpu")
+        self.register_buffer("projection_QN", projection_QN, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images_BRYX: Tensor, hidden_BP: Tensor | None) -> Tensor:
+        """Return int64 (B, P); images are uint8, hidden_BP is True where the patch is masked."""
+        if self.codebook is not None:
+            code_BP = self.codebook.codes(images_BRYX)
+        else:
+            patches_BPQ = standardised_patches(images_BRYX, self.patch_size)
+            bits_BPN = (patches_BPQ @ self.projection_QN.to(patches_BPQ.dtype) > 0).to(torch.int64)
+            code_BP = (bits_BPN << torch.arange(self.num_bits, device=bits_BPN.device)).sum(dim=-1)
+        return code_BP if hidden_BP is None else torch.where(hidden_BP, HIDDEN, code_BP)

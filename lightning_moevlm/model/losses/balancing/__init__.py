@@ -1,0 +1,1 @@
+"""Auxiliary losses that balance the load of experts."""

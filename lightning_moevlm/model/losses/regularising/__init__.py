@@ -1,0 +1,1 @@
+"""Auxiliary losses that keep logits and router weights small or apart."""

@@ -1,0 +1,48 @@
+"""Router z-loss of ST-MoE (arXiv 2202.08906, equation 5): keeps router logits small, so that softmax stays exact.
+
+loss = mean over tokens of (logsumexp over experts of the logits)^2
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import RoutingPlan
+from lightning_moevlm.contracts.schedules import Schedule
+from lightning_moevlm.contracts.step_records import PlanSize
+from lightning_moevlm.model.losses.groups import size_of
+from lightning_moevlm.model.losses.loss_input import LossInput
+from lightning_moevlm.model.losses.plan_loss import PlanLoss
+
+
+@final
+@dataclass(frozen=True)
+class RouterZ(PlanLoss):
+    """Router z-loss.
+
+    Args:
+        weight: ST-MoE uses 1e-3.
+    """
+
+    weight: Schedule = 1e-3
+
+    @property
+    def adds_up(self) -> bool:
+        """Yes: a mean over tokens."""
+        return True
+
+    def sums(self, inputs: LossInput) -> Tensor:
+        """Return the sum of squares, a scalar."""
+        plan = inputs.plan
+        return (plan.logits_TE.logsumexp(dim=-1).square() * plan.valid_T).sum()
+
+    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
+        """Return their mean."""
+        return sums / size.tokens_A.sum().clamp(min=1)
+
+
+def router_z(plan: RoutingPlan) -> Tensor:
+    """Return the mean squared logsumexp over valid tokens, a scalar fp32 tensor; 0 where no token is valid."""
+    loss = RouterZ()
+    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -1,0 +1,58 @@
+"""How far two runs of one layer route apart, as when one computes in a narrower format. Formulas:
+
+flip rate         tokens whose set of chosen experts differs / tokens
+logit error max   max |logit - reference|
+logit error rms   sqrt(mean (logit - reference)^2), over tokens and experts
+
+A flipped token meets other experts than it would have, so a small error of a logit becomes a large one of the layer.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
+
+
+class RoutingShift(NamedTuple):
+    """fp32, 0-d, without gradient; 0 where no token of the modality is valid."""
+
+    flip_rate: Tensor
+    logit_error_max: Tensor
+    logit_error_rms: Tensor
+
+
+@torch.no_grad()
+def routing_shift(
+    plans: Sequence[PairPlan], references: Sequence[PairPlan], modality: Modality | None = None
+) -> RoutingShift:
+    """Compare the plans of one layer, in all its forward passes together, with those of the same tokens elsewhere.
+
+    modality: whose valid tokens count; None takes all of them. Layers with as many experts may be compared as one.
+    """
+    num_experts = plans[0].num_experts
+    tokens = [plan.valid_T if modality is None else plan.valid_T & (plan.modality_T == modality) for plan in plans]
+    flipped_T = [
+        (chosen_experts(plan) != chosen_experts(reference)).any(dim=-1)
+        for plan, reference in zip(plans, references, strict=True)
+    ]
+    error_TE = [
+        (plan.logits_TE - reference.logits_TE).float() for plan, reference in zip(plans, references, strict=True)
+    ]
+    token_T = torch.cat(tokens)
+    masked_TE = torch.where(token_T.unsqueeze(-1), torch.cat(error_TE), 0.0)
+    num_tokens = token_T.sum().clamp(min=1)
+    return RoutingShift(
+        flip_rate=(torch.cat(flipped_T) & token_T).sum().float() / num_tokens,
+        logit_error_max=masked_TE.abs().max() if masked_TE.numel() else masked_TE.new_zeros(()),
+        logit_error_rms=(masked_TE.square().sum() / (num_tokens * num_experts)).sqrt(),
+    )
+
+
+def chosen_experts(plan: PairPlan) -> Tensor:
+    """Return (T, E) bool: which experts the router asked for, before capacity."""
+    pair_N = plan.token_N * plan.num_experts + plan.expert_N
+    count = torch.bincount(pair_N[plan.chosen_N], minlength=plan.num_tokens * plan.num_experts)
+    return count.reshape(plan.num_tokens, plan.num_experts) > 0

@@ -1,0 +1,18 @@
+"""Objectives: (backbone, batch) -> loss terms. They own their heads, because targets decide what a head predicts."""
+
+from lightning_moevlm.model.objectives.codebook_targets import CodebookTargets
+from lightning_moevlm.model.objectives.draws import Draws
+from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets
+from lightning_moevlm.model.objectives.masked_modelling import MaskedModelling
+from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.objectives.vq_targets import VQCheckpointTargets
+
+__all__ = [
+    "CodebookTargets",
+    "Draws",
+    "ImageTargets",
+    "MaskedModelling",
+    "Objective",
+    "PixelTargets",
+    "VQCheckpointTargets",
+]

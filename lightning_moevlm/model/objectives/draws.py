@@ -1,0 +1,58 @@
+"""Random numbers that belong to a sample and not to its place in a batch.
+
+    number i of a sample = mix(mix(hash of its key, seed of the draw) + i x golden ratio)
+
+A mask drawn from them is the same whatever the batch size, the rank, the number of workers and the neighbours are, so
+that validation loss is a function of the checkpoint and the set, and micro-batches hide what the joined batch would.
+The mixing is that of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014),
+whose numbers follow from their index alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.model.initial_weights import seed_of
+
+_GOLDEN, _MIX_1, _MIX_2 = (
+    number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)  # as signed numbers: int64 wraps around like uint64
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where an objective takes its random choices from.
+
+    Args:
+        seed: two of them draw differently.
+    """
+
+    seed: int
+
+    def uniform(self, name: str, keys: Sequence[str], num: int) -> Tensor:
+        """Return `num` numbers in [0, 1) for each sample, fp32 (samples, num) on the CPU.
+
+        Args:
+            name: of what they are for; each name draws anew.
+            keys: of the samples.
+            num: more of them leave the first as they are.
+        """
+        hashed = [int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True) for key in keys]
+        start_B = _mixed(torch.tensor(hashed, dtype=torch.int64) ^ seed_of(self.seed, name))
+        index_N = torch.arange(1, num + 1, dtype=torch.int64)
+        bits_BN = _mixed(start_B.unsqueeze(-1) + index_N * _GOLDEN)
+        return _shifted(bits_BN, 40).to(torch.float32) / 2**24  # as many bits as fp32 has
+
+
+def _mixed(values: Tensor) -> Tensor:
+    values = (values ^ _shifted(values, 30)) * _MIX_1
+    values = (values ^ _shifted(values, 27)) * _MIX_2
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Shift to the right and fill with zeros, as of numbers without a sign."""
+    return (values >> bits) & (2 ** (64 - bits) - 1)

@@ -1,0 +1,272 @@
+"""Masked data modelling: one objective on images, texts and pairs (BEiT-3, arXiv 2208.10442, section 2.2; VL-MoE, 3.3).
+
+    text        masked language modelling on texts alone
+    image       masked image modelling on images alone
+    pair_text   masked words of a text whose image is seen, some patches hidden
+    pair_image  masked patches of an image whose text is seen, some words hidden
+
+Pairs are used three times: as images, as texts and as pairs. Images and texts that come alone join those of pairs.
+Each term is the mean over its masked positions, in nats for classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.special_tokens import MASK, SPECIAL_TOKENS
+from lightning_moevlm.contracts.step_records import (
+    AttentionLogits,
+    BatchSize,
+    NamedPlan,
+    ObjectiveOutput,
+    PlanSize,
+    Predictions,
+    Term,
+)
+from lightning_moevlm.model.backbones import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.model.objectives.draws import Draws
+from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets, TargetLoss, cross_entropy
+from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.precision import region
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Weight of each term in the task loss; null leaves the term, and the forward pass only it needs, out."""
+
+    text: float | None = 1.0
+    image: float | None = 1.0
+    pair_text: float | None = 1.0
+    pair_image: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class MaskRatios:
+    """Share of hidden positions, in (0, 1). BEiT-3: 15 % of text alone, 50 % of text in pairs, 40 % of patches."""
+
+    text: float = 0.15
+    pair_text: float = 0.5
+    image: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Refuse ratios that hide nothing or everything."""
+        for name, ratio in vars(self).items():
+            if not 0 < ratio < 1:
+                raise UserError(f"mask ratio {name} is {ratio}: choose a share between 0 and 1, both exclusive")
+
+
+class MaskedText(NamedTuple):
+    """input_BL: ids with [MASK] at hidden positions. hidden_BL: bool."""
+
+    input_BL: Tensor
+    hidden_BL: Tensor
+
+
+class MaskedModelling(Objective):
+    """Masked data modelling with pluggable image targets.
+
+    Args:
+        spec: the backbone's dimensions.
+        image_targets: factory (spec) -> ImageTargets; pixels by default.
+        weights: weight of each term.
+        ratios: share of hidden positions.
+    """
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        image_targets: Callable[[BackboneSpec], ImageTargets] = PixelTargets,
+        weights: TermWeights = TermWeights(),
+        ratios: MaskRatios = MaskRatios(),
+    ) -> None:
+        super().__init__()
+        if all(weight is None for weight in vars(weights).values()):
+            raise UserError("every weight of MaskedModelling is null: give at least one term a weight")
+        self.spec = spec
+        self.weights = weights
+        self.pairs_reach_all = None not in vars(weights).values()
+        self.ratios = ratios
+        self.image_targets = image_targets(spec)
+        self.text_head = nn.Sequential(nn.Linear(spec.dim, spec.dim), nn.GELU(), nn.LayerNorm(spec.dim))
+        self.text_bias_V = nn.Parameter(torch.empty(spec.vocab_size))
+        self.image_head = nn.Linear(spec.dim, self.image_targets.output_dim)
+        self.num_classes = {"text": spec.vocab_size, "pair_text": spec.vocab_size}
+        if self.image_targets.num_classes is not None:
+            self.num_classes |= dict.fromkeys(("image", "pair_image"), self.image_targets.num_classes)
+
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        """Run the passes that have a term; a batch without one modality skips what needs it."""
+        step = _Step(self, backbone)
+        images, text, text_mask = batch.images_BRYX, batch.text_BL, batch.text_mask_BL
+        if text is not None and text_mask is not None and self.weights.text is not None:
+            masked = self._masked_text("text", self.ratios.text, text, text_mask, batch.text_keys, draws)
+            output = step.encode(None, masked.input_BL, text_mask, None)
+            step.add_text("text", self.weights.text, output, text, masked.hidden_BL)
+        if images is not None and self.weights.image is not None:
+            hidden_BP = self._hidden_patches("image", images, batch.image_keys, draws)
+            output = step.encode(images, None, None, hidden_BP)
+            step.add_image("image", self.weights.image, output, images, hidden_BP)
+        pairs = batch.pairs
+        if images is not None and text is not None and text_mask is not None and pairs and self._uses_pairs():
+            images, text, text_mask, keys = images[:pairs], text[:pairs], text_mask[:pairs], batch.keys[:pairs]
+            masked = self._masked_text("pair_text", self.ratios.pair_text, text, text_mask, keys, draws)
+            hidden_BP = self._hidden_patches("pair_image", images, keys, draws)
+            output = step.encode(images, masked.input_BL, text_mask, hidden_BP)
+            if self.weights.pair_text is not None:
+                step.add_text("pair_text", self.weights.pair_text, output, text, masked.hidden_BL)
+            if self.weights.pair_image is not None:
+                step.add_image("pair_image", self.weights.pair_image, output, images, hidden_BP)
+        if not step.terms:
+            raise UserError(
+                "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the "
+                "data's modalities a weight (image-only data: image; text-only data: text)"
+            )
+        return ObjectiveOutput(
+            step.terms,
+            step.predictions,
+            tuple(step.plans),
+            step.num_tokens,
+            tuple(step.attention),
+            step.log_partitions,
+        )
+
+    def size(self, batch: Batch) -> BatchSize:
+        """Return hidden words and patches by term, and tokens by pass; nothing of them is drawn."""
+        pairs, device = batch.pairs, batch.device
+        num_images = torch.tensor(len(batch.image_keys), device=device)
+        num_hidden = _num_hidden_patches(self.spec.num_patches, self.ratios.image)
+        words: dict[str, Tensor] = {}
+        tokens_B = torch.zeros(0, dtype=torch.int64, device=device)
+        if batch.text_BL is not None and batch.text_mask_BL is not None:
+            word_BL = batch.text_mask_BL & (batch.text_BL >= len(SPECIAL_TOKENS))
+            tokens_B = batch.text_mask_BL.sum(dim=-1)
+            words = {
+                "text": _num_hidden_words(word_BL, self.ratios.text).sum(),
+                "pair_text": _num_hidden_words(word_BL[:pairs], self.ratios.pair_text).sum(),
+            }
+        patches = {"image": num_images * num_hidden, "pair_image": torch.full_like(num_images, pairs * num_hidden)}
+        none = torch.zeros_like(num_images)
+        asked = [name for name, weight in vars(self.weights).items() if weight is not None]
+        predictions = {name: (words | patches).get(name, none) for name in asked}
+        passes = {
+            "text": _pass_size(none, tokens_B, self.spec.num_patches),
+            "image": _pass_size(num_images, tokens_B[:0], self.spec.num_patches),
+            "pair": _pass_size(torch.full_like(num_images, pairs), tokens_B[:pairs], self.spec.num_patches),
+        }
+        runs = {"text": "text" in asked, "image": "image" in asked, "pair": self._uses_pairs()}
+        return BatchSize(predictions, {source: size for source, size in passes.items() if runs[source]})
+
+    def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Return logits over the vocabulary, sharing the embedding matrix."""
+        with region(self.precision, "heads", features_MD.device.type) as cast:
+            return F.linear(self.text_head(cast(features_MD)), cast(embedding_VD), self.text_bias_V)
+
+    def image_output(self, features_MD: Tensor) -> Tensor:
+        """Return what the image targets ask for, per patch."""
+        with region(self.precision, "heads", features_MD.device.type) as cast:
+            output_MO: Tensor = self.image_head(cast(features_MD))
+            return output_MO
+
+    def _masked_text(
+        self, term: str, ratio: float, text_BL: Tensor, text_mask_BL: Tensor, keys: Sequence[str], draws: Draws
+    ) -> MaskedText:
+        noise_BL = draws.uniform(term, keys, text_BL.shape[1]).to(text_BL.device)
+        return mask_text(text_BL, text_mask_BL, ratio, noise_BL)
+
+    def _hidden_patches(self, term: str, images_BRYX: Tensor, keys: Sequence[str], draws: Draws) -> Tensor:
+        noise_BP = draws.uniform(term, keys, self.spec.num_patches)
+        return mask_patches(noise_BP, self.ratios.image).to(images_BRYX.device)
+
+    def _uses_pairs(self) -> bool:
+        return self.weights.pair_text is not None or self.weights.pair_image is not None
+
+
+class _Step:
+    """Collects what the passes of one step produce."""
+
+    def __init__(self, objective: MaskedModelling, backbone: Backbone) -> None:
+        self.objective = objective
+        self.backbone = backbone
+        self.terms: dict[str, Term] = {}
+        self.predictions: dict[str, Predictions] = {}
+        self.log_partitions: dict[str, Tensor] = {}
+        self.plans: list[NamedPlan] = []
+        self.attention: list[AttentionLogits] = []
+        self.num_tokens = 0
+        self.image_target: Tensor | None = None  # of the batch; two terms need it, and pairs are its first rows
+
+    def encode(
+        self, images: Tensor | None, text: Tensor | None, text_mask: Tensor | None, image_mask: Tensor | None
+    ) -> BackboneOutput:
+        output: BackboneOutput = self.backbone(images, text, text_mask, image_mask)
+        self.plans.extend(output.plans)
+        self.attention.extend(output.attention)
+        self.num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
+        return output
+
+    def add_text(self, name: str, weight: float, output: BackboneOutput, text_BL: Tensor, hidden_BL: Tensor) -> None:
+        features_MD = output.features(Modality.TEXT)[hidden_BL]
+        target_M = text_BL[hidden_BL]
+        logits_MV = self.objective.text_logits(features_MD, self.backbone.text_embedding_VD)
+        with region(self.objective.precision, "losses", logits_MV.device.type) as cast:
+            self._add(name, weight, cross_entropy(cast(logits_MV), target_M), len(target_M))
+        self.predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
+
+    def add_image(self, name: str, weight: float, output: BackboneOutput, images: Tensor, hidden_BP: Tensor) -> None:
+        targets = self.objective.image_targets
+        if self.image_target is None:
+            self.image_target = targets(images)
+        target_M = self.image_target[: hidden_BP.shape[0]][hidden_BP]
+        output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden_BP])
+        with region(self.objective.precision, "losses", output_MO.device.type) as cast:
+            self._add(name, weight, targets.loss(cast(output_MO), target_M), len(target_M))
+        predictions = targets.predictions(output_MO.detach(), target_M)
+        if predictions is not None:
+            self.predictions[name] = predictions
+
+    def _add(self, name: str, weight: float, loss: TargetLoss, count: int) -> None:
+        self.terms[name] = Term(loss.mean, weight, count)
+        if loss.log_partition_M is not None:
+            self.log_partitions[name] = loss.log_partition_M
+
+
+def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, noise_BL: Tensor) -> MaskedText:
+    """Hide words: in each text round(ratio x words) of them, at least one; special tokens and padding never.
+
+    A hidden word becomes [MASK] always; BERT's 80/10/10 mixture is not used. noise_BL: uniform in [0, 1); the words
+    with the least are hidden.
+    """
+    word_BL = text_mask_BL & (text_BL >= len(SPECIAL_TOKENS))
+    rank_BL = torch.where(word_BL, noise_BL, 2.0).argsort(dim=-1, stable=True).argsort(dim=-1)
+    hidden_BL = word_BL & (rank_BL < _num_hidden_words(word_BL, ratio).unsqueeze(-1))
+    return MaskedText(torch.where(hidden_BL, MASK, text_BL), hidden_BL)
+
+
+def mask_patches(noise_BP: Tensor, ratio: float) -> Tensor:
+    """Hide round(ratio x P) patches of each image, at least one, those with the least noise: bool (B, P)."""
+    rank_BP = noise_BP.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return rank_BP < _num_hidden_patches(noise_BP.shape[1], ratio)
+
+
+def _num_hidden_words(word_BL: Tensor, ratio: float) -> Tensor:
+    """Return how many words of each text are hidden, int64 (B,): at least one, where there is one."""
+    num_B = word_BL.sum(dim=-1)
+    return (num_B.float() * ratio).round().long().clamp(min=1).minimum(num_B)
+
+
+def _num_hidden_patches(num_patches: int, ratio: float) -> int:
+    return max(1, round(ratio * num_patches))
+
+
+def _pass_size(num_images: Tensor, tokens_B: Tensor, num_patches: int) -> PlanSize:
+    """Return the size of the sequences of so many images and texts; those of pairs hold both."""
+    num_texts = (tokens_B > 0).sum()
+    sequences_A = torch.stack([num_images, num_texts])
+    return PlanSize(torch.stack([num_images * num_patches, tokens_B.sum()]), sequences_A, sequences_A.max())

@@ -1,0 +1,37 @@
+"""The objective contract."""
+
+from abc import abstractmethod
+
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.initial_weights import Module
+from lightning_moevlm.model.objectives.draws import Draws
+from lightning_moevlm.model.precision import PrecisionPolicy, Region
+
+
+class Objective(Module):
+    """Makes task terms of a batch; the first constructor argument is the backbone's spec.
+
+    num_classes: number of classes of every term that predicts classes, by term name.
+
+    pairs_reach_all: whether every batch of pairs gives a gradient to every part of the backbone and of the objective.
+    """
+
+    path_in_model = "objective"
+    num_classes: dict[str, int]
+    pairs_reach_all: bool = False
+    region: Region = "heads"
+    precision = PrecisionPolicy()
+
+    @abstractmethod
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        """Compute the terms; every random choice is taken from `draws`, so it follows from the sample and the step."""
+
+    def size(self, batch: Batch) -> BatchSize | None:
+        """Return what the means of `forward` are over, of a batch that may lack its pixels; None: not known beforehand.
+
+        It names the same terms and sources whatever the batch holds. With it, the gradient over micro-batches and ranks
+        is that of their joined batch; without, all of them count alike.
+        """
+        return None

@@ -1,0 +1,29 @@
+"""Which component computes in which dtype."""
+
+from lightning_moevlm.model.precision.policy import (
+    REGIONS,
+    PrecisionPolicy,
+    Region,
+    RegionDtype,
+    Simulation,
+    float32_everywhere,
+)
+from lightning_moevlm.model.precision.regions import precision_as, region, region_of_parameters, set_precision
+from lightning_moevlm.model.precision.rounding import rounded, straight_through
+from lightning_moevlm.model.precision.simulated import SimulatedArithmetic
+
+__all__ = [
+    "REGIONS",
+    "PrecisionPolicy",
+    "Region",
+    "RegionDtype",
+    "SimulatedArithmetic",
+    "Simulation",
+    "float32_everywhere",
+    "precision_as",
+    "region",
+    "region_of_parameters",
+    "rounded",
+    "set_precision",
+    "straight_through",
+]

@@ -1,0 +1,40 @@
+"""Who goes where: routers turn tokens into plans and know no expert, loss, metric or config."""
+
+from lightning_moevlm.model.routers.gate import Gate
+from lightning_moevlm.model.routers.group_limit import GroupLimit
+from lightning_moevlm.model.routers.learned.cosine import CosineRouter
+from lightning_moevlm.model.routers.learned.expert_choice import ExpertChoiceRouter
+from lightning_moevlm.model.routers.learned.group_limited import GroupLimitedRouter
+from lightning_moevlm.model.routers.learned.gshard import GShardRouter
+from lightning_moevlm.model.routers.learned.noisy_top_k import NoisyTopKRouter
+from lightning_moevlm.model.routers.learned.relu import ReLURouter
+from lightning_moevlm.model.routers.learned.sigmoid_bias import SigmoidBiasRouter
+from lightning_moevlm.model.routers.learned.sinkhorn import SinkhornRouter
+from lightning_moevlm.model.routers.learned.soft import SoftRouter
+from lightning_moevlm.model.routers.learned.top_k import TopKRouter
+from lightning_moevlm.model.routers.learned.top_p import TopPRouter
+from lightning_moevlm.model.routers.router import ExpertAxis, Router
+from lightning_moevlm.model.routers.unlearned.fixed import FixedRouter
+from lightning_moevlm.model.routers.unlearned.hash import HashRouter
+from lightning_moevlm.model.routers.unlearned.modality import ModalityRouter
+
+__all__ = [
+    "CosineRouter",
+    "ExpertAxis",
+    "ExpertChoiceRouter",
+    "FixedRouter",
+    "GShardRouter",
+    "Gate",
+    "GroupLimit",
+    "GroupLimitedRouter",
+    "HashRouter",
+    "ModalityRouter",
+    "NoisyTopKRouter",
+    "ReLURouter",
+    "Router",
+    "SigmoidBiasRouter",
+    "SinkhornRouter",
+    "SoftRouter",
+    "TopKRouter",
+    "TopPRouter",
+]

@@ -1,0 +1,96 @@
+"""From each token's k choices to a plan."""
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
+
+
+def plan_of_choices(
+    inputs: RoutingInput,
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    chosen_TK: Tensor | None = None,
+    noise_std_TE: Tensor | None = None,
+    noisy_logits_TE: Tensor | None = None,
+) -> PairPlan:
+    """Return the plan in which token t goes to expert_TK[t]; pairs are ordered by choice, then token.
+
+    Choice-major order serves all first choices before any second one when capacity is short. chosen_TK: bool, False
+    where a choice is not taken up; None takes up all of them. noise_std_TE, noisy_logits_TE: of the noise on the
+    logits, if any.
+    """
+    num_tokens, num_choices = expert_TK.shape
+    taken_TK = inputs.valid_T.unsqueeze(-1).expand(num_tokens, num_choices)
+    if chosen_TK is not None:
+        taken_TK = taken_TK & chosen_TK
+    taken_N = _choice_major(taken_TK)
+    return PairPlan(
+        token_N=torch.arange(num_tokens, device=expert_TK.device).repeat(num_choices),
+        expert_N=_choice_major(expert_TK),
+        weight_N=_choice_major(weight_TK),
+        chosen_N=taken_N,
+        kept_N=taken_N,
+        logits_TE=logits_TE,
+        probs_TE=probs_TE,
+        modality_T=inputs.modality_T,
+        valid_T=inputs.valid_T,
+        num_sequences=inputs.num_sequences,
+        noise_std_TE=noise_std_TE,
+        noisy_logits_TE=noisy_logits_TE,
+    )
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Refuse a number of choices that the experts cannot serve.
+
+    Raises:
+        UserError: top_k outside 1..num_experts.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise UserError(f"top_k is {top_k} with num_experts {num_experts}: choose top_k between 1 and {num_experts}")
+
+
+def check_renormalise(renormalise: bool, top_k: int) -> None:
+    """Refuse to divide a single weight by itself.
+
+    Raises:
+        UserError: renormalise with top_k = 1.
+    """
+    if renormalise and top_k == 1:
+        raise UserError(
+            "renormalise needs top_k >= 2: with top_k 1 every weight becomes 1 and the router gets no gradient "
+            "from the task; set renormalise to false or top_k to 2"
+        )
+
+
+def renormalised(weight_TK: Tensor) -> Tensor:
+    """Divide each token's weights by their sum."""
+    return weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+def even_plan(inputs: RoutingInput, expert_TK: Tensor, num_experts: int) -> PairPlan:
+    """Return the plan of a router without scores: weights are 1 / K, logits_TE are 0 and probs_TE even, all fp32."""
+    num_tokens, num_choices = expert_TK.shape
+    logits_TE = torch.zeros(num_tokens, num_experts, dtype=torch.float32, device=expert_TK.device)
+    weight_TK = torch.full_like(expert_TK, 1.0 / max(1, num_choices), dtype=torch.float32)
+    return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, weight_TK)
+
+
+def turns(taken_T: Tensor, num_sequences: int, training: bool) -> Tensor:
+    """Return which one of the selected tokens (bool) each is, from 0: int64, of no meaning for the others.
+
+    They are counted through the batch while training, so that taking turns gives experts equal loads, and within each
+    sample in evaluation, so that the output for a sample does not depend on the other samples of its batch.
+    """
+    taken_BS = (
+        taken_T.unsqueeze(0) if training else taken_T.unflatten(0, (num_sequences, len(taken_T) // num_sequences))
+    )
+    return (taken_BS.cumsum(dim=1) - 1).clamp(min=0).flatten()
+
+
+def _choice_major(values_TK: Tensor) -> Tensor:
+    return values_TK.t().reshape(-1)

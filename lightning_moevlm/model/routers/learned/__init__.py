@@ -1,0 +1,1 @@
+"""Routers whose choice is learned."""

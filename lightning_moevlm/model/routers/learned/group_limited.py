@@ -1,0 +1,56 @@
+"""Group-limited top-k: a token first chooses a few groups of experts, then experts within them.
+
+    p = softmax(logits),   top-k p among the experts of the best groups (`group_limit`),   weight_e = p_e
+
+DeepSeek-V2 (arXiv 2405.04434, section 2.2.2). DeepSeek-V3 limits groups too, by other scores: `SigmoidBiasRouter` with
+`groups`.
+"""
+
+import torch
+from torch import nn
+
+from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
+from lightning_moevlm.model.routers.choices import plan_of_choices
+from lightning_moevlm.model.routers.gate import Gate
+from lightning_moevlm.model.routers.group_limit import GroupLimit
+from lightning_moevlm.model.routers.router import Router
+
+
+class GroupLimitedRouter(Router):
+    """Softmax top-k within the best groups.
+
+    Args:
+        dim: model width D.
+        num_experts: E, a multiple of the number of groups.
+        top_k: experts per token, at most those of the best groups.
+        groups: how many there are, and how many a token may use.
+        gate: jitter, dropout, temperature, initial scale.
+
+    Raises:
+        UserError: numbers that do not fit each other.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int = 2, groups: GroupLimit = GroupLimit(), gate: Gate = Gate()
+    ) -> None:
+        super().__init__(dim, num_experts, gate)
+        groups.check(num_experts, top_k)
+        self.top_k = top_k
+        self.groups = groups
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
+
+    def forward_flops_per_token(self) -> int:
+        """2 D E."""
+        return 2 * self.dim * self.num_experts
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        """Route T tokens to K experts each."""
+        logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
+        probs_TE = logits_TE.softmax(dim=-1)
+        expert_TK = self.groups.within(probs_TE.detach()).topk(self.top_k, dim=-1).indices
+        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, probs_TE.gather(-1, expert_TK))

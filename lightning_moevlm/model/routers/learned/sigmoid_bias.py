@@ -1,0 +1,108 @@
+"""Sigmoid scores with loss-free balancing: a bias steers who is chosen and never touches the weights.
+
+    s = sigmoid(x W^T),   experts = top-k(s + b),   weight_e = s_e (divided by the sum of the chosen s)
+    after each optimiser step:  b += u * sign(mean load - load)      or  b += u * (mean load - load) / mean load
+
+Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-V3 (arXiv 2412.19437).
+The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
+step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0. With a bias
+per modality, each modality's load is evened out on its own, as LIMoE's losses do (arXiv 2206.02770, section 2.2).
+With `groups` the top-k is among the experts of a token's best groups, by s + b, as in DeepSeek-V3.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
+from lightning_moevlm.model.routers.choices import check_top_k, plan_of_choices, renormalised
+from lightning_moevlm.model.routers.gate import Gate
+from lightning_moevlm.model.routers.group_limit import GroupLimit
+from lightning_moevlm.model.routers.router import Router
+
+
+class SigmoidBiasRouter(Router):
+    """Sigmoid top-k balanced by a bias.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        top_k: experts per token.
+        renormalise: divide the chosen weights by their sum; switched off with top_k 1, where it would cut the gradient.
+        update_rate: u, 0 switches balancing off; 1e-3 in the papers.
+        update: by the sign of the imbalance or in proportion to it.
+        recentre: keep the mean of the bias at 0.
+        per_modality: one bias for each modality, moved by that modality's load alone.
+        groups: limit a token to the experts of its best groups; null: all experts.
+        gate: jitter, dropout, temperature, initial scale.
+
+    Raises:
+        UserError: top_k outside 1..E, a negative update_rate, or groups that do not fit.
+    """
+
+    bias_AE: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        renormalise: bool = True,
+        update_rate: float = 1e-3,
+        update: Literal["sign", "proportional"] = "sign",
+        recentre: bool = True,
+        per_modality: bool = False,
+        groups: GroupLimit | None = None,
+        gate: Gate = Gate(),
+    ) -> None:
+        super().__init__(dim, num_experts, gate)
+        check_top_k(top_k, num_experts)
+        if groups is not None:
+            groups.check(num_experts, top_k)
+        check_number("update_rate", update_rate, least=0, advice="; 1e-3 in the papers, 0 switches balancing off")
+        self.top_k = top_k
+        self.renormalise = renormalise and top_k > 1
+        self.update_rate = update_rate
+        self.update = update
+        self.recentre = recentre
+        self.per_modality = per_modality
+        self.groups = groups
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+        rows = len(Modality) if per_modality else 1
+        self.register_buffer("bias_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
+
+    def forward_flops_per_token(self) -> int:
+        """2 D E."""
+        return 2 * self.dim * self.num_experts
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        """Route T tokens; probs_TE are the scores divided by their sum, so that losses see a distribution."""
+        logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
+        scores_TE = logits_TE.sigmoid()
+        bias_TE = self.bias_AE.float()[inputs.modality_T if self.per_modality else 0]
+        steered_TE = scores_TE.detach() + bias_TE
+        if self.groups is not None:
+            steered_TE = self.groups.within(steered_TE)
+        expert_TK = steered_TE.topk(self.top_k, dim=-1).indices
+        weight_TK = scores_TE.gather(-1, expert_TK)
+        if self.renormalise:
+            weight_TK = renormalised(weight_TK)
+        return plan_of_choices(inputs, logits_TE, renormalised(scores_TE), expert_TK, weight_TK)
+
+    @torch.no_grad()
+    def rebalance(self, load_AE: Tensor) -> None:
+        """Raise the bias of experts below the mean load and lower that of the others; no load, no change."""
+        load_AE = (load_AE if self.per_modality else load_AE.sum(dim=0, keepdim=True)).float()
+        mean_A1 = load_AE.mean(dim=1, keepdim=True)
+        shortfall_AE = mean_A1 - load_AE
+        direction_AE = shortfall_AE.sign() if self.update == "sign" else shortfall_AE / mean_A1.clamp(min=1)
+        self.bias_AE += self.update_rate * direction_AE
+        if self.recentre:
+            self.bias_AE -= self.bias_AE.mean(dim=1, keepdim=True)

@@ -1,0 +1,103 @@
+"""The router contract: tokens in, routing plan out."""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import RoutingInput, RoutingPlan
+from lightning_moevlm.model.initial_weights import Module
+from lightning_moevlm.model.precision import Region
+from lightning_moevlm.model.routers.gate import Gate
+
+
+class ExpertAxis(NamedTuple):
+    """A tensor of a router and which of its axes is the experts."""
+
+    tensor: Tensor
+    axis: int
+
+
+class Router(Module):
+    """Turns tokens into a plan.
+
+    A router's first two constructor arguments are `dim` (D) and `num_experts` (E). The plan's logits and probabilities
+    are fp32 whatever the tokens are; padding (`valid_T` False) is never chosen; evaluation is deterministic; nothing is
+    counted in `forward`, because activation checkpointing runs it twice.
+
+    competes: tokens compete for places across positions, so what one token gets depends on others, later ones too. A
+    causal model must refuse such a router.
+
+    crosses_samples: in evaluation, too, what a token gets depends on the other samples of its batch. Features and
+    metrics then depend on the batch size, and runs say so.
+
+    choices_vary: how many experts a token takes depends on the token. Capacity counts choices, so in a causal model it
+    would tell an early token how many the later ones took.
+
+    never_starves: every expert has the same work whatever the weights are, so none can be dead.
+
+    reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only if asked.
+
+    adds_noise: its plans of training steps carry noisy logits and the noise's std.
+
+    mixes: its plans are `MixPlan`s: slots of mixed tokens, and nothing is chosen.
+    """
+
+    competes = False
+    crosses_samples = False
+    choices_vary = False
+    never_starves = False
+    reads_identity = False
+    adds_noise = False
+    mixes = False
+    region: Region = "router"
+
+    def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_experts = num_experts
+        self.gate = gate
+
+    @property
+    def initial_std(self) -> float | None:
+        """Standard deviation of the initial weights; None takes the model's."""
+        return self.gate.initial_std
+
+    @abstractmethod
+    def forward(self, inputs: RoutingInput) -> RoutingPlan:
+        """Route T tokens."""
+
+    @property
+    @abstractmethod
+    def experts_per_token(self) -> float:
+        """Experts that run for one token, on average: what active parameters are counted with."""
+
+    def expert_rows(self, num_tokens: int) -> float:
+        """Return how many rows all experts run together for a sequence of so many tokens, on average."""
+        return self.experts_per_token * num_tokens
+
+    @abstractmethod
+    def forward_flops_per_token(self) -> int:
+        """Matrix FLOPs of the routing itself for one token."""
+
+    def per_expert(self) -> tuple[ExpertAxis, ...]:
+        """Return the parameters and buffers with an axis of experts, which the axes at the end of their names tell.
+
+        Whoever replaces an expert replaces its place in each.
+        """
+        named = (*self.named_parameters(), *self.named_buffers())
+        axes = [(tensor, name.rpartition("_")[2]) for name, tensor in named]
+        return tuple(ExpertAxis(tensor, axis.index("E")) for tensor, axis in axes if axis.isupper() and "E" in axis)
+
+    def rows(self) -> Tensor | None:
+        """Return the vectors that tokens are scored against, one per expert or slot, with gradient; None: has none.
+
+        A router that keeps them in a parameter named `weight_ED` need not say so.
+        """
+        return self._parameters.get("weight_ED")
+
+    def rebalance(self, load_AE: Tensor) -> None:
+        """Adapt routing state once per optimiser step. Most routers have none.
+
+        load_AE: chosen pairs of each modality at each expert, summed over ranks and accumulation; int64.
+        """

@@ -1,0 +1,1 @@
+"""Routers without weights: controls and fixed assignments."""

@@ -1,0 +1,60 @@
+"""Controls: routers that learn nothing, so that an ablation can ask what learning to route is worth.
+
+random: a fixed pseudo-random draw for each position. balanced: experts in turn, so loads are equal, which is the forced
+balance that throughput benchmarks use. Positions are those of the batch while training, and those of the sample in
+evaluation. Weights are 1 / k; there are no parameters.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
+from lightning_moevlm.model.routers.choices import check_top_k, even_plan, turns
+from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.unlearned.hash import scrambled
+
+
+class FixedRouter(Router):
+    """Routes by position alone.
+
+    Args:
+        dim: model width D, not used.
+        num_experts: E.
+        rule: "random" or "balanced".
+        top_k: experts per token.
+
+    Raises:
+        UserError: top_k outside 1..E.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, rule: Literal["random", "balanced"] = "balanced", top_k: int = 1
+    ) -> None:
+        super().__init__(dim, num_experts)
+        check_top_k(top_k, num_experts)
+        self.rule = rule
+        self.top_k = top_k
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
+
+    def forward_flops_per_token(self) -> int:
+        """0: nothing is multiplied."""
+        return 0
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        """Route T tokens to K experts each."""
+        turn_T1 = turns(inputs.valid_T, inputs.num_sequences, self.training).unsqueeze(-1)  # padding takes no turn
+        expert_TK = self._random(turn_T1) if self.rule == "random" else self._balanced(turn_T1)
+        return even_plan(inputs, expert_TK, self.num_experts)
+
+    def _balanced(self, turn_T1: Tensor) -> Tensor:
+        return (turn_T1 * self.top_k + torch.arange(self.top_k, device=turn_T1.device)) % self.num_experts
+
+    def _random(self, turn_T1: Tensor) -> Tensor:
+        expert_E = torch.arange(self.num_experts, device=turn_T1.device)
+        return scrambled(turn_T1 * self.num_experts + expert_E, seed=0).topk(self.top_k, dim=-1).indices

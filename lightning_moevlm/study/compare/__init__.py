@@ -1,0 +1,1 @@
+"""Collects the results of runs, and checks that they may be compared."""

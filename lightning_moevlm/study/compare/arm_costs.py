@@ -1,0 +1,58 @@
+"""Computes what each arm costs beyond the baseline: time, memory, parameters, FLOPs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_moevlm.study.compare.results import ArmResult, Mean, RunResult, StudyResult, mean_of, peak_memory_of_run
+from lightning_moevlm.study.statistics.equal_budget import step_cost
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """One arm over its seeds.
+
+    seconds: of one optimiser step. memory: peak, MiB. more_time, more_memory: by how much of the baseline's the arm's
+    is above it, a fraction per seed; None for the baseline and where no seed has both.
+    """
+
+    arm: str
+    seconds: Mean | None
+    memory: Mean | None
+    more_time: Mean | None
+    more_memory: Mean | None
+
+
+def costs_of(result: StudyResult) -> tuple[ArmCost, ...]:
+    """Return every arm's, in order."""
+    base = result.baseline
+    return tuple(
+        ArmCost(
+            arm.arm.name,
+            mean_of(list(_seconds(arm).values())),
+            mean_of(list(_memory(arm).values())),
+            None if arm is base else _more(_seconds(arm), _seconds(base)),
+            None if arm is base else _more(_memory(arm), _memory(base)),
+        )
+        for arm in result.arms
+    )
+
+
+def _more(arm: dict[int, float], base: dict[int, float]) -> Mean | None:
+    return mean_of([arm[seed] / base[seed] - 1 for seed in arm if base.get(seed)])
+
+
+def _seconds(arm: ArmResult) -> dict[int, float]:
+    return _known(arm.runs, [step_cost(run.resolved, run.series, None).seconds for run in arm.runs])
+
+
+def _memory(arm: ArmResult) -> dict[int, float]:
+    return _known(arm.runs, [peak_memory_of_run(run) for run in arm.runs])
+
+
+def _known(runs: Sequence[RunResult], values: Sequence[float | None]) -> dict[int, float]:
+    return {
+        run.seed: value
+        for run, value in zip(runs, values, strict=True)
+        if run.state.status.has_result and value is not None and math.isfinite(value)
+    }

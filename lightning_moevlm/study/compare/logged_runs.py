@@ -1,0 +1,239 @@
+"""Any runs in the tracker as a comparison: which arm and seed each is of, and where it stands.
+
+An arm is what a run's tag `arm` says; where runs have none, all that were configured alike but for the seed; or, asked
+for, all that agree in the keys that arms are meant to differ in. The seed is the tag `seed`, else `seed_everything`.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.flat_config import nested
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.metric_keys import name_and_unit
+from lightning_moevlm.study.compare.fairness import Weight
+from lightning_moevlm.study.compare.named_arms import NamedRun, key_difference, name_arms
+from lightning_moevlm.study.compare.results import RunResult, StudyResult
+from lightning_moevlm.study.declare.comparison import (
+    Arm,
+    Comparison,
+    Correction,
+    Decision,
+    Direction,
+    Divergence,
+    Guard,
+    Primary,
+)
+from lightning_moevlm.study.declare.yaml_nodes import nearest
+from lightning_moevlm.study.plan.plan_study import flat
+from lightning_moevlm.study.run.ledger import RunState, Status
+from lightning_moevlm.study.run.mlflow_runs import OUTCOME
+from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.tracking.point import Point
+from lightning_moevlm.tracking.read.run_selection import told
+from lightning_moevlm.tracking.read.runs import RunRow
+from lightning_moevlm.tracking.read.series import Series
+
+NAME = "comparison"
+_TASK_LOSS = metric_keys.TASK_LOSS.key(stage="val")
+_STATUSES = {"RUNNING": Status.RUNNING, "SCHEDULED": Status.PLANNED, "FINISHED": Status.FINISHED}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is asked of the runs. direction: None for what keys.py declares. by: config keys or tags that make arms.
+
+    guard: metrics that may not get worse, by how much they may. The others are those of a `Comparison`.
+    """
+
+    metric: str
+    direction: Direction | None = None
+    within: float | None = None
+    baseline: str | None = None
+    by: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    guard: tuple[tuple[str, float], ...] = ()
+    correction: Correction = "holm"
+
+
+def read_runs(rows: Sequence[RunRow]) -> list[NamedRun]:
+    """Return runs with their configs and seeds.
+
+    Raises:
+        UserError: A run tells no seed.
+    """
+    read = []
+    for row in rows:
+        config = nested(row.params)
+        seed = row.tags.get("seed", str(config.get("seed_everything")))
+        if not seed.isdigit():
+            raise UserError(
+                f"run {told(row)} tells no seed: it has neither a tag `seed` nor a param `seed_everything` that is a "
+                "number; runs are paired by it. Set the tag in MLflow, or leave the run out"
+            )
+        read.append(NamedRun(row, config, int(seed)))
+    return read
+
+
+def refuse_unchecked(runs: Sequence[NamedRun]) -> None:
+    """Refuse runs of which nobody can tell whether they are alike.
+
+    Raises:
+        UserError: A run has logged no configuration.
+    """
+    for one in runs:
+        if not {"data", "trainer"} <= one.config.keys():
+            raise UserError(
+                f"run {told(one.row)} has logged no configuration (params like trainer.max_steps and data.batch_size), "
+                "so that nobody can tell whether it is comparable; leave it out, or compare it all the same: "
+                "--unfair=true"
+            )
+
+
+def comparison_of_runs(
+    runs: Sequence[NamedRun], series: Mapping[str, Mapping[str, Series]], rules: Rules
+) -> tuple[Comparison, list[RunResult]]:
+    """Return what is compared, and every run of it.
+
+    Args:
+        runs: The first one's arm is the baseline, unless the rules name another.
+        series: By run id and key.
+        rules: What is asked of them.
+
+    Raises:
+        UserError: The runs make no two arms, or two of one arm and seed, or an arm of unlike runs; there is no such
+            baseline, or a rule stopped it; a run that has ended has not logged the metric.
+    """
+    arms = name_arms(runs, rules.by)
+    logged = {key for one in runs for key in series[one.row.run_id]}
+    primary = Primary(rules.metric, _direction(rules.metric, rules.direction, logged))
+    guard = tuple(Guard(metric, _direction(metric, None, logged), at_most) for metric, at_most in rules.guard)
+    for key in (*rules.also, *(one.metric for one in guard)):
+        if key not in logged:
+            raise UserError(f"no run has logged {key}; {nearest(key, logged)}leave it out or take another")
+    baseline = _baseline(arms, rules)
+    # A loss that ends above the untrained model's is a divergence; of other metrics nobody could say so.
+    rule = Divergence(_TASK_LOSS, times_untrained=1.0)
+    results = [
+        RunResult(
+            arm, one.seed, one.config, _max_steps(one.config), _state(one.row, series[one.row.run_id], rule),
+            series[one.row.run_id], one.row.tags,
+        )
+        for arm, mine in arms.items()
+        for one in mine
+    ]  # fmt: skip
+    _refuse_without(rules.metric, runs, results)
+    if any(r.state.status is Status.STOPPED for r in results if r.arm == baseline):
+        raise UserError(f"arm {baseline!r} was stopped early by its study's rule: it is no baseline; name another one")
+    title, _ = name_and_unit(rules.metric)
+    return (
+        Comparison(
+            name=NAME,
+            question=f"How do these {len(arms)} arms compare in {title}?",
+            hypothesis="",
+            source="",
+            baseline=baseline,
+            arms=tuple(Arm(name, "", _declared(mine[0], rules.by)) for name, mine in arms.items()),
+            seeds=tuple(sorted({one.seed for one in runs})),
+            spends=_spends(results),
+            equal_steps=True,
+            primary=primary,
+            also=rules.also,
+            diverged=rule,
+            decide=Decision(within=rules.within, correction=rules.correction),
+            guard=guard,
+        ),
+        results,
+    )
+
+
+def changes_of(result: StudyResult) -> dict[str, dict[str, str]]:
+    """Return what sets each arm's configuration apart from the baseline's, by arm and key."""
+    first = {arm.arm.name: arm.runs[0].resolved for arm in result.arms}
+    base = first[result.comparison.baseline]
+    return {name: key_difference(base, config) for name, config in first.items()}
+
+
+def remedy_of(result: StudyResult) -> str:
+    """Return what to do about runs that are not alike, with the keys that set them apart."""
+    decisive = [key for one in result.unlike if one.weight is Weight.BIASES for key in one.keys]
+    changed = dict.fromkeys(key for arm in changes_of(result).values() for key in arm)
+    apart = [key for key in changed if any(key == mine or key.startswith(f"{mine}.") for mine in decisive)]
+    tagged = all("arm" in run.tags for arm in result.arms for run in arm.runs)
+    named = " ".join(f"--by {key}" for key in (*(["arm"] if tagged else []), *apart)) if apart else "--by KEY"
+    return (
+        f"Compare runs that are alike; or, where arms are meant to differ in it, name what makes them: {named}; or "
+        "compare them all the same: --unfair=true"
+    )
+
+
+def _direction(name: str, asked: Direction | None, logged: Collection[str]) -> Direction:
+    metric = metric_keys.declared(name)
+    word = asked or (metric.better if metric else "neither")
+    if word == "neither":
+        hint = "" if name in logged else f"no run has logged it; {nearest(name, logged)}"
+        raise UserError(
+            f"{name} has no better direction of its own; {hint}give --direction lower or --direction higher with it as "
+            "--metric, or guard another"
+        )
+    return "lower" if word == "lower" else "higher"
+
+
+def _baseline(arms: Mapping[str, Sequence[NamedRun]], rules: Rules) -> str:
+    name = rules.baseline or next(iter(arms))
+    if name not in arms:
+        raise UserError(f"--baseline {name}: there is no such arm; {nearest(name, arms)}arms: {', '.join(arms)}")
+    if len(arms) < 2:
+        raise UserError(
+            f"all {len(arms[name])} runs are of one arm, {name!r}: nothing to compare; name runs of another, or the "
+            "config key or tag that makes arms with --by KEY"
+        )
+    return name
+
+
+def _declared(run: NamedRun, by: Sequence[str]) -> dict[str, Any]:
+    """Return what an arm is meant to differ in, in the words of the one who asks."""
+    return {key: run.value(key) for key in by if run.has_config(key)}
+
+
+def _max_steps(config: Mapping[str, Any]) -> int | None:
+    steps = flat(config).get("trainer.max_steps")
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+def _state(row: RunRow, series: Mapping[str, Series], rule: Divergence) -> RunState:
+    """Tell where a run stands: as its study has judged it, else from MLflow and from its points."""
+    ended = None if row.end_ms is None else row.end_ms / 1000
+    state = RunState(_STATUSES.get(row.status, Status.FAILED), row.run_id, started=row.start_ms / 1000, ended=ended)
+    judged = row.tags.get(OUTCOME)
+    if judged in [str(status) for status in Status]:
+        return dataclasses.replace(state, status=Status(judged))
+    if state.status in (Status.RUNNING, Status.PLANNED):
+        return state
+    points = [
+        Point(key, step, value, 0)
+        for key in (rule.metric, NONFINITE_STEP)
+        if key in series
+        for step, value in zip(series[key].steps, series[key].values, strict=True)
+    ]
+    why = divergence(points, rule)
+    return dataclasses.replace(state, status=Status.DIVERGED, reason=why) if why else state
+
+
+def _refuse_without(metric: str, runs: Sequence[NamedRun], results: Sequence[RunResult]) -> None:
+    for result in results:
+        if result.state.status is Status.FINISHED and metric not in result.series:
+            row = next(one.row for one in runs if one.row.run_id == result.state.run_id)
+            offered = nearest(metric, result.series) or (
+                "it has logged nothing; " if not result.series else f"it has logged {len(result.series)} others; "
+            )
+            raise UserError(f"run {told(row)} has logged no {metric}; {offered}leave it out or take another --metric")
+
+
+def _spends(results: Sequence[RunResult]) -> str:
+    steps = sorted({r.max_steps for r in results if r.max_steps is not None})
+    if not steps:
+        return "steps that no configuration tells"
+    return f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"

@@ -1,0 +1,159 @@
+"""Runs grouped into arms, and a name for each."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.flat_config import changes, flat
+from lightning_moevlm.study.declare.yaml_nodes import nearest
+from lightning_moevlm.study.plan.run_identity import seedless
+from lightning_moevlm.tracking.read.run_selection import told
+from lightning_moevlm.tracking.read.runs import RunRow
+
+_SEED_IN_NAME = re.compile(r"[-_ ]*seed[-_ =]?\d+$")
+_LONGEST_NAME = 40
+_SHOWN_KEYS = 2
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """A run of the tracker. config: nested, as its params tell it; empty where it has logged none."""
+
+    row: RunRow
+    config: Mapping[str, Any]
+    seed: int
+
+    def has_config(self, key: str) -> bool:
+        """Whether its config has a dotted key."""
+        return _found(self.config, key) is not _MISSING
+
+    def value(self, key: str) -> Any:
+        """Return what its config has under a dotted key, a part of the tree or one value; else its tag of that name.
+
+        Raises:
+            UserError: It has neither.
+        """
+        value = _found(self.config, key)
+        if value is not _MISSING:
+            return value
+        if key not in self.row.tags:
+            known = [*flat(self.config), *self.row.tags]
+            raise UserError(
+                f"--by {key}: run {told(self.row)} has no config key and no tag of that name; "
+                f"{nearest(key, known)}leave the run out or group by another"
+            )
+        return self.row.tags[key]
+
+
+def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[NamedRun]]:
+    """Return the runs of each arm by its name, arms in the order of their first runs.
+
+    Args:
+        runs: At least one.
+        by: Config keys or tags; runs that agree in them are of one arm. Without any the tag `arm` decides or, for runs
+            that have none, the whole config but for seeds and what is cosmetic.
+
+    Raises:
+        UserError: Two runs are of one arm and seed, or one arm's runs are configured differently.
+    """
+    sweeps = {one.row.tags.get("sweep") for one in runs if "arm" in one.row.tags}
+    arms: dict[str, list[NamedRun]] = {}
+    unnamed: dict[str, list[NamedRun]] = {}
+    order: list[tuple[dict[str, list[NamedRun]], str]] = []
+    for one in runs:
+        name = _name(one, by, several_sweeps=len(sweeps) > 1)
+        group, key = (unnamed, str(seedless(one.config))) if name is None else (arms, name)
+        if key not in group:
+            group[key] = []
+            order.append((group, key))
+        group[key].append(one)
+    named: dict[str, list[NamedRun]] = {}
+    for group, key in order:
+        mine = group[key]
+        name = key if group is arms else _told_apart(mine[0], runs[0])
+        while name in named:
+            name = f"{name}'"
+        named[name] = mine
+    for name, mine in named.items():
+        _refuse_unlike(name, mine)
+        _refuse_twins(name, mine)
+    return named
+
+
+def key_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys in which a config differs from another but for seeds and what is cosmetic, with its values."""
+    now = seedless(config)
+    different = changes(seedless(base), now)
+    apart: dict[str, str] = {}
+    for key, change in different.items():
+        # Where a part takes the place of null or null that of a part, what is there now says it.
+        replaced = any(other.startswith(f"{key}.") or key.startswith(f"{other}.") for other in now)
+        if change.now is not None or not replaced:
+            apart[key] = "absent" if change.now is None else change.now
+    return apart
+
+
+def _name(run: NamedRun, by: Sequence[str], several_sweeps: bool) -> str | None:
+    """Return the name of a run's arm, or None where its whole config decides."""
+    if by:
+        return ", ".join(f"{key.split('.')[-1]}={_short(run.value(key))}" for key in by)
+    arm = run.row.tags.get("arm")
+    if arm is None:
+        return None
+    return f"{run.row.tags.get('sweep', '')}/{arm}" if several_sweeps else arm
+
+
+def _told_apart(run: NamedRun, first: NamedRun) -> str:
+    """Return a name for an arm that has none: what sets it apart from the first run, whose arm is named after it."""
+    if "arm" not in first.row.tags and (run is first or seedless(run.config) == seedless(first.config)):
+        return _SEED_IN_NAME.sub("", run.row.name) or run.row.run_id
+    apart = key_difference(first.config, run.config)
+    if not apart:
+        return f"as {told(run.row)}"
+    words = [f"{key.split('.')[-1]}={_short(value)}" for key, value in list(apart.items())[:_SHOWN_KEYS]]
+    more = f" and {len(apart) - _SHOWN_KEYS} more" if len(apart) > _SHOWN_KEYS else ""
+    return ", ".join(words) + more
+
+
+def _short(value: Any) -> str:
+    """Return a value, or a part of a config by its class and its leaves, in few letters."""
+    if isinstance(value, Mapping):
+        leaves = flat(value)
+        class_path = leaves.pop("class_path", "").rpartition(".")[2]
+        text = " ".join([class_path, *(f"{key.split('.')[-1]}:{text}" for key, text in leaves.items())]).strip()
+    else:
+        text = value if isinstance(value, str) else flat({"": value})[""]
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
+
+
+def _found(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return _MISSING
+        config = config[part]
+    return config
+
+
+def _refuse_twins(name: str, runs: Sequence[NamedRun]) -> None:
+    seen: dict[int, NamedRun] = {}
+    for one in runs:
+        twin = seen.setdefault(one.seed, one)
+        if twin is not one:
+            raise UserError(
+                f"runs {told(twin.row)} and {told(one.row)} are both seed {one.seed} of arm {name!r}; one of a seed "
+                "enters a comparison: leave one out (runs that a study started have the tag role=arm), or tell them "
+                "apart with --by KEY"
+            )
+
+
+def _refuse_unlike(name: str, runs: Sequence[NamedRun]) -> None:
+    for one in runs[1:]:
+        apart = key_difference(runs[0].config, one.config)
+        if apart:
+            raise UserError(
+                f"runs {told(runs[0].row)} and {told(one.row)} are both of arm {name!r} and yet differ in "
+                f"{', '.join(apart)}; leave one out, or make arms of what they differ in with --by KEY"
+            )

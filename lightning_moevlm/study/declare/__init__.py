@@ -1,0 +1,1 @@
+"""Reads a study file: arms, factors, designs, budget, comparison."""

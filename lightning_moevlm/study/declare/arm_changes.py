@@ -1,0 +1,104 @@
+"""A difference from the base as a study file writes it: dotted or nested keys, read into a flat list and merged again.
+
+What a study owns (seed, budget, logger, output folder) is refused: arms differ in the question only. A key that
+ends in + adds items to a list, `trainer.callbacks+: [...]`, and any number of factors may do so.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_moevlm.study.declare.yaml_nodes import Located
+
+# Key -> the field of the study file that sets it.
+OWNED: dict[str, str] = {
+    "seed_everything": "seeds",
+    "data.seed": "seeds",
+    "model.seed": "seeds",
+    "trainer.max_steps": "budget.max_steps",
+    "trainer.max_epochs": "budget.max_steps",
+    "trainer.max_time": "budget.minutes",
+    "trainer.logger": "the study itself (one MLflow run per arm and seed)",
+    "trainer.default_root_dir": "the study itself (runs/sweeps/...)",
+}
+_CALLBACKS = "trainer.callbacks"
+_MORE = "+"  # at the end of a key: further items of its list
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value over the base. key: dotted; node: the value where it stands in the file."""
+
+    key: str
+    node: Located
+
+    def overlaps(self, other: "Change") -> bool:
+        """Whether both set the same value, or one a part of what the other sets; to add items to a list is neither."""
+        if self.key == other.key and self.key.endswith(_MORE):
+            return False
+        return f"{self.key}.".startswith(f"{other.key}.") or f"{other.key}.".startswith(f"{self.key}.")
+
+
+def read_changes(key: str, node: Located) -> tuple[Change, ...]:
+    """Return what a key of an arm changes: nested mappings are flattened; lists, numbers, texts and {} are values.
+
+    Raises:
+        UserError: the study sets this key itself.
+    """
+    if node.is_filled_mapping:
+        return tuple(change for name, child in node.items() for change in read_changes(f"{key}.{name}", child))
+    for owned, by in OWNED.items():
+        if key == owned or key.startswith(owned + "."):
+            raise node.error(f"{key!r} may not differ between arms: it is set by {by}; remove it here")
+    if key == _CALLBACKS:
+        raise node.error(
+            f"{key!r} would take the place of the callbacks that measure and guard every run; write {key}{_MORE} "
+            "to add yours to them"
+        )
+    if key.endswith(_MORE):
+        node.sequence()
+    return (Change(key, node),)
+
+
+def merged(changes: Iterable[Change]) -> dict[str, Any]:
+    """Return changes as one nested config.
+
+    Raises:
+        UserError: two of them set the same value, or one lies below a plain value of another.
+    """
+    config: dict[str, Any] = {}
+    for change in changes:
+        *path, last = change.key.split(".")
+        if not all((*path, last)):
+            raise change.node.error(f"{change.key!r} has an empty part; write keys like model.losses.router_z")
+        here = config
+        for part in path:
+            here = here.setdefault(part, {})
+            if not isinstance(here, dict):
+                raise change.node.error(f"{change.key!r} lies below a key that is already set to a plain value here")
+        if last in here and last.endswith(_MORE):
+            here[last] = [*here[last], *_items(change.node)]
+            continue
+        if last in here:
+            raise change.node.error(f"{change.key!r} is set twice here (dotted and nested?)")
+        here[last] = change.node.plain()
+    return config
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two nested configs as one: the upper one's values win, and lists to be added (`key+`) join."""
+    config = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        before = config.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping) and value:
+            config[key] = overlaid(before, value)
+        elif key.endswith(_MORE) and key in config:
+            config[key] = [*config[key], *value]
+        else:
+            config[key] = copy.deepcopy(value)
+    return config
+
+
+def _items(node: Located) -> list[Any]:
+    return [child.plain() for child in node.sequence()]

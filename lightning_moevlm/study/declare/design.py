@@ -1,0 +1,158 @@
+"""Designs: which combinations of factor levels are trained. Pure functions from factors to the points of a design.
+
+`design_keys` tells what each of them makes. The first point is the reference, which becomes the study's baseline unless
+the file names another. A point's name says where it leaves the reference: `router_z`, `no_router_z`,
+`qk_norm__router_z__lr_3e_4`.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_moevlm.study.declare.factors import OFF, ON, Factor, FactorLevel
+from lightning_moevlm.study.declare.fraction import Fraction
+
+Kind = Literal[
+    "one_in",
+    "leave_one_out",
+    "factorial",
+    "fractional_factorial",
+    "grid",
+    "lr_sensitivity",
+    "size_ladder",
+    "product",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+REFERENCE = "baseline"
+"""Name of a point that leaves the reference nowhere."""
+
+_JOINT = "__"  # no name of a factor or level holds two in a row
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination. name: "" for the reference; levels: one per factor, in the design's order."""
+
+    name: str
+    levels: tuple[FactorLevel, ...]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Points and what they vary.
+
+    factors: in order, with the ladder that the design itself brings. points: the reference first. fraction: of a
+    fractional factorial, its alias structure. parts: of a product.
+    """
+
+    kind: Kind
+    factors: tuple[Factor, ...]
+    points: tuple[Point, ...]
+    fraction: Fraction | None = None
+    parts: "tuple[Design, ...]" = ()
+
+    @property
+    def fractions(self) -> tuple[Fraction, ...]:
+        """Every fraction in it."""
+        own = (self.fraction,) if self.fraction else ()
+        return (*own, *(fraction for part in self.parts for fraction in part.fractions))
+
+    def factor(self, name: str) -> Factor:
+        """Return the factor of that name."""
+        return next(factor for factor in self.factors if factor.name == name)
+
+    def description(self, point: Point) -> str:
+        """Return a point in words: what is off, on or set where it leaves the reference."""
+        told = [_described(self.factor(here.factor), here.level).rstrip(".") for here in self.leaving(point)]
+        return "; ".join(told) + "." if told else f"The reference: {self._reference_in_words()}."
+
+    def leaving(self, point: Point) -> tuple[FactorLevel, ...]:
+        """Return where a point is not at the reference."""
+        pairs = zip(point.levels, self.points[0].levels, strict=True)
+        return tuple(here for here, usual in pairs if here != usual)
+
+    def _reference_in_words(self) -> str:
+        on = [here.factor for here in self.points[0].levels if here.level == ON]
+        off = [here.factor for here in self.points[0].levels if here.level == OFF]
+        rest = [f"{here.factor} {here.level}" for here in self.points[0].levels if here.level not in (ON, OFF)]
+        groups = [f"{', '.join(names)} {word}" for names, word in ((on, ON), (off, OFF)) if names]
+        return "; ".join([*groups, *rest])
+
+
+def one_in(factors: tuple[Factor, ...]) -> Design:
+    """Return the reference and every point that leaves it in one factor."""
+    reference = tuple(FactorLevel(factor.name, factor.levels[0].name) for factor in factors)
+    points = [Point("", reference)]
+    for i, factor in enumerate(factors):
+        for level in factor.levels[1:]:
+            here = FactorLevel(factor.name, level.name)
+            points.append(Point(_told(factor, here), (*reference[:i], here, *reference[i + 1 :])))
+    return Design("one_in", factors, tuple(points))
+
+
+def leave_one_out(factors: tuple[Factor, ...]) -> Design:
+    """Return all switches on, and every point with one of them off. Expects switches."""
+    reference = tuple(FactorLevel(factor.name, ON) for factor in factors)
+    points = [Point("", reference)]
+    for i, factor in enumerate(factors):
+        off = FactorLevel(factor.name, OFF)
+        points.append(Point(f"no_{factor.name}", (*reference[:i], off, *reference[i + 1 :])))
+    return Design("leave_one_out", factors, tuple(points))
+
+
+def crossing(kind: Kind, factors: tuple[Factor, ...]) -> Design:
+    """Return all combinations, the last factor changing fastest."""
+    every = itertools.product(*(factor.levels for factor in factors))
+    combinations = (
+        tuple(FactorLevel(factor.name, level.name) for factor, level in zip(factors, levels, strict=True))
+        for levels in every
+    )
+    return Design(kind, factors, tuple(_point(factors, levels) for levels in combinations))
+
+
+def fractional(factors: tuple[Factor, ...], fraction: Fraction) -> Design:
+    """Return the combinations of a fraction. Expects switches, in the fraction's order."""
+    points = tuple(
+        _point(
+            factors, tuple(FactorLevel(factor.name, ON if on else OFF) for factor, on in zip(factors, run, strict=True))
+        )
+        for run in fraction.runs()
+    )
+    return Design("fractional_factorial", factors, points, fraction)
+
+
+def product(parts: tuple[Design, ...]) -> Design:
+    """Return every point of each part with every point of the others. Expects parts that share no factor."""
+    points = tuple(
+        Point(
+            _JOINT.join(point.name for point in some if point.name),
+            tuple(level for point in some for level in point.levels),
+        )
+        for some in itertools.product(*(part.points for part in parts))
+    )
+    return Design("product", tuple(factor for part in parts for factor in part.factors), points, parts=parts)
+
+
+def num_combinations(factors: tuple[Factor, ...]) -> int:
+    """Return how many combinations there are."""
+    return math.prod(len(factor.levels) for factor in factors)
+
+
+def _point(factors: tuple[Factor, ...], levels: tuple[FactorLevel, ...]) -> Point:
+    told = [_told(factor, level) for factor, level in zip(factors, levels, strict=True)]
+    return Point(_JOINT.join(word for word in told if word), levels)
+
+
+def _described(factor: Factor, level: str) -> str:
+    told = factor.level(level).description
+    if factor.is_switch:
+        return told or f"{'with' if level == ON else 'without'} {factor.description or factor.name}"
+    return told or f"{factor.name} {level}"
+
+
+def _told(factor: Factor, here: FactorLevel) -> str:
+    """Return how a name says it: a switch that is on by its name, levels by both names, a switch that is off not."""
+    if factor.is_switch:
+        return factor.name if here.level == ON else ""
+    return f"{factor.name}_{here.level}"

@@ -1,0 +1,165 @@
+"""Factors: the named things that a designed study varies, each at two levels or more.
+
+    factors:
+      router_z:                                          # a switch; what is not written is the base
+        description: z-loss on the router's logits
+        on: {model.losses.router_z: {weight: 1.0e-3}}
+      qk_norm:
+        off: {model.backbone.init_args.stabilisers.qk_norm: false}
+      router:                                            # several levels, the first is the reference
+        levels:
+          softmax: {}
+          sigmoid: {model....router: {class_path: SigmoidBiasRouter}}
+
+Two factors of one study never set the same key: what they do together would depend on their order.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+from lightning_moevlm.study.declare.arm_changes import Change, merged, read_changes
+from lightning_moevlm.study.declare.schema import TEXT, Block, Key, node_of
+from lightning_moevlm.study.declare.yaml_nodes import Located
+
+OFF, ON = "off", "on"
+CHANGES = node_of("mapping of configuration keys, dotted or nested, to values")
+DESCRIPTION = Key("description", TEXT, "What it is, for the report.", "Router logits may grow freely.", default="")
+FACTOR_BLOCK = Block(
+    "factors.NAME",
+    "One factor: a switch (`on`, `off`) or `levels`.",
+    (
+        DESCRIPTION,
+        Key(
+            ON,
+            CHANGES,
+            "What the switch changes where it is on.",
+            "{model.losses.router_z: {weight: 1.0e-3}}",
+            default_words="the base",
+        ),
+        Key(
+            OFF,
+            CHANGES,
+            "What the switch changes where it is off.",
+            "{model.losses.router_z: null}",
+            default_words="the base",
+        ),
+        Key(
+            "levels",
+            node_of("mapping of names to changes, at least two"),
+            "Settings of a factor that is no switch. The first one is the reference.",
+            "{narrow: {}, wide: {model.backbone.init_args.hidden_dim: 512}}",
+        ),
+    ),
+)
+_NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*", re.IGNORECASE)
+
+
+class FactorLevel(NamedTuple):
+    """Where an arm stands in one factor, by names."""
+
+    factor: str
+    level: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """One setting of a factor. changes: over the base; empty where it is the base."""
+
+    name: str
+    description: str
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A named thing to vary. levels: at least two, the reference first (of a switch `off`); line: in the study file."""
+
+    name: str
+    description: str
+    levels: tuple[Level, ...]
+    line: int
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is on or off."""
+        return [level.name for level in self.levels] == [OFF, ON]
+
+    def level(self, name: str) -> Level:
+        """Return the level of that name."""
+        return next(level for level in self.levels if level.name == name)
+
+
+def read_factors(node: Located) -> tuple[Factor, ...]:
+    """Read the factors of a study file, in its order.
+
+    Raises:
+        UserError: one line with file, line, key and what is allowed.
+    """
+    return tuple(_factor(name, child) for name, child in node.items())
+
+
+def read_levels(node: Located) -> tuple[Level, ...]:
+    """Read a mapping of named levels; at least two.
+
+    Raises:
+        UserError: one line with file, line, key and what is allowed.
+    """
+    levels = tuple(_level(name, child) for name, child in node.items())
+    if len(levels) < 2:
+        raise node.error(f"a factor has two levels or more, this one has {len(levels)}; add one, or use on / off")
+    return levels
+
+
+def refuse_conflicts(factors: tuple[Factor, ...]) -> None:
+    """Refuse two factors that set the same key.
+
+    Raises:
+        UserError: naming both places.
+    """
+    for one, two in combinations(factors, 2):
+        for mine in _all_changes(one):
+            for theirs in _all_changes(two):
+                if mine.overlaps(theirs):
+                    raise theirs.node.error(
+                        f"factor {two.name!r} sets {theirs.key!r}, and factor {one.name!r} sets {mine.key!r} in line "
+                        f"{mine.node.line}: together they would undo each other; make them levels of one factor"
+                    )
+
+
+def _factor(name: str, node: Located) -> Factor:
+    _check_name(name, "a factor", node)
+    fields = FACTOR_BLOCK.fields(node)
+    description = DESCRIPTION.of(fields)
+    if "levels" in fields:
+        if ON in fields or OFF in fields:
+            raise node.error("a factor has either `on` / `off` or `levels`; keep one of them")
+        return Factor(name, description, read_levels(fields["levels"]), node.line)
+    if ON not in fields and OFF not in fields:
+        raise node.error("this factor changes nothing; say what it changes under `on`, `off` or `levels`")
+    levels = tuple(_level(word, fields[word]) if word in fields else Level(word, "", ()) for word in (OFF, ON))
+    if not any(level.changes for level in levels):
+        raise node.error("this factor changes nothing, off and on are both the base; give a key and a value")
+    return Factor(name, description, levels, node.line)
+
+
+def _level(name: str, node: Located) -> Level:
+    _check_name(name, "a level", node)
+    if node.is_null:
+        return Level(name, "", ())
+    children = dict(node.items())
+    description = DESCRIPTION.of(children)
+    children.pop(DESCRIPTION.name, None)
+    changes = tuple(change for key, child in children.items() for change in read_changes(key, child))
+    merged(changes)  # refuses what contradicts itself
+    return Level(name, description, changes)
+
+
+def _check_name(name: str, what: str, node: Located) -> None:
+    if not _NAME.fullmatch(name):
+        raise node.error(f"the name of {what} is letters, digits and single _ between them, got {name!r}")
+
+
+def _all_changes(factor: Factor) -> tuple[Change, ...]:
+    return tuple(change for level in factor.levels for change in level.changes)

@@ -1,0 +1,231 @@
+"""The `design` of a study file: a word, or one word with options.
+
+    design: one_in
+    design: {fractional_factorial: {resolution: 4}}
+
+`design_keys` holds every design with its options; `moevlm list designs` and `moevlm describe DESIGN` print them.
+Inside a product every part names its factors, so that a new factor goes where its author puts it.
+"""
+
+from typing import cast
+
+import yaml
+
+from lightning_moevlm.study.declare import design as designs
+from lightning_moevlm.study.declare import design_keys as k
+from lightning_moevlm.study.declare.arm_changes import read_changes
+from lightning_moevlm.study.declare.design import Design, Kind, num_combinations
+from lightning_moevlm.study.declare.factors import Factor, Level, read_levels, refuse_conflicts
+from lightning_moevlm.study.declare.fraction import Fraction, fraction_of_generators, fraction_of_resolution
+from lightning_moevlm.study.declare.yaml_nodes import Located, nearest
+
+LADDERS: dict[Kind, str] = {"lr_sensitivity": "lr", "size_ladder": "size"}
+"""Designs that bring a factor of their own, and its name."""
+
+_SWITCHES_ONLY: tuple[Kind, ...] = ("leave_one_out", "factorial", "fractional_factorial")
+_MOST_POINTS = 1024
+_MOST_IN_FRACTION = 15
+
+
+def read_design(node: Located, factors: tuple[Factor, ...]) -> Design:
+    """Read a design over the factors of a study.
+
+    Raises:
+        UserError: one line with file, line, key and what is allowed.
+    """
+    design = _design(node, factors, in_product=False)
+    used = {factor.name for factor in design.factors}
+    for factor in factors:
+        if factor.name not in used:
+            raise node.error(f"the design leaves out factor {factor.name!r}; name it under `factors`, or remove it")
+    refuse_conflicts(design.factors)
+    return design
+
+
+def _design(node: Located, factors: tuple[Factor, ...], in_product: bool) -> Design:
+    kind, options = _kind(node)
+    if kind == "product":
+        return _product(options, factors, in_product)
+    page = k.DESIGNS[kind]
+    if page.options.requires and not options.is_filled_mapping:
+        lacks = ", ".join(page.options.requires)
+        raise node.error(
+            f"{kind} needs {lacks}, e.g. design: {page.example}; `moevlm describe {kind}` tells what it is"
+        )
+    fields = page.options.fields(options) if options.is_filled_mapping else {}
+    if in_product and "factors" not in fields:
+        raise node.error(f"inside a product, {kind} names its factors: `factors: [...]`, or `[]` for a ladder alone")
+    chosen = _chosen(fields["factors"], factors) if "factors" in fields else factors
+    if kind in LADDERS:
+        chosen = (*chosen, _ladder(kind, node, fields, factors))
+    if not chosen:
+        raise node.error(f"{kind} needs factors; declare them under `factors` of the study")
+    if kind in _SWITCHES_ONLY:
+        _need_switches(kind, node, chosen)
+    if kind in ("factorial", "grid", *LADDERS):
+        _refuse_crowd(node, num_combinations(chosen))
+    if kind == "one_in":
+        return designs.one_in(chosen)
+    if kind == "leave_one_out":
+        return designs.leave_one_out(chosen)
+    if kind == "fractional_factorial":
+        return designs.fractional(chosen, _fraction(node, fields, chosen))
+    return designs.crossing(kind, chosen)
+
+
+def _kind(node: Located) -> tuple[Kind, Located]:
+    """Return which design, and the node of its options (the word itself where there are none)."""
+    if not node.is_filled_mapping:
+        return cast(Kind, node.choice(designs.KINDS)), node
+    children = node.items()
+    word, options = children[0]
+    if word not in designs.KINDS:
+        hint = nearest(word, designs.KINDS)
+        raise options.error(f"unknown design {word!r}; {hint}allowed here: {', '.join(designs.KINDS)}")
+    if len(children) > 1:
+        second = children[1]
+        raise second[1].error(
+            f"one design only, got {word!r} and {second[0]!r}; to combine them: product: [{{{word}: ...}}, ...]"
+        )
+    return word, options
+
+
+def _product(node: Located, factors: tuple[Factor, ...], in_product: bool) -> Design:
+    if in_product:
+        raise node.error("a product within a product is the same as one product; list all its parts in one")
+    parts: list[Design] = []
+    owner: dict[str, Kind] = {}
+    for child in node.sequence():
+        part = _design(child, factors, in_product=True)
+        for factor in part.factors:
+            if factor.name in owner:
+                raise child.error(f"factor {factor.name!r} is varied by {owner[factor.name]} already; name it once")
+            owner[factor.name] = part.kind
+        parts.append(part)
+    if len(parts) < 2:
+        raise node.error("a product has two parts or more; write the one design without `product`")
+    points = 1
+    for part in parts:
+        points *= len(part.points)
+    _refuse_crowd(node, points)
+    return designs.product(tuple(parts))
+
+
+def _chosen(node: Located, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+    by_name = {factor.name: factor for factor in factors}
+    if node.plain() == []:
+        return ()
+    chosen: list[Factor] = []
+    for child in node.sequence():
+        factor = by_name[child.choice(tuple(by_name))]
+        if factor in chosen:
+            raise child.error(f"factor {factor.name!r} is named twice")
+        chosen.append(factor)
+    return tuple(chosen)
+
+
+def _ladder(kind: Kind, node: Located, fields: dict[str, Located], factors: tuple[Factor, ...]) -> Factor:
+    name = LADDERS[kind]
+    for factor in factors:
+        if factor.name == name:
+            raise node.error(
+                f"{kind} brings a factor {name!r} of its own; give yours in line {factor.line} another name"
+            )
+    if kind == "lr_sensitivity":
+        return Factor(name, "peak learning rate", _rates(node, fields), node.line)
+    return Factor(name, "size", read_levels(fields["levels"]), fields["levels"].line)
+
+
+def _rates(node: Located, fields: dict[str, Located]) -> tuple[Level, ...]:
+    key = k.RATE_KEY.of(fields)
+    nodes = fields["rates"].sequence() if "rates" in fields else [_written(node, rate) for rate in k.LADDER_RATES]
+    levels: list[Level] = []
+    before = 0.0
+    for child in nodes:
+        rate = child.number(above=0.0)
+        if rate <= before:
+            raise child.error(f"rates ascend, got {rate:g} after {before:g}; put them in order, each once")
+        before = rate
+        levels.append(Level(rate_name(rate), f"learning rate {rate:g}", read_changes(key, child)))
+    if len(levels) < 2:
+        raise nodes[0].error("a ladder has two rates or more; the published one is the default, leave `rates` out")
+    return tuple(levels)
+
+
+def rate_name(rate: float) -> str:
+    """Return a learning rate as a name: 3e_4 for 0.0003, 2_5e_3 for 0.0025, 1 for 1."""
+    digits, exponent = f"{rate:.6e}".split("e")
+    digits = digits.rstrip("0").rstrip(".").replace(".", "_")
+    power = int(exponent)
+    if power > 0:
+        return f"{rate:g}".replace(".", "_").replace("+", "")
+    return f"{digits}e_{-power}" if power else digits
+
+
+def _written(node: Located, value: float) -> Located:
+    """Return a number as if it stood in the file where the design does."""
+    scalar = yaml.ScalarNode("tag:yaml.org,2002:float", repr(value), node.node.start_mark, node.node.end_mark)
+    return Located(node.file, node.key, scalar, node.line)
+
+
+def _need_switches(kind: Kind, node: Located, factors: tuple[Factor, ...]) -> None:
+    for factor in factors:
+        if not factor.is_switch:
+            instead = "grid" if kind == "factorial" else "one_in"
+            raise node.error(
+                f"{kind} takes switches (`on` / `off`), and factor {factor.name!r} in line {factor.line} has the "
+                f"levels {', '.join(level.name for level in factor.levels)}; make it a switch, or take {instead}"
+            )
+
+
+def _refuse_crowd(node: Located, points: int) -> None:
+    if points > _MOST_POINTS:
+        raise node.error(
+            f"this design has {points:,} arms, at most {_MOST_POINTS:,} are planned; take fractional_factorial or "
+            "one_in, or vary fewer factors"
+        )
+
+
+def _fraction(node: Located, fields: dict[str, Located], factors: tuple[Factor, ...]) -> Fraction:
+    names = tuple(factor.name for factor in factors)
+    if (k.RESOLUTION.of(fields) is None) == ("generators" not in fields):
+        raise node.error("fractional_factorial needs either `resolution` (3, 4 or 5) or `generators`")
+    if len(names) > _MOST_IN_FRACTION:
+        raise node.error(f"a fraction of {len(names)} factors, at most {_MOST_IN_FRACTION} are planned; vary fewer")
+    resolution = k.RESOLUTION.of(fields)
+    if resolution is not None:
+        found = fraction_of_resolution(names, resolution)
+        if found is None:
+            raise fields["resolution"].error(
+                f"no part of the {2 ** len(names)} combinations has resolution {resolution}; take factorial, or a "
+                "lower resolution"
+            )
+        _refuse_crowd(node, 2**found.num_basic)
+        return found
+    generators = _generators(fields["generators"], names)
+    fraction = fraction_of_generators(names, generators)
+    if fraction.resolution < 3:
+        word = " and ".join(fraction.words()[0])
+        raise fields["generators"].error(
+            f"resolution {fraction.resolution}: {word} would always change together; choose generators that differ"
+        )
+    _refuse_crowd(node, 2**fraction.num_basic)
+    return fraction
+
+
+def _generators(node: Located, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    children = node.items()
+    generated = [name for name, _ in children]
+    for name, child in children:
+        if name not in names:
+            raise child.error(f"unknown factor {name!r}; {nearest(name, names)}allowed here: {', '.join(names)}")
+    basic = tuple(name for name in names if name not in generated)
+    if not children or not basic:
+        raise node.error("generators name some factors as products of others, e.g. {d: [a, b, c]}")
+    result: dict[str, tuple[str, ...]] = {}
+    for name, child in children:
+        parts = tuple(part.choice(basic) for part in child.sequence())
+        if len(set(parts)) < len(parts):
+            raise child.error(f"a factor occurs twice in {', '.join(parts)}, which cancels out; name each once")
+        result[name] = parts
+    return result

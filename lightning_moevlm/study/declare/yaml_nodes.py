@@ -1,0 +1,200 @@
+"""YAML that remembers where it stood, so that a mistake is answered with file, line, key and the nearest valid name.
+
+`read(file)` composes the node tree of a YAML file (nothing is constructed but plain data: no tags, no objects);
+`Located` walks it. Every refusal is one line: `ablations/x.yaml:12: arms.no_z: ...`.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_moevlm.common.errors import UserError
+
+
+class _StudyLoader(yaml.SafeLoader):
+    """YAML's safe loader, but `1e-3` is a number, as it is for every other config file here."""
+
+
+# PyYAML follows YAML 1.1, where a float needs a dot; the command line's parser reads 1e-3 as a float too.
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
+_StudyLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+_INDENTATION = "; this line or one before it is indented unevenly: keys of one mapping begin in the same column"
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return `did you mean 'x'? ` for the closest allowed name, or an empty text where nothing is close."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A YAML node with its place. key: dotted, "" for the whole document; line: of its key, else of itself, from 1."""
+
+    file: Path
+    key: str
+    node: yaml.Node
+    line: int
+
+    def error(self, message: str) -> UserError:
+        """Return (to be raised) the one-line refusal of this node."""
+        place = f"{self.file}:{self.line}: "
+        return UserError(place + (f"{self.key}: " if self.key else "") + message)
+
+    @property
+    def is_null(self) -> bool:
+        """Whether the value is empty or `null`."""
+        return self.node.tag == "tag:yaml.org,2002:null"
+
+    @property
+    def is_filled_mapping(self) -> bool:
+        """Whether the value is a mapping with at least one key."""
+        return isinstance(self.node, yaml.MappingNode) and bool(self.node.value)
+
+    def plain(self) -> Any:
+        """Return the value as plain Python data.
+
+        Raises:
+            UserError: on tags that would build an object, and on what YAML cannot construct.
+        """
+        loader = _StudyLoader("")
+        try:
+            return loader.construct_document(self.node)
+        except yaml.YAMLError as error:
+            raise self.error(_one_line(error)) from error
+        finally:
+            loader.dispose()
+
+    def items(self) -> list[tuple[str, "Located"]]:
+        """Return the children of a mapping in file order.
+
+        Raises:
+            UserError: where this is no mapping, a key is no text, or a key occurs twice.
+        """
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.error(f"expected a mapping (`key: value` lines), got {self._shown()}")
+        children: dict[str, Located] = {}
+        for key_node, value_node in self.node.value:
+            line = key_node.start_mark.line + 1
+            at_key = Located(self.file, self.key, key_node, line)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise at_key.error("a key must be plain text")
+            name = key_node.value
+            if name in children:
+                raise at_key.error(f"the key {name!r} occurs twice (first in line {children[name].line})")
+            dotted = f"{self.key}.{name}" if self.key else name
+            children[name] = Located(self.file, dotted, value_node, line)
+        return list(children.items())
+
+    def fields(self, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, "Located"]:
+        """Return the children of a mapping whose keys are known in advance.
+
+        Raises:
+            UserError: on an unknown key (with the nearest valid one) and on a missing required key.
+        """
+        allowed = required + optional
+        children = dict(self.items())
+        for name, child in children.items():
+            if name not in allowed:
+                hint = nearest(name, allowed)
+                if not self.key and "." in name:
+                    hint = "values of a configuration stand in an arm, in a level of a factor or in a file of `base`; "
+                raise child.error(f"unknown key {name!r}; {hint}allowed here: {', '.join(allowed)}")
+        for name in required:
+            if name not in children:
+                where = "" if self.key else "; `moevlm describe study` tells what each of them is"
+                raise self.error(f"the key {name!r} is missing; needed here: {', '.join(required)}{where}")
+        return children
+
+    def sequence(self) -> list["Located"]:
+        """Return the children of a non-empty list."""
+        if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:
+            raise self.error(f"expected a list with at least one entry, got {self._shown()}")
+        return [
+            Located(self.file, f"{self.key}[{i}]", child, child.start_mark.line + 1)
+            for i, child in enumerate(self.node.value)
+        ]
+
+    def text(self) -> str:
+        """Return a non-empty text, line breaks folded to spaces."""
+        value = self.plain()
+        if isinstance(value, bool | int | float):
+            raise self.error(f"expected a text, got {self._shown()}, which YAML reads as {value!r}; put it in quotes")
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(f"expected a text, got {self._shown()}")
+        return " ".join(value.split())
+
+    def written(self) -> str:
+        """Return a value as it stands in the file, whatever YAML would read it as; empty for a mapping or a list."""
+        return self.node.value if isinstance(self.node, yaml.ScalarNode) else ""
+
+    def integer(self, least: int) -> int:
+        """Return a whole number that is at least `least`."""
+        value = self.plain()
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.error(f"expected a whole number >= {least}, got {self._shown()}")
+        return value
+
+    def number(self, above: float, below: float = float("inf")) -> float:
+        """Return a finite number strictly between the bounds."""
+        bound = f"> {above:g}" if below == float("inf") else f"between {above:g} and {below:g}"
+        return self._number(bound, lambda value: above < value < below)
+
+    def amount(self) -> float:
+        """Return a finite number that is at least 0."""
+        return self._number(">= 0", lambda value: 0 <= value < float("inf"))
+
+    def choice(self, allowed: tuple[str, ...]) -> str:
+        """Return one of the allowed words."""
+        value = self.plain()
+        if value not in allowed:
+            raise self.error(f"got {self._shown()}; {nearest(str(value), allowed)}allowed: {', '.join(allowed)}")
+        return str(value)
+
+    def _number(self, bound: str, allowed: Callable[[float], bool]) -> float:
+        value = self.plain()
+        if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
+            raise self.error(f"expected a number {bound}, got {self._shown()}")
+        return float(value)
+
+    def _shown(self) -> str:
+        if isinstance(self.node, yaml.MappingNode):
+            return "a mapping"
+        if isinstance(self.node, yaml.SequenceNode):
+            return "a list" if self.node.value else "an empty list"
+        return "nothing" if self.is_null else repr(self.node.value)
+
+
+def read(file: Path) -> Located:
+    """Return the root of a YAML file.
+
+    Raises:
+        UserError: where the file is missing, unreadable, empty or no YAML (with the line).
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); give the path of a YAML file") from error
+    try:
+        node = yaml.compose(text, Loader=_StudyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        problem = error.problem or error.context or ""
+        advice = _INDENTATION if problem.startswith("expected <block end>") else ""
+        raise UserError(f"{file}:{line}: not valid YAML: {problem}{advice}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {_one_line(error)}") from error
+    if node is None:
+        raise UserError(f"{file}: the file is empty; `moevlm sweep new FILE` writes one to start from")
+    return Located(file, "", node, node.start_mark.line + 1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Resolves every run of a study and checks it before the first one starts."""

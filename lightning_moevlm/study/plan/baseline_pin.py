@@ -1,0 +1,90 @@
+"""`baseline_digest`: a study that pins its baseline is refused once the baseline has become another one.
+
+A study stands on files of others, on defaults, and often on the baseline of an earlier study. Its pin is the digest of
+the baseline's resolved config without seeds, without what is cosmetic and without what each study sets itself (budget,
+logger, output folder), so that studies of other lengths and seeds share it. `sweep plan` prints it. A baseline that has
+run is kept beside the study's runs under its digest; from there a refusal tells which keys have changed since.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.common.digest import digest_of_text
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.flat_config import changes
+from lightning_moevlm.study.declare.arm_changes import OWNED
+from lightning_moevlm.study.plan.planned_run import Plan
+from lightning_moevlm.study.plan.run_identity import seedless
+
+_FOLDER = "baselines"
+_SCHEDULE_STEPS = "model.schedule.init_args.total_steps"  # as a rule it follows the budget
+_SHOWN_KEYS = 6
+
+
+def baseline_digest(plan: Plan) -> str | None:
+    """Return the digest to pin, 12 hex digits; None where the plan is a part without the baseline."""
+    leaves = _baseline(plan)
+    return None if leaves is None else _digest(leaves)
+
+
+def refuse_other_baseline(plan: Plan) -> None:
+    """Refuse a study whose baseline is not the one that it pins.
+
+    Raises:
+        UserError: with file, line, both digests, and what changed where the pinned baseline is known.
+    """
+    pin, leaves = plan.study.pin, _baseline(plan)
+    if pin is None or leaves is None or pin.digest == (now := _digest(leaves)):
+        return
+    raise UserError(
+        f"{plan.study.file}:{pin.line}: baseline_digest: the baseline {plan.comparison.baseline!r} is now {now} and no "
+        f"longer the pinned {pin.digest}: {_what_changed(plan, pin.digest, leaves)}. Undo the change, or, if it is "
+        f"meant, pin it: `baseline_digest: '{now}'`"
+    )
+
+
+def keep_baseline(plan: Plan) -> None:
+    """Keep the baseline's config under its digest, for a refusal to tell what has changed."""
+    leaves = _baseline(plan)
+    if leaves is not None:
+        write_whole(plan.folder / _FOLDER / f"{_digest(leaves)}.json", json.dumps(leaves, indent=1) + "\n")
+
+
+def _baseline(plan: Plan) -> dict[str, str] | None:
+    run = next((run for run in plan.runs if run.arm == plan.comparison.baseline), None)
+    if run is None:
+        return None
+    leaves = seedless(run.resolved)
+    if leaves.get(_SCHEDULE_STEPS) == leaves.get("trainer.max_steps"):
+        leaves.pop(_SCHEDULE_STEPS, None)
+    return {k: v for k, v in leaves.items() if not any(k == own or k.startswith(f"{own}.") for own in OWNED)}
+
+
+def _digest(leaves: Mapping[str, str]) -> str:
+    return digest_of_text(json.dumps(leaves, sort_keys=True))
+
+
+def _what_changed(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
+    before = _kept(plan.folder.parent, pinned)
+    if before is None:
+        return (
+            f"what changed is not known, since no study below {plan.folder.parent} has run with the pinned one; look "
+            f"at the history of {', '.join(map(str, plan.study.base))} and of this package"
+        )
+    told = [f"{key} was {one.base or 'absent'}, is {one.now or 'absent'}" for key, one in changes(before, now).items()]
+    more = f" and {len(told) - _SHOWN_KEYS} more keys" if len(told) > _SHOWN_KEYS else ""
+    return "; ".join(told[:_SHOWN_KEYS]) + more
+
+
+def _kept(sweeps: Path, digest: str) -> dict[str, str] | None:
+    """Return a baseline that any study has kept; a file that is damaged is not what its name says, and is passed by."""
+    for file in sorted(sweeps.glob(f"*/{_FOLDER}/{digest}.json")):
+        try:
+            leaves = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(leaves, dict) and _digest(leaves) == digest:
+            return leaves
+    return None

@@ -1,0 +1,175 @@
+"""From a study to its runs: arms x seeds, every one resolved and checked before the first one starts.
+
+A run's config is the base files, over them `all_arms`, over these what the arm changes, and last what the study sets
+itself. Its identity is the digest of that config *resolved* (all defaults filled in) without cosmetic keys. So a
+changed base, a changed default and a changed arm give new runs, while a new output folder or progress bar does not.
+Resolving needs the command line's parser, which lies above this folder; it is handed in as a function.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lightning_moevlm.common.digest import DIGITS
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.shipped_files import find_file
+from lightning_moevlm.study.declare.arm_changes import overlaid
+from lightning_moevlm.study.declare.comparison import Arm
+from lightning_moevlm.study.declare.study_file import Study
+from lightning_moevlm.study.plan.seed_keys import MARK, Key, follow_plainly, marked_keys, with_seed
+
+if TYPE_CHECKING:  # it lies beside the models, which import torch
+    from lightning_moevlm.contracts.model_card import ModelCard
+from lightning_moevlm.study.plan.plan_checks import (
+    refuse_endless_schedule,
+    refuse_idle_seeds,
+    refuse_twins,
+    refuse_unequal_flops,
+)
+from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tags_of
+from lightning_moevlm.study.plan.run_identity import digest_of
+
+Result = TypeVar("Result")
+
+# Both raise UserError. resolve: (config files, overrides) -> nested plain config with all defaults.
+Resolve = Callable[[list[Path], dict[str, Any]], dict[str, Any]]
+Describe = Callable[[dict[str, Any]], "ModelCard"]
+
+
+def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path = Path("runs/sweeps")) -> Plan:
+    """Resolve and check every run of a study.
+
+    Args:
+        study: As read by `read_study`.
+        resolve: Gives the whole config of (config files, overrides).
+        describe: Gives the model card of a whole config.
+        sweeps: Folder that holds one folder per study.
+
+    Raises:
+        UserError: where a run does not resolve (names the arm), two arms are the same, seeds change nothing, or an arm
+            differs in what it must share with the baseline.
+    """
+    arms, folder = study.comparison.arms, sweeps / study.comparison.name
+    steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in arms}
+    proven: set[frozenset[Key]] = set()
+    runs = tuple(run for arm in arms for run in _of_arm(study, arm, steps[arm.name], resolve, folder, proven))
+    refuse_twins(study, runs)
+    refuse_idle_seeds(study, runs)
+    first = {run.arm: run for run in reversed(runs)}
+    cards = {arm.name: _in_arm(study, arm, partial(describe, first[arm.name].resolved)) for arm in arms}
+    if study.match == "active_flops":
+        refuse_unequal_flops(study, cards)
+    return Plan(study, folder, runs, cards)
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as dotted keys, in order; empty mappings stay values."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        leaves.update(flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
+    return leaves
+
+
+def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder: Path) -> int | None:
+    """Return the optimiser steps of an arm's runs, or None where the clock ends them."""
+    budget = study.budget
+    if budget.minutes is not None:
+        return None
+    if budget.max_steps is not None:
+        return budget.max_steps
+    resolved = _planned(study, arm, study.comparison.seeds[0], 1, resolve, folder).resolved
+    return _in_arm(study, arm, lambda: budget.steps(resolved, describe(resolved)))
+
+
+def _of_arm(
+    study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path, proven: set[frozenset[Key]]
+) -> list[PlannedRun]:
+    """Return an arm's runs, from one resolved config where that holds the seed at known keys.
+
+    Keys are known once the configs of the smallest and the largest seed, resolved by themselves, came out the same.
+    """
+    runs = _of_marked(study, arm, steps, resolve, folder, proven) if len(study.comparison.seeds) > 1 else None
+    return runs or [_planned(study, arm, seed, steps, resolve, folder) for seed in study.comparison.seeds]
+
+
+def _of_marked(
+    study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path, proven: set[frozenset[Key]]
+) -> list[PlannedRun] | None:
+    """Return an arm's runs from one config with a mark for the seed; None where each has to be resolved."""
+    files = (find_file(file) for file in study.base)
+    texts = [file.read_text(encoding="utf-8") for file in files if file is not None]
+    if not follow_plainly([*texts, json.dumps([study.all_arms, arm.changes], default=str)]):
+        return None
+    seeds = study.comparison.seeds
+    overrides = _with_places(_draft(study, arm, seeds[0], steps), folder)
+    _set(overrides, "seed_everything", MARK)
+    try:
+        marked = resolve(list(study.base), overrides)
+    except UserError:
+        return None  # told with a seed of the study in the mark's place
+    keys = marked_keys(marked)
+    if keys is None:
+        return None
+    if steps is None:
+        refuse_endless_schedule(study, marked)
+    runs = [_identified(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in seeds]
+    if keys not in proven:
+        for run in (min(runs, key=attrgetter("seed")), max(runs, key=attrgetter("seed"))):
+            if _planned(study, arm, run.seed, steps, resolve, folder).digest != run.digest:
+                return None
+        proven.add(keys)
+    return runs
+
+
+def _planned(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:
+    # Checked with everything that the child will get, although the digest that some keys name is not known yet.
+    draft = _draft(study, arm, seed, steps)
+    resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _with_places(draft, folder)))
+    if steps is None:
+        refuse_endless_schedule(study, resolved)
+    return _identified(draft, resolved, folder)
+
+
+def _draft(study: Study, arm: Arm, seed: int, steps: int | None) -> PlannedRun:
+    overrides = overlaid(study.all_arms, arm.changes)
+    _set(overrides, "seed_everything", seed)
+    _set(overrides, "trainer.max_steps", -1 if steps is None else steps)
+    _set(overrides, "trainer.max_epochs", -1)  # an epoch limit of the base must not cut the budget
+    if steps is None:
+        _set(overrides, "trainer.max_time", study.budget.max_time)
+    return PlannedRun(study.comparison.name, arm.name, seed, overrides, {}, digest="0" * DIGITS, max_steps=steps)
+
+
+def _identified(draft: PlannedRun, resolved: dict[str, Any], folder: Path) -> PlannedRun:
+    run = dataclasses.replace(draft, resolved=resolved, digest=digest_of(resolved))
+    return dataclasses.replace(run, overrides=_with_places(run, folder))
+
+
+def _with_places(run: PlannedRun, folder: Path) -> dict[str, Any]:
+    """Return the overrides with what is cosmetic: where the run is written and under which name."""
+    overrides = copy.deepcopy(run.overrides)
+    _set(overrides, "trainer.default_root_dir", str(folder / run.folder))
+    _set(overrides, "trainer.logger.init_args.experiment_name", run.study)
+    _set(overrides, "trainer.logger.init_args.run_name", run.name)
+    _set(overrides, "trainer.logger.init_args.tags", tags_of(run))
+    return overrides
+
+
+def _in_arm(study: Study, arm: Arm, work: Callable[[], Result]) -> Result:
+    try:
+        return work()
+    except UserError as error:
+        raise UserError(f"{study.file}:{arm.line}: arm {arm.name!r}: {error}") from error
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value

@@ -1,0 +1,109 @@
+"""Computes the digest that tells runs apart.
+
+It covers the resolved config, all defaults filled in, without cosmetic keys. A class of this package is spelled by its
+short name, so that moving a file does not make another experiment.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_moevlm.common.digest import digest_of_text
+from lightning_moevlm.common.flat_config import flat as spelled
+
+if TYPE_CHECKING:  # it lies beside the models, which import torch
+    pass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it lies beside the models, which import torch
+    pass
+
+
+class Cosmetic(NamedTuple):
+    """A dotted prefix (or, for callbacks, the end of a class path) that does not change what a run learns."""
+
+    name: str
+    reason: str
+
+
+_SEEDS = ("seed", "seed_everything")  # the last part of the keys that hold one
+
+COSMETIC_KEYS: tuple[Cosmetic, ...] = (
+    Cosmetic("config", "names of config files; what they say is resolved already"),
+    Cosmetic("trainer.logger", "where results are written"),
+    Cosmetic("trainer.default_root_dir", "where files are written"),
+    Cosmetic("trainer.enable_progress_bar", "terminal output"),
+    Cosmetic("trainer.enable_model_summary", "terminal output"),
+    Cosmetic("data.cache_dir", "where downloads are kept"),
+    Cosmetic("data.cache_gib", "how many downloads are kept"),
+    Cosmetic("data.allowed_protocols", "what is refused"),
+)
+
+COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
+    Cosmetic("ProgressBar", "terminal output"),
+    Cosmetic("StepProgress", "terminal output"),
+    Cosmetic("ResultTable", "terminal output"),
+    Cosmetic("ModelSummary", "terminal output"),
+)
+
+
+def digest_of(resolved: Mapping[str, Any]) -> str:
+    """Return the first 12 hex digits of the SHA-256 of the config's canonical JSON, cosmetic keys left out."""
+    text = json.dumps(essential(resolved), sort_keys=True, separators=(",", ":"), default=_path_as_text)
+    return digest_of_text(text)
+
+
+def essential(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the config without cosmetic keys, classes of this package by their short names."""
+    rest = copy.deepcopy(dict(resolved))
+    for cosmetic in COSMETIC_KEYS:
+        _remove(rest, cosmetic.name.split("."))
+    trainer = rest.get("trainer")
+    if isinstance(trainer, dict) and isinstance(trainer.get("callbacks"), list):
+        trainer["callbacks"] = [c for c in trainer["callbacks"] if not _is_cosmetic_callback(c)]
+    shortened: dict[str, Any] = _shorten_class_paths(rest)
+    return shortened
+
+
+def seedless(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """Return the config's leaves as text by dotted key, sorted, without seeds and cosmetic keys."""
+    leaves = spelled(essential(resolved))
+    return {key: leaves[key] for key in sorted(leaves) if key.split(".")[-1] not in _SEEDS}
+
+
+def _remove(config: Any, path: list[str]) -> None:
+    for part in path[:-1]:
+        config = config.get(part) if isinstance(config, dict) else None
+    if isinstance(config, dict):
+        config.pop(path[-1], None)
+
+
+def _is_cosmetic_callback(callback: Any) -> bool:
+    class_path = callback.get("class_path", "") if isinstance(callback, dict) else ""
+    return any(str(class_path).endswith(cosmetic.name) for cosmetic in COSMETIC_CALLBACKS)
+
+
+def _path_as_text(value: Any) -> str:
+    assert isinstance(value, Path), f"a resolved config holds plain data, got {type(value).__name__}"
+    return str(value)
+
+
+_OURS = f"{__name__.partition('.')[0]}."  # how the paths of this package's classes begin
+
+
+def _shorten_class_paths(value: Any) -> Any:
+    """Spell classes of this package by their short names: moving a file does not make another experiment."""
+    if isinstance(value, dict):
+        return {
+            key: _short_name(item) if key == "class_path" else _shorten_class_paths(item) for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_shorten_class_paths(item) for item in value]
+    return value
+
+
+def _short_name(class_path: Any) -> Any:
+    is_ours = isinstance(class_path, str) and class_path.startswith(_OURS)
+    return class_path.rpartition(".")[2] if is_ours else class_path

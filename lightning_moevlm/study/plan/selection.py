@@ -1,0 +1,40 @@
+"""A part of a study's runs, by arm and by seed: `arm=baseline,dense_twin` and `seed=0`.
+
+Values of the same name add up, and a run must agree with every name that is given.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.declare.yaml_nodes import nearest
+from lightning_moevlm.study.plan.planned_run import Plan
+
+
+def select(plan: Plan, only: Sequence[str]) -> Plan:
+    """Return the plan with the runs that agree, and with their arms alone.
+
+    Args:
+        plan: All runs.
+        only: Each `arm=NAME[,NAME]` or `seed=NUMBER[,NUMBER]`; none selects all.
+
+    Raises:
+        UserError: a name or a number that the study does not have.
+    """
+    allowed = {"arm": [arm.name for arm in plan.comparison.arms], "seed": [str(seed) for seed in plan.comparison.seeds]}
+    wanted: dict[str, set[str]] = {}
+    for text in only:
+        name, _, values = text.partition("=")
+        if name not in allowed:
+            raise UserError(f"--only {text}: {nearest(name, allowed)}give arm=NAME or seed=NUMBER")
+        for value in values.split(","):
+            if value not in allowed[name]:
+                raise UserError(
+                    f"--only {text}: {plan.comparison.name} has no {name} {value!r}; {nearest(value, allowed[name])}"
+                    f"choose {', '.join(allowed[name])}"
+                )
+            wanted.setdefault(name, set()).add(value)
+    arms, seeds = (wanted.get(name, set(allowed[name])) for name in ("arm", "seed"))
+    runs = tuple(run for run in plan.runs if run.arm in arms and str(run.seed) in seeds)
+    part = dataclasses.replace(plan.comparison, arms=tuple(arm for arm in plan.comparison.arms if arm.name in arms))
+    return dataclasses.replace(plan, runs=runs, study=dataclasses.replace(plan.study, comparison=part))

@@ -1,0 +1,165 @@
+"""Expert load over training: one heatmap (experts x steps) per arm, block and modality, all on one colour scale.
+
+Experts have no identity across seeds, so seeds are not averaged: the first seed with data is shown.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.study.compare.results import ArmResult, RunResult, StudyResult
+from lightning_moevlm.study.report.figures.lost_runs import lost_runs
+from lightning_moevlm.study.report.figures.picture import Picture, new_figure, picture_of, wrapped
+from lightning_moevlm.study.report.tables.table import Table, percent
+
+Layer = tuple[int, str]  # block, modality
+
+
+class Load(NamedTuple):
+    """Load of one layer over time. shares: experts x steps, fraction of kept pairs."""
+
+    steps: tuple[int, ...]
+    shares: np.ndarray
+
+
+_MANY_TICKS = 8
+_ARMS_BESIDE = 5  # more are illegible: they go below, in bands
+_LETTERS_ABOVE = 18  # of an arm's name above its panels
+_PANEL_INCHES, _PANEL_INCHES_IN_BANDS = 1.3, 0.62  # so that 20 arms with four layers fit on a page
+_TITLE_INCHES = 0.45
+
+
+def draw_expert_load(result: StudyResult) -> Picture | None:
+    """Draw it; None where no arm has experts."""
+    shown = [(arm, run) for arm in result.arms if (run := first_with_load(arm)) is not None]
+    layers = sorted({layer for _, run in shown for layer in loads_of(run)})
+    if not layers:
+        return None
+    num_columns = min(len(shown), _ARMS_BESIDE)
+    num_bands = -(-len(shown) // num_columns)
+    inches = _PANEL_INCHES if num_bands == 1 else _PANEL_INCHES_IN_BANDS
+    figure = new_figure(max(2.8, inches * len(layers) * num_bands + _TITLE_INCHES * (num_bands - 1) + 1.2))
+    grid = figure.subplots(len(layers) * num_bands, num_columns, squeeze=False, sharex=True)
+    empty = grid[-len(layers) :, len(shown) - num_columns * (num_bands - 1) :]
+    for axes in empty.flat:
+        axes.remove()
+    for axes in grid[-len(layers) - 1, num_columns - empty.shape[1] :] if num_bands > 1 else ():
+        axes.tick_params(labelbottom=True)  # nothing stands below
+    relative = {run.name: _relative(loads_of(run)) for _, run in shown}
+    highest = max(float(np.nanmax(load)) for loads in relative.values() for _, load in loads.values())
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
+    expert = " expert" if num_bands == 1 else ""  # low panels have no room for the word
+    image: AxesImage | None = None
+    for place, (arm, run) in enumerate(shown):
+        band, column = divmod(place, num_columns)
+        loads = relative[run.name]
+        for row, layer in enumerate(layers):
+            axes = grid[band * len(layers) + row][column]
+            if layer in loads:
+                image = _draw(axes, *loads[layer], norm)
+            else:
+                axes.text(0.5, 0.5, "no experts", ha="center", va="center", transform=axes.transAxes)
+            if row == 0:
+                axes.set_title(_heading(arm, run), fontsize=9 if num_bands == 1 else 8)
+            if column == 0:
+                axes.set_ylabel(f"block {layer[0]}\n{layer[1]}{expert}", fontsize=9 if num_bands == 1 else 7)
+            axes.tick_params(labelsize=8, labelleft=column == 0)
+    budgets = [run.max_steps for _, run in shown if run.max_steps is not None]
+    if budgets:  # else the clock ends the runs
+        grid[0][0].set_xlim(0, max(budgets))
+    grid[0][0].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))  # shared by all panels
+    figure.supxlabel("optimiser steps", fontsize=10)
+    if num_bands > 1:
+        figure.supylabel("expert, by block and modality", fontsize=10)
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.9, aspect=30, pad=0.01)
+    bar.set_label("expert load / even load  (1 = even, 0 = idle)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    missing = _missing(result, shown)
+    title = "Expert load by block and modality" + (f" (nothing to show for {', '.join(missing)})" if missing else "")
+    return picture_of(figure, "expert_load", title, _sentence(shown, missing), _table(shown))
+
+
+def _heading(arm: ArmResult, run: RunResult) -> str:
+    """Return what stands above an arm's panels: its name, which run is shown, and what the arm has lost."""
+    told = [f"({words})" for words in lost_runs(arm)]
+    return "\n".join([wrapped(arm.arm.name, _LETTERS_ABOVE), f"seed {run.seed}", *told])
+
+
+def _missing(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> list[str]:
+    drawn = {arm.arm.name for arm, _ in shown}
+    return [arm.arm.name for arm in result.arms if arm.arm.name not in drawn]
+
+
+def _sentence(shown: list[tuple[ArmResult, RunResult]], missing: list[str]) -> str:
+    ends = []
+    for arm, run in shown:
+        last = {layer: float(np.nanmax(load[:, -1])) for layer, (_, load) in loads_of(run).items()}
+        (block, modality), share = max(last.items(), key=lambda item: item[1])
+        ends.append(
+            f"{arm.arm.name}: at the end the fullest expert takes {percent(share)} (block {block}, {modality})."
+        )
+    return (
+        "Heatmaps of expert load over optimiser steps, one row of cells per expert, red above and blue below the even "
+        f"share, one column of panels per arm. {' '.join(ends)}"
+        + (f" Not shown, for want of experts or data: {', '.join(missing)}." if missing else "")
+    )
+
+
+def loads_of(run: RunResult) -> dict[Layer, Load]:
+    """Return steps and load (experts x steps, fraction of kept pairs) of every layer of a run."""
+    series: dict[Layer, dict[int, str]] = {}
+    for key in run.series:
+        parts = metric_keys.EXPERT_LOAD.match(key)
+        if parts:
+            series.setdefault((int(parts["block"]), parts["modality"]), {})[int(parts["expert"])] = key
+    loads = {}
+    for layer, by_expert in series.items():
+        steps = run.series[by_expert[0]].steps
+        load = np.full((len(by_expert), len(steps)), np.nan)
+        place = {step: column for column, step in enumerate(steps)}
+        for expert, key in by_expert.items():
+            for step, value in zip(*run.series[key], strict=True):
+                if step in place:
+                    load[expert, place[step]] = value
+        loads[layer] = Load(steps, load)
+    return loads
+
+
+def _relative(loads: dict[Layer, Load]) -> dict[Layer, Load]:
+    """Return loads as multiples of the even share, so that layers of different width can be compared."""
+    return {layer: Load(steps, shares * len(shares)) for layer, (steps, shares) in loads.items()}
+
+
+def _draw(axes: Axes, steps: tuple[int, ...], load: np.ndarray, norm: TwoSlopeNorm) -> AxesImage:
+    axes.set_facecolor("#bbbbbb")  # where there is no number
+    last = steps[-1] if len(steps) > 1 else steps[0] + 1
+    extent = (steps[0], last, -0.5, load.shape[0] - 0.5)
+    image = axes.imshow(
+        load, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest", origin="lower", extent=extent
+    )
+    axes.set_yticks(range(0, load.shape[0], max(1, 2 * load.shape[0] // _MANY_TICKS)))
+    return image
+
+
+def first_with_load(arm: ArmResult) -> RunResult | None:
+    """Return the first run with load, one with a result before one that crashed or still goes on."""
+    loaded = [run for run in arm.runs if any(metric_keys.EXPERT_LOAD.match(key) for key in run.series)]
+    return min(loaded, key=lambda run: (not run.state.status.has_result, run.seed), default=None)
+
+
+def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:
+    rows = []
+    for arm, run in shown:
+        for (block, modality), (_, load) in sorted(loads_of(run).items()):
+            last = load[:, -1]
+            shares = ", ".join(percent(float(value)) for value in last)
+            extremes = (percent(float(last.max())), percent(float(last.min())))
+            rows.append((arm.arm.name, f"block {block}", modality, *extremes, shares))
+    columns = ("arm", "block", "modality", "fullest", "emptiest", "all experts in order")
+    return Table("Expert load at the last logged step, share of kept pairs", columns, tuple(rows))

@@ -1,0 +1,125 @@
+"""Forest plot: every effect, of arms or of factors, its deciding interval, and the seeds it is made of."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+
+from lightning_moevlm.contracts.metric_keys import name_and_unit
+from lightning_moevlm.study.compare.results import StudyResult
+from lightning_moevlm.study.declare.comparison import Test
+from lightning_moevlm.study.report.figures.lost_runs import lost_runs
+from lightning_moevlm.study.report.figures.picture import (
+    GROUND,
+    INK,
+    LETTERS_OF_ROW,
+    Look,
+    Picture,
+    looks,
+    new_figure,
+    picture_of,
+    wrapped,
+)
+from lightning_moevlm.study.report.tables.effect_tables import effects_table
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, signed
+from lightning_moevlm.study.statistics.effects import Effect
+
+_LETTERS_BELOW = 50
+_CENTRES: dict[Test, str] = {"t": "mean", "wilcoxon": "centre (Hodges-Lehmann)", "sign": "median"}
+
+
+class Row(NamedTuple):
+    """One row: its name, its effect, how it is drawn, and what was lost on the way to it."""
+
+    name: str
+    effect: Effect
+    look: Look
+    lost: tuple[str, ...] = ()
+
+
+def draw_forest(result: StudyResult) -> Picture | None:
+    """Draw the arms; None where no arm has been compared yet."""
+    study = result.comparison
+    look = looks(tuple(arm.arm.name for arm in result.arms), study.baseline)
+    rows = [
+        Row(arm.arm.name, arm.effect, look[arm.arm.name], lost_runs(arm))
+        for arm in result.arms
+        if arm.effect is not None
+    ]
+    title, _ = name_and_unit(study.primary.metric)
+    told = (f"Effect on {title}", "effect of each arm", f"arm minus {study.baseline}")
+    return _drawn(result, rows, "effects", told, effects_table(result).title)
+
+
+def draw_factor_forest(result: StudyResult) -> Picture | None:
+    """Draw main effects and interactions; None where the design crosses no factors or nothing is compared yet."""
+    names = tuple(one.name for one in result.factors)
+    look = looks(("", *names), "")
+    rows = [Row(one.name, one.effect, look[one.name]) for one in result.factors]
+    title, _ = name_and_unit(result.comparison.primary.metric)
+    told = (
+        f"Effect of factors on {title}",
+        "effect of each factor and interaction",
+        "on minus off, or level minus first",
+    )
+    return _drawn(result, rows, "factors", told, told[0])
+
+
+def _drawn(
+    result: StudyResult, rows: Sequence[Row], name: str, told: tuple[str, str, str], of_table: str
+) -> Picture | None:
+    """Draw rows. told: title, what is drawn, what is subtracted from what."""
+    if not any(row.effect.differences for row in rows):
+        return None
+    heading, what, difference = told
+    study = result.comparison
+    title, unit = name_and_unit(study.primary.metric)
+    figure = new_figure(1.5 + 0.55 * len(rows))
+    axes = figure.subplots()
+    axes.axvline(0.0, color=INK, linewidth=1.2)
+    for place, row in enumerate(rows):
+        _draw_row(axes, place, row.effect, row.look)
+        word = "\n".join(dict.fromkeys([row.effect.word, *row.lost]))
+        axes.annotate(word, (1.01, place), xycoords=("axes fraction", "data"), va="center", weight="bold")
+    axes.set_yticks(range(len(rows)), [wrapped(row.name, LETTERS_OF_ROW) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    side = "left" if study.primary.direction == "lower" else "right"
+    below = f"{title}, {difference}{f' ({unit})' if unit else ''}; {side} of 0 is better"
+    axes.set_xlabel(wrapped(below, _LETTERS_BELOW))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.25)
+    level = f"{100 * (1 - study.decide.alpha):g} %"
+    axes.set_title(f"{_CENTRES[study.decide.test]} and {level} interval; small circles: single seeds", fontsize=10)
+    alt = f"Forest plot of the {what} on {title}. " + " ".join(map(_sentence, rows))
+    return picture_of(figure, name, heading, alt, _table(rows, study.seeds, f"{of_table}, {difference}"))
+
+
+def _draw_row(axes: Axes, row: int, effect: Effect, look: Look) -> None:
+    if effect.centre is None:
+        return
+    if effect.interval is not None:
+        ends = (effect.interval.low, effect.interval.high)
+        axes.plot(ends, (row, row), color=look.colour, linewidth=2)
+        for end in ends:
+            axes.plot((end, end), (row - 0.12, row + 0.12), color=look.colour, linewidth=2)
+    axes.plot([effect.centre], [row], marker=look.marker, markersize=9, color=look.colour)
+    below = [row + 0.28] * len(effect.differences)
+    axes.plot(effect.differences, below, "o", markersize=4.5, markerfacecolor=GROUND, color=look.colour)
+
+
+def _sentence(row: Row) -> str:
+    effect = row.effect
+    if effect.centre is None:
+        return f"{row.name}: {effect.note}."
+    interval = f" [{signed(effect.interval.low)}, {signed(effect.interval.high)}]" if effect.interval else ""
+    return f"{row.name}: {signed(effect.centre)}{interval}, {effect.word}."
+
+
+def _table(rows: Sequence[Row], seeds: Sequence[int], title: str) -> Table:
+    """Return the differences seed by seed; means and intervals stand in the main table."""
+    cells = []
+    for row in rows:
+        by_seed = dict(zip(row.effect.seeds, row.effect.differences, strict=True))
+        cells.append((row.name, *(signed(by_seed[s]) if s in by_seed else NOTHING for s in seeds)))
+    return Table(title, ("", *(f"seed {s}" for s in seeds)), tuple(cells))

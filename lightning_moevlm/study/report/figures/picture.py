@@ -1,0 +1,113 @@
+"""A picture that can be read three ways: as an image, as a sentence, as the table of its numbers.
+
+Figures are drawn once, black on white. As SVG everything black becomes the ink and everything white the ground of the
+reader's colour scheme, so that one picture serves a light and a dark page; as PNG it stays as it was drawn.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lightning_moevlm.study.report.tables.table import Table
+
+# Okabe and Ito (2008): told apart with any of the common colour deficiencies; its yellow is too pale for lines. All are
+# 3 : 1 or more against both grounds but the pale two, which markers tell apart as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+INK = "#000000"
+GROUND = "#ffffff"
+_MARKERS = "osD^vPX"
+WIDTH_INCHES = 8.0
+_DOTS_PER_INCH = 130
+FONT_POINTS = 10.0
+LETTERS_OF_ROW = 28
+"""Of an arm's name beside a row of a figure; a longer one is broken."""
+_LETTERS_BESIDE = 90  # of that size in a row of a figure
+_LETTERS_OF_MARK = 7  # so wide are a legend's line and the gaps around it
+# A page's colours. An SVG within a page takes its scheme from the page.
+_SCHEMES = (
+    ":root{--ink:#1c1f23;--ground:#fff;fill:var(--ink)}"
+    "@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--ground:#15181c}}"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure. name: file name without ending; alt: the sentence; table: the numbers behind it.
+
+    svg: for the page, in light and dark; png: for where SVG is not shown, on white.
+    """
+
+    name: str
+    title: str
+    alt: str
+    svg: bytes
+    png: bytes
+    table: Table
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn everywhere."""
+
+    colour: str
+    marker: str
+
+
+def looks(arms: tuple[str, ...], baseline: str) -> dict[str, Look]:
+    """Return a look for every arm: the baseline is of ink, the others go through colours, then markers."""
+    others = [arm for arm in arms if arm != baseline]
+    chosen = {}
+    for i, arm in enumerate(others):
+        turn = i // len(_COLOURS)  # with every turn through the colours the markers shift by one
+        chosen[arm] = Look(_COLOURS[i % len(_COLOURS)], _MARKERS[1 + (i + turn) % (len(_MARKERS) - 1)])
+    return {baseline: Look(INK, _MARKERS[0]), **chosen}
+
+
+def legend_columns(names: Sequence[str]) -> int:
+    """Return how many columns of a legend below a figure its width has room for, at most 5."""
+    longest = max(map(len, names), default=0)
+    return max(1, min(5, len(names), _LETTERS_BESIDE // (longest + _LETTERS_OF_MARK)))
+
+
+def wrapped(name: str, letters: int) -> str:
+    """Return a name broken after _, / and spaces into lines of at most so many letters, where its parts allow that."""
+    lines = [""]
+    for part in re.findall(r"[^_/ ]*[_/ ]*", name):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > letters:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def new_figure(height_inches: float) -> Figure:
+    """Return an empty figure of report width, without pyplot's global state."""
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained", facecolor=GROUND)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def picture_of(figure: Figure, name: str, title: str, alt: str, table: Table) -> Picture:
+    """Draw a figure."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
+    figure.set_layout_engine("none")  # where everything is has just been found; finding it takes most of the time
+    return Picture(name, title, alt, _svg_of(figure), png.getvalue(), table)
+
+
+def _svg_of(figure: Figure) -> bytes:
+    buffer = io.StringIO()
+    # A fixed salt: the same figure is the same file. Letters as outlines look alike wherever they are read.
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "moevlm"}):
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # without the reference to a schema on the network
+    text = re.sub(r"<metadata>.*?</metadata>\n?", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    for drawn, role in ((INK, "var(--ink)"), (GROUND, "var(--ground)")):
+        text = re.sub(rf"\b(fill|stroke): ?{drawn}\b", rf"\1: {role}", text, flags=re.IGNORECASE)
+    return text.replace("<defs>", f"<style>{_SCHEMES}</style>\n<defs>", 1).encode()

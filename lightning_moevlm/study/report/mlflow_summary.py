@@ -1,0 +1,53 @@
+"""The report in MLflow: one flat summary run per study, used again when the report is written again.
+
+MLflow's chart view cannot draw tables, nor what lies in artifacts of many runs, so the study's own report hangs on a
+run of its own (tag role=summary) with the verdicts as its description, tables and pictures as its artifacts.
+"""
+
+import json
+from pathlib import Path
+
+from lightning_moevlm.study.report.make_report import Report
+from lightning_moevlm.study.report.write_report import MARKDOWN_FILE, table_file
+from lightning_moevlm.study.run.mlflow_runs import ROLE, Experiment
+from lightning_moevlm.tracking.read.runs import find_runs
+
+ROLE_SUMMARY = "summary"
+_NOTE = "mlflow.note.content"
+_TABLES = "mlflow.loggedArtifacts"
+_ARTIFACTS = "report"
+_MANY_FINDINGS = 20  # MLflow cuts a description off at 8,000 characters
+
+
+def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
+    """Put the written report and its verdicts on the summary run and return that run's id.
+
+    Args:
+        experiment: The study's.
+        report: What was written.
+        folder: Where it was written.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(experiment.uri)
+    tags = {"sweep": experiment.name, ROLE: ROLE_SUMMARY}
+    found = find_runs(experiment.uri, experiment.name, tags)
+    if found:
+        run_id = found[0].run_id
+    else:
+        run = client.create_run(experiment.experiment_id, tags=tags, run_name=f"{experiment.name} summary")
+        run_id = str(run.info.run_id)
+    client.log_artifacts(run_id, str(folder), _ARTIFACTS)
+    tables = [{"path": f"{_ARTIFACTS}/{table_file(table)}", "type": "table"} for table in report.tables]
+    client.set_tag(run_id, _TABLES, json.dumps(tables))
+    study = report.result.comparison
+    rest = len(report.finding) - _MANY_FINDINGS
+    more = (f"... and {rest} more in the report",) if rest > 0 else ()
+    verdicts = "\n".join(f"- {line}" for line in (*report.finding[:_MANY_FINDINGS], *more, report.learned))
+    client.set_tag(
+        run_id, _NOTE, f"**{study.question}**\n\n{verdicts}\n\nSee artifacts, `{_ARTIFACTS}/{MARKDOWN_FILE}`."
+    )
+    client.set_tag(run_id, "complete", str(report.result.complete).lower())
+    client.set_experiment_tag(experiment.experiment_id, _NOTE, f"**{study.question}**\n\n{study.hypothesis}")
+    client.set_terminated(run_id, "FINISHED")
+    return run_id

@@ -1,0 +1,61 @@
+"""The ledger of costs: what an arm takes more than the baseline, in time per step and in memory, beside what it buys.
+
+Paired by seed, as effects are; time per step is that of training at the run's median throughput. Runs of one study
+share a machine, so the spread of the baseline's own time over seeds is the noise that an overhead has to stand out of.
+"""
+
+from lightning_moevlm.contracts.metric_keys import name_and_unit
+from lightning_moevlm.study.compare.arm_costs import ArmCost, costs_of
+from lightning_moevlm.study.compare.results import ArmResult, Mean, StudyResult
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, percent, signed, with_deviation
+
+
+def costs_table(result: StudyResult) -> Table | None:
+    """Return overhead beside effect, or None where no run has logged its speed."""
+    costs = costs_of(result)
+    if not any(cost.seconds or cost.memory for cost in costs):
+        return None
+    title, unit = name_and_unit(result.comparison.primary.metric)
+    effect = f"effect ({unit})" if unit else "effect"
+    columns = ("arm", "time per step (ms)", "more time", "peak memory (MiB)", "more memory", effect, "verdict")
+    rows = tuple(_row(arm, cost) for arm, cost in zip(result.arms, costs, strict=True))
+    base = next(cost for cost in costs if cost.arm == result.comparison.baseline)
+    notes = [
+        f"more: of {base.arm}'s, paired by seed, mean ± standard deviation; effect: on {title}, arm minus {base.arm}.",
+        *_noise("time per step", base.seconds),
+        *_noise("peak memory", base.memory),
+        "peak memory: of tensors on the GPU since training began; without a GPU of the whole process, libraries "
+        "included.",
+    ]
+    return Table("Costs beside effects", columns, rows, tuple(notes), essential=5, picture="pareto")
+
+
+def _row(arm: ArmResult, cost: ArmCost) -> tuple[str, ...]:
+    seconds = cost.seconds
+    milliseconds = seconds and Mean(
+        1e3 * seconds.mean, None if seconds.deviation is None else 1e3 * seconds.deviation, seconds.n
+    )
+    centre = arm.effect.centre if arm.effect else None
+    return (
+        arm.arm.name,
+        with_deviation(milliseconds, 1),
+        _signed(cost.more_time),
+        with_deviation(cost.memory, 1),
+        _signed(cost.more_memory),
+        NOTHING if centre is None else signed(centre),
+        arm.effect.word if arm.effect else str(arm.verdict),
+    )
+
+
+def _noise(what: str, mean: Mean | None) -> list[str]:
+    if mean is None or mean.deviation is None or not mean.mean:
+        return []
+    share = percent(mean.deviation / mean.mean)
+    return [f"noise: over seeds the baseline's own {what} varies by {share} (standard deviation / mean)."]
+
+
+def _signed(mean: Mean | None) -> str:
+    if mean is None:
+        return NOTHING
+    spread = f" ± {100 * mean.deviation:.1f}" if mean.deviation is not None else ""
+    return f"{100 * mean.mean:+.1f}{spread} %"

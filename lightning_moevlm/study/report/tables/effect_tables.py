@@ -1,0 +1,229 @@
+"""The numbers of a study as tables of text.
+
+One builder serves the terminal, Markdown and HTML, so that they cannot say different things.
+"""
+
+from collections import Counter
+
+from lightning_moevlm.common.durations import duration
+from lightning_moevlm.contracts.metric_keys import name_and_unit
+from lightning_moevlm.study.compare.results import ArmResult, StudyResult, rule_of
+from lightning_moevlm.study.declare.comparison import Correction, Test
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, of_seeds, percent, scaled, signed, with_deviation
+from lightning_moevlm.study.run.ledger import RunState
+from lightning_moevlm.study.statistics.effects import Effect
+from lightning_moevlm.study.statistics.verdict import Verdict
+
+_DECIDING: dict[Test, str] = {
+    "t": "the wider of the t and the bootstrap interval of the mean decides, with the paired t-test's p",
+    "wilcoxon": "Wilcoxon's signed ranks decide; effect and interval are of the centre (Hodges-Lehmann)",
+    "sign": "the sign test decides; effect and interval are of the median",
+}
+_CORRECTED: dict[Correction, str] = {
+    "none": "one comparison each, not corrected for their number",
+    "holm": "p is corrected for the number of comparisons (Holm), intervals are not",
+}
+
+
+def _why(state: RunState) -> str:
+    origin = state.taken_from.partition(" ")[0]  # without the id, which is a tag of the run
+    return "; ".join(filter(None, (state.reason, f"taken from {origin}" if origin else "")))
+
+
+def effects_table(result: StudyResult) -> Table:
+    """Return what the study found: final value, effect with interval, verdict."""
+    study = result.comparison
+    title, unit = name_and_unit(study.primary.metric)
+    interval = f"{100 * (1 - study.decide.alpha):g} % interval"
+    rule = rule_of(study)
+    p = "p (Holm)" if rule.correction == "holm" else "p"
+    columns = ("arm", "final", "effect", interval, "verdict", p, "seeds better", "seeds needed")
+    rows = tuple(_effect_row(arm) for arm in result.arms)
+    notes = [
+        f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
+        "standard deviation over seeds, (k of n): over k of n.",
+        f"effect: arm minus {study.baseline}, paired by seed; {_DECIDING[rule.test]}; {_CORRECTED[rule.correction]}.",
+        "seeds needed: for 80 % power of a single comparison by t, if effect and spread are as seen here; "
+        "told from 3 seeds on, up to 1,000.",
+    ]
+    if rule.within is not None:
+        notes.append(f"no difference: the whole interval lies within ±{rule.within:g}, below which none matters here.")
+    notes += [
+        f"guard: {guard.metric}, {guard.direction} is better, may get worse by at most {guard.at_most:g} on average."
+        for guard in study.guard
+    ]
+    notes += [f"{arm.arm.name}: {arm.effect.note}." for arm in result.arms if arm.effect and arm.effect.note]
+    return Table(f"Effect on {title}", columns, rows, tuple(notes), essential=5, picture="effects")
+
+
+def factors_table(result: StudyResult) -> Table | None:
+    """Return main effects and two-way interactions, or None where the design has none."""
+    if not result.factors:
+        return None
+    rule = rule_of(result.comparison)
+    interval = f"{100 * (1 - rule.alpha):g} % interval"
+    columns = ("factor", "effect", interval, "verdict", "p (Holm)" if rule.correction == "holm" else "p")
+    rows = tuple((one.name, *_contrast_cells(one.effect)) for one in result.factors)
+    title, _ = name_and_unit(result.comparison.primary.metric)
+    mains = [one.contrasts[0] for one in result.factors if len(one.contrasts) == 1]
+    notes = []
+    if any(contrast.is_switch for contrast in mains):
+        notes.append(
+            "a switch: mean over arms with it on minus mean with it off, by seed; the verdict is on turning it on."
+        )
+    levels = dict.fromkeys(contrast.told_other for contrast in mains if not contrast.is_switch)
+    if levels:
+        notes.append(f"a level: mean over arms at it minus mean over arms at {' or '.join(levels)}, by seed.")
+    notes.append("A x B: effect of A with B minus effect of A without it; 0 where the two add up.")
+    for fraction in result.comparison.design.fractions if result.comparison.design else ():
+        notes.append(
+            f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
+        )
+        notes += [f"{line}." for line in fraction.told()[1:]]
+    told: dict[str, list[str]] = {}  # names by note: a seed that is left out is so in every contrast
+    for one in result.factors:
+        told.setdefault(one.effect.note, []).append(one.name)
+    notes += [f"{', '.join(names)}: {note}." for note, names in told.items() if note]
+    return Table(
+        f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4, picture="factors"
+    )
+
+
+def learning_table(result: StudyResult) -> Table:
+    """Return what each arm learned, beside both baselines: the untrained model and the constant answer."""
+    title, _ = name_and_unit(result.comparison.primary.metric)
+    terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
+    columns = (
+        "arm",
+        "untrained",
+        "final",
+        *(f"accuracy {term} (majority)" for term in terms),
+        "learned",
+    )
+    rows = tuple(
+        (
+            arm.arm.name,
+            f"{arm.untrained.mean:.4f}" if arm.untrained else NOTHING,
+            f"{arm.final.mean:.4f}{of_seeds(arm.final, arm.planned)}" if arm.final else _no_final(arm),
+            *(_accuracy(arm, term) for term in terms),
+            _learned(arm),
+        )
+        for arm in result.arms
+    )
+    notes = (
+        f"untrained, final: {title}, mean over seeds. learned: in how many seeds final is ahead of untrained.",
+        "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
+    )
+    return Table("Has anything been learned?", columns, rows, notes, picture="accuracy")
+
+
+def models_table(result: StudyResult) -> Table:
+    """Return what the arms are and cost: size, compute, speed, runs."""
+    columns = (
+        "arm",
+        "parameters",
+        "active",
+        "active FLOPs",
+        "samples/s",
+        "time/run",
+        "finished",
+        "diverged",
+        "failed",
+    )
+    rows = tuple(
+        (
+            arm.arm.name,
+            *_sizes(arm),
+            with_deviation(arm.samples_per_second, 0),
+            duration(arm.seconds.mean) if arm.seconds else NOTHING,
+            f"{arm.finished}/{arm.planned}",
+            str(arm.diverged),
+            str(arm.failed),
+        )
+        for arm in result.arms
+    )
+    notes = (
+        "active FLOPs: forward, per sample. parameters and FLOPs are the backbone's, without heads.",
+        "samples/s and time depend on what else ran on the machine; runs of one sweep share it.",
+        *_notes_on_taken(result),
+        *(f"{arm.arm.name}: its runs tell no model that can be built here." for arm in result.arms if not arm.card),
+    )
+    return Table("Models and cost", columns, rows, notes, picture="pareto")
+
+
+def also_table(result: StudyResult) -> Table | None:
+    """Return the last values of the study's other metrics, or None where it names none."""
+    if not result.comparison.also:
+        return None
+    units = {key: name_and_unit(key)[1] for key in result.comparison.also}
+    columns = ("arm", *(f"{key} ({unit})" if unit else key for key, unit in units.items()))
+    rows = tuple((arm.arm.name, *(with_deviation(arm.also.get(key), 4) for key in units)) for arm in result.arms)
+    return Table("Also measured, mean ± standard deviation over seeds", columns, rows)
+
+
+def answer_table(result: StudyResult) -> Table:
+    """Return the one table that answers: of factors where the design crosses them, else of arms."""
+    return factors_table(result) or effects_table(result)
+
+
+def _notes_on_taken(result: StudyResult) -> tuple[str, ...]:
+    """Return which runs were not trained for this study."""
+    origins = [run.state.taken_from for arm in result.arms for run in arm.runs if run.state.taken_from]
+    total = sum(len(arm.runs) for arm in result.arms)
+    counts = Counter(origin.partition("/")[0] for origin in origins)
+    return tuple(
+        f"{count} of {total} runs were trained for study {study} and taken from there; their times are of then."
+        for study, count in counts.items()
+    )
+
+
+def _sizes(arm: ArmResult) -> tuple[str, str, str]:
+    card = arm.card
+    if card is None:
+        return NOTHING, NOTHING, NOTHING
+    return scaled(card.total_parameters), scaled(card.active_parameters), scaled(card.active_flops_per_sample)
+
+
+def _effect_row(arm: ArmResult) -> tuple[str, ...]:
+    final = with_deviation(arm.final, 4) + of_seeds(arm.final, arm.planned) if arm.final else _no_final(arm)
+    effect = arm.effect
+    if effect is None:
+        return (arm.arm.name, final, NOTHING, NOTHING, str(arm.verdict), NOTHING, NOTHING, NOTHING)
+    better = None if effect.share_better is None else round(effect.share_better * len(effect.seeds))
+    return (
+        arm.arm.name,
+        final,
+        NOTHING if effect.centre is None else signed(effect.centre),
+        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
+        effect.word,
+        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
+        NOTHING if better is None else f"{better} of {len(effect.seeds)}",
+        NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
+    )
+
+
+def _contrast_cells(effect: Effect) -> tuple[str, ...]:
+    return (
+        NOTHING if effect.centre is None else signed(effect.centre),
+        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
+        effect.word,
+        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
+    )
+
+
+def _no_final(arm: ArmResult) -> str:
+    if arm.verdict is Verdict.STOPPED_EARLY:
+        return str(arm.verdict)
+    return "diverged" if arm.diverged else NOTHING
+
+
+def _learned(arm: ArmResult) -> str:
+    done = arm.finished + arm.diverged
+    return f"{arm.learned} of {done} seeds" if done and arm.untrained else NOTHING
+
+
+def _accuracy(arm: ArmResult, term: str) -> str:
+    if term not in arm.accuracy:
+        return NOTHING
+    majority = f" ({percent(arm.majority[term].mean)})" if term in arm.majority else ""
+    return percent(arm.accuracy[term].mean) + majority

@@ -1,0 +1,21 @@
+"""Builds the table of runs that `compare` reads from MLflow."""
+
+from lightning_moevlm.study.compare.logged_runs import changes_of
+from lightning_moevlm.study.compare.results import StudyResult
+from lightning_moevlm.study.report.tables.table import NOTHING, Table
+from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS
+
+
+def runs_table(result: StudyResult) -> Table:
+    """Return which runs make the arms and what sets these apart from the baseline."""
+    changes = changes_of(result)
+    rows = tuple(
+        (
+            arm.arm.name,
+            ", ".join(f"{r.seed}: {(r.state.run_id or NOTHING)[:SHOWN_DIGITS]}" for r in arm.runs),
+            "\n".join(f"{key}: {value}" for key, value in changes[arm.arm.name].items()) or NOTHING,
+        )
+        for arm in result.arms
+    )
+    columns = ("arm", "seed: run", f"difference from {result.comparison.baseline}")
+    return Table("What is compared", columns, rows, ("from the configurations that the runs have logged.",))

@@ -1,0 +1,112 @@
+"""Builds the tables of `sweep plan` and `sweep status`."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from lightning_moevlm.common.durations import duration
+from lightning_moevlm.study.compare.known_runs import KnownRuns
+from lightning_moevlm.study.declare.fraction import Fraction
+from lightning_moevlm.study.plan.baseline_pin import baseline_digest
+from lightning_moevlm.study.plan.plan_study import flat
+from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
+from lightning_moevlm.study.report.tables.effect_tables import _why
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, scaled
+from lightning_moevlm.study.run.ledger import RunState
+from lightning_moevlm.study.run.probe import NUM_STEPS, Probe
+
+
+def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> Table:
+    """Return where every run stands, on a cluster by the cluster's name of its job too."""
+    on_cluster = any(state.job for _, state in ledger)
+    rows = tuple(
+        (
+            run.name,
+            str(state.status),
+            NOTHING if state.seconds is None else duration(state.seconds),
+            str(state.attempts),
+            state.run_id or NOTHING,
+            *((state.job or NOTHING,) if on_cluster else ()),
+            _why(state) or NOTHING,
+        )
+        for run, state in ledger
+    )
+    counts = Counter(str(state.status) for _, state in ledger)
+    total = ", ".join(f"{count} {word}" for word, count in counts.items())
+    job = ("job",) if on_cluster else ()
+    columns = ("run", "status", "time", "attempts", "MLflow run", *job, "why")
+    return Table(plan.comparison.name, columns, rows, (total,))
+
+
+def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -> Table:
+    """Return the arms with their differences from the base, the size of their models and, probed, their times."""
+    first = {run.arm: run for run in reversed(plan.runs)}
+    minutes = plan.study.budget.minutes
+    rows = []
+    for arm in plan.comparison.arms:
+        card = plan.cards[arm.name]
+        sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
+        changes = "\n".join(f"{key}: {_shown(value)}" for key, value in flat(arm.changes).items())
+        times: tuple[str, ...] = ()
+        if probes:
+            probe = probes[arm.name]
+            times = (f"{1e3 * probe.step:.0f} ms", duration(probe.run_seconds(first[arm.name], minutes)))
+        rows.append((arm.name, *(scaled(size) for size in sizes), *times, changes or NOTHING))
+    timed = ("time/step", "time/run") if probes else ()
+    columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
+    shared = ", ".join(f"{key}: {_shown(value)}" for key, value in flat(plan.study.all_arms).items())
+    notes: tuple[str, ...] = (f"all arms, over the base: {shared}.",) if shared else ()
+    if probes:
+        total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
+        notes += (
+            f"estimated: {duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
+            f"{NUM_STEPS} steps of each arm, without tracking and checkpoints.",
+        )
+    return Table(f"{plan.comparison.name}: {plan.comparison.question}", columns, tuple(rows), notes)
+
+
+def plan_table(plan: Plan, statuses: dict[str, str], known: KnownRuns | None = None) -> Table:
+    """Return every planned run with its identity. statuses: by run folder; known: runs in other studies."""
+    taken = known.taken if known else {}
+    known_as = {folder: f"known from {one.study}" for folder, one in taken.items()}
+    shown = statuses | known_as
+    rows = tuple((run.name, run.digest, shown[run.folder], str(plan.run_folder(run))) for run in plan.runs)
+    study = plan.comparison
+    notes = (
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each; decided by "
+        f"{study.primary.metric}, {study.primary.direction} is better.",
+        f"diverged: {study.diverged.rule}.",
+        *(f"{line}." for line in (known.told(len(plan.runs)) if known else ())),
+        *(("`sweep run` takes the results of known runs; with --reuse=false it trains them again.",) if taken else ()),
+        *_notes_on_baseline(plan),
+        *_notes_on_length(plan),
+        *(line for fraction in _fractions(plan) for line in fraction.told()),
+    )
+    return Table("Runs", ("run", "digest", "status", "folder"), rows, notes, essential=3)
+
+
+def _notes_on_baseline(plan: Plan) -> tuple[str, ...]:
+    digest = baseline_digest(plan)
+    if digest is None:
+        return ()
+    if plan.study.pin is not None:
+        return (f"baseline: {digest}, pinned.",)
+    return (f"baseline: {digest}; with `baseline_digest: '{digest}'` a study file refuses one that has changed.",)
+
+
+def _notes_on_length(plan: Plan) -> tuple[str, ...]:
+    """Return what a reader must know where runs are not of one number of steps."""
+    steps = {run.arm: run.max_steps for run in plan.runs}
+    if None in steps.values():
+        return ("the clock ends the runs: they stop at different steps, and what they reach depends on the machine.",)
+    if len(set(steps.values())) == 1:
+        return () if plan.study.budget.max_steps is not None else (f"{next(iter(steps.values()))} steps each.",)
+    return (f"steps: {', '.join(f'{arm} {count}' for arm, count in steps.items())}.",)
+
+
+def _fractions(plan: Plan) -> tuple[Fraction, ...]:
+    return plan.comparison.design.fractions if plan.comparison.design else ()
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)

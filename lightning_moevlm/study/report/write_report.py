@@ -1,0 +1,118 @@
+"""Writes a report to disk: HTML, Markdown, CSV tables and JSON records."""
+
+import base64
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.compare.results import StudyResult
+from lightning_moevlm.study.report.result_records import arm_record, factor_records, ladder_records, unlike_records
+from lightning_moevlm.study.report.tables.table import Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+from lightning_moevlm.study.report.make_report import Report
+from lightning_moevlm.study.report.tables.table import verdict_of
+
+HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER = "report.html", "report.md", "tables"
+
+Records = Literal["arms", "factors", "learning_rates", "fairness"]
+
+RECORDS_FILES: dict[Records, str] = {
+    "arms": "report.json",
+    "factors": "factors.json",
+    "learning_rates": "learning_rates.json",
+    "fairness": "fairness.json",
+}
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write HTML, Markdown, pictures and records into a folder, replacing what was there; return the HTML file.
+
+    The folder is taken away with all that is in it: where a user names it, ask `refuse_other_folder` first.
+    """
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for picture in report.pictures:
+        (beside / f"{picture.name}.png").write_bytes(picture.png)
+    (beside / HTML_FILE).write_text(_render("report.html.j2", report), encoding="utf-8")
+    (beside / MARKDOWN_FILE).write_text(_render("report.md.j2", report), encoding="utf-8")
+    (beside / TABLES_FOLDER).mkdir()
+    for table in report.tables:
+        (beside / table_file(table)).write_text(json.dumps(_as_columns(table)) + "\n", encoding="utf-8")
+    for kind, records in records_of(report.result).items():
+        (beside / RECORDS_FILES[kind]).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.replace(folder)
+    return folder / HTML_FILE
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Refuse to put a report in the place of anything but a report.
+
+    Raises:
+        UserError: the folder holds something else, or it is a file.
+    """
+    if not folder.exists():
+        return
+    own = {HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER, *RECORDS_FILES.values()}
+    others = [] if folder.is_dir() else [folder.name]
+    others = others or [entry.name for entry in folder.iterdir() if entry.name not in own and entry.suffix != ".png"]
+    if others:
+        raise UserError(
+            f"{folder} holds {sorted(others)[0]!r}, which is no part of a report, and a report takes the place of its "
+            "folder; name a new folder"
+        )
+
+
+def table_file(table: Table) -> str:
+    """Return where in the report's folder a table lies as JSON of columns and rows, which MLflow shows as a table."""
+    name = re.sub(r"[^a-z0-9]+", "_", table.title.lower()).strip("_")
+    return f"{TABLES_FOLDER}/{name}.json"
+
+
+def _as_columns(table: Table) -> dict[str, object]:
+    return {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
+
+
+def records_of(result: StudyResult) -> dict[Records, list[dict[str, object]]]:
+    """Return the records of every table, by kind; most tables are made of those of arms."""
+    return {
+        "arms": [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms],
+        "factors": [dataclasses.asdict(record) for record in factor_records(result)],
+        "learning_rates": [dataclasses.asdict(record) for record in ladder_records(result)],
+        "fairness": [dataclasses.asdict(record) for record in unlike_records(result)],
+    }
+
+
+def _breakable(name: str) -> "Markup":
+    """Return a name as HTML that may be broken after each _ and / that it has; what is copied is the name."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[_/])(?=[^_/])", "<wbr>", str(escape(name))))
+
+
+def _render(template: str, report: Report) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=template.startswith("report.html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    environment.filters["verdict_class"] = lambda cell: verdict_of(cell).replace(" ", "-")
+    environment.filters["breakable"] = _breakable
+    environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
+    return environment.get_template(template).render(
+        report=report, result=report.result, study=report.result.comparison
+    )

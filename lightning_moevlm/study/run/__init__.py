@@ -1,0 +1,1 @@
+"""Executes the runs of a plan and records their outcome."""

@@ -1,0 +1,113 @@
+"""Processes of this machine, a bounded number at once: one per GPU, or a share of the cores each."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_moevlm.common.process_tuning import usable_cores
+from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require_at_least
+from lightning_moevlm.study.run.engines.forks import Fork, ForkServer
+from lightning_moevlm.study.run.processes.child_process import Child, Ended, end_children, start_of
+from lightning_moevlm.study.run.processes.command_line import own_words, share_environment
+from lightning_moevlm.study.run.processes.run_files import open_log
+
+SERVER_LOG = "fork_server.txt"
+
+
+class LocalEngine(Engine):
+    """Runs jobs as processes of this machine; they end with this program.
+
+    Args:
+        num_gpus: GPUs to spread the jobs over, one each; null takes all, 0 leaves them to the CPU.
+        fork: Fork them from one process that has imported what they need, which spares each the seconds that this
+            takes. Only on Linux and without GPUs, which a fork cannot take over; false starts each as a new program.
+    """
+
+    name = "local"
+    poll_seconds = 0.02
+
+    def __init__(self, num_gpus: int | None = None, fork: bool = True) -> None:
+        require_at_least(0, num_gpus=num_gpus)
+        self._num_gpus = num_gpus
+        self._jobs = 0
+        self._gpus = 0
+        self._fork = fork and sys.platform == "linux"
+        self._folder = Path()
+        self._server: ForkServer | None = None
+        self._served: tuple[Mapping[str, str], Path] | None = None  # environment and folder of the server
+        self._busy: dict[str, tuple[int, Child]] = {}  # by ticket: slot and process
+
+    def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
+        """Return one job per GPU, or, without a GPU, one per core, unless it is told otherwise."""
+        self._gpus = _visible_gpus() if self._num_gpus is None else self._num_gpus
+        self._jobs = min(jobs or self._gpus or usable_cores(), max(1, waiting))
+        self._fork = self._fork and not self._gpus
+        self._folder = folder
+        return self._jobs
+
+    def submit(self, job: Job) -> Handle:
+        """Start a process in the first free slot."""
+        taken = {slot for slot, _ in self._busy.values()}
+        slot = next(slot for slot in range(self._jobs) if slot not in taken)
+        env = {**share_environment(os.environ, self._jobs, usable_cores(), slot, self._gpus), **job.environment}
+        child, lives_with = self._started(job, env)
+        self._busy[job.ticket] = slot, child
+        return Handle(lives_with, start_of(lives_with) or child.started)
+
+    def attach(self, ticket: str, job: str) -> bool:
+        """Return False: a process of an earlier program has ended with it."""
+        return False
+
+    def poll(self, ticket: str) -> Ended | None:
+        """Return how the process ended."""
+        process = (child := self._busy[ticket][1]).process
+        ended = child.poll()
+        if ended is None:
+            return None
+        del self._busy[ticket]
+        # what a fork waited for, the imports of its server, is no time of its own
+        began = process.began if isinstance(process, Fork) else None
+        return ended if began is None else replace(ended, started=began)
+
+    def cancel(self, tickets: Sequence[str]) -> None:
+        """End processes, all at once."""
+        end_children([self._busy[ticket][1] for ticket in tickets])
+
+    def close(self) -> None:
+        """Let the fork server go; what was started has been waited for."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _started(self, job: Job, env: Mapping[str, str]) -> tuple[Child, int]:
+        """Return the job's process, and the number of the one that it lives and dies with."""
+        words = own_words(job.command)
+        server = None if words is None else self._server_for(job, env, words)
+        if server is None or words is None:
+            child = Child.start(job.command, env, job.log, job.timeout_seconds, job.folder)
+            return child, child.process.pid or 0
+        log = open_log(job.log, job.command)
+        server.begin(job.ticket, words, job.log)
+        fork = Fork(server, job.ticket, job.command, env, job.folder, log)
+        return Child(fork, log, time.time(), job.timeout_seconds), server.pid
+
+    def _server_for(self, job: Job, env: Mapping[str, str], words: Sequence[str]) -> ForkServer | None:
+        """Return the fork server, started with the first job; None where the job is to be a program of its own."""
+        if self._server is not None and self._server.is_gone:
+            self._fork = self._fork and self._server.has_served  # one that cannot start is not started again
+            self.close()
+        if not self._fork:
+            return None
+        if self._server is None:
+            self._server = ForkServer(words, env, job.folder, self._folder / SERVER_LOG)
+            self._served = env, job.folder
+        return self._server if self._served == (env, job.folder) else None
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

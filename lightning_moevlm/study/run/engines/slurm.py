@@ -1,0 +1,227 @@
+"""Jobs of a SLURM cluster, through submitit: they outlive this program, and the next sweep waits for them.
+
+SLURM stops jobs (time limit, preemption, a node that fails) and starts them again; a job that comes back goes on from
+its last checkpoint in the same MLflow run. One that had none yet is handed back and starts anew in a new MLflow run.
+Nodes need this package, the same folders, and the MLflow store: best a server.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from shutil import which
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require, require_at_least
+from lightning_moevlm.study.run.engines.tickets import NOBODY, Tickets
+from lightning_moevlm.study.run.engines.worker import NO_CHECKPOINT, carry_out
+from lightning_moevlm.study.run.processes.child_process import Ended, is_alive
+from lightning_moevlm.study.run.processes.run_files import last_checkpoint
+
+if TYPE_CHECKING:
+    import submitit
+
+_LOST = Ended(None, "ended by the cluster")
+_CANCEL_SECONDS = 60.0  # SLURM waits 30 s between asking and making, unless it is set otherwise
+_WARNING_SECONDS = 90  # between the signal and the end of a job's time
+_LOGS = "submitit"
+
+
+class SlurmEngine(Engine):
+    """Runs jobs on a SLURM cluster; they outlive this program.
+
+    Args:
+        partition: Where to run; null is the cluster's default.
+        minutes: Time limit of one job; one that reaches it is started again and goes on.
+        cpus: Cores of one run, and its number of threads.
+        gpus: GPUs of one run.
+        mem_gb: Memory of one run, GB; null is the cluster's default.
+        account: Who pays; null is the user's default.
+        qos: Quality of service; null is the default.
+        restarts: How often a job that reached its time limit is started again.
+        cluster: "local" runs the jobs on this machine, to try things out.
+    """
+
+    name = "slurm"
+    poll_seconds = 1.0
+
+    def __init__(
+        self,
+        partition: str | None = None,
+        minutes: int = 24 * 60,
+        cpus: int = 4,
+        gpus: int = 0,
+        mem_gb: float | None = None,
+        account: str | None = None,
+        qos: str | None = None,
+        restarts: int = 10,
+        cluster: Literal["slurm", "local"] = "slurm",
+    ) -> None:
+        require("submitit", "slurm", "the engine slurm")
+        require_at_least(1, minutes=minutes, cpus=cpus, mem_gb=mem_gb)
+        require_at_least(0, gpus=gpus, restarts=restarts)
+        if cluster == "slurm" and which("srun") is None:
+            raise UserError(
+                "this machine has no srun, so it does not belong to a SLURM cluster; run this where sbatch works, "
+                "or give --engine.cluster local to try the jobs here"
+            )
+        self._options: dict[str, Any] = {
+            "slurm_partition": partition,
+            "slurm_account": account,
+            "slurm_qos": qos,
+            "slurm_signal_delay_s": _WARNING_SECONDS,
+            "slurm_additional_parameters": {"requeue": True},
+            "timeout_min": minutes,
+            "cpus_per_task": cpus,
+            "gpus_per_node": gpus,
+            "mem_gb": mem_gb,
+        }
+        self._cpus = cpus
+        self._restarts = restarts
+        self._cluster = cluster
+        self._folder = Path()
+        self._executor: submitit.AutoExecutor | None = None
+        self._jobs: dict[str, submitit.Job[None] | int] = {}  # by ticket; a number: a process that is not our child
+
+    def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
+        """Return as many jobs as there are: the cluster has a queue; on this machine one per run's cores."""
+        import submitit
+
+        self._folder = folder.absolute()
+        self._executor = submitit.AutoExecutor(
+            folder=self._folder / _LOGS, cluster=self._cluster, slurm_max_num_timeout=self._restarts
+        )
+        known = {name: value for name, value in self._options.items() if value is not None}
+        self._executor.update_parameters(**known)
+        here = max(1, (os.cpu_count() or 1) // self._cpus)  # submitit's own queue for this machine has no end
+        return min(jobs or (waiting if self._cluster == "slurm" else here), max(1, waiting))
+
+    def submit(self, job: Job) -> Handle:
+        """Hand a job to the cluster. Its environment goes with it and not into a file: it may hold a password."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        assert self._executor is not None
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._cpus))}
+        self._executor.update_parameters(name=job.name)
+        try:
+            with _environment({**threads, **job.environment}):
+                submitted = self._executor.submit(_Work(replace(job, environment={}), self._folder))
+        except (FailedJobError, FailedSubmissionError) as error:
+            if Tickets(self._folder).take(job.ticket, NOBODY) is None:  # should it begin after all, it will leave
+                raise UserError(f"sbatch refused the job: {_last_line(error)}") from error
+            raise
+        self._jobs[job.ticket] = submitted
+        return Handle(job=str(submitted.job_id))
+
+    def attach(self, ticket: str, job: str) -> bool:
+        """Return whether the cluster still has the job, or it has ended with a word."""
+        import submitit
+
+        if not job:  # the ledger was not told: whoever has the ticket is the job
+            job = Tickets(self._folder).take(ticket, NOBODY) or NOBODY
+            if job == NOBODY:
+                return False
+        if self._cluster == "local":
+            self._jobs[ticket] = int(job)
+        else:
+            self._jobs[ticket] = submitit.SlurmJob(self._folder / _LOGS, job)
+        return True
+
+    def poll(self, ticket: str) -> Ended | None:
+        """Return what the job wrote down, or that the cluster ended it."""
+        tickets = Tickets(self._folder)
+        ended = tickets.ended(ticket)
+        if ended is None and self._is_over(ticket):
+            ended = tickets.ended(ticket) or _LOST  # written between the two questions
+        if ended is not None:
+            del self._jobs[ticket]
+        return ended
+
+    def cancel(self, tickets: Sequence[str]) -> None:
+        """Cancel jobs, and wait until the cluster says that they are over."""
+        for ticket in tickets:
+            job = self._jobs[ticket]
+            if not isinstance(job, int):
+                job.cancel(check=False)
+            elif _is_controller(job):
+                os.kill(job, signal.SIGINT)
+        left, end = list(tickets), time.monotonic() + _CANCEL_SECONDS
+        while left and time.monotonic() < end:
+            time.sleep(self.poll_seconds)
+            left = [ticket for ticket in left if not self._is_over(ticket, at_once=True)]
+
+    def close(self) -> None:
+        """Do nothing: jobs are left to the cluster."""
+
+    def _is_over(self, ticket: str, at_once: bool = False) -> bool:
+        job = self._jobs[ticket]
+        return not _is_controller(job) if isinstance(job, int) else bool(job.done(force_check=at_once))
+
+
+class _Work:
+    """What submitit calls on a node."""
+
+    def __init__(self, job: Job, tickets: Path) -> None:
+        self.job = job
+        self.tickets = tickets
+
+    def __call__(self) -> None:
+        import submitit
+
+        signal.signal(signal.SIGTERM, _leave)  # submitit lets it pass, and the run would be killed in its tracks
+        try:
+            carry_out(self.job, self.tickets, submitit.JobEnvironment().job_id)
+        except Exception as error:  # the cluster's own ends are none: they go through
+            stopped_early = isinstance(error, submitit.core.utils.UncompletedJobError) and not self._has_checkpoint()
+            Tickets(self.tickets).end(self.job.ticket, NO_CHECKPOINT if stopped_early else Ended(1, _last_line(error)))
+            raise
+
+    def checkpoint(self) -> "submitit.helpers.DelayedSubmission | None":
+        """Return what is to be called when the job has been started again; None: it cannot go on anywhere.
+
+        Called by submitit in the signal handler; the run ends when this program does, right after.
+        """
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(_Work(self.job, self.tickets)) if self._has_checkpoint() else None
+
+    def _has_checkpoint(self) -> bool:
+        return last_checkpoint(*self.job.checkpoints) is not None
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _is_controller(pid: int) -> bool:
+    """Return whether submitit's program that runs a job on this machine is alive."""
+    try:
+        process = psutil.Process(pid)
+        return is_alive(process) and "submitit.local._local" in process.cmdline()
+    except (psutil.NoSuchProcess, ValueError):
+        return False
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("sbatch:")] or lines or [type(error).__name__]
+    return told[-1]
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,55 @@
+"""Which attempt at a run may begin, and how it ended, as files that every machine of a cluster sees.
+
+A job is handed to a cluster in two steps, and the program that does it may be killed between them: the cluster has the
+job, the ledger does not know. So each attempt has a ticket, and whoever takes it first has it for good: the job as it
+begins, or the next program, which then knows that the job will find it gone and leave. Never do two attempts run.
+"""
+
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.study.run.processes.child_process import Ended
+
+NOBODY = "nobody"
+
+
+@dataclass(frozen=True)
+class Tickets:
+    """The tickets of a study; folder: where they are."""
+
+    folder: Path
+
+    def take(self, ticket: str, owner: str) -> str | None:
+        """Take a ticket, at once or not at all; return None, or who has taken it before."""
+        file = self._taken(ticket)
+        mine = file.with_name(f".{ticket}.{uuid.uuid4().hex}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine.write_text(owner, encoding="utf-8")
+        try:
+            os.link(mine, file)  # a link is there with its whole text, or it is not there
+        except FileExistsError:
+            return file.read_text(encoding="utf-8")
+        finally:
+            mine.unlink()
+        return None
+
+    def end(self, ticket: str, ended: Ended) -> None:
+        """Write how an attempt ended."""
+        write_whole(self._ended(ticket), json.dumps(asdict(ended)) + "\n")
+
+    def ended(self, ticket: str) -> Ended | None:
+        """Return how an attempt ended, or None while nothing has been written."""
+        try:
+            return Ended(**json.loads(self._ended(ticket).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def _taken(self, ticket: str) -> Path:
+        return self.folder / f"{ticket}.taken"
+
+    def _ended(self, ticket: str) -> Path:
+        return self.folder / f"{ticket}.json"

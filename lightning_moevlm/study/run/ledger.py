@@ -1,0 +1,217 @@
+"""What has happened to each run, on disk, readable after any crash.
+
+One `state.json` per run folder, always replaced as a whole (written beside, flushed, renamed). A run that says
+`running` while its process is gone was interrupted; nothing needs to be cleaned up for that to be seen. One that a
+cluster runs has no process here: it stays `running` until the next `sweep run` has asked the cluster.
+A lock per study keeps two sweeps of the same study apart; the system frees it when its holder dies.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+import filelock
+import psutil
+
+from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
+from lightning_moevlm.study.run.processes.child_process import is_alive
+
+STATE_FILE = "state.json"
+_STORE_FILE = "tracking.txt"
+
+
+class Status(StrEnum):
+    """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run.
+
+    STOPPED was ended by the study's rule for hopeless arms: it has no result and needs none. ENDED is to be judged: its
+    process has ended, and the store has not answered since.
+    """
+
+    PLANNED = "planned"
+    RUNNING = "running"
+    ENDED = "ended"
+    INTERRUPTED = "interrupted"
+    FINISHED = "finished"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+    STOPPED = "stopped early"
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the run went to its end."""
+        return self in (Status.FINISHED, Status.DIVERGED)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to run."""
+        return self.has_result or self is Status.STOPPED
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run's entry.
+
+    run_id: its one run in MLflow. pid, pid_started: the process on this machine that it lives and dies with, and its
+    start (seconds since 1970), which together name a process for good. started, ended: of the latest attempt, seconds
+    since 1970. attempts: how often it was started. reason: why it failed or what made it diverge. log_tail: last lines
+    of a crashed run's log. engine, ticket, job: who runs the latest attempt, what we call that attempt, and what the
+    cluster calls it. taken_from: the run of another study that it is a copy of, not trained here; see `known_runs`.
+    """
+
+    status: Status = Status.PLANNED
+    run_id: str | None = None
+    pid: int | None = None
+    pid_started: float | None = None
+    started: float | None = None
+    ended: float | None = None
+    attempts: int = 0
+    exit_code: int | None = None
+    reason: str = ""
+    log_tail: tuple[str, ...] = ()
+    engine: str = "local"
+    ticket: str = ""
+    job: str = ""
+    taken_from: str = ""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a cluster has it, which only the cluster can tell the end of."""
+        return self.status is Status.RUNNING and self.engine != "local" and self.pid is None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the latest attempt, or None while it has no end."""
+        return self.ended - self.started if self.ended is not None and self.started is not None else None
+
+
+def read_state(folder: Path) -> RunState:
+    """Return the state kept in a run's folder: planned without a file, interrupted where it `runs` without a process.
+
+    Raises:
+        UserError: where the file cannot be read, or is no state of ours (edited by hand).
+    """
+    file = folder / STATE_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return RunState()
+    except OSError as error:
+        told = f"{file} cannot be read: {error.strerror}; mend that, or remove the folder to run this again"
+        raise UserError(told) from error
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON ({error}); remove the folder to run this again") from error
+    try:
+        raw["status"] = Status(raw["status"])
+        raw["log_tail"] = tuple(raw["log_tail"])
+        state = RunState(**raw)
+        _check_types(state)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
+    if state.status is Status.RUNNING and not state.is_elsewhere and living_process(state) is None:
+        return dataclasses.replace(state, status=Status.INTERRUPTED)
+    return state
+
+
+def _check_types(state: RunState) -> None:
+    """Refuse values that nobody could count with, before they are met in the middle of a sweep.
+
+    Raises:
+        TypeError: names the key.
+    """
+    for name, annotation in get_type_hints(RunState).items():
+        value = getattr(state, name)
+        kinds = tuple(get_origin(kind) or kind for kind in get_args(annotation) or (annotation,) if kind is not ...)
+        if get_origin(annotation) is tuple:
+            good = all(isinstance(line, str) for line in value)
+        else:
+            good = isinstance(value, kinds) or (float in kinds and type(value) is int)
+        if not good:
+            raise TypeError(f"{name} is {value!r}")
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Replace a run's state as a whole."""
+    write_whole(folder / STATE_FILE, json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+
+
+def read_ledger(plan: Plan) -> list[tuple[PlannedRun, RunState]]:
+    """Return every planned run with its state, in the plan's order."""
+    return [(run, read_state(plan.run_folder(run))) for run in plan.runs]
+
+
+def check_store(folder: Path, uri: str) -> None:
+    """Make sure that a study's runs are looked for where they are: a changed address would make them look lost.
+
+    Raises:
+        UserError: where the study's runs are in another store.
+    """
+    file, here = folder / _STORE_FILE, without_url_secrets(uri)
+    if file.exists() and (before := file.read_text(encoding="utf-8").strip()) != here:
+        raise UserError(
+            f"the runs of this study are in {before}, but the tracking URI is now {here}: set it back "
+            f"(MLFLOW_TRACKING_URI), or remove {folder} to run everything again"
+        )
+
+
+def keep_store(folder: Path, uri: str) -> None:
+    """Remember in which MLflow store a study's runs are, secrets masked."""
+    write_whole(folder / _STORE_FILE, without_url_secrets(uri) + "\n")
+
+
+def living_process(state: RunState) -> psutil.Process | None:
+    """Return the process that a state names, or None where it is gone (or its number now belongs to another)."""
+    if state.pid is None or state.pid_started is None:
+        return None
+    try:
+        process = psutil.Process(state.pid)
+        same = abs(process.create_time() - state.pid_started) < 1.0
+        return process if same and is_alive(process) else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+@contextlib.contextmanager
+def hold_study(folder: Path) -> Iterator[None]:
+    """Hold a study alone while the block runs.
+
+    Raises:
+        UserError: where another `sweep run` holds it (says which process on which machine since when), or the folder
+            cannot be written.
+    """
+    owner = folder / "owner.json"
+    lock = filelock.FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserError(
+            f"{folder}: another `sweep run` of this study is at work ({_owner(owner)}); wait for it or end it first"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; a sweep keeps its state there") from error
+    try:
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_whole(owner, json.dumps(me) + "\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(file: Path) -> str:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {told['pid']} on {told['host']} since {told['since']}"
+    except (OSError, ValueError, KeyError):  # it has the lock and is about to write who it is
+        return "just started"

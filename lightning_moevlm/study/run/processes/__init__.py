@@ -1,0 +1,1 @@
+"""Starts one run as a process: command line, files, signals."""

@@ -1,0 +1,222 @@
+"""One run as a process: the public command line, its environment, its log, its clean end.
+
+A child is a session of its own, so Ctrl-C in the terminal reaches the sweep alone, which then ends its children in
+order. If the sweep itself is killed, the system ends them (Linux); elsewhere the next `sweep run` does.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Protocol
+
+import psutil
+
+from lightning_moevlm.study.run.processes.run_files import open_log
+
+PATIENCE_SECONDS = 30.0
+"""How long a process that was asked to end may take: it finishes its step and writes a checkpoint."""
+_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # what a run saves upon: callbacks/stop_by_signal.py
+_LOOK_SECONDS = 0.01
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run's process ended.
+
+    code: exit code, negative: the signal that ended it; None: whoever ran it was stopped, and it may go on from its
+    last checkpoint. reason: why we ended it, or "". started, ended: seconds since 1970; None where nobody could look.
+    """
+
+    code: int | None
+    reason: str = ""
+    started: float | None = None
+    ended: float | None = None
+
+    @property
+    def stop_signal(self) -> signal.Signals | None:
+        """The signal that asked it to end, upon which it saved where it stood, as `moevlm fit` does; or None."""
+        return next((number for number in signal.Signals if number.name in _STOPS and self.code == 128 + number), None)
+
+
+class Process(Protocol):
+    """What a run needs of its process, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its number; None while nobody has told it."""
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, for so many seconds, and return its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """Make it end."""
+
+
+@dataclass
+class Child:
+    """A started process and its open log.
+
+    started: seconds since 1970. timeout_seconds: after so long it is ended; None: never. begun: the same moment by a
+    clock that nobody sets.
+    """
+
+    process: Process
+    log: IO[bytes]
+    started: float
+    timeout_seconds: float | None = None
+    reason: str = ""
+    begun: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def start(
+        cls,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log_file: Path,
+        timeout_seconds: float | None = None,
+        folder: Path | None = None,
+    ) -> "Child":
+        """Start a command in a folder, by default this one; its output is appended to the log."""
+        log = open_log(log_file, command)
+        return cls(start_process(command, env, log, folder), log, time.time(), timeout_seconds)
+
+    def poll(self) -> Ended | None:
+        """Return how it ended, or None while it runs; one that is over its time is ended first."""
+        code = self.process.poll()
+        if code is None and self.timeout_seconds is not None and time.monotonic() > self.begun + self.timeout_seconds:
+            self.reason = f"not done after {self.timeout_seconds / 60:g} minutes (timeout_minutes), so it was ended"
+            self.end()
+            code = self.process.poll()
+        if code is None:
+            return None
+        self.log.close()
+        return Ended(code, self.reason, self.started, time.time())
+
+    def end(self) -> None:
+        """End it and all below it, unless it has ended: asked first, after some patience made to."""
+        end_children([self])
+
+
+def end_children(children: Sequence[Child]) -> None:
+    """End our own processes and all below them, at once: first asked (SIGTERM), after some patience made to (SIGKILL).
+
+    Whoever waits for a child first has its exit code, so each child is waited for by its own `process`.
+    """
+    living = [child.process for child in children if child.process.poll() is None]
+    below = [process for child in living for process in _below(child.pid)]
+    for process in living:
+        process.terminate()
+    patience_ends = time.monotonic() + PATIENCE_SECONDS
+    for process in living:
+        try:
+            process.wait(max(0.0, patience_ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    _make_end(below)
+
+
+def _below(pid: int | None) -> list[psutil.Process]:
+    try:
+        return [] if pid is None else psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # of a process that another one waits for
+        return []
+
+
+def end_all(pids: Sequence[int], patience_seconds: float) -> None:
+    """End processes of others and all below them: first asked (SIGTERM), after the patience made to (SIGKILL)."""
+    asked: list[psutil.Process] = []
+    family: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            family += process.children(recursive=True)
+            process.terminate()
+            asked.append(process)
+    _wait_until_over(asked, patience_seconds)
+    _make_end([*asked, *family])
+
+
+def _make_end(processes: Sequence[psutil.Process]) -> None:
+    left = [process for process in processes if is_alive(process)]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _wait_until_over(left, PATIENCE_SECONDS)
+
+
+def _wait_until_over(processes: Sequence[psutil.Process], seconds: float) -> None:
+    # psutil.wait_procs would take the exit codes of our own children, and wait for zombies that nobody reaps
+    ends = time.monotonic() + seconds
+    while any(map(is_alive, processes)) and time.monotonic() < ends:
+        time.sleep(_LOOK_SECONDS)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process still does anything.
+
+    One that has ended stays listed, as a zombie, until its parent asks for its exit code. The parent of an orphan is
+    process 1, which in a container without an init never asks.
+    """
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def start_process(
+    command: Sequence[str], env: Mapping[str, str], log: IO[bytes], folder: Path | None, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a command as a session of its own that ends with this process; it inherits only the files `pass_fds`."""
+    return subprocess.Popen(
+        command,
+        env=dict(env),
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=die_with_parent(),
+        pass_fds=pass_fds,
+    )
+
+
+def start_of(pid: int) -> float | None:
+    """Return when a process started as the system tells it, seconds since 1970; None where it is gone."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """Return what a child does first, before exec if there is one, so that the kernel ends it when its parent dies."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def bind() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return bind

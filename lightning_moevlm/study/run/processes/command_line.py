@@ -1,0 +1,34 @@
+"""Builds the command line and the environment of one run."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lightning_moevlm.common import process_tuning
+from lightning_moevlm.common.process_tuning import THREADS, waiting
+
+_PROGRAM = (sys.executable, "-m", "lightning_moevlm")
+
+
+def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
+    """Return the public command of a run: `python -m lightning_moevlm fit -c BASE... -c OVERRIDES`."""
+    configs = [word for file in (*base, overrides) for word in ("-c", str(file))]
+    return [*_PROGRAM, "fit", *configs]
+
+
+def own_words(command: Sequence[str]) -> list[str] | None:
+    """Return what a command line gives to `moevlm`, or None where it starts another program."""
+    return list(command[len(_PROGRAM) :]) if tuple(command[: len(_PROGRAM)]) == _PROGRAM else None
+
+
+def share_environment(env: Mapping[str, str], jobs: int, cores: int, slot: int, num_gpus: int) -> dict[str, str]:
+    """Return a child's environment: its share of the cores, the allocator, and its GPU where there are any.
+
+    What the user has set himself stays, save for the GPU, which the slot decides among those he made visible.
+    """
+    threads = str(max(1, cores // jobs))
+    shared = {**process_tuning.ENVIRONMENT, **waiting(env), THREADS: threads, "PYTHONUNBUFFERED": "1", **env}
+    if num_gpus:
+        visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",") if env.get("CUDA_VISIBLE_DEVICES") else []
+        shared["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus] if visible else str(slot % num_gpus)
+    return shared

@@ -1,0 +1,85 @@
+"""Decides which runs of a plan still have to be executed."""
+
+import shutil
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
+from lightning_moevlm.study.run.engines import Engine
+from lightning_moevlm.study.run.ledger import RunState, Status, living_process, read_state, write_state
+from lightning_moevlm.study.run.mlflow_runs import OUTCOME, Experiment
+from lightning_moevlm.study.run.outcome import judge_ended, lack_of
+from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, end_all
+from lightning_moevlm.study.run.processes.overrides_file import write_overrides
+
+
+def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> list[PlannedRun]:
+    """Return the runs that still need to run, after the ledger has been held against MLflow.
+
+    What a cluster has comes first: it is waited for. Then all arms of the first seed, then those of the next: what
+    changes on the machine while a sweep goes on meets every arm alike.
+
+    Orphans of a killed sweep are ended. A ledger entry whose MLflow run was deleted counts for nothing; a result in
+    MLflow that the ledger has lost (folder removed) is taken up again.
+
+    Raises:
+        UserError: another engine has some of the runs.
+    """
+    _refuse_others(plan, engine)
+    _end_orphans(plan)
+    in_store = experiment.ids()
+    judge_ended(plan, experiment, in_store)
+    elsewhere, waiting = [], []
+    for run in plan.runs:
+        folder = plan.run_folder(run)
+        state = read_state(folder)
+        if state.is_elsewhere:
+            if state.run_id not in in_store:
+                raise UserError(
+                    f"{run.name}: {state.engine} has it (job {state.job or 'unknown'}), but its run in MLflow was "
+                    f"deleted; cancel the job and remove {folder} to run it again"
+                )
+            elsewhere.append(run)
+            continue
+        if state.run_id is not None and state.run_id not in in_store:
+            state = RunState()
+            shutil.rmtree(folder, ignore_errors=True)
+        if not state.status.has_result:
+            state = _adopt(plan, run, experiment) or state
+        over = state.status.has_result if plan.comparison.stop_hopeless is None else state.status.is_settled
+        if not over and (state.status is not Status.FAILED or retry):
+            waiting.append(run)
+    waiting.sort(key=lambda run: plan.comparison.seeds.index(run.seed))  # stable: arms stay in order
+    return [*elsewhere, *waiting]
+
+
+def _refuse_others(plan: Plan, engine: Engine) -> None:
+    """Refuse to go on beside another engine that still has runs of the study."""
+    for run in plan.runs:
+        state = read_state(plan.run_folder(run))
+        if state.is_elsewhere and state.engine != engine.name:
+            raise UserError(
+                f"{run.name} is with {state.engine} (job {state.job or 'unknown'}), not with {engine.name}; wait for "
+                f"it with --engine {state.engine}, or cancel the job and remove {plan.run_folder(run)}"
+            )
+
+
+def _end_orphans(plan: Plan) -> None:
+    """End children of a sweep that was killed. We hold the study, so a living one has no parent that waits for it."""
+    states = [read_state(plan.run_folder(run)) for run in plan.runs]
+    living = [process for state in states if (process := living_process(state)) is not None]
+    end_all([process.pid for process in living], PATIENCE_SECONDS)
+
+
+def _adopt(plan: Plan, run: PlannedRun, experiment: Experiment) -> RunState | None:
+    """Return the state of a run whose result is in MLflow but not in the ledger, and write it there."""
+    folder = plan.run_folder(run)
+    for row in experiment.find(run):
+        outcome = row.tags.get(OUTCOME, "")
+        finished = outcome == Status.FINISHED and not lack_of(plan, run, experiment, row.run_id)
+        if finished or outcome == Status.DIVERGED:
+            ended = row.end_ms / 1000 if row.end_ms else None
+            state = RunState(Status(outcome), row.run_id, started=row.start_ms / 1000, ended=ended, attempts=1)
+            write_overrides(run, folder)
+            write_state(folder, state)
+            return state
+    return None

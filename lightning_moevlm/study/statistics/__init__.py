@@ -1,0 +1,1 @@
+"""Pure statistics: intervals, tests, power, effects, stability."""

@@ -1,0 +1,205 @@
+"""Main effects and two-way interactions of a study whose arms are combinations of factor levels.
+
+A contrast holds one level of a factor against another: of a switch on against off, of other factors each level against
+the first. Per seed, from the values y of the arms that stand at one of the two levels:
+
+    main effect of A       = mean of y at A's level - mean of y at A's other level
+    interaction of A and B = effect of A at B's level - effect of A at B's other level, averaged over the other factors
+                           = 2 (mean of y where A and B agree - mean of y where they do not)
+
+so an interaction of 0 means that the factors add up. Differences of one seed are paired, as everywhere; over seeds
+they get the interval, p and word of `effects`, as one family. In a fractional factorial the same contrasts hold the
+effects that the design aliases with them. Where a part of a design varies one factor at a time, a contrast of one of
+them takes the arms in which the others are at the reference. A level that lost more runs is not the better one, as an
+arm is not.
+Source: Box, Hunter and Hunter, Statistics for Experimenters, chapter 5.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from types import MappingProxyType
+from typing import NamedTuple
+
+from lightning_moevlm.study.declare.design import Design
+from lightning_moevlm.study.declare.factors import OFF, ON, FactorLevel
+from lightning_moevlm.study.statistics.effects import Effect, Lost, as_family, paired_effect
+from lightning_moevlm.study.statistics.verdict import Rule, Sides
+
+Levels = Mapping[str, Mapping[str, str]]
+_ROUNDING = 1e-14  # relative, of sums in fp64
+_ALONE = ("one_in", "leave_one_out")  # designs that vary one factor at a time
+
+
+class Contrast(NamedTuple):
+    """A level of a factor against another one, by names."""
+
+    factor: str
+    level: str
+    other: str
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is on against off."""
+        return (self.level, self.other) == (ON, OFF)
+
+    @property
+    def name(self) -> str:
+        """A switch by its name, another factor with the level."""
+        return self.factor if self.is_switch else f"{self.factor} {self.level}"
+
+    @property
+    def told_other(self) -> str:
+        """The other level, with its factor where that is no switch."""
+        return self.other if self.is_switch else f"{self.factor} {self.other}"
+
+    def sign(self, levels: Mapping[str, str]) -> int:
+        """Return +1 for an arm at the level, -1 for one at the other, 0 for any further one."""
+        return {self.level: 1, self.other: -1}.get(levels[self.factor], 0)
+
+
+@dataclass(frozen=True)
+class FactorEffect:
+    """A main effect (one contrast) or an interaction (two); effect: in the metric's unit, level minus other."""
+
+    contrasts: tuple[Contrast, ...]
+    effect: Effect
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The factors' names."""
+        return tuple(contrast.factor for contrast in self.contrasts)
+
+    @property
+    def name(self) -> str:
+        """The contrasts, joined by x."""
+        return " x ".join(contrast.name for contrast in self.contrasts)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What a design answers by factor. contrasts: one or more per factor, in order.
+
+    levels: where every arm stands, by arm and factor. alone: groups of factors that never leave their reference
+    together. reference: level of every factor at the design's first point.
+    """
+
+    contrasts: tuple[Contrast, ...]
+    levels: Levels
+    alone: tuple[frozenset[str], ...] = ()
+    reference: Mapping[str, str] = field(default_factory=dict)
+
+    def terms(self) -> list[tuple[Contrast, ...]]:
+        """Return every main effect, then every two-way interaction that the design can tell."""
+        pairs = [(a, b) for a, b in combinations(self.contrasts, 2) if a.factor != b.factor]
+        crossed = [(a, b) for a, b in pairs if not any({a.factor, b.factor} <= group for group in self.alone)]
+        return [*((contrast,) for contrast in self.contrasts), *crossed]
+
+    def signs(self, term: tuple[Contrast, ...]) -> dict[str, int]:
+        """Return on which side of a term every arm is that has one: +1 or -1."""
+        mine = {contrast.factor for contrast in term}
+        still = {factor for group in self.alone if group & mine for factor in group - mine}
+        signs = {
+            arm: math.prod(contrast.sign(levels) for contrast in term)
+            for arm, levels in self.levels.items()
+            if all(levels[factor] == self.reference[factor] for factor in still)
+        }
+        return {arm: sign for arm, sign in signs.items() if sign}
+
+
+def crossing_of(design: Design | None, arms: Mapping[str, Sequence[FactorLevel]]) -> Crossing | None:
+    """Return what a design answers by factor; None where it crosses none.
+
+    Args:
+        design: What made the arms, None where they were listed.
+        arms: Where every arm stands.
+    """
+    if design is None or design.kind in _ALONE or len(design.factors) < 2:
+        return None
+    contrasts = tuple(
+        contrast
+        for factor in design.factors
+        for contrast in (
+            [Contrast(factor.name, ON, OFF)]
+            if factor.is_switch
+            else [Contrast(factor.name, level.name, factor.levels[0].name) for level in factor.levels[1:]]
+        )
+    )
+    return Crossing(
+        contrasts,
+        {arm: {here.factor: here.level for here in levels} for arm, levels in arms.items()},
+        tuple(frozenset(factor.name for factor in part.factors) for part in design.parts if part.kind in _ALONE),
+        {here.factor: here.level for here in design.points[0].levels},
+    )
+
+
+def factor_effects(
+    values: Mapping[str, Mapping[int, float]],
+    crossing: Crossing,
+    seeds: tuple[int, ...],
+    rule: Rule,
+    lost: Mapping[str, Lost] = MappingProxyType({}),
+) -> tuple[FactorEffect, ...]:
+    """Return every main effect, then every two-way interaction.
+
+    Args:
+        values: Final value of the metric by arm and seed. A seed in which an arm of a contrast has no finite value is
+            left out of it: it would not be balanced.
+        crossing: Which arms stand where.
+        seeds: All seeds of the study.
+        rule: How verdicts are reached.
+        lost: Runs that diverged or crashed, by arm; none of an arm that is absent.
+
+    Raises:
+        ValueError: an arm lacks a factor, or a factor never changes.
+    """
+    _refuse_holes(crossing)
+    effects = {}
+    for term in crossing.terms():
+        signs = crossing.signs(term)
+        if len(set(signs.values())) < 2:
+            continue  # the fraction holds the two switches together: there is nothing to compare
+        whole = [s for s in seeds if all(math.isfinite(values.get(arm, {}).get(s, math.nan)) for arm in signs)]
+        contrast = {s: len(term) * _contrast({arm: values[arm][s] for arm in signs}, signs) for s in whole}
+        mine, theirs = (_lost_by(sign, signs, lost) for sign in (1, -1))
+        zero = dict.fromkeys(whole, 0.0)
+        effects[term] = paired_effect(contrast, zero, seeds, rule, mine, theirs, sides=_sides(term))
+    judged = as_family({str(term): effect for term, effect in effects.items()}, rule)
+    return tuple(FactorEffect(term, judged[str(term)]) for term in effects)
+
+
+def _sides(term: tuple[Contrast, ...]) -> Sides:
+    if len(term) == 1:
+        [only] = term
+        if only.is_switch:
+            return Sides("runs with it on", "runs with it off")
+        return Sides(f"runs with {only.name}", f"runs with {only.told_other}")
+    if all(contrast.is_switch for contrast in term):
+        return Sides("runs with both on or both off", "runs with one of the two on")
+    return Sides("runs with both levels or neither", "runs with one of the two levels")
+
+
+def _contrast(values: Mapping[str, float], signs: Mapping[str, int]) -> float:
+    """Return the mean of the values signed +1 minus the mean of those signed -1."""
+    above = [value for arm, value in values.items() if signs[arm] > 0]
+    below = [value for arm, value in values.items() if signs[arm] < 0]
+    difference = sum(above) / len(above) - sum(below) / len(below)
+    # A switch that changes nothing leaves what rounding makes of the sums, and tests of ranks would take its signs.
+    return difference if abs(difference) > _ROUNDING * max(map(abs, values.values())) else 0.0
+
+
+def _lost_by(sign: int, signs: Mapping[str, int], lost: Mapping[str, Lost]) -> Lost:
+    """Return the runs that the arms of one sign lost."""
+    mine = [lost[arm] for arm, own in signs.items() if own == sign and arm in lost]
+    return Lost(*(sum(counts) for counts in zip(*mine, strict=True)))
+
+
+def _refuse_holes(crossing: Crossing) -> None:
+    factors = tuple(dict.fromkeys(contrast.factor for contrast in crossing.contrasts))
+    for arm, levels in crossing.levels.items():
+        if missing := [factor for factor in factors if factor not in levels]:
+            raise ValueError(f"arm {arm!r} has no level of {', '.join(missing)}; give every arm one")
+    for factor in factors:
+        if len({levels[factor] for levels in crossing.levels.values()}) < 2:
+            raise ValueError(f"factor {factor!r} is the same in every arm; a factor has two levels or more")

@@ -1,0 +1,96 @@
+"""p values of paired differences: is their centre 0 (two-sided), and does it lie within +- x (two one-sided tests).
+
+t asks for the mean, Wilcoxon's signed ranks for the centre of a symmetric distribution, the sign test for the median.
+Where even the most extreme outcome of n seeds has p > alpha, the two exact tests cannot decide: they need n >= 6 at
+alpha = 0.05 (2 / 2^5 = 0.0625). Both leave out seeds without a difference. Equal sizes share the mean of their ranks,
+and Wilcoxon's p is exact all the same, over the 2^n patterns of signs: with ties the normal approximation tells 0.014
+of six equal differences, whose p is 2 / 2^6 = 0.031.
+
+Holm's step-down keeps the chance of any false alarm among m comparisons at alpha, whatever their dependence: of the
+sorted p values p_(1) <= ... <= p_(m) the adjusted ones are max_{j <= i} min(1, (m - j + 1) p_(j)). Source: Holm 1979.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from scipy import stats
+
+from lightning_moevlm.study.declare.comparison import Test
+from lightning_moevlm.study.statistics.intervals import is_constant, sign_patterns
+
+_EXACT_MOST = 50  # seeds; beyond, SciPy's normal approximation
+
+
+def two_sided_p(test: Test, differences: tuple[float, ...]) -> float | None:
+    """Return the two-sided p of "the centre is 0"; None where n < 2 or, for t, nothing varies."""
+    if len(differences) < 2:
+        return None
+    if test == "t":
+        return paired_p(differences)
+    upper, lower = p_above(test, differences), p_above(test, tuple(-d for d in differences))
+    return None if upper is None or lower is None else min(1.0, 2 * min(upper, lower))
+
+
+def paired_p(differences: tuple[float, ...]) -> float | None:
+    """Return the p of the two-sided paired t-test, or None where n < 2 or nothing varies."""
+    statistic = _t(differences)
+    return None if statistic is None else float(2 * stats.t.sf(abs(statistic), len(differences) - 1))
+
+
+def p_above(test: Test, differences: tuple[float, ...]) -> float | None:
+    """Return the one-sided p of "the centre is 0 or below"; None where it cannot be told."""
+    n = len(differences)
+    if test == "t":
+        statistic = _t(differences)
+        return None if statistic is None else float(stats.t.sf(statistic, n - 1))
+    kept = np.asarray([d for d in differences if d != 0])  # a seed without a difference has no sign
+    if not kept.size:
+        return None
+    if test == "sign":
+        return float(stats.binom.sf(int((kept > 0).sum()) - 1, kept.size, 0.5))
+    if kept.size > _EXACT_MOST:
+        return float(stats.wilcoxon(kept, alternative="greater", method="approx").pvalue)
+    ranks = np.rint(2 * stats.rankdata(np.abs(kept))).astype(int)  # twice the ranks are whole, ties or not
+    return float(sign_patterns(ranks)[ranks[kept > 0].sum() :].sum() / 2.0**kept.size)
+
+
+def p_outside(test: Test, differences: tuple[float, ...], within: float) -> float | None:
+    """Return the p of "the centre lies at or beyond +- within", the greater of two one-sided tests (TOST).
+
+    At most alpha means: no difference within `within`. Source: Schuirmann 1987.
+    """
+    above = p_above(test, tuple(d + within for d in differences))
+    below = p_above(test, tuple(within - d for d in differences))
+    return None if above is None or below is None else max(above, below)
+
+
+def least_seeds(test: Test, alpha: float) -> int:
+    """Return how many seeds a two-sided test needs before any outcome at all can reach alpha."""
+    return 2 if test == "t" else math.ceil(1 - math.log2(alpha))
+
+
+def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the adjusted p of each comparison; those without a p have none and do not count."""
+    told = sorted(((p, name) for name, p in p_values.items() if p is not None))
+    adjusted: dict[str, float | None] = dict.fromkeys(p_values)
+    highest = 0.0
+    for place, (p, name) in enumerate(told):
+        highest = max(highest, min(1.0, (len(told) - place) * p))
+        adjusted[name] = highest
+    return adjusted
+
+
+def fisher_p(stable: int, total: int, baseline_stable: int, baseline_total: int) -> float | None:
+    """Return the two-sided p of Fisher's exact test of stable/total runs against the baseline's; None without runs."""
+    if not total or not baseline_total:
+        return None
+    table = [[stable, total - stable], [baseline_stable, baseline_total - baseline_stable]]
+    return float(stats.fisher_exact(table).pvalue)
+
+
+def _t(differences: tuple[float, ...]) -> float | None:
+    n = len(differences)
+    if n < 2 or is_constant(differences):
+        return None
+    return float(np.mean(differences)) / (float(np.std(differences, ddof=1)) / math.sqrt(n))

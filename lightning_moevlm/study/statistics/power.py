@@ -1,0 +1,49 @@
+"""How many seeds an effect takes: the power of the two-sided paired t-test."""
+
+import math
+
+import numpy as np
+from scipy import integrate, special, stats
+
+from lightning_moevlm.study.statistics.intervals import is_constant
+
+_SPREAD_LEAST = 3  # a spread of two numbers is off by a factor of 2 every third time
+_MOST_SEEDS = 1_000
+_POWER = 0.8
+
+
+def seeds_needed(differences: tuple[float, ...], alpha: float) -> int | None:
+    """Return the least n whose two-sided paired t-test finds this mean at this spread with 80 % power.
+
+    With d = |mean| / s the test statistic is noncentral t with n - 1 degrees of freedom and noncentrality d sqrt(n).
+    None where n < 3 or nothing varies (too little to tell the spread), the mean is 0, or more than 1,000 are needed.
+    """
+    if len(differences) < _SPREAD_LEAST or is_constant(differences):
+        return None
+    mean, deviation = abs(float(np.mean(differences))), float(np.std(differences, ddof=1))
+    if mean == 0:
+        return None
+    size = mean / deviation
+    low, high = 2, _MOST_SEEDS
+    if power(size, high, alpha) < _POWER:
+        return None
+    while low < high:  # power grows with n
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(size, middle, alpha) >= _POWER else (middle + 1, high)
+    return low
+
+
+def power(size: float, n: int, alpha: float) -> float:
+    """Return the power of a two-sided paired t-test. size: |mean| / standard deviation of the differences; n >= 2.
+
+    Given u = (estimated / true deviation) the statistic is normal, so power = E[Phi(shift - edge u) + Phi(-shift -
+    edge u)], taken over the quantiles of u. SciPy's noncentral t gives NaN at large effects.
+    """
+    edge = stats.t.ppf(1 - alpha / 2, n - 1)
+    shift = size * math.sqrt(n)
+
+    def given_quantile(p: float) -> float:
+        u = math.sqrt(special.chdtri(n - 1, 1 - p) / (n - 1))
+        return float(special.ndtr(shift - edge * u) + special.ndtr(-shift - edge * u))
+
+    return float(integrate.quad(given_quantile, 0.0, 1.0)[0])

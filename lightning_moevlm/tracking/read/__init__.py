@@ -1,0 +1,1 @@
+"""Reads runs and metrics back from MLflow."""

@@ -1,0 +1,104 @@
+"""Runs chosen by what people know of them: a name, an id or how it begins, or tags that they share."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.tracking.read.runs import RunRow, find_runs_anywhere
+
+_ID = re.compile(r"[0-9a-f]{4,32}")  # shorter beginnings would fit by chance
+_SAYABLE = re.compile(r"[^'\"`\\]+")  # MLflow's filter language has no escapes
+_ROLE, _ROLE_SUMMARY = "role", "summary"
+SHOWN_DIGITS = 8
+"""How many digits of a run's id tell it apart in tables and messages."""
+
+
+def choose_runs(uri: str, words: Sequence[str]) -> list[RunRow]:
+    """Return the runs that the words mean, in the words' order, each once; of tags the oldest first.
+
+    Args:
+        uri: As `resolve_tracking_uri` returns it.
+        words: Each a run's name, its id or at least 4 digits that it begins with, or `TAG=VALUE[,TAG=VALUE]`, which
+            means all runs with these tags but reports of studies.
+
+    Raises:
+        UserError: A word means no run (names the nearest) or, being a name or an id, more than one.
+        MlflowException: The store cannot be read.
+    """
+    chosen: dict[str, RunRow] = {}
+    for word in words:
+        for row in _meant(uri, word):
+            chosen.setdefault(row.run_id, row)
+    return list(chosen.values())
+
+
+def told(row: RunRow) -> str:
+    """Return how a run is named in messages."""
+    return f"{row.name} ({row.run_id[:SHOWN_DIGITS]})"
+
+
+def _meant(uri: str, word: str) -> list[RunRow]:
+    found = _by_id(uri, word) if len(word) == 32 else []
+    found = found or _by_name(uri, word)
+    if not found and "=" in word:
+        return _by_tags(uri, word)
+    found = found or _by_id(uri, word)
+    if len(found) > 1:
+        ids = ", ".join(f"{row.run_id} in experiment {row.experiment_id}" for row in found)
+        raise UserError(f"{word!r} means {len(found)} runs, {ids}; give more digits of the id")
+    if not found:
+        raise _unknown(uri, word)
+    return found
+
+
+def _by_name(uri: str, word: str) -> list[RunRow]:
+    where = f"attributes.run_name = '{word}'" if _SAYABLE.fullmatch(word) else ""
+    return [row for row in find_runs_anywhere(uri, where=where) if row.name == word]
+
+
+def _by_id(uri: str, word: str) -> list[RunRow]:
+    return find_runs_anywhere(uri, where=f"attributes.run_id LIKE '{word}%'") if _ID.fullmatch(word) else []
+
+
+def _by_tags(uri: str, word: str) -> list[RunRow]:
+    tags: dict[str, str] = {}
+    for part in word.split(","):
+        tag, equals, value = part.partition("=")
+        if not equals or not tag:
+            raise UserError(f"{word!r}: tags are written TAG=VALUE[,TAG=VALUE], e.g. sweep=quickstart,seed=0")
+        tags[tag] = value
+    found = [row for row in find_runs_anywhere(uri, tags) if row.tags.get(_ROLE) != _ROLE_SUMMARY]
+    if not found:
+        raise _no_such_tags(uri, word, tags)
+    return found
+
+
+def _no_such_tags(uri: str, word: str, tags: Mapping[str, str]) -> UserError:
+    rows = find_runs_anywhere(uri)
+    for tag, value in tags.items():
+        values = {row.tags[tag] for row in rows if tag in row.tags}
+        if not values:
+            names = {name for row in rows for name in row.tags if not name.startswith("mlflow.")}
+            return UserError(f"no run in {uri} has a tag {tag!r}; {_nearest(tag, names)}")
+        if value not in values:
+            return UserError(f"no run in {uri} has {tag}={value}; {_nearest(value, values)}")
+    return UserError(f"no run in {uri} has all of {word}; leave one of the tags out")
+
+
+def _unknown(uri: str, word: str) -> UserError:
+    rows = find_runs_anywhere(uri)
+    if not rows:
+        return UserError(f"there are no runs in {uri}; name another store with --tracking_uri or MLFLOW_TRACKING_URI")
+    hint = _nearest(word, {row.name for row in rows} | {row.run_id for row in rows if _ID.fullmatch(word)})
+    return UserError(
+        f"no run in {uri} is named {word!r} or has an id that begins so; {hint}; several at once: TAG=VALUE, e.g. "
+        "sweep=quickstart"
+    )
+
+
+def _nearest(word: str, names: Iterable[str]) -> str:
+    known = sorted(names)
+    close = difflib.get_close_matches(word, known, n=3) or known[:3]
+    more = ", ..." if len(known) > len(close) else ""
+    return f"there are {', '.join(close)}{more}" if close else "there are none"

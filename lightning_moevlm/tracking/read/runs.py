@@ -1,0 +1,219 @@
+"""Runs read back: which there are, and every point that they logged.
+
+MLflow's client fetches the history of one key of one run per call: 12 runs x 100 keys are 1,200 queries. In
+SQLite all keys of a run come in one query; behind a server all runs of a key come in one, several keys at once.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lightning_moevlm.tracking.read.bulk_history import bulk_history
+from lightning_moevlm.tracking.read.sqlite_rows import as_logged, points_of, tags_by_run, tags_by_run_with
+from lightning_moevlm.tracking.store import sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.store.entities import PagedList
+from lightning_moevlm.tracking.point import Point
+
+_Found = TypeVar("_Found")
+
+_RUNS_PER_PAGE = 200
+_PARALLEL_REQUESTS = 8
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run as MLflow knows it.
+
+    status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED. start_ms, end_ms: Unix time, milliseconds; end_ms
+        is None
+    while it runs. params: dotted keys of the resolved config. last: last logged value of each metric.
+    """
+
+    run_id: str
+    name: str
+    status: str
+    experiment_id: str
+    artifact_uri: str
+    start_ms: int
+    end_ms: int | None
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    last: Mapping[str, float]
+
+
+def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) -> list[RunRow]:
+    """Return the runs of an experiment that carry all of `tags`, oldest first.
+
+    A store or an experiment that does not exist yet has no runs; nothing is created by asking. Deleted runs
+    are left out.
+
+    Args:
+        uri: as `resolve_tracking_uri` returns it.
+        experiment: the experiment's name.
+        tags: exact values; None or empty for every run.
+
+    Raises:
+        MlflowException: the store cannot be read (server gone, schema of another MLflow version).
+    """
+    if not _exists(uri):
+        return []
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    return [] if found is None else _rows(client, [found.experiment_id], tags or {})
+
+
+def tags_of_runs(uri: str, experiment: str, tags: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+    """Return all tags of the runs that `find_runs` finds, by run id, much sooner: these read every param too."""
+    path = sqlite_path(uri)
+    if path is None:
+        return {row.run_id: row.tags for row in find_runs(uri, experiment, tags)}
+    found = tags_by_run(path, experiment) if path.exists() else {}
+    return {run_id: own for run_id, own in found.items() if tags.items() <= own.items()}
+
+
+def tags_of_runs_with(uri: str, key: str, values: Collection[str]) -> dict[str, Mapping[str, str]]:
+    """Return all tags of the runs of every experiment whose tag `key` has one of the values, by run id.
+
+    Raises:
+        MlflowException: the store cannot be read.
+    """
+    path = sqlite_path(uri)
+    if path is None:
+        return {row.run_id: row.tags for value in values for row in find_runs_anywhere(uri, {key: value})}
+    return dict(tags_by_run_with(path, key, values)) if path.exists() else {}
+
+
+def read_run(uri: str, run_id: str) -> RunRow:
+    """Return one run.
+
+    Raises:
+        MlflowException: the store cannot be read, or has no such run.
+    """
+    return _row(_client(uri).get_run(run_id))
+
+
+def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: str = "") -> list[RunRow]:
+    """Return the runs of every experiment that carry all of `tags`, oldest first; as `find_runs` in all else.
+
+    Args:
+        uri: as `resolve_tracking_uri` returns it.
+        tags: exact values; None or empty for every run.
+        where: a further condition in MLflow's filter language, e.g. on `attributes.run_name`.
+    """
+    if not _exists(uri):
+        return []
+    client = _client(uri)
+    found = _every_page(lambda token: client.search_experiments(max_results=_RUNS_PER_PAGE, page_token=token))
+    return _rows(client, [each.experiment_id for each in found], tags or {}, where)
+
+
+def _exists(uri: str) -> bool:
+    path = sqlite_path(uri)
+    return path is None or path.exists()
+
+
+def _rows(client: "MlflowClient", experiments: list[str], wanted: Mapping[str, str], where: str = "") -> list[RunRow]:
+    filter_string = " and ".join(part for part in (_tag_filter(wanted), where) if part)
+    found = _every_page(
+        lambda token: client.search_runs(
+            experiments,
+            filter_string=filter_string,
+            order_by=["attributes.start_time ASC"],
+            max_results=_RUNS_PER_PAGE,
+            page_token=token,
+        )
+    )
+    rows = map(_row, found)
+    return [row for row in rows if all(row.tags.get(key) == value for key, value in wanted.items())]
+
+
+def _row(run: "Run") -> RunRow:
+    return RunRow(
+        run_id=run.info.run_id,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        experiment_id=run.info.experiment_id,
+        artifact_uri=run.info.artifact_uri,
+        start_ms=run.info.start_time,
+        end_ms=run.info.end_time or None,
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        last={key: as_logged(value) for key, value in run.data.metrics.items()},
+    )
+
+
+def _every_page(search: "Callable[[str | None], PagedList[_Found]]") -> "Iterator[_Found]":
+    """Yield what a search finds, page after page; it is given the token of the page."""
+    token: str | None = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def metric_history(uri: str, run_id: str, keys: Sequence[str] | None = None) -> list[Point]:
+    """Return what one run logged under `keys` (None = every key), ordered by key, then step.
+
+    One point per key and step: where a step was logged twice (resume from an older checkpoint), the later one
+    counts.
+
+    Raises:
+        MlflowException: the store cannot be read, or, behind a server, there is no such run.
+    """
+    return metric_histories(uri, [run_id], keys)[run_id]
+
+
+def metric_histories(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None = None) -> dict[str, list[Point]]:
+    """Return `metric_history` of several runs, by run id; a run that logged nothing has an empty list."""
+    path = sqlite_path(uri)
+    raw = _from_server(uri, run_ids, keys) if path is None else _from_sqlite(path, run_ids, keys)
+    newest: dict[str, dict[tuple[str, int], Point]] = {run_id: {} for run_id in run_ids}
+    for run_id, point in raw:
+        earlier = newest[run_id].get((point.key, point.step))
+        if earlier is None or point.time_ms >= earlier.time_ms:
+            newest[run_id][point.key, point.step] = point
+    return {run_id: sorted(points.values(), key=lambda p: (p.key, p.step)) for run_id, points in newest.items()}
+
+
+def _from_sqlite(path: Path, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:
+    if path.exists():
+        for run_id, rows in points_of(path, run_ids, keys):
+            yield from ((run_id, Point(*row)) for row in rows)
+
+
+def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:
+    client = _client(uri)
+    wanted = None if keys is None else set(keys)
+    having: dict[str, list[str]] = {}  # runs by key
+    for run_id in run_ids:
+        for key in client.get_run(run_id).data.metrics:
+            if wanted is None or key in wanted:
+                having.setdefault(key, []).append(run_id)
+
+    def fetch(key: str) -> list[tuple[str, Point]]:
+        history = bulk_history(uri, having[key], key)
+        return [(run_id, Point(m.key, m.step, as_logged(m.value), m.timestamp)) for run_id, m in history]
+
+    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        for points in pool.map(fetch, having):
+            yield from points
+
+
+def _tag_filter(tags: Mapping[str, str]) -> str:
+    """MLflow's filter language has no escapes: what cannot be said in it is compared by the caller alone."""
+    sayable = {k: v for k, v in tags.items() if not any(mark in k + v for mark in "'\"`\\")}
+    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in sayable.items())
+
+
+def _client(uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)

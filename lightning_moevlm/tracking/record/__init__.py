@@ -1,0 +1,1 @@
+"""Records what a run was: configuration, code, data, machine."""

@@ -1,0 +1,1 @@
+"""Writes metrics and files to MLflow, also while it is unreachable."""

@@ -1,0 +1,55 @@
+"""The set of actions: one nullable field per action, so that an arm turns one on without touching the others."""
+
+from dataclasses import dataclass
+
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.training.actions.action import Action
+from lightning_moevlm.training.actions.capacity_factors import CapacityFactors, layers_of_changing_factor
+from lightning_moevlm.training.actions.freeze_router import FreezeRouter, RouterFreezer
+from lightning_moevlm.training.actions.qk_clip import QKClip, QKClipper
+from lightning_moevlm.training.actions.rebalance import Rebalancer, balances_itself
+from lightning_moevlm.training.actions.revive_experts import ExpertReviver, ReviveDeadExperts
+from lightning_moevlm.training.actions.rollback import Rollback, SnapshotRing
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What acts on the model once per optimiser step, after the update; null is off.
+
+    Args:
+        qk_clip: heads with too large attention logits get smaller query and key weights.
+        revive_dead_experts: experts that got no token for long start anew as noisy copies of busy ones.
+        freeze_router: routers stand still after some steps.
+        rollback: a loss spike takes the model back to an earlier state.
+    """
+
+    qk_clip: QKClip | None = None
+    revive_dead_experts: ReviveDeadExperts | None = None
+    freeze_router: FreezeRouter | None = None
+    rollback: Rollback | None = None
+
+
+def build_actions(options: Actions, backbone: Backbone) -> dict[str, Action]:
+    """Return what acts, by name and in its order; routers that balance themselves are told their counts first.
+
+    Raises:
+        UserError: an action that could not act on this model.
+    """
+    last_step = None if options.freeze_router is None else options.freeze_router.after_steps
+    actions: dict[str, Action] = {}
+    if balances_itself(backbone):
+        actions["rebalance"] = Rebalancer(last_step)
+    changing = layers_of_changing_factor(backbone)
+    if changing:
+        actions["capacity_factors"] = CapacityFactors(changing)
+    if options.freeze_router is not None:
+        actions["freeze_router"] = RouterFreezer(options.freeze_router)
+    if options.qk_clip is not None:
+        options.qk_clip.check(backbone)
+        actions["qk_clip"] = QKClipper(options.qk_clip)
+    if options.revive_dead_experts is not None:
+        options.revive_dead_experts.check(backbone)
+        actions["revive_dead_experts"] = ExpertReviver(options.revive_dead_experts, last_step)
+    if options.rollback is not None:
+        actions["rollback"] = SnapshotRing(options.rollback)
+    return actions

@@ -1,0 +1,94 @@
+"""Gathers the facts of an optimiser step: over its micro-batches as they come, over ranks when it is done.
+
+Every layer has its place from the start, so that ranks agree on what they exchange even if one of them saw no text.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.contracts.step_records import AttentionLogits
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.layers import Attention
+from lightning_moevlm.model.losses import LayerCounts
+from lightning_moevlm.training.actions.action import Fact, StepFacts
+from lightning_moevlm.training.step.routing_counts import RoutingCounter
+
+Reduce = Callable[[Tensor, str], Tensor]
+"""(tensor, "sum" or "mean" or "max") -> the same over ranks."""
+
+
+class Gathered(TypedDict):
+    """attention: largest logits by layer (H). losses: total loss of each micro-batch, by rank (ranks, n)."""
+
+    attention: dict[str, Tensor]
+    losses: Tensor
+
+
+class FactGatherer:
+    """Counts of routing, largest attention logits and loss since the last step.
+
+    Args:
+        backbone: whose layers are listened to.
+        needs: what is gathered; the rest is left out.
+        counter: counts what routers do, in the training step itself, because losses may read it there.
+    """
+
+    def __init__(self, backbone: Backbone, needs: frozenset[Fact], counter: RoutingCounter) -> None:
+        layers = dict(backbone.named_modules())
+        self._needs = needs
+        self._counter = counter
+        self._num_heads = {path: layer.num_heads for path, layer in layers.items() if isinstance(layer, Attention)}
+        self._attention: dict[str, Tensor] = {}
+        self._losses: list[Tensor] = []
+
+    def add(self, attention: Iterable[AttentionLogits], loss: Tensor) -> None:
+        """Take in one micro-batch."""
+        if "attention" in self._needs:
+            for logits in attention:
+                before = self._attention.get(logits.layer)
+                self._attention[logits.layer] = logits.max_H if before is None else before.maximum(logits.max_H)
+        if "loss" in self._needs:
+            self._losses.append(loss)
+
+    def finish(self, step: int, device: torch.device, reduce: Reduce) -> StepFacts:
+        """Return the facts of the step over all ranks, and start anew."""
+        counts: dict[str, LayerCounts] = {}
+        attention: dict[str, Tensor] = {}
+        loss = None
+        if "load" in self._needs:
+            counts = self._counter.totals(lambda flat: reduce(flat, "sum"), device)
+        if "attention" in self._needs:
+            assert self._attention, "QK-clip acts on attention logits, and the objective handed none on"
+            attention = self._largest(device, reduce)
+        if "loss" in self._needs:
+            loss = reduce(torch.stack(self._losses).float().mean(), "mean")
+        self._attention, self._losses = {}, []
+        return StepFacts(step, counts, attention, loss)
+
+    def state(self, device: torch.device, reduce: Reduce, from_ranks: Callable[[Tensor], Tensor]) -> Gathered:
+        """Return what was gathered so far over all ranks, amid a step; all ranks must ask together.
+
+        from_ranks: (n) -> (ranks, n).
+        """
+        attention = self._largest(device, reduce) if "attention" in self._needs else {}
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(0, dtype=torch.float32)
+        return Gathered(attention=attention, losses=from_ranks(losses))
+
+    def restore(self, state: Gathered, device: torch.device, for_rank: Callable[[Tensor], Tensor]) -> None:
+        """Go on from there; for_rank: (ranks, n) -> (n)."""
+        self._attention = {path: max_H.to(device) for path, max_H in state["attention"].items()}
+        self._losses = list(for_rank(state["losses"]).to(device))
+
+    def _largest(self, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
+        none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}
+        return _reduced(none | self._attention, lambda flat: reduce(flat, "max"))
+
+
+def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Reduce all tensors in one exchange."""
+    flat = reduce(torch.cat([value.flatten() for value in values.values()]))
+    pieces = flat.split([value.numel() for value in values.values()])
+    return {path: piece.view_as(value) for (path, value), piece in zip(values.items(), pieces, strict=True)}

@@ -1,0 +1,27 @@
+"""Callbacks: telemetry, and guards that act."""
+
+from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
+from lightning_moevlm.training.callbacks.float8_training import Float8Training
+from lightning_moevlm.training.callbacks.liveness import Liveness
+from lightning_moevlm.training.callbacks.precision_shadow import PrecisionShadow
+from lightning_moevlm.training.callbacks.result_table import ResultTable
+from lightning_moevlm.training.callbacks.step_clock import StepClock
+from lightning_moevlm.training.callbacks.step_progress import StepProgress
+from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
+from lightning_moevlm.training.callbacks.stopping.last_checkpoint import LastCheckpoint
+from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySignal
+from lightning_moevlm.training.callbacks.telemetry import Telemetry
+
+__all__ = [
+    "DivergenceGuard",
+    "FeatureWriter",
+    "Float8Training",
+    "LastCheckpoint",
+    "Liveness",
+    "PrecisionShadow",
+    "ResultTable",
+    "StepClock",
+    "StepProgress",
+    "StopBySignal",
+    "Telemetry",
+]

@@ -1,0 +1,89 @@
+"""Proof of a switch of the initial weights: they are as wide as the switch says, and not as they would be without it.
+
+    depth, init_scheme, init_scale   the standard deviation of a matrix, measured, against that which the blocks' scheme
+                                     gives with the switch and without it (init_scheme.py)
+
+Only a fresh model can be asked: training has moved the weights of any other.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_moevlm.model.initial_weights import InitialScale, initial_scales
+from lightning_moevlm.model.layers import Block, ModelStabilisers
+from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt
+from lightning_moevlm.training.callbacks.liveness.trunk_proofs import stabilisers_of
+
+_CUT_AT_TWO = 0.87963  # standard deviation of a standard normal cut at two: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1))
+
+
+def init_receipts(module: VisionLanguageModule, is_fresh: bool) -> list[Receipt]:
+    """Return the receipts of the switches that act on initial weights; none where training has moved them."""
+    switches = stabilisers_of(module)
+    if switches is None or not is_fresh:
+        return []
+    plain = ModelStabilisers()
+    off: dict[str, ModelStabilisers] = {}
+    if switches.residual_scaling == "depth":
+        off["residual_scaling"] = replace(switches, residual_scaling=None)
+    if switches.init_scheme != plain.init_scheme:
+        off["init_scheme"] = replace(switches, init_scheme=plain.init_scheme)
+    if switches.init_scale != plain.init_scale:
+        off["init_scale"] = replace(switches, init_scale=plain.init_scale)
+    return [_receipt(module, name, other) for name, other in off.items()]
+
+
+def _receipt(module: VisionLanguageModule, name: str, off: ModelStabilisers) -> Receipt:
+    """Compare on the matrix that the switch moves most."""
+    switch = f"stabilisers.{name}"
+    wanted, without = _scales(module, None), _scales(module, off)
+    measured = {
+        path: float(parameter.detach().float().std(correction=0))
+        for path, parameter in module.named_parameters()
+        if path in wanted and wanted[path].std > 0 and without[path].std > 0 and wanted[path].value_factor == 1.0
+    }
+    ratios = {path: _effective(wanted[path]) / _effective(without[path]) for path in measured}
+    path = max(ratios, key=lambda one: abs(math.log(ratios[one])), default=None)
+    if path is None or abs(math.log(ratios[path])) < 1e-3:
+        return Receipt(switch, "trunk", "idle", "at this size every matrix starts as it would without it")
+    with_it, without_it = _effective(wanted[path]), _effective(without[path])
+    what = f"{path} starts with std {measured[path]:.3g}; {with_it:.3g} with it, {without_it:.3g} without"
+    if abs(math.log(measured[path] / with_it)) < abs(math.log(measured[path] / without_it)):
+        return Receipt(switch, "trunk", "alive", what, measured[path])
+    return Receipt(
+        switch,
+        "trunk",
+        "dead",
+        what,
+        measured[path],
+        f"let the matrices of blocks be drawn by `initialise`, or turn model.backbone.init_args.{switch} off",
+    )
+
+
+def _scales(module: VisionLanguageModule, switches: ModelStabilisers | None) -> Mapping[str, InitialScale]:
+    """Return the initial scale of each matrix of a block, with the model's own switches or with others."""
+    blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
+    own = [block.stabilisers for block in blocks]
+    try:
+        for block in blocks:
+            block.stabilisers = switches or block.stabilisers
+        scales = initial_scales(module, module.init_std)
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            block.stabilisers = before
+    owners: dict[str, nn.Module] = dict(module.named_modules())
+    # a module with a scale of its own is not drawn by the scheme
+    return {
+        path: scale
+        for path, scale in scales.items()
+        if getattr(owners[path.rpartition(".")[0]], "initial_std", None) is None
+        and getattr(getattr(owners[path.rpartition(".")[0]], "init", None), "scale", None) is None
+    }
+
+
+def _effective(scale: InitialScale) -> float:
+    return scale.std * (1.0 if math.isinf(scale.cut) else _CUT_AT_TWO)

@@ -1,0 +1,164 @@
+"""A rehearsal of the step at hand: its first samples run once, with its weights, masks and noise, and are watched.
+
+Proofs look at what the rehearsal saw, and run single layers again on the inputs that they had in it. Nothing is left
+behind: no gradient in a parameter, no random state, no count, no choice of a dispatcher. PyTorch's `autograd.grad` does
+not touch the `.grad` of parameters, nor the hooks by which data-parallel training exchanges them.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.sequence_layout import Layout
+from lightning_moevlm.contracts.step_records import LossReport, ObjectiveOutput
+from lightning_moevlm.model.layers import Attention, Block, DenseFFN, MoEFFN, PatchEmbedding
+from lightning_moevlm.model.losses import LayerCounts, LossInput
+from lightning_moevlm.model.precision import Region, region
+from lightning_moevlm.model.routers import Router
+from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.step.routing_counts import RoutingCounter, loss_inputs
+
+_WATCHED = (Attention, Block, DenseFFN, MoEFFN, Router, PatchEmbedding)
+
+
+class Call(NamedTuple):
+    """The first call of a layer with anything but padding: its arguments and what it returned."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+class Rehearsal:
+    """The first samples of a batch, run as the step would run them.
+
+    output: of the objective, with gradient. inputs: of the losses on routing. report: every term, with gradient.
+    counts: by MoE layer, of these samples. calls: by path in the module, of the layers that proofs ask about.
+
+    Args:
+        trainer: whose precision it is.
+        module: in training mode.
+        batch: on the module's device.
+        num_samples: of the batch that run.
+        step: number of the micro-batch; masks and noise follow from it.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: VisionLanguageModule, batch: Batch, num_samples: int, step: int
+    ) -> None:
+        self.module = module
+        self.batch = batch.first(num_samples)
+        self.calls: dict[str, Call] = {}
+        self._trainer = trainer
+        self._step = step
+        # copies dispatch: dispatchers remember which cases they met, which goes into the record of the run
+        moes = [layer for layer in module.modules() if isinstance(layer, MoEFFN)]
+        self._spare_dispatchers = [(layer, copy.deepcopy(layer.dispatcher)) for layer in moes]
+        backbone = module.backbone
+        with self.conditions(), torch.enable_grad(), self._watching(), self._measuring():
+            self.output: ObjectiveOutput = module.objective(
+                backbone, self.batch, module.draws("train", module.global_step)
+            )
+        counter = RoutingCounter(backbone)
+        counter.add(0, self.output.plans)
+        self.counts: dict[str, LayerCounts] = counter.totals(lambda own: own, module.device)
+        asks = self.counts if module.losses.reads_counts else {}
+        self.inputs: list[LossInput] = loss_inputs(backbone, self.output.plans, asks, training=True)
+        with self.in_losses():
+            auxiliary = module.losses.terms(self.inputs, self.output.log_partitions, module.weights_in_force)
+        self.report = LossReport(self.output.terms, auxiliary)
+
+    @property
+    def is_sound(self) -> Tensor:
+        """Whether every term of the loss is a number: a bool scalar on the device."""
+        return torch.stack([term.raw.detach().isfinite() for terms in self.report for term in terms.values()]).all()
+
+    @contextmanager
+    def conditions(self) -> Iterator[None]:
+        """Compute in the Trainer's precision, with the noise of the step; leave random states and dispatchers alone."""
+        module = self.module
+        device = module.device
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            for layer, dispatcher in self._spare_dispatchers:
+                stack.enter_context(put(layer, "dispatcher", dispatcher))
+            stack.enter_context(self._trainer.precision_plugin.train_step_context())
+            module.seed_noise(self._step)
+            yield
+
+    @contextmanager
+    def in_losses(self) -> Iterator[None]:
+        """Compute as auxiliary losses are computed."""
+        device_type = self.module.device.type
+        with self.conditions(), torch.enable_grad(), region(self.module.precision, "losses", device_type):
+            yield
+
+    def once_more(self) -> ObjectiveOutput:
+        """Run the samples again without gradient, as the model now is."""
+        with self.conditions(), torch.no_grad():
+            output: ObjectiveOutput = self.module.objective(
+                self.module.backbone, self.batch, self.module.draws("train", self.module.global_step)
+            )
+            return output
+
+    def layer(self, path: str, instead: nn.Module | None = None, *more: object) -> Any:
+        """Run one layer again, or another in its place, on what it was given (and more); without gradient."""
+        layer = self.module.get_submodule(path) if instead is None else instead
+        name: Region = "router" if isinstance(layer, Router) else "trunk"
+        with self.conditions(), torch.no_grad(), region(self.module.precision, name, self.module.device.type):
+            return layer(*self.calls[path].args, *more)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        def hook(path: str) -> Any:
+            def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if path not in self.calls and not any(_is_padding(argument) for argument in args):
+                    self.calls[path] = Call(args, output)
+
+            return keep
+
+        handles = [
+            layer.register_forward_hook(hook(path))
+            for path, layer in self.module.named_modules()
+            if isinstance(layer, _WATCHED)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        backbone = self.module.backbone
+        before, backbone.measure_attention = backbone.measure_attention, True
+        try:
+            yield
+        finally:
+            backbone.measure_attention = before
+
+
+@contextmanager
+def put(owner: Any, attribute: str, value: object) -> Iterator[None]:
+    """Give an attribute of a layer another value for a while."""
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, before)
+
+
+def _is_padding(argument: object) -> bool:
+    """Say whether a layer is given a sequence of padding alone, which shows nothing of it."""
+    return isinstance(argument, Layout) and not bool(argument.valid_BS.any())
+
+
+def tensors_of(output: Any) -> Tensor:
+    """Return the tokens of what a layer returned."""
+    return output if isinstance(output, Tensor) else output.tokens_BSD

@@ -1,0 +1,202 @@
+"""Proof of a switch of the trunk: without it, the layers that it acts in give something else for these very tokens.
+
+Each layer runs again on what it was given in the rehearsal, once as it is and once with the part taken out; by how much
+the two differ (root mean square over that of the output) is the evidence. A part that is there and not used makes no
+difference: the switch is dead. Every layer that ran must differ.
+
+    qk_norm            attention without the norm of queries, or of keys
+    logit_cap          attention with the cap, and with one that no logit feels; within rounding the switch is idle, if
+                       a cap far below the logits makes a difference
+    sub_norm           attention and feed-forwards without the norm inside
+    norm               blocks, attention and feed-forwards with a LayerNorm in the place of each norm
+    norm_placement     blocks without one of their norms
+    layer_scale        blocks without the factors
+    residual_scaling   deepnorm: blocks with the residual at weight 1; depth: see init_proofs.py
+    freeze_patches     the projection takes no step, though the loss has a gradient at what it puts out
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moevlm.model.layers import Attention, Block, DenseFFN, ModelStabilisers, MoEFFN, PatchEmbedding
+from lightning_moevlm.training.callbacks.liveness.loss_proofs import gradients_of, norm_of
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt
+from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, put, tensors_of
+
+_NO_CAP = 1e4  # times the cap: tanh is the identity there up to rounding
+_TINY_CAP = 1e-3  # times the largest logit
+_ROUNDING = 1e-6  # of fp32 sums in another order
+
+
+class _Part(NamedTuple):
+    """A part of the layer at `path`, and what stands in its place without the switch."""
+
+    path: str
+    attribute: str
+    neutral: object
+
+
+def trunk_receipts(rehearsal: Rehearsal) -> list[Receipt]:
+    """Return the receipts of the model's stabilisers that act in forward passes."""
+    layers = dict(rehearsal.module.named_modules())
+    switches = stabilisers_of(rehearsal.module)
+    if switches is None:
+        return []
+    moves_norms, has_alpha = switches.norm_placement != "pre", switches.residual_scaling == "deepnorm"
+    asked = (
+        (switches.qk_norm, "qk_norm", _qk_norms(layers)),
+        (switches.sub_norm, "sub_norm", _sub_norms(layers)),
+        (switches.norm != "layer", "norm", _other_norms(layers)),
+        (moves_norms, "norm_placement", _block_norms(layers)),
+        (switches.layer_scale is not None, "layer_scale", _scales(layers)),
+        (has_alpha, "residual_scaling", _residuals(layers)),
+    )
+    receipts = [_by_removal(rehearsal, name, parts) for is_on, name, parts in asked if is_on]
+    if switches.logit_cap is not None:
+        receipts.append(_logit_cap(rehearsal, layers))
+    if switches.freeze_patches:
+        receipts.append(_frozen_patches(rehearsal, layers))
+    return receipts
+
+
+def stabilisers_of(module: nn.Module) -> ModelStabilisers | None:
+    """Return the switches that the blocks of a model were built with; None for a model without blocks of ours."""
+    return next((layer.stabilisers for layer in module.modules() if isinstance(layer, Block)), None)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """Return the root mean square of the difference over that of the first."""
+    size = torch.linalg.vector_norm(one.float())
+    return float(torch.linalg.vector_norm(one.float() - other.float()) / size.clamp(min=1e-30))
+
+
+def _by_removal(rehearsal: Rehearsal, name: str, parts: Iterable[_Part]) -> Receipt:
+    switch = f"stabilisers.{name}"
+    parts = [part for part in parts if part.path in rehearsal.calls]
+    if not parts:
+        return Receipt(switch, "trunk", "unproven", "no layer with it ran on this batch")
+    whole: dict[str, Tensor] = {}
+    least: tuple[float, _Part] | None = None
+    for part in parts:
+        if part.path not in whole:
+            whole[part.path] = tensors_of(rehearsal.layer(part.path))
+        with put(rehearsal.module.get_submodule(part.path), part.attribute, part.neutral):
+            changed = difference(whole[part.path], tensors_of(rehearsal.layer(part.path)))
+        if not changed > 0:
+            return _no_number(switch) if changed != changed else _unused(switch, part)
+        if least is None or changed < least[0]:
+            least = (changed, part)
+    assert least is not None
+    places = len({part.path for part in parts})
+    evidence = f"without it the output of each of {places} layers changes by {least[0]:.2g} of its size or more"
+    return Receipt(switch, "trunk", "alive", evidence, least[0])
+
+
+def _unused(switch: str, part: _Part) -> Receipt:
+    return Receipt(
+        switch,
+        "trunk",
+        "dead",
+        f"{part.path} gives the same without its {part.attribute}: the part is there and its output is not used",
+        0.0,
+        f"let the layer use it, or turn model.backbone.init_args.{switch} off",
+    )
+
+
+def _no_number(switch: str) -> Receipt:
+    return Receipt(switch, "trunk", "unproven", "a layer's output is no number at this step")
+
+
+def _logit_cap(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Receipt:
+    switch, moved, tiny = "stabilisers.logit_cap", 0.0, []
+    largest = max((float(seen.max_H.max()) for seen in rehearsal.output.attention), default=0.0)
+    paths = [path for path, layer in layers.items() if isinstance(layer, Attention) and path in rehearsal.calls]
+    if not paths:
+        return Receipt(switch, "trunk", "unproven", "no attention ran on this batch")
+    for path in paths:
+        layer = layers[path]
+        assert isinstance(layer, Attention) and layer.logit_cap is not None
+        capped = tensors_of(rehearsal.layer(path))
+        with put(layer, "logit_cap", layer.logit_cap * _NO_CAP):
+            free = tensors_of(rehearsal.layer(path))
+        with put(layer, "logit_cap", max(abs(largest), 1e-3) * _TINY_CAP):
+            tiny.append(difference(free, tensors_of(rehearsal.layer(path))))
+        moved = max(moved, difference(free, capped))
+    if not min(tiny) > 0:
+        return Receipt(
+            switch,
+            "trunk",
+            "dead",
+            f"{paths[tiny.index(min(tiny))]} gives the same under a cap of {_TINY_CAP:g} times its largest logit",
+            0.0,
+            "let the layer use its logit_cap, or set model.backbone.init_args.stabilisers.logit_cap to null",
+        )
+    verdict = "alive" if moved > _ROUNDING else "idle"
+    return Receipt(
+        switch,
+        "trunk",
+        verdict,  # type: ignore[arg-type]
+        f"largest attention logit {largest:.3g}; the cap changes attention by {moved:.2g} of it",
+        moved,
+    )
+
+
+def _frozen_patches(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Receipt:
+    switch = "stabilisers.freeze_patches"
+    embeddings = [(path, layer) for path, layer in layers.items() if isinstance(layer, PatchEmbedding)]
+    calls = [rehearsal.calls[path] for path, _ in embeddings if path in rehearsal.calls]
+    if not calls:
+        return Receipt(switch, "trunk", "unproven", "no image in these samples")
+    loose = sum(p.requires_grad for _, layer in embeddings for p in layer.project.parameters())
+    if loose:
+        return Receipt(
+            switch,
+            "trunk",
+            "dead",
+            f"{loose} tensors of the patch projection take gradients",
+            None,
+            f"leave requires_grad of the projection off, or turn model.backbone.init_args.{switch} off",
+        )
+    size = norm_of(gradients_of(rehearsal.report.total_loss, [call.output for call in calls]))
+    return Receipt(switch, "trunk", "alive", f"a gradient of norm {size:.2g} at the patches goes no further", size)
+
+
+def _qk_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    for path, _ in _of(layers, Attention):
+        yield from (_Part(path, name, None) for name in ("query_norm", "key_norm"))
+
+
+def _sub_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    yield from (_Part(path, "out_norm", None) for path, _ in _of(layers, Attention))
+    yield from (_Part(path, "hidden_norm", None) for path, _ in _of(layers, DenseFFN, MoEFFN))
+
+
+def _block_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    names = ("attention_norm", "attention_out_norm", "ffn_norm", "ffn_out_norm")
+    for path, block in _of(layers, Block):
+        yield from (_Part(path, name, None) for name in names if getattr(block, name) is not None)
+
+
+def _other_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    for part in (*_block_norms(layers), *_sub_norms(layers)):
+        norm = getattr(layers[part.path], part.attribute)
+        if norm is not None:
+            beside = next(layers[part.path].parameters())
+            plain = nn.LayerNorm(norm.normalized_shape, device=beside.device, dtype=beside.dtype)
+            yield part._replace(neutral=plain)
+
+
+def _scales(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    for path, _ in _of(layers, Block):
+        yield from (_Part(path, name, None) for name in ("attention_scale", "ffn_scale"))
+
+
+def _residuals(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    yield from (_Part(path, "residual_weight", 1.0) for path, _ in _of(layers, Block))
+
+
+def _of(layers: dict[str, nn.Module], *kinds: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, layer) for path, layer in layers.items() if isinstance(layer, kinds))

@@ -1,0 +1,301 @@
+"""Logs what training does: losses apart, routing per layer and modality, attention, gradient norm, speed, memory.
+
+Everything is computed on logging steps alone (every `trainer.log_every_n_steps` optimiser steps, and the first), from
+the plans that the step itself used; between them the callback only counts samples and tokens. Losses are those of the
+whole step, the rest is of its last micro-batch on the first rank.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.routing_plan import Modality, RoutingPlan
+from lightning_moevlm.contracts.step_records import AttentionLogits, LossReport, NamedPlan, Term
+from lightning_moevlm.data.datamodule import ShardDataModule
+from lightning_moevlm.data.format.faults import CAUSES
+from lightning_moevlm.data.load.shard_loader import ShardLoader
+from lightning_moevlm.model.backbones import Backbone, model_card
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.metrics import RoutingMetrics, capacity_factor, routing_metrics
+from lightning_moevlm.training import StepOutput, VisionLanguageModule
+from lightning_moevlm.training.callbacks.peak_memory import forget_peak, peak_memory
+from lightning_moevlm.training.callbacks.step_losses import losses_of_step
+from lightning_moevlm.training.callbacks.stopping.monitors import refuse_unknown_monitors
+from lightning_moevlm.training.step.logging_steps import is_logging_step
+
+_SCALARS = {
+    "load_entropy": metric_keys.LOAD_ENTROPY,
+    "token_entropy": metric_keys.TOKEN_ENTROPY,
+    "max_violation": metric_keys.MAX_VIOLATION,
+    "drop_rate": metric_keys.DROP_RATE,
+    "dead_experts": metric_keys.DEAD_EXPERTS,
+    "logit_max": metric_keys.LOGIT_MAX,
+}
+
+_ENOUGH_CAPTIONS = 500
+"""Over which the share that is cut is told: the first few may not be like the rest."""
+
+
+@runtime_checkable
+class TakesTags(Protocol):
+    """A logger whose runs can be tagged."""
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+
+
+class Telemetry(Callback):
+    """Writes training metrics to the run's loggers; the step of a point is the number of optimiser steps done.
+
+    Args:
+        update_norm: measure how far a logging step moved the parameters, for which it copies them.
+    """
+
+    def __init__(self, update_norm: bool = True) -> None:
+        self._measures_update = update_norm
+        self._before: list[Tensor] = []
+        self._gradient_norm: float | None = None
+        self._learning_rate = 0.0
+        self._step_seen = 0
+        self._reports: list[LossReport] = []  # of the step at hand
+        self._first_step = 1
+        self._evaluated: set[str] = set()  # what a validation measures, by key
+        self._samples = 0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._resumed_at = time.perf_counter()
+        self._dispatch: dict[str, str] = {}
+        self._in_use: list[str] = []
+        self._has_told_cut = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say and log what the model costs."""
+        backbone = pl_module.backbone
+        assert isinstance(backbone, Backbone)
+        card = model_card(backbone)
+        rank_zero_info(
+            f"{type(backbone).__name__}: {card.total_parameters / 1e6:.2f} M parameters, "
+            f"{card.active_parameters / 1e6:.2f} M active, "
+            f"{card.active_flops_per_sample / 1e6:.1f} MFLOP forward per pair"
+        )
+        if trainer.ckpt_path is not None:
+            return  # a resumed run has it already
+        self._write(
+            trainer,
+            {
+                metric_keys.TOTAL_PARAMETERS.key(): card.total_parameters,
+                metric_keys.ACTIVE_PARAMETERS.key(): card.active_parameters,
+                metric_keys.ACTIVE_FLOPS.key(): card.active_flops_per_sample,
+            },
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, and count the peak of memory from here."""
+        forget_peak(pl_module.device)
+        self._step_seen = trainer.global_step
+        self._first_step = trainer.global_step + 1
+        self._reports = []
+        self._samples, self._tokens, self._seconds = 0, 0, 0.0  # of the validation before the first step
+        self._resumed_at = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock: throughput is that of training."""
+        self._seconds += time.perf_counter() - self._resumed_at
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock again."""
+        if trainer.sanity_checking:  # of a validation before the first step, which Lightning then forgets
+            self._evaluated = set(trainer.callback_metrics)
+        self._resumed_at = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure the gradient before it is clipped."""
+        if is_logging_step(trainer, trainer.global_step + 1):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._gradient_norm = float(get_total_norm(gradients))
+            self._learning_rate = float(optimizer.param_groups[0]["lr"])  # the one that this step is made with
+            if self._measures_update:
+                self._before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count, and on logging steps measure and write."""
+        self._samples += outputs["num_samples"] * trainer.world_size
+        self._tokens += outputs["num_tokens"] * trainer.world_size
+        self._reports.append(outputs["report"])
+        if trainer.global_step == self._step_seen:
+            return  # the batch only added to the gradient
+        self._step_seen = trainer.global_step
+        reports, self._reports = self._reports, []
+        if not is_logging_step(trainer, trainer.global_step):
+            return
+        now = time.perf_counter()
+        seconds = self._seconds + now - self._resumed_at
+        values = loss_values(losses_of_step(reports, trainer.world_size)) | routing_values(outputs["plans"])
+        values |= attention_values(outputs["attention"]) | log_partition_values(outputs["log_partitions"])
+        values[metric_keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
+        values[metric_keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds
+        if self._gradient_norm is not None:
+            values[metric_keys.GRAD_NORM.key()] = self._gradient_norm
+            values[metric_keys.LEARNING_RATE.key()] = self._learning_rate
+        values |= self._step_values(pl_module) | data_values(trainer) | peak_memory(pl_module.device)
+        self._write(trainer, values)
+        if trainer.global_step == self._first_step:
+            refuse_unknown_monitors(trainer, self._evaluated)
+        self._tell_cut(trainer, enough=_ENOUGH_CAPTIONS)
+        self._tell_dispatch(trainer, pl_module)
+        self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell what a short training has not told yet."""
+        self._tell_cut(trainer, enough=1)
+
+    def _tell_cut(self, trainer: Trainer, enough: int) -> None:
+        """Say once which share of the captions is cut, if any is, when enough have been read."""
+        loader = _train_loader(trainer)
+        if self._has_told_cut or loader is None or not loader.num_cut or loader.num_texts < enough:
+            return
+        self._has_told_cut = True
+        rank_zero_info(
+            f"{loader.num_cut / loader.num_texts:.1%} of {loader.num_texts:,} captions are longer than "
+            f"data.max_text_len {trainer.datamodule.max_text_len} and lose their end; "  # type: ignore[attr-defined]
+            "`moevlm data check` tells which length keeps how many"
+        )
+
+    def _step_values(self, pl_module: LightningModule) -> dict[str, float]:
+        """Return how far the step went and what the gradient stabilisers did, by key."""
+        assert isinstance(pl_module, VisionLanguageModule)
+        values: dict[str, float] = {}
+        if self._before:
+            optimizer = pl_module.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, Optimizer)
+            after = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+            values[metric_keys.UPDATE_NORM.key()] = float(get_total_norm(torch._foreach_sub(after, self._before)))
+            self._before = []
+        events = pl_module.gradient_events
+        if events is not None:
+            values[metric_keys.CLIP_COEFFICIENT.key()] = float(events.coefficient)
+            values[metric_keys.SKIPPED_STEPS.key()] = float(events.num_skipped)
+        return values
+
+    def _tell_dispatch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tag the run with the dispatch path that each layer takes and why; arms compare only on equal paths."""
+        layers = {path: layer for path, layer in pl_module.named_modules() if isinstance(layer, MoEFFN)}
+        now = {f"dispatch/{path}": layer.dispatcher.record() for path, layer in layers.items()}
+        new = {tag: text for tag, text in now.items() if self._dispatch.get(tag) != text}
+        self._dispatch |= new
+        in_use = sorted({name for layer in layers.values() for name in layer.dispatcher.in_use()})
+        if in_use != self._in_use:
+            self._in_use = in_use
+            rank_zero_info(f"dispatch: {', '.join(in_use)} (why: the run's tags dispatch/*)")
+        if new:
+            for logger in trainer.loggers:
+                if isinstance(logger, TakesTags):
+                    logger.log_tags(new)
+
+    @staticmethod
+    def _write(trainer: Trainer, values: dict[str, float]) -> None:
+        # where EarlyStopping and ModelCheckpoint look for what they monitor
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def loss_values(report: LossReport) -> dict[str, float]:
+    """Return task loss, total loss and every term raw and weighted, with its weight, by key."""
+    terms: Iterable[tuple[str, Term]] = (*report.task.items(), *report.auxiliary.items())
+    values = {
+        metric_keys.TASK_LOSS.key(stage="train"): float(report.task_loss),
+        metric_keys.TOTAL_LOSS.key(stage="train"): float(report.total_loss),
+    }
+    for name, term in terms:
+        values[metric_keys.TERM_RAW.key(term=name)] = float(term.raw)
+        values[metric_keys.TERM_WEIGHTED.key(term=name)] = float(term.weighted)
+        values[metric_keys.TERM_WEIGHT.key(term=name)] = float(term.weight)
+    return values
+
+
+def data_values(trainer: Trainer) -> dict[str, float]:
+    """Return what was read of each source, and what could not be used, over all ranks, by key; all ranks must ask."""
+    loader = _train_loader(trainer)
+    if loader is None:
+        return {}
+    values: dict[str, float] = {}
+    for name, samples, epochs in zip(loader.source_names, loader.samples, loader.source_epochs, strict=True):
+        values[metric_keys.SOURCE_SAMPLES.key(source=name)] = float(samples * trainer.world_size)  # alike on every rank
+        values[metric_keys.SOURCE_EPOCHS.key(source=name)] = epochs
+    num_cut, num_texts = _over_ranks(trainer, [loader.num_cut, loader.num_texts])
+    if num_texts:
+        values[metric_keys.CUT_CAPTIONS.key()] = num_cut / num_texts
+    if loader.may_lose:
+        total = _over_ranks(trainer, [loader.lost[cause] for cause in CAUSES])
+        values |= {
+            metric_keys.SKIPPED_SAMPLES.key(cause=cause): count
+            for cause, count in zip(CAUSES, total, strict=True)
+            if count
+        }
+    return values
+
+
+def _over_ranks(trainer: Trainer, own: list[int]) -> list[int]:
+    total = trainer.strategy.reduce(torch.tensor(own, device=trainer.strategy.root_device), reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total.tolist()
+
+
+def _train_loader(trainer: Trainer) -> ShardLoader | None:
+    data: object = trainer.datamodule  # type: ignore[attr-defined]
+    return data.train_loader if isinstance(data, ShardDataModule) else None
+
+
+def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
+    """Return the routing metrics of every layer and modality, by key; forward passes of one step are joined."""
+    by_layer: dict[tuple[int, Modality], list[RoutingPlan]] = defaultdict(list)
+    for named in plans:
+        for modality in named.modalities:
+            by_layer[named.block, modality].append(named.plan)
+    values: dict[str, float] = {}
+    for (block, modality), layer_plans in by_layer.items():
+        metrics: RoutingMetrics = routing_metrics(layer_plans, modality)
+        for field, metric_key in _SCALARS.items():
+            values[metric_key.key(block=block, modality=modality.label)] = float(getattr(metrics, field))
+        capacity = capacity_factor(layer_plans, modality)
+        if capacity is not None:
+            values[metric_keys.CAPACITY.key(block=block, modality=modality.label)] = capacity
+        for expert, load in enumerate(metrics.load_E.tolist()):
+            values[metric_keys.EXPERT_LOAD.key(block=block, modality=modality.label, expert=expert)] = load
+    return values
+
+
+def log_partition_values(log_partitions: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest |logsumexp| of the output logits of every term with a masked position, by key.
+
+    It bounds the largest logit from above, and grows as well where all of them drift below 0.
+    """
+    return {
+        metric_keys.LOG_PARTITION_MAX.key(term=name): float(value_M.abs().max())
+        for name, value_M in log_partitions.items()
+        if value_M.numel()
+    }
+
+
+def attention_values(attention: Iterable[AttentionLogits]) -> dict[str, float]:
+    """Return the largest attention logit of every block, by key; over the heads and forward passes of the step."""
+    by_block: dict[int, list[Tensor]] = defaultdict(list)
+    for logits in attention:
+        by_block[logits.block].append(logits.max_H)
+    return {
+        metric_keys.ATTENTION_LOGIT_MAX.key(block=block): float(torch.stack(values).max())
+        for block, values in by_block.items()
+    }

@@ -1,0 +1,1 @@
+"""Saves and restores the exact state of training."""

@@ -1,0 +1,1 @@
+"""Refuses configurations that cannot train, before the first step."""

@@ -1,0 +1,31 @@
+"""Refuses auxiliary losses that are not defined for a router of the model."""
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.losses import AuxiliaryLosses, RoutedLayer
+from lightning_moevlm.model.objectives import Objective
+
+
+def refuse_unsuited_losses(losses: AuxiliaryLosses, backbone: Backbone, objective: Objective) -> None:
+    """Refuse losses that this model or objective could not have.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if losses.output_z is not None and not objective.num_classes:
+        raise UserError(
+            "losses.output_z is on logits of classes, and no term of this objective predicts any: set losses.output_z "
+            "to null, or choose image targets that are codes"
+        )
+    layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
+    losses.check(
+        RoutedLayer(
+            router=type(layer.router).__name__,
+            num_experts=layer.num_experts,
+            adds_noise=layer.router.adds_noise,
+            mixes=layer.router.mixes,
+            has_rows=layer.router.rows() is not None,
+        )
+        for layer in layers
+    )

@@ -1,0 +1,101 @@
+"""Combinations of parts that would fail later, or compute something else than they say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.data.read.whole_steps import refuse_smaller_step
+from lightning_moevlm.model.backbones import BackboneSpec
+
+SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+"""Strategies whose ranks hold parts of a gradient."""
+
+
+def refuse_unsuited_trainer(trainer: Trainer) -> None:
+    """Refuse a trainer that clips as well, or whose ranks hold parts of the gradient.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if trainer.gradient_clip_val is not None:
+        raise UserError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and model.gradient is set too: clip in one "
+            "place, model.gradient.clip_norm, and set trainer.gradient_clip_val to null"
+        )
+    if isinstance(trainer.strategy, SHARDING):
+        raise UserError(
+            f"model.gradient is set and {type(trainer.strategy).__name__} shards gradients over ranks, so that no rank "
+            "sees a whole norm: choose the strategy ddp, or set every field of model.gradient to null"
+        )
+
+
+def refuse_senseless_trainer(trainer: Trainer) -> None:
+    """Refuse what Lightning lets pass and what then divides by 0, trains nothing or cannot find what it sets.
+
+    Raises:
+        UserError: with what to change.
+    """
+    check_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, least=1)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets, but declares it not
+        if isinstance(callback, StochasticWeightAveraging) and trainer.max_epochs == -1:
+            raise UserError(
+                "StochasticWeightAveraging counts epochs, and trainer.max_epochs is -1: set trainer.max_epochs to a "
+                "number, trainer.max_steps to -1, and swa_epoch_start to the epoch that averaging begins with"
+            )
+        if isinstance(callback, LearningRateFinder):
+            raise UserError(
+                "LearningRateFinder sets an attribute of the model, and rates here are options of model.optimizer: "
+                "leave it out; a study with design: lr_sensitivity finds the rate"
+            )
+
+
+def refuse_other_sizes(spec: BackboneSpec, data: Mapping[str, Any]) -> None:
+    """Refuse data that the model has no places for.
+
+    Args:
+        spec: of the backbone.
+        data: options of the data module, by name.
+
+    Raises:
+        UserError: both numbers, and where they are set.
+    """
+    for name, fits in (
+        ("image_size", data["image_size"] == spec.image_size),
+        ("vocab_size", data["vocab_size"] <= spec.vocab_size),
+        ("max_text_len", data["max_text_len"] <= spec.max_text_len),
+    ):
+        if not fits:
+            raise UserError(
+                f"data.{name} is {data[name]}, and the model is made for {getattr(spec, name)}: set "
+                f"model.backbone.init_args.{name} to {data[name]}, or data.{name} to {getattr(spec, name)}"
+            )
+
+
+def refuse_uneven_steps(trainer: Trainer) -> None:
+    """Refuse training batches, of whatever loader, of which the last step of an epoch would get fewer.
+
+    Raises:
+        UserError: with the numbers that divide.
+    """
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets, but declares it not
+        overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+        option = f"trainer.overfit_batches {overfit}" if overfit else "the loader of training data"
+        refuse_smaller_step(trainer.num_training_batches, trainer.accumulate_grad_batches, option)
+
+
+def refuse_other_precision(asked: object, trainer: Trainer) -> None:
+    """Refuse 16-mixed where Lightning would compute in bf16-mixed instead, under the name of the other.
+
+    Raises:
+        UserError: with what to choose.
+    """
+    if asked in ("16-mixed", "16", 16) and trainer.precision != "16-mixed":
+        raise UserError(
+            f"trainer.precision is {asked}, which CPUs do not have, and Lightning would compute in "
+            f"{trainer.precision}: choose that, or round to float16 by model.precision and its option simulate"
+        )

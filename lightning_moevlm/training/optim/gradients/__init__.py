@@ -1,0 +1,1 @@
+"""Stabilisers that act on gradients and updates."""

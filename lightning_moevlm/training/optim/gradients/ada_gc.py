@@ -1,0 +1,80 @@
+"""AdaGC: clip every tensor's gradient against its own recent norms (arXiv 2502.11034, algorithm 1).
+
+    warming up:  c = min(1, warmup_norm / norm of all)         ema = min(ema, c norm)
+    after it:    c = min(1, relative ema / norm of the tensor)  ema = beta ema + (1 - beta) c norm
+
+One tensor's spike is cut where a global norm would hardly see it, and the rest of the gradient keeps its size. A stack
+of experts is clipped expert by expert. An expert without tokens has a gradient of zero, from which nothing is learnt:
+taken into the average, a zero would silence that expert for good.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.common.number_checks import check_number
+
+
+class NormAverages(NamedTuple):
+    """What AdaGC remembers: average norm of each tensor (fp32; infinite while unseen), int64 number of steps seen."""
+
+    average_G: Tensor
+    num_steps: Tensor
+
+    @classmethod
+    def empty(cls, num_tensors: int, device: torch.device) -> "NormAverages":
+        """Return the averages of no step."""
+        return cls(
+            torch.full((num_tensors,), torch.inf, dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class AdaGC:
+    """Clipping per tensor.
+
+    Args:
+        relative: a norm may be so many times its average.
+        beta: share that the average keeps per step.
+        warmup_steps: optimiser steps with clipping by the norm of all.
+        warmup_norm: largest norm of all gradients while warming up.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    relative: float = 1.05
+    beta: float = 0.98
+    warmup_steps: int = 100
+    warmup_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("relative", "warmup_norm"):
+            check_number(f"ada_gc.{name}", getattr(self, name), above=0)
+        check_number("ada_gc.beta", self.beta, above=0, below=1, advice="; the paper's is 0.98")
+        check_number("ada_gc.warmup_steps", self.warmup_steps, least=1, advice=": averages need a start")
+
+    def __call__(self, norm_G: Tensor, seen: NormAverages) -> tuple[Tensor, NormAverages]:
+        """Return what each gradient is multiplied by, (G,), and the averages with this step; norms are fp32."""
+        is_warm = seen.num_steps >= self.warmup_steps
+        total = torch.linalg.vector_norm(norm_G)
+        limit_G = self.relative * seen.average_G
+        local_G = torch.where(norm_G > limit_G, limit_G / norm_G, torch.ones_like(norm_G))
+        coefficient_G = torch.where(is_warm, local_G, (self.warmup_norm / total).clamp(max=1.0))
+        clipped_G = coefficient_G * norm_G
+        average_G = torch.where(
+            is_warm & seen.average_G.isfinite(),
+            self.beta * seen.average_G + (1 - self.beta) * clipped_G,
+            torch.minimum(seen.average_G, clipped_G),
+        )
+        # a step that is no number would be clipped to NaN and remembered as such: it is left to skip_spikes
+        is_sound = total.isfinite()
+        learns_G = is_sound & (norm_G > 0)
+        return (
+            torch.where(is_sound, coefficient_G, torch.ones_like(norm_G)),
+            NormAverages(torch.where(learns_G, average_G, seen.average_G), seen.num_steps + is_sound),
+        )

@@ -1,0 +1,56 @@
+"""The set of gradient stabilisers: one nullable field each, so that an arm turns one off without touching the others.
+
+They act once per optimiser step, on the gradient summed over micro-batches and averaged over ranks, in this order:
+
+    skip_spikes   decides on the loss and on the norm as they come
+    clip_value    each coordinate into [-v, v]
+    ada_gc        each tensor against its own past
+    z_clip        the norm against its own past
+    clip_norm     the norm against a constant
+    (the optimiser's update)
+    clip_update   each tensor's update against its root mean square
+"""
+
+from dataclasses import dataclass, fields
+
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.training.optim.gradients.ada_gc import AdaGC
+from lightning_moevlm.training.optim.gradients.skip_spikes import SkipSpikes
+from lightning_moevlm.training.optim.gradients.z_clip import ZClip
+
+
+@dataclass(frozen=True)
+class GradientStabilisers:
+    """What is done to gradients and updates; null turns one off.
+
+    Args:
+        clip_norm: largest norm of the whole gradient; 1.0 is customary.
+        clip_value: largest absolute value of a coordinate.
+        z_clip: ZClip, the norm as an outlier of its own past.
+        ada_gc: AdaGC, each tensor's norm against its own past.
+        clip_update: largest root mean square of a tensor's update over its learning rate, weight decay included, for
+            any optimiser (ST-MoE, arXiv 2202.08906, section 3, loses quality at 0.1; AdamW's is at most about 1).
+        skip_spikes: leave out the steps whose loss or norm is an outlier or no number.
+
+    Raises:
+        UserError: a threshold of 0 or less.
+    """
+
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    z_clip: ZClip | None = None
+    ada_gc: AdaGC | None = None
+    clip_update: float | None = None
+    skip_spikes: SkipSpikes | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("clip_norm", "clip_value", "clip_update"):
+            threshold = getattr(self, name)
+            if threshold is not None:
+                check_number(f"gradient.{name}", threshold, above=0, advice=", or null for none")
+
+    @property
+    def any_on(self) -> bool:
+        """Whether there is anything to do."""
+        return any(getattr(self, entry.name) is not None for entry in fields(self))

@@ -1,0 +1,1 @@
+"""Optimisers beyond torch's own."""

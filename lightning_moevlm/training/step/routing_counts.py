@@ -1,0 +1,108 @@
+"""What routers have done in an optimiser step so far: counted once, in one place, for all who ask.
+
+Loss-free balancing, balance losses of global scope and weights that follow drop rate or sparsity all read these
+counts. They are taken from the plans that a training step returns, never inside `forward`, which activation
+checkpointing runs twice; summed over forward passes and micro-batches here and over ranks in one exchange for all
+layers; and forgotten when the next optimiser step begins, so that a checkpoint needs them only amid an accumulation.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import MixPlan, Modality
+from lightning_moevlm.contracts.step_records import NamedPlan
+from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.losses import LayerCounts, LossInput, Place
+
+
+class _Layer(NamedTuple):
+    num_experts: int
+    aimed_share: float
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of the three counts, as they lie one after the other."""
+        return [len(Modality) * self.num_experts, len(Modality) * self.num_experts, len(Modality)]
+
+
+class RoutingCounter:
+    """Counts of every MoE layer in the optimiser step at hand.
+
+    Every layer has its place from the start, so that ranks exchange the same numbers even if one of them saw no text.
+    Routers of soft slots choose nothing and are not counted.
+
+    Args:
+        backbone: whose layers are counted.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        layers = {path: module for path, module in backbone.named_modules() if isinstance(module, MoEFFN)}
+        self._layers = {
+            path: _Layer(module.num_experts, module.router.experts_per_token / module.num_experts)
+            for path, module in layers.items()
+        }
+        self._step = 0
+        self._counts: dict[str, Tensor] = {}
+        self._totals: dict[str, LayerCounts] | None = None
+
+    @torch.no_grad()
+    def add(self, step: int, plans: Iterable[NamedPlan]) -> None:
+        """Count the plans of one micro-batch; step: optimiser steps done, another one forgets what was counted."""
+        if step != self._step:
+            self._step, self._counts = step, {}
+        for named in plans:
+            plan = named.plan
+            if isinstance(plan, MixPlan):
+                continue
+            chosen_AE = plan.chosen_by(plan.modality_T, len(Modality))
+            kept_AE = plan.kept_by(plan.modality_T, len(Modality))
+            token_A = torch.stack([(plan.valid_T & (plan.modality_T == modality)).sum() for modality in Modality])
+            counts = torch.cat([chosen_AE.flatten(), kept_AE.flatten(), token_A])
+            before = self._counts.get(named.layer)
+            self._counts[named.layer] = counts if before is None else before + counts
+        self._totals = None
+
+    def totals(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, LayerCounts]:
+        """Return the counts of every layer over all ranks; asked twice, it exchanges once."""
+        if self._totals is None:
+            pieces = self.state(sum_over_ranks, device)
+            self._totals = {path: _layer_counts(pieces[path], layer) for path, layer in self._layers.items()}
+        return self._totals
+
+    def state(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Return what every layer has counted over all ranks, as `restore` takes it; all ranks must ask together."""
+        zeros = {
+            path: torch.zeros(sum(layer.sizes), dtype=torch.int64, device=device)
+            for path, layer in self._layers.items()
+        }
+        flat = torch.cat(list((zeros | self._counts).values())) if zeros else torch.zeros(0, dtype=torch.int64)
+        pieces = sum_over_ranks(flat).split([sum(layer.sizes) for layer in self._layers.values()])
+        return dict(zip(self._layers, pieces, strict=True))
+
+    def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Go on counting from a state, on one of the ranks; step: optimiser steps done."""
+        self._step, self._counts, self._totals = step, dict(state), None
+
+
+def _layer_counts(piece: Tensor, layer: _Layer) -> LayerCounts:
+    chosen, kept, token_A = piece.split(layer.sizes)
+    shape = (len(Modality), layer.num_experts)
+    return LayerCounts(chosen.view(shape), kept.view(shape), token_A, layer.aimed_share)
+
+
+def loss_inputs(
+    backbone: Backbone, plans: Iterable[NamedPlan], counts: Mapping[str, LayerCounts], training: bool
+) -> list[LossInput]:
+    """Return one input per plan, with the rows of its router; counts: by MoE layer, of the optimiser step so far."""
+    inputs = []
+    for named in plans:
+        layer = backbone.get_submodule(named.layer)
+        assert isinstance(layer, MoEFFN)
+        layer_counts = None if isinstance(named.plan, MixPlan) else counts.get(named.layer)
+        place = Place(named.source, named.block, named.layer, named.modalities)
+        inputs.append(LossInput(named.plan, layer.router.rows(), layer_counts, training, place))
+    return inputs

@@ -1,0 +1,300 @@
+"""A mistake is one line on standard error and exit code 2; nothing is half-written."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm import __version__
+from tests.small_run import BACKBONE, SMALL, budget
+
+Moevlm = Callable[..., str]
+ENDLESS_CYCLE = ("--model.schedule.init_args.max_lr=0.1", "--model.schedule.init_args.total_steps=0")
+
+MISTAKES = {
+    "unknown command": (("frobnicate",), "frobnicate"),
+    "unknown option": (("fit", *SMALL, "--model.loses.router_z=null"), "loses"),
+    "unknown class": (("fit", *SMALL, f"{BACKBONE}.moe.init_args.router.class_path=NoRouter"), "NoRouter"),
+    "a class of another kind": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router.class_path=subprocess.Popen"),
+        "subprocess.Popen",
+    ),
+    "wrong type": (("fit", *SMALL, f"{BACKBONE}.dim=wide"), "wide"),
+    "top_k beyond the experts": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router.init_args.top_k=5"),
+        "top_k is 5 with num_experts 4: choose top_k between 1 and 4",
+    ),
+    "unresolvable reference": (("fit", *SMALL, "--data.image_size=${nowhere.at_all}"), "nowhere"),
+    "no such config": (
+        ("fit", "-c", "conf/routers/topk.yaml"),
+        "there is no configuration file conf/routers/topk.yaml; did you mean conf/routers/top_k.yaml? the shipped ones",
+    ),
+    "no such set": (("fit", *SMALL, "--data.root=data/shards/none"), "moevlm data build scenes"),
+    "an optimiser for matrices alone": (("fit", *SMALL, *budget(1), "--model.optimizer=Muon"), "MuonAdamW"),
+    "a rate below zero": (("fit", *SMALL, *budget(1), "--model.optimizer.init_args.lr=-1"), "Invalid learning rate"),
+    # the parser lets these nulls pass, and failed inside itself where it builds the group
+    "a group that is null": (("fit", *SMALL, "--model.gradient=null"), "set those (model.gradient.clip_norm,"),
+    "a part that is null": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router=null"),
+        "moe.init_args.router is null, which it cannot be: give a Router",
+    ),
+    "a rate without end": (("fit", *SMALL, "--model.optimizer.init_args.lr=.inf"), "cannot train with lr inf"),
+    "a schedule that torch refuses": (
+        ("fit", *SMALL, "--model.schedule=OneCycleLR", *ENDLESS_CYCLE),
+        "model.schedule cannot be built",
+    ),
+    "a schedule that divides by 0": (
+        ("fit", *SMALL, "--model.schedule=StepLR", "--model.schedule.init_args.step_size=0"),
+        "model.schedule StepLR fails after step 1",
+    ),
+    "an optimiser that is null": (
+        ("fit", *SMALL, "--model.optimizer=null"),
+        "model.optimizer is null, which it cannot be: give an Optimizer, or leave the option out",
+    ),
+    "one beta": (
+        ("fit", *SMALL, "--model.optimizer.init_args.betas=[0.9]"),
+        "error: model.optimizer.betas: Expected a tuple with 2 elements. Got value: [0.9]",
+    ),
+    "a modality named twice": (
+        ("fit", *SMALL, f"{BACKBONE}.sparse_modalities=[image, image]"),
+        "sparse_modalities is ['image', 'image']: name each modality once",
+    ),
+    "no blocks": (("fit", *SMALL, f"{BACKBONE}.num_blocks=0"), "error: num_blocks is 0: choose 1 or more"),
+    "a callback's option that is null": (
+        ("fit", *SMALL, "--trainer.callbacks=[{class_path: Liveness, init_args: {num_samples: null}}]"),
+        "trainer.callbacks.Liveness.init_args.num_samples is null, which it cannot be: give a whole number",
+    ),
+    "a callback that is null": (
+        ("fit", *SMALL, "--trainer.callbacks=[null]"),
+        "trainer.callbacks: None is no such value; give a Callback or null",
+    ),
+    "a folder without a name": (
+        ("predict", *SMALL, "--trainer.callbacks=[{class_path: FeatureWriter, init_args: {folder: ''}}]"),
+        "folder of FeatureWriter is '': name one",
+    ),
+    "no such checkpoint": (("validate", *SMALL, "--ckpt_path=none.ckpt"), "none.ckpt"),
+    "no such study": (
+        ("sweep", "plan", "rooter_z.yaml"),
+        "there is no study file rooter_z.yaml; did you mean ablations/router_z.yaml? the shipped ones are in ",
+    ),
+    "a loss that the router lacks": (
+        ("fit", *SMALL, *budget(1), "--model.losses.load.weight=0.01"),
+        "losses.load needs the noise of the router, and TopKRouter adds none",
+    ),
+    "a weight below zero": (
+        ("fit", *SMALL, *budget(1), "--model.losses.router_z.weight=-1"),
+        "losses.router_z.weight is -1.0: choose 0 or more",
+    ),
+    "a value that a nullable part refuses": (
+        ("fit", *SMALL, *budget(1), "--data.augment.flip=2"),
+        "data.augment.flip is 2.0, but must be a chance from 0 to 1",
+    ),
+    "a value that a part of a dictionary refuses": (
+        (
+            "fit",
+            *SMALL,
+            *budget(1),
+            "-c",
+            "conf/data/mixture.yaml",
+            "--data.sources.openmoji.drought.begin=-1",
+            "--data.sources.openmoji.drought.num_steps=1",
+        ),
+        "begin of a drought is -1",
+    ),
+    "a word that is missing": (("sweep", "plan"), "moevlm sweep plan needs FILE: `moevlm sweep plan --help` tells"),
+    "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
+    "a part of a module that is not found": (
+        ("describe", "my_package.MyRouter"),
+        "there is no module my_package; one of your own is found by PYTHONPATH, as in `PYTHONPATH=. moevlm ...`",
+    ),
+    "a router of a module that is not found": (
+        ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router=my_package.MyRouter"),
+        "moe.router: there is no module my_package; one of your own is found by PYTHONPATH",
+    ),
+    "a callback of a module that is not found": (
+        ("fit", *SMALL, "--trainer.callbacks+=my_package.MyCallback"),
+        "trainer.callbacks: there is no module my_package; one of your own is found by PYTHONPATH",
+    ),
+    "a class that its module lacks": (
+        ("describe", "lightning_moevlm.model.routers.MyRouter"),
+        "lightning_moevlm.model.routers has no class MyRouter",
+    ),
+    "a seed that is no number": (
+        ("fit", *SMALL, "--seed_everything=true"),
+        "error: seed_everything: True is no such value; give a whole number",
+    ),
+    "no such kind": (("list", "rooters"), "rooters"),
+    "tracking server that does not answer": (
+        ("fit", *SMALL, *budget(1), "--trainer.logger.init_args.tracking_uri=http://127.0.0.1:9"),
+        "http://127.0.0.1:9",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_code_2(mistake: str, moevlm: Moevlm, workplace: Path) -> None:
+    arguments, expected = MISTAKES[mistake]
+    before = sorted(workplace.rglob("*"))
+    lines = [line for line in moevlm(*arguments, code=2).splitlines() if line.startswith("moevlm: error:")]
+    assert len(lines) == 1 and expected in lines[0]
+    assert sorted(workplace.rglob("*")) == before
+
+
+def damage_truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-600])
+
+
+def damage_flip(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, Path.unlink], ids=["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["train-000001.tar", "val-000000.tar", "tokenizer.json", "manifest.json"])
+def test_a_damaged_set_is_refused_before_anything_is_written(
+    name: str, damage: Callable[[Path], None], moevlm: Moevlm, workplace: Path, scenes_root: Path
+) -> None:
+    link = workplace / "data/shards/scenes"
+    link.unlink()
+    shutil.copytree(scenes_root, link)
+    if name == "manifest.json" and damage is not Path.unlink:
+        (link / name).write_text((link / name).read_text().replace('"sha256": "', '"sha256": "0', 1))
+    else:
+        damage(link / name)
+    before = sorted(workplace.rglob("*"))
+    lines = moevlm("fit", *SMALL, *budget(1), code=2).splitlines()
+    told = [line for line in lines if line.startswith("moevlm: error:")]
+    assert len(told) == 1 and ("data/shards/scenes" in told[0] or name in told[0])
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_unknown_option_names_the_nearest(moevlm: Moevlm) -> None:
+    assert "load_balance" in moevlm("fit", *SMALL, "--model.losses.load_balanc=null", code=2)
+
+
+def test_no_traceback_from_the_real_process(workplace: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_moevlm",
+        "fit",
+        "-c",
+        "conf/quickstart.yaml",
+        "--data.batch_size=0",
+    ]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "moevlm: error: data.batch_size is 0, but must be at least 1\n"  # no "Seed set to 0" above it
+
+
+def test_advertising_is_dropped_and_warnings_stay() -> None:
+    from lightning_moevlm.configuration.lightning_notices import calm_terminal
+
+    calm_terminal()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def is_shown(text: str) -> bool:
+        return bool(logger.filter(logging.LogRecord(logger.name, logging.INFO, "", 0, text, None, None)))
+
+    assert not is_shown("💡 Tip: For seamless cloud logging and experiment tracking, try installing litlogger")
+    assert not is_shown("TPU available: False, using: 0 TPU cores")
+    assert is_shown("`Trainer.fit` stopped: `max_steps=80` reached.")
+    assert is_shown("Checkpoint directory is not writable")
+
+
+@pytest.mark.parametrize("mistaken", [False, True])
+def test_notices_wait_for_the_run_and_a_mistake_drops_them(mistaken: bool) -> None:
+    from lightning_moevlm.common.errors import UserError
+    from lightning_moevlm.configuration.lightning_notices import held_notices
+
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with held_notices() as notices:
+            logging.getLogger("lightning.pytorch.any").info("Seed set to 0")
+            logging.getLogger("lightning.pytorch.any").warning("a warning never waits")
+            assert shown == ["a warning never waits"]
+            if mistaken:
+                raise UserError("no")
+            notices.release()
+            assert shown == ["a warning never waits", "Seed set to 0"]
+            logger.info("later ones pass")
+    except UserError:
+        assert mistaken
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert shown == ["a warning never waits", *([] if mistaken else ["Seed set to 0", "later ones pass"])]
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_moevlm.cli.main import main
+    from lightning_moevlm.cli.run_command import COMMANDS
+
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert "sweep run" in told and f"bench {'|'.join(COMMANDS['bench'])} " in told
+    assert main(["--version"]) == 0 and __version__ in capsys.readouterr().out
+
+
+def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None:
+    import json
+
+    moevlm("list", "--json", "parts.json")
+    rows = json.loads((workplace / "parts.json").read_text())
+    paths = {row["class_path"] for row in rows}
+    assert {"lightning_moevlm.model.routers.TopKRouter", "lightning_moevlm.model.losses.RouterZ"} <= paths
+    assert all(row["summary"] for row in rows)
+    moevlm("describe", "TopKRouter", "--json", "options.json")
+    options = {row["option"]: row["default"] for row in json.loads((workplace / "options.json").read_text())}
+    assert options.pop("gate").startswith("Gate(jitter=0.0")
+    assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
+
+
+def test_types_are_described_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_moevlm.cli.main import main
+
+    monkeypatch.setenv("COLUMNS", "160")  # no line of a type is broken
+    assert main(["describe", "MoEFFN"]) == 0
+    assert "Callable[[int, int]," in capsys.readouterr().out
+
+
+def test_a_part_from_elsewhere_is_described_by_its_path(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_moevlm.cli.main import main
+
+    (tmp_path / "their_package.py").write_text(
+        "class TheirRouter:\n    'Sends all to one.'\n    def __init__(self, dim: int, chosen: int = 3): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["describe", "their_package.TheirRouter"]) == 0
+    told = capsys.readouterr().out
+    assert "their_package.TheirRouter" in told and "Sends all to one." in told and "chosen" in told
+
+
+def test_describing_qk_clip_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_moevlm.cli.main import main
+
+    assert main(["describe", "QKClip"]) == 0
+    assert "stabilisers.qk_norm: false" in capsys.readouterr().out
+
+
+def test_light_commands_do_not_wait_for_lightning() -> None:
+    probe = (
+        "import sys; import lightning_moevlm.cli.main, lightning_moevlm.cli.run_command; "
+        "print('torch' in sys.modules, 'lightning' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,73 @@
+"""Of several ranks one tells a mistake; the others end with the same exit code and without a word."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.configuration.one_voice import one_voice
+from tests.small_run import SMALL, budget
+
+MARK = "MOEVLM_MISTAKE_TOLD"
+
+
+def started_by_another(patch: pytest.MonkeyPatch, mark: Path) -> None:
+    """Make this process one that rank 0 has started."""
+    patch.setenv(MARK, str(mark))
+
+
+def test_one_process_tells_its_mistakes_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(UserError), one_voice(folder):
+            raise UserError("wrong")
+    assert MARK not in os.environ
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(RuntimeError, match="a bug"), one_voice(tmp_path):
+        raise RuntimeError("a bug")
+
+
+def test_the_second_to_find_a_mistake_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started_by_another(monkeypatch, tmp_path / "told")
+    with pytest.raises(UserError), one_voice(tmp_path / "unused"):
+        raise UserError("wrong")
+    with pytest.raises(SystemExit) as ended, one_voice(tmp_path / "unused"):
+        raise UserError("wrong")
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit) as lost, one_voice(tmp_path / "unused"):
+        raise RuntimeError("Connection closed by peer")
+    assert lost.value.code == 2
+
+
+def test_a_rank_whose_first_rank_is_gone_has_nothing_to_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started_by_another(monkeypatch, tmp_path / "gone" / "told")
+    for error in (UserError("wrong"), RuntimeError("Connection closed by peer")):
+        with pytest.raises(SystemExit), one_voice(tmp_path):
+            raise error
+
+
+def test_a_bug_on_one_of_many_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_moevlm.configuration.one_voice._PATIENCE_S", 0.2)
+    started_by_another(monkeypatch, tmp_path / "told")
+    with pytest.raises(RuntimeError, match="a bug"), one_voice(tmp_path):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.slow  # two processes each
+@pytest.mark.parametrize(
+    "mistake",
+    ["--data.batch_size=3000", "--trainer.logger.init_args.tracking_uri=http://127.0.0.1:9"],
+    ids=["that every rank finds", "that rank 0 finds"],
+)
+def test_a_mistake_on_two_ranks_ends_in_one_line(mistake: str, workplace: Path) -> None:
+    words = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", mistake)
+    command = [sys.executable, "-m", "lightning_moevlm", "fit", *SMALL, *budget(2), *words]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if line.startswith("moevlm: error:")]) == 1
+    assert not any("Traceback" in line or ("gloo" in line and "File" in line) for line in lines)

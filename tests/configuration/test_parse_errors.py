@@ -1,0 +1,190 @@
+"""The parser's nested complaints, and the one line that is made of them: real parsers, real mistakes."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.cli.run_command import run_command
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
+from lightning_moevlm.configuration.resolver import ConfigResolver
+from tests.conftest import PROJECT
+
+WEIGHT = "model.losses.load_balance.weight"
+RAMP = "a Ramp {start, stop, num_steps, begin, shape}"
+CAPACITY = "model.backbone.init_args.moe.init_args.capacity.train_factor"
+ROUTER = "model.backbone.init_args.moe.init_args.router"
+
+
+@pytest.fixture(scope="module")
+def resolver() -> ConfigResolver:
+    return ConfigResolver()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        (
+            WEIGHT,
+            {"strat": 0, "num_steps": 10},
+            f"{WEIGHT}: neither Ramp nor ByOverflow takes 'strat'; did you mean start? give a number, {RAMP} or a "
+            "ByOverflow {drop_rate, start, factor}",
+        ),
+        (WEIGHT, "abc", f"{WEIGHT}: abc is no such value; give a number, {RAMP} or a ByOverflow"),
+        (WEIGHT, {"start": 0, "num_steps": 10}, f"{WEIGHT}: Ramp needs stop too"),
+        (CAPACITY, {"start": 2.0}, "capacity.train_factor: Ramp needs stop, num_steps too"),
+        (
+            WEIGHT,
+            {"start": 0, "stop": 1, "num_steps": 10, "shape": "lineer"},
+            f"{WEIGHT}.shape: lineer is no such value; did you mean linear? give linear, cosine or sqrt",
+        ),
+        (
+            "model.losses.load_balance",
+            0.1,
+            "model.losses.load_balance: 0.1 is no such value; give a LoadBalance {weight, scope, per_modality} or null",
+        ),
+        (
+            "model.gradient",
+            None,
+            "model.gradient is null, which it cannot be: it is a group of options, so set those "
+            "(model.gradient.clip_norm, model.gradient.clip_value, ...); null turns off clip_norm, clip_value, z_clip, "
+            "ada_gc, clip_update, skip_spikes",
+        ),
+        ("model.init_std", None, "model.init_std is null, which it cannot be: give a number, or leave the option out"),
+        (
+            f"{ROUTER}.class_path",
+            "Router",
+            f"{ROUTER}: Router is abstract, so that nothing can be built of it; `moevlm list` shows what can be named",
+        ),
+        (f"{ROUTER}.class_path", "torch.nn.Linear", "torch.nn.Linear is not a Router; `moevlm list` shows what can"),
+        (
+            "model.losses.load_balance.wieght",
+            0.1,
+            "model.losses.load_balance: LoadBalance takes no 'wieght'; did you mean weight? it takes weight, scope or",
+        ),
+        ("model.precision.router", "bfloat", "model.precision.router: bfloat is no such value; did you mean bfloat16?"),
+        ("model.gradient.clip_norm", "abc", "model.gradient.clip_norm: abc is no such value; give a number or null"),
+        ("data.batch_size", "many", "data.batch_size: many is no such value; give a whole number"),
+        (
+            "model.backbone.class_path",
+            "VLMOE",
+            "model.backbone: there is no class VLMOE; did you mean VLMoE? choose LIM",
+        ),
+        ("model.optimizer.class_path", "MuonAdam", "there is no class MuonAdam; did you mean MuonAdamW? choose Lion, "),
+        ("model.optimizer.class_path", "Adam_W", "there is no class Adam_W; did you mean AdamW? choose Lion, "),
+        ("model.schedule.class_path", "Cosine", "there is no class Cosine; did you mean WarmupCosine? choose Warmup"),
+        (f"{ROUTER}.class_path", "TopK", "model.backbone.moe.router: there is no class TopK; did you mean TopKRouter?"),
+        (
+            f"{ROUTER}.init_args.topk",
+            2,
+            "model.backbone.moe.router: TopKRouter takes no 'topk'; did you mean top_k? it takes dim, num_experts, ",
+        ),
+        (f"{ROUTER}.init_args.gate.jiter", 1, "moe.router.gate: Gate takes no 'jiter'; did you mean jitter? it takes"),
+        (
+            "model.backbone.init_args.stabilisers.qknorm",
+            False,
+            "model.backbone.stabilisers: ModelStabilisers takes no 'qknorm'; did you mean qk_norm? `moevlm describe "
+            "ModelStabilisers` lists its options",
+        ),
+        ("trainer.max_step", 3, "no option trainer.max_step; did you mean --trainer.max_steps? --help lists"),
+        ("model.losses.load_balnce.weight", 1, "did you mean --model.losses.load_balance?"),
+        ("modle.seed", 1, "did you mean --model?"),
+    ],
+)
+def test_mistakes_in_a_file_are_told_from_their_place(
+    key: str, value: object, told: str, resolver: ConfigResolver
+) -> None:
+    overrides: object = value
+    for part in reversed(key.split(".")):
+        overrides = {part: overrides}
+    assert isinstance(overrides, dict)
+    with pytest.raises(UserError) as caught:
+        resolver([PROJECT / "conf/quickstart.yaml"], overrides)
+    assert told in str(caught.value)
+    assert "Union" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        (WEIGHT, "{strat: 0, num_steps: 10}", "neither Ramp nor ByOverflow takes 'strat'; did you mean start?"),
+        (f"{WEIGHT}.strat", "1", "neither Ramp nor ByOverflow takes 'strat'"),
+        (ROUTER, "TopK", "there is no class TopK; did you mean TopKRouter?"),
+        (f"{ROUTER}.gate.jiter", "1", "moe.router.gate: Gate takes no 'jiter'; did you mean jitter?"),
+        ("model.backbone.init_args.stabilisers.qknorm", "false", "takes no 'qknorm'; did you mean qk_norm?"),
+        ("trainer.max_step", "3", "unrecognized arguments: --trainer.max_step 3; did you mean --trainer.max_steps?"),
+        ("model.losses.load_balnce.weight", "1", "did you mean --model.losses.load_balance?"),
+        ("trainer.callbacks", "[{class_path: Telemetri}]", "there is no class Telemetri; did you mean Telemetry?"),
+        ("model.router_z", "null", "there is no option model.router_z; --help lists"),
+        ("model.los.router_z", "null", "did you mean --model.losses?"),
+        (
+            "model.losses.importance",
+            "0.01",
+            "model.losses.importance: 0.01 is no such value; give an Importance {weight, per_modality} or null",
+        ),
+        (
+            "model.losses.router_z",
+            "{class_path: lightning_moevlm.model.losses.OutputZ}",
+            "lightning_moevlm.model.losses.OutputZ cannot stand here, for RouterZ is set by its options and takes no "
+            "other "
+            "class; `moevlm describe RouterZ` lists them",
+        ),
+    ],
+)
+def test_mistakes_in_options_are_told_from_their_place(
+    option: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_moevlm.cli import training
+
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("sys.argv", ["moevlm"])  # `run` puts its words there
+    with pytest.raises(UserError) as caught:
+        training.run(["fit", "-c", "conf/quickstart.yaml", f"--{option}", value])
+    assert told in str(caught.value)
+    assert "Union" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["list", "routres"], "kind: routres is no such value; did you mean routers? give backbones, layers, routers"),
+        (["list", "foo"], "kind: foo is no such value; give backbones, layers, routers, "),
+        (["sweep", "run", "x.yaml", "--job", "2"], "unrecognized arguments: --job 2; did you mean --jobs?"),
+        (["bench", "layer", "--round", "1"], "did you mean --rounds?"),
+        (["data", "build", "scenes", "--num-sample", "3"], "did you mean --num_samples?"),
+        (["data", "build", "scenes", "--image-format", "gif"], "gif is no such value; give jpg or png"),
+        (["sweep", "run", "x.yaml", "--jobs", "2x"], "jobs: 2x is no such value; give a whole number or null"),
+        (["sweep", "rum"], "there is no command rum; did you mean run? choose new, plan, run, status, report"),
+    ],
+)
+def test_mistakes_in_commands_are_told_with_what_is_allowed(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run_command(words)
+    assert told in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_overlay_alone_asks_for_the_configuration_below_it(resolver: ConfigResolver) -> None:
+    with pytest.raises(
+        UserError, match=r"model.backbone: options without a class; give the class_path of LIMoE or VLMoE"
+    ):
+        resolver([PROJECT / "conf/routers/relu.yaml"], {})
+
+
+def test_texts_of_other_forms_pass_as_one_line() -> None:
+    assert told_from_the_mistake("Subcommand 'fit' does not\n accept it") == "Subcommand 'fit' does not accept it"
+
+
+def test_help_on_a_part_of_no_configuration_asks_for_one() -> None:
+    told = told_from_the_mistake("argument --model.backbone: expected one argument")
+    assert told.startswith("--model.backbone needs a value; ") and told.endswith(
+        "name the configuration that holds the part before it: -c FILE"
+    )
+
+
+def test_a_class_that_is_not_imported_is_told_by_the_text_alone() -> None:
+    message = "Parser key \"a\": Problem with given class_path 'nowhere.Part': Option 'size' is not accepted"
+    assert told_from_the_mistake(message) == "a: Option 'size' is not accepted"

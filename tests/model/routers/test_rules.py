@@ -1,0 +1,351 @@
+"""What is particular to each router, by hand."""
+
+import pytest
+import torch
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
+from lightning_moevlm.model.layers import initialise
+from lightning_moevlm.model.routers import (
+    CosineRouter,
+    ExpertChoiceRouter,
+    FixedRouter,
+    Gate,
+    GroupLimit,
+    GroupLimitedRouter,
+    GShardRouter,
+    HashRouter,
+    ModalityRouter,
+    NoisyTopKRouter,
+    ReLURouter,
+    Router,
+    SigmoidBiasRouter,
+    SinkhornRouter,
+    SoftRouter,
+    TopKRouter,
+    TopPRouter,
+)
+from lightning_moevlm.model.routers.learned.sinkhorn import balanced_log_plan
+from tests.routing import routing_input
+
+LN = torch.tensor([[1.0, 2.0, 5.0]]).log()  # softmax: 1/8, 2/8, 5/8
+
+
+def identity(router: Router) -> Router:
+    """Make the logits equal to the tokens."""
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.eye(*router.weight_ED.shape))
+    return router.eval()
+
+
+def route(router: Router, tokens_TD: torch.Tensor) -> PairPlan:
+    return router(routing_input(*tokens_TD.shape)._replace(tokens_TD=tokens_TD))
+
+
+def test_top_2() -> None:
+    plan = route(identity(TopKRouter(3, 3, top_k=2)), LN)
+    assert plan.expert_N.tolist() == [2, 1]
+    torch.testing.assert_close(plan.weight_N, torch.tensor([5 / 8, 2 / 8]))
+    renormalised = route(identity(TopKRouter(3, 3, top_k=2, renormalise=True)), LN)
+    torch.testing.assert_close(renormalised.weight_N, torch.tensor([5 / 7, 2 / 7]))
+
+
+def test_temperature_divides_the_logits() -> None:
+    plan = route(identity(TopKRouter(3, 3, gate=Gate(temperature=0.5))), LN)  # squares: 1, 4, 25
+    torch.testing.assert_close(plan.probs_TE, torch.tensor([[1 / 30, 4 / 30, 25 / 30]]))
+
+
+def test_jitter_and_dropout_act_in_training_alone() -> None:
+    for gate in (Gate(jitter=0.1), Gate(dropout=0.5)):
+        router = TopKRouter(16, 4, gate=gate)
+        initialise(router, seed=0, std=0.5)
+        inputs = routing_input(10, 16)
+        assert not torch.equal(router.train()(inputs).logits_TE, router(inputs).logits_TE)
+        assert torch.equal(router.eval()(inputs).logits_TE, router(inputs).logits_TE)
+    jittered = Gate(jitter=0.1).inputs(torch.ones(1000), training=True)
+    assert 0.9 <= float(jittered.min()) < 0.91 and 1.09 < float(jittered.max()) <= 1.1
+
+
+def test_initial_scale_of_a_router_is_its_own() -> None:
+    undecided, plain = TopKRouter(16, 4, gate=Gate(initial_std=0.0)), TopKRouter(16, 4)
+    for router in (undecided, plain):
+        initialise(router, seed=0, std=0.5)
+    assert torch.equal(undecided.weight_ED, torch.zeros(4, 16))
+    assert float(plain.weight_ED.detach().std()) > 0.2
+
+
+def test_noise_has_the_scale_of_v_moe_and_only_in_training() -> None:
+    router = identity(NoisyTopKRouter(4, 4, top_k=1, noise_scale=2.0))
+    tokens_TD = torch.zeros(20_000, 4)
+    plan = route(router.train(), tokens_TD)
+    assert torch.equal(plan.logits_TE, tokens_TD)  # the plan keeps them without noise
+    noisy_TE = plan.probs_TE.log() - plan.probs_TE.log().mean(dim=-1, keepdim=True)
+    # sigma 2 / E = 0.5; removing the mean of four leaves sqrt(3/4) of it
+    assert float(noisy_TE.detach().std()) == pytest.approx(0.5 * (3 / 4) ** 0.5, rel=0.02)
+    assert torch.equal(route(router.eval(), tokens_TD).probs_TE, torch.full((20_000, 4), 0.25))
+
+
+def test_noisy_weights_of_shazeer_are_a_softmax_over_the_chosen() -> None:
+    # of 1/8, 2/8 and 5/8 the two largest: as they are (V-MoE), or divided by 7/8
+    plain = route(identity(NoisyTopKRouter(3, 3)), LN)
+    shazeer = route(identity(NoisyTopKRouter(3, 3, learned_noise=True, renormalise=True)), LN)
+    torch.testing.assert_close(plain.weight_N, torch.tensor([5 / 8, 2 / 8]))
+    torch.testing.assert_close(shazeer.weight_N, torch.tensor([5 / 7, 2 / 7]))
+
+
+def test_second_expert_of_gshard_is_used_as_often_as_its_weight_says() -> None:
+    # softmax of (ln 3, 0): 3/4 and 1/4; with threshold 0.5 the second is used with probability 1/2
+    router = identity(GShardRouter(2, 2))
+    tokens_TD = torch.tensor([[3.0, 1.0]]).log().expand(20_000, 2)
+    second_N = route(router.train(), tokens_TD).chosen_N[20_000:]
+    assert float(second_N.float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert bool(route(router.eval(), tokens_TD).chosen_N.all())
+    # of 1/8, 2/8 and 5/8 the weights of the two largest are 5/7 and 2/7, whether or not the second one is used: with
+    # probability 2/7 over 1/2
+    three = route(identity(GShardRouter(3, 3)).train(), LN.expand(20_000, 3))
+    torch.testing.assert_close(three.weight_N[[0, 20_000]], torch.tensor([5 / 7, 2 / 7]))
+    assert float(three.chosen_N[20_000:].float().mean()) == pytest.approx(4 / 7, abs=0.02)
+
+
+def test_bias_steers_the_choice_and_not_the_weight() -> None:
+    router = identity(SigmoidBiasRouter(3, 3, top_k=1))
+    tokens_TD = torch.tensor([[0.0, 1.0, -1.0]])
+    before = route(router, tokens_TD)
+    router.bias_AE.copy_(torch.tensor([[0.9, 0.0, 0.0]]))
+    after = route(router, tokens_TD)
+    assert before.expert_N.tolist() == [1] and after.expert_N.tolist() == [0]
+    torch.testing.assert_close(after.weight_N, torch.tensor([0.5]))  # sigmoid(0), without the bias
+
+
+def test_sigmoid_weights_by_hand() -> None:
+    # sigmoid of ln 3, 0 and -ln 3: 3/4, 2/4, 1/4; the two largest are as they are, or divided by 5/4; all by 6/4
+    tokens_TD = torch.tensor([[3.0, 1.0, 1 / 3]]).log()
+    plain = route(identity(SigmoidBiasRouter(3, 3, renormalise=False)), tokens_TD)
+    divided = route(identity(SigmoidBiasRouter(3, 3)), tokens_TD)
+    torch.testing.assert_close(plain.weight_N, torch.tensor([3 / 4, 2 / 4]))
+    torch.testing.assert_close(divided.weight_N, torch.tensor([3 / 5, 2 / 5]))
+    for plan in (plain, divided):
+        torch.testing.assert_close(plan.probs_TE, torch.tensor([[3 / 6, 2 / 6, 1 / 6]]))
+
+
+def test_bias_update_by_hand() -> None:
+    # loads 6, 2, 1: mean 3. sign: -u, +u, +u; proportional: -3/3 u, 1/3 u, 2/3 u
+    load_AE = torch.tensor([[4, 2, 0], [2, 0, 1]])
+    sign = SigmoidBiasRouter(4, 3, update_rate=0.1, recentre=False)
+    sign.rebalance(load_AE)
+    torch.testing.assert_close(sign.bias_AE, torch.tensor([[-0.1, 0.1, 0.1]]))
+    proportional = SigmoidBiasRouter(4, 3, update_rate=0.3, update="proportional", recentre=False)
+    proportional.rebalance(load_AE)
+    torch.testing.assert_close(proportional.bias_AE, torch.tensor([[-0.3, 0.1, 0.2]]))
+    # torchtitan issue 1506: the mean of the bias drifted
+    centred = SigmoidBiasRouter(4, 3, update_rate=0.1)
+    for _ in range(100):
+        centred.rebalance(load_AE)
+    assert float(centred.bias_AE.mean()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_bias_is_state_and_takes_no_gradient() -> None:
+    # KempnerForge: a trainable bias inside the sigmoid
+    router = SigmoidBiasRouter(4, 3)
+    assert "bias_AE" in router.state_dict() and "bias_AE" not in dict(router.named_parameters())
+
+
+def test_rebalancing_evens_out_a_lopsided_router() -> None:
+    router = SigmoidBiasRouter(16, 8, top_k=1, update_rate=0.01)
+    initialise(router, seed=0, std=0.5)
+    inputs = routing_input(512, 16)
+    inputs = inputs._replace(tokens_TD=inputs.tokens_TD + 1.0)
+    violation = []
+    for _ in range(300):
+        load_E = torch.bincount(router(inputs).expert_N, minlength=8)
+        violation.append(float(load_E.max() / load_E.float().mean() - 1))
+        router.rebalance(load_E.unsqueeze(0))
+    assert violation[0] > 1.0 and violation[-1] < 0.2
+
+
+def test_groups_by_hand() -> None:
+    # two groups of two: p = (5, 1 | 3, 4) / 13. By the sum of both: 6 against 7, so the second group; its order is 3, 2
+    tokens_TD = torch.tensor([[5.0, 1.0, 3.0, 4.0]]).log()
+    by_both, by_largest = (identity(GroupLimitedRouter(4, 4, groups=GroupLimit(2, 1, number))) for number in (2, 1))
+    assert route(by_both, tokens_TD).expert_N.tolist() == [3, 2]
+    # by the largest alone: 5 against 4, so the first group
+    assert route(by_largest, tokens_TD).expert_N.tolist() == [0, 1]
+
+
+def test_groups_of_biased_scores_by_hand() -> None:
+    # s = (3/4, 1/4 | 2/4, 3/5): sums 1 and 1.1, so the second group, in the order 3, 2; weights 6/11 and 5/11.
+    # with a bias of 1/5 on expert 1 the sums are 1.2 and 1.1: experts 0 and 1, by s + b, weighed by s: 3/4 and 1/4.
+    # a bias of -2 on all changes nothing: scores below 0 are chosen before experts of other groups
+    tokens_TD = torch.tensor([[3.0, 1 / 3, 1.0, 3 / 2]]).log()
+    router = identity(SigmoidBiasRouter(4, 4, groups=GroupLimit(2, 1)))
+    for bias, expected, weights in (
+        ([0.0, 0.0, 0.0, 0.0], [3, 2], [6 / 11, 5 / 11]),
+        ([0.0, 0.2, 0.0, 0.0], [0, 1], [3 / 4, 1 / 4]),
+        ([-2.0, -2.0, -2.0, -2.0], [3, 2], [6 / 11, 5 / 11]),
+    ):
+        router.bias_AE.copy_(torch.tensor([bias]))
+        plan = route(router, tokens_TD)
+        assert plan.expert_N.tolist() == expected
+        torch.testing.assert_close(plan.weight_N, torch.tensor(weights))
+
+
+def test_top_p_takes_as_many_as_it_needs() -> None:
+    # 5/8 reaches 0.6 alone; 0.7 needs 5/8 + 2/8; 0.9 needs all three
+    for threshold, expected in ((0.6, 1), (0.7, 2), (0.9, 3)):
+        plan = route(identity(TopPRouter(3, 3, threshold=threshold, max_k=3)), LN)
+        assert int(plan.chosen_N.sum()) == expected
+
+
+def test_cosine_is_blind_to_length() -> None:
+    router = CosineRouter(16, 8)
+    initialise(router, seed=0, std=0.5)
+    inputs = routing_input(10, 16)
+    scaled = router(inputs._replace(tokens_TD=inputs.tokens_TD * 100))
+    torch.testing.assert_close(scaled.logits_TE, router(inputs).logits_TE, rtol=1e-4, atol=1e-4)
+    assert float(scaled.logits_TE.detach().abs().max()) <= 1 / 0.07 + 1e-4
+
+
+def test_cosine_learns_its_temperature_or_keeps_it() -> None:
+    # along the first of two rows, at tau 0.07: 1 / 0.07 and 0; a learned factor of 3 makes it 3 / 0.07
+    learned, fixed = CosineRouter(2, 2, routing_dim=2), CosineRouter(2, 2, routing_dim=2, learn_temperature=False)
+    for router in (learned, fixed):
+        initialise(router, seed=0)
+        with torch.no_grad():
+            router.project_weight.copy_(torch.eye(2))
+            router.expert_weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 0.2]]))  # rows' lengths do not matter either
+        torch.testing.assert_close(route(router, torch.tensor([[4.0, 0]])).logits_TE, torch.tensor([[1 / 0.07, 0]]))
+    assert fixed.scale is None and learned.scale is not None
+    learned.scale.data.fill_(3.0)
+    torch.testing.assert_close(route(learned, torch.tensor([[4.0, 0]])).logits_TE, torch.tensor([[3 / 0.07, 0]]))
+
+
+def test_sinkhorn_balances_columns_and_rows() -> None:
+    logits_TE = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) * 3
+    valid_T = torch.arange(64) < 60
+    plan_TE = balanced_log_plan(logits_TE, valid_T, 50).exp()
+    torch.testing.assert_close(plan_TE.sum(dim=0), torch.full((4,), 15.0))
+    torch.testing.assert_close(plan_TE[:60].sum(dim=1), torch.ones(60), rtol=1e-2, atol=1e-2)
+    assert torch.equal(plan_TE[60:], torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sinkhorn_weights_are_of_the_logits(training: bool) -> None:
+    # one choice weighs sigmoid(ln 5) = 5/6, several their softmax; the plan that chose them has no part in it
+    one, two = (route(identity(SinkhornRouter(3, 3, top_k=k)).train(training), LN.expand(2, 3)) for k in (1, 2))
+    weights_E = torch.tensor([1 / 2, 2 / 3, 5 / 6])
+    torch.testing.assert_close(one.weight_N, weights_E[one.expert_N])
+    torch.testing.assert_close(two.weight_N, torch.tensor([1 / 8, 2 / 8, 5 / 8])[two.expert_N])
+    if not training:
+        assert one.expert_N.tolist() == [2, 2] and two.expert_N.tolist() == [2, 2, 1, 1]
+
+
+def test_sinkhorn_routes_evenly_in_training_and_greedily_in_evaluation() -> None:
+    router = SinkhornRouter(16, 8)
+    initialise(router, seed=0, std=0.5)
+    inputs = routing_input(512, 16)
+    inputs = inputs._replace(tokens_TD=inputs.tokens_TD + 1.0)
+
+    def violation() -> float:
+        load_E = torch.bincount(router(inputs).expert_N, minlength=8).float()
+        return float(load_E.max() / load_E.mean() - 1)
+
+    assert violation() < 0.3
+    router.eval()
+    assert violation() > 1.0
+
+
+def test_expert_choice_gives_every_expert_the_same_load() -> None:
+    router = ExpertChoiceRouter(16, 8, capacity_factor=2.0)
+    initialise(router, seed=0, std=0.5)
+    plan = router(routing_input(40, 16, num_padding=8))
+    load_E = torch.bincount(plan.expert_N[plan.chosen_N], minlength=8)
+    assert load_E.tolist() == [8] * 8  # ceil(2 * 32 / 8)
+    few = ExpertChoiceRouter(16, 5, capacity_factor=1.1)
+    initialise(few, seed=0, std=0.5)
+    plan = few(routing_input(60, 16, num_padding=10))
+    load_E = torch.bincount(plan.expert_N[plan.chosen_N], minlength=5)
+    assert load_E.tolist() == [11] * 5  # 1.1 * 50 / 5, which is a little above 11 in fp64
+
+
+def test_relu_uses_positive_scores_alone() -> None:
+    plan = route(identity(ReLURouter(3, 3)), torch.tensor([[1.0, -2.0, 0.5]]))
+    assert plan.expert_N[plan.chosen_N].tolist() == [0, 2]
+    assert plan.weight_N[plan.chosen_N].tolist() == [1.0, 0.5]
+
+
+def test_controls() -> None:
+    inputs = routing_input(64, 16)
+    balanced = FixedRouter(16, 8, "balanced")(inputs)
+    assert torch.bincount(balanced.expert_N, minlength=8).tolist() == [8] * 8
+    by_modality = ModalityRouter(16, 8)(inputs)
+    assert torch.equal(by_modality.expert_N % 2, inputs.modality_T)
+    assert int(Modality.IMAGE) == 0
+    assert torch.bincount(by_modality.expert_N, minlength=8).tolist() == [8] * 8  # each modality takes turns of its own
+    one_each = ModalityRouter(16, 2)(inputs)
+    assert torch.equal(one_each.expert_N, inputs.modality_T)
+    random = FixedRouter(16, 8, "random")(inputs)
+    assert len(set(random.expert_N.tolist())) == 8 and not torch.equal(random.expert_N, balanced.expert_N)
+
+
+def test_hash_follows_the_identity_alone() -> None:
+    inputs = routing_input(1000, 16)._replace(identity_T=torch.arange(1000) % 100)
+    plan = HashRouter(16, 8, top_k=2)(inputs)
+    first_T, second_T = plan.expert_N[:1000], plan.expert_N[1000:]
+    assert not bool((first_T == second_T).any())
+    assert torch.equal(first_T[:100], first_T[100:200])  # the same identities again
+    other = HashRouter(16, 8, top_k=2, seed=1)(inputs)
+    assert not torch.equal(other.expert_N, plan.expert_N)
+    # 10,000 identities over 8 experts: 1,250 each, give or take 4 standard deviations of sqrt(10,000 / 8 * 7 / 8) = 33
+    many = routing_input(10_000, 4)._replace(identity_T=torch.arange(10_000))
+    load_E = torch.bincount(HashRouter(4, 8)(many).expert_N, minlength=8)
+    assert int(load_E.min()) > 1250 - 132 and int(load_E.max()) < 1250 + 132
+
+
+def test_hash_without_identities_is_refused() -> None:
+    with pytest.raises(UserError, match="needs to know what each token is"):
+        HashRouter(16, 8)(routing_input(4, 16)._replace(identity_T=None))
+
+
+def test_bias_per_modality_moves_by_its_own_load() -> None:
+    router = SigmoidBiasRouter(4, 2, top_k=1, update_rate=0.5, recentre=False, per_modality=True)
+    router.rebalance(torch.tensor([[4, 2], [0, 6]]))  # means 3 and 3
+    torch.testing.assert_close(router.bias_AE, torch.tensor([[-0.5, 0.5], [0.5, -0.5]]))
+    with torch.no_grad():
+        router.weight_ED.zero_()  # all scores equal
+    plan = router.eval()(routing_input(8, 4))
+    assert torch.equal(plan.expert_N, torch.tensor([1, 0] * 4))  # images prefer 1, texts 0
+
+
+def test_competing_routers_say_so() -> None:
+    assert SoftRouter(4, 2).competes
+    assert SinkhornRouter(4, 2).competes and ExpertChoiceRouter(4, 2).competes
+    assert not TopKRouter(4, 2).competes and not SigmoidBiasRouter(4, 2).competes
+
+
+REFUSED = {
+    "top_k is 0": lambda: TopKRouter(16, 8, top_k=0),
+    "top_k is 9 with num_experts 8: choose top_k between 1 and 8": lambda: TopKRouter(16, 8, top_k=9),
+    "renormalise needs top_k >= 2": lambda: TopKRouter(16, 8, top_k=1, renormalise=True),
+    "renormalise needs top_k >= 2: with top_k 1": lambda: NoisyTopKRouter(16, 8, top_k=1, renormalise=True),
+    "top_k is 2 with num_experts 1": lambda: GShardRouter(16, 1),
+    "threshold is 0": lambda: GShardRouter(16, 4, threshold=0),
+    "num_experts 8 is no multiple of groups.num_groups 3": lambda: GroupLimitedRouter(16, 8, groups=GroupLimit(3)),
+    "num_experts 8 is no multiple of groups.num_groups 5": lambda: SigmoidBiasRouter(16, 8, groups=GroupLimit(5)),
+    "groups.top_groups is 3": lambda: GroupLimit(2, 3),
+    "groups.num_groups is 0": lambda: GroupLimit(0),
+    "top_k is 5 with num_experts 4": lambda: SigmoidBiasRouter(16, 8, top_k=5, groups=GroupLimit(2, 1)),
+    "threshold is 1.5": lambda: TopPRouter(16, 8, threshold=1.5),
+    "capacity_factor is 9": lambda: ExpertChoiceRouter(16, 8, capacity_factor=9),
+    "top_k is 5 with num_experts 4: choose": lambda: ModalityRouter(16, 8, top_k=5),
+    "num_experts is 1: ModalityRouter needs one": lambda: ModalityRouter(16, 1),
+    "slots_per_expert is 0": lambda: SoftRouter(16, 4, slots_per_expert=0),
+    "gate.jitter is 1.0": lambda: Gate(jitter=1.0),
+    "gate.dropout is -0.1": lambda: Gate(dropout=-0.1),
+    "gate.temperature is 0": lambda: Gate(temperature=0),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_impossible_options_are_refused(message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        REFUSED[message]()

@@ -1,0 +1,75 @@
+"""A study that pins its baseline: what changes the digest, what does not, and what a refusal tells."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.declare.study_file import read_study
+from lightning_moevlm.study.plan.baseline_pin import baseline_digest, keep_baseline, refuse_other_baseline
+from lightning_moevlm.study.plan.planned_run import Plan
+from lightning_moevlm.study.plan.selection import select
+from lightning_moevlm.study.report.tables.plan_tables import plan_table
+from tests.study.tiny_study import plan_of, write_project
+
+
+def planned(folder: Path, study: dict[str, object] | None = None, **model: object) -> Plan:
+    return plan_of(write_project(folder, f"sqlite:///{folder / 'mlflow.db'}", study, model))
+
+
+def test_the_digest_is_that_of_the_baseline_alone(tmp_path: Path) -> None:
+    digest = baseline_digest(planned(tmp_path))
+    assert digest is not None
+    others = {"seeds": [5], "budget": {"max_steps": 9}, "arms": {"baseline": None, "skewed": {"model.skew": 0.9}}}
+    assert baseline_digest(planned(tmp_path, others)) == digest  # seeds, length and other arms are the study's own
+    assert baseline_digest(planned(tmp_path, speed=0.6)) != digest
+    other = planned(tmp_path, {"arms": {"baseline": None, "fast": {"model.speed": 0.9}}, "baseline": "baseline"})
+    assert baseline_digest(select(other, ["arm=fast"])) is None
+    assert f"`baseline_digest: '{digest}'`" in " ".join(plan_table(other, dict.fromkeys(_folders(other), "")).notes)
+
+
+def _folders(plan: Plan) -> list[str]:
+    return [run.folder for run in plan.runs]
+
+
+def test_a_changed_baseline_is_refused_with_what_is_known(tmp_path: Path) -> None:
+    before = planned(tmp_path)
+    pinned = {"baseline_digest": baseline_digest(before)}
+    refuse_other_baseline(planned(tmp_path, pinned))
+    child = planned(tmp_path, pinned, speed=0.6, worse=1.0)
+    now = baseline_digest(child)
+    assert f"baseline: {now}, pinned." in plan_table(child, dict.fromkeys(_folders(child), "")).notes
+    line = (tmp_path / "tiny.yaml").read_text().splitlines().index(f"baseline_digest: {_dumped(pinned)}") + 1
+    with pytest.raises(UserError) as refused:
+        refuse_other_baseline(child)
+    told = str(refused.value)
+    assert told.startswith(f"{tmp_path / 'tiny.yaml'}:{line}: baseline_digest: the baseline 'baseline' is now {now}")
+    assert f"pinned {pinned['baseline_digest']}: what changed is not known" in told
+    assert f"pin it: `baseline_digest: '{now}'`" in told
+
+    keep_baseline(before)  # as `sweep run` does
+    with pytest.raises(UserError, match=r"model.speed was 0.5, is 0.6; model.worse was 0.0, is 1.0. Undo"):
+        refuse_other_baseline(child)
+    [kept] = before.folder.glob("baselines/*.json")
+    kept.write_text(kept.read_text().replace('"0.5"', '"0.4"'))  # it is no longer what its name says
+    with pytest.raises(UserError, match="what changed is not known"):
+        refuse_other_baseline(child)
+
+
+def _dumped(pinned: dict[str, str | None]) -> str:
+    return yaml.safe_dump(pinned).partition(": ")[2].strip()
+
+
+def test_digests_that_look_like_numbers_are_read_as_written(tmp_path: Path) -> None:
+    file = write_project(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    text = file.read_text()
+    for digest in ("123456789012", "12345678e012", "'012345678901'"):
+        file.write_text(f"{text}baseline_digest: {digest}\n")
+        pin = read_study(file).pin
+        assert pin is not None
+        assert pin.digest == digest.strip("'")
+    for wrong in ("3f2a", "3F2A81C09D4E", "[a]", "true"):
+        file.write_text(f"{text}baseline_digest: {wrong}\n")
+        with pytest.raises(UserError, match=r"baseline_digest: expected the 12 hex digits"):
+            read_study(file)
