@@ -1,4 +1,4 @@
-"""Every command of the README runs: as written here, or by `make demo`."""
+"""Every command of the guides runs: as written here, or by `make demo`."""
 
 import re
 import shlex
@@ -14,8 +14,25 @@ from tests.conftest import PROJECT
 from tests.data.sources import csv_source
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
+CODE = (PROJECT / "lightning_moevlm/README.md").read_text(encoding="utf-8")
+GUIDES = [
+    README,
+    CODE,
+    *((PROJECT / name / "README.md").read_text(encoding="utf-8") for name in ("data", "conf", "ablations", "tests")),
+]
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
-COMMANDS = [line.split("  # ")[0].strip() for line in re.findall(r"^    (\S.*)$", README, flags=re.MULTILINE)]
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("  # ")[0].strip()
+        for guide in GUIDES
+        for line in re.findall(r"^    (\S.*)$", guide, flags=re.MULTILINE)
+    )
+)
+SLOW = "moevlm data build openmoji --out data/shards/openmoji"  # a slow test builds it
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 def test_every_command_is_one_that_runs_here_or_is_a_target() -> None:
@@ -32,13 +49,13 @@ def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) ->
     csv_source(workplace, 60)  # the reader's own captions.csv and pictures/
     for command in COMMANDS:
         tool, *arguments = shlex.split(command)
-        if tool == "moevlm":
+        if tool == "moevlm" and command != SLOW:
             moevlm(*arguments)
     assert (workplace / "data/shards/scenes/manifest.json").is_file()
 
 
 def test_its_python_runs_as_written(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (program,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    (program,) = re.findall(r"^```python\n(.*?)^```", CODE, flags=re.MULTILINE | re.DOTALL)
     found: dict[str, Any] = {}
     exec(program.replace("max_steps=20", "max_steps=2"), found)
     features, trained = found["features"], found["trainer"].lightning_module
@@ -50,15 +67,20 @@ def test_its_python_runs_as_written(workplace: Path, capfd: pytest.CaptureFixtur
 
 def test_the_map_names_every_folder() -> None:
     folders = {path.name for path in (PROJECT / "lightning_moevlm").iterdir() if (path / "__init__.py").is_file()}
-    named = set(re.findall(r"`(\w+)/`", README))
-    assert folders - {"commands"} <= named
+    assert folders <= set(re.findall(r"`(\w+)/`", CODE))
+
+
+def test_the_map_names_files_that_exist() -> None:
+    for target in re.findall(r"`((?:\w+/)+\w+\.py)`", CODE):
+        assert (PROJECT / "lightning_moevlm" / target).is_file(), target
 
 
 def test_pictures_and_files_exist() -> None:
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (PROJECT / target).is_file(), target
-    for target in re.findall(r"`((?:conf|ablations|data|tests)/[\w/]+\.\w+)`", README):
-        assert (PROJECT / target).is_file(), target
+    for guide in GUIDES:
+        for target in re.findall(r"`((?:conf|ablations|data|tests)/[\w/]+\.(?:yaml|md|py|png))`", guide):
+            assert (PROJECT / target).is_file() or (PROJECT / "lightning_moevlm" / target).is_file(), target
 
 
 def test_demo_runs_what_the_readme_says() -> None:
