@@ -6,12 +6,19 @@ from pathlib import Path
 from lightning_moevlm.contracts import metric_keys
 from tests.conftest import PROJECT
 
+IN_EVERY_FOLDER = ("__init__.py", "__pycache__", "py.typed", "README.md")
 SOURCES = sorted((PROJECT / "lightning_moevlm").rglob("*.py"))
 
 
 def test_no_file_is_long() -> None:
     long = {path.name: lines for path in SOURCES if (lines := len(path.read_text("utf-8").splitlines())) > 400}
     assert long == {}
+
+
+def test_no_folder_is_full() -> None:
+    folders = [PROJECT / "lightning_moevlm", *{path.parent for path in SOURCES}]
+    entries = {folder: [each for each in folder.iterdir() if each.name not in IN_EVERY_FOLDER] for folder in folders}
+    assert {str(folder): len(inside) for folder, inside in entries.items() if len(inside) > 12} == {}
 
 
 def test_nothing_is_unpickled_and_no_shell_is_called() -> None:
