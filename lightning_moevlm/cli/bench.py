@@ -39,7 +39,7 @@ def layer(
         rounds: Interleaved rounds; each times every candidate once.
         peers: Packages to compare with, where they are installed (extra `peers`).
         threads: Threads of torch; by default one per core.
-        device: Where layers run; goals are held against on the CPU alone.
+        device: Device of the layers; goals are checked on the CPU only.
         json: Write one record per case and candidate to this file instead of the tables; - is standard output.
     """
     options = {"only": only, "rounds": rounds, "peers": peers, "threads": threads, "device": device, "json": json}
@@ -69,8 +69,7 @@ def layer(
 def dispatch(
     rounds: int = 9, table: str | None = None, threads: int | None = None, growth: bool = True, json: str | None = None
 ) -> int:
-    """Measure every dispatcher over a grid of cases, write the table that AutoDispatcher chooses by, and show how
-    dispatch alone grows.
+    """Measure every dispatcher over a grid of cases and write the table that AutoDispatcher chooses by.
 
     Args:
         rounds: Interleaved rounds; each times every candidate once.
@@ -132,7 +131,7 @@ def step(rounds: int = 5, threads: int | None = None, device: Device = "cpu", js
     Args:
         rounds: Interleaved rounds; each trains 110 steps of a small model in each way, and one step of a larger one.
         threads: Threads of torch; by default one per core.
-        device: Where models train; goals are held against on the CPU alone.
+        device: Device of the models; goals are checked on the CPU only.
         json: Write one record per way to train to this file instead of the tables; - is standard output.
     """
     code = _in_tuned_child(["step"], {"rounds": rounds, "threads": threads, "device": device, "json": json})
@@ -164,7 +163,7 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
 
     Args:
         rounds: Interleaved rounds; each does everything once.
-        root: Folder of a set with jpg and txt; by default one of 256 px pictures is drawn for the bench and removed.
+        root: Folder of a set with jpg and txt; by default one of 256 px images is drawn for the bench and removed.
         json: Write one record per thing timed to this file instead of the tables; - is standard output.
     """
     code = _in_tuned_child(["data"], {"rounds": rounds, "root": root, "json": json})

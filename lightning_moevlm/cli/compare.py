@@ -44,22 +44,22 @@ def compare(
 
     Args:
         runs: The runs; the first one's arm is the baseline.
-        metric: What decides.
-        direction: Which way is progress; by default as the metric is declared.
-        by: Config key or tag that makes the arms instead, e.g. model.losses.router_z; may be repeated. Arms are meant
-            to differ in it, so it is no unfairness.
-        baseline: The baseline's name, as the tables tell it.
-        within: A difference that would not matter, in the metric's unit; without it no verdict says "no difference".
+        metric: Metric that decides.
+        direction: Direction of improvement; by default that of the metric's declaration.
+        by: Config key or tag that defines the arms, e.g. model.losses.router_z; may be repeated. Arms may then
+            differ in it.
+        baseline: Name of the baseline, as shown in the tables.
+        within: Largest difference that does not matter, in the metric's unit; null: no verdict says "no difference".
         guard: METRIC=AMOUNT, a metric that may not get worse by more than that; may be repeated. An arm that breaks it
             does not help.
-        also: A further metric to tell, without a verdict; may be repeated.
-        correction: Of the p values over all arms that are held against the baseline.
+        also: A further metric to report, without a verdict; may be repeated.
+        correction: Correction of the p values over all comparisons with the baseline.
         unfair: Compare also runs that differ in steps, schedule, batch, data, their order or validation samples.
-        report: Write HTML, Markdown and pictures into this folder too.
+        report: Folder for HTML, Markdown and images; null writes none.
         json: Write records to this file as JSON instead of the tables; - is standard output.
-        records: What `json` writes: arms (effects, stability, cost), learning rates, or what was not alike.
-        tracking_uri: Where the runs are; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
-        full: Print every table of a report here too: stability, costs, receipts, fairness.
+        records: Content of `json`: arms (effects, stability, cost), learning rates, or differences between runs.
+        tracking_uri: MLflow store of the runs; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
+        full: Also print every table of a report: stability, costs, receipts, fairness.
     """
     from rich.text import Text
 
@@ -155,7 +155,7 @@ def _card(
     try:
         return describe(config)
     except UserError as error:  # of another version, whose model this one cannot build: the rest can be compared
-        told = f"arm {arm!r}: parameters and FLOPs are not told, this version cannot build its model: {error}"
+        told = f"arm {arm!r}: parameters and FLOPs are unknown, because this version cannot build its model: {error}"
         Console(stderr=True, soft_wrap=True, highlight=False).print(told, markup=False)
         return None
 

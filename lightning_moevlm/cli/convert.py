@@ -1,4 +1,4 @@
-"""`moevlm data convert`: sets of shards from pictures and captions that lie in other forms.
+"""`moevlm data convert`: sets of shards from images and captions that lie in other forms.
 
 What is common to every kind stands under the same name in each: --out, --licence, --image_format, --max_side and so on.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.data.write.convert.sources.row_source import Source
 
 ImageFormat = Literal["jpg", "png"]
-_AGAIN = "when that is mended, the same command goes on where it was"
+_AGAIN = "fix that, then run the same command to resume"
 _STAY = "bad samples, which stay in their tars: train with data.max_lost_fraction above 0"
 
 
@@ -46,28 +46,28 @@ def convert_csv(
     jobs: int | None = None,
     force: bool = False,
 ) -> None:
-    """Convert a CSV file and the folder of pictures that it names. Columns without a meaning go to the json member.
+    """Convert a CSV file and the folder of images that it names. Columns without a meaning go to the json member.
 
     Args:
         table: The CSV file; its first line names the columns.
-        pictures: Folder that the pictures' paths start from; by default the table's own. None may lead out of it.
+        pictures: Folder that image paths are relative to; by default the table's own. Paths may not leave it.
         out: Folder of the set; by default data/shards/NAME.
-        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
-        licence_url: Where the licence can be read.
-        attribution: The sentence that the licence asks for.
-        name: Of the set, and the beginning of its keys; by default the table's name.
-        image_column: Holds the pictures' paths; null for a set of texts alone.
-        caption_column: Holds the captions; null for a set of pictures alone.
-        key_column: Holds the samples' keys (letters, digits, - and _); by default rows are numbered.
-        split_column: Holds train, val or test; by default the hash of the picture decides, 80, 10 and 10 %.
-        delimiter: Between fields.
-        encoding: Of the table, as cp1252 for tables from Windows.
+        licence: Licence of the data, such as "CC BY 4.0". Required.
+        licence_url: Address of the licence text.
+        attribution: Attribution that the licence requires.
+        name: Name of the set and prefix of its keys; by default the table's name.
+        image_column: Column of image paths; null for a set of texts alone.
+        caption_column: Column of captions; null for a set of images alone.
+        key_column: Column of sample keys (letters, digits, - and _); by default rows are numbered.
+        split_column: Column with train, val or test; by default the hash of the image decides, 80, 10 and 10 %.
+        delimiter: Character between fields.
+        encoding: Encoding of the table, such as cp1252 for tables from Windows.
         quotes: Whether fields may be quoted; null reads them so, and refuses a table where that seems to swallow rows.
-        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
-        max_side: Scale pictures until their longer side has no more pixels than this.
+        image_format: Images of this format are kept byte for byte, others are encoded anew.
+        max_side: Largest longer side of an image, in pixels; larger ones are scaled. null keeps the size.
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
-        max_bad: Leave out so many bad rows at most; one more, and nothing is converted.
+        max_bad: Largest number of bad rows to leave out; with more, nothing is converted.
         jobs: Processes; by default one per processor. The set's bytes do not depend on them.
         force: Replace a set that was converted differently.
 
@@ -105,25 +105,25 @@ def convert_jsonl(
     jobs: int | None = None,
     force: bool = False,
 ) -> None:
-    """Convert a file of JSON objects, one per line, and the folder of pictures that it names.
+    """Convert a file of JSON objects, one per line, and the folder of images that it names.
 
     Args:
         table: The file, UTF-8. Fields without a meaning go to the json member.
-        pictures: Folder that the pictures' paths start from; by default the table's own. None may lead out of it.
+        pictures: Folder that image paths are relative to; by default the table's own. Paths may not leave it.
         out: Folder of the set; by default data/shards/NAME.
-        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
-        licence_url: Where the licence can be read.
-        attribution: The sentence that the licence asks for.
-        name: Of the set, and the beginning of its keys; by default the table's name.
-        image_field: Holds the pictures' paths; null for a set of texts alone.
-        caption_field: Holds the captions; null for a set of pictures alone.
-        key_field: Holds the samples' keys (letters, digits, - and _); by default lines are numbered.
-        split_field: Holds train, val or test; by default the hash of the picture decides, 80, 10 and 10 %.
-        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
-        max_side: Scale pictures until their longer side has no more pixels than this.
+        licence: Licence of the data, such as "CC BY 4.0". Required.
+        licence_url: Address of the licence text.
+        attribution: Attribution that the licence requires.
+        name: Name of the set and prefix of its keys; by default the table's name.
+        image_field: Field of image paths; null for a set of texts alone.
+        caption_field: Field of captions; null for a set of images alone.
+        key_field: Field of sample keys (letters, digits, - and _); by default lines are numbered.
+        split_field: Field with train, val or test; by default the hash of the image decides, 80, 10 and 10 %.
+        image_format: Images of this format are kept byte for byte, others are encoded anew.
+        max_side: Largest longer side of an image, in pixels; larger ones are scaled. null keeps the size.
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
-        max_bad: Leave out so many bad lines at most; one more, and nothing is converted.
+        max_bad: Largest number of bad lines to leave out; with more, nothing is converted.
         jobs: Processes; by default one per processor. The set's bytes do not depend on them.
         force: Replace a set that was converted differently.
 
@@ -155,23 +155,23 @@ def convert_coco_captions(
     jobs: int | None = None,
     force: bool = False,
 ) -> None:
-    """Convert a COCO captions file (captions_train2017.json and the like) and its folder of pictures.
+    """Convert a COCO captions file (captions_train2017.json and the like) and its folder of images.
 
     Args:
         annotations: The captions file.
-        pictures: Folder of the pictures; by default the file's own.
+        pictures: Folder of the images; by default the file's own.
         out: Folder of the set; by default data/shards/NAME.
-        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
-        licence_url: Where the licence can be read.
-        attribution: The sentence that the licence asks for.
-        name: Of the set, and the beginning of its keys; by default the file's name.
-        captions: first makes one sample per picture, each one per caption; draw is one per picture as well, and each
+        licence: Licence of the data, such as "CC BY 4.0". Required.
+        licence_url: Address of the licence text.
+        attribution: Attribution that the licence requires.
+        name: Name of the set and prefix of its keys; by default the file's name.
+        captions: first makes one sample per image, each one per caption; draw is one per image as well, and each
             epoch draws one of its captions. All captions are in the json member.
-        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
-        max_side: Scale pictures until their longer side has no more pixels than this.
+        image_format: Images of this format are kept byte for byte, others are encoded anew.
+        max_side: Largest longer side of an image, in pixels; larger ones are scaled. null keeps the size.
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
-        max_bad: Leave out so many bad entries at most; one more, and nothing is converted.
+        max_bad: Largest number of bad entries to leave out; with more, nothing is converted.
         jobs: Processes; by default one per processor. The set's bytes do not depend on them.
         force: Replace a set that was converted differently.
 
@@ -205,24 +205,24 @@ def convert_coco_vqa(
     jobs: int | None = None,
     force: bool = False,
 ) -> None:
-    """Convert questions and answers in COCO's style (VQA v1, v2): one sample per picture, questions in its json.
+    """Convert questions and answers in COCO's style (VQA v1, v2): one sample per image, questions in its json.
 
     Args:
         questions: The questions file.
         annotations: The file with the answers.
-        pictures: Folder of the pictures; by default the questions' own.
+        pictures: Folder of the images; by default the questions' own.
         out: Folder of the set; by default data/shards/NAME.
-        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
-        licence_url: Where the licence can be read.
-        attribution: The sentence that the licence asks for.
-        name: Of the set, and the beginning of its keys; by default the questions file's name.
-        image_name: How pictures are called; by default COCO_SUBTYPE_{image_id:012d}.jpg.
-        captions: A COCO captions file of the same pictures, for captions as well and for the pictures' names.
-        image_format: Pictures of this format are kept byte for byte, others are encoded anew.
-        max_side: Scale pictures until their longer side has no more pixels than this.
+        licence: Licence of the data, such as "CC BY 4.0". Required.
+        licence_url: Address of the licence text.
+        attribution: Attribution that the licence requires.
+        name: Name of the set and prefix of its keys; by default the questions file's name.
+        image_name: Pattern of image names; by default COCO_SUBTYPE_{image_id:012d}.jpg.
+        captions: A COCO captions file of the same images, for captions as well and for the images' names.
+        image_format: Images of this format are kept byte for byte, others are encoded anew.
+        max_side: Largest longer side of an image, in pixels; larger ones are scaled. null keeps the size.
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
-        max_bad: Leave out so many bad entries at most; one more, and nothing is converted.
+        max_bad: Largest number of bad entries to leave out; with more, nothing is converted.
         jobs: Processes; by default one per processor. The set's bytes do not depend on them.
         force: Replace a set that was converted differently.
 
@@ -258,29 +258,29 @@ def convert_img2dataset(
     jobs: int | None = None,
     force: bool = False,
 ) -> None:
-    """Make a set of what img2dataset has downloaded (--output_format webdataset), or of any WebDataset tars.
+    """Make a set from img2dataset's downloads (--output_format webdataset) or any WebDataset tars.
 
     The tars stay as they are: they are linked into the set, or, where --out is their own folder, get a manifest beside
     them. Whole tars then fall into the splits. Bad samples stay in their tars, and data.max_lost_fraction must bear
-    them; --keep_tars false writes the good samples anew, mixed and split by picture.
+    them; --keep_tars false writes the good samples anew, mixed and split by image.
 
     Args:
         folder: The folder with 00000.tar, 00000_stats.json and so on; without any statistics, with tars of any name.
         out: Folder of the set; by default data/shards/NAME.
-        licence: Under which the data stands, as in "CC BY 4.0"; it must be named.
-        licence_url: Where the licence can be read.
-        attribution: The sentence that the licence asks for.
-        name: Of the set; by default the folder's name.
+        licence: Licence of the data, such as "CC BY 4.0". Required.
+        licence_url: Address of the licence text.
+        attribution: Attribution that the licence requires.
+        name: Name of the set; by default the folder's name.
         keep_tars: Whether the tars stay as they are.
         recompress: Whether compressed tars (gzip, bzip2, xz) are unpacked into the set; they are refused otherwise.
         image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
         caption_member: Extension of the captions; null for a set of images alone.
         caption_field: Field of KEY.json that holds the caption, or a list of them, of which each epoch draws one.
-        image_format: Of samples that are written anew.
-        max_side: Of samples that are written anew: the longer side has no more pixels than this.
-        samples_per_shard: Of samples that are written anew.
+        image_format: Format of samples that are written anew.
+        max_side: Largest longer side of samples that are written anew, in pixels; null keeps the size.
+        samples_per_shard: Samples per tar file that is written anew.
         vocab_size: Largest number of token ids, at least 260.
-        max_bad: Bear so many bad samples at most.
+        max_bad: Largest number of bad samples to tolerate.
         jobs: Processes; by default one per processor. The set's bytes do not depend on them.
         force: Replace a set that was converted differently.
 

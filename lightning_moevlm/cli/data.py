@@ -37,13 +37,13 @@ def build_openmoji(
     vocab_size: int = 1024,
     force: bool = False,
 ) -> None:
-    """Build the set `openmoji`: OpenMoji pictures with names in 14 languages (CC BY-SA 4.0).
+    """Build the set `openmoji`: OpenMoji images with names in 14 languages (CC BY-SA 4.0).
 
     Args:
         out: Folder of the set.
         image_size: Pixels per side, 16 to 1024.
         image_format: jpg on a white ground, or png with transparency.
-        skin_tones: Whether to include skin-tone variants (they share the split of their base picture).
+        skin_tones: Whether to include skin-tone variants (they share the split of their base image).
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
         force: Replace a set that was built with other arguments.
@@ -74,15 +74,15 @@ def build_scenes(
     vocab_size: int = 1024,
     force: bool = False,
 ) -> None:
-    """Build the set `scenes`: 1-4 pictures on tinted grounds, with captions, questions and scene graphs.
+    """Build the set `scenes`: 1-4 images on tinted grounds, with captions, questions and scene graphs.
 
     Args:
         out: Folder of the set.
         num_samples: Scenes over all splits (80 % train, 10 % val, 10 % test).
         image_size: Pixels per side, 32 to 1024.
         image_format: jpg, or png without losses.
-        num_pictures: How many different pictures the scenes draw from, 8 to 84.
-        seed: Of the scenes; the same seed gives the same scenes, whatever their number.
+        num_pictures: Number of different drawings in the scenes, 8 to 84.
+        seed: Seed of the scenes; a larger set begins with the scenes of a smaller one.
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
         force: Replace a set that was built with other arguments.
@@ -116,7 +116,7 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         json: Write one record per split to this file instead of the table; - is standard output.
-        contact_sheet: Also write a PNG with pictures and captions of the validation split to this file.
+        contact_sheet: Also write a PNG with images and captions of the validation split to this file.
 
     """
     from lightning_moevlm.cli import output
@@ -153,13 +153,13 @@ def show(
     num_samples: int = 48,
     containing: str | None = None,
 ) -> None:
-    """Write samples of a set as one HTML page: pictures, captions and their tokens, questions, annotations.
+    """Write samples of a set as one HTML page: images, captions and their tokens, questions, annotations.
 
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         out: File to write; by default SET.html beside the set's folder.
-        split: Whose samples are shown.
-        num_samples: Show so many at most.
+        split: Split to show.
+        num_samples: Largest number of samples to show.
         containing: Only samples whose key, caption or json member contains this text, in upper or lower case.
 
     """
@@ -187,14 +187,14 @@ def codebook(
     max_samples: int = 20000,
     out: str | None = None,
 ) -> None:
-    """Fit a k-means codebook on patches of a set's training pictures: targets for masked image modelling.
+    """Fit a k-means codebook on patches of a set's training images: targets for masked image modelling.
 
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
-        num_codes: Codes, the one for patches of a single grey included.
+        num_codes: Number of codes, including the one for uniform grey patches.
         patch_size: Pixels per side of a patch; must divide the image size.
-        seed: Of the k-means.
-        max_samples: Use at most this many training pictures.
+        seed: Seed of the k-means.
+        max_samples: Use at most this many training images.
         out: File to write; by default codebook-CODESxPATCH.safetensors in the set's folder.
 
     """
@@ -304,7 +304,7 @@ def _notes(report: "CheckReport") -> list[str]:
         )
     across = sum(card.duplicates_across for card in report.cards)
     if across:
-        what = "captions" if report.cards[0].modality == "texts" else "pictures"
+        what = "captions" if report.cards[0].modality == "texts" else "images"
         notes.append(
             f"{across:,} {what} of an earlier split occur again in a later one: what is measured there is known"
         )

@@ -18,22 +18,22 @@ from lightning_moevlm.common.secret_masking import without_url_secrets
 _TRAINING = ("fit", "validate", "test", "predict")
 _DIVERGED = 3
 _HELP = f"""\
-moevlm {__version__}: train sparse mixture-of-experts vision-language models, ablate stabilisers, compare honestly
+moevlm {__version__}: train sparse mixture-of-experts vision-language models, ablate stabilisers, compare fairly
 
   moevlm fit -c conf/quickstart.yaml                train one model; validate, test and predict take the same options
-  moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a declared study, resumable
-  moevlm sweep new FILE                             write a study file to start from, every key explained
-  moevlm sweep plan|status|report FILE              what would run, what has run, what it showed
-  moevlm compare RUN RUN...                         the same tables for any runs in MLflow, fairness checked
+  moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a study; run again to resume
+  moevlm sweep new FILE                             write a commented study file to start from
+  moevlm sweep plan|status|report FILE              show the planned runs, their state, their results
+  moevlm compare RUN RUN...                         compare any runs in MLflow; unfair comparisons are refused
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
-  moevlm data convert csv|jsonl|coco_captions|coco_vqa|img2dataset   make a set of your own pictures and captions
+  moevlm data convert csv|jsonl|coco_captions|coco_vqa|img2dataset   make a set of your own images and captions
   moevlm data check DIR                             verify a set and print its card
   moevlm data show DIR                              write samples as a page to browse
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
-  moevlm deliver [FOLDER]                           hand MLflow what runs kept on disk while it was silent
+  moevlm deliver [FOLDER]                           upload logs that runs kept locally while MLflow was unreachable
   moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
-  moevlm list [KIND]                                parts that a configuration can name, designs, metrics
-  moevlm describe NAME|study                        one part: what it does, its options; the keys of a study file
+  moevlm list [KIND]                                list parts for configurations, designs, metrics
+  moevlm describe NAME|study                        explain one part and its options, or the keys of a study file
 
 Every command takes --help. MOEVLM_TRACEBACK=1 shows where an error was raised."""
 

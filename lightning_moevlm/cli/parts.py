@@ -37,8 +37,8 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
     """List the parts that a configuration can name, plug-ins included, and the designs and metrics of studies.
 
     Args:
-        kind: one kind only.
-        json: write the rows to this file as JSON; - is standard output.
+        kind: Kind to list; null lists all.
+        json: Write the rows to this file as JSON; - is standard output.
     """
     from rich.table import Table
     from rich.text import Text
@@ -64,7 +64,7 @@ def describe(name: str, json: str | None = None) -> None:
 
     Args:
         name: Class name or design as in `moevlm list`, the full path of a class, or study.
-        json: write the options to this file as JSON; - is standard output.
+        json: Write the options to this file as JSON; - is standard output.
     """
     from rich.console import Group
     from rich.table import Table
@@ -222,10 +222,10 @@ STUDY = "study"
 
 
 def new(file: str) -> None:
-    """Write a study file to start from: it plans as it is, and a comment explains each key.
+    """Write a commented study file to start from; `sweep plan` accepts it unchanged.
 
     Args:
-        file: Where to write it, e.g. mine.yaml. Its name without .yaml becomes the study's name.
+        file: File to write, e.g. mine.yaml. Its name without .yaml becomes the study's name.
     """
     from lightning_moevlm.study.declare.study_file import refuse_bad_name
     from lightning_moevlm.study.guide import skeleton

@@ -42,13 +42,13 @@ _ENGINES = {engine.name: engine.__name__ for engine in (LocalEngine, SlurmEngine
 
 
 def plan(file: str, json: str | None = None, probe: bool = False, only: list[str] | None = None) -> None:
-    """Show every run of a study with its difference from the base; check all of them, start none.
+    """Show and check every run of a study and its difference from the base, without training.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write the rows to this file as JSON; - is standard output.
-        probe: Train a few steps of each arm here, and tell how long the study would take.
-        only: Runs to show, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
+        probe: Train a few steps of each arm here and estimate the time of the study.
+        only: Runs to show, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
     """
     from lightning_moevlm.study.report.plan_records import plan_records
     from lightning_moevlm.study.report.tables.plan_tables import arms_table, plan_table
@@ -71,14 +71,14 @@ def run(
     timeout_minutes: float | None = None,
     reuse: bool = True,
 ) -> int:
-    """Run what a study still lacks, then report. Running it again does nothing; after any interruption it goes on.
+    """Train the missing runs of a study, then report. The same command resumes after any interruption.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
-        jobs: Runs at once; by default one per GPU, or, without a GPU, one per core; on a cluster what it takes.
+        jobs: Runs at once; by default one per GPU, or one per core without a GPU; on a cluster no limit.
         retry: Run crashed runs again, from zero.
-        only: Runs to run, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
-        engine: Who carries the runs out: local, slurm or ray, with options of its own, e.g. --engine.num_gpus 1.
+        only: Runs to run, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
+        engine: Engine of the runs: local, slurm or ray, with its own options, e.g. --engine.num_gpus 1.
         timeout_minutes: End a run that takes longer, not counting the time that it waits for a cluster; it has failed.
         reuse: Take the results of finished runs that another study has made with the same configuration, seed, budget,
             data and code; with false every run is trained here.
@@ -127,12 +127,12 @@ def run(
 
 
 def status(file: str, json: str | None = None, only: list[str] | None = None) -> None:
-    """Show where every run of a study stands.
+    """Show the state of every run of a study.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write the rows to this file as JSON; - is standard output.
-        only: Runs to show, arm=NAME[,NAME] or seed=NUMBER; may be repeated, then a run must agree with each name.
+        only: Runs to show, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
     """
     from lightning_moevlm.study.report.plan_records import status_records
     from lightning_moevlm.study.report.tables.plan_tables import status_table
@@ -152,15 +152,15 @@ def report(
     unfair: bool = False,
     full: bool = False,
 ) -> None:
-    """Compare the arms: the finding here, HTML, Markdown and pictures in runs/sweeps/<study>/report, and in MLflow.
+    """Compare the arms: print the finding, write a report to runs/sweeps/<study>/report and to MLflow.
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write records to this file as JSON instead of the finding; - is standard output.
-        records: What `json` writes: factors (main effects, interactions), arms (effects, stability, cost), learning
+        records: Content of `json`: factors (main effects, interactions), arms (effects, stability, cost), learning
             rates, or what was not alike. By default factors if the design crosses them, else arms.
         unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
-        full: Print every table of the report here too.
+        full: Also print every table of the report.
     """
     from lightning_moevlm.study.compare.collect_results import gather
     from lightning_moevlm.study.compare.fairness import refuse_biased

@@ -1,4 +1,4 @@
-"""`moevlm deliver`: hand MLflow what runs had to keep on disk while it was silent."""
+"""`moevlm deliver`: upload logs that runs kept locally while MLflow was unreachable."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from lightning_moevlm.common.errors import UserError
 
 
 def deliver(folder: str | None = None, json: str | None = None, dry_run: bool = False) -> int:
-    """Deliver what runs kept on disk while their MLflow server or database took nothing. Nothing is there twice after.
+    """Upload metrics, tags and files that runs kept locally while MLflow was unreachable. Safe to repeat.
 
-    A run that is at work delivers by itself, and `moevlm sweep run|status|report` does so for the runs of a study.
+    A run in progress uploads by itself. `moevlm sweep run|status|report` uploads for the runs of a study.
 
     Args:
-        folder: A run's folder or one above it; by default where the store in force keeps its runs, e.g. runs.
+        folder: A run's folder or one above it; by default the folder of the current MLflow store, e.g. runs.
         json: Write one record per run to this file as JSON; - is standard output.
-        dry_run: Show what waits, deliver nothing.
+        dry_run: Show pending uploads, upload nothing.
     """
     from rich import box
     from rich.table import Table
@@ -33,7 +33,7 @@ def deliver(folder: str | None = None, json: str | None = None, dry_run: bool = 
     else:
         rows = deliver_all(outboxes, uri)
     if not rows and json is None:
-        console().print(f"Nothing waits in {where.absolute()}.", highlight=False, soft_wrap=True)
+        console().print(f"Nothing to upload in {where.absolute()}.", highlight=False, soft_wrap=True)
         return 0
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("run", "points", "files", "outcome", "store"):

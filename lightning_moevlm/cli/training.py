@@ -108,12 +108,12 @@ class CommandLine(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Take a number for a seed: Lightning's true and false are none that weights, masks and order could follow."""
-        parser.add_argument("--seed_everything", type=int, default=0, help="number that all seeds follow from")
+        parser.add_argument("--seed_everything", type=int, default=0, help="seed from which all other seeds follow")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the Trainer our logger and callbacks unless a configuration names others."""
         parser.set_defaults(DEFAULTS)
-        told = "id, name or folder of a run: its configuration and its last checkpoint, to resume or to measure it"
+        told = "id, name or folder of a run to resume or evaluate; loads its configuration and last checkpoint"
         parser.add_argument(RUN, default=SUPPRESS, metavar="RUN", help=told)  # replaced before anything is parsed
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -163,9 +163,9 @@ class CommandLine(LightningCLI):
         refuse_other_precision(config.trainer.precision, self.trainer)
         refuse_other_sizes(self.model.backbone.spec, config.data.as_dict())
         if self.subcommand != "fit" and not config.get("ckpt_path"):
-            _warn("no checkpoint is given, so that an untrained model is measured; name --run RUN or --ckpt_path FILE")
+            _warn("no checkpoint is given, so the model is untrained; give --run RUN or --ckpt_path FILE")
         if self.subcommand == "predict" and not prediction_writers(self.trainer):
-            _warn(f"nothing keeps the predictions, they are thrown away; to write them to files add {WRITE_FEATURES}")
+            _warn(f"the predictions are not saved; to write them to files add {WRITE_FEATURES}")
         if self._checkpoint is not None:
             refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
         if self.subcommand == "fit":

@@ -32,7 +32,7 @@ def write_whole(file: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
         raise UserError(
             f"{file} cannot be written: {error.strerror}; make room or let the folder be written, then give the same "
-            "command again: it goes on from there"
+            "command again: it resumes from there"
         ) from error
 
 

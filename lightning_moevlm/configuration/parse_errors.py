@@ -37,6 +37,9 @@ _OTHER_RECORD = re.compile(r"Subclasses are disabled for (\w+), thus '([^']+)' i
 _NO_VALUE = re.compile(r"argument --([\w.]+): expected one argument")
 _NO_OPTION = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'")
 _UNKNOWN = re.compile(r"(?:[Uu]nrecognized arguments: --|Subcommand '\w+' does not accept option ')([\w.-]+)")
+_NO_SUBCOMMAND = re.compile(
+    r'expected "(?:(\w+(?:\.\w+)*)\.)?subcommand" to be one of \{(.*)\}, but it was not provided'
+)
 _NO_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)")
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
@@ -67,11 +70,14 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
     command = _NO_COMMAND.search(message)
     if command:
         return no_command(command[1], re.findall(r"[\w-]+", command[2]))
+    parent = _NO_SUBCOMMAND.search(message)
+    if parent:
+        return f"moevlm {(parent[1] or '').replace('.', ' ')} needs a command; choose {parent[2].replace(',', ', ')}"
     lonely = _NO_VALUE.fullmatch(message.strip())
     if lonely:
         return (
-            f"--{lonely[1]} needs a value; and where help on a part within it was asked for, name the configuration "
-            "that holds the part before it: -c FILE"
+            f"--{lonely[1]} needs a value; for help on an option inside it, give the configuration first: "
+            f"-c FILE --{lonely[1]}.help"
         )
     lines = [line for line in message.splitlines() if line.strip() and not _PATH.match(line.strip())]
     complaints = list(_complaints(lines, _Complaint((), None, None, "", None)))
@@ -229,7 +235,7 @@ def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> s
         assert other is not None
         return f"{where}: {other[1]} is not {in_words(annotation)}; {advice}"
     if below and all(is_record(base) for base in classes_of(annotation)):  # a value is asked for, not a class
-        return f"{where}: {missing[1]} is no such value; give {in_words(annotation)}"
+        return f"{where}: {missing[1]} is not a valid value; give {in_words(annotation)}"
     near = nearest(missing[1], own)
     if near is None or missing[1].lower() not in near.lower():  # of equals, ours
         near = nearest(missing[1], [*own, *foreign])
@@ -260,7 +266,7 @@ def _of_a_value(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     if first.given is None or _RAW.match(first.given):
         return f"{where}: give {in_words(annotation)}"
     meant = _meant(first.given, literals_of(annotation))
-    return f"{where}: {first.given} is no such value; {meant}give {in_words(annotation)}"
+    return f"{where}: {first.given} is not a valid value; {meant}give {in_words(annotation)}"
 
 
 def _of_a_part(complaints: Sequence[_Complaint]) -> str | None:

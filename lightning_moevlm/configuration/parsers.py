@@ -115,6 +115,14 @@ def types_of_options(parser: LightningArgumentParser) -> dict[str, object]:
     return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
 
 
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """Return the fault and its place without the parser's name for a text in memory."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return _one_line(str(error))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}; check brackets, quotes and indents"
+
+
 @contextmanager
 def teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]:
     """Turn what parsers and Lightning raise for a user's mistake into one line."""
@@ -125,11 +133,14 @@ def teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[N
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"a configuration file is no YAML: {_one_line(str(error))}") from error
+        raise UserError(f"a configuration file is not valid YAML: {_yaml_fault(error)}") from error
     except UnpicklingError as error:  # of a server's checkpoint; others were looked at before
         raise UserError(f"the checkpoint {HOLDS_CODE}") from error
     except MisconfigurationException as error:
-        raise UserError(refusal_below(error) or _one_line(str(error))) from error
+        told = refusal_below(error) or _one_line(str(error))
+        if told == "No supported gpu backend found!":  # Lightning's own line has no remedy
+            told = "trainer.accelerator: no GPU is found; give cpu or auto, or install a torch build that sees the GPU"
+        raise UserError(told) from error
     except ModuleNotFoundError as error:
         if str(error.name).startswith(__package__):
             raise

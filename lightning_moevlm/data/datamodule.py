@@ -57,24 +57,23 @@ class ShardDataModule(LightningDataModule):
             endpoints of object stores come from the environment. Null with `sources`.
         batch_size: Samples per rank and step.
         image_size: Pixels per side that the model sees; other sizes are scaled.
-        max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut, and a run says how many.
-        vocab_size: Ids that the model can embed; the set's tokenizer must not have more.
+        max_text_len: Token ids per text, [BOS] and [EOS] included; longer captions are cut, and a run prints the share.
+        vocab_size: Number of token ids that the model embeds; at least that of the set's tokenizer.
         num_workers: Processes that read and decode; 0 reads in the training process. The order of samples is the same
             for any number.
         shuffle_buffer: Samples per stream (and source) from which the next training sample is chosen.
-        seed: Of the order of training samples.
-        cache_dir: Where shards of a remote set are kept; null is `~/.cache/lightning-moevlm/shards`.
-        cache_gib: GiB to keep there, the least recently used shards go first; null is not bounded.
-        allowed_protocols: Protocols that `root` may have; another one that fsspec knows can be named here.
-        num_streams: Logical streams per rank that batches come from in turns, a multiple of `num_workers`.
-        max_lost_fraction: Share of the samples read that a run may do without; with 0 the first that cannot be used
-            ends it.
+        seed: Seed of the order of training samples.
+        cache_dir: Folder for shards of a remote set; null is `~/.cache/lightning-moevlm/shards`.
+        cache_gib: Size limit of that folder in GiB; the least recently used shards go first. null: no limit.
+        allowed_protocols: Protocols allowed in `root`; others that fsspec supports can be added.
+        num_streams: Logical streams per rank, a multiple of `num_workers`; batches come from them in turn.
+        max_lost_fraction: Fraction of unreadable samples that is tolerated. With 0, the first one stops the run.
         sources: Sets to mix, by name, in place of `root`; a source that is null is left out.
-        decode: Where pictures are decoded: `cpu`, by the processes that read them, or `device`, JPEGs only, by the GPU
-            of the rank (extra `gpu-decode`).
-        max_pixels: That an encoded picture may have; larger ones are lost, and nothing of them is decoded.
-        augment: Crops and flips of training pictures, on the device; null is none, and evaluation never has any.
-        prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null is none.
+        decode: Place of image decoding: `cpu`, in the reading processes, or `device`, JPEGs only, on the GPU of the
+            rank (extra `gpu-decode`).
+        max_pixels: Largest image accepted, in pixels (width x height). Larger ones count as lost and are never decoded.
+        augment: Crops and flips of training images, on the device; null turns them off. Evaluation has none.
+        prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
     """
 
     def __init__(
@@ -318,7 +317,7 @@ class ShardDataModule(LightningDataModule):
     def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:
         others = [name for name in IMAGE_EXTENSIONS if name != "jpg" and name in opened.members]
         if self.decode == "device" and others:
-            kinds = "PNG pictures" if others == ["png"] else "pictures of several formats"
+            kinds = "PNG images" if others == ["png"] else "images of several formats"
             raise UserError(
                 f"data.decode is device, but {opened.storage} has {kinds}, and a device decodes JPEGs alone; "
                 "set data.decode cpu, or build or convert the set with --image_format jpg"

@@ -35,7 +35,7 @@ def fit_codebook(storage: ShardStorage, num_codes: int, patch_size: int, seed: i
     manifest = storage.manifest()
     images = [member for member in manifest.members if member in IMAGE_EXTENSIONS]
     if not images:
-        raise UserError(f"{storage} holds no pictures, so there are no patches to make a codebook of")
+        raise UserError(f"{storage} holds no images, so there are no patches to make a codebook of")
     collate = Collate(images, storage.tokenizer(manifest.tokenizer), manifest.image_size, max_text_len=2)
     source = OpenSource(manifest.name, storage, manifest.splits["train"], collate, manifest.layout)
     reader = FixedReader((source,), BATCH_SIZE, Rank(0, 1), num_streams=1, tolerant=False)

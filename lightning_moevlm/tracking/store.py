@@ -86,7 +86,7 @@ def prepare_store(uri: str) -> None:
         uri: as `resolve_tracking_uri` returns it.
 
     Raises:
-        UserError: the server does not answer within seconds; the file is no database of MLflow, or belongs to
+        UserError: the server does not answer within seconds; the file is not an MLflow database, or belongs to
             another version of it.
     """
     path = sqlite_path(uri)
@@ -171,7 +171,7 @@ def _revision(path: Path) -> str | None:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
             row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} is no database of MLflow ({error}): name another file in the tracking URI") from error
+        raise UserError(f"{path} is not an MLflow database ({error}): name another file in the tracking URI") from error
     if row is None:
         raise UserError(f"{path} is a database of MLflow without a schema revision: move it away and run again")
     return str(row[0])

@@ -77,10 +77,10 @@ class VisionLanguageModule(LightningModule):
         groups: how routers and experts differ in learning rate and weight decay.
         gradient: clipping of gradients and updates, skipping of spikes.
         schedule: factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps the rate constant.
-        seed: of initial weights and masks.
+        seed: seed of initial weights and masks.
         init_std: standard deviation of initial matrices.
         precision: dtype per region, for the backbone, the objective, the losses and the optimiser's state.
-        actions: what acts on the model after each optimiser step.
+        actions: changes to the model after each optimiser step.
 
     Raises:
         UserError: an action that could not act on this backbone, a loss that it or this objective could not have, or a

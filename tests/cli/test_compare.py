@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_built_costs_its_card_alone(
     with sqlite3.connect(workplace / "runs/mlflow.db") as store:
         store.execute("INSERT INTO params (key, value, run_uuid) SELECT 'model.older', '3', run_uuid FROM runs")
     told = moevlm("compare", "sweep=line,arm=baseline", "sweep=line,arm=no_router_z", "--json", "compared.json")
-    assert "arm 'baseline': parameters and FLOPs are not told, this version cannot build its model" in told
+    assert "arm 'baseline': parameters and FLOPs are unknown, because this version cannot build its model" in told
     records = json.loads((workplace / "compared.json").read_text())
     assert [record["total_parameters"] for record in records] == [None, None]
     assert "active FLOPs" not in records[1]["at_equal"]

@@ -86,7 +86,7 @@ def test_bad_rows_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "caption_empty │ 2 │ captions.csv line 63: caption is empty" in printed
     assert "--max_bad 2" in printed  # the table is read first; the missing picture is not looked for
     assert main([*arguments, "--max_bad", "2"]) == 2
-    assert "picture_missing │ 1 │ captions.csv line 62: picture 'gone.jpg'" in " ".join(capsys.readouterr().err.split())
+    assert "picture_missing │ 1 │ captions.csv line 62: image 'gone.jpg'" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "set").exists()
     assert main([*arguments, "--max_bad", "3"]) == 0
     assert "left out" in capsys.readouterr().err
@@ -97,7 +97,7 @@ def test_bad_rows_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--licence", "null"], "--licence is missing"),
         (["--image_column", "picture"], "no column 'picture' (it has: image, caption, page)"),
-        (["--image_column", "null", "--caption_column", "null"], "neither pictures nor captions"),
+        (["--image_column", "null", "--caption_column", "null"], "neither images nor captions"),
         (["--vocab_size", "100"], "vocab_size is 100"),
         (["--samples_per_shard", "0"], "samples_per_shard is 0"),
         (["--max_side", "2"], "max_side is 2"),

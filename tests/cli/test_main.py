@@ -70,7 +70,7 @@ MISTAKES = {
     ),
     "a callback that is null": (
         ("fit", *SMALL, "--trainer.callbacks=[null]"),
-        "trainer.callbacks: None is no such value; give a Callback or null",
+        "trainer.callbacks: None is not a valid value; give a Callback or null",
     ),
     "a folder without a name": (
         ("predict", *SMALL, "--trainer.callbacks=[{class_path: FeatureWriter, init_args: {folder: ''}}]"),
@@ -125,7 +125,7 @@ MISTAKES = {
     ),
     "a seed that is no number": (
         ("fit", *SMALL, "--seed_everything=true"),
-        "error: seed_everything: True is no such value; give a whole number",
+        "error: seed_everything: True is not a valid value; give a whole number",
     ),
     "no such kind": (("list", "rooters"), "rooters"),
     "tracking server that does not answer": (

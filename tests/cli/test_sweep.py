@@ -143,7 +143,7 @@ def test_mistakes_in_options_are_one_line(moevlm: Moevlm, study: Study, workplac
             f"{HERE}.Half",
         ),
         ("OrderedDict is not an Engine; choose ", "--engine", "collections.OrderedDict"),
-        ("engine: None is no such value; give an Engine", "--engine", "null"),
+        ("engine: None is not a valid value; give an Engine", "--engine", "null"),
         ("--engine.num_gpus is -1; give at least 0", "--engine", "local", "--engine.num_gpus", "-1"),
         ("did you mean num_gpus?", "--engine", "local", "--engine.num_gpu", "1"),
     ):

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from lightning import Trainer
 
 from lightning_moevlm.cli.run_command import run_command
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
+from lightning_moevlm.configuration.parsers import teaching_errors
 from lightning_moevlm.configuration.resolver import ConfigResolver
 from tests.conftest import PROJECT
 
@@ -30,18 +33,19 @@ def resolver() -> ConfigResolver:
             f"{WEIGHT}: neither Ramp nor ByOverflow takes 'strat'; did you mean start? give a number, {RAMP} or a "
             "ByOverflow {drop_rate, start, factor}",
         ),
-        (WEIGHT, "abc", f"{WEIGHT}: abc is no such value; give a number, {RAMP} or a ByOverflow"),
+        (WEIGHT, "abc", f"{WEIGHT}: abc is not a valid value; give a number, {RAMP} or a ByOverflow"),
         (WEIGHT, {"start": 0, "num_steps": 10}, f"{WEIGHT}: Ramp needs stop too"),
         (CAPACITY, {"start": 2.0}, "capacity.train_factor: Ramp needs stop, num_steps too"),
         (
             WEIGHT,
             {"start": 0, "stop": 1, "num_steps": 10, "shape": "lineer"},
-            f"{WEIGHT}.shape: lineer is no such value; did you mean linear? give linear, cosine or sqrt",
+            f"{WEIGHT}.shape: lineer is not a valid value; did you mean linear? give linear, cosine or sqrt",
         ),
         (
             "model.losses.load_balance",
             0.1,
-            "model.losses.load_balance: 0.1 is no such value; give a LoadBalance {weight, scope, per_modality} or null",
+            "model.losses.load_balance: 0.1 is not a valid value; give a LoadBalance {weight, scope, per_modality} "
+            "or null",
         ),
         (
             "model.gradient",
@@ -62,9 +66,17 @@ def resolver() -> ConfigResolver:
             0.1,
             "model.losses.load_balance: LoadBalance takes no 'wieght'; did you mean weight? it takes weight, scope or",
         ),
-        ("model.precision.router", "bfloat", "model.precision.router: bfloat is no such value; did you mean bfloat16?"),
-        ("model.gradient.clip_norm", "abc", "model.gradient.clip_norm: abc is no such value; give a number or null"),
-        ("data.batch_size", "many", "data.batch_size: many is no such value; give a whole number"),
+        (
+            "model.precision.router",
+            "bfloat",
+            "model.precision.router: bfloat is not a valid value; did you mean bfloat16?",
+        ),
+        (
+            "model.gradient.clip_norm",
+            "abc",
+            "model.gradient.clip_norm: abc is not a valid value; give a number or null",
+        ),
+        ("data.batch_size", "many", "data.batch_size: many is not a valid value; give a whole number"),
         (
             "model.backbone.class_path",
             "VLMOE",
@@ -120,7 +132,7 @@ def test_mistakes_in_a_file_are_told_from_their_place(
         (
             "model.losses.importance",
             "0.01",
-            "model.losses.importance: 0.01 is no such value; give an Importance {weight, per_modality} or null",
+            "model.losses.importance: 0.01 is not a valid value; give an Importance {weight, per_modality} or null",
         ),
         (
             "model.losses.router_z",
@@ -147,13 +159,21 @@ def test_mistakes_in_options_are_told_from_their_place(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["list", "routres"], "kind: routres is no such value; did you mean routers? give backbones, layers, routers"),
-        (["list", "foo"], "kind: foo is no such value; give backbones, layers, routers, "),
+        (["sweep"], "moevlm sweep needs a command; choose new, plan, run, status, report"),
+        (
+            ["data", "convert"],
+            "moevlm data convert needs a command; choose csv, jsonl, coco_captions, coco_vqa, img2dataset",
+        ),
+        (
+            ["list", "routres"],
+            "kind: routres is not a valid value; did you mean routers? give backbones, layers, routers",
+        ),
+        (["list", "foo"], "kind: foo is not a valid value; give backbones, layers, routers, "),
         (["sweep", "run", "x.yaml", "--job", "2"], "unrecognized arguments: --job 2; did you mean --jobs?"),
         (["bench", "layer", "--round", "1"], "did you mean --rounds?"),
         (["data", "build", "scenes", "--num-sample", "3"], "did you mean --num_samples?"),
-        (["data", "build", "scenes", "--image-format", "gif"], "gif is no such value; give jpg or png"),
-        (["sweep", "run", "x.yaml", "--jobs", "2x"], "jobs: 2x is no such value; give a whole number or null"),
+        (["data", "build", "scenes", "--image-format", "gif"], "gif is not a valid value; give jpg or png"),
+        (["sweep", "run", "x.yaml", "--jobs", "2x"], "jobs: 2x is not a valid value; give a whole number or null"),
         (["sweep", "rum"], "there is no command rum; did you mean run? choose new, plan, run, status, report"),
     ],
 )
@@ -181,10 +201,26 @@ def test_texts_of_other_forms_pass_as_one_line() -> None:
 def test_help_on_a_part_of_no_configuration_asks_for_one() -> None:
     told = told_from_the_mistake("argument --model.backbone: expected one argument")
     assert told.startswith("--model.backbone needs a value; ") and told.endswith(
-        "name the configuration that holds the part before it: -c FILE"
+        "give the configuration first: -c FILE --model.backbone.help"
     )
 
 
 def test_a_class_that_is_not_imported_is_told_by_the_text_alone() -> None:
     message = "Parser key \"a\": Problem with given class_path 'nowhere.Part': Option 'size' is not accepted"
     assert told_from_the_mistake(message) == "a: Option 'size' is not accepted"
+
+
+def test_a_configuration_that_is_not_yaml_is_named_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_moevlm.cli import training
+
+    (tmp_path / "broken.yaml").write_text("model: [1\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["moevlm"])
+    with pytest.raises(UserError, match=r"is not valid YAML: line 2, column 1: .*; check brackets") as caught:
+        training.run(["fit", "-c", str(tmp_path / "broken.yaml")])
+    assert "unicode string" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_what_to_give() -> None:
+    with pytest.raises(UserError, match=r"trainer.accelerator: no GPU is found; give cpu or auto"), teaching_errors():
+        Trainer(accelerator="gpu", logger=False)

@@ -64,7 +64,7 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
     while info is not None:
         start, end = end, tar.offset
         if info.size < 0 or end <= start or (info.isreg() and info.offset_data + info.size > end):
-            raise TarBreak("shard_corrupt", f"is no tar from byte {start} on")
+            raise TarBreak("shard_corrupt", f"is not a valid tar from byte {start} on")
         if info.isreg() and not info.issparse():
             if info.offset_data + info.size > num_bytes:
                 raise TarBreak("shard_truncated", f"ends within {_printable(info.name)}")
@@ -127,7 +127,7 @@ def _break_at(offset: int, read_to: int, num_bytes: int) -> TarBreak:
     """Say why there is no header at `offset`, where there is no end of a tar either; `read_to`: searched so far."""
     if num_bytes - offset < tarfile.BLOCKSIZE or read_to >= max(num_bytes, offset + tarfile.BLOCKSIZE + 1):
         return TarBreak("shard_truncated", f"ends at byte {num_bytes} without the end mark of a tar")
-    return TarBreak("shard_corrupt", f"is no tar from byte {offset} on")
+    return TarBreak("shard_corrupt", f"is not a valid tar from byte {offset} on")
 
 
 def _only_zeros_from(stream: BinaryIO, offset: int) -> bool:

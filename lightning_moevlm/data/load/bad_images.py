@@ -44,7 +44,7 @@ def with_pixels(
     kept = _neighbours(good, images.parts, delivery.batch.pairs) if fills else good
     if not kept:
         return Failure(
-            f"no picture of a kind in a batch is left to replace a bad one: {last.message} (or set data.decode cpu, "
+            f"a batch has no image of the same kind left to replace a bad one: {last.message} (or set data.decode cpu, "
             "which takes the next sample instead, or raise data.batch_size)"
         )
     counted = Counter[Cause](delivery.lost)

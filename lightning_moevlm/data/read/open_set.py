@@ -10,7 +10,7 @@ from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.captions import captions_in
 
-_NEEDED = {"pair": ("picture", "text"), "image": ("picture",), "text": ("text",)}
+_NEEDED = {"pair": ("image", "text"), "image": ("image",), "text": ("text",)}
 
 
 class OpenSet(NamedTuple):
@@ -50,7 +50,7 @@ def open_set(source: Source, storage: ShardStorage) -> OpenSet:
     manifest = storage.manifest()
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
     captions = captions_in(manifest.members, manifest.layout.caption_field)
-    there = {"picture": image, "text": None if captions is None else captions.member}
+    there = {"image": image, "text": None if captions is None else captions.member}
     wanted = there.keys() if source.modality is None else _NEEDED[source.modality]
     lacking = [kind for kind in wanted if there[kind] is None]
     if source.modality is not None and lacking:

@@ -137,4 +137,6 @@ def parse_tokenizer(data: bytes, entry: TokenizerEntry, place: str) -> CaptionTo
     try:
         return CaptionTokenizer(Tokenizer.from_buffer(data))
     except ValueError as error:
-        raise UserError(f"tokenizer {place} is no file of the tokenizers library ({error}); rebuild the set") from None
+        raise UserError(
+            f"tokenizer {place} is not a file of the tokenizers library ({error}); rebuild the set"
+        ) from None

@@ -170,9 +170,9 @@ def check_moe_every(moe_every: int, num_blocks: int | None) -> None:
     """
     check_number("moe_every", moe_every, least=1, advice="; 1 is every block")
     if num_blocks == 0:
-        raise UserError("all blocks are on top, where none is sparse: lower num_vl_blocks, or choose the dense twin")
+        raise UserError("num_vl_blocks leaves no block that can be sparse: lower it, or choose the dense twin")
     if num_blocks is not None and moe_every > num_blocks:
         raise UserError(
-            f"moe_every is {moe_every}, and of {num_blocks} blocks that may be sparse none would be: choose 1 to "
+            f"moe_every is {moe_every}, which selects none of the {num_blocks} blocks that can be sparse: choose 1 to "
             f"{num_blocks}, or the dense twin"
         )

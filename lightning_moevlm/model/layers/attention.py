@@ -58,7 +58,7 @@ class Attention(Module):
         super().__init__()
         check_number("num_heads", num_heads, least=1)
         if dim % num_heads:
-            raise UserError(f"dim {dim} is no multiple of num_heads {num_heads}: change one of them")
+            raise UserError(f"dim {dim} is not a multiple of num_heads {num_heads}: change one of them")
         self.dim = dim
         self.num_heads = num_heads
         self.logit_cap = stabilisers.logit_cap

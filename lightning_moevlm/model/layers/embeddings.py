@@ -21,7 +21,7 @@ class PatchEmbedding(Module):
     def __init__(self, dim: int, image_size: int, patch_size: int, is_frozen: bool = False) -> None:
         super().__init__()
         if image_size % patch_size:
-            raise UserError(f"image_size {image_size} is no multiple of patch_size {patch_size}: change one of them")
+            raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: change one of them")
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_patches = (image_size // patch_size) ** 2

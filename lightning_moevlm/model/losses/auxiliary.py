@@ -66,9 +66,9 @@ class AuxiliaryLosses:
         sequence_balance: DeepSeek-V3, balance within each sequence.
         local_entropy: LIMoE, every token sure of its expert, per modality.
         global_entropy: LIMoE, every modality spread over experts.
-        mutual_information: of tokens and experts, to be large.
+        mutual_information: large mutual information of tokens and experts.
         relu_l1: ReMoE, few active experts per token under ReLU routing.
-        router_orthogonality: rows of a router that point in different directions.
+        router_orthogonality: different directions of the rows of a router.
         others: losses from elsewhere, each under a name of your choice.
 
     Raises:
@@ -94,7 +94,7 @@ class AuxiliaryLosses:
         for name in self.others or {}:
             if name in OWN_LOSSES or not _NAME.fullmatch(name):
                 raise UserError(
-                    f"losses.others.{name}: choose a name of small letters, digits and _ that is none of "
+                    f"losses.others.{name}: choose a name of small letters, digits and _ that is not one of "
                     f"{', '.join(OWN_LOSSES)}"
                 )
         for name, weight in self.weights.items():

@@ -52,7 +52,7 @@ class PrecisionPolicy:
         attention_logits: queries x keys, softmax, and the product with the values.
         norms: LayerNorm and RMSNorm of the trunk, those of queries and keys too.
         experts: stacked experts and the sum over a token's experts.
-        heads: what an objective puts on the features, norms included.
+        heads: output heads of the objective, norms included.
         losses: task losses; their reduction follows from it.
         optimizer_state: moments of the optimiser. torch keeps them in the dtype of the parameters, so a lower one needs
             `simulate`: they are rounded after each step.

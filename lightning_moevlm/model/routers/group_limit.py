@@ -46,7 +46,8 @@ class GroupLimit:
         """
         if num_experts % self.num_groups:
             raise UserError(
-                f"num_experts {num_experts} is no multiple of groups.num_groups {self.num_groups}: change one of them"
+                f"num_experts {num_experts} is not a multiple of groups.num_groups {self.num_groups}: "
+                "change one of them"
             )
         check_top_k(top_k, self.top_groups * (num_experts // self.num_groups))
 

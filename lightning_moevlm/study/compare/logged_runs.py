@@ -87,7 +87,7 @@ def refuse_unchecked(runs: Sequence[NamedRun]) -> None:
         if not {"data", "trainer"} <= one.config.keys():
             raise UserError(
                 f"run {told(one.row)} has logged no configuration (params like trainer.max_steps and data.batch_size), "
-                "so that nobody can tell whether it is comparable; leave it out, or compare it all the same: "
+                "so it cannot be checked for fairness; leave it out, or compare it all the same: "
                 "--unfair=true"
             )
 

@@ -70,7 +70,7 @@ def refuse_endless_schedule(study: Study, resolved: Mapping[str, Any]) -> None:
     options = schedule.get("init_args") if isinstance(schedule, dict) else None
     if isinstance(options, dict) and options.get("total_steps") == -1:
         raise UserError(
-            f"{study.file}: with a budget of minutes nobody knows the number of steps, and the schedule follows "
+            f"{study.file}: with a budget of minutes the number of steps is unknown, and the schedule follows "
             "trainer.max_steps; set `model.schedule.init_args.total_steps` to a number in the base"
         )
 

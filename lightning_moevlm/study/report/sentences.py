@@ -77,9 +77,7 @@ def learned(result: StudyResult) -> str:
     if not any(arm.finished + arm.diverged for arm in result.arms):
         return "No run has a result yet."
     if not any(arm.untrained for arm in result.arms):
-        return (
-            f"No run has logged {title} of its untrained model, so that nobody can tell whether anything was learned."
-        )
+        return f"No run has logged {title} of its untrained model, so learning cannot be judged."
     if behind:
         return f"Not every run ended ahead of its untrained model in {title}: {', '.join(behind)} did."
     return f"Every run with a result ended ahead of its untrained model in {title}."

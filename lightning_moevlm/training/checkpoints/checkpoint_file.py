@@ -92,10 +92,10 @@ def _read(path: Path, goes_on: bool) -> Mapping[str, Any] | None:
             return None
         raise UserError(f"the checkpoint {path} is a folder: give a .ckpt file, such as {path}/last.ckpt")
     if not path.exists():
-        last = "; or last, which goes on if the run has saved anything" if goes_on else ""
+        last = "; or last, which resumes from the run's own checkpoint if there is one" if goes_on else ""
         raise UserError(f"no checkpoint at {path}: give a .ckpt file{last}")
     if not is_zipfile(path):
-        what = "is no checkpoint, or cut short" if path.stat().st_size else "is empty"
+        what = "is not a checkpoint, or is truncated" if path.stat().st_size else "is empty"
         raise UserError(f"the checkpoint {path} {what}; give one that `moevlm fit` has saved")
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -106,7 +106,7 @@ def _read(path: Path, goes_on: bool) -> Mapping[str, Any] | None:
         raise UserError(f"the checkpoint {path} is damaged ({reason}); give another one") from error
     missing = [key for key in (*_NEEDED, *(_NEEDED_TO_GO_ON if goes_on else ())) if _lacks(checkpoint, key)]
     if missing:
-        to_go_on = " to go on training" if missing[0] in _NEEDED_TO_GO_ON else ""
+        to_go_on = " to resume training" if missing[0] in _NEEDED_TO_GO_ON else ""
         raise UserError(
             f"the checkpoint {path} has no {', '.join(missing)}{to_go_on}; give a whole one that `moevlm fit` has saved"
         )

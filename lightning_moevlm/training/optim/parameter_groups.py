@@ -49,10 +49,10 @@ class GroupOptions:
     """How the groups differ from the optimiser's own learning rate and weight decay.
 
     Args:
-        router_lr_multiplier: of the routers' learning rate; 0 freezes them.
-        router_weight_decay: of the routers.
-        expert_lr_multiplier: of the expert stacks' learning rate; sqrt(K / E) makes up for the fewer tokens that an
-            expert sees.
+        router_lr_multiplier: factor of the routers' learning rate; 0 freezes them.
+        router_weight_decay: weight decay of the routers.
+        expert_lr_multiplier: factor of the expert stacks' learning rate; sqrt(K / E) makes up for the fewer tokens per
+            expert.
         independent_weight_decay: decay by schedule x weight_decay at each step, whatever the peak learning rate
             (arXiv 2309.14322, section 3.2, where 1e-4 is used). Off: by learning rate x weight_decay, as in torch.
 

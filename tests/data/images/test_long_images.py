@@ -175,8 +175,8 @@ def test_a_picture_that_cannot_be_stored_is_not_said_to_have_changed(tmp_path: P
     data = picture(0, "png")[:-60]
     (tmp_path / "a.png").write_bytes(data)
     for sha256, told in (
-        (hashlib.sha256(data).hexdigest(), "line 2: the picture is broken .*mend or remove the picture"),
-        ("0" * 64, "line 2: the picture has changed while the set was converted"),
+        (hashlib.sha256(data).hexdigest(), "line 2: the image is broken .*fix or remove the image"),
+        ("0" * 64, "line 2: the image has changed while the set was converted"),
     ):
         sample = Planned("k", "t.csv line 2", PictureAt("a.png"), sha256, None, None)
         with pytest.raises(UserError, match=told):

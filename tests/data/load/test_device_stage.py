@@ -111,7 +111,7 @@ def test_only_training_pictures_are_augmented_and_otherwise_in_every_epoch(scene
 def test_pngs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     build_scenes(tmp_path / "pngs", 60, 32, "png", 16, seed=3, samples_per_shard=16, vocab_size=400, force=False)
     data = _data(tmp_path / "pngs", decode="device")
-    with pytest.raises(UserError, match=r"data.decode is device, but .*pngs has PNG pictures.*set data.decode cpu"):
+    with pytest.raises(UserError, match=r"data.decode is device, but .*pngs has PNG images.*set data.decode cpu"):
         data.prepare_data()
 
 

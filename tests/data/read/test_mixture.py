@@ -249,5 +249,5 @@ def test_a_modality_that_a_set_lacks_is_refused(scenes_copy: Path) -> None:
     text_only.write(scenes_copy)
     batch = next(iter(_data({"a": Source(str(scenes_copy))}).train_dataloader()))
     assert batch.images_BRYX is None and batch.pairs == 0 and batch.text_BL is not None
-    with pytest.raises(UserError, match="has modality 'image', but its samples have no picture: they have json, txt"):
+    with pytest.raises(UserError, match="has modality 'image', but its samples have no image: they have json, txt"):
         _data({"a": Source(str(scenes_copy), modality="image")}).prepare_data()

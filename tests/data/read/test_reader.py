@@ -216,5 +216,5 @@ def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(b"no tar at all" * 100)
     entry = ShardEntry("x.tar", 1, path.stat().st_size, file_sha256(path))
-    with pytest.raises(UserError, match="is no tar from byte 0 on, so that 1 of 1 samples are lost"):
+    with pytest.raises(UserError, match="is not a valid tar from byte 0 on, so that 1 of 1 samples are lost"):
         _samples(tmp_path, entry)

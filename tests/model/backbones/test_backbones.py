@@ -188,10 +188,10 @@ def test_a_model_without_a_sparse_block_is_refused_unless_it_is_dense_on_purpose
     )
     for build in (partial(limoe, moe_every=3), partial(vl_moe, moe_every=3, num_vl_blocks=0)):
         with pytest.raises(
-            UserError, match="moe_every is 3, and of 2 blocks that may be sparse none would be: choose 1 to 2"
+            UserError, match="moe_every is 3, which selects none of the 2 blocks that can be sparse: choose 1 to 2"
         ):
             build()
-    with pytest.raises(UserError, match="all blocks are on top, where none is sparse: lower num_vl_blocks"):
+    with pytest.raises(UserError, match="num_vl_blocks leaves no block that can be sparse: lower it"):
         vl_moe(num_vl_blocks=2)
     for build in (
         partial(limoe, moe_every=3, is_sparse=False),

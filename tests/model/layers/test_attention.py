@@ -123,5 +123,5 @@ def test_causal_mask_by_hand() -> None:
 
 
 def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(UserError, match="dim 16 is no multiple of num_heads 3"):
+    with pytest.raises(UserError, match="dim 16 is not a multiple of num_heads 3"):
         Attention(16, 3)

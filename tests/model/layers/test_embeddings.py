@@ -30,5 +30,5 @@ def test_hidden_patches_show_nothing_of_their_pixels() -> None:
 
 
 def test_patch_size_must_divide_the_image() -> None:
-    with pytest.raises(UserError, match="image_size 64 is no multiple of patch_size 24"):
+    with pytest.raises(UserError, match="image_size 64 is not a multiple of patch_size 24"):
         PatchEmbedding(8, 64, 24)

@@ -112,7 +112,7 @@ def test_a_server_that_stays_away_for_the_rest_of_a_run(
     assert record["store"] == mortal_server.address
     assert_whole(mortal_server, training.run_id)
     assert main(["deliver", str(training.run_dir)]) == 0
-    assert "Nothing waits" in capsys.readouterr().out
+    assert "Nothing to upload" in capsys.readouterr().out
 
 
 @pytest.mark.slow

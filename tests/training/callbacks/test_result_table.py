@@ -58,7 +58,7 @@ def test_predict_says_where_its_files_are(workplace: Path, capfd: pytest.Capture
     folder = workplace / "runs/features"
     assert len(list(folder.iterdir())) == 2
     assert f"2 files with features: {folder}" in out.splitlines()
-    assert "thrown away" not in err
+    assert "predictions are not saved" not in err
 
 
 @pytest.mark.usefixtures("workplace")
@@ -66,5 +66,5 @@ def test_predict_warns_where_nothing_keeps_the_predictions(
     moevlm: Callable[..., str],
 ) -> None:
     printed = moevlm("predict", *SMALL, ALONE, "--trainer.limit_predict_batches=1")
-    (line,) = [line for line in printed.splitlines() if "thrown away" in line]
+    (line,) = [line for line in printed.splitlines() if "predictions are not saved" in line]
     assert line.endswith(f"--trainer.callbacks+={FEATURES}")

@@ -64,15 +64,18 @@ def spoilt(saved: Path, folder: Path) -> dict[str, tuple[Path, str]]:
     return {
         "missing": (folder / "none.ckpt", "no checkpoint at "),
         "empty": (file("empty.ckpt", b""), "is empty; give one that `moevlm fit` has saved"),
-        "a text": (file("text.ckpt", b"hello world"), "is no checkpoint, or cut short"),
-        "cut short": (file("cut.ckpt", whole[: len(whole) // 2]), "is no checkpoint, or cut short"),
+        "a text": (file("text.ckpt", b"hello world"), "is not a checkpoint, or is truncated"),
+        "cut short": (file("cut.ckpt", whole[: len(whole) // 2]), "is not a checkpoint, or is truncated"),
         "damaged": (file("damaged.ckpt", bytes(flipped)), "damaged.ckpt "),
         "a folder": (folder / "folder.ckpt", "is a folder: give a .ckpt file"),
         "a pickle that calls": (
             torch_file("bomb.ckpt", content | {"callbacks": Bomb(mark)}),
             "holds more than tensors, numbers and texts, which may be code that runs when it is read",
         ),
-        "a bare pickle that calls": (file("pickle.ckpt", pickle.dumps(Bomb(mark))), "is no checkpoint, or cut short"),
+        "a bare pickle that calls": (
+            file("pickle.ckpt", pickle.dumps(Bomb(mark))),
+            "is not a checkpoint, or is truncated",
+        ),
         "a list": (torch_file("list.ckpt", [1, 2]), "has no state_dict, pytorch-lightning_version; give a whole one"),
         "weights without their frame": (torch_file("weights.ckpt", content["state_dict"]), "has no state_dict"),
     }
@@ -106,7 +109,7 @@ def test_weights_alone_can_be_validated_and_not_gone_on_with(saved: Path, tmp_pa
     alone = {name: content[name] for name in ("state_dict", "pytorch-lightning_version", "loops")}
     torch.save(alone, tmp_path / "alone.ckpt")
     assert look_at_checkpoint(f"file://{tmp_path}/alone.ckpt", "validate", tmp_path) is not None
-    with pytest.raises(UserError, match="has no optimizer_states, lr_schedulers to go on training"):
+    with pytest.raises(UserError, match="has no optimizer_states, lr_schedulers to resume training"):
         look_at_checkpoint(str(tmp_path / "alone.ckpt"), "fit", tmp_path)
 
 

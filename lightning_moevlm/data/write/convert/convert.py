@@ -167,7 +167,7 @@ def _look_at_all(source: Source, table: RowTable, wish: Wish, num_jobs: int, sho
         if number in todo
     )
     with closing(in_order(look, tasks, min(num_jobs, len(todo)))) as fresh:
-        for number, rows in enumerate(track(table.stretches(LOOKED_AT_ONCE), num_stretches, "looking at pictures")):
+        for number, rows in enumerate(track(table.stretches(LOOKED_AT_ONCE), num_stretches, "inspecting images")):
             if not has_pictures:
                 table.see(rows, [None] * len(rows))
                 continue

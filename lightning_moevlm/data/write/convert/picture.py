@@ -54,7 +54,7 @@ def read_picture(folder: Path, picture: PictureAt) -> bytes:
             file.seek(picture.offset)
             return file.read(-1 if picture.num_bytes is None else picture.num_bytes)
     except OSError as error:
-        raise RowError("picture_missing", f"picture {picture.file!r} cannot be read ({error.strerror})") from None
+        raise RowError("picture_missing", f"image {picture.file!r} cannot be read ({error.strerror})") from None
 
 
 def look_at(data: bytes, wish: Wish) -> Seen:
@@ -137,6 +137,6 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise RowError("image_too_large", f"far more pixels than the {MAX_PIXELS:,} allowed") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise RowError("image_undecodable", f"the bytes are no picture of a known format ({known})") from None
+        raise RowError("image_undecodable", f"the bytes are not an image of a known format ({known})") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow and simplejpeg raise for broken bytes
-        raise RowError("image_undecodable", f"the picture is broken ({error})") from None
+        raise RowError("image_undecodable", f"the image is broken ({error})") from None

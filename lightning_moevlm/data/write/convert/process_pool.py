@@ -45,7 +45,7 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) -> G
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise WorkerDiedError(
-                "a process that converted died (was it killed for memory?); run the command again, it goes on where "
+                "a process that converted died (was it killed for memory?); run the command again, it resumes where "
                 "it was, with fewer --jobs if memory was short"
             ) from None
         finally:

@@ -85,13 +85,13 @@ def _picture(place: str, picture: PictureAt, sha256: str, task: ShardTask) -> by
             raise RowError("image_undecodable", "it holds other bytes than a moment ago")
     except RowError as fault:
         raise UserError(
-            f"{place}: the picture has changed while the set was converted ({fault.message}); "
+            f"{place}: the image has changed while the set was converted ({fault.message}); "
             "convert again when nothing writes to the folder any more"
         ) from None
     try:
         return stored(data, task.wish)
     except RowError as fault:  # found by another decoder than that which looked at it
-        raise UserError(f"{place}: {fault.message}; mend or remove the picture, and convert again") from None
+        raise UserError(f"{place}: {fault.message}; fix or remove the image, and convert again") from None
 
 
 def _members(sample: Planned, task: ShardTask) -> dict[str, bytes]:

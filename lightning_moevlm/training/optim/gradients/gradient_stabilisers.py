@@ -30,7 +30,7 @@ class GradientStabilisers:
         ada_gc: AdaGC, each tensor's norm against its own past.
         clip_update: largest root mean square of a tensor's update over its learning rate, weight decay included, for
             any optimiser (ST-MoE, arXiv 2202.08906, section 3, loses quality at 0.1; AdamW's is at most about 1).
-        skip_spikes: leave out the steps whose loss or norm is an outlier or no number.
+        skip_spikes: skip steps whose loss or norm is an outlier or not finite.
 
     Raises:
         UserError: a threshold of 0 or less.

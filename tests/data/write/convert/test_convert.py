@@ -217,7 +217,7 @@ def test_two_conversions_of_one_set_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies_takes_nothing_along(tmp_path: Path) -> None:
-    with pytest.raises(WorkerDiedError, match=r"it goes on where it was"), workshop(tmp_path / "set", "f" * 64):
+    with pytest.raises(WorkerDiedError, match=r"it resumes where it was"), workshop(tmp_path / "set", "f" * 64):
         list(in_order(os._exit, [1, 1], num_jobs=2))
     assert len(list(tmp_path.glob(".set.converting-*"))) == 1
 
@@ -226,7 +226,7 @@ BAD_ROWS = {
     "row_malformed": (["0.jpg", "words"], "2 fields under 3 columns"),
     "caption_empty": (["0.jpg", "  ", ""], "caption is empty"),
     "picture_missing": (["none.jpg", "words", ""], "'none.jpg' cannot be found"),
-    "image_undecodable": (["text.jpg", "words", ""], "no picture of a known format"),
+    "image_undecodable": (["text.jpg", "words", ""], "not an image of a known format"),
     "text_not_utf8": (["0.jpg", "caf\udce9", ""], "no UTF-8 at sign 4"),
     "image_too_large": (["bomb.png", "words", ""], "9000x9000 pixels"),
 }
@@ -264,9 +264,9 @@ def test_a_bad_json_line_has_its_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("../secret.jpg", "not named by a path within"),
-        ("{absolute}", "not named by a path within"),
-        ("a/../../secret.jpg", "not named by a path within"),
+        ("../secret.jpg", "not a path within"),
+        ("{absolute}", "not a path within"),
+        ("a/../../secret.jpg", "not a path within"),
         ("link.jpg", "a link that leads out"),
         ("folder/secret.jpg", "a link that leads out"),
     ],
@@ -299,7 +299,7 @@ def test_a_link_within_the_folder_is_followed(tmp_path: Path) -> None:
 def test_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait forever
     table = write_csv(tmp_path / "t.csv", ["image", "caption"], [["pipe.jpg", "words"]])
-    with pytest.raises(TooManyBadError, match="no regular file"):
+    with pytest.raises(TooManyBadError, match="not a regular file"):
         run(CsvSource(table, None, None, PLAIN), tmp_path / "set")
 
 
@@ -321,7 +321,7 @@ def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch
         return write_all(*arguments)
 
     monkeypatch.setattr(convert_module, "_write_all", change_then_write)
-    with pytest.raises(UserError, match=r"captions.csv line 9: the picture has changed"):
+    with pytest.raises(UserError, match=r"captions.csv line 9: the image has changed"):
         run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures"]
 

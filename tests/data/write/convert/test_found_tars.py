@@ -66,7 +66,7 @@ def test_a_picture_and_a_text_of_two_folders_are_no_pair(tmp_path: Path) -> None
     cats = [("cat/0001.jpg", picture(500)), ("dog/0001.txt", b"a dog")]
     folder = folder_of(tmp_path / "in", cats, *three_tars())
     for convert_it in (keep, write_anew):
-        with pytest.raises(TooManyBadError, match=r"cat/0001: .*member|dog/0001: no picture") as refused:
+        with pytest.raises(TooManyBadError, match=r"cat/0001: .*member|dog/0001: no image") as refused:
             convert_it(folder, tmp_path / "set")
         assert {count.cause: count.num_rows for count in refused.value.counts} == {"member_missing": 2}
     write_anew(folder, tmp_path / "set", max_bad=2)

@@ -149,7 +149,7 @@ def test_webp_is_trained_on_as_it_is_or_written_anew(tmp_path: Path) -> None:
     first = 20 * int(manifest.splits["val"][0].file.removesuffix(".tar"))
     expected = decode_image(picture(first, "webp"), "image", 16)
     assert batch.images_BRYX is not None and torch.equal(batch.images_BRYX[0], expected)
-    with pytest.raises(UserError, match=r"pictures of several formats.*--image_format jpg"):
+    with pytest.raises(UserError, match=r"images of several formats.*--image_format jpg"):
         ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, decode="device").prepare_data()
     source = Img2datasetSource(folder, "web")
     convert(source, tmp_path / "set", TERMS, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
@@ -187,7 +187,7 @@ def test_a_sample_without_a_member_is_one_bad_sample(tmp_path: Path) -> None:
             picture_end, sample_end = (whole.getmembers()[place].offset for place in (1, 3))
         kept = data[picture_end:] if tar == "00000.tar" else data[:picture_end] + data[sample_end:]
         (folder / tar).write_bytes(kept)
-    with pytest.raises(TooManyBadError, match=r"2 rows are bad, .* 00000.tar 000000000: no picture") as refused:
+    with pytest.raises(TooManyBadError, match=r"2 rows are bad, .* 00000.tar 000000000: no image") as refused:
         keep(folder, tmp_path / "set")
     assert [(count.cause, count.num_rows) for count in refused.value.counts] == [("member_missing", 2)]
     keep(folder, tmp_path / "set", max_bad=2)

@@ -48,7 +48,7 @@ def test_a_name_that_no_file_can_have_is_a_missing_picture(tmp_path: Path) -> No
     questions, annotations = vqa_source(tmp_path, 4)
     questions.write_text(json.dumps({**json.loads(questions.read_text()), "data_subtype": "\ud800"}))
     source = CocoQuestions(questions, annotations, tmp_path, None, None, None)
-    with pytest.raises(TooManyBadError, match=r"4 rows are bad.*no file name: it is no UTF-8"):
+    with pytest.raises(TooManyBadError, match=r"4 rows are bad.*not a file name: it is not UTF-8"):
         convert(source, tmp_path / "set", Terms("X", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
 
 

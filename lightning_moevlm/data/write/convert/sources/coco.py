@@ -61,7 +61,7 @@ class CocoCaptions(Source):
         for image_id, about in sorted(said.items()):
             place = f"{self.table.name} image {image_id}"
             if not about.captions:
-                yield BadRow(place, "caption_empty", "this picture has no caption")
+                yield BadRow(place, "caption_empty", "this image has no caption")
                 continue
             every = [bare(caption) for _, caption in about.captions]
             annotation: dict[str, object] = {"image_id": image_id, "file_name": about.file_name, "captions": every}
@@ -134,7 +134,7 @@ class CocoQuestions(Source):
                 if self.captions is not None:
                     about = said.get(image_id)
                     if about is None or not about.captions:
-                        raise RowError("caption_empty", f"this picture has no caption in {self.captions.name}")
+                        raise RowError("caption_empty", f"this image has no caption in {self.captions.name}")
                     caption = checked_caption(about.captions[0][1])
                 yield Row(
                     place=place,
@@ -151,7 +151,7 @@ class CocoQuestions(Source):
         subtype = content.get("data_subtype")
         if not isinstance(subtype, str) or "{" in subtype:
             raise UserError(
-                f"{self.questions} does not say how its pictures are called (data_subtype is missing); say it with "
+                f"{self.questions} has no data_subtype, which names the images; give the pattern with "
                 "--image_name, for example COCO_train2014_{image_id:012d}.jpg"
             )
         return f"COCO_{subtype}_{{image_id:012d}}.jpg"

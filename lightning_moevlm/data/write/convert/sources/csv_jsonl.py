@@ -58,7 +58,7 @@ class _Table(Source):
         existing_file(table, "table")
         refuse_other_than_table(table, self.kind)
         if columns.image is None and columns.caption is None:
-            raise UserError("neither pictures nor captions are named: a set needs one of them or both")
+            raise UserError("neither images nor captions are named: a set needs one of them or both")
         folder = existing_folder(table.parent if pictures is None else pictures, "--pictures")
         arguments = {f"{role}_column": column or "" for role, column in columns._asdict().items()}
         super().__init__(
@@ -71,7 +71,7 @@ class _Table(Source):
             "path_outside": "write paths that start from the folder of --pictures",
             "key_malformed": "leave out the option that names keys, and rows are numbered",
             "duplicate_key": "leave out the option that names keys, and rows are numbered",
-            "split_unknown": "leave out the option that names splits, and the picture decides",
+            "split_unknown": "leave out the option that names splits, and the image decides",
             "text_not_utf8": "write the table in UTF-8, as with `iconv -f CP1252 -t UTF-8`",
         }
 

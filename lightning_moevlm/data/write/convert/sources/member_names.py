@@ -66,7 +66,7 @@ class MemberNames:
         found = ", ".join(f".{extension}" for extension in islice(members, _SHOWN))
         more = f" and {len(members) - _SHOWN} more" if len(members) > _SHOWN else ""
         remedy = _remedy([name for name in members if is_image(name)])
-        raise RowError("member_missing", f"no picture (.{', .'.join(self.images)}), only {found}{more}{remedy}")
+        raise RowError("member_missing", f"no image (.{', .'.join(self.images)}), only {found}{more}{remedy}")
 
     def captions_of(self, data: bytes) -> tuple[str, ...]:
         """Return the captions that a text member holds, at least one.

@@ -94,7 +94,7 @@ class Source(ABC):
     """
 
     layout: Layout = PLAIN
-    remedies: Mapping[BadCause, str] = {"picture_missing": "name the folder that the pictures are in with --pictures"}
+    remedies: Mapping[BadCause, str] = {"picture_missing": "name the folder of the images with --pictures"}
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:
         self.name = name
@@ -139,7 +139,7 @@ def checked_split(text: str) -> Split:
     for split in SPLITS:
         if bare(text) == split:
             return split
-    raise RowError("split_unknown", f"split {text[:40]!r} is none of {', '.join(SPLITS)}")
+    raise RowError("split_unknown", f"split {text[:40]!r} is not one of {', '.join(SPLITS)}")
 
 
 def checked_caption(text: object) -> str:
@@ -204,21 +204,21 @@ def inside(folder: Path, file: str) -> Path:
     """
     name = PurePath(file.replace("\\", "/"))  # tables from Windows
     if name.is_absolute() or PureWindowsPath(file).is_absolute() or ".." in name.parts:
-        raise RowError("path_outside", f"picture {file[:200]!r} is not named by a path within the folder of pictures")
+        raise RowError("path_outside", f"image {file[:200]!r} is not a path within the folder of images")
     if "\0" in file or not name.parts:
-        raise RowError("picture_missing", f"picture {file[:200]!r} is no file name")
+        raise RowError("picture_missing", f"image {file[:200]!r} is not a file name")
     try:
         path = (folder / name).resolve(strict=True)
         mode = path.stat().st_mode
     except UnicodeEncodeError:
-        raise RowError("picture_missing", f"picture {file[:200]!r} is no file name: it is no UTF-8") from None
+        raise RowError("picture_missing", f"image {file[:200]!r} is not a file name: it is not UTF-8") from None
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "a ring of links"
-        raise RowError("picture_missing", f"picture {file[:200]!r} cannot be found ({reason})") from None
+        raise RowError("picture_missing", f"image {file[:200]!r} cannot be found ({reason})") from None
     if not path.is_relative_to(folder.resolve()):
-        raise RowError("path_outside", f"picture {file[:200]!r} is a link that leads out of the folder of pictures")
+        raise RowError("path_outside", f"image {file[:200]!r} is a link that leads out of the folder of images")
     if not stat.S_ISREG(mode):
-        raise RowError("picture_missing", f"picture {file[:200]!r} is no regular file")
+        raise RowError("picture_missing", f"image {file[:200]!r} is not a regular file")
     return path
 
 
