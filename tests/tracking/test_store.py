@@ -127,11 +127,11 @@ def test_another_schema_is_told_and_left_alone(uri: str) -> None:
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a database, and longer than the header of one " * 10)
-    with pytest.raises(UserError, match="no database of MLflow"):
+    with pytest.raises(UserError, match="not an MLflow database"):
         prepare_store(f"sqlite:///{path}")
     with sqlite3.connect(tmp_path / "other.db") as connection:
         connection.execute("CREATE TABLE mine (x)")
-    with pytest.raises(UserError, match="no database of MLflow"):
+    with pytest.raises(UserError, match="not an MLflow database"):
         prepare_store(f"sqlite:///{tmp_path}/other.db")
 
 
