@@ -2,7 +2,7 @@
 
 A run is the same where all of this agrees: the digest of the whole resolved configuration (model, data, seed, budget),
 the digest of the data's manifest, the digest of this package's code, and the versions that it stands on. It must have
-finished, never have been resumed with other values, and name no class whose code no digest holds. A budget of minutes
+finished, never have been resumed with other values, and name no code and no file whose content no digest holds. A budget of minutes
 gives another run each time, so such runs are never taken.
 
 What is taken is copied into a run of the study's own: points, params and tags, with a tag that says where it is from.
@@ -10,8 +10,9 @@ So the study stays whole when the other one is deleted. Its verdict is reached a
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
@@ -26,6 +27,7 @@ from lightning_moevlm.tracking.record.provenance import CODE_TAG, code_digest, v
 from lightning_moevlm.tracking.write.run_params import CHANGED_TAG
 
 _OWN_PACKAGES = ("lightning_moevlm", "lightning", "torch")
+_PARTS = ("model", "data", "trainer")  # sections whose texts may name code or files
 
 
 @dataclass(frozen=True)
@@ -159,22 +161,28 @@ def _why_not(tags: Mapping[str, str], here: Mapping[str, tuple[str, str]], run: 
     for tag, (value, why) in here.items():
         if tags.get(tag) != value:
             return why if tag in tags else f"its {tag} is not known"
-    strangers = _strangers(run.resolved)
-    return f"it uses {strangers[0]}, whose code is not known to be the same" if strangers else ""
+    parts = {section: run.resolved.get(section, {}) for section in _PARTS}
+    for text in _texts(parts):
+        if _is_foreign_code(text):
+            return f"it uses {text}, whose code is not known to be the same"
+        if Path(text).is_file():
+            return f"it reads {text}, whose content is not known to be the same"
+    return ""
 
 
-def _strangers(resolved: Mapping[str, Any]) -> Sequence[str]:
-    """Return the class paths that lead out of this package and those whose versions are compared."""
-    named = [value for key, value in _leaves(resolved) if key == "class_path"]
-    return [name for name in named if name.split(".")[0] not in _OWN_PACKAGES and "." in name]
+def _is_foreign_code(text: str) -> bool:
+    """Whether a text of a configuration names a class or a function outside of the packages that are compared."""
+    words = text.split(".")
+    is_path = len(words) > 1 and all(word.isidentifier() for word in words)
+    return is_path and words[0] not in _OWN_PACKAGES and not Path(text).exists()
 
 
-def _leaves(value: Any, key: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        return [leaf for name, below in value.items() for leaf in _leaves(below, str(name))]
-    if isinstance(value, list):
-        return [leaf for below in value for leaf in _leaves(below)]
-    return [(key, str(value))]
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping | list):
+        for below in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(below)
+    elif isinstance(value, str):
+        yield value
 
 
 def _lack(plan: Plan, run: PlannedRun, uri: str, run_id: str) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import subprocess
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -43,10 +44,11 @@ def code_checkout() -> Checkout | None:
 @cache
 def code_digest() -> str:
     """Return a hash of this package's source, the same wherever it lies and whatever git knows of it."""
-    package = Path(__file__).parents[1]
+    package = import_module(__name__.partition(".")[0])
+    root = Path(next(iter(package.__path__)))
     digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -175,13 +175,28 @@ def test_runs_that_do_not_reach_what_decides_here_are_not_taken(uri: str, tmp_pa
     assert "logged no val/accuracy_image" in look(plan, uri).told(4)[0]
 
 
-def test_a_class_of_ones_own_is_never_known_to_be_the_same(uri: str, tmp_path: Path) -> None:
-    plan = other_study(tmp_path, uri)
-    mine = {"class_path": "my_package.MyRouter"}
-    runs = [dataclasses.replace(run, resolved=run.resolved | {"parts": [mine]}) for run in plan.runs]
-    told = look(dataclasses.replace(plan, runs=tuple(runs)), uri).told(4)
+@pytest.mark.parametrize("part", [{"class_path": "my_package.MyRouter"}, "my_package.MyRouter"])
+def test_code_of_ones_own_is_never_known_to_be_the_same(uri: str, tmp_path: Path, part: object) -> None:
+    told = look(with_part(other_study(tmp_path, uri), part), uri).told(4)
     why = "it uses my_package.MyRouter, whose code is not known to be the same"
     assert told == (f"4 of 4 have run in another study and are not taken: {why}",)
+
+
+def test_a_file_that_is_read_is_never_known_to_be_the_same(uri: str, tmp_path: Path) -> None:
+    codebook = tmp_path / "codebook.pt"  # may have been fitted anew under its name
+    plan = with_part(other_study(tmp_path, uri), {"path": str(codebook)})
+    assert look(plan, uri).told(4) == ("4 of 4 known from study tiny",)
+    codebook.write_bytes(b"other centroids")
+    why = f"it reads {codebook}, whose content is not known to be the same"
+    assert look(plan, uri).told(4) == (f"4 of 4 have run in another study and are not taken: {why}",)
+
+
+def with_part(plan: Plan, part: object) -> Plan:
+    runs = [
+        dataclasses.replace(run, resolved=run.resolved | {"model": run.resolved["model"] | {"parts": [part]}})
+        for run in plan.runs
+    ]
+    return dataclasses.replace(plan, runs=tuple(runs))
 
 
 def test_runs_that_were_deleted_and_data_that_is_gone(uri: str, tmp_path: Path) -> None:
