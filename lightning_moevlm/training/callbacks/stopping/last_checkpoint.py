@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
 from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySignal, is_ending
+from lightning_moevlm.training.checkpoints.whole_file import save_whole_files
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -32,7 +33,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._owes_validation = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder."""
+        """Find the folder; let all checkpoints be written whole or not at all."""
+        save_whole_files(trainer)
         self.dirpath = next((other.dirpath for other in self._others(trainer) if other.dirpath), None)
         super().setup(trainer, pl_module, stage)
 

@@ -1,0 +1,51 @@
+"""Writes a checkpoint beside the old one and renames it: whatever happens meanwhile, one of the two is there, whole.
+
+Lightning writes it into the folder for temporary files and moves it. Where that is another disk, as often on clusters,
+moving is copying onto the old one: a full disk or a killed process leaves a part of a checkpoint and nothing to resume.
+"""
+
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from typing_extensions import override
+
+from lightning_moevlm.common.atomic_files import written
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's, but for how a local file is written."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write to PATH.part and rename; the part is removed where that fails.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        whole = Path(path)
+        part = whole.with_name(f"{whole.name}.part")
+        held = BytesIO()  # torch hides what the file system says behind an error of its own
+        torch.save(checkpoint, held)
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with written(whole, f"make room; what {whole.name} held before is still there"), part.open("wb") as stream:
+                stream.write(held.getbuffer())
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(whole)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def save_whole_files(trainer: Trainer) -> None:
+    """Let every checkpoint of a trainer be written whole, unless it has a plugin or a strategy that writes its own."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
