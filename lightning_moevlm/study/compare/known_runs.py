@@ -2,15 +2,15 @@
 
 A run is the same where all of this agrees: the digest of the whole resolved configuration (model, data, seed, budget),
 the digest of the data's manifest, the digest of this package's code, and the versions that it stands on. It must have
-finished, never have been resumed with other values, and name no code and no file whose content no digest holds. A budget of minutes
-gives another run each time, so such runs are never taken.
+finished, never have been resumed with other values, and name no code and no file whose content no digest holds. A
+budget of minutes gives another run each time, so such runs are never taken.
 
 What is taken is copied into a run of the study's own: points, params and tags, with a tag that says where it is from.
 So the study stays whole when the other one is deleted. Its verdict is reached anew, by this study's rules.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
