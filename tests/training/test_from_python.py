@@ -55,6 +55,9 @@ def test_a_run_that_mlflow_does_not_hold_says_where_it_is(workplace: Path, capfd
     assert f"Checkpoints: {workplace / 'checkpoints'}" in capfd.readouterr().out.splitlines()
     few = "--trainer.limit_test_batches=1"
     assert main(["test", *SMALL, few, "--trainer.logger=false", "--trainer.callbacks=null"]) == 0
-    assert "Warning: no checkpoint is given, so that an untrained model is measured" in capfd.readouterr().err
+    assert (
+        "Warning: no checkpoint is given, so the model is untrained; give --run RUN or --ckpt_path FILE"
+        in capfd.readouterr().err
+    )
     assert main(["test", *SMALL, few, "--trainer.logger=false", f"--ckpt_path={folder}/checkpoints/last.ckpt"]) == 0
     assert "untrained" not in capfd.readouterr().err
