@@ -15,6 +15,8 @@ import pytest
 
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.data.write.demo.scenes import build_scenes
+from lightning_moevlm.model.dispatch.auto.own_table import GIVEN
+from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED
 from lightning_moevlm.tracking.store import prepare_store
 from tests.mlflow_server import MlflowServer
 
@@ -48,6 +50,7 @@ def pytest_configure() -> None:
         tempfile.mkdtemp()
     )  # not what the user has cached, nor a home that is read-only
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ[GIVEN] = str(SHIPPED)  # tests measure no dispatchers, and choose alike everywhere
     os.umask(0o022)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and by `nohup`

@@ -69,11 +69,11 @@ def layer(
 def dispatch(
     rounds: int = 9, table: str | None = None, threads: int | None = None, growth: bool = True, json: str | None = None
 ) -> int:
-    """Measure every dispatcher over a grid of cases and write the table that AutoDispatcher chooses by.
+    """Measure every dispatcher over a grid of cases and add them to the table that AutoDispatcher chooses by.
 
     Args:
         rounds: Interleaved rounds; each times every candidate once.
-        table: File to write; by default this machine's own, in the cache folder.
+        table: File to add to; by default this machine's own for so many threads, in the cache folder.
         threads: Threads of torch; by default one per core.
         growth: Also time dispatch alone over growing T and E.
         json: Write the records of dispatch alone to this file instead of the tables; - is standard output.
@@ -87,32 +87,29 @@ def dispatch(
     from rich.table import Table
 
     from lightning_moevlm.bench.dispatch_scaling import growth_shapes, measure_growth
-    from lightning_moevlm.bench.dispatcher_timings import grid, measure_row, provenance
+    from lightning_moevlm.bench.dispatcher_timings import grid, measure_case
     from lightning_moevlm.bench.goals import dispatch_verdicts
-    from lightning_moevlm.model.dispatch.auto.timings_table import user_file, write_measured
+    from lightning_moevlm.model.dispatch.auto.measure import measure_products
+    from lightning_moevlm.model.dispatch.auto.own_table import add, own_file
 
     _prepare(rounds, threads)
-    target = Path(table) if table else user_file()
+    target = Path(table) if table else own_file()
     alone = None
     with _progress() as progress:
-        cases = grid()
-        task = progress.add_task("dispatchers", total=3 * (rounds + 1) * len(cases))
-        rows = [measure_row(case, rounds, lambda: progress.advance(task)) for case in cases]
+        rows = [measure_case(case, rounds) for case in progress.track(grid(), description="dispatchers")]
+        products = measure_products()
         if growth:
             step = progress.add_task("dispatch alone", total=(rounds + 1) * (1 + len(growth_shapes())))
             alone = measure_growth(rounds, lambda: progress.advance(step))
-    write_measured(
-        target,
-        provenance(f"moevlm bench dispatch --rounds {rounds}" + (f" --threads {threads}" if threads else "")),
-        rows,
-    )
+    add(target, rows, products)
     if json is None:
         listing = Table(
-            "case", *rows[0].milliseconds, title="forward and backward, ms; the fastest runs, of equals the leanest"
+            "case", *rows[0].milliseconds, title="forward and backward, ms, evenly loaded; the fastest runs"
         )
         for row in rows:
             listing.add_row(str(row.case), *(f"{time:.2f}" for time in row.milliseconds.values()))
         console().print(listing)
+        _note(", ".join(f"{dtype} products {speed:.3g} TFLOP/s" for dtype, speed in products.items()))
     if alone is not None:
         shown = Table("dispatch alone", "ms", "of the dense FFN at T=2048", title=_setting())
         for record, name in zip(alone.records(), alone.shapes, strict=True):

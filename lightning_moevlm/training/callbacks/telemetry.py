@@ -25,6 +25,8 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.faults import CAUSES
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.model.backbones import Backbone, model_card
+from lightning_moevlm.model.dispatch.auto.measure import measure_products
+from lightning_moevlm.model.dispatch.auto.own_table import with_products
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
@@ -100,7 +102,10 @@ class Telemetry(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and count the peak of memory from here."""
+        """Start the clock, count the peak of memory from here, and tag the run with what its CPU is good at."""
+        if pl_module.device.type == "cpu" and trainer.is_global_zero and (speeds := with_products(measure_products)):
+            told = ", ".join(f"{dtype} {speed:g} TFLOP/s" for dtype, speed in speeds.items())
+            self._tag(trainer, {"cpu/products": told})
         forget_peak(pl_module.device)
         self._step_seen = trainer.global_step
         self._first_step = trainer.global_step + 1
@@ -200,9 +205,13 @@ class Telemetry(Callback):
             self._in_use = in_use
             rank_zero_info(f"dispatch: {', '.join(in_use)} (why: the run's tags dispatch/*)")
         if new:
-            for logger in trainer.loggers:
-                if isinstance(logger, TakesTags):
-                    logger.log_tags(new)
+            self._tag(trainer, new)
+
+    @staticmethod
+    def _tag(trainer: Trainer, tags: dict[str, str]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TakesTags):
+                logger.log_tags(tags)
 
     @staticmethod
     def _write(trainer: Trainer, values: dict[str, float]) -> None:

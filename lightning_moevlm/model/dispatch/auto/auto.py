@@ -1,20 +1,26 @@
-"""Pick the dispatcher that was measured best for a case, and say which one ran and why.
+"""Pick the dispatcher that was measured best for a case and its load, and say which ones run and why.
 
-The best is the fastest; of those within 5 % of it, which no measurement can tell apart, the one of least memory.
+Per case, segments or grouped_mm by measurement; and padded wherever the experts are loaded so evenly that it is faster
+still. Its time grows with the largest load, so it is predicted: that of even loads x largest load / mean load.
 
-The choice is a pure function of device, dtype, shape and the table, never of the data or the clock, so arms of a study
-on one machine take the same path, and their records say which. Without a measurement for a device and dtype a rule
-decides. A dispatcher that cannot run a case is passed over by name: nothing falls back in silence.
+The choice is a pure function of device, dtype, shape, load and a file of measurements, never of the clock, so arms of a
+study on one machine take the same path, and their records say which. A process that trains on a CPU measures a case
+that it has not seen, once per machine. Without a measurement for a device and dtype a rule decides. A dispatcher that
+cannot run a case is passed over by name: nothing falls back in silence.
 """
 
 import logging
+import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import PairPlan
-from lightning_moevlm.model.dispatch.auto.timings_table import Case, measurements, rounded_rows
+from lightning_moevlm.model.dispatch.auto.measure import measure_row
+from lightning_moevlm.model.dispatch.auto.own_table import given_table, own_file, with_case
+from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED, Case, Row, Table, read_table, rounded_rows
 from lightning_moevlm.model.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.model.dispatch.expert_protocol import Experts
 from lightning_moevlm.model.dispatch.grouped_mm import GroupedDispatcher
@@ -22,109 +28,164 @@ from lightning_moevlm.model.dispatch.padded import PaddedDispatcher
 from lightning_moevlm.model.dispatch.segments.segments import SegmentDispatcher
 
 _log = logging.getLogger(__name__)
+_SEGMENTS, _GROUPED, _PADDED = "SegmentDispatcher", "GroupedDispatcher", "PaddedDispatcher"
+_BOUNDED = 1.25  # largest load over the mean that is assumed under a capacity where loads are not read
 
 
 class Choice(NamedTuple):
-    """name: class of the dispatcher that runs. why: measurement or rule, and who was passed over for what reason."""
+    """What runs a case.
+
+    name: class of the dispatcher for any load. padded_up_to: largest load over the mean load up to which padded runs
+    instead, 0 for never. why: measurement or rule, and who was passed over for what reason.
+    """
 
     name: str
+    padded_up_to: float
     why: str
+
+    def at(self, skew: float) -> str:
+        """Return the class that runs where the largest load is `skew` times the mean."""
+        return _PADDED if skew <= self.padded_up_to else self.name
 
 
 class AutoDispatcher(Dispatcher):
-    """Runs the best dispatcher for each case: segments, grouped_mm, or padded where a capacity bounds the load.
+    """Runs the best dispatcher for each case and load: segments, grouped_mm or padded.
 
     Args:
-        table: file of measurements; null takes the one that `moevlm bench dispatch` wrote on this machine, then the one
-            that the package ships.
+        table: file of measurements to choose by as it is; null takes the one that the environment variable
+            MOEVLM_DISPATCH_TABLE names, or this machine's own, which a process that trains adds to.
     """
 
     def __init__(self, table: str | None = None) -> None:
         self.table = table
         if table is not None:
-            measurements(table)  # a mistake in the path is told now, not in the first step
+            read_table(Path(table))  # a mistake in the path is told now, not in the first step
         self._choices: dict[Case, Choice] = {}
+        self._measured: set[Case] = set()
+        self._ran: set[str] = set()
         each = (SegmentDispatcher(), GroupedDispatcher(), PaddedDispatcher())
         self._dispatchers: dict[str, Dispatcher] = {type(dispatcher).__name__: dispatcher for dispatcher in each}
 
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
         if torch.compiler.is_compiling():
-            name = self._name_for(self._refusals(tokens_TD, experts), *case_of(plan, tokens_TD, experts))
+            case = case_of(plan.token_N.shape[0], plan, tokens_TD, experts)
+            name = self._name_for(self._refusals(tokens_TD, experts), _assumed_skew(plan), *case)
         else:
-            name = self.choose(plan, tokens_TD, experts).name
+            name = self.choose(plan, tokens_TD, experts)
         return self._dispatchers[name].run_pairs(plan, tokens_TD, experts)
 
     def record(self) -> str:
-        """Say what has run so far and why, for the record of a run."""
-        told = dict.fromkeys(f"{choice.name} for {case}: {choice.why}" for case, choice in self._choices.items())
-        return "; ".join(told)
+        """Say what runs each case seen so far and why, for the record of a run."""
+        return "; ".join(f"{choice.name} for {case}: {choice.why}" for case, choice in self._choices.items())
 
     def in_use(self) -> tuple[str, ...]:
-        """Return the dispatchers chosen so far."""
-        return tuple(sorted({choice.name for choice in self._choices.values()}))
+        """Return the dispatchers that have run so far."""
+        return tuple(sorted(self._ran))
 
-    def choose(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Choice:
-        """Return the choice for such a plan; made once per case, and logged then."""
-        return self._choice(case_of(plan, tokens_TD, experts), self._refusals(tokens_TD, experts))
-
-    def _choice(self, case: Case, refusals: tuple[str | None, ...]) -> Choice:
-        if case not in self._choices:
-            self._choices[case] = self._decide(case, refusals)
-            _log.info("%s runs %s: %s", self._choices[case].name, case, self._choices[case].why)
-        return self._choices[case]
+    def choose(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> str:
+        """Return the class that runs such a plan; decided once per case, and logged then."""
+        num_pairs, skew = _load(plan)
+        case = case_of(num_pairs, plan, tokens_TD, experts)
+        if num_pairs and case not in self._measured and self._may_measure(case):
+            self._measured.add(case)  # a validation before it may have chosen by a case that is near
+            self._decide(case, self._refusals(tokens_TD, experts), (plan, tokens_TD, experts))
+        return self._name(self._refusals(tokens_TD, experts), skew, case)
 
     @torch.compiler.assume_constant_result
-    def _name_for(self, refusals: tuple[str | None, ...], *case: Any) -> str:
+    def _name_for(self, refusals: tuple[str | None, ...], skew: float, *case: Any) -> str:
         """Choose while a graph is compiled: from constants alone, so the choice is one, too."""
-        return self._choice(Case(*case), refusals).name
+        return self._name(refusals, skew, Case(*case))
+
+    def _name(self, refusals: tuple[str | None, ...], skew: float, case: Case) -> str:
+        if case not in self._choices:
+            self._decide(case, refusals, None)
+        name = self._choices[case].at(skew)
+        self._ran.add(name)
+        return name
+
+    def _may_measure(self, case: Case) -> bool:
+        return case.device == "cpu" and self.table is None and given_table() is None and torch.is_grad_enabled()
 
     def _refusals(self, tokens_TD: Tensor, experts: Experts) -> tuple[str | None, ...]:
         return tuple(dispatcher.refusal(tokens_TD, experts) for dispatcher in self._dispatchers.values())
 
-    def _decide(self, case: Case, refusals: tuple[str | None, ...]) -> Choice:
-        able: list[str] = []
-        refused: list[str] = []
-        for name, refusal in zip(self._dispatchers, refusals, strict=True):
-            if refusal is None and name == "PaddedDispatcher" and not case.bounded:
-                refusal = "no capacity bounds the load"
-            if refusal is None:
-                able.append(name)
-            else:
-                refused.append(f"{name} passed over: {refusal}")
-        ranked, why = self._ranked(case, able)
-        return Choice(ranked[0], "; ".join([why, *refused]))
+    def _decide(
+        self, case: Case, refusals: tuple[str | None, ...], layer: tuple[PairPlan, Tensor, Experts] | None
+    ) -> None:
+        """Decide what runs a case. layer: what it is measured with, None where it must not be."""
+        able = [name for name, refusal in zip(self._dispatchers, refusals, strict=True) if refusal is None]
+        refused = [
+            f"{name} passed over: {refusal}"
+            for name, refusal in zip(self._dispatchers, refusals, strict=True)
+            if refusal is not None
+        ]
+        table, note = self._measurements(case, able, layer)
+        row = table.nearest(case)
+        choice = _rule(case, able) if row is None else _fastest(row, able, table)
+        why = "; ".join(filter(None, [choice.why, note, *refused]))
+        self._choices[case] = choice._replace(why=why)
+        _log.info("%s runs %s: %s", choice.name, case, why)
 
-    def _ranked(self, case: Case, able: list[str]) -> tuple[list[str], str]:
-        """Return the dispatchers that can run the case, best first, and the reason for the order."""
-        for table in measurements(self.table):
-            row = table.nearest(case)
-            if row is not None and (ranked := row.ranked(able)):
-                return ranked, f"measured at {row.case} ({row.told(able)}; table {table.digest})"
-        order, why = _rule(case)
-        return [name for name in order if name in able], why
+    def _measurements(
+        self, case: Case, able: list[str], layer: tuple[PairPlan, Tensor, Experts] | None
+    ) -> tuple[Table, str]:
+        """Return the table to choose by, and what there is to say of it."""
+        given = Path(self.table) if self.table is not None else given_table()
+        if given is not None:
+            return read_table(given), ""
+        if layer is not None:
+            return with_case(case, lambda: measure_row(case, *layer, {name: self._dispatchers[name] for name in able}))
+        own = own_file()
+        has_own = own.is_file() and read_table(own).nearest(case) is not None
+        return read_table(own if has_own else SHIPPED), ""
 
 
-def case_of(plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Case:
-    """Return the case of a plan; it depends on shapes alone."""
+def case_of(num_pairs: int, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Case:
+    """Return the case of so many pairs; it depends on shapes alone."""
     stacks = experts.stacks()
     return Case(
         device=tokens_TD.device.type,
         dtype=str(matmul_dtype(tokens_TD)).removeprefix("torch."),
         num_experts=plan.num_experts,
-        rows=rounded_rows(plan.token_N.shape[0], plan.num_experts),
+        rows=rounded_rows(num_pairs, plan.num_experts),
         dim=tokens_TD.shape[1],
         hidden_dim=stacks[0].shape[2],
-        bounded=plan.capacity_T is not None,
+        num_stacks=len(stacks),
     )
 
 
-def _rule(case: Case) -> tuple[list[str], str]:
-    """Return an order for what was not measured."""
-    segments, grouped, padded = "SegmentDispatcher", "GroupedDispatcher", "PaddedDispatcher"
+def _load(plan: PairPlan) -> tuple[int, float]:
+    """Return how many pairs run, and the largest load over the mean; off the CPU neither is waited for."""
+    if plan.token_N.device.type != "cpu":
+        return plan.token_N.shape[0], _assumed_skew(plan)
+    load_E = torch.bincount(plan.expert_N[plan.kept_N], minlength=plan.num_experts)
+    num_pairs = int(load_E.sum())
+    return num_pairs, int(load_E.max()) * plan.num_experts / num_pairs if num_pairs else math.inf
+
+
+def _assumed_skew(plan: PairPlan) -> float:
+    return _BOUNDED if plan.capacity_T is not None else math.inf
+
+
+def _fastest(row: Row, able: list[str], table: Table) -> Choice:
+    """Choose by a measured case."""
+    times = {name: time for name, time in row.milliseconds.items() if name in able}
+    unpadded = {name: time for name, time in times.items() if name != _PADDED}
+    name = min(unpadded, key=unpadded.__getitem__)
+    up_to = min(unpadded.values()) / times[_PADDED] if _PADDED in times else 0.0
+    even = f"{_PADDED} up to {up_to:.2f} of the mean load; " if up_to >= 1 else ""
+    told = ", ".join(f"{each} {times[each]:.3g} ms" for each in sorted(times, key=times.__getitem__))
+    return Choice(name, up_to, f"{even}measured at {row.case} ({told}; {table.named(row)})")
+
+
+def _rule(case: Case, able: list[str]) -> Choice:
+    """Choose for what was not measured."""
     start = f"no measurement for {case.device} in {case.dtype}, so by rule"
     if case.device == "cuda" and case.dtype == "bfloat16" and torch.cuda.get_device_capability() >= (9, 0):
-        return [grouped, segments, padded], f"{start}: grouped_mm has a kernel for it and waits for nothing"
-    if case.device != "cpu" and case.bounded:
-        return [padded, segments, grouped], f"{start}: one batched product, as the load is bounded"
-    return [segments, grouped, padded], f"{start}: runs everywhere"
+        order, up_to, why = [_GROUPED, _SEGMENTS], 0.0, "grouped_mm has a kernel for it and waits for nothing"
+    elif case.device != "cpu":
+        order, up_to, why = [_SEGMENTS, _GROUPED], _BOUNDED, "one batched product where a capacity bounds the load"
+    else:
+        order, up_to, why = [_SEGMENTS, _GROUPED], 0.0, "runs everywhere"
+    return Choice(next(name for name in order if name in able), up_to, f"{start}: {why}")

@@ -1,31 +1,27 @@
-"""Measured times of dispatchers: a JSON file that `moevlm bench dispatch` writes and `AutoDispatcher` reads.
+"""Measured times of dispatchers: a JSON file with one row per case, which `AutoDispatcher` chooses by.
 
-A file says where it comes from (torch, processor, threads, when) and holds one row per case: device, dtype and shape,
-with the milliseconds and the peak memory of forward and backward of each dispatcher. The package ships a small one
-measured on a CPU; a file of the user's own machine, in his cache folder, goes before it.
+A row holds the milliseconds of forward and backward of each dispatcher at evenly loaded experts. The package ships a
+small file measured on one CPU; `own_table` keeps that of the user's machine.
 """
 
 import hashlib
 import json
 import math
-import os
-from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_moevlm.common.atomic_files import write_whole
 from lightning_moevlm.common.errors import UserError
 
 SHIPPED = Path(__file__).with_name("measured_cpu.json")
-AS_FAST = 0.05  # times closer than this share cannot be told apart, so memory decides
-_OTHER_LOAD = 4.0  # doublings that a bounded load and an unbounded one are apart
 
 
 class Case(NamedTuple):
-    """What decides which dispatcher is fastest.
+    """What decides which dispatcher is fastest, but for how evenly the experts are loaded.
 
     device, dtype: as torch names them. num_experts: E. rows: pairs per expert, a power of two. dim: D. hidden_dim: F.
-    bounded: a capacity limits the load of each expert.
+    num_stacks: matrix stacks of the experts, 2 plain or 3 gated.
     """
 
     device: str
@@ -34,50 +30,51 @@ class Case(NamedTuple):
     rows: int
     dim: int
     hidden_dim: int
-    bounded: bool
+    num_stacks: int
 
     def __str__(self) -> str:
         """Say it in words."""
-        load = "bounded load" if self.bounded else "dropless"
-        return f"{self.num_experts} experts {self.dim} x {self.hidden_dim}, {self.rows} rows each, {load}, {self.dtype}"
+        sizes = f"{self.dim} x {self.hidden_dim} x {self.num_stacks}"
+        return f"{self.num_experts} experts {sizes}, {self.rows} rows each, {self.dtype}"
 
 
 class Row(NamedTuple):
-    """One measured case, by class name of the dispatcher. milliseconds: forward and backward. peak_mib: of memory."""
+    """One measured case. milliseconds: forward and backward, by class name of the dispatcher."""
 
     case: Case
     milliseconds: dict[str, float]
-    peak_mib: dict[str, float]
-
-    def ranked(self, names: Collection[str]) -> list[str]:
-        """Return those of the names that were measured, best first.
-
-        First come those as fast as can be told, the leanest of them first, then the others by time.
-        """
-        times = {name: time for name, time in self.milliseconds.items() if name in names}
-        limit = (1 + AS_FAST) * min(times.values(), default=0.0)
-        fast = [name for name, time in times.items() if time <= limit]
-        slow = [name for name in times if name not in fast]
-        return [*sorted(fast, key=self.peak_mib.__getitem__), *sorted(slow, key=times.__getitem__)]
-
-    def told(self, names: Collection[str]) -> str:
-        """Say what was measured, best first."""
-        ranked = self.ranked(names)
-        return ", ".join(f"{name} {self.milliseconds[name]:.3g} ms {self.peak_mib[name]:.3g} MiB" for name in ranked)
 
 
-class Measured(NamedTuple):
-    """A file of measurements. source: torch, processor, threads, date, command. digest: of the file, 8 digits."""
+class Table(NamedTuple):
+    """A file of measurements.
+
+    source: where and how it was measured. rows: one per case. products: TFLOP/s of matrix products, by dtype. path: of
+    the file.
+    """
 
     source: dict[str, str]
     rows: tuple[Row, ...]
-    path: str
-    digest: str
+    products: dict[str, float]
+    path: Path
+
+    def row(self, case: Case) -> Row | None:
+        """Return what was measured for exactly this case."""
+        return next((row for row in self.rows if row.case == case), None)
 
     def nearest(self, case: Case) -> Row | None:
         """Return the row of the same device and dtype whose shape is fewest doublings away; the first of equals."""
         alike = [row for row in self.rows if row.case[:2] == case[:2]]
         return min(alike, key=lambda row: _doublings(row.case, case), default=None)
+
+    def named(self, row: Row) -> str:
+        """Name the file and the row by what it says, so that equal names mean equal choices."""
+        content = json.dumps([row.case, row.milliseconds], sort_keys=True)
+        return f"table {self.path.name}, row {hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    def joined(self, rows: list[Row], products: dict[str, float]) -> "Table":
+        """Return it with more measured; what was measured again is replaced."""
+        by_case = {row.case: row for row in (*self.rows, *rows)}
+        return self._replace(rows=tuple(by_case.values()), products=self.products | products)
 
 
 def rounded_rows(num_pairs: int, num_experts: int) -> int:
@@ -85,61 +82,42 @@ def rounded_rows(num_pairs: int, num_experts: int) -> int:
     return 2 ** max(0, round(math.log2(max(1.0, num_pairs / num_experts))))
 
 
-def user_file() -> Path:
-    """Return where the measurements of this machine are kept."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "lightning-moevlm" / "dispatch.json"
-
-
-def measurements(path: str | None) -> tuple[Measured, ...]:
-    """Return the given file, or the user's own, where there is one, and the shipped one.
+def read_table(path: Path) -> Table:
+    """Read a file; it is read once per version.
 
     Raises:
         UserError: a file that is missing or no table of measurements.
     """
-    if path is not None:
-        return (read_measured(Path(path), _version(Path(path))),)
-    files = [file for file in (user_file(), SHIPPED) if file.is_file()]
-    return tuple(read_measured(file, _version(file)) for file in files)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _refusal(path, error) from error
+    return _read(path, (status.st_mtime_ns, status.st_ino, status.st_size))
 
 
 @cache
-def read_measured(path: Path, version: int) -> Measured:
-    """Read a file; it is read once per version (its time of change)."""
+def _read(path: Path, version: tuple[int, int, int]) -> Table:
     try:
-        content = path.read_bytes()
-        table = json.loads(content)
-        rows = tuple(
-            Row(Case(**row["case"]), dict(row["milliseconds"]), dict(row["peak_mib"])) for row in table["rows"]
-        )
-        source = dict(table["source"])
+        table = json.loads(path.read_bytes())
+        rows = tuple(Row(Case(**row["case"]), dict(row["milliseconds"])) for row in table["rows"])
+        return Table(dict(table["source"]), rows, dict(table["products"]), path)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is no table of dispatcher measurements ({type(error).__name__}: {error}): write one with "
-            f"`moevlm bench dispatch --table {path}`"
-        ) from error
-    return Measured(source, rows, str(path), hashlib.sha256(content).hexdigest()[:8])
+        raise _refusal(path, error) from error
 
 
-def write_measured(path: Path, source: dict[str, str], rows: list[Row]) -> None:
+def write_table(table: Table) -> None:
     """Write a file whole."""
-    table = {
-        "source": source,
-        "rows": [
-            {"case": row.case._asdict(), "milliseconds": row.milliseconds, "peak_mib": row.peak_mib} for row in rows
-        ],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    rows = [{"case": row.case._asdict(), "milliseconds": row.milliseconds} for row in table.rows]
+    content = {"source": table.source, "products": table.products, "rows": rows}
+    write_whole(table.path, json.dumps(content, indent=1) + "\n")
 
 
-def _version(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.is_file() else 0
+def _refusal(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is no table of dispatcher measurements ({type(error).__name__}: {error}): remove it and write one "
+        f"with `moevlm bench dispatch --table {path}`"
+    )
 
 
 def _doublings(one: Case, other: Case) -> float:
-    pairs = ((one.num_experts, other.num_experts), (one.rows, other.rows), (one.dim, other.dim))
-    sizes = (*pairs, (one.hidden_dim, other.hidden_dim))
-    return sum(abs(math.log2(a / b)) for a, b in sizes) + _OTHER_LOAD * (one.bounded != other.bounded)
+    return sum(abs(math.log2(a / b)) for a, b in zip(one[2:], other[2:], strict=True))

@@ -1,4 +1,4 @@
-"""Auto picks by measurement, says which and why, and never falls back in silence."""
+"""Auto picks by measurement and load, says which and why, and never falls back in silence."""
 
 import json
 import logging
@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.dispatch import AutoDispatcher, LoopDispatcher
+from lightning_moevlm.model.dispatch.auto import auto as auto_module
+from lightning_moevlm.model.dispatch.auto import own_table
+from lightning_moevlm.model.dispatch.auto.measure import measure_products, measure_row
+from lightning_moevlm.model.dispatch.auto.own_table import GIVEN, own_file, with_products
 from lightning_moevlm.model.dispatch.auto.timings_table import (
     SHIPPED,
     Case,
     Row,
-    measurements,
-    read_measured,
+    Table,
+    read_table,
     rounded_rows,
-    user_file,
-    write_measured,
+    write_table,
 )
 from lightning_moevlm.model.experts import MLPExperts
 from lightning_moevlm.model.layers import initialise
@@ -26,26 +30,31 @@ from tests.routing import limited, routing_input, top_1_plan
 FAST = {"SegmentDispatcher": 2.0, "GroupedDispatcher": 1.0, "PaddedDispatcher": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def no_user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a machine that may be measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-PEAKS = {"SegmentDispatcher": 7.0, "GroupedDispatcher": 10.0, "PaddedDispatcher": 20.0}
+    monkeypatch.delenv(GIVEN)
+    return tmp_path / "cache"
 
 
 def table(path: Path, *rows: tuple[Case, dict[str, float]]) -> str:
-    write_measured(path, {"torch": torch.__version__}, [Row(*row, PEAKS) for row in rows])
+    write_table(Table({"torch": torch.__version__}, tuple(Row(*row) for row in rows), {}, path))
     return str(path)
 
 
-def case(rows: int = 16, device: str = "cpu", dtype: str = "float32", bounded: bool = False) -> Case:
-    return Case(device, dtype, 4, rows, 16, 32, bounded)
+def case(rows: int = 16, device: str = "cpu", dtype: str = "float32") -> Case:
+    return Case(device, dtype, 4, rows, 16, 32, 2)
 
 
-def chosen(auto: AutoDispatcher, bounded: bool = False, width: int = 16) -> tuple[str, str]:
-    plan = top_1_plan(torch.zeros(64, 4))
-    return auto.choose(limited(plan, 1.0) if bounded else plan, torch.ones(64, width), MLPExperts(width, 4, 32))
+def logits_of(loads: tuple[int, ...]) -> Tensor:
+    """Return the scores of tokens of which so many go to each expert."""
+    return torch.eye(len(loads)).repeat_interleave(torch.tensor(loads), dim=0)
+
+
+def chosen(auto: AutoDispatcher, loads: tuple[int, ...] = (64, 0, 0, 0), width: int = 16) -> tuple[str, str]:
+    plan = top_1_plan(logits_of(loads))
+    return auto.choose(plan, torch.ones(sum(loads), width), MLPExperts(width, 4, 32)), auto.record()
 
 
 def test_the_fastest_of_the_nearest_case_runs(tmp_path: Path) -> None:
@@ -54,22 +63,40 @@ def test_the_fastest_of_the_nearest_case_runs(tmp_path: Path) -> None:
     auto = AutoDispatcher(table(tmp_path / "t.json", (case(1024), slow_grouped), (case(16), FAST)))
     name, why = chosen(auto)
     assert name == "GroupedDispatcher"
-    assert "measured at 4 experts 16 x 32, 16 rows each" in why and "PaddedDispatcher passed over: no capacity" in why
-    assert chosen(auto, bounded=True)[0] == "PaddedDispatcher"
-    assert "GroupedDispatcher for 4 experts" in auto.record() and "PaddedDispatcher for" in auto.record()
+    assert why.startswith(
+        "GroupedDispatcher for 4 experts 16 x 32 x 2, 16 rows each, float32: PaddedDispatcher up to 2.00"
+    )
+    assert "measured at 4 experts 16 x 32 x 2, 16 rows each" in why and "table t.json, row " in why
 
 
-def test_of_equals_the_leanest_runs(tmp_path: Path) -> None:
-    # 4 % slower cannot be told from the fastest, 6 % can
-    equal = {"SegmentDispatcher": 1.04, "GroupedDispatcher": 1.0, "PaddedDispatcher": 1.02}
-    name, why = chosen(AutoDispatcher(table(tmp_path / "equal.json", (case(), equal))))
-    assert name == "SegmentDispatcher" and "SegmentDispatcher 1.04 ms 7 MiB, GroupedDispatcher 1 ms 10 MiB" in why
-    slower = {"SegmentDispatcher": 1.06, "GroupedDispatcher": 1.0, "PaddedDispatcher": 1.02}
-    assert chosen(AutoDispatcher(table(tmp_path / "slower.json", (case(), slower))))[0] == "GroupedDispatcher"
+def test_padded_runs_where_the_loads_are_even_enough(tmp_path: Path) -> None:
+    # padded takes half of grouped's time at even loads, so it is faster up to a largest load of twice the mean of 16
+    auto = AutoDispatcher(table(tmp_path / "t.json", (case(), FAST)))
+    evenly, at_limit, beyond = (16, 16, 16, 16), (32, 16, 8, 8), (33, 15, 8, 8)
+    assert [chosen(auto, loads)[0] for loads in (evenly, at_limit, beyond)] == [
+        "PaddedDispatcher",
+        "PaddedDispatcher",
+        "GroupedDispatcher",
+    ]
+    assert auto.in_use() == ("GroupedDispatcher", "PaddedDispatcher")
+    # and what is told of the case does not depend on which load came
+    other = AutoDispatcher(auto.table)
+    assert chosen(other, beyond)[1] == auto.record()
+    never = AutoDispatcher(table(tmp_path / "slow.json", (case(), FAST | {"PaddedDispatcher": 1.01})))
+    assert chosen(never, evenly)[0] == "GroupedDispatcher" and "PaddedDispatcher up to" not in never.record()
+
+
+def test_the_loads_are_those_of_the_pairs_that_run(tmp_path: Path) -> None:
+    # a capacity of 1.0 cuts 34 pairs of one expert to 16: 16, 10, 10, 10 are a largest load of 16 / 11.5 = 1.39
+    auto = AutoDispatcher(table(tmp_path / "t.json", (case(), FAST | {"PaddedDispatcher": 0.7})))
+    plan = top_1_plan(logits_of((34, 10, 10, 10)))
+    tokens_TD, experts = torch.ones(64, 16), MLPExperts(16, 4, 32)
+    assert auto.choose(plan, tokens_TD, experts) == "GroupedDispatcher"
+    assert auto.choose(limited(plan, 1.0), tokens_TD, experts) == "PaddedDispatcher"
 
 
 def test_who_cannot_run_a_case_is_passed_over_by_name(tmp_path: Path) -> None:
-    auto = AutoDispatcher(table(tmp_path / "t.json", (case(), FAST)))
+    auto = AutoDispatcher(table(tmp_path / "t.json", (case(), FAST | {"PaddedDispatcher": 1.0})))
     name, why = chosen(auto, width=6)
     assert name == "SegmentDispatcher"
     assert "GroupedDispatcher passed over: width 6 in torch.float32: widths must be multiples of 4" in why
@@ -81,16 +108,91 @@ def test_without_a_measurement_a_rule_decides(tmp_path: Path) -> None:
     assert name == "SegmentDispatcher" and "no measurement for cpu in float32" in why
 
 
-def test_the_users_own_table_goes_before_the_shipped_one() -> None:
-    assert [each.path for each in measurements(None)] == [str(SHIPPED)]
-    table(user_file(), (case(), FAST))
-    assert [each.path for each in measurements(None)] == [str(user_file()), str(SHIPPED)]
-    table(user_file(), (case(), {"SegmentDispatcher": 0.1, "GroupedDispatcher": 1.0}))
-    assert chosen(AutoDispatcher())[0] == "SegmentDispatcher"
+def test_training_measures_a_case_once_per_machine(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Case] = []
+
+    def measure(of: Case, *layer: object) -> Row:
+        measured.append(of)
+        return Row(of, FAST)
+
+    monkeypatch.setattr(auto_module, "measure_row", measure)
+    auto = AutoDispatcher()
+    with torch.no_grad():
+        assert "table measured_cpu.json" in chosen(auto)[1]  # evaluation does not measure
+    assert chosen(auto) == chosen(auto) == chosen(AutoDispatcher())
+    assert chosen(auto)[0] == "GroupedDispatcher" and f"table {own_file().name}" in auto.record()
+    assert measured == [case()]
+    chosen(auto, loads=(128, 0, 0, 0))
+    assert [row.case.rows for row in read_table(own_file()).rows] == [16, 32]
+    # an evaluation elsewhere chooses by the same file
+    with torch.no_grad():
+        assert f"table {own_file().name}" in chosen(AutoDispatcher())[1]
+
+
+def test_another_cpu_of_the_same_name_has_another_table(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = own_file()
+    assert one.is_relative_to(cache_folder)
+    monkeypatch.setattr(own_table, "_cpu", lambda: {"model name": "AMD EPYC", "model": "17"})
+    two = own_file()
+    monkeypatch.setattr(own_table, "_cpu", lambda: {"model name": "AMD EPYC", "model": "1"})
+    assert len({one, two, own_file()}) == 3
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_shipped_table_and_says_so(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made in it, by root neither
+    _, why = chosen(AutoDispatcher())
+    assert "table measured_cpu.json" in why and "cannot be written" in why and "the shipped table" in why
+    assert with_products(lambda: {"float32": 0.3}) == {}
+
+
+def test_the_table_of_the_environment_is_chosen_by_as_it_is(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(GIVEN, table(tmp_path / "given.json", (case(1024), FAST)))
+    assert "table given.json" in chosen(AutoDispatcher())[1]
+    assert with_products(lambda: {"float32": 0.3}) == {} and not cache_folder.exists()
+
+
+def test_measuring_leaves_training_as_it_was(cache_folder: Path) -> None:
+    experts = MLPExperts(16, 4, 32)
+    auto = AutoDispatcher()
+    plan, tokens_TD = top_1_plan(logits_of((40, 8, 8, 8))), torch.ones(64, 16)
+    before = torch.get_rng_state()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):  # type: ignore[func-returns-value]
+        auto.choose(plan, tokens_TD, experts)
+    assert torch.equal(before, torch.get_rng_state()) and not saved
+    assert all(parameter.grad is None for parameter in experts.parameters())
+    (row,) = read_table(own_file()).rows
+    assert row.case == case() and row.milliseconds.keys() == FAST.keys() and min(row.milliseconds.values()) > 0
+
+
+def test_autocast_is_measured_as_it_trains(cache_folder: Path) -> None:
+    experts, seen = MLPExperts(16, 4, 32), set()
+
+    class Loop(LoopDispatcher):
+        def run_pairs(self, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
+            seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return super().run_pairs(*arguments)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measure_row(
+            case(dtype="bfloat16"), top_1_plan(torch.zeros(64, 4)), torch.ones(64, 16), experts, {"L": Loop()}, 1
+        )
+    assert seen == {(True, torch.bfloat16)}
+
+
+def test_products_are_measured_once(cache_folder: Path) -> None:
+    speeds = with_products(measure_products)
+    assert speeds.keys() == {"float32", "bfloat16"} and min(speeds.values()) > 0
+    assert with_products(lambda: {"float32": 0.0}) == speeds == read_table(own_file()).products
 
 
 def test_the_shipped_table_says_where_it_comes_from() -> None:
-    shipped = read_measured(SHIPPED, 0)
+    shipped = read_table(SHIPPED)
     assert shipped.source.keys() >= {"torch", "processor", "threads", "date", "command"}
     assert {row.case.device for row in shipped.rows} == {"cpu"}
     assert all(time > 0 for row in shipped.rows for time in row.milliseconds.values())

@@ -1,0 +1,104 @@
+"""The measurements of the user's machine: one file in the cache folder per CPU, torch version and number of threads.
+
+A case is measured once, by the first process that trains with it; others wait for it at a lock and read the row. A row
+that is there stays, so a resumed run and the arms of a sweep choose by the same numbers.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from lightning_moevlm.common.digest import digest_of_text
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED, Case, Row, Table, read_table, write_table
+
+GIVEN = "MOEVLM_DISPATCH_TABLE"
+_OF_CPU = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "stepping",
+    "flags",
+    "CPU implementer",
+    "CPU part",
+    "Features",
+)
+
+
+def given_table() -> Path | None:
+    """Return the file that the environment names: it is chosen by as it is, and nothing is measured."""
+    return Path(os.environ[GIVEN]) if os.environ.get(GIVEN) else None
+
+
+def machine() -> dict[str, str]:
+    """Return what timings differ by: the CPU (two may have one name), torch and its threads."""
+    return _cpu() | {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
+
+
+def own_file() -> Path:
+    """Return where the measurements of this machine are kept."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "lightning-moevlm" / f"dispatch-{digest_of_text(json.dumps(machine()))}.json"
+
+
+def own_table(path: Path) -> Table:
+    """Return what is in the file; empty where there is none yet."""
+    if path.is_file():
+        return read_table(path)
+    clock = "CPU time of the process" if torch.get_num_threads() == 1 else "wall"
+    return Table(machine() | {"clock": clock, "date": time.strftime("%Y-%m-%d")}, (), {}, path)
+
+
+def add(path: Path, rows: list[Row], products: dict[str, float]) -> None:
+    """Add measurements to a file; processes that do so at once wait for each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        write_table(own_table(path).joined(rows, products))
+
+
+def with_case(case: Case, measure: Callable[[], Row]) -> tuple[Table, str]:
+    """Return this machine's table with the case in it, measured if it is not; or the shipped table, and why."""
+    path = own_file()
+    if path.is_file() and read_table(path).row(case) is not None:
+        return read_table(path), ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            table = own_table(path)
+            if table.row(case) is None:
+                table = table.joined([measure()], {})
+                write_table(table)
+            return table, ""
+    except (OSError, UserError) as error:
+        return read_table(SHIPPED), f"{path} cannot be written ({error}), so the shipped table is chosen by"
+
+
+def with_products(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return what this CPU's products take, measured if they are not in its file; empty where they may not be."""
+    if given_table() is not None:
+        return {}
+    path = own_file()
+    if not own_table(path).products:
+        try:
+            add(path, [], measure())
+        except (OSError, UserError):
+            return {}
+    return own_table(path).products
+
+
+@cache
+def _cpu() -> dict[str, str]:
+    listing = Path("/proc/cpuinfo")
+    if not listing.is_file():
+        return {"model name": platform.processor() or platform.machine()}
+    first = listing.read_text(encoding="utf-8").partition("\n\n")[0]
+    fields = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in fields if key.strip() in _OF_CPU}
