@@ -2,6 +2,8 @@
 
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from lightning_moevlm.model.dispatch import AutoDispatcher, LoopDispatcher
 from lightning_moevlm.model.dispatch.auto import auto as auto_module
 from lightning_moevlm.model.dispatch.auto import own_table
 from lightning_moevlm.model.dispatch.auto.measure import measure_products, measure_row
-from lightning_moevlm.model.dispatch.auto.own_table import GIVEN, own_file, with_products
+from lightning_moevlm.model.dispatch.auto.own_table import GIVEN, own_file, with_case, with_products
 from lightning_moevlm.model.dispatch.auto.timings_table import (
     SHIPPED,
     Case,
@@ -127,6 +129,22 @@ def test_training_measures_a_case_once_per_machine(cache_folder: Path, monkeypat
     # an evaluation elsewhere chooses by the same file
     with torch.no_grad():
         assert f"table {own_file().name}" in chosen(AutoDispatcher())[1]
+
+
+def test_processes_that_meet_a_case_at_once_choose_by_one_measurement(cache_folder: Path) -> None:
+    measured: list[float] = []
+
+    def measure(milliseconds: float) -> Row:
+        measured.append(milliseconds)
+        time.sleep(0.1)  # so that all have asked before the first has written
+        return Row(case(), {"SegmentDispatcher": milliseconds})
+
+    def ask(number: int) -> Table:
+        return with_case(case(), lambda: measure(float(number)))[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        tables = list(pool.map(ask, range(1, 5)))
+    assert len(measured) == 1 and all(each.rows == tables[0].rows for each in tables)
 
 
 def test_another_cpu_of_the_same_name_has_another_table(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
