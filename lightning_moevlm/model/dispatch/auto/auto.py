@@ -4,9 +4,9 @@ Per case, segments or grouped_mm by measurement; and padded wherever the experts
 still. Its time grows with the largest load, so it is predicted: that of even loads x largest load / mean load.
 
 The choice is a pure function of device, dtype, shape, load and a file of measurements, never of the clock, so arms of a
-study on one machine take the same path, and their records say which. A process that trains on a CPU measures a case
-that it has not seen, once per machine. Without a measurement for a device and dtype a rule decides. A dispatcher that
-cannot run a case is passed over by name: nothing falls back in silence.
+study on one machine take the same path, and their records say which. On a CPU a case is measured when it is first met,
+once per machine, in evaluation as in training. Without a measurement for a device and dtype a rule decides. A
+dispatcher that cannot run a case is passed over by name: nothing falls back in silence.
 """
 
 import logging
@@ -53,7 +53,7 @@ class AutoDispatcher(Dispatcher):
 
     Args:
         table: file of measurements to choose by as it is; null takes the one that the environment variable
-            MOEVLM_DISPATCH_TABLE names, or this machine's own, which a process that trains adds to.
+            MOEVLM_DISPATCH_TABLE names, or this machine's own, which new cases are added to.
     """
 
     def __init__(self, table: str | None = None) -> None:
@@ -61,7 +61,6 @@ class AutoDispatcher(Dispatcher):
         if table is not None:
             read_table(Path(table))  # a mistake in the path is told now, not in the first step
         self._choices: dict[Case, Choice] = {}
-        self._measured: set[Case] = set()
         self._ran: set[str] = set()
         each = (SegmentDispatcher(), GroupedDispatcher(), PaddedDispatcher())
         self._dispatchers: dict[str, Dispatcher] = {type(dispatcher).__name__: dispatcher for dispatcher in each}
@@ -87,8 +86,7 @@ class AutoDispatcher(Dispatcher):
         """Return the class that runs such a plan; decided once per case, and logged then."""
         num_pairs, skew = _load(plan)
         case = case_of(num_pairs, plan, tokens_TD, experts)
-        if num_pairs and case not in self._measured and self._may_measure(case):
-            self._measured.add(case)  # a validation before it may have chosen by a case that is near
+        if num_pairs and case not in self._choices and self._may_measure(case):
             self._decide(case, self._refusals(tokens_TD, experts), (plan, tokens_TD, experts))
         return self._name(self._refusals(tokens_TD, experts), skew, case)
 
@@ -105,7 +103,7 @@ class AutoDispatcher(Dispatcher):
         return name
 
     def _may_measure(self, case: Case) -> bool:
-        return case.device == "cpu" and self.table is None and given_table() is None and torch.is_grad_enabled()
+        return case.device == "cpu" and self.table is None and given_table() is None
 
     def _refusals(self, tokens_TD: Tensor, experts: Experts) -> tuple[str | None, ...]:
         return tuple(dispatcher.refusal(tokens_TD, experts) for dispatcher in self._dispatchers.values())

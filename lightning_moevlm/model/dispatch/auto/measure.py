@@ -26,6 +26,7 @@ _SECONDS = 4.0  # after them no further round is begun
 _PRODUCT = 1024
 
 
+@torch.inference_mode(False)
 def measure_row(
     case: Case,
     plan: PairPlan,

@@ -1,6 +1,6 @@
 """The measurements of the user's machine: one file in the cache folder per CPU, torch version and number of threads.
 
-A case is measured once, by the first process that trains with it; others wait for it at a lock and read the row. A row
+A case is measured once, by the first process that meets it; others wait for it at a lock and read the row. A row
 that is there stays, so a resumed run and the arms of a sweep choose by the same numbers.
 """
 

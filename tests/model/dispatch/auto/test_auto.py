@@ -110,7 +110,7 @@ def test_without_a_measurement_a_rule_decides(tmp_path: Path) -> None:
     assert name == "SegmentDispatcher" and "no measurement for cpu in float32" in why
 
 
-def test_training_measures_a_case_once_per_machine(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_is_measured_once_per_machine(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Case] = []
 
     def measure(of: Case, *layer: object) -> Row:
@@ -119,16 +119,19 @@ def test_training_measures_a_case_once_per_machine(cache_folder: Path, monkeypat
 
     monkeypatch.setattr(auto_module, "measure_row", measure)
     auto = AutoDispatcher()
-    with torch.no_grad():
-        assert "table measured_cpu.json" in chosen(auto)[1]  # evaluation does not measure
     assert chosen(auto) == chosen(auto) == chosen(AutoDispatcher())
     assert chosen(auto)[0] == "GroupedDispatcher" and f"table {own_file().name}" in auto.record()
     assert measured == [case()]
     chosen(auto, loads=(128, 0, 0, 0))
     assert [row.case.rows for row in read_table(own_file()).rows] == [16, 32]
-    # an evaluation elsewhere chooses by the same file
-    with torch.no_grad():
-        assert f"table {own_file().name}" in chosen(AutoDispatcher())[1]
+
+
+def test_an_evaluation_measures_what_a_training_would(cache_folder: Path) -> None:
+    experts, auto = MLPExperts(16, 4, 32), AutoDispatcher()
+    with torch.inference_mode():
+        auto.choose(top_1_plan(logits_of((16, 16, 16, 16))), torch.ones(64, 16), experts)
+    (row,) = read_table(own_file()).rows
+    assert row.case == case() and row.milliseconds.keys() == FAST.keys() and "table dispatch-" in auto.record()
 
 
 def test_processes_that_meet_a_case_at_once_choose_by_one_measurement(cache_folder: Path) -> None:
