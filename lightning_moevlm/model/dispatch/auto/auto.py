@@ -11,6 +11,7 @@ dispatcher that cannot run a case is passed over by name: nothing falls back in 
 
 import logging
 import math
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ class AutoDispatcher(Dispatcher):
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
         if torch.compiler.is_compiling():
-            case = case_of(plan.token_N.shape[0], plan, tokens_TD, experts)
+            num_pairs = operator.index(plan.token_N.shape[0])  # a constant: another batch size is compiled anew
+            case = case_of(num_pairs, plan, tokens_TD, experts)
             name = self._name_for(self._refusals(tokens_TD, experts), _assumed_skew(plan), *case)
         else:
             name = self.choose(plan, tokens_TD, experts)
