@@ -1,6 +1,7 @@
 """`torch.compile` takes a whole model into one graph, whatever dispatches, and gives what is computed without it."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -37,6 +38,9 @@ CAPACITIES = {
     "capacity": Capacity(1.0, 1.0),
     "by modality": Capacity(ModalityFactors(1.0, None), None, "gate", group_size=1),
 }
+
+# A fixed number of places is refused where a capacity leaves the load of an expert open.
+COMBINATIONS = sorted({*product(DISPATCHERS, CAPACITIES)} - {("padded, fixed", "by modality")})
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +91,7 @@ def test_a_model_with_a_capacity_is_one_graph() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("limit", CAPACITIES)
-@pytest.mark.parametrize("name", DISPATCHERS)
+@pytest.mark.parametrize(("name", "limit"), COMBINATIONS)
 def test_the_default_back_end_gives_the_same(name: str, limit: str, training: bool) -> None:
     assert_the_same(DISPATCHERS[name](), CAPACITIES[limit], training, "inductor")
 
