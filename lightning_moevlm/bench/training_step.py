@@ -99,7 +99,7 @@ def bare_step(module: VisionLanguageModule, batches: Sequence[Batch]) -> Callabl
 
     def step() -> None:
         number = next(steps)
-        _, report = module.losses_of(batches[number % len(batches)], number)
+        _, report = module.compute_losses(batches[number % len(batches)], number)
         optimizer.zero_grad(set_to_none=True)
         report.total_loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -359,7 +359,7 @@ def _convert(source: "Source", target: Path, terms: "Terms", form: "Form", effor
 
 def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") -> None:
     """Convert, and say what came of it; bad rows are shown as a table, under `borne` where there are not too many."""
-    from lightning_moevlm.cli.output import tell_built
+    from lightning_moevlm.cli.output import print_built
     from lightning_moevlm.common.atomic_files import written
     from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
 
@@ -373,7 +373,7 @@ def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") ->
         _show(converted.left_out, borne)
     manifest = converted.manifest
     counts = {split: manifest.num_samples(split) for split in manifest.splits}
-    tell_built(str(out), "converted" if converted.built else None, manifest.digest, counts)
+    print_built(str(out), "converted" if converted.built else None, manifest.digest, counts)
     if converted.built:
         num_bad = sum(count.num_rows for count in converted.left_out)
         said = f"{converted.num_rows:,} rows read, {converted.num_rows - num_bad:,} of them good, {num_bad:,} bad"

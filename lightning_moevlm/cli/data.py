@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from lightning_moevlm.cli import convert
-from lightning_moevlm.cli.output import tell_built
+from lightning_moevlm.cli.output import print_built
 from lightning_moevlm.common.atomic_files import written
 from lightning_moevlm.common.errors import UserError
 
@@ -55,7 +55,7 @@ def build_openmoji(
         manifest, built = openmoji.build_openmoji(
             Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
         )
-    tell_built(
+    print_built(
         out,
         "built" if built else None,
         manifest.digest,
@@ -102,7 +102,7 @@ def build_scenes(
             vocab_size,
             force,
         )
-    tell_built(
+    print_built(
         out,
         "built" if built else None,
         manifest.digest,

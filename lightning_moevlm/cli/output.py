@@ -43,7 +43,7 @@ def console() -> "Console":
     return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120)
 
 
-def tell_built(out: str, verb: str | None, digest: str, counts: Mapping["Split", int]) -> None:
+def print_built(out: str, verb: str | None, digest: str, counts: Mapping["Split", int]) -> None:
     """Print one line on a set: what was done (None: nothing, it was there), samples by split, the manifest's digest."""
     from rich.console import Console
 

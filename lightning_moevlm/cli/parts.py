@@ -108,7 +108,7 @@ def _imported(path: str) -> type | None:
     from importlib import import_module
 
     from lightning_moevlm.common.errors import UserError
-    from lightning_moevlm.configuration.parse_errors import no_module
+    from lightning_moevlm.configuration.parse_errors import explain_missing_module
 
     module, _, name = path.rpartition(".")
     if not module:
@@ -116,7 +116,7 @@ def _imported(path: str) -> type | None:
     try:
         part = getattr(import_module(module), name, None)
     except ModuleNotFoundError as error:
-        raise UserError(no_module(str(error.name))) from error
+        raise UserError(explain_missing_module(str(error.name))) from error
     if not inspect.isclass(part):
         raise UserError(f"{module} has no class {name}; give the full path of one, package.module.Class")
     return part

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError, auto_cli
 
 from lightning_moevlm.cli import bench, compare, data, parts, sweep, sync
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
+from lightning_moevlm.configuration.parse_errors import short_message
 
 COMMANDS: dict[str, Any] = {
     "bench": bench.COMMANDS,
@@ -39,7 +39,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:
-        raise UserError(_lacking(str(error)) or told_from_the_mistake(str(error), _types(words))) from error
+        raise UserError(_lacking(str(error)) or short_message(str(error), _types(words))) from error
     return result if isinstance(result, int) else 0
 
 

@@ -27,21 +27,21 @@ from rich.console import Console
 from lightning_moevlm.common.errors import Diverged, Stopped, UserError
 from lightning_moevlm.common.process_tuning import collect_as_usual
 from lightning_moevlm.common.shipped_files import shipped_config
-from lightning_moevlm.configuration.lightning_notices import Notices, ReleaseNotices, held_notices
-from lightning_moevlm.configuration.named_run import RUN, run_beside_checkpoint, with_recorded_run
-from lightning_moevlm.configuration.one_voice import one_voice
-from lightning_moevlm.configuration.overlays import NamesMerger, with_nulls_as_files
-from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
+from lightning_moevlm.configuration.lightning_notices import Notices, ReleaseNotices, quiet_lightning
+from lightning_moevlm.configuration.overlays import NamesMerger, move_nulls_to_files
+from lightning_moevlm.configuration.parse_errors import short_message
 from lightning_moevlm.configuration.parsers import (
     DEFAULTS,
     PARSER_OPTIONS,
+    list_option_types,
     prepare_parsers,
     refuse_unbuildable_parts,
-    teaching_errors,
-    types_of_options,
+    user_errors,
 )
 from lightning_moevlm.configuration.reference_parser import ReferenceParser, References
-from lightning_moevlm.configuration.signatures import imported_class
+from lightning_moevlm.configuration.report_once import report_once
+from lightning_moevlm.configuration.run_option import RUN, expand_run_option, find_run_of_checkpoint
+from lightning_moevlm.configuration.signatures import find_imported_class
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.initial_weights import drawn_together
 from lightning_moevlm.tracking import RunRecord
@@ -52,13 +52,13 @@ from lightning_moevlm.tracking.record.provenance import code_checkout
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.callbacks import DivergenceGuard, LastCheckpoint, StopBySignal
 from lightning_moevlm.training.callbacks.result_table import WRITE_FEATURES, prediction_writers
-from lightning_moevlm.training.checkpoints.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.checkpoints.checkpoint_file import inspect_checkpoint, refuse_other_model
 from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups, refuse_other_state
 from lightning_moevlm.training.checks.optimizer_checks import refuse_vanishing_eps
 from lightning_moevlm.training.checks.trainer_checks import (
+    refuse_invalid_trainer,
     refuse_other_precision,
     refuse_other_sizes,
-    refuse_senseless_trainer,
     refuse_unsuited_trainer,
 )
 
@@ -121,8 +121,8 @@ class CommandLine(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            told = told_from_the_mistake(str(error), types_of_options(self._parser(self._asked)))
-            run = run_beside_checkpoint(sys.argv)
+            told = short_message(str(error), list_option_types(self._parser(self._asked)))
+            run = find_run_of_checkpoint(sys.argv)
             example = "name a configuration, e.g. -c conf/quickstart.yaml"
             remedy = f"give the checkpoint's run, {RUN} {run}" if run is not None else example
             advice = f"; {remedy}" if told.startswith(_INCOMPLETE) else ""
@@ -141,7 +141,7 @@ class CommandLine(LightningCLI):
             )
         config.weights_only = True  # null is Lightning's default, which unpickles what comes from a server
         root = Path(config.trainer.default_root_dir or ".")
-        self._checkpoint = look_at_checkpoint(config.get("ckpt_path"), self._asked, root)
+        self._checkpoint = inspect_checkpoint(config.get("ckpt_path"), self._asked, root)
         if _saves(config.trainer) and self.subcommand == "fit":
             self.trainer_defaults["callbacks"].append(LastCheckpoint(self._stop))
         if config.trainer.enable_progress_bar is False and isinstance(config.trainer.callbacks, list):
@@ -169,7 +169,7 @@ class CommandLine(LightningCLI):
         if self._checkpoint is not None:
             refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
         if self.subcommand == "fit":
-            refuse_senseless_trainer(self.trainer)
+            refuse_invalid_trainer(self.trainer)
             if self.model.gradient.any_on:
                 refuse_unsuited_trainer(self.trainer)
             refuse_vanishing_eps(self.trainer, self.model.build_optimizer())
@@ -248,9 +248,9 @@ def run(args: Sequence[str]) -> None:
 
 def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
     prepare_parsers()
-    args = with_recorded_run(args)
-    with TemporaryDirectory() as folder, one_voice(Path(folder)), held_notices() as notices, teaching_errors():
-        words = with_nulls_as_files(_with_shipped_configs(args, Path(folder)), Path(folder))
+    args = expand_run_option(args)
+    with TemporaryDirectory() as folder, report_once(Path(folder)), quiet_lightning() as notices, user_errors():
+        words = move_nulls_to_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
         try:
@@ -275,7 +275,7 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
             words.append(word)
             continue
         words.append(word)
-        for whole in merger.with_names(Path(value))[1:]:
+        for whole in merger.add_file(Path(value))[1:]:
             words += ["-c", str(whole)]
     return words
 
@@ -296,5 +296,5 @@ def _saves(trainer: Namespace) -> bool:
 
 
 def _is_checkpoint(class_path: str) -> bool:
-    part = imported_class(class_path)
+    part = find_imported_class(class_path)
     return part is not None and issubclass(part, ModelCheckpoint)

@@ -71,7 +71,7 @@ class ReleaseNotices(Callback):
 
 
 @contextmanager
-def held_notices() -> Iterator[Notices]:
+def quiet_lightning() -> Iterator[Notices]:
     """Hold notices while a run is built; drop them where it ends in a mistake of the user, else show them."""
     notices = Notices()
     handlers = [handler for root in _ROOTS for handler in logging.getLogger(root).handlers]
@@ -88,7 +88,7 @@ def held_notices() -> Iterator[Notices]:
             handler.removeFilter(notices)
 
 
-def calm_terminal() -> None:
+def filter_warnings() -> None:
     """Silence advertising and notices that name nothing the user could change; every other warning stays."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
     # on few cores, decoding in the training process is the fastest (num_workers is the user's to set)

@@ -29,7 +29,7 @@ class NamesMerger:
         self._known: dict[tuple[str, ...], dict[str, object]] = {path: {} for path in _NAMED}
         self._num_seen = 0
 
-    def with_names(self, file: Path) -> list[Path]:
+    def add_file(self, file: Path) -> list[Path]:
         """Return the next file, and those that belong after it."""
         self._num_seen += 1
         result = [file]
@@ -80,7 +80,7 @@ def _nested(path: Sequence[str], value: object) -> object:
     return value
 
 
-def with_nulls_as_files(words: Sequence[str], folder: Path) -> list[str]:
+def move_nulls_to_files(words: Sequence[str], folder: Path) -> list[str]:
     """Put `--model...capacity null` and `--data.image_size '${...}'` into a file in its place.
 
     In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name. References it takes for

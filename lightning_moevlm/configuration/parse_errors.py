@@ -11,14 +11,14 @@ from typing import NamedTuple
 from lightning_moevlm.common.nearest_name import nearest
 from lightning_moevlm.configuration.signatures import (
     classes_of,
+    describe_type,
     few,
-    imported_class,
-    in_words,
+    find_imported_class,
+    get_option_type,
     is_record,
+    list_options,
+    list_subclasses,
     literals_of,
-    names_below,
-    options_of,
-    type_of_option,
 )
 
 _KEY = re.compile(r'(?:Parser key|argument) "([^"]+)": ?')
@@ -59,7 +59,7 @@ class _Complaint(NamedTuple):
     given: str | None
 
 
-def told_from_the_mistake(message: str, types: Types | None = None) -> str:
+def short_message(message: str, types: Types | None = None) -> str:
     """Return one line: where, what came, what to change.
 
     Args:
@@ -69,7 +69,7 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
     known = types or {}
     command = _NO_COMMAND.search(message)
     if command:
-        return no_command(command[1], re.findall(r"[\w-]+", command[2]))
+        return explain_unknown_command(command[1], re.findall(r"[\w-]+", command[2]))
     parent = _NO_SUBCOMMAND.search(message)
     if parent:
         return f"moevlm {(parent[1] or '').replace('.', ' ')} needs a command; choose {parent[2].replace(',', ', ')}"
@@ -95,7 +95,7 @@ def told_from_the_mistake(message: str, types: Types | None = None) -> str:
     return told or (f"{where}: {first.text}" if where else _of_a_part(complaints) or " ".join(message.split()))
 
 
-def no_module(name: str) -> str:
+def explain_missing_module(name: str) -> str:
     """Tell a module that is not found, and where modules are looked for."""
     return (
         f"there is no module {name}; one of your own is found by PYTHONPATH, as in `PYTHONPATH=. moevlm ...`, or as an "
@@ -103,7 +103,7 @@ def no_module(name: str) -> str:
     )
 
 
-def no_command(name: str, commands: Sequence[str]) -> str:
+def explain_unknown_command(name: str, commands: Sequence[str]) -> str:
     """Tell a command that is not there."""
     return f"there is no command {name}; {_meant(name, commands)}choose {', '.join(commands)}"
 
@@ -117,10 +117,10 @@ def _complaints(lines: Sequence[str], above: _Complaint) -> Iterator[_Complaint]
         if match := _KEY.match(text):
             keys, owner, holder = (*keys, match[1]), holder, None
         elif match := _CLASS.match(text):
-            holder = imported_class(match[1])
+            holder = find_imported_class(match[1])
         elif match := _FACTORY.match(text):
-            base = imported_class(match[1])
-            named = [imported_class(path) for path in _REJECTED_CLASS.findall(text)]
+            base = find_imported_class(match[1])
+            named = [find_imported_class(path) for path in _REJECTED_CLASS.findall(text)]
             holder = next((part for part in named if part and base and issubclass(part, base)), base)
         elif not text and rest:
             text = rest.pop(0).strip().removeprefix("- ")
@@ -176,11 +176,11 @@ def _of_an_option(complaints: Sequence[_Complaint], where: str, types: Types) ->
     records = [other.holder for other in complaints if other.holder and _NO_OPTION.match(other.text)]
     annotation = _annotation(each, types)
     if len(records) > 1 and annotation is not None:
-        names = [name for record in records for name in options_of(record)]
-        return f"{where}: {_none_of(records)} takes {option!r}; {_meant(option, names)}give {in_words(annotation)}"
+        names = [name for record in records for name in list_options(record)]
+        return f"{where}: {_none_of(records)} takes {option!r}; {_meant(option, names)}give {describe_type(annotation)}"
     if each.holder is not None and where:
         path, part, name = _first_unknown(each.holder, option)
-        names = options_of(part)
+        names = list_options(part)
         known = few(names)
         advice = f"it takes {known}" if known else f"`moevlm describe {part.__name__}` lists its options"
         return f"{'.'.join((where, *path))}: {part.__name__} takes no {name!r}; {_meant(name, names)}{advice}"
@@ -200,7 +200,7 @@ def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
     for each in complaints:
         refused = _OTHER_RECORD.search(each.text)
         if refused:
-            named = imported_class(refused[2])
+            named = find_imported_class(refused[2])
             if named and any(other.holder is named and _MISSING.search(other.text) for other in complaints):
                 return None  # another alternative takes it, and lacks options
             return (
@@ -213,7 +213,7 @@ def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
 def _of_a_module(complaints: Sequence[_Complaint], where: str) -> str | None:
     """Tell a class_path whose module is not found."""
     missing = next((found for each in complaints if (found := _NO_MODULE.search(each.text))), None)
-    return f"{where}: {no_module(missing[1])}" if missing else None
+    return f"{where}: {explain_missing_module(missing[1])}" if missing else None
 
 
 def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
@@ -225,7 +225,7 @@ def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     else:
         return None
     annotation = _annotation(each, types)
-    below = [names_below(base) for base in classes_of(annotation)]
+    below = [list_subclasses(base) for base in classes_of(annotation)]
     own = [name for names, _ in below for name in names]
     foreign = [name for _, names in below for name in names]
     choice = few(own)
@@ -233,9 +233,9 @@ def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     advice = f"choose {choice}{others}, or give a class_path" if choice else "`moevlm list` shows what can be named"
     if missing is None:
         assert other is not None
-        return f"{where}: {other[1]} is not {in_words(annotation)}; {advice}"
+        return f"{where}: {other[1]} is not {describe_type(annotation)}; {advice}"
     if below and all(is_record(base) for base in classes_of(annotation)):  # a value is asked for, not a class
-        return f"{where}: {missing[1]} is not a valid value; give {in_words(annotation)}"
+        return f"{where}: {missing[1]} is not a valid value; give {describe_type(annotation)}"
     near = nearest(missing[1], own)
     if near is None or missing[1].lower() not in near.lower():  # of equals, ours
         near = nearest(missing[1], [*own, *foreign])
@@ -253,7 +253,7 @@ def _of_a_value(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     annotation = _annotation(first, types)
     if not where or annotation is None or not re.match("Expected a|Not a valid subclass", first.text):
         return None
-    choice = few([name for base in classes_of(annotation) for name in names_below(base)[0]])
+    choice = few([name for base in classes_of(annotation) for name in list_subclasses(base)[0]])
     if (
         first.given
         and first.given.startswith("{")
@@ -264,9 +264,9 @@ def _of_a_value(complaints: Sequence[_Complaint], where: str, types: Types) -> s
             f"{where}: options without a class; give the class_path of {choice}, or a configuration that has it before"
         )
     if first.given is None or _RAW.match(first.given):
-        return f"{where}: give {in_words(annotation)}"
+        return f"{where}: give {describe_type(annotation)}"
     meant = _meant(first.given, literals_of(annotation))
-    return f"{where}: {first.given} is not a valid value; {meant}give {in_words(annotation)}"
+    return f"{where}: {first.given} is not a valid value; {meant}give {describe_type(annotation)}"
 
 
 def _of_a_part(complaints: Sequence[_Complaint]) -> str | None:
@@ -286,9 +286,9 @@ def _annotation(complaint: _Complaint, types: Types) -> object:
     *groups, name = complaint.keys[-1].split(".")
     part: type | None = complaint.owner
     for group in groups:
-        classes = classes_of(type_of_option(part, group)) if part else []
+        classes = classes_of(get_option_type(part, group)) if part else []
         part = classes[0] if len(classes) == 1 else None
-    return type_of_option(part, name) if part else None
+    return get_option_type(part, name) if part else None
 
 
 def _first_unknown(holder: type, option: str) -> tuple[list[str], type, str]:
@@ -296,8 +296,8 @@ def _first_unknown(holder: type, option: str) -> tuple[list[str], type, str]:
     path: list[str] = []
     *groups, last = option.split(".")
     for name in groups:
-        classes = classes_of(type_of_option(holder, name))
-        if name not in options_of(holder) or len(classes) != 1:
+        classes = classes_of(get_option_type(holder, name))
+        if name not in list_options(holder) or len(classes) != 1:
             return path, holder, name
         path.append(name)
         holder = classes[0]

@@ -22,11 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 import lightning_moevlm.model.objectives  # noqa: F401 - imported parts can be selected by their short class names
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.yaml_text import FastSafeDumper
-from lightning_moevlm.configuration.lightning_notices import calm_terminal
-from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
+from lightning_moevlm.configuration.lightning_notices import filter_warnings
+from lightning_moevlm.configuration.lightning_refusals import find_refusal, is_raised_by
+from lightning_moevlm.configuration.parse_errors import short_message
 from lightning_moevlm.configuration.part_checks import refuse_unbuildable
 from lightning_moevlm.configuration.plugins import load_plugins
-from lightning_moevlm.configuration.refused_elsewhere import is_raised_by, refusal_below
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.checkpoints.checkpoint_file import HOLDS_CODE
@@ -60,7 +60,7 @@ def prepare_parsers() -> None:
     # naming any denied path makes jsonargparse enforce its own list (os, subprocess, ...) instead of warning
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["os", "subprocess"])
     set_dumper("omegaconf+", dump_yaml)
-    calm_terminal()
+    filter_warnings()
 
 
 def order_types(part: type) -> None:
@@ -109,7 +109,7 @@ def refuse_unbuildable_parts(resolved: Mapping[str, Any]) -> None:
         refuse_unbuildable(section, part, resolved[section])
 
 
-def types_of_options(parser: LightningArgumentParser) -> dict[str, object]:
+def list_option_types(parser: LightningArgumentParser) -> dict[str, object]:
     """Return the annotation of every option by its whole key."""
     actions = [action for action in parser._actions if action.dest and not action.dest.endswith(".help")]
     return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
@@ -124,12 +124,12 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
 
 
 @contextmanager
-def teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]:
+def user_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]:
     """Turn what parsers and Lightning raise for a user's mistake into one line."""
     try:
         yield
     except ArgumentError as error:
-        raise UserError(told_from_the_mistake(str(error), types_of_options(parser) if parser else None)) from error
+        raise UserError(short_message(str(error), list_option_types(parser) if parser else None)) from error
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
     except yaml.YAMLError as error:
@@ -137,7 +137,7 @@ def teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[N
     except UnpicklingError as error:  # of a server's checkpoint; others were looked at before
         raise UserError(f"the checkpoint {HOLDS_CODE}") from error
     except MisconfigurationException as error:
-        told = refusal_below(error) or _one_line(str(error))
+        told = find_refusal(error) or _one_line(str(error))
         if told == "No supported gpu backend found!":  # Lightning's own line has no remedy
             told = "trainer.accelerator: no GPU is found; give cpu or auto, or install a torch build that sees the GPU"
         raise UserError(told) from error
@@ -150,9 +150,9 @@ def teaching_errors(parser: LightningArgumentParser | None = None) -> Iterator[N
     except UserError:
         raise
     except Exception as error:
-        refused = refusal_below(error)
+        refused = find_refusal(error)
         if refused is None and isinstance(error, ValueError) and is_raised_by(error, "jsonargparse"):
-            refused = told_from_the_mistake(str(error), types_of_options(parser) if parser else None)
+            refused = short_message(str(error), list_option_types(parser) if parser else None)
         if refused is None:
             raise
         raise UserError(refused) from error

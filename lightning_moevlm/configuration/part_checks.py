@@ -13,12 +13,12 @@ from typing import Any, get_args
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.signatures import (
     classes_of,
+    describe_type,
     few,
-    imported_class,
-    in_words,
-    names_below,
-    options_of,
-    type_of_option,
+    find_imported_class,
+    get_option_type,
+    list_options,
+    list_subclasses,
 )
 
 
@@ -33,8 +33,8 @@ def refuse_unbuildable(key: str, part: type, options: Mapping[str, Any]) -> None
     Raises:
         UserError: the whole key, and what it may be.
     """
-    for name in options_of(part):
-        annotation = type_of_option(part, name)
+    for name in list_options(part):
+        annotation = get_option_type(part, name)
         if name in options and annotation is not None:
             _refuse(f"{key}.{name}", annotation, options[name])
 
@@ -45,7 +45,7 @@ def _refuse(key: str, annotation: object, value: Any) -> None:
         if not _allows_null(annotation):
             raise UserError(f"{key} is null, which it cannot be: {_instead(key, annotation, classes)}")
     elif isinstance(value, Mapping) and "class_path" in value:
-        named = imported_class(value["class_path"])
+        named = find_imported_class(value["class_path"])
         if named is not None:
             refuse_abstract(key, named)
             refuse_unbuildable(f"{key}.init_args", named, value.get("init_args") or {})
@@ -69,7 +69,7 @@ def refuse_abstract(key: str, named: type) -> None:
     """
     if not inspect.isabstract(named):
         return
-    concrete = names_below(named)[0]
+    concrete = list_subclasses(named)[0]
     choice = few(concrete)
     members = inspect.getmembers(named)
     lacks = ", ".join(name for name, member in members if getattr(member, "__isabstractmethod__", False))
@@ -88,8 +88,8 @@ def _allows_null(annotation: object) -> bool:
 def _instead(key: str, annotation: object, classes: list[type]) -> str:
     """Say what to give: of a group of switches, each has a null or a value of its own."""
     if len(classes) != 1 or not is_dataclass(classes[0]):
-        return f"give {in_words(annotation)}, or leave the option out for its default"
-    names = options_of(classes[0])
-    nullable = [name for name in names if _allows_null(type_of_option(classes[0], name))]
+        return f"give {describe_type(annotation)}, or leave the option out for its default"
+    names = list_options(classes[0])
+    nullable = [name for name in names if _allows_null(get_option_type(classes[0], name))]
     advice = f"; null turns off {', '.join(nullable)}" if nullable else ""
     return f"it is a group of options, so set those ({', '.join(f'{key}.{name}' for name in names[:2])}, ...){advice}"

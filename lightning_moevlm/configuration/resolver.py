@@ -22,12 +22,12 @@ from lightning_moevlm.configuration.parsers import (
     SECTIONS,
     prepare_parsers,
     refuse_unbuildable_parts,
-    teaching_errors,
+    user_errors,
 )
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.backbones import ModelCard, model_card
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
-from lightning_moevlm.training.checkpoints.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.checkpoints.checkpoint_file import inspect_checkpoint, refuse_other_model
 from lightning_moevlm.training.checks.trainer_checks import refuse_other_sizes
 
 
@@ -54,12 +54,12 @@ class ConfigResolver:
         Raises:
             UserError: a file is missing, or an option or class is unknown or of the wrong type.
         """
-        with TemporaryDirectory() as folder, teaching_errors(self._parser):
+        with TemporaryDirectory() as folder, user_errors(self._parser):
             last = Path(folder) / "overrides.yaml"
             last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
             merger = NamesMerger(Path(folder))
             named = [*map(shipped_config, config_files), last]
-            files = [each for file in named for each in merger.with_names(file)]
+            files = [each for file in named for each in merger.add_file(file)]
             namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)
             dumped = self._parser.dump(namespace, skip_unset=False, skip_validation=True)  # valid: it was just parsed
@@ -96,7 +96,7 @@ class ModelDescriber:
         model = repr(resolved["model"])
         if model not in self._cards:
             parser = _model_parser()
-            with teaching_errors(), torch.device("meta"):
+            with user_errors(), torch.device("meta"):
                 # a copy: of mappings of names, the parser puts what it makes of their values in their place
                 parsed = parser.parse_object({"model": deepcopy(resolved["model"])}, defaults=not self._complete)
                 module = parser.instantiate(parsed).model
@@ -130,14 +130,14 @@ def load_module(checkpoint: Path | str, config: Path | str | None = None) -> Vis
     file = path.parent.parent / "config" / "config.yaml" if config is None else Path(config)
     if not file.is_file():
         raise UserError(f"{path} has no configuration at {file}: name the one that it was trained with, config=FILE")
-    saved = look_at_checkpoint(str(path), "test", Path())
+    saved = inspect_checkpoint(str(path), "test", Path())
     if saved is None:
         raise UserError(f"{path} is not a checkpoint in one local file: give RUN/checkpoints/last.ckpt")
     recorded = read_yaml(file.read_text(encoding="utf-8"))
     sections = {name: recorded[name] for name in (*SECTIONS, "seed_everything") if name in recorded}
     model = ConfigResolver()([], sections)["model"]
     parser = _model_parser()
-    with teaching_errors():
+    with user_errors():
         module = parser.instantiate(parser.parse_object({"model": model})).model
     assert isinstance(module, VisionLanguageModule)
     refuse_other_model(saved, str(path), module)
@@ -154,7 +154,7 @@ def build_data(resolved: Mapping[str, object]) -> ShardDataModule:
     prepare_parsers()
     parser = LightningArgumentParser(**PARSER_OPTIONS)
     parser.add_lightning_class_args(ShardDataModule, "data")
-    with teaching_errors():
+    with user_errors():
         built = parser.instantiate(parser.parse_object({"data": deepcopy(dict(resolved))})).data
     assert isinstance(built, ShardDataModule)
     return built

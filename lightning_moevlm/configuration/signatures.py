@@ -24,14 +24,14 @@ _MANY = 8
 """Longer lists are left to `moevlm list` and `moevlm describe`."""
 
 
-def imported_class(path: str) -> type | None:
+def find_imported_class(path: str) -> type | None:
     """Return the class of that dotted path where its module is imported; nothing is imported for it."""
     module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     return found if inspect.isclass(found) else None
 
 
-def options_of(part: type) -> list[str]:
+def list_options(part: type) -> list[str]:
     """Return the names that the constructor takes."""
     try:
         parameters = inspect.signature(part).parameters.values()
@@ -42,7 +42,7 @@ def options_of(part: type) -> list[str]:
     ]
 
 
-def type_of_option(part: type, name: str) -> object:
+def get_option_type(part: type, name: str) -> object:
     """Return the annotation of one option; None where it has none that can be read."""
     return _types_of(part).get(name)
 
@@ -74,7 +74,7 @@ def literals_of(annotation: object) -> list[str]:
     return []
 
 
-def names_below(base: type) -> tuple[list[str], list[str]]:
+def list_subclasses(base: type) -> tuple[list[str], list[str]]:
     """Return what can be named where a `base` is asked for, itself and its imported subclasses, none abstract: those of
     this package and its plug-ins, and those that torch and Lightning bring along."""
     below = {base}
@@ -98,7 +98,7 @@ def is_record(part: type) -> bool:
     return is_dataclass(part) and not type.__subclasses__(part)
 
 
-def in_words(annotation: object) -> str:
+def describe_type(annotation: object) -> str:
     """Return what a value may be, e.g. "a number, a Ramp {start, stop, num_steps, begin, shape} or null"."""
     return _either(list(dict.fromkeys(_alternatives(annotation))))
 
@@ -114,7 +114,7 @@ def _alternatives(annotation: object) -> list[str]:
     if get_origin(annotation) is Literal:
         return literals_of(annotation)
     if isinstance(annotation, type) and is_record(annotation):
-        return [f"{_with_article(annotation.__name__)} {{{', '.join(options_of(annotation))}}}"]
+        return [f"{_with_article(annotation.__name__)} {{{', '.join(list_options(annotation))}}}"]
     classes = classes_of(annotation)
     return [_WORDS.get(annotation) or (_with_article(classes[0].__name__) if classes else _plain(annotation))]
 

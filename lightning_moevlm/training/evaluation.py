@@ -88,7 +88,7 @@ class Evaluation(nn.Module):
             metrics.reset()
 
 
-def tell_batch_dependence(backbone: Backbone, stage: str) -> None:
+def report_batch_dependence(backbone: Backbone, stage: str) -> None:
     """Say, once per cause, that features ("predict") or metrics are not those of each sample alone."""
     what = (
         "Features are not a function of the sample alone"

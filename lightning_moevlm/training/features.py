@@ -6,7 +6,7 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.backbones import Backbone
 
 
-def features_of(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+def pool_features(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
     """Return (B, D) of `image`, `text` and `pair`, as the batch allows."""
     inputs = {
         "image": (batch.images_BRYX, None, None),

@@ -24,27 +24,27 @@ from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.model.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.training.actions import Action, ActionRunner, Actions, build_actions
 from lightning_moevlm.training.actions.loss_weights import LossWeights
-from lightning_moevlm.training.checkpoints.configured_options import Hyperparameters
-from lightning_moevlm.training.checkpoints.epoch_position import take_up_epoch
+from lightning_moevlm.training.checkpoints.configured_options import ConfiguredOptions
+from lightning_moevlm.training.checkpoints.epoch_position import restore_epoch_position
 from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups
 from lightning_moevlm.training.checkpoints.partial_step import (
-    HalfStep,
-    for_rank,
-    from_ranks,
+    PartialStep,
+    gather_ranks,
     gradients_of,
     refuse_other_accumulation,
     restore_gradients,
+    select_rank,
 )
 from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
 from lightning_moevlm.training.checks.optimizer_checks import (
     FAILURES,
-    refuse_senseless_options,
+    refuse_invalid_options,
     refuse_unsuited_optimizer,
     refuse_vanishing_eps,
 )
 from lightning_moevlm.training.checks.trainer_checks import refuse_uneven_steps, refuse_unsuited_trainer
-from lightning_moevlm.training.evaluation import Evaluation, tell_batch_dependence
-from lightning_moevlm.training.features import features_of
+from lightning_moevlm.training.evaluation import Evaluation, report_batch_dependence
+from lightning_moevlm.training.features import pool_features
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.optim import (
     GradientControl,
@@ -54,11 +54,11 @@ from lightning_moevlm.training.optim import (
     parameter_groups,
     round_state,
 )
-from lightning_moevlm.training.optim.schedules.schedule_length import build_schedule, steps_of_run, tell_cut_schedule
+from lightning_moevlm.training.optim.schedules.schedule_length import build_schedule, report_short_run, steps_of_run
 from lightning_moevlm.training.step.logging_steps import is_logging_step
 from lightning_moevlm.training.step.routing_counts import RoutingCounter, loss_inputs
 from lightning_moevlm.training.step.step_output import StepOutput
-from lightning_moevlm.training.step.step_size import StepSizes, in_step, step_size
+from lightning_moevlm.training.step.step_size import StepSizeMeter, in_step, step_size
 from lightning_moevlm.training.unused_parameters import UnusedParameters
 
 
@@ -120,16 +120,20 @@ class VisionLanguageModule(LightningModule):
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
         self._micro_losses: list[Tensor] = []  # of the step at hand
-        self._step_sizes = StepSizes(self.objective)
-        self._half_step: HalfStep | None = None  # of a checkpoint, until training starts
-        self._hyperparameters: Hyperparameters | None = None
+        self._step_sizes = StepSizeMeter(self.objective)
+        self._partial_step: PartialStep | None = None  # of a checkpoint, until training starts
+        self._configured_options: ConfiguredOptions | None = None
         self._needs_attention = actions.qk_clip is not None
         self._loss_weights = LossWeights(losses)
-        acting = build_actions(actions, backbone) | ({"loss_weights": self._loss_weights} if losses.adapts else {})
-        self._counts_routing = losses.reads_counts or any("load" in action.needs for action in acting.values())
+        active_actions = build_actions(actions, backbone) | (
+            {"loss_weights": self._loss_weights} if losses.adapts else {}
+        )
+        self._counts_routing = losses.reads_counts or any("load" in action.needs for action in active_actions.values())
         self._routing_counter = RoutingCounter(backbone)
-        self.acting: Mapping[str, Action] = acting
-        self.action_runner = ActionRunner(acting, backbone, seed, self._routing_counter) if acting else None
+        self.active_actions: Mapping[str, Action] = active_actions
+        self.action_runner = (
+            ActionRunner(active_actions, backbone, seed, self._routing_counter) if active_actions else None
+        )
         self.val_evaluation = Evaluation("val", self.objective.num_classes, losses, backbone)
         self.test_evaluation = Evaluation("test", self.objective.num_classes, losses, backbone)
 
@@ -148,13 +152,13 @@ class VisionLanguageModule(LightningModule):
         if stage == "fit" and self.gradient.any_on:
             refuse_unsuited_trainer(self.trainer)
         keep_pinned_regions(self.trainer, self.precision)
-        tell_batch_dependence(self.backbone, stage)
+        report_batch_dependence(self.backbone, stage)
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and what callbacks may want to measure."""
         self.seed_noise(self.micro_step(batch_idx))
         self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
-        output, report = self.losses_of(batch, self.global_step, self._measured(batch))
+        output, report = self.compute_losses(batch, self.global_step, self._measured(batch))
         self.backbone.measure_attention = False
         self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
@@ -170,12 +174,12 @@ class VisionLanguageModule(LightningModule):
     def on_train_start(self) -> None:
         """Go on in the right epoch and step; options that a checkpoint brought along give way to those of this run."""
         refuse_uneven_steps(self.trainer)
-        take_up_epoch(self.trainer)
-        half_step, self._half_step = self._half_step, None
-        if half_step is not None:
-            self._take_up_step(half_step)
-        assert self._hyperparameters is not None
-        self._hyperparameters.restore()
+        restore_epoch_position(self.trainer)
+        partial_step, self._partial_step = self._partial_step, None
+        if partial_step is not None:
+            self._restore_partial_step(partial_step)
+        assert self._configured_options is not None
+        self._configured_options.restore()
 
     @property
     def gradient_events(self) -> GradientEvents | None:
@@ -215,8 +219,8 @@ class VisionLanguageModule(LightningModule):
         if self._gradient_control is not None:
             checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
         if self._micro_losses and "loops" in checkpoint:  # not where weights alone are saved
-            runner, gather = self.action_runner, partial(from_ranks, trainer=self.trainer)
-            checkpoint["half_step"] = HalfStep(
+            runner, gather = self.action_runner, partial(gather_ranks, trainer=self.trainer)
+            checkpoint["partial_step"] = PartialStep(
                 micro_batches=self.trainer.accumulate_grad_batches,
                 gradients=gradients_of(self, self.trainer),
                 losses=gather(torch.stack(self._micro_losses)),
@@ -234,21 +238,21 @@ class VisionLanguageModule(LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # else load_from_checkpoint
             refuse_other_groups(checkpoint, self)
         self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
-        self._half_step = checkpoint.get("half_step")
+        self._partial_step = checkpoint.get("partial_step")
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what acts after each optimiser step along."""
         return [UnusedParameters(self.objective), *([] if self.action_runner is None else [self.action_runner])]
 
     @property
-    def weights_in_force(self) -> dict[str, float | Tensor]:
+    def current_weights(self) -> dict[str, float | Tensor]:
         """The weight of each auxiliary loss in the step at hand."""
         return self._loss_weights.at(self.global_step)
 
     @property
-    def can_go_back(self) -> bool:
+    def can_roll_back(self) -> bool:
         """Whether a rollback will answer the next loss that is no number."""
-        return self.action_runner is not None and self.action_runner.can_go_back
+        return self.action_runner is not None and self.action_runner.can_roll_back
 
     def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """See that the last step is validated."""
@@ -273,7 +277,7 @@ class VisionLanguageModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return features averaged over real positions, (B, D) each: `image`, `text` and `pair`, as the data allows."""
-        return features_of(self.backbone, batch)
+        return pool_features(self.backbone, batch)
 
     def build_optimizer(self) -> Optimizer:
         """Return a new optimiser over the parameter groups, each with its peak rate and decay.
@@ -288,7 +292,7 @@ class VisionLanguageModule(LightningModule):
                 f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list "
                 "optimizers`, which take every parameter (MuonAdamW in place of torch's Muon)"
             ) from error
-        refuse_senseless_options(optimizer)
+        refuse_invalid_options(optimizer)
         self.groups.apply(optimizer)
         return optimizer
 
@@ -309,10 +313,10 @@ class VisionLanguageModule(LightningModule):
             if self.action_runner is not None:
                 self.action_runner.gradient_control = self._gradient_control
         schedule = self.build_schedule(optimizer, steps_of_run(self.trainer))
-        self._hyperparameters = Hyperparameters(optimizer, keeps_rate=schedule is None)
+        self._configured_options = ConfiguredOptions(optimizer, keeps_rate=schedule is None)
         if schedule is None:
             return {"optimizer": optimizer}
-        tell_cut_schedule(schedule, self.trainer)
+        report_short_run(schedule, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def draws(self, stage: str, step: int = 0) -> Draws:
@@ -331,7 +335,9 @@ class VisionLanguageModule(LightningModule):
         # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
         torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
 
-    def losses_of(self, batch: Batch, step: int, whole: BatchSize | None = None) -> tuple[ObjectiveOutput, LossReport]:
+    def compute_losses(
+        self, batch: Batch, step: int, whole: BatchSize | None = None
+    ) -> tuple[ObjectiveOutput, LossReport]:
         """Run the model on a batch of an optimiser step; whole: the size of that step, None where it is the batch."""
         output, inputs = self._routed(batch, "train", step)
         size, task = None, output.terms
@@ -339,7 +345,7 @@ class VisionLanguageModule(LightningModule):
             size = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
             task = {name: in_step(term, whole.predictions[name], size.num_parts) for name, term in task.items()}
         with region(self.precision, "losses", self.device.type):
-            auxiliary = self.losses.terms(inputs, output.log_partitions, self.weights_in_force, size)
+            auxiliary = self.losses.terms(inputs, output.log_partitions, self.current_weights, size)
         return output, LossReport(task, auxiliary)
 
     def _routed(self, batch: Batch, stage: str, step: int = 0) -> tuple[ObjectiveOutput, list[LossInput]]:
@@ -368,16 +374,16 @@ class VisionLanguageModule(LightningModule):
         """Micro-batches of an optimiser step on all ranks."""
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _take_up_step(self, saved: HalfStep) -> None:
+    def _restore_partial_step(self, saved: PartialStep) -> None:
         refuse_other_accumulation(saved, self.trainer)
         restore_gradients(self, saved["gradients"], self.trainer)
-        self._micro_losses = list(for_rank(saved["losses"], self.trainer).to(self.device))
+        self._micro_losses = list(select_rank(saved["losses"], self.trainer).to(self.device))
         self._step_sizes.restore(self.global_step, saved.get("size"))
         if self.global_rank == 0:  # counts of all ranks, which will be summed
             routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
             self._routing_counter.restore(self.global_step, routing)
         if self.action_runner is not None and saved["facts"] is not None:
-            self.action_runner.take_up(saved["facts"], self.device, partial(for_rank, trainer=self.trainer))
+            self.action_runner.take_up(saved["facts"], self.device, partial(select_rank, trainer=self.trainer))
 
     def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
         counts: dict[str, LayerCounts] = {}
@@ -392,7 +398,7 @@ class VisionLanguageModule(LightningModule):
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         """Log at the optimiser step. Outside of `fit` Lightning logs: it returns what it has logged."""
-        values = {key: float(value) for key, value in evaluation.compute(self.weights_in_force).items()}
+        values = {key: float(value) for key, value in evaluation.compute(self.current_weights).items()}
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
         for logger in self.loggers if is_fit else ():
             logger.log_metrics(values, step=self.global_step)

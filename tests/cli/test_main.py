@@ -194,9 +194,9 @@ def test_no_traceback_from_the_real_process(workplace: Path) -> None:
 
 
 def test_advertising_is_dropped_and_warnings_stay() -> None:
-    from lightning_moevlm.configuration.lightning_notices import calm_terminal
+    from lightning_moevlm.configuration.lightning_notices import filter_warnings
 
-    calm_terminal()
+    filter_warnings()
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
     def is_shown(text: str) -> bool:
@@ -211,7 +211,7 @@ def test_advertising_is_dropped_and_warnings_stay() -> None:
 @pytest.mark.parametrize("mistaken", [False, True])
 def test_notices_wait_for_the_run_and_a_mistake_drops_them(mistaken: bool) -> None:
     from lightning_moevlm.common.errors import UserError
-    from lightning_moevlm.configuration.lightning_notices import held_notices
+    from lightning_moevlm.configuration.lightning_notices import quiet_lightning
 
     shown: list[str] = []
     handler = logging.Handler()
@@ -221,7 +221,7 @@ def test_notices_wait_for_the_run_and_a_mistake_drops_them(mistaken: bool) -> No
     level = logger.level
     logger.setLevel(logging.INFO)
     try:
-        with held_notices() as notices:
+        with quiet_lightning() as notices:
             logging.getLogger("lightning.pytorch.any").info("Seed set to 0")
             logging.getLogger("lightning.pytorch.any").warning("a warning never waits")
             assert shown == ["a warning never waits"]

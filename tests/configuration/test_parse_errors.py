@@ -8,8 +8,8 @@ from lightning import Trainer
 
 from lightning_moevlm.cli.run_command import run_command
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.configuration.parse_errors import told_from_the_mistake
-from lightning_moevlm.configuration.parsers import teaching_errors
+from lightning_moevlm.configuration.parse_errors import short_message
+from lightning_moevlm.configuration.parsers import user_errors
 from lightning_moevlm.configuration.resolver import ConfigResolver
 from tests.conftest import PROJECT
 
@@ -195,11 +195,11 @@ def test_an_overlay_alone_asks_for_the_configuration_below_it(resolver: ConfigRe
 
 
 def test_texts_of_other_forms_pass_as_one_line() -> None:
-    assert told_from_the_mistake("Subcommand 'fit' does not\n accept it") == "Subcommand 'fit' does not accept it"
+    assert short_message("Subcommand 'fit' does not\n accept it") == "Subcommand 'fit' does not accept it"
 
 
 def test_help_on_a_part_of_no_configuration_asks_for_one() -> None:
-    told = told_from_the_mistake("argument --model.backbone: expected one argument")
+    told = short_message("argument --model.backbone: expected one argument")
     assert told.startswith("--model.backbone needs a value; ") and told.endswith(
         "give the configuration first: -c FILE --model.backbone.help"
     )
@@ -207,7 +207,7 @@ def test_help_on_a_part_of_no_configuration_asks_for_one() -> None:
 
 def test_a_class_that_is_not_imported_is_told_by_the_text_alone() -> None:
     message = "Parser key \"a\": Problem with given class_path 'nowhere.Part': Option 'size' is not accepted"
-    assert told_from_the_mistake(message) == "a: Option 'size' is not accepted"
+    assert short_message(message) == "a: Option 'size' is not accepted"
 
 
 def test_a_configuration_that_is_not_yaml_is_named_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,5 +222,5 @@ def test_a_configuration_that_is_not_yaml_is_named_by_its_line(tmp_path: Path, m
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused_with_what_to_give() -> None:
-    with pytest.raises(UserError, match=r"trainer.accelerator: no GPU is found; give cpu or auto"), teaching_errors():
+    with pytest.raises(UserError, match=r"trainer.accelerator: no GPU is found; give cpu or auto"), user_errors():
         Trainer(accelerator="gpu", logger=False)

@@ -17,7 +17,7 @@ from lightning_moevlm.model.losses import AuxiliaryLosses, OutputZ
 from lightning_moevlm.model.objectives import MaskedModelling
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Telemetry
-from lightning_moevlm.training.step.step_size import StepSizes
+from lightning_moevlm.training.step.step_size import StepSizeMeter
 from tests.model.losses.every_loss import LOSSES
 from tests.small_model import small_limoe, small_vl_moe, uneven_batch
 from tests.training.small_fit import fit
@@ -65,8 +65,8 @@ def gradient(module: "InParts", parts: Sequence[Batch]) -> dict[str, Tensor]:
     module.num_parts_seen = len(parts)
     step = WholeStep(tuple(part.without_pixels() for part in parts))
     for part in parts:
-        whole = StepSizes(module.objective).measure(part._replace(step=step), 0, len(parts), lambda own: own)
-        _, report = module.losses_of(part, 0, whole if len(parts) > 1 else None)
+        whole = StepSizeMeter(module.objective).measure(part._replace(step=step), 0, len(parts), lambda own: own)
+        _, report = module.compute_losses(part, 0, whole if len(parts) > 1 else None)
         (report.differentiated / len(parts)).backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 

@@ -119,8 +119,10 @@ class Spoilt(VisionLanguageModule):
         super().seed_noise(step)
         self.micro_batch = step
 
-    def losses_of(self, batch: Batch, step: int, whole: BatchSize | None = None) -> tuple[ObjectiveOutput, LossReport]:
-        output, report = super().losses_of(batch, step, whole)
+    def compute_losses(
+        self, batch: Batch, step: int, whole: BatchSize | None = None
+    ) -> tuple[ObjectiveOutput, LossReport]:
+        output, report = super().compute_losses(batch, step, whole)
         if self.micro_batch in self.at and self.global_rank == self.rank:
             report = report._replace(task=report.task | {"spoilt": Term(torch.tensor(self.at[self.micro_batch]), 1.0)})
         return output, report

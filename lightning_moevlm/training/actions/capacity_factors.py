@@ -55,7 +55,7 @@ class CapacityFactors(Action):
         self._values = {path: state.get(path, value) for path, value in self._values.items()}
 
 
-def layers_of_changing_factor(backbone: Backbone) -> dict[str, MoEFFN]:
+def find_changing_layers(backbone: Backbone) -> dict[str, MoEFFN]:
     """Return the layers whose capacity factor changes while training, by path."""
     return {
         path: module

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.training.actions.action import Action
-from lightning_moevlm.training.actions.capacity_factors import CapacityFactors, layers_of_changing_factor
+from lightning_moevlm.training.actions.capacity_factors import CapacityFactors, find_changing_layers
 from lightning_moevlm.training.actions.freeze_router import FreezeRouter, RouterFreezer
 from lightning_moevlm.training.actions.qk_clip import QKClip, QKClipper
-from lightning_moevlm.training.actions.rebalance import Rebalancer, balances_itself
+from lightning_moevlm.training.actions.rebalance import Rebalancer, find_self_balancing
 from lightning_moevlm.training.actions.revive_experts import ExpertReviver, ReviveDeadExperts
 from lightning_moevlm.training.actions.rollback import Rollback, SnapshotRing
 
@@ -37,9 +37,9 @@ def build_actions(options: Actions, backbone: Backbone) -> dict[str, Action]:
     """
     last_step = None if options.freeze_router is None else options.freeze_router.after_steps
     actions: dict[str, Action] = {}
-    if balances_itself(backbone):
+    if find_self_balancing(backbone):
         actions["rebalance"] = Rebalancer(last_step)
-    changing = layers_of_changing_factor(backbone)
+    changing = find_changing_layers(backbone)
     if changing:
         actions["capacity_factors"] = CapacityFactors(changing)
     if options.freeze_router is not None:

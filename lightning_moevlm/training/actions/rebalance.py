@@ -37,7 +37,7 @@ class Rebalancer(Action):
         return {}
 
 
-def balances_itself(backbone: Backbone) -> Sequence[Router]:
+def find_self_balancing(backbone: Backbone) -> Sequence[Router]:
     """Return the routers with balancing state of their own; without any, nothing need be counted."""
     layers = (module for module in backbone.modules() if isinstance(module, MoEFFN))
     return [layer.router for layer in layers if type(layer.router).rebalance is not Router.rebalance]

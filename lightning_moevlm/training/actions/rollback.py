@@ -86,7 +86,7 @@ class SnapshotRing(Action):
         self._done = 0
 
     @property
-    def can_go_back(self) -> bool:
+    def can_roll_back(self) -> bool:
         """Whether the next bad loss will be answered."""
         return self._done < self._options.max_rollbacks
 
@@ -103,7 +103,7 @@ class SnapshotRing(Action):
     def rewind(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Go back if the loss is bad; empty if it is not, or if the rollbacks are used up."""
         assert facts.loss is not None
-        if not self.can_go_back or not is_bad(float(facts.loss), self._losses, self._options):
+        if not self.can_roll_back or not is_bad(float(facts.loss), self._losses, self._options):
             return {}
         old_enough = [place for place, one in enumerate(self._ring) if facts.step - one.step >= self._options.lookback]
         place = old_enough[-1] if old_enough else 0
@@ -121,7 +121,7 @@ class SnapshotRing(Action):
         if not math.isfinite(loss):
             return {}
         self._losses = [*self._losses, loss][-self._options.window :]
-        if self.can_go_back and facts.step % self._options.every_n_steps == 0:
+        if self.can_roll_back and facts.step % self._options.every_n_steps == 0:
             self._ring = [*self._ring, take_snapshot(training, facts.step, self._losses)][-self._options.keep :]
         return {}
 

@@ -16,7 +16,7 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.training.actions.action import Action, Fact, Memory, Training
 from lightning_moevlm.training.actions.rollback import SnapshotRing
-from lightning_moevlm.training.actions.step_facts import FactGatherer, Gathered, Reduce
+from lightning_moevlm.training.actions.step_facts import CollectedFacts, FactCollector, Reduce
 from lightning_moevlm.training.optim import GradientControl
 from lightning_moevlm.training.step.logging_steps import is_logging_step
 from lightning_moevlm.training.step.routing_counts import RoutingCounter
@@ -41,15 +41,15 @@ class ActionRunner(Callback):
         self._backbone = backbone
         self._seed = seed
         needs = frozenset[Fact]().union(*(action.needs for action in actions.values()))
-        self._gatherer = FactGatherer(backbone, needs, counter)
+        self._collector = FactCollector(backbone, needs, counter)
         self._steps_done = 0
         self.gradient_control: GradientControl | None = None  # at work on the optimiser, once there is one
 
     @property
-    def can_go_back(self) -> bool:
+    def can_roll_back(self) -> bool:
         """Whether a rollback will answer the next loss that is no number."""
         ring = self._ring
-        return ring is not None and ring.can_go_back
+        return ring is not None and ring.can_roll_back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where training starts."""
@@ -67,13 +67,13 @@ class ActionRunner(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: "StepOutput", batch: Batch, batch_idx: int
     ) -> None:
         """Gather, and after an update act. A step that is taken back is no reason for any other action."""
-        self._gatherer.add(outputs["attention"], outputs["report"].differentiated)
+        self._collector.add(outputs["attention"], outputs["report"].differentiated)
         step = trainer.global_step
         if step == self._steps_done:
             return  # the batch only added to the gradient
         self._steps_done = step
 
-        facts = self._gatherer.finish(step, pl_module.device, _over_ranks(trainer))
+        facts = self._collector.finish(step, pl_module.device, _over_ranks(trainer))
         if self.gradient_control is not None and self.gradient_control.events is not None:
             facts = facts._replace(skipped=self.gradient_control.events.skipped)
         training = self._training(trainer, pl_module)
@@ -103,13 +103,15 @@ class ActionRunner(Callback):
             if name in state_dict:
                 action.load_state_dict(state_dict[name])
 
-    def gathered(self, trainer: Trainer, device: torch.device, from_ranks: Callable[[Tensor], Tensor]) -> Gathered:
+    def gathered(
+        self, trainer: Trainer, device: torch.device, gather_ranks: Callable[[Tensor], Tensor]
+    ) -> CollectedFacts:
         """Return what was gathered of the step at hand, over all ranks; all must ask together."""
-        return self._gatherer.state(device, _over_ranks(trainer), from_ranks)
+        return self._collector.state(device, _over_ranks(trainer), gather_ranks)
 
-    def take_up(self, gathered: Gathered, device: torch.device, for_rank: Callable[[Tensor], Tensor]) -> None:
+    def take_up(self, gathered: CollectedFacts, device: torch.device, select_rank: Callable[[Tensor], Tensor]) -> None:
         """Go on gathering from there."""
-        self._gatherer.restore(gathered, device, for_rank)
+        self._collector.restore(gathered, device, select_rank)
 
     @property
     def _ring(self) -> SnapshotRing | None:

@@ -20,14 +20,14 @@ Reduce = Callable[[Tensor, str], Tensor]
 """(tensor, "sum" or "mean" or "max") -> the same over ranks."""
 
 
-class Gathered(TypedDict):
+class CollectedFacts(TypedDict):
     """attention: largest logits by layer (H). losses: total loss of each micro-batch, by rank (ranks, n)."""
 
     attention: dict[str, Tensor]
     losses: Tensor
 
 
-class FactGatherer:
+class FactCollector:
     """Counts of routing, largest attention logits and loss since the last step.
 
     Args:
@@ -68,19 +68,19 @@ class FactGatherer:
         self._attention, self._losses = {}, []
         return StepFacts(step, counts, attention, loss)
 
-    def state(self, device: torch.device, reduce: Reduce, from_ranks: Callable[[Tensor], Tensor]) -> Gathered:
+    def state(self, device: torch.device, reduce: Reduce, gather_ranks: Callable[[Tensor], Tensor]) -> CollectedFacts:
         """Return what was gathered so far over all ranks, amid a step; all ranks must ask together.
 
-        from_ranks: (n) -> (ranks, n).
+        gather_ranks: (n) -> (ranks, n).
         """
         attention = self._largest(device, reduce) if "attention" in self._needs else {}
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0, dtype=torch.float32)
-        return Gathered(attention=attention, losses=from_ranks(losses))
+        return CollectedFacts(attention=attention, losses=gather_ranks(losses))
 
-    def restore(self, state: Gathered, device: torch.device, for_rank: Callable[[Tensor], Tensor]) -> None:
-        """Go on from there; for_rank: (ranks, n) -> (n)."""
+    def restore(self, state: CollectedFacts, device: torch.device, select_rank: Callable[[Tensor], Tensor]) -> None:
+        """Go on from there; select_rank: (ranks, n) -> (n)."""
         self._attention = {path: max_H.to(device) for path, max_H in state["attention"].items()}
-        self._losses = list(for_rank(state["losses"]).to(device))
+        self._losses = list(select_rank(state["losses"]).to(device))
 
     def _largest(self, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
         none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}

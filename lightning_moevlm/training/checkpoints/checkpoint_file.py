@@ -26,7 +26,7 @@ _NEEDED = ("state_dict", "pytorch-lightning_version")
 _NEEDED_TO_GO_ON = ("loops", "optimizer_states", "lr_schedulers")
 
 
-def look_at_checkpoint(path: str | None, subcommand: str, root: Path) -> Mapping[str, Any] | None:
+def inspect_checkpoint(path: str | None, subcommand: str, root: Path) -> Mapping[str, Any] | None:
     """Return what a checkpoint holds, its tensors mapped from the disk.
 
     None where there is nothing to see yet: no path, a server's, sharded weights, or a word that Lightning resolves.
@@ -52,7 +52,7 @@ def look_at_checkpoint(path: str | None, subcommand: str, root: Path) -> Mapping
     return None if path in ("last", "hpc") or "://" in local else _read(Path(local), subcommand == "fit")
 
 
-def best_beside(last: Path) -> Path | None:
+def find_best_checkpoint(last: Path) -> Path | None:
     """Return the checkpoint in the folder of a run's last one that the first `ModelCheckpoint` calls its best, or None.
 
     Raises:

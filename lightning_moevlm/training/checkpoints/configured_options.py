@@ -7,7 +7,7 @@ weight decay would go on with the old one and nobody would know.
 from torch.optim import Optimizer
 
 
-class Hyperparameters:
+class ConfiguredOptions:
     """The options of every parameter group, as configured.
 
     Args:

@@ -13,7 +13,7 @@ import math
 from lightning.pytorch import Trainer
 
 
-def take_up_epoch(trainer: Trainer) -> None:
+def restore_epoch_position(trainer: Trainer) -> None:
     """Set the counts of a loaded checkpoint; in `on_train_start`, before the epoch is begun. Else does nothing."""
     fit_loop = trainer.fit_loop
     if not fit_loop.is_resuming:

@@ -17,11 +17,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.training.actions.step_facts import Gathered
+from lightning_moevlm.training.actions.step_facts import CollectedFacts
 from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
 
-class HalfStep(TypedDict):
+class PartialStep(TypedDict):
     """micro_batches: of a whole step. gradients: of each rank, by parameter. losses: of the task, one per micro-batch
     done, by rank (ranks, n). size: of the whole step, where it was known ahead. routing: counts over all ranks so far.
     facts: what actions ask for, so far.
@@ -32,10 +32,10 @@ class HalfStep(TypedDict):
     losses: Tensor
     size: NotRequired[Tensor | None]
     routing: dict[str, Tensor]
-    facts: Gathered | None
+    facts: CollectedFacts | None
 
 
-def from_ranks(tensor: Tensor, trainer: Trainer) -> Tensor:
+def gather_ranks(tensor: Tensor, trainer: Trainer) -> Tensor:
     """Return a tensor of equal shape on all ranks as (ranks, ...), on the CPU; all ranks must ask together."""
     if trainer.world_size == 1:
         return tensor.detach().unsqueeze(0).cpu()
@@ -44,7 +44,7 @@ def from_ranks(tensor: Tensor, trainer: Trainer) -> Tensor:
     return of_ranks.cpu()
 
 
-def for_rank(of_ranks: Tensor, trainer: Trainer) -> Tensor:
+def select_rank(of_ranks: Tensor, trainer: Trainer) -> Tensor:
     """Return this rank's own of (ranks, ...), or the mean where there were more or fewer ranks."""
     return of_ranks[trainer.global_rank] if len(of_ranks) == trainer.world_size else of_ranks.mean(dim=0)
 
@@ -61,11 +61,11 @@ def gradients_of(module: nn.Module, trainer: Trainer) -> list[dict[str, Tensor]]
     parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
     # a rank whose batches had no text has no gradient there, and the others wait for it
     has_gradient = torch.tensor([int(each.grad is not None) for each in parameters.values()], dtype=torch.int64)
-    has_rank = from_ranks(has_gradient, trainer)
+    has_rank = gather_ranks(has_gradient, trainer)
     gradients: list[dict[str, Tensor]] = [{} for _ in has_rank]
     for (name, each), has_R in zip(parameters.items(), has_rank.unbind(dim=1), strict=True):
         if bool(has_R.any()):
-            of_ranks = from_ranks(torch.zeros_like(each) if each.grad is None else each.grad, trainer)
+            of_ranks = gather_ranks(torch.zeros_like(each) if each.grad is None else each.grad, trainer)
             for mine, gradient, has in zip(gradients, of_ranks.unbind(), has_R.tolist(), strict=True):
                 if has:
                     mine[name] = gradient
@@ -85,7 +85,7 @@ def restore_gradients(module: nn.Module, gradients: Sequence[Mapping[str, Tensor
             parameter.grad = gradient.to(parameter)
 
 
-def refuse_other_accumulation(saved: HalfStep, trainer: Trainer) -> None:
+def refuse_other_accumulation(saved: PartialStep, trainer: Trainer) -> None:
     """Refuse to complete a step of another number of micro-batches.
 
     Raises:

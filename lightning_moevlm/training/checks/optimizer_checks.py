@@ -30,7 +30,7 @@ def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
         )
 
 
-def refuse_senseless_options(optimizer: Optimizer) -> None:
+def refuse_invalid_options(optimizer: Optimizer) -> None:
     """Refuse what torch's optimisers let pass: options that are no finite numbers, eps 0, and one for sparse gradients.
 
     Raises:

@@ -34,7 +34,7 @@ def refuse_unsuited_trainer(trainer: Trainer) -> None:
         )
 
 
-def refuse_senseless_trainer(trainer: Trainer) -> None:
+def refuse_invalid_trainer(trainer: Trainer) -> None:
     """Refuse what Lightning lets pass and what then divides by 0, trains nothing or cannot find what it sets.
 
     Raises:

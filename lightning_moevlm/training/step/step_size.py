@@ -24,7 +24,7 @@ from lightning_moevlm.model.losses import StepSize
 from lightning_moevlm.model.objectives import Objective
 
 
-class StepSizes:
+class StepSizeMeter:
     """Knows the size of the step at hand; it is measured once per step.
 
     Args:

@@ -19,7 +19,7 @@ from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadEx
 from lightning_moevlm.training.actions.freeze_router import RouterFreezer
 from lightning_moevlm.training.actions.qk_clip import clip_heads
 from lightning_moevlm.training.actions.rollback import SnapshotRing, is_bad
-from lightning_moevlm.training.actions.step_facts import FactGatherer
+from lightning_moevlm.training.actions.step_facts import FactCollector
 from lightning_moevlm.training.step.routing_counts import RoutingCounter
 from tests.routing import top_1_plan
 from tests.small_model import small_vl_moe
@@ -75,7 +75,7 @@ def test_qk_clip_and_qk_norm_are_refused_together() -> None:
 def test_facts_are_gathered_over_micro_batches_and_ranks() -> None:
     backbone = small_vl_moe()
     counter = RoutingCounter(backbone)
-    gatherer = FactGatherer(backbone, frozenset({"load", "attention", "loss"}), counter)
+    gatherer = FactCollector(backbone, frozenset({"load", "attention", "loss"}), counter)
     plan = top_1_plan(torch.eye(4)[[0, 0, 3]], valid_T=torch.tensor([True, True, True]))
     for max_H, loss in (([1.0, 5.0], 1.0), ([3.0, 2.0], 3.0)):
         logits = AttentionLogits("pair", 0, "blocks.0.attention", torch.tensor(max_H))
@@ -178,7 +178,7 @@ def test_going_back_restores_weights_and_optimiser_to_the_bit() -> None:
     # the second time it goes further back, and the third time it has given up
     assert ring.rewind(training, facts(7, loss=math.inf)) == {"action/rollback_to_step": 2.0}
     assert all(torch.equal(p, old) for p, old in zip(backbone.parameters(), wanted[2], strict=True))
-    assert not ring.can_go_back and ring.rewind(training, facts(8, loss=math.nan)) == {}
+    assert not ring.can_roll_back and ring.rewind(training, facts(8, loss=math.nan)) == {}
 
 
 @pytest.mark.parametrize("scheduled", [False, True])

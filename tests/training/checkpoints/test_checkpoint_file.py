@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.training import VisionLanguageModule
-from lightning_moevlm.training.checkpoints.checkpoint_file import look_at_checkpoint, refuse_other_model
+from lightning_moevlm.training.checkpoints.checkpoint_file import inspect_checkpoint, refuse_other_model
 from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_state
 from lightning_moevlm.training.optim import Lion, MuonAdamW, StableAdamW
 from tests.small_model import small_vl_moe
@@ -94,7 +94,7 @@ def test_what_is_no_checkpoint_is_told_and_never_run(subcommand: str, kind: str,
     if kind == "a list" and subcommand == "fit":
         told = "has no state_dict, pytorch-lightning_version, loops, optimizer_states, lr_schedulers"
     with pytest.raises(UserError) as caught:
-        look_at_checkpoint(str(path), subcommand, tmp_path)
+        inspect_checkpoint(str(path), subcommand, tmp_path)
     assert told in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "mark").exists()
 
@@ -108,9 +108,9 @@ def test_weights_alone_can_be_validated_and_not_gone_on_with(saved: Path, tmp_pa
     content = torch.load(saved, weights_only=True)
     alone = {name: content[name] for name in ("state_dict", "pytorch-lightning_version", "loops")}
     torch.save(alone, tmp_path / "alone.ckpt")
-    assert look_at_checkpoint(f"file://{tmp_path}/alone.ckpt", "validate", tmp_path) is not None
+    assert inspect_checkpoint(f"file://{tmp_path}/alone.ckpt", "validate", tmp_path) is not None
     with pytest.raises(UserError, match="has no optimizer_states, lr_schedulers to resume training"):
-        look_at_checkpoint(str(tmp_path / "alone.ckpt"), "fit", tmp_path)
+        inspect_checkpoint(str(tmp_path / "alone.ckpt"), "fit", tmp_path)
 
 
 def test_what_cannot_be_seen_yet_is_left_to_lightning(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_what_cannot_be_seen_yet_is_left_to_lightning(tmp_path: Path) -> None:
     (tmp_path / "sharded/meta.pt").touch()
     (tmp_path / "hpc_ckpt_3.ckpt").touch()
     for path in (None, "last", "hpc", "s3://bucket/one.ckpt", str(tmp_path / "sharded")):
-        assert look_at_checkpoint(path, "fit", tmp_path) is None
+        assert inspect_checkpoint(path, "fit", tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_what_cannot_be_seen_yet_is_left_to_lightning(tmp_path: Path) -> None:
 def test_words_that_could_mean_nothing_are_refused(word: str, subcommand: str, tmp_path: Path) -> None:
     # Lightning ends in a traceback for best and hpc, and for last evaluates the untrained model with a warning
     with pytest.raises(UserError, match=rf"ckpt_path is {word}, and .* give (the file|a \.ckpt file)"):
-        look_at_checkpoint(word, subcommand, tmp_path)
+        inspect_checkpoint(word, subcommand, tmp_path)
 
 
 def test_another_model_is_told_by_its_first_tensor(saved: Path) -> None:
-    checkpoint = look_at_checkpoint(str(saved), "fit", saved.parent)
+    checkpoint = inspect_checkpoint(str(saved), "fit", saved.parent)
     assert checkpoint is not None
     refuse_other_model(checkpoint, str(saved), VisionLanguageModule(small_vl_moe()))
     with pytest.raises(

@@ -29,7 +29,7 @@ from lightning_moevlm.training.actions import Action
 from lightning_moevlm.training.actions.action import StepFacts, Training
 from lightning_moevlm.training.actions.freeze_router import RouterFreezer
 from lightning_moevlm.training.actions.qk_clip import QKClipper
-from lightning_moevlm.training.actions.rebalance import balances_itself
+from lightning_moevlm.training.actions.rebalance import find_self_balancing
 from lightning_moevlm.training.actions.revive_experts import ExpertReviver
 from lightning_moevlm.training.actions.rollback import SnapshotRing
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Verdict
@@ -53,8 +53,8 @@ class ActionProofs:
             "freeze_router": self._freeze,
             "rollback": _rollback,
         }
-        acting = rehearsal.module.acting
-        return [_told(name, rehearsal, trainer, proof) for name, proof in proofs.items() if name in acting]
+        active_actions = rehearsal.module.active_actions
+        return [_told(name, rehearsal, trainer, proof) for name, proof in proofs.items() if name in active_actions]
 
     def _freeze(self, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
         options = rehearsal.module.actions.freeze_router
@@ -107,7 +107,7 @@ class _Holder:
 
 def _told(name: str, rehearsal: Rehearsal, trainer: Trainer, proof: Callable[[Rehearsal, Trainer], Receipt]) -> Receipt:
     """Ask for the input first, then for the proof."""
-    action: Action = rehearsal.module.acting[name]
+    action: Action = rehearsal.module.active_actions[name]
     runs = any(callback is rehearsal.module.action_runner for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if not runs:
         return _dead(name, "nothing runs it: the module's ActionRunner is not among the callbacks", "add it")
@@ -128,7 +128,7 @@ def _told(name: str, rehearsal: Rehearsal, trainer: Trainer, proof: Callable[[Re
 
 
 def _qk_clip(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
-    action, options = rehearsal.module.acting["qk_clip"], rehearsal.module.actions.qk_clip
+    action, options = rehearsal.module.active_actions["qk_clip"], rehearsal.module.actions.qk_clip
     assert isinstance(action, QKClipper) and options is not None
     largest = max(float(seen.max_H.max()) for seen in rehearsal.output.attention)
     path = next((path for path, call in rehearsal.calls.items() if isinstance(call.output, AttentionOutput)), None)
@@ -156,7 +156,7 @@ def _qk_clip(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
 
 
 def _rebalance(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
-    routers = balances_itself(rehearsal.module.backbone)
+    routers = find_self_balancing(rehearsal.module.backbone)
     if all(isinstance(router, SigmoidBiasRouter) and router.update_rate == 0 for router in routers):
         return _is("rebalance", "off", "the routers' update_rate is 0", 0.0)
     found: list[float] = []
@@ -224,7 +224,7 @@ def _revive(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
 
 
 def _rollback(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
-    options, ring = rehearsal.module.actions.rollback, rehearsal.module.acting["rollback"]
+    options, ring = rehearsal.module.actions.rollback, rehearsal.module.active_actions["rollback"]
     assert options is not None and isinstance(ring, SnapshotRing)
     linear = nn.Linear(1, 1)
     training = Training(linear, cast("Backbone", linear), [], [], 0)
@@ -236,9 +236,9 @@ def _rollback(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     copied.rewind(training, StepFacts(1, {}, {}, torch.tensor(torch.nan)))
     if not torch.equal(linear.weight, before):
         return _dead("rollback", "a copy does not go back after a loss that is no number", "mend the action")
-    if ring.can_go_back and not ring.snapshots:
+    if ring.can_roll_back and not ring.snapshots:
         return _dead("rollback", "the run has no snapshot to go back to", "mend what takes them")
-    if not ring.can_go_back:
+    if not ring.can_roll_back:
         return _is("rollback", "alive", f"all {options.max_rollbacks} rollbacks are used up", 0.0)
     steps = ", ".join(str(step) for step in ring.snapshots)
     return _is("rollback", "idle", f"snapshots of step {steps} to go back to", float(len(ring.snapshots)))

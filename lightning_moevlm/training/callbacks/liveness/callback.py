@@ -21,7 +21,7 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.callbacks.liveness.action_proofs import ActionProofs
 from lightning_moevlm.training.callbacks.liveness.balance_share import balance_share
-from lightning_moevlm.training.callbacks.liveness.gradient_proofs import ActCounter, gradient_receipts
+from lightning_moevlm.training.callbacks.liveness.gradient_proofs import ActivityCounter, gradient_receipts
 from lightning_moevlm.training.callbacks.liveness.init_proofs import init_receipts
 from lightning_moevlm.training.callbacks.liveness.loss_proofs import loss_receipts
 from lightning_moevlm.training.callbacks.liveness.precision_proofs import precision_receipts
@@ -61,7 +61,7 @@ class Liveness(Callback):
                 raise UserError(f"{name} of Liveness is {value}: choose 1 or more")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
-        self._acts = ActCounter()
+        self._acts = ActivityCounter()
         self._actions = ActionProofs()
         self._tags: dict[str, str] = {}
         self._tags_written: dict[str, str] = {}
@@ -71,7 +71,7 @@ class Liveness(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where training starts."""
-        self._acts, self._actions, self._has_asked = ActCounter(), ActionProofs(), False
+        self._acts, self._actions, self._has_asked = ActivityCounter(), ActionProofs(), False
         self._tags, self._tags_written = {}, {}
         self._started_at = self._step_seen = trainer.global_step
 

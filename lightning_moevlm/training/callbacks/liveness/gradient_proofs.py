@@ -23,14 +23,14 @@ from lightning_moevlm.training.optim import GradientControl, GradientEvents, Gra
 _SPIKE = 1e12
 
 
-class Acts(NamedTuple):
+class Activity(NamedTuple):
     """Optimiser steps seen on the way here, and in how many of them each stabiliser, by its option, has acted."""
 
     steps: int
     acted: Mapping[str, int]
 
 
-class ActCounter:
+class ActivityCounter:
     """Counts on the device, so that nobody waits before a receipt is asked for."""
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class ActCounter:
             self._acted[name] = self._acted[name] + one if name in self._acted else one
         self._steps += 1
 
-    def read(self) -> Acts:
+    def read(self) -> Activity:
         """Return what was counted since the run started."""
-        return Acts(self._steps, {name: int(count) for name, count in self._acted.items()})
+        return Activity(self._steps, {name: int(count) for name, count in self._acted.items()})
 
 
-def gradient_receipts(trainer: Trainer, module: VisionLanguageModule, acts: Acts) -> list[Receipt]:
+def gradient_receipts(trainer: Trainer, module: VisionLanguageModule, acts: Activity) -> list[Receipt]:
     """Return the receipts of the gradient stabilisers, or of Lightning's own clipping."""
     options = module.gradient
     if trainer.gradient_clip_val and not options.any_on:
@@ -70,7 +70,7 @@ def _lightning_clip(threshold: float) -> Receipt:
     return Receipt(switch, "gradient", "idle", "Lightning clips; how often it acts in the run is not counted")
 
 
-def _receipt(module: VisionLanguageModule, name: str, acts: Acts) -> Receipt:
+def _receipt(module: VisionLanguageModule, name: str, acts: Activity) -> Receipt:
     switch = f"gradient.{name}"
     alone = GradientStabilisers(**{name: getattr(module.gradient, name)})
     shown = _cut(alone)

@@ -47,7 +47,7 @@ def loss_receipts(rehearsal: Rehearsal, optimizers: Sequence[Optimizer]) -> list
     return [_Proof(rehearsal, name, optimizers, whole).receipt(terms.get(name)) for name in names]
 
 
-def moved_by(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+def find_trained_parameters(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     """Return the parameters that optimisers move: owned, and at a peak rate above 0."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     return {p for group in groups if group.get("initial_lr", group["lr"]) > 0 for p in group["params"]}
@@ -93,7 +93,7 @@ class _Proof:
         self.name = name
         self.on_routing = name != "output_z"
         self.target = "router weights" if self.on_routing else "the heads"
-        moved = moved_by(optimizers)
+        moved = find_trained_parameters(optimizers)
         self.every = list(_target_parameters(rehearsal, self.on_routing))
         self.moved = [p for p in self.every if p in moved and p.requires_grad]
 
@@ -106,7 +106,7 @@ class _Proof:
         return self._reaches(term)
 
     def _declared_off(self, term: Term | None) -> Receipt | None:
-        weight = self.module.weights_in_force[self.name]
+        weight = self.module.current_weights[self.name]
         if float(weight) == 0:
             scheduled = isinstance(self.module.losses.weights[self.name], Ramp)
             return self._is("off", "its weight is 0 at this step" if scheduled else "its weight is 0", 0.0)
@@ -180,7 +180,7 @@ class _Proof:
                     name: (value_M.detach() + push).requires_grad_()
                     for name, value_M in self.rehearsal.output.log_partitions.items()
                 }
-                term = self.module.losses.terms(inputs, partitions, self.module.weights_in_force).get(self.name)
+                term = self.module.losses.terms(inputs, partitions, self.module.current_weights).get(self.name)
             if term is not None:
                 found = gradients_of(term.raw, [*leaves, *partitions.values()])
                 relative = norm_of(found) / max(abs(float(term.raw.detach())), 1e-12)

@@ -48,7 +48,7 @@ class _Shift(NamedTuple):
     loss: float
 
     @property
-    def in_words(self) -> str:
+    def text(self) -> str:
         return f"router logits by up to {self.logits:.2g}, the loss by {self.loss:.2g}"
 
 
@@ -69,7 +69,7 @@ def precision_receipts(rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
         elif dtype == without:
             receipts.append(Receipt(switch, "precision", "idle", f"{dtype} is what is computed in around it"))
         else:
-            seen = seen or rehearsal.once_more()
+            seen = seen or rehearsal.run_again()
             # weights of a region pinned to fp32 stay fp32 in true half precisions, and would not fit the tokens
             free = policy.with_region(name, without if str(trainer.precision).endswith("-true") else None)
             receipts.append(_region(rehearsal, seen, name, free, f"{dtype} instead of {without}"))
@@ -84,11 +84,11 @@ def _region(rehearsal: Rehearsal, seen: ObjectiveOutput, name: Region, without: 
         # the samples' own loss is sound, or nobody would have asked
         return Receipt(switch, "precision", "alive", f"{what}: without the pin the loss is no number")
     if any(shift):
-        return Receipt(switch, "precision", "alive", f"{what} moves {shift.in_words}", shift.loss)
+        return Receipt(switch, "precision", "alive", f"{what} moves {shift.text}", shift.loss)
     shaken = _trigger(rehearsal, without, name)
     same = f"{what} changes no bit of these samples"
     if any(shaken):
-        evidence = f"{same}; on a trial {_COARSE} moves {shaken.in_words}"
+        evidence = f"{same}; on a trial {_COARSE} moves {shaken.text}"
         return Receipt(switch, "precision", "idle", evidence, 0.0)
     if getattr(PrecisionPolicy(), name) == getattr(policy, name):
         return Receipt(switch, "precision", "off", "the default of a region in which this model computes nothing", 0.0)
@@ -110,7 +110,7 @@ def _trigger(rehearsal: Rehearsal, without: PrecisionPolicy, name: Region) -> _S
 
 def _run_as(rehearsal: Rehearsal, policy: PrecisionPolicy) -> ObjectiveOutput:
     with precision_as(rehearsal.module, policy):
-        return rehearsal.once_more()
+        return rehearsal.run_again()
 
 
 def _shift(one: ObjectiveOutput, other: ObjectiveOutput) -> _Shift:

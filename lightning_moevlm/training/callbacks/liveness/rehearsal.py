@@ -70,7 +70,7 @@ class Rehearsal:
         asks = self.counts if module.losses.reads_counts else {}
         self.inputs: list[LossInput] = loss_inputs(backbone, self.output.plans, asks, training=True)
         with self.in_losses():
-            auxiliary = module.losses.terms(self.inputs, self.output.log_partitions, module.weights_in_force)
+            auxiliary = module.losses.terms(self.inputs, self.output.log_partitions, module.current_weights)
         self.report = LossReport(self.output.terms, auxiliary)
 
     @property
@@ -98,7 +98,7 @@ class Rehearsal:
         with self.conditions(), torch.enable_grad(), region(self.module.precision, "losses", device_type):
             yield
 
-    def once_more(self) -> ObjectiveOutput:
+    def run_again(self) -> ObjectiveOutput:
         """Run the samples again without gradient, as the model now is."""
         with self.conditions(), torch.no_grad():
             output: ObjectiveOutput = self.module.objective(

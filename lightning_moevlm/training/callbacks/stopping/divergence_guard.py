@@ -45,7 +45,7 @@ class DivergenceGuard(Callback):
         """Look at the loss; now and then, and at the last step, ask all ranks."""
         assert self._first_bad is not None and self._bad_in_a_row is not None
         assert isinstance(pl_module, VisionLanguageModule)
-        if pl_module.can_go_back:
+        if pl_module.can_roll_back:
             return
         step = trainer.global_step
         patience = 1 if pl_module.gradient.skip_spikes is None else self.every_n_steps

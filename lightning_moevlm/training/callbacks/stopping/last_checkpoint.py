@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
 from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySignal, is_ending
-from lightning_moevlm.training.checkpoints.whole_file import save_whole_files
+from lightning_moevlm.training.checkpoints.atomic_checkpoint import save_atomically
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -34,7 +34,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder; let all checkpoints be written whole or not at all."""
-        save_whole_files(trainer)
+        save_atomically(trainer)
         self.dirpath = next((other.dirpath for other in self._others(trainer) if other.dirpath), None)
         super().setup(trainer, pl_module, stage)
 

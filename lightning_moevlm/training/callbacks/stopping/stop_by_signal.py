@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-HEARD = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+CAUGHT_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """The last two are what schedulers send before they take a node away."""
 
 
@@ -57,7 +57,7 @@ class StopBySignal(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         self._owner = os.getpid()
-        for name in HEARD:
+        for name in CAUGHT_SIGNALS:
             number = getattr(signal, name, None)  # Windows has fewer
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hear)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, with_gradients
+from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, select_with_gradients
 
 
 class Lion(Optimizer):
@@ -45,7 +45,7 @@ class Lion(Optimizer):
         """Update every parameter that has a gradient."""
         loss = evaluate(closure)
         for group in self.param_groups:
-            params, gradients = with_gradients(group)
+            params, gradients = select_with_gradients(group)
             if not params:
                 continue
             for p in params:

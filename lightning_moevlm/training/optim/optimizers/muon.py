@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lightning_moevlm.common.number_checks import check_number
-from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, with_gradients
+from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, select_with_gradients
 from lightning_moevlm.training.optim.tensor_roles import is_stack
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -77,7 +77,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any]) -> None:
-        params, gradients = with_gradients(group)
+        params, gradients = select_with_gradients(group)
         if not params:
             return
         for p in params:
@@ -89,10 +89,10 @@ class MuonAdamW(Optimizer):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for p, direction in zip(params, directions, strict=True):
             scale = 0.2 * math.sqrt(max(p.shape[-2:]))
-            p.add_(orthogonalised(direction, group["num_iterations"]).to(p.dtype), alpha=-group["lr"] * scale)
+            p.add_(orthogonalise(direction, group["num_iterations"]).to(p.dtype), alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any]) -> None:
-        params, gradients = with_gradients(group)
+        params, gradients = select_with_gradients(group)
         if not params:
             return
         for p in params:
@@ -119,7 +119,7 @@ class MuonAdamW(Optimizer):
         )
 
 
-def orthogonalised(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     """Return the matrix, or each matrix of a stack, with its singular values driven to about 1 (0.7 to 1.2).
 
     Args:

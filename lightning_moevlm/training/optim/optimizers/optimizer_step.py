@@ -18,7 +18,7 @@ def evaluate(closure: Callable[[], Tensor] | None) -> Tensor | None:
         return closure()
 
 
-def with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def select_with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the parameters of a group that have a gradient, and the gradients."""
     params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
     return params, [p.grad for p in params if p.grad is not None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_moevlm.common.number_checks import check_number
-from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, with_gradients
+from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, select_with_gradients
 from lightning_moevlm.training.optim.tensor_roles import is_stack, root_mean_squares
 
 
@@ -57,7 +57,7 @@ class StableAdamW(Optimizer):
         """Update every parameter that has a gradient."""
         loss = evaluate(closure)
         for group in self.param_groups:
-            params, gradients = with_gradients(group)
+            params, gradients = select_with_gradients(group)
             if not params:
                 continue
             for p in params:

@@ -64,7 +64,7 @@ def _with_length(factory: Factory, num_steps: int | None) -> Factory:
     return partial(factory, **dict.fromkeys(names, num_steps))
 
 
-def tell_cut_schedule(schedule: LRScheduler, trainer: Trainer) -> None:
+def report_short_run(schedule: LRScheduler, trainer: Trainer) -> None:
     """Say that the run ends before its schedule does: the rate does not come down."""
     length = next((getattr(schedule, name) for name in _LENGTHS if hasattr(schedule, name)), None)
     num_steps = steps_of_run(trainer)

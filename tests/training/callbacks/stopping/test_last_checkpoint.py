@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_moevlm.training.callbacks import LastCheckpoint
-from lightning_moevlm.training.checkpoints.checkpoint_file import best_beside
+from lightning_moevlm.training.checkpoints.checkpoint_file import find_best_checkpoint
 from tests.tracking.tiny import TinyModule
 
 SCORES = {10: 6.0, 20: 5.0, 30: 4.0, 40: 3.0, 50: 1.0, 60: 2.0}
@@ -56,7 +56,7 @@ def test_the_last_is_the_last_and_the_best_has_another_name(top_k: int, tmp_path
     fit(tmp_path, best(top_k))
     last = tmp_path / "checkpoints/last.ckpt"
     assert step_of(last) == 60
-    found = best_beside(last)
+    found = find_best_checkpoint(last)
     assert found is None if top_k == 0 else found is not None and step_of(found) == 50
     assert len(list(last.parent.iterdir())) == {0: 1, 1: 2, -1: 7}[top_k]
 
@@ -108,7 +108,7 @@ def test_a_run_that_has_moved_still_knows_its_best(tmp_path: Path) -> None:
     assert not (tmp_path / "before").exists()
     # step 60 is worse than step 50, and Lightning would have taken it for the best: it forgets what lies elsewhere
     assert sorted(map(step_of, last.parent.iterdir())) == [50, 60]
-    found = best_beside(last)
+    found = find_best_checkpoint(last)
     assert step_of(last) == 60 and found is not None and step_of(found) == 50
 
 
@@ -116,7 +116,7 @@ def test_resumed_from_the_best_there_is_still_one_last(tmp_path: Path) -> None:
     """Lightning went on with last-v1.ckpt, since the best did not know of a last one."""
     fit(tmp_path, best())
     last = tmp_path / "checkpoints/last.ckpt"
-    found = best_beside(last)
+    found = find_best_checkpoint(last)
     assert found is not None
     fit(tmp_path, best(), resume=found, max_steps=70)
     assert [path.name for path in last.parent.iterdir() if "last" in path.name] == ["last.ckpt"]

@@ -58,7 +58,7 @@ class Rig:
         return [p.detach().clone() for p in self.params] + [v.clone() for s in states for v in s.values()]
 
 
-def with_gradients(*gradients: Tensor) -> tuple[list[nn.Parameter], Optimizer]:
+def select_with_gradients(*gradients: Tensor) -> tuple[list[nn.Parameter], Optimizer]:
     params = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
     for p, gradient in zip(params, gradients, strict=True):
         p.grad = gradient.clone()
@@ -81,8 +81,8 @@ def test_a_group_without_gradients_stands_still(build: Build, absent: int) -> No
 @pytest.mark.parametrize("limit", [0.1, 100.0])
 def test_clip_norm_is_torchs_bit_for_bit(limit: float) -> None:
     gradients = [torch.randn(4, 3, generator=generator(0)), torch.randn(5, generator=generator(1))]
-    ours, optimizer = with_gradients(*gradients)
-    theirs, _ = with_gradients(*gradients)
+    ours, optimizer = select_with_gradients(*gradients)
+    theirs, _ = select_with_gradients(*gradients)
     control = GradientControl(GradientStabilisers(clip_norm=limit), optimizer)
     control.before_update(LOSS)
     norm = torch.nn.utils.clip_grad_norm_(theirs, limit)
@@ -92,7 +92,7 @@ def test_clip_norm_is_torchs_bit_for_bit(limit: float) -> None:
 
 
 def test_clip_value_is_torchs() -> None:
-    (p,), optimizer = with_gradients(torch.tensor([-3.0, 0.5, 4.0]))
+    (p,), optimizer = select_with_gradients(torch.tensor([-3.0, 0.5, 4.0]))
     control = GradientControl(GradientStabilisers(clip_value=1.0), optimizer)
     control.before_update(LOSS)
     assert p.grad.tolist() == [-1.0, 0.5, 1.0]
@@ -103,7 +103,7 @@ def test_clip_value_is_torchs() -> None:
 def test_z_clip_and_clip_norm_take_the_smaller_of_both() -> None:
     # norms 1, 2, 3, then 10: ZClip says 2.52083, as in its own test
     for limit, expected in ((2.0, 2.0), (2.7, 2.520833)):
-        (p,), optimizer = with_gradients(torch.zeros(1))
+        (p,), optimizer = select_with_gradients(torch.zeros(1))
         control = GradientControl(GradientStabilisers(clip_norm=limit, z_clip=ZClip(warmup_steps=3)), optimizer)
         for norm in (1.0, 2.0, 3.0, 10.0):
             p.grad = torch.tensor([norm])
@@ -138,7 +138,7 @@ def test_ada_gc_of_a_parameter_without_gradient() -> None:
 def test_update_is_clipped_by_hand() -> None:
     # SGD moves (3, 4) and (0.3, 0.4) by 0.1: root mean squares over the rate sqrt(25 / 2) and a tenth of it
     large, small = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
-    params, optimizer = with_gradients(large, small)
+    params, optimizer = select_with_gradients(large, small)
     control = GradientControl(GradientStabilisers(clip_update=1.0), optimizer)
     control.before_update(LOSS)
     optimizer.step()

@@ -14,7 +14,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.experts import MLPExperts
 from lightning_moevlm.model.layers import MoEFFN, initialise
 from lightning_moevlm.training.optim import Lion, MuonAdamW, StableAdamW, parameter_groups
-from lightning_moevlm.training.optim.optimizers.muon import orthogonalised
+from lightning_moevlm.training.optim.optimizers.muon import orthogonalise
 
 OPTIMIZERS = [
     pytest.param(partial(AdamW, lr=0.1, weight_decay=0.1), id="AdamW"),
@@ -91,7 +91,7 @@ def test_muon_orthogonalises_shared_experts_too() -> None:
     optimizer = MuonAdamW(parameter_groups({"ffn.shared.up_EDF": stack}.items()), lr=0.1, weight_decay=0.0)
     step(optimizer, [stack], [gradient])
     # the first momentum is 0.05 g, so the direction is that of g, expert by expert
-    expected = before - 0.1 * 0.2 * math.sqrt(6) * orthogonalised(gradient)
+    expected = before - 0.1 * 0.2 * math.sqrt(6) * orthogonalise(gradient)
     torch.testing.assert_close(stack.detach(), expected, rtol=0, atol=1e-4)
 
 
@@ -109,13 +109,13 @@ def test_muon_leaves_the_rest_to_adamw(role: str) -> None:
 
 def test_orthogonalised_keeps_directions_and_levels_singular_values() -> None:
     matrices = torch.randn(3, 8, 5, generator=generator(0)) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1)
-    result = orthogonalised(matrices)
+    result = orthogonalise(matrices)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     levelled = torch.linalg.svdvals(result)
     assert float(levelled.min()) > 0.6 and float(levelled.max()) < 1.3
     inner = u.mT @ result @ v.mT  # diagonal in the singular vectors of the input
     torch.testing.assert_close(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), rtol=0, atol=1e-4)
-    assert float(orthogonalised(torch.zeros(2, 4, 3)).abs().max()) == 0.0  # an expert without tokens
+    assert float(orthogonalise(torch.zeros(2, 4, 3)).abs().max()) == 0.0  # an expert without tokens
 
 
 @pytest.mark.parametrize("build", OPTIMIZERS)

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_moevlm.common.atomic_files import written
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's, but for how a local file is written."""
 
     @override
@@ -45,7 +45,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             part.unlink(missing_ok=True)
 
 
-def save_whole_files(trainer: Trainer) -> None:
+def save_atomically(trainer: Trainer) -> None:
     """Let every checkpoint of a trainer be written whole, unless it has a plugin or a strategy that writes its own."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -13,7 +13,7 @@ from lightning_moevlm.common.errors import UserError
 _LIGHTNING = ("lightning", "pytorch_lightning")
 
 
-def refusal_below(error: BaseException) -> str | None:
+def find_refusal(error: BaseException) -> str | None:
     """Return what was refused, in one line: by a part of ours (a `UserError`) or by Lightning; None for a failure."""
     told: str | None = None
     cause: BaseException | None = error

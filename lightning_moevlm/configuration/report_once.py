@@ -20,7 +20,7 @@ _MISTAKE = 2  # the exit code
 
 
 @contextmanager
-def one_voice(folder: Path) -> Iterator[None]:
+def report_once(folder: Path) -> Iterator[None]:
     """Pass a `UserError` on in one rank alone, and in the others leave with its exit code.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.configuration.one_voice import one_voice
+from lightning_moevlm.configuration.report_once import report_once
 from tests.small_run import SMALL, budget
 
 MARK = "MOEVLM_MISTAKE_TOLD"
@@ -23,22 +23,22 @@ def test_one_process_tells_its_mistakes_and_leaves_no_trace(tmp_path: Path, monk
     for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with pytest.raises(UserError), one_voice(folder):
+        with pytest.raises(UserError), report_once(folder):
             raise UserError("wrong")
     assert MARK not in os.environ
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(RuntimeError, match="a bug"), one_voice(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), report_once(tmp_path):
         raise RuntimeError("a bug")
 
 
 def test_the_second_to_find_a_mistake_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started_by_another(monkeypatch, tmp_path / "told")
-    with pytest.raises(UserError), one_voice(tmp_path / "unused"):
+    with pytest.raises(UserError), report_once(tmp_path / "unused"):
         raise UserError("wrong")
-    with pytest.raises(SystemExit) as ended, one_voice(tmp_path / "unused"):
+    with pytest.raises(SystemExit) as ended, report_once(tmp_path / "unused"):
         raise UserError("wrong")
     assert ended.value.code == 2
-    with pytest.raises(SystemExit) as lost, one_voice(tmp_path / "unused"):
+    with pytest.raises(SystemExit) as lost, report_once(tmp_path / "unused"):
         raise RuntimeError("Connection closed by peer")
     assert lost.value.code == 2
 
@@ -46,14 +46,14 @@ def test_the_second_to_find_a_mistake_is_silent(tmp_path: Path, monkeypatch: pyt
 def test_a_rank_whose_first_rank_is_gone_has_nothing_to_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started_by_another(monkeypatch, tmp_path / "gone" / "told")
     for error in (UserError("wrong"), RuntimeError("Connection closed by peer")):
-        with pytest.raises(SystemExit), one_voice(tmp_path):
+        with pytest.raises(SystemExit), report_once(tmp_path):
             raise error
 
 
 def test_a_bug_on_one_of_many_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_moevlm.configuration.one_voice._PATIENCE_S", 0.2)
+    monkeypatch.setattr("lightning_moevlm.configuration.report_once._PATIENCE_S", 0.2)
     started_by_another(monkeypatch, tmp_path / "told")
-    with pytest.raises(RuntimeError, match="a bug"), one_voice(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), report_once(tmp_path):
         raise RuntimeError("a bug")
 
 

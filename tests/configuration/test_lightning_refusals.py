@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.configuration.parsers import teaching_errors
+from lightning_moevlm.configuration.parsers import user_errors
 from tests.small_run import SMALL, budget
 
 Moevlm = Callable[..., str]
@@ -71,12 +71,12 @@ def test_a_part_of_the_users_own_that_fails_keeps_its_traceback() -> None:
         def __init__(self) -> None:
             raise KeyError("a bug")
 
-    with pytest.raises(KeyError), teaching_errors():
+    with pytest.raises(KeyError), user_errors():
         Broken()
 
 
 def test_what_lightning_fails_at_keeps_its_traceback_and_what_it_refuses_does_not() -> None:
-    with pytest.raises(TypeError), teaching_errors():
+    with pytest.raises(TypeError), user_errors():
         Trainer(logger=False, limit_train_batches="all")  # type: ignore[arg-type]  # compared with 0
-    with pytest.raises(UserError, match=r"^The strategy `fsdp` requires a GPU"), teaching_errors():
+    with pytest.raises(UserError, match=r"^The strategy `fsdp` requires a GPU"), user_errors():
         Trainer(logger=False, strategy="fsdp", accelerator="cpu")

@@ -18,7 +18,7 @@ from lightning_moevlm.common.yaml_text import read_yaml
 from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS, choose_runs
 from lightning_moevlm.tracking.record.config_files import names_config
 from lightning_moevlm.tracking.store import resolve_tracking_uri, runs_dir, sqlite_path
-from lightning_moevlm.training.checkpoints.checkpoint_file import best_beside
+from lightning_moevlm.training.checkpoints.checkpoint_file import find_best_checkpoint
 
 RUN, CHECKPOINT = "--run", "--ckpt_path"
 _LOGGER = "--trainer.logger.init_args"
@@ -49,7 +49,7 @@ class _Recorded:
         return words
 
 
-def with_recorded_run(args: Sequence[str]) -> list[str]:
+def expand_run_option(args: Sequence[str]) -> list[str]:
     """Return a command line with `--run RUN` replaced; without the option as it is.
 
     Args:
@@ -75,7 +75,7 @@ def with_recorded_run(args: Sequence[str]) -> list[str]:
     return [subcommand, *words]
 
 
-def run_beside_checkpoint(words: Sequence[str]) -> Path | None:
+def find_run_of_checkpoint(words: Sequence[str]) -> Path | None:
     """Return the folder of the run that the checkpoint of a command line lies in, or None."""
     checkpoint = _option(CHECKPOINT, words)
     folder = Path(checkpoint).parent.parent if checkpoint else None
@@ -125,7 +125,7 @@ def _checkpoint(run: _Recorded, wanted: str) -> Path:
     found = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
     last = next((path for path in found if path.name == "last.ckpt"), None)
     if wanted in ("last", "best"):
-        chosen = best_beside(last) if wanted == "best" and last is not None else last
+        chosen = find_best_checkpoint(last) if wanted == "best" and last is not None else last
     else:
         chosen = next((path for path in found if path.name == wanted), Path(wanted))
     if chosen is None:
