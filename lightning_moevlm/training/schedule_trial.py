@@ -7,20 +7,17 @@ optimiser is thrown away, no weight moves.
 
 import math
 import warnings
-from typing import TYPE_CHECKING
 
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from lightning_moevlm.common.errors import UserError
-
-if TYPE_CHECKING:
-    from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 from lightning_moevlm.training.checks.optimizer_checks import FAILURES
+from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
 _MOST_STEPS = 1000
 
 
-def try_schedule(module: "VisionLanguageModule", max_steps: int = -1, is_endless: bool = False) -> None:
+def try_schedule(module: VisionLanguageModule, max_steps: int = -1, is_endless: bool = False) -> None:
     """Build the optimiser and the schedule of a run, and step the schedule as training would, at most 1000 times.
 
     Args:

@@ -5,7 +5,7 @@ its step. `VisionLanguageModule` brings it along; it is not meant to be configur
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,9 +20,7 @@ from lightning_moevlm.training.actions.step_facts import CollectedFacts, FactCol
 from lightning_moevlm.training.optim import GradientControl
 from lightning_moevlm.training.step.logging_steps import is_logging_step
 from lightning_moevlm.training.step.routing_counts import RoutingCounter
-
-if TYPE_CHECKING:
-    from lightning_moevlm.training.vision_language_module import StepOutput
+from lightning_moevlm.training.step.step_output import StepOutput
 
 
 class ActionRunner(Callback):
@@ -64,7 +62,7 @@ class ActionRunner(Callback):
             action.before_step(self._training(trainer, pl_module), trainer.global_step + 1)
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: LightningModule, outputs: "StepOutput", batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
         """Gather, and after an update act. A step that is taken back is no reason for any other action."""
         self._collector.add(outputs["attention"], outputs["report"].differentiated)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,9 +9,6 @@ from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_moevlm.common.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
