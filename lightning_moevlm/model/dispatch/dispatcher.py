@@ -46,6 +46,10 @@ class Dispatcher(ABC):
         """Say which path runs, for the record of a run."""
         return type(self).__name__
 
+    def choices(self) -> dict[str, str]:
+        """Return what was chosen for each case met so far; empty where the configuration alone decides."""
+        return {}
+
     def in_use(self) -> tuple[str, ...]:
         """Return the classes of the dispatchers that have run, by name: what a line on the terminal has room for."""
         return (type(self).__name__,)

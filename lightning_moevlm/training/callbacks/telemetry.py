@@ -8,7 +8,7 @@ whole step, the rest is of its last micro-batch on the first rank.
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,7 +78,16 @@ class Telemetry(Callback):
         self._resumed_at = time.perf_counter()
         self._dispatch: dict[str, str] = {}
         self._in_use: list[str] = []
+        self._choices: dict[str, dict[str, str]] = {}  # of dispatchers, by layer and case
         self._has_told_cut = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which dispatchers have run."""
+        return {"dispatch": self._choices}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what ran before, so that a change is said."""
+        self._choices = state_dict.get("dispatch", {})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say and log what the model costs."""
@@ -200,6 +209,10 @@ class Telemetry(Callback):
         now = {f"dispatch/{path}": layer.dispatcher.record() for path, layer in layers.items()}
         new = {tag: text for tag, text in now.items() if self._dispatch.get(tag) != text}
         self._dispatch |= new
+        choices = {path: layer.dispatcher.choices() for path, layer in layers.items()}
+        for line in changed_choices(self._choices, choices):
+            rank_zero_info(line)
+        self._choices = {path: self._choices.get(path, {}) | each for path, each in choices.items()}
         in_use = sorted({name for layer in layers.values() for name in layer.dispatcher.in_use()})
         if in_use != self._in_use:
             self._in_use = in_use
@@ -219,6 +232,26 @@ class Telemetry(Callback):
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+
+
+def changed_choices(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a line for each case, of any layer, that another dispatcher runs than before the run was resumed.
+
+    Args:
+        before: what ran, by layer and case.
+        now: what runs.
+    """
+    changes = {
+        (case, before[path][case], choice): None
+        for path, choices in now.items()
+        for case, choice in choices.items()
+        if before.get(path, {}).get(case, choice) != choice
+    }
+    return [
+        f"dispatch: {case}: was {old}, is now {new}, because this machine's timings differ from those before the "
+        "resume; results may differ by rounding"
+        for case, old, new in changes
+    ]
 
 
 def loss_values(report: LossReport) -> dict[str, float]:
