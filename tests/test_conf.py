@@ -17,7 +17,7 @@ import lightning_moevlm.model.routers as routers_module
 from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
 from lightning_moevlm.model.layers import ModelStabilisers
 from lightning_moevlm.model.routers import Router
-from lightning_moevlm.study.plan.run_identity import digest_of
+from lightning_moevlm.study.plan.run_identity import compute_digest
 from lightning_moevlm.training import Actions
 from tests.conftest import PROJECT
 from tests.model.losses.test_others import MostProbable
@@ -154,9 +154,9 @@ def test_describing_a_model_leaves_its_configuration_as_it_was(resolver: ConfigR
     resolved = resolver(
         [PROJECT / "conf/quickstart.yaml"], {"model": {"losses": {"others": {"sure": {"class_path": spell}}}}}
     )
-    before = digest_of(resolved)
+    before = compute_digest(resolved)
     describe_model(resolved)
-    assert digest_of(resolved) == before
+    assert compute_digest(resolved) == before
 
 
 def test_every_router_has_a_configuration_and_an_arm() -> None:

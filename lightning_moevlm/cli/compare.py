@@ -110,7 +110,7 @@ def compare(
         terminal.print("More: --full=true prints every table, --report FOLDER writes a page.", highlight=False)
 
 
-def written_out(words: Sequence[str]) -> list[str]:
+def expand_shorthand(words: Sequence[str]) -> list[str]:
     """Return a command line in which every word that is no option and no option's value is a run."""
     command, *rest = words
     full = [command]

@@ -141,9 +141,9 @@ def run(number: str) -> int:
             names = ", ".join(thread.name for thread in threading.enumerate())
             _tell(f"what was imported has started threads ({names}), which no fork would have")
             return 1
-        own_words = serve(channel)
-    if own_words is not None:
-        leave(main(own_words))
+        moevlm_arguments = serve(channel)
+    if moevlm_arguments is not None:
+        leave(main(moevlm_arguments))
     return 0
 
 

@@ -33,9 +33,9 @@ def run_command(arguments: Sequence[str]) -> int:
     if words[0] in _FIRST and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, _FIRST[words[0]])
     if words[0] == "sweep":
-        words = sweep.written_out(words)
+        words = sweep.expand_shorthand(words)
     if words[0] == "compare":
-        words = compare.written_out(words)
+        words = compare.expand_shorthand(words)
     try:
         result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
     from lightning_moevlm.study.plan.planned_run import Plan
     from lightning_moevlm.study.report.tables.table import Table
-    from lightning_moevlm.study.run.mlflow_runs import Experiment
+    from lightning_moevlm.study.run.mlflow_runs import StudyRuns
     from lightning_moevlm.study.run.probe import Probe
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning_moevlm.study.sweep import engine_options, execute_runs, select_runs, store_of, upload_left_behind
+from lightning_moevlm.study.sweep import engine_options, execute_runs, open_store, select_runs, upload_left_behind
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lightning_moevlm.study.compare.known_runs import KnownRuns
     from lightning_moevlm.study.plan.planned_run import Plan
-    from lightning_moevlm.study.run.mlflow_runs import Experiment
+    from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 
 _ENGINES = {engine.name: engine.__name__ for engine in (LocalEngine, SlurmEngine, RayEngine)}
 
@@ -57,7 +57,7 @@ def plan(file: str, json: str | None = None, probe: bool = False, only: list[str
     planned = _plan(file, only)
     statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
     probes = _probes(planned) if probe else {}
-    known = known_in_plan(planned)
+    known = find_known_in_plan(planned)
     records = [dataclasses.asdict(record) for record in plan_records(planned, statuses, probes, known)]
     _show((arms_table(planned, probes), plan_table(planned, statuses, known)), records, json)
 
@@ -84,10 +84,10 @@ def run(
             data and code; with false every run is trained here.
     """
     from lightning_moevlm.study.plan.baseline_pin import keep_baseline
-    from lightning_moevlm.study.run.ledger import Status, hold_study, keep_store, read_ledger
+    from lightning_moevlm.study.run.ledger import Status, hold_study, read_ledger, remember_store
     from lightning_moevlm.study.run.mlflow_runs import open_experiment
-    from lightning_moevlm.study.run.runs_at_work import SILENCE
-    from lightning_moevlm.study.run.to_do import to_do
+    from lightning_moevlm.study.run.runs_at_work import UNREACHABLE
+    from lightning_moevlm.study.run.to_do import find_waiting_runs
 
     terminal = console()
     if jobs is not None and jobs < 1:
@@ -100,20 +100,20 @@ def run(
     # What is wrong is told before anything is written.
     if not all(state.status.is_settled for _, state in read_ledger(selected)):
         _check_data(selected)
-    uri = store_of(planned)
+    uri = open_store(planned)
     with hold_study(planned.folder):
         experiment = open_experiment(uri, planned.comparison.name)
-        keep_store(planned.folder, uri)
+        remember_store(planned.folder, uri)
         keep_baseline(planned)
-        taken = take_up(selected, experiment, terminal) if reuse else 0
-        waiting = to_do(selected, experiment, chosen, retry)
+        taken = reuse_known_runs(selected, experiment, terminal) if reuse else 0
+        waiting = find_waiting_runs(selected, experiment, chosen, retry)
         if waiting:
             stopped = execute_runs(selected, experiment, waiting, terminal, chosen, jobs, timeout_minutes)
             if stopped:
                 again = "".join([f" --only {each}" for each in only or ()]) + engine_options(chosen)
                 told = f"Stopped by {stopped}; the state is kept. Go on with: moevlm sweep run {file}{again}"
                 terminal.print(told, highlight=False, soft_wrap=True, markup=False)
-                return 1 if stopped == SILENCE else 130
+                return 1 if stopped == UNREACHABLE else 130
         failed = [run.name for run, state in read_ledger(selected) if state.status is Status.FAILED]
         total = len(selected.runs)
         if not waiting and not failed:
@@ -173,7 +173,7 @@ def report(
     ledger = read_ledger(planned)
     if all(state.run_id is None for _, state in ledger):
         raise UserError(f"nothing of {planned.comparison.name} has run yet; start it with `moevlm sweep run {file}`")
-    experiment = open_experiment(store_of(planned), planned.comparison.name)
+    experiment = open_experiment(open_store(planned), planned.comparison.name)
     upload_left_behind(planned)
     if any(state.status is Status.ENDED for _, state in ledger):
         with hold_study(planned.folder):
@@ -198,7 +198,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 }
 
 
-def written_out(words: Sequence[str]) -> list[str]:
+def expand_shorthand(words: Sequence[str]) -> list[str]:
     """Return a command line with what people shorten written out: `--engine ray`, and `--only` more than once."""
     full: list[str] = []
     for word in words:
@@ -295,14 +295,14 @@ def _show(tables: "Sequence[Table]", records: list[dict[str, object]], json: str
         show(Text(), records, json)
 
 
-def known_in_plan(planned: "Plan") -> "KnownRuns | None":
+def find_known_in_plan(planned: "Plan") -> "KnownRuns | None":
     """Return what `sweep run` would take; None where the store or the data cannot be asked. Writes nothing."""
     from lightning_moevlm.study.compare.known_runs import find_known
-    from lightning_moevlm.study.run.mlflow_runs import tracking_uri_of
+    from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri
     from lightning_moevlm.tracking.store import prepare_store, sqlite_path
 
     try:
-        uri = tracking_uri_of(planned)
+        uri = find_tracking_uri(planned)
         path = sqlite_path(uri)
         if path is not None and not path.exists():
             return None
@@ -312,7 +312,7 @@ def known_in_plan(planned: "Plan") -> "KnownRuns | None":
         return None
 
 
-def take_up(planned: "Plan", experiment: "Experiment", terminal: "Console") -> int:
+def reuse_known_runs(planned: "Plan", experiment: "StudyRuns", terminal: "Console") -> int:
     """Take what another study has made, say so, and return how many runs that were. Call it holding the study."""
     from lightning_moevlm.study.compare.known_runs import find_known, take_known
 

@@ -1,6 +1,6 @@
 """Finds the known name that a mistyped one most resembles."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -13,3 +13,9 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
     by_lower = {each.lower(): each for each in names}
     near = get_close_matches(lower, by_lower, n=1)
     return by_lower[near[0]] if near else None
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return `did you mean 'x'? ` for the nearest name, or an empty text where none is near."""
+    near = nearest(name, list(names))
+    return f"did you mean {near!r}? " if near is not None else ""

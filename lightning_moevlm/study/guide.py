@@ -38,7 +38,7 @@ def key_rows(block: Block) -> list[KeyRow]:
     """Return a row per key of a mapping."""
     start = f"{block.path}." if block.path else ""
     return [
-        KeyRow(f"{start}{key.name}", key.value.words, key.told_default, key.meaning, key.example.strip())
+        KeyRow(f"{start}{key.name}", key.value.text, key.default_text, key.meaning, key.example.strip())
         for key in block.keys
     ]
 
@@ -66,7 +66,7 @@ def skeleton(name: str) -> str:
     ]
     blocks = {block.path.split(".")[0].removesuffix("[]"): block for block in BLOCKS}
     for key in STUDY_FILE.keys:
-        lines = [*_comment(_told(key)), *_below(blocks.get(key.name))]
+        lines = [*_comment(_describe_key(key)), *_comment_block(blocks.get(key.name))]
         text = f"{key.name}: {key.example}".replace(": \n", ":\n")
         is_set = key.is_required or key.name == "arms"
         lines += text.splitlines() if is_set else [f"#{line}" for line in text.splitlines()]
@@ -74,16 +74,16 @@ def skeleton(name: str) -> str:
     return "\n".join(parts)
 
 
-def _below(block: Block | None) -> list[str]:
+def _comment_block(block: Block | None) -> list[str]:
     """Return comments on the keys of the mapping that a key takes."""
     if block is None:
         return []
-    return [line for key in block.keys for line in _comment(f"{key.name}: {_told(key)}", "  ")]
+    return [line for key in block.keys for line in _comment(f"{key.name}: {_describe_key(key)}", "  ")]
 
 
-def _told(key: Key[Any]) -> str:
-    default = "Required." if key.is_required else f"Default: {key.told_default}."
-    return f"{key.meaning} Takes: {key.value.words}. {default}"
+def _describe_key(key: Key[Any]) -> str:
+    default = "Required." if key.is_required else f"Default: {key.default_text}."
+    return f"{key.meaning} Takes: {key.value.text}. {default}"
 
 
 def _comment(text: str, indent: str = "") -> Iterable[str]:

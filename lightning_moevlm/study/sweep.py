@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lightning_moevlm.study.plan.planned_run import Plan
-    from lightning_moevlm.study.run.mlflow_runs import Experiment
+    from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
-    from lightning_moevlm.study.run.mlflow_runs import Experiment
+    from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 
 _REPORT_FOLDER = "report"
 
 
 def answer(
     planned: "Plan",
-    experiment: "Experiment",
+    experiment: "StudyRuns",
     terminal: "Console",
     redraw: bool,
     unfair: bool = False,
@@ -82,7 +82,7 @@ def select_runs(planned: "Plan", only: list[str] | None) -> "Plan":
 
 def execute_runs(
     planned: "Plan",
-    experiment: "Experiment",
+    experiment: "StudyRuns",
     waiting: "Sequence[PlannedRun]",
     terminal: "Console",
     engine: Engine,
@@ -117,13 +117,13 @@ def engine_options(engine: Engine) -> str:
     return "" if engine.name == LocalEngine.name else f" --engine {engine.name}, with the options that it had"
 
 
-def store_of(planned: "Plan") -> str:
+def open_store(planned: "Plan") -> str:
     """Return the tracking URI in force, after it has answered and has been found to be the study's own."""
     from lightning_moevlm.study.run.ledger import check_store
-    from lightning_moevlm.study.run.mlflow_runs import tracking_uri_of
+    from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri
     from lightning_moevlm.tracking.store import prepare_store
 
-    uri = tracking_uri_of(planned)
+    uri = find_tracking_uri(planned)
     check_store(planned.folder, uri)
     prepare_store(uri)
     return uri
@@ -134,12 +134,12 @@ def upload_left_behind(planned: "Plan") -> None:
     from rich.console import Console
 
     from lightning_moevlm.study.run.ledger import read_ledger
-    from lightning_moevlm.study.run.mlflow_runs import tracking_uri_of
+    from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri
     from lightning_moevlm.study.run.store_retries import deliver_left_behind
 
     ids = [state.run_id for _, state in read_ledger(planned) if state.run_id is not None]
     terminal = Console(stderr=True, soft_wrap=True, highlight=False)
-    for outbox, waiting, outcome, reason in deliver_left_behind(tracking_uri_of(planned), ids):
+    for outbox, waiting, outcome, reason in deliver_left_behind(find_tracking_uri(planned), ids):
         told = f"run {outbox.address.run_id}, {waiting.points} points and {waiting.files} files on disk: {outcome}"
         terminal.print(f"{told}, {reason}" if reason else told, markup=False)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_moevlm.cli.compare import written_out
+from lightning_moevlm.cli.compare import expand_shorthand
 from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
 from lightning_moevlm.study.declare.study_file import read_study
 from lightning_moevlm.study.plan.plan_study import plan_study
@@ -146,7 +146,7 @@ def test_a_model_that_cannot_be_built_costs_its_card_alone(
 
 def test_words_that_are_no_options_are_runs() -> None:
     words = ["compare", "a", "--by", "x", "b", "--json", "-", "--by=y", "--unfair=true", "c", "--help"]
-    assert written_out(words) == [
+    assert expand_shorthand(words) == [
         *("compare", "--runs+", "a", "--by+", "x", "--runs+", "b", "--json", "-", "--by+=y", "--unfair=true"),
         *("--runs+", "c", "--help"),
     ]

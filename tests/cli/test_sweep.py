@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_moevlm.cli.sweep import written_out
+from lightning_moevlm.cli.sweep import expand_shorthand
 from lightning_moevlm.study.run.engines import Engine
 from lightning_moevlm.tracking.read.runs import find_runs
 from tests.cli.small_study import Moevlm, Study
@@ -154,12 +154,12 @@ def test_mistakes_in_options_are_one_line(moevlm: Moevlm, study: Study, workplac
 
 def test_what_people_shorten_is_written_out() -> None:
     short = ["sweep", "run", "f", "--only", "arm=a", "--only=seed=0", "--engine", "ray", "--engine.num_gpus", "1"]
-    assert written_out(short) == [
+    assert expand_shorthand(short) == [
         *("sweep", "run", "f", "--only+", "arm=a", "--only+=seed=0"),
         *("--engine", "RayEngine", "--engine.num_gpus", "1"),
     ]
-    assert written_out(["--engine=slurm"]) == ["--engine=SlurmEngine"]
-    assert written_out(["--engine", "my.Engine"]) == ["--engine", "my.Engine"]
+    assert expand_shorthand(["--engine=slurm"]) == ["--engine=SlurmEngine"]
+    assert expand_shorthand(["--engine", "my.Engine"]) == ["--engine", "my.Engine"]
 
 
 def test_run_id_that_looks_like_a_number_stays_a_text(workplace: Path) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lightning_moevlm.common.flat_config import flat
 from lightning_moevlm.study.compare.collect_results import gather
-from lightning_moevlm.study.plan.planned_run import Plan, tags_of
+from lightning_moevlm.study.plan.planned_run import Plan, tracker_tags
 from lightning_moevlm.study.report.make_report import make_report, origin_of
 from lightning_moevlm.study.report.mlflow_summary import log_summary
 from lightning_moevlm.study.report.tables.report_tables import report_tables
@@ -76,7 +76,7 @@ def fill(plan: Plan, uri: str, num_points: int) -> int:
                 "lifecycle_stage, source_type, user_id) VALUES (?, ?, ?, ?, ?, ?, 'FINISHED', 'active', 'LOCAL', 'x')",
                 row,
             )
-            tags = {**tags_of(run), ROLE: ROLE_ARM, OUTCOME: "finished", "mlflow.runName": run.name}
+            tags = {**tracker_tags(run), ROLE: ROLE_ARM, OUTCOME: "finished", "mlflow.runName": run.name}
             store.executemany("INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)", [
                 (key, value, run_id) for key, value in flat(run.resolved).items()
             ])  # fmt: skip

@@ -19,8 +19,8 @@ from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.engines import JOBS_FOLDER, Engine, LocalEngine, RayEngine, SlurmEngine
 from lightning_moevlm.study.run.execute import Tally, execute
 from lightning_moevlm.study.run.ledger import RunState, hold_study
-from lightning_moevlm.study.run.mlflow_runs import Experiment, open_experiment, tracking_uri_of
-from lightning_moevlm.study.run.to_do import to_do
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns, find_tracking_uri, open_experiment
+from lightning_moevlm.study.run.to_do import find_waiting_runs
 
 BASE = {
     "seed_everything": 0,
@@ -54,16 +54,16 @@ class Silent:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def started(self, run: PlannedRun, state: RunState) -> None:
+    def run_started(self, run: PlannedRun, state: RunState) -> None:
         self.lines.append(f"start {run.name}")
 
-    def ended(self, run: PlannedRun, state: RunState) -> None:
+    def run_ended(self, run: PlannedRun, state: RunState) -> None:
         self.lines.append(f"{state.status} {run.name}")
 
     def tick(self) -> None:
         pass
 
-    def told(self, line: str) -> None:
+    def show(self, line: str) -> None:
         self.lines.append(line)
 
 
@@ -117,12 +117,12 @@ def sweep(
     engine: Engine | None = None,
     timeout_minutes: float | None = None,
     silence_seconds: float = 300.0,
-) -> tuple[Plan, Experiment, Tally, Silent]:
+) -> tuple[Plan, StudyRuns, Tally, Silent]:
     """Run a study to its end in this process."""
     plan, watcher, engine = plan_of(file), Silent(), engine or engine_of()
     with hold_study(plan.folder):
-        experiment = open_experiment(tracking_uri_of(plan), plan.comparison.name)
-        waiting = to_do(plan, experiment, engine, retry)
+        experiment = open_experiment(find_tracking_uri(plan), plan.comparison.name)
+        waiting = find_waiting_runs(plan, experiment, engine, retry)
         at_once = engine.open(plan.folder / JOBS_FOLDER, jobs, len(waiting))
         try:
             tally = execute(

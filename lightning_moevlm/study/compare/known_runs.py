@@ -17,8 +17,8 @@ from typing import Any
 
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.ledger import RunState, Status, read_state, write_state
-from lightning_moevlm.study.run.mlflow_runs import OUTCOME, ROLE, ROLE_ARM, TAKEN_FROM, Experiment
-from lightning_moevlm.study.run.outcome import lack_in
+from lightning_moevlm.study.run.mlflow_runs import OUTCOME, ROLE, ROLE_ARM, TAKEN_FROM, StudyRuns
+from lightning_moevlm.study.run.outcome import check_points
 from lightning_moevlm.study.run.processes.overrides_file import write_overrides
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
 from lightning_moevlm.tracking.read.runs import metric_histories, tags_of_runs_with
@@ -99,10 +99,10 @@ def find_known(plan: Plan, uri: str, data_digest: Callable[[Mapping[str, Any]], 
     return KnownRuns(taken, dict(refused))
 
 
-def take_known(plan: Plan, experiment: Experiment, known: KnownRuns) -> list[PlannedRun]:
+def take_known(plan: Plan, experiment: StudyRuns, known: KnownRuns) -> list[PlannedRun]:
     """Copy known runs into the study's experiment, judge them by its rules and write the ledger; return them.
 
-    Call it holding the study. A run that the study's own experiment has a result of is left for `to_do`.
+    Call it holding the study. A run that the study's own experiment has a result of is left for `find_waiting_runs`.
 
     Raises:
         MlflowException: the store does not answer.
@@ -187,4 +187,4 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _lack(plan: Plan, run: PlannedRun, uri: str, run_id: str) -> str:
     primary = plan.comparison.primary.metric
-    return lack_in(metric_histories(uri, [run_id], [primary])[run_id], primary, run.max_steps)
+    return check_points(metric_histories(uri, [run_id], [primary])[run_id], primary, run.max_steps)

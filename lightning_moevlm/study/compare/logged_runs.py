@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import nested
+from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.fairness import Weight
@@ -26,7 +27,6 @@ from lightning_moevlm.study.declare.comparison import (
     Guard,
     Primary,
 )
-from lightning_moevlm.study.declare.yaml_nodes import nearest
 from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME
@@ -112,7 +112,7 @@ def comparison_of_runs(
     guard = tuple(Guard(metric, _direction(metric, None, logged), at_most) for metric, at_most in rules.guard)
     for key in (*rules.also, *(one.metric for one in guard)):
         if key not in logged:
-            raise UserError(f"no run has logged {key}; {nearest(key, logged)}leave it out or take another")
+            raise UserError(f"no run has logged {key}; {suggest(key, logged)}leave it out or take another")
     baseline = _baseline(arms, rules)
     # A loss that ends above the untrained model's is a divergence; of other metrics nobody could say so.
     rule = Divergence(_TASK_LOSS, times_untrained=1.0)
@@ -173,7 +173,7 @@ def _direction(name: str, asked: Direction | None, logged: Collection[str]) -> D
     metric = metric_keys.declared(name)
     word = asked or (metric.better if metric else "neither")
     if word == "neither":
-        hint = "" if name in logged else f"no run has logged it; {nearest(name, logged)}"
+        hint = "" if name in logged else f"no run has logged it; {suggest(name, logged)}"
         raise UserError(
             f"{name} has no better direction of its own; {hint}give --direction lower or --direction higher with it as "
             "--metric, or guard another"
@@ -184,7 +184,7 @@ def _direction(name: str, asked: Direction | None, logged: Collection[str]) -> D
 def _baseline(arms: Mapping[str, Sequence[NamedRun]], rules: Rules) -> str:
     name = rules.baseline or next(iter(arms))
     if name not in arms:
-        raise UserError(f"--baseline {name}: there is no such arm; {nearest(name, arms)}arms: {', '.join(arms)}")
+        raise UserError(f"--baseline {name}: there is no such arm; {suggest(name, arms)}arms: {', '.join(arms)}")
     if len(arms) < 2:
         raise UserError(
             f"all {len(arms[name])} runs are of one arm, {name!r}: nothing to compare; name runs of another, or the "
@@ -226,7 +226,7 @@ def _refuse_without(metric: str, runs: Sequence[NamedRun], results: Sequence[Run
     for result in results:
         if result.state.status is Status.FINISHED and metric not in result.series:
             row = next(one.row for one in runs if one.row.run_id == result.state.run_id)
-            offered = nearest(metric, result.series) or (
+            offered = suggest(metric, result.series) or (
                 "it has logged nothing; " if not result.series else f"it has logged {len(result.series)} others; "
             )
             raise UserError(f"run {told(row)} has logged no {metric}; {offered}leave it out or take another --metric")

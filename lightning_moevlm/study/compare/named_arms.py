@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import changes, flat
-from lightning_moevlm.study.declare.yaml_nodes import nearest
-from lightning_moevlm.study.plan.run_identity import seedless
+from lightning_moevlm.common.nearest_name import suggest
+from lightning_moevlm.study.plan.run_identity import flatten_without_seeds
 from lightning_moevlm.tracking.read.run_selection import told
 from lightning_moevlm.tracking.read.runs import RunRow
 
@@ -43,7 +43,7 @@ class NamedRun:
             known = [*flat(self.config), *self.row.tags]
             raise UserError(
                 f"--by {key}: run {told(self.row)} has no config key and no tag of that name; "
-                f"{nearest(key, known)}leave the run out or group by another"
+                f"{suggest(key, known)}leave the run out or group by another"
             )
         return self.row.tags[key]
 
@@ -65,7 +65,7 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
     order: list[tuple[dict[str, list[NamedRun]], str]] = []
     for one in runs:
         name = _name(one, by, several_sweeps=len(sweeps) > 1)
-        group, key = (unnamed, str(seedless(one.config))) if name is None else (arms, name)
+        group, key = (unnamed, str(flatten_without_seeds(one.config))) if name is None else (arms, name)
         if key not in group:
             group[key] = []
             order.append((group, key))
@@ -85,8 +85,8 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
 
 def key_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys in which a config differs from another but for seeds and what is cosmetic, with its values."""
-    now = seedless(config)
-    different = changes(seedless(base), now)
+    now = flatten_without_seeds(config)
+    different = changes(flatten_without_seeds(base), now)
     apart: dict[str, str] = {}
     for key, change in different.items():
         # Where a part takes the place of null or null that of a part, what is there now says it.
@@ -108,7 +108,9 @@ def _name(run: NamedRun, by: Sequence[str], several_sweeps: bool) -> str | None:
 
 def _told_apart(run: NamedRun, first: NamedRun) -> str:
     """Return a name for an arm that has none: what sets it apart from the first run, whose arm is named after it."""
-    if "arm" not in first.row.tags and (run is first or seedless(run.config) == seedless(first.config)):
+    if "arm" not in first.row.tags and (
+        run is first or flatten_without_seeds(run.config) == flatten_without_seeds(first.config)
+    ):
         return _SEED_IN_NAME.sub("", run.row.name) or run.row.run_id
     apart = key_difference(first.config, run.config)
     if not apart:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_moevlm.study.declare.yaml_nodes import Located
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 # Key -> the field of the study file that sets it.
 OWNED: dict[str, str] = {
@@ -31,7 +31,7 @@ class Change:
     """One value over the base. key: dotted; node: the value where it stands in the file."""
 
     key: str
-    node: Located
+    node: YamlNode
 
     def overlaps(self, other: "Change") -> bool:
         """Whether both set the same value, or one a part of what the other sets; to add items to a list is neither."""
@@ -40,7 +40,7 @@ class Change:
         return f"{self.key}.".startswith(f"{other.key}.") or f"{other.key}.".startswith(f"{self.key}.")
 
 
-def read_changes(key: str, node: Located) -> tuple[Change, ...]:
+def read_changes(key: str, node: YamlNode) -> tuple[Change, ...]:
     """Return what a key of an arm changes: nested mappings are flattened; lists, numbers, texts and {} are values.
 
     Raises:
@@ -61,7 +61,7 @@ def read_changes(key: str, node: Located) -> tuple[Change, ...]:
     return (Change(key, node),)
 
 
-def merged(changes: Iterable[Change]) -> dict[str, Any]:
+def merge(changes: Iterable[Change]) -> dict[str, Any]:
     """Return changes as one nested config.
 
     Raises:
@@ -86,13 +86,13 @@ def merged(changes: Iterable[Change]) -> dict[str, Any]:
     return config
 
 
-def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return two nested configs as one: the upper one's values win, and lists to be added (`key+`) join."""
     config = copy.deepcopy(dict(below))
     for key, value in above.items():
         before = config.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping) and value:
-            config[key] = overlaid(before, value)
+            config[key] = overlay(before, value)
         elif key.endswith(_MORE) and key in config:
             config[key] = [*config[key], *value]
         else:
@@ -100,5 +100,5 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     return config
 
 
-def _items(node: Located) -> list[Any]:
+def _items(node: YamlNode) -> list[Any]:
     return [child.plain() for child in node.sequence()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.declare import study_keys as k
-from lightning_moevlm.study.declare.yaml_nodes import Located
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 if TYPE_CHECKING:  # it lies beside the models, which import torch
     from lightning_moevlm.contracts.model_card import ModelCard
@@ -31,7 +31,7 @@ class Budget:
     minutes: float | None = None
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         """The budget of one run in words."""
         if self.minutes is not None:
             return f"{self.minutes:g} minutes"
@@ -63,11 +63,11 @@ class Budget:
             flops = _FORWARD_AND_BACKWARD * card.active_flops_per_sample * per_step
             steps, cost = int(self.active_flops // flops), f"{flops:g} active FLOPs"
         if steps < 1:
-            raise UserError(f"a budget of {self.words} is less than one step, which takes {cost}; raise it")
+            raise UserError(f"a budget of {self.text} is less than one step, which takes {cost}; raise it")
         return steps
 
 
-def read_budget(node: Located) -> Budget:
+def read_budget(node: YamlNode) -> Budget:
     """Read the budget of a study file.
 
     Raises:

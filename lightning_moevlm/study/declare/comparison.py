@@ -47,7 +47,7 @@ class Divergence:
     in_a_row: int | None = None
 
     @property
-    def rule(self) -> str:
+    def text(self) -> str:
         """The rule in words."""
         early = f"{self.in_a_row} values in a row or " if self.in_a_row else ""
         return (
@@ -56,14 +56,14 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Hopeless:
-    """At which step an arm is withdrawn, and how far behind the baseline's primary metric; see `hopeless`."""
+class FutilityStop:
+    """At which step an arm is withdrawn, and how far behind the baseline's primary metric; see `futility`."""
 
     at_step: int
     worse_by: float
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         """The rule in words."""
         return f"worse than the baseline of its seed by more than {self.worse_by:g} at step {self.at_step}"
 
@@ -116,4 +116,4 @@ class Comparison:
     decide: Decision
     guard: tuple[Guard, ...] = ()
     design: Design | None = None
-    stop_hopeless: Hopeless | None = None
+    futility_stop: FutilityStop | None = None

@@ -62,17 +62,19 @@ class Design:
         """Return the factor of that name."""
         return next(factor for factor in self.factors if factor.name == name)
 
-    def description(self, point: Point) -> str:
+    def describe(self, point: Point) -> str:
         """Return a point in words: what is off, on or set where it leaves the reference."""
-        told = [_described(self.factor(here.factor), here.level).rstrip(".") for here in self.leaving(point)]
-        return "; ".join(told) + "." if told else f"The reference: {self._reference_in_words()}."
+        told = [
+            _describe_level(self.factor(here.factor), here.level).rstrip(".") for here in self.changed_levels(point)
+        ]
+        return "; ".join(told) + "." if told else f"The reference: {self._describe_reference()}."
 
-    def leaving(self, point: Point) -> tuple[FactorLevel, ...]:
+    def changed_levels(self, point: Point) -> tuple[FactorLevel, ...]:
         """Return where a point is not at the reference."""
         pairs = zip(point.levels, self.points[0].levels, strict=True)
         return tuple(here for here, usual in pairs if here != usual)
 
-    def _reference_in_words(self) -> str:
+    def _describe_reference(self) -> str:
         on = [here.factor for here in self.points[0].levels if here.level == ON]
         off = [here.factor for here in self.points[0].levels if here.level == OFF]
         rest = [f"{here.factor} {here.level}" for here in self.points[0].levels if here.level not in (ON, OFF)]
@@ -87,7 +89,7 @@ def one_in(factors: tuple[Factor, ...]) -> Design:
     for i, factor in enumerate(factors):
         for level in factor.levels[1:]:
             here = FactorLevel(factor.name, level.name)
-            points.append(Point(_told(factor, here), (*reference[:i], here, *reference[i + 1 :])))
+            points.append(Point(_name_part(factor, here), (*reference[:i], here, *reference[i + 1 :])))
     return Design("one_in", factors, tuple(points))
 
 
@@ -140,18 +142,18 @@ def num_combinations(factors: tuple[Factor, ...]) -> int:
 
 
 def _point(factors: tuple[Factor, ...], levels: tuple[FactorLevel, ...]) -> Point:
-    told = [_told(factor, level) for factor, level in zip(factors, levels, strict=True)]
+    told = [_name_part(factor, level) for factor, level in zip(factors, levels, strict=True)]
     return Point(_JOINT.join(word for word in told if word), levels)
 
 
-def _described(factor: Factor, level: str) -> str:
+def _describe_level(factor: Factor, level: str) -> str:
     told = factor.level(level).description
     if factor.is_switch:
         return told or f"{'with' if level == ON else 'without'} {factor.description or factor.name}"
     return told or f"{factor.name} {level}"
 
 
-def _told(factor: Factor, here: FactorLevel) -> str:
+def _name_part(factor: Factor, here: FactorLevel) -> str:
     """Return how a name says it: a switch that is on by its name, levels by both names, a switch that is off not."""
     if factor.is_switch:
         return factor.name if here.level == ON else ""

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
-from lightning_moevlm.study.declare.arm_changes import Change, merged, read_changes
+from lightning_moevlm.study.declare.arm_changes import Change, merge, read_changes
 from lightning_moevlm.study.declare.schema import TEXT, Block, Key, node_of
-from lightning_moevlm.study.declare.yaml_nodes import Located
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 OFF, ON = "off", "on"
 CHANGES = node_of("mapping of configuration keys, dotted or nested, to values")
@@ -91,7 +91,7 @@ class Factor:
         return next(level for level in self.levels if level.name == name)
 
 
-def read_factors(node: Located) -> tuple[Factor, ...]:
+def read_factors(node: YamlNode) -> tuple[Factor, ...]:
     """Read the factors of a study file, in its order.
 
     Raises:
@@ -100,7 +100,7 @@ def read_factors(node: Located) -> tuple[Factor, ...]:
     return tuple(_factor(name, child) for name, child in node.items())
 
 
-def read_levels(node: Located) -> tuple[Level, ...]:
+def read_levels(node: YamlNode) -> tuple[Level, ...]:
     """Read a mapping of named levels; at least two.
 
     Raises:
@@ -128,7 +128,7 @@ def refuse_conflicts(factors: tuple[Factor, ...]) -> None:
                     )
 
 
-def _factor(name: str, node: Located) -> Factor:
+def _factor(name: str, node: YamlNode) -> Factor:
     _check_name(name, "a factor", node)
     fields = FACTOR_BLOCK.fields(node)
     description = DESCRIPTION.of(fields)
@@ -144,7 +144,7 @@ def _factor(name: str, node: Located) -> Factor:
     return Factor(name, description, levels, node.line)
 
 
-def _level(name: str, node: Located) -> Level:
+def _level(name: str, node: YamlNode) -> Level:
     _check_name(name, "a level", node)
     if node.is_null:
         return Level(name, "", ())
@@ -152,11 +152,11 @@ def _level(name: str, node: Located) -> Level:
     description = DESCRIPTION.of(children)
     children.pop(DESCRIPTION.name, None)
     changes = tuple(change for key, child in children.items() for change in read_changes(key, child))
-    merged(changes)  # refuses what contradicts itself
+    merge(changes)  # refuses what contradicts itself
     return Level(name, description, changes)
 
 
-def _check_name(name: str, what: str, node: Located) -> None:
+def _check_name(name: str, what: str, node: YamlNode) -> None:
     if not _NAME.fullmatch(name):
         raise node.error(f"the name of {what} is letters, digits and single _ between them, got {name!r}")
 

@@ -56,7 +56,7 @@ class Fraction:
             chains.setdefault(_sum([self.vectors[i] for i in effect]), []).append(effect)
         return tuple(self._chain(effects) for effects in chains.values() if len(effects) > 1)
 
-    def told(self) -> tuple[str, ...]:
+    def describe(self) -> tuple[str, ...]:
         """Return the alias structure in lines for people."""
         size, words = len(self.factors), self.words()
         relation = " = ".join(["I", *(_signed(len(word), "*".join(word)) for word in words[:_WORDS_TOLD])])
@@ -78,7 +78,7 @@ class Fraction:
         return " = ".join([names[0], *signed])
 
 
-def fraction_of_resolution(factors: tuple[str, ...], resolution: int) -> Fraction | None:
+def find_fraction(factors: tuple[str, ...], resolution: int) -> Fraction | None:
     """Return the smallest fraction found of at least that resolution, or None where it takes all combinations.
 
     For each number of basic factors, vectors are taken in ascending order as long as no sum of fewer than `resolution`
@@ -98,7 +98,7 @@ def fraction_of_resolution(factors: tuple[str, ...], resolution: int) -> Fractio
     return None
 
 
-def fraction_of_generators(factors: tuple[str, ...], generators: Mapping[str, tuple[str, ...]]) -> Fraction:
+def generate_fraction(factors: tuple[str, ...], generators: Mapping[str, tuple[str, ...]]) -> Fraction:
     """Return the fraction in which each generated factor is the sum of basic ones, e.g. {d: (a, b, c)}.
 
     Expects generators of known factors by basic ones alone, see read_design.

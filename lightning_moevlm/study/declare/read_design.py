@@ -11,13 +11,14 @@ from typing import cast
 
 import yaml
 
+from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.study.declare import design as designs
 from lightning_moevlm.study.declare import design_keys as k
 from lightning_moevlm.study.declare.arm_changes import read_changes
 from lightning_moevlm.study.declare.design import Design, Kind, num_combinations
 from lightning_moevlm.study.declare.factors import Factor, Level, read_levels, refuse_conflicts
-from lightning_moevlm.study.declare.fraction import Fraction, fraction_of_generators, fraction_of_resolution
-from lightning_moevlm.study.declare.yaml_nodes import Located, nearest
+from lightning_moevlm.study.declare.fraction import Fraction, find_fraction, generate_fraction
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 LADDERS: dict[Kind, str] = {"lr_sensitivity": "lr", "size_ladder": "size"}
 """Designs that bring a factor of their own, and its name."""
@@ -27,7 +28,7 @@ _MOST_POINTS = 1024
 _MOST_IN_FRACTION = 15
 
 
-def read_design(node: Located, factors: tuple[Factor, ...]) -> Design:
+def read_design(node: YamlNode, factors: tuple[Factor, ...]) -> Design:
     """Read a design over the factors of a study.
 
     Raises:
@@ -42,7 +43,7 @@ def read_design(node: Located, factors: tuple[Factor, ...]) -> Design:
     return design
 
 
-def _design(node: Located, factors: tuple[Factor, ...], in_product: bool) -> Design:
+def _design(node: YamlNode, factors: tuple[Factor, ...], in_product: bool) -> Design:
     kind, options = _kind(node)
     if kind == "product":
         return _product(options, factors, in_product)
@@ -55,7 +56,7 @@ def _design(node: Located, factors: tuple[Factor, ...], in_product: bool) -> Des
     fields = page.options.fields(options) if options.is_filled_mapping else {}
     if in_product and "factors" not in fields:
         raise node.error(f"inside a product, {kind} names its factors: `factors: [...]`, or `[]` for a ladder alone")
-    chosen = _chosen(fields["factors"], factors) if "factors" in fields else factors
+    chosen = _choose_factors(fields["factors"], factors) if "factors" in fields else factors
     if kind in LADDERS:
         chosen = (*chosen, _ladder(kind, node, fields, factors))
     if not chosen:
@@ -73,14 +74,14 @@ def _design(node: Located, factors: tuple[Factor, ...], in_product: bool) -> Des
     return designs.crossing(kind, chosen)
 
 
-def _kind(node: Located) -> tuple[Kind, Located]:
+def _kind(node: YamlNode) -> tuple[Kind, YamlNode]:
     """Return which design, and the node of its options (the word itself where there are none)."""
     if not node.is_filled_mapping:
         return cast(Kind, node.choice(designs.KINDS)), node
     children = node.items()
     word, options = children[0]
     if word not in designs.KINDS:
-        hint = nearest(word, designs.KINDS)
+        hint = suggest(word, designs.KINDS)
         raise options.error(f"unknown design {word!r}; {hint}allowed here: {', '.join(designs.KINDS)}")
     if len(children) > 1:
         second = children[1]
@@ -90,7 +91,7 @@ def _kind(node: Located) -> tuple[Kind, Located]:
     return word, options
 
 
-def _product(node: Located, factors: tuple[Factor, ...], in_product: bool) -> Design:
+def _product(node: YamlNode, factors: tuple[Factor, ...], in_product: bool) -> Design:
     if in_product:
         raise node.error("a product within a product is the same as one product; list all its parts in one")
     parts: list[Design] = []
@@ -111,7 +112,7 @@ def _product(node: Located, factors: tuple[Factor, ...], in_product: bool) -> De
     return designs.product(tuple(parts))
 
 
-def _chosen(node: Located, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+def _choose_factors(node: YamlNode, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
     by_name = {factor.name: factor for factor in factors}
     if node.plain() == []:
         return ()
@@ -124,7 +125,7 @@ def _chosen(node: Located, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
     return tuple(chosen)
 
 
-def _ladder(kind: Kind, node: Located, fields: dict[str, Located], factors: tuple[Factor, ...]) -> Factor:
+def _ladder(kind: Kind, node: YamlNode, fields: dict[str, YamlNode], factors: tuple[Factor, ...]) -> Factor:
     name = LADDERS[kind]
     for factor in factors:
         if factor.name == name:
@@ -136,9 +137,9 @@ def _ladder(kind: Kind, node: Located, fields: dict[str, Located], factors: tupl
     return Factor(name, "size", read_levels(fields["levels"]), fields["levels"].line)
 
 
-def _rates(node: Located, fields: dict[str, Located]) -> tuple[Level, ...]:
+def _rates(node: YamlNode, fields: dict[str, YamlNode]) -> tuple[Level, ...]:
     key = k.RATE_KEY.of(fields)
-    nodes = fields["rates"].sequence() if "rates" in fields else [_written(node, rate) for rate in k.LADDER_RATES]
+    nodes = fields["rates"].sequence() if "rates" in fields else [_number_node(node, rate) for rate in k.LADDER_RATES]
     levels: list[Level] = []
     before = 0.0
     for child in nodes:
@@ -162,13 +163,13 @@ def rate_name(rate: float) -> str:
     return f"{digits}e_{-power}" if power else digits
 
 
-def _written(node: Located, value: float) -> Located:
+def _number_node(node: YamlNode, value: float) -> YamlNode:
     """Return a number as if it stood in the file where the design does."""
     scalar = yaml.ScalarNode("tag:yaml.org,2002:float", repr(value), node.node.start_mark, node.node.end_mark)
-    return Located(node.file, node.key, scalar, node.line)
+    return YamlNode(node.file, node.key, scalar, node.line)
 
 
-def _need_switches(kind: Kind, node: Located, factors: tuple[Factor, ...]) -> None:
+def _need_switches(kind: Kind, node: YamlNode, factors: tuple[Factor, ...]) -> None:
     for factor in factors:
         if not factor.is_switch:
             instead = "grid" if kind == "factorial" else "one_in"
@@ -178,7 +179,7 @@ def _need_switches(kind: Kind, node: Located, factors: tuple[Factor, ...]) -> No
             )
 
 
-def _refuse_crowd(node: Located, points: int) -> None:
+def _refuse_crowd(node: YamlNode, points: int) -> None:
     if points > _MOST_POINTS:
         raise node.error(
             f"this design has {points:,} arms, at most {_MOST_POINTS:,} are planned; take fractional_factorial or "
@@ -186,7 +187,7 @@ def _refuse_crowd(node: Located, points: int) -> None:
         )
 
 
-def _fraction(node: Located, fields: dict[str, Located], factors: tuple[Factor, ...]) -> Fraction:
+def _fraction(node: YamlNode, fields: dict[str, YamlNode], factors: tuple[Factor, ...]) -> Fraction:
     names = tuple(factor.name for factor in factors)
     if (k.RESOLUTION.of(fields) is None) == ("generators" not in fields):
         raise node.error("fractional_factorial needs either `resolution` (3, 4 or 5) or `generators`")
@@ -194,7 +195,7 @@ def _fraction(node: Located, fields: dict[str, Located], factors: tuple[Factor, 
         raise node.error(f"a fraction of {len(names)} factors, at most {_MOST_IN_FRACTION} are planned; vary fewer")
     resolution = k.RESOLUTION.of(fields)
     if resolution is not None:
-        found = fraction_of_resolution(names, resolution)
+        found = find_fraction(names, resolution)
         if found is None:
             raise fields["resolution"].error(
                 f"no part of the {2 ** len(names)} combinations has resolution {resolution}; take factorial, or a "
@@ -203,7 +204,7 @@ def _fraction(node: Located, fields: dict[str, Located], factors: tuple[Factor, 
         _refuse_crowd(node, 2**found.num_basic)
         return found
     generators = _generators(fields["generators"], names)
-    fraction = fraction_of_generators(names, generators)
+    fraction = generate_fraction(names, generators)
     if fraction.resolution < 3:
         word = " and ".join(fraction.words()[0])
         raise fields["generators"].error(
@@ -213,12 +214,12 @@ def _fraction(node: Located, fields: dict[str, Located], factors: tuple[Factor, 
     return fraction
 
 
-def _generators(node: Located, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def _generators(node: YamlNode, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     children = node.items()
     generated = [name for name, _ in children]
     for name, child in children:
         if name not in names:
-            raise child.error(f"unknown factor {name!r}; {nearest(name, names)}allowed here: {', '.join(names)}")
+            raise child.error(f"unknown factor {name!r}; {suggest(name, names)}allowed here: {', '.join(names)}")
     basic = tuple(name for name in names if name not in generated)
     if not children or not basic:
         raise node.error("generators name some factors as products of others, e.g. {d: [a, b, c]}")

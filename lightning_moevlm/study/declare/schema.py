@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from lightning_moevlm.study.declare.yaml_nodes import Located
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 Read = TypeVar("Read", covariant=True)
 
 
 @dataclass(frozen=True)
 class Value(Generic[Read]):
-    """A kind of value. words: what is allowed, for people; read: takes it from its node, or refuses it."""
+    """A kind of value. text: what is allowed, for people; read: takes it from its node, or refuses it."""
 
-    words: str
-    read: Callable[[Located], Read]
+    text: str
+    read: Callable[[YamlNode], Read]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Key(Generic[Read]):
     default_words: str = ""
     is_required: bool = False
 
-    def of(self, fields: Mapping[str, Located]) -> Read:
+    def of(self, fields: Mapping[str, YamlNode]) -> Read:
         """Return the value that a mapping has for this key, or the default.
 
         Raises:
@@ -51,7 +51,7 @@ class Key(Generic[Read]):
         return self.value.read(node)
 
     @property
-    def told_default(self) -> str:
+    def default_text(self) -> str:
         """The default in words; "required" where there is none."""
         if self.is_required:
             return "required"
@@ -68,7 +68,7 @@ class Block:
     about: str
     keys: tuple[Key[Any], ...]
 
-    def fields(self, node: Located) -> dict[str, Located]:
+    def fields(self, node: YamlNode) -> dict[str, YamlNode]:
         """Return the children of a mapping of this kind.
 
         Raises:
@@ -82,11 +82,11 @@ class Block:
         return tuple(key.name for key in self.keys if key.is_required)
 
 
-TEXT = Value("text", Located.text)
-AMOUNT = Value("number >= 0", Located.amount)
+TEXT = Value("text", YamlNode.text)
+AMOUNT = Value("number >= 0", YamlNode.amount)
 
 
-def node_of(words: str) -> Value[Located]:
+def node_of(words: str) -> Value[YamlNode]:
     """Return a value that is a mapping or a list with a reader of its own."""
     return Value(words, lambda node: node)
 
@@ -109,4 +109,4 @@ def one_of(words: tuple[str, ...]) -> Value[Any]:
 
 def list_of(value: Value[Any]) -> Value[tuple[Any, ...]]:
     """Return lists with at least one entry of a kind."""
-    return Value(f"list, each a {value.words}", lambda node: tuple(value.read(child) for child in node.sequence()))
+    return Value(f"list, each a {value.text}", lambda node: tuple(value.read(child) for child in node.sequence()))

@@ -15,7 +15,7 @@ from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare import study_keys as k
-from lightning_moevlm.study.declare.arm_changes import merged, read_changes
+from lightning_moevlm.study.declare.arm_changes import merge, read_changes
 from lightning_moevlm.study.declare.budget import Budget, read_budget
 from lightning_moevlm.study.declare.comparison import (
     Arm,
@@ -23,14 +23,14 @@ from lightning_moevlm.study.declare.comparison import (
     Decision,
     Direction,
     Divergence,
+    FutilityStop,
     Guard,
-    Hopeless,
     Primary,
 )
 from lightning_moevlm.study.declare.design import REFERENCE, Design
 from lightning_moevlm.study.declare.factors import DESCRIPTION, read_factors
 from lightning_moevlm.study.declare.read_design import read_design
-from lightning_moevlm.study.declare.yaml_nodes import Located, read
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode, read_yaml
 
 _MAY_STOP = ("one_in", "leave_one_out")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
@@ -70,7 +70,7 @@ def read_study(file: Path) -> Study:
     Raises:
         UserError: one line with file, line, key and what is allowed.
     """
-    root = read(file)
+    root = read_yaml(file)
     refuse_bad_name(file)
     top = k.STUDY_FILE.fields(root)
     design = _design(root, top)
@@ -85,7 +85,7 @@ def read_study(file: Path) -> Study:
         baseline=_baseline(top, arms, designed=design is not None),
         arms=arms,
         seeds=_seeds(top["seeds"]),
-        spends=budget.words,
+        spends=budget.text,
         equal_steps=budget.max_steps is not None,
         primary=primary,
         also=k.ALSO.of(top),
@@ -93,7 +93,7 @@ def read_study(file: Path) -> Study:
         decide=_decision(top.get("decide")),
         guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
         design=design,
-        stop_hopeless=_hopeless(k.STOP_HOPELESS.of(top), budget, design),
+        futility_stop=_futility_stop(k.FUTILITY_STOP.of(top), budget, design),
     )
     return Study(
         comparison,
@@ -121,7 +121,7 @@ def refuse_bad_name(file: Path) -> None:
         )
 
 
-def _design(root: Located, top: dict[str, Located]) -> Design | None:
+def _design(root: YamlNode, top: dict[str, YamlNode]) -> Design | None:
     """Return the design, or None where the file lists its arms."""
     if "arms" in top:
         for word in ("factors", "design"):
@@ -134,14 +134,14 @@ def _design(root: Located, top: dict[str, Located]) -> Design | None:
     return read_design(top["design"], read_factors(top["factors"]) if "factors" in top else ())
 
 
-def _explicit_arms(node: Located) -> tuple[Arm, ...]:
+def _explicit_arms(node: YamlNode) -> tuple[Arm, ...]:
     arms = tuple(_arm(name, child) for name, child in node.items())
     if not arms:
         raise node.error("no arm declared; name a baseline and what it is compared with")
     return arms
 
 
-def _arm(name: str, node: Located) -> Arm:
+def _arm(name: str, node: YamlNode) -> Arm:
     if not _NAME.fullmatch(name):
         raise node.error(f"an arm's name is letters, digits and _, got {name!r}")
     if len(name) > _LONGEST_NAME:
@@ -151,11 +151,11 @@ def _arm(name: str, node: Located) -> Arm:
     children = dict(node.items())
     description = DESCRIPTION.of(children)
     children.pop(DESCRIPTION.name, None)
-    changes = merged(change for key, child in children.items() for change in read_changes(key, child))
+    changes = merge(change for key, child in children.items() for change in read_changes(key, child))
     return Arm(name, description, changes, node.line)
 
 
-def _designed_arms(design: Design, node: Located) -> tuple[Arm, ...]:
+def _designed_arms(design: Design, node: YamlNode) -> tuple[Arm, ...]:
     arms: dict[str, Arm] = {}
     for point in design.points:
         name = point.name or REFERENCE
@@ -167,14 +167,14 @@ def _designed_arms(design: Design, node: Located) -> tuple[Arm, ...]:
         if name in arms:
             raise node.error(f"two points of the design have the name {name!r}; rename a factor or a level")
         levels = [design.factor(here.factor).level(here.level) for here in point.levels]
-        changes = merged(change for level in levels for change in level.changes)
-        leaving = design.leaving(point)
+        changes = merge(change for level in levels for change in level.changes)
+        leaving = design.changed_levels(point)
         line = design.factor(leaving[0].factor).line if len(leaving) == 1 else node.line
-        arms[name] = Arm(name, design.description(point), changes, line, point.levels)
+        arms[name] = Arm(name, design.describe(point), changes, line, point.levels)
     return tuple(arms.values())
 
 
-def _baseline(top: dict[str, Located], arms: tuple[Arm, ...], designed: bool) -> str:
+def _baseline(top: dict[str, YamlNode], arms: tuple[Arm, ...], designed: bool) -> str:
     names = tuple(arm.name for arm in arms)
     name = top["baseline"].choice(names) if "baseline" in top else names[0]
     if not designed and next(arm for arm in arms if arm.name == name).changes:
@@ -183,13 +183,13 @@ def _baseline(top: dict[str, Located], arms: tuple[Arm, ...], designed: bool) ->
     return name
 
 
-def _all_arms(node: Located | None) -> dict[str, Any]:
+def _all_arms(node: YamlNode | None) -> dict[str, Any]:
     if node is None or node.is_null:
         return {}
-    return merged(change for key, child in node.items() for change in read_changes(key, child))
+    return merge(change for key, child in node.items() for change in read_changes(key, child))
 
 
-def _seeds(node: Located) -> tuple[int, ...]:
+def _seeds(node: YamlNode) -> tuple[int, ...]:
     seeds = k.SEEDS.value.read(node)
     for place, (child, seed) in enumerate(zip(node.sequence(), seeds, strict=True)):
         if seed in seeds[:place]:
@@ -197,17 +197,17 @@ def _seeds(node: Located) -> tuple[int, ...]:
     return seeds
 
 
-def _primary(node: Located) -> Primary:
+def _primary(node: YamlNode) -> Primary:
     return Primary(*_progress(k.PRIMARY_BLOCK.fields(node)))
 
 
-def _guard(node: Located) -> Guard:
+def _guard(node: YamlNode) -> Guard:
     fields = k.GUARD_BLOCK.fields(node)
     metric, direction = _progress(fields)
     return Guard(metric, direction, k.AT_MOST.of(fields))
 
 
-def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
+def _progress(fields: dict[str, YamlNode]) -> tuple[str, Direction]:
     """Return a metric and which way is progress: as the file says, else as keys.py declares."""
     metric = k.METRIC_NAME.of(fields)
     declared = metric_keys.declared(metric)
@@ -219,7 +219,7 @@ def _progress(fields: dict[str, Located]) -> tuple[str, Direction]:
     return metric, "lower" if word == "lower" else "higher"
 
 
-def _divergence(node: Located | None, primary: Primary) -> Divergence:
+def _divergence(node: YamlNode | None, primary: Primary) -> Divergence:
     # what learns ends above the untrained model where higher is better: the loss tells a divergence there
     usual = primary.metric if primary.direction == "lower" else metric_keys.TASK_LOSS.key(stage="val")
     fields = {} if node is None else k.DIVERGED_BLOCK.fields(node)
@@ -230,32 +230,32 @@ def _divergence(node: Located | None, primary: Primary) -> Divergence:
     )
 
 
-def _hopeless(node: Located | None, budget: Budget, design: Design | None) -> Hopeless | None:
+def _futility_stop(node: YamlNode | None, budget: Budget, design: Design | None) -> FutilityStop | None:
     if node is None:
         return None
     if design is not None and design.kind not in _MAY_STOP:
         raise node.error(
-            f"a {design.kind} design needs every arm to its end; stop_hopeless goes with {', '.join(_MAY_STOP)} or "
+            f"a {design.kind} design needs every arm to its end; futility_stop goes with {', '.join(_MAY_STOP)} or "
             "`arms`"
         )
-    fields = k.STOP_HOPELESS_BLOCK.fields(node)
+    fields = k.FUTILITY_STOP_BLOCK.fields(node)
     step = k.AT_STEP.of(fields)
     if budget.max_steps is None:
-        raise node.error("stop_hopeless compares arms at one step; give the budget as max_steps")
+        raise node.error("futility_stop compares arms at one step; give the budget as max_steps")
     if step >= budget.max_steps:
         raise fields["at_step"].error(f"step {step} is not before the end, which is step {budget.max_steps}")
-    return Hopeless(step, k.WORSE_BY.of(fields))
+    return FutilityStop(step, k.WORSE_BY.of(fields))
 
 
-def _pin(node: Located | None) -> Pin | None:
+def _pin(node: YamlNode | None) -> Pin | None:
     if node is None:
         return None
-    digest = node.written()  # YAML would read 123456789012 and 12345678e012 as numbers
+    digest = node.raw_text()  # YAML would read 123456789012 and 12345678e012 as numbers
     if not _DIGEST.fullmatch(digest):
         raise node.error(f"expected the 12 hex digits that `moevlm sweep plan` prints, got {digest!r}")
     return Pin(digest, node.line)
 
 
-def _decision(node: Located | None) -> Decision:
+def _decision(node: YamlNode | None) -> Decision:
     fields = {} if node is None else k.DECIDE_BLOCK.fields(node)
     return Decision(k.ALPHA.of(fields), k.TEST.of(fields), k.CORRECTION.of(fields), k.WITHIN.of(fields))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from lightning_moevlm.common.digest import DIGITS
+from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.common.shipped_files import find_file, missing_file
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.comparison import Correction, Decision, Direction, Test
@@ -23,23 +24,23 @@ from lightning_moevlm.study.declare.schema import (
     one_of,
     whole,
 )
-from lightning_moevlm.study.declare.yaml_nodes import Located, nearest
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 MATCHES = ("active_flops",)
 _SEEDS_END = 2**32  # what NumPy and Lightning take
 
 
-def _metric(node: Located) -> str:
+def _metric(node: YamlNode) -> str:
     name = node.text()
     if metric_keys.declared(name) is None:
         # The usual fillings of the patterns are offered too, so that a slip in a real key finds the real key.
         stages = [m.pattern.replace("{stage}", stage) for m in metric_keys.ALL for stage in ("val", "train")]
-        hint = nearest(name, [*stages, *(m.pattern for m in metric_keys.ALL)])
+        hint = suggest(name, [*stages, *(m.pattern for m in metric_keys.ALL)])
         raise node.error(f"unknown metric {name!r}; {hint}`moevlm list metrics` shows every metric")
     return name
 
 
-def _config_file(node: Located) -> Path:
+def _config_file(node: YamlNode) -> Path:
     """Find a base file: as given (from the working directory), beside the study file, or shipped with the package."""
     given = Path(node.text())
     beside = [node.file.parent]
@@ -49,7 +50,7 @@ def _config_file(node: Located) -> Path:
     return found
 
 
-def _seed(node: Located) -> int:
+def _seed(node: YamlNode) -> int:
     seed = node.integer(least=0)
     if seed >= _SEEDS_END:
         raise node.error(f"expected a seed below 2**32 = {_SEEDS_END}, got {seed}; take a small one such as 0")
@@ -104,7 +105,7 @@ BASELINE = Key(
     "baseline",
     default_words="the first arm",
 )
-BASELINE_DIGEST: Key[Located | None] = Key(
+BASELINE_DIGEST: Key[YamlNode | None] = Key(
     "baseline_digest",
     node_of(f"text of {DIGITS} hex digits, as `moevlm sweep plan` prints"),
     "Refuse the study once its baseline resolves to something else.",
@@ -151,10 +152,10 @@ DIVERGED = Key(
     "{times_untrained: 1.0}",
     default_words="as described there",
 )
-STOP_HOPELESS: Key[Located | None] = Key(
-    "stop_hopeless",
+FUTILITY_STOP: Key[YamlNode | None] = Key(
+    "futility_stop",
     node_of("mapping"),
-    "Withdraw arms that are far behind early. See `stop_hopeless`.",
+    "Withdraw arms that are far behind early. See `futility_stop`.",
     "{at_step: 30, worse_by: 0.5}",
 )
 DECIDE = Key(
@@ -257,7 +258,7 @@ STUDY_FILE = Block(
     "The file. Its name without .yaml is the study's name.",
     (
         *(QUESTION, HYPOTHESIS, SOURCE, BASE, ALL_ARMS, ARMS, FACTORS, DESIGN, BASELINE, BASELINE_DIGEST),
-        *(SEEDS, BUDGET, MATCH, PRIMARY, ALSO, GUARD, DIVERGED, STOP_HOPELESS, DECIDE),
+        *(SEEDS, BUDGET, MATCH, PRIMARY, ALSO, GUARD, DIVERGED, FUTILITY_STOP, DECIDE),
     ),
 )
 ARM_BLOCK = Block("arms.NAME", "One arm: its description and any keys of a configuration.", (DESCRIPTION,))
@@ -267,11 +268,11 @@ GUARD_BLOCK = Block("guard[]", "A metric that may not get worse.", (METRIC_NAME,
 DIVERGED_BLOCK = Block(
     "diverged", "A value that is not finite always counts as diverged.", (DIVERGED_METRIC, TIMES_UNTRAINED, IN_A_ROW)
 )
-STOP_HOPELESS_BLOCK = Block(
-    "stop_hopeless", "An arm that is withdrawn gets no verdict. Needs a budget of max_steps.", (AT_STEP, WORSE_BY)
+FUTILITY_STOP_BLOCK = Block(
+    "futility_stop", "An arm that is withdrawn gets no verdict. Needs a budget of max_steps.", (AT_STEP, WORSE_BY)
 )
 DECIDE_BLOCK = Block("decide", "How verdicts are reached.", (ALPHA, TEST, CORRECTION, WITHIN))
 BLOCKS = (
     *(STUDY_FILE, ARM_BLOCK, FACTOR_BLOCK, BUDGET_BLOCK, PRIMARY_BLOCK, GUARD_BLOCK, DIVERGED_BLOCK),
-    *(STOP_HOPELESS_BLOCK, DECIDE_BLOCK),
+    *(FUTILITY_STOP_BLOCK, DECIDE_BLOCK),
 )

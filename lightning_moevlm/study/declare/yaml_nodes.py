@@ -1,12 +1,11 @@
 """YAML that remembers where it stood, so that a mistake is answered with file, line, key and the nearest valid name.
 
 `read(file)` composes the node tree of a YAML file (nothing is constructed but plain data: no tags, no objects);
-`Located` walks it. Every refusal is one line: `ablations/x.yaml:12: arms.no_z: ...`.
+`YamlNode` walks it. Every refusal is one line: `ablations/x.yaml:12: arms.no_z: ...`.
 """
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.nearest_name import suggest
 
 
 class _StudyLoader(yaml.SafeLoader):
@@ -27,14 +27,8 @@ _StudyLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+01
 _INDENTATION = "; this line or one before it is indented unevenly: keys of one mapping begin in the same column"
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return `did you mean 'x'? ` for the closest allowed name, or an empty text where nothing is close."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
 @dataclass(frozen=True)
-class Located:
+class YamlNode:
     """A YAML node with its place. key: dotted, "" for the whole document; line: of its key, else of itself, from 1."""
 
     file: Path
@@ -71,28 +65,28 @@ class Located:
         finally:
             loader.dispose()
 
-    def items(self) -> list[tuple[str, "Located"]]:
+    def items(self) -> list[tuple[str, "YamlNode"]]:
         """Return the children of a mapping in file order.
 
         Raises:
             UserError: where this is no mapping, a key is no text, or a key occurs twice.
         """
         if not isinstance(self.node, yaml.MappingNode):
-            raise self.error(f"expected a mapping (`key: value` lines), got {self._shown()}")
-        children: dict[str, Located] = {}
+            raise self.error(f"expected a mapping (`key: value` lines), got {self._describe()}")
+        children: dict[str, YamlNode] = {}
         for key_node, value_node in self.node.value:
             line = key_node.start_mark.line + 1
-            at_key = Located(self.file, self.key, key_node, line)
+            at_key = YamlNode(self.file, self.key, key_node, line)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise at_key.error("a key must be plain text")
             name = key_node.value
             if name in children:
                 raise at_key.error(f"the key {name!r} occurs twice (first in line {children[name].line})")
             dotted = f"{self.key}.{name}" if self.key else name
-            children[name] = Located(self.file, dotted, value_node, line)
+            children[name] = YamlNode(self.file, dotted, value_node, line)
         return list(children.items())
 
-    def fields(self, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, "Located"]:
+    def fields(self, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, "YamlNode"]:
         """Return the children of a mapping whose keys are known in advance.
 
         Raises:
@@ -102,7 +96,7 @@ class Located:
         children = dict(self.items())
         for name, child in children.items():
             if name not in allowed:
-                hint = nearest(name, allowed)
+                hint = suggest(name, allowed)
                 if not self.key and "." in name:
                     hint = "values of a configuration stand in an arm, in a level of a factor or in a file of `base`; "
                 raise child.error(f"unknown key {name!r}; {hint}allowed here: {', '.join(allowed)}")
@@ -112,12 +106,12 @@ class Located:
                 raise self.error(f"the key {name!r} is missing; needed here: {', '.join(required)}{where}")
         return children
 
-    def sequence(self) -> list["Located"]:
+    def sequence(self) -> list["YamlNode"]:
         """Return the children of a non-empty list."""
         if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:
-            raise self.error(f"expected a list with at least one entry, got {self._shown()}")
+            raise self.error(f"expected a list with at least one entry, got {self._describe()}")
         return [
-            Located(self.file, f"{self.key}[{i}]", child, child.start_mark.line + 1)
+            YamlNode(self.file, f"{self.key}[{i}]", child, child.start_mark.line + 1)
             for i, child in enumerate(self.node.value)
         ]
 
@@ -125,12 +119,14 @@ class Located:
         """Return a non-empty text, line breaks folded to spaces."""
         value = self.plain()
         if isinstance(value, bool | int | float):
-            raise self.error(f"expected a text, got {self._shown()}, which YAML reads as {value!r}; put it in quotes")
+            raise self.error(
+                f"expected a text, got {self._describe()}, which YAML reads as {value!r}; put it in quotes"
+            )
         if not isinstance(value, str) or not value.strip():
-            raise self.error(f"expected a text, got {self._shown()}")
+            raise self.error(f"expected a text, got {self._describe()}")
         return " ".join(value.split())
 
-    def written(self) -> str:
+    def raw_text(self) -> str:
         """Return a value as it stands in the file, whatever YAML would read it as; empty for a mapping or a list."""
         return self.node.value if isinstance(self.node, yaml.ScalarNode) else ""
 
@@ -138,7 +134,7 @@ class Located:
         """Return a whole number that is at least `least`."""
         value = self.plain()
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.error(f"expected a whole number >= {least}, got {self._shown()}")
+            raise self.error(f"expected a whole number >= {least}, got {self._describe()}")
         return value
 
     def number(self, above: float, below: float = float("inf")) -> float:
@@ -154,16 +150,16 @@ class Located:
         """Return one of the allowed words."""
         value = self.plain()
         if value not in allowed:
-            raise self.error(f"got {self._shown()}; {nearest(str(value), allowed)}allowed: {', '.join(allowed)}")
+            raise self.error(f"got {self._describe()}; {suggest(str(value), allowed)}allowed: {', '.join(allowed)}")
         return str(value)
 
     def _number(self, bound: str, allowed: Callable[[float], bool]) -> float:
         value = self.plain()
         if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
-            raise self.error(f"expected a number {bound}, got {self._shown()}")
+            raise self.error(f"expected a number {bound}, got {self._describe()}")
         return float(value)
 
-    def _shown(self) -> str:
+    def _describe(self) -> str:
         if isinstance(self.node, yaml.MappingNode):
             return "a mapping"
         if isinstance(self.node, yaml.SequenceNode):
@@ -171,7 +167,7 @@ class Located:
         return "nothing" if self.is_null else repr(self.node.value)
 
 
-def read(file: Path) -> Located:
+def read_yaml(file: Path) -> YamlNode:
     """Return the root of a YAML file.
 
     Raises:
@@ -193,7 +189,7 @@ def read(file: Path) -> Located:
         raise UserError(f"{file}: not valid YAML: {_one_line(error)}") from error
     if node is None:
         raise UserError(f"{file}: the file is empty; `moevlm sweep new FILE` writes one to start from")
-    return Located(file, "", node, node.start_mark.line + 1)
+    return YamlNode(file, "", node, node.start_mark.line + 1)
 
 
 def _one_line(error: Exception) -> str:

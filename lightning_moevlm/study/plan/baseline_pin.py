@@ -16,7 +16,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import changes
 from lightning_moevlm.study.declare.arm_changes import OWNED
 from lightning_moevlm.study.plan.planned_run import Plan
-from lightning_moevlm.study.plan.run_identity import seedless
+from lightning_moevlm.study.plan.run_identity import flatten_without_seeds
 
 _FOLDER = "baselines"
 _SCHEDULE_STEPS = "model.schedule.init_args.total_steps"  # as a rule it follows the budget
@@ -40,7 +40,7 @@ def refuse_other_baseline(plan: Plan) -> None:
         return
     raise UserError(
         f"{plan.study.file}:{pin.line}: baseline_digest: the baseline {plan.comparison.baseline!r} is now {now} and no "
-        f"longer the pinned {pin.digest}: {_what_changed(plan, pin.digest, leaves)}. Undo the change, or, if it is "
+        f"longer the pinned {pin.digest}: {_describe_changes(plan, pin.digest, leaves)}. Undo the change, or, if it is "
         f"meant, pin it: `baseline_digest: '{now}'`"
     )
 
@@ -56,7 +56,7 @@ def _baseline(plan: Plan) -> dict[str, str] | None:
     run = next((run for run in plan.runs if run.arm == plan.comparison.baseline), None)
     if run is None:
         return None
-    leaves = seedless(run.resolved)
+    leaves = flatten_without_seeds(run.resolved)
     if leaves.get(_SCHEDULE_STEPS) == leaves.get("trainer.max_steps"):
         leaves.pop(_SCHEDULE_STEPS, None)
     return {k: v for k, v in leaves.items() if not any(k == own or k.startswith(f"{own}.") for own in OWNED)}
@@ -66,8 +66,8 @@ def _digest(leaves: Mapping[str, str]) -> str:
     return digest_of_text(json.dumps(leaves, sort_keys=True))
 
 
-def _what_changed(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
-    before = _kept(plan.folder.parent, pinned)
+def _describe_changes(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
+    before = _find_baseline(plan.folder.parent, pinned)
     if before is None:
         return (
             f"what changed is not known, since no study below {plan.folder.parent} has run with the pinned one; look "
@@ -78,7 +78,7 @@ def _what_changed(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
     return "; ".join(told[:_SHOWN_KEYS]) + more
 
 
-def _kept(sweeps: Path, digest: str) -> dict[str, str] | None:
+def _find_baseline(sweeps: Path, digest: str) -> dict[str, str] | None:
     """Return a baseline that any study has kept; a file that is damaged is not what its name says, and is passed by."""
     for file in sorted(sweeps.glob(f"*/{_FOLDER}/{digest}.json")):
         try:

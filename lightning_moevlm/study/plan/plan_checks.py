@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # it lies beside the models, which import torch
 from typing import TYPE_CHECKING
 
 from lightning_moevlm.study.plan.planned_run import PlannedRun
-from lightning_moevlm.study.plan.run_identity import digest_of
+from lightning_moevlm.study.plan.run_identity import compute_digest
 
 if TYPE_CHECKING:  # it lies beside the models, which import torch
     from lightning_moevlm.contracts.model_card import ModelCard
@@ -38,7 +38,7 @@ def refuse_idle_seeds(study: Study, runs: tuple[PlannedRun, ...]) -> None:
     """Refuse seeds that nothing follows: weights, masks and data order come from other keys than seed_everything."""
     seen: dict[tuple[str, str], PlannedRun] = {}
     for run in runs:
-        rest = digest_of({key: value for key, value in run.resolved.items() if key != "seed_everything"})
+        rest = compute_digest({key: value for key, value in run.resolved.items() if key != "seed_everything"})
         twin = seen.setdefault((run.arm, rest), run)
         if twin is not run:
             raise UserError(

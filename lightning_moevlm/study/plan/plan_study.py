@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.shipped_files import find_file
-from lightning_moevlm.study.declare.arm_changes import overlaid
+from lightning_moevlm.study.declare.arm_changes import overlay
 from lightning_moevlm.study.declare.comparison import Arm
 from lightning_moevlm.study.declare.study_file import Study
 from lightning_moevlm.study.plan.seed_keys import MARK, Key, follow_plainly, marked_keys, with_seed
@@ -31,8 +31,8 @@ from lightning_moevlm.study.plan.plan_checks import (
     refuse_twins,
     refuse_unequal_flops,
 )
-from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tags_of
-from lightning_moevlm.study.plan.run_identity import digest_of
+from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tracker_tags
+from lightning_moevlm.study.plan.run_identity import compute_digest
 
 Result = TypeVar("Result")
 
@@ -57,7 +57,7 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
     arms, folder = study.comparison.arms, sweeps / study.comparison.name
     steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in arms}
     proven: set[frozenset[Key]] = set()
-    runs = tuple(run for arm in arms for run in _of_arm(study, arm, steps[arm.name], resolve, folder, proven))
+    runs = tuple(run for arm in arms for run in _plan_arm(study, arm, steps[arm.name], resolve, folder, proven))
     refuse_twins(study, runs)
     refuse_idle_seeds(study, runs)
     first = {run.arm: run for run in reversed(runs)}
@@ -83,11 +83,11 @@ def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder:
         return None
     if budget.max_steps is not None:
         return budget.max_steps
-    resolved = _planned(study, arm, study.comparison.seeds[0], 1, resolve, folder).resolved
+    resolved = _resolve_run(study, arm, study.comparison.seeds[0], 1, resolve, folder).resolved
     return _in_arm(study, arm, lambda: budget.steps(resolved, describe(resolved)))
 
 
-def _of_arm(
+def _plan_arm(
     study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path, proven: set[frozenset[Key]]
 ) -> list[PlannedRun]:
     """Return an arm's runs, from one resolved config where that holds the seed at known keys.
@@ -95,7 +95,7 @@ def _of_arm(
     Keys are known once the configs of the smallest and the largest seed, resolved by themselves, came out the same.
     """
     runs = _of_marked(study, arm, steps, resolve, folder, proven) if len(study.comparison.seeds) > 1 else None
-    return runs or [_planned(study, arm, seed, steps, resolve, folder) for seed in study.comparison.seeds]
+    return runs or [_resolve_run(study, arm, seed, steps, resolve, folder) for seed in study.comparison.seeds]
 
 
 def _of_marked(
@@ -107,7 +107,7 @@ def _of_marked(
     if not follow_plainly([*texts, json.dumps([study.all_arms, arm.changes], default=str)]):
         return None
     seeds = study.comparison.seeds
-    overrides = _with_places(_draft(study, arm, seeds[0], steps), folder)
+    overrides = _add_places(_draft(study, arm, seeds[0], steps), folder)
     _set(overrides, "seed_everything", MARK)
     try:
         marked = resolve(list(study.base), overrides)
@@ -118,26 +118,26 @@ def _of_marked(
         return None
     if steps is None:
         refuse_endless_schedule(study, marked)
-    runs = [_identified(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in seeds]
+    runs = [_identify(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in seeds]
     if keys not in proven:
         for run in (min(runs, key=attrgetter("seed")), max(runs, key=attrgetter("seed"))):
-            if _planned(study, arm, run.seed, steps, resolve, folder).digest != run.digest:
+            if _resolve_run(study, arm, run.seed, steps, resolve, folder).digest != run.digest:
                 return None
         proven.add(keys)
     return runs
 
 
-def _planned(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:
+def _resolve_run(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:
     # Checked with everything that the child will get, although the digest that some keys name is not known yet.
     draft = _draft(study, arm, seed, steps)
-    resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _with_places(draft, folder)))
+    resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _add_places(draft, folder)))
     if steps is None:
         refuse_endless_schedule(study, resolved)
-    return _identified(draft, resolved, folder)
+    return _identify(draft, resolved, folder)
 
 
 def _draft(study: Study, arm: Arm, seed: int, steps: int | None) -> PlannedRun:
-    overrides = overlaid(study.all_arms, arm.changes)
+    overrides = overlay(study.all_arms, arm.changes)
     _set(overrides, "seed_everything", seed)
     _set(overrides, "trainer.max_steps", -1 if steps is None else steps)
     _set(overrides, "trainer.max_epochs", -1)  # an epoch limit of the base must not cut the budget
@@ -146,18 +146,18 @@ def _draft(study: Study, arm: Arm, seed: int, steps: int | None) -> PlannedRun:
     return PlannedRun(study.comparison.name, arm.name, seed, overrides, {}, digest="0" * DIGITS, max_steps=steps)
 
 
-def _identified(draft: PlannedRun, resolved: dict[str, Any], folder: Path) -> PlannedRun:
-    run = dataclasses.replace(draft, resolved=resolved, digest=digest_of(resolved))
-    return dataclasses.replace(run, overrides=_with_places(run, folder))
+def _identify(draft: PlannedRun, resolved: dict[str, Any], folder: Path) -> PlannedRun:
+    run = dataclasses.replace(draft, resolved=resolved, digest=compute_digest(resolved))
+    return dataclasses.replace(run, overrides=_add_places(run, folder))
 
 
-def _with_places(run: PlannedRun, folder: Path) -> dict[str, Any]:
+def _add_places(run: PlannedRun, folder: Path) -> dict[str, Any]:
     """Return the overrides with what is cosmetic: where the run is written and under which name."""
     overrides = copy.deepcopy(run.overrides)
     _set(overrides, "trainer.default_root_dir", str(folder / run.folder))
     _set(overrides, "trainer.logger.init_args.experiment_name", run.study)
     _set(overrides, "trainer.logger.init_args.run_name", run.name)
-    _set(overrides, "trainer.logger.init_args.tags", tags_of(run))
+    _set(overrides, "trainer.logger.init_args.tags", tracker_tags(run))
     return overrides
 
 

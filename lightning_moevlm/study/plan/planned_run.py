@@ -58,6 +58,6 @@ class Plan:
         return self.folder / run.folder
 
 
-def tags_of(run: PlannedRun) -> dict[str, str]:
+def tracker_tags(run: PlannedRun) -> dict[str, str]:
     """Return the tags by which a run is found again in the tracker."""
     return {"sweep": run.study, "arm": run.arm, "seed": str(run.seed), "digest": run.digest}

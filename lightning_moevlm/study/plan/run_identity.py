@@ -49,13 +49,13 @@ COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
 )
 
 
-def digest_of(resolved: Mapping[str, Any]) -> str:
+def compute_digest(resolved: Mapping[str, Any]) -> str:
     """Return the first 12 hex digits of the SHA-256 of the config's canonical JSON, cosmetic keys left out."""
-    text = json.dumps(essential(resolved), sort_keys=True, separators=(",", ":"), default=_path_as_text)
+    text = json.dumps(drop_cosmetic_keys(resolved), sort_keys=True, separators=(",", ":"), default=_path_as_text)
     return digest_of_text(text)
 
 
-def essential(resolved: Mapping[str, Any]) -> dict[str, Any]:
+def drop_cosmetic_keys(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the config without cosmetic keys, classes of this package by their short names."""
     rest = copy.deepcopy(dict(resolved))
     for cosmetic in COSMETIC_KEYS:
@@ -67,9 +67,9 @@ def essential(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return shortened
 
 
-def seedless(resolved: Mapping[str, Any]) -> dict[str, str]:
+def flatten_without_seeds(resolved: Mapping[str, Any]) -> dict[str, str]:
     """Return the config's leaves as text by dotted key, sorted, without seeds and cosmetic keys."""
-    leaves = spelled(essential(resolved))
+    leaves = spelled(drop_cosmetic_keys(resolved))
     return {key: leaves[key] for key in sorted(leaves) if key.split(".")[-1] not in _SEEDS}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.declare.yaml_nodes import nearest
+from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.study.plan.planned_run import Plan
 
 
@@ -26,11 +26,11 @@ def select(plan: Plan, only: Sequence[str]) -> Plan:
     for text in only:
         name, _, values = text.partition("=")
         if name not in allowed:
-            raise UserError(f"--only {text}: {nearest(name, allowed)}give arm=NAME or seed=NUMBER")
+            raise UserError(f"--only {text}: {suggest(name, allowed)}give arm=NAME or seed=NUMBER")
         for value in values.split(","):
             if value not in allowed[name]:
                 raise UserError(
-                    f"--only {text}: {plan.comparison.name} has no {name} {value!r}; {nearest(value, allowed[name])}"
+                    f"--only {text}: {plan.comparison.name} has no {name} {value!r}; {suggest(value, allowed[name])}"
                     f"choose {', '.join(allowed[name])}"
                 )
             wanted.setdefault(name, set()).add(value)

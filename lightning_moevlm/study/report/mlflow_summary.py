@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning_moevlm.study.report.make_report import Report
 from lightning_moevlm.study.report.write_report import MARKDOWN_FILE, table_file
-from lightning_moevlm.study.run.mlflow_runs import ROLE, Experiment
+from lightning_moevlm.study.run.mlflow_runs import ROLE, StudyRuns
 from lightning_moevlm.tracking.read.runs import find_runs
 
 ROLE_SUMMARY = "summary"
@@ -19,7 +19,7 @@ _ARTIFACTS = "report"
 _MANY_FINDINGS = 20  # MLflow cuts a description off at 8,000 characters
 
 
-def log_summary(experiment: Experiment, report: Report, folder: Path) -> str:
+def log_summary(experiment: StudyRuns, report: Report, folder: Path) -> str:
     """Put the written report and its verdicts on the summary run and return that run's id.
 
     Args:

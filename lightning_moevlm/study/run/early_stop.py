@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.ledger import read_state
-from lightning_moevlm.study.run.mlflow_runs import Experiment
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, has_diverged_by
 from lightning_moevlm.study.statistics.futility import Withdrawal, withdrawal
 
@@ -19,7 +19,7 @@ _LOOK_SECONDS = 2.0
 class EarlyStop:
     """Looks at the runs at work, now and then. look_seconds: between two looks."""
 
-    def __init__(self, plan: Plan, experiment: Experiment, look_seconds: float = _LOOK_SECONDS) -> None:
+    def __init__(self, plan: Plan, experiment: StudyRuns, look_seconds: float = _LOOK_SECONDS) -> None:
         self._plan = plan
         self._experiment = experiment
         self._look_seconds = look_seconds
@@ -30,7 +30,7 @@ class EarlyStop:
         """Whether it is time for a look."""
         return time.monotonic() >= self._next
 
-    def over(self, runs: Iterable[PlannedRun]) -> list[PlannedRun]:
+    def find_runs_to_end(self, runs: Iterable[PlannedRun]) -> list[PlannedRun]:
         """Return those of the runs at work that are to be ended now.
 
         Raises:
@@ -38,36 +38,36 @@ class EarlyStop:
         """
         self._next = time.monotonic() + self._look_seconds
         rule, found = self._plan.comparison.diverged, []
-        withdrawn = {arm: withdrawn_arm(self._plan, arm, self._experiment) for arm in {run.arm for run in runs}}
+        withdrawn = {arm: find_withdrawal(self._plan, arm, self._experiment) for arm in {run.arm for run in runs}}
         for run in runs:
             run_id = read_state(self._plan.run_folder(run)).run_id
             assert run_id is not None
             points = self._experiment.history(run_id, rule.metric, NONFINITE_STEP)
-            hopeless = withdrawn[run.arm] is not None and has_reached(self._plan, run, self._experiment)
-            if hopeless or has_diverged_by(points, rule):
+            is_futile = withdrawn[run.arm] is not None and has_reached(self._plan, run, self._experiment)
+            if is_futile or has_diverged_by(points, rule):
                 found.append(run)
         return found
 
 
-def withdrawn_arm(plan: Plan, arm: str, experiment: Experiment) -> Withdrawal | None:
+def find_withdrawal(plan: Plan, arm: str, experiment: StudyRuns) -> Withdrawal | None:
     """Return why an arm is withdrawn by the study's rule, or None, from what its runs have logged so far."""
     study = plan.comparison
-    rule = study.stop_hopeless
+    rule = study.futility_stop
     if rule is None or arm == study.baseline:
         return None
     values = {name: _at_step(plan, name, experiment, rule.at_step) for name in (arm, study.baseline)}
     return withdrawal(rule, study.primary, values[arm], values[study.baseline], study.seeds)
 
 
-def has_reached(plan: Plan, run: PlannedRun, experiment: Experiment) -> bool:
+def has_reached(plan: Plan, run: PlannedRun, experiment: StudyRuns) -> bool:
     """Whether a run has logged the primary metric at the rule's step or later."""
-    rule, run_id = plan.comparison.stop_hopeless, read_state(plan.run_folder(run)).run_id
+    rule, run_id = plan.comparison.futility_stop, read_state(plan.run_folder(run)).run_id
     if rule is None or run_id is None:
         return False
     return any(point.step >= rule.at_step for point in experiment.history(run_id, plan.comparison.primary.metric))
 
 
-def _at_step(plan: Plan, arm: str, experiment: Experiment, step: int) -> dict[int, float]:
+def _at_step(plan: Plan, arm: str, experiment: StudyRuns, step: int) -> dict[int, float]:
     values = {}
     for run in plan.runs:
         run_id = read_state(plan.run_folder(run)).run_id if run.arm == arm else None

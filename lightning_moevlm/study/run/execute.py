@@ -15,12 +15,12 @@ from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.early_stop import EarlyStop
 from lightning_moevlm.study.run.engines import Engine
 from lightning_moevlm.study.run.ledger import read_state
-from lightning_moevlm.study.run.mlflow_runs import Experiment
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.study.run.outcome import MOST_STARTS
 from lightning_moevlm.study.run.processes.overrides_file import QuotingDumper
-from lightning_moevlm.study.run.processes.stop_signals import heard_signals
-from lightning_moevlm.study.run.runs_at_work import SILENCE, Command, RefusedError, RunsAtWork, Watcher
-from lightning_moevlm.study.run.store_retries import SilentStore, StoreSilentError
+from lightning_moevlm.study.run.processes.stop_signals import catch_stop_signals
+from lightning_moevlm.study.run.runs_at_work import UNREACHABLE, Command, RefusedError, RunsAtWork, Watcher
+from lightning_moevlm.study.run.store_retries import StoreRetries, StoreUnreachableError
 
 QuotingDumper.add_representer(str, QuotingDumper.represent_text)
 
@@ -29,7 +29,7 @@ QuotingDumper.add_representer(str, QuotingDumper.represent_text)
 class Tally:
     """What a call of `execute` did. started: number of runs. stopped: name of what ended it, or "".
 
-    That is a signal's, or SILENCE.
+    That is a signal's, or UNREACHABLE.
     """
 
     started: int
@@ -38,7 +38,7 @@ class Tally:
 
 def execute(
     plan: Plan,
-    experiment: Experiment,
+    experiment: StudyRuns,
     waiting: Sequence[PlannedRun],
     command: Command,
     watcher: Watcher,
@@ -52,7 +52,7 @@ def execute(
     Args:
         plan: All runs.
         experiment: Where they are tracked.
-        waiting: Those to run, in order: what `to_do` returned.
+        waiting: Those to run, in order: what `find_waiting_runs` returned.
         command: Makes the command line of one run.
         watcher: Is told about starts and ends.
         engine: Carries them out; open.
@@ -64,21 +64,21 @@ def execute(
         UserError: the engine refused a job, or the ledger cannot be written.
     """
     queue = deque(waiting)
-    store, early = SilentStore(experiment.uri, watcher.told), EarlyStop(plan, experiment)
+    store, early = StoreRetries(experiment.uri, watcher.show), EarlyStop(plan, experiment)
     at_work = RunsAtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store, early)
     starts: Counter[str] = Counter()
 
     def may_repeat(run: PlannedRun) -> bool:
         return starts[run.name] < MOST_STARTS
 
-    with heard_signals() as stop:
+    with catch_stop_signals() as stop:
         try:
             while (queue or at_work.runs or at_work.ended) and not stop.name:
                 if queue and len(at_work.runs) < jobs and store.is_ready:
                     run = queue.popleft()
                     try:
                         starts[run.name] += at_work.begin(run)
-                    except StoreSilentError:
+                    except StoreUnreachableError:
                         queue.appendleft(run)
                         continue
                     except RefusedError:
@@ -87,15 +87,15 @@ def execute(
                         jobs = len(at_work.runs)  # a cluster takes only so many from one user
                         queue.appendleft(run)
                         continue
-                    watcher.started(run, read_state(plan.run_folder(run)))
+                    watcher.run_started(run, read_state(plan.run_folder(run)))
                     continue
                 at_work.stop_early()
                 queue.extend(at_work.collect(may_repeat))
                 if queue and len(at_work.runs) < jobs and store.is_ready:
                     continue  # the next run begins before the last one is judged: its place is not to stand idle
                 queue.extend(at_work.judge(watcher, may_repeat))
-                if store.silent_seconds > silence_seconds and not at_work.runs:
-                    stop.name = SILENCE
+                if store.outage_seconds > silence_seconds and not at_work.runs:
+                    stop.name = UNREACHABLE
                 watcher.tick()
                 time.sleep(engine.poll_seconds)
             at_work.collect(lambda run: True)  # who ended just before a signal has ended

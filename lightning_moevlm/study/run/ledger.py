@@ -34,7 +34,7 @@ _STORE_FILE = "tracking.txt"
 class Status(StrEnum):
     """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run.
 
-    STOPPED was ended by the study's rule for hopeless arms: it has no result and needs none. ENDED is to be judged: its
+    STOPPED was ended by the study's futility rule: it has no result and needs none. ENDED is to be judged: its
     process has ended, and the store has not answered since.
     """
 
@@ -118,7 +118,7 @@ def read_state(folder: Path) -> RunState:
         _check_types(state)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
-    if state.status is Status.RUNNING and not state.is_elsewhere and living_process(state) is None:
+    if state.status is Status.RUNNING and not state.is_elsewhere and find_process(state) is None:
         return dataclasses.replace(state, status=Status.INTERRUPTED)
     return state
 
@@ -164,12 +164,12 @@ def check_store(folder: Path, uri: str) -> None:
         )
 
 
-def keep_store(folder: Path, uri: str) -> None:
+def remember_store(folder: Path, uri: str) -> None:
     """Remember in which MLflow store a study's runs are, secrets masked."""
     write_whole(folder / _STORE_FILE, without_url_secrets(uri) + "\n")
 
 
-def living_process(state: RunState) -> psutil.Process | None:
+def find_process(state: RunState) -> psutil.Process | None:
     """Return the process that a state names, or None where it is gone (or its number now belongs to another)."""
     if state.pid is None or state.pid_started is None:
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tags_of
+from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tracker_tags
 from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.read.runs import RunRow, find_runs, metric_history, read_run
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
@@ -33,7 +33,7 @@ _TEXTS_AT_ONCE, _POINTS_AT_ONCE = 100, 1000  # the most that MLflow takes
 
 
 @dataclass(frozen=True)
-class Experiment:
+class StudyRuns:
     """The MLflow experiment of one study. uri: as `resolve_tracking_uri` returns it."""
 
     uri: str
@@ -42,7 +42,7 @@ class Experiment:
 
     def find(self, run: PlannedRun) -> list[RunRow]:
         """Return the runs that the parent created for a planned run, oldest first; there should be at most one."""
-        return find_runs(self.uri, self.name, {**tags_of(run), ROLE: ROLE_ARM})
+        return find_runs(self.uri, self.name, {**tracker_tags(run), ROLE: ROLE_ARM})
 
     def ids(self) -> set[str]:
         """Return the ids of all runs that a parent created in this experiment."""
@@ -54,7 +54,7 @@ class Experiment:
         for row in self.find(run):
             client.delete_run(row.run_id)
             shutil.rmtree(self.folder(row.run_id), ignore_errors=True)
-        tags = {**tags_of(run), ROLE: ROLE_ARM}
+        tags = {**tracker_tags(run), ROLE: ROLE_ARM}
         created = client.create_run(self.experiment_id, start_time=start_ms, tags=tags, run_name=run.name)
         return str(created.info.run_id)
 
@@ -68,7 +68,7 @@ class Experiment:
         client, row = _client(self.uri), read_run(self.uri, source)
         run_id = self.create(run, row.start_ms)
         kept = {key: value for key, value in row.tags.items() if not key.startswith(_OF_ONE_RUN)}
-        own = {**kept, **tags_of(run), ROLE: ROLE_ARM, **tags}
+        own = {**kept, **tracker_tags(run), ROLE: ROLE_ARM, **tags}
         own.pop(OUTCOME, None)
         points = [Metric(p.key, p.value, p.time_ms, p.step) for p in metric_history(self.uri, source)]
         for told in _parts([RunTag(*pair) for pair in own.items()], _TEXTS_AT_ONCE):
@@ -111,7 +111,7 @@ class Experiment:
         return metric_history(self.uri, run_id, keys)
 
 
-def tracking_uri_of(plan: Plan) -> str:
+def find_tracking_uri(plan: Plan) -> str:
     """Return the tracking URI that the plan's runs will use: what the base's logger says, the environment, or SQLite.
 
     Raises:
@@ -126,7 +126,7 @@ def tracking_uri_of(plan: Plan) -> str:
     return resolve_tracking_uri((logger.get("init_args") or {}).get("tracking_uri"))
 
 
-def open_experiment(uri: str, name: str) -> Experiment:
+def open_experiment(uri: str, name: str) -> StudyRuns:
     """Return the experiment of a study; store and experiment are created here, once, before any child could race.
 
     Raises:
@@ -141,10 +141,10 @@ def open_experiment(uri: str, name: str) -> Experiment:
             f"{found.experiment_id}`, or delete it for good with `mlflow gc`, or give the study file another name"
         )
     if found is not None:
-        return Experiment(uri, name, str(found.experiment_id))
+        return StudyRuns(uri, name, str(found.experiment_id))
     # A client on SQLite would put artifacts below the working directory of the moment.
     local = (runs_dir(uri) / "artifacts" / name).as_uri() if sqlite_path(uri) is not None else None
-    return Experiment(uri, name, str(client.create_experiment(name, artifact_location=local)))
+    return StudyRuns(uri, name, str(client.create_experiment(name, artifact_location=local)))
 
 
 def _parts(items: Sequence[_Item], most: int) -> Iterator[Sequence[_Item]]:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Container, Sequence
 
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
-from lightning_moevlm.study.run.early_stop import has_reached, withdrawn_arm
+from lightning_moevlm.study.run.early_stop import find_withdrawal, has_reached
 from lightning_moevlm.study.run.ledger import RunState, Status, read_state, write_state
-from lightning_moevlm.study.run.mlflow_runs import Experiment
-from lightning_moevlm.study.run.processes.child_process import Ended
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns
+from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 from lightning_moevlm.study.run.processes.run_files import LOG_FILE, log_tail
 from lightning_moevlm.study.run.store_retries import deliver_first
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
@@ -22,7 +22,7 @@ MOST_STARTS = 4  # of one run by one sweep: a cluster may keep stopping it
 _MISTAKE = "moevlm: error: "  # how the command line begins the one line that says what to mend
 
 
-def judge_ended(plan: Plan, experiment: Experiment, in_store: Container[str]) -> None:
+def judge_ended(plan: Plan, experiment: StudyRuns, in_store: Container[str]) -> None:
     """Judge the runs whose end an earlier call saw while the store was silent. Call it holding the study.
 
     Raises:
@@ -31,17 +31,17 @@ def judge_ended(plan: Plan, experiment: Experiment, in_store: Container[str]) ->
     for run in plan.runs:
         state = read_state(plan.run_folder(run))
         if state.status is Status.ENDED and state.run_id in in_store:
-            settle(plan, run, experiment, Ended(state.exit_code, state.reason, state.started, state.ended))
+            record_outcome(plan, run, experiment, ProcessEnd(state.exit_code, state.reason, state.started, state.ended))
 
 
-def settle(plan: Plan, run: PlannedRun, experiment: Experiment, ended: Ended) -> None:
+def record_outcome(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: ProcessEnd) -> None:
     """Write what a run that has ended gave, into the ledger and into MLflow."""
     folder = plan.run_folder(run)
     run_id = read_state(folder).run_id
     assert run_id is not None
     deliver_first(experiment, run_id)
     state = _judge(plan, run, experiment, ended)
-    withdrawn = withdrawn_arm(plan, run.arm, experiment) if state.status is Status.FAILED else None
+    withdrawn = find_withdrawal(plan, run.arm, experiment) if state.status is Status.FAILED else None
     if withdrawn is not None and has_reached(plan, run, experiment):
         state = dataclasses.replace(state, status=Status.STOPPED, reason=withdrawn.why, log_tail=())
         experiment.tag(run_id, withdrawn.tags)
@@ -49,7 +49,7 @@ def settle(plan: Plan, run: PlannedRun, experiment: Experiment, ended: Ended) ->
     write_state(folder, state)
 
 
-def ended_state(state: RunState, ended: Ended) -> RunState:
+def mark_ended(state: RunState, ended: ProcessEnd) -> RunState:
     """Return the state of a run whose process is gone and that is to be judged."""
     return dataclasses.replace(
         state,
@@ -63,23 +63,23 @@ def ended_state(state: RunState, ended: Ended) -> RunState:
     )
 
 
-def _judge(plan: Plan, run: PlannedRun, experiment: Experiment, ended: Ended) -> RunState:
+def _judge(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: ProcessEnd) -> RunState:
     """Tell a result from a crash. A run that stopped because its loss is not finite has diverged, not crashed."""
     folder = plan.run_folder(run)
-    state = dataclasses.replace(ended_state(read_state(folder), ended), reason="")
+    state = dataclasses.replace(mark_ended(read_state(folder), ended), reason="")
     assert state.run_id is not None
     rule = plan.comparison.diverged
     why = "" if ended.reason else divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
     if why:
         return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
-    lack = lack_of(plan, run, experiment, state.run_id)
+    lack = check_logged_points(plan, run, experiment, state.run_id)
     if ended.code == 0 and not lack:
         return dataclasses.replace(state, status=Status.FINISHED)
     tail = log_tail(folder / LOG_FILE)
     return dataclasses.replace(state, status=Status.FAILED, reason=_why_failed(ended, lack, tail), log_tail=tail)
 
 
-def _why_failed(ended: Ended, lack: str, tail: Sequence[str]) -> str:
+def _why_failed(ended: ProcessEnd, lack: str, tail: Sequence[str]) -> str:
     if ended.code is None:
         return f"interrupted {MOST_STARTS} times: {ended.reason}"
     if ended.code == 0:
@@ -92,13 +92,13 @@ def _why_failed(ended: Ended, lack: str, tail: Sequence[str]) -> str:
     return f"{why}, {told[-1]}" if told else why
 
 
-def lack_of(plan: Plan, run: PlannedRun, experiment: Experiment, run_id: str) -> str:
+def check_logged_points(plan: Plan, run: PlannedRun, experiment: StudyRuns, run_id: str) -> str:
     """Return what a run lacks to be a result, or "": the primary metric after the whole budget, not before."""
     primary = plan.comparison.primary.metric
-    return lack_in(experiment.history(run_id, primary), primary, run.max_steps)
+    return check_points(experiment.history(run_id, primary), primary, run.max_steps)
 
 
-def lack_in(points: Sequence[Point], primary: str, budget: int | None) -> str:
+def check_points(points: Sequence[Point], primary: str, budget: int | None) -> str:
     """Return what points of the primary metric lack to be a result, or "". budget: in steps, None for the clock's."""
     if not points:
         return f"logged no {primary}: the study has nothing to compare"

@@ -57,7 +57,7 @@ class SweepProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def started(self, run: PlannedRun, state: RunState) -> None:
+    def run_started(self, run: PlannedRun, state: RunState) -> None:
         """Show that a run has begun."""
         self._running[run.name] = time.time()
         again = f" (attempt {state.attempts})" if state.attempts > 1 else ""
@@ -65,7 +65,7 @@ class SweepProgress:
             self._console.print(f"start  {run.name}{again}", highlight=False)
         self._refresh()
 
-    def ended(self, run: PlannedRun, state: RunState) -> None:
+    def run_ended(self, run: PlannedRun, state: RunState) -> None:
         """Leave a line for a run that has ended."""
         self._running.pop(run.name, None)
         self._done += 1
@@ -87,7 +87,7 @@ class SweepProgress:
         if time.time() - self._shown >= _REFRESH_SECONDS:
             self._refresh()
 
-    def told(self, line: str) -> None:
+    def show(self, line: str) -> None:
         """Leave a line on the sweep itself."""
         self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 

@@ -15,15 +15,15 @@ from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.early_stop import EarlyStop
 from lightning_moevlm.study.run.engines import CHECKPOINT, Engine, Job
 from lightning_moevlm.study.run.ledger import RunState, Status, read_state, write_state
-from lightning_moevlm.study.run.mlflow_runs import Experiment
-from lightning_moevlm.study.run.outcome import ended_state, settle
-from lightning_moevlm.study.run.processes.child_process import Ended
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns
+from lightning_moevlm.study.run.outcome import mark_ended, record_outcome
+from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 from lightning_moevlm.study.run.processes.overrides_file import write_overrides
 from lightning_moevlm.study.run.processes.run_files import LOG_FILE, last_checkpoint
-from lightning_moevlm.study.run.store_retries import SilentStore, StoreSilentError
+from lightning_moevlm.study.run.store_retries import StoreRetries, StoreUnreachableError
 from lightning_moevlm.tracking.store import sqlite_path
 
-SILENCE = "a silent store"
+UNREACHABLE = "a silent store"
 
 # (overrides file, id of the MLflow run to write to, checkpoint to go on from) -> command line
 Command = Callable[[Path, str, Path | None], list[str]]
@@ -32,16 +32,16 @@ Command = Callable[[Path, str, Path | None], list[str]]
 class Watcher(Protocol):
     """Who is told what happens, to show it."""
 
-    def started(self, run: PlannedRun, state: RunState) -> None:
+    def run_started(self, run: PlannedRun, state: RunState) -> None:
         """A run's process has started."""
 
-    def ended(self, run: PlannedRun, state: RunState) -> None:
+    def run_ended(self, run: PlannedRun, state: RunState) -> None:
         """A run has ended, in whatever way."""
 
     def tick(self) -> None:
         """Some time has passed."""
 
-    def told(self, line: str) -> None:
+    def show(self, line: str) -> None:
         """Something happened to the sweep itself."""
 
 
@@ -54,21 +54,21 @@ class RunsAtWork:
     """The runs that the engine has, by ticket, and what becomes of them in the ledger and in MLflow."""
 
     plan: Plan
-    experiment: Experiment
+    experiment: StudyRuns
     command: Command
     engine: Engine
     timeout_seconds: float | None
-    store: SilentStore
+    store: StoreRetries
     early: EarlyStop
     runs: dict[str, PlannedRun] = field(default_factory=dict)
-    ended: list[tuple[PlannedRun, Ended]] = field(default_factory=list)  # and not judged
+    ended: list[tuple[PlannedRun, ProcessEnd]] = field(default_factory=list)  # and not judged
     cut_short: set[str] = field(default_factory=set)  # names of those that we ended early
 
     def begin(self, run: PlannedRun) -> bool:
         """Hand a run to the engine; return False where the engine had it already.
 
         Raises:
-            StoreSilentError: it cannot be told to MLflow.
+            StoreUnreachableError: it cannot be told to MLflow.
             RefusedError: the engine refused it.
             UserError: the ledger cannot be written.
         """
@@ -116,7 +116,7 @@ class RunsAtWork:
                 again.append(run)
                 continue
             folder = self.plan.run_folder(run)
-            write_state(folder, ended_state(read_state(folder), ended))
+            write_state(folder, mark_ended(read_state(folder), ended))
             self.ended.append((run, ended))
         return again
 
@@ -126,14 +126,14 @@ class RunsAtWork:
         for run, ended in self.ended[:]:
             if not self.store.is_ready:
                 break
-            if self.store.attempt(partial(settle, self.plan, run, self.experiment, ended)):
-                watcher.ended(run, read_state(self.plan.run_folder(run)))
-            elif self._may_have_met_silence(run, ended) and may_repeat(run):
+            if self.store.attempt(partial(record_outcome, self.plan, run, self.experiment, ended)):
+                watcher.run_ended(run, read_state(self.plan.run_folder(run)))
+            elif self._may_have_met_outage(run, ended) and may_repeat(run):
                 self._interrupt(run)
                 again.append(run)
             elif self._was_deleted(run) and may_repeat(run):
                 shutil.rmtree(self.plan.run_folder(run), ignore_errors=True)
-                watcher.told(f"{run.name}: its run in MLflow was deleted while it trained; it begins again from zero")
+                watcher.show(f"{run.name}: its run in MLflow was deleted while it trained; it begins again from zero")
                 again.append(run)
             else:
                 continue
@@ -145,7 +145,7 @@ class RunsAtWork:
         tickets = {run.name: ticket for ticket, run in self.runs.items()}
         over: list[PlannedRun] = []
         if tickets and self.early.is_due and self.store.is_ready:
-            self.store.attempt(lambda: over.extend(self.early.over(tuple(self.runs.values()))))
+            self.store.attempt(lambda: over.extend(self.early.find_runs_to_end(tuple(self.runs.values()))))
         if over:
             self.cut_short.update(run.name for run in over)
             self.engine.cancel([tickets[run.name] for run in over])
@@ -164,7 +164,7 @@ class RunsAtWork:
             ids = [read_state(self.plan.run_folder(run)).run_id for run in ended]
             self.store.attempt(partial(self.experiment.interrupt, [each for each in ids if each]))
 
-    def _may_have_met_silence(self, run: PlannedRun, ended: Ended) -> bool:
+    def _may_have_met_outage(self, run: PlannedRun, ended: ProcessEnd) -> bool:
         """Whether a run may have ended as it did because it found no store when it began.
 
         Not where we ended it, nor where the store is a file: that is busy for a moment at most, and a run that goes on
@@ -188,7 +188,7 @@ class RunsAtWork:
             claimed.append(run_id or self.experiment.create(run))
 
         if not self.store.attempt(claim):
-            raise StoreSilentError
+            raise StoreUnreachableError
         return claimed[-1]
 
     def _interrupt(self, run: PlannedRun) -> None:

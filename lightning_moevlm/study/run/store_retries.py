@@ -8,7 +8,7 @@ stays silent, the sweep waits for a while, then stops; the next `sweep run` judg
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from lightning_moevlm.study.run.mlflow_runs import Experiment
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.tracking.store import runs_dir
 from lightning_moevlm.tracking.write.offline_log import JOURNAL, Outbox
 from lightning_moevlm.tracking.write.store_outage import Silence
@@ -18,11 +18,11 @@ _LONGEST_PAUSE = 30.0  # seconds between attempts
 _WHAT = "what runs goes on; runs are judged and others begin once it answers"
 
 
-class StoreSilentError(Exception):
+class StoreUnreachableError(Exception):
     """The store did not answer; nothing was begun."""
 
 
-class SilentStore:
+class StoreRetries:
     """The store of a study, asked again and again; after a failure not before a growing pause is over.
 
     uri: the store's. tell: is handed one line when a silence begins.
@@ -40,7 +40,7 @@ class SilentStore:
         return time.monotonic() >= self._next
 
     @property
-    def silent_seconds(self) -> float:
+    def outage_seconds(self) -> float:
         """For how long it has not answered; 0 where it did."""
         return time.monotonic() - self._since if self._silence.reason else 0.0
 
@@ -57,7 +57,7 @@ class SilentStore:
         return False
 
 
-def deliver_first(experiment: Experiment, run_id: str) -> None:
+def deliver_first(experiment: StudyRuns, run_id: str) -> None:
     """Deliver what a run that has ended kept on disk.
 
     Raises:

@@ -5,14 +5,14 @@ import shutil
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.engines import Engine
-from lightning_moevlm.study.run.ledger import RunState, Status, living_process, read_state, write_state
-from lightning_moevlm.study.run.mlflow_runs import OUTCOME, Experiment
-from lightning_moevlm.study.run.outcome import judge_ended, lack_of
-from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, end_all
+from lightning_moevlm.study.run.ledger import RunState, Status, find_process, read_state, write_state
+from lightning_moevlm.study.run.mlflow_runs import OUTCOME, StudyRuns
+from lightning_moevlm.study.run.outcome import check_logged_points, judge_ended
+from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, end_processes
 from lightning_moevlm.study.run.processes.overrides_file import write_overrides
 
 
-def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> list[PlannedRun]:
+def find_waiting_runs(plan: Plan, experiment: StudyRuns, engine: Engine, retry: bool) -> list[PlannedRun]:
     """Return the runs that still need to run, after the ledger has been held against MLflow.
 
     What a cluster has comes first: it is waited for. Then all arms of the first seed, then those of the next: what
@@ -45,7 +45,7 @@ def to_do(plan: Plan, experiment: Experiment, engine: Engine, retry: bool) -> li
             shutil.rmtree(folder, ignore_errors=True)
         if not state.status.has_result:
             state = _adopt(plan, run, experiment) or state
-        over = state.status.has_result if plan.comparison.stop_hopeless is None else state.status.is_settled
+        over = state.status.has_result if plan.comparison.futility_stop is None else state.status.is_settled
         if not over and (state.status is not Status.FAILED or retry):
             waiting.append(run)
     waiting.sort(key=lambda run: plan.comparison.seeds.index(run.seed))  # stable: arms stay in order
@@ -66,16 +66,16 @@ def _refuse_others(plan: Plan, engine: Engine) -> None:
 def _end_orphans(plan: Plan) -> None:
     """End children of a sweep that was killed. We hold the study, so a living one has no parent that waits for it."""
     states = [read_state(plan.run_folder(run)) for run in plan.runs]
-    living = [process for state in states if (process := living_process(state)) is not None]
-    end_all([process.pid for process in living], PATIENCE_SECONDS)
+    living = [process for state in states if (process := find_process(state)) is not None]
+    end_processes([process.pid for process in living], PATIENCE_SECONDS)
 
 
-def _adopt(plan: Plan, run: PlannedRun, experiment: Experiment) -> RunState | None:
+def _adopt(plan: Plan, run: PlannedRun, experiment: StudyRuns) -> RunState | None:
     """Return the state of a run whose result is in MLflow but not in the ledger, and write it there."""
     folder = plan.run_folder(run)
     for row in experiment.find(run):
         outcome = row.tags.get(OUTCOME, "")
-        finished = outcome == Status.FINISHED and not lack_of(plan, run, experiment, row.run_id)
+        finished = outcome == Status.FINISHED and not check_logged_points(plan, run, experiment, row.run_id)
         if finished or outcome == Status.DIVERGED:
             ended = row.end_ms / 1000 if row.end_ms else None
             state = RunState(Status(outcome), row.run_id, started=row.start_ms / 1000, ended=ended, attempts=1)

@@ -1,6 +1,6 @@
-"""`stop_hopeless`: an arm that is far behind at one step, named beforehand, is stopped there. Off unless declared.
+"""`futility_stop`: an arm that is far behind at one step, named beforehand, is stopped there. Off unless declared.
 
-    stop_hopeless: {at_step: 500, worse_by: 0.5}     # in the primary metric's unit
+    futility_stop: {at_step: 500, worse_by: 0.5}     # in the primary metric's unit
 
 The rule. Once a run's primary metric at `at_step` is worse than the baseline's at that step and of that seed by more
 than `worse_by`, its **arm** is withdrawn: every seed of it is stopped at `at_step`, also those yet to come, and it gets
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_moevlm.study.declare.comparison import Comparison, Hopeless, Primary
+from lightning_moevlm.study.declare.comparison import Comparison, FutilityStop, Primary
 from lightning_moevlm.study.statistics.effects import Effect, paired_differences, paired_effect
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
 from lightning_moevlm.tracking.read.series import Series
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
 class Withdrawal:
     """An arm that is withdrawn. differences: arm minus baseline at the rule's step, by seed."""
 
-    rule: Hopeless
+    rule: FutilityStop
     metric: str
     decision: Decision
     differences: Mapping[int, float]
@@ -72,7 +72,7 @@ class Withdrawal:
         """The decision as tags of the stopped runs."""
         seed, step, value, baseline = self.decision
         return {
-            STOPPED_RULE: self.rule.words,
+            STOPPED_RULE: self.rule.text,
             "stopped_early/step": str(step),
             "stopped_early/seed": str(seed),
             "stopped_early/value": repr(value),
@@ -81,7 +81,7 @@ class Withdrawal:
 
 
 def withdrawal(
-    rule: Hopeless,
+    rule: FutilityStop,
     primary: Primary,
     arm: Mapping[int, float],
     baseline: Mapping[int, float],
@@ -119,7 +119,7 @@ def withdrawals(comparison: Comparison, primaries: Iterable[tuple[str, int, Seri
         comparison: Whose rule; without one no arm is withdrawn.
         primaries: Arm, seed and primary metric of every run.
     """
-    rule = comparison.stop_hopeless
+    rule = comparison.futility_stop
     if rule is None:
         return {}
     values: dict[str, dict[int, float]] = {arm.name: {} for arm in comparison.arms}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_moevlm.study.plan.run_identity import seedless
+from lightning_moevlm.study.plan.run_identity import flatten_without_seeds
 
 _BEGUN_NUMBER = re.compile(r"[_.-]*(\d[0-9e_.-]*)?$")  # at the end of what names share: that of the rate
 LEARNING_RATE = ("model", "optimizer", "init_args", "lr")
@@ -43,7 +43,7 @@ def ladders(configs: Mapping[str, Mapping[str, object]]) -> tuple[Ladder, ...]:
     for arm, config in configs.items():
         rate, rest = _without_rate(config)
         if rate is not None:
-            groups.setdefault(tuple(seedless(rest).items()), {})[rate] = arm
+            groups.setdefault(tuple(flatten_without_seeds(rest).items()), {})[rate] = arm
     return tuple(Ladder(dict(sorted(group.items()))) for group in groups.values() if len(group) > 1)
 
 

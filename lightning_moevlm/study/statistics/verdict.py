@@ -23,7 +23,7 @@ from lightning_moevlm.study.statistics.paired_tests import least_seeds
 class Verdict(StrEnum):
     """The word for a comparison. BASELINE marks the row that the others are compared with.
 
-    STOPPED_EARLY is the word for none: the arm was withdrawn by the study's rule, see `hopeless`.
+    STOPPED_EARLY is the word for none: the arm was withdrawn by the study's rule, see `futility`.
     """
 
     BASELINE = "baseline"

@@ -16,8 +16,8 @@ from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.report.tables.effect_tables import models_table
 from lightning_moevlm.study.report.tables.plan_tables import plan_table, status_table
 from lightning_moevlm.study.run.ledger import Status, hold_study, read_ledger
-from lightning_moevlm.study.run.mlflow_runs import Experiment, open_experiment
-from lightning_moevlm.study.run.to_do import to_do
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns, open_experiment
+from lightning_moevlm.study.run.to_do import find_waiting_runs
 from lightning_moevlm.tracking.read.runs import find_runs, metric_history
 from lightning_moevlm.tracking.record.dataset_input import DIGEST_TAG
 from lightning_moevlm.tracking.record.provenance import CODE_TAG, code_digest, versions
@@ -55,7 +55,7 @@ def look(plan: Plan, uri: str, data: str = DATA) -> KnownRuns:
     return find_known(plan, uri, lambda config: data)
 
 
-def taken_up(plan: Plan, uri: str) -> Experiment:
+def taken_up(plan: Plan, uri: str) -> StudyRuns:
     with hold_study(plan.folder):
         experiment = open_experiment(uri, plan.comparison.name)
         assert len(take_known(plan, experiment, look(plan, uri))) == 4
@@ -75,7 +75,7 @@ def test_what_another_study_has_run_is_named_in_the_plan(uri: str, tmp_path: Pat
 def test_what_is_taken_is_a_run_of_the_study_that_says_where_it_is_from(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri)
     experiment = taken_up(plan, uri)
-    assert to_do(plan, experiment, engine_of(), retry=False) == []
+    assert find_waiting_runs(plan, experiment, engine_of(), retry=False) == []
     sources = {row.tags["digest"]: row for row in find_runs(uri, "tiny", {"role": "arm"})}
     rows = find_runs(uri, "again", {"role": "arm"})
     assert [row.name for row in rows] and len(rows) == 4
@@ -104,7 +104,7 @@ def test_a_study_that_is_partly_taken_says_that_speeds_are_of_other_times(uri: s
     plan = other_study(tmp_path, uri, seeds=[0, 1, 2])
     assert look(plan, uri).told(6) == ("4 of 6 known from study tiny",)
     experiment = taken_up(plan, uri)
-    waiting = to_do(plan, experiment, engine_of(), retry=False)
+    waiting = find_waiting_runs(plan, experiment, engine_of(), retry=False)
     assert [run.seed for run in waiting] == [2, 2]
 
 

@@ -187,7 +187,7 @@ def test_a_withdrawn_arm_has_no_share_of_stable_runs(tmp_path):
     # Seed 0 diverged before the rule stopped the arm; what the other two would have done nobody knows.
     study = {
         "arms": {"baseline": None, "worse": {"model.speed": 0.9}},
-        "stop_hopeless": {"at_step": 2, "worse_by": 0.5},
+        "futility_stop": {"at_step": 2, "worse_by": 0.5},
     }
 
     def curve(run):

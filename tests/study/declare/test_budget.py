@@ -48,7 +48,7 @@ def test_minutes_by_hand():
 
 def test_words():
     budgets = [Budget(60), Budget(samples=2000), Budget(active_flops=2.5e12), Budget(minutes=0.5)]
-    assert [budget.words for budget in budgets] == ["60 steps", "2,000 samples", "2.5e+12 active FLOPs", "0.5 minutes"]
+    assert [budget.text for budget in budgets] == ["60 steps", "2,000 samples", "2.5e+12 active FLOPs", "0.5 minutes"]
 
 
 def project(tmp_path, budget: dict, **study: object):

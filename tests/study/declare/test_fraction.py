@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
-from lightning_moevlm.study.declare.fraction import fraction_of_generators, fraction_of_resolution
+from lightning_moevlm.study.declare.fraction import find_fraction, generate_fraction
 
 
 def test_half_of_three_by_hand():
-    fraction = fraction_of_generators(("a", "b", "c"), {"c": ("a", "b")})
+    fraction = generate_fraction(("a", "b", "c"), {"c": ("a", "b")})
     # c is on where one of a and b is: as columns of -1 and +1, c = -a*b, so I = -a*b*c
     assert fraction.runs() == (
         (False, False, False),
@@ -19,7 +19,7 @@ def test_half_of_three_by_hand():
     assert fraction.words() == (("a", "b", "c"),)
     assert fraction.resolution == 3
     assert fraction.aliases() == ("a = -b*c", "b = -a*c", "c = -a*b")
-    assert fraction.told() == (
+    assert fraction.describe() == (
         "4 of 8 combinations, resolution III; defining relation I = -a*b*c",
         "aliased: a = -b*c",
         "aliased: b = -a*c",
@@ -28,16 +28,16 @@ def test_half_of_three_by_hand():
 
 
 def test_half_of_four_by_hand():
-    fraction = fraction_of_generators(("a", "b", "c", "d"), {"d": ("a", "b", "c")})
+    fraction = generate_fraction(("a", "b", "c", "d"), {"d": ("a", "b", "c")})
     # I = a*b*c*d: main effects are aliased with interactions of three alone, which are not told
     assert fraction.aliases() == ("a*b = c*d", "a*c = b*d", "a*d = b*c")
 
 
 def test_quarter_of_five_by_hand():
-    fraction = fraction_of_generators(("a", "b", "c", "d", "e"), {"d": ("a", "b"), "e": ("a", "c")})
+    fraction = generate_fraction(("a", "b", "c", "d", "e"), {"d": ("a", "b"), "e": ("a", "c")})
     # words a*b*d and a*c*e, and their product b*c*d*e
     assert fraction.words() == (("a", "b", "d"), ("a", "c", "e"), ("b", "c", "d", "e"))
-    assert fraction.told()[0] == (
+    assert fraction.describe()[0] == (
         "8 of 32 combinations, resolution III; defining relation I = -a*b*d = -a*c*e = b*c*d*e"
     )
     assert "a = -b*d = -c*e" in fraction.aliases()
@@ -45,10 +45,10 @@ def test_quarter_of_five_by_hand():
 
 
 def test_clear_of_each_other():
-    fraction = fraction_of_resolution(tuple("abcde"), 5)
+    fraction = find_fraction(tuple("abcde"), 5)
     assert fraction is not None
     assert fraction.aliases() == ()
-    assert fraction.told()[1] == "no main effect or interaction of two factors is aliased with another"
+    assert fraction.describe()[1] == "no main effect or interaction of two factors is aliased with another"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_clear_of_each_other():
     ],
 )  # fmt: skip
 def test_smallest_fractions(factors, resolution, runs):
-    fraction = fraction_of_resolution(tuple("abcdefghijk"[:factors]), resolution)
+    fraction = find_fraction(tuple("abcdefghijk"[:factors]), resolution)
     assert fraction is not None
     assert len(fraction.runs()) == runs
     # by brute force over the columns: no product of fewer than `resolution` columns is constant
@@ -76,7 +76,7 @@ def test_smallest_fractions(factors, resolution, runs):
 
 
 def test_signs_of_aliases_hold_in_the_columns():
-    fraction = fraction_of_resolution(tuple("abcdef"), 3)
+    fraction = find_fraction(tuple("abcdef"), 3)
     assert fraction is not None
     columns = {name: [1 if run[i] else -1 for run in fraction.runs()] for i, name in enumerate(fraction.factors)}
 
@@ -95,4 +95,4 @@ def test_signs_of_aliases_hold_in_the_columns():
 
 
 def test_no_part_has_more_than_the_whole():
-    assert fraction_of_resolution(("a", "b", "c"), 4) is None
+    assert find_fraction(("a", "b", "c"), 4) is None

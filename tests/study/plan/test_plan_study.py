@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.declare.study_file import read_study
 from lightning_moevlm.study.plan.plan_study import flat, plan_study
-from lightning_moevlm.study.plan.run_identity import COSMETIC_KEYS, digest_of
+from lightning_moevlm.study.plan.run_identity import COSMETIC_KEYS, compute_digest
 from tests.study.tiny_study import describe, plan_of, resolve, write_project
 
 CONFIG = {
@@ -46,18 +46,18 @@ def test_digest_by_hand():
 
     text = '{"a":1,"trainer":{"callbacks":[],"max_steps":2}}'
     config = {"trainer": {"max_steps": 2, "callbacks": [], "logger": True}, "a": 1}
-    assert digest_of(config) == hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert compute_digest(config) == hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @pytest.mark.parametrize("cosmetic", [c.name for c in COSMETIC_KEYS])
 def test_cosmetic_keys_do_not_change_identity(cosmetic):
-    assert digest_of(changed(cosmetic, "something else")) == digest_of(CONFIG)
+    assert compute_digest(changed(cosmetic, "something else")) == compute_digest(CONFIG)
 
 
 def test_progress_bars_are_cosmetic_and_other_callbacks_are_not():
     guard = {"class_path": "a.Guard"}
-    assert digest_of(changed("trainer.callbacks", [guard])) == digest_of(CONFIG)
-    assert digest_of(changed("trainer.callbacks", [guard, guard])) != digest_of(CONFIG)
+    assert compute_digest(changed("trainer.callbacks", [guard])) == compute_digest(CONFIG)
+    assert compute_digest(changed("trainer.callbacks", [guard, guard])) != compute_digest(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_progress_bars_are_cosmetic_and_other_callbacks_are_not():
     ],
 )
 def test_everything_else_changes_identity(dotted, value):
-    assert digest_of(changed(dotted, value)) != digest_of(CONFIG)
+    assert compute_digest(changed(dotted, value)) != compute_digest(CONFIG)
 
 
 def test_a_class_of_this_package_that_moves_is_the_same_experiment():
@@ -84,7 +84,7 @@ def test_a_class_of_this_package_that_moves_is_the_same_experiment():
         "class_path": "lightning_moevlm.model.routers.learned.TopKRouter",
         "init_args": {"gates": [{"class_path": "Gate"}]},
     }
-    assert digest_of(changed("model.router", router)) == digest_of(changed("model.router", moved))
+    assert compute_digest(changed("model.router", router)) == compute_digest(changed("model.router", moved))
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_a_class_of_this_package_that_moves_is_the_same_experiment():
 )
 def test_another_class_is_another_experiment(class_path):
     ours = changed("model.router", {"class_path": "lightning_moevlm.model.routers.TopKRouter"})
-    assert digest_of(ours) != digest_of(changed("model.router", {"class_path": class_path}))
+    assert compute_digest(ours) != compute_digest(changed("model.router", {"class_path": class_path}))
 
 
 def test_order_of_keys_is_no_identity():
-    assert digest_of(dict(reversed(CONFIG.items()))) == digest_of(CONFIG)
+    assert compute_digest(dict(reversed(CONFIG.items()))) == compute_digest(CONFIG)
 
 
 def test_plan_is_arms_times_seeds(tmp_path):
@@ -119,7 +119,7 @@ def test_plan_is_arms_times_seeds(tmp_path):
         "trainer.logger.init_args.tags.digest": run.digest,
     }
     # The overrides over the base are the very config that was digested.
-    assert digest_of(resolve(list(plan.study.base), run.overrides)) == run.digest
+    assert compute_digest(resolve(list(plan.study.base), run.overrides)) == run.digest
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_an_arm_is_resolved_once_where_the_seed_can_be_put_in_its_places(tmp_pat
         own = resolve(list(study.base), run.overrides)
         assert own["model"]["noise"] == run.resolved["model"]["noise"]
         assert own["model"]["noise"] in (run.seed, run.seed + 1, f"s{run.seed}")
-        assert digest_of(own) == run.digest
+        assert compute_digest(own) == run.digest
 
 
 def test_an_arm_that_holds_the_seed_elsewhere_is_proven_for_itself(tmp_path):

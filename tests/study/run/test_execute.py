@@ -18,10 +18,10 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.run.engines import LocalEngine
 from lightning_moevlm.study.run.ledger import RunState, Status, read_ledger, read_state, write_state
-from lightning_moevlm.study.run.mlflow_runs import ROLE, ROLE_ARM, Experiment
+from lightning_moevlm.study.run.mlflow_runs import ROLE, ROLE_ARM, StudyRuns
 from lightning_moevlm.study.run.processes.child_process import is_alive
 from lightning_moevlm.study.run.processes.overrides_file import OVERRIDES_FILE, write_overrides
-from lightning_moevlm.study.run.to_do import to_do
+from lightning_moevlm.study.run.to_do import find_waiting_runs
 from lightning_moevlm.tracking.read.runs import RunRow, find_runs
 from tests.study.tiny_study import plan_of, sweep, write_project
 from tests.waiting import wait_for
@@ -29,13 +29,13 @@ from tests.waiting import wait_for
 REPOSITORY = Path(__file__).parents[3]
 
 
-def tracked(experiment: Experiment) -> list[RunRow]:
+def tracked(experiment: StudyRuns) -> list[RunRow]:
     """Return every run of the study that MLflow has, by name."""
     rows = find_runs(experiment.uri, experiment.name, {ROLE: ROLE_ARM})
     return sorted(rows, key=lambda row: row.name)
 
 
-def assert_each_once(plan: Plan, experiment: Experiment) -> None:
+def assert_each_once(plan: Plan, experiment: StudyRuns) -> None:
     """Every planned run is in MLflow exactly once, finished, with every step exactly once."""
     rows = tracked(experiment)
     assert [row.name for row in rows] == sorted(run.name for run in plan.runs)
@@ -148,15 +148,15 @@ def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):
     from lightning_moevlm.study.run import runs_at_work
 
     file = write_project(tmp_path, uri, {"arms": {"baseline": None, "crash": {"model.crash_at": 2}}, "seeds": [0]})
-    real, busy = runs_at_work.settle, ["crash"]
+    real, busy = runs_at_work.record_outcome, ["crash"]
 
-    def settle(plan, run, *rest):
+    def record_outcome(plan, run, *rest):
         if run.arm in busy:
             busy.remove(run.arm)
             raise OSError("database is locked")
         real(plan, run, *rest)
 
-    monkeypatch.setattr(runs_at_work, "settle", settle)
+    monkeypatch.setattr(runs_at_work, "record_outcome", record_outcome)
     plan, _, tally, _ = sweep(file)
     states = {run.arm: (state.status, state.attempts) for run, state in read_ledger(plan)}
     assert tally.started == 2
@@ -256,7 +256,7 @@ def test_orphan_of_a_killed_sweep_is_ended(tmp_path, uri, has_run):
     write_state(plan.run_folder(plan.runs[0]), state)
     try:
         assert read_state(plan.run_folder(plan.runs[0])).status is (Status.RUNNING if has_run else Status.INTERRUPTED)
-        assert to_do(plan, experiment, LocalEngine(), retry=False) == list(plan.runs)
+        assert find_waiting_runs(plan, experiment, LocalEngine(), retry=False) == list(plan.runs)
         assert (orphan.poll() is not None) is has_run
     finally:
         orphan.kill()
@@ -301,7 +301,7 @@ def test_result_is_measured_after_the_whole_budget(tmp_path, uri, every, status,
     # Nor is it taken up from MLflow, where an earlier version may have called it finished.
     MlflowClient(uri).set_tag(state.run_id, "outcome", "finished")
     shutil.rmtree(plan.folder)
-    assert bool(to_do(plan, experiment, LocalEngine(), retry=False)) is (status is Status.FAILED)
+    assert bool(find_waiting_runs(plan, experiment, LocalEngine(), retry=False)) is (status is Status.FAILED)
 
 
 def test_all_arms_of_a_seed_before_the_next_seed(tmp_path, uri):

@@ -20,11 +20,11 @@ from lightning_moevlm.study.run.ledger import (
     Status,
     check_store,
     hold_study,
-    keep_store,
     read_state,
+    remember_store,
     write_state,
 )
-from lightning_moevlm.study.run.processes.child_process import Child, end_all, is_alive
+from lightning_moevlm.study.run.processes.child_process import Child, end_processes, is_alive
 from lightning_moevlm.study.run.processes.command_line import share_environment
 from lightning_moevlm.study.run.processes.run_files import last_checkpoint
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
@@ -93,7 +93,7 @@ def test_a_process_that_has_ended_is_not_alive_though_nobody_reaps_it():
     assert process.is_running()  # what psutil says of it
     assert not is_alive(process)
     before = time.monotonic()
-    end_all([child.pid], 60.0)
+    end_processes([child.pid], 60.0)
     assert time.monotonic() - before < 60.0
     assert child.returncode is None and child.wait() == 0  # whoever started it is still told how it ended
 
@@ -177,14 +177,14 @@ def test_one_sweep_at_a_time_and_the_second_is_told_who(tmp_path):
 
 def test_another_store_does_not_make_results_look_lost(tmp_path):
     check_store(tmp_path, "http://dead")  # nothing has run: any store will do
-    keep_store(tmp_path, "sqlite:////a/mlflow.db")
+    remember_store(tmp_path, "sqlite:////a/mlflow.db")
     check_store(tmp_path, "sqlite:////a/mlflow.db")
     with pytest.raises(UserError, match=r"are in sqlite:////a/mlflow\.db, but the tracking URI is now http://b"):
         check_store(tmp_path, "http://b")
 
 
 def test_secrets_of_an_address_are_not_written(tmp_path):
-    keep_store(tmp_path, "https://me:swordfish@host")
+    remember_store(tmp_path, "https://me:swordfish@host")
     assert "swordfish" not in (tmp_path / "tracking.txt").read_text()
 
 

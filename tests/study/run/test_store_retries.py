@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_moevlm.study.run.ledger import Status, read_ledger
-from lightning_moevlm.study.run.runs_at_work import SILENCE
-from lightning_moevlm.study.run.store_retries import SilentStore
+from lightning_moevlm.study.run.runs_at_work import UNREACHABLE
+from lightning_moevlm.study.run.store_retries import StoreRetries
 from tests.mlflow_server import MlflowServer
 from tests.study.run.test_execute import assert_each_once, wait_for
 from tests.study.tiny_study import plan_of, sweep, write_project
@@ -64,7 +64,7 @@ def test_a_sweep_whose_server_stays_away_stops_and_is_taken_up_again(
     killer = kill_when(mortal_server, file, lambda found: found.count(Status.RUNNING) == 2)
     _, _, tally, _ = sweep(file, silence_seconds=1.0)
     killer.join()
-    assert (tally.started, tally.stopped) == (2, SILENCE)
+    assert (tally.started, tally.stopped) == (2, UNREACHABLE)
     assert sorted(statuses(file)) == [Status.ENDED] * 2 + [Status.PLANNED] * 2
     mortal_server.start()
     plan, experiment, tally, _ = sweep(file)
@@ -76,7 +76,7 @@ def test_a_silent_store_is_asked_again_after_growing_pauses(monkeypatch: pytest.
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     told: list[str] = []
-    store = SilentStore("http://user:secret@127.0.0.1:9", told.append)
+    store = StoreRetries("http://user:secret@127.0.0.1:9", told.append)
 
     def fail() -> None:
         raise OSError("gone")
@@ -90,9 +90,9 @@ def test_a_silent_store_is_asked_again_after_growing_pauses(monkeypatch: pytest.
             pause += 1
         pauses.append(pause)
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
-    assert store.silent_seconds == sum(pauses)
+    assert store.outage_seconds == sum(pauses)
     assert store.attempt(lambda: None)
-    assert (store.is_ready, store.silent_seconds) == (True, 0.0)
+    assert (store.is_ready, store.outage_seconds) == (True, 0.0)
     assert told == [
         "MLflow at http://***@127.0.0.1:9 takes nothing at the moment; what runs goes on; runs are judged and others "
         "begin once it answers: gone"

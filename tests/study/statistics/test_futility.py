@@ -1,4 +1,4 @@
-"""`stop_hopeless`: whom the rule withdraws, what becomes of them, and that nobody's verdict gets easier by it."""
+"""`futility_stop`: whom the rule withdraws, what becomes of them, and that nobody's verdict gets easier by it."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from lightning_moevlm.study.compare.collect_results import gather
-from lightning_moevlm.study.declare.comparison import Hopeless, Primary
+from lightning_moevlm.study.declare.comparison import FutilityStop, Primary
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.run.ledger import Status, read_ledger
 from lightning_moevlm.study.statistics.effects import as_family, paired_effect
@@ -19,7 +19,7 @@ from tests.study.refusals import assert_refused
 from tests.study.run.test_execute import tracked
 from tests.study.tiny_study import sweep, write_project
 
-RULE = Hopeless(at_step=3, worse_by=0.5)
+RULE = FutilityStop(at_step=3, worse_by=0.5)
 LOSS, ACCURACY = Primary("val/task_loss", "lower"), Primary("val/accuracy_text", "higher")
 
 
@@ -77,7 +77,7 @@ def test_designs_that_need_every_arm_refuse_it(tmp_path: Path) -> None:
         "seeds: [0]\n"
         "budget: {max_steps: 10}\n"
         "primary: {metric: val/task_loss}\n"
-        "stop_hopeless: {at_step: 3, worse_by: 1}\n"
+        "futility_stop: {at_step: 3, worse_by: 1}\n"
     )
     assert_refused(file, 8, ["a factorial design needs every arm to its end", "one_in, leave_one_out or `arms`"])
 
@@ -87,7 +87,7 @@ def test_a_sweep_stops_the_withdrawn_arm_and_gives_it_no_verdict(tmp_path: Path,
     study = {
         "arms": {"baseline": None, "far": {"model.worse": 2.0}, "near": {"model.worse": 0.1}},
         "budget": {"max_steps": 40},
-        "stop_hopeless": {"at_step": 3, "worse_by": 1.0},
+        "futility_stop": {"at_step": 3, "worse_by": 1.0},
     }
     file = write_project(tmp_path, uri, study, model={"seconds_per_step": 0.25})
     plan, experiment, tally, _ = sweep(file, jobs=6)
@@ -169,7 +169,7 @@ def test_the_family_wise_error_stays_under_alpha(n: int) -> None:
 @pytest.mark.slow
 def test_whole_verdicts_with_the_rule_are_among_those_without_it() -> None:
     """Not p values alone; arms 0 and 1 do help, so that there is something to tell."""
-    seeds, rule, early = tuple(range(6)), Rule("lower", 0.05, "t", "holm"), Hopeless(1, 1.5)
+    seeds, rule, early = tuple(range(6)), Rule("lower", 0.05, "t", "holm"), FutilityStop(1, 1.5)
     zero = dict.fromkeys(seeds, 0.0)
     told, withdrawn = 0, 0
     for middle, end in zip(*simulated(20, arms=4, n=6), strict=True):

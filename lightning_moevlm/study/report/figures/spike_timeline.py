@@ -47,7 +47,7 @@ _STOPPED = Mark("stopped early", "|", INK, 10.0, 3.0)
 class Timeline(NamedTuple):
     """One run. last: last logged step; spiked: steps by signal, None where too few points were logged to judge any.
 
-    stopped: whether the study's rule for hopeless arms ended it.
+    stopped: whether the study's futility rule ended it.
     """
 
     name: str

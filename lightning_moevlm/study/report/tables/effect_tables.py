@@ -79,7 +79,7 @@ def factors_table(result: StudyResult) -> Table | None:
         notes.append(
             f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
         )
-        notes += [f"{line}." for line in fraction.told()[1:]]
+        notes += [f"{line}." for line in fraction.describe()[1:]]
     told: dict[str, list[str]] = {}  # names by note: a seed that is left out is so in every contrast
     for one in result.factors:
         told.setdefault(one.effect.note, []).append(one.name)

@@ -75,12 +75,12 @@ def plan_table(plan: Plan, statuses: dict[str, str], known: KnownRuns | None = N
     notes = (
         f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each; decided by "
         f"{study.primary.metric}, {study.primary.direction} is better.",
-        f"diverged: {study.diverged.rule}.",
+        f"diverged: {study.diverged.text}.",
         *(f"{line}." for line in (known.told(len(plan.runs)) if known else ())),
         *(("`sweep run` takes the results of known runs; with --reuse=false it trains them again.",) if taken else ()),
         *_notes_on_baseline(plan),
         *_notes_on_length(plan),
-        *(line for fraction in _fractions(plan) for line in fraction.told()),
+        *(line for fraction in _fractions(plan) for line in fraction.describe()),
     )
     return Table("Runs", ("run", "digest", "status", "folder"), rows, notes, essential=3)
 

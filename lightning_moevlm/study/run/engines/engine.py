@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.run.processes.child_process import Ended
+from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 
 JOBS_FOLDER = "jobs"
 """Of an engine, in the folder of a study."""
@@ -94,7 +94,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def poll(self, ticket: str) -> Ended | None:
+    def poll(self, ticket: str) -> ProcessEnd | None:
         """Return how a job ended, or None while it waits or runs."""
 
     @abstractmethod

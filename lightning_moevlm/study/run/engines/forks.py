@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, end_all, start_process
+from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, end_processes, start_process
 from lightning_moevlm.study.run.processes.run_files import open_log
 
 _SERVER = (sys.executable, "-m", "lightning_moevlm.cli.fork_server")
@@ -102,7 +102,7 @@ class ForkServer:
         if message is None:
             self.is_gone = True
             self.kill(PATIENCE_SECONDS)
-            end_all([pid for ticket, (pid, _) in self._begun.items() if ticket not in self._codes], 0.0)
+            end_processes([pid for ticket, (pid, _) in self._begun.items() if ticket not in self._codes], 0.0)
         elif "pid" in message:
             self._begun[message["ticket"]] = message["pid"], message["at"]
         else:

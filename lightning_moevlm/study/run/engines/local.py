@@ -10,8 +10,8 @@ from pathlib import Path
 from lightning_moevlm.common.process_tuning import usable_cores
 from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require_at_least
 from lightning_moevlm.study.run.engines.forks import Fork, ForkServer
-from lightning_moevlm.study.run.processes.child_process import Child, Ended, end_children, start_of
-from lightning_moevlm.study.run.processes.command_line import own_words, share_environment
+from lightning_moevlm.study.run.processes.child_process import Child, ProcessEnd, end_children, start_time
+from lightning_moevlm.study.run.processes.command_line import moevlm_arguments, share_environment
 from lightning_moevlm.study.run.processes.run_files import open_log
 
 SERVER_LOG = "fork_server.txt"
@@ -53,15 +53,15 @@ class LocalEngine(Engine):
         taken = {slot for slot, _ in self._busy.values()}
         slot = next(slot for slot in range(self._jobs) if slot not in taken)
         env = {**share_environment(os.environ, self._jobs, usable_cores(), slot, self._gpus), **job.environment}
-        child, lives_with = self._started(job, env)
+        child, lives_with = self._start(job, env)
         self._busy[job.ticket] = slot, child
-        return Handle(lives_with, start_of(lives_with) or child.started)
+        return Handle(lives_with, start_time(lives_with) or child.started)
 
     def attach(self, ticket: str, job: str) -> bool:
         """Return False: a process of an earlier program has ended with it."""
         return False
 
-    def poll(self, ticket: str) -> Ended | None:
+    def poll(self, ticket: str) -> ProcessEnd | None:
         """Return how the process ended."""
         process = (child := self._busy[ticket][1]).process
         ended = child.poll()
@@ -82,9 +82,9 @@ class LocalEngine(Engine):
             self._server.close()
             self._server = None
 
-    def _started(self, job: Job, env: Mapping[str, str]) -> tuple[Child, int]:
+    def _start(self, job: Job, env: Mapping[str, str]) -> tuple[Child, int]:
         """Return the job's process, and the number of the one that it lives and dies with."""
-        words = own_words(job.command)
+        words = moevlm_arguments(job.command)
         server = None if words is None else self._server_for(job, env, words)
         if server is None or words is None:
             child = Child.start(job.command, env, job.log, job.timeout_seconds, job.folder)

@@ -20,8 +20,8 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.process_tuning import usable_cores
 from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require, require_at_least
 from lightning_moevlm.study.run.engines.tickets import Tickets
-from lightning_moevlm.study.run.engines.worker import carry_out
-from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, Ended
+from lightning_moevlm.study.run.engines.worker import run_job
+from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, ProcessEnd
 
 _CONNECT_SECONDS = 10.0
 # Where Ray is not to make clusters of several machines it listens on loopback; named after the systems on which that is
@@ -95,7 +95,7 @@ class RayEngine(Engine):
 
         environment = {"OMP_NUM_THREADS": str(self._num_cpus), **_own_threads(), **job.environment}
         words = {**vars(job), "environment": environment}
-        task: Any = ray.remote(carry_out)
+        task: Any = ray.remote(run_job)
         task = task.options(num_cpus=self._num_cpus, num_gpus=self._num_gpus, max_retries=0, name=job.name)
         self._tasks[job.ticket] = task.remote(Job(**words), self._folder, job.ticket)
         me = psutil.Process()
@@ -105,7 +105,7 @@ class RayEngine(Engine):
         """Return False: a task of an earlier program has ended with it."""
         return False
 
-    def poll(self, ticket: str) -> Ended | None:
+    def poll(self, ticket: str) -> ProcessEnd | None:
         """Return how the task ended; without a word where its node or its worker went away."""
         import ray
 
@@ -113,16 +113,16 @@ class RayEngine(Engine):
         if not ready:
             return None
         task = self._tasks.pop(ticket)
-        ended = Tickets(self._folder).ended(ticket)
+        ended = Tickets(self._folder).read_end(ticket)
         if ended is not None:
             return ended
         try:
             ray.get(task)
         except ray.exceptions.RayTaskError as error:
-            return Ended(1, f"the Ray worker failed before the run began: {str(error).strip().splitlines()[-1]}")
+            return ProcessEnd(1, f"the Ray worker failed before the run began: {str(error).strip().splitlines()[-1]}")
         except ray.exceptions.RayError as error:
-            return Ended(None, f"lost by Ray: {str(error).strip().splitlines()[0]}")
-        return Ended(None, "its ticket was taken by another job")
+            return ProcessEnd(None, f"lost by Ray: {str(error).strip().splitlines()[0]}")
+        return ProcessEnd(None, "its ticket was taken by another job")
 
     def cancel(self, tickets: Sequence[str]) -> None:
         """Interrupt tasks, which then end their runs."""

@@ -21,15 +21,15 @@ import psutil
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require, require_at_least
-from lightning_moevlm.study.run.engines.tickets import NOBODY, Tickets
-from lightning_moevlm.study.run.engines.worker import NO_CHECKPOINT, carry_out
-from lightning_moevlm.study.run.processes.child_process import Ended, is_alive
+from lightning_moevlm.study.run.engines.tickets import NO_OWNER, Tickets
+from lightning_moevlm.study.run.engines.worker import NO_CHECKPOINT, run_job
+from lightning_moevlm.study.run.processes.child_process import ProcessEnd, is_alive
 from lightning_moevlm.study.run.processes.run_files import last_checkpoint
 
 if TYPE_CHECKING:
     import submitit
 
-_LOST = Ended(None, "ended by the cluster")
+_LOST = ProcessEnd(None, "ended by the cluster")
 _CANCEL_SECONDS = 60.0  # SLURM waits 30 s between asking and making, unless it is set otherwise
 _WARNING_SECONDS = 90  # between the signal and the end of a job's time
 _LOGS = "submitit"
@@ -115,7 +115,7 @@ class SlurmEngine(Engine):
             with _environment({**threads, **job.environment}):
                 submitted = self._executor.submit(_Work(replace(job, environment={}), self._folder))
         except (FailedJobError, FailedSubmissionError) as error:
-            if Tickets(self._folder).take(job.ticket, NOBODY) is None:  # should it begin after all, it will leave
+            if Tickets(self._folder).take(job.ticket, NO_OWNER) is None:  # should it begin after all, it will leave
                 raise UserError(f"sbatch refused the job: {_last_line(error)}") from error
             raise
         self._jobs[job.ticket] = submitted
@@ -126,8 +126,8 @@ class SlurmEngine(Engine):
         import submitit
 
         if not job:  # the ledger was not told: whoever has the ticket is the job
-            job = Tickets(self._folder).take(ticket, NOBODY) or NOBODY
-            if job == NOBODY:
+            job = Tickets(self._folder).take(ticket, NO_OWNER) or NO_OWNER
+            if job == NO_OWNER:
                 return False
         if self._cluster == "local":
             self._jobs[ticket] = int(job)
@@ -135,12 +135,12 @@ class SlurmEngine(Engine):
             self._jobs[ticket] = submitit.SlurmJob(self._folder / _LOGS, job)
         return True
 
-    def poll(self, ticket: str) -> Ended | None:
+    def poll(self, ticket: str) -> ProcessEnd | None:
         """Return what the job wrote down, or that the cluster ended it."""
         tickets = Tickets(self._folder)
-        ended = tickets.ended(ticket)
+        ended = tickets.read_end(ticket)
         if ended is None and self._is_over(ticket):
-            ended = tickets.ended(ticket) or _LOST  # written between the two questions
+            ended = tickets.read_end(ticket) or _LOST  # written between the two questions
         if ended is not None:
             del self._jobs[ticket]
         return ended
@@ -178,10 +178,12 @@ class _Work:
 
         signal.signal(signal.SIGTERM, _leave)  # submitit lets it pass, and the run would be killed in its tracks
         try:
-            carry_out(self.job, self.tickets, submitit.JobEnvironment().job_id)
+            run_job(self.job, self.tickets, submitit.JobEnvironment().job_id)
         except Exception as error:  # the cluster's own ends are none: they go through
             stopped_early = isinstance(error, submitit.core.utils.UncompletedJobError) and not self._has_checkpoint()
-            Tickets(self.tickets).end(self.job.ticket, NO_CHECKPOINT if stopped_early else Ended(1, _last_line(error)))
+            Tickets(self.tickets).write_end(
+                self.job.ticket, NO_CHECKPOINT if stopped_early else ProcessEnd(1, _last_line(error))
+            )
             raise
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission | None":

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_moevlm.common.atomic_files import write_whole
-from lightning_moevlm.study.run.processes.child_process import Ended
+from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 
-NOBODY = "nobody"
+NO_OWNER = "no owner"
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Tickets:
             mine.unlink()
         return None
 
-    def end(self, ticket: str, ended: Ended) -> None:
+    def write_end(self, ticket: str, ended: ProcessEnd) -> None:
         """Write how an attempt ended."""
         write_whole(self._ended(ticket), json.dumps(asdict(ended)) + "\n")
 
-    def ended(self, ticket: str) -> Ended | None:
+    def read_end(self, ticket: str) -> ProcessEnd | None:
         """Return how an attempt ended, or None while nothing has been written."""
         try:
-            return Ended(**json.loads(self._ended(ticket).read_text(encoding="utf-8")))
+            return ProcessEnd(**json.loads(self._ended(ticket).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
 

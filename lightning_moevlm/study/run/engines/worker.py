@@ -10,17 +10,17 @@ from pathlib import Path
 
 from lightning_moevlm.study.run.engines.engine import CHECKPOINT, Job
 from lightning_moevlm.study.run.engines.tickets import Tickets
-from lightning_moevlm.study.run.processes.child_process import Child, Ended
+from lightning_moevlm.study.run.processes.child_process import Child, ProcessEnd
 from lightning_moevlm.study.run.processes.run_files import last_checkpoint
 
-NO_CHECKPOINT = Ended(None, "stopped by the cluster before its first checkpoint")
+NO_CHECKPOINT = ProcessEnd(None, "stopped by the cluster before its first checkpoint")
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
 # What the cluster says to its jobs is not meant for the run: Lightning would take the job's tasks for its own ranks.
 _CLUSTERS = ("SLURM_", "SUBMITIT_", "RAY_")
 
 
-def carry_out(job: Job, tickets: Path, owner: str) -> None:
+def run_job(job: Job, tickets: Path, owner: str) -> None:
     """Run a job to its end and write down how it ended; leave at once where its ticket has been given up.
 
     Args:
@@ -36,7 +36,7 @@ def carry_out(job: Job, tickets: Path, owner: str) -> None:
     if before == owner:  # started again
         checkpoint = last_checkpoint(*job.checkpoints)
         if checkpoint is None:  # from zero it would write every point twice
-            files.end(job.ticket, NO_CHECKPOINT)
+            files.write_end(job.ticket, NO_CHECKPOINT)
             return
         command = tuple(str(checkpoint) if word == CHECKPOINT else word for word in job.again)
     own = {name: value for name, value in os.environ.items() if not name.startswith(_CLUSTERS)}
@@ -48,4 +48,4 @@ def carry_out(job: Job, tickets: Path, owner: str) -> None:
             time.sleep(_GRACE_SECONDS)  # a cluster that stops a job tells all its processes: were we told too?
     finally:
         child.end()
-    files.end(job.ticket, ended)
+    files.write_end(job.ticket, ended)

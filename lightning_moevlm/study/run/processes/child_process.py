@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessEnd:
     """How a run's process ended.
 
     code: exit code, negative: the signal that ended it; None: whoever ran it was stopped, and it may go on from its
@@ -98,7 +98,7 @@ class Child:
         log = open_log(log_file, command)
         return cls(start_process(command, env, log, folder), log, time.time(), timeout_seconds)
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> ProcessEnd | None:
         """Return how it ended, or None while it runs; one that is over its time is ended first."""
         code = self.process.poll()
         if code is None and self.timeout_seconds is not None and time.monotonic() > self.begun + self.timeout_seconds:
@@ -108,7 +108,7 @@ class Child:
         if code is None:
             return None
         self.log.close()
-        return Ended(code, self.reason, self.started, time.time())
+        return ProcessEnd(code, self.reason, self.started, time.time())
 
     def end(self) -> None:
         """End it and all below it, unless it has ended: asked first, after some patience made to."""
@@ -121,7 +121,7 @@ def end_children(children: Sequence[Child]) -> None:
     Whoever waits for a child first has its exit code, so each child is waited for by its own `process`.
     """
     living = [child.process for child in children if child.process.poll() is None]
-    below = [process for child in living for process in _below(child.pid)]
+    below = [process for child in living for process in _find_descendants(child.pid)]
     for process in living:
         process.terminate()
     patience_ends = time.monotonic() + PATIENCE_SECONDS
@@ -131,17 +131,17 @@ def end_children(children: Sequence[Child]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    _make_end(below)
+    _kill_and_wait(below)
 
 
-def _below(pid: int | None) -> list[psutil.Process]:
+def _find_descendants(pid: int | None) -> list[psutil.Process]:
     try:
         return [] if pid is None else psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:  # of a process that another one waits for
         return []
 
 
-def end_all(pids: Sequence[int], patience_seconds: float) -> None:
+def end_processes(pids: Sequence[int], patience_seconds: float) -> None:
     """End processes of others and all below them: first asked (SIGTERM), after the patience made to (SIGKILL)."""
     asked: list[psutil.Process] = []
     family: list[psutil.Process] = []
@@ -152,10 +152,10 @@ def end_all(pids: Sequence[int], patience_seconds: float) -> None:
             process.terminate()
             asked.append(process)
     _wait_until_over(asked, patience_seconds)
-    _make_end([*asked, *family])
+    _kill_and_wait([*asked, *family])
 
 
-def _make_end(processes: Sequence[psutil.Process]) -> None:
+def _kill_and_wait(processes: Sequence[psutil.Process]) -> None:
     left = [process for process in processes if is_alive(process)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -199,7 +199,7 @@ def start_process(
     )
 
 
-def start_of(pid: int) -> float | None:
+def start_time(pid: int) -> float | None:
     """Return when a process started as the system tells it, seconds since 1970; None where it is gone."""
     try:
         return psutil.Process(pid).create_time()

@@ -16,7 +16,7 @@ def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
     return [*_PROGRAM, "fit", *configs]
 
 
-def own_words(command: Sequence[str]) -> list[str] | None:
+def moevlm_arguments(command: Sequence[str]) -> list[str] | None:
     """Return what a command line gives to `moevlm`, or None where it starts another program."""
     return list(command[len(_PROGRAM) :]) if tuple(command[: len(_PROGRAM)]) == _PROGRAM else None
 

@@ -21,7 +21,7 @@ class Stop:
 
 
 @contextmanager
-def heard_signals() -> Iterator[Stop]:
+def catch_stop_signals() -> Iterator[Stop]:
     """Within, signals set a Stop and end nothing by themselves; under `nohup` a closed terminal stays ignored.
 
     From the main thread alone.

@@ -259,7 +259,7 @@ def test_runs_that_did_not_finish_are_marked_in_every_picture(tmp_path, monkeypa
     """Of three seeds one of `fast` diverges; `slow` is withdrawn as a whole at step 2."""
     arms = FAST["arms"] | {"slow": {"model.speed": 0.01}}
     even = loads({"text": (0.5, 0.5)})
-    study = {"arms": arms, "stop_hopeless": {"at_step": 2, "worse_by": 0.5}}
+    study = {"arms": arms, "futility_stop": {"at_step": 2, "worse_by": 0.5}}
 
     def series(run):
         if run.arm == "fast" and run.seed == 1:

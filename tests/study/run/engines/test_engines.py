@@ -14,12 +14,12 @@ import pytest
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.run.engines import CHECKPOINT, JOBS_FOLDER, Job, LocalEngine, RayEngine, SlurmEngine
-from lightning_moevlm.study.run.engines.tickets import NOBODY, Tickets
-from lightning_moevlm.study.run.engines.worker import NO_CHECKPOINT, carry_out
+from lightning_moevlm.study.run.engines.tickets import NO_OWNER, Tickets
+from lightning_moevlm.study.run.engines.worker import NO_CHECKPOINT, run_job
 from lightning_moevlm.study.run.ledger import RunState, Status, read_ledger, read_state, write_state
 from lightning_moevlm.study.run.mlflow_runs import open_experiment
-from lightning_moevlm.study.run.processes.child_process import Child, Ended, is_alive
-from lightning_moevlm.study.run.to_do import to_do
+from lightning_moevlm.study.run.processes.child_process import Child, ProcessEnd, is_alive
+from lightning_moevlm.study.run.to_do import find_waiting_runs
 from tests.study.run.test_execute import REPOSITORY, assert_each_once, by_seed, tracked, wait_for
 from tests.study.tiny_study import engine_of, plan_of, sweep, write_project
 
@@ -119,7 +119,7 @@ def test_jobs_of_a_killed_sweep_go_on_in_the_cluster_and_are_waited_for(tmp_path
 
     experiment = open_experiment(uri, "tiny")
     with pytest.raises(UserError, match=rf"is with slurm \(job {before[0].job}\), not with local; wait for it"):
-        to_do(plan, experiment, LocalEngine(), retry=False)
+        find_waiting_runs(plan, experiment, LocalEngine(), retry=False)
     _, experiment, tally, _ = sweep(file, engine=engine_of("slurm"))
     assert tally.started == 2
     assert_each_once(plan, experiment)
@@ -225,8 +225,8 @@ def test_sweep_killed_before_the_ledger_knew_the_job(tmp_path, uri, has_begun):
     else:
         assert tally.started == 1
         assert_each_once(plan, experiment)
-        assert (tickets / "t.taken").read_text() == NOBODY
-        carry_out(job, tickets, "123")
+        assert (tickets / "t.taken").read_text() == NO_OWNER
+        run_job(job, tickets, "123")
         assert not (tmp_path / "ran").exists()
 
 
@@ -268,16 +268,16 @@ def test_worker_writes_down_how_the_run_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     code = "import os; print(os.environ['TOLD'], os.environ.get('SLURM_NTASKS')); raise SystemExit(3)"
     before = time.time()
-    carry_out(job_of(tmp_path, code), tmp_path / "jobs", "7")
-    ended = Tickets(tmp_path / "jobs").ended("t")
+    run_job(job_of(tmp_path, code), tmp_path / "jobs", "7")
+    ended = Tickets(tmp_path / "jobs").read_end("t")
     assert (ended.code, ended.reason) == (3, "")
     assert before <= ended.started <= ended.ended <= time.time()
     assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "this None"  # it is no rank of the cluster's job
 
 
 def test_worker_ends_a_run_that_is_over_its_time(tmp_path):
-    carry_out(job_of(tmp_path, "import time; time.sleep(60)", timeout_seconds=0.3), tmp_path / "jobs", "7")
-    ended = Tickets(tmp_path / "jobs").ended("t")
+    run_job(job_of(tmp_path, "import time; time.sleep(60)", timeout_seconds=0.3), tmp_path / "jobs", "7")
+    ended = Tickets(tmp_path / "jobs").read_end("t")
     assert (ended.code, ended.reason) == (
         -signal.SIGTERM,
         "not done after 0.005 minutes (timeout_minutes), so it was ended",
@@ -290,24 +290,24 @@ def test_worker_that_is_started_again(tmp_path):
     tickets = Tickets(tmp_path / "jobs")
     job = job_of(tmp_path, "print('from zero')", again="import sys; print('from', sys.argv[1])")
     assert tickets.take("t", "7") is None  # the first start, which was killed
-    carry_out(job, tickets.folder, "8")  # another job with the same ticket: there may be only one
-    assert tickets.ended("t") is None
-    carry_out(job, tickets.folder, "7")
-    assert tickets.ended("t") == NO_CHECKPOINT
+    run_job(job, tickets.folder, "8")  # another job with the same ticket: there may be only one
+    assert tickets.read_end("t") is None
+    run_job(job, tickets.folder, "7")
+    assert tickets.read_end("t") == NO_CHECKPOINT
     assert not job.log.exists()
     with zipfile.ZipFile(tmp_path / "last.ckpt", "w") as archive:
         archive.writestr("step", "3")
-    carry_out(job, tickets.folder, "7")
-    assert tickets.ended("t").code == 0
+    run_job(job, tickets.folder, "7")
+    assert tickets.read_end("t").code == 0
     assert job.log.read_text().splitlines()[-1] == f"from {tmp_path / 'last.ckpt'}"
 
 
 def test_ticket_is_taken_once(tmp_path):
     tickets = Tickets(tmp_path / "jobs")
-    assert tickets.ended("a") is None
+    assert tickets.read_end("a") is None
     assert [tickets.take("a", owner) for owner in ("1", "2", "1")] == [None, "1", "1"]
-    tickets.end("a", Ended(-9, "why", 1.0, 2.5))
-    assert tickets.ended("a") == Ended(-9, "why", 1.0, 2.5)
+    tickets.write_end("a", ProcessEnd(-9, "why", 1.0, 2.5))
+    assert tickets.read_end("a") == ProcessEnd(-9, "why", 1.0, 2.5)
     assert sorted(file.name for file in tickets.folder.iterdir()) == ["a.json", "a.taken"]
 
 

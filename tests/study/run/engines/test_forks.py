@@ -14,7 +14,7 @@ import pytest
 
 from lightning_moevlm.study.run.engines import JOBS_FOLDER, Job, LocalEngine
 from lightning_moevlm.study.run.engines.local import SERVER_LOG
-from lightning_moevlm.study.run.processes.child_process import Ended, is_alive
+from lightning_moevlm.study.run.processes.child_process import ProcessEnd, is_alive
 from tests.study.run.engines.test_engines import job_of
 from tests.study.run.test_execute import REPOSITORY
 from tests.waiting import wait_for
@@ -45,8 +45,8 @@ def run(folder: Path, ticket: str, code: str) -> Job:
     return replace(job, command=(sys.executable, "-m", "lightning_moevlm", code), log=folder / f"{ticket}.txt")
 
 
-def end_of(engine: LocalEngine, ticket: str) -> Ended:
-    found: list[Ended] = []
+def end_of(engine: LocalEngine, ticket: str) -> ProcessEnd:
+    found: list[ProcessEnd] = []
     wait_for(lambda: found.extend(filter(None, [engine.poll(ticket)])) or found)
     return found[0]
 
