@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_moevlm.bench.candidates import Candidate
 from lightning_moevlm.bench.timing import Ratio, interleave, ratio
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.load.device_stage import moved
+from lightning_moevlm.data.load.device_stage import to_device
 from lightning_moevlm.model.backbones import LIMoE, VLMoE
 from lightning_moevlm.model.experts import MLPExperts
 from lightning_moevlm.model.layers import MoEFFN
@@ -185,7 +185,7 @@ def pair_batch(num_samples: int, seed: int, device: str = "cpu") -> Batch:
     images = torch.randint(0, 256, (num_samples, 3, _IMAGE, _IMAGE), generator=generator, dtype=torch.uint8)
     text = torch.randint(10, _VOCABULARY, (num_samples, _TEXT), generator=generator)
     batch = Batch(images, text, torch.ones_like(text, dtype=torch.bool), tuple(map(str, range(num_samples))))
-    return moved(batch, torch.device(device))
+    return to_device(batch, torch.device(device))
 
 
 class _Repeated(Dataset[Batch]):

@@ -31,7 +31,7 @@ from lightning_moevlm.data.load.device_stage import DeviceStage
 from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, refuse_uneven_workers
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
-from lightning_moevlm.data.read.mixture import Mixture, Pace, Source, refuse_odd_names
+from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_odd_names
 from lightning_moevlm.data.read.open_set import OpenSet, open_set
 from lightning_moevlm.data.read.sample_order import Rank, train_batches
 from lightning_moevlm.data.read.source_stream import OpenSource
@@ -235,7 +235,7 @@ class ShardDataModule(LightningDataModule):
             rank = self._rank
             per_step, whole = self._batches_per_step, self._whole_steps
             limit = self._train_limit(whole)
-            pace = Pace(limit or whole, per_step)
+            pace = StepClock(limit or whole, per_step)
             reader = TrainReader(
                 opened,
                 self.mixture,

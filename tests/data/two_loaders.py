@@ -15,7 +15,7 @@ from lightning_moevlm.data.format.manifest import Split
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
-from lightning_moevlm.data.read.mixture import Mixture, Pace, Source
+from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock
 from lightning_moevlm.data.read.sample_order import Rank
 from lightning_moevlm.data.read.source_stream import OpenSource
 from lightning_moevlm.data.read.train_reader import TrainReader
@@ -37,7 +37,7 @@ def main(root: str, folder: Path, rank: Rank) -> None:
     def train(batch_size: int = BATCH_SIZE, num_streams: int = NUM_STREAMS) -> ShardLoader:
         mixture = Mixture((Source(root), Source(root)) if num_streams > 50 else (Source(root),))
         sources = (source("train"),) * len(mixture.sources)
-        reader = TrainReader(sources, mixture, batch_size, rank, 5, 0, num_streams, Pace(5), tolerant=False)
+        reader = TrainReader(sources, mixture, batch_size, rank, 5, 0, num_streams, StepClock(5), tolerant=False)
         return ShardLoader(reader, 0)
 
     def refusal(batch_size: int, num_streams: int) -> str:

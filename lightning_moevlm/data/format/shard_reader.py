@@ -18,7 +18,7 @@ from lightning_moevlm.data.format.sample_groups import Group, key_and_extension,
 from lightning_moevlm.data.format.tar_members import TarBreak, tar_members
 
 
-class Shelf(Protocol):
+class ShardOpener(Protocol):
     """What shards are taken from: a set's storage, or something before it that opens them ahead."""
 
     def place(self, file: str) -> str:
@@ -57,7 +57,7 @@ def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
 
 
 def read_shard(
-    shelf: Shelf, entry: ShardEntry, wanted: frozenset[str], layout: Layout = PLAIN
+    shelf: ShardOpener, entry: ShardEntry, wanted: frozenset[str], layout: Layout = PLAIN
 ) -> Iterator[RawSample | Lost]:
     """Yield a shard's samples in order, each with its wanted members, and what is lost.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_moevlm.data.format.faults import MAX_PIXELS
 from lightning_moevlm.data.images.decode import decode_image, image_rows, middle
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages
+from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 
 DecodeJpegs = Callable[..., list[Tensor]]
 
@@ -32,7 +32,7 @@ class Pixels(NamedTuple):
     faults: Mapping[int, ValueError]
 
 
-def decode_on(images: EncodedImages, size: int, device: torch.device, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode_on(images: JpegBatch, size: int, device: torch.device, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode JPEGs to (B, 3, size, size), uint8 RGB, on the device; scaled and cut as `decode_image` does it."""
     decode = _torchcodec() if device.type == "cuda" else None
     if decode is not None:

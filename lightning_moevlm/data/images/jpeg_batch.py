@@ -21,7 +21,7 @@ class Jpeg(NamedTuple):
     name: str
 
 
-class EncodedImages(NamedTuple):
+class JpegBatch(NamedTuple):
     """Encoded pictures of a batch, in its order, on the CPU.
 
     bytes_N: uint8, one JPEG after another. offsets_M: int64, where each of the M - 1 begins, and where the last ends.
@@ -36,7 +36,7 @@ class EncodedImages(NamedTuple):
     fresh: tuple[bool, ...]
 
     @classmethod
-    def of(cls, jpegs: Sequence[Jpeg], num_fresh: int | None = None) -> "EncodedImages":
+    def of(cls, jpegs: Sequence[Jpeg], num_fresh: int | None = None) -> "JpegBatch":
         """Put the JPEGs of one source together; in a worker, in shared memory. num_fresh: the first so many, or all."""
         offsets = np.cumsum([0, *(len(jpeg.data) for jpeg in jpegs)])
         bytes_N = _room(int(offsets[-1]))
@@ -48,7 +48,7 @@ class EncodedImages(NamedTuple):
         return cls(bytes_N, torch.from_numpy(offsets), names, (len(jpegs),), fresh)
 
     @classmethod
-    def joined(cls, several: Sequence["EncodedImages"]) -> "EncodedImages | None":
+    def joined(cls, several: Sequence["JpegBatch"]) -> "JpegBatch | None":
         """Put those of several sources together, one after the other; None for none."""
         if len(several) <= 1:
             return several[0] if several else None
@@ -71,7 +71,7 @@ class EncodedImages(NamedTuple):
         """Return the bytes of every JPEG, without copying them."""
         return tuple(self.bytes_N[start:stop] for start, stop in pairwise(self.offsets_M.tolist()))
 
-    def pinned(self) -> "EncodedImages":
+    def pinned(self) -> "JpegBatch":
         """Return the same in memory that a GPU can read from."""
         return self._replace(bytes_N=self.bytes_N.pin_memory())
 

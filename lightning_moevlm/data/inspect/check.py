@@ -25,7 +25,7 @@ from lightning_moevlm.data.images.decode import (
     undecodable,
 )
 from lightning_moevlm.data.inspect.thumbnails import modality_of, picture_size
-from lightning_moevlm.data.storage.next_shard import Ahead
+from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.captions import captions_in
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
@@ -170,7 +170,7 @@ class _Check:
 
     def _samples(self, split: Split, wanted: frozenset[str]) -> Iterator[RawSample | Lost]:
         shards = self._manifest.splits[split]
-        with Ahead(self._storage, shards) as ahead:
+        with ShardPrefetcher(self._storage, shards) as ahead:
             for shard in track(shards, len(shards), f"checking {split}"):
                 yield from read_shard(ahead, shard, wanted, self._manifest.layout)
 

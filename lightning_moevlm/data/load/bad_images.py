@@ -16,12 +16,12 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause, Lost, undecodable, untolerated
 from lightning_moevlm.data.images.decode import ImageTooLargeError
 from lightning_moevlm.data.images.gpu_decode import Pixels
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages
+from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.reader import Delivery, Failure
 
 
-def with_pixels(
-    delivery: Delivery, images: EncodedImages, pixels: Pixels, tolerant: bool, fills: bool
+def insert_pixels(
+    delivery: Delivery, images: JpegBatch, pixels: Pixels, tolerant: bool, fills: bool
 ) -> Delivery | Failure:
     """Put decoded pictures into their batch, and account for those that are none.
 
@@ -49,7 +49,7 @@ def with_pixels(
         )
     counted = Counter[Cause](delivery.lost)
     counted.update(each.cause for place, each in lost.items() if images.fresh[place])
-    return delivery._replace(batch=_rows(delivery.batch, kept), lost=dict(counted), last_words=last.message)
+    return delivery._replace(batch=_rows(delivery.batch, kept), lost=dict(counted), last_error=last.message)
 
 
 def _lost(name: str, error: ValueError) -> Lost:

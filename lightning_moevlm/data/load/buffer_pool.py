@@ -5,7 +5,7 @@ go into it; private memory of this size is handed back to the system and faulted
 few rooms for as long as it is iterated over. Nothing is ever copied out: a batch lies in its room, and stays whole for
 as long as it, or any view of it, is held. Who holds many batches uses the rooms up, and gets ordinary memory instead.
 
-A worker takes a room, fills it, and sends its number in place of the tensors (a `Parcel`): no file descriptor, no
+A worker takes a room, fills it, and sends its number in place of the tensors (a `PooledBatch`): no file descriptor, no
 mapping, and no round trip from process to process per tensor, as torch's own way of sending has.
 
 Shared memory is torch's: it has no name once it is there, so whoever is killed leaves nothing behind.
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes, shared_bytes
-from lightning_moevlm.data.read.tensor_slots import Parcel, Spot
+from lightning_moevlm.data.read.tensor_slots import PooledBatch, TensorSlot
 
 _ALIGNMENT = 64
 """Of every tensor in a room, in bytes: a cache line."""
 
 
-class Rooms:
+class BufferPool:
     """A few rooms, each for `num_bytes` of tensors of a batch.
 
     Only one process takes rooms, and only one, which may be the same, lends them.
@@ -37,10 +37,10 @@ class Rooms:
     allocate: what kind of memory they are in. It is used up only by rooms that are used: the first free one is taken.
     """
 
-    def __init__(self, num_rooms: int, num_bytes: int, allocate: Allocate) -> None:
-        self.num_bytes = _aligned(num_bytes) + len(Batch._fields) * _ALIGNMENT  # gaps between tensors
-        self._bytes_KN = allocate(num_rooms * self.num_bytes).view(num_rooms, self.num_bytes)
-        self._taken_K = allocate(num_rooms).zero_()
+    def __init__(self, num_buffers: int, num_bytes: int, allocate: Allocate) -> None:
+        self.num_bytes = _align(num_bytes) + len(Batch._fields) * _ALIGNMENT  # gaps between tensors
+        self._bytes_KN = allocate(num_buffers * self.num_bytes).view(num_buffers, self.num_bytes)
+        self._taken_K = allocate(num_buffers).zero_()
 
     def take(self) -> int | None:
         """Take a free room; None if there is none."""
@@ -50,23 +50,23 @@ class Rooms:
         self._taken_K[free[0]] = 1
         return int(free[0])
 
-    def bytes_of(self, room: int) -> Tensor:
+    def view_buffer(self, buffer: int) -> Tensor:
         """Return the bytes of a taken room, (num_bytes,), uint8, to be filled."""
-        return self._bytes_KN[room]
+        return self._bytes_KN[buffer]
 
-    def lend(self, room: int) -> Tensor:
+    def lend(self, buffer: int) -> Tensor:
         """Return the bytes of a taken room, which is free again when nothing is left that shares their storage."""
         # the storage of a tensor made of an array holds that very array; however many views, detached ones and arrays
         # are made of the tensor, the array goes when the last of them goes. The count that tells so is atomic, which
         # also keeps reads of the room before the mark that frees it.
-        array = self._bytes_KN[room].numpy()
-        weakref.finalize(array, _free, self._taken_K.numpy(), room, os.getpid()).atexit = False
+        array = self._bytes_KN[buffer].numpy()
+        weakref.finalize(array, _free, self._taken_K.numpy(), buffer, os.getpid()).atexit = False
         return torch.from_numpy(array)
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Return bytes of a room, lent; ordinary memory if they do not fit into one, or none is free."""
-        room = self.take() if num_bytes <= self.num_bytes else None
-        return private_bytes(num_bytes) if room is None else self.lend(room)[:num_bytes]
+        buffer = self.take() if num_bytes <= self.num_bytes else None
+        return private_bytes(num_bytes) if buffer is None else self.lend(buffer)[:num_bytes]
 
     @property
     def num_free(self) -> int:
@@ -74,64 +74,64 @@ class Rooms:
         return int((self._taken_K == 0).sum())
 
 
-def _free(taken_K: NDArray[np.uint8], room: int, lender: int) -> None:
+def _free(taken_K: NDArray[np.uint8], buffer: int, lender: int) -> None:
     if os.getpid() == lender:  # a forked process has copies of the lender's objects, and drops them when it likes
-        taken_K[room] = 0
+        taken_K[buffer] = 0
 
 
-class Packer:
+class BatchPacker:
     """What a worker puts its batches into."""
 
-    def __init__(self, rooms: Rooms, worker: int) -> None:
-        self._rooms = rooms
+    def __init__(self, pool: BufferPool, worker: int) -> None:
+        self._pool = pool
         self._worker = worker
-        self._room: int | None = None
+        self._buffer: int | None = None
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Return the beginning of a room; shared memory if none is free, or it is too small.
 
         Of several parts of one batch, which are joined to another tensor, only the first lies in a room.
         """
-        if self._room is not None:
+        if self._buffer is not None:
             return private_bytes(num_bytes)
-        self._room = self._rooms.take() if num_bytes <= self._rooms.num_bytes else None
-        return shared_bytes(num_bytes) if self._room is None else self._rooms.bytes_of(self._room)[:num_bytes]
+        self._buffer = self._pool.take() if num_bytes <= self._pool.num_bytes else None
+        return shared_bytes(num_bytes) if self._buffer is None else self._pool.view_buffer(self._buffer)[:num_bytes]
 
-    def packed(self, batch: Batch) -> tuple[Batch, Parcel | None]:
+    def pack(self, batch: Batch) -> tuple[Batch, PooledBatch | None]:
         """Put the tensors of a batch into its room, and return what is left to be sent as it is.
 
         What lies in the room already stays where it is. Without a free room, and where it is full, tensors stay in
         the batch.
         """
-        room, self._room = self._rooms.take() if self._room is None else self._room, None
-        if room is None:
+        buffer, self._buffer = self._pool.take() if self._buffer is None else self._buffer, None
+        if buffer is None:
             return batch, None
-        bytes_N = self._rooms.bytes_of(room)
+        bytes_N = self._pool.view_buffer(buffer)
         tensors = {name: each for name, each in batch._asdict().items() if isinstance(each, Tensor) and each.is_cpu}
         starts = {name: each.data_ptr() - bytes_N.data_ptr() for name, each in tensors.items()}
         inside = [name for name, start in starts.items() if 0 <= start < len(bytes_N)]
-        spots = {name: _spot(tensors[name], starts[name]) for name in inside}
-        end = max((spot.stop for spot in spots.values()), default=0)
+        slots = {name: _make_slot(tensors[name], starts[name]) for name in inside}
+        end = max((slot.stop for slot in slots.values()), default=0)
         for name in (name for name in tensors if name not in inside):
-            spot = _spot(tensors[name], _aligned(end))
-            if spot.stop <= len(bytes_N):
-                spot.of(bytes_N).copy_(tensors[name])
-                spots[name], end = spot, spot.stop
-        sent: dict[str, Any] = dict.fromkeys(spots)
-        return batch._replace(**sent), Parcel(self._worker, room, spots)
+            slot = _make_slot(tensors[name], _align(end))
+            if slot.stop <= len(bytes_N):
+                slot.of(bytes_N).copy_(tensors[name])
+                slots[name], end = slot, slot.stop
+        sent: dict[str, Any] = dict.fromkeys(slots)
+        return batch._replace(**sent), PooledBatch(self._worker, buffer, slots)
 
 
-def unpacked(batch: Batch, parcel: Parcel, rooms: Sequence[Rooms]) -> Batch:
+def unpack(batch: Batch, pooled: PooledBatch, pool: Sequence[BufferPool]) -> Batch:
     """Return a batch with the tensors of its parcel, where they lie. rooms: of every worker."""
-    bytes_N = rooms[parcel.worker].lend(parcel.room)
-    tensors: dict[str, Any] = {name: spot.of(bytes_N) for name, spot in parcel.spots.items()}
+    bytes_N = pool[pooled.worker].lend(pooled.buffer)
+    tensors: dict[str, Any] = {name: slot.of(bytes_N) for name, slot in pooled.slots.items()}
     return batch._replace(**tensors)
 
 
-def _spot(tensor: Tensor, start: int) -> Spot:
+def _make_slot(tensor: Tensor, start: int) -> TensorSlot:
     dense = torch.empty_like(tensor, device="meta")  # has the strides of a tensor without gaps in the same order
-    return Spot(start, tuple(tensor.shape), dense.stride(), tensor.dtype)
+    return TensorSlot(start, tuple(tensor.shape), dense.stride(), tensor.dtype)
 
 
-def _aligned(num_bytes: int) -> int:
+def _align(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.images.augment import Augment
 from lightning_moevlm.data.images.gpu_decode import decode_on
-from lightning_moevlm.data.load.bad_images import with_pixels
-from lightning_moevlm.data.load.gpu_prefetch import prefetched
+from lightning_moevlm.data.load.bad_images import insert_pixels
+from lightning_moevlm.data.load.gpu_prefetch import prefetch
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure
 
 
@@ -41,24 +41,24 @@ class DeviceStage:
 
     def __call__(self, arriving: Iterator[Delivery | Failure], start: Cursor) -> Iterator[Delivery | Failure]:
         """Prepare what arrives from a place on."""
-        prepared = (self.prepared(item, start.epoch, number) for number, item in enumerate(arriving, start.batch))
-        return prefetched(prepared, self.device, self.num_ahead)
+        prepared = (self.prepare(item, start.epoch, number) for number, item in enumerate(arriving, start.batch))
+        return prefetch(prepared, self.device, self.num_ahead)
 
-    def prepared(self, item: Delivery | Failure, epoch: int, number: int) -> Delivery | Failure:
+    def prepare(self, item: Delivery | Failure, epoch: int, number: int) -> Delivery | Failure:
         """Return a batch as the model gets it. number: in its epoch."""
         if isinstance(item, Delivery) and item.encoded is not None:
             pixels = decode_on(item.encoded, self.image_size, self.device, self.max_pixels)
-            item = with_pixels(item, item.encoded, pixels, self.tolerant, self.fills)
+            item = insert_pixels(item, item.encoded, pixels, self.tolerant, self.fills)
         if isinstance(item, Failure):
             return item
-        batch = moved(item.batch, self.device)
+        batch = to_device(item.batch, self.device)
         if self.augment is not None and batch.images_BRYX is not None:
             images_BRYX = self.augment(batch.images_BRYX, self.seed, self.rank, epoch, number)
             batch = batch._replace(images_BRYX=images_BRYX)
         return item._replace(batch=batch)
 
 
-def moved(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors on the device; from pinned memory a copy does not hold up the CPU."""
     pinned = device.type == "cuda"
     there: dict[str, Any] = {

@@ -15,14 +15,14 @@ from torch import Tensor
 from lightning_moevlm.data.read.reader import Delivery, Failure
 
 
-class _Ahead(NamedTuple):
+class _Prepared(NamedTuple):
     """A prepared batch. ready: when its stream is done with it; None where there are no streams."""
 
     item: Delivery | Failure
     ready: torch.cuda.Event | None
 
 
-def prefetched(
+def prefetch(
     prepared: Iterator[Delivery | Failure], device: torch.device, num_ahead: int
 ) -> Iterator[Delivery | Failure]:
     """Hand out batches in their order, while the next `num_ahead` are prepared already.
@@ -31,7 +31,7 @@ def prefetched(
     earlier, not meanwhile. A failure is handed out when its turn comes, and nothing is asked for beyond it.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" and num_ahead else None
-    waiting: deque[_Ahead] = deque()
+    waiting: deque[_Prepared] = deque()
     more = True
     while more or waiting:
         while more and len(waiting) <= num_ahead:
@@ -40,22 +40,22 @@ def prefetched(
                 waiting.append(ahead)
             more = ahead is not None and not isinstance(ahead.item, Failure)
         if waiting:
-            yield _handed_over(waiting.popleft(), device)
+            yield _hand_over(waiting.popleft(), device)
 
 
-def _next(prepared: Iterator[Delivery | Failure], stream: torch.cuda.Stream | None) -> _Ahead | None:
+def _next(prepared: Iterator[Delivery | Failure], stream: torch.cuda.Stream | None) -> _Prepared | None:
     with torch.cuda.stream(stream):  # None leaves it as it is
         item = next(prepared, None)
     if item is None:
         return None
     if stream is None:
-        return _Ahead(item, None)
+        return _Prepared(item, None)
     ready = torch.cuda.Event()
     ready.record(stream)
-    return _Ahead(item, ready)
+    return _Prepared(item, ready)
 
 
-def _handed_over(ahead: _Ahead, device: torch.device) -> Delivery | Failure:
+def _hand_over(ahead: _Prepared, device: torch.device) -> Delivery | Failure:
     """Let the stream of the model wait for a batch, and keep its memory until that stream is done with it."""
     if ahead.ready is not None:
         current = torch.cuda.current_stream(device)

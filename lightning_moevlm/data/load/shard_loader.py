@@ -28,10 +28,10 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause
 from lightning_moevlm.data.images.allocation import private_bytes, shared_bytes
-from lightning_moevlm.data.load.buffer_pool import Rooms, unpacked
+from lightning_moevlm.data.load.buffer_pool import BufferPool, unpack
 from lightning_moevlm.data.load.device_stage import DeviceStage
-from lightning_moevlm.data.load.steps_ahead import steps_ahead
-from lightning_moevlm.data.load.worker_stream import BatchStream
+from lightning_moevlm.data.load.steps_ahead import look_ahead
+from lightning_moevlm.data.load.worker_stream import WorkerStream
 from lightning_moevlm.data.read.reader import BY_EPOCHS, READING, Cursor, Delivery, Failure, Places, Reader
 from lightning_moevlm.data.read.refill_batches import spread
 from lightning_moevlm.data.read.source_stream import Place
@@ -39,7 +39,7 @@ from lightning_moevlm.data.read.source_stream import Place
 _JUDGED_FROM = 1000
 """Samples over which the first losses are judged, so that one bad sample at the start is not a share of one."""
 
-_NUM_ROOMS = 4
+_NUM_BUFFERS = 4
 """Per worker: two batches that its loader has ordered ahead, the one that is used, and the one that comes after it."""
 
 
@@ -107,7 +107,7 @@ class ShardLoader:
         return tuple(source.name for source in self._reader.sources)
 
     @property
-    def may_lose(self) -> bool:
+    def tolerates_losses(self) -> bool:
         """Whether losses are counted and tolerated, within a limit."""
         return self._max_lost_fraction > 0
 
@@ -133,10 +133,10 @@ class ShardLoader:
         """
         self._cursor = self._next_start()
         self._resume_here = False
-        arriving = self._arriving()
+        arriving = self._read()
         before = Counter(self.lost)
         staged = arriving if self._stage is None else self._stage(arriving, self._cursor)
-        for delivery in steps_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged:
+        for delivery in look_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged:
             if isinstance(delivery, Failure):
                 raise UserError(delivery.message)
             self._take(delivery)
@@ -144,20 +144,20 @@ class ShardLoader:
                 warnings.warn(f"samples lost in this epoch: {_told(self.lost - before)}", stacklevel=2)
             yield delivery.batch
 
-    def _rooms(self) -> list[Rooms]:
+    def _pools(self) -> list[BufferPool]:
         """Return rooms for this process, or for each of its workers."""
         num_bytes = self._reader.bytes_per_batch
         if self._num_workers == 0:
-            return [Rooms(_NUM_ROOMS, num_bytes, private_bytes)]
+            return [BufferPool(_NUM_BUFFERS, num_bytes, private_bytes)]
         if self._pins:  # which torch's loader does with what it receives, and it cannot see into rooms
-            return [Rooms(0, num_bytes, private_bytes)] * self._num_workers
-        return [Rooms(_NUM_ROOMS, num_bytes, shared_bytes) for _ in range(self._num_workers)]
+            return [BufferPool(0, num_bytes, private_bytes)] * self._num_workers
+        return [BufferPool(_NUM_BUFFERS, num_bytes, shared_bytes) for _ in range(self._num_workers)]
 
     @property
     def _pins(self) -> bool:
         return self._stage is not None and self._stage.device.type == "cuda"
 
-    def _arriving(self) -> Iterator[Delivery | Failure]:
+    def _read(self) -> Iterator[Delivery | Failure]:
         start = self._cursor
         if not self._reader.may_be_empty:
             return self._read_from(start)
@@ -165,15 +165,15 @@ class ShardLoader:
         return islice(spread(self._read_from(replace(start, batch=0))), start.batch, None)
 
     def _read_from(self, start: Cursor) -> Iterator[Delivery | Failure]:
-        rooms = self._rooms()
+        pools = self._pools()
         loader: DataLoader[Delivery | Failure] = DataLoader(
-            BatchStream(self._reader, start, self._reader.num_batches, rooms),
+            WorkerStream(self._reader, start, self._reader.num_batches, pools),
             batch_size=None,
             num_workers=self._num_workers,
-            collate_fn=_unchanged,
+            collate_fn=_keep,
             pin_memory=self._pins,
         )
-        return _unpacked(loader, rooms)
+        return _unpack_all(loader, pools)
 
     def _take(self, delivery: Delivery) -> None:
         """Move on to the place behind a batch, and count."""
@@ -193,7 +193,7 @@ class ShardLoader:
         if self.lost.total() > self._max_lost_fraction * judged:
             raise UserError(
                 f"{self.lost.total()} of {read} samples read could not be used ({_told(self.lost)}), more than "
-                f"data.max_lost_fraction {self._max_lost_fraction} allows; the last: {delivery.last_words}"
+                f"data.max_lost_fraction {self._max_lost_fraction} allows; the last: {delivery.last_error}"
             )
 
     def _next_start(self) -> Cursor:
@@ -211,7 +211,7 @@ class ShardLoader:
             batch=self._cursor.batch,
             samples=list(self.samples),
             texts=[self.num_texts, self.num_cut],
-            ranks=self._of_all_ranks(own),
+            ranks=self._gather_ranks(own),
             order=self._order(),
         )
 
@@ -244,7 +244,7 @@ class ShardLoader:
         self.lost = Counter(own["lost"])  # type: ignore[arg-type]  # written by `state_dict`
         self._resume_here = True
 
-    def _of_all_ranks(self, own: RankState) -> dict[int, RankState]:
+    def _gather_ranks(self, own: RankState) -> dict[int, RankState]:
         rank = self._reader.rank
         if rank.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
             return {rank.index: own}
@@ -274,13 +274,13 @@ def _told(lost: Counter[Cause]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in sorted(lost.items()))
 
 
-def _unpacked(deliveries: Iterable[Delivery | Failure], rooms: Sequence[Rooms]) -> Iterator[Delivery | Failure]:
+def _unpack_all(deliveries: Iterable[Delivery | Failure], pools: Sequence[BufferPool]) -> Iterator[Delivery | Failure]:
     for item in deliveries:
-        if isinstance(item, Delivery) and item.parcel is not None:
-            yield item._replace(batch=unpacked(item.batch, item.parcel, rooms), parcel=None)
+        if isinstance(item, Delivery) and item.pooled is not None:
+            yield item._replace(batch=unpack(item.batch, item.pooled, pools), pooled=None)
         else:
             yield item
 
 
-def _unchanged(batch: Any) -> Any:
+def _keep(batch: Any) -> Any:
     return batch  # the default would turn the tuple of keys into a list

@@ -12,7 +12,7 @@ from lightning_moevlm.data.read.reader import Delivery, Failure
 Item = TypeVar("Item")
 
 
-def steps_ahead(arriving: Iterator[Delivery | Failure], first: int, per_step: int) -> Iterator[Delivery | Failure]:
+def look_ahead(arriving: Iterator[Delivery | Failure], first: int, per_step: int) -> Iterator[Delivery | Failure]:
     """Hand on deliveries in their order, each batch with those of its step.
 
     A step of which a part is done already knows the rest alone.

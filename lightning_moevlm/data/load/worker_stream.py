@@ -6,33 +6,33 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.images.allocation import Allocate
-from lightning_moevlm.data.load.buffer_pool import Packer, Rooms
+from lightning_moevlm.data.load.buffer_pool import BatchPacker, BufferPool
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure, Reader
 
 
-class BatchStream(IterableDataset[Delivery | Failure]):
+class WorkerStream(IterableDataset[Delivery | Failure]):
     """A worker's batches, from the cursor on.
 
     batches: where the epoch ends. rooms: for the batches of every worker, or of this process if there is none.
     """
 
-    def __init__(self, reader: Reader, start: Cursor, batches: int, rooms: Sequence[Rooms]) -> None:
+    def __init__(self, reader: Reader, start: Cursor, batches: int, pools: Sequence[BufferPool]) -> None:
         self._reader = reader
         self._start = start
         self._batches = batches
-        self._rooms = rooms
+        self._pools = pools
 
     def __iter__(self) -> Iterator[Delivery | Failure]:
         """Yield this worker's batches; a user's mistake ends the stream as a `Failure`."""
         worker = get_worker_info()
         try:
             if worker is None:
-                yield from self._deliveries(0, 1, self._rooms[0].allocate)
+                yield from self._deliveries(0, 1, self._pools[0].allocate)
                 return
-            packer = Packer(self._rooms[worker.id], worker.id)
+            packer = BatchPacker(self._pools[worker.id], worker.id)
             for delivery in self._deliveries(worker.id, worker.num_workers, packer.allocate):
-                batch, parcel = packer.packed(delivery.batch)
-                yield delivery._replace(batch=batch, parcel=parcel)
+                batch, pooled = packer.pack(delivery.batch)
+                yield delivery._replace(batch=batch, pooled=pooled)
         except UserError as error:
             yield Failure(str(error))
 

@@ -23,7 +23,7 @@ from lightning_moevlm.data.images.decode import (
     image_bytes,
     image_rows,
 )
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages, Jpeg
+from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.text.captions import captions_in, drawn
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
@@ -143,13 +143,13 @@ class Collate:
             text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len)
         return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded), num_cut=num_cut)
 
-    def encoded(self, decoded: Sequence[Decoded], num_fresh: int) -> EncodedImages | None:
+    def encoded(self, decoded: Sequence[Decoded], num_fresh: int) -> JpegBatch | None:
         """Put the JPEGs of a batch together; None where there are none, or they are decoded already.
 
         num_fresh: how many samples at the beginning are read for the first time in their epoch.
         """
         jpegs = [each.jpeg for each in decoded if each.jpeg is not None]
-        return EncodedImages.of(jpegs, num_fresh) if jpegs else None
+        return JpegBatch.of(jpegs, num_fresh) if jpegs else None
 
     def _jpeg(self, sample: RawSample, extension: str) -> Jpeg:
         data = _member(sample, extension)

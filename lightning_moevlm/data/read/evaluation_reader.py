@@ -13,7 +13,7 @@ from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.read.collate import Decoded
 from lightning_moevlm.data.read.joined_batches import joined
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Reader
-from lightning_moevlm.data.read.sample_order import Rank, Stretch, fixed_batches, fixed_number, fixed_stretch
+from lightning_moevlm.data.read.sample_order import Rank, SampleRange, fixed_batches, fixed_number, fixed_stretch
 from lightning_moevlm.data.read.source_stream import OpenSource
 
 
@@ -78,9 +78,9 @@ class FixedReader(Reader):
             if own:
                 yield from self._of_source(k, [self._stretch(k, batch) for batch in own], allocate)
 
-    def _of_source(self, k: int, stretches: Sequence[Stretch], allocate: Allocate) -> Iterator[Delivery]:
+    def _of_source(self, k: int, stretches: Sequence[SampleRange], allocate: Allocate) -> Iterator[Delivery]:
         source = self.sources[k]
-        whole = Stretch(stretches[0].start, stretches[-1].stop)
+        whole = SampleRange(stretches[0].start, stretches[-1].stop)
         assert len(whole) == sum(map(len, stretches)), "a stream reads without gaps"
         arriving = source.arriving(source.pieces(whole, tuple(range(len(source.shards)))), set())
         for stretch in stretches:
@@ -103,15 +103,15 @@ class FixedReader(Reader):
         if samples:
             batches[k] = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
         causes = Counter(sample.cause for sample in lost)
-        last_words = lost[-1].message if lost else ""
+        last_error = lost[-1].message if lost else ""
         images = source.collate.encoded(samples, len(samples))
-        return Delivery(joined(batches, len(self.sources)), (), dict(causes), last_words, images)
+        return Delivery(joined(batches, len(self.sources)), (), dict(causes), last_error, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:
         sizes = [source.num_samples for source in self.sources]
         return tuple(fixed_batches(size, self.batch_size, self.rank.world_size) for size in sizes)
 
-    def _stretch(self, k: int, batch: int) -> Stretch:
+    def _stretch(self, k: int, batch: int) -> SampleRange:
         number = fixed_number(batch, self._batches[k], self.num_streams)
         return fixed_stretch(self.sources[k].num_samples, self._batches[k], self.rank, number)

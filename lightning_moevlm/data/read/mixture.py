@@ -25,7 +25,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class Drought:
+class Pause:
     """A time in which a source gives nothing.
 
     Args:
@@ -39,7 +39,7 @@ class Drought:
     def __post_init__(self) -> None:
         for name, count in vars(self).items():
             if count < 0:
-                raise UserError(f"{name} of a drought is {count}: give a number of optimiser steps, 0 or more")
+                raise UserError(f"{name} of a pause is {count}: give a number of optimiser steps, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Source:
         root: where the set lies.
         weight: of this source among all, by samples: a number of 0 or more, or a ramp over optimiser steps.
         modality: "pair", "image" (its images alone), "text" (its texts alone); null takes what the set has.
-        drought: a time in which it gives nothing; null for none.
+        pause: a time in which it gives nothing; null for none.
     """
 
     root: str
     weight: Schedule = 1.0
     modality: Modality | None = None
-    drought: Drought | None = None
+    pause: Pause | None = None
 
     def __post_init__(self) -> None:
         ends = (self.weight.start, self.weight.stop) if isinstance(self.weight, Ramp) else (self.weight,)
@@ -65,7 +65,7 @@ class Source:
 
     def weight_at(self, step: int) -> float:
         """Return the weight when `step` optimiser steps are done."""
-        dry = self.drought is not None and 0 <= step - self.drought.begin < self.drought.num_steps
+        dry = self.pause is not None and 0 <= step - self.pause.begin < self.pause.num_steps
         return 0.0 if dry else value_at(self.weight, step)
 
     @property
@@ -74,13 +74,13 @@ class Source:
         found = {0}
         if isinstance(self.weight, Ramp):
             found.add(self.weight.begin + self.weight.num_steps)
-        if self.drought is not None:
-            found.add(self.drought.begin)
+        if self.pause is not None:
+            found.add(self.pause.begin)
         return found
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepClock:
     """How batches make optimiser steps: `batches_per_epoch` of a rank, of which `batches_per_step` make one."""
 
     batches_per_epoch: int
@@ -106,15 +106,15 @@ class Mixture:
             if not any(source.weight_at(step) for source in self.sources):
                 raise UserError(
                     f"every source of the mixture has weight 0 after {step} optimiser steps: give one a weight, or let "
-                    "droughts not overlap"
+                    "pauses not overlap"
                 )
 
     @property
     def changes(self) -> bool:
         """Whether counts depend on the optimiser step."""
-        return any(isinstance(source.weight, Ramp) or source.drought is not None for source in self.sources)
+        return any(isinstance(source.weight, Ramp) or source.pause is not None for source in self.sources)
 
-    def counts(self, epoch: int, batch: int, batch_size: int, pace: Pace) -> tuple[int, ...]:
+    def counts(self, epoch: int, batch: int, batch_size: int, pace: StepClock) -> tuple[int, ...]:
         """Return how many samples each source gives to a batch."""
         step = pace.step(epoch, batch)
         offset = (0.5 + (epoch * pace.batches_per_epoch + batch) * _GOLDEN) % 1.0

@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause, Lost, untolerated
 from lightning_moevlm.data.images.allocation import Allocate
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages
+from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.sample_order import (
     Rank,
 )
 from lightning_moevlm.data.read.source_stream import OpenSource, Place
-from lightning_moevlm.data.read.tensor_slots import Parcel
+from lightning_moevlm.data.read.tensor_slots import PooledBatch
 
 Places = tuple[tuple[Place, ...], ...]
 """Where every stream stands in every source."""
@@ -47,9 +47,9 @@ class Delivery(NamedTuple):
     batch: Batch
     places: tuple[Place, ...]
     lost: dict[Cause, int]
-    last_words: str
-    encoded: EncodedImages | None = None
-    parcel: Parcel | None = None
+    last_error: str
+    encoded: JpegBatch | None = None
+    pooled: PooledBatch | None = None
 
     def pin_memory(self) -> "Delivery":
         """Return the same in memory that a GPU can read from; torch's DataLoader asks for it."""

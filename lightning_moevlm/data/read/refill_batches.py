@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages
+from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.reader import Delivery, Failure
 
 
@@ -35,7 +35,7 @@ def spread(arriving: Iterable[Delivery | Failure]) -> Iterator[Delivery | Failur
     if not _suffices(held):
         yield Failure(
             f"a rank has to give {len(held)} more batches to evaluate on, but can read "
-            f"{sum(one.batch.num_samples for one in held)} more samples: {held[-1].last_words}"
+            f"{sum(one.batch.num_samples for one in held)} more samples: {held[-1].last_error}"
         )
         return
     yield from _shared(held)
@@ -62,7 +62,7 @@ class Part(NamedTuple):
     """Some samples of a delivery."""
 
     batch: Batch
-    encoded: EncodedImages | None
+    encoded: JpegBatch | None
 
 
 def _cut(delivery: Delivery, num_parts: int) -> list[Part]:
@@ -78,9 +78,9 @@ def _cut(delivery: Delivery, num_parts: int) -> list[Part]:
     ]
 
 
-def _pictures(encoded: EncodedImages, start: int, stop: int) -> EncodedImages:
+def _pictures(encoded: JpegBatch, start: int, stop: int) -> JpegBatch:
     begin, end = int(encoded.offsets_M[start]), int(encoded.offsets_M[stop])
-    return EncodedImages(
+    return JpegBatch(
         encoded.bytes_N[begin:end],
         encoded.offsets_M[start : stop + 1] - begin,
         encoded.names[start:stop],

@@ -15,7 +15,7 @@ from random import Random
 from typing import NamedTuple
 
 
-class Stretch(NamedTuple):
+class SampleRange(NamedTuple):
     """Samples start..stop-1 of a line of samples."""
 
     start: int
@@ -26,7 +26,7 @@ class Stretch(NamedTuple):
         return self.stop - self.start
 
 
-class Piece(NamedTuple):
+class ShardRange(NamedTuple):
     """Samples start..stop-1 of one shard; first: the number of sample `start` within its stretch."""
 
     shard: int
@@ -53,18 +53,18 @@ def train_batches(num_samples: int, batch_size: int, world_size: int) -> int:
     return num_samples // (batch_size * world_size)
 
 
-def train_stretch(batches: int, batch_size: int, rank: int, stream: int, num_streams: int) -> Stretch:
+def train_stretch(batches: int, batch_size: int, rank: int, stream: int, num_streams: int) -> SampleRange:
     """Return what one stream of one rank reads in an epoch of whole batches."""
     before = sum(stream_batches(batches, s, num_streams) for s in range(stream))
     start = (rank * batches + before) * batch_size
-    return Stretch(start, start + stream_batches(batches, stream, num_streams) * batch_size)
+    return SampleRange(start, start + stream_batches(batches, stream, num_streams) * batch_size)
 
 
-def running_stretch(num_samples: int, rank: Rank, stream: int, num_streams: int) -> Stretch:
+def running_stretch(num_samples: int, rank: Rank, stream: int, num_streams: int) -> SampleRange:
     """Return what one stream of one rank reads of a source that runs on: as much as every other stream does."""
     length = num_samples // (rank.world_size * num_streams)
     start = (rank.index * num_streams + stream) * length
-    return Stretch(start, start + length)
+    return SampleRange(start, start + length)
 
 
 def stream_batches(batches: int, stream: int, num_streams: int) -> int:
@@ -81,13 +81,13 @@ def fixed_batches(num_samples: int, batch_size: int, world_size: int) -> int:
     return min(-(-per_rank // batch_size), num_samples // world_size)
 
 
-def fixed_stretch(num_samples: int, batches: int, rank: Rank, number: int) -> Stretch:
+def fixed_stretch(num_samples: int, batches: int, rank: Rank, number: int) -> SampleRange:
     """Return the samples of one of a rank's batches when every sample is read once: all batches of nearly equal size.
 
     number: counts the rank's batches in the order of its samples, which is not that of time (see `fixed_number`).
     """
     place, total = rank.index * batches + number, batches * rank.world_size
-    return Stretch(place * num_samples // total, (place + 1) * num_samples // total)
+    return SampleRange(place * num_samples // total, (place + 1) * num_samples // total)
 
 
 def fixed_number(batch: int, batches: int, num_streams: int) -> int:
@@ -97,15 +97,15 @@ def fixed_number(batch: int, batches: int, num_streams: int) -> int:
     return before + batch // num_streams
 
 
-def pieces(stretch: Stretch, shard_sizes: Sequence[int], permutation: Sequence[int]) -> tuple[Piece, ...]:
+def pieces(stretch: SampleRange, shard_sizes: Sequence[int], permutation: Sequence[int]) -> tuple[ShardRange, ...]:
     """Say which samples of which shards a stretch of the permuted line consists of."""
-    found: list[Piece] = []
+    found: list[ShardRange] = []
     begin = 0
     for shard in permutation:
         end = begin + shard_sizes[shard]
         start, stop = max(stretch.start, begin), min(stretch.stop, end)
         if start < stop:
-            found.append(Piece(shard, start - begin, stop - begin, start - stretch.start))
+            found.append(ShardRange(shard, start - begin, stop - begin, start - stretch.start))
         begin = end
     return tuple(found)
 

@@ -17,8 +17,8 @@ from lightning_moevlm.data.format.layout import PLAIN, Layout
 from lightning_moevlm.data.format.manifest import ShardEntry
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
 from lightning_moevlm.data.read.collate import Collate, Decoded
-from lightning_moevlm.data.read.sample_order import Piece, Stretch, pieces, shard_permutation, shuffled
-from lightning_moevlm.data.storage.next_shard import Ahead
+from lightning_moevlm.data.read.sample_order import SampleRange, ShardRange, pieces, shard_permutation, shuffled
+from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
 
@@ -40,14 +40,14 @@ class OpenSource:
         """Samples that the manifest promises."""
         return sum(shard.num_samples for shard in self.shards)
 
-    def pieces(self, stretch: Stretch, permutation: tuple[int, ...]) -> tuple[Piece, ...]:
+    def pieces(self, stretch: SampleRange, permutation: tuple[int, ...]) -> tuple[ShardRange, ...]:
         """Say which samples of which shards a stretch consists of."""
         return pieces(stretch, [shard.num_samples for shard in self.shards], permutation)
 
-    def arriving(self, line: tuple[Piece, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
+    def arriving(self, line: tuple[ShardRange, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
         """Read pieces in order, numbered, without samples that are gone; shards that are all gone stay closed."""
         left = [piece for piece in line if not gone or not gone.issuperset(_numbers(piece))]
-        with Ahead(self.storage, [self.shards[piece.shard] for piece in left]) as ahead:
+        with ShardPrefetcher(self.storage, [self.shards[piece.shard] for piece in left]) as ahead:
             for piece in left:
                 read = read_shard(ahead, self.shards[piece.shard], self.collate.wanted, self.layout)
                 found = _one_by_one(read)
@@ -81,7 +81,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Line:
+class SourceStream:
     """A stretch of a source, read on and on in shuffled order.
 
     runs_on: after the stretch comes the next epoch's; otherwise the same samples in another order, to fill up for lost
@@ -89,7 +89,7 @@ class Line:
     """
 
     source: OpenSource
-    stretch: Stretch
+    stretch: SampleRange
     shuffle_buffer: int
     seed: int
     reader: str
@@ -121,7 +121,7 @@ class Line:
             yield waiting.pop(number)
 
 
-def _numbers(piece: Piece) -> range:
+def _numbers(piece: ShardRange) -> range:
     return range(piece.first, piece.first + piece.stop - piece.start)
 
 

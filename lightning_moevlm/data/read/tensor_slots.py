@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Spot(NamedTuple):
+class TensorSlot(NamedTuple):
     """Where a tensor lies in a room. start: in bytes. Its elements fill a stretch without gaps, in some order."""
 
     start: int
@@ -25,9 +25,9 @@ class Spot(NamedTuple):
         return bytes_N[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class Parcel(NamedTuple):
+class PooledBatch(NamedTuple):
     """The tensors of a batch on their way from a worker. worker: whose room it is. spots: by field of the batch."""
 
     worker: int
-    room: int
-    spots: dict[str, Spot]
+    buffer: int
+    slots: dict[str, TensorSlot]

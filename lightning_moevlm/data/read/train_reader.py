@@ -10,13 +10,13 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause, Lost
 from lightning_moevlm.data.images.allocation import Allocate
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages
+from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.collate import Decoded
 from lightning_moevlm.data.read.joined_batches import in_order, joined
-from lightning_moevlm.data.read.mixture import Mixture, Pace
+from lightning_moevlm.data.read.mixture import Mixture, StepClock
 from lightning_moevlm.data.read.reader import BY_EPOCHS, OVER_EPOCHS, READING, Cursor, Delivery, Reader
 from lightning_moevlm.data.read.sample_order import Rank, running_stretch, train_batches, train_stretch
-from lightning_moevlm.data.read.source_stream import Line, OpenSource, Place
+from lightning_moevlm.data.read.source_stream import OpenSource, Place, SourceStream
 from lightning_moevlm.data.read.whole_steps import whole_steps
 
 
@@ -39,7 +39,7 @@ class TrainReader(Reader):
     shuffle_buffer: int
     seed: int
     num_streams: int
-    pace: Pace
+    pace: StepClock
     tolerant: bool
 
     def __post_init__(self) -> None:
@@ -98,9 +98,9 @@ class TrainReader(Reader):
     ) -> Delivery:
         """Fill one batch of a stream, and move its places on."""
         lost: Counter[Cause] = Counter()
-        last_words = ""
+        last_error = ""
         batches: dict[int, Batch] = {}
-        encoded: dict[int, EncodedImages | None] = {}
+        encoded: dict[int, JpegBatch | None] = {}
         for k, count in enumerate(self.mixture.counts(epoch, number, self.batch_size, self.pace)):
             if not count:
                 continue
@@ -116,11 +116,11 @@ class TrainReader(Reader):
                     continue
                 # filling up meets the losses of the first pass again: they are counted already
                 lost[self._met(sample).cause] += 1 if places[k].lap == 0 else 0
-                last_words = sample.message
+                last_error = sample.message
             batches[k] = collate.batch(samples, rows)
             encoded[k] = collate.encoded(samples, num_fresh)
         batch, images = joined(batches, len(self.sources)), _joined_images(batches, encoded)
-        return Delivery(batch, tuple(places), dict(+lost), last_words, images)
+        return Delivery(batch, tuple(places), dict(+lost), last_error, images)
 
     @property
     def _runs_on(self) -> bool:
@@ -131,7 +131,7 @@ class TrainReader(Reader):
         num_samples = sum(source.num_samples for source in self.sources)
         return train_batches(num_samples, self.batch_size, self.rank.world_size)
 
-    def _lines(self, stream: int) -> Iterator[Line]:
+    def _lines(self, stream: int) -> Iterator[SourceStream]:
         rank = self.rank
         reader = f"{rank.index}/{rank.world_size}/{stream}/{self.num_streams}"
         for source in self.sources:
@@ -139,13 +139,13 @@ class TrainReader(Reader):
                 stretch = running_stretch(source.num_samples, rank, stream, self.num_streams)
             else:
                 stretch = train_stretch(self.num_batches, self.batch_size, rank.index, stream, self.num_streams)
-            yield Line(source, stretch, self.shuffle_buffer, self.seed, reader, self._runs_on)
+            yield SourceStream(source, stretch, self.shuffle_buffer, self.seed, reader, self._runs_on)
 
 
 class _Taker:
     """Takes from a line and decodes, as long as there is something left that can be used."""
 
-    def __init__(self, line: Line, start: Place) -> None:
+    def __init__(self, line: SourceStream, start: Place) -> None:
         self._line = line
         self._samples = line.samples(start)
         self._lost_in_a_row = 0
@@ -166,9 +166,9 @@ class _Taker:
         return place, sample
 
 
-def _joined_images(batches: dict[int, Batch], encoded: dict[int, EncodedImages | None]) -> EncodedImages | None:
+def _joined_images(batches: dict[int, Batch], encoded: dict[int, JpegBatch | None]) -> JpegBatch | None:
     """Put the sources' JPEGs together in the order of the joined batch."""
-    return EncodedImages.joined([images for k in in_order(batches) if (images := encoded[k]) is not None])
+    return JpegBatch.joined([images for k in in_order(batches) if (images := encoded[k]) is not None])
 
 
 def _names(sources: Sequence[OpenSource]) -> str:

@@ -17,10 +17,10 @@ from typing import BinaryIO
 from lightning_moevlm.data.format.faults import ShardFault
 from lightning_moevlm.data.format.manifest import ShardEntry
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.storage.stop_request import Stop
+from lightning_moevlm.data.storage.stop_request import StopRequest
 
 
-class Ahead:
+class ShardPrefetcher:
     """Opens shards in the order that they are going to be read in; a context manager.
 
     After its end no thread runs and no half file is left: a transfer under way is broken off.
@@ -56,7 +56,7 @@ class Ahead:
         if self._next is not None and self._next != beside and self._storage.fits_beside(self._next, beside):
             self._fetch = _Fetch(self._storage, self._next)
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "ShardPrefetcher":
         return self
 
     def __exit__(
@@ -73,7 +73,7 @@ class _Fetch:
         self._storage = storage
         self._entry = entry
         self._found: Future[BinaryIO] = Future()
-        stop = Stop()
+        stop = StopRequest()
         # a daemon, so that a process that ends does not wait for a server; the finalizer, which runs at the end of
         # the process too, lets it clear away what it has begun
         thread = Thread(target=_open_into, args=(self._found, storage, entry, stop), name="shard-ahead", daemon=True)
@@ -92,15 +92,15 @@ class _Fetch:
         return stream
 
 
-def _open_into(found: "Future[BinaryIO]", storage: ShardStorage, entry: ShardEntry, stop: Stop) -> None:
+def _open_into(found: "Future[BinaryIO]", storage: ShardStorage, entry: ShardEntry, stop: StopRequest) -> None:
     try:
         found.set_result(storage.open(entry, stop))
     except BaseException as error:  # it is raised where the shard is asked for
         found.set_exception(error)
 
 
-def _abandon(found: "Future[BinaryIO]", stop: Stop, thread: Thread) -> None:
-    stop.ask()
+def _abandon(found: "Future[BinaryIO]", stop: StopRequest, thread: Thread) -> None:
+    stop.set()
     thread.join()
     if found.done() and found.exception() is None:  # in a forked copy of the process the thread is not there
         found.result().close()

@@ -24,7 +24,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.secret_masking import MASK, without_url_secrets
 from lightning_moevlm.data.format.faults import ShardFault
 from lightning_moevlm.data.format.manifest import ShardEntry, check_size
-from lightning_moevlm.data.storage.stop_request import Stop, StoppedError
+from lightning_moevlm.data.storage.stop_request import StoppedError, StopRequest
 
 T = TypeVar("T")
 
@@ -67,9 +67,9 @@ class RemoteFolder:
 
         """
         system, path = self._open_system(file)
-        return self._try(file, lambda: bytes(system.cat_file(path)), lambda: 0, Stop())
+        return self._try(file, lambda: bytes(system.cat_file(path)), lambda: 0, StopRequest())
 
-    def download(self, entry: ShardEntry, out: BinaryIO, stop: Stop) -> None:
+    def download(self, entry: ShardEntry, out: BinaryIO, stop: StopRequest) -> None:
         """Write a shard to `out`, from its beginning; a connection that breaks is taken up where it broke.
 
         Raises:
@@ -87,7 +87,7 @@ class RemoteFolder:
             check_size(size, entry, sink.place)
             self._try(entry.file, lambda: self._piecewise(system, path, sink, stop), lambda: sink.furthest, stop)
 
-    def _stream(self, system: Any, path: str, sink: "_Sink", stop: Stop) -> None:
+    def _stream(self, system: Any, path: str, sink: "_Sink", stop: StopRequest) -> None:
         """Go on from where the sink is; a server that ignores the range is read from the beginning."""
         if sink.tell() == sink.entry.num_bytes:
             return
@@ -98,7 +98,7 @@ class RemoteFolder:
         _called(system, "get_file", stop, path, sink, callback=sink.answer, headers=headers)
         sink.check_whole()
 
-    def _piecewise(self, system: Any, path: str, sink: "_Sink", stop: Stop) -> None:
+    def _piecewise(self, system: Any, path: str, sink: "_Sink", stop: StopRequest) -> None:
         while sink.tell() < sink.entry.num_bytes:
             end = min(sink.tell() + _PIECE_BYTES, sink.entry.num_bytes)
             piece = _called(system, "cat_file", stop, path, start=sink.tell(), end=end)
@@ -125,7 +125,7 @@ class RemoteFolder:
         except ValueError as error:
             raise UserError(f"data root {self.place()} cannot be opened: {self._masked(str(error))}") from None
 
-    def _try(self, file: str, action: Callable[[], T], progress: Callable[[], int], stop: Stop) -> T:
+    def _try(self, file: str, action: Callable[[], T], progress: Callable[[], int], stop: StopRequest) -> T:
         failures, reached = 0, progress()
         while True:
             try:
@@ -236,7 +236,7 @@ class _Sink:
         pass
 
 
-def _called(system: Any, method: str, stop: Stop, *arguments: Any, **options: Any) -> Any:
+def _called(system: Any, method: str, stop: StopRequest, *arguments: Any, **options: Any) -> Any:
     """Call a driver, and break its transfer off when asked to stop."""
     stop.check()
     if not system.async_impl:
@@ -245,11 +245,11 @@ def _called(system: Any, method: str, stop: Stop, *arguments: Any, **options: An
     return sync(system.loop, _attended, getattr(system, f"_{method}")(*arguments, **options), stop)
 
 
-async def _attended(transfer: Coroutine[Any, Any, Any], stop: Stop) -> Any:
+async def _attended(transfer: Coroutine[Any, Any, Any], stop: StopRequest) -> Any:
     task = asyncio.ensure_future(transfer)
     while not task.done():
         await asyncio.wait({task}, timeout=_NOTICED_S)
-        if stop.asked:
+        if stop.is_set():
             task.cancel()
     if task.cancelled():
         raise StoppedError

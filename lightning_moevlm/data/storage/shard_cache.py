@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import ShardEntry, check_sha256, check_size, file_sha256
-from lightning_moevlm.data.storage.stop_request import Stop
+from lightning_moevlm.data.storage.stop_request import StopRequest
 
 GIB = 2**30
 _DONE = ".tar"
@@ -40,7 +40,7 @@ class ShardCache:
     max_bytes: int | None
 
     def path(
-        self, address: str, entry: ShardEntry, download: Callable[[BinaryIO], None], stop: Stop | None = None
+        self, address: str, entry: ShardEntry, download: Callable[[BinaryIO], None], stop: StopRequest | None = None
     ) -> Path:
         """Return the verified shard, downloaded if it is not here yet.
 
@@ -58,7 +58,7 @@ class ShardCache:
             if self._is_good(path, entry):
                 return path
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._turn(name, stop or Stop()):
+            with self._turn(name, stop or StopRequest()):
                 if not self._is_good(path, entry):  # another process may just have brought it
                     self._bring(path, entry, address, download)
         except OSError as error:
@@ -68,7 +68,7 @@ class ShardCache:
         return path
 
     @contextmanager
-    def _turn(self, name: str, stop: Stop) -> Iterator[None]:
+    def _turn(self, name: str, stop: StopRequest) -> Iterator[None]:
         """Hold the lock of a name; who waits for it may be asked to stop."""
         lock = self._lock(name)
         while True:

@@ -24,7 +24,7 @@ from lightning_moevlm.data.format.manifest import (
 )
 from lightning_moevlm.data.storage.remote_folder import RemoteFolder
 from lightning_moevlm.data.storage.shard_cache import GIB, ShardCache, default_cache_dir
-from lightning_moevlm.data.storage.stop_request import Stop
+from lightning_moevlm.data.storage.stop_request import StopRequest
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer, load_tokenizer, parse_tokenizer
 
 PROTOCOLS = ("file", "http", "https", "s3", "gs")
@@ -116,7 +116,7 @@ class ShardStorage:
             return load_tokenizer(self.folder, entry)
         return parse_tokenizer(self._remote.read(entry.file), entry, self.place(entry.file))
 
-    def local_path(self, entry: ShardEntry, stop: Stop | None = None) -> Path:
+    def local_path(self, entry: ShardEntry, stop: StopRequest | None = None) -> Path:
         """Return the shard as a local file that has the size and the sha256 of the manifest.
 
         A shard of a folder is read for that once per process, and again when the file has been touched.
@@ -137,7 +137,7 @@ class ShardStorage:
                 return path
             except OSError as error:
                 raise _unreadable(self.place(entry.file), error) from None
-        remote, stop = self._remote, stop or Stop()
+        remote, stop = self._remote, stop or StopRequest()
         return self._cache.path(self.place(entry.file), entry, lambda out: remote.download(entry, out, stop), stop)
 
     def fits_beside(self, entry: ShardEntry, other: ShardEntry) -> bool:
@@ -146,7 +146,7 @@ class ShardStorage:
             return False
         return self._cache.max_bytes is None or entry.num_bytes + other.num_bytes <= self._cache.max_bytes
 
-    def open(self, entry: ShardEntry, stop: Stop | None = None) -> BinaryIO:
+    def open(self, entry: ShardEntry, stop: StopRequest | None = None) -> BinaryIO:
         """Open the verified shard for reading.
 
         Raises:

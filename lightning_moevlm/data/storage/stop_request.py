@@ -1,43 +1,31 @@
-"""A wish that can be taken back: what works in the background asks whether its result is still wanted."""
+"""Lets one thread ask another to stop: background work checks whether its result is still wanted."""
 
 from threading import Event
 
 
 class StoppedError(Exception):
-    """Raised where work ends because nobody wants its result any more; it never reaches a reader."""
+    """Ends work in the background whose result is no longer wanted; it never reaches a reader."""
 
 
-class Stop:
-    """Handed down to whatever takes time; one thread asks to stop, another looks."""
-
-    def __init__(self) -> None:
-        self._event = Event()
-
-    @property
-    def asked(self) -> bool:
-        """Whether the work is to end."""
-        return self._event.is_set()
-
-    def ask(self) -> None:
-        """Let the work end at its next look."""
-        self._event.set()
+class StopRequest(Event):
+    """An event that long work checks: one thread sets it, another ends at its next check."""
 
     def check(self) -> None:
-        """Go on only if the result is wanted.
+        """Continue only if nobody has asked to stop.
 
         Raises:
-            StoppedError: if it is not.
+            StoppedError: if the event is set.
 
         """
-        if self.asked:
+        if self.is_set():
             raise StoppedError
 
     def pause(self, seconds: float) -> None:
-        """Sleep, and wake at once if asked to stop.
+        """Sleep, and wake at once when asked to stop.
 
         Raises:
-            StoppedError: if so.
+            StoppedError: if the event is set.
 
         """
-        self._event.wait(seconds)
+        self.wait(seconds)
         self.check()

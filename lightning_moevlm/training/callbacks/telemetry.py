@@ -280,7 +280,7 @@ def data_values(trainer: Trainer) -> dict[str, float]:
     num_cut, num_texts = _over_ranks(trainer, [loader.num_cut, loader.num_texts])
     if num_texts:
         values[metric_keys.CUT_CAPTIONS.key()] = num_cut / num_texts
-    if loader.may_lose:
+    if loader.tolerates_losses:
         total = _over_ranks(trainer, [loader.lost[cause] for cause in CAUSES])
         values |= {
             metric_keys.SKIPPED_SAMPLES.key(cause=cause): count

@@ -10,7 +10,7 @@ import torch
 from lightning_moevlm.data.images import gpu_decode
 from lightning_moevlm.data.images.decode import ImageTooLargeError, decode_image
 from lightning_moevlm.data.images.gpu_decode import decode_on, fit_all
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages, Jpeg
+from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 
 CPU = torch.device("cpu")
 SHAPES = ((32, 32), (40, 56), (32, 32), (24, 20))
@@ -25,8 +25,8 @@ def _jpegs() -> list[bytes]:
     return [bytes(simplejpeg.encode_jpeg(_smooth(*shape), 95, "RGB", "444")) for shape in SHAPES]
 
 
-def _encoded(jpegs: list[bytes]) -> EncodedImages:
-    return EncodedImages.of([Jpeg(jpeg, f"{place}.jpg") for place, jpeg in enumerate(jpegs)])
+def _encoded(jpegs: list[bytes]) -> JpegBatch:
+    return JpegBatch.of([Jpeg(jpeg, f"{place}.jpg") for place, jpeg in enumerate(jpegs)])
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +44,14 @@ def test_bytes_come_apart_as_they_were_put_together() -> None:
 
 def test_those_of_several_sources_are_one_after_the_other() -> None:
     jpegs = _jpegs()
-    first = EncodedImages.of([Jpeg(jpeg, "a") for jpeg in jpegs[:1]], num_fresh=1)
-    second = EncodedImages.of([Jpeg(jpeg, "b") for jpeg in jpegs[1:]], num_fresh=2)
-    images = EncodedImages.joined([first, second])
+    first = JpegBatch.of([Jpeg(jpeg, "a") for jpeg in jpegs[:1]], num_fresh=1)
+    second = JpegBatch.of([Jpeg(jpeg, "b") for jpeg in jpegs[1:]], num_fresh=2)
+    images = JpegBatch.joined([first, second])
     assert images is not None
     assert [each.numpy().tobytes() for each in images.each()] == jpegs
     assert images.names == ("a", "b", "b", "b") and images.parts == (1, 3)
     assert images.fresh == (True, True, True, False)
-    assert EncodedImages.joined([first]) is first and EncodedImages.joined([]) is None
+    assert JpegBatch.joined([first]) is first and JpegBatch.joined([]) is None
 
 
 def test_the_cpu_gives_what_the_loader_gives() -> None:

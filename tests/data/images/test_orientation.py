@@ -16,7 +16,7 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.images.decode import decode_image, turned
 from lightning_moevlm.data.images.gpu_decode import decode_on
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages, Jpeg
+from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.images.orientation import orientation
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.inspect.contact_sheet import MARGIN, TILE, write_contact_sheet
@@ -95,7 +95,7 @@ def test_turned_images_are_upright_for_training_looking_and_the_device(turn: int
         expected, image_RYX = decode_image(plain, extension, side), decode_image(data, extension, side)
         assert (image_RYX.int() - expected.int()).abs().max() <= (12 if extension == "jpg" else 0)
         if extension == "jpg":
-            encoded = EncodedImages.of([Jpeg(data, "a")])
+            encoded = JpegBatch.of([Jpeg(data, "a")])
             assert torch.equal(decode_on(encoded, side, torch.device("cpu")).images_BRYX[0], image_RYX)
     assert picture_size(data, extension) == (40, 24)
     seen = np.asarray(thumbnail(data, extension, 20))
@@ -158,6 +158,6 @@ def test_a_page_shows_turned_pictures_upright_whatever_opens_it(tmp_path: Path) 
 def test_a_gpu_turns_them_as_the_cpu_does() -> None:
     pytest.importorskip("torchcodec")
     jpegs = [Jpeg(_stored(_corner(), "jpg", _exif(turn)), str(turn)) for turn in TURNS]
-    there = decode_on(EncodedImages.of(jpegs), 24, torch.device("cuda")).images_BRYX.cpu()
+    there = decode_on(JpegBatch.of(jpegs), 24, torch.device("cuda")).images_BRYX.cpu()
     here = torch.stack([decode_image(jpeg.data, "jpg", 24) for jpeg in jpegs])
     assert (there.int() - here.int()).abs().float().mean() < 2

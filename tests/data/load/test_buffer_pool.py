@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.images.allocation import private_bytes, shared_bytes
-from lightning_moevlm.data.load.buffer_pool import Packer, Rooms, unpacked
+from lightning_moevlm.data.load.buffer_pool import BatchPacker, BufferPool, unpack
 from lightning_moevlm.data.load.shard_loader import ShardLoader
-from lightning_moevlm.data.load.worker_stream import BatchStream
+from lightning_moevlm.data.load.worker_stream import WorkerStream
 from lightning_moevlm.data.read.reader import Cursor, Delivery
 
 NUM_BATCHES = 20  # of 6 in an epoch of 120 samples; more than there are rooms
 
 
-def _rooms(num_rooms: int = 2, num_bytes: int = 1000) -> Rooms:
-    return Rooms(num_rooms, num_bytes, private_bytes)
+def _pool(num_buffers: int = 2, num_bytes: int = 1000) -> BufferPool:
+    return BufferPool(num_buffers, num_bytes, private_bytes)
 
 
 def _loader(root: Path, num_workers: int) -> ShardLoader:
@@ -47,66 +47,66 @@ def _assert_same(some: list[Batch], others: list[Batch]) -> None:
 
 
 def test_a_room_is_free_again_when_the_last_view_of_it_is_gone() -> None:
-    rooms = _rooms()
-    room = rooms.take()
-    assert room == 0 and rooms.num_free == 1
-    held = rooms.lend(room)
+    pool = _pool()
+    buffer = pool.take()
+    assert buffer == 0 and pool.num_free == 1
+    held = pool.lend(buffer)
     for view in (lambda t: t[10:26], lambda t: t.view(-1, 8).detach(), lambda t: t.numpy(), torch.from_numpy):
         held = view(held)
         gc.collect()
-        assert rooms.num_free == 1, "still held"
+        assert pool.num_free == 1, "still held"
     held[:] = 7
-    assert rooms.bytes_of(0)[10:26].tolist() == 16 * [7], "a view of the room, not a copy"
+    assert pool.view_buffer(0)[10:26].tolist() == 16 * [7], "a view of the room, not a copy"
     del held
-    assert rooms.num_free == 2 and rooms.take() == 0
+    assert pool.num_free == 2 and pool.take() == 0
 
 
 def test_without_a_free_room_there_is_ordinary_memory() -> None:
-    rooms = _rooms()
-    held = [rooms.allocate(100).fill_(number) for number in range(4)]
-    assert rooms.num_free == 0
+    pool = _pool()
+    held = [pool.allocate(100).fill_(number) for number in range(4)]
+    assert pool.num_free == 0
     assert [int(each.sum()) for each in held] == [0, 100, 200, 300]
-    assert len(rooms.allocate(5000)) == 5000, "larger than a room"
+    assert len(pool.allocate(5000)) == 5000, "larger than a room"
     del held
-    assert rooms.num_free == 2
+    assert pool.num_free == 2
 
 
 def test_what_a_forked_process_drops_stays_held() -> None:
-    rooms = Rooms(1, 10, shared_bytes)
-    held = [rooms.allocate(10)]
+    pool = BufferPool(1, 10, shared_bytes)
+    held = [pool.allocate(10)]
     process = multiprocessing.get_context("fork").Process(target=held.clear)
     process.start()
     process.join()
-    assert process.exitcode == 0 and rooms.num_free == 0
+    assert process.exitcode == 0 and pool.num_free == 0
     held.clear()
-    assert rooms.num_free == 1
+    assert pool.num_free == 1
 
 
 @pytest.mark.parametrize("in_room", [True, False])
 def test_a_parcel_holds_the_batch_that_was_packed(in_room: bool) -> None:
-    rooms = _rooms()
-    packer = Packer(rooms, 0)
+    pool = _pool()
+    packer = BatchPacker(pool, 0)
     images = (packer.allocate if in_room else private_bytes)(2 * 4 * 4 * 3).copy_(torch.arange(96))
     images_BRYX = images.view(2, 4, 4, 3).permute(0, 3, 1, 2)
     before = Batch(images_BRYX, torch.arange(10).view(2, 5), torch.tensor([[True, False]]), ("a", "b"), 2, (2,))
-    left, parcel = packer.packed(before)
-    assert parcel is not None and (left.images_BRYX, left.text_BL, left.text_mask_BL) == (None, None, None)
-    starts = sorted((spot.start, spot.stop) for spot in parcel.spots.values())
+    left, pooled = packer.pack(before)
+    assert pooled is not None and (left.images_BRYX, left.text_BL, left.text_mask_BL) == (None, None, None)
+    starts = sorted((slot.start, slot.stop) for slot in pooled.slots.values())
     assert starts[0] == (0, 96) and all(start % 64 == 0 for start, _ in starts)
     assert all(stop <= start for (_, stop), (start, _) in pairwise(starts)), "apart"
-    after = unpacked(left, parcel, [rooms])
+    after = unpack(left, pooled, [pool])
     _assert_same([after], [before])
     del after
-    assert rooms.num_free == 2
+    assert pool.num_free == 2
 
 
 def test_what_does_not_fit_travels_as_it_is() -> None:
-    rooms = _rooms(1, 100)
-    packer = Packer(rooms, 0)
+    pool = _pool(1, 100)
+    packer = BatchPacker(pool, 0)
     large = Batch(torch.ones(2, 3, 16, 16, dtype=torch.uint8), torch.arange(10).view(2, 5), None, ("a", "b"))
-    left, parcel = packer.packed(large)
-    assert parcel is not None and list(parcel.spots) == ["text_BL"] and left.images_BRYX is large.images_BRYX
-    assert packer.packed(large) == (large, None), "no room is free"
+    left, pooled = packer.pack(large)
+    assert pooled is not None and list(pooled.slots) == ["text_BL"] and left.images_BRYX is large.images_BRYX
+    assert packer.pack(large) == (large, None), "no room is free"
     assert packer.allocate(10).is_shared()
 
 
@@ -127,11 +127,11 @@ def test_whoever_drops_batches_gets_the_same_rooms_again(scenes_root: Path, num_
     assert len(places) <= 4 * max(1, num_workers)  # of 20 batches
 
 
-class _Stream(BatchStream):
+class _Stream(WorkerStream):
     """As a loader makes it."""
 
-    def __init__(self, loader: ShardLoader, rooms: list[Rooms]) -> None:
-        super().__init__(loader._reader, loader._reader.next_epoch(Cursor(-1, 0)), len(loader), rooms)
+    def __init__(self, loader: ShardLoader, pool: list[BufferPool]) -> None:
+        super().__init__(loader._reader, loader._reader.next_epoch(Cursor(-1, 0)), len(loader), pool)
 
 
 def _same(delivery: Delivery) -> Delivery:
@@ -141,15 +141,15 @@ def _same(delivery: Delivery) -> Delivery:
 @pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_workers_however_started_fill_the_rooms(scenes_root: Path, method: str) -> None:
     loader = _loader(scenes_root, 0)
-    rooms = [Rooms(4, loader._reader.bytes_per_batch, shared_bytes)]
+    pool = [BufferPool(4, loader._reader.bytes_per_batch, shared_bytes)]
     arriving: DataLoader[Delivery] = DataLoader(
-        _Stream(loader, rooms), batch_size=None, num_workers=1, collate_fn=_same, multiprocessing_context=method
+        _Stream(loader, pool), batch_size=None, num_workers=1, collate_fn=_same, multiprocessing_context=method
     )
     batches: list[Batch] = []
     for delivery in arriving:
-        assert (delivery.parcel is not None) == (len(batches) < 4), "as long as there are rooms"
-        assert delivery.parcel is None or set(delivery.parcel.spots) == {"images_BRYX", "text_BL", "text_mask_BL"}
-        batches.append(unpacked(delivery.batch, delivery.parcel, rooms) if delivery.parcel else delivery.batch)
+        assert (delivery.pooled is not None) == (len(batches) < 4), "as long as there are rooms"
+        assert delivery.pooled is None or set(delivery.pooled.slots) == {"images_BRYX", "text_BL", "text_mask_BL"}
+        batches.append(unpack(delivery.batch, delivery.pooled, pool) if delivery.pooled else delivery.batch)
     _assert_same(batches, list(loader))
 
 

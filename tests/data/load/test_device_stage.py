@@ -15,8 +15,8 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.images.augment import Augment
 from lightning_moevlm.data.images.decode import check_jpeg
 from lightning_moevlm.data.images.gpu_decode import Pixels
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages, Jpeg
-from lightning_moevlm.data.load.bad_images import with_pixels
+from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
+from lightning_moevlm.data.load.bad_images import insert_pixels
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.read.reader import Delivery, Failure
@@ -249,12 +249,12 @@ def test_evaluation_leaves_out_what_is_none(scenes_copy: Path) -> None:
     assert all(len(batch.images_BRYX) == len(batch.text_BL) == batch.pairs for batch in batches)  # type: ignore[arg-type]
 
 
-def _delivery() -> tuple[Delivery, EncodedImages]:
+def _delivery() -> tuple[Delivery, JpegBatch]:
     """Pairs a b, images alone c d e, texts alone f, of sources 2, 1 and 0."""
     texts = torch.arange(3)[:, None]
     batch = Batch(torch.empty(5, 3, 1, 1, device="meta"), texts, texts >= 0, tuple("abcdef"), 2, (1, 3, 2))
     jpegs = [Jpeg(b"", name) for name in "abcde"]
-    images = EncodedImages.joined([EncodedImages.of(jpegs[:2], 2), EncodedImages.of(jpegs[2:], 1)])
+    images = JpegBatch.joined([JpegBatch.of(jpegs[:2], 2), JpegBatch.of(jpegs[2:], 1)])
     assert images is not None
     return Delivery(batch, (), {"text_not_utf8": 1}, "", images), images
 
@@ -262,7 +262,7 @@ def _delivery() -> tuple[Delivery, EncodedImages]:
 def test_a_mixed_batch_by_hand() -> None:
     delivery, images = _delivery()
     pixels = torch.arange(5).view(5, 1, 1, 1)
-    filled = with_pixels(delivery, images, Pixels(pixels, {1: ValueError(), 4: ValueError()}), True, True)
+    filled = insert_pixels(delivery, images, Pixels(pixels, {1: ValueError(), 4: ValueError()}), True, True)
     assert isinstance(filled, Delivery) and filled.batch.images_BRYX is not None and filled.batch.text_BL is not None
     # b becomes a, its only neighbour among the pairs; e becomes d; texts are those of a, a and f
     assert filled.batch.keys == tuple("aacddf")
@@ -276,10 +276,10 @@ def test_a_mixed_batch_by_hand() -> None:
 def test_another_source_of_the_kind_helps_out_and_where_there_is_none_the_run_ends() -> None:
     delivery, images = _delivery()
     images = images._replace(parts=(1, 1, 3))  # a and b are pairs of two sources
-    filled = with_pixels(delivery, images, Pixels(torch.zeros(5, 3, 1, 1), {0: ValueError()}), True, True)
+    filled = insert_pixels(delivery, images, Pixels(torch.zeros(5, 3, 1, 1), {0: ValueError()}), True, True)
     assert isinstance(filled, Delivery) and filled.batch.keys == tuple("bbcdef")
     faults = {0: ValueError("broken"), 1: ValueError("broken, too")}
-    failure = with_pixels(delivery, images, Pixels(torch.zeros(5, 3, 1, 1), faults), True, True)
+    failure = insert_pixels(delivery, images, Pixels(torch.zeros(5, 3, 1, 1), faults), True, True)
     assert isinstance(failure, Failure) and "b cannot be decoded (broken, too)" in failure.message
 
 

@@ -10,9 +10,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.datamodule import ShardDataModule
-from lightning_moevlm.data.images.jpeg_batch import EncodedImages, Jpeg
+from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.load.device_stage import DeviceStage
-from lightning_moevlm.data.load.gpu_prefetch import prefetched
+from lightning_moevlm.data.load.gpu_prefetch import prefetch
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure
 
 CPU = torch.device("cpu")
@@ -45,13 +45,13 @@ def _keys(items: Iterator[Delivery | Failure]) -> Iterator[str]:
 )
 def test_as_many_as_wanted_are_prepared_when_a_batch_is_handed_out(num_ahead: int, asked: list[int]) -> None:
     counting = _Counting()
-    seen = [(key, counting.asked) for key in _keys(prefetched(counting.items(), CPU, num_ahead))]
+    seen = [(key, counting.asked) for key in _keys(prefetch(counting.items(), CPU, num_ahead))]
     assert seen == list(zip("12345", asked, strict=True))
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1, 3, 9])
 def test_a_failure_comes_in_its_turn_and_is_the_last(num_ahead: int) -> None:
-    assert list(_keys(prefetched(_Counting(fails=True).items(), CPU, num_ahead))) == [*"12345", "broken"]
+    assert list(_keys(prefetch(_Counting(fails=True).items(), CPU, num_ahead))) == [*"12345", "broken"]
 
 
 class _Events:
@@ -99,7 +99,7 @@ def test_the_model_waits_for_the_side_stream_and_keeps_what_it_made(monkeypatch:
             assert events.on_side_stream
             yield Delivery(Batch(torch.tensor([number]), None, None, (str(number),)), (), {}, "")
 
-    for item in prefetched(prepared(), torch.device("cuda", 0), 1):
+    for item in prefetch(prepared(), torch.device("cuda", 0), 1):
         assert isinstance(item, Delivery) and not events.on_side_stream
         events.told.append(f"model {item.batch.keys[0]}")
     assert events.told == [
@@ -112,7 +112,7 @@ def test_the_model_waits_for_the_side_stream_and_keeps_what_it_made(monkeypatch:
 def test_all_that_travels_is_pinned_but_pixels_that_are_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    images = EncodedImages.of([Jpeg(b"abc", "a"), Jpeg(b"de", "b")])
+    images = JpegBatch.of([Jpeg(b"abc", "a"), Jpeg(b"de", "b")])
     batch = Batch(torch.empty(2, 3, 8, 8, device="meta"), torch.zeros(2, 4), torch.ones(2, 4), ("a", "b"))
     travels = pin_memory(Delivery(batch, (), {}, "", images))  # as torch's DataLoader does it
     assert isinstance(travels, Delivery) and travels.batch.keys == ("a", "b")

@@ -9,7 +9,7 @@ import torch
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.load.shard_loader import ShardLoader
-from lightning_moevlm.data.load.steps_ahead import StepsAhead, steps_ahead
+from lightning_moevlm.data.load.steps_ahead import StepsAhead, look_ahead
 from lightning_moevlm.data.read.reader import Delivery, Failure
 from tests.small_model import cut, pair_batch
 
@@ -23,7 +23,7 @@ def keys_of(batch: Batch) -> list[tuple[str, ...]]:
 def test_batches_come_in_their_order_with_those_of_their_step(first: int) -> None:
     batches = cut(pair_batch(8), 1)
     arriving = iter([Delivery(batch, (), {}, "") for batch in batches])
-    found = [item.batch for item in steps_ahead(arriving, first, 4) if isinstance(item, Delivery)]
+    found = [item.batch for item in look_ahead(arriving, first, 4) if isinstance(item, Delivery)]
     assert [batch.keys for batch in found] == [batch.keys for batch in batches]
     assert [keys_of(batch) for batch in found] == [
         [one.keys for one in batches[k : k + 4]] for k in (0,) * 4 + (4,) * 4
@@ -36,7 +36,7 @@ def test_batches_come_in_their_order_with_those_of_their_step(first: int) -> Non
 def test_amid_a_step_the_rest_is_known() -> None:
     batches = cut(pair_batch(6), 1)
     arriving = iter([Delivery(batch, (), {}, "") for batch in batches])
-    found = [item.batch for item in steps_ahead(arriving, 2, 4) if isinstance(item, Delivery)]
+    found = [item.batch for item in look_ahead(arriving, 2, 4) if isinstance(item, Delivery)]
     assert [len(keys_of(batch)) for batch in found] == [2, 2, 4, 4, 4, 4]
 
 
@@ -45,7 +45,7 @@ def test_a_failure_comes_after_what_was_read_before_it() -> None:
         yield Delivery(pair_batch(1), (), {}, "")
         yield Failure("gone")
 
-    delivery, failure = steps_ahead(arriving(), 0, 4)
+    delivery, failure = look_ahead(arriving(), 0, 4)
     assert isinstance(delivery, Delivery) and failure == Failure("gone")
 
 

@@ -19,7 +19,7 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.read.joined_batches import joined
-from lightning_moevlm.data.read.mixture import Drought, Mixture, Pace, Source, counts
+from lightning_moevlm.data.read.mixture import Mixture, Pause, Source, StepClock, counts
 from lightning_moevlm.data.write.demo.scenes import build_scenes
 
 
@@ -67,18 +67,18 @@ def test_every_share_is_right_to_within_one_sample(weights: list[float], batch_s
 
 def test_shares_stay_right_over_thousands_of_batches() -> None:
     # independent draws would be off by sqrt(80,000 x 0.37 x 0.63) = 137
-    mixture, pace = Mixture((Source("a", 0.37), Source("b", 0.63))), Pace(100)
+    mixture, pace = Mixture((Source("a", 0.37), Source("b", 0.63))), StepClock(100)
     total = sum(mixture.counts(number // 100, number % 100, 8, pace)[0] for number in range(10_000))
     assert total == pytest.approx(80_000 * 0.37, abs=5)
 
 
 def test_weights_follow_the_optimiser_step() -> None:
     # 2 batches a step, 4 batches an epoch, so epoch 1 begins at step 2
-    pace = Pace(4, 2)
+    pace = StepClock(4, 2)
     assert [pace.step(epoch, batch) for epoch in (0, 1) for batch in range(4)] == [0, 0, 1, 1, 2, 2, 3, 3]
     ramped = Source("a", Ramp(0.0, 1.0, num_steps=4))
     assert [ramped.weight_at(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-    mixture = Mixture((Source("pairs"), Source("texts", 1.0, "text", Drought(begin=1, num_steps=2))))
+    mixture = Mixture((Source("pairs"), Source("texts", 1.0, "text", Pause(begin=1, num_steps=2))))
     given = [mixture.counts(epoch, batch, 4, pace) for epoch in (0, 1) for batch in range(4)]
     assert given == [(2, 2)] * 2 + [(4, 0)] * 4 + [(2, 2)] * 2
 
@@ -88,7 +88,7 @@ def test_weights_follow_the_optimiser_step() -> None:
     [
         ((Source("a", 0.0), Source("b", 0.0)), "weight 0 after 0 optimiser steps"),
         ((Source("a", Ramp(1.0, 0.0, 5, 10)), Source("b", Ramp(1.0, 0.0, 3))), "weight 0 after 15 optimiser steps"),
-        ((Source("a", drought=Drought(5, 9)), Source("b", drought=Drought(8, 2))), "weight 0 after 8 optimiser steps"),
+        ((Source("a", pause=Pause(5, 9)), Source("b", pause=Pause(8, 2))), "weight 0 after 8 optimiser steps"),
     ],
 )
 def test_a_step_without_data_is_refused(sources: tuple[Source, ...], message: str) -> None:
@@ -99,8 +99,8 @@ def test_a_step_without_data_is_refused(sources: tuple[Source, ...], message: st
 def test_bad_sources_are_refused(scenes_root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weight of source a is -1"):
         Source("a", -1.0)
-    with pytest.raises(UserError, match="begin of a drought is -1"):
-        Drought(-1, 3)
+    with pytest.raises(UserError, match="begin of a pause is -1"):
+        Pause(-1, 3)
     with pytest.raises(UserError, match="name is of letters"):
         _data({"a/b": Source(str(scenes_root))})
     with pytest.raises(UserError, match="null as root"):

@@ -11,7 +11,7 @@ from lightning_moevlm.data.format.shard_reader import RawSample, all_or_error, r
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
-from lightning_moevlm.data.read.mixture import Mixture, Pace, Source
+from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock
 from lightning_moevlm.data.read.sample_order import Rank
 from lightning_moevlm.data.read.source_stream import OpenSource
 from lightning_moevlm.data.read.train_reader import TrainReader
@@ -32,7 +32,9 @@ def _reader(
     root: Path, batch_size: int = 8, rank: Rank = ALONE, seed: int = 0, num_streams: int = 4, tolerant: bool = False
 ) -> TrainReader:
     mixture = Mixture((Source(str(root)),))
-    return TrainReader((_source(root, "train"),), mixture, batch_size, rank, 30, seed, num_streams, Pace(15), tolerant)
+    return TrainReader(
+        (_source(root, "train"),), mixture, batch_size, rank, 30, seed, num_streams, StepClock(15), tolerant
+    )
 
 
 def _fixed(root: Path, batch_size: int = 5, rank: Rank = ALONE, num_streams: int = 4) -> FixedReader:

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_moevlm.data.read.sample_order import (
-    Piece,
     Rank,
-    Stretch,
+    SampleRange,
+    ShardRange,
     fixed_batches,
     fixed_number,
     fixed_stretch,
@@ -22,10 +22,10 @@ from lightning_moevlm.data.read.sample_order import (
 
 def test_pieces_by_hand() -> None:
     # shards of 5, 3, 4 samples, read in order 2, 0, 1: the line is 2222 00000 111
-    assert pieces(Stretch(2, 10), [5, 3, 4], [2, 0, 1]) == (
-        Piece(shard=2, start=2, stop=4, first=0),
-        Piece(shard=0, start=0, stop=5, first=2),
-        Piece(shard=1, start=0, stop=1, first=7),
+    assert pieces(SampleRange(2, 10), [5, 3, 4], [2, 0, 1]) == (
+        ShardRange(shard=2, start=2, stop=4, first=0),
+        ShardRange(shard=0, start=0, stop=5, first=2),
+        ShardRange(shard=1, start=0, stop=1, first=7),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.load.shard_loader import ShardLoader
-from lightning_moevlm.data.read.mixture import Pace
+from lightning_moevlm.data.read.mixture import StepClock
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step, whole_steps
 from tests.data.read.test_reader import _keys, _reader, _stored
 
@@ -30,7 +30,7 @@ def test_every_sample_is_read_although_steps_do_not_divide_an_epoch(scenes_root:
     whole = _reader(scenes_root)
     batches = len(_stored(scenes_root, "train")) // 8
     per_step = batches - 1
-    loader = ShardLoader(replace(whole, pace=Pace(per_step, per_step)), num_workers)
+    loader = ShardLoader(replace(whole, pace=StepClock(per_step, per_step)), num_workers)
     assert len(loader) == per_step
     epochs = [_keys(loader) for _ in range(batches)]
     assert {len(epoch) for epoch in epochs} == {per_step}

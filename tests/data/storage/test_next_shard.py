@@ -16,9 +16,9 @@ from lightning_moevlm.data.format.faults import Lost
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.read.collate import Collate
-from lightning_moevlm.data.read.sample_order import Stretch
+from lightning_moevlm.data.read.sample_order import SampleRange
 from lightning_moevlm.data.read.source_stream import OpenSource
-from lightning_moevlm.data.storage.next_shard import Ahead
+from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from tests.data.unsteady_server import Unsteady, serve
 from tests.waiting import wait_for
@@ -39,8 +39,8 @@ def _source(root: Path, url: str, cache: Path, **options: Any) -> OpenSource:
     return OpenSource("scenes", storage, manifest.splits["train"], collate)
 
 
-def _arriving(source: OpenSource) -> Iterator[tuple[int, RawSample | Lost]]:
-    return source.arriving(source.pieces(Stretch(0, source.num_samples), tuple(range(len(source.shards)))), set())
+def _read(source: OpenSource) -> Iterator[tuple[int, RawSample | Lost]]:
+    return source.arriving(source.pieces(SampleRange(0, source.num_samples), tuple(range(len(source.shards)))), set())
 
 
 def _asked(server: Unsteady) -> list[str]:
@@ -56,9 +56,9 @@ def test_the_next_shard_is_here_before_it_is_needed(
         for ahead in (True, False):
             with monkeypatch.context() as patch:
                 if not ahead:
-                    patch.setattr(Ahead, "_begin", lambda self, beside: None)
+                    patch.setattr(ShardPrefetcher, "_begin", lambda self, beside: None)
                 cache, found = tmp_path / str(ahead), []
-                for number, sample in _arriving(_source(scenes_root, server.url, cache)):
+                for number, sample in _read(_source(scenes_root, server.url, cache)):
                     found.append((number, sample))
                     if number % PER_SHARD == PER_SHARD - 1:
                         expected = number // PER_SHARD + 1 + ahead
@@ -70,7 +70,7 @@ def test_the_next_shard_is_here_before_it_is_needed(
 
 def test_one_shard_ahead_and_no_more(scenes_root: Path, tmp_path: Path) -> None:
     with serve(Unsteady(scenes_root)) as server:
-        with closing(_arriving(_source(scenes_root, server.url, tmp_path))) as arriving:  # type: ignore[type-var]
+        with closing(_read(_source(scenes_root, server.url, tmp_path))) as arriving:  # type: ignore[type-var]
             for number, _ in arriving:
                 if number % PER_SHARD == 5:
                     time.sleep(0.05)
@@ -82,7 +82,7 @@ def test_a_cache_without_room_for_two_is_not_filled_ahead(scenes_root: Path, tmp
     largest = max(entry.num_bytes for entry in read_manifest(scenes_root).splits["train"])
     with serve(Unsteady(scenes_root)) as server:
         source = _source(scenes_root, server.url, tmp_path, cache_gib=1.5 * largest / 2**30)
-        for number, _ in _arriving(source):
+        for number, _ in _read(source):
             assert len(_asked(server)) == number // PER_SHARD + 1
         assert len(list(tmp_path.glob("*.tar"))) == 1
 
@@ -90,7 +90,7 @@ def test_a_cache_without_room_for_two_is_not_filled_ahead(scenes_root: Path, tmp
 def test_a_shard_that_others_push_out_of_the_cache_is_read_all_the_same(scenes_root: Path, tmp_path: Path) -> None:
     with serve(Unsteady(scenes_root)) as server:
         found = []
-        for number, sample in _arriving(_source(scenes_root, server.url, tmp_path)):
+        for number, sample in _read(_source(scenes_root, server.url, tmp_path)):
             if number % PER_SHARD == 8:
                 time.sleep(0.1)  # the next one is here by now
                 for path in tmp_path.glob("*.tar"):
@@ -103,7 +103,7 @@ def test_a_shard_that_others_push_out_of_the_cache_is_read_all_the_same(scenes_r
 def test_what_goes_wrong_is_told_when_its_turn_comes(scenes_copy: Path, tmp_path: Path) -> None:
     (scenes_copy / "train-000001.tar").unlink()
     with serve(Unsteady(scenes_copy)) as server:
-        found = [sample for _, sample in _arriving(_source(scenes_copy, server.url, tmp_path))]
+        found = [sample for _, sample in _read(_source(scenes_copy, server.url, tmp_path))]
         assert _asked(server).count("/train-000001.tar") == 1, "asking again does not mend it"
     lost = [place for place, sample in enumerate(found) if isinstance(sample, Lost)]
     assert lost == list(range(PER_SHARD, 2 * PER_SHARD))
@@ -118,7 +118,7 @@ def test_a_server_that_was_away_is_asked_again_when_the_turn_comes(
         source = _source(scenes_root, server.url, tmp_path)
         source.storage.local_path(source.shards[0])
         server.busy = busy  # the two tries ahead are in vain; then come two more
-        arriving = _arriving(source)
+        arriving = _read(source)
         found = [sample for _, (_, sample) in zip(range(2 * PER_SHARD), arriving, strict=False)]
         assert _asked(server).count("/train-000001.tar") == (busy + 1 if busy < 4 else 4)
         arriving.close()  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def test_a_closed_reader_leaves_no_thread_and_no_half_file(scenes_root: Path, tm
         source = _source(scenes_root, server.url, tmp_path)
         source.storage.local_path(source.shards[0])
         server.silent_after = 20_000  # the second one stops there, and the connection stays
-        arriving = _arriving(source)
+        arriving = _read(source)
         next(arriving)
         while len(_asked(server)) < 2:
             time.sleep(0.01)
@@ -148,12 +148,12 @@ def test_a_process_that_ends_in_the_middle_leaves_no_half_file(scenes_root: Path
     script = """
 import sys, time
 from pathlib import Path
-from lightning_moevlm.data.storage.next_shard import Ahead
+from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
 storage, cache = ShardStorage(sys.argv[1], sys.argv[2]), Path(sys.argv[2])
 shards = storage.manifest().splits["train"]
-sys.kept_until_the_end = Ahead(storage, shards)
+sys.kept_until_the_end = ShardPrefetcher(storage, shards)
 sys.kept_until_the_end.open(shards[0])
 while not list(cache.glob("*.partial")):
     time.sleep(0.01)
