@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format plan-golden gpu gpu-wheels clean
+.PHONY: help demo test test-slow check format plan-golden options-golden gpu gpu-wheels clean
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,11 +26,12 @@ test: $(INSTALLED) ## Run the tests (minutes)
 test-slow: $(INSTALLED) ## Run the tests that are left out of `make test`
 	$(BIN)/python -m pytest -m slow
 
-check: $(INSTALLED) ## Format, lint, types, import contracts; changes nothing
+check: $(INSTALLED) ## Format, lint, types, import contracts, dependencies; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry .
 
 format: $(INSTALLED) ## Format and mend what can be mended
 	$(BIN)/ruff format .
@@ -38,6 +39,9 @@ format: $(INSTALLED) ## Format and mend what can be mended
 
 plan-golden: $(INSTALLED) ## Write the golden plans of the shipped studies anew
 	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m "slow or not slow" tests/study/plan/test_golden_plan.py
+
+options-golden: $(INSTALLED) ## Write the frozen list of commands and options anew
+	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/cli/test_frozen_options.py
 
 DEVICE ?= cuda
 gpu: ## All that needs a GPU, in 8 minutes, with this PYTHON and no network: writes .gpu/table.md (DEVICE=cpu rehearses)

@@ -43,7 +43,7 @@ def test_plan_is_the_golden_one(study: str, resolver: ConfigResolver, monkeypatc
     }
     text = json.dumps(told, indent=1) + "\n"
     golden = REPOSITORY / "tests" / "golden" / f"{study}_plan.json"
-    if os.environ.get("MOEVLM_WRITE_GOLDEN"):
+    if os.environ.get("MOEVLM_WRITE_GOLDEN") == "1":
         golden.write_text(text)
     assert json.loads(text) == json.loads(golden.read_text())
     check_pairing(plan)
