@@ -5,15 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.declare.study_file import Study
-
-if TYPE_CHECKING:  # it lies beside the models, which import torch
-    from lightning_moevlm.contracts.model_card import ModelCard
-from typing import TYPE_CHECKING
-
 from lightning_moevlm.study.plan.planned_run import PlannedRun
 from lightning_moevlm.study.plan.run_identity import compute_digest
 
-if TYPE_CHECKING:  # it lies beside the models, which import torch
+if TYPE_CHECKING:
     from lightning_moevlm.contracts.model_card import ModelCard
 
 

@@ -17,14 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.shipped_files import find_file
 from lightning_moevlm.study.declare.arm_changes import overlay
 from lightning_moevlm.study.declare.comparison import Arm
 from lightning_moevlm.study.declare.study_file import Study
-from lightning_moevlm.study.plan.seed_keys import MARK, Key, follow_plainly, marked_keys, with_seed
-
-if TYPE_CHECKING:  # it lies beside the models, which import torch
-    from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.study.plan.plan_checks import (
     refuse_endless_schedule,
     refuse_idle_seeds,
@@ -34,7 +29,11 @@ from lightning_moevlm.study.plan.plan_checks import (
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tracker_tags
 from lightning_moevlm.study.plan.run_identity import compute_digest
 
+if TYPE_CHECKING:
+    from lightning_moevlm.contracts.model_card import ModelCard
+
 Result = TypeVar("Result")
+_STAND_IN = 1_618_033_988  # for a seed: below 2**31, and nobody writes it
 
 # Both raise UserError. resolve: (config files, overrides) -> nested plain config with all defaults.
 Resolve = Callable[[list[Path], dict[str, Any]], dict[str, Any]]
@@ -56,8 +55,7 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
     """
     arms, folder = study.comparison.arms, sweeps / study.comparison.name
     steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in arms}
-    proven: set[frozenset[Key]] = set()
-    runs = tuple(run for arm in arms for run in _plan_arm(study, arm, steps[arm.name], resolve, folder, proven))
+    runs = _plan_runs(study, steps, resolve, folder)
     refuse_twins(study, runs)
     refuse_idle_seeds(study, runs)
     first = {run.arm: run for run in reversed(runs)}
@@ -87,44 +85,49 @@ def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder:
     return _in_arm(study, arm, lambda: budget.steps(resolved, describe(resolved)))
 
 
-def _plan_arm(
-    study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path, proven: set[frozenset[Key]]
-) -> list[PlannedRun]:
-    """Return an arm's runs, from one resolved config where that holds the seed at known keys.
+def _plan_runs(study: Study, steps: Mapping[str, int | None], resolve: Resolve, folder: Path) -> tuple[PlannedRun, ...]:
+    """Return every run, each arm from one resolved config if only the study's own keys hold the seed.
 
-    Keys are known once the configs of the smallest and the largest seed, resolved by themselves, came out the same.
+    One seed is resolved by itself to verify that: of the first arm, and of arms with references of their own.
     """
-    runs = _of_marked(study, arm, steps, resolve, folder, proven) if len(study.comparison.seeds) > 1 else None
-    return runs or [_resolve_run(study, arm, seed, steps, resolve, folder) for seed in study.comparison.seeds]
+    seeds, runs = study.comparison.seeds, []
+    once = len(seeds) > 1
+    for place, arm in enumerate(study.comparison.arms):
+        found = _resolve_once(study, arm, steps[arm.name], resolve, folder) if once else []
+        if found and (place == 0 or "${" in json.dumps(arm.changes, default=str)):
+            last = max(found, key=attrgetter("seed"))
+            once = _resolve_run(study, arm, last.seed, steps[arm.name], resolve, folder).digest == last.digest
+            found = found if once else []
+        runs += found or [_resolve_run(study, arm, seed, steps[arm.name], resolve, folder) for seed in seeds]
+    return tuple(runs)
 
 
-def _of_marked(
-    study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path, proven: set[frozenset[Key]]
-) -> list[PlannedRun] | None:
-    """Return an arm's runs from one config with a mark for the seed; None where each has to be resolved."""
-    files = (find_file(file) for file in study.base)
-    texts = [file.read_text(encoding="utf-8") for file in files if file is not None]
-    if not follow_plainly([*texts, json.dumps([study.all_arms, arm.changes], default=str)]):
-        return None
+def _resolve_once(study: Study, arm: Arm, steps: int | None, resolve: Resolve, folder: Path) -> list[PlannedRun]:
+    """Return an arm's runs, resolved with a stand-in that the seeds then replace; empty if other keys hold it too.
+
+    Resolving takes half a second, and seeds differ by one number.
+    """
     seeds = study.comparison.seeds
     overrides = _add_places(_draft(study, arm, seeds[0], steps), folder)
-    _set(overrides, "seed_everything", MARK)
+    _set(overrides, "seed_everything", _STAND_IN)
     try:
-        marked = resolve(list(study.base), overrides)
+        resolved = resolve(list(study.base), overrides)
     except UserError:
-        return None  # told with a seed of the study in the mark's place
-    keys = marked_keys(marked)
-    if keys is None:
-        return None
+        return []  # resolving each seed raises it again, with a seed that the author knows
     if steps is None:
-        refuse_endless_schedule(study, marked)
-    runs = [_identify(_draft(study, arm, seed, steps), with_seed(marked, keys, seed), folder) for seed in seeds]
-    if keys not in proven:
-        for run in (min(runs, key=attrgetter("seed")), max(runs, key=attrgetter("seed"))):
-            if _resolve_run(study, arm, run.seed, steps, resolve, folder).digest != run.digest:
-                return None
-        proven.add(keys)
-    return runs
+        refuse_endless_schedule(study, resolved)
+    runs = [_identify(_draft(study, arm, seed, steps), _set_seeds(resolved, seed), folder) for seed in seeds]
+    return [] if str(_STAND_IN) in json.dumps(runs[0].resolved, default=str) else runs
+
+
+def _set_seeds(resolved: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Return a copy with the seed in place of the stand-in at the keys that the study owns."""
+    config = copy.deepcopy(resolved)
+    for section in (config, config.get("data"), config.get("model")):
+        for key in ("seed_everything", "seed"):
+            if isinstance(section, dict) and section.get(key) == _STAND_IN:
+                section[key] = seed
+    return config
 
 
 def _resolve_run(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:

@@ -8,17 +8,10 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_moevlm.common.digest import digest_of_text
 from lightning_moevlm.common.flat_config import flat as spelled
-
-if TYPE_CHECKING:  # it lies beside the models, which import torch
-    pass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # it lies beside the models, which import torch
-    pass
 
 
 class Cosmetic(NamedTuple):

@@ -125,13 +125,16 @@ def test_plan_is_arms_times_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("noise", "num_resolved"),
     [
-        ("${seed_everything}", 2 + 2),  # each arm once, and the smallest and largest seed to prove the method
-        ("s${seed_everything}", 2 * (1 + 4)),  # a text is no seed: each arm once in vain, then each seed
-        ("${oc.select:seed_everything}", 2 + 2),
-        ("${plus_one:${seed_everything}}", 2 * 4),  # who knows what a resolver does: each seed
+        (0.5, 2 + 1),  # each arm once, and one seed to verify the first arm
+        ("${seed_everything}", 2 * (1 + 4)),  # a key that the study does not own: each arm once in vain, then each seed
+        ("s${seed_everything}", 2 * (1 + 4)),
+        (
+            "${plus_one:${seed_everything}}",
+            1 + 1 + 4 + 4,
+        ),  # the verified seed shows it, for both arms
     ],
 )
-def test_an_arm_is_resolved_once_where_the_seed_can_be_put_in_its_places(tmp_path, noise, num_resolved):
+def test_an_arm_is_resolved_once_if_only_the_studys_keys_hold_the_seed(tmp_path, noise, num_resolved):
     OmegaConf.register_new_resolver("plus_one", lambda number: number + 1, replace=True)
     calls = []
 
@@ -144,13 +147,15 @@ def test_an_arm_is_resolved_once_where_the_seed_can_be_put_in_its_places(tmp_pat
     assert len(calls) == num_resolved
     for run in plan.runs:  # whichever way: the digest of what the command line resolves
         own = resolve(list(study.base), run.overrides)
-        assert own["model"]["noise"] == run.resolved["model"]["noise"]
-        assert own["model"]["noise"] in (run.seed, run.seed + 1, f"s{run.seed}")
+        assert own == run.resolved | {"trainer": own["trainer"]}
+        assert own["model"]["seed"] == run.seed
+        assert own["model"]["noise"] in (0.5, run.seed, run.seed + 1, f"s{run.seed}")
         assert compute_digest(own) == run.digest
 
 
-def test_an_arm_that_holds_the_seed_elsewhere_is_proven_for_itself(tmp_path):
-    arms = {"baseline": None, "own": {"model.noise": "${seed_everything}"}, "again": {"model.skew": 2.0}}
+def test_an_arm_that_holds_the_seed_elsewhere_is_verified_for_itself(tmp_path):
+    OmegaConf.register_new_resolver("plus_one", lambda number: number + 1, replace=True)
+    arms = {"baseline": None, "own": {"model.noise": "${plus_one:${seed_everything}}"}, "again": {"model.skew": 2.0}}
     calls = []
 
     def counting(files: list[Path], overrides: dict) -> dict:
@@ -159,8 +164,8 @@ def test_an_arm_that_holds_the_seed_elsewhere_is_proven_for_itself(tmp_path):
 
     study = read_study(write_project(tmp_path, "sqlite:///x.db", {"seeds": [3, 0, 11], "arms": arms}))
     plan = plan_study(study, counting, describe, tmp_path / "sweeps")
-    assert len(calls) == 3 + 2 + 2  # three arms, and two seeds for each way of holding it
-    assert [run.resolved["model"]["noise"] for run in plan.runs if run.arm == "own"] == [3, 0, 11]
+    assert len(calls) == (1 + 1) + (1 + 1 + 3) + 3
+    assert [run.resolved["model"]["noise"] for run in plan.runs if run.arm == "own"] == [4, 1, 12]
 
 
 def test_a_seed_that_is_refused_in_its_place_is_told_of_that_arm(tmp_path):
