@@ -10,7 +10,7 @@
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from rich.console import Console
 from lightning_moevlm.common.errors import Diverged, Stopped, UserError
 from lightning_moevlm.common.process_tuning import collect_as_usual
 from lightning_moevlm.common.shipped_files import shipped_config
-from lightning_moevlm.configuration.lightning_notices import Notices, ReleaseNotices, quiet_lightning
+from lightning_moevlm.configuration.lightning_notices import quiet_lightning
 from lightning_moevlm.configuration.overlays import NamesMerger, move_nulls_to_files
 from lightning_moevlm.configuration.parse_errors import short_message
 from lightning_moevlm.configuration.parsers import (
@@ -71,11 +71,12 @@ class CommandLine(LightningCLI):
     Args:
         asked: the subcommand.
         argv: the command line as the user typed it, for the record.
-        notices: released when the run begins.
+        speak_again: called when all is built; lets Lightning's messages through.
     """
 
-    def __init__(self, asked: str, argv: Sequence[str], notices: Notices) -> None:
+    def __init__(self, asked: str, argv: Sequence[str], speak_again: Callable[[], None]) -> None:
         self._asked = asked
+        self._speak_again = speak_again
         self._stop = StopBySignal()
         references = References(asked)
         options = {**PARSER_OPTIONS, "references": references}
@@ -88,7 +89,7 @@ class CommandLine(LightningCLI):
             parser_kwargs={**options, "prog": "moevlm", self._asked: options},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # for modules that save their hyperparameters; ours does not
-            trainer_defaults={"callbacks": [ReleaseNotices(notices), self._stop]},
+            trainer_defaults={"callbacks": [self._stop]},
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -189,6 +190,7 @@ class CommandLine(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; where training ends early, say last of all how to resume it."""
+        self._speak_again()
         try:
             super()._run_subcommand(subcommand)
         except UserError:
@@ -249,12 +251,12 @@ def run(args: Sequence[str]) -> None:
 def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
     prepare_parsers()
     args = expand_run_option(args)
-    with TemporaryDirectory() as folder, report_once(Path(folder)), quiet_lightning() as notices, user_errors():
+    with TemporaryDirectory() as folder, report_once(Path(folder)), quiet_lightning() as speak_again, user_errors():
         words = move_nulls_to_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
         sys.argv = [sys.argv[0], *words]
         try:
-            command_line(args[0], args, notices)
+            command_line(args[0], args, speak_again)
         except SystemExit as exit_:
             if isinstance(exit_.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit_

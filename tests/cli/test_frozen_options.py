@@ -17,7 +17,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning_moevlm.cli.parts import _parts
 from lightning_moevlm.cli.run_command import COMMANDS
 from lightning_moevlm.cli.training import CommandLine
-from lightning_moevlm.configuration.lightning_notices import Notices
 from lightning_moevlm.configuration.parsers import list_option_types, prepare_parsers
 from tests.conftest import PROJECT
 
@@ -56,7 +55,7 @@ def training_options() -> Iterator[str]:
     for command in ("fit", "validate", "test", "predict"):
         line = _ParserOnly.__new__(_ParserOnly)
         with pytest.raises(_ParserReadyError):
-            line.__init__(command, [command], Notices())  # type: ignore[misc]
+            line.__init__(command, [command], lambda: None)  # type: ignore[misc]
         for option, annotation in line.types.items():
             if annotation is not None:  # None is a group of options
                 commands[f"--{option}: {text_of(annotation)}"].append(command)
