@@ -1,4 +1,4 @@
-"""The LightningModule: a backbone, an objective, auxiliary losses, an optimiser. It computes; callbacks look on."""
+"""The LightningModule: a backbone, an objective, auxiliary losses, an optimiser. It computes; callbacks measure."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -61,13 +61,14 @@ from lightning_moevlm.training.step.step_output import StepOutput
 from lightning_moevlm.training.step.step_size import StepSizeMeter, in_step, step_size
 from lightning_moevlm.training.unused_parameters import UnusedParameters
 
+_Losses = tuple[ObjectiveOutput, LossReport]
+
 
 class VisionLanguageModule(LightningModule):
     """Trains any backbone with any objective.
 
-    Initial weights depend on `seed` and names alone, masks on `seed`, the sample's key and, in training, the number of
-    the optimiser step: arms of a study share them, whatever their batch size, and an interrupted run goes on as if it
-    had not stopped.
+    Initial weights depend only on `seed` and names. Masks depend on `seed`, the sample's key and, in training, the
+    optimiser step. So arms of a study share them at any batch size, and a resumed run equals an uninterrupted one.
 
     Args:
         backbone: the vision-language trunk.
@@ -83,8 +84,7 @@ class VisionLanguageModule(LightningModule):
         actions: changes to the model after each optimiser step.
 
     Raises:
-        UserError: an action that could not act on this backbone, a loss that it or this objective could not have, or a
-            negative init_std.
+        UserError: an action or loss that does not fit the backbone or the objective, or a negative init_std.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class VisionLanguageModule(LightningModule):
         refuse_unsuited_losses(losses, backbone, self.objective)
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
-        self._micro_losses: list[Tensor] = []  # of the step at hand
+        self._micro_losses: list[Tensor] = []  # of the current step
         self._step_sizes = StepSizeMeter(self.objective)
         self._partial_step: PartialStep | None = None  # of a checkpoint, until training starts
         self._configured_options: ConfiguredOptions | None = None
@@ -139,26 +139,26 @@ class VisionLanguageModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "VisionLanguageModule":
-        """Build a module of the given parts with a checkpoint's weights; a UserError without a backbone."""
+        """Build a module from the given parts and a checkpoint's weights; a UserError without a backbone."""
         if "backbone" not in options:
             raise UserError(
-                "a checkpoint holds the weights of parts, not the parts: give backbone=... and what else has weights, "
-                "or use lightning_moevlm.configuration.resolver.load_module(PATH), which reads the run's configuration"
+                "a checkpoint holds weights, not the modules: pass backbone=... and other parts with weights, or use "
+                "lightning_moevlm.configuration.resolver.load_module(PATH), which reads the run's configuration"
             )
         return super().load_from_checkpoint(checkpoint_path, *args, **options)
 
     def setup(self, stage: str) -> None:
-        """Refuse a trainer that does not fit; keep in fp32 what is pinned to it, before Lightning casts the module."""
+        """Refuse an unsuited trainer; keep pinned regions in fp32, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
             refuse_unsuited_trainer(self.trainer)
         keep_pinned_regions(self.trainer, self.precision)
         report_batch_dependence(self.backbone, stage)
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
-        """Return the total loss, and what callbacks may want to measure."""
+        """Return the total loss, and the values that callbacks measure."""
         self.seed_noise(self.micro_step(batch_idx))
         self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
-        output, report = self.compute_losses(batch, self.global_step, self._measured(batch))
+        output, report = self.compute_losses(batch, self.global_step, self._measure_step(batch))
         self.backbone.measure_attention = False
         self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
@@ -172,7 +172,7 @@ class VisionLanguageModule(LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Go on in the right epoch and step; options that a checkpoint brought along give way to those of this run."""
+        """Resume in the right epoch and step, with the options of this run in place of the checkpoint's."""
         refuse_uneven_steps(self.trainer)
         restore_epoch_position(self.trainer)
         partial_step, self._partial_step = self._partial_step, None
@@ -183,7 +183,7 @@ class VisionLanguageModule(LightningModule):
 
     @property
     def gradient_events(self) -> GradientEvents | None:
-        """What the gradient stabilisers did in the last optimiser step; None where none is on."""
+        """Effects of the gradient stabilisers in the last optimiser step; None if all are off."""
         return None if self._gradient_control is None else self._gradient_control.events
 
     def configure_gradient_clipping(
@@ -192,7 +192,7 @@ class VisionLanguageModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Let the gradient stabilisers work, on unscaled gradients, once per optimiser step; without any, Lightning."""
+        """Run the gradient stabilisers on unscaled gradients, once per step; if all are off, Lightning clips."""
         losses, self._micro_losses = self._micro_losses, []
         if self._gradient_control is None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -209,13 +209,13 @@ class VisionLanguageModule(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Take the step, then let the stabilisers that act on updates work."""
+        """Take the step, then run the stabilisers that act on updates."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._gradient_control is not None:
             self._gradient_control.after_update()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the gradient stabilisers remember, and amid an accumulation what is done of the step."""
+        """Save the state of the gradient stabilisers and, within an accumulation, the partial step."""
         if self._gradient_control is not None:
             checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
         if self._micro_losses and "loops" in checkpoint:  # not where weights alone are saved
@@ -230,32 +230,28 @@ class VisionLanguageModule(LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over.
-
-        Raises:
-            UserError: the optimiser's state is of other parameter groups.
-        """
+        """Load both; a UserError if the optimiser's state has other parameter groups."""
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # else load_from_checkpoint
             refuse_other_groups(checkpoint, self)
         self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
         self._partial_step = checkpoint.get("partial_step")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring what acts after each optimiser step along."""
+        """Add the callbacks that every run needs: actions after each step, and the report of unused parameters."""
         return [UnusedParameters(self.objective), *([] if self.action_runner is None else [self.action_runner])]
 
     @property
     def current_weights(self) -> dict[str, float | Tensor]:
-        """The weight of each auxiliary loss in the step at hand."""
+        """The weight of each auxiliary loss in the current step."""
         return self._loss_weights.at(self.global_step)
 
     @property
     def can_roll_back(self) -> bool:
-        """Whether a rollback will answer the next loss that is no number."""
+        """Whether a rollback will answer the next loss that is not finite."""
         return self.action_runner is not None and self.action_runner.can_roll_back
 
     def on_train_batch_end(self, outputs: StepOutput, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
-        """See that the last step is validated."""
+        """Stop after the last step, so that it is validated."""
         if 0 < self.trainer.max_steps <= self.global_step:
             self.trainer.should_stop = True  # Lightning validates and saves once more when it is asked to stop
 
@@ -264,7 +260,7 @@ class VisionLanguageModule(LightningModule):
         self._evaluate(batch, "val", self.val_evaluation)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the epoch. Lightning's sanity check before the first step is the untrained model: step 0 of a curve."""
+        """Log the epoch. Lightning's sanity check measures the untrained model: step 0 of a curve."""
         self._log_evaluation(self.val_evaluation)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -283,7 +279,7 @@ class VisionLanguageModule(LightningModule):
         """Return a new optimiser over the parameter groups, each with its peak rate and decay.
 
         Raises:
-            UserError: the optimiser refuses an option or a parameter, or cannot decay as the groups ask.
+            UserError: the optimiser refuses an option or a parameter, or cannot decay as the groups require.
         """
         try:
             optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
@@ -297,12 +293,12 @@ class VisionLanguageModule(LightningModule):
         return optimizer
 
     def build_schedule(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler | None:
-        """Return the schedule over an optimiser, for a run of so many steps; None without one."""
+        """Return the schedule of an optimiser for a run of `num_steps`; None without a schedule."""
         factory = self.schedule_factory
         return None if factory is None else build_schedule(factory, optimizer, num_steps)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over the parameter groups, the schedule per step, and what acts on gradients."""
+        """Build the optimiser over the parameter groups, the schedule per step, and the gradient stabilisers."""
         optimizer = self.build_optimizer()
         refuse_vanishing_eps(self.trainer, optimizer)
         round_state(optimizer, self.precision)
@@ -320,26 +316,24 @@ class VisionLanguageModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def draws(self, stage: str, step: int = 0) -> Draws:
-        """Return what masks are drawn from: of the optimiser step in training, always the same elsewhere."""
+        """Return the source of random masks: by optimiser step in training, constant in evaluation."""
         words = (stage, step) if stage == "train" else ("held out",)
         return Draws(seed_of(self.seed, *words))
 
     def micro_step(self, batch_idx: int) -> int:
-        """Return the number of a training batch: its noise follows from it."""
+        """Return the number of a micro-batch since the start of training; it seeds the noise."""
         micro_batches = self.trainer.accumulate_grad_batches
         return self.global_step * micro_batches + batch_idx % micro_batches
 
     def seed_noise(self, step: int) -> None:
-        """Make whatever a router or a dropout draws a function of seed and step, so a resumed run draws it again."""
+        """Seed the draws of routers and dropout by seed, step and rank, so that a resumed run repeats them."""
         seed = seed_of(self.seed, "noise", step, self.global_rank)
         # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
         torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
 
-    def compute_losses(
-        self, batch: Batch, step: int, whole: BatchSize | None = None
-    ) -> tuple[ObjectiveOutput, LossReport]:
-        """Run the model on a batch of an optimiser step; whole: the size of that step, None where it is the batch."""
-        output, inputs = self._routed(batch, "train", step)
+    def compute_losses(self, batch: Batch, step: int, whole: BatchSize | None = None) -> _Losses:
+        """Run the model on a batch of an optimiser step; whole: the size of that step, None if it is the batch."""
+        output, inputs = self._run_objective(batch, "train", step)
         size, task = None, output.terms
         if whole is not None:
             size = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
@@ -348,7 +342,7 @@ class VisionLanguageModule(LightningModule):
             auxiliary = self.losses.terms(inputs, output.log_partitions, self.current_weights, size)
         return output, LossReport(task, auxiliary)
 
-    def _routed(self, batch: Batch, stage: str, step: int = 0) -> tuple[ObjectiveOutput, list[LossInput]]:
+    def _run_objective(self, batch: Batch, stage: str, step: int = 0) -> tuple[ObjectiveOutput, list[LossInput]]:
         output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage, step))
         clash = self.losses.enabled.keys() & output.terms.keys()
         if clash:
@@ -359,11 +353,11 @@ class VisionLanguageModule(LightningModule):
         return output, self._loss_inputs(output.plans, training=stage == "train")
 
     def _evaluate(self, batch: Batch, stage: str, evaluation: Evaluation) -> None:
-        output, inputs = self._routed(batch, stage)
+        output, inputs = self._run_objective(batch, stage)
         with region(self.precision, "losses", self.device.type):
             evaluation.update(output, inputs, batch.num_samples)
 
-    def _measured(self, batch: Batch) -> BatchSize | None:
+    def _measure_step(self, batch: Batch) -> BatchSize | None:
         if self._num_parts == 1:
             return None
         micro_batches = self.trainer.accumulate_grad_batches
@@ -397,7 +391,7 @@ class VisionLanguageModule(LightningModule):
         return self.trainer.strategy.reduce(counts, reduce_op="sum")
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
-        """Log at the optimiser step. Outside of `fit` Lightning logs: it returns what it has logged."""
+        """Log at the optimiser step. Outside of `fit` Lightning logs, because it returns the logged values."""
         values = {key: float(value) for key, value in evaluation.compute(self.current_weights).items()}
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
         for logger in self.loggers if is_fit else ():
