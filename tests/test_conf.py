@@ -24,7 +24,11 @@ from tests.model.losses.test_others import MostProbable
 from tests.small_run import SMALL, budget
 
 CONFIGS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
-OVERLAYS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/overlays").glob("*.yaml"))
+OVERLAYS = sorted(
+    path.relative_to(PROJECT).as_posix()
+    for folder in ("overlays", "objectives")
+    for path in (PROJECT / "conf" / folder).glob("*.yaml")
+)
 ROUTERS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/routers").glob("*.yaml"))
 DATA = sorted(  # of folders; tests/data/storage/test_object_store.py trains from a bucket
     path.relative_to(PROJECT).as_posix()

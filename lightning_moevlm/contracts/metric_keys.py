@@ -50,6 +50,10 @@ TERM_WEIGHT = MetricKey("loss_weight/{term}", "weight of a loss term", "", "neit
 EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "term's own", "lower")
 ACCURACY = MetricKey("{stage}/accuracy_{term}", "masked accuracy", "fraction", "higher")
 MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")
+RECALL = MetricKey("{stage}/recall_at_{k}/{direction}", "retrieval recall at k", "fraction", "higher")
+CHANCE_RECALL = MetricKey(
+    "{stage}/chance_recall_at_{k}/{direction}", "recall of a random ranking", "fraction", "neither"
+)
 
 EXPERT_LOAD = MetricKey(
     "load/block{block}/{modality}/expert{expert}", "expert load", "fraction of kept pairs", "neither"

@@ -20,13 +20,15 @@ class Layout(NamedTuple):
     """Where the modalities lie in a sequence, and which positions are real.
 
     spans: in order and without gaps. valid_BS: bool, False on padding. identity_BS: int64, token ids and patch codes,
-    or None where no router asked for them. causal: text sees no later text, and patches see no text.
+    or None where no router asked for them. causal: text sees no later text, and patches see no text. separate: no
+    attention between modalities, so image and text of a pair share the feed-forwards alone.
     """
 
     spans: tuple[Span, ...]
     valid_BS: Tensor
     identity_BS: Tensor | None = None
     causal: bool = False
+    separate: bool = False
 
     @property
     def modality_S(self) -> Tensor:
@@ -38,4 +40,4 @@ class Layout(NamedTuple):
         """Return the layout of one span alone."""
         inner = Span(span.modality, 0, span.stop - span.start)
         identity_BS = None if self.identity_BS is None else self.identity_BS[:, span.start : span.stop]
-        return Layout((inner,), self.valid_BS[:, span.start : span.stop], identity_BS, self.causal)
+        return Layout((inner,), self.valid_BS[:, span.start : span.stop], identity_BS, self.causal, self.separate)

@@ -154,12 +154,23 @@ class Predictions(NamedTuple):
     target_M: Tensor
 
 
+class Embeddings(NamedTuple):
+    """Features of pairs in one space, kept over an evaluation because its metrics compare samples with each other."""
+
+    keys: tuple[str, ...]  # of the samples
+    image_ND: Tensor  # fp32, rows of length 1, on the CPU
+    text_ND: Tensor  # likewise
+    image_ids: tuple[int, ...]  # equal where the images are equal
+    text_ids: tuple[int, ...]  # equal where the texts are equal
+
+
 class ObjectiveOutput(NamedTuple):
     """What an objective makes of a batch.
 
     terms: of the task. predictions: classes, by term. plans: of every MoE that ran. num_tokens: encoded, padding
     included. attention: the largest logits of every attention that ran, where the backbone was asked for them.
     log_partitions: of every term that predicts classes, the logsumexp of the logits at each masked position, (M,).
+    embeddings: in evaluation, of an objective that compares samples with each other.
     """
 
     terms: dict[str, Term]
@@ -168,3 +179,4 @@ class ObjectiveOutput(NamedTuple):
     num_tokens: int
     attention: tuple[AttentionLogits, ...] = ()
     log_partitions: Mapping[str, Tensor] = MappingProxyType({})
+    embeddings: Embeddings | None = None

@@ -4,7 +4,7 @@ Every mean is over what was predicted in all batches and on all ranks, so that h
 matter, but for rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.contracts.step_records import ObjectiveOutput
+from lightning_moevlm.contracts.step_records import Embeddings, ObjectiveOutput, Term
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.layers import batch_dependence, limited_in_evaluation
 from lightning_moevlm.model.losses import AuxiliaryLosses, LossInput, SumName
 from lightning_moevlm.model.metrics import DropRates, MajorityAccuracy
+from lightning_moevlm.model.metrics.retrieval import gather_embeddings, retrieval_recalls
 from lightning_moevlm.model.metrics.running_sums import RunningSums
+
+
+def no_terms(embeddings: Embeddings) -> Mapping[str, Term]:
+    """Return none: the objective compares no samples."""
+    return {}
 
 
 class Evaluation(nn.Module):
@@ -28,15 +34,25 @@ class Evaluation(nn.Module):
         num_classes: classes of every class-predicting term.
         losses: auxiliary losses, each measured once on the sums of all batches.
         backbone: whose layers with a limit in evaluation have their drop rate measured.
+        terms_of_set: terms that compare all samples of the epoch with each other.
     """
 
-    def __init__(self, stage: str, num_classes: Mapping[str, int], losses: AuxiliaryLosses, backbone: Backbone) -> None:
+    def __init__(
+        self,
+        stage: str,
+        num_classes: Mapping[str, int],
+        losses: AuxiliaryLosses,
+        backbone: Backbone,
+        terms_of_set: Callable[[Embeddings], Mapping[str, Term]] = no_terms,
+    ) -> None:
         super().__init__()
         self.stage = stage
         self._losses = losses
         self._task = RunningSums[str]()
         self._routing = RunningSums[SumName]()
         self._correct = RunningSums[str]()
+        self._terms_of_set = terms_of_set
+        self._embeddings: list[Embeddings] = []
         self.drop_rates = DropRates(limited_in_evaluation(backbone))
         # one by one: their targets differ
         majority = {term: MajorityAccuracy(count) for term, count in num_classes.items()}
@@ -51,6 +67,8 @@ class Evaluation(nn.Module):
         for of, sums in self._losses.sums(inputs, output.log_partitions).items():
             self._routing.add(of, sums)
         self.drop_rates.update(output.plans)
+        if output.embeddings is not None:
+            self._embeddings.append(output.embeddings)
         for name, prediction in output.predictions.items():
             correct_M = prediction.predicted_M == prediction.target_M
             self._correct.add(name, torch.stack([correct_M.sum(), torch.ones_like(correct_M).sum()]))
@@ -62,6 +80,9 @@ class Evaluation(nn.Module):
         weights: of the auxiliary losses, in force.
         """
         task = {name: sums[:2] / sums[2] for name, sums in self._task.totals().items() if sums[2]}
+        embeddings = gather_embeddings(self._embeddings)
+        of_set = {} if embeddings is None else self._terms_of_set(embeddings)
+        task |= {name: torch.stack([term.raw, term.weighted]).double() for name, term in of_set.items()}
         auxiliary = self._losses.means(self._routing.totals(), weights)
         task_loss = sum((weighted for _, weighted in task.values()), start=torch.zeros((), dtype=torch.float64))
         total_loss = sum((term.weighted.cpu() for term in auxiliary.values()), start=task_loss)
@@ -76,6 +97,10 @@ class Evaluation(nn.Module):
             if count:
                 values[metric_keys.ACCURACY.key(stage=self.stage, term=name)] = correct / count
                 values[metric_keys.MAJORITY_ACCURACY.key(stage=self.stage, term=name)] = majority[name]
+        for recall in [] if embeddings is None else retrieval_recalls(embeddings):
+            where: dict[str, str | int] = {"stage": self.stage, "k": recall.at, "direction": recall.direction}
+            values[metric_keys.RECALL.key(**where)] = torch.tensor(recall.recall)
+            values[metric_keys.CHANCE_RECALL.key(**where)] = torch.tensor(recall.chance)
         for (block, modality), rate in self.drop_rates.compute().items():
             key = metric_keys.EVAL_DROP_RATE.key(stage=self.stage, block=block, modality=modality.label)
             values[key] = torch.tensor(rate)
@@ -86,6 +111,7 @@ class Evaluation(nn.Module):
         """Forget all batches."""
         for metrics in (self._task, self._routing, self._correct, self.majority, self.drop_rates):
             metrics.reset()
+        self._embeddings = []
 
 
 def report_batch_dependence(backbone: Backbone, stage: str) -> None:

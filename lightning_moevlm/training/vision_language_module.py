@@ -134,8 +134,8 @@ class VisionLanguageModule(LightningModule):
         self.action_runner = (
             ActionRunner(active_actions, backbone, seed, self._routing_counter) if active_actions else None
         )
-        self.val_evaluation = Evaluation("val", self.objective.num_classes, losses, backbone)
-        self.test_evaluation = Evaluation("test", self.objective.num_classes, losses, backbone)
+        evaluated = (self.objective.num_classes, losses, backbone, self.objective.terms_of_set)
+        self.val_evaluation, self.test_evaluation = Evaluation("val", *evaluated), Evaluation("test", *evaluated)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "VisionLanguageModule":

@@ -2,14 +2,16 @@
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.model.backbones import BackboneSpec
 from lightning_moevlm.model.losses import AuxiliaryLosses
-from lightning_moevlm.model.objectives import MaskedModelling
+from lightning_moevlm.model.objectives import Contrastive, MaskedModelling, Objective
 from lightning_moevlm.model.objectives.masked_modelling import TermWeights
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
@@ -19,12 +21,14 @@ PAIRS = pair_batch(8)
 IMAGES = PAIRS._replace(text_BL=None, text_mask_BL=None, num_pairs=0)
 TEXTS = PAIRS._replace(images_BRYX=None, num_pairs=0)
 BOTH_ALONE = PAIRS._replace(num_pairs=0, keys=tuple(f"alone{index}" for index in range(16)))
-CASES: dict[str, tuple[list[Batch], TermWeights]] = {
-    "texts alone": ([TEXTS] * 3, TermWeights()),
-    "images alone": ([IMAGES] * 3, TermWeights()),
-    "a term without a weight": ([PAIRS] * 3, TermWeights(text=None)),
-    "batches of one modality among pairs": ([PAIRS, IMAGES, TEXTS], TermWeights()),
-    "a modality for each rank": ([BOTH_ALONE] * 3, TermWeights()),
+CASES: dict[str, tuple[list[Batch], Callable[[BackboneSpec], Objective]]] = {
+    "texts alone": ([TEXTS] * 3, MaskedModelling),
+    "images alone": ([IMAGES] * 3, MaskedModelling),
+    "a term without a weight": ([PAIRS] * 3, partial(MaskedModelling, weights=TermWeights(text=None))),
+    "batches of one modality among pairs": ([PAIRS, IMAGES, TEXTS], MaskedModelling),
+    "a modality for each rank": ([BOTH_ALONE] * 3, MaskedModelling),
+    "contrast by softmax": ([PAIRS] * 3, Contrastive),
+    "contrast by sigmoid": ([PAIRS] * 3, partial(Contrastive, kind="sigmoid")),
 }
 
 
@@ -35,10 +39,10 @@ def joined(case: str) -> list[Batch]:
 
 def trained(case: str, batches: list[Batch], *, steps: int = 3, **options: object) -> dict[str, Tensor]:
     """Return the weights after so many steps of plain SGD."""
-    weights = CASES[case][1] if case in CASES else TermWeights()
+    objective = CASES[case][1] if case in CASES else MaskedModelling
     module = VisionLanguageModule(
         small_vl_moe(),
-        partial(MaskedModelling, weights=weights),
+        objective,
         AuxiliaryLosses(None, None),  # the balance loss of a batch is not the mean of those of its parts
         optimizer=partial(torch.optim.SGD, lr=0.1),
         init_std=0.1,

@@ -64,6 +64,12 @@ class BackboneOutput(NamedTuple):
         span = next(span for span in self.layout.spans if span.modality == modality)
         return self.tokens_BSD[:, span.start : span.stop]
 
+    def pooled(self, modality: Modality) -> Tensor:
+        """Return the mean over the real positions of one modality, (B, D)."""
+        span = next(span for span in self.layout.spans if span.modality == modality)
+        valid_BS1 = self.layout.valid_BS[:, span.start : span.stop].unsqueeze(-1)
+        return (self.features(modality) * valid_BS1).sum(dim=1) / valid_BS1.sum(dim=1).clamp(min=1)
+
 
 class Backbone(Module):
     """A vision-language trunk for image-only, text-only and pair inputs.
@@ -84,8 +90,17 @@ class Backbone(Module):
         text_BL: Tensor | None = None,
         text_mask_BL: Tensor | None = None,
         image_mask_BP: Tensor | None = None,
+        separate: bool = False,
     ) -> BackboneOutput:
-        """Encode; images uint8, text int64, text_mask True on real tokens, image_mask True on hidden patches."""
+        """Encode images, texts or pairs.
+
+        Args:
+            images_BRYX: uint8.
+            text_BL: int64 token ids.
+            text_mask_BL: True on real tokens.
+            image_mask_BP: True on hidden patches.
+            separate: no attention between image and text of a pair; a mixture of experts still sees both at once.
+        """
 
     @property
     @abstractmethod

@@ -94,9 +94,10 @@ class Trunk(Backbone):
         text_BL: Tensor | None = None,
         text_mask_BL: Tensor | None = None,
         image_mask_BP: Tensor | None = None,
+        separate: bool = False,
     ) -> BackboneOutput:
         """Encode images, texts or pairs; at least one of the two must be given."""
-        tokens_BSD, layout, source = self._embed(images_BRYX, text_BL, text_mask_BL, image_mask_BP)
+        tokens_BSD, layout, source = self._embed(images_BRYX, text_BL, text_mask_BL, image_mask_BP, separate)
         plans: list[NamedPlan] = []
         attention: list[AttentionLogits] = []
         for index, block in enumerate(self.blocks):
@@ -119,6 +120,7 @@ class Trunk(Backbone):
         text_BL: Tensor | None,
         text_mask_BL: Tensor | None,
         image_mask_BP: Tensor | None,
+        separate: bool,
     ) -> "_Sequence":
         """Embed, patches first."""
         pieces: list[Tensor] = []
@@ -146,7 +148,7 @@ class Trunk(Backbone):
         assert spans, "a forward pass needs images, text or both"
         source = "pair" if len(spans) > 1 else spans[0].modality.label
         identity_BS = torch.cat(identity, dim=1) if identity else None
-        layout = Layout(tuple(spans), torch.cat(valid, dim=1), identity_BS, self.causal)
+        layout = Layout(tuple(spans), torch.cat(valid, dim=1), identity_BS, self.causal, separate)
         return _Sequence(torch.cat(pieces, dim=1), layout, source)
 
 

@@ -95,15 +95,22 @@ def allowed_keys(layout: Layout) -> Tensor:
     """Return a bool mask, True where the query of the third axis may see the key of the fourth.
 
     Bidirectional: every real position, (B, 1, 1, S). Causal: patches see patches, text sees patches and no later text,
-    (B, 1, S, S); each position sees itself, so that a row of padding is not a softmax over nothing.
+    (B, 1, S, S). Separate: each modality sees itself alone, (B, 1, S, S). Each position of the last two sees itself, so
+    that a row of padding is not a softmax over nothing.
     """
     valid_B11S = layout.valid_BS[:, None, None, :]
-    if not layout.causal:
+    is_separate = layout.separate and len(layout.spans) > 1
+    if not (layout.causal or is_separate):
         return valid_B11S
-    is_text_S = layout.modality_S == int(Modality.TEXT)
-    position_S = torch.arange(is_text_S.shape[0], device=is_text_S.device)
-    is_earlier_SS = position_S.unsqueeze(0) <= position_S.unsqueeze(1)
-    seen_SS = ~is_text_S.unsqueeze(0) | (is_text_S.unsqueeze(1) & is_earlier_SS)
+    modality_S = layout.modality_S
+    position_S = torch.arange(modality_S.shape[0], device=modality_S.device)
+    seen_SS = torch.ones((), dtype=torch.bool, device=modality_S.device)
+    if layout.causal:
+        is_text_S = modality_S == int(Modality.TEXT)
+        is_earlier_SS = position_S.unsqueeze(0) <= position_S.unsqueeze(1)
+        seen_SS = seen_SS & (~is_text_S.unsqueeze(0) | (is_text_S.unsqueeze(1) & is_earlier_SS))
+    if is_separate:
+        seen_SS = seen_SS & (modality_S.unsqueeze(0) == modality_S.unsqueeze(1))
     return (valid_B11S & seen_SS) | (position_S.unsqueeze(0) == position_S.unsqueeze(1))
 
 

@@ -1,6 +1,7 @@
 """Objectives: (backbone, batch) -> loss terms. They own their heads, because targets decide what a head predicts."""
 
 from lightning_moevlm.model.objectives.codebook_targets import CodebookTargets
+from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets
 from lightning_moevlm.model.objectives.masked_modelling import MaskedModelling
@@ -9,6 +10,7 @@ from lightning_moevlm.model.objectives.vq_targets import VQCheckpointTargets
 
 __all__ = [
     "CodebookTargets",
+    "Contrastive",
     "Draws",
     "ImageTargets",
     "MaskedModelling",

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput
+from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, Term
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.initial_weights import Module
 from lightning_moevlm.model.objectives.draws import Draws
@@ -35,3 +35,7 @@ class Objective(Module):
         is that of their joined batch; without, all of them count alike.
         """
         return None
+
+    def terms_of_set(self, embeddings: Embeddings) -> dict[str, Term]:
+        """Return the terms that compare all samples of an evaluation; they replace the batches' own of that name."""
+        return {}

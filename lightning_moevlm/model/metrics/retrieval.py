@@ -1,0 +1,99 @@
+"""Recall of image-text retrieval over a whole set, as COCO and Flickr30k report it (arXiv 1411.2539, section 4).
+
+    recall@k = share of the queries that have one of their own answers among the k most similar candidates
+
+Every text of an image is an answer to it, and every image of a text. A candidate that ties with the best answer ranks
+before it, so features that are all alike recall nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_moevlm.contracts.step_records import Embeddings
+
+AT = (1, 5, 10)
+_QUERIES = 1024  # at a time
+
+
+class Recall(NamedTuple):
+    """Recall of one direction at one k, with what ranking at random would reach."""
+
+    direction: str
+    at: int
+    recall: float
+    chance: float
+
+
+def retrieval_recalls(embeddings: Embeddings, at: Sequence[int] = AT) -> list[Recall]:
+    """Return recalls both ways; equal images count as one candidate, as do equal texts."""
+    image_MD, image_N = _unique(embeddings.image_ids, embeddings.image_ND)
+    text_MD, text_N = _unique(embeddings.text_ids, embeddings.text_ND)
+    pairs = sorted(set(zip(image_N, text_N, strict=True)))
+    images, texts = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    return [
+        *_direction("image_to_text", image_MD, text_MD, images, texts, at),
+        *_direction("text_to_image", text_MD, image_MD, texts, images, at),
+    ]
+
+
+def join_embeddings(parts: Sequence[Embeddings]) -> Embeddings:
+    """Return the samples of all parts in the order of their keys, each once."""
+    keys = [key for part in parts for key in part.keys]
+    place = {key: index for index, key in enumerate(keys)}
+    order = [place[key] for key in sorted(place)]
+    image_ids = [each for part in parts for each in part.image_ids]
+    text_ids = [each for part in parts for each in part.text_ids]
+    return Embeddings(
+        tuple(keys[index] for index in order),
+        torch.cat([part.image_ND for part in parts])[order],
+        torch.cat([part.text_ND for part in parts])[order],
+        tuple(image_ids[index] for index in order),
+        tuple(text_ids[index] for index in order),
+    )
+
+
+def gather_embeddings(own: Sequence[Embeddings]) -> Embeddings | None:
+    """Return those of all ranks, None where no rank has any; all ranks must ask together."""
+    everyone = [list(own)]
+    if dist.is_available() and dist.is_initialized():
+        everyone = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, list(own))
+    parts = [part for of_rank in everyone for part in of_rank]
+    return join_embeddings(parts) if parts else None
+
+
+def _unique(ids: Sequence[int], values_ND: Tensor) -> tuple[Tensor, list[int]]:
+    """Return one row per id, and the row of each sample."""
+    row = {each: index for index, each in enumerate(dict.fromkeys(ids))}
+    first = {each: index for index, each in reversed(list(enumerate(ids)))}
+    return values_ND[[first[each] for each in row]], [row[each] for each in ids]
+
+
+def _direction(
+    name: str, query_QD: Tensor, candidate_CD: Tensor, queries: Tensor, answers: Tensor, at: Sequence[int]
+) -> list[Recall]:
+    """queries, answers: rows of query and candidate that belong together, each pair once."""
+    rank_Q = torch.empty(len(query_QD), dtype=torch.int64)
+    for start in range(0, len(query_QD), _QUERIES):
+        similarity = query_QD[start : start + _QUERIES] @ candidate_CD.T
+        here = (queries >= start) & (queries < start + _QUERIES)
+        is_answer = torch.zeros_like(similarity, dtype=torch.bool)
+        is_answer[queries[here] - start, answers[here]] = True
+        best = similarity.masked_fill(~is_answer, -torch.inf).amax(dim=1, keepdim=True)
+        rank_Q[start : start + _QUERIES] = ((similarity >= best) & ~is_answer).sum(dim=1)
+    num_answers = torch.bincount(queries, minlength=len(query_QD)).tolist()
+    chance = [sum(_chance(len(candidate_CD), num, k) for num in num_answers) / len(num_answers) for k in at]
+    return [
+        Recall(name, k, float((rank_Q < k).double().mean()), by_luck) for k, by_luck in zip(at, chance, strict=True)
+    ]
+
+
+def _chance(num_candidates: int, num_answers: int, at: int) -> float:
+    """Return the probability that `at` candidates drawn at random hold an answer."""
+    at = min(at, num_candidates)
+    return 1 - math.comb(num_candidates - num_answers, at) / math.comb(num_candidates, at)

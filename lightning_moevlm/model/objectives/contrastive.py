@@ -1,0 +1,199 @@
+"""Image-text contrast: each image finds its text among those of the batch, and each text its image.
+
+    softmax   mean of both cross-entropies, logits = s <image, text>         (CLIP, arXiv 2103.00020, section 2.3)
+    sigmoid   one yes-or-no decision per image and text, logits = s <image, text> + b, summed over the texts of an image
+              (SigLIP, arXiv 2303.15343, section 3.2)
+
+Features are means over real positions, projected per modality and scaled to length 1; s = exp(log_scale) is learned.
+Image and text are encoded in one pass without attention between them, so a shared mixture of experts routes both at
+once, as in LIMoE (arXiv 2206.02770, section 2). Negatives come from the micro-batches of all ranks; gradients flow to
+every rank's features. Micro-batches that are accumulated are contrasted each for itself.
+
+In evaluation the loss and the recalls are over the whole set, so they do not depend on the batch size.
+"""
+
+import math
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, PlanSize, Term
+from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.objectives.draws import Draws
+from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.precision import region
+
+Kind = Literal["softmax", "sigmoid"]
+TERM = "contrastive"
+_LARGEST_SCALE = 100.0  # CLIP, section 2.5
+_START = {"softmax": (1 / 0.07, 0.0), "sigmoid": (10.0, -10.0)}  # scale and bias; CLIP section 2.5, SigLIP section 3.2
+_ROWS = 1024  # of the similarity matrix at a time, so memory does not grow with the square of the set
+
+
+class Contrastive(Objective):
+    """Contrasts the images and texts of pairs; samples that lack one of the two are left out.
+
+    Args:
+        spec: the backbone's dimensions.
+        kind: softmax as CLIP, sigmoid as SigLIP.
+        embedding_dim: width of the common space; null takes the backbone's width.
+        weight: of the term in the task loss.
+
+    Raises:
+        UserError: an embedding_dim below 1.
+    """
+
+    pairs_reach_all = True
+
+    def __init__(
+        self, spec: BackboneSpec, kind: Kind = "softmax", embedding_dim: int | None = None, weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        width = spec.dim if embedding_dim is None else embedding_dim
+        check_number("embedding_dim", width, least=1)
+        scale, bias = _START[kind]
+        self.kind = kind
+        self.weight = weight
+        self.num_patches = spec.num_patches
+        self.image_projection = nn.Linear(spec.dim, width, bias=False)
+        self.text_projection = nn.Linear(spec.dim, width, bias=False)
+        self.log_scale = _Scalar(math.log(scale))
+        self.logit_bias = _Scalar(bias) if kind == "sigmoid" else None
+        self.num_classes = {}
+
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        """Encode the pairs and contrast them."""
+        pairs = batch.first(batch.pairs)
+        if pairs.images_BRYX is None or pairs.text_BL is None:
+            raise UserError(
+                "Contrastive needs images with their texts, and this batch has none: choose a set of pairs, or "
+                "MaskedModelling for images or texts alone"
+            )
+        output = backbone(*pairs[:3], separate=True)
+        image_BD = self._embed(output.pooled(Modality.IMAGE), self.image_projection)
+        text_BD = self._embed(output.pooled(Modality.TEXT), self.text_projection)
+        loss = self.loss(image_BD, text_BD)
+        return ObjectiveOutput(
+            {TERM: Term(loss, self.weight, len(image_BD))},
+            {},
+            output.plans,
+            output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
+            output.attention,
+            embeddings=None if self.training else _embeddings(pairs, image_BD, text_BD),
+        )
+
+    def size(self, batch: Batch) -> BatchSize:
+        """Return the number of pairs, and tokens of their pass."""
+        pairs = batch.first(batch.pairs)
+        num_pairs = torch.tensor(pairs.num_samples, device=batch.device)
+        words = torch.zeros_like(num_pairs) if pairs.text_mask_BL is None else pairs.text_mask_BL.sum()
+        sequences_A = torch.stack([num_pairs, num_pairs])
+        tokens = PlanSize(torch.stack([num_pairs * self.num_patches, words]), sequences_A, num_pairs)
+        return BatchSize({TERM: num_pairs}, {"pair": tokens})
+
+    def loss(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """Return the mean over this rank's pairs; in training, those of all ranks are the negatives."""
+        with region(self.precision, "losses", image_BD.device.type) as cast:
+            image_BD, text_BD = cast(image_BD), cast(text_BD)
+            image_ND, text_ND, first = image_BD, text_BD, 0
+            if self.training:  # ranks may evaluate different numbers of batches, and must not wait for each other
+                image_ND, first = _gather(image_BD)
+                text_ND, _ = _gather(text_BD)
+            return self._rows_loss(image_BD, text_BD, image_ND, text_ND, first)
+
+    @torch.no_grad()
+    def terms_of_set(self, embeddings: Embeddings) -> dict[str, Term]:
+        """Return the loss over all pairs of an evaluation."""
+        image_ND, text_ND = (each.to(self.log_scale.value.device) for each in (embeddings.image_ND, embeddings.text_ND))
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(image_ND), _ROWS):
+            rows = slice(start, start + _ROWS)
+            mean = self._rows_loss(image_ND[rows], text_ND[rows], image_ND, text_ND, start)
+            total += mean.double().cpu() * len(image_ND[rows])
+        return {TERM: Term(total / len(image_ND), self.weight, len(image_ND))}
+
+    def _rows_loss(self, image_BD: Tensor, text_BD: Tensor, image_ND: Tensor, text_ND: Tensor, first: int) -> Tensor:
+        if self.logit_bias is None:
+            scale = self.log_scale.value.exp().clamp(max=_LARGEST_SCALE)
+            return softmax_contrast(image_BD, text_BD, image_ND, text_ND, scale, first)
+        return sigmoid_contrast(image_BD, text_ND, self.log_scale.value.exp(), self.logit_bias.value, first)
+
+    def _embed(self, features_BD: Tensor, projection: nn.Linear) -> Tensor:
+        with region(self.precision, "heads", features_BD.device.type) as cast:
+            return F.normalize(projection(cast(features_BD)).float(), dim=-1)
+
+
+def softmax_contrast(
+    image_BD: Tensor, text_BD: Tensor, image_ND: Tensor, text_ND: Tensor, scale: Tensor, first: int = 0
+) -> Tensor:
+    """Return the mean cross-entropy of finding the other half of each of B pairs among N, both ways.
+
+    Args:
+        image_BD: of the pairs concerned, rows of length 1, as are all.
+        text_BD: of the same.
+        image_ND: candidates; the pairs concerned are its rows from `first` on.
+        text_ND: candidates.
+        scale: of the similarities, a scalar.
+        first: row of the first pair concerned.
+    """
+    target_B = torch.arange(first, first + len(image_BD), device=image_BD.device)
+    to_text = F.cross_entropy(scale * image_BD @ text_ND.T, target_B)
+    to_image = F.cross_entropy(scale * text_BD @ image_ND.T, target_B)
+    return (to_text + to_image) / 2
+
+
+def sigmoid_contrast(image_BD: Tensor, text_ND: Tensor, scale: Tensor, bias: Tensor, first: int = 0) -> Tensor:
+    """Return the mean over B images of the sum over N texts of -log sigmoid(z (scale <image, text> + bias)).
+
+    z is 1 where the text is the image's own, else -1. `first` is as in `softmax_contrast`.
+    """
+    sign_BN = torch.full((len(image_BD), len(text_ND)), -1.0, device=image_BD.device)
+    row_B = torch.arange(len(image_BD), device=image_BD.device)
+    sign_BN[row_B, first + row_B] = 1.0
+    return -F.logsigmoid(sign_BN * (scale * image_BD @ text_ND.T + bias)).sum(dim=1).mean()
+
+
+class _Scalar(nn.Module):
+    """One learned number that starts at a value of its own."""
+
+    def __init__(self, initial_value: float) -> None:
+        super().__init__()
+        self.initial_value = initial_value
+        self.value = nn.Parameter(torch.empty(()))
+
+
+def _gather(own_BD: Tensor) -> tuple[Tensor, int]:
+    """Return the rows of all ranks, with gradient, and where this rank's begin; ranks may have different numbers."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return own_BD, 0
+    counts = [torch.zeros(1, dtype=torch.int64, device=own_BD.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(own_BD)], device=own_BD.device))
+    numbers = [int(count) for count in counts]
+    padded = F.pad(own_BD, (0, 0, 0, max(numbers) - len(own_BD)))
+    rows = [each[:number] for each, number in zip(all_gather(padded), numbers, strict=True)]
+    return torch.cat(rows), sum(numbers[: dist.get_rank()])
+
+
+def _embeddings(pairs: Batch, image_BD: Tensor, text_BD: Tensor) -> Embeddings:
+    """Keep what is compared over a whole set; equal images are one image, equal texts one text."""
+    assert pairs.images_BRYX is not None and pairs.text_BL is not None and pairs.text_mask_BL is not None
+    texts = [text_L[mask_L] for text_L, mask_L in zip(pairs.text_BL.cpu(), pairs.text_mask_BL.cpu(), strict=True)]
+    return Embeddings(
+        pairs.keys, image_BD.detach().cpu(), text_BD.detach().cpu(), _digests(pairs.images_BRYX.cpu()), _digests(texts)
+    )
+
+
+def _digests(values: Sequence[Tensor] | Tensor) -> tuple[int, ...]:
+    return tuple(
+        int.from_bytes(blake2b(value.contiguous().numpy().tobytes(), digest_size=8).digest(), "big") for value in values
+    )
