@@ -110,19 +110,16 @@ def build_scenes(
     )
 
 
-def check(path: str, json: str | None = None, contact_sheet: str | None = None) -> None:
+def check(path: str, json: str | None = None) -> None:
     """Verify every shard and sample of a set against its manifest, and print its card.
 
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         json: Write one record per split to this file instead of the table; - is standard output.
-        contact_sheet: Also write a PNG with images and captions of the validation split to this file.
 
     """
     from lightning_moevlm.cli import output
     from lightning_moevlm.data.inspect.check import check_set
-    from lightning_moevlm.data.inspect.contact_sheet import write_contact_sheet
-    from lightning_moevlm.data.storage.local import local_target
     from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
     storage = ShardStorage(path)
@@ -139,11 +136,6 @@ def check(path: str, json: str | None = None, contact_sheet: str | None = None) 
     about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
     with written(json or "the card"):
         output.show(card_of(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
-    if contact_sheet is not None:
-        sheet = local_target(contact_sheet, "--contact_sheet")
-        with written(contact_sheet):
-            write_contact_sheet(storage, manifest, "val", 36, sheet)
-        Console(stderr=True, highlight=False).print(f"wrote {contact_sheet}")
 
 
 def show(

@@ -55,6 +55,13 @@ def untolerated(lost: Lost) -> UserError:
     )
 
 
+def lost_batch_error(num_samples: int, last_error: str) -> UserError:
+    """Return the error for an evaluation batch without a sample left: ranks must evaluate equally many batches."""
+    return UserError(
+        f"an evaluation batch lost all of its {num_samples} samples: {last_error} (or set a larger data.batch_size)"
+    )
+
+
 class ShardFault(UserError):  # noqa: N818 - the data are at fault
     """A shard of which nothing can be used; whoever reads it turns it into a `Lost` of all its samples."""
 

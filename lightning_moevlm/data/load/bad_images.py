@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.format.faults import Cause, Lost, undecodable, untolerated
+from lightning_moevlm.data.format.faults import Cause, Lost, lost_batch_error, undecodable, untolerated
 from lightning_moevlm.data.images.decode import ImageTooLargeError
 from lightning_moevlm.data.images.gpu_decode import Pixels
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
@@ -42,6 +42,8 @@ def insert_pixels(
         return Failure(str(untolerated(lost[min(lost)])))
     good = [place for place in range(images.num_images) if place not in lost]
     kept = _neighbours(good, images.parts, delivery.batch.pairs) if fills else good
+    if not kept and not fills:
+        return Failure(str(lost_batch_error(images.num_images, last.message)))
     if not kept:
         return Failure(
             f"a batch has no image of the same kind left to replace a bad one: {last.message} (or set data.decode cpu, "

@@ -18,7 +18,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any, TypedDict
 
 import torch.distributed as dist
@@ -33,7 +32,6 @@ from lightning_moevlm.data.load.device_stage import DeviceStage
 from lightning_moevlm.data.load.steps_ahead import look_ahead
 from lightning_moevlm.data.load.worker_stream import WorkerStream
 from lightning_moevlm.data.read.reader import BY_EPOCHS, READING, Cursor, Delivery, Failure, Places, Reader
-from lightning_moevlm.data.read.refill_batches import spread
 from lightning_moevlm.data.read.source_stream import Place
 
 _JUDGED_FROM = 1000
@@ -133,7 +131,7 @@ class ShardLoader:
         """
         self._cursor = self._next_start()
         self._resume_here = False
-        arriving = self._read()
+        arriving = self._read(self._cursor)
         before = Counter(self.lost)
         staged = arriving if self._stage is None else self._stage(arriving, self._cursor)
         for delivery in look_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged:
@@ -157,14 +155,7 @@ class ShardLoader:
     def _pins(self) -> bool:
         return self._stage is not None and self._stage.device.type == "cuda"
 
-    def _read(self) -> Iterator[Delivery | Failure]:
-        start = self._cursor
-        if not self._reader.may_be_empty:
-            return self._read_from(start)
-        # what fills an empty batch depends on those before it
-        return islice(spread(self._read_from(replace(start, batch=0))), start.batch, None)
-
-    def _read_from(self, start: Cursor) -> Iterator[Delivery | Failure]:
+    def _read(self, start: Cursor) -> Iterator[Delivery | Failure]:
         pools = self._pools()
         loader: DataLoader[Delivery | Failure] = DataLoader(
             WorkerStream(self._reader, start, self._reader.num_batches, pools),

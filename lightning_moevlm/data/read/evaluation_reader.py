@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.format.faults import Lost
+from lightning_moevlm.data.format.faults import Lost, lost_batch_error
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.read.collate import Decoded
@@ -49,11 +48,6 @@ class FixedReader(Reader):
         return sum(self._batches)
 
     @property
-    def may_be_empty(self) -> bool:
-        """Without a second pass, nothing takes the place of what was lost."""
-        return self.tolerant
-
-    @property
     def order(self) -> dict[str, object]:
         """All that the order of batches depends on."""
         return {
@@ -69,7 +63,12 @@ class FixedReader(Reader):
         return Cursor(before.epoch + 1, 0)
 
     def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
-        """Yield the stream's batches; one that has lost all its samples is empty."""
+        """Yield the stream's batches.
+
+        Raises:
+            UserError: if a batch has lost all its samples: every rank has to evaluate equally many batches.
+
+        """
         offset = 0
         for k, batches in enumerate(self._batches):
             own = [batch for batch in range(batches) if (offset + batch) % self.num_streams == stream]
@@ -99,13 +98,13 @@ class FixedReader(Reader):
                 samples.append(sample)
             else:
                 lost.append(self._met(sample))
-        batches: dict[int, Batch] = {}
-        if samples:
-            batches[k] = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
         causes = Counter(sample.cause for sample in lost)
         last_error = lost[-1].message if lost else ""
+        if not samples:
+            raise lost_batch_error(num_samples, last_error)
+        batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
         images = source.collate.encoded(samples, len(samples))
-        return Delivery(joined(batches, len(self.sources)), (), dict(causes), last_error, images)
+        return Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_error, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:

@@ -92,11 +92,6 @@ class Reader(ABC):
         """Batches of one epoch on this rank."""
 
     @property
-    def may_be_empty(self) -> bool:
-        """Whether a batch may have lost all its samples."""
-        return False
-
-    @property
     @abstractmethod
     def order(self) -> dict[str, object]:
         """All that the order of batches depends on, as plain values."""

@@ -15,12 +15,10 @@ from PIL import Image
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.faults import MAX_SIDE
-from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.images.decode import ImageTooLargeError, _laid_on_white, decode_image
 from lightning_moevlm.data.images.encode import lay_on
 from lightning_moevlm.data.images.gpu_decode import fit_all
 from lightning_moevlm.data.inspect.check import check_set
-from lightning_moevlm.data.inspect.contact_sheet import write_contact_sheet
 from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.inspect.thumbnails import picture_size, thumbnail
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -164,7 +162,6 @@ def test_a_set_with_long_images_is_converted_checked_shown_and_trained_on(tmp_pa
     assert [count.cause for count in left_out] == ["image_too_large"]
     assert check_set(ShardStorage(str(root))).problems == ()
     write_page(ShardStorage(str(root)), "val", 11, None, tmp_path / "page.html")
-    write_contact_sheet(ShardStorage(str(root)), read_manifest(root), "val", 11, tmp_path / "sheet.png")
     data = ShardDataModule(str(root), 2, 224, 8, 400, num_streams=1)
     for decode, workers in (("cpu", 0), ("cpu", 1), *((("device", 0),) if image_format == "jpg" else ())):
         data.decode, data.num_workers = decode, workers  # type: ignore[assignment]

@@ -4,12 +4,8 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from lightning_moevlm.data.format.manifest import file_sha256, read_manifest
 from lightning_moevlm.data.inspect.check import check_set
-from lightning_moevlm.data.inspect.contact_sheet import write_contact_sheet
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.convert import Effort, Form, Terms, convert
 from lightning_moevlm.data.write.convert.picture import Wish
@@ -86,19 +82,6 @@ def test_a_missing_tokenizer(scenes_copy: Path) -> None:
     assert "tokenizer.json is missing" in problem
 
 
-def test_contact_sheet_shows_the_pictures(scenes_root: Path, tmp_path: Path) -> None:
-    path = tmp_path / "sheets" / "val.png"
-    write_contact_sheet(ShardStorage(str(scenes_root)), read_manifest(scenes_root), "val", 12, path)
-    sheet = np.asarray(Image.open(path).convert("RGB"))
-    assert [p.name for p in path.parent.iterdir()] == ["val.png"]
-    assert sheet.shape[1] == 6 * 172 + 12
-    # twelve tiles in two rows, each with more than one colour, and dark caption pixels below each
-    for place in range(12):
-        left, top = 12 + place % 6 * 172, 12 + place // 6 * 242
-        assert len(np.unique(sheet[top : top + 160, left : left + 160].reshape(-1, 3), axis=0)) > 10
-        assert (sheet[top + 161 : top + 230, left : left + 160] < 90).any()
-
-
 def test_annotations_are_one_json_object_per_sample(scenes_root: Path) -> None:
     with tarfile.open(scenes_root / "val-000000.tar") as tar:
         members = [m for m in tar if m.name.endswith(".json")]
@@ -126,7 +109,7 @@ def test_the_card_counts_what_occurs_twice(tmp_path: Path) -> None:
     assert report.sizes == (((40, 30), 3), ((40, 32), 1), ((40, 33), 1), ((40, 35), 1))
 
 
-def test_sets_of_one_modality_have_a_card_and_a_sheet(tmp_path: Path) -> None:
+def test_sets_of_one_modality_have_a_card(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 60)
     for columns, name, modality in (
         (Columns(None, "caption", None, None), "t", "texts"),
@@ -138,9 +121,6 @@ def test_sets_of_one_modality_have_a_card_and_a_sheet(tmp_path: Path) -> None:
         assert report.problems == () and {card.modality for card in report.cards} == {modality}
         assert all((card.caption_max > 0) is (name == "t") for card in report.cards)
         assert all((card.side_max > 0) is (name == "p") for card in report.cards)
-        write_contact_sheet(ShardStorage(str(tmp_path / name)), report.manifest, "val", 6, tmp_path / "sheet.png")
-        sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
-        assert (sheet[13:170, 13:170] < 90).any()  # something is drawn in the first tile
 
 
 def test_faults_are_counted_by_cause(scenes_copy: Path) -> None:

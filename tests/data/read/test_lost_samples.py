@@ -9,6 +9,7 @@ import pytest
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.load.shard_loader import ShardLoader
+from tests.data.rewrite import rewrite_shard, spoil_first
 
 
 def _data(root: Path, max_lost_fraction: float, **options: Any) -> ShardDataModule:
@@ -84,8 +85,6 @@ def test_nothing_left_is_told(scenes_copy: Path) -> None:
 
 
 def test_bytes_that_are_no_picture_are_lost_one_by_one(scenes_copy: Path) -> None:
-    from tests.data.rewrite import rewrite_shard
-
     rewrite_shard(scenes_copy, "train", 0, lambda name, data: b"no picture" if name.endswith("3.jpg") else data)
     loader = _data(scenes_copy, 0.5).train_dataloader()
     with pytest.warns(UserWarning, match="image_undecodable"):
@@ -95,8 +94,6 @@ def test_bytes_that_are_no_picture_are_lost_one_by_one(scenes_copy: Path) -> Non
 
 
 def test_validation_counts_losses_and_goes_on(scenes_copy: Path) -> None:
-    from tests.data.rewrite import rewrite_shard
-
     data = _data(scenes_copy, 0.5)
     before = sum(map(len, _keys(data.val_dataloader())))
     victims: list[str] = []
@@ -112,6 +109,18 @@ def test_validation_counts_losses_and_goes_on(scenes_copy: Path) -> None:
         keys = [key for batch in _keys(_data(scenes_copy, 0.5).val_dataloader()) for key in batch]
     assert len(keys) == len(set(keys)) == before - 1
     assert victims[0] not in keys
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_evaluation_batch_that_lost_all_its_samples_is_refused(scenes_copy: Path, num_workers: int) -> None:
+    options = {"batch_size": 4, "num_streams": 2, "num_workers": num_workers}
+    # 12 samples in 3 batches of 4; stream 0 reads the first 8 for batches 0 and 2, stream 1 the last 4 for batch 1
+    spoil_first(scenes_copy, "val", 3)
+    with pytest.warns(UserWarning, match="image_undecodable 3"):
+        assert [len(keys) for keys in _keys(_data(scenes_copy, 0.9, **options).val_dataloader())] == [1, 4, 4]
+    spoil_first(scenes_copy, "val", 4)
+    with pytest.raises(UserError, match=r"lost all of its 4 samples: .* cannot be decoded .*data\.batch_size"):
+        _keys(_data(scenes_copy, 0.9, **options).val_dataloader())
 
 
 def test_the_share_is_an_option_from_0_to_1(scenes_root: Path) -> None:

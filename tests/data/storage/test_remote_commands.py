@@ -19,10 +19,9 @@ def test_a_set_is_checked_and_shown_where_it_is(
 ) -> None:
     with serve(Unsteady(scenes_root, drops=2, login="anna:s3cr3t")) as server:
         root = f"{server.url.replace('://', '://anna:s3cr3t@')}/?sig=s1gnature"
-        assert main(["data", "check", root, "--json", "card.json", "--contact_sheet", "sheet.png"]) == 0
+        assert main(["data", "check", root, "--json", "card.json"]) == 0
         assert main(["data", "check", str(scenes_root), "--json", "local.json"]) == 0
         assert Path("card.json").read_text() == Path("local.json").read_text()
-        assert Path("sheet.png").stat().st_size > 1000
         tars = [path for path, _ in server.asked if ".tar" in path]
         assert main(["data", "show", root, "--out", "page.html"]) == 0
         assert [path for path, _ in server.asked if ".tar" in path] == tars, "shards should come from the cache"

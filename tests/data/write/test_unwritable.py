@@ -10,7 +10,6 @@ import pytest
     "command",
     [
         ("check", "SET", "--json", "FILE/card.json"),
-        ("check", "SET", "--contact_sheet", "FILE/sheet.png"),
         ("show", "SET", "--out", "FILE/page.html"),
         ("build", "scenes", "--num_samples", "40", "--out", "FILE/scenes"),
     ],

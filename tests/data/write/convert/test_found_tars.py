@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.common.errors import UserError
@@ -21,7 +20,6 @@ from lightning_moevlm.data.format.layout import Layout
 from lightning_moevlm.data.format.manifest import SPLITS, read_manifest
 from lightning_moevlm.data.images.decode import decode_image
 from lightning_moevlm.data.inspect.check import check_set
-from lightning_moevlm.data.inspect.contact_sheet import write_contact_sheet
 from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -291,8 +289,6 @@ def test_images_of_several_formats_are_shown(tmp_path: Path) -> None:
         mime = f"image/{'jpeg' if kind == 'jpg' else kind}"
         assert sample.faults == () and sample.picture is not None
         assert sample.picture.data_uri == f"data:{mime};base64,{base64.b64encode(picture(0, kind)).decode()}"
-    write_contact_sheet(storage, manifest, "val", 3, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size[0] > 100
 
 
 SEVERAL = MemberNames(caption_field="captions")
