@@ -67,7 +67,7 @@ def compare(
     from lightning_moevlm.study.compare.fairness import refuse_biased
     from lightning_moevlm.study.report.make_report import make_report, print_answer
     from lightning_moevlm.study.report.tables.logged_runs_table import runs_table
-    from lightning_moevlm.study.report.write_report import records_of, refuse_other_folder, write_report
+    from lightning_moevlm.study.report.write_report import make_records, refuse_other_folder, write_report
     from lightning_moevlm.tracking.read.run_selection import choose_runs
     from lightning_moevlm.tracking.read.series import metric_series
     from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, sqlite_path
@@ -92,15 +92,15 @@ def compare(
     asked = (tuple(by or ()), tuple(also or ()), guards, correction)
     rules = logged_runs.Rules(metric, direction, within, baseline, *asked)
     comparison, results = logged_runs.comparison_of_runs(chosen, series, rules)
-    result = collect_results.compare(comparison, _cards(results), results)
+    result = collect_results.compare_arms(comparison, _cards(results), results)
     if not unfair and records != "fairness":
-        refuse_biased(comparison.name, result.unlike, logged_runs.remedy_of(result))
+        refuse_biased(comparison.name, result.unlike, logged_runs.suggest_remedy(result))
     if folder is not None:
         whole = make_report(_origin(result, runs, by or (), unfair), result)
         with written(folder):
             page = write_report(whole, folder)
     if json is not None:
-        show(Text(), records_of(result)[records], json)
+        show(Text(), make_records(result)[records], json)
         return
     terminal = console()
     print_answer(terminal, result, full, before=(runs_table(result),))
@@ -175,11 +175,11 @@ def _guard(text: str) -> tuple[str, float]:
 
 
 def _origin(result: "StudyResult", runs: Sequence[str], by: Sequence[str], unfair: bool) -> "Origin":
-    from lightning_moevlm.study.compare.logged_runs import changes_of
+    from lightning_moevlm.study.compare.logged_runs import describe_changes
     from lightning_moevlm.study.report.make_report import ArmStory, Origin
     from lightning_moevlm.study.report.tables.logged_runs_table import runs_table
 
-    changes = changes_of(result)
+    changes = describe_changes(result)
     comparison = result.comparison
     words = ["moevlm", "compare", *runs, "--metric", comparison.primary.metric]
     words += ["--direction", comparison.primary.direction, "--baseline", comparison.baseline]
@@ -191,9 +191,9 @@ def _origin(result: "StudyResult", runs: Sequence[str], by: Sequence[str], unfai
     words += ["--unfair=true"] if unfair else []
     return Origin(
         kind="Comparison",
-        held_against=comparison.baseline,
+        compared_with=comparison.baseline,
         rerun=shlex.join(words),
-        goes_on="reads them again",
+        rerun_effect="reads them again",
         arms=tuple(
             ArmStory(arm.arm.name, "", tuple(f"{k}: {v}" for k, v in changes[arm.arm.name].items()), (), ())
             for arm in result.arms

@@ -162,9 +162,9 @@ def report(
         unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
         full: Also print every table of the report.
     """
-    from lightning_moevlm.study.compare.collect_results import gather
+    from lightning_moevlm.study.compare.collect_results import collect_results
     from lightning_moevlm.study.compare.fairness import refuse_biased
-    from lightning_moevlm.study.report.write_report import records_of
+    from lightning_moevlm.study.report.write_report import make_records
     from lightning_moevlm.study.run.ledger import Status, hold_study, read_ledger
     from lightning_moevlm.study.run.mlflow_runs import open_experiment
     from lightning_moevlm.study.run.outcome import judge_ended
@@ -182,11 +182,11 @@ def report(
     if json is None:
         answer(planned, experiment, console(), redraw=True, unfair=unfair, full=full)
         return
-    result = gather(planned, ledger, experiment.uri)
+    result = collect_results(planned, ledger, experiment.uri)
     kind = records or ("factors" if result.factors else "arms")
     if not unfair and kind in ("arms", "factors"):
         refuse_biased(planned.comparison.name, result.unlike, run_again(planned))
-    _show((), records_of(result)[kind], json)
+    _show((), make_records(result)[kind], json)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -318,7 +318,7 @@ def reuse_known_runs(planned: "Plan", experiment: "StudyRuns", terminal: "Consol
 
     known = find_known(planned, experiment.uri, _digests())
     taken = take_known(planned, experiment, known)
-    for line in known.told(len(planned.runs)):
+    for line in known.describe(len(planned.runs)):
         terminal.print(line, highlight=False, markup=False, soft_wrap=True)
     if taken:
         terminal.print("Known runs are not trained again; with --reuse=false they are.", highlight=False)

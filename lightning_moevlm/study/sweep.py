@@ -33,15 +33,15 @@ def answer(
     full: bool = False,
 ) -> None:
     """Print the finding; draw and write the report unless it is newer than every run and the study file."""
-    from lightning_moevlm.study.compare.collect_results import gather
+    from lightning_moevlm.study.compare.collect_results import collect_results
     from lightning_moevlm.study.compare.fairness import refuse_biased
-    from lightning_moevlm.study.report.make_report import make_report, origin_of, print_answer
+    from lightning_moevlm.study.report.make_report import describe_origin, make_report, print_answer
     from lightning_moevlm.study.report.mlflow_summary import log_summary
     from lightning_moevlm.study.report.write_report import HTML_FILE, write_report
     from lightning_moevlm.study.run.ledger import STATE_FILE, read_ledger
     from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
 
-    result = gather(planned, read_ledger(planned), experiment.uri)
+    result = collect_results(planned, read_ledger(planned), experiment.uri)
     if not unfair:
         refuse_biased(planned.comparison.name, result.unlike, run_again(planned))
     folder = planned.folder / _REPORT_FOLDER
@@ -49,7 +49,7 @@ def answer(
     sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]
     newest = max(source.stat().st_mtime for source in sources if source.exists())
     if redraw or not page.exists() or page.stat().st_mtime < newest:
-        whole = make_report(origin_of(planned, result), result)
+        whole = make_report(describe_origin(planned, result), result)
         with written(folder, "make room or give rights"):
             write_report(whole, folder)
         log_summary(experiment, whole, folder)

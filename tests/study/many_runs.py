@@ -17,9 +17,9 @@ import numpy as np
 from rich.console import Console
 
 from lightning_moevlm.common.flat_config import flat
-from lightning_moevlm.study.compare.collect_results import gather
+from lightning_moevlm.study.compare.collect_results import collect_results
 from lightning_moevlm.study.plan.planned_run import Plan, tracker_tags
-from lightning_moevlm.study.report.make_report import make_report, origin_of
+from lightning_moevlm.study.report.make_report import describe_origin, make_report
 from lightning_moevlm.study.report.mlflow_summary import log_summary
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.terminal import print_tables
@@ -48,8 +48,8 @@ def report(folder: Path) -> None:
     plan = plan_of(folder / "tiny.yaml")
     began, cpu = time.perf_counter(), time.process_time()
     experiment = open_experiment(f"sqlite:///{folder / 'mlflow.db'}", plan.comparison.name)
-    result = gather(plan, read_ledger(plan), experiment.uri)
-    whole = make_report(origin_of(plan, result), result)
+    result = collect_results(plan, read_ledger(plan), experiment.uri)
+    whole = make_report(describe_origin(plan, result), result)
     page = write_report(whole, folder / "report")
     log_summary(experiment, whole, folder / "report")
     print_tables(Console(file=sys.stderr), report_tables(result))

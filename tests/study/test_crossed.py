@@ -7,10 +7,10 @@ from rich.console import Console
 from lightning_moevlm.study.report.figures import draw_all
 from lightning_moevlm.study.report.make_report import print_answer
 from lightning_moevlm.study.report.result_records import factor_records
-from lightning_moevlm.study.report.sentences import count, findings
+from lightning_moevlm.study.report.sentences import count_verdicts, describe_findings
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.statistics.verdict import Verdict
-from tests.study.compare.test_results import NOISE, result_of
+from tests.study.compare.test_results import NOISE, to_result
 from tests.study.tiny_study import plan_of, write_project
 
 LEVELS = {
@@ -28,7 +28,7 @@ def crossed(tmp_path, factors, design, end):
     kept = {key: value for key, value in written.items() if value is not None}
     file.write_text(yaml.safe_dump(kept, sort_keys=False))
     arms = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan_of(file).comparison.arms}
-    return result_of(tmp_path, study, lambda run: 5.0 + run.seed + end(arms[run.arm], NOISE[run.seed]))
+    return to_result(tmp_path, study, lambda run: 5.0 + run.seed + end(arms[run.arm], NOISE[run.seed]))
 
 
 def starts(sentences):
@@ -55,7 +55,7 @@ def test_a_grid_answers_by_factor(tmp_path):
     first = report_tables(result)[0]
     assert first.title.startswith("Main effects")
     assert [row[0] for row in first.rows] == list(effects)
-    told = findings(result)
+    told = describe_findings(result)
     assert starts(told) == list(effects)
     assert "speed fast: helps. Validation task loss -2.50" in told[1] and "against speed slow" in told[1]
     assert "skew: hurts. Validation task loss +0.83" in told[2] and "on against off" in told[2]
@@ -85,7 +85,7 @@ def test_every_design_that_crosses_factors_answers_by_factor(tmp_path, kind):
     # left out one at a time, b is on where a is off; crossed, it is on in half of the arms
     with_b = 0.25 if kind == "product" else 0.125
     assert effects["a"].differences == pytest.approx([with_b - 1.0 - NOISE[s] for s in range(3)])
-    assert findings(result)[0].startswith("a: helps.")
+    assert describe_findings(result)[0].startswith("a: helps.")
     third = {"product": "size large", "size_ladder": "size large", "lr_sensitivity": "lr 2e_1"}[kind]
     pairs = [f"a x {third}", f"b x {third}"]
     assert list(effects) == ["a", "b", third, *(pairs if kind == "product" else ["a x b", *pairs])]
@@ -94,7 +94,7 @@ def test_every_design_that_crosses_factors_answers_by_factor(tmp_path, kind):
 def test_a_design_that_crosses_nothing_answers_by_arm(tmp_path):
     result = crossed(tmp_path, LEVELS, "one_in", lambda levels, noise: -noise)
     assert result.factors == ()
-    assert starts(findings(result)) == ["speed_mid", "speed_fast", "skew"]
+    assert starts(describe_findings(result)) == ["speed_mid", "speed_fast", "skew"]
 
 
 def test_many_undecided_interactions_are_counted(tmp_path):
@@ -104,8 +104,8 @@ def test_many_undecided_interactions_are_counted(tmp_path):
         return -(1 + noise) * (levels["a"] == "on") - (1 + noise) * (levels["b"] == levels["c"] == "on")
 
     result = crossed(tmp_path, factors, "factorial", end)
-    assert starts(findings(result)) == [*"abcde", "b x c", "9 of 10 interactions of two factors"]
-    assert count(result) == "15 main effects and interactions: helps 4, inconclusive 11."
+    assert starts(describe_findings(result)) == [*"abcde", "b x c", "9 of 10 interactions of two factors"]
+    assert count_verdicts(result) == "15 main effects and interactions: helps 4, inconclusive 11."
 
 
 def test_the_terminal_answers_first_and_shortly(tmp_path):

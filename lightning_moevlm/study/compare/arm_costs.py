@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_moevlm.study.compare.results import ArmResult, Mean, RunResult, StudyResult, mean_of, peak_memory_of_run
-from lightning_moevlm.study.statistics.equal_budget import step_cost
+from lightning_moevlm.study.statistics.equal_budget import compute_step_cost
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ArmCost:
     more_memory: Mean | None
 
 
-def costs_of(result: StudyResult) -> tuple[ArmCost, ...]:
+def compute_costs(result: StudyResult) -> tuple[ArmCost, ...]:
     """Return every arm's, in order."""
     base = result.baseline
     return tuple(
@@ -43,7 +43,7 @@ def _more(arm: dict[int, float], base: dict[int, float]) -> Mean | None:
 
 
 def _seconds(arm: ArmResult) -> dict[int, float]:
-    return _known(arm.runs, [step_cost(run.resolved, run.series, None).seconds for run in arm.runs])
+    return _known(arm.runs, [compute_step_cost(run.resolved, run.series, None).seconds for run in arm.runs])
 
 
 def _memory(arm: ArmResult) -> dict[int, float]:

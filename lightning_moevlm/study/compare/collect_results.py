@@ -10,45 +10,45 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.study.compare.fairness import Subject, differences
+from lightning_moevlm.study.compare.fairness import Subject, find_differences
 from lightning_moevlm.study.compare.results import (
     ArmResult,
     LadderResult,
     Mean,
     RunResult,
     StudyResult,
+    make_rule,
     mean_of,
-    rule_of,
 )
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.plan.plan_checks import FLOPS_TOLERANCE
 from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
-from lightning_moevlm.study.report.tables.table import scaled
+from lightning_moevlm.study.report.tables.table import format_count
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import ROLE, ROLE_ARM
-from lightning_moevlm.study.statistics.arm_stability import arm_stability
+from lightning_moevlm.study.statistics.arm_stability import summarise_stability
 from lightning_moevlm.study.statistics.effects import (
     Effect,
     Lost,
-    as_family,
-    guarded,
-    paired_differences,
-    paired_effect,
+    check_guard,
+    compare_paired,
+    judge_family,
+    pair_differences,
 )
 from lightning_moevlm.study.statistics.equal_budget import (
     THROUGHPUT,
     EqualBudget,
     StepCost,
-    equal_budgets,
+    compute_step_cost,
+    find_equal_budgets,
     median_after_warm_up,
-    step_cost,
 )
-from lightning_moevlm.study.statistics.factor_effects import FactorEffect, crossing_of, factor_effects
-from lightning_moevlm.study.statistics.futility import STOPPED_RULE, withdrawals, without_verdict
-from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
-from lightning_moevlm.study.statistics.stability import TRAIN_LOSS, stability_of
-from lightning_moevlm.study.statistics.verdict import Guarded, Rule, Verdict
+from lightning_moevlm.study.statistics.factor_effects import FactorEffect, factor_effects, find_crossing
+from lightning_moevlm.study.statistics.futility import STOPPED_RULE, find_withdrawals, withhold_verdict
+from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, find_ladders, largest_stable, sensitivity
+from lightning_moevlm.study.statistics.stability import TRAIN_LOSS, measure_stability
+from lightning_moevlm.study.statistics.verdict import GuardResult, Rule, Verdict
 from lightning_moevlm.tracking.read.runs import tags_of_runs
 from lightning_moevlm.tracking.read.series import Series, metric_series
 
@@ -58,7 +58,7 @@ if TYPE_CHECKING:  # it lies beside the models, which import torch
     Cards = Mapping[str, ModelCard | None]
 
 
-def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) -> StudyResult:
+def collect_results(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) -> StudyResult:
     """Fetch every series of every run that has been started, and compare the arms.
 
     Raises:
@@ -68,20 +68,20 @@ def gather(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) 
     series = metric_series(uri, ids)
     tags = tags_of_runs(uri, plan.comparison.name, {ROLE: ROLE_ARM})
     results = [
-        result_of(run, state, series.get(state.run_id or "", {}), tags.get(state.run_id or "", {}))
+        to_result(run, state, series.get(state.run_id or "", {}), tags.get(state.run_id or "", {}))
         for run, state in ledger
     ]
-    return compare(plan.comparison, plan.cards, results)
+    return compare_arms(plan.comparison, plan.cards, results)
 
 
-def result_of(
+def to_result(
     run: PlannedRun, state: RunState, series: Mapping[str, Series], tags: Mapping[str, str] = MappingProxyType({})
 ) -> RunResult:
     """Return what became of a planned run."""
     return RunResult(run.arm, run.seed, run.resolved, run.max_steps, state, series, tags)
 
 
-def compare(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> StudyResult:
+def compare_arms(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> StudyResult:
     """Gather runs into arms and compare every arm with the baseline, paired by seed.
 
     Args:
@@ -89,17 +89,17 @@ def compare(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> 
         cards: Model card by arm, None where it is not known.
         results: Every run, at most one per arm and seed.
     """
-    withdrawn = _withdrawn(study, results)
-    results = [_stopped(r) if r.arm in withdrawn else r for r in results]
+    withdrawn = _find_withdrawn(study, results)
+    results = [_mark_stopped(r) if r.arm in withdrawn else r for r in results]
     by_arm = {arm.name: tuple(r for r in results if r.arm == arm.name) for arm in study.arms}
     base = by_arm[study.baseline]
-    rule = rule_of(study)
+    rule = make_rule(study)
     effects = {name: _effect(study, rule, runs, base) for name, runs in by_arm.items() if name != study.baseline}
-    effects |= {name: without_verdict(study.seeds, rule, told) for name, told in withdrawn.items()}
-    judged = as_family(effects, rule)
+    effects |= {name: withhold_verdict(study.seeds, rule, told) for name, told in withdrawn.items()}
+    judged = judge_family(effects, rule)
     done = [r for r in results if r.state.status.has_result]
     costs = [_cost(cards, r) for r in done]
-    budgets = equal_budgets(
+    budgets = find_equal_budgets(
         [(cost, r.series.get(study.primary.metric, Series((), ()))) for cost, r in zip(costs, done, strict=True)],
         [r.state.status is Status.FINISHED for r in done],
     )
@@ -111,35 +111,35 @@ def compare(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> 
     return StudyResult(
         study,
         arms,
-        unlike=differences([_subject(study, cards, r) for r in done]),
+        unlike=find_differences([_subject(study, cards, r) for r in done]),
         budgets={budget.what: budget.spent for budget in budgets},
         ladders=tuple(
             _ladder(study, ladder, by_arm)
-            for ladder in ladders({arm: runs[0].resolved for arm, runs in by_arm.items() if runs})
+            for ladder in find_ladders({arm: runs[0].resolved for arm, runs in by_arm.items() if runs})
         ),
         factors=_factors(study, rule, by_arm),
     )
 
 
-def _withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str]:
+def _find_withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str]:
     """Return why arms are withdrawn: by the rule now, or by one that stopped a run of theirs when it ran."""
-    now = withdrawals(study, ((r.arm, r.seed, r.series.get(study.primary.metric)) for r in results))
+    now = find_withdrawals(study, ((r.arm, r.seed, r.series.get(study.primary.metric)) for r in results))
     before = {
         r.arm: f"stopped by rule: {r.tags.get(STOPPED_RULE, 'not logged')}"
         for r in results
         if r.state.status is Status.STOPPED
     }
-    return before | {name: found.told for name, found in now.items()}
+    return before | {name: found.text for name, found in now.items()}
 
 
-def _stopped(result: RunResult) -> RunResult:
+def _mark_stopped(result: RunResult) -> RunResult:
     """Return a run of a withdrawn arm: where it went to its end all the same, that is no result."""
     if result.state.status is not Status.FINISHED:
         return result
     return replace(result, state=replace(result.state, status=Status.STOPPED))
 
 
-def throughput_of(result: RunResult) -> float | None:
+def measure_throughput(result: RunResult) -> float | None:
     """Return a run's median samples per second, its first logged interval left out."""
     return median_after_warm_up(result.series.get(THROUGHPUT))
 
@@ -169,14 +169,14 @@ def _arm_result(
         accuracy=_by_term(done, metric_keys.ACCURACY),
         majority=_by_term(done, metric_keys.MAJORITY_ACCURACY),
         also={key: mean for key in study.also if (mean := mean_of([r.last(key) for r in done]))},
-        stability=arm_stability(
-            [stability_of(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
+        stability=summarise_stability(
+            [measure_stability(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
             _count(runs, Status.DIVERGED),
             # of a withdrawn arm the runs that diverged are left, and those that did not are stopped: no sample
             None if arm.name == study.baseline or is_withdrawn else (stable, total),
         ),
         equal=equal,
-        samples_per_second=mean_of([throughput_of(r) for r in done]),
+        samples_per_second=mean_of([measure_throughput(r) for r in done]),
         seconds=mean_of([r.state.seconds for r in done]),
         finished=_count(runs, Status.FINISHED),
         diverged=_count(runs, Status.DIVERGED),
@@ -191,7 +191,7 @@ def _ahead(result: RunResult, key: str, sign: int) -> bool:
 
 
 def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
-    return paired_effect(
+    return compare_paired(
         arm=_finals(runs, study.primary.metric),
         baseline=_finals(base, study.primary.metric),
         seeds=study.seeds,
@@ -204,7 +204,7 @@ def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequ
 
 def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunResult]]) -> tuple[FactorEffect, ...]:
     """Return main effects and interactions, where the design crosses factors."""
-    crossing = crossing_of(study.design, {arm.name: arm.levels for arm in study.arms})
+    crossing = find_crossing(study.design, {arm.name: arm.levels for arm in study.arms})
     if crossing is None:
         return ()
     values = {name: _finals(runs, study.primary.metric) for name, runs in by_arm.items()}
@@ -214,11 +214,11 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
     )
 
 
-def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[Guarded, ...]:
+def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[GuardResult, ...]:
     primary = study.primary.metric
-    compared = tuple(paired_differences(_finals(runs, primary), _finals(base, primary), study.seeds))
+    compared = tuple(pair_differences(_finals(runs, primary), _finals(base, primary), study.seeds))
     return tuple(
-        guarded(
+        check_guard(
             guard.metric,
             _finals(runs, guard.metric),
             _finals(base, guard.metric),
@@ -234,7 +234,7 @@ def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResu
 
 def _cost(cards: "Cards", result: RunResult) -> StepCost:
     card = cards[result.arm]
-    return step_cost(result.resolved, result.series, card.active_flops_per_sample if card else None)
+    return compute_step_cost(result.resolved, result.series, card.active_flops_per_sample if card else None)
 
 
 def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[str, dict[str, Mean]]:
@@ -269,7 +269,7 @@ def _compute(base: "ModelCard | None", card: "ModelCard | None") -> str:
     if base is None or card is None:
         return ""
     more = card.active_flops_per_sample / base.active_flops_per_sample - 1
-    told = scaled(base.active_flops_per_sample)
+    told = format_count(base.active_flops_per_sample)
     return told if abs(more) <= FLOPS_TOLERANCE else f"{100 * more:+.1f} % of {told}"
 
 

@@ -74,14 +74,14 @@ class Difference:
     keys: tuple[str, ...] = ()
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """The values with the arms or runs that have them."""
         return "; ".join(f"{value} ({', '.join(runs)})" for value, runs in self.values.items())
 
 
-def differences(subjects: Sequence[Subject]) -> tuple[Difference, ...]:
+def find_differences(subjects: Sequence[Subject]) -> tuple[Difference, ...]:
     """Return everything in which the runs of a study are not alike, what biases first."""
-    found = [one for aspect in ASPECTS for one in _compared(aspect, subjects)]
+    found = [one for aspect in ASPECTS for one in _compare_aspect(aspect, subjects)]
     order = list(Weight)
     return tuple(sorted(found, key=lambda one: order.index(one.weight)))
 
@@ -91,7 +91,7 @@ def refuse_biased(name: str, found: Sequence[Difference], remedy: str) -> None:
 
     Args:
         name: Of what is compared.
-        found: As `differences` returns it.
+        found: As `find_differences` returns it.
         remedy: What to do about it.
 
     Raises:
@@ -99,18 +99,18 @@ def refuse_biased(name: str, found: Sequence[Difference], remedy: str) -> None:
     """
     biased = [one for one in found if one.weight is Weight.BIASES]
     if biased:
-        told = "; ".join(f"{one.name}: {one.told}" for one in biased)
+        told = "; ".join(f"{one.name}: {one.text}" for one in biased)
         raise UserError(f"{name}: these runs cannot be compared, they differ in {told}. {remedy}")
 
 
-def _compared(aspect: Aspect, subjects: Sequence[Subject]) -> list[Difference]:
+def _compare_aspect(aspect: Aspect, subjects: Sequence[Subject]) -> list[Difference]:
     """Compare every part of an aspect among the runs that know it."""
     read = [(subject, aspect.read(subject)) for subject in subjects]
     parts = dict.fromkeys(part for _, values in read for part in values)
-    return [one for part in parts if (one := _part(aspect, part, [(s, v[part]) for s, v in read if part in v]))]
+    return [one for part in parts if (one := _compare_part(aspect, part, [(s, v[part]) for s, v in read if part in v]))]
 
 
-def _part(aspect: Aspect, part: str, known: list[tuple[Subject, str]]) -> Difference | None:
+def _compare_part(aspect: Aspect, part: str, known: list[tuple[Subject, str]]) -> Difference | None:
     """Compare one part; the runs whose arm declares it are set aside first."""
     weight = Weight.BIASES if aspect.biases else Weight.WARNS
     plain = [(subject, value) for subject, value in known if not _declares(subject, aspect)]

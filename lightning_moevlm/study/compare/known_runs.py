@@ -20,7 +20,7 @@ from lightning_moevlm.study.run.ledger import RunState, Status, read_state, writ
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME, ROLE, ROLE_ARM, TAKEN_FROM, StudyRuns
 from lightning_moevlm.study.run.outcome import check_points
 from lightning_moevlm.study.run.processes.overrides_file import write_overrides
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.read.runs import metric_histories, tags_of_runs_with
 from lightning_moevlm.tracking.record.dataset_input import DIGEST_TAG
 from lightning_moevlm.tracking.record.provenance import CODE_TAG, code_digest, versions
@@ -39,7 +39,7 @@ class Known:
     run_id: str
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """Where it is, in words."""
         return f"{self.study}/{self.name} ({self.run_id})"
 
@@ -51,7 +51,7 @@ class KnownRuns:
     taken: Mapping[str, Known] = field(default_factory=dict)
     refused: Mapping[str, int] = field(default_factory=dict)
 
-    def told(self, total: int) -> tuple[str, ...]:
+    def describe(self, total: int) -> tuple[str, ...]:
         """Return one line per study that has some of the planned runs, and per reason."""
         counts = Counter(known.study for known in self.taken.values())
         return (
@@ -112,13 +112,13 @@ def take_known(plan: Plan, experiment: StudyRuns, known: KnownRuns) -> list[Plan
         source = known.taken.get(run.folder)
         if source is None or any(OUTCOME in row.tags for row in experiment.find(run)):
             continue
-        row = experiment.copy(run, source.run_id, {TAKEN_FROM: source.told})
+        row = experiment.copy(run, source.run_id, {TAKEN_FROM: source.text})
         rule = plan.comparison.diverged
-        why = divergence(experiment.history(row.run_id, rule.metric, NONFINITE_STEP), rule)
+        why = explain_divergence(experiment.history(row.run_id, rule.metric, NONFINITE_STEP), rule)
         status = Status.DIVERGED if why else Status.FINISHED
         ended = row.end_ms / 1000 if row.end_ms else None
         state = RunState(
-            status, row.run_id, started=row.start_ms / 1000, ended=ended, reason=why, taken_from=source.told
+            status, row.run_id, started=row.start_ms / 1000, ended=ended, reason=why, taken_from=source.text
         )
         experiment.close(row.run_id, str(status), finished=True)
         folder = plan.run_folder(run)

@@ -30,7 +30,7 @@ from lightning_moevlm.study.declare.comparison import (
 from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.read.run_selection import told
 from lightning_moevlm.tracking.read.runs import RunRow
@@ -135,7 +135,7 @@ def comparison_of_runs(
             hypothesis="",
             source="",
             baseline=baseline,
-            arms=tuple(Arm(name, "", _declared(mine[0], rules.by)) for name, mine in arms.items()),
+            arms=tuple(Arm(name, "", _read_declared(mine[0], rules.by)) for name, mine in arms.items()),
             seeds=tuple(sorted({one.seed for one in runs})),
             spends=_spends(results),
             equal_steps=True,
@@ -149,17 +149,17 @@ def comparison_of_runs(
     )
 
 
-def changes_of(result: StudyResult) -> dict[str, dict[str, str]]:
+def describe_changes(result: StudyResult) -> dict[str, dict[str, str]]:
     """Return what sets each arm's configuration apart from the baseline's, by arm and key."""
     first = {arm.arm.name: arm.runs[0].resolved for arm in result.arms}
     base = first[result.comparison.baseline]
     return {name: key_difference(base, config) for name, config in first.items()}
 
 
-def remedy_of(result: StudyResult) -> str:
+def suggest_remedy(result: StudyResult) -> str:
     """Return what to do about runs that are not alike, with the keys that set them apart."""
     decisive = [key for one in result.unlike if one.weight is Weight.BIASES for key in one.keys]
-    changed = dict.fromkeys(key for arm in changes_of(result).values() for key in arm)
+    changed = dict.fromkeys(key for arm in describe_changes(result).values() for key in arm)
     apart = [key for key in changed if any(key == mine or key.startswith(f"{mine}.") for mine in decisive)]
     tagged = all("arm" in run.tags for arm in result.arms for run in arm.runs)
     named = " ".join(f"--by {key}" for key in (*(["arm"] if tagged else []), *apart)) if apart else "--by KEY"
@@ -193,7 +193,7 @@ def _baseline(arms: Mapping[str, Sequence[NamedRun]], rules: Rules) -> str:
     return name
 
 
-def _declared(run: NamedRun, by: Sequence[str]) -> dict[str, Any]:
+def _read_declared(run: NamedRun, by: Sequence[str]) -> dict[str, Any]:
     """Return what an arm is meant to differ in, in the words of the one who asks."""
     return {key: run.value(key) for key in by if run.has_config(key)}
 
@@ -218,7 +218,7 @@ def _state(row: RunRow, series: Mapping[str, Series], rule: Divergence) -> RunSt
         if key in series
         for step, value in zip(series[key].steps, series[key].values, strict=True)
     ]
-    why = divergence(points, rule)
+    why = explain_divergence(points, rule)
     return dataclasses.replace(state, status=Status.DIVERGED, reason=why) if why else state
 
 

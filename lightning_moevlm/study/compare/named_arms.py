@@ -73,7 +73,7 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
     named: dict[str, list[NamedRun]] = {}
     for group, key in order:
         mine = group[key]
-        name = key if group is arms else _told_apart(mine[0], runs[0])
+        name = key if group is arms else _name_by_difference(mine[0], runs[0])
         while name in named:
             name = f"{name}'"
         named[name] = mine
@@ -106,7 +106,7 @@ def _name(run: NamedRun, by: Sequence[str], several_sweeps: bool) -> str | None:
     return f"{run.row.tags.get('sweep', '')}/{arm}" if several_sweeps else arm
 
 
-def _told_apart(run: NamedRun, first: NamedRun) -> str:
+def _name_by_difference(run: NamedRun, first: NamedRun) -> str:
     """Return a name for an arm that has none: what sets it apart from the first run, whose arm is named after it."""
     if "arm" not in first.row.tags and (
         run is first or flatten_without_seeds(run.config) == flatten_without_seeds(first.config)

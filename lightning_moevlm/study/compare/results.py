@@ -142,7 +142,7 @@ class StudyResult:
         return next(arm for arm in self.arms if arm.arm.name == self.comparison.baseline)
 
 
-def rule_of(comparison: Comparison) -> Rule:
+def make_rule(comparison: Comparison) -> Rule:
     """Return how the verdicts are reached."""
     decide = comparison.decide
     return Rule(comparison.primary.direction, decide.alpha, decide.test, decide.correction, decide.within)

@@ -8,21 +8,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
 from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.planned_run import Plan
-from lightning_moevlm.study.report.figures import Picture, draw_all
-from lightning_moevlm.study.report.sentences import answer_lines, count, findings, learned, undrawn
+from lightning_moevlm.study.report.figures import ReportFigure, draw_all
+from lightning_moevlm.study.report.sentences import (
+    count_verdicts,
+    describe_answer,
+    describe_findings,
+    describe_learning,
+    describe_undrawn,
+)
 from lightning_moevlm.study.report.tables.effect_tables import answer_table
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.tables.table import Table
-
-if TYPE_CHECKING:
-    pass
 from lightning_moevlm.study.report.terminal import print_tables
 
 _PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
@@ -48,9 +50,9 @@ class Origin:
     """
 
     kind: str
-    held_against: str
+    compared_with: str
     rerun: str
-    goes_on: str
+    rerun_effect: str
     arms: tuple[ArmStory, ...]
     tables: tuple[Table, ...] = ()
 
@@ -69,7 +71,7 @@ class Report:
     finding: tuple[str, ...]
     learned: str
     tables: tuple[Table, ...]
-    pictures: tuple[Picture, ...]
+    figures: tuple[ReportFigure, ...]
     undrawn: str
     origin: Origin
     versions: str
@@ -78,8 +80,8 @@ class Report:
     @property
     def rest(self) -> tuple[Table, ...]:
         """The tables that no picture draws."""
-        drawn = {picture.name for picture in self.pictures}
-        return tuple(table for table in self.tables if table.picture not in drawn)
+        drawn = {picture.name for picture in self.figures}
+        return tuple(table for table in self.tables if table.figure not in drawn)
 
 
 def make_report(origin: Origin, result: StudyResult) -> Report:
@@ -87,32 +89,32 @@ def make_report(origin: Origin, result: StudyResult) -> Report:
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return Report(
         result=result,
-        count=count(result),
-        finding=findings(result),
-        learned=learned(result),
+        count=count_verdicts(result),
+        finding=describe_findings(result),
+        learned=describe_learning(result),
         tables=origin.tables + report_tables(result),
-        pictures=tuple(draw_all(result)),
-        undrawn=undrawn(result),
+        figures=tuple(draw_all(result)),
+        undrawn=describe_undrawn(result),
         origin=origin,
         versions=packages,
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
 
 
-def origin_of(plan: Plan, result: StudyResult) -> Origin:
+def describe_origin(plan: Plan, result: StudyResult) -> Origin:
     """Return where the report of a study comes from."""
     return Origin(
         kind="Ablation study",
-        held_against=_base_of(plan),
+        compared_with=_base_of(plan),
         rerun=shlex.join(["moevlm", "sweep", "run", str(plan.study.file)]),
-        goes_on="goes on where it was",
+        rerun_effect="goes on where it was",
         arms=tuple(_story(plan, arm) for arm in result.arms),
     )
 
 
 def print_answer(console: Console, result: StudyResult, full: bool, before: Sequence[Table] = ()) -> None:
     """Print what was found, first in sentences, then in one table; full: then every other table too."""
-    for line in answer_lines(result):
+    for line in describe_answer(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
     answer = answer_table(result)

@@ -73,7 +73,7 @@ def plan_records(
             seed=run.seed,
             digest=run.digest,
             status=statuses[run.folder],
-            known_from=taken[run.folder].told if run.folder in taken else "",
+            known_from=taken[run.folder].text if run.folder in taken else "",
             changes=changes[run.arm],
             levels=levels[run.arm],
             max_steps=run.max_steps,

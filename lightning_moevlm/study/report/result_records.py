@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lightning_moevlm.study.compare.results import ArmResult, RunResult, StudyResult
 from lightning_moevlm.study.run.ledger import Status
 from lightning_moevlm.study.statistics.stability import Stability
-from lightning_moevlm.study.statistics.verdict import Guarded
+from lightning_moevlm.study.statistics.verdict import GuardResult
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def unlike_records(study: StudyResult) -> list[UnlikeRecord]:
     ]
 
 
-def _guard_record(guard: Guarded) -> GuardRecord:
+def _guard_record(guard: GuardResult) -> GuardRecord:
     return GuardRecord(
         metric=guard.metric,
         at_most=guard.at_most,

@@ -3,7 +3,10 @@
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
 from lightning_moevlm.study.report.figures import MANY_ARMS
-from lightning_moevlm.study.report.tables.table import signed
+from lightning_moevlm.study.report.tables.table import (
+    format_interval,
+    format_signed,
+)
 from lightning_moevlm.study.statistics.effects import Effect
 from lightning_moevlm.study.statistics.factor_effects import FactorEffect
 from lightning_moevlm.study.statistics.verdict import Verdict
@@ -11,34 +14,34 @@ from lightning_moevlm.study.statistics.verdict import Verdict
 _FEW_FINDINGS = 6
 
 
-def findings(result: StudyResult) -> tuple[str, ...]:
+def describe_findings(result: StudyResult) -> tuple[str, ...]:
     """Return one sentence per factor and interaction, else per arm; many undecided interactions are counted."""
     if not result.factors:
-        return tuple(finding(result, arm) for arm in result.arms if arm.effect is not None)
+        return tuple(describe_arm(result, arm) for arm in result.arms if arm.effect is not None)
     told = [one for one in result.factors if len(one.contrasts) == 1]
     pairs = [one for one in result.factors if len(one.contrasts) > 1]
     decided = [one for one in pairs if one.effect.verdict is not Verdict.INCONCLUSIVE]
     shown = pairs if len(pairs) <= _FEW_FINDINGS else decided
-    sentences = [factor_finding(result, one) for one in (*told, *shown)]
+    sentences = [describe_factor(result, one) for one in (*told, *shown)]
     if len(shown) < len(pairs):
         sentences.append(f"{len(pairs) - len(shown)} of {len(pairs)} interactions of two factors: inconclusive.")
     return tuple(sentences)
 
 
-def answer_lines(result: StudyResult) -> tuple[str, ...]:
+def describe_answer(result: StudyResult) -> tuple[str, ...]:
     """Return the answer in lines for a terminal: the question, a line per finding, what was learned, what is unlike."""
     done = () if result.complete else ("Some runs have no result yet.",)
     unlike = ", ".join(one.name for one in result.unlike)
     return (
         f"Finding: {result.comparison.question}",
-        *(f"  {sentence}" for sentence in (*filter(None, (count(result),)), *findings(result))),
-        learned(result),
+        *(f"  {sentence}" for sentence in (*filter(None, (count_verdicts(result),)), *describe_findings(result))),
+        describe_learning(result),
         *done,
         *((f"Not the same in all runs: {unlike}.",) if unlike else ()),
     )
 
 
-def count(result: StudyResult) -> str:
+def count_verdicts(result: StudyResult) -> str:
     """Return one sentence on how many answers got which verdict; empty where they can be taken in at a glance."""
     of_factors = [one.effect.verdict for one in result.factors]
     verdicts = of_factors or [arm.effect.verdict for arm in result.arms if arm.effect is not None]
@@ -50,23 +53,23 @@ def count(result: StudyResult) -> str:
     return f"{len(verdicts)} arms against {result.comparison.baseline}: {counts}."
 
 
-def finding(result: StudyResult, arm: ArmResult) -> str:
+def describe_arm(result: StudyResult, arm: ArmResult) -> str:
     """Return one sentence: what this arm's difference amounts to."""
     assert arm.effect is not None
     return _sentence(result, arm.arm.name, arm.effect, f"against {result.comparison.baseline}")
 
 
-def factor_finding(result: StudyResult, one: FactorEffect) -> str:
+def describe_factor(result: StudyResult, one: FactorEffect) -> str:
     """Return one sentence: what a factor, or the interaction of two, amounts to."""
     first, *rest = one.contrasts
     if not rest:
-        against = f"{first.level} against {first.other}" if first.is_switch else f"against {first.told_other}"
+        against = f"{first.level} against {first.other}" if first.is_switch else f"against {first.other_text}"
         return _sentence(result, one.name, one.effect, against)
     [second] = rest
     return _sentence(result, one.name, one.effect, f"added to the effect of {first.name} by {second.name}")
 
 
-def learned(result: StudyResult) -> str:
+def describe_learning(result: StudyResult) -> str:
     """Return one sentence: whether training was worth anything, held against the untrained models."""
     behind = [
         f"{arm.arm.name} ({arm.learned} of {done} seeds)"
@@ -83,7 +86,7 @@ def learned(result: StudyResult) -> str:
     return f"Every run with a result ended ahead of its untrained model in {title}."
 
 
-def undrawn(result: StudyResult) -> str:
+def describe_undrawn(result: StudyResult) -> str:
     """Return one sentence on arms that the pictures leave out, or an empty text."""
     if len(result.arms) <= MANY_ARMS:
         return ""
@@ -95,12 +98,12 @@ def undrawn(result: StudyResult) -> str:
 
 def _sentence(result: StudyResult, name: str, effect: Effect, against: str) -> str:
     title, unit = name_and_unit(result.comparison.primary.metric)
-    start = f"{name}: {effect.word}"
+    start = f"{name}: {effect.text}"
     if effect.centre is None or effect.interval is None:
         return f"{start} ({effect.note})."
     title = title[0].upper() + title[1:]
-    size = f"{signed(effect.centre)} {unit}".strip()
-    interval = f"[{signed(effect.interval.low)}, {signed(effect.interval.high)}]"
+    size = f"{format_signed(effect.centre)} {unit}".strip()
+    interval = format_interval(effect.interval)
     sentence = f"{start}. {title} {size} {against}, interval {interval}, {len(effect.seeds)} seeds"
     if effect.verdict is Verdict.INCONCLUSIVE and (effect.seeds_needed or 0) > len(effect.seeds):
         sentence += f"; about {effect.seeds_needed} seeds would show an effect of this size"

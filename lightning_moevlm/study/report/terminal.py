@@ -1,7 +1,6 @@
 """Prints the tables of a report to the terminal."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -9,11 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lightning_moevlm.study.report.tables.table import Table
-
-if TYPE_CHECKING:
-    pass
-from lightning_moevlm.study.report.tables.table import STYLES, verdict_of
+from lightning_moevlm.study.report.tables.table import STYLES, Table, find_verdict
 
 _WIDE = Console(width=10_000)
 
@@ -48,5 +43,5 @@ def _rich_columns(table: Table, count: int) -> RichTable:
     for i, column in enumerate(table.columns[:count]):
         shown.add_column(column, overflow="fold", no_wrap=i == 0)
     for row in table.rows:
-        shown.add_row(*(Text(cell, style=STYLES.get(verdict_of(cell), "")) for cell in row[:count]))
+        shown.add_row(*(Text(cell, style=STYLES.get(find_verdict(cell), "")) for cell in row[:count]))
     return shown

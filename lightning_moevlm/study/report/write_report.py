@@ -16,7 +16,7 @@ from lightning_moevlm.study.report.tables.table import Table
 if TYPE_CHECKING:
     from markupsafe import Markup
 from lightning_moevlm.study.report.make_report import Report
-from lightning_moevlm.study.report.tables.table import verdict_of
+from lightning_moevlm.study.report.tables.table import find_verdict
 
 HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER = "report.html", "report.md", "tables"
 
@@ -40,14 +40,14 @@ def write_report(report: Report, folder: Path) -> Path:
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    for picture in report.pictures:
+    for picture in report.figures:
         (beside / f"{picture.name}.png").write_bytes(picture.png)
     (beside / HTML_FILE).write_text(_render("report.html.j2", report), encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(_render("report.md.j2", report), encoding="utf-8")
     (beside / TABLES_FOLDER).mkdir()
     for table in report.tables:
         (beside / table_file(table)).write_text(json.dumps(_as_columns(table)) + "\n", encoding="utf-8")
-    for kind, records in records_of(report.result).items():
+    for kind, records in make_records(report.result).items():
         (beside / RECORDS_FILES[kind]).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
@@ -82,7 +82,7 @@ def _as_columns(table: Table) -> dict[str, object]:
     return {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
 
 
-def records_of(result: StudyResult) -> dict[Records, list[dict[str, object]]]:
+def make_records(result: StudyResult) -> dict[Records, list[dict[str, object]]]:
     """Return the records of every table, by kind; most tables are made of those of arms."""
     return {
         "arms": [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms],
@@ -110,7 +110,7 @@ def _render(template: str, report: Report) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-    environment.filters["verdict_class"] = lambda cell: verdict_of(cell).replace(" ", "-")
+    environment.filters["verdict_class"] = lambda cell: find_verdict(cell).replace(" ", "-")
     environment.filters["breakable"] = _breakable
     environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
     return environment.get_template(template).render(

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.ledger import read_state
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, has_diverged_by
-from lightning_moevlm.study.statistics.futility import Withdrawal, withdrawal
+from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_early_divergence
+from lightning_moevlm.study.statistics.futility import Withdrawal, check_futility
 
 _LOOK_SECONDS = 2.0
 
@@ -44,7 +44,7 @@ class EarlyStop:
             assert run_id is not None
             points = self._experiment.history(run_id, rule.metric, NONFINITE_STEP)
             is_futile = withdrawn[run.arm] is not None and has_reached(self._plan, run, self._experiment)
-            if is_futile or has_diverged_by(points, rule):
+            if is_futile or explain_early_divergence(points, rule):
                 found.append(run)
         return found
 
@@ -56,7 +56,7 @@ def find_withdrawal(plan: Plan, arm: str, experiment: StudyRuns) -> Withdrawal |
     if rule is None or arm == study.baseline:
         return None
     values = {name: _at_step(plan, name, experiment, rule.at_step) for name in (arm, study.baseline)}
-    return withdrawal(rule, study.primary, values[arm], values[study.baseline], study.seeds)
+    return check_futility(rule, study.primary, values[arm], values[study.baseline], study.seeds)
 
 
 def has_reached(plan: Plan, run: PlannedRun, experiment: StudyRuns) -> bool:

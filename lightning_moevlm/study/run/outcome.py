@@ -15,7 +15,7 @@ from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 from lightning_moevlm.study.run.processes.run_files import LOG_FILE, log_tail
 from lightning_moevlm.study.run.store_retries import deliver_first
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
 
 MOST_STARTS = 4  # of one run by one sweep: a cluster may keep stopping it
@@ -69,7 +69,9 @@ def _judge(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: ProcessEnd
     state = dataclasses.replace(mark_ended(read_state(folder), ended), reason="")
     assert state.run_id is not None
     rule = plan.comparison.diverged
-    why = "" if ended.reason else divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
+    why = (
+        "" if ended.reason else explain_divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
+    )
     if why:
         return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
     lack = check_logged_points(plan, run, experiment, state.run_id)

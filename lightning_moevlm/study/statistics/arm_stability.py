@@ -44,7 +44,7 @@ class ArmStability:
         return [value for run in self.runs if (value := read(run)) is not None and not math.isnan(value)]
 
 
-def arm_stability(runs: Sequence[Stability], diverged: int, baseline: tuple[int, int] | None) -> ArmStability:
+def summarise_stability(runs: Sequence[Stability], diverged: int, baseline: tuple[int, int] | None) -> ArmStability:
     """Return an arm's record.
 
     Args:

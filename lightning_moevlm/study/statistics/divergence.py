@@ -18,14 +18,14 @@ from lightning_moevlm.tracking.point import Point
 NONFINITE_STEP = metric_keys.FIRST_NONFINITE_STEP.key()
 
 
-def divergence(points: Sequence[Point], rule: Divergence) -> str:
+def explain_divergence(points: Sequence[Point], rule: Divergence) -> str:
     """Return why a run that has ended counts as diverged, or an empty text.
 
     Args:
         points: Of the rule's metric and of `NONFINITE_STEP`, by key, then step; other keys are passed over.
         rule: As the study declares it.
     """
-    early = has_diverged_by(points, rule)
+    early = explain_early_divergence(points, rule)
     if early:
         return early
     own = _own(points, rule)
@@ -34,8 +34,8 @@ def divergence(points: Sequence[Point], rule: Divergence) -> str:
     return ""
 
 
-def has_diverged_by(points: Sequence[Point], rule: Divergence) -> str:
-    """Return why a run has diverged by now, whatever it will log yet, or an empty text; see `divergence`."""
+def explain_early_divergence(points: Sequence[Point], rule: Divergence) -> str:
+    """Return why a run has diverged by now, whatever it will log yet, or an empty text; see `explain_divergence`."""
     guard = [point for point in points if point.key == NONFINITE_STEP]
     if guard:
         return f"the training loss was not finite at step {guard[0].value:.0f}"

@@ -26,7 +26,7 @@ from lightning_moevlm.study.statistics.intervals import (
 )
 from lightning_moevlm.study.statistics.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
 from lightning_moevlm.study.statistics.power import seeds_needed
-from lightning_moevlm.study.statistics.verdict import Evidence, Guarded, Rule, Sides, Verdict, decide, with_guards
+from lightning_moevlm.study.statistics.verdict import Evidence, GuardResult, Rule, Sides, Verdict, apply_guards, decide
 
 _LEAST_PAIRS = 2  # of one no test has a p
 
@@ -79,7 +79,7 @@ class Effect:
     seeds_needed: int | None
     more_lost: int
     losses: tuple[str, ...]
-    guards: tuple[Guarded, ...]
+    guards: tuple[GuardResult, ...]
     verdict: Verdict
     limit: str
     within: float | None = None
@@ -88,26 +88,26 @@ class Effect:
     @property
     def note(self) -> str:
         """All that a reader must know of the verdict."""
-        guards = [guard.told for guard in self.guards if guard.told]
+        guards = [guard.text for guard in self.guards if guard.text]
         return "; ".join([*([self.limit] if self.limit else []), *guards, *self.losses])
 
     @property
-    def word(self) -> str:
+    def text(self) -> str:
         """The verdict as it is shown, with the margin where it speaks of one."""
         return f"{self.verdict} within {self.within:g}" if self.verdict is Verdict.NO_DIFFERENCE else str(self.verdict)
 
 
-def paired_effect(
+def compare_paired(
     arm: Mapping[int, float],
     baseline: Mapping[int, float],
     seeds: tuple[int, ...],
     rule: Rule,
     arm_lost: Lost | None = None,
     baseline_lost: Lost | None = None,
-    guards: tuple[Guarded, ...] = (),
+    guards: tuple[GuardResult, ...] = (),
     sides: Sides | None = None,
 ) -> Effect:
-    """Compare an arm with the baseline, as the only comparison; `as_family` judges it among others.
+    """Compare an arm with the baseline, as the only comparison; `judge_family` judges it among others.
 
     Args:
         arm: Final value of the metric by seed; a seed without a result is absent, a diverged one may be non-finite.
@@ -121,14 +121,14 @@ def paired_effect(
         sides: What arm and baseline are called where they are something else.
     """
     arm_lost, baseline_lost = arm_lost or Lost(), baseline_lost or Lost()
-    paired = paired_differences(arm, baseline, seeds)
+    paired = pair_differences(arm, baseline, seeds)
     differences = tuple(paired.values())
     left_out = tuple(s for s in seeds if s not in paired)
     allowed = len(differences) >= least_seeds("sign", rule.alpha)
     p_value = two_sided_p(rule.test, differences) if differences else None
     outside = None if rule.within is None or not differences else p_outside(rule.test, differences, rule.within)
     sign = -1.0 if rule.direction == "lower" else 1.0
-    return _judged(
+    return _judge(
         Effect(
             seeds=tuple(paired),
             left_out=left_out,
@@ -148,7 +148,7 @@ def paired_effect(
             share_better=sum(sign * d > 0 for d in differences) / len(differences) if differences else None,
             seeds_needed=seeds_needed(differences, rule.alpha),
             more_lost=arm_lost.against - baseline_lost.against,
-            losses=tuple(_losses(left_out, seeds, arm_lost, baseline_lost, sides)),
+            losses=tuple(_explain_losses(left_out, seeds, arm_lost, baseline_lost, sides)),
             guards=guards,
             verdict=Verdict.INCONCLUSIVE,
             limit="",
@@ -159,7 +159,7 @@ def paired_effect(
     )
 
 
-def as_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
+def judge_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
     """Judge the comparisons of one study together: with Holm's correction, if that is the rule's.
 
     "No difference" and "differs by at least `within`" are two families: of one arm only one of the two can be true. An
@@ -174,7 +174,7 @@ def as_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
     return {
         name: effect
         if name in absent
-        else _judged(
+        else _judge(
             dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]),
             rule,
         )
@@ -182,7 +182,7 @@ def as_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
     }
 
 
-def guarded(
+def check_guard(
     metric: str,
     arm: Mapping[int, float],
     baseline: Mapping[int, float],
@@ -191,21 +191,21 @@ def guarded(
     at_most: float,
     alpha: float,
     compared: tuple[int, ...] = (),
-) -> Guarded:
+) -> GuardResult:
     """Return what became of a metric that may get worse by `at_most`.
 
     arm, baseline: final values by seed. compared: seeds in which the primary metric is compared; where one of them has
     no finite value of this one in both arms, nobody can say that it held.
     """
     sign = 1.0 if direction == "lower" else -1.0
-    paired = paired_differences(arm, baseline, seeds)
+    paired = pair_differences(arm, baseline, seeds)
     worse = tuple(sign * d for d in paired.values())
     mean = float(np.mean(worse)) if worse else None
     missing = sum(seed not in paired for seed in compared)
-    return Guarded(metric, at_most, mean, t_interval(worse, alpha), missing)
+    return GuardResult(metric, at_most, mean, t_interval(worse, alpha), missing)
 
 
-def paired_differences(
+def pair_differences(
     arm: Mapping[int, float], baseline: Mapping[int, float], seeds: tuple[int, ...]
 ) -> dict[int, float]:
     """Return arm - baseline of every seed that has a finite one, in the study's order."""
@@ -213,7 +213,7 @@ def paired_differences(
     return {s: d for s, d in paired.items() if math.isfinite(d)}
 
 
-def _judged(effect: Effect, rule: Rule) -> Effect:
+def _judge(effect: Effect, rule: Rule) -> Effect:
     """Return an effect with its verdict."""
     if not effect.differences:
         return dataclasses.replace(effect, limit="no seed has a finite result in both arms")
@@ -227,10 +227,10 @@ def _judged(effect: Effect, rule: Rule) -> Effect:
         effect.sides,
     )
     verdict, limit = decide(evidence, rule)
-    return dataclasses.replace(effect, verdict=with_guards(verdict, effect.guards), limit=limit)
+    return dataclasses.replace(effect, verdict=apply_guards(verdict, effect.guards), limit=limit)
 
 
-def _losses(
+def _explain_losses(
     left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost, sides: Sides | None
 ) -> list[str]:
     """Return what a reader must know of the seeds that are missing from a comparison."""

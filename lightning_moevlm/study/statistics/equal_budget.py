@@ -43,7 +43,9 @@ class EqualBudget:
     values: tuple[float | None, ...]
 
 
-def step_cost(resolved: Mapping[str, Any], series: Mapping[str, Series], flops_per_sample: float | None) -> StepCost:
+def compute_step_cost(
+    resolved: Mapping[str, Any], series: Mapping[str, Series], flops_per_sample: float | None
+) -> StepCost:
     """Return what a step takes.
 
     Args:
@@ -80,7 +82,7 @@ def median_after_warm_up(series: Series | None) -> float | None:
     return statistics.median(finite) if finite else None
 
 
-def equal_budgets(runs: Sequence[tuple[StepCost, Series]], finished: Sequence[bool]) -> tuple[EqualBudget, ...]:
+def find_equal_budgets(runs: Sequence[tuple[StepCost, Series]], finished: Sequence[bool]) -> tuple[EqualBudget, ...]:
     """Return each budget that every finished run knows its cost in.
 
     Args:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from lightning_moevlm.study.declare.design import Design
 from lightning_moevlm.study.declare.factors import OFF, ON, FactorLevel
-from lightning_moevlm.study.statistics.effects import Effect, Lost, as_family, paired_effect
+from lightning_moevlm.study.statistics.effects import Effect, Lost, compare_paired, judge_family
 from lightning_moevlm.study.statistics.verdict import Rule, Sides
 
 Levels = Mapping[str, Mapping[str, str]]
@@ -50,7 +50,7 @@ class Contrast(NamedTuple):
         return self.factor if self.is_switch else f"{self.factor} {self.level}"
 
     @property
-    def told_other(self) -> str:
+    def other_text(self) -> str:
         """The other level, with its factor where that is no switch."""
         return self.other if self.is_switch else f"{self.factor} {self.other}"
 
@@ -108,7 +108,7 @@ class Crossing:
         return {arm: sign for arm, sign in signs.items() if sign}
 
 
-def crossing_of(design: Design | None, arms: Mapping[str, Sequence[FactorLevel]]) -> Crossing | None:
+def find_crossing(design: Design | None, arms: Mapping[str, Sequence[FactorLevel]]) -> Crossing | None:
     """Return what a design answers by factor; None where it crosses none.
 
     Args:
@@ -164,8 +164,8 @@ def factor_effects(
         contrast = {s: len(term) * _contrast({arm: values[arm][s] for arm in signs}, signs) for s in whole}
         mine, theirs = (_lost_by(sign, signs, lost) for sign in (1, -1))
         zero = dict.fromkeys(whole, 0.0)
-        effects[term] = paired_effect(contrast, zero, seeds, rule, mine, theirs, sides=_sides(term))
-    judged = as_family({str(term): effect for term, effect in effects.items()}, rule)
+        effects[term] = compare_paired(contrast, zero, seeds, rule, mine, theirs, sides=_sides(term))
+    judged = judge_family({str(term): effect for term, effect in effects.items()}, rule)
     return tuple(FactorEffect(term, judged[str(term)]) for term in effects)
 
 
@@ -174,7 +174,7 @@ def _sides(term: tuple[Contrast, ...]) -> Sides:
         [only] = term
         if only.is_switch:
             return Sides("runs with it on", "runs with it off")
-        return Sides(f"runs with {only.name}", f"runs with {only.told_other}")
+        return Sides(f"runs with {only.name}", f"runs with {only.other_text}")
     if all(contrast.is_switch for contrast in term):
         return Sides("runs with both on or both off", "runs with one of the two on")
     return Sides("runs with both levels or neither", "runs with one of the two levels")

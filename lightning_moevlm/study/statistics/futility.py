@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_moevlm.study.declare.comparison import Comparison, FutilityStop, Primary
-from lightning_moevlm.study.statistics.effects import Effect, paired_differences, paired_effect
+from lightning_moevlm.study.statistics.effects import Effect, compare_paired, pair_differences
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
 from lightning_moevlm.tracking.read.series import Series
 
@@ -58,7 +58,7 @@ class Withdrawal:
         )
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """What the report says in place of a verdict's evidence."""
         values = self.differences.values()
         mean = sum(values) / len(values)
@@ -80,7 +80,7 @@ class Withdrawal:
         }
 
 
-def withdrawal(
+def check_futility(
     rule: FutilityStop,
     primary: Primary,
     arm: Mapping[int, float],
@@ -98,7 +98,7 @@ def withdrawal(
         seeds: All of the study.
     """
     sign = 1.0 if primary.direction == "lower" else -1.0
-    differences = paired_differences(arm, baseline, seeds)
+    differences = pair_differences(arm, baseline, seeds)
     for seed, difference in differences.items():
         if sign * difference > rule.worse_by:
             decision = Decision(seed, rule.at_step, arm[seed], baseline[seed])
@@ -106,13 +106,15 @@ def withdrawal(
     return None
 
 
-def without_verdict(seeds: tuple[int, ...], rule: Rule, told: str) -> Effect:
+def withhold_verdict(seeds: tuple[int, ...], rule: Rule, told: str) -> Effect:
     """Return the effect of a withdrawn arm: none, and why, in words."""
-    empty = paired_effect({}, {}, seeds, rule)
+    empty = compare_paired({}, {}, seeds, rule)
     return dataclasses.replace(empty, left_out=(), losses=(), verdict=Verdict.STOPPED_EARLY, limit=told)
 
 
-def withdrawals(comparison: Comparison, primaries: Iterable[tuple[str, int, Series | None]]) -> dict[str, Withdrawal]:
+def find_withdrawals(
+    comparison: Comparison, primaries: Iterable[tuple[str, int, Series | None]]
+) -> dict[str, Withdrawal]:
     """Return the arms that the rule withdraws, whether their runs were stopped in time or not.
 
     Args:
@@ -127,5 +129,7 @@ def withdrawals(comparison: Comparison, primaries: Iterable[tuple[str, int, Seri
         if series is not None and rule.at_step in series.steps:
             values[arm][seed] = series.values[series.steps.index(rule.at_step)]
     base = values.pop(comparison.baseline)
-    found = {name: withdrawal(rule, comparison.primary, arm, base, comparison.seeds) for name, arm in values.items()}
+    found = {
+        name: check_futility(rule, comparison.primary, arm, base, comparison.seeds) for name, arm in values.items()
+    }
     return {name: one for name, one in found.items() if one is not None}

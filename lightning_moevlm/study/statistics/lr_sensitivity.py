@@ -33,7 +33,7 @@ class Ladder:
         return _BEGUN_NUMBER.sub("", common if cut is None else names[0][:cut]) or names[0]
 
 
-def ladders(configs: Mapping[str, Mapping[str, object]]) -> tuple[Ladder, ...]:
+def find_ladders(configs: Mapping[str, Mapping[str, object]]) -> tuple[Ladder, ...]:
     """Return every group of at least two arms whose configs, seeds aside, differ in the learning rate alone.
 
     Args:

@@ -70,7 +70,9 @@ class Stability:
     balance_share: float | None
 
 
-def stability_of(series: Mapping[str, Series], has_diverged: bool, tokens_per_step: float | None = None) -> Stability:
+def measure_stability(
+    series: Mapping[str, Series], has_diverged: bool, tokens_per_step: float | None = None
+) -> Stability:
     """Return how steadily a run trained.
 
     Args:

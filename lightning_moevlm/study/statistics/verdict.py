@@ -75,7 +75,7 @@ class Evidence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Guarded:
+class GuardResult:
     """One guard metric of one arm.
 
     worse: by how much it got worse on average over paired seeds, in the metric's unit, negative where it got better;
@@ -97,7 +97,7 @@ class Guarded:
         return self.worse > self.at_most
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """What a reader must know of it; empty where it held."""
         if self.worse is None:
             return f"guard {self.metric} could not be compared: no seed has it in both arms"
@@ -116,17 +116,17 @@ def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
     interval, n = evidence.interval, evidence.num_pairs
     least = least_seeds(rule.test, rule.alpha)
     if n < least:
-        return Verdict.INCONCLUSIVE, f"{_seeds(n)} no interval; at least {least} are needed"
+        return Verdict.INCONCLUSIVE, f"{_count_seeds(n)} no interval; at least {least} are needed"
     # Of ranks an interval without length may be that of the many equal ones among unequal differences.
     if interval is None or evidence.is_constant or (interval.width == 0 and rule.test == "t"):
-        return Verdict.INCONCLUSIVE, _constant(n, interval)
+        return Verdict.INCONCLUSIVE, _explain_constant(n, interval)
     low, high = interval.low, interval.high
     ahead = high < 0 if rule.direction == "lower" else low > 0
     behind = low > 0 if rule.direction == "lower" else high < 0
     if _is_small(evidence, interval, rule):
         return Verdict.NO_DIFFERENCE, "not 0, but too small to matter" if ahead or behind else ""
     if (ahead and evidence.more_lost > 0) or (behind and evidence.more_lost < 0):
-        return Verdict.INCONCLUSIVE, _survivors(evidence.more_lost, evidence.sides)
+        return Verdict.INCONCLUSIVE, _explain_survivors(evidence.more_lost, evidence.sides)
     if not (ahead or behind):
         return Verdict.INCONCLUSIVE, ""
     if evidence.p is not None and evidence.p > rule.alpha:
@@ -135,7 +135,7 @@ def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
     return (Verdict.HELPS if ahead else Verdict.HURTS), ""
 
 
-def with_guards(verdict: Verdict, guards: tuple[Guarded, ...]) -> Verdict:
+def apply_guards(verdict: Verdict, guards: tuple[GuardResult, ...]) -> Verdict:
     """Return the word after the guards: only "helps" can be lost to them."""
     if verdict is not Verdict.HELPS:
         return verdict
@@ -151,13 +151,13 @@ def _is_small(evidence: Evidence, interval: Interval, rule: Rule) -> bool:
     return evidence.p_outside is None or evidence.p_outside <= rule.alpha
 
 
-def _constant(n: int, interval: Interval | None) -> str:
+def _explain_constant(n: int, interval: Interval | None) -> str:
     if interval is not None and interval.low == interval.high == 0:
         return f"the difference is exactly 0 in all {n} seeds, as if it changed nothing"
     return f"all {n} seeds give exactly the same difference, as repetitions would"
 
 
-def _survivors(more_lost: int, sides: Sides | None) -> str:
+def _explain_survivors(more_lost: int, sides: Sides | None) -> str:
     """Return why a mean over the survivors says nothing, where the side that looks better has lost more runs."""
     count = abs(more_lost)
     if sides is not None:
@@ -168,5 +168,5 @@ def _survivors(more_lost: int, sides: Sides | None) -> str:
     return f"behind where the baseline survives, but that lost {count} more than this arm"
 
 
-def _seeds(n: int) -> str:
+def _count_seeds(n: int) -> str:
     return f"{n} seed gives" if n == 1 else f"{n} seeds give"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.compare.fairness import Subject, Weight, differences, refuse_biased
+from lightning_moevlm.study.compare.fairness import Subject, Weight, find_differences, refuse_biased
 
 
 def subject(arm: str, seed: int = 0, **config: object) -> Subject:
@@ -34,30 +34,30 @@ def configured(one: Subject, part: str, **values: object) -> Subject:
 def test_a_resume_may_change_what_nothing_is_learnt_from():
     moved = {"changed_param__trainer.logger.init_args.run_id": "1f", "changed_param__ckpt_path": "last.ckpt"}
     other = tagged(subject("b"), **moved, **{"changed_param__data.cache_dir": "elsewhere"})
-    assert differences([subject("a"), other]) == ()
+    assert find_differences([subject("a"), other]) == ()
     both = [tagged(subject(arm), **{"changed_param__trainer.max_steps": "80"}) for arm in ("a", "b")]
-    assert differences(both) == ()
+    assert find_differences(both) == ()
 
 
 def test_all_batches_are_all_however_they_are_written():
-    assert differences([subject("a"), configured(subject("b"), "trainer", limit_val_batches=1.0)]) == ()
+    assert find_differences([subject("a"), configured(subject("b"), "trainer", limit_val_batches=1.0)]) == ()
 
 
 def test_other_compute_is_told_and_not_called_alike():
     base, more = (
         dataclasses.replace(subject(arm), compute=told) for arm, told in (("a", "19 M"), ("b", "+14.2 % of 19 M"))
     )
-    [found] = differences([base, more])
+    [found] = find_differences([base, more])
     assert (found.name, found.weight) == ("active FLOPs of a sample", Weight.WARNS)
     wide = dataclasses.replace(more, changes={"model.backbone.init_args.hidden_dim": 512})
-    [found] = differences([base, wide])
-    assert (found.weight, found.told) == (Weight.DECLARED, "19 M (a); +14.2 % of 19 M (b)")
-    assert differences([base, dataclasses.replace(base, arm="b")]) == ()
+    [found] = find_differences([base, wide])
+    assert (found.weight, found.text) == (Weight.DECLARED, "19 M (a); +14.2 % of 19 M (b)")
+    assert find_differences([base, dataclasses.replace(base, arm="b")]) == ()
 
 
 def test_equal_runs_differ_in_nothing():
-    assert differences([subject(arm, seed) for arm in ("a", "b") for seed in (0, 1)]) == ()
-    assert differences([]) == ()
+    assert find_differences([subject(arm, seed) for arm in ("a", "b") for seed in (0, 1)]) == ()
+    assert find_differences([]) == ()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_equal_runs_differ_in_nothing():
     ],
 )
 def test_what_biases_is_refused_and_named(other: Subject, name: str):
-    [found] = differences([subject("a"), other])
+    [found] = find_differences([subject("a"), other])
     assert (found.name, found.weight) == (name, Weight.BIASES)
     with pytest.raises(UserError, match=rf"they differ in {name}: .*\(a\); .*\(b\).*--unfair=true"):
         refuse_biased("study", [found], "Run them again, or --unfair=true")
@@ -101,7 +101,7 @@ def test_what_biases_is_refused_and_named(other: Subject, name: str):
     ],
 )
 def test_what_only_warns_is_not_refused(other: Subject, name: str | None):
-    found = differences([subject("a"), other])
+    found = find_differences([subject("a"), other])
     # A layer that the other arm does not have is no difference of kernels.
     assert [(one.name, one.weight) for one in found] == ([] if name is None else [(name, Weight.WARNS)])
     refuse_biased("study", found, "Run them again, or --unfair=true")
@@ -109,26 +109,26 @@ def test_what_only_warns_is_not_refused(other: Subject, name: str | None):
 
 def test_what_the_study_file_asks_for_is_told_and_not_refused():
     other = dataclasses.replace(configured(subject("b"), "data", batch_size=16), changes={"data.batch_size": 16})
-    [found] = differences([subject("a"), other])
+    [found] = find_differences([subject("a"), other])
     assert (found.name, found.weight) == ("samples per step", Weight.DECLARED)
     refuse_biased("study", [found], "Run them again, or --unfair=true")
     # A third arm that differs without saying so is refused all the same.
     silent = configured(subject("c"), "data", batch_size=4)
-    [found] = differences([subject("a"), other, silent])
+    [found] = find_differences([subject("a"), other, silent])
     assert found.weight is Weight.BIASES
     assert found.values == {"8": ("a",), "4": ("c",)}
 
 
 def test_runs_are_named_where_an_arm_is_not_meant_as_a_whole():
     runs = [subject("a", 0), tagged(subject("a", 1), commit="b" * 40), subject("b", 0)]
-    [found] = differences(runs)
-    assert found.told == "aaaaaaaaaaaa (a-seed0, b); bbbbbbbbbbbb (a-seed1)"
+    [found] = find_differences(runs)
+    assert found.text == "aaaaaaaaaaaa (a-seed0, b); bbbbbbbbbbbb (a-seed1)"
 
 
 def test_a_run_that_diverged_may_have_ended_early():
-    assert differences([subject("a"), dataclasses.replace(subject("b"), steps=None)]) == ()
+    assert find_differences([subject("a"), dataclasses.replace(subject("b"), steps=None)]) == ()
 
 
 def test_what_biases_comes_first():
     other = tagged(dataclasses.replace(subject("b"), steps=30), commit="b" * 40)
-    assert [one.weight for one in differences([subject("a"), other])] == [Weight.BIASES, Weight.WARNS]
+    assert [one.weight for one in find_differences([subject("a"), other])] == [Weight.BIASES, Weight.WARNS]

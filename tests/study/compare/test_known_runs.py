@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.compare.collect_results import gather
+from lightning_moevlm.study.compare.collect_results import collect_results
 from lightning_moevlm.study.compare.known_runs import KnownRuns, find_known, take_known
 from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.report.tables.effect_tables import models_table
@@ -65,7 +65,7 @@ def taken_up(plan: Plan, uri: str) -> StudyRuns:
 def test_what_another_study_has_run_is_named_in_the_plan(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri)
     known = look(plan, uri)
-    assert known.told(4) == ("4 of 4 known from study tiny",)
+    assert known.describe(4) == ("4 of 4 known from study tiny",)
     table = plan_table(plan, dict.fromkeys((run.folder for run in plan.runs), "planned"), known)
     assert {row[2] for row in table.rows} == {"known from tiny"}
     assert any("with --reuse=false it trains them again" in note for note in table.notes)
@@ -91,7 +91,7 @@ def test_what_is_taken_is_a_run_of_the_study_that_says_where_it_is_from(uri: str
     assert {(state.status, state.attempts) for _, state in ledger} == {(Status.FINISHED, 0)}
     assert all("taken from tiny/" in row[-1] for row in status_table(plan, ledger).rows)
 
-    result = gather(plan, ledger, uri)
+    result = collect_results(plan, ledger, uri)
     assert [arm.finished for arm in result.arms] == [2, 2]
     assert "4 of 4 runs were trained for study tiny and taken from there" in " ".join(models_table(result).notes)
     assert result.unlike == ()  # all of them are from there
@@ -102,7 +102,7 @@ def test_what_is_taken_is_a_run_of_the_study_that_says_where_it_is_from(uri: str
 
 def test_a_study_that_is_partly_taken_says_that_speeds_are_of_other_times(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri, seeds=[0, 1, 2])
-    assert look(plan, uri).told(6) == ("4 of 6 known from study tiny",)
+    assert look(plan, uri).describe(6) == ("4 of 6 known from study tiny",)
     experiment = taken_up(plan, uri)
     waiting = find_waiting_runs(plan, experiment, engine_of(), retry=False)
     assert [run.seed for run in waiting] == [2, 2]
@@ -153,7 +153,7 @@ def test_what_is_not_the_same_is_not_taken_and_told(
                 MlflowClient(uri).delete_tag(row.run_id, key)
             else:
                 MlflowClient(uri).set_tag(row.run_id, key, value)
-    told = look(other_study(tmp_path, uri), uri).told(4)
+    told = look(other_study(tmp_path, uri), uri).describe(4)
     assert told == ("2 of 4 known from study tiny", f"2 of 4 have run in another study and are not taken: {why}")
 
 
@@ -172,12 +172,12 @@ def test_another_configuration_seed_or_budget_is_another_run(uri: str, tmp_path:
 
 def test_runs_that_do_not_reach_what_decides_here_are_not_taken(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri, primary={"metric": "val/accuracy_image"})
-    assert "logged no val/accuracy_image" in look(plan, uri).told(4)[0]
+    assert "logged no val/accuracy_image" in look(plan, uri).describe(4)[0]
 
 
 @pytest.mark.parametrize("part", [{"class_path": "my_package.MyRouter"}, "my_package.MyRouter"])
 def test_code_of_ones_own_is_never_known_to_be_the_same(uri: str, tmp_path: Path, part: object) -> None:
-    told = look(with_part(other_study(tmp_path, uri), part), uri).told(4)
+    told = look(with_part(other_study(tmp_path, uri), part), uri).describe(4)
     why = "it uses my_package.MyRouter, whose code is not known to be the same"
     assert told == (f"4 of 4 have run in another study and are not taken: {why}",)
 
@@ -185,10 +185,10 @@ def test_code_of_ones_own_is_never_known_to_be_the_same(uri: str, tmp_path: Path
 def test_a_file_that_is_read_is_never_known_to_be_the_same(uri: str, tmp_path: Path) -> None:
     codebook = tmp_path / "codebook.pt"  # may have been fitted anew under its name
     plan = with_part(other_study(tmp_path, uri), {"path": str(codebook)})
-    assert look(plan, uri).told(4) == ("4 of 4 known from study tiny",)
+    assert look(plan, uri).describe(4) == ("4 of 4 known from study tiny",)
     codebook.write_bytes(b"other centroids")
     why = f"it reads {codebook}, whose content is not known to be the same"
-    assert look(plan, uri).told(4) == (f"4 of 4 have run in another study and are not taken: {why}",)
+    assert look(plan, uri).describe(4) == (f"4 of 4 have run in another study and are not taken: {why}",)
 
 
 def with_part(plan: Plan, part: object) -> Plan:

@@ -11,21 +11,21 @@ import yaml
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import flat
-from lightning_moevlm.study.compare.collect_results import compare, gather
+from lightning_moevlm.study.compare.collect_results import collect_results, compare_arms
 from lightning_moevlm.study.compare.logged_runs import (
     Rules,
-    changes_of,
     comparison_of_runs,
+    describe_changes,
     read_runs,
     refuse_unchecked,
-    remedy_of,
+    suggest_remedy,
 )
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.plan.planned_run import Plan
-from lightning_moevlm.study.report.make_report import make_report, origin_of
+from lightning_moevlm.study.report.make_report import describe_origin, make_report
 from lightning_moevlm.study.report.tables.logged_runs_table import runs_table
 from lightning_moevlm.study.report.tables.report_tables import report_tables
-from lightning_moevlm.study.report.write_report import records_of, refuse_other_folder, write_report
+from lightning_moevlm.study.report.write_report import make_records, refuse_other_folder, write_report
 from lightning_moevlm.study.run.ledger import Status, read_ledger
 from lightning_moevlm.study.statistics.verdict import Verdict
 from lightning_moevlm.tracking.read.run_selection import choose_runs
@@ -64,7 +64,7 @@ def series_of(*finals: float) -> dict[str, Series]:
 def compared(runs: list[RunRow], finals: list[dict[str, Series]], rules: Rules | None = None) -> StudyResult:
     series = {run.run_id: one for run, one in zip(runs, finals, strict=True)}
     comparison, results = comparison_of_runs(read_runs(runs), series, rules or Rules(METRIC))
-    return compare(comparison, dict.fromkeys((arm.name for arm in comparison.arms), None), results)
+    return compare_arms(comparison, dict.fromkeys((arm.name for arm in comparison.arms), None), results)
 
 
 def two_by_two(**changed: object) -> list[RunRow]:
@@ -98,18 +98,18 @@ def of_store(uri: str, words: list[str], rules: Rules) -> StudyResult:
     runs = read_runs(choose_runs(uri, words))
     refuse_unchecked(runs)
     comparison, results = comparison_of_runs(runs, metric_series(uri, [one.row.run_id for one in runs]), rules)
-    return compare(comparison, {arm.name: describe({}) for arm in comparison.arms}, results)
+    return compare_arms(comparison, {arm.name: describe({}) for arm in comparison.arms}, results)
 
 
 def test_a_studys_runs_give_the_numbers_of_its_report(filled: tuple[Plan, str]) -> None:
     plan, uri = filled
-    own = gather(plan, read_ledger(plan), uri)
+    own = collect_results(plan, read_ledger(plan), uri)
     result = of_store(uri, ["sweep=tiny,role=arm"], Rules(METRIC, within=0.01, correction="none"))
     assert [arm.effect.mean is not None for arm in result.arms if arm.effect] == [True, True]
 
     def records(one: StudyResult) -> list[dict[str, object]]:
         # The name is another one, and MLflow's clock starts when the run is made, the ledger's with the process.
-        return [record | {"study": "", "seconds_per_run": 0.0} for record in records_of(one)["arms"]]
+        return [record | {"study": "", "seconds_per_run": 0.0} for record in make_records(one)["arms"]]
 
     assert records(result) == records(own)
     for mine, study in zip(report_tables(result), report_tables(own), strict=True):
@@ -122,7 +122,7 @@ def test_a_studys_runs_give_the_numbers_of_its_report(filled: tuple[Plan, str]) 
         runs, metric_series(uri, [one.run_id for one in bare]), Rules(METRIC, within=0.01, correction="none")
     )
     assert [arm.name for arm in comparison.arms] == ["baseline", "speed=0.9", "skew=0.3"]
-    again = compare(comparison, {arm.name: describe({}) for arm in comparison.arms}, results)
+    again = compare_arms(comparison, {arm.name: describe({}) for arm in comparison.arms}, results)
     assert [arm.effect for arm in again.arms] == [arm.effect for arm in own.arms]
 
 
@@ -157,7 +157,7 @@ def test_arms_without_names_are_told_apart_by_what_they_set() -> None:
     base, other = result.arms
     assert (base.arm.name, other.arm.name) == ("plain", "router_z=null")
     assert other.effect.differences == pytest.approx((-1.0, -0.5))  # 4 - 5, 5.5 - 6
-    assert changes_of(result) == {"plain": {}, "router_z=null": {"model.losses.router_z": "null"}}
+    assert describe_changes(result) == {"plain": {}, "router_z=null": {"model.losses.router_z": "null"}}
     assert runs_table(result).rows[1] == ("router_z=null", "0: 00000000, 1: 00000000", "model.losses.router_z: null")
     assert other.card is None
     assert (result.comparison.spends, result.complete) == ("4 steps", True)
@@ -181,8 +181,8 @@ def test_a_difference_that_biases_is_named_with_its_key_and_may_be_declared() ->
     runs = two_by_two(data__batch_size=9)
     result = compared(runs, ENDS)
     biased = [one for one in result.unlike if one.weight == "biases"]
-    assert [(one.name, one.told) for one in biased] == [("samples per step", "8 (plain); 9 (batch_size=9)")]
-    assert "name what makes them: --by data.batch_size; or" in remedy_of(result)
+    assert [(one.name, one.text) for one in biased] == [("samples per step", "8 (plain); 9 (batch_size=9)")]
+    assert "name what makes them: --by data.batch_size; or" in suggest_remedy(result)
     declared = compared(runs, ENDS, Rules(METRIC, by=("data.batch_size",)))
     assert [one.weight for one in declared.unlike] == ["declared"]
     other_order = compared(two_by_two(data__root="elsewhere"), ENDS)
@@ -268,7 +268,7 @@ def test_a_report_takes_the_place_of_a_report_alone(filled: tuple[Plan, str], tm
     result = of_store(uri, ["sweep=tiny"], Rules(METRIC))
     folder = tmp_path / "report"
     refuse_other_folder(folder)
-    write_report(make_report(origin_of(plan, result), result), folder)
+    write_report(make_report(describe_origin(plan, result), result), folder)
     refuse_other_folder(folder)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"'notes\.txt', which is no part of a report"):

@@ -6,14 +6,14 @@ import math
 import pytest
 import yaml
 
-from lightning_moevlm.study.compare.collect_results import compare
-from lightning_moevlm.study.compare.collect_results import result_of as result_of_run
+from lightning_moevlm.study.compare.collect_results import compare_arms
+from lightning_moevlm.study.compare.collect_results import to_result as result_of_run
 from lightning_moevlm.study.compare.results import mean_of
 from lightning_moevlm.study.report.result_records import factor_records, ladder_records
-from lightning_moevlm.study.report.sentences import finding, learned
+from lightning_moevlm.study.report.sentences import describe_arm, describe_learning
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.tables.stability_tables import equal_budget_table, sensitivity_table
-from lightning_moevlm.study.report.tables.table import signed
+from lightning_moevlm.study.report.tables.table import format_signed
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.statistics.verdict import Verdict
 from lightning_moevlm.tracking.read.series import Series
@@ -26,7 +26,7 @@ FACTORS = {
 NOISE = {0: 0.010, 1: -0.012, 2: 0.008}
 
 
-def result_of(
+def to_result(
     tmp_path, study, finals, drop=lambda run: 0.1, more=lambda run: {}, crashed=lambda run: False, cards=None
 ):
     """Compare runs that ended at finals(run), diverged where that is None; more: series beside or instead."""
@@ -45,7 +45,7 @@ def result_of(
         status = Status.DIVERGED if final is None else Status.FINISHED
         state = RunState(Status.FAILED if crashed(run) else status, run_id=run.name)
         results.append(result_of_run(run, state, series))
-    return compare(plan.comparison, cards or plan.cards, results)
+    return compare_arms(plan.comparison, cards or plan.cards, results)
 
 
 def test_factors_of_a_designed_study(tmp_path):
@@ -54,7 +54,7 @@ def test_factors_of_a_designed_study(tmp_path):
         fast, skewed = model["speed"] == 0.9, model["skew"] == 0.9
         return 5.0 + run.seed - (2.0 + NOISE[run.seed]) * fast - NOISE[run.seed] * skewed
 
-    result = result_of(tmp_path, {"arms": None, "factors": FACTORS, "design": "factorial"}, final)
+    result = to_result(tmp_path, {"arms": None, "factors": FACTORS, "design": "factorial"}, final)
     effects = {one.name: one.effect for one in result.factors}
     assert list(effects) == ["skew", "speed", "skew x speed"]
     assert effects["speed"].differences == pytest.approx((-2.010, -1.988, -2.008))
@@ -70,7 +70,7 @@ def test_factors_of_a_designed_study(tmp_path):
 def test_arms_that_compute_more_are_not_called_alike(tmp_path, flops, told):
     arms = {"baseline": None, "fast": {"model.speed": 0.9}}
     cards = {"baseline": describe({}), "fast": describe({})._replace(active_flops_per_sample=flops)}
-    result = result_of(tmp_path, {"arms": arms}, lambda run: 5.0, cards=cards)
+    result = to_result(tmp_path, {"arms": arms}, lambda run: 5.0, cards=cards)
     [row] = report_tables(result)[-1].rows
     assert told in row[1] or told in row[2]
     assert (row[0] == "everything compared") is (told == "alike")
@@ -81,7 +81,7 @@ def test_learning_rates_of_a_study(tmp_path):
     ends = {"lr_0.01": 5.0, "lr_0.1": 4.0, "lr_1.0": None, "baseline": 5.0}
     names = {name.replace(".", "_"): end for name, end in ends.items()}
     arms = {name.replace(".", "_"): changes for name, changes in rates.items()}
-    result = result_of(tmp_path, {"arms": arms}, lambda run: names[run.arm])
+    result = to_result(tmp_path, {"arms": arms}, lambda run: names[run.arm])
     [ladder] = result.ladders  # the baseline has no learning rate of its own
     # Untrained 7: (5 + 4 + 7) / 3 - 4 = 4/3 in every seed.
     assert ladder.sensitivity.mean == pytest.approx(4 / 3)
@@ -98,7 +98,7 @@ def test_nobody_knows_whether_a_rate_is_stable_whose_runs_crashed(tmp_path):
     rates = {"low": 0.001, "middle": 0.01, "high": 0.1}
     arms = {"baseline": None} | {name: {"model.optimizer.init_args.lr": rate} for name, rate in rates.items()}
     for gone, largest in (("high", 0.01), ("middle", 0.001), ("low", None)):
-        result = result_of(tmp_path, {"arms": arms}, lambda run: 5.0, crashed=lambda run, gone=gone: run.arm == gone)
+        result = to_result(tmp_path, {"arms": arms}, lambda run: 5.0, crashed=lambda run, gone=gone: run.arm == gone)
         assert result.ladders[0].largest_stable == largest
 
 
@@ -113,13 +113,13 @@ def test_guard_correction_and_margin_of_the_study_file(tmp_path):
     def final(run):
         return 5.0 + run.seed + shift[run.arm] * (1 + NOISE[run.seed])
 
-    result = result_of(tmp_path, study, final, lambda run: 0.3 if run.arm == "fast" else 0.1)
-    words = {arm.arm.name: arm.effect.word for arm in result.arms if arm.effect}
+    result = to_result(tmp_path, study, final, lambda run: 0.3 if run.arm == "fast" else 0.1)
+    words = {arm.arm.name: arm.effect.text for arm in result.arms if arm.effect}
     assert words == {"fast": "breaks guard", "same": "no difference within 0.2"}
     [guard] = result.arms[1].effect.guards
     assert guard.worse == pytest.approx(0.2)
     effects = report_tables(result)[0]
-    assert finding(result, result.arms[1]).startswith("fast: breaks guard. ")
+    assert describe_arm(result, result.arms[1]).startswith("fast: breaks guard. ")
     assert "p (Holm)" in effects.columns
     assert any("may get worse by at most 0.05" in note for note in effects.notes)
     assert any("±0.2" in note for note in effects.notes)
@@ -140,7 +140,7 @@ def test_what_was_logged_before_the_loss_was_no_number_is_no_final_value(tmp_pat
     def final(run):
         return None if is_gone(run) else 5.0 + run.seed - (1 + NOISE[run.seed]) * (run.arm == "fast")
 
-    result = result_of(tmp_path, study, final, more=lambda run: gone if is_gone(run) else {})
+    result = to_result(tmp_path, study, final, more=lambda run: gone if is_gone(run) else {})
     fast = result.arms[1]
     assert fast.effect.seeds == (0, 1)
     assert (fast.final.n, fast.learned, fast.untrained.n) == (2, 2, 3)
@@ -163,7 +163,7 @@ def test_a_mean_of_survivors_tells_of_how_many(tmp_path):
         }
 
     # The configurations of this tiny study tell no batch size.
-    result = result_of(tmp_path, study | {"base": ["base.yaml"]}, lambda run: 5.0, more=costs)
+    result = to_result(tmp_path, study | {"base": ["base.yaml"]}, lambda run: 5.0, more=costs)
     arms = [dataclasses.replace(arm, equal={"tokens": mean_of([5.0, 5.0, None])}) for arm in result.arms]
     short = dataclasses.replace(result, arms=tuple(arms), budgets={"tokens": 100.0})
     assert {row[1] for row in equal_budget_table(short).rows} == {"5.0000 ± 0.0000 (2 of 3)"}
@@ -176,9 +176,9 @@ def test_a_mean_of_survivors_tells_of_how_many(tmp_path):
 def test_runs_that_never_validated_the_untrained_model(tmp_path):
     study = {"arms": {"baseline": None, "fast": {"model.speed": 0.9}}}
     late = {"val/task_loss": Series((2, 4), (3.0, 3.1))}
-    result = result_of(tmp_path, study, lambda run: 3.1, more=lambda run: late)
+    result = to_result(tmp_path, study, lambda run: 3.1, more=lambda run: late)
     assert [arm.untrained for arm in result.arms] == [None, None]
-    assert learned(result).startswith("No run has logged validation task loss of its untrained model")
+    assert describe_learning(result).startswith("No run has logged validation task loss of its untrained model")
     table = next(table for table in report_tables(result) if table.title == "Has anything been learned?")
     assert [(row[1], row[-1]) for row in table.rows] == [("–", "–")] * 2
 
@@ -193,7 +193,7 @@ def test_a_withdrawn_arm_has_no_share_of_stable_runs(tmp_path):
     def curve(run):
         return {"val/task_loss": Series((0, 2, 4), (7.0, 8.0 if run.arm == "worse" else 5.0, 9.0))}
 
-    result = result_of(tmp_path, study, lambda run: None if (run.arm, run.seed) == ("worse", 0) else 5.0, more=curve)
+    result = to_result(tmp_path, study, lambda run: None if (run.arm, run.seed) == ("worse", 0) else 5.0, more=curve)
     assert result.arms[1].verdict is Verdict.STOPPED_EARLY
     assert result.arms[1].stability.p is None
     table = next(table for table in report_tables(result) if table.title == "Stability")
@@ -209,18 +209,18 @@ def test_seeds_are_asked_for_only_where_more_would_help(tmp_path):
         return None if (run.arm, run.seed) == ("fast", 3) else 5.0 + run.seed + shift
 
     gone = {"val/task_loss": Series((0, 4), (7.0, math.nan))}
-    result = result_of(tmp_path, study, final, more=lambda run: gone if final(run) is None else {})
+    result = to_result(tmp_path, study, final, more=lambda run: gone if final(run) is None else {})
     effect = result.arms[1].effect
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.seeds_needed <= len(effect.seeds)
-    assert "seeds would show" not in finding(result, result.arms[1])
+    assert "seeds would show" not in describe_arm(result, result.arms[1])
 
 
 def test_the_report_of_a_fraction_tells_its_aliases(tmp_path):
     third = {"third": {"on": {"model.seconds_per_step": 0.0}}}
     design = {"fractional_factorial": {"generators": {"third": ["skew", "speed"]}}}
     study = {"arms": None, "factors": FACTORS | third, "design": design}
-    result = result_of(tmp_path, study, lambda run: 5.0 + NOISE[run.seed])
+    result = to_result(tmp_path, study, lambda run: 5.0 + NOISE[run.seed])
     table = next(table for table in report_tables(result) if table.title.startswith("Main effects"))
     assert "aliased: skew = -speed*third." in table.notes
 
@@ -230,7 +230,7 @@ def test_the_report_of_a_fraction_tells_its_aliases(tmp_path):
     [(0.0, "+0.0000"), (-0.25, "-0.2500"), (-3.2e-5, "-3.2e-05"), (4.4e-4, "+0.00044"), (1.5e30, "+1.5e+30")],
 )
 def test_a_small_difference_is_not_told_as_nothing(difference, text):
-    assert signed(difference) == text
+    assert format_signed(difference) == text
 
 
 def test_a_factor_of_a_study_does_not_help_over_its_survivors(tmp_path):
@@ -240,7 +240,7 @@ def test_a_factor_of_a_study_does_not_help_over_its_survivors(tmp_path):
 
     gone = {"val/task_loss": Series((0, 4), (7.0, math.nan))}
     study = {"arms": None, "factors": FACTORS, "design": "factorial"}
-    result = result_of(tmp_path, study, final, more=lambda run: gone if final(run) is None else {})
+    result = to_result(tmp_path, study, final, more=lambda run: gone if final(run) is None else {})
     speed = next(one.effect for one in result.factors if one.name == "speed")
     assert (speed.interval.high < 0, speed.more_lost, speed.verdict) == (True, 2, Verdict.INCONCLUSIVE)
     assert speed.note.endswith("1 of 3 seeds left out; 2 of the runs with it on diverged")

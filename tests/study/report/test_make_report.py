@@ -14,17 +14,17 @@ from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from lightning_moevlm.study.compare.collect_results import gather
+from lightning_moevlm.study.compare.collect_results import collect_results
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.figures import curves, draw_all, expert_load
-from lightning_moevlm.study.report.figures.expert_load import loads_of
-from lightning_moevlm.study.report.figures.picture import looks, picture_of
-from lightning_moevlm.study.report.make_report import make_report, origin_of
+from lightning_moevlm.study.report.figures.expert_load import read_loads
+from lightning_moevlm.study.report.figures.report_figure import choose_looks, render_figure
+from lightning_moevlm.study.report.make_report import describe_origin, make_report
 from lightning_moevlm.study.report.mlflow_summary import log_summary
 from lightning_moevlm.study.report.result_records import arm_record
-from lightning_moevlm.study.report.sentences import finding
+from lightning_moevlm.study.report.sentences import describe_arm
 from lightning_moevlm.study.report.tables.report_tables import report_tables
-from lightning_moevlm.study.report.tables.table import scaled
+from lightning_moevlm.study.report.tables.table import format_count
 from lightning_moevlm.study.report.terminal import print_tables
 from lightning_moevlm.study.report.write_report import write_report
 from lightning_moevlm.study.run.ledger import read_ledger
@@ -56,7 +56,7 @@ def swept(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def result(swept) -> StudyResult:
     plan, experiment = swept
-    return gather(plan, read_ledger(plan), experiment.uri)
+    return collect_results(plan, read_ledger(plan), experiment.uri)
 
 
 def expected_loss(step: int, seed: int, speed: float) -> float:
@@ -87,7 +87,7 @@ def test_numbers_of_the_arms(result):
 
 
 def test_load_of_experts(result):
-    steps, shares = loads_of(result.arms[0].runs[0])[1, "text"]
+    steps, shares = read_loads(result.arms[0].runs[0])[1, "text"]
     assert steps == (0, 1, 2, 3, 4)
     assert shares.shape == (4, 5)
     assert shares.sum(axis=0) == pytest.approx([1.0] * 5)
@@ -101,7 +101,7 @@ def test_tables_say_what_the_records_say(result):
     assert effects.rows[2][1] == "diverged"
     record = arm_record(result, result.arms[1])
     assert effects.rows[1][2] == f"{record.effect:+.4f}"
-    assert effects.rows[1][3] == f"{record.effect_low:+.4f} to {record.effect_high:+.4f}"
+    assert effects.rows[1][3] == f"[{record.effect_low:+.4f}, {record.effect_high:+.4f}]"
     assert learning.rows[0][-1] == "3 of 3 seeds"
     assert learning.rows[0][3] == "45.6 % (14.0 %)"
     assert also.rows[0] == ("baseline", "115.0000 ± 5.0000")
@@ -149,12 +149,12 @@ def test_pictures_are_drawn_and_described(result, tmp_path):
 
 
 def test_finding_is_a_sentence(result):
-    assert finding(result, result.arms[1]).startswith("slow: hurts. Validation task loss +")
+    assert describe_arm(result, result.arms[1]).startswith("slow: hurts. Validation task loss +")
 
 
 def figures_of(monkeypatch, module, draw, result):
     kept = []
-    monkeypatch.setattr(module, "picture_of", lambda figure, *rest: kept.append(figure) or picture_of(figure, *rest))
+    monkeypatch.setattr(module, "render_figure", lambda drawn, *rest: kept.append(drawn) or render_figure(drawn, *rest))
     assert draw(result) is not None
     return kept[0]
 
@@ -187,13 +187,13 @@ def test_steps_on_the_heatmap_are_whole_numbers(result, monkeypatch):
 
 
 def test_many_arms_go_below_each_other(result, monkeypatch):
-    shown = [arm for arm in result.arms if expert_load.loads_of(arm.runs[0])]
+    shown = [arm for arm in result.arms if expert_load.read_loads(arm.runs[0])]
     arms = (*shown, *shown, *shown)[:3]
     monkeypatch.setattr(expert_load, "_ARMS_BESIDE", 2)
     three = dataclasses.replace(result, arms=arms)
     figure = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, three)
     *panels, _ = figure.axes  # the last is the colour bar
-    num_layers = len(expert_load.loads_of(shown[0].runs[0]))
+    num_layers = len(expert_load.read_loads(shown[0].runs[0]))
     assert len(panels) == 3 * num_layers
     grid = panels[0].get_subplotspec().get_gridspec()
     assert (grid.nrows, grid.ncols) == (2 * num_layers, 2)
@@ -203,9 +203,9 @@ def test_nothing_to_draw_is_no_picture(swept):
     plan, experiment = swept
     from lightning_moevlm.study.run.ledger import RunState
 
-    empty = gather(plan, [(run, RunState()) for run in plan.runs], experiment.uri)
+    empty = collect_results(plan, [(run, RunState()) for run in plan.runs], experiment.uri)
     assert draw_all(empty) == []
-    assert "No run has a result yet" in make_report(origin_of(plan, empty), empty).learned
+    assert "No run has a result yet" in make_report(describe_origin(plan, empty), empty).learned
 
 
 class Page(HTMLParser):
@@ -235,7 +235,7 @@ class Page(HTMLParser):
 
 def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
     plan, _ = swept
-    file = write_report(make_report(origin_of(plan, result), result), tmp_path / "report")
+    file = write_report(make_report(describe_origin(plan, result), result), tmp_path / "report")
     html = file.read_text()
     page = Page()
     page.feed(html)
@@ -277,7 +277,7 @@ def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
 
 def test_summary_run_is_used_again(swept, result, tmp_path):
     plan, experiment = swept
-    report = make_report(origin_of(plan, result), result)
+    report = make_report(describe_origin(plan, result), result)
     write_report(report, tmp_path / "report")
     first = log_summary(experiment, report, tmp_path / "report")
     assert log_summary(experiment, report, tmp_path / "report") == first
@@ -296,7 +296,7 @@ def test_summary_run_is_used_again(swept, result, tmp_path):
 
 def test_every_arm_looks_different():
     arms = tuple(f"arm{i}" for i in range(30))
-    chosen = looks(("base", *arms), "base")
+    chosen = choose_looks(("base", *arms), "base")
     assert len(set(chosen.values())) == 31
 
 
@@ -304,4 +304,4 @@ def test_every_arm_looks_different():
     ("number", "text"), [(999, "999"), (1500, "1.5 k"), (914_000, "914 k"), (1.9e7, "19 M"), (2.5e12, "2.5 T")]
 )
 def test_scaled(number, text):
-    assert scaled(number) == text
+    assert format_count(number) == text

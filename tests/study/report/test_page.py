@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from lightning_moevlm.study.compare.results import StudyResult
-from lightning_moevlm.study.report.make_report import Report, make_report, origin_of
+from lightning_moevlm.study.report.make_report import Report, describe_origin, make_report
 from lightning_moevlm.study.report.write_report import write_report
 from lightning_moevlm.tracking.read.series import Series
-from tests.study.report.figures.test_figures import ended_at, loads, result_of
+from tests.study.report.figures.test_figures import ended_at, loads, to_result
 from tests.study.tiny_study import plan_of
 
 CHROMIUM = next(
@@ -112,10 +112,10 @@ def renamed(report: Report) -> Report:
         dataclasses.replace(table, rows=tuple((UNTRUSTED, *row[1:]) for row in table.rows), notes=(UNTRUSTED,))
         for table in report.tables
     )
-    pictures = tuple(dataclasses.replace(picture, alt=f'"{UNTRUSTED}') for picture in report.pictures)
+    pictures = tuple(dataclasses.replace(picture, alt=f'"{UNTRUSTED}') for picture in report.figures)
     result = dataclasses.replace(report.result, arms=(report.result.arms[0], *arms[1:]))
     origin = dataclasses.replace(report.origin, arms=stories)
-    return dataclasses.replace(report, result=result, origin=origin, tables=tables, pictures=pictures)
+    return dataclasses.replace(report, result=result, origin=origin, tables=tables, figures=pictures)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +136,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     factors = {name: {"on": {f"model.{name}": 0.9}} for name in ("skew", "speed")}
     long_keys = [f"load/block{block}/text/expert{expert}" for block in (1, 3) for expert in (0, 1)]
     study = {"arms": None, "factors": factors, "design": "factorial", "also": long_keys, "seeds": [0, 1, 2, 3]}
-    result: StudyResult = result_of(folder, study, series)
-    return make_report(origin_of(plan_of(folder / "tiny.yaml"), result), result)
+    result: StudyResult = to_result(folder, study, series)
+    return make_report(describe_origin(plan_of(folder / "tiny.yaml"), result), result)
 
 
 @pytest.fixture(scope="module", params=["as it is", "untrusted"])
@@ -172,7 +172,7 @@ def test_page_in_a_browser(address: str, scheme: str, tmp_path: Path, report: Re
     assert "CONSOLE" not in errors, [line for line in errors.splitlines() if "CONSOLE" in line]
     assert [frame["width"] for frame in frames] == list(WIDTHS)
     for frame in frames:
-        assert len(frame["images"]) == len(report.pictures) == 9
+        assert len(frame["images"]) == len(report.figures) == 9
         assert all(width > 0 and complete and alt for width, complete, alt in frame["images"])
         assert frame["links"] > 20
         assert (frame["dead"], frame["twins"]) == ([], [])

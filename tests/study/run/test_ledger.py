@@ -27,7 +27,7 @@ from lightning_moevlm.study.run.ledger import (
 from lightning_moevlm.study.run.processes.child_process import Child, end_processes, is_alive
 from lightning_moevlm.study.run.processes.command_line import share_environment
 from lightning_moevlm.study.run.processes.run_files import last_checkpoint
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence
+from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
 from tests.waiting import wait_for
 
@@ -194,16 +194,18 @@ def test_divergence_rule():
     def points(*values: float, key: str = "val/task_loss") -> list[Point]:
         return [Point(key, 10 * i, value, 0) for i, value in enumerate(values)]
 
-    assert divergence(points(4.0, 9.0, 3.0), rule) == ""  # a spike that recovered
-    assert divergence(points(4.0, 5.9), rule) == ""
-    assert divergence(points(4.0, 6.1), rule) == "val/task_loss ended at 6.1, above 1.5 x 4 of the untrained model"
-    assert divergence(points(4.0, float("nan"), 3.0), rule) == "val/task_loss is nan at step 10"
-    assert divergence(points(4.0, float("inf")), rule) == "val/task_loss is inf at step 10"
-    assert divergence(points(4.0), rule) == ""
-    assert divergence([], rule) == ""
-    assert divergence(points(4.0, 99.0, key="val/total_loss"), rule) == ""
+    assert explain_divergence(points(4.0, 9.0, 3.0), rule) == ""  # a spike that recovered
+    assert explain_divergence(points(4.0, 5.9), rule) == ""
+    assert (
+        explain_divergence(points(4.0, 6.1), rule) == "val/task_loss ended at 6.1, above 1.5 x 4 of the untrained model"
+    )
+    assert explain_divergence(points(4.0, float("nan"), 3.0), rule) == "val/task_loss is nan at step 10"
+    assert explain_divergence(points(4.0, float("inf")), rule) == "val/task_loss is inf at step 10"
+    assert explain_divergence(points(4.0), rule) == ""
+    assert explain_divergence([], rule) == ""
+    assert explain_divergence(points(4.0, 99.0, key="val/total_loss"), rule) == ""
     guard = [Point(NONFINITE_STEP, 37, 37.0, 0)]
-    assert divergence(points(4.0, 3.0) + guard, rule) == "the training loss was not finite at step 37"
+    assert explain_divergence(points(4.0, 3.0) + guard, rule) == "the training loss was not finite at step 37"
 
 
 def test_share_of_the_machine():

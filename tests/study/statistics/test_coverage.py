@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_moevlm.study.statistics.effects import as_family, paired_effect
+from lightning_moevlm.study.statistics.effects import compare_paired, judge_family
 from lightning_moevlm.study.statistics.intervals import interval_of, sign_interval, t_interval, wilcoxon_interval
 from lightning_moevlm.study.statistics.paired_tests import holm, paired_p, two_sided_p
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
@@ -117,8 +117,8 @@ def test_verdicts_of_a_family_err_as_rarely_as_they_say(n: int) -> None:
     zero = dict.fromkeys(seeds, 0.0)
     families = drawn_families(arms=5, n=n, studies=300)
     for family in families:
-        effects = {str(i): paired_effect(dict(enumerate(arm)), zero, seeds, rule) for i, arm in enumerate(family)}
-        words = [effect.verdict for effect in as_family(effects, rule).values()]
+        effects = {str(i): compare_paired(dict(enumerate(arm)), zero, seeds, rule) for i, arm in enumerate(family)}
+        words = [effect.verdict for effect in judge_family(effects, rule).values()]
         alarms += any(word in (Verdict.HELPS, Verdict.HURTS) for word in words)
     print(f"holm n={n}: {alarms / len(families):.4f}")
     assert alarms / len(families) <= 0.05 + 2 * error(len(families))

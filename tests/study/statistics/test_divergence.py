@@ -7,7 +7,7 @@ import pytest
 
 from lightning_moevlm.study.declare.comparison import Divergence
 from lightning_moevlm.study.run.ledger import Status, read_ledger
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, divergence, has_diverged_by
+from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence, explain_early_divergence
 from lightning_moevlm.tracking.point import Point
 from tests.study.tiny_study import sweep, write_project
 
@@ -32,16 +32,16 @@ def points(*values: float) -> list[Point]:
 )
 def test_what_can_be_told_in_the_middle(values: tuple[float, ...], in_a_row: int | None, early: str) -> None:
     rule = Divergence(LOSS, times_untrained=1.0, in_a_row=in_a_row)
-    assert has_diverged_by(points(*values), rule) == early
+    assert explain_early_divergence(points(*values), rule) == early
     # What was told in the middle is what is told at the end: a run is not stopped for what would not count.
-    at_end = divergence(points(*values), rule)
+    at_end = explain_divergence(points(*values), rule)
     assert at_end == early or not early
     assert bool(at_end) == (bool(early) or (len(values) > 1 and values[-1] > values[0]))
 
 
 def test_the_guard_has_the_first_word() -> None:
     rule = Divergence(LOSS, 1.0)
-    assert has_diverged_by([*points(4.0, 3.0), Point(NONFINITE_STEP, 30, 27.0, 0)], rule) == (
+    assert explain_early_divergence([*points(4.0, 3.0), Point(NONFINITE_STEP, 30, 27.0, 0)], rule) == (
         "the training loss was not finite at step 27"
     )
 
@@ -50,11 +50,11 @@ def test_without_the_untrained_model_nothing_is_above_it() -> None:
     # First validated at step 500: it learnt from 2.0 on and overfitted since. That is no divergence.
     late = [Point(LOSS, 500 * (1 + place), value, 0) for place, value in enumerate((2.0, 1.9, 2.1, 2.2))]
     rule = Divergence(LOSS, times_untrained=1.0, in_a_row=1)
-    assert divergence(late, rule) == has_diverged_by(late, rule) == ""
-    assert divergence([*late, Point(LOSS, 3000, math.inf, 0)], rule) == f"{LOSS} is inf at step 3000"
+    assert explain_divergence(late, rule) == explain_early_divergence(late, rule) == ""
+    assert explain_divergence([*late, Point(LOSS, 3000, math.inf, 0)], rule) == f"{LOSS} is inf at step 3000"
     # The first training loss is logged after a step, and is of the untrained model all the same.
     train = [point._replace(key="train/task_loss") for point in late]
-    assert "above 1 x 2 of" in divergence(train, Divergence("train/task_loss", 1.0))
+    assert "above 1 x 2 of" in explain_divergence(train, Divergence("train/task_loss", 1.0))
 
 
 @pytest.mark.slow

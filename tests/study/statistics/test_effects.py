@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_moevlm.study.statistics.effects import Lost, as_family, paired_effect
+from lightning_moevlm.study.statistics.effects import Lost, compare_paired, judge_family
 from lightning_moevlm.study.statistics.intervals import (
     Interval,
     bootstrap_interval,
@@ -78,7 +78,7 @@ def test_decide(interval, direction, more_lost, verdict):
 
 def test_seeds_that_change_nothing_are_no_repetitions():
     # 0.1 three times has a computed standard deviation above 0, the true one is 0.
-    effect = paired_effect({0: 0.9, 1: 0.9, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2), LOWER)
+    effect = compare_paired({0: 0.9, 1: 0.9, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2), LOWER)
     assert effect.interval.width == 0
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == "all 3 seeds give exactly the same difference, as repetitions would"
@@ -110,7 +110,7 @@ def test_paired_effect_pairs_by_seed():
     # Levels differ wildly between seeds; within a seed the arm is 0.1, 0.2 and 0.3 lower.
     baseline = {0: 1.0, 1: 5.0, 2: 9.0}
     arm = {2: 8.7, 0: 0.9, 1: 4.8}
-    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER)
+    effect = compare_paired(arm, baseline, (0, 1, 2), LOWER)
     assert effect.differences == pytest.approx((-0.1, -0.2, -0.3))
     assert effect.mean == pytest.approx(-0.2)
     assert effect.share_better == 1.0
@@ -123,7 +123,7 @@ def test_paired_effect_pairs_by_seed():
 
 
 def test_missing_and_non_finite_seeds_are_left_out_and_named():
-    effect = paired_effect({0: 1.0, 1: math.nan, 3: 2.0}, {0: 2.0, 1: 1.0, 2: 1.0, 3: 3.5}, (0, 1, 2, 3), LOWER)
+    effect = compare_paired({0: 1.0, 1: math.nan, 3: 2.0}, {0: 2.0, 1: 1.0, 2: 1.0, 3: 3.5}, (0, 1, 2, 3), LOWER)
     assert effect.seeds == (0, 3)
     assert effect.left_out == (1, 2)
     assert effect.bootstrap is None
@@ -131,11 +131,11 @@ def test_missing_and_non_finite_seeds_are_left_out_and_named():
 
 
 def test_no_pair_at_all():
-    effect = paired_effect({}, {0: 1.0}, (0,), LOWER)
+    effect = compare_paired({}, {0: 1.0}, (0,), LOWER)
     assert effect.mean is None
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == "no seed has a finite result in both arms; 1 of 1 seeds left out"
-    effect = paired_effect({0: math.nan}, {0: 1.0}, (0,), LOWER, arm_lost=Lost(diverged=1))
+    effect = compare_paired({0: math.nan}, {0: 1.0}, (0,), LOWER, arm_lost=Lost(diverged=1))
     assert effect.note == (
         "no seed has a finite result in both arms; 1 of 1 seeds left out; every run of this arm diverged"
     )
@@ -143,8 +143,8 @@ def test_no_pair_at_all():
 
 def test_survivors_alone_do_not_make_an_arm_help():
     arm, baseline = {0: 1.0, 1: 1.02, 2: math.nan}, {0: 2.0, 1: 2.01, 2: 2.02}
-    assert paired_effect(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HELPS
-    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1))
+    assert compare_paired(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HELPS
+    effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1))
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == (
         "ahead where it survives, but it lost 1 more than the baseline; 1 of 3 seeds left out; "
@@ -155,8 +155,8 @@ def test_survivors_alone_do_not_make_an_arm_help():
 @pytest.mark.parametrize(("lost", "what"), [(Lost(diverged=1), "diverged"), (Lost(crashed=1), "crashed")])
 def test_survivors_of_the_baseline_do_not_make_an_arm_hurt(lost, what):
     arm, baseline = {0: 2.0, 1: 2.01, 2: 2.02}, {0: 1.0, 1: 1.02}
-    assert paired_effect(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HURTS
-    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER, baseline_lost=lost)
+    assert compare_paired(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HURTS
+    effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, baseline_lost=lost)
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert "that lost 1 more than this arm" in effect.note
     assert effect.note.endswith(f"1 of 3 seeds left out; 1 run of the baseline {what}")
@@ -164,10 +164,10 @@ def test_survivors_of_the_baseline_do_not_make_an_arm_hurt(lost, what):
 
 def test_losses_are_told_although_they_do_not_limit_the_verdict():
     arm, baseline = {0: 1.0, 1: 1.02, 2: math.nan}, {0: 2.0, 1: 2.01}
-    effect = paired_effect(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1), Lost(crashed=1))
+    effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1), Lost(crashed=1))
     assert effect.verdict is Verdict.HELPS
     assert effect.note == "1 of 3 seeds left out; 1 run of this arm diverged; 1 run of the baseline crashed"
-    effect = paired_effect(arm, {}, (0, 1, 2), LOWER, Lost(diverged=1), Lost(diverged=3))
+    effect = compare_paired(arm, {}, (0, 1, 2), LOWER, Lost(diverged=1), Lost(diverged=3))
     assert effect.note.endswith("1 run of this arm diverged; every run of the baseline diverged")
 
 
@@ -182,7 +182,7 @@ def test_wider_interval_covers_at_three_seeds():
     bootstrap = np.mean([covers(bootstrap_interval(d, 0.05)) for d in studies[:60]])
     decided = np.mean(
         [
-            covers(paired_effect(dict(enumerate(d)), {0: 0.0, 1: 0.0, 2: 0.0}, (0, 1, 2), LOWER).interval)
+            covers(compare_paired(dict(enumerate(d)), {0: 0.0, 1: 0.0, 2: 0.0}, (0, 1, 2), LOWER).interval)
             for d in studies[:60]
         ]
     )
@@ -243,18 +243,18 @@ def _patterns(n: int):
 def test_ties_of_a_rank_test_are_no_repetitions():
     # Accuracies in steps: the second least and the second greatest of nine differences are the same.
     arm, zero = dict(enumerate((1.0,) + 7 * (2.0,) + (3.0,))), dict.fromkeys(range(9), 0.0)
-    effect = paired_effect(arm, zero, tuple(range(9)), Rule("higher", 0.05, "sign"))
+    effect = compare_paired(arm, zero, tuple(range(9)), Rule("higher", 0.05, "sign"))
     assert effect.interval == Interval(2.0, 2.0, "sign")
     assert (effect.verdict, effect.note) == (Verdict.HELPS, "")
     # The same but for rounding is the same to a test of ranks too.
     arm = {seed: 0.3 + 1e-17 * seed for seed in range(6)} | {0: 0.1 + 0.2}
-    effect = paired_effect(arm, zero, tuple(range(6)), Rule("higher", 0.05, "wilcoxon"))
+    effect = compare_paired(arm, zero, tuple(range(6)), Rule("higher", 0.05, "wilcoxon"))
     assert effect.note == "all 6 seeds give exactly the same difference, as repetitions would"
 
 
 def test_an_arm_that_changes_nothing_is_told_from_repetitions():
     same = {0: 1.0, 1: 2.0, 2: 3.0}
-    effect = paired_effect(same, same, (0, 1, 2), LOWER)
+    effect = compare_paired(same, same, (0, 1, 2), LOWER)
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == "the difference is exactly 0 in all 3 seeds, as if it changed nothing"
 
@@ -271,7 +271,7 @@ def test_losses_count_where_both_sides_had_a_run():
     # The baseline ran ten seeds and lost two that the arm never ran; of the arm's three one diverged.
     arm, baseline = {0: 1.0, 1: 1.02}, {s: 2.0 + s / 100 for s in range(8)}
     lost = Lost(diverged=1), Lost(diverged=2, unpaired=2)
-    effect = paired_effect(arm, baseline, tuple(range(10)), LOWER, *lost)
+    effect = compare_paired(arm, baseline, tuple(range(10)), LOWER, *lost)
     assert effect.more_lost == 1
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note.startswith("ahead where it survives, but it lost 1 more than the baseline")
@@ -284,8 +284,8 @@ def test_rank_tests_need_six_seeds(test):
     arm = {s: -1.0 - s / 10 for s in range(6)}
     zero = dict.fromkeys(range(6), 0.0)
     rule = Rule("lower", 0.05, test)
-    assert paired_effect(arm, zero, tuple(range(6)), rule).verdict is Verdict.HELPS
-    five = paired_effect(arm, zero, tuple(range(5)), rule)
+    assert compare_paired(arm, zero, tuple(range(6)), rule).verdict is Verdict.HELPS
+    five = compare_paired(arm, zero, tuple(range(5)), rule)
     assert (five.verdict, five.note) == (Verdict.INCONCLUSIVE, "5 seeds give no interval; at least 6 are needed")
     assert (five.p_sign, five.p_wilcoxon) == (None, None)
     assert five.p_t == paired_p(five.differences)
@@ -306,18 +306,18 @@ def test_the_family_takes_a_verdict_back():
     arm, other = {s: -1.0 - s for s in range(4)}, {0: 1.0, 1: -1.0, 2: 1.0, 3: -1.0}
     zero = dict.fromkeys(range(4), 0.0)
     rule = Rule("lower", 0.05, "t", "holm")
-    effects = {name: paired_effect(one, zero, (0, 1, 2, 3), rule) for name, one in (("arm", arm), ("other", other))}
+    effects = {name: compare_paired(one, zero, (0, 1, 2, 3), rule) for name, one in (("arm", arm), ("other", other))}
     assert effects["arm"].verdict is Verdict.HELPS
-    judged = as_family(effects, rule)
+    judged = judge_family(effects, rule)
     assert judged["arm"].p_value == pytest.approx(0.0305, abs=1e-4)
     assert judged["arm"].p_adjusted == pytest.approx(0.0609, abs=1e-4)
     assert judged["arm"].verdict is Verdict.INCONCLUSIVE
     assert judged["arm"].note == "its interval does not hold 0, but p = 0.0609 over the study's comparisons"
-    assert as_family(effects, LOWER) == effects
+    assert judge_family(effects, LOWER) == effects
     # An arm whose seeds are still to come, or all lost, counts as it will: no verdict stands until it is there alone.
     for seeds in ((), (0,)):
-        early = effects | {"other": paired_effect({s: other[s] for s in seeds}, zero, (0, 1, 2, 3), rule)}
-        judged = as_family(early, rule)
+        early = effects | {"other": compare_paired({s: other[s] for s in seeds}, zero, (0, 1, 2, 3), rule)}
+        judged = judge_family(early, rule)
         assert judged["arm"].p_adjusted == pytest.approx(0.0609, abs=1e-4)
         assert judged["other"] == early["other"]
 
@@ -325,23 +325,23 @@ def test_the_family_takes_a_verdict_back():
 def test_no_difference_needs_the_whole_interval_within_the_margin():
     # Mean 0, s = 0.1, n = 4: half width 3.18245 * 0.1155 / 2 = 0.184 (s = sqrt(0.04 / 3)).
     arm, zero = {0: 0.1, 1: -0.1, 2: 0.1, 3: -0.1}, dict.fromkeys(range(4), 0.0)
-    effect = paired_effect(arm, zero, (0, 1, 2, 3), Rule("lower", 0.05, within=0.19))
-    assert (effect.verdict, effect.word) == (Verdict.NO_DIFFERENCE, "no difference within 0.19")
+    effect = compare_paired(arm, zero, (0, 1, 2, 3), Rule("lower", 0.05, within=0.19))
+    assert (effect.verdict, effect.text) == (Verdict.NO_DIFFERENCE, "no difference within 0.19")
     # t of each side: 0.19 / 0.0577 = 3.29 with 3 degrees of freedom, one-sided p = 0.0230.
     assert effect.p_outside == pytest.approx(0.0230, abs=2e-4)
-    assert paired_effect(arm, zero, (0, 1, 2, 3), Rule("lower", 0.05, within=0.18)).verdict is Verdict.INCONCLUSIVE
+    assert compare_paired(arm, zero, (0, 1, 2, 3), Rule("lower", 0.05, within=0.18)).verdict is Verdict.INCONCLUSIVE
     # As one of three such arms the p of each is 0.069.
     rule = Rule("lower", 0.05, "t", "holm", within=0.19)
-    judged = as_family({name: paired_effect(arm, zero, (0, 1, 2, 3), rule) for name in "abc"}, rule)
+    judged = judge_family({name: compare_paired(arm, zero, (0, 1, 2, 3), rule) for name in "abc"}, rule)
     assert {one.verdict for one in judged.values()} == {Verdict.INCONCLUSIVE}
     # Runs that were lost speak against it.
-    lost = paired_effect(arm, zero, (0, 1, 2, 3, 4), Rule("lower", 0.05, within=0.19), Lost(diverged=1))
+    lost = compare_paired(arm, zero, (0, 1, 2, 3, 4), Rule("lower", 0.05, within=0.19), Lost(diverged=1))
     assert lost.verdict is Verdict.INCONCLUSIVE
 
 
 def test_a_difference_too_small_to_matter_is_none():
     arm, zero = {0: -0.010, 1: -0.011, 2: -0.012}, dict.fromkeys(range(3), 0.0)
-    effect = paired_effect(arm, zero, (0, 1, 2), Rule("lower", 0.05, within=0.1))
+    effect = compare_paired(arm, zero, (0, 1, 2), Rule("lower", 0.05, within=0.1))
     assert (effect.verdict, effect.note) == (Verdict.NO_DIFFERENCE, "not 0, but too small to matter")
     assert p_outside("t", (0.5, 0.5), 0.1) is None
 
@@ -353,7 +353,7 @@ def test_the_effect_is_what_its_interval_is_of(test, centre):
     # -0.85, ... -0.55 there are 1 + 1 + 2 + 2 + 3 + 3 + 4 + 4 = 20, of -0.5 four.
     differences = (-0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8, -0.9, 10.7)
     zero = dict.fromkeys(range(9), 0.0)
-    effect = paired_effect(dict(enumerate(differences)), zero, tuple(range(9)), Rule("lower", 0.05, test))
+    effect = compare_paired(dict(enumerate(differences)), zero, tuple(range(9)), Rule("lower", 0.05, test))
     assert effect.mean == pytest.approx(0.7)
     assert effect.centre == pytest.approx(centre)
     assert effect.interval.low <= effect.centre <= effect.interval.high

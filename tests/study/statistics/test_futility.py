@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_moevlm.study.compare.collect_results import gather
+from lightning_moevlm.study.compare.collect_results import collect_results
 from lightning_moevlm.study.declare.comparison import FutilityStop, Primary
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.run.ledger import Status, read_ledger
-from lightning_moevlm.study.statistics.effects import as_family, paired_effect
-from lightning_moevlm.study.statistics.futility import withdrawal, without_verdict
+from lightning_moevlm.study.statistics.effects import compare_paired, judge_family
+from lightning_moevlm.study.statistics.futility import check_futility, withhold_verdict
 from lightning_moevlm.study.statistics.paired_tests import holm
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
 from tests.study.refusals import assert_refused
@@ -25,11 +25,11 @@ LOSS, ACCURACY = Primary("val/task_loss", "lower"), Primary("val/accuracy_text",
 
 def test_an_arm_is_withdrawn_by_its_first_seed_that_is_too_far_behind() -> None:
     """Differences 4.4 - 4.0 = 0.4 and 5.0 - 4.2 = 0.8; only the second is above 0.5."""
-    found = withdrawal(RULE, LOSS, {0: 4.4, 1: 5.0}, {0: 4.0, 1: 4.2, 2: 9.0}, (0, 1, 2))
+    found = check_futility(RULE, LOSS, {0: 4.4, 1: 5.0}, {0: 4.0, 1: 4.2, 2: 9.0}, (0, 1, 2))
     assert found is not None
     assert found.decision == (1, 3, 5.0, 4.2)
     assert dict(found.differences) == {0: pytest.approx(0.4), 1: pytest.approx(0.8)}
-    assert found.told == (
+    assert found.text == (
         "stopped by rule: val/task_loss at step 3 is 5 with seed 1, worse than the baseline's 4.2 by more than 0.5; at "
         "that step +0.6 on average over 2 seeds, from +0.4 to +0.8; a description, no test"
     )
@@ -48,20 +48,20 @@ def test_an_arm_is_withdrawn_by_its_first_seed_that_is_too_far_behind() -> None:
     ],
 )
 def test_others_go_on(primary: Primary, arm: dict[int, float], baseline: dict[int, float]) -> None:
-    assert withdrawal(RULE, primary, arm, baseline, (0, 1)) is None
+    assert check_futility(RULE, primary, arm, baseline, (0, 1)) is None
 
 
 def test_higher_can_be_better() -> None:
-    assert withdrawal(RULE, ACCURACY, {0: 0.1}, {0: 0.9}, (0,)) is not None
+    assert check_futility(RULE, ACCURACY, {0: 0.1}, {0: 0.9}, (0,)) is not None
 
 
 def test_a_withdrawn_arm_still_counts_in_the_family() -> None:
     """Holm over two: the smaller p is doubled, although the other arm has none."""
     seeds, rule = tuple(range(6)), Rule("lower", 0.05, "t", "holm")
-    plain = paired_effect({s: -0.1 - 0.05 * s for s in seeds}, dict.fromkeys(seeds, 0.0), seeds, rule)
-    found = withdrawal(RULE, LOSS, {0: 9.0}, {0: 4.0}, seeds)
+    plain = compare_paired({s: -0.1 - 0.05 * s for s in seeds}, dict.fromkeys(seeds, 0.0), seeds, rule)
+    found = check_futility(RULE, LOSS, {0: 9.0}, {0: 4.0}, seeds)
     assert found is not None
-    judged = as_family({"arm": plain, "gone": without_verdict(seeds, rule, found.told)}, rule)
+    judged = judge_family({"arm": plain, "gone": withhold_verdict(seeds, rule, found.text)}, rule)
     assert judged["arm"].p_adjusted == pytest.approx(2 * plain.p_value)
     assert judged["gone"].verdict is Verdict.STOPPED_EARLY
     assert (judged["gone"].mean, judged["gone"].p_adjusted) == (None, None)
@@ -109,7 +109,7 @@ def test_a_sweep_stops_the_withdrawn_arm_and_gives_it_no_verdict(tmp_path: Path,
     assert float(tags[0]["stopped_early/value"]) == pytest.approx(float(tags[0]["stopped_early/baseline"]) + 2.0)
 
     assert sweep(file)[2].started == 0
-    result = gather(plan, read_ledger(plan), uri)
+    result = collect_results(plan, read_ledger(plan), uri)
     arms = {arm.arm.name: arm for arm in result.arms}
     assert result.complete
     assert arms["far"].verdict is Verdict.STOPPED_EARLY
@@ -174,11 +174,11 @@ def test_whole_verdicts_with_the_rule_are_among_those_without_it() -> None:
     told, withdrawn = 0, 0
     for middle, end in zip(*simulated(20, arms=4, n=6), strict=True):
         end[:2] -= 3.0
-        plain = {str(i): paired_effect(dict(enumerate(arm)), zero, seeds, rule) for i, arm in enumerate(end)}
-        found = {str(i): withdrawal(early, LOSS, dict(enumerate(arm)), zero, seeds) for i, arm in enumerate(middle)}
-        stopped = {name: without_verdict(seeds, rule, one.told) for name, one in found.items() if one is not None}
-        words = {name: one.verdict for name, one in as_family(plain | stopped, rule).items()}
-        without = {name: one.verdict for name, one in as_family(plain, rule).items()}
+        plain = {str(i): compare_paired(dict(enumerate(arm)), zero, seeds, rule) for i, arm in enumerate(end)}
+        found = {str(i): check_futility(early, LOSS, dict(enumerate(arm)), zero, seeds) for i, arm in enumerate(middle)}
+        stopped = {name: withhold_verdict(seeds, rule, one.text) for name, one in found.items() if one is not None}
+        words = {name: one.verdict for name, one in judge_family(plain | stopped, rule).items()}
+        without = {name: one.verdict for name, one in judge_family(plain, rule).items()}
         for name, word in words.items():
             if word in (Verdict.HELPS, Verdict.HURTS):
                 told += 1

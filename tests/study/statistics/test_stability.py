@@ -7,18 +7,18 @@ import pytest
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.budget import samples_per_step
-from lightning_moevlm.study.statistics.arm_stability import arm_stability
-from lightning_moevlm.study.statistics.equal_budget import StepCost, equal_budgets, step_cost
-from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, ladders, largest_stable, sensitivity
+from lightning_moevlm.study.statistics.arm_stability import summarise_stability
+from lightning_moevlm.study.statistics.equal_budget import StepCost, compute_step_cost, find_equal_budgets
+from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, find_ladders, largest_stable, sensitivity
 from lightning_moevlm.study.statistics.paired_tests import fisher_p
 from lightning_moevlm.study.statistics.stability import (
     TRAIN_LOSS,
     Series,
     dead_share,
     divergence_step,
+    measure_stability,
     recovery,
     spikes,
-    stability_of,
     value_at,
 )
 
@@ -51,7 +51,7 @@ def test_the_window_forgets():
 def test_too_few_points_have_no_score():
     assert spikes((*EVEN * 4, 1e9)).score is None
     assert spikes(()).score is None
-    assert stability_of({}, has_diverged=False).spikes_loss is None
+    assert measure_stability({}, has_diverged=False).spikes_loss is None
 
 
 def test_a_point_that_is_no_number_is_a_spike_and_enters_no_mean():
@@ -72,7 +72,7 @@ def test_recovery_is_from_the_spike_to_one_deviation_above_the_mean_before():
     assert recovery(series(*EVEN * 5, -2.0, 5.0)) == 0.0  # a fall has nothing to recover from
     assert recovery(series(*EVEN)) is None
     assert recovery(None) is None
-    tokens = stability_of({TRAIN_LOSS: series(*EVEN * 5, 12.0, 6.0)}, has_diverged=False, tokens_per_step=100.0)
+    tokens = measure_stability({TRAIN_LOSS: series(*EVEN * 5, 12.0, 6.0)}, has_diverged=False, tokens_per_step=100.0)
     assert (tokens.recovery_steps, tokens.recovery_tokens) == (1.0, 100.0)
 
 
@@ -83,7 +83,7 @@ def test_step_of_a_divergence():
     assert divergence_step({TRAIN_LOSS: loss, **guard}) == 7  # the guard looks at every step, not at logged ones
     assert divergence_step({TRAIN_LOSS: series(3.0, 9.0)}) == 2  # it ended too high
     assert divergence_step({}) is None
-    assert stability_of({TRAIN_LOSS: loss}, has_diverged=False).diverged_at is None
+    assert measure_stability({TRAIN_LOSS: loss}, has_diverged=False).diverged_at is None
 
 
 def test_largest_logits_dead_experts_and_violation():
@@ -100,7 +100,7 @@ def test_largest_logits_dead_experts_and_violation():
         metric_keys.DEAD_EXPERTS.key(block=1, modality="text"): series(1.0, 0.0, 0.0, 0.0),
         metric_keys.DEAD_EXPERTS.key(block=1, modality="image"): series(0.0, 0.0, 2.0, 0.0),
     }
-    found = stability_of(logged, has_diverged=False)
+    found = measure_stability(logged, has_diverged=False)
     assert found.largest_attention_logit == 9.5
     assert found.largest_router_logit == math.inf
     assert found.largest_log_partition == 6.0
@@ -111,16 +111,16 @@ def test_largest_logits_dead_experts_and_violation():
 
 
 def test_arm_counts_stable_runs_and_compares_them():
-    sound = stability_of({TRAIN_LOSS: series(3.0)}, has_diverged=False)
-    early, late = (stability_of({TRAIN_LOSS: series(*(3.0,) * n, math.nan)}, has_diverged=True) for n in (2, 5))
-    arm = arm_stability([late, sound, early], diverged=2, baseline=(3, 3))
+    sound = measure_stability({TRAIN_LOSS: series(3.0)}, has_diverged=False)
+    early, late = (measure_stability({TRAIN_LOSS: series(*(3.0,) * n, math.nan)}, has_diverged=True) for n in (2, 5))
+    arm = summarise_stability([late, sound, early], diverged=2, baseline=(3, 3))
     assert (arm.stable, arm.total, arm.first_divergence) == (1, 3, 3)
     # 1 of 3 against 3 of 3: the margins leave 2 failures of 6; both in this arm: C(3,2)/C(6,2) = 3/15, both in the
     # other as likely, one each 9/15; tables no likelier than this one: 3/15 + 3/15 = 0.4.
     assert arm.p == pytest.approx(0.4)
     assert fisher_p(0, 3, 3, 3) == pytest.approx(2 / 20)  # C(6,3) = 20 ways, the two extreme ones
     assert fisher_p(0, 0, 3, 3) is None
-    assert arm_stability([sound], diverged=0, baseline=None).p is None
+    assert summarise_stability([sound], diverged=0, baseline=None).p is None
     assert arm.worst(lambda run: run.recovery_steps) is None  # too few points to call anything a spike
 
 
@@ -137,15 +137,15 @@ def test_equal_budgets_are_the_least_that_a_finished_run_spent():
     # Both go 20 steps; the second costs twice the FLOPs per step and the same tokens, and is half as fast.
     cheap, dear = Series((0, 10, 20), (8.0, 6.0, 4.0)), Series((0, 10, 20), (8.0, 5.0, 3.0))
     runs = [(StepCost(100.0, 1e6, 0.5), cheap), (StepCost(100.0, 2e6, 1.0), dear)]
-    tokens, flops, seconds = equal_budgets(runs, [True, True])
+    tokens, flops, seconds = find_equal_budgets(runs, [True, True])
     assert (tokens.what, tokens.spent, tokens.values) == ("tokens", 2000.0, (4.0, 3.0))
     assert (flops.spent, flops.values) == (2e7, (4.0, 5.0))  # the dear one was at step 10
     assert (seconds.spent, seconds.values) == (10.0, (4.0, 5.0))
     # A run that diverged at step 10 is not sound at the budget of the others, and does not shorten it.
     gone = (StepCost(100.0, 1e6, 0.5), Series((0, 10), (8.0, 9.0)))
-    assert equal_budgets([runs[0], gone], [True, False])[0].values == (4.0, None)
-    assert equal_budgets([(StepCost(None, 1e6, None), cheap)], [True])[0].what == "active FLOPs"
-    assert equal_budgets([], []) == ()
+    assert find_equal_budgets([runs[0], gone], [True, False])[0].values == (4.0, None)
+    assert find_equal_budgets([(StepCost(None, 1e6, None), cheap)], [True])[0].what == "active FLOPs"
+    assert find_equal_budgets([], []) == ()
 
 
 def test_cost_of_a_step():
@@ -158,8 +158,8 @@ def test_cost_of_a_step():
         metric_keys.TOKENS_PER_SECOND.key(): series(9.0, 640.0, 640.0),
     }
     # 64 samples of 20 tokens; 2 s at 32 samples/s.
-    assert step_cost(config, logged, flops_per_sample=10.0) == StepCost(1280.0, 640.0, 2.0)
-    assert step_cost(config, {}, flops_per_sample=10.0) == StepCost(None, 640.0, None)
+    assert compute_step_cost(config, logged, flops_per_sample=10.0) == StepCost(1280.0, 640.0, 2.0)
+    assert compute_step_cost(config, {}, flops_per_sample=10.0) == StepCost(None, 640.0, None)
 
 
 def test_tokens_of_a_step_do_not_depend_on_the_clock():
@@ -171,15 +171,15 @@ def test_tokens_of_a_step_do_not_depend_on_the_clock():
             metric_keys.SAMPLES_PER_SECOND.key(): series(*rates),
             metric_keys.TOKENS_PER_SECOND.key(): series(*(r * t for r, t in zip(rates, (20, 10, 20, 30), strict=True))),
         }
-        tokens.append(step_cost(config, logged, None).tokens)
+        tokens.append(compute_step_cost(config, logged, None).tokens)
     assert tokens == [160.0, 160.0]  # 8 samples of (10 + 20 + 30) / 3
     # A rate that is no number, of an interval that took no time, is none.
     logged = {
         metric_keys.SAMPLES_PER_SECOND.key(): series(1.0, math.inf, 4.0, math.nan),
         metric_keys.TOKENS_PER_SECOND.key(): series(1.0, math.inf, 80.0, 5.0),
     }
-    assert step_cost(config, logged, None) == StepCost(160.0, None, 2.0)
-    assert step_cost(config, {metric_keys.SAMPLES_PER_SECOND.key(): series(math.nan)}, None).seconds is None
+    assert compute_step_cost(config, logged, None) == StepCost(160.0, None, 2.0)
+    assert compute_step_cost(config, {metric_keys.SAMPLES_PER_SECOND.key(): series(math.nan)}, None).seconds is None
 
 
 def test_sensitivity_by_hand():
@@ -210,7 +210,7 @@ def test_ladders_are_arms_that_differ_in_the_rate_alone():
     configs["on_lr_1e-2"] |= {"seed_everything": 7, "data": {"seed": 7}}  # an arm need not have the seeds of the others
     configs["on_lr_1e-3"] |= {"seed_everything": 8, "data": {"seed": 8}}
     before = copy.deepcopy(configs)
-    found = ladders(configs)
+    found = find_ladders(configs)
     assert [dict(one.rungs) for one in found] == [
         {1e-3: "on_lr_1e-3", 1e-2: "on_lr_1e-2"},
         {1e-3: "off_lr_1e-3", 1e-2: "off_lr_1e-2"},

@@ -14,7 +14,7 @@ from lightning_moevlm.study.report.figures.forest import draw_factor_forest, dra
 from lightning_moevlm.study.report.figures.interactions import draw_interactions
 from lightning_moevlm.study.report.figures.learning_rates import draw_learning_rates
 from lightning_moevlm.study.report.figures.pareto import draw_pareto
-from lightning_moevlm.study.report.figures.picture import Picture
+from lightning_moevlm.study.report.figures.report_figure import ReportFigure
 from lightning_moevlm.study.report.figures.spike_timeline import draw_spikes
 
 __all__ = ["MANY_ARMS", "Picture", "draw_all", "legible"]
@@ -35,14 +35,14 @@ _DRAWERS = (
 MANY_ARMS = 20
 
 
-def draw_all(result: StudyResult) -> list[Picture]:
+def draw_all(result: StudyResult) -> list[ReportFigure]:
     """Draw every picture that the study has data for, of so many arms as are legible."""
-    few = legible(result)
+    few = select_legible(result)
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
         return [picture for drawer in _DRAWERS if (picture := drawer(few)) is not None]
 
 
-def legible(result: StudyResult) -> StudyResult:
+def select_legible(result: StudyResult) -> StudyResult:
     """Return the study with at most `MANY_ARMS` arms: the baseline and those furthest from it, in the file's order."""
     if len(result.arms) <= MANY_ARMS:
         return result

@@ -4,13 +4,20 @@ from matplotlib.axes import Axes
 
 from lightning_moevlm.study.compare.results import Mean, StudyResult
 from lightning_moevlm.study.report.figures.lost_runs import row_label
-from lightning_moevlm.study.report.figures.picture import GROUND, INK, Picture, looks, new_figure, picture_of
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, percent, with_deviation
+from lightning_moevlm.study.report.figures.report_figure import (
+    GROUND,
+    INK,
+    ReportFigure,
+    choose_looks,
+    new_figure,
+    render_figure,
+)
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_mean, format_percent
 
 _MIDDLE = "#8c8c8c"  # seen on bars of every colour, and on either ground
 
 
-def draw_throughput(result: StudyResult) -> Picture | None:
+def draw_throughput(result: StudyResult) -> ReportFigure | None:
     """Draw samples per second and wall time per run; None before any run has ended."""
     if not any(arm.samples_per_second or arm.seconds for arm in result.arms):
         return None
@@ -22,16 +29,16 @@ def draw_throughput(result: StudyResult) -> Picture | None:
     left.set_xlabel("training throughput (samples/s)")
     right.set_xlabel("wall time of a run,\nstart-up included (s)")
     rows = tuple(
-        (arm.arm.name, with_deviation(arm.samples_per_second, 1), with_deviation(arm.seconds, 1)) for arm in result.arms
+        (arm.arm.name, format_mean(arm.samples_per_second, 1), format_mean(arm.seconds, 1)) for arm in result.arms
     )
     table = Table("Throughput, mean ± standard deviation over seeds", ("arm", "samples/s", "wall time (s)"), rows)
     alt = "Bar charts of training throughput and wall time by arm. " + " ".join(
         f"{name}: {speed} samples per second, {seconds} s." for name, speed, seconds in rows
     )
-    return picture_of(figure, "throughput", "Throughput and wall time", alt, table)
+    return render_figure(figure, "throughput", "Throughput and wall time", alt, table)
 
 
-def draw_accuracy(result: StudyResult) -> Picture | None:
+def draw_accuracy(result: StudyResult) -> ReportFigure | None:
     """Draw masked accuracy of every term with the majority baseline as a mark; None where no term predicts classes."""
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
     if not terms:
@@ -65,12 +72,12 @@ def draw_accuracy(result: StudyResult) -> Picture | None:
     alt = "Bar charts of masked accuracy by arm, with the accuracy of the commonest class marked. " + " ".join(
         sentences
     )
-    return picture_of(figure, "accuracy", "Masked accuracy against the majority class", alt, table)
+    return render_figure(figure, "accuracy", "Masked accuracy against the majority class", alt, table)
 
 
 def _bars(axes: Axes, result: StudyResult, means: list[Mean | None], form: str) -> None:
     names = tuple(arm.arm.name for arm in result.arms)
-    look = looks(names, result.comparison.baseline)
+    look = choose_looks(names, result.comparison.baseline)
     # all bars may be 0 (an accuracy after two steps), and an axis needs a length
     highest = max((m.mean + (m.deviation or 0.0) for m in means if m), default=0.0) or 1.0
     for row, (name, mean) in enumerate(zip(names, means, strict=True)):
@@ -94,4 +101,4 @@ def _in_percent(mean: Mean | None) -> Mean | None:
 
 
 def _cell(mean: Mean | None) -> str:
-    return percent(mean.mean) if mean else NOTHING
+    return format_percent(mean.mean) if mean else NOTHING

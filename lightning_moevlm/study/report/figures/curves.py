@@ -11,14 +11,14 @@ from matplotlib.lines import Line2D
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
-from lightning_moevlm.study.report.figures.picture import (
+from lightning_moevlm.study.report.figures.report_figure import (
     INK,
     Look,
-    Picture,
+    ReportFigure,
+    choose_looks,
     legend_columns,
-    looks,
     new_figure,
-    picture_of,
+    render_figure,
 )
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 from lightning_moevlm.study.run.ledger import Status
@@ -28,15 +28,15 @@ _MANY_BANDS = 8  # more hide each other and the lines
 _MANY_STEPS = 10  # a table shows at most about so many
 
 
-def draw_curves(result: StudyResult) -> Picture | None:
+def draw_curves(result: StudyResult) -> ReportFigure | None:
     """Draw the whole training left and its second half enlarged right, if it has points enough; None without any."""
     metric = result.comparison.primary.metric
     title, unit = name_and_unit(metric)
-    columns = {arm.arm.name: by_step(arm, metric) for arm in result.arms}
+    columns = {arm.arm.name: group_by_step(arm, metric) for arm in result.arms}
     steps = sorted({step for column in columns.values() for step in column})
     if not steps:
         return None
-    look = looks(tuple(columns), result.comparison.baseline)
+    look = choose_looks(tuple(columns), result.comparison.baseline)
     figure = new_figure(3.5 + 0.22 * -(-len(columns) // legend_columns(tuple(columns))))
     half = steps[-1] / 2
     num_panels = 2 if sum(step >= half for step in steps) >= _FEWEST_LATE_STEPS else 1
@@ -71,10 +71,10 @@ def draw_curves(result: StudyResult) -> Picture | None:
         + " ".join(_sentence(name, column) for name, column in columns.items() if column)
     )
     heading = f"{title[0].upper()}{title[1:]} over training"
-    return picture_of(figure, "curves", heading, alt, _table(columns, steps, title, unit))
+    return render_figure(figure, "curves", heading, alt, _table(columns, steps, title, unit))
 
 
-def by_step(arm: ArmResult, metric: str) -> dict[int, list[float]]:
+def group_by_step(arm: ArmResult, metric: str) -> dict[int, list[float]]:
     """Return the finite values of all seeds at each step."""
     column: dict[int, list[float]] = {}
     for run in arm.runs:

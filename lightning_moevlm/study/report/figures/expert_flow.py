@@ -13,10 +13,10 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
 from lightning_moevlm.study.compare.results import ArmResult, RunResult, StudyResult
-from lightning_moevlm.study.report.figures.expert_load import first_with_load, loads_of
-from lightning_moevlm.study.report.figures.lost_runs import lost_runs
-from lightning_moevlm.study.report.figures.picture import INK, Picture, new_figure, picture_of, wrapped
-from lightning_moevlm.study.report.tables.table import Table, percent
+from lightning_moevlm.study.report.figures.expert_load import find_run_with_load, read_loads
+from lightning_moevlm.study.report.figures.lost_runs import describe_lost_runs
+from lightning_moevlm.study.report.figures.report_figure import INK, ReportFigure, new_figure, render_figure, wrap
+from lightning_moevlm.study.report.tables.table import Table, format_percent
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _GAP = 0.02  # between modalities and between experts, of the panel's height
@@ -33,10 +33,10 @@ Flow = Mapping[str, tuple[float, ...]]
 """Share of each modality's kept pairs, by expert."""
 
 
-def draw_expert_flow(result: StudyResult) -> Picture | None:
+def draw_expert_flow(result: StudyResult) -> ReportFigure | None:
     """Draw it; None where no arm has experts."""
-    shown = [(arm, run) for arm in result.arms if (run := first_with_load(arm)) is not None]
-    blocks = sorted({block for _, run in shown for block in flows_of(run)})
+    shown = [(arm, run) for arm in result.arms if (run := find_run_with_load(arm)) is not None]
+    blocks = sorted({block for _, run in shown for block in read_flows(run)})
     if not blocks:
         return None
     beside = 1 if len(shown) <= _FEW_ARMS else max(1, _PANELS_BESIDE // len(blocks))
@@ -45,13 +45,13 @@ def draw_expert_flow(result: StudyResult) -> Picture | None:
     grid = figure.subplots(num_rows, beside * len(blocks), squeeze=False)
     for axes in grid[-1][len(blocks) * (len(shown) - beside * (num_rows - 1)) :]:
         axes.remove()
-    modalities = tuple(dict.fromkeys(m for _, run in shown for flow in flows_of(run).values() for m in flow))
+    modalities = tuple(dict.fromkeys(m for _, run in shown for flow in read_flows(run).values() for m in flow))
     colours = {modality: _COLOURS[i % len(_COLOURS)] for i, modality in enumerate(sorted(modalities))}
     letters = _LETTERS_ABOVE // (beside * len(blocks))
     for place, (arm, run) in enumerate(shown):
-        flows = flows_of(run)
+        flows = read_flows(run)
         row, left = divmod(place, beside)
-        heading = "\n".join([wrapped(arm.arm.name, letters), *(f"({words})" for words in lost_runs(arm))])
+        heading = "\n".join([wrap(arm.arm.name, letters), *(f"({words})" for words in describe_lost_runs(arm))])
         for column, block in enumerate(blocks):
             axes = grid[row][left * len(blocks) + column]
             axes.set_axis_off()
@@ -65,13 +65,13 @@ def draw_expert_flow(result: StudyResult) -> Picture | None:
     title = "Which experts each modality's tokens go to, at the end of training"
     sentences = " ".join(_sentence(arm, run) for arm, run in shown)
     alt = f"Flow diagrams, one per arm and block, bands from modalities to experts. {sentences}"
-    return picture_of(figure, "expert_flow", title, alt, _table(shown))
+    return render_figure(figure, "expert_flow", title, alt, _table(shown))
 
 
-def flows_of(run: RunResult) -> dict[int, Flow]:
+def read_flows(run: RunResult) -> dict[int, Flow]:
     """Return, by block, the shares at the last logged step."""
     flows: dict[int, dict[str, tuple[float, ...]]] = {}
-    for (block, modality), (_, load) in sorted(loads_of(run).items()):
+    for (block, modality), (_, load) in sorted(read_loads(run).items()):
         flows.setdefault(block, {})[modality] = tuple(float(share) for share in np.nan_to_num(load[:, -1]))
     return dict(flows)
 
@@ -132,10 +132,10 @@ def _band(left: tuple[float, float], right: tuple[float, float], colour: str) ->
 
 def _sentence(arm: ArmResult, run: RunResult) -> str:
     parts = []
-    for block, flow in flows_of(run).items():
+    for block, flow in read_flows(run).items():
         for modality, shares in flow.items():
             fullest = sorted(range(len(shares)), key=lambda expert: -shares[expert])[:_LARGEST]
-            told = ", ".join(f"expert {expert} {percent(shares[expert])}" for expert in fullest)
+            told = ", ".join(f"expert {expert} {format_percent(shares[expert])}" for expert in fullest)
             parts.append(f"block {block} {modality} most to {told}")
     return f"{arm.arm.name}: {'; '.join(parts)}."
 
@@ -144,7 +144,7 @@ def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:
     flows = [
         (arm.arm.name, run, block, modality, shares)
         for arm, run in shown
-        for block, flow in flows_of(run).items()
+        for block, flow in read_flows(run).items()
         for modality, shares in flow.items()
     ]
     num_experts = max(len(shares) for *_, shares in flows)
@@ -155,7 +155,7 @@ def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:
             f"block {block}",
             modality,
             "shared" if shares_experts(run.tags, block) else "own",
-            *(percent(shares[e]) if e < len(shares) else "" for e in range(num_experts)),
+            *(format_percent(shares[e]) if e < len(shares) else "" for e in range(num_experts)),
         )
         for name, run, block, modality, shares in flows
     )

@@ -13,9 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.compare.results import ArmResult, RunResult, StudyResult
-from lightning_moevlm.study.report.figures.lost_runs import lost_runs
-from lightning_moevlm.study.report.figures.picture import Picture, new_figure, picture_of, wrapped
-from lightning_moevlm.study.report.tables.table import Table, percent
+from lightning_moevlm.study.report.figures.lost_runs import describe_lost_runs
+from lightning_moevlm.study.report.figures.report_figure import ReportFigure, new_figure, render_figure, wrap
+from lightning_moevlm.study.report.tables.table import Table, format_percent
 
 Layer = tuple[int, str]  # block, modality
 
@@ -34,10 +34,10 @@ _PANEL_INCHES, _PANEL_INCHES_IN_BANDS = 1.3, 0.62  # so that 20 arms with four l
 _TITLE_INCHES = 0.45
 
 
-def draw_expert_load(result: StudyResult) -> Picture | None:
+def draw_expert_load(result: StudyResult) -> ReportFigure | None:
     """Draw it; None where no arm has experts."""
-    shown = [(arm, run) for arm in result.arms if (run := first_with_load(arm)) is not None]
-    layers = sorted({layer for _, run in shown for layer in loads_of(run)})
+    shown = [(arm, run) for arm in result.arms if (run := find_run_with_load(arm)) is not None]
+    layers = sorted({layer for _, run in shown for layer in read_loads(run)})
     if not layers:
         return None
     num_columns = min(len(shown), _ARMS_BESIDE)
@@ -50,7 +50,7 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
         axes.remove()
     for axes in grid[-len(layers) - 1, num_columns - empty.shape[1] :] if num_bands > 1 else ():
         axes.tick_params(labelbottom=True)  # nothing stands below
-    relative = {run.name: _relative(loads_of(run)) for _, run in shown}
+    relative = {run.name: _relative(read_loads(run)) for _, run in shown}
     highest = max(float(np.nanmax(load)) for loads in relative.values() for _, load in loads.values())
     norm = TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
     expert = " expert" if num_bands == 1 else ""  # low panels have no room for the word
@@ -82,13 +82,13 @@ def draw_expert_load(result: StudyResult) -> Picture | None:
     bar.ax.tick_params(labelsize=8)
     missing = _missing(result, shown)
     title = "Expert load by block and modality" + (f" (nothing to show for {', '.join(missing)})" if missing else "")
-    return picture_of(figure, "expert_load", title, _sentence(shown, missing), _table(shown))
+    return render_figure(figure, "expert_load", title, _sentence(shown, missing), _table(shown))
 
 
 def _heading(arm: ArmResult, run: RunResult) -> str:
     """Return what stands above an arm's panels: its name, which run is shown, and what the arm has lost."""
-    told = [f"({words})" for words in lost_runs(arm)]
-    return "\n".join([wrapped(arm.arm.name, _LETTERS_ABOVE), f"seed {run.seed}", *told])
+    told = [f"({words})" for words in describe_lost_runs(arm)]
+    return "\n".join([wrap(arm.arm.name, _LETTERS_ABOVE), f"seed {run.seed}", *told])
 
 
 def _missing(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> list[str]:
@@ -99,10 +99,10 @@ def _missing(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> l
 def _sentence(shown: list[tuple[ArmResult, RunResult]], missing: list[str]) -> str:
     ends = []
     for arm, run in shown:
-        last = {layer: float(np.nanmax(load[:, -1])) for layer, (_, load) in loads_of(run).items()}
+        last = {layer: float(np.nanmax(load[:, -1])) for layer, (_, load) in read_loads(run).items()}
         (block, modality), share = max(last.items(), key=lambda item: item[1])
         ends.append(
-            f"{arm.arm.name}: at the end the fullest expert takes {percent(share)} (block {block}, {modality})."
+            f"{arm.arm.name}: at the end the fullest expert takes {format_percent(share)} (block {block}, {modality})."
         )
     return (
         "Heatmaps of expert load over optimiser steps, one row of cells per expert, red above and blue below the even "
@@ -111,7 +111,7 @@ def _sentence(shown: list[tuple[ArmResult, RunResult]], missing: list[str]) -> s
     )
 
 
-def loads_of(run: RunResult) -> dict[Layer, Load]:
+def read_loads(run: RunResult) -> dict[Layer, Load]:
     """Return steps and load (experts x steps, fraction of kept pairs) of every layer of a run."""
     series: dict[Layer, dict[int, str]] = {}
     for key in run.series:
@@ -147,7 +147,7 @@ def _draw(axes: Axes, steps: tuple[int, ...], load: np.ndarray, norm: TwoSlopeNo
     return image
 
 
-def first_with_load(arm: ArmResult) -> RunResult | None:
+def find_run_with_load(arm: ArmResult) -> RunResult | None:
     """Return the first run with load, one with a result before one that crashed or still goes on."""
     loaded = [run for run in arm.runs if any(metric_keys.EXPERT_LOAD.match(key) for key in run.series)]
     return min(loaded, key=lambda run: (not run.state.status.has_result, run.seed), default=None)
@@ -156,10 +156,10 @@ def first_with_load(arm: ArmResult) -> RunResult | None:
 def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:
     rows = []
     for arm, run in shown:
-        for (block, modality), (_, load) in sorted(loads_of(run).items()):
+        for (block, modality), (_, load) in sorted(read_loads(run).items()):
             last = load[:, -1]
-            shares = ", ".join(percent(float(value)) for value in last)
-            extremes = (percent(float(last.max())), percent(float(last.min())))
+            shares = ", ".join(format_percent(float(value)) for value in last)
+            extremes = (format_percent(float(last.max())), format_percent(float(last.min())))
             rows.append((arm.arm.name, f"block {block}", modality, *extremes, shares))
     columns = ("arm", "block", "modality", "fullest", "emptiest", "all experts in order")
     return Table("Expert load at the last logged step, share of kept pairs", columns, tuple(rows))

@@ -8,20 +8,25 @@ from matplotlib.axes import Axes
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.declare.comparison import Test
-from lightning_moevlm.study.report.figures.lost_runs import lost_runs
-from lightning_moevlm.study.report.figures.picture import (
+from lightning_moevlm.study.report.figures.lost_runs import describe_lost_runs
+from lightning_moevlm.study.report.figures.report_figure import (
     GROUND,
     INK,
     LETTERS_OF_ROW,
     Look,
-    Picture,
-    looks,
+    ReportFigure,
+    choose_looks,
     new_figure,
-    picture_of,
-    wrapped,
+    render_figure,
+    wrap,
 )
 from lightning_moevlm.study.report.tables.effect_tables import effects_table
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, signed
+from lightning_moevlm.study.report.tables.table import (
+    NOTHING,
+    Table,
+    format_interval,
+    format_signed,
+)
 from lightning_moevlm.study.statistics.effects import Effect
 
 _LETTERS_BELOW = 50
@@ -37,24 +42,24 @@ class Row(NamedTuple):
     lost: tuple[str, ...] = ()
 
 
-def draw_forest(result: StudyResult) -> Picture | None:
+def draw_forest(result: StudyResult) -> ReportFigure | None:
     """Draw the arms; None where no arm has been compared yet."""
     study = result.comparison
-    look = looks(tuple(arm.arm.name for arm in result.arms), study.baseline)
+    look = choose_looks(tuple(arm.arm.name for arm in result.arms), study.baseline)
     rows = [
-        Row(arm.arm.name, arm.effect, look[arm.arm.name], lost_runs(arm))
+        Row(arm.arm.name, arm.effect, look[arm.arm.name], describe_lost_runs(arm))
         for arm in result.arms
         if arm.effect is not None
     ]
     title, _ = name_and_unit(study.primary.metric)
     told = (f"Effect on {title}", "effect of each arm", f"arm minus {study.baseline}")
-    return _drawn(result, rows, "effects", told, effects_table(result).title)
+    return _draw_rows(result, rows, "effects", told, effects_table(result).title)
 
 
-def draw_factor_forest(result: StudyResult) -> Picture | None:
+def draw_factor_forest(result: StudyResult) -> ReportFigure | None:
     """Draw main effects and interactions; None where the design crosses no factors or nothing is compared yet."""
     names = tuple(one.name for one in result.factors)
-    look = looks(("", *names), "")
+    look = choose_looks(("", *names), "")
     rows = [Row(one.name, one.effect, look[one.name]) for one in result.factors]
     title, _ = name_and_unit(result.comparison.primary.metric)
     told = (
@@ -62,12 +67,12 @@ def draw_factor_forest(result: StudyResult) -> Picture | None:
         "effect of each factor and interaction",
         "on minus off, or level minus first",
     )
-    return _drawn(result, rows, "factors", told, told[0])
+    return _draw_rows(result, rows, "factors", told, told[0])
 
 
-def _drawn(
+def _draw_rows(
     result: StudyResult, rows: Sequence[Row], name: str, told: tuple[str, str, str], of_table: str
-) -> Picture | None:
+) -> ReportFigure | None:
     """Draw rows. told: title, what is drawn, what is subtracted from what."""
     if not any(row.effect.differences for row in rows):
         return None
@@ -79,20 +84,20 @@ def _drawn(
     axes.axvline(0.0, color=INK, linewidth=1.2)
     for place, row in enumerate(rows):
         _draw_row(axes, place, row.effect, row.look)
-        word = "\n".join(dict.fromkeys([row.effect.word, *row.lost]))
+        word = "\n".join(dict.fromkeys([row.effect.text, *row.lost]))
         axes.annotate(word, (1.01, place), xycoords=("axes fraction", "data"), va="center", weight="bold")
-    axes.set_yticks(range(len(rows)), [wrapped(row.name, LETTERS_OF_ROW) for row in rows])
+    axes.set_yticks(range(len(rows)), [wrap(row.name, LETTERS_OF_ROW) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     side = "left" if study.primary.direction == "lower" else "right"
     below = f"{title}, {difference}{f' ({unit})' if unit else ''}; {side} of 0 is better"
-    axes.set_xlabel(wrapped(below, _LETTERS_BELOW))
+    axes.set_xlabel(wrap(below, _LETTERS_BELOW))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
     level = f"{100 * (1 - study.decide.alpha):g} %"
     axes.set_title(f"{_CENTRES[study.decide.test]} and {level} interval; small circles: single seeds", fontsize=10)
     alt = f"Forest plot of the {what} on {title}. " + " ".join(map(_sentence, rows))
-    return picture_of(figure, name, heading, alt, _table(rows, study.seeds, f"{of_table}, {difference}"))
+    return render_figure(figure, name, heading, alt, _table(rows, study.seeds, f"{of_table}, {difference}"))
 
 
 def _draw_row(axes: Axes, row: int, effect: Effect, look: Look) -> None:
@@ -112,8 +117,8 @@ def _sentence(row: Row) -> str:
     effect = row.effect
     if effect.centre is None:
         return f"{row.name}: {effect.note}."
-    interval = f" [{signed(effect.interval.low)}, {signed(effect.interval.high)}]" if effect.interval else ""
-    return f"{row.name}: {signed(effect.centre)}{interval}, {effect.word}."
+    interval = f" {format_interval(effect.interval)}" if effect.interval else ""
+    return f"{row.name}: {format_signed(effect.centre)}{interval}, {effect.text}."
 
 
 def _table(rows: Sequence[Row], seeds: Sequence[int], title: str) -> Table:
@@ -121,5 +126,5 @@ def _table(rows: Sequence[Row], seeds: Sequence[int], title: str) -> Table:
     cells = []
     for row in rows:
         by_seed = dict(zip(row.effect.seeds, row.effect.differences, strict=True))
-        cells.append((row.name, *(signed(by_seed[s]) if s in by_seed else NOTHING for s in seeds)))
+        cells.append((row.name, *(format_signed(by_seed[s]) if s in by_seed else NOTHING for s in seeds)))
     return Table(title, ("", *(f"seed {s}" for s in seeds)), tuple(cells))

@@ -6,15 +6,20 @@ from matplotlib.colors import TwoSlopeNorm
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import StudyResult
-from lightning_moevlm.study.report.figures.picture import Picture, new_figure, picture_of, wrapped
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, signed
+from lightning_moevlm.study.report.figures.report_figure import ReportFigure, new_figure, render_figure, wrap
+from lightning_moevlm.study.report.tables.table import (
+    NOTHING,
+    Table,
+    format_interval,
+    format_signed,
+)
 from lightning_moevlm.study.statistics.effects import Effect
 
 _DARK, _LIGHT = "#111111", "#fafafa"  # letters on a coloured cell: the same whatever the page's scheme
 _LETTERS_OF_FACTOR = 14  # of a name in a line beside the matrix
 
 
-def draw_interactions(result: StudyResult) -> Picture | None:
+def draw_interactions(result: StudyResult) -> ReportFigure | None:
     """Draw it; None where the design has fewer than two factors or no seed has all of its arms."""
     factors = _names(result)
     effects = {tuple(contrast.name for contrast in one.contrasts): one.effect for one in result.factors}
@@ -35,7 +40,7 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     for term, effect in known.items():
         for one, other in dict.fromkeys(((term[0], term[-1]), (term[-1], term[0]))):
             _write(axes, factors.index(one), factors.index(other), effect, largest)
-    names = [wrapped(name, _LETTERS_OF_FACTOR) for name in factors]
+    names = [wrap(name, _LETTERS_OF_FACTOR) for name in factors]
     axes.set_xticks(range(len(factors)), names, rotation=20 if len(factors) > 4 else 0)
     axes.set_yticks(range(len(factors)), names)
     level = f"{100 * (1 - result.comparison.decide.alpha):g} %"
@@ -47,7 +52,9 @@ def draw_interactions(result: StudyResult) -> Picture | None:
     bar.set_label(f"{title}\n({unit}), blue is better" if unit else f"{title}, blue is better", fontsize=9)
     sentences = " ".join(f"{' x '.join(term)}: {_cell(effect)}." for term, effect in known.items())
     alt = f"Matrix of main effects and two-way interactions on {title}. {sentences}"
-    return picture_of(figure, "interactions", f"Effects of factors on {title}, alone and together", alt, _table(result))
+    return render_figure(
+        figure, "interactions", f"Effects of factors on {title}, alone and together", alt, _table(result)
+    )
 
 
 def _write(axes: Axes, row: int, column: int, effect: Effect, largest: float) -> None:
@@ -74,5 +81,5 @@ def _table(result: StudyResult) -> Table:
 def _cell(effect: Effect | None) -> str:
     if effect is None or effect.centre is None:
         return NOTHING
-    interval = f" [{signed(effect.interval.low)}, {signed(effect.interval.high)}]" if effect.interval else ""
-    return f"{signed(effect.centre)}{interval}"
+    interval = f" {format_interval(effect.interval)}" if effect.interval else ""
+    return f"{format_signed(effect.centre)}{interval}"

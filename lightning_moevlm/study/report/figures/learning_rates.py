@@ -5,14 +5,21 @@ from matplotlib.ticker import NullLocator
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import LadderResult, StudyResult
-from lightning_moevlm.study.report.figures.picture import INK, Look, Picture, looks, new_figure, picture_of
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, with_deviation
+from lightning_moevlm.study.report.figures.report_figure import (
+    INK,
+    Look,
+    ReportFigure,
+    choose_looks,
+    new_figure,
+    render_figure,
+)
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_mean
 
 _FEWEST_RATES = 3  # two points are no curve
 _FAR = 2.0  # times the height of the curves
 
 
-def draw_learning_rates(result: StudyResult) -> Picture | None:
+def draw_learning_rates(result: StudyResult) -> ReportFigure | None:
     """Draw it; None where no ladder has rates enough with a result."""
     shown = [one for one in result.ladders if _num_rates(one) >= _FEWEST_RATES and any(one.finals.values())]
     if not shown:
@@ -21,7 +28,7 @@ def draw_learning_rates(result: StudyResult) -> Picture | None:
     figure = new_figure(4.0 + 0.22 * len(shown))
     axes = figure.subplots()
     axes.set_xscale("log")
-    look = looks(tuple(one.ladder.name for one in shown), shown[0].ladder.name)
+    look = choose_looks(tuple(one.ladder.name for one in shown), shown[0].ladder.name)
     untrained = _untrained(result, shown)
     for one in shown:
         _draw(axes, result, one, look[one.ladder.name])
@@ -39,10 +46,10 @@ def draw_learning_rates(result: StudyResult) -> Picture | None:
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     sentences = " ".join(_sentence(result, one) for one in shown)
     alt = f"Line plot of final {title} over the learning rate, one line per ladder. {sentences}"
-    return picture_of(figure, "learning_rates", f"Final {title} over the learning rate", alt, _table(result, shown))
+    return render_figure(figure, "learning_rates", f"Final {title} over the learning rate", alt, _table(result, shown))
 
 
-def best_rate(result: StudyResult, one: LadderResult) -> float | None:
+def find_best_rate(result: StudyResult, one: LadderResult) -> float | None:
     """Return the learning rate with the best mean; of rates with a diverged run none is the best."""
     sound = {rate: mean.mean for rate, mean in one.finals.items() if mean and one.stable[rate] == one.total[rate]}
     if not sound:
@@ -70,7 +77,7 @@ def _draw(axes: Axes, result: StudyResult, one: LadderResult, look: Look) -> Non
         capsize=3,
         label=_label(one),
     )
-    best = best_rate(result, one)
+    best = find_best_rate(result, one)
     if best is not None and (mean := one.finals[best]):
         axes.plot(
             [best],
@@ -122,11 +129,11 @@ def _mark_divergences(axes: Axes, shown: list[LadderResult], look: dict[str, Loo
 
 def _label(one: LadderResult) -> str:
     reach = "no rate" if one.largest_stable is None else f"{one.largest_stable:g}"
-    return f"{one.ladder.name}: sensitivity {with_deviation(one.sensitivity, 4)}, stable up to {reach}"
+    return f"{one.ladder.name}: sensitivity {format_mean(one.sensitivity, 4)}, stable up to {reach}"
 
 
 def _sentence(result: StudyResult, one: LadderResult) -> str:
-    best = best_rate(result, one)
+    best = find_best_rate(result, one)
     mean = one.finals[best] if best is not None else None
     where = f"best at {best:g} with {mean.mean:.4f}" if best is not None and mean else "no rate without a divergence"
     return f"{_label(one)}; {where}."
@@ -143,12 +150,12 @@ def _table(result: StudyResult, shown: list[LadderResult]) -> Table:
     title, unit = name_and_unit(result.comparison.primary.metric)
     rows = []
     for one in shown:
-        best = best_rate(result, one)
+        best = find_best_rate(result, one)
         for rate, arm in one.ladder.rungs.items():
             stable = f"{one.stable[rate]}/{one.total[rate]}" if one.total[rate] else NOTHING
             remark = "best" if rate == best else "largest stable" if rate == one.largest_stable else ""
             if rate == best == one.largest_stable:
                 remark = "best, largest stable"
-            rows.append((arm, one.ladder.name, f"{rate:g}", with_deviation(one.finals[rate], 4), stable, remark))
+            rows.append((arm, one.ladder.name, f"{rate:g}", format_mean(one.finals[rate], 4), stable, remark))
     columns = ("arm", "ladder", "learning rate", f"final ({unit})" if unit else "final", "stable", "")
     return Table(f"Final {title} by learning rate, mean ± standard deviation over seeds", columns, tuple(rows))

@@ -12,16 +12,16 @@ from matplotlib.axes import Axes
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, Mean, StudyResult, peak_memory_of
 from lightning_moevlm.study.declare.comparison import Direction
-from lightning_moevlm.study.report.figures.picture import (
+from lightning_moevlm.study.report.figures.report_figure import (
     INK,
     Look,
-    Picture,
+    ReportFigure,
+    choose_looks,
     legend_columns,
-    looks,
     new_figure,
-    picture_of,
+    render_figure,
 )
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, scaled, with_deviation
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_count, format_mean
 
 
 class Place(NamedTuple):
@@ -40,18 +40,18 @@ class Cost(NamedTuple):
     by_arm: dict[str, float | None]
 
 
-def draw_pareto(result: StudyResult) -> Picture | None:
+def draw_pareto(result: StudyResult) -> ReportFigure | None:
     """Draw it; None where fewer than two arms have finished."""
     finals = {arm.arm.name: arm.final for arm in result.arms if arm.final and arm.finished == arm.planned}
     if len(finals) < 2:
         return None
     title, unit = name_and_unit(result.comparison.primary.metric)
     costs = _costs(result, finals)
-    fronts = {cost.name: front(_places(cost, finals), result.comparison.primary.direction) for cost in costs}
+    fronts = {cost.name: find_front(_places(cost, finals), result.comparison.primary.direction) for cost in costs}
     drawn = [cost for cost in costs if len({place.cost for place in _places(cost, finals)}) > 1]
     if not drawn:
         return None
-    look = looks(tuple(arm.arm.name for arm in result.arms), result.comparison.baseline)
+    look = choose_looks(tuple(arm.arm.name for arm in result.arms), result.comparison.baseline)
     columns = legend_columns(tuple(finals))
     figure = new_figure(3.4 + 0.22 * -(-len(finals) // columns))
     panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
@@ -69,13 +69,13 @@ def draw_pareto(result: StudyResult) -> Picture | None:
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     same = [cost for cost in costs if cost not in drawn and any(v is not None for v in cost.by_arm.values())]
     alt = f"Scatter plots of final {title} over cost, one point per arm. " + " ".join(
-        [f"Over {cost.name} the front is {_joined(fronts[cost.name])}." for cost in drawn]
+        [f"Over {cost.name} the front is {_join(fronts[cost.name])}." for cost in drawn]
         + [f"{cost.name[0].upper()}{cost.name[1:]} is the same in all arms." for cost in same]
     )
-    return picture_of(figure, "pareto", f"What {title} costs", alt, _table(result, costs, fronts))
+    return render_figure(figure, "pareto", f"What {title} costs", alt, _table(result, costs, fronts))
 
 
-def front(places: Sequence[Place], direction: Direction) -> tuple[str, ...]:
+def find_front(places: Sequence[Place], direction: Direction) -> tuple[str, ...]:
     """Return the arms on the front, cheapest first."""
     sign = 1 if direction == "lower" else -1
 
@@ -151,7 +151,7 @@ def _draw(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _joined(names: Sequence[str]) -> str:
+def _join(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "empty"
 
 
@@ -165,11 +165,11 @@ def _table(result: StudyResult, costs: list[Cost], fronts: dict[str, tuple[str, 
             spent = cost.by_arm.get(name)
             mark = ", on the front" if name in fronts[cost.name] else ""
             cells.append(NOTHING if spent is None else f"{_number(cost, spent)}{mark}")
-        rows.append((name, with_deviation(arm.final, 4), *cells))
+        rows.append((name, format_mean(arm.final, 4), *cells))
     columns = ("arm", f"final {title}", *(f"{cost.name} ({cost.unit})" for cost in costs))
     notes = ("arms with a run that did not finish are on no front.",)
     return Table(f"What {title} costs, mean over seeds", columns, tuple(rows), notes)
 
 
 def _number(cost: Cost, spent: float) -> str:
-    return scaled(spent) if cost.name == "active compute" else f"{spent:.1f}"
+    return format_count(spent) if cost.name == "active compute" else f"{spent:.1f}"

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.compare.results import RunResult, StudyResult
-from lightning_moevlm.study.report.figures.picture import INK, Picture, new_figure, picture_of
+from lightning_moevlm.study.report.figures.report_figure import INK, ReportFigure, new_figure, render_figure
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 from lightning_moevlm.study.run.ledger import Status
 from lightning_moevlm.study.statistics.stability import SPIKE_DEVIATIONS, TRAIN_LOSS, divergence_step, spikes
@@ -62,9 +62,9 @@ class Timeline(NamedTuple):
         return self.diverged_at is None and not self.stopped and not any(self.spiked)
 
 
-def draw_spikes(result: StudyResult) -> Picture | None:
+def draw_spikes(result: StudyResult) -> ReportFigure | None:
     """Draw it; None where every run was steady, or logged too few points to tell: the table of stability says which."""
-    lines = [line for arm in result.arms for run in arm.runs if (line := timeline_of(run)) is not None]
+    lines = [line for arm in result.arms for run in arm.runs if (line := build_timeline(run)) is not None]
     if all(line.is_steady for line in lines):
         return None
     shown = lines if len(lines) <= _MANY_RUNS else [line for line in lines if not line.is_steady][:_MANY_RUNS]
@@ -87,7 +87,7 @@ def draw_spikes(result: StudyResult) -> Picture | None:
     title = f"Points {SPIKE_DEVIATIONS:g} deviations or more from those before, and divergences"
     if len(shown) < len(lines):
         title += f" ({len(shown)} of {len(lines)} runs: the first that were not steady)"
-    return picture_of(figure, "spikes", title, _sentence(lines), _table(lines))
+    return render_figure(figure, "spikes", title, _sentence(lines), _table(lines))
 
 
 def _draw(axes: Axes, mark: Mark, steps: Sequence[int], height: float, in_legend: bool) -> None:
@@ -103,7 +103,7 @@ def _draw(axes: Axes, mark: Mark, steps: Sequence[int], height: float, in_legend
     )
 
 
-def timeline_of(run: RunResult) -> Timeline | None:
+def build_timeline(run: RunResult) -> Timeline | None:
     """Return a run's; None for one that has logged nothing."""
     ends = [run.series[signal.key].steps[-1] for signal in _SIGNALS if signal.key in run.series]
     if not ends:
@@ -113,12 +113,12 @@ def timeline_of(run: RunResult) -> Timeline | None:
         run.name,
         max(ends),
         diverged,
-        tuple(_spiked(run, signal.key) for signal in _SIGNALS),
+        tuple(_find_spiked(run, signal.key) for signal in _SIGNALS),
         run.state.status is Status.STOPPED,
     )
 
 
-def _spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
+def _find_spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
     series = run.series.get(key)
     found = spikes(series.values) if series else None
     if series is None or found is None or not found.judged:
@@ -128,12 +128,12 @@ def _spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
 
 def _sentence(lines: list[Timeline]) -> str:
     unsteady = [line for line in lines if not line.is_steady]
-    told = [f"{line.name}: {'; '.join(_told(line))}." for line in unsteady[:_MANY_RUNS]]
+    told = [f"{line.name}: {'; '.join(_describe(line))}." for line in unsteady[:_MANY_RUNS]]
     rest = f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike, did not diverge and were not stopped."
     return " ".join(["Timeline of spikes, one row per run over optimiser steps.", *told, rest])
 
 
-def _told(line: Timeline) -> list[str]:
+def _describe(line: Timeline) -> list[str]:
     parts = [
         f"{len(steps)} of {signal.mark.name}, first at step {steps[0]}"
         for signal, steps in zip(_SIGNALS, line.spiked, strict=True)

@@ -5,14 +5,14 @@ share a machine, so the spread of the baseline's own time over seeds is the nois
 """
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
-from lightning_moevlm.study.compare.arm_costs import ArmCost, costs_of
+from lightning_moevlm.study.compare.arm_costs import ArmCost, compute_costs
 from lightning_moevlm.study.compare.results import ArmResult, Mean, StudyResult
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, percent, signed, with_deviation
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_mean, format_percent, format_signed
 
 
 def costs_table(result: StudyResult) -> Table | None:
     """Return overhead beside effect, or None where no run has logged its speed."""
-    costs = costs_of(result)
+    costs = compute_costs(result)
     if not any(cost.seconds or cost.memory for cost in costs):
         return None
     title, unit = name_and_unit(result.comparison.primary.metric)
@@ -27,7 +27,7 @@ def costs_table(result: StudyResult) -> Table | None:
         "peak memory: of tensors on the GPU since training began; without a GPU of the whole process, libraries "
         "included.",
     ]
-    return Table("Costs beside effects", columns, rows, tuple(notes), essential=5, picture="pareto")
+    return Table("Costs beside effects", columns, rows, tuple(notes), essential=5, figure="pareto")
 
 
 def _row(arm: ArmResult, cost: ArmCost) -> tuple[str, ...]:
@@ -38,19 +38,19 @@ def _row(arm: ArmResult, cost: ArmCost) -> tuple[str, ...]:
     centre = arm.effect.centre if arm.effect else None
     return (
         arm.arm.name,
-        with_deviation(milliseconds, 1),
+        format_mean(milliseconds, 1),
         _signed(cost.more_time),
-        with_deviation(cost.memory, 1),
+        format_mean(cost.memory, 1),
         _signed(cost.more_memory),
-        NOTHING if centre is None else signed(centre),
-        arm.effect.word if arm.effect else str(arm.verdict),
+        NOTHING if centre is None else format_signed(centre),
+        arm.effect.text if arm.effect else str(arm.verdict),
     )
 
 
 def _noise(what: str, mean: Mean | None) -> list[str]:
     if mean is None or mean.deviation is None or not mean.mean:
         return []
-    share = percent(mean.deviation / mean.mean)
+    share = format_percent(mean.deviation / mean.mean)
     return [f"noise: over seeds the baseline's own {what} varies by {share} (standard deviation / mean)."]
 
 

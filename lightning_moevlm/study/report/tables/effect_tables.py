@@ -7,9 +7,18 @@ from collections import Counter
 
 from lightning_moevlm.common.durations import duration
 from lightning_moevlm.contracts.metric_keys import name_and_unit
-from lightning_moevlm.study.compare.results import ArmResult, StudyResult, rule_of
+from lightning_moevlm.study.compare.results import ArmResult, StudyResult, make_rule
 from lightning_moevlm.study.declare.comparison import Correction, Test
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, of_seeds, percent, scaled, signed, with_deviation
+from lightning_moevlm.study.report.tables.table import (
+    NOTHING,
+    Table,
+    format_count,
+    format_interval,
+    format_mean,
+    format_percent,
+    format_seed_count,
+    format_signed,
+)
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.statistics.effects import Effect
 from lightning_moevlm.study.statistics.verdict import Verdict
@@ -35,7 +44,7 @@ def effects_table(result: StudyResult) -> Table:
     study = result.comparison
     title, unit = name_and_unit(study.primary.metric)
     interval = f"{100 * (1 - study.decide.alpha):g} % interval"
-    rule = rule_of(study)
+    rule = make_rule(study)
     p = "p (Holm)" if rule.correction == "holm" else "p"
     columns = ("arm", "final", "effect", interval, "verdict", p, "seeds better", "seeds needed")
     rows = tuple(_effect_row(arm) for arm in result.arms)
@@ -53,14 +62,14 @@ def effects_table(result: StudyResult) -> Table:
         for guard in study.guard
     ]
     notes += [f"{arm.arm.name}: {arm.effect.note}." for arm in result.arms if arm.effect and arm.effect.note]
-    return Table(f"Effect on {title}", columns, rows, tuple(notes), essential=5, picture="effects")
+    return Table(f"Effect on {title}", columns, rows, tuple(notes), essential=5, figure="effects")
 
 
 def factors_table(result: StudyResult) -> Table | None:
     """Return main effects and two-way interactions, or None where the design has none."""
     if not result.factors:
         return None
-    rule = rule_of(result.comparison)
+    rule = make_rule(result.comparison)
     interval = f"{100 * (1 - rule.alpha):g} % interval"
     columns = ("factor", "effect", interval, "verdict", "p (Holm)" if rule.correction == "holm" else "p")
     rows = tuple((one.name, *_contrast_cells(one.effect)) for one in result.factors)
@@ -71,7 +80,7 @@ def factors_table(result: StudyResult) -> Table | None:
         notes.append(
             "a switch: mean over arms with it on minus mean with it off, by seed; the verdict is on turning it on."
         )
-    levels = dict.fromkeys(contrast.told_other for contrast in mains if not contrast.is_switch)
+    levels = dict.fromkeys(contrast.other_text for contrast in mains if not contrast.is_switch)
     if levels:
         notes.append(f"a level: mean over arms at it minus mean over arms at {' or '.join(levels)}, by seed.")
     notes.append("A x B: effect of A with B minus effect of A without it; 0 where the two add up.")
@@ -85,7 +94,7 @@ def factors_table(result: StudyResult) -> Table | None:
         told.setdefault(one.effect.note, []).append(one.name)
     notes += [f"{', '.join(names)}: {note}." for note, names in told.items() if note]
     return Table(
-        f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4, picture="factors"
+        f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4, figure="factors"
     )
 
 
@@ -104,9 +113,9 @@ def learning_table(result: StudyResult) -> Table:
         (
             arm.arm.name,
             f"{arm.untrained.mean:.4f}" if arm.untrained else NOTHING,
-            f"{arm.final.mean:.4f}{of_seeds(arm.final, arm.planned)}" if arm.final else _no_final(arm),
+            f"{arm.final.mean:.4f}{format_seed_count(arm.final, arm.planned)}" if arm.final else _no_final(arm),
             *(_accuracy(arm, term) for term in terms),
-            _learned(arm),
+            _format_learned(arm),
         )
         for arm in result.arms
     )
@@ -114,7 +123,7 @@ def learning_table(result: StudyResult) -> Table:
         f"untrained, final: {title}, mean over seeds. learned: in how many seeds final is ahead of untrained.",
         "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
     )
-    return Table("Has anything been learned?", columns, rows, notes, picture="accuracy")
+    return Table("Has anything been learned?", columns, rows, notes, figure="accuracy")
 
 
 def models_table(result: StudyResult) -> Table:
@@ -133,8 +142,8 @@ def models_table(result: StudyResult) -> Table:
     rows = tuple(
         (
             arm.arm.name,
-            *_sizes(arm),
-            with_deviation(arm.samples_per_second, 0),
+            *_format_sizes(arm),
+            format_mean(arm.samples_per_second, 0),
             duration(arm.seconds.mean) if arm.seconds else NOTHING,
             f"{arm.finished}/{arm.planned}",
             str(arm.diverged),
@@ -148,7 +157,7 @@ def models_table(result: StudyResult) -> Table:
         *_notes_on_taken(result),
         *(f"{arm.arm.name}: its runs tell no model that can be built here." for arm in result.arms if not arm.card),
     )
-    return Table("Models and cost", columns, rows, notes, picture="pareto")
+    return Table("Models and cost", columns, rows, notes, figure="pareto")
 
 
 def also_table(result: StudyResult) -> Table | None:
@@ -157,7 +166,7 @@ def also_table(result: StudyResult) -> Table | None:
         return None
     units = {key: name_and_unit(key)[1] for key in result.comparison.also}
     columns = ("arm", *(f"{key} ({unit})" if unit else key for key, unit in units.items()))
-    rows = tuple((arm.arm.name, *(with_deviation(arm.also.get(key), 4) for key in units)) for arm in result.arms)
+    rows = tuple((arm.arm.name, *(format_mean(arm.also.get(key), 4) for key in units)) for arm in result.arms)
     return Table("Also measured, mean ± standard deviation over seeds", columns, rows)
 
 
@@ -177,15 +186,19 @@ def _notes_on_taken(result: StudyResult) -> tuple[str, ...]:
     )
 
 
-def _sizes(arm: ArmResult) -> tuple[str, str, str]:
+def _format_sizes(arm: ArmResult) -> tuple[str, str, str]:
     card = arm.card
     if card is None:
         return NOTHING, NOTHING, NOTHING
-    return scaled(card.total_parameters), scaled(card.active_parameters), scaled(card.active_flops_per_sample)
+    return (
+        format_count(card.total_parameters),
+        format_count(card.active_parameters),
+        format_count(card.active_flops_per_sample),
+    )
 
 
 def _effect_row(arm: ArmResult) -> tuple[str, ...]:
-    final = with_deviation(arm.final, 4) + of_seeds(arm.final, arm.planned) if arm.final else _no_final(arm)
+    final = format_mean(arm.final, 4) + format_seed_count(arm.final, arm.planned) if arm.final else _no_final(arm)
     effect = arm.effect
     if effect is None:
         return (arm.arm.name, final, NOTHING, NOTHING, str(arm.verdict), NOTHING, NOTHING, NOTHING)
@@ -193,9 +206,9 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
     return (
         arm.arm.name,
         final,
-        NOTHING if effect.centre is None else signed(effect.centre),
-        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
-        effect.word,
+        NOTHING if effect.centre is None else format_signed(effect.centre),
+        NOTHING if effect.interval is None else format_interval(effect.interval),
+        effect.text,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
         NOTHING if better is None else f"{better} of {len(effect.seeds)}",
         NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
@@ -204,9 +217,9 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
 
 def _contrast_cells(effect: Effect) -> tuple[str, ...]:
     return (
-        NOTHING if effect.centre is None else signed(effect.centre),
-        NOTHING if effect.interval is None else f"{signed(effect.interval.low)} to {signed(effect.interval.high)}",
-        effect.word,
+        NOTHING if effect.centre is None else format_signed(effect.centre),
+        NOTHING if effect.interval is None else format_interval(effect.interval),
+        effect.text,
         NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
     )
 
@@ -217,7 +230,7 @@ def _no_final(arm: ArmResult) -> str:
     return "diverged" if arm.diverged else NOTHING
 
 
-def _learned(arm: ArmResult) -> str:
+def _format_learned(arm: ArmResult) -> str:
     done = arm.finished + arm.diverged
     return f"{arm.learned} of {done} seeds" if done and arm.untrained else NOTHING
 
@@ -225,5 +238,5 @@ def _learned(arm: ArmResult) -> str:
 def _accuracy(arm: ArmResult, term: str) -> str:
     if term not in arm.accuracy:
         return NOTHING
-    majority = f" ({percent(arm.majority[term].mean)})" if term in arm.majority else ""
-    return percent(arm.accuracy[term].mean) + majority
+    majority = f" ({format_percent(arm.majority[term].mean)})" if term in arm.majority else ""
+    return format_percent(arm.accuracy[term].mean) + majority

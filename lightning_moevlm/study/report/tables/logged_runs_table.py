@@ -1,6 +1,6 @@
 """Builds the table of runs that `compare` reads from MLflow."""
 
-from lightning_moevlm.study.compare.logged_runs import changes_of
+from lightning_moevlm.study.compare.logged_runs import describe_changes
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS
@@ -8,7 +8,7 @@ from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS
 
 def runs_table(result: StudyResult) -> Table:
     """Return which runs make the arms and what sets these apart from the baseline."""
-    changes = changes_of(result)
+    changes = describe_changes(result)
     rows = tuple(
         (
             arm.arm.name,

@@ -11,7 +11,7 @@ from lightning_moevlm.study.plan.baseline_pin import baseline_digest
 from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.report.tables.effect_tables import _why
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, scaled
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_count
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.run.probe import NUM_STEPS, Probe
 
@@ -46,15 +46,15 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
     for arm in plan.comparison.arms:
         card = plan.cards[arm.name]
         sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
-        changes = "\n".join(f"{key}: {_shown(value)}" for key, value in flat(arm.changes).items())
+        changes = "\n".join(f"{key}: {_format_value(value)}" for key, value in flat(arm.changes).items())
         times: tuple[str, ...] = ()
         if probes:
             probe = probes[arm.name]
             times = (f"{1e3 * probe.step:.0f} ms", duration(probe.run_seconds(first[arm.name], minutes)))
-        rows.append((arm.name, *(scaled(size) for size in sizes), *times, changes or NOTHING))
+        rows.append((arm.name, *(format_count(size) for size in sizes), *times, changes or NOTHING))
     timed = ("time/step", "time/run") if probes else ()
     columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
-    shared = ", ".join(f"{key}: {_shown(value)}" for key, value in flat(plan.study.all_arms).items())
+    shared = ", ".join(f"{key}: {_format_value(value)}" for key, value in flat(plan.study.all_arms).items())
     notes: tuple[str, ...] = (f"all arms, over the base: {shared}.",) if shared else ()
     if probes:
         total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
@@ -76,7 +76,7 @@ def plan_table(plan: Plan, statuses: dict[str, str], known: KnownRuns | None = N
         f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each; decided by "
         f"{study.primary.metric}, {study.primary.direction} is better.",
         f"diverged: {study.diverged.text}.",
-        *(f"{line}." for line in (known.told(len(plan.runs)) if known else ())),
+        *(f"{line}." for line in (known.describe(len(plan.runs)) if known else ())),
         *(("`sweep run` takes the results of known runs; with --reuse=false it trains them again.",) if taken else ()),
         *_notes_on_baseline(plan),
         *_notes_on_length(plan),
@@ -108,5 +108,5 @@ def _fractions(plan: Plan) -> tuple[Fraction, ...]:
     return plan.comparison.design.fractions if plan.comparison.design else ()
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return "null" if value is None else str(value)

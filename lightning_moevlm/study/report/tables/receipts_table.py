@@ -27,7 +27,7 @@ def receipts_table(result: StudyResult) -> Table | None:
     return Table("Receipts: switches that have proved to act", columns, rows, notes)
 
 
-def _told(arm: ArmResult, switch: str) -> list[tuple[str, str]]:
+def _describe(arm: ArmResult, switch: str) -> list[tuple[str, str]]:
     """Return verdict and evidence of every run that has begun; none where no run has the switch."""
     started = [run for run in arm.runs if run.tags]
     if not any(switch in run.tags for run in started):
@@ -37,7 +37,7 @@ def _told(arm: ArmResult, switch: str) -> list[tuple[str, str]]:
 
 
 def _cell(arm: ArmResult, switch: str) -> str:
-    told = _told(arm, switch)
+    told = _describe(arm, switch)
     counts = Counter(verdict for verdict, _ in told)
     if len(counts) == 1:
         return next(iter(counts))
@@ -45,6 +45,6 @@ def _cell(arm: ArmResult, switch: str) -> str:
 
 
 def _in_words(arm: ArmResult, switch: str) -> list[str]:
-    first = {verdict: evidence for verdict, evidence in reversed(_told(arm, switch)) if verdict != ALIVE}
+    first = {verdict: evidence for verdict, evidence in reversed(_describe(arm, switch)) if verdict != ALIVE}
     name = f"{arm.arm.name}, {switch.removeprefix(RECEIPT)}"
     return [f"{name}: {verdict}{evidence and f', {evidence}'}." for verdict, evidence in first.items()]

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.fairness import ASPECTS
 from lightning_moevlm.study.compare.results import LadderResult, StudyResult
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, of_seeds, percent, scaled, with_deviation
+from lightning_moevlm.study.report.tables.table import (
+    NOTHING,
+    Table,
+    format_count,
+    format_mean,
+    format_percent,
+    format_seed_count,
+)
 from lightning_moevlm.study.statistics.arm_stability import ArmStability
 from lightning_moevlm.study.statistics.stability import Stability
 from lightning_moevlm.study.statistics.verdict import Verdict
@@ -27,7 +34,7 @@ def stability_table(result: StudyResult) -> Table:
         "seeds (a run needs 11 points); recovery: longest way back of the loss, in optimiser steps and the tokens "
         "of their batches.",
     )
-    return Table("Stability", columns, rows, notes, essential=5, picture="spikes")
+    return Table("Stability", columns, rows, notes, essential=5, figure="spikes")
 
 
 def signs_table(result: StudyResult) -> Table:
@@ -48,7 +55,7 @@ def signs_table(result: StudyResult) -> Table:
         "share of logged steps with one; MaxVio: max load / mean load - 1, mean over steps and layers; R_g: gradient "
         "of balance losses / whole gradient, on router weights, mean over the steps with receipts and over seeds.",
     )
-    return Table("Signs of trouble: logits and routing", columns, rows, notes, picture="expert_load")
+    return Table("Signs of trouble: logits and routing", columns, rows, notes, figure="expert_load")
 
 
 def equal_budget_table(result: StudyResult) -> Table | None:
@@ -56,12 +63,12 @@ def equal_budget_table(result: StudyResult) -> Table | None:
     if not result.budgets:
         return None
     title, _ = name_and_unit(result.comparison.primary.metric)
-    columns = ("arm", *(f"at {scaled(spent)} {_BUDGET_UNITS[what]}" for what, spent in result.budgets.items()))
+    columns = ("arm", *(f"at {format_count(spent)} {_BUDGET_UNITS[what]}" for what, spent in result.budgets.items()))
     rows = tuple(
         (
             arm.arm.name,
             *(
-                with_deviation(arm.equal.get(what), 4) + of_seeds(arm.equal.get(what), arm.planned)
+                format_mean(arm.equal.get(what), 4) + format_seed_count(arm.equal.get(what), arm.planned)
                 for what in result.budgets
             ),
         )
@@ -72,7 +79,7 @@ def equal_budget_table(result: StudyResult) -> Table | None:
         "time is that of training at the run's median throughput. Mean ± standard deviation over seeds; (k of n): "
         "over k of n, the others were not sound there or have no result.",
     )
-    return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes, picture="pareto")
+    return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes, figure="pareto")
 
 
 def sensitivity_table(result: StudyResult) -> Table | None:
@@ -84,7 +91,7 @@ def sensitivity_table(result: StudyResult) -> Table | None:
     rows = tuple(
         (
             one.ladder.name,
-            with_deviation(one.sensitivity, 4) + of_seeds(one.sensitivity, len(result.comparison.seeds)),
+            format_mean(one.sensitivity, 4) + format_seed_count(one.sensitivity, len(result.comparison.seeds)),
             NOTHING if one.largest_stable is None else f"{one.largest_stable:g}",
             *(_rung(one, rate) for rate in sorted(rates)),
         )
@@ -96,7 +103,7 @@ def sensitivity_table(result: StudyResult) -> Table | None:
         "(arXiv 2309.14322), mean over seeds; (k of n): over the k of n that have a result at every rate. largest "
         "stable: up to it no run diverged. lr: mean final value, stable/all runs.",
     )
-    return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3, picture="learning_rates")
+    return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3, figure="learning_rates")
 
 
 def fairness_table(result: StudyResult) -> Table:
@@ -104,7 +111,7 @@ def fairness_table(result: StudyResult) -> Table:
     runs = sum(arm.finished + arm.diverged for arm in result.arms)
     aspects = ", ".join(aspect.name.removesuffix(" of") for aspect in ASPECTS)
     alike = (("everything compared", "alike", f"{runs} runs: {aspects}"),)
-    rows = tuple((one.name, str(one.weight), one.told) for one in result.unlike) or alike
+    rows = tuple((one.name, str(one.weight), one.text) for one in result.unlike) or alike
     notes = (
         "steps, schedule, batch, data, their order and validation samples must be the same: a difference biases the "
         "comparison. Active FLOPs (over 1 % apart), commit, kernels, dtypes, devices and versions: a warning. "
@@ -138,7 +145,7 @@ _LARGEST: tuple[Read, ...] = (
 
 
 def _share(value: float | None) -> str:
-    return NOTHING if value is None else percent(value)
+    return NOTHING if value is None else format_percent(value)
 
 
 def _number(value: float | None) -> str:
@@ -151,7 +158,7 @@ def _recovery(arm: ArmStability) -> str:
         return NOTHING
     if math.isinf(steps):
         return "never"
-    return f"{steps:.0f}" + (f" ({scaled(tokens)} tokens)" if tokens else "")
+    return f"{steps:.0f}" + (f" ({format_count(tokens)} tokens)" if tokens else "")
 
 
 def _rung(one: LadderResult, rate: float) -> str:

@@ -12,17 +12,17 @@ import yaml
 from matplotlib.text import Text
 from PIL import Image
 
-from lightning_moevlm.study.compare.arm_costs import costs_of
-from lightning_moevlm.study.compare.collect_results import compare
-from lightning_moevlm.study.compare.collect_results import result_of as result_of_run
-from lightning_moevlm.study.report.figures import MANY_ARMS, draw_all, legible
-from lightning_moevlm.study.report.figures import picture as drawing
-from lightning_moevlm.study.report.figures.expert_flow import draw_expert_flow, flows_of, shares_experts
+from lightning_moevlm.study.compare.arm_costs import compute_costs
+from lightning_moevlm.study.compare.collect_results import compare_arms
+from lightning_moevlm.study.compare.collect_results import to_result as result_of_run
+from lightning_moevlm.study.report.figures import MANY_ARMS, draw_all, select_legible
+from lightning_moevlm.study.report.figures import report_figure as drawing
+from lightning_moevlm.study.report.figures.expert_flow import draw_expert_flow, read_flows, shares_experts
 from lightning_moevlm.study.report.figures.interactions import draw_interactions
-from lightning_moevlm.study.report.figures.learning_rates import best_rate, draw_learning_rates
-from lightning_moevlm.study.report.figures.pareto import Place, draw_pareto, front
-from lightning_moevlm.study.report.figures.picture import legend_columns, new_figure
-from lightning_moevlm.study.report.figures.spike_timeline import draw_spikes, timeline_of
+from lightning_moevlm.study.report.figures.learning_rates import draw_learning_rates, find_best_rate
+from lightning_moevlm.study.report.figures.pareto import Place, draw_pareto, find_front
+from lightning_moevlm.study.report.figures.report_figure import legend_columns, new_figure
+from lightning_moevlm.study.report.figures.spike_timeline import build_timeline, draw_spikes
 from lightning_moevlm.study.report.tables.costs_table import costs_table
 from lightning_moevlm.study.report.tables.receipts_table import receipts_table
 from lightning_moevlm.study.run.ledger import RunState, Status
@@ -36,7 +36,7 @@ RATES = (0.01, 0.1, 1.0)
 FACTORS = ("skew", "speed")
 
 
-def result_of(tmp_path, study, series_of, tags_of=lambda run: {}, stopped=()):
+def to_result(tmp_path, study, series_of, tags_of=lambda run: {}, stopped=()):
     """Compare runs that logged series_of(run); None: the run diverged at step 3. stopped: arms that were withdrawn."""
     file = write_project(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", {"seeds": SEEDS} | study)
     written = yaml.safe_load(file.read_text())
@@ -51,7 +51,7 @@ def result_of(tmp_path, study, series_of, tags_of=lambda run: {}, stopped=()):
         lost = {"val/task_loss": Series((0, 3), (7.0, math.nan)), "train/task_loss": Series((3,), (math.nan,))}
         state = RunState(status, run.name, started=0.0, ended=10.0 + run.seed)
         results.append(result_of_run(run, state, series or lost, tags_of(run)))
-    return compare(plan.comparison, plan.cards, results)
+    return compare_arms(plan.comparison, plan.cards, results)
 
 
 def ended_at(final, **more):
@@ -69,18 +69,18 @@ def is_drawn(picture):
 def test_front_holds_what_nothing_beats():
     # b is cheaper and better than c; d costs as much as a and is worse; e is the dearest and the best.
     places = [Place("a", 1.0, 5.0), Place("b", 2.0, 4.0), Place("c", 3.0, 4.5), Place("d", 1.0, 6.0), Place("e", 9, 3)]
-    assert front(places, "lower") == ("a", "b", "e")
-    assert front(places, "higher") == ("d",)
-    assert front([Place("x", 1.0, 2.0), Place("y", 1.0, 2.0)], "lower") == ("x", "y")
+    assert find_front(places, "lower") == ("a", "b", "e")
+    assert find_front(places, "higher") == ("d",)
+    assert find_front([Place("x", 1.0, 2.0), Place("y", 1.0, 2.0)], "lower") == ("x", "y")
 
 
 def test_costs_are_paired_by_seed(tmp_path):
     # Without a batch size nobody knows the samples of a step, so that only memory can be compared here.
     peaks = {"baseline": (100.0, 200.0, 400.0), "fast": (110.0, 210.0, 440.0)}
-    result = result_of(
+    result = to_result(
         tmp_path, FAST, lambda run: ended_at(5.0 + run.seed, memory__peak_process=peaks[run.arm][run.seed])
     )
-    base, fast = costs_of(result)
+    base, fast = compute_costs(result)
     assert (base.more_memory, base.memory.mean) == (None, pytest.approx(700 / 3))
     assert fast.more_memory.mean == pytest.approx((0.10 + 0.05 + 0.10) / 3)
     assert fast.more_time is None
@@ -95,7 +95,7 @@ def test_time_per_step_is_that_of_the_batch(tmp_path):
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": {"batch_size": 20}}))
     speeds = {"baseline": 200.0, "fast": 160.0}
     key = "throughput__samples_per_second"
-    base, fast = costs_of(result_of(tmp_path, study, lambda run: ended_at(5.0, **{key: speeds[run.arm]})))
+    base, fast = compute_costs(to_result(tmp_path, study, lambda run: ended_at(5.0, **{key: speeds[run.arm]})))
     assert base.seconds.mean == pytest.approx(0.1)  # 20 / 200
     assert fast.more_time.mean == pytest.approx(0.25)  # 20 / 160 = 0.125
 
@@ -108,7 +108,7 @@ def test_pareto_leaves_out_survivors(tmp_path):
             return None
         return ended_at({"baseline": 5.0, "fast": 4.0, "wild": 1.0}[run.arm], memory__peak_device=100.0 + len(run.arm))
 
-    picture = draw_pareto(result_of(tmp_path, {"arms": arms}, series))
+    picture = draw_pareto(to_result(tmp_path, {"arms": arms}, series))
     assert is_drawn(picture)
     # All take 11 s on average and compute the same; memory is 108 MiB of the baseline and 104 MiB of the better arm.
     assert "Over peak memory the front is fast." in picture.alt
@@ -121,8 +121,8 @@ def test_learning_rates(tmp_path):
     arms |= {f"more_{i}": change | {"model.skew": 0.3} for i, change in enumerate(arms.values())}
     arms = {"baseline": None} | arms
     ends = {"baseline": 6.0, "lr_0": 5.0, "lr_1": 4.0, "lr_2": None, "more_0": 5.5, "more_1": 5.0, "more_2": 4.5}
-    result = result_of(tmp_path, {"arms": arms}, lambda run: None if ends[run.arm] is None else ended_at(ends[run.arm]))
-    assert [best_rate(result, one) for one in result.ladders] == [0.1, 1.0]
+    result = to_result(tmp_path, {"arms": arms}, lambda run: None if ends[run.arm] is None else ended_at(ends[run.arm]))
+    assert [find_best_rate(result, one) for one in result.ladders] == [0.1, 1.0]
     picture = draw_learning_rates(result)
     assert is_drawn(picture)
     # Untrained 7: (5 + 4 + 7) / 3 - 4 = 4 / 3; (5.5 + 5 + 4.5) / 3 - 4.5 = 0.5
@@ -134,7 +134,7 @@ def test_learning_rates(tmp_path):
 
 def test_a_ladder_of_two_rates_is_no_curve(tmp_path):
     arms = {f"lr_{i}": {"model.optimizer.init_args.lr": rate} for i, rate in enumerate(RATES[:2])}
-    result = result_of(tmp_path, {"arms": {"baseline": None} | arms}, lambda run: ended_at(5.0))
+    result = to_result(tmp_path, {"arms": {"baseline": None} | arms}, lambda run: ended_at(5.0))
     assert len(result.ladders) == 1
     assert draw_learning_rates(result) is None
 
@@ -146,7 +146,7 @@ def test_interactions(tmp_path):
         skewed, fast = (run.resolved["model"][name] == 0.9 for name in FACTORS)
         return ended_at(5.0 + run.seed - 1.0 * fast + 0.5 * skewed - 0.25 * (fast and skewed))
 
-    picture = draw_interactions(result_of(tmp_path, {"arms": None, "factors": factors, "design": "factorial"}, series))
+    picture = draw_interactions(to_result(tmp_path, {"arms": None, "factors": factors, "design": "factorial"}, series))
     assert is_drawn(picture)
     # skew: +0.5 with speed off, +0.25 with it on; speed: -1 and -1.25; the difference of either is -0.25.
     cells = {
@@ -169,8 +169,8 @@ def loads(shares, block=1):
 def test_flow_of_modalities_to_experts(tmp_path):
     shares = {"image": (0.75, 0.25), "text": (0.1, 0.9)}
     tags = {"dispatch/backbone.blocks.1.ffn": "x"}
-    result = result_of(tmp_path, FAST, lambda run: ended_at(5.0) | loads(shares), lambda run: tags)
-    assert flows_of(result.arms[0].runs[0]) == {1: shares}
+    result = to_result(tmp_path, FAST, lambda run: ended_at(5.0) | loads(shares), lambda run: tags)
+    assert read_flows(result.arms[0].runs[0]) == {1: shares}
     picture = draw_expert_flow(result)
     assert is_drawn(picture)
     assert "block 1 text most to expert 1 90.0 %, expert 0 10.0 %" in picture.alt
@@ -197,8 +197,8 @@ def test_spikes_over_time(tmp_path):
         values = tuple(loss) if spiky else (5.0, 5.01) * 15
         return ended_at(5.0) | {"train/task_loss": Series(steps, values)}
 
-    result = result_of(tmp_path, FAST, series)
-    lines = {run.name: timeline_of(run) for arm in result.arms for run in arm.runs}
+    result = to_result(tmp_path, FAST, series)
+    lines = {run.name: build_timeline(run) for arm in result.arms for run in arm.runs}
     assert lines["fast-seed1"].spiked == ((20,), None, None)
     assert lines["fast-seed2"].diverged_at == 3
     assert lines["baseline-seed0"].is_steady
@@ -220,11 +220,11 @@ def test_receipts_are_shown_where_runs_have_them(tmp_path):
             return {"receipt/router_z": told, "arm": "fast"}
         return {"arm": run.arm}
 
-    table = receipts_table(result_of(tmp_path, FAST, lambda run: ended_at(5.0), tags))
+    table = receipts_table(to_result(tmp_path, FAST, lambda run: ended_at(5.0), tags))
     assert table.columns == ("switch", "baseline", "fast")
     assert table.rows == (("router_z", "–", "dead (1 of 3), alive (2 of 3)"),)
     assert table.notes[1:] == ("fast, router_z: dead, norm 0 (step 50).",)  # what is alive needs no words
-    assert receipts_table(result_of(tmp_path, FAST, lambda run: ended_at(5.0))) is None
+    assert receipts_table(to_result(tmp_path, FAST, lambda run: ended_at(5.0))) is None
 
 
 def test_many_arms_become_few(tmp_path):
@@ -236,16 +236,16 @@ def test_many_arms_become_few(tmp_path):
         peak = 100.0 + effects[run.arm]
         return ended_at(5.0 + effects[run.arm] * (1 + noise[run.seed]), memory__peak_process=peak)
 
-    result = result_of(tmp_path, {"arms": arms}, series)
-    kept = [arm.arm.name for arm in legible(result).arms]
+    result = to_result(tmp_path, {"arms": arms}, series)
+    kept = [arm.arm.name for arm in select_legible(result).arms]
     assert len(kept) == MANY_ARMS == 20
     assert kept == ["baseline", *(f"arm_{i}" for i in range(5, 24))]  # the effects grow with i
-    assert legible(legible(result)).arms == legible(result).arms
+    assert select_legible(select_legible(result)).arms == select_legible(result).arms
     assert all(is_drawn(picture) for picture in draw_all(result))
 
 
 def test_svg_follows_the_scheme_of_the_page(tmp_path):
-    pictures = draw_all(result_of(tmp_path, FAST, lambda run: ended_at(5.0 + run.seed, memory__peak_process=9.0)))
+    pictures = draw_all(to_result(tmp_path, FAST, lambda run: ended_at(5.0 + run.seed, memory__peak_process=9.0)))
     assert [picture.name for picture in pictures] == ["effects", "curves", "throughput"]
     for picture in pictures:
         text = picture.svg.decode()
@@ -268,10 +268,10 @@ def test_runs_that_did_not_finish_are_marked_in_every_picture(tmp_path, monkeypa
             return {key: Series((0, 2), (7.0, 9.0)) for key in ("val/task_loss", "train/task_loss")} | even
         return ended_at(5.0 + run.seed, throughput__samples_per_second=99.0, val__accuracy_text=0.5) | even
 
-    result = result_of(tmp_path, study, series, stopped=["slow"])
+    result = to_result(tmp_path, study, series, stopped=["slow"])
     assert result.arms[-1].verdict is Verdict.STOPPED_EARLY
     figures = []
-    monkeypatch.setattr(drawing, "_svg_of", lambda figure: figures.append(figure) or b"<svg/>")
+    monkeypatch.setattr(drawing, "_render_svg", lambda figure: figures.append(figure) or b"<svg/>")
     names = [each.name for each in draw_all(result)]
     told = {
         name: " ".join(text.get_text() for text in figure.findobj(Text))
@@ -294,8 +294,8 @@ def test_long_names_stay_apart_and_within(tmp_path, monkeypatch):
         return ended_at(5.0 + run.seed) | loads({"image": (0.75, 0.25), "text": (0.1, 0.9)})
 
     figures = []
-    monkeypatch.setattr(drawing, "_svg_of", lambda figure: figures.append(figure) or b"<svg/>")
-    names = [each.name for each in draw_all(result_of(tmp_path, {"arms": arms}, series))]
+    monkeypatch.setattr(drawing, "_render_svg", lambda figure: figures.append(figure) or b"<svg/>")
+    names = [each.name for each in draw_all(to_result(tmp_path, {"arms": arms}, series))]
     for name, figure in zip(names, figures, strict=True):
         figure.draw_without_rendering()  # the PNG had another resolution
         page = figure.bbox
@@ -318,7 +318,7 @@ def test_long_names_stay_apart_and_within(tmp_path, monkeypatch):
     ],
 )
 def test_names_are_broken_where_they_allow_it(name, letters, lines):
-    assert drawing.wrapped(name, letters).split("\n") == lines
+    assert drawing.wrap(name, letters).split("\n") == lines
     assert "".join(lines) == name
 
 

@@ -36,7 +36,7 @@ _SCHEMES = (
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportFigure:
     """A drawn figure. name: file name without ending; alt: the sentence; table: the numbers behind it.
 
     svg: for the page, in light and dark; png: for where SVG is not shown, on white.
@@ -58,7 +58,7 @@ class Look:
     marker: str
 
 
-def looks(arms: tuple[str, ...], baseline: str) -> dict[str, Look]:
+def choose_looks(arms: tuple[str, ...], baseline: str) -> dict[str, Look]:
     """Return a look for every arm: the baseline is of ink, the others go through colours, then markers."""
     others = [arm for arm in arms if arm != baseline]
     chosen = {}
@@ -74,7 +74,7 @@ def legend_columns(names: Sequence[str]) -> int:
     return max(1, min(5, len(names), _LETTERS_BESIDE // (longest + _LETTERS_OF_MARK)))
 
 
-def wrapped(name: str, letters: int) -> str:
+def wrap(name: str, letters: int) -> str:
     """Return a name broken after _, / and spaces into lines of at most so many letters, where its parts allow that."""
     lines = [""]
     for part in re.findall(r"[^_/ ]*[_/ ]*", name):
@@ -91,15 +91,15 @@ def new_figure(height_inches: float) -> Figure:
     return figure
 
 
-def picture_of(figure: Figure, name: str, title: str, alt: str, table: Table) -> Picture:
+def render_figure(figure: Figure, name: str, title: str, alt: str, table: Table) -> ReportFigure:
     """Draw a figure."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     figure.set_layout_engine("none")  # where everything is has just been found; finding it takes most of the time
-    return Picture(name, title, alt, _svg_of(figure), png.getvalue(), table)
+    return ReportFigure(name, title, alt, _render_svg(figure), png.getvalue(), table)
 
 
-def _svg_of(figure: Figure) -> bytes:
+def _render_svg(figure: Figure) -> bytes:
     buffer = io.StringIO()
     # A fixed salt: the same figure is the same file. Letters as outlines look alike wherever they are read.
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "moevlm"}):
