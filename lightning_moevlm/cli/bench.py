@@ -190,7 +190,7 @@ def _in_tuned_child(command: list[str], options: Mapping[str, object]) -> int | 
     """Run the same command in a child with the allocator set, and return its exit code; None in that child."""
     from lightning_moevlm.common import process_tuning
 
-    if process_tuning.is_set():
+    if process_tuning.has_allocator_settings():
         return None
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     child = [sys.executable, "-m", "lightning_moevlm", "bench", *command, *given]

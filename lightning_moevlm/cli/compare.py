@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_moevlm.cli.output import console, show
-from lightning_moevlm.common.atomic_files import written
+from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def compare(
         refuse_biased(comparison.name, result.unlike, logged_runs.suggest_remedy(result))
     if folder is not None:
         whole = make_report(_origin(result, runs, by or (), unfair), result)
-        with written(folder):
+        with explain_write_errors(folder):
             page = write_report(whole, folder)
     if json is not None:
         show(Text(), make_records(result)[records], json)

@@ -285,7 +285,7 @@ def convert_img2dataset(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.common.atomic_files import written
+    from lightning_moevlm.common.atomic_files import explain_write_errors
     from lightning_moevlm.data.write.convert.convert import Terms
     from lightning_moevlm.data.write.convert.keep_tars import keep_tars as convert_kept
     from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
@@ -306,7 +306,7 @@ def convert_img2dataset(
     target = _target(out, name)
     if not recompress:
         refuse_compressed(tars)
-    with written(target, _AGAIN), unpacked(tars, target) if recompress else nullcontext(tars) as plain:
+    with explain_write_errors(target, _AGAIN), unpacked(tars, target) if recompress else nullcontext(tars) as plain:
         if keep_tars:
             _tell(target, lambda: convert_kept(plain, name, target, terms, vocab_size, effort, names), _STAY)
         else:
@@ -360,11 +360,11 @@ def _convert(source: "Source", target: Path, terms: "Terms", form: "Form", effor
 def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") -> None:
     """Convert, and say what came of it; bad rows are shown as a table, under `borne` where there are not too many."""
     from lightning_moevlm.cli.output import print_built
-    from lightning_moevlm.common.atomic_files import written
+    from lightning_moevlm.common.atomic_files import explain_write_errors
     from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
 
     try:
-        with written(out, _AGAIN):
+        with explain_write_errors(out, _AGAIN):
             converted = run()
     except TooManyBadError as error:
         _show(error.counts, "bad rows; nothing was converted")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lightning_moevlm.cli import convert
 from lightning_moevlm.cli.output import print_built
-from lightning_moevlm.common.atomic_files import written
+from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def build_openmoji(
     """
     from lightning_moevlm.data.write.demo import openmoji
 
-    with written(out):
+    with explain_write_errors(out):
         manifest, built = openmoji.build_openmoji(
             Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
         )
@@ -90,7 +90,7 @@ def build_scenes(
     """
     from lightning_moevlm.data.write.demo import scenes
 
-    with written(out):
+    with explain_write_errors(out):
         manifest, built = scenes.build_scenes(
             Path(out),
             num_samples,
@@ -134,7 +134,7 @@ def check(path: str, json: str | None = None) -> None:
             f"{storage} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}"
         )
     about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
-    with written(json or "the card"):
+    with explain_write_errors(json or "the card"):
         output.show(card_of(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
 
 
@@ -165,7 +165,7 @@ def show(
     else:
         folder = _local(storage).resolve()
         target = folder.with_name(f"{folder.name}.html")
-    with written(target):
+    with explain_write_errors(target):
         page = write_page(storage, split, num_samples, containing, target)
     said = f"wrote {target}: {len(page.samples)} of {page.num_in_split:,} {page.modality} of the {split} split"
     Console(soft_wrap=True, highlight=False).print(said, markup=False)
@@ -198,7 +198,7 @@ def codebook(
     storage = ShardStorage(path)
     target = local_target(out, "--out") if out else _local(storage) / codebook_file(num_codes, patch_size)
     fitted = fit_codebook(storage, num_codes, patch_size, seed, max_samples)
-    with written(target):
+    with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         save_codebook(fitted, target)
     Console().print(f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False)

@@ -28,8 +28,8 @@ from rich.console import Console
 
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.process_tuning import collected_seldom
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.process_tuning import collect_rarely
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.study.run.engines.forks import Channel
 from lightning_moevlm.study.run.processes.child_process import die_with_parent
 
@@ -125,7 +125,7 @@ def prepare(words: Sequence[str]) -> None:
 
 
 def _tell(line: str) -> None:
-    Console(stderr=True).print(without_url_secrets(line), highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).print(mask_url_secrets(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def run(number: str) -> int:
@@ -134,7 +134,7 @@ def run(number: str) -> int:
         channel = Channel(pipe)
         if (example := channel.receive()) is None:
             return 0
-        with collected_seldom():
+        with collect_rarely():
             prepare(example["words"])
         gc.freeze()
         if threading.active_count() > 1:

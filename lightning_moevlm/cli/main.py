@@ -12,8 +12,8 @@ from rich.console import Console
 
 from lightning_moevlm import __version__
 from lightning_moevlm.common.errors import Diverged, Stopped, UserError
-from lightning_moevlm.common.process_tuning import collected_seldom, keep_memory, settle
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.process_tuning import collect_rarely, keep_memory, set_thread_defaults
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 
 _TRAINING = ("fit", "validate", "test", "predict")
 _DIVERGED = 3
@@ -30,7 +30,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data check DIR                             verify a set and print its card
   moevlm data show DIR                              write samples as a page to browse
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
-  moevlm deliver [FOLDER]                           upload logs that runs kept locally while MLflow was unreachable
+  moevlm sync [FOLDER]                              upload logs that runs kept locally while MLflow was unreachable
   moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
   moevlm list [KIND]                                list parts for configurations, designs, metrics
   moevlm describe NAME|study                        explain one part and its options, or the keys of a study file
@@ -48,15 +48,15 @@ def main(args: Sequence[str] | None = None) -> int:
         Console().print(__version__, highlight=False)
         return 0
     if "torch" not in sys.modules:  # it reads the environment once
-        settle(os.environ, computes=arguments[0] in (*_TRAINING, "bench"))
+        set_thread_defaults(os.environ, computes=arguments[0] in (*_TRAINING, "bench"))
         keep_memory()
     try:
-        with collected_seldom():
+        with collect_rarely():
             return _dispatch(arguments)
     except UserError as error:
         if os.environ.get("MOEVLM_TRACEBACK"):
             raise
-        told = without_url_secrets(str(error))  # some messages repeat what was given
+        told = mask_url_secrets(str(error))  # some messages repeat what was given
         # a path may hold what rich takes for an emoji, as in registry:x:1
         Console(stderr=True, emoji=False).print(f"moevlm: error: {told}", highlight=False, markup=False, soft_wrap=True)
         return 2

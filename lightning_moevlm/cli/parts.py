@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_moevlm.cli.output import console
-from lightning_moevlm.common.atomic_files import written
+from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def describe(name: str, json: str | None = None) -> None:
 
     from lightning_moevlm.cli.output import show
     from lightning_moevlm.common.errors import UserError
-    from lightning_moevlm.common.nearest_name import nearest
+    from lightning_moevlm.common.nearest_name import find_nearest
 
     page = page_of(name)
     if page is not None:
@@ -82,7 +82,7 @@ def describe(name: str, json: str | None = None) -> None:
     part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
     part = part or _imported(name)
     if part is None:
-        near = nearest(name, [*known, *names()])
+        near = find_nearest(name, [*known, *names()])
         hint = f"did you mean {near}?" if near else "moevlm list shows what there is"
         raise UserError(f"no part is called {name}: {hint}")
     rows = [
@@ -234,7 +234,7 @@ def new(file: str) -> None:
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file}: a study is a YAML file; write {path.with_suffix('.yaml')}")
     refuse_bad_name(path)
-    with written(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with path.open("x", encoding="utf-8") as stream:

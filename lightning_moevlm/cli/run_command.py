@@ -15,12 +15,12 @@ COMMANDS: dict[str, Any] = {
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
     "compare": compare.compare,
-    "deliver": sync.deliver,
+    "sync": sync.sync,
     "list": parts.list_parts,
     "describe": parts.describe,
 }
 # Options in their signatures, since they may be left out, but `moevlm list routers` is what people type.
-_FIRST = {"list": "--kind", "deliver": "--folder"}
+_FIRST = {"list": "--kind", "sync": "--folder"}
 
 
 def run_command(arguments: Sequence[str]) -> int:

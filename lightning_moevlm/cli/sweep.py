@@ -264,11 +264,11 @@ def _study_file(file: str) -> Path:
     Raises:
         UserError: neither exists; names the nearest one.
     """
-    from lightning_moevlm.common.shipped_files import find_file, missing_file
+    from lightning_moevlm.common.shipped_files import describe_missing_file, find_file
 
     found = find_file(Path(file))
     if found is None:
-        raise missing_file("study file", Path(file))
+        raise describe_missing_file("study file", Path(file))
     return found
 
 

@@ -1,4 +1,4 @@
-"""`moevlm deliver`: upload logs that runs kept locally while MLflow was unreachable."""
+"""`moevlm sync`: upload logs that runs kept locally while MLflow was unreachable."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from lightning_moevlm.cli.output import console, show
 from lightning_moevlm.common.errors import UserError
 
 
-def deliver(folder: str | None = None, json: str | None = None, dry_run: bool = False) -> int:
+def sync(folder: str | None = None, json: str | None = None, dry_run: bool = False) -> int:
     """Upload metrics, tags and files that runs kept locally while MLflow was unreachable. Safe to repeat.
 
     A run in progress uploads by itself. `moevlm sweep run|status|report` uploads for the runs of a study.
@@ -20,18 +20,22 @@ def deliver(folder: str | None = None, json: str | None = None, dry_run: bool = 
     from rich.table import Table
 
     from lightning_moevlm.tracking.store import resolve_tracking_uri, runs_dir
-    from lightning_moevlm.tracking.write.sync_offline_logs import Delivered, Delivery, outboxes_below
-    from lightning_moevlm.tracking.write.sync_offline_logs import deliver as deliver_all
+    from lightning_moevlm.tracking.write.sync_offline_logs import (
+        SyncOutcome,
+        SyncResult,
+        find_offline_logs,
+        sync_offline_logs,
+    )
 
     uri = resolve_tracking_uri(None)
     where = runs_dir(uri) if folder is None else Path(folder)
     if folder is not None and not where.is_dir():
         raise UserError(f"no such folder: {folder}; give a run's, which a run prints at its end, or one above it")
-    outboxes = outboxes_below([where])
+    logs = find_offline_logs([where])
     if dry_run:
-        rows = [Delivered(outbox, outbox.count(), Delivery.KEPT, "dry run") for outbox in outboxes]
+        rows = [SyncResult(log, log.count(), SyncOutcome.KEPT, "dry run") for log in logs]
     else:
-        rows = deliver_all(outboxes, uri)
+        rows = sync_offline_logs(logs, uri)
     if not rows and json is None:
         console().print(f"Nothing to upload in {where.absolute()}.", highlight=False, soft_wrap=True)
         return 0
@@ -39,14 +43,14 @@ def deliver(folder: str | None = None, json: str | None = None, dry_run: bool = 
     for heading in ("run", "points", "files", "outcome", "store"):
         table.add_column(heading, overflow="fold")
     records: list[dict[str, object]] = []
-    for outbox, waiting, outcome, reason in rows:
-        told = f"{outcome}: {reason}" if reason else str(outcome)
-        store, run_id = outbox.address
-        table.add_row(run_id, str(waiting.points), str(waiting.files), told, store)
+    for log, waiting, outcome, reason in rows:
+        text = f"{outcome}: {reason}" if reason else str(outcome)
+        store, run_id = log.address
+        table.add_row(run_id, str(waiting.points), str(waiting.files), text, store)
         records.append(
             {
                 "run_id": run_id,
-                "run_dir": str(outbox.run_dir),
+                "run_dir": str(log.run_dir),
                 "store": store,
                 "points": waiting.points,
                 "files": waiting.files,
@@ -55,4 +59,4 @@ def deliver(folder: str | None = None, json: str | None = None, dry_run: bool = 
             }
         )
     show(table, records, json)
-    return 0 if dry_run or all(row.outcome is not Delivery.KEPT for row in rows) else 1
+    return 0 if dry_run or all(row.outcome is not SyncOutcome.KEPT for row in rows) else 1

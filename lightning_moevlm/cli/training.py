@@ -25,8 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from lightning_moevlm.common.errors import Diverged, Stopped, UserError
-from lightning_moevlm.common.process_tuning import collect_as_usual
-from lightning_moevlm.common.shipped_files import shipped_config
+from lightning_moevlm.common.process_tuning import collect_normally
+from lightning_moevlm.common.shipped_files import find_config
 from lightning_moevlm.configuration.lightning_notices import quiet_lightning
 from lightning_moevlm.configuration.overlays import NamesMerger, move_nulls_to_files
 from lightning_moevlm.configuration.parse_errors import short_message
@@ -45,7 +45,7 @@ from lightning_moevlm.configuration.signatures import find_imported_class
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.initial_weights import drawn_together
 from lightning_moevlm.tracking import RunRecord
-from lightning_moevlm.tracking.record.base_config import resolved_base
+from lightning_moevlm.tracking.record.base_config import resolve_base
 from lightning_moevlm.tracking.record.closing_lines import resume_line
 from lightning_moevlm.tracking.record.config_files import config_sources
 from lightning_moevlm.tracking.record.provenance import code_checkout
@@ -131,7 +131,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
-        collect_as_usual()
+        collect_normally()
         config = self.config[self.subcommand]
         refuse_unbuildable_parts(config.as_dict())
         if self.subcommand == "predict":
@@ -224,7 +224,7 @@ class _Rehearsal(CommandLine):
         """Parse; note the code, and read the base, as the run's record will."""
         code_checkout()
         super().parse_arguments(parser, args)
-        resolved_base(self._parser(self._asked), config_sources(sys.argv))
+        resolve_base(self._parser(self._asked), config_sources(sys.argv))
         raise _ParsedError
 
 
@@ -269,9 +269,9 @@ def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
     for before, word in zip(("", *args), args, strict=False):
         flag, equals, value = word.partition("=")
         if before in ("-c", "--config"):
-            word = value = str(shipped_config(Path(word)))
+            word = value = str(find_config(Path(word)))
         elif flag == "--config" and equals:
-            value = str(shipped_config(Path(value)))
+            value = str(find_config(Path(value)))
             word = f"--config={value}"
         else:
             words.append(word)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part.
 
     Raises:
@@ -37,7 +37,9 @@ def write_whole(file: Path, text: str) -> None:
 
 
 @contextmanager
-def written(target: Path | str, remedy: str = "make room or give rights, or name another") -> Iterator[None]:
+def explain_write_errors(
+    target: Path | str, remedy: str = "make room or give rights, or name another"
+) -> Iterator[None]:
     """Tell of a target that cannot be written in one line; what writes into it leaves nothing half done."""
     try:
         yield

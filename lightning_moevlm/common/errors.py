@@ -18,9 +18,9 @@ class Stopped(Exception):  # noqa: N818 - asked for, not a fault
 
     Args:
         signal_number: which.
-        told: where the run stood.
+        text: where the run stood.
     """
 
-    def __init__(self, signal_number: int, told: str) -> None:
-        super().__init__(told)
+    def __init__(self, signal_number: int, text: str) -> None:
+        super().__init__(text)
         self.signal_number = signal_number

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 
 class Change(NamedTuple):
-    """The values of a key in the base and now, as `flat` spells them; None where the key is absent."""
+    """The values of a key in the base and now, as `flatten` spells them; None where the key is absent."""
 
     base: str | None
     now: str | None
 
 
-def flat(tree: Mapping[str, object]) -> dict[str, str]:
+def flatten(tree: Mapping[str, object]) -> dict[str, str]:
     """Return {dotted key: value}: all as JSON but texts that cannot be taken for it; listed mappings are numbered."""
     return {key: _spelled(value) for key, value in _leaves("", tree)}
 
 
-def nested(leaves: Mapping[str, str]) -> dict[str, Any]:
-    """Return the tree that `flat` has spelled; what reads as JSON (`32`, `null`) comes back as what it says."""
+def unflatten(leaves: Mapping[str, str]) -> dict[str, Any]:
+    """Return the tree that `flatten` has spelled; what reads as JSON (`32`, `null`) comes back as what it says."""
     tree: dict[str, Any] = {}
     for key, text in leaves.items():
         here = tree
@@ -37,7 +37,7 @@ def nested(leaves: Mapping[str, str]) -> dict[str, Any]:
     return {key: _with_lists(value) for key, value in tree.items()}
 
 
-def changes(base: Mapping[str, str], now: Mapping[str, str]) -> dict[str, Change]:
+def find_changes(base: Mapping[str, str], now: Mapping[str, str]) -> dict[str, Change]:
     """Return the keys that differ between two flat configurations, in order of their names."""
     keys = sorted(base.keys() | now.keys())
     return {key: Change(base.get(key), now.get(key)) for key in keys if base.get(key) != now.get(key)}

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
-def nearest(name: str, names: Sequence[str]) -> str | None:
+def find_nearest(name: str, names: Sequence[str]) -> str | None:
     """Return the name that was probably meant: one that begins with or contains what came, or is spelled like it."""
     lower = name.lower()
     holding = [each for each in names if len(lower) > 2 and lower in each.lower()]
@@ -17,5 +17,5 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
 
 def suggest(name: str, names: Iterable[str]) -> str:
     """Return `did you mean 'x'? ` for the nearest name, or an empty text where none is near."""
-    near = nearest(name, list(names))
+    near = find_nearest(name, list(names))
     return f"did you mean {near!r}? " if near is not None else ""

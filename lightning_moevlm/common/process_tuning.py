@@ -22,7 +22,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST = 2**31 - 1
 
 
-def is_set() -> bool:
+def has_allocator_settings() -> bool:
     """Say whether this process was started with it."""
     return all(os.environ.get(name) == value for name, value in ENVIRONMENT.items())
 
@@ -30,7 +30,7 @@ def is_set() -> bool:
 def keep_memory() -> bool:
     """Let this process keep its memory; return whether it does. What the user has set of it stays, as it is."""
     if any(name in os.environ for name in ENVIRONMENT):
-        return is_set()
+        return has_allocator_settings()
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -44,7 +44,7 @@ _SELDOM = (100_000, 50, 100)
 
 
 @contextmanager
-def collected_seldom() -> Iterator[None]:
+def collect_rarely() -> Iterator[None]:
     """Collect seldom within, and not when the process ends: that takes seconds, and the system frees all of it."""
     atexit.register(gc.freeze)
     gc.set_threshold(*_SELDOM)
@@ -54,7 +54,7 @@ def collected_seldom() -> Iterator[None]:
         gc.set_threshold(*_USUAL)
 
 
-def collect_as_usual() -> None:
+def collect_normally() -> None:
     """Collect as often as Python does from here on, but never what is there already."""
     gc.freeze()
     gc.set_threshold(*_USUAL)
@@ -67,24 +67,24 @@ _WAIT_POLICY = "OMP_WAIT_POLICY"
 _HOW_TO_WAIT = (_WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them is the user's word
 
 
-def settle(env: MutableMapping[str, str], computes: bool) -> None:
+def set_thread_defaults(env: MutableMapping[str, str], computes: bool) -> None:
     """Set in an environment, where the user has not, how threads wait and how many there are.
 
     Args:
         env: of this process, before torch is loaded.
         computes: this process trains or measures; else it starts others, which get a share of the cores each.
     """
-    env.update(waiting(env))
-    if computes and THREADS not in env and usable_cores() < _cores_by_affinity():
-        env[THREADS] = str(usable_cores())  # OpenMP knows the affinity, and no quota
+    env.update(wait_policy(env))
+    if computes and THREADS not in env and count_usable_cores() < _cores_by_affinity():
+        env[THREADS] = str(count_usable_cores())  # OpenMP knows the affinity, and no quota
 
 
-def waiting(env: Mapping[str, str]) -> dict[str, str]:
+def wait_policy(env: Mapping[str, str]) -> dict[str, str]:
     """Return what lets threads sleep while they wait; nothing where the user has said how they do."""
     return {} if any(name in env for name in _HOW_TO_WAIT) else {_WAIT_POLICY: "PASSIVE"}
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Return how many cores this process may use, by its affinity and by the quotas of the containers around it."""
     return min(_cores_by_affinity(), _cores_by_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
 

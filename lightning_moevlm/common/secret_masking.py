@@ -45,12 +45,12 @@ def is_secret_key(key: str) -> bool:
     return words[-1] == "token" and not (len(words) > 1 and words[-2] in _VOCABULARY)
 
 
-def masked(value: object, environment: Mapping[str, str], key: str = "") -> object:
+def mask_secrets(value: object, environment: Mapping[str, str], key: str = "") -> object:
     """Return a copy of a tree of dicts, lists and scalars with every secret replaced; interpolations stay."""
     if isinstance(value, Mapping):
-        return {name: masked(inner, environment, str(name)) for name, inner in value.items()}
+        return {name: mask_secrets(inner, environment, str(name)) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [masked(inner, environment, key) for inner in value]
+        return [mask_secrets(inner, environment, key) for inner in value]
     if not isinstance(value, str) or not value:
         return value
     if is_secret_key(key) and not value.startswith("${"):
@@ -58,16 +58,16 @@ def masked(value: object, environment: Mapping[str, str], key: str = "") -> obje
     return _without_known_secrets(value, environment)
 
 
-def masked_yaml(text: str, environment: Mapping[str, str]) -> str:
+def mask_yaml(text: str, environment: Mapping[str, str]) -> str:
     """Return a YAML text as it is or, if it holds a secret, its masked content without comments."""
     tree = read_yaml(text)
-    clean = masked(tree, environment)
+    clean = mask_secrets(tree, environment)
     if clean == tree:
         return text
     return "# a secret was masked here; comments are lost\n" + write_yaml(clean)
 
 
-def masked_argv(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+def mask_argv(argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Return a command line with the values of secret options replaced (`--api_key V` and `--api_key=V`)."""
     clean: list[str] = []
     follows_secret = False
@@ -88,7 +88,7 @@ def _without_known_secrets(text: str, environment: Mapping[str, str]) -> str:
     for name, value in environment.items():
         if len(value) >= _SHORTEST_SECRET and value in text and is_secret_key(name):
             text = text.replace(value, MASK)
-    return without_url_secrets(text)
+    return mask_url_secrets(text)
 
 
 MASK = "***"
@@ -98,6 +98,6 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
 _QUERY = re.compile(r"(://[^\s?#'\"<>]*\?)[^\s#'\"<>)\]]+")
 
 
-def without_url_secrets(text: str) -> str:
+def mask_url_secrets(text: str) -> str:
     """Return a text with the credentials (`//user:password@`) and queries (`?...`) of the URLs in it replaced."""
     return _QUERY.sub(rf"\1{MASK}", _CREDENTIALS.sub(MASK, text))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.nearest_name import nearest
+from lightning_moevlm.common.nearest_name import find_nearest
 
 _FOLDERS = ("conf", "ablations")
 
@@ -28,7 +28,7 @@ def find_file(path: Path, beside: Sequence[Path] = ()) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def missing_file(kind: str, path: Path, beside: Sequence[Path] = ()) -> UserError:
+def describe_missing_file(kind: str, path: Path, beside: Sequence[Path] = ()) -> UserError:
     """Return the refusal of a YAML file that is not there, with the nearest that is.
 
     Args:
@@ -40,13 +40,13 @@ def missing_file(kind: str, path: Path, beside: Sequence[Path] = ()) -> UserErro
     names = [str(each) for each in path.parent.glob("*.yaml")]
     names += [each.relative_to(folder).as_posix() for folder in beside for each in folder.glob("*.yaml")]
     names += [each.relative_to(root).as_posix() for folder in _FOLDERS for each in (root / folder).rglob("*.yaml")]
-    near = nearest(str(path), names) or nearest(path.name, names)
+    near = find_nearest(str(path), names) or find_nearest(path.name, names)
     meant = f"did you mean {near}? " if near else ""
     places = " and ".join(str(root / folder) for folder in _FOLDERS)
     return UserError(f"there is no {kind} {path}; {meant}the shipped ones are in {places}")
 
 
-def shipped_config(path: Path) -> Path:
+def find_config(path: Path) -> Path:
     """Return the file itself, or, where there is none, the one of that name that the package ships.
 
     Raises:
@@ -54,5 +54,5 @@ def shipped_config(path: Path) -> Path:
     """
     found = find_file(path)
     if found is None:
-        raise missing_file("configuration file", path)
+        raise describe_missing_file("configuration file", path)
     return found

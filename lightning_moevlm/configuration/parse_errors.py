@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from lightning_moevlm.common.nearest_name import nearest
+from lightning_moevlm.common.nearest_name import find_nearest
 from lightning_moevlm.configuration.signatures import (
     classes_of,
     describe_type,
@@ -189,7 +189,7 @@ def _of_an_option(complaints: Sequence[_Complaint], where: str, types: Types) ->
     if not types:
         return f"{each.text}; --help lists the options"
     above, name, names = _first_unknown_key(option, types)
-    near = nearest(name, names)
+    near = find_nearest(name, names)
     meant = f"did you mean --{above}{near}? " if near else ""
     came = each.text if each.text.lower().startswith("unrecognized") else f"there is no option {option}"
     return f"{came}; {meant}--help lists the options"
@@ -236,9 +236,9 @@ def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> s
         return f"{where}: {other[1]} is not {describe_type(annotation)}; {advice}"
     if below and all(is_record(base) for base in classes_of(annotation)):  # a value is asked for, not a class
         return f"{where}: {missing[1]} is not a valid value; give {describe_type(annotation)}"
-    near = nearest(missing[1], own)
+    near = find_nearest(missing[1], own)
     if near is None or missing[1].lower() not in near.lower():  # of equals, ours
-        near = nearest(missing[1], [*own, *foreign])
+        near = find_nearest(missing[1], [*own, *foreign])
     meant = f"did you mean {near}? " if near else ""
     return f"{where}: there is no class {missing[1]}; {meant}{advice}"
 
@@ -320,5 +320,5 @@ def _none_of(records: Sequence[type]) -> str:
 
 
 def _meant(name: str, names: Sequence[str]) -> str:
-    near = nearest(name, names)
+    near = find_nearest(name, names)
     return f"did you mean {near}? " if near else ""

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.shipped_files import shipped_config
+from lightning_moevlm.common.shipped_files import find_config
 from lightning_moevlm.common.yaml_text import read_yaml
 from lightning_moevlm.configuration.overlays import NamesMerger
 from lightning_moevlm.configuration.parsers import (
@@ -58,7 +58,7 @@ class ConfigResolver:
             last = Path(folder) / "overrides.yaml"
             last.write_text(json.dumps(dict(overrides)), encoding="utf-8")  # JSON is YAML that quotes every text
             merger = NamesMerger(Path(folder))
-            named = [*map(shipped_config, config_files), last]
+            named = [*map(find_config, config_files), last]
             files = [each for file in named for each in merger.add_file(file)]
             namespace = self._parser.parse_args([flag for path in files for flag in ("-c", str(path))])
             namespace.pop("config", None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.flat_config import flat
+from lightning_moevlm.common.flat_config import flatten
 from lightning_moevlm.common.secret_masking import MASK
 from lightning_moevlm.common.yaml_text import read_yaml
 from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS, choose_runs
@@ -120,7 +120,7 @@ def _read(folder: Path, name: str) -> _Recorded:
 
 def _checkpoint(run: _Recorded, wanted: str) -> Path:
     """Return what `last`, `best` or a file means; a file may be named as it is in the run's folder."""
-    named = [value for key, value in flat(run.resolved).items() if key.endswith(".dirpath") and value]
+    named = [value for key, value in flatten(run.resolved).items() if key.endswith(".dirpath") and value]
     folders = [run.folder / "checkpoints", *(Path(str(folder)) for folder in named)]
     found = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
     last = next((path for path in found if path.name == "last.ckpt"), None)
@@ -153,7 +153,9 @@ def _logger_words(subcommand: str, run: _Recorded, uri: str) -> list[str]:
 def _refuse_masked(run: _Recorded, words: Sequence[str], given: Sequence[str]) -> None:
     """Refuse to go on with *** in the place of a secret that was kept out of the record."""
     texts = [*run.config.glob("source*_*")]
-    keys = [key for path in texts for key, value in flat(read_yaml(path.read_text("utf-8"))).items() if value == MASK]
+    keys = [
+        key for path in texts for key, value in flatten(read_yaml(path.read_text("utf-8"))).items() if value == MASK
+    ]
     for before, word in zip(("", *words), words, strict=False):
         name, equals, value = word.partition("=")
         if MASK in (word, value):

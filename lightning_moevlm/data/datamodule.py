@@ -22,7 +22,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.data.format.faults import MAX_PIXELS
 from lightning_moevlm.data.format.manifest import Manifest, Split, check_shard_size
 from lightning_moevlm.data.images.augment import Augment
@@ -115,7 +115,7 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"data.max_lost_fraction is {max_lost_fraction}: give a share from 0 to below 1")
         mixed = {name: source for name, source in (sources or {}).items() if source is not None}
         if (root is None) == (not mixed):
-            shown = root and without_url_secrets(root)
+            shown = root and mask_url_secrets(root)
             raise UserError(
                 f"data.root is {shown} and data.sources names {len(mixed)} sets: give a folder as root and no sources, "
                 "or sources and null as root"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_moevlm.common.atomic_files import written
+from lightning_moevlm.common.atomic_files import explain_write_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ def answer(
     newest = max(source.stat().st_mtime for source in sources if source.exists())
     if redraw or not page.exists() or page.stat().st_mtime < newest:
         whole = make_report(describe_origin(planned, result), result)
-        with written(folder, "make room or give rights"):
+        with explain_write_errors(folder, "make room or give rights"):
             write_report(whole, folder)
         log_summary(experiment, whole, folder)
     print_answer(terminal, result, full)

@@ -7,7 +7,7 @@ page is named after the `#`, with a query of its own.
 import shlex
 from urllib.parse import quote
 
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.tracking.store import sqlite_path
 
 DEFAULT_PORT = 5000
@@ -35,7 +35,7 @@ def server_command(uri: str, port: int = DEFAULT_PORT) -> str | None:
 
 def ui_address(uri: str, port: int = DEFAULT_PORT) -> str:
     """Return where the UI of a store is: the server's own address, or loopback once `server_command` runs."""
-    return f"http://127.0.0.1:{port}" if sqlite_path(uri) is not None else without_url_secrets(uri).rstrip("/")
+    return f"http://127.0.0.1:{port}" if sqlite_path(uri) is not None else mask_url_secrets(uri).rstrip("/")
 
 
 def run_link(address: str, experiment_id: str, run_id: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.tracking.write.moved_store import follow_move
 
 DEFAULT_RUNS_DIR = Path("runs")
@@ -49,7 +49,7 @@ def resolve_tracking_uri(uri: str | None) -> str:
             f"{_ALLOWED}; write {_EXAMPLE}, or move old runs with `mlflow migrate-filestore`"
         )
     raise UserError(
-        f"tracking URI {without_url_secrets(chosen)!r} has the scheme {scheme!r}: {_ALLOWED}; "
+        f"tracking URI {mask_url_secrets(chosen)!r} has the scheme {scheme!r}: {_ALLOWED}; "
         "for another database start an MLflow server in front of it and give the server's address"
     )
 
@@ -100,7 +100,7 @@ def prepare_store(uri: str) -> None:
 
 
 @contextmanager
-def impatient_requests() -> Iterator[None]:
+def limit_request_time() -> Iterator[None]:
     """Within, MLflow's HTTP client gives up after seconds instead of minutes of retries."""
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": _ANSWER_SECONDS}
     before = {name: os.environ.get(name) for name in patience}
@@ -115,12 +115,12 @@ def impatient_requests() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def reason_of(error: BaseException) -> str:
+def describe_cause(error: BaseException) -> str:
     """Return one line about what was at the bottom of a store's error, credentials masked."""
     while (deeper := error.__cause__ or error.__context__) is not None:
         error = deeper
     lines = str(error).splitlines() or [type(error).__name__]
-    return without_url_secrets(lines[0])[:200]
+    return mask_url_secrets(lines[0])[:200]
 
 
 def _create(path: Path) -> None:
@@ -202,11 +202,11 @@ def _newest_by_text(migrations: Path) -> str | None:
     revisions: set[str] = set()
     below: set[str] = set()
     for file in migrations.glob("[!_]*.py"):
-        told = dict(_MIGRATION.findall(file.read_text(encoding="utf-8")))
-        if told.keys() != {"revision", "down_revision"}:
+        found = dict(_MIGRATION.findall(file.read_text(encoding="utf-8")))
+        if found.keys() != {"revision", "down_revision"}:
             return None
-        revisions.add(told["revision"].strip("\"'"))
-        below.add(told["down_revision"].strip("\"'"))
+        revisions.add(found["revision"].strip("\"'"))
+        below.add(found["down_revision"].strip("\"'"))
     newest = revisions - below
     return newest.pop() if len(newest) == 1 else None
 
@@ -216,12 +216,12 @@ def _ask_server(uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        with impatient_requests():
+        with limit_request_time():
             MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
         port = urlsplit(uri).port or 5000
         raise UserError(
-            f"tracking URI {without_url_secrets(uri)} does not answer as an MLflow server ({reason_of(error)}): "
+            f"tracking URI {mask_url_secrets(uri)} does not answer as an MLflow server ({describe_cause(error)}): "
             f"start one, `mlflow server --host 127.0.0.1 --port {port} --backend-store-uri {_EXAMPLE}`, "
             "or unset tracking_uri and MLFLOW_TRACKING_URI to use SQLite"
         ) from error

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from lightning_moevlm.common.process_tuning import collected_seldom
+from lightning_moevlm.common.process_tuning import collect_rarely
 
 if __name__ == "__main__":
     begin = time.perf_counter()
-    with collected_seldom():  # as `moevlm fit` imports
+    with collect_rarely():  # as `moevlm fit` imports
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # a run imports it when it opens its store
         import s3fs  # noqa: F401  # Lightning imports it when a ModelCheckpoint begins
 

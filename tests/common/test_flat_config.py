@@ -1,4 +1,4 @@
-from lightning_moevlm.common.flat_config import Change, changes, flat, nested
+from lightning_moevlm.common.flat_config import Change, find_changes, flatten, unflatten
 
 
 def test_flat() -> None:
@@ -8,7 +8,7 @@ def test_flat() -> None:
         "sizes": [1, 2],
         "on": True,
     }
-    assert flat(tree) == {
+    assert flatten(tree) == {
         "model.dim": "8",
         "model.router": "null",
         "model.rate": "0.001",
@@ -23,17 +23,17 @@ def test_flat() -> None:
 
 def test_changes() -> None:
     base, now = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "5", "d": "4"}
-    assert changes(base, now) == {"b": Change("2", "5"), "c": Change("3", None), "d": Change(None, "4")}
-    assert changes(now, now) == {}
+    assert find_changes(base, now) == {"b": Change("2", "5"), "c": Change("3", None), "d": Change(None, "4")}
+    assert find_changes(now, now) == {}
 
 
 def test_a_text_that_reads_as_json_comes_back_as_a_text() -> None:
     tree = {
         "texts": {"number": "32", "null": "null", "list": "[1]", "quoted": '"a"', "float": "1e5", "plain": "32-true"}
     }
-    spelled = flat(tree)
+    spelled = flatten(tree)
     assert (spelled["texts.number"], spelled["texts.plain"]) == ('"32"', "32-true")
-    assert nested(spelled) == tree
-    assert nested(flat({"a": {"number": 32, "none": None, "list": [1, "x"]}})) == {
+    assert unflatten(spelled) == tree
+    assert unflatten(flatten({"a": {"number": 32, "none": None, "list": [1, "x"]}})) == {
         "a": {"number": 32, "none": None, "list": [1, "x"]}
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moevlm.common import process_tuning
-from lightning_moevlm.common.process_tuning import settle, waiting
+from lightning_moevlm.common.process_tuning import set_thread_defaults, wait_policy
 from lightning_moevlm.study.run.processes.command_line import share_environment
 from tests.conftest import PROJECT
 
@@ -40,9 +40,9 @@ def test_memory_that_was_freed_is_not_faulted_in_again() -> None:
 
 
 def test_threads_that_wait_sleep_unless_the_user_says_how_they_wait() -> None:
-    assert waiting({}) == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert wait_policy({}) == {"OMP_WAIT_POLICY": "PASSIVE"}
     for own in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
-        assert waiting({own: "1"}) == {}
+        assert wait_policy({own: "1"}) == {}
         assert "OMP_WAIT_POLICY" not in share_environment({own: "1"}, 1, 2, 0, 0).keys() - {own}
     assert share_environment({}, jobs=1, cores=2, slot=0, num_gpus=0)["OMP_WAIT_POLICY"] == "PASSIVE"
 
@@ -50,15 +50,15 @@ def test_threads_that_wait_sleep_unless_the_user_says_how_they_wait() -> None:
 def test_a_quota_limits_threads_where_a_process_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_tuning, "_cores_by_affinity", lambda: 64)
     monkeypatch.setattr(process_tuning, "_cores_by_quota", lambda *_: 3)
-    assert process_tuning.usable_cores() == 3
+    assert process_tuning.count_usable_cores() == 3
     for computes, given, expected in ((True, {}, "3"), (True, {"OMP_NUM_THREADS": "8"}, "8"), (False, {}, None)):
         env = dict(given)
-        settle(env, computes)
+        set_thread_defaults(env, computes)
         assert env.get("OMP_NUM_THREADS") == expected
         assert env["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setattr(process_tuning, "_cores_by_quota", lambda *_: 2**31)
     env = {}
-    settle(env, computes=True)
+    set_thread_defaults(env, computes=True)
     assert "OMP_NUM_THREADS" not in env  # OpenMP counts the cores of its affinity, Lightning divides them among ranks
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_moevlm.common.secret_masking import is_secret_key, masked, masked_argv, masked_yaml, without_url_secrets
+from lightning_moevlm.common.secret_masking import is_secret_key, mask_argv, mask_secrets, mask_url_secrets, mask_yaml
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_trees() -> None:
         "resolved": "prefix-v4lue-v4lue",
         "short": "abc",
     }
-    assert masked(tree, {"MY_SECRET": "v4lue-v4lue", "HF_TOKEN": "abc", "HOME": "/root"}) == {
+    assert mask_secrets(tree, {"MY_SECRET": "v4lue-v4lue", "HF_TOKEN": "abc", "HOME": "/root"}) == {
         "api_key": "***",
         "hub": [{"token": "***"}, {"token": None}, {"token": 5}],
         "secrets": ["***", "***"],
@@ -60,12 +60,12 @@ def test_trees() -> None:
 
 def test_yaml_without_secrets_is_kept_to_the_letter() -> None:
     text = "# why\nmodel: {dim: 8}  # wide\nmask_token: '[MASK]'\n"
-    assert masked_yaml(text, {}) == text
-    assert masked_yaml("", {}) == ""
+    assert mask_yaml(text, {}) == text
+    assert mask_yaml("", {}) == ""
 
 
 def test_yaml_with_a_secret() -> None:
-    clean = masked_yaml("a: 1 # note\napi_key: |\n  two\n  lines\n", {})
+    clean = mask_yaml("a: 1 # note\napi_key: |\n  two\n  lines\n", {})
     assert "two" not in clean
     assert clean.startswith("# a secret was masked")
     assert "a: 1\n" in clean
@@ -83,7 +83,7 @@ def test_command_lines() -> None:
         "v",
         "--url=http://a:b@c",
     ]
-    assert masked_argv(argv, {}) == [
+    assert mask_argv(argv, {}) == [
         "moevlm", "fit", "--hub.token", "***", "--hub.password=***", "--api_key", "--other", "v", "--url=http://***@c",
     ]  # fmt: skip
 
@@ -96,4 +96,4 @@ def test_urls() -> None:
         ("https://x/y?sig=a#page and what? yes", "https://x/y?***#page and what? yes"),
         ("root: http://a:b@h:8/?X-Amz-Signature=c, next", "root: http://***@h:8/?*** next"),
     ):
-        assert without_url_secrets(text) == clean
+        assert mask_url_secrets(text) == clean

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.common.shipped_files import find_file, missing_file, shipped_root
+from lightning_moevlm.common.shipped_files import describe_missing_file, find_file, shipped_root
 from tests.conftest import PROJECT
 
 QUICKSTART = Path("conf/quickstart.yaml")
@@ -33,12 +33,12 @@ def test_a_wheel_has_them_inside(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_told_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    told = str(missing_file("study file", Path("quickstrat.yaml")))
+    told = str(describe_missing_file("study file", Path("quickstrat.yaml")))
     assert told.startswith("there is no study file quickstrat.yaml; did you mean ")
     assert told.endswith(f"quickstart.yaml? the shipped ones are in {PROJECT / 'conf'} and {PROJECT / 'ablations'}")
-    assert "did you mean" not in str(missing_file("study file", Path("xyzzy.yaml")))
+    assert "did you mean" not in str(describe_missing_file("study file", Path("xyzzy.yaml")))
     (tmp_path / "mine.yaml").touch()
-    assert "did you mean mine.yaml?" in str(missing_file("study file", Path("mein.yaml")))
+    assert "did you mean mine.yaml?" in str(describe_missing_file("study file", Path("mein.yaml")))
 
 
 @pytest.mark.slow

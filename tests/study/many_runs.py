@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lightning_moevlm.common.flat_config import flat
+from lightning_moevlm.common.flat_config import flatten
 from lightning_moevlm.study.compare.collect_results import collect_results
 from lightning_moevlm.study.plan.planned_run import Plan, tracker_tags
 from lightning_moevlm.study.report.make_report import describe_origin, make_report
@@ -78,7 +78,7 @@ def fill(plan: Plan, uri: str, num_points: int) -> int:
             )
             tags = {**tracker_tags(run), ROLE: ROLE_ARM, OUTCOME: "finished", "mlflow.runName": run.name}
             store.executemany("INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)", [
-                (key, value, run_id) for key, value in flat(run.resolved).items()
+                (key, value, run_id) for key, value in flatten(run.resolved).items()
             ])  # fmt: skip
             store.executemany("INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", [
                 (key, value, run_id) for key, value in tags.items()

@@ -15,7 +15,7 @@ from mlflow.store import db_migrations
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.tracking import prepare_store, resolve_tracking_uri
-from lightning_moevlm.tracking.store import _newest_by_text, impatient_requests, runs_dir, sqlite_path
+from lightning_moevlm.tracking.store import _newest_by_text, limit_request_time, runs_dir, sqlite_path
 
 _OPEN_AND_LOG = """
 import sys, time
@@ -172,7 +172,7 @@ def test_something_else_answers() -> None:
 def test_impatience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    with pytest.raises(RuntimeError), impatient_requests():
+    with pytest.raises(RuntimeError), limit_request_time():
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
         raise RuntimeError
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"

@@ -17,7 +17,7 @@ from math import floor
 from typing import Literal
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.contracts.schedules import Ramp, Schedule, value_at
 
 Modality = Literal["pair", "image", "text"]
@@ -61,7 +61,7 @@ class Source:
     def __post_init__(self) -> None:
         ends = (self.weight.start, self.weight.stop) if isinstance(self.weight, Ramp) else (self.weight,)
         if min(ends) < 0:
-            raise UserError(f"the weight of source {without_url_secrets(self.root)} is {self.weight}: give 0 or more")
+            raise UserError(f"the weight of source {mask_url_secrets(self.root)} is {self.weight}: give 0 or more")
 
     def weight_at(self, step: int) -> float:
         """Return the weight when `step` optimiser steps are done."""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)")
 _COPIES = {"s3": "aws s3 sync {address} FOLDER", "gs": "gsutil -m rsync -r {address} FOLDER"}
@@ -45,4 +45,4 @@ def local_target(text: str, option: str) -> Path:
 def _address(text: str) -> tuple[str, str] | None:
     """Return scheme and whole of an address, without secrets; also of one that `Path` has taken a slash from."""
     found = _ADDRESS.fullmatch(text)
-    return None if found is None else (found[1].lower(), without_url_secrets(f"{found[1]}://{found[2].lstrip('/')}"))
+    return None if found is None else (found[1].lower(), mask_url_secrets(f"{found[1]}://{found[2].lstrip('/')}"))

@@ -21,7 +21,7 @@ from fsspec.asyn import sync
 from fsspec.callbacks import Callback
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import MASK, without_url_secrets
+from lightning_moevlm.common.secret_masking import MASK, mask_url_secrets
 from lightning_moevlm.data.format.faults import ShardFault
 from lightning_moevlm.data.format.manifest import ShardEntry, check_size
 from lightning_moevlm.data.storage.stop_request import StoppedError, StopRequest
@@ -152,16 +152,16 @@ class RemoteFolder:
         parts = urlsplit(self.url)
         for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
             text = text.replace(secret, MASK) if secret else text
-        return without_url_secrets(text)
+        return mask_url_secrets(text)
 
 
 class _Discretion(logging.Filter):
     """Masks addresses in what drivers log, which some do at the level DEBUG; errors with their traceback included."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = without_url_secrets(record.getMessage()), ()
+        record.msg, record.args = mask_url_secrets(record.getMessage()), ()
         if record.exc_info and record.exc_info[0] is not None:
-            record.exc_text = without_url_secrets(logging.Formatter().formatException(record.exc_info))
+            record.exc_text = mask_url_secrets(logging.Formatter().formatException(record.exc_info))
             record.exc_info = None
         return True
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.flat_config import nested
+from lightning_moevlm.common.flat_config import unflatten
 from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.metric_keys import name_and_unit
@@ -32,7 +32,7 @@ from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
-from lightning_moevlm.tracking.read.run_selection import told
+from lightning_moevlm.tracking.read.run_selection import name_run
 from lightning_moevlm.tracking.read.runs import RunRow
 from lightning_moevlm.tracking.read.series import Series
 
@@ -66,12 +66,12 @@ def read_runs(rows: Sequence[RunRow]) -> list[NamedRun]:
     """
     read = []
     for row in rows:
-        config = nested(row.params)
+        config = unflatten(row.params)
         seed = row.tags.get("seed", str(config.get("seed_everything")))
         if not seed.isdigit():
             raise UserError(
-                f"run {told(row)} tells no seed: it has neither a tag `seed` nor a param `seed_everything` that is a "
-                "number; runs are paired by it. Set the tag in MLflow, or leave the run out"
+                f"run {name_run(row)} tells no seed: it has neither a tag `seed` nor a param `seed_everything` that is "
+                "a number; runs are paired by it. Set the tag in MLflow, or leave the run out"
             )
         read.append(NamedRun(row, config, int(seed)))
     return read
@@ -86,8 +86,8 @@ def refuse_unchecked(runs: Sequence[NamedRun]) -> None:
     for one in runs:
         if not {"data", "trainer"} <= one.config.keys():
             raise UserError(
-                f"run {told(one.row)} has logged no configuration (params like trainer.max_steps and data.batch_size), "
-                "so it cannot be checked for fairness; leave it out, or compare it all the same: "
+                f"run {name_run(one.row)} has logged no configuration (params like trainer.max_steps and "
+                "data.batch_size), so it cannot be checked for fairness; leave it out, or compare it all the same: "
                 "--unfair=true"
             )
 
@@ -229,7 +229,9 @@ def _refuse_without(metric: str, runs: Sequence[NamedRun], results: Sequence[Run
             offered = suggest(metric, result.series) or (
                 "it has logged nothing; " if not result.series else f"it has logged {len(result.series)} others; "
             )
-            raise UserError(f"run {told(row)} has logged no {metric}; {offered}leave it out or take another --metric")
+            raise UserError(
+                f"run {name_run(row)} has logged no {metric}; {offered}leave it out or take another --metric"
+            )
 
 
 def _spends(results: Sequence[RunResult]) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.flat_config import changes, flat
+from lightning_moevlm.common.flat_config import find_changes, flatten
 from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.study.plan.run_identity import flatten_without_seeds
-from lightning_moevlm.tracking.read.run_selection import told
+from lightning_moevlm.tracking.read.run_selection import name_run
 from lightning_moevlm.tracking.read.runs import RunRow
 
 _SEED_IN_NAME = re.compile(r"[-_ ]*seed[-_ =]?\d+$")
@@ -40,9 +40,9 @@ class NamedRun:
         if value is not _MISSING:
             return value
         if key not in self.row.tags:
-            known = [*flat(self.config), *self.row.tags]
+            known = [*flatten(self.config), *self.row.tags]
             raise UserError(
-                f"--by {key}: run {told(self.row)} has no config key and no tag of that name; "
+                f"--by {key}: run {name_run(self.row)} has no config key and no tag of that name; "
                 f"{suggest(key, known)}leave the run out or group by another"
             )
         return self.row.tags[key]
@@ -86,7 +86,7 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
 def key_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys in which a config differs from another but for seeds and what is cosmetic, with its values."""
     now = flatten_without_seeds(config)
-    different = changes(flatten_without_seeds(base), now)
+    different = find_changes(flatten_without_seeds(base), now)
     apart: dict[str, str] = {}
     for key, change in different.items():
         # Where a part takes the place of null or null that of a part, what is there now says it.
@@ -114,7 +114,7 @@ def _name_by_difference(run: NamedRun, first: NamedRun) -> str:
         return _SEED_IN_NAME.sub("", run.row.name) or run.row.run_id
     apart = key_difference(first.config, run.config)
     if not apart:
-        return f"as {told(run.row)}"
+        return f"as {name_run(run.row)}"
     words = [f"{key.split('.')[-1]}={_short(value)}" for key, value in list(apart.items())[:_SHOWN_KEYS]]
     more = f" and {len(apart) - _SHOWN_KEYS} more" if len(apart) > _SHOWN_KEYS else ""
     return ", ".join(words) + more
@@ -123,11 +123,11 @@ def _name_by_difference(run: NamedRun, first: NamedRun) -> str:
 def _short(value: Any) -> str:
     """Return a value, or a part of a config by its class and its leaves, in few letters."""
     if isinstance(value, Mapping):
-        leaves = flat(value)
+        leaves = flatten(value)
         class_path = leaves.pop("class_path", "").rpartition(".")[2]
         text = " ".join([class_path, *(f"{key.split('.')[-1]}:{text}" for key, text in leaves.items())]).strip()
     else:
-        text = value if isinstance(value, str) else flat({"": value})[""]
+        text = value if isinstance(value, str) else flatten({"": value})[""]
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
 
@@ -145,9 +145,9 @@ def _refuse_twins(name: str, runs: Sequence[NamedRun]) -> None:
         twin = seen.setdefault(one.seed, one)
         if twin is not one:
             raise UserError(
-                f"runs {told(twin.row)} and {told(one.row)} are both seed {one.seed} of arm {name!r}; one of a seed "
-                "enters a comparison: leave one out (runs that a study started have the tag role=arm), or tell them "
-                "apart with --by KEY"
+                f"runs {name_run(twin.row)} and {name_run(one.row)} are both seed {one.seed} of arm {name!r}; one of a "
+                "seed enters a comparison: leave one out (runs that a study started have the tag role=arm), or tell "
+                "them apart with --by KEY"
             )
 
 
@@ -156,6 +156,6 @@ def _refuse_unlike(name: str, runs: Sequence[NamedRun]) -> None:
         apart = key_difference(runs[0].config, one.config)
         if apart:
             raise UserError(
-                f"runs {told(runs[0].row)} and {told(one.row)} are both of arm {name!r} and yet differ in "
+                f"runs {name_run(runs[0].row)} and {name_run(one.row)} are both of arm {name!r} and yet differ in "
                 f"{', '.join(apart)}; leave one out, or make arms of what they differ in with --by KEY"
             )

@@ -8,7 +8,7 @@ from typing import get_args
 
 from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.common.nearest_name import suggest
-from lightning_moevlm.common.shipped_files import find_file, missing_file
+from lightning_moevlm.common.shipped_files import describe_missing_file, find_file
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.comparison import Correction, Decision, Direction, Test
 from lightning_moevlm.study.declare.factors import CHANGES, DESCRIPTION, FACTOR_BLOCK
@@ -46,7 +46,7 @@ def _config_file(node: YamlNode) -> Path:
     beside = [node.file.parent]
     found = find_file(given, beside)
     if found is None:
-        raise node.error(str(missing_file("configuration file", given, beside)))
+        raise node.error(str(describe_missing_file("configuration file", given, beside)))
     return found
 
 

@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_moevlm.common.atomic_files import write_whole
-from lightning_moevlm.common.digest import digest_of_text
+from lightning_moevlm.common.atomic_files import write_atomically
+from lightning_moevlm.common.digest import digest_text
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.flat_config import changes
+from lightning_moevlm.common.flat_config import find_changes
 from lightning_moevlm.study.declare.arm_changes import OWNED
 from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.plan.run_identity import flatten_without_seeds
@@ -49,7 +49,7 @@ def keep_baseline(plan: Plan) -> None:
     """Keep the baseline's config under its digest, for a refusal to tell what has changed."""
     leaves = _baseline(plan)
     if leaves is not None:
-        write_whole(plan.folder / _FOLDER / f"{_digest(leaves)}.json", json.dumps(leaves, indent=1) + "\n")
+        write_atomically(plan.folder / _FOLDER / f"{_digest(leaves)}.json", json.dumps(leaves, indent=1) + "\n")
 
 
 def _baseline(plan: Plan) -> dict[str, str] | None:
@@ -63,7 +63,7 @@ def _baseline(plan: Plan) -> dict[str, str] | None:
 
 
 def _digest(leaves: Mapping[str, str]) -> str:
-    return digest_of_text(json.dumps(leaves, sort_keys=True))
+    return digest_text(json.dumps(leaves, sort_keys=True))
 
 
 def _describe_changes(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
@@ -73,7 +73,9 @@ def _describe_changes(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
             f"what changed is not known, since no study below {plan.folder.parent} has run with the pinned one; look "
             f"at the history of {', '.join(map(str, plan.study.base))} and of this package"
         )
-    told = [f"{key} was {one.base or 'absent'}, is {one.now or 'absent'}" for key, one in changes(before, now).items()]
+    told = [
+        f"{key} was {one.base or 'absent'}, is {one.now or 'absent'}" for key, one in find_changes(before, now).items()
+    ]
     more = f" and {len(told) - _SHOWN_KEYS} more keys" if len(told) > _SHOWN_KEYS else ""
     return "; ".join(told[:_SHOWN_KEYS]) + more
 

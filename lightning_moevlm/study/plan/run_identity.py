@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_moevlm.common.digest import digest_of_text
-from lightning_moevlm.common.flat_config import flat as spelled
+from lightning_moevlm.common.digest import digest_text
+from lightning_moevlm.common.flat_config import flatten as spelled
 
 
 class Cosmetic(NamedTuple):
@@ -45,7 +45,7 @@ COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
 def compute_digest(resolved: Mapping[str, Any]) -> str:
     """Return the first 12 hex digits of the SHA-256 of the config's canonical JSON, cosmetic keys left out."""
     text = json.dumps(drop_cosmetic_keys(resolved), sort_keys=True, separators=(",", ":"), default=_path_as_text)
-    return digest_of_text(text)
+    return digest_text(text)
 
 
 def drop_cosmetic_keys(resolved: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from typing import get_args, get_origin, get_type_hints
 import filelock
 import psutil
 
-from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.processes.child_process import is_alive
 
@@ -142,7 +142,7 @@ def _check_types(state: RunState) -> None:
 
 def write_state(folder: Path, state: RunState) -> None:
     """Replace a run's state as a whole."""
-    write_whole(folder / STATE_FILE, json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+    write_atomically(folder / STATE_FILE, json.dumps(dataclasses.asdict(state), indent=1) + "\n")
 
 
 def read_ledger(plan: Plan) -> list[tuple[PlannedRun, RunState]]:
@@ -156,7 +156,7 @@ def check_store(folder: Path, uri: str) -> None:
     Raises:
         UserError: where the study's runs are in another store.
     """
-    file, here = folder / _STORE_FILE, without_url_secrets(uri)
+    file, here = folder / _STORE_FILE, mask_url_secrets(uri)
     if file.exists() and (before := file.read_text(encoding="utf-8").strip()) != here:
         raise UserError(
             f"the runs of this study are in {before}, but the tracking URI is now {here}: set it back "
@@ -166,7 +166,7 @@ def check_store(folder: Path, uri: str) -> None:
 
 def remember_store(folder: Path, uri: str) -> None:
     """Remember in which MLflow store a study's runs are, secrets masked."""
-    write_whole(folder / _STORE_FILE, without_url_secrets(uri) + "\n")
+    write_atomically(folder / _STORE_FILE, mask_url_secrets(uri) + "\n")
 
 
 def find_process(state: RunState) -> psutil.Process | None:
@@ -202,7 +202,7 @@ def hold_study(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written: {error.strerror}; a sweep keeps its state there") from error
     try:
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_whole(owner, json.dumps(me) + "\n")
+        write_atomically(owner, json.dumps(me) + "\n")
         yield
     finally:
         owner.unlink(missing_ok=True)

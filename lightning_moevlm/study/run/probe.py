@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.process_tuning import usable_cores
+from lightning_moevlm.common.process_tuning import count_usable_cores
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.processes.command_line import share_environment
 from lightning_moevlm.study.run.processes.overrides_file import write_overrides
@@ -80,7 +80,7 @@ def _probe(plan: Plan, run: PlannedRun, command: ProbeCommand) -> Probe:
         times = folder / "times.json"
         log = folder / "log.txt"
         overrides = write_overrides(dataclasses.replace(run, overrides=_short(run, folder, times)), folder)
-        env = share_environment(os.environ, jobs=1, cores=usable_cores(), slot=0, num_gpus=0)
+        env = share_environment(os.environ, jobs=1, cores=count_usable_cores(), slot=0, num_gpus=0)
         began = time.perf_counter()
         with log.open("wb") as sink:
             code = subprocess.run(

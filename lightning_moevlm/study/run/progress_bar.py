@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from lightning_moevlm.common.durations import duration
+from lightning_moevlm.common.durations import format_duration
 from lightning_moevlm.study.plan.planned_run import PlannedRun
 from lightning_moevlm.study.run.ledger import RunState, Status
 
@@ -75,7 +75,7 @@ class SweepProgress:
         why = f": {escape(state.reason)}" if state.reason else ""
         left = f", {self._left()}" if self._left() else ""
         width = len(str(self._total))
-        line = f"{self._done:>{width}}/{self._total}  {run.name} {word} after {duration(seconds)}{why}{left}"
+        line = f"{self._done:>{width}}/{self._total}  {run.name} {word} after {format_duration(seconds)}{why}{left}"
         self._console.print(line, highlight=False, soft_wrap=True)
         if state.status is Status.FAILED and state.exit_code != 2:  # 2: the reason says it all
             for line in state.log_tail[-3:]:
@@ -96,10 +96,10 @@ class SweepProgress:
         rest = self._total - self._done
         if not rest or not self._seconds:
             return ""
-        return f"about {duration(rest * sum(self._seconds) / len(self._seconds) / min(self._jobs, rest))} left"
+        return f"about {format_duration(rest * sum(self._seconds) / len(self._seconds) / min(self._jobs, rest))} left"
 
     def _refresh(self) -> None:
         self._shown = time.time()
-        names = ", ".join(f"{name} {duration(self._shown - since)}" for name, since in self._running.items())
+        names = ", ".join(f"{name} {format_duration(self._shown - since)}" for name, since in self._running.items())
         self._bar.update(self._task, completed=self._done, description=names or "runs", left=self._left())
         self._bar.refresh()

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.tracking.store import runs_dir
-from lightning_moevlm.tracking.write.offline_log import JOURNAL, Outbox
-from lightning_moevlm.tracking.write.store_outage import Silence
-from lightning_moevlm.tracking.write.sync_offline_logs import Delivered, Delivery, deliver
+from lightning_moevlm.tracking.write.offline_log import JOURNAL, OfflineLog
+from lightning_moevlm.tracking.write.store_outage import OutageGuard
+from lightning_moevlm.tracking.write.sync_offline_logs import SyncOutcome, SyncResult, sync_offline_logs
 
 _LONGEST_PAUSE = 30.0  # seconds between attempts
 _WHAT = "what runs goes on; runs are judged and others begin once it answers"
@@ -29,7 +29,7 @@ class StoreRetries:
     """
 
     def __init__(self, uri: str, tell: Callable[[str], None]) -> None:
-        self._silence = Silence(uri, tell, _WHAT)
+        self._silence = OutageGuard(uri, tell, _WHAT)
         self._since = 0.0
         self._pause = 0.0
         self._next = 0.0
@@ -64,12 +64,12 @@ def deliver_first(experiment: StudyRuns, run_id: str) -> None:
         OSError: the store does not take it.
     """
     for told in deliver_left_behind(experiment.uri, [run_id]):
-        if told.outcome is Delivery.KEPT:
+        if told.outcome is SyncOutcome.KEPT:
             raise OSError(told.reason)
 
 
-def deliver_left_behind(uri: str, run_ids: Iterable[str]) -> Sequence[Delivered]:
+def deliver_left_behind(uri: str, run_ids: Iterable[str]) -> Sequence[SyncResult]:
     """Deliver what runs kept on disk while their store was silent; those that are at work do it themselves."""
     root = runs_dir(uri)
     journals = [journal for run_id in run_ids for journal in root.glob(f"*/{run_id}/{JOURNAL}")]
-    return deliver([Outbox(journal.parent) for journal in journals], uri)
+    return sync_offline_logs([OfflineLog(journal.parent) for journal in journals], uri)

@@ -33,7 +33,7 @@ def choose_runs(uri: str, words: Sequence[str]) -> list[RunRow]:
     return list(chosen.values())
 
 
-def told(row: RunRow) -> str:
+def name_run(row: RunRow) -> str:
     """Return how a run is named in messages."""
     return f"{row.name} ({row.run_id[:SHOWN_DIGITS]})"
 

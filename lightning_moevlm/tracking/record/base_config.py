@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_moevlm.common.secret_masking import masked
+from lightning_moevlm.common.secret_masking import mask_secrets
 from lightning_moevlm.common.yaml_text import read_yaml
 
 
@@ -32,7 +32,7 @@ class _Alone:
     parser: LightningArgumentParser = field(compare=False, repr=False)
 
 
-def resolved_base(parser: LightningArgumentParser, sources: Sequence[Path]) -> tuple[dict[str, object], str]:
+def resolve_base(parser: LightningArgumentParser, sources: Sequence[Path]) -> tuple[dict[str, object], str]:
     """Return the base, secrets masked, and in words what it is.
 
     Args:
@@ -47,7 +47,7 @@ def resolved_base(parser: LightningArgumentParser, sources: Sequence[Path]) -> t
     return _resolved_alone(_Alone(source, text, named, parser.prog, parser))
 
 
-def masked_tree(
+def to_masked_tree(
     parser: LightningArgumentParser, config: Namespace, *, keep_references: bool = False
 ) -> dict[str, object]:
     """Return a parsed configuration as plain values, every default filled in and secrets masked.
@@ -62,7 +62,7 @@ def masked_tree(
     tree.pop("config", None)  # the files' names; their content is recorded
     if not keep_references and "${" in dumped:
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    clean = masked(tree, os.environ)
+    clean = mask_secrets(tree, os.environ)
     assert isinstance(clean, dict)
     return clean
 
@@ -78,11 +78,11 @@ def _resolved_alone(alone: _Alone) -> tuple[dict[str, object], str]:
         return _defaults(parser), f"against the defaults: {alone.source.name} is not complete alone ({reason})"
     finally:
         parser.exit_on_error = exits
-    return masked_tree(parser, base), f"against {alone.source.name} alone"
+    return to_masked_tree(parser, base), f"against {alone.source.name} alone"
 
 
 def _defaults(parser: LightningArgumentParser) -> dict[str, object]:
-    return masked_tree(parser, parser.get_defaults(skip_validation=True))
+    return to_masked_tree(parser, parser.get_defaults(skip_validation=True))
 
 
 def _named_files(node: object, folder: Path) -> list[Path]:

@@ -12,10 +12,10 @@ from lightning_moevlm.tracking.store import resolve_tracking_uri
 from lightning_moevlm.tracking.write.run_logger import RunLogger
 
 
-def where_everything_is(uri: str, experiment_id: str, run_id: str, run_dir: Path) -> tuple[str, ...]:
+def closing_lines(uri: str, experiment_id: str, run_id: str, run_dir: Path) -> tuple[str, ...]:
     """Return the lines to print after a run; the second is missing where the store is a server, which runs already."""
     server = server_command(uri)
-    word = run_word(uri, run_id, run_dir)
+    word = run_argument(uri, run_id, run_dir)
     return (
         f"Checkpoints and configuration: {run_dir}",
         *(() if server is None else (f"MLflow: {server}",)),
@@ -24,7 +24,7 @@ def where_everything_is(uri: str, experiment_id: str, run_id: str, run_dir: Path
     )
 
 
-def run_word(uri: str, run_id: str, run_dir: Path) -> str:
+def run_argument(uri: str, run_id: str, run_dir: Path) -> str:
     """Return what `--run` finds a run by, in the shell's words.
 
     That is how its id begins, or, in a store that only its configuration names, its folder.
@@ -32,7 +32,7 @@ def run_word(uri: str, run_id: str, run_dir: Path) -> str:
     return run_id[:SHOWN_DIGITS] if uri == resolve_tracking_uri(None) else shlex.quote(str(run_dir))
 
 
-def where_checkpoints_are(trainer: Trainer) -> tuple[str, ...]:
+def checkpoint_lines(trainer: Trainer) -> tuple[str, ...]:
     """Return the lines to print after a run that MLflow does not hold."""
     last = _last_checkpoint(trainer)
     if last is None:
@@ -54,7 +54,7 @@ def resume_line(trainer: Trainer) -> str:
         return ""
     logger = next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
     if logger is not None and logger.run_id is not None:
-        return f"Resume with: moevlm fit --run {run_word(logger.tracking_uri, logger.run_id, logger.run_dir)}"
+        return f"Resume with: moevlm fit --run {run_argument(logger.tracking_uri, logger.run_id, logger.run_dir)}"
     folder = last.parent.parent
     is_recorded = (folder / "config").is_dir()
     return f"Resume with: moevlm fit --run {shlex.quote(str(folder))}" if is_recorded else ""

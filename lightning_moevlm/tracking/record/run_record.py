@@ -21,11 +21,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from typing_extensions import override
 
-from lightning_moevlm.common.flat_config import changes, flat
-from lightning_moevlm.common.secret_masking import masked_argv, masked_yaml
+from lightning_moevlm.common.flat_config import find_changes, flatten
+from lightning_moevlm.common.secret_masking import mask_argv, mask_yaml
 from lightning_moevlm.common.yaml_text import write_yaml
-from lightning_moevlm.tracking.record.base_config import masked_tree, resolved_base
-from lightning_moevlm.tracking.record.closing_lines import where_checkpoints_are, where_everything_is
+from lightning_moevlm.tracking.record.base_config import resolve_base, to_masked_tree
+from lightning_moevlm.tracking.record.closing_lines import checkpoint_lines, closing_lines
 from lightning_moevlm.tracking.record.config_files import config_sources
 from lightning_moevlm.tracking.record.config_folder import write_config_folder
 from lightning_moevlm.tracking.record.dataset_input import DIGEST_TAG, HasManifest, log_dataset
@@ -77,7 +77,7 @@ class RunRecord(SaveConfigCallback):
             return  # nothing will be logged: there would be a run without content
         if not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger):
             return
-        resolved = masked_tree(self.parser, self.config)
+        resolved = to_masked_tree(self.parser, self.config)
         files = self._files(resolved)
         logger = _run_logger(trainer)
         if logger is None:
@@ -115,10 +115,10 @@ class RunRecord(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         if logger is None:
-            lines = where_checkpoints_are(trainer)
+            lines = checkpoint_lines(trainer)
         else:
             assert logger.experiment_id is not None and logger.run_id is not None
-            lines = where_everything_is(logger.tracking_uri, logger.experiment_id, logger.run_id, logger.run_dir)
+            lines = closing_lines(logger.tracking_uri, logger.experiment_id, logger.run_id, logger.run_dir)
         for line in lines:
             Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -140,21 +140,21 @@ class RunRecord(SaveConfigCallback):
     def _files(self, resolved: Mapping[str, object]) -> dict[str, str]:
         sources = config_sources(self._argv)
         files = {
-            "config.yaml": write_yaml(masked_tree(self.parser, self.config, keep_references=True)),
+            "config.yaml": write_yaml(to_masked_tree(self.parser, self.config, keep_references=True)),
             "changed.yaml": self._changed(sources, resolved),
-            "command.txt": shlex.join(masked_argv(self._argv, os.environ)) + "\n",
+            "command.txt": shlex.join(mask_argv(self._argv, os.environ)) + "\n",
         }
         for index, path in enumerate(sources):
             name = f"source{index}_{_RECORDED.sub('', path.name)}"
-            files[name] = masked_yaml(path.read_text(encoding="utf-8"), os.environ)
+            files[name] = mask_yaml(path.read_text(encoding="utf-8"), os.environ)
         return files
 
     def _changed(self, sources: Sequence[Path], resolved: Mapping[str, object]) -> str:
         """Every key that the later files and the command line changed, with both values."""
-        base, told = resolved_base(self.parser, sources)
-        different = changes(flat(base), flat(resolved))
+        base, text = resolve_base(self.parser, sources)
+        different = find_changes(flatten(base), flatten(resolved))
         rows = {key: {"base": change.base, "now": change.now} for key, change in different.items()}
-        return f"# {told}\n" + write_yaml(rows)
+        return f"# {text}\n" + write_yaml(rows)
 
     @staticmethod
     def _tags() -> dict[str, str]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def series_image_files(directory: Path, image: "Image", key: str, step: int) -> dict[str, str]:
+def write_series_image(directory: Path, image: "Image", key: str, step: int) -> dict[str, str]:
     """Write the files under their artifact names below a directory; return the tags that belong to them."""
     from mlflow import MlflowClient
 

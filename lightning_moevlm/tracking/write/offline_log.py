@@ -36,14 +36,14 @@ class Address(NamedTuple):
     run_id: str
 
 
-class Waiting(NamedTuple):
-    """How much waits in an outbox."""
+class PendingCount(NamedTuple):
+    """How much waits in a log."""
 
     points: int
     files: int
 
 
-class Outbox:
+class OfflineLog:
     """The undelivered part of one run. Not for several threads.
 
     run_dir: the run's folder; nothing is made there before something has to be kept. address: of the run; read from
@@ -84,7 +84,7 @@ class Outbox:
         return self._address
 
     def hold(self, patience_seconds: float = 0.0) -> bool:
-        """Make this outbox the business of this process alone, and tell whether it is; held twice is held."""
+        """Make this log the business of this process alone, and tell whether it is; held twice is held."""
         if self._lock.is_locked:
             return True
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -158,10 +158,10 @@ class Outbox:
             writer.ending(*self._ending)
         self._remove()
 
-    def count(self) -> "Waiting":
+    def count(self) -> "PendingCount":
         """Return how much waits."""
         lines = [entry for entry, _ in _entries(self.journal)] if not self.is_empty else []
-        return Waiting(sum("key" in entry for entry in lines), len(self._kept_files()))
+        return PendingCount(sum("key" in entry for entry in lines), len(self._kept_files()))
 
     def _parts(self) -> Iterator["_Part"]:
         """Yield what has not been delivered, a batch of points or one other entry at a time."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.tracking.write.metric_names import safe_name
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def reopen_run(client: "MlflowClient", run_id: str, shown_uri: str) -> OpenRun:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise UserError(
-            f"there is no run {run_id!r} in {without_url_secrets(shown_uri)}: give the id of one that is there, "
+            f"there is no run {run_id!r} in {mask_url_secrets(shown_uri)}: give the id of one that is there, "
             "or leave run_id out to start a new one"
         ) from error
     if run.info.lifecycle_stage == "deleted":

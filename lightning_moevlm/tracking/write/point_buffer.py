@@ -2,7 +2,7 @@
 
 One write to SQLite costs about 10 ms whether it carries one point or a hundred; training logs every step. A
 store that stops answering is left alone for longer each time, and nothing is given up: what was not delivered
-stays in order, here or, spilled, in the run's `Outbox`.
+stays in order, here or, spilled, in the run's `OfflineLog`.
 """
 
 import time

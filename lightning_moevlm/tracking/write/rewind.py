@@ -46,8 +46,8 @@ def drop_points(client: "MlflowClient", uri: str, run_id: str, step: int) -> Map
         beyond = {metric.key: metric.step for metric in run.data._metric_objs if metric.step > step}
         return {key: last for key, last in beyond.items() if not key.startswith("system/")}
     _drop_rows(path, run_id, step)
-    for tag, told in run.data.tags.items():
-        if tag.startswith(NONFINITE_TAG) and int(told.rpartition(" ")[2]) > step:
+    for tag, text in run.data.tags.items():
+        if tag.startswith(NONFINITE_TAG) and int(text.rpartition(" ")[2]) > step:
             client.delete_tag(run_id, tag)
     return {}
 

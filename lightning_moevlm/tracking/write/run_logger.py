@@ -24,13 +24,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.secret_masking import without_url_secrets
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
-from lightning_moevlm.tracking.write.image_series import series_image_files
+from lightning_moevlm.tracking.write.image_series import write_series_image
 from lightning_moevlm.tracking.write.metric_names import LONGEST_NAME, MetricNames
-from lightning_moevlm.tracking.write.offline_log import Address, Outbox
+from lightning_moevlm.tracking.write.offline_log import Address, OfflineLog
 from lightning_moevlm.tracking.write.open_run import (
     NONFINITE_TAG,
     OpenRun,
@@ -43,7 +43,7 @@ from lightning_moevlm.tracking.write.point_buffer import PointBuffer
 from lightning_moevlm.tracking.write.rewind import drop_points
 from lightning_moevlm.tracking.write.run_params import CHANGED_TAG, sort_params
 from lightning_moevlm.tracking.write.run_writer import METRICS_PER_WRITE, RunWriter
-from lightning_moevlm.tracking.write.store_outage import Silence
+from lightning_moevlm.tracking.write.store_outage import OutageGuard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,8 +109,8 @@ class RunLogger(MLFlowLogger):
         self._run_tags = dict(tags or {})
         self._resumed = run_id is not None
         self._writer: RunWriter | None = None
-        self._outbox: Outbox | None = None
-        self._silence = Silence(self._tracking_uri, _warn, "training goes on, what it logs is kept on disk")
+        self._offline_log: OfflineLog | None = None
+        self._guard = OutageGuard(self._tracking_uri, _warn, "training goes on, what it logs is kept on disk")
         self._params: dict[str, str] = {}
         self._names = MetricNames()
         self._logged_until: Mapping[str, int] = {}  # steps that a server has, and that a resumed run logs again
@@ -168,7 +168,7 @@ class RunLogger(MLFlowLogger):
                 self._nonfinite_tags[f"{NONFINITE_TAG}{key}"[:LONGEST_NAME]] = f"{number} first at step {at}"
         if self._buffer.due:
             self.flush()
-        elif self._silence.reason:
+        elif self._guard.reason:
             self._keep_waiting()
 
     @rank_zero_only
@@ -184,7 +184,7 @@ class RunLogger(MLFlowLogger):
             if not self._logged_until:
                 self._nonfinite_seen = set()
 
-        if self._silence.attempt(drop) and self._logged_until:
+        if self._guard.attempt(drop) and self._logged_until:
             _warn(
                 f"run {self._run_id} is resumed at step {step} and has points up to step "
                 f"{max(self._logged_until.values())}: a server forgets none, so these stay and are not logged again; "
@@ -201,17 +201,17 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def flush(self) -> None:
         """Write what waits. A store that does not answer is warned about once and tried again later."""
-        writer, outbox = self._write, self._kept
+        writer, log = self._write, self._kept
 
         def older() -> None:
-            outbox.deliver(writer, has_ended=False)
+            log.deliver(writer, has_ended=False)
             if self._nonfinite_tags:
                 writer.tags(self._nonfinite_tags)
                 self._nonfinite_tags = {}
 
-        if not self._silence.attempt(lambda: self._buffer.deliver(writer.points, METRICS_PER_WRITE, older)):
+        if not self._guard.attempt(lambda: self._buffer.deliver(writer.points, METRICS_PER_WRITE, older)):
             self._keep_waiting()
-            outbox.sync()
+            log.sync()
 
     @override
     @rank_zero_only
@@ -221,10 +221,10 @@ class RunLogger(MLFlowLogger):
         Values longer than MLflow takes (6,000 characters) are cut there, and whole in the artifact
         `params/<key>.txt`.
         """
-        writer, outbox = self._write, self._kept
+        writer, log = self._write, self._kept
         found = sort_params(params, self._params)
-        if not (outbox.is_empty and self._silence.attempt(lambda: writer.params(found.new))):
-            outbox.keep_params(found.new)
+        if not (log.is_empty and self._guard.attempt(lambda: writer.params(found.new))):
+            log.keep_params(found.new)
         self._params |= found.new
         self.log_tags({f"{CHANGED_TAG}{key}"[:LONGEST_NAME]: value for key, value in found.changed.items()})
         for key, whole in found.too_long.items():
@@ -233,9 +233,9 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run; an existing one is replaced."""
-        writer, outbox = self._write, self._kept
-        if not (outbox.is_empty and self._silence.attempt(lambda: writer.tags(tags))):
-            outbox.keep_tags(tags)
+        writer, log = self._write, self._kept
+        if not (log.is_empty and self._guard.attempt(lambda: writer.tags(tags))):
+            log.keep_tags(tags)
 
     @rank_zero_only
     def log_artifact_text(self, name: str, text: str) -> None:
@@ -251,7 +251,7 @@ class RunLogger(MLFlowLogger):
     def log_image(self, key: str, image: "Image", step: int) -> None:
         """Keep a picture of a series; the UI shows the series with a slider over steps."""
         with tempfile.TemporaryDirectory() as directory:
-            tags = series_image_files(Path(directory), image, self._names.safe(key), step)
+            tags = write_series_image(Path(directory), image, self._names.safe(key), step)
             self._deliver_files(Path(directory), "")
         self.log_tags(tags)
 
@@ -275,7 +275,7 @@ class RunLogger(MLFlowLogger):
         """
         if self._writer is None and not len(self._buffer):
             return  # the run was never opened: fast_dev_run, or the store was refused
-        writer, outbox = self._write, self._kept
+        writer, log = self._write, self._kept
         self.flush()
         # Lightning says "failed" from within its except block, whatever the exception is.
         killed = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SIGTERMException))
@@ -283,23 +283,23 @@ class RunLogger(MLFlowLogger):
         if self._has_diverged or (status == "failed" and not killed):
             ending = "FAILED"
         now_ms = int(time.time() * 1000)
-        if not (outbox.is_empty and self._silence.attempt(lambda: writer.ending(ending, now_ms))):
-            outbox.keep_ending(ending, now_ms)
-            outbox.sync()
-            waiting = outbox.count()
+        if not (log.is_empty and self._guard.attempt(lambda: writer.ending(ending, now_ms))):
+            log.keep_ending(ending, now_ms)
+            log.sync()
+            waiting = log.count()
             _warn(
                 f"{waiting.points} points and {waiting.files} files of run {self.run_id} were not delivered to "
-                f"{without_url_secrets(self._tracking_uri)}; they are in {outbox.journal}. Once it answers: "
-                f"moevlm deliver {self.run_dir}"
+                f"{mask_url_secrets(self._tracking_uri)}; they are in {log.journal}. Once it answers: "
+                f"moevlm sync {self.run_dir}"
             )
-        outbox.release()
+        log.release()
 
     @property
-    def _kept(self) -> Outbox:
-        if self._outbox is None:
+    def _kept(self) -> OfflineLog:
+        if self._offline_log is None:
             assert self.run_id is not None
-            self._outbox = Outbox(self.run_dir, Address(without_url_secrets(self._tracking_uri), self.run_id))
-        return self._outbox
+            self._offline_log = OfflineLog(self.run_dir, Address(mask_url_secrets(self._tracking_uri), self.run_id))
+        return self._offline_log
 
     def _keep_waiting(self) -> None:
         """Move to the disk what waits for a store that does not answer; a kill would lose it here."""
@@ -348,11 +348,11 @@ class RunLogger(MLFlowLogger):
 
     def _deliver_files(self, directory: Path, prefix: str) -> None:
         """Hand every file below a directory to the store as `prefix` + its path; what that does not take is kept."""
-        writer, outbox = self._write, self._kept
+        writer, log = self._write, self._kept
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
             name = prefix + path.relative_to(directory).as_posix()
-            if not (outbox.is_empty and self._silence.attempt(partial(writer.file, path, name))):
-                outbox.keep_file(path, name)
+            if not (log.is_empty and self._guard.attempt(partial(writer.file, path, name))):
+                log.keep_file(path, name)
 
 
 def _warn(line: str) -> None:

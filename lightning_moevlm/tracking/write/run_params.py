@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, NamedTuple
 
-from lightning_moevlm.common.flat_config import flat
-from lightning_moevlm.common.secret_masking import masked
+from lightning_moevlm.common.flat_config import flatten
+from lightning_moevlm.common.secret_masking import mask_secrets
 from lightning_moevlm.tracking.write.metric_names import safe_name
 
 CHANGED_TAG = "changed_param/"
@@ -34,7 +34,7 @@ def sort_params(params: Mapping[str, Any] | Namespace, existing: Mapping[str, st
         params: nested as they come: mappings, lists, namespaces and dataclasses.
         existing: the run's params as MLflow returns them.
     """
-    whole = {safe_name(key): value for key, value in flat(_masked_tree(params)).items()}
+    whole = {safe_name(key): value for key, value in flatten(_masked_tree(params)).items()}
     cut = {key: value[:LONGEST_VALUE] for key, value in whole.items()}
     return SortedParams(
         new={key: value for key, value in cut.items() if key not in existing},
@@ -44,7 +44,7 @@ def sort_params(params: Mapping[str, Any] | Namespace, existing: Mapping[str, st
 
 
 def _masked_tree(params: Mapping[str, Any] | Namespace) -> dict[str, object]:
-    tree = masked(_plain(params), os.environ)
+    tree = mask_secrets(_plain(params), os.environ)
     assert isinstance(tree, dict)
     return tree
 

@@ -5,11 +5,11 @@ Training must not die of its bookkeeping, and a sweep must not die of one lost a
 
 from collections.abc import Callable
 
-from lightning_moevlm.common.secret_masking import without_url_secrets
-from lightning_moevlm.tracking.store import impatient_requests, reason_of
+from lightning_moevlm.common.secret_masking import mask_url_secrets
+from lightning_moevlm.tracking.store import describe_cause, limit_request_time
 
 
-class Silence:
+class OutageGuard:
     """Attempts on one store.
 
     uri: the store's, named with its credentials masked. tell: is handed one line when a silence begins. what: what
@@ -17,7 +17,7 @@ class Silence:
     """
 
     def __init__(self, uri: str, tell: Callable[[str], None], what: str) -> None:
-        self._shown_uri = without_url_secrets(uri)
+        self._shown_uri = mask_url_secrets(uri)
         self._tell = tell
         self._what = what
         self._reason = ""
@@ -33,10 +33,10 @@ class Silence:
 
         before = self._reason
         try:
-            with impatient_requests():
+            with limit_request_time():
                 action()
         except (MlflowException, OSError) as error:  # the exceptions of `requests` are OSErrors
-            self._reason = reason_of(error)
+            self._reason = describe_cause(error)
             if not before:
                 self._tell(f"MLflow at {self._shown_uri} takes nothing at the moment; {self._what}: {self._reason}")
             return False

@@ -14,7 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from lightning_moevlm.common.atomic_files import written
+from lightning_moevlm.common.atomic_files import explain_write_errors
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -36,7 +36,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, held)
         whole.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with written(whole, f"make room; what {whole.name} held before is still there"), part.open("wb") as stream:
+            with (
+                explain_write_errors(whole, f"make room; what {whole.name} held before is still there"),
+                part.open("wb") as stream,
+            ):
                 stream.write(held.getbuffer())
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.flat_config import flat
+from lightning_moevlm.common.flat_config import flatten
 from lightning_moevlm.study.compare.collect_results import collect_results, compare_arms
 from lightning_moevlm.study.compare.logged_runs import (
     Rules,
@@ -45,10 +45,10 @@ CONFIG: dict[str, Any] = {
 
 def config(seed: int = 0, **dotted: object) -> dict[str, str]:
     """Return params as a run logs them; `data__batch_size=9` sets data.batch_size."""
-    leaves = flat(CONFIG) | {"seed_everything": str(seed), "data.seed": str(seed)}
+    leaves = flatten(CONFIG) | {"seed_everything": str(seed), "data.seed": str(seed)}
     for name, value in dotted.items():
         key = name.replace("__", ".")
-        leaves = {k: v for k, v in leaves.items() if not k.startswith(f"{key}.")} | flat({key: value})
+        leaves = {k: v for k, v in leaves.items() if not k.startswith(f"{key}.")} | flatten({key: value})
     return leaves
 
 

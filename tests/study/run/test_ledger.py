@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.declare.comparison import Divergence
 from lightning_moevlm.study.run.ledger import (
@@ -63,14 +63,14 @@ def test_a_state_that_was_edited_is_told_before_anything_counts_with_it(tmp_path
 
 def test_a_full_disk_is_told_and_leaves_the_old_text(tmp_path, monkeypatch):
     file = tmp_path / "state.json"
-    write_whole(file, "old")
+    write_atomically(file, "old")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"state\.json cannot be written: No space left on device; make room"):
-        write_whole(file, "new")
+        write_atomically(file, "new")
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("state.json", "old")]
 
 
@@ -238,5 +238,5 @@ def test_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
 
 
 def test_write_whole_makes_folders(tmp_path):
-    write_whole(tmp_path / "a" / "b", "text")
+    write_atomically(tmp_path / "a" / "b", "text")
     assert (tmp_path / "a" / "b").read_text() == "text"

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.tracking import metric_history
 from lightning_moevlm.tracking.point import Point
-from lightning_moevlm.tracking.write.offline_log import JOURNAL, Address, Outbox, Waiting
+from lightning_moevlm.tracking.write.offline_log import JOURNAL, Address, OfflineLog, PendingCount
 from lightning_moevlm.tracking.write.run_writer import RunWriter
 from tests.mlflow_server import MlflowServer
 
@@ -78,7 +78,7 @@ def test_a_server_killed_and_started_again_within_a_run(mortal_server: MlflowSer
     training.wait_for_step(3)
     mortal_server.kill()
     training.wait_for_step(7)
-    waiting = Outbox(training.run_dir).count()
+    waiting = OfflineLog(training.run_dir).count()
     assert waiting.points >= 3
     assert waiting.files == 3
     mortal_server.start()
@@ -99,19 +99,19 @@ def test_a_server_that_stays_away_for_the_rest_of_a_run(
     mortal_server.kill()
     training.wait()
     told = (tmp_path / "stderr").read_text()
-    assert f"moevlm deliver {training.run_dir}" in told.replace("\n", "")
+    assert f"moevlm sync {training.run_dir}" in told.replace("\n", "")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mortal_server.address)
-    assert main(["deliver"]) == 1  # it never comes back: nothing is lost by asking
+    assert main(["sync"]) == 1  # it never comes back: nothing is lost by asking
     assert "kept" in capsys.readouterr().out
     mortal_server.start()
-    assert main(["deliver", "--json", "told.json"]) == 0
+    assert main(["sync", "--json", "told.json"]) == 0
     [record] = json.loads(Path("told.json").read_text())
-    assert (record["run_id"], record["outcome"], record["files"]) == (training.run_id, "delivered", 3)
+    assert (record["run_id"], record["outcome"], record["files"]) == (training.run_id, "uploaded", 3)
     assert record["store"] == mortal_server.address
     assert_whole(mortal_server, training.run_id)
-    assert main(["deliver", str(training.run_dir)]) == 0
+    assert main(["sync", str(training.run_dir)]) == 0
     assert "Nothing to upload" in capsys.readouterr().out
 
 
@@ -129,7 +129,7 @@ def test_a_run_killed_in_the_outage_loses_nothing_it_had_logged(
     mortal_server.start()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mortal_server.address)
-    assert main(["deliver"]) == 0
+    assert main(["sync"]) == 0
     there = [point.step for point in metric_history(mortal_server.address, training.run_id, [LOSS])]
     assert there[:20] == list(range(20))
 
@@ -138,10 +138,10 @@ def test_a_delivery_that_is_killed_in_the_middle_is_finished_by_the_next(mlflow_
     """The server takes a batch, and its answer does not arrive: the batch comes again, and its points are kept once."""
     client = MlflowClient(mlflow_server)
     run_id = client.create_run(client.create_experiment("twice")).info.run_id
-    outbox = Outbox(tmp_path / "run", Address(mlflow_server, run_id))
+    log = OfflineLog(tmp_path / "run", Address(mlflow_server, run_id))
     values = [float("nan"), float("inf"), 0.1]
-    outbox.keep_points([Point("a", step, values[step % 3], 1_000 + step) for step in range(2500)])
-    outbox.release()
+    log.keep_points([Point("a", step, values[step % 3], 1_000 + step) for step in range(2500)])
+    log.release()
 
     class DiesAfter(RunWriter):
         writes = 0
@@ -154,8 +154,8 @@ def test_a_delivery_that_is_killed_in_the_middle_is_finished_by_the_next(mlflow_
 
     for _ in range(2):
         with pytest.raises(OSError, match="killed"):
-            Outbox(tmp_path / "run").deliver(DiesAfter(client, run_id), has_ended=True)
-    Outbox(tmp_path / "run").deliver(RunWriter(client, run_id), has_ended=True)
+            OfflineLog(tmp_path / "run").deliver(DiesAfter(client, run_id), has_ended=True)
+    OfflineLog(tmp_path / "run").deliver(RunWriter(client, run_id), has_ended=True)
     there = client.get_metric_history(run_id, "a")  # as in the table, nothing is tidied
     assert sorted(point.step for point in there) == list(range(2500))
 
@@ -163,14 +163,14 @@ def test_a_delivery_that_is_killed_in_the_middle_is_finished_by_the_next(mlflow_
 def test_credentials_are_not_kept_and_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Outbox(tmp_path / "runs/1/run", Address("http://***@127.0.0.1:9", "run")).keep_tags({"a": "b"})
+    OfflineLog(tmp_path / "runs/1/run", Address("http://***@127.0.0.1:9", "run")).keep_tags({"a": "b"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert main(["deliver"]) == 2
+    assert main(["sync"]) == 2
     assert "credentials are not kept on disk: set MLFLOW_TRACKING_URI" in capsys.readouterr().err
-    assert main(["deliver", "nowhere"]) == 2
+    assert main(["sync", "nowhere"]) == 2
     assert "no such folder: nowhere" in capsys.readouterr().err
-    assert main(["deliver", "--dry_run", "true", "--json", "-"]) == 0
+    assert main(["sync", "--dry_run", "true", "--json", "-"]) == 0
     [record] = json.loads(capsys.readouterr().out)
     assert (record["store"], record["points"], record["outcome"]) == ("http://***@127.0.0.1:9", 0, "kept")
-    assert Outbox(tmp_path / "runs/1/run").count() == Waiting(0, 0)
+    assert OfflineLog(tmp_path / "runs/1/run").count() == PendingCount(0, 0)

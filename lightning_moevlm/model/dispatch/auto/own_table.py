@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from lightning_moevlm.common.digest import digest_of_text
+from lightning_moevlm.common.digest import digest_text
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED, Case, Row, Table, read_table, write_table
 
@@ -46,7 +46,7 @@ def machine() -> dict[str, str]:
 def own_file() -> Path:
     """Return where the measurements of this machine are kept."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "lightning-moevlm" / f"dispatch-{digest_of_text(json.dumps(machine()))}.json"
+    return Path(folder) / "lightning-moevlm" / f"dispatch-{digest_text(json.dumps(machine()))}.json"
 
 
 def own_table(path: Path) -> Table:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.common.errors import UserError
 
 SHIPPED = Path(__file__).with_name("measured_cpu.json")
@@ -109,7 +109,7 @@ def write_table(table: Table) -> None:
     """Write a file whole."""
     rows = [{"case": row.case._asdict(), "milliseconds": row.milliseconds} for row in table.rows]
     content = {"source": table.source, "products": table.products, "rows": rows}
-    write_whole(table.path, json.dumps(content, indent=1) + "\n")
+    write_atomically(table.path, json.dumps(content, indent=1) + "\n")
 
 
 def _refusal(path: Path, error: Exception) -> UserError:

@@ -5,7 +5,7 @@ One builder serves the terminal, Markdown and HTML, so that they cannot say diff
 
 from collections import Counter
 
-from lightning_moevlm.common.durations import duration
+from lightning_moevlm.common.durations import format_duration
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult, make_rule
 from lightning_moevlm.study.declare.comparison import Correction, Test
@@ -144,7 +144,7 @@ def models_table(result: StudyResult) -> Table:
             arm.arm.name,
             *_format_sizes(arm),
             format_mean(arm.samples_per_second, 0),
-            duration(arm.seconds.mean) if arm.seconds else NOTHING,
+            format_duration(arm.seconds.mean) if arm.seconds else NOTHING,
             f"{arm.finished}/{arm.planned}",
             str(arm.diverged),
             str(arm.failed),

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from lightning_moevlm.common.durations import duration
+from lightning_moevlm.common.durations import format_duration
 from lightning_moevlm.study.compare.known_runs import KnownRuns
 from lightning_moevlm.study.declare.fraction import Fraction
 from lightning_moevlm.study.plan.baseline_pin import baseline_digest
@@ -23,7 +23,7 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
         (
             run.name,
             str(state.status),
-            NOTHING if state.seconds is None else duration(state.seconds),
+            NOTHING if state.seconds is None else format_duration(state.seconds),
             str(state.attempts),
             state.run_id or NOTHING,
             *((state.job or NOTHING,) if on_cluster else ()),
@@ -50,7 +50,7 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
         times: tuple[str, ...] = ()
         if probes:
             probe = probes[arm.name]
-            times = (f"{1e3 * probe.step:.0f} ms", duration(probe.run_seconds(first[arm.name], minutes)))
+            times = (f"{1e3 * probe.step:.0f} ms", format_duration(probe.run_seconds(first[arm.name], minutes)))
         rows.append((arm.name, *(format_count(size) for size in sizes), *times, changes or NOTHING))
     timed = ("time/step", "time/run") if probes else ()
     columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
@@ -59,7 +59,7 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
     if probes:
         total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
         notes += (
-            f"estimated: {duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
+            f"estimated: {format_duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
             f"{NUM_STEPS} steps of each arm, without tracking and checkpoints.",
         )
     return Table(f"{plan.comparison.name}: {plan.comparison.question}", columns, tuple(rows), notes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_moevlm.common.process_tuning import usable_cores
+from lightning_moevlm.common.process_tuning import count_usable_cores
 from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require_at_least
 from lightning_moevlm.study.run.engines.forks import Fork, ForkServer
 from lightning_moevlm.study.run.processes.child_process import Child, ProcessEnd, end_children, start_time
@@ -43,7 +43,7 @@ class LocalEngine(Engine):
     def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
         """Return one job per GPU, or, without a GPU, one per core, unless it is told otherwise."""
         self._gpus = _visible_gpus() if self._num_gpus is None else self._num_gpus
-        self._jobs = min(jobs or self._gpus or usable_cores(), max(1, waiting))
+        self._jobs = min(jobs or self._gpus or count_usable_cores(), max(1, waiting))
         self._fork = self._fork and not self._gpus
         self._folder = folder
         return self._jobs
@@ -52,7 +52,7 @@ class LocalEngine(Engine):
         """Start a process in the first free slot."""
         taken = {slot for slot, _ in self._busy.values()}
         slot = next(slot for slot in range(self._jobs) if slot not in taken)
-        env = {**share_environment(os.environ, self._jobs, usable_cores(), slot, self._gpus), **job.environment}
+        env = {**share_environment(os.environ, self._jobs, count_usable_cores(), slot, self._gpus), **job.environment}
         child, lives_with = self._start(job, env)
         self._busy[job.ticket] = slot, child
         return Handle(lives_with, start_time(lives_with) or child.started)

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.process_tuning import usable_cores
+from lightning_moevlm.common.process_tuning import count_usable_cores
 from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require, require_at_least
 from lightning_moevlm.study.run.engines.tickets import Tickets
 from lightning_moevlm.study.run.engines.worker import run_job
@@ -63,7 +63,7 @@ class RayEngine(Engine):
         import ray  # it reads the environment when it is imported
 
         here: dict[str, Any] = {
-            "num_cpus": max(usable_cores(), self._num_cpus * (jobs or 1)),
+            "num_cpus": max(count_usable_cores(), self._num_cpus * (jobs or 1)),
             "include_dashboard": False,
         }
         try:

@@ -11,7 +11,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 
 NO_OWNER = "no owner"
@@ -39,7 +39,7 @@ class Tickets:
 
     def write_end(self, ticket: str, ended: ProcessEnd) -> None:
         """Write how an attempt ended."""
-        write_whole(self._ended(ticket), json.dumps(asdict(ended)) + "\n")
+        write_atomically(self._ended(ticket), json.dumps(asdict(ended)) + "\n")
 
     def read_end(self, ticket: str) -> ProcessEnd | None:
         """Return how an attempt ended, or None while nothing has been written."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_moevlm.common import process_tuning
-from lightning_moevlm.common.process_tuning import THREADS, waiting
+from lightning_moevlm.common.process_tuning import THREADS, wait_policy
 
 _PROGRAM = (sys.executable, "-m", "lightning_moevlm")
 
@@ -27,7 +27,7 @@ def share_environment(env: Mapping[str, str], jobs: int, cores: int, slot: int, 
     What the user has set himself stays, save for the GPU, which the slot decides among those he made visible.
     """
     threads = str(max(1, cores // jobs))
-    shared = {**process_tuning.ENVIRONMENT, **waiting(env), THREADS: threads, "PYTHONUNBUFFERED": "1", **env}
+    shared = {**process_tuning.ENVIRONMENT, **wait_policy(env), THREADS: threads, "PYTHONUNBUFFERED": "1", **env}
     if num_gpus:
         visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",") if env.get("CUDA_VISIBLE_DEVICES") else []
         shared["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus] if visible else str(slot % num_gpus)

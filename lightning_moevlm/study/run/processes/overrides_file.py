@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_moevlm.common.atomic_files import write_whole
+from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.study.plan.planned_run import PlannedRun
 
 OVERRIDES_FILE = "overrides.yaml"
@@ -21,5 +21,5 @@ class QuotingDumper(yaml.SafeDumper):
 def write_overrides(run: PlannedRun, folder: Path) -> Path:
     """Write what goes over the base, as the command line reads it back unchanged; return the file."""
     file = folder / OVERRIDES_FILE
-    write_whole(file, yaml.dump(run.overrides, Dumper=QuotingDumper, sort_keys=False, width=10_000))
+    write_atomically(file, yaml.dump(run.overrides, Dumper=QuotingDumper, sort_keys=False, width=10_000))
     return file

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from lightning.pytorch import Trainer
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.nearest_name import nearest
+from lightning_moevlm.common.nearest_name import find_nearest
 from lightning_moevlm.contracts import metric_keys
 
 _OURS = ("lightning", "lightning_moevlm", "pytorch_lightning")
@@ -43,7 +43,7 @@ def refuse_unknown_monitors(trainer: Trainer, evaluated: Collection[str]) -> Non
             continue  # not known yet
         if others_log and monitor.split("/")[0] not in _FIRST_WORDS:
             continue
-        near = nearest(monitor, known)
+        near = find_nearest(monitor, known)
         meant = f"did you mean {near}? " if near else ""
         some = [key for key in known if key.startswith(("train/", "val/"))]
         more = [key for key in ("optim/grad_norm", next((key for key in known if "/block" in key), "")) if key in known]
