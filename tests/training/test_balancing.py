@@ -236,5 +236,5 @@ def test_output_z_reaches_the_head() -> None:
     output = module.objective(module.backbone, pair_batch(), Draws(0))
     assert output.log_partitions.keys() == {"text", "pair_text"}  # pixels have none
     losses.terms([], output.log_partitions)["output_z"].raw.backward()
-    assert float(module.objective.text_bias_V.grad.abs().sum()) > 0
+    assert float(module.objective.text_head.bias_V.grad.abs().sum()) > 0
     assert module.objective.image_head.weight.grad is None

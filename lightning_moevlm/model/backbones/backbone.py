@@ -91,6 +91,7 @@ class Backbone(Module):
         text_mask_BL: Tensor | None = None,
         image_mask_BP: Tensor | None = None,
         separate: bool = False,
+        causal: bool = False,
     ) -> BackboneOutput:
         """Encode images, texts or pairs.
 
@@ -99,6 +100,7 @@ class Backbone(Module):
             text_BL: int64 token ids.
             text_mask_BL: True on real tokens.
             image_mask_BP: True on hidden patches.
+            causal: text sees patches and earlier text alone, in this pass.
             separate: no attention between image and text of a pair; a mixture of experts still sees both at once.
         """
 

@@ -95,9 +95,12 @@ class Trunk(Backbone):
         text_mask_BL: Tensor | None = None,
         image_mask_BP: Tensor | None = None,
         separate: bool = False,
+        causal: bool = False,
     ) -> BackboneOutput:
         """Encode images, texts or pairs; at least one of the two must be given."""
-        tokens_BSD, layout, source = self._embed(images_BRYX, text_BL, text_mask_BL, image_mask_BP, separate)
+        tokens_BSD, layout, source = self._embed(
+            images_BRYX, text_BL, text_mask_BL, image_mask_BP, separate, self.causal or causal
+        )
         plans: list[NamedPlan] = []
         attention: list[AttentionLogits] = []
         for index, block in enumerate(self.blocks):
@@ -121,6 +124,7 @@ class Trunk(Backbone):
         text_mask_BL: Tensor | None,
         image_mask_BP: Tensor | None,
         separate: bool,
+        causal: bool,
     ) -> "_Sequence":
         """Embed, patches first."""
         pieces: list[Tensor] = []
@@ -148,7 +152,7 @@ class Trunk(Backbone):
         assert spans, "a forward pass needs images, text or both"
         source = "pair" if len(spans) > 1 else spans[0].modality.label
         identity_BS = torch.cat(identity, dim=1) if identity else None
-        layout = Layout(tuple(spans), torch.cat(valid, dim=1), identity_BS, self.causal, separate)
+        layout = Layout(tuple(spans), torch.cat(valid, dim=1), identity_BS, causal, separate)
         return _Sequence(torch.cat(pieces, dim=1), layout, source)
 
 

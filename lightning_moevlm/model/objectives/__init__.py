@@ -5,6 +5,7 @@ from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets
 from lightning_moevlm.model.objectives.masked_modelling import MaskedModelling
+from lightning_moevlm.model.objectives.next_token import NextToken
 from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.objectives.vq_targets import VQCheckpointTargets
 
@@ -14,6 +15,7 @@ __all__ = [
     "Draws",
     "ImageTargets",
     "MaskedModelling",
+    "NextToken",
     "Objective",
     "PixelTargets",
     "VQCheckpointTargets",

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
@@ -34,6 +33,7 @@ from lightning_moevlm.model.backbones import Backbone, BackboneOutput, BackboneS
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets, TargetLoss, cross_entropy
 from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.objectives.text_head import TextHead
 from lightning_moevlm.model.precision import region
 
 
@@ -94,8 +94,7 @@ class MaskedModelling(Objective):
         self.pairs_reach_all = None not in vars(weights).values()
         self.ratios = ratios
         self.image_targets = image_targets(spec)
-        self.text_head = nn.Sequential(nn.Linear(spec.dim, spec.dim), nn.GELU(), nn.LayerNorm(spec.dim))
-        self.text_bias_V = nn.Parameter(torch.empty(spec.vocab_size))
+        self.text_head = TextHead(spec.dim, spec.vocab_size)
         self.image_head = nn.Linear(spec.dim, self.image_targets.output_dim)
         self.num_classes = {"text": spec.vocab_size, "pair_text": spec.vocab_size}
         if self.image_targets.num_classes is not None:
@@ -166,7 +165,7 @@ class MaskedModelling(Objective):
     def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
         """Return logits over the vocabulary, sharing the embedding matrix."""
         with region(self.precision, "heads", features_MD.device.type) as cast:
-            return F.linear(self.text_head(cast(features_MD)), cast(embedding_VD), self.text_bias_V)
+            return self.text_head.logits(cast(features_MD), cast(embedding_VD))
 
     def image_output(self, features_MD: Tensor) -> Tensor:
         """Return what the image targets ask for, per patch."""

@@ -24,6 +24,9 @@ class Objective(Module):
     region: Region = "heads"
     precision = PrecisionPolicy()
 
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse a backbone that this objective cannot train, with a UserError."""
+
     @abstractmethod
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Compute the terms; every random choice is taken from `draws`, so it follows from the sample and the step."""

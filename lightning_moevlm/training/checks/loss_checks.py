@@ -13,6 +13,7 @@ def refuse_unsuited_losses(losses: AuxiliaryLosses, backbone: Backbone, objectiv
     Raises:
         UserError: with what to change.
     """
+    objective.check_backbone(backbone)
     if losses.output_z is not None and not objective.num_classes:
         raise UserError(
             "losses.output_z is on logits of classes, and no term of this objective predicts any: set losses.output_z "

@@ -69,7 +69,7 @@ def test_every_parameter_has_a_region() -> None:
         "backbone.blocks.0.attention.out.weight": "trunk",
         "backbone.text.token.weight": "trunk",
         "objective.text_head.2.weight": "heads",
-        "objective.text_bias_V": "heads",
+        "objective.text_head.bias_V": "heads",
     }.items():
         assert regions[name] == expected, name
 

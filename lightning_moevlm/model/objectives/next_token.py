@@ -1,0 +1,131 @@
+"""Next-token prediction: captions after their image, and texts alone.
+
+    caption   every token of a text but its first, from the image and the tokens before it (prefix language model,
+              SimVLM, arXiv 2108.10904, section 3.1: patches see patches, text sees patches and earlier text)
+    text      every token of a text without an image, from the tokens before it
+
+Each term is the mean over predicted tokens, [EOS] included, in nats. The backbone needs no `causal: true`: the mask is
+that of this pass. Its routers must not look ahead all the same.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.step_records import (
+    AttentionLogits,
+    BatchSize,
+    NamedPlan,
+    ObjectiveOutput,
+    PlanSize,
+    Predictions,
+    Term,
+)
+from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.layers import check_causal
+from lightning_moevlm.model.objectives.draws import Draws
+from lightning_moevlm.model.objectives.image_targets import cross_entropy
+from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.objectives.text_head import TextHead
+from lightning_moevlm.model.precision import region
+
+
+@dataclass(frozen=True)
+class NextTokenWeights:
+    """Weight of each term in the task loss; null leaves the term and its forward pass out."""
+
+    caption: float | None = 1.0
+    text: float | None = 1.0
+
+
+class NextToken(Objective):
+    """Predicts each token from its image and the tokens before it; images alone are left out.
+
+    Args:
+        spec: the backbone's dimensions.
+        weights: weight of each term.
+
+    Raises:
+        UserError: no term has a weight.
+    """
+
+    def __init__(self, spec: BackboneSpec, weights: NextTokenWeights = NextTokenWeights()) -> None:
+        super().__init__()
+        if weights.caption is None and weights.text is None:
+            raise UserError("both weights of NextToken are null: give caption or text a weight")
+        self.weights = weights
+        self.pairs_reach_all = weights.caption is not None
+        self.num_patches = spec.num_patches
+        self.text_head = TextHead(spec.dim, spec.vocab_size)
+        self.num_classes = dict.fromkeys(self._asked, spec.vocab_size)
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse routers and capacities that look ahead."""
+        check_causal(backbone)
+
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        """Run the passes that have a term."""
+        terms: dict[str, Term] = {}
+        predictions: dict[str, Predictions] = {}
+        log_partitions: dict[str, Tensor] = {}
+        plans: list[NamedPlan] = []
+        attention: list[AttentionLogits] = []
+        num_tokens = 0
+        for name, part in self._parts(batch).items():
+            assert part.text_BL is not None and part.text_mask_BL is not None
+            output = backbone(*part[:3], causal=True)
+            predicted_BL = part.text_mask_BL[:, 1:]
+            target_M = part.text_BL[:, 1:][predicted_BL]
+            features_MD = output.features(Modality.TEXT)[:, :-1][predicted_BL]
+            with region(self.precision, "heads", features_MD.device.type) as cast:
+                logits_MV = self.text_head.logits(cast(features_MD), cast(backbone.text_embedding_VD))
+            with region(self.precision, "losses", logits_MV.device.type) as cast:
+                loss = cross_entropy(cast(logits_MV), target_M)
+            terms[name] = Term(loss.mean, self._asked[name], len(target_M))
+            predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
+            if loss.log_partition_M is not None:
+                log_partitions[name] = loss.log_partition_M
+            plans.extend(output.plans)
+            attention.extend(output.attention)
+            num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
+        if not terms:
+            raise UserError(
+                "this batch has no text that a weighted term of NextToken can use: give `text` a weight for texts "
+                "alone, `caption` for pairs; images alone need another objective, such as MaskedModelling"
+            )
+        return ObjectiveOutput(terms, predictions, tuple(plans), num_tokens, tuple(attention), log_partitions)
+
+    def size(self, batch: Batch) -> BatchSize:
+        """Return predicted tokens by term, and tokens by pass."""
+        none = torch.zeros((), dtype=torch.int64, device=batch.device)
+        predictions, passes = {}, {}
+        parts = self._parts(batch)
+        for name in self._asked:
+            mask_BL = parts[name].text_mask_BL if name in parts else None
+            num_texts, words, predicted = none, none, none
+            if mask_BL is not None:
+                num_texts, words, predicted = none + len(mask_BL), mask_BL.sum(), mask_BL[:, 1:].sum()
+            num_images = num_texts if name == "caption" else none
+            predictions[name] = predicted
+            passes["pair" if name == "caption" else "text"] = PlanSize(
+                torch.stack([num_images * self.num_patches, words]), torch.stack([num_images, num_texts]), num_texts
+            )
+        return BatchSize(predictions, passes)
+
+    @property
+    def _asked(self) -> dict[str, float]:
+        return {name: weight for name, weight in vars(self.weights).items() if weight is not None}
+
+    def _parts(self, batch: Batch) -> dict[str, Batch]:
+        """Return what each term is computed on, where there is any: the pairs, and the texts that come alone."""
+        pairs, text_BL, mask_BL = batch.pairs, batch.text_BL, batch.text_mask_BL
+        parts: dict[str, Batch] = {}
+        if pairs and "caption" in self._asked:
+            parts["caption"] = batch.first(pairs)
+        if text_BL is not None and mask_BL is not None and len(text_BL) > pairs and "text" in self._asked:
+            parts["text"] = Batch(None, text_BL[pairs:], mask_BL[pairs:], batch.text_keys[pairs:])
+        return parts
