@@ -18,7 +18,7 @@ from lightning_moevlm.model.routers import SigmoidBiasRouter
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from lightning_moevlm.training.callbacks import Liveness
-from lightning_moevlm.training.callbacks.liveness.rehearsal import put
+from lightning_moevlm.training.callbacks.liveness.rehearsal import replace_attribute
 from lightning_moevlm.training.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
 from tests.training.callbacks.asked_run import asked, module_of, refused
 from tests.training.small_fit import every_action
@@ -126,7 +126,7 @@ class IgnoresBias(SigmoidBiasRouter):
     """Moves its bias, and chooses without it."""
 
     def forward(self, inputs: Any) -> Any:
-        with put(self, "bias_AE", torch.zeros_like(self.bias_AE)):
+        with replace_attribute(self, "bias_AE", torch.zeros_like(self.bias_AE)):
             return super().forward(inputs)
 
 
@@ -147,7 +147,7 @@ def test_an_action_that_never_gets_its_input_is_dead() -> None:
     revive = module_of(actions=Actions(revive_dead_experts=ReviveDeadExperts()), objective=HandsNothingOn)
     refused(revive, "actions.revive_dead_experts", "never gets its input", "plan that chooses experts")
     losses = module_of(AuxiliaryLosses(LoadBalance(), None), objective=HandsNothingOn)
-    refused(losses, "losses.load_balance", "hands no routing plans on")
+    refused(losses, "losses.load_balance", "returns no routing plans")
 
 
 class NormsQueries(Attention):

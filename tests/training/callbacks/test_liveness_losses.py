@@ -161,7 +161,7 @@ def without_routers(groups: Iterable[Any], learning_rate: float = 1e-3) -> Optim
 
 def test_a_weight_that_no_optimiser_owns_is_told() -> None:
     module = module_of(AuxiliaryLosses(LoadBalance(), None), optimizer=without_routers)
-    refused(module, "losses.load_balance", "no optimiser moves router weights")
+    refused(module, "losses.load_balance", "no optimiser trains router weights")
 
 
 def test_a_balance_loss_on_frozen_routers_is_dead() -> None:

@@ -21,7 +21,7 @@ from tests.training.callbacks.asked_run import NO_LOSSES, asked, module_of, refu
 
 def test_pinned_dtypes() -> None:
     receipts, _ = asked(module_of())
-    assert receipts["precision.router"] == "idle: float32 is what is computed in around it (step 0)"
+    assert receipts["precision.router"] == "idle: float32 is the dtype around it anyway (step 0)"
     policy = PrecisionPolicy(router="bfloat16", experts="bfloat16", optimizer_state="bfloat16", simulate=Simulation())
     receipts, points = asked(module_of(precision=policy), steps=2)
     for region in ("router", "experts"):
@@ -47,7 +47,7 @@ def test_a_dtype_that_a_layer_ignores_is_dead() -> None:
     # tokens are cast on their way into the region, whatever the router does with them then
     assert receipts["precision.router"].startswith("alive: ")
     module = module_of(router=FixedRouter, precision=policy)
-    refused(module, "precision.router", "changes no bit of these samples, and no more does float8_e5m2 on a trial")
+    refused(module, "precision.router", "changes no bit of these samples, nor does float8_e5m2 on a trial")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
@@ -71,7 +71,7 @@ def test_the_state_of_an_optimiser_that_is_not_rounded_is_dead() -> None:
             for state in trainer.optimizers[0].state.values():
                 state["exp_avg"].fill_(1 / 3)
 
-    refused(module, "precision.optimizer_state", "are no numbers of bfloat16", steps=2, callback=Unrounds(1))
+    refused(module, "precision.optimizer_state", "do not hold numbers of bfloat16", steps=2, callback=Unrounds(1))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -106,7 +106,7 @@ def test_a_dtype_that_nothing_computes_in_is_dead(precision: str) -> None:
     for layer in module.backbone.modules():
         if isinstance(layer, MoEFFN):
             layer.__class__ = RunsNoExperts
-    refused(module, "precision.experts", "no more does float8_e5m2", "precision.experts to null", precision=precision)
+    refused(module, "precision.experts", "nor does float8_e5m2", "precision.experts to null", precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -131,6 +131,6 @@ class OverflowsInBf16(TopKRouter):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_a_dtype_without_which_the_loss_is_no_number_is_alive(precision: str) -> None:
     receipts, points = asked(module_of(router=OverflowsInBf16), precision=precision)
-    told = "alive: float32 instead of bfloat16: without the pin the loss is no number (step 0)"
+    told = "alive: float32 instead of bfloat16: without the pin the loss is not finite (step 0)"
     assert receipts["precision.router"] == told
     assert metric_keys.LIVENESS.key(switch="precision.router") not in points

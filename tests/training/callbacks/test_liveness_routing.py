@@ -8,7 +8,7 @@ import pytest
 from lightning_moevlm.model.dispatch import Capacity
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.routers import CosineRouter, Gate, TopKRouter
-from lightning_moevlm.training.callbacks.liveness.rehearsal import put
+from lightning_moevlm.training.callbacks.liveness.rehearsal import replace_attribute
 from tests.training.callbacks.asked_run import asked, module_of, refused
 
 GATES = {
@@ -38,7 +38,7 @@ class IgnoresGate(TopKRouter):
     """Has a gate, and scores without it."""
 
     def forward(self, inputs: Any) -> Any:
-        with put(self, "gate", Gate()):
+        with replace_attribute(self, "gate", Gate()):
             return super().forward(inputs)
 
 
@@ -50,9 +50,9 @@ def test_a_router_that_does_not_use_its_gate_is_dead(name: str) -> None:
 
 def test_a_capacity_leaves_pairs_out_or_could() -> None:
     tight, _ = asked(module_of(capacity=Capacity(train_factor=0.25)))
-    assert tight["moe.capacity"].startswith("alive: it leaves out ")
+    assert tight["moe.capacity"].startswith("alive: it drops ")
     wide, points = asked(module_of(capacity=Capacity(train_factor=4.0)))  # each of 4 experts has room for all
-    assert wide["moe.capacity"].startswith("idle: it leaves out 0 of ")
+    assert wide["moe.capacity"].startswith("idle: it drops 0 of ")
     assert points["liveness/moe.capacity"][0][1] == 0
     dropless, _ = asked(module_of(capacity=Capacity(train_factor=None)))
     assert "moe.capacity" not in dropless
@@ -62,7 +62,7 @@ class IgnoresCapacity(MoEFFN):
     """Has a capacity, and runs every pair."""
 
     def forward(self, *args: Any) -> Any:
-        with put(self, "capacity", None):
+        with replace_attribute(self, "capacity", None):
             return super().forward(*args)
 
 

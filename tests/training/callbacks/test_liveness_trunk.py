@@ -10,7 +10,7 @@ from lightning_moevlm.model.layers import Attention, Block, ModelStabilisers
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import QKClip
 from lightning_moevlm.training.callbacks import Liveness
-from lightning_moevlm.training.callbacks.liveness.rehearsal import put
+from lightning_moevlm.training.callbacks.liveness.rehearsal import replace_attribute
 from tests.small_model import pair_batch
 from tests.training.callbacks.asked_run import asked, module_of, refused
 from tests.training.small_fit import fit
@@ -51,7 +51,7 @@ class IgnoresNorms(Attention):
     """Has norms of queries and keys, and does not use them."""
 
     def forward(self, *args: Any) -> Any:
-        with put(self, "query_norm", None), put(self, "key_norm", None):
+        with replace_attribute(self, "query_norm", None), replace_attribute(self, "key_norm", None):
             return super().forward(*args)
 
 
@@ -59,7 +59,7 @@ class IgnoresCap(Attention):
     """Has a cap, and does not use it."""
 
     def forward(self, *args: Any) -> Any:
-        with put(self, "logit_cap", None):
+        with replace_attribute(self, "logit_cap", None):
             return super().forward(*args)
 
 
@@ -68,7 +68,7 @@ class KeepsLayerNorms(Block):
 
     def forward(self, *args: Any) -> Any:
         plain = nn.LayerNorm(32)
-        with put(self, "attention_norm", plain), put(self, "ffn_norm", plain):
+        with replace_attribute(self, "attention_norm", plain), replace_attribute(self, "ffn_norm", plain):
             return super().forward(*args)
 
 
@@ -76,7 +76,7 @@ class IgnoresScales(Block):
     """Has layer scales, and does not use them."""
 
     def forward(self, *args: Any) -> Any:
-        with put(self, "attention_scale", None), put(self, "ffn_scale", None):
+        with replace_attribute(self, "attention_scale", None), replace_attribute(self, "ffn_scale", None):
             return super().forward(*args)
 
 

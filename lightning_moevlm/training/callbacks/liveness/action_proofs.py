@@ -1,15 +1,14 @@
-"""Proof of an action: on copies it does what it is for, in the run its input reaches it.
+"""Proof of an action: on copies it has its effect, and in the run its input reaches it.
 
-    qk_clip              attention logits reach it; heads of a copy, told that their logits are twice the threshold,
-                         have smaller ones afterwards
-    rebalance            counts reach it; a copy of a router, told that one expert has all, moves its state, and moved
-                         far enough that state makes it choose otherwise
-    revive_dead_experts  counts reach it; in a copy of a layer an expert idle for long becomes another one
-    freeze_router        gradients of a copy of a router are gone after the step, and there before it; once the run is
-                         past it, router weights are what they were
-    rollback             a copy goes back after a loss that is no number; the run has a snapshot to go back to
+    qk_clip              attention logits reach it; a copy's heads with logits of twice the threshold get smaller ones
+    rebalance            counts reach it; a copy of a router whose tokens all go to one expert moves its state, and that
+                         state, moved far enough, changes its choices
+    revive_dead_experts  counts reach it; in a copy of a layer a long idle expert gets other weights
+    freeze_router        a copy of a router keeps its gradients until the step and loses them after it; past that step
+                         the run's router weights stand still
+    rollback             a copy goes back after a loss that is not finite; the run has a snapshot to go back to
 
-Before its condition occurs an action is idle, and the receipt says how far off the condition is.
+Until its condition occurs an action is idle, and the receipt says how far off the condition is.
 """
 
 import copy
@@ -32,21 +31,22 @@ from lightning_moevlm.training.actions.qk_clip import QKClipper
 from lightning_moevlm.training.actions.rebalance import find_self_balancing
 from lightning_moevlm.training.actions.revive_experts import ExpertReviver
 from lightning_moevlm.training.actions.rollback import SnapshotRing
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Verdict
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 
 _FAR = 1e6  # times one move of a balancing state
+_Proof = Callable[[Switch, Rehearsal, Trainer], Receipt]
 
 
 class ActionProofs:
-    """Asks the actions of a run; remembers the routers that stand still."""
+    """Asks the actions of a run; remembers the weights of frozen routers."""
 
     def __init__(self) -> None:
         self._frozen: list[Tensor] = []
 
     def receipts(self, rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
-        """Return the receipt of every action but adaptive weights, which are proven with their losses."""
-        proofs: dict[str, Callable[[Rehearsal, Trainer], Receipt]] = {
+        """Return the receipt of every action; adaptive weights are proven with their losses."""
+        proofs: dict[str, _Proof] = {
             "qk_clip": _qk_clip,
             "rebalance": _rebalance,
             "revive_dead_experts": _revive,
@@ -54,18 +54,18 @@ class ActionProofs:
             "rollback": _rollback,
         }
         active_actions = rehearsal.module.active_actions
-        return [_told(name, rehearsal, trainer, proof) for name, proof in proofs.items() if name in active_actions]
+        return [_receipt(name, rehearsal, trainer, proof) for name, proof in proofs.items() if name in active_actions]
 
-    def _freeze(self, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
+    def _freeze(self, switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
         options = rehearsal.module.actions.freeze_router
         assert options is not None
         last, step = options.after_steps, trainer.global_step
         layers = [layer for layer in rehearsal.module.backbone.modules() if isinstance(layer, MoEFFN)]
         weights = [p for layer in layers for p in layer.router.parameters()]
         if not weights:
-            return _dead("freeze_router", "no router has weights", "set model.actions.freeze_router to null")
+            return switch.dead("no router has weights", "set model.actions.freeze_router to null")
         router = copy.deepcopy(layers[0].router)
-        fake = _Holder(layers[0], router)
+        fake = _LayerCopy(layers[0], router)
         left = {}
         for number in (last, last + 1):
             for p in router.parameters():
@@ -73,24 +73,23 @@ class ActionProofs:
             RouterFreezer(options).before_step(fake.training(), number)
             left[number] = any(p.grad is not None for p in router.parameters())
         if left[last + 1] or not left[last]:
-            return _dead("freeze_router", "on a copy of a router it does not take the gradients", "mend the action")
+            return switch.dead("on a copy of a router it does not remove the gradients", "fix the action")
         if step <= last:
             ends = f", and the run ends at {trainer.max_steps}" if 0 < trainer.max_steps <= last else ""
-            return _is("freeze_router", "idle", f"routers stand still after step {last}{ends}", 0.0)
+            return switch.is_("idle", f"routers stand still after step {last}{ends}", 0.0)
         if not self._frozen:
             self._frozen = [p.detach().clone() for p in weights]
         moved = sum(not torch.equal(p.detach(), before) for p, before in zip(weights, self._frozen, strict=True))
         if moved:
-            return _dead(
-                "freeze_router",
+            return switch.dead(
                 f"{moved} of {len(weights)} router tensors moved after step {last}",
-                "look for what moves them without a gradient",
+                "find the code that moves them without a gradient",
             )
-        return _is("freeze_router", "alive", f"{len(weights)} router tensors stand still since step {last}", 0.0)
+        return switch.is_("alive", f"{len(weights)} router tensors stand still since step {last}", 0.0)
 
 
-class _Holder:
-    """A copy of a MoE layer with a router (and experts) of its own, as something that actions can act on."""
+class _LayerCopy:
+    """A copy of a MoE layer with its own router (and experts), on which actions can act."""
 
     def __init__(self, layer: MoEFFN, router: nn.Module, experts: nn.Module | None = None) -> None:
         twin = copy.copy(layer)
@@ -101,39 +100,38 @@ class _Holder:
         self.root = nn.ModuleDict({"layer": twin})
 
     def training(self) -> Training:
-        """Return it as the whole of a training."""
+        """Return the copy as if it were the whole model."""
         return Training(self.root, cast("Backbone", self.root), [], [], seed=0)
 
 
-def _told(name: str, rehearsal: Rehearsal, trainer: Trainer, proof: Callable[[Rehearsal, Trainer], Receipt]) -> Receipt:
-    """Ask for the input first, then for the proof."""
+def _receipt(name: str, rehearsal: Rehearsal, trainer: Trainer, proof: _Proof) -> Receipt:
+    """Check first that the action's input reaches it."""
+    switch = Switch(f"actions.{name}", "action")
     action: Action = rehearsal.module.active_actions[name]
     runs = any(callback is rehearsal.module.action_runner for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if not runs:
-        return _dead(name, "nothing runs it: the module's ActionRunner is not among the callbacks", "add it")
+        return switch.dead("nothing runs it: the module's ActionRunner is not among the callbacks", "add it")
     if "attention" in action.needs and not rehearsal.output.attention:
-        return _dead(
-            name,
-            "it never gets its input: the objective hands no attention logits on",
-            f"let the objective return `attention`, or set model.actions.{name} to null",
+        return switch.dead(
+            "it never gets its input: the objective returns no attention logits",
+            f"let the objective return `attention`, or set model.{switch.name} to null",
         )
     routed = [named for named in rehearsal.output.plans if isinstance(named.plan, PairPlan)]
     if "load" in action.needs and not routed:
-        return _dead(
-            name,
-            "it never gets its input: no forward pass hands on a plan that chooses experts",
-            f"let the objective return `plans`, or set model.actions.{name} to null",
+        return switch.dead(
+            "it never gets its input: no forward pass returns a plan that chooses experts",
+            f"let the objective return `plans`, or set model.{switch.name} to null",
         )
-    return proof(rehearsal, trainer)
+    return proof(switch, rehearsal, trainer)
 
 
-def _qk_clip(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
+def _qk_clip(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     action, options = rehearsal.module.active_actions["qk_clip"], rehearsal.module.actions.qk_clip
     assert isinstance(action, QKClipper) and options is not None
     largest = max(float(seen.max_H.max()) for seen in rehearsal.output.attention)
     path = next((path for path, call in rehearsal.calls.items() if isinstance(call.output, AttentionOutput)), None)
     if path is None:
-        return _is("qk_clip", "unproven", "no attention ran on this batch", 0.0)
+        return switch.is_("unproven", "no attention ran on this batch", 0.0)
     attention = copy.deepcopy(rehearsal.module.get_submodule(path))
     assert isinstance(attention, Attention)
     heads_H = torch.full((attention.num_heads,), 2 * options.threshold, device=rehearsal.module.device)
@@ -146,19 +144,18 @@ def _qk_clip(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     # the largest logit of a head is halved, whatever its sign
     kept = float(after.abs().sum() / before.abs().sum().clamp(min=1e-30))
     if not kept < 0.9:
-        return _dead(
-            "qk_clip",
+        return switch.dead(
             f"on a copy clipped to half, attention logits keep {kept:.2g} of their size",
             "let no norm undo the scale of queries and keys, or set model.actions.qk_clip to null",
         )
-    verdict: Verdict = "alive" if largest > options.threshold else "idle"
-    return _is("qk_clip", verdict, f"largest attention logit {largest:.3g}, threshold {options.threshold:g}", largest)
+    evidence = f"largest attention logit {largest:.3g}, threshold {options.threshold:g}"
+    return switch.is_("alive" if largest > options.threshold else "idle", evidence, largest)
 
 
-def _rebalance(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
+def _rebalance(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     routers = find_self_balancing(rehearsal.module.backbone)
     if all(isinstance(router, SigmoidBiasRouter) and router.update_rate == 0 for router in routers):
-        return _is("rebalance", "off", "the routers' update_rate is 0", 0.0)
+        return switch.is_("off", "the routers' update_rate is 0", 0.0)
     found: list[float] = []
     for path, call in rehearsal.calls.items():
         layer = rehearsal.module.get_submodule(path)
@@ -176,34 +173,32 @@ def _rebalance(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
             (float((buffer - before[name]).abs().max()) for name, buffer in router.named_buffers()), default=0.0
         )
         if not moved > 0:
-            return _dead(
-                "rebalance",
+            return switch.dead(
                 f"{path}.router does not move its state when one expert has all tokens",
                 "let `rebalance` move what the router chooses by, or choose another router",
             )
         with torch.no_grad():
             for name, buffer in router.named_buffers():
                 buffer.copy_(before[name] + _FAR * (buffer - before[name]))
-        told = rehearsal.layer(f"{path}.router", router)
-        if bool(told.chosen_load(plan.valid_T)[favourite] >= plan.chosen_load(plan.valid_T)[favourite]):
-            return _dead(
-                "rebalance",
+        turned = rehearsal.layer(f"{path}.router", router)
+        if bool(turned.chosen_load(plan.valid_T)[favourite] >= plan.chosen_load(plan.valid_T)[favourite]):
+            return switch.dead(
                 f"{path}.router sends its busiest expert as many tokens as before, however far its state moves",
                 "let the router's choice use its balancing state",
             )
         found.append(moved)
     if not found:
-        return _is("rebalance", "unproven", "no router that chooses ran on this batch")
-    return _is("rebalance", "alive", f"state moves by up to {max(found):.2g} a step and turns choices", max(found))
+        return switch.is_("unproven", "no router that chooses ran on this batch")
+    return switch.is_("alive", f"state moves by up to {max(found):.2g} a step and turns choices", max(found))
 
 
-def _revive(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
+def _revive(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     options = rehearsal.module.actions.revive_dead_experts
     assert options is not None
     layers = {layer.path: layer for layer in rehearsal.module.backbone.modules() if isinstance(layer, MoEFFN)}
     smallest = min(layers.values(), key=lambda layer: sum(p.numel() for p in layer.parameters()))
     if trainer.global_step == 0 and smallest.num_experts > 1:
-        holder = _Holder(smallest, copy.deepcopy(smallest.router), copy.deepcopy(smallest.experts))
+        holder = _LayerCopy(smallest, copy.deepcopy(smallest.router), copy.deepcopy(smallest.experts))
         chosen_AE = torch.ones_like(rehearsal.counts[smallest.path].chosen_AE)
         chosen_AE[:, -1] = 0
         before = holder.layer.experts.stacks()[0][-1].clone()
@@ -214,16 +209,14 @@ def _revive(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
         counts = LayerCounts(chosen_AE, chosen_AE, chosen_AE.sum(dim=1), 1.0)
         reviver.after_step(holder.training(), StepFacts(options.every_n_steps, {"layer": counts}, {}, None))
         if torch.equal(before, holder.layer.experts.stacks()[0][-1]):
-            return _dead(
-                "revive_dead_experts", "on a copy an expert without tokens stays what it was", "mend the action"
-            )
+            return switch.dead("on a copy an expert without tokens stays what it was", "fix the action")
     empty = sum(int((counts.chosen_AE.sum(dim=0) == 0).sum()) for counts in rehearsal.counts.values())
     experts = sum(layer.num_experts for layer in layers.values())
     what = f"{empty} of {experts} experts have no token here; {options.idle_steps} steps in a row make one dead"
-    return _is("revive_dead_experts", "idle", what, float(empty))
+    return switch.is_("idle", what, float(empty))
 
 
-def _rollback(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
+def _rollback(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     options, ring = rehearsal.module.actions.rollback, rehearsal.module.active_actions["rollback"]
     assert options is not None and isinstance(ring, SnapshotRing)
     linear = nn.Linear(1, 1)
@@ -235,18 +228,10 @@ def _rollback(rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
         linear.weight += 1.0
     copied.rewind(training, StepFacts(1, {}, {}, torch.tensor(torch.nan)))
     if not torch.equal(linear.weight, before):
-        return _dead("rollback", "a copy does not go back after a loss that is no number", "mend the action")
+        return switch.dead("a copy does not go back after a loss that is not finite", "fix the action")
     if ring.can_roll_back and not ring.snapshots:
-        return _dead("rollback", "the run has no snapshot to go back to", "mend what takes them")
+        return switch.dead("the run has no snapshot to go back to", "fix the code that takes snapshots")
     if not ring.can_roll_back:
-        return _is("rollback", "alive", f"all {options.max_rollbacks} rollbacks are used up", 0.0)
+        return switch.is_("alive", f"all {options.max_rollbacks} rollbacks are used up", 0.0)
     steps = ", ".join(str(step) for step in ring.snapshots)
-    return _is("rollback", "idle", f"snapshots of step {steps} to go back to", float(len(ring.snapshots)))
-
-
-def _is(name: str, verdict: Verdict, evidence: str, value: float | None = None) -> Receipt:
-    return Receipt(f"actions.{name}", "action", verdict, evidence, value)
-
-
-def _dead(name: str, evidence: str, advice: str) -> Receipt:
-    return Receipt(f"actions.{name}", "action", "dead", evidence, None, advice)
+    return switch.is_("idle", f"snapshots of step {steps} to go back to", float(len(ring.snapshots)))

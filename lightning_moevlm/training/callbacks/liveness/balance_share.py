@@ -1,11 +1,10 @@
-"""R_g: which share of the gradient comes from losses that balance experts.
+"""R_g: the share of the gradient that comes from losses that balance experts.
 
     R_g = |gradient of the weighted balance terms| / |gradient of the total loss|
 
-on router weights, and on all parameters. LongCat-Flash (arXiv 2509.01322) watches such a ratio, of the balance loss to
-the language loss and at the experts' mean probabilities, and keeps it below 0.1; here it is that of whole gradients at
-the weights. Near 1 a router learns from little but its balance; above 1 the other terms pull against it. Of the first
-samples of the step's first micro-batch, on this rank.
+Measured on router weights and on all parameters, with the first samples of the step's first micro-batch on this rank.
+Near 1 a router learns little but balance; above 1 the other terms pull against it. LongCat-Flash (arXiv 2509.01322)
+keeps a similar ratio, of balance loss to language loss at the experts' mean probabilities, below 0.1.
 """
 
 from lightning_moevlm.contracts import metric_keys
@@ -15,19 +14,14 @@ from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 
 
 def balance_share(rehearsal: Rehearsal) -> dict[str, float]:
-    """Return R_g by metric key; empty where no balance loss is on, or nothing reaches the weights."""
-    balancing = rehearsal.module.losses.balancing
+    """Return R_g by metric key; empty if no balance loss is on, or no gradient reaches the weights."""
+    module, balancing = rehearsal.module, rehearsal.module.losses.balancing
     terms = [term.weighted for name, term in rehearsal.report.auxiliary.items() if name in balancing]
     if not terms:
         return {}
-    named = dict(rehearsal.module.named_parameters())
-    routers = {
-        id(p)
-        for layer in rehearsal.module.backbone.modules()
-        if isinstance(layer, MoEFFN)
-        for p in layer.router.parameters()
-    }
-    parameters = list(named.values())
+    layers = [layer for layer in module.backbone.modules() if isinstance(layer, MoEFFN)]
+    routers = {id(p) for layer in layers for p in layer.router.parameters()}
+    parameters = list(module.parameters())
     # one after the other: of each gradient only norms are kept
     norms = []
     for value in (sum(terms[1:], terms[0]), rehearsal.report.total_loss):

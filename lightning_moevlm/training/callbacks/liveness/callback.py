@@ -1,14 +1,13 @@
-"""Every switch that is on proves, in the very run, that it acts; a dead one ends the run by name.
+"""Asks every enabled switch, during the run, to prove that it acts; a dead one ends the run by name.
 
-Before the first step, every n steps and before the last one, the first samples of the batch at hand are rehearsed
-(rehearsal.py), and each auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside
-this one say which). The answers are tags of the run, `receipt/<switch>`, and where they have a number a metric,
-`liveness/<switch>`; beside them goes the share of the gradient that comes from balance losses. A tag is written when
-its verdict becomes another one, and in its last state when training ends; the metrics hold what was between.
+Before the first step, every n steps and before the last step, the first samples of the batch are rehearsed
+(rehearsal.py). Each auxiliary loss, stabiliser, action and pinned dtype is asked for its proof (the files beside this
+one). A receipt becomes a tag of the run, `receipt/<switch>`, and its number a metric, `liveness/<switch>`. A tag is
+written when its verdict changes and when training ends. The share of the gradient from balance losses is logged too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,30 +24,23 @@ from lightning_moevlm.training.callbacks.liveness.gradient_proofs import Activit
 from lightning_moevlm.training.callbacks.liveness.init_proofs import init_receipts
 from lightning_moevlm.training.callbacks.liveness.loss_proofs import loss_receipts
 from lightning_moevlm.training.callbacks.liveness.precision_proofs import precision_receipts
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Verdict
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 from lightning_moevlm.training.callbacks.liveness.routing_proofs import routing_receipts
 from lightning_moevlm.training.callbacks.liveness.trunk_proofs import trunk_receipts
+from lightning_moevlm.training.callbacks.telemetry import TakesTags
 from lightning_moevlm.training.checks.trainer_checks import SHARDING
-
-
-@runtime_checkable
-class TakesTags(Protocol):
-    """A logger whose runs can be tagged."""
-
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
 
 
 class Liveness(Callback):
     """Asks every enabled switch for its proof and writes the receipts.
 
-    Training is the same, bit for bit, with it and without it. Nothing is asked while the loss is no number, nor under
-    strategies that shard weights: no rank could run a layer by itself.
+    Training is the same, bit for bit, with and without it. Nothing is asked while the loss is not finite, nor under
+    strategies that shard weights, because no rank can run a layer alone.
 
     Args:
-        every_n_steps: optimiser steps between receipts, of which each costs about two steps; null
-            asks before the first step of the run alone.
+        every_n_steps: optimiser steps between checks; each costs about two steps. null checks only before the run's
+            first step.
         num_samples: samples of the batch that are rehearsed.
 
     Raises:
@@ -76,7 +68,7 @@ class Liveness(Callback):
         self._started_at = self._step_seen = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Ask, where it is due; before the step is made.
+        """Ask before the step, if a check is due.
 
         Raises:
             UserError: a dead switch.
@@ -88,11 +80,11 @@ class Liveness(Callback):
         self._has_asked = True
         if isinstance(trainer.strategy, SHARDING):
             if trainer.global_step == self._started_at:
-                rank_zero_info(f"liveness: not asked, {type(trainer.strategy).__name__} shards the weights")
+                rank_zero_info(f"liveness: not checked, because {type(trainer.strategy).__name__} shards the weights")
             return
         rehearsal = Rehearsal(trainer, pl_module, batch, self.num_samples, micro_step)
         if self._anywhere(trainer, ~rehearsal.is_sound):
-            return  # nothing can be shown with a loss that is no number; that is for others to answer
+            return  # nothing can be shown with a loss that is not finite; DivergenceGuard answers it
         receipts = [
             *loss_receipts(rehearsal, trainer.optimizers),
             *routing_receipts(rehearsal),
@@ -113,7 +105,7 @@ class Liveness(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """After an update, count what was done to its gradient."""
+        """After an update, count the stabilisers that acted."""
         assert isinstance(pl_module, VisionLanguageModule)
         if trainer.global_step != self._step_seen:
             self._step_seen = trainer.global_step
@@ -122,10 +114,10 @@ class Liveness(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the receipts in their last state."""
-        self._write_tags(trainer, told_by=str)
+        self._write_tags(trainer, key=str)
 
     def _is_due(self, trainer: Trainer, micro_step: int) -> bool:
-        """Say whether this micro-batch is the first of the run, which may go on in the middle of a step, or due."""
+        """Return whether this micro-batch is the run's first, which may lie within a step, or a check is due."""
         if not self._has_asked:
             return True
         if self.every_n_steps is None or micro_step % trainer.accumulate_grad_batches:
@@ -134,18 +126,18 @@ class Liveness(Callback):
 
     def _write(self, trainer: Trainer, receipts: Sequence[Receipt], values: dict[str, float]) -> None:
         step = trainer.global_step
-        self._tags = {f"receipt/{receipt.switch}": receipt.told(step) for receipt in receipts}
+        self._tags = {f"receipt/{receipt.switch}": receipt.describe(step) for receipt in receipts}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
-        self._write_tags(trainer, told_by=_verdict)
+        self._write_tags(trainer, key=_verdict)
         if step == self._started_at and receipts:
-            counts = {verdict: sum(one.verdict == verdict for one in receipts) for verdict in _TOLD}
+            counts = {verdict: sum(one.verdict == verdict for one in receipts) for verdict in get_args(Verdict)}
             rank_zero_info("liveness: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
-    def _write_tags(self, trainer: Trainer, told_by: Callable[[str], str]) -> None:
-        """Write the tags that tell another thing than they did when they were last written."""
+    def _write_tags(self, trainer: Trainer, key: Callable[[str], str]) -> None:
+        """Write the tags whose key differs from that of the tag last written."""
         written = self._tags_written
-        fresh = {tag: now for tag, now in self._tags.items() if told_by(now) != told_by(written.get(tag, ""))}
+        fresh = {tag: now for tag, now in self._tags.items() if key(now) != key(written.get(tag, ""))}
         for logger in trainer.loggers:
             if fresh and isinstance(logger, TakesTags):
                 logger.log_tags(fresh)
@@ -159,26 +151,23 @@ class Liveness(Callback):
             return
         step = trainer.global_step
         when = "before the first step" if step == 0 else f"after {step} steps"
-        told = [
+        lines = [
             f"{one.switch} is dead {when}: {one.evidence}; {one.advice}"
             if one.verdict == "dead"
             else f"{one.switch} is dead {when} on another rank"
             for place, one in enumerate(receipts)
             if place in dead
         ]
-        raise UserError(". ".join(told))
+        raise UserError(". ".join(lines))
 
     @staticmethod
     def _anywhere(trainer: Trainer, flags: Tensor) -> set[int]:
-        """Return the places of flags that are set on any rank; every rank must ask."""
+        """Return the places of flags that are set on any rank; all ranks must call it."""
         own = flags.reshape(-1).float()
         found = trainer.strategy.reduce(own, reduce_op="max") if len(own) else own
         assert isinstance(found, Tensor)
         return set(found.nonzero().flatten().tolist())
 
 
-def _verdict(told: str) -> str:
-    return told.partition(":")[0]
-
-
-_TOLD = ("alive", "idle", "off", "unproven", "dead")
+def _verdict(tag: str) -> str:
+    return tag.partition(":")[0]

@@ -1,9 +1,8 @@
-"""Proof of a stabiliser of the gradient: a spike, on a copy, is cut by it; and how often it has acted in this run.
+"""Proof of a gradient stabiliser: on a copy it cuts a spike; in the run its steps are counted.
 
-The trigger is one parameter with a gradient of 1e12, which an optimiser of the copy would follow. A clip must shorten
-the step, and skipping must leave it out, with the run's own thresholds; ZClip and AdaGC are given ordinary norms until
-they know what is ordinary. In the run itself one counts the steps in which each clip made the gradient, or the update,
-shorter than it came to it, and those that were left out.
+The trigger is one parameter with a gradient of 1e12. A clip must shorten the step, and skipping must leave it out, with
+the run's own thresholds. ZClip and AdaGC first see ordinary norms until their warm-up is over. In the run, a clip's
+count is the steps in which it shortened the gradient or update; skipping counts the steps left out.
 """
 
 from collections.abc import Mapping
@@ -17,28 +16,30 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lightning_moevlm.training import VisionLanguageModule
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Verdict
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.optim import GradientControl, GradientEvents, GradientStabilisers
 
 _SPIKE = 1e12
 
 
 class Activity(NamedTuple):
-    """Optimiser steps seen on the way here, and in how many of them each stabiliser, by its option, has acted."""
+    """Counts since training started."""
 
     steps: int
+    """Optimiser steps seen."""
     acted: Mapping[str, int]
+    """Steps in which each stabiliser acted, by its option."""
 
 
 class ActivityCounter:
-    """Counts on the device, so that nobody waits before a receipt is asked for."""
+    """Counts on the device; the host waits only when a receipt is due."""
 
     def __init__(self) -> None:
         self._steps = 0
         self._acted: dict[str, Tensor] = {}
 
     def add(self, events: GradientEvents) -> None:
-        """Take in one optimiser step."""
+        """Add one optimiser step."""
         seen = dict(events.shortened)
         if events.skipped is not None:
             seen["skip_spikes"] = events.skipped
@@ -48,52 +49,44 @@ class ActivityCounter:
         self._steps += 1
 
     def read(self) -> Activity:
-        """Return what was counted since the run started."""
+        """Return the counts since the run started."""
         return Activity(self._steps, {name: int(count) for name, count in self._acted.items()})
 
 
-def gradient_receipts(trainer: Trainer, module: VisionLanguageModule, acts: Activity) -> list[Receipt]:
+def gradient_receipts(trainer: Trainer, module: VisionLanguageModule, activity: Activity) -> list[Receipt]:
     """Return the receipts of the gradient stabilisers, or of Lightning's own clipping."""
     options = module.gradient
     if trainer.gradient_clip_val and not options.any_on:
         return [_lightning_clip(float(trainer.gradient_clip_val))]
     enabled = [entry.name for entry in fields(options) if getattr(options, entry.name) is not None]
-    return [_receipt(module, name, acts) for name in enabled]
+    return [_receipt(module, name, activity) for name in enabled]
 
 
 def _lightning_clip(threshold: float) -> Receipt:
-    switch = "trainer.gradient_clip_val"
+    switch = Switch("trainer.gradient_clip_val", "gradient")
     if threshold > _SPIKE:
-        return Receipt(
-            switch, "gradient", "dead", f"no gradient reaches {threshold:g}", None, "lower it, or set it to null"
-        )
-    return Receipt(switch, "gradient", "idle", "Lightning clips; how often it acts in the run is not counted")
+        return switch.dead(f"no gradient reaches {threshold:g}", "lower it, or set it to null")
+    return switch.is_("idle", "Lightning clips; how often it acts in the run is not counted")
 
 
-def _receipt(module: VisionLanguageModule, name: str, acts: Activity) -> Receipt:
-    switch = f"gradient.{name}"
-    alone = GradientStabilisers(**{name: getattr(module.gradient, name)})
-    shown = _cut(alone)
-    if not shown < 1:
-        return Receipt(
-            switch,
-            "gradient",
-            "dead",
+def _receipt(module: VisionLanguageModule, name: str, activity: Activity) -> Receipt:
+    switch = Switch(f"gradient.{name}", "gradient")
+    left = _apply_to_spike(GradientStabilisers(**{name: getattr(module.gradient, name)}))
+    if not left < 1:
+        return switch.dead(
             f"a gradient of norm {_SPIKE:g} on a copy passes it unchanged",
-            None,
-            f"lower its threshold, or set model.{switch} to null",
+            f"lower its threshold, or set model.{switch.name} to null",
         )
-    trigger = f"on a copy it keeps {shown:.2g} of a spike of {_SPIKE:g}"
-    count = acts.acted.get(name, 0)
-    verdict: Verdict = "alive" if count else "idle"
-    what = "left out" if name == "skip_spikes" else "shortened"
-    counted = f"{count} of {acts.steps} steps {what}" if acts.steps else "no step has been made yet"
-    return Receipt(switch, "gradient", verdict, f"{counted}; {trigger}", float(count))
+    count = activity.acted.get(name, 0)
+    verb = "left out" if name == "skip_spikes" else "shortened"
+    counted = f"{count} of {activity.steps} steps {verb}" if activity.steps else "no step has been made yet"
+    evidence = f"{counted}; on a copy it keeps {left:.2g} of a spike of {_SPIKE:g}"
+    return switch.is_("alive" if count else "idle", evidence, float(count))
 
 
 @cache
-def _cut(options: GradientStabilisers) -> float:
-    """Return the share of a spike that is left of the step that it asks for; 1 where nothing acts."""
+def _apply_to_spike(options: GradientStabilisers) -> float:
+    """Return the share of a spike that is left of the step; 1 if nothing acts."""
     weight = nn.Parameter(torch.zeros(2))
     optimizer = SGD([weight], lr=1.0)
     control = GradientControl(options, optimizer)

@@ -1,9 +1,9 @@
-"""Proof of a switch of the initial weights: they are as wide as the switch says, and not as they would be without it.
+"""Proof of a switch of the initial weights: their width is the one with the switch, not the one without.
 
-    depth, init_scheme, init_scale   the standard deviation of a matrix, measured, against that which the blocks' scheme
-                                     gives with the switch and without it (init_scheme.py)
+    depth, init_scheme, init_scale   the measured standard deviation of a matrix, against that of the blocks' scheme
+                                     with the switch and without it (model/layers/init_scheme.py)
 
-Only a fresh model can be asked: training has moved the weights of any other.
+Only a fresh model can be asked, because training moves the weights.
 """
 
 import math
@@ -15,14 +15,14 @@ from torch import nn
 from lightning_moevlm.model.initial_weights import InitialScale, initial_scales
 from lightning_moevlm.model.layers import Block, ModelStabilisers
 from lightning_moevlm.training import VisionLanguageModule
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.trunk_proofs import stabilisers_of
 
 _CUT_AT_TWO = 0.87963  # standard deviation of a standard normal cut at two: sqrt(1 - 4 phi(2) / (2 Phi(2) - 1))
 
 
 def init_receipts(module: VisionLanguageModule, is_fresh: bool) -> list[Receipt]:
-    """Return the receipts of the switches that act on initial weights; none where training has moved them."""
+    """Return the receipts of the switches of initial weights; empty once training has moved them."""
     switches = stabilisers_of(module)
     if switches is None or not is_fresh:
         return []
@@ -34,12 +34,11 @@ def init_receipts(module: VisionLanguageModule, is_fresh: bool) -> list[Receipt]
         off["init_scheme"] = replace(switches, init_scheme=plain.init_scheme)
     if switches.init_scale != plain.init_scale:
         off["init_scale"] = replace(switches, init_scale=plain.init_scale)
-    return [_receipt(module, name, other) for name, other in off.items()]
+    return [_receipt(module, Switch(f"stabilisers.{name}", "trunk"), other) for name, other in off.items()]
 
 
-def _receipt(module: VisionLanguageModule, name: str, off: ModelStabilisers) -> Receipt:
+def _receipt(module: VisionLanguageModule, switch: Switch, off: ModelStabilisers) -> Receipt:
     """Compare on the matrix that the switch moves most."""
-    switch = f"stabilisers.{name}"
     wanted, without = _scales(module, None), _scales(module, off)
     measured = {
         path: float(parameter.detach().float().std(correction=0))
@@ -49,19 +48,13 @@ def _receipt(module: VisionLanguageModule, name: str, off: ModelStabilisers) -> 
     ratios = {path: _effective(wanted[path]) / _effective(without[path]) for path in measured}
     path = max(ratios, key=lambda one: abs(math.log(ratios[one])), default=None)
     if path is None or abs(math.log(ratios[path])) < 1e-3:
-        return Receipt(switch, "trunk", "idle", "at this size every matrix starts as it would without it")
-    with_it, without_it = _effective(wanted[path]), _effective(without[path])
-    what = f"{path} starts with std {measured[path]:.3g}; {with_it:.3g} with it, {without_it:.3g} without"
-    if abs(math.log(measured[path] / with_it)) < abs(math.log(measured[path] / without_it)):
-        return Receipt(switch, "trunk", "alive", what, measured[path])
-    return Receipt(
-        switch,
-        "trunk",
-        "dead",
-        what,
-        measured[path],
-        f"let the matrices of blocks be drawn by `initialise`, or turn model.backbone.init_args.{switch} off",
-    )
+        return switch.is_("idle", "at this size every matrix starts as it would without it")
+    std, with_it, without_it = measured[path], _effective(wanted[path]), _effective(without[path])
+    evidence = f"{path} starts with std {std:.3g}; {with_it:.3g} with it, {without_it:.3g} without"
+    if abs(math.log(std / with_it)) < abs(math.log(std / without_it)):
+        return switch.is_("alive", evidence, std)
+    advice = f"draw the matrices of blocks by `initialise`, or turn model.backbone.init_args.{switch.name} off"
+    return switch.dead(evidence, advice, std)
 
 
 def _scales(module: VisionLanguageModule, switches: ModelStabilisers | None) -> Mapping[str, InitialScale]:

@@ -1,20 +1,19 @@
-"""Proof of an auxiliary loss: its gradient reaches what it should, and nothing that it must not.
+"""Proof of an auxiliary loss: its gradient reaches the right weights, and no others.
 
-    reaches    the gradient of the raw loss on router weights that the optimiser moves (of the output z-loss: on the
-               heads) is not 0, and more than rounding: |g| > 1e-6 |loss| rms |x| for the tokens x that routers see
-    spares     experts of the last sparse block: nothing between them and a loss on routing computes with them
-    changes    without the term, some bit of the step's gradient on those weights is another one
-    scale      every layer twice gives the same raw loss, and so do counts of the step twice (two ranks, two
-               micro-batches alike): it does not move with the number of layers, ranks or micro-batches
-    idle       where the gradient is 0, as at a minimum, it is not so for plans pushed out of balance
+    reaches    the gradient of the raw loss on router weights that the optimiser trains (output z-loss: on the heads)
+               exceeds rounding: |g| > 1e-6 |loss| rms |x| for the tokens x at the routers
+    spares     experts of the last sparse block have no gradient: no loss on routing is computed through them
+    changes    without the term, some bit of the step's gradient on those weights differs
+    scale      every layer counted twice gives the same raw loss, and so do doubled counts of the step: the loss does
+               not grow with layers, ranks or micro-batches
+    idle       if the gradient is 0, as at a minimum, plans pushed out of balance have one
 
-Balance gradients that never arrive, coefficients that are ignored and losses that are constant by a mistake in
-broadcasting have each trained models elsewhere (tests/test_traps.py says where).
+Published code had balance gradients that never arrive, ignored coefficients, and losses constant by a mistake in
+broadcasting (tests/test_traps.py names it).
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +25,11 @@ from lightning_moevlm.contracts.step_records import Term
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.losses import AdaptiveWeight, LossInput
 from lightning_moevlm.training import VisionLanguageModule
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 
 _ROUNDING = 1e-6
 _PUSHES = (0.0, 2.0, 8.0)  # on the logits of one expert, beside noise
-
-
-class Reach(NamedTuple):
-    """Gradients of one term. targets: on the weights that it should reach. spared: on those that it must not."""
-
-    targets: list[Tensor | None]
-    spared: list[Tensor | None]
 
 
 def loss_receipts(rehearsal: Rehearsal, optimizers: Sequence[Optimizer]) -> list[Receipt]:
@@ -48,7 +40,7 @@ def loss_receipts(rehearsal: Rehearsal, optimizers: Sequence[Optimizer]) -> list
 
 
 def find_trained_parameters(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
-    """Return the parameters that optimisers move: owned, and at a peak rate above 0."""
+    """Return the parameters that optimisers train: owned, and at a peak rate above 0."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     return {p for group in groups if group.get("initial_lr", group["lr"]) > 0 for p in group["params"]}
 
@@ -63,13 +55,13 @@ def gradients_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | N
 
 
 def norm_of(gradients: Iterable[Tensor | None]) -> float:
-    """Return the norm of all of them together, in fp32; those that are None count as 0."""
+    """Return their joint norm, in fp32; None counts as 0."""
     present = [gradient.float() for gradient in gradients if gradient is not None]
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))) if present else 0.0
 
 
 class _WholeGradient:
-    """The gradient of the total loss, taken once for all losses that ask for it on the same weights."""
+    """The gradient of the total loss, computed once for all losses on the same weights."""
 
     def __init__(self, total_loss: Tensor) -> None:
         self._total_loss = total_loss
@@ -84,13 +76,14 @@ class _WholeGradient:
 
 
 class _Proof:
-    """What is asked of one loss."""
+    """Asks one loss."""
 
     def __init__(self, rehearsal: Rehearsal, name: str, optimizers: Sequence[Optimizer], whole: _WholeGradient) -> None:
         self.rehearsal = rehearsal
         self.whole = whole
         self.module: VisionLanguageModule = rehearsal.module
         self.name = name
+        self.switch = Switch(self.module.losses.key(name), "loss")
         self.on_routing = name != "output_z"
         self.target = "router weights" if self.on_routing else "the heads"
         moved = find_trained_parameters(optimizers)
@@ -98,59 +91,53 @@ class _Proof:
         self.moved = [p for p in self.every if p in moved and p.requires_grad]
 
     def receipt(self, term: Term | None) -> Receipt:
-        early = self._declared_off(term)
-        if early is not None:
-            return early
-        if term is None:
-            return self._missing()
-        return self._reaches(term)
+        return self._declared_off() or (self._missing() if term is None else self._reaches(term))
 
-    def _declared_off(self, term: Term | None) -> Receipt | None:
+    def _declared_off(self) -> Receipt | None:
         weight = self.module.current_weights[self.name]
         if float(weight) == 0:
             scheduled = isinstance(self.module.losses.weights[self.name], Ramp)
-            return self._is("off", "its weight is 0 at this step" if scheduled else "its weight is 0", 0.0)
+            return self.switch.is_("off", "its weight is 0 at this step" if scheduled else "its weight is 0", 0.0)
         if self.on_routing and not any(isinstance(layer, MoEFFN) for layer in self.module.backbone.modules()):
-            return self._is("off", "a dense model has no routers")
+            return self.switch.is_("off", "a dense model has no routers")
         freeze = self.module.actions.freeze_router
         if self.on_routing and freeze is not None and self.module.global_step >= freeze.after_steps:
-            return self._is("off", f"actions.freeze_router keeps routers still after step {freeze.after_steps}")
+            return self.switch.is_("off", f"actions.freeze_router keeps routers still after step {freeze.after_steps}")
         return None
 
     def _missing(self) -> Receipt:
         if self.on_routing and not self.rehearsal.output.plans:
-            return self._dead(
-                "the objective hands no routing plans on, and the model has routers",
+            return self.switch.dead(
+                "the objective returns no routing plans, and the model has routers",
                 "let the objective return the plans of every forward pass",
             )
-        return self._is("unproven", "this batch has nothing that it is defined on")
+        return self.switch.is_("unproven", "this batch lacks what the loss is computed from")
 
     def _reaches(self, term: Term) -> Receipt:
         raw, weight = term.raw, float(term.weight)
         if not self.moved:
-            return self._dead(f"{self._who_holds_still()}, so nothing learns from it", self._advice())
+            return self.switch.dead(f"{self._explain_frozen()}, so nothing learns from it", self._advice())
         found = gradients_of(raw, [*self.moved, *self._must_not_reach()])
-        reach = Reach(found[: len(self.moved)], found[len(self.moved) :])
-        size = norm_of(reach.targets)
-        if all(gradient is None for gradient in reach.targets):
-            return self._dead(
-                f"its gradient reaches none of the {len(self.moved)} tensors of {self.target}: it is computed from "
-                "values that were detached, or that do not depend on them",
+        targets, spared = found[: len(self.moved)], norm_of(found[len(self.moved) :])
+        size = norm_of(targets)
+        if all(gradient is None for gradient in targets):
+            return self.switch.dead(
+                f"its gradient reaches none of the {len(self.moved)} tensors of {self.target}: the loss uses "
+                "detached values, or values that do not depend on them",
                 self._advice(),
             )
-        spared = norm_of(reach.spared)
         if spared > 0:
-            return self._dead(
-                f"its gradient has norm {spared:.2g} on experts of the last sparse block, which a loss on routing must "
-                "not reach",
+            return self.switch.dead(
+                f"its gradient has norm {spared:.2g} on experts of the last sparse block, which no loss on routing "
+                "may reach",
                 self._advice(),
             )
         moves = self._moves_with_scale(raw)
         if moves is not None:
-            return self._dead(moves, "take the mean over layers and shares of counts, not sums")
+            return self.switch.dead(moves, "take the mean over layers and shares of counts, not sums")
         if size <= _ROUNDING * abs(float(raw.detach())) * self._token_size():
             return self._at_rest()
-        return self._changes(reach.targets, weight, size)
+        return self._changes(targets, weight, size)
 
     def _changes(self, gradients: list[Tensor | None], weight: float, size: float) -> Receipt:
         whole = self.whole.on(self.moved)
@@ -163,18 +150,22 @@ class _Proof:
         reached = sum(gradient is not None and bool(gradient.any()) for gradient in gradients)
         what = f"gradient norm {weight * size:.2g} on {self.target} ({reached} of {len(gradients)} tensors)"
         if changed:
-            return self._is("alive", f"{what}; off, {changed / total:.0%} of them get another one", weight * size)
+            return self.switch.is_(
+                "alive", f"{what}; without it {changed / total:.0%} of them get another one", weight * size
+            )
         if isinstance(self.module.losses.weights[self.name], Ramp | AdaptiveWeight):
-            return self._is("idle", f"{what}: too little to change a bit of it at weight {weight:.2g}", weight * size)
-        return self._dead(
+            return self.switch.is_(
+                "idle", f"{what}: too little to change a bit of it at weight {weight:.2g}", weight * size
+            )
+        return self.switch.dead(
             f"{what}: at weight {weight:.2g} the step is the same without it", "choose a larger weight, or null"
         )
 
     def _at_rest(self) -> Receipt:
-        """The gradient is 0 here: ask whether it is so everywhere."""
+        """Ask whether a gradient that is 0 here is 0 everywhere."""
         largest = 0.0
         for push in _PUSHES:
-            leaves, inputs = _pushed(self.rehearsal.inputs, push)
+            leaves, inputs = _push(self.rehearsal.inputs, push)
             with self.rehearsal.in_losses():
                 partitions = {
                     name: (value_M.detach() + push).requires_grad_()
@@ -186,14 +177,16 @@ class _Proof:
                 relative = norm_of(found) / max(abs(float(term.raw.detach())), 1e-12)
                 largest = max(largest, relative if math.isfinite(relative) else 0.0)
         if largest > _ROUNDING:
-            return self._is("idle", f"no gradient on {self.target} here; a plan pushed out of balance has one", 0.0)
-        return self._dead(
+            return self.switch.is_(
+                "idle", f"no gradient on {self.target} here; a plan pushed out of balance has one", 0.0
+            )
+        return self.switch.dead(
             f"its gradient on {self.target} is 0 here and for plans pushed out of balance: it is constant",
             self._advice(),
         )
 
     def _moves_with_scale(self, raw: Tensor) -> str | None:
-        """Say how the raw loss moves with layers or counts; None where it stands."""
+        """Return how the raw loss moves with layers or counts; None if it does not."""
         if not self.on_routing:
             return None
         twice = [*self.rehearsal.inputs, *self.rehearsal.inputs]
@@ -209,15 +202,15 @@ class _Proof:
             )
             for inputs in self.rehearsal.inputs
         ]
-        for what, other in (("every layer counted twice", twice), ("the counts of two equal ranks", counted)):
+        for change, other in (("every layer counted twice", twice), ("the counts of two equal ranks", counted)):
             with self.rehearsal.in_losses(), torch.no_grad():
                 term = self.module.losses.terms(other, self.rehearsal.output.log_partitions)[self.name]
             if not torch.allclose(term.raw, raw.detach(), rtol=1e-4, atol=1e-7):
-                return f"its scale moves: {what} makes {float(raw.detach()):.4g} to {float(term.raw):.4g}"
+                return f"its scale moves: {change} turns {float(raw.detach()):.4g} into {float(term.raw):.4g}"
         return None
 
     def _must_not_reach(self) -> list[nn.Parameter]:
-        """Experts of the last sparse block; all else may lie between a router and the inputs."""
+        """Return the experts of the last sparse block; other weights may lie between a router and the inputs."""
         if not self.on_routing:
             return []
         last = max(named.block for named in self.rehearsal.output.plans)
@@ -225,36 +218,26 @@ class _Proof:
         return [p for path in layers for p in self.module.backbone.get_submodule(path).experts.parameters()]  # type: ignore[union-attr]
 
     def _token_size(self) -> float:
-        """Root mean square of the norms of the tokens that routers saw; 1 for losses elsewhere."""
+        """Return the root mean square of the norms of the routers' tokens; 1 for other losses."""
         seen = [call.args[0] for call in self.rehearsal.calls.values() if isinstance(call.args[0], RoutingInput)]
         if not self.on_routing or not seen:
             return 1.0
         squares = [inputs.tokens_TD.detach().float().square().sum(dim=-1).mean() for inputs in seen]
         return float(torch.stack(squares).mean().sqrt())
 
-    def _who_holds_still(self) -> str:
+    def _explain_frozen(self) -> str:
         if not self.every:
             return "the router has no weights"
         if not any(p.requires_grad for p in self.every):
             return f"{self.target} are frozen (requires_grad is off)"
-        return f"no optimiser moves {self.target} (not in its groups, or at learning rate 0)"
+        return f"no optimiser trains {self.target} (not in its groups, or at learning rate 0)"
 
     def _advice(self) -> str:
-        return f"set model.{self._switch} to null, or mend what keeps it from {self.target}"
-
-    @property
-    def _switch(self) -> str:
-        return self.module.losses.key(self.name)
-
-    def _is(self, verdict: str, evidence: str, value: float | None = None) -> Receipt:
-        return Receipt(self._switch, "loss", verdict, evidence, value)  # type: ignore[arg-type]
-
-    def _dead(self, evidence: str, advice: str) -> Receipt:
-        return Receipt(self._switch, "loss", "dead", evidence, None, advice)
+        return f"set model.{self.switch.name} to null, or fix the code that keeps it from {self.target}"
 
 
 def _target_parameters(rehearsal: Rehearsal, on_routing: bool) -> Iterable[nn.Parameter]:
-    """What a loss must reach: routers that ran, or the heads of the objective and the embedding that they share."""
+    """Return the weights that a loss must reach: routers that ran, or the heads and the embedding that they share."""
     module = rehearsal.module
     if not on_routing:
         shared = module.backbone.text_embedding_VD
@@ -263,11 +246,11 @@ def _target_parameters(rehearsal: Rehearsal, on_routing: bool) -> Iterable[nn.Pa
     return [p for path in layers for p in module.backbone.get_submodule(path).router.parameters()]  # type: ignore[union-attr]
 
 
-def _pushed(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[LossInput]]:
+def _push(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[LossInput]]:
     """Return plans with noise on their logits and the first expert's raised, and their new leaves.
 
-    Logits are brought to a root mean square of 1 at most: of a router that training has driven into saturation, every
-    probability is 0 or 1, and no push would give a loss on them a gradient.
+    Logits are scaled to a root mean square of 1 at most: in a saturated router every probability is 0 or 1, and no
+    push would give a loss on them a gradient.
     """
     leaves: list[Tensor] = []
     pushed: list[LossInput] = []

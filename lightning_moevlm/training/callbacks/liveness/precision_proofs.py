@@ -1,13 +1,11 @@
 """Proof of a pinned dtype: with the region left to the Trainer's precision, the same samples give another loss.
 
-Where the Trainer computes in that dtype anyway the pin is idle. So it is where both dtypes give the same bits, as they
-may in a small model (a norm of fp32 tokens is fp32 under autocast too), if a trigger shows that the model asks for the
-dtype of the region: rounded to two bits of mantissa there, and nowhere else, the samples must give other numbers. What
-does not answer to that is dead; or off, if nothing computes in the region and the pin is the policy's default, which
-guards a router of a model that may have none.
+The pin is idle if the Trainer computes in that dtype anyway. It is also idle if both dtypes give the same bits, as in
+small models (a norm of fp32 tokens is fp32 under autocast too), but a trigger changes the outputs: the region alone
+rounded to two bits of mantissa. Without an effect of the trigger the pin is dead. It is off if nothing computes in the
+region and the pin is the policy's default, which guards routers of models that may have none.
 
-The state of an optimiser is looked at itself: what is rounded after each step must be made of numbers of the narrow
-format.
+Optimiser state is read directly: after each step it must hold numbers of the narrow format.
 """
 
 from dataclasses import replace
@@ -28,7 +26,7 @@ from lightning_moevlm.model.precision import (
     precision_as,
     rounded,
 )
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 
 _TRAINER_DTYPE: dict[str, RegionDtype] = {
@@ -42,7 +40,7 @@ _COARSE: RegionDtype = "float8_e5m2"  # the fewest bits that can be simulated
 
 
 class _Shift(NamedTuple):
-    """By how much two runs of the same samples differ."""
+    """Absolute differences of two runs of the same samples."""
 
     logits: float
     loss: float
@@ -62,48 +60,43 @@ def precision_receipts(rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
         dtype = getattr(policy, name)
         if dtype is None:
             continue
-        switch = f"precision.{name}"
+        switch = Switch(f"precision.{name}", "precision")
         without = (policy.trunk if name != "trunk" else None) or around
         if name == "optimizer_state":
             receipts.append(_state(rehearsal, trainer, switch))
         elif dtype == without:
-            receipts.append(Receipt(switch, "precision", "idle", f"{dtype} is what is computed in around it"))
+            receipts.append(switch.is_("idle", f"{dtype} is the dtype around it anyway"))
         else:
             seen = seen or rehearsal.run_again()
             # weights of a region pinned to fp32 stay fp32 in true half precisions, and would not fit the tokens
             free = policy.with_region(name, without if str(trainer.precision).endswith("-true") else None)
-            receipts.append(_region(rehearsal, seen, name, free, f"{dtype} instead of {without}"))
+            receipts.append(_region(rehearsal, seen, switch, name, free, f"{dtype} instead of {without}"))
     return receipts
 
 
-def _region(rehearsal: Rehearsal, seen: ObjectiveOutput, name: Region, without: PrecisionPolicy, what: str) -> Receipt:
-    switch = f"precision.{name}"
-    policy = rehearsal.module.precision
+def _region(
+    rehearsal: Rehearsal, seen: ObjectiveOutput, switch: Switch, name: Region, without: PrecisionPolicy, change: str
+) -> Receipt:
     shift = _shift(seen, _run_as(rehearsal, without))
-    if shift.loss != shift.loss:
-        # the samples' own loss is sound, or nobody would have asked
-        return Receipt(switch, "precision", "alive", f"{what}: without the pin the loss is no number")
+    if shift.loss != shift.loss:  # the samples' own loss is finite, or there would be no receipts
+        return switch.is_("alive", f"{change}: without the pin the loss is not finite")
     if any(shift):
-        return Receipt(switch, "precision", "alive", f"{what} moves {shift.text}", shift.loss)
+        return switch.is_("alive", f"{change} moves {shift.text}", shift.loss)
     shaken = _trigger(rehearsal, without, name)
-    same = f"{what} changes no bit of these samples"
+    same = f"{change} changes no bit of these samples"
     if any(shaken):
-        evidence = f"{same}; on a trial {_COARSE} moves {shaken.text}"
-        return Receipt(switch, "precision", "idle", evidence, 0.0)
-    if getattr(PrecisionPolicy(), name) == getattr(policy, name):
-        return Receipt(switch, "precision", "off", "the default of a region in which this model computes nothing", 0.0)
-    return Receipt(
-        switch,
-        "precision",
-        "dead",
-        f"{same}, and no more does {_COARSE} on a trial: nothing that counts is computed in the region",
+        return switch.is_("idle", f"{same}; on a trial {_COARSE} moves {shaken.text}", 0.0)
+    if getattr(PrecisionPolicy(), name) == getattr(rehearsal.module.precision, name):
+        return switch.is_("off", "the default of a region in which this model computes nothing", 0.0)
+    return switch.dead(
+        f"{same}, nor does {_COARSE} on a trial: the outputs do not depend on this region",
+        f"set model.{switch.name} to null",
         0.0,
-        f"set model.{switch} to null",
     )
 
 
 def _trigger(rehearsal: Rehearsal, without: PrecisionPolicy, name: Region) -> _Shift:
-    """Return what it changes to round one region as coarsely as can be; both runs of the samples are simulated."""
+    """Return the effect of rounding one region as coarsely as possible; both runs are simulated."""
     free = replace(without, simulate=without.simulate or Simulation())
     return _shift(_run_as(rehearsal, free), _run_as(rehearsal, free.with_region(name, _COARSE)))
 
@@ -119,12 +112,12 @@ def _shift(one: ObjectiveOutput, other: ObjectiveOutput) -> _Shift:
     return _Shift(logits, abs(_task_loss(one) - _task_loss(other)))
 
 
-def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
+def _state(rehearsal: Rehearsal, trainer: Trainer, switch: Switch) -> Receipt:
     policy = rehearsal.module.precision
     dtype = policy.optimizer_state
     assert dtype is not None
     if dtype == "float32" or policy.simulate is None:
-        return Receipt(switch, "precision", "idle", "float32 is what the optimiser's state has")
+        return switch.is_("idle", "the optimiser's state is float32 anyway")
     state = [
         value
         for optimizer in trainer.optimizers
@@ -133,24 +126,21 @@ def _state(rehearsal: Rehearsal, trainer: Trainer, switch: str) -> Receipt:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
     ]
     if not state:
-        return Receipt(switch, "precision", "idle", "no step has been made that left state to round")
+        return switch.is_("idle", "no step has left state to round yet")
     loose = sum(not _is_rounded(value, dtype, policy.simulate.scale) for value in state)
     if loose:
-        return Receipt(
-            switch,
-            "precision",
-            "dead",
-            f"{loose} of {len(state)} tensors of the optimiser's state are no numbers of {dtype}",
+        return switch.dead(
+            f"{loose} of {len(state)} tensors of the optimiser's state do not hold numbers of {dtype}",
+            f"choose an optimiser whose state can be rounded after each step, or set model.{switch.name} to null",
             float(loose),
-            f"choose an optimiser whose state can be rounded after each step, or set model.{switch} to null",
         )
-    return Receipt(switch, "precision", "alive", f"all {len(state)} state tensors are {dtype}", float(len(state)))
+    return switch.is_("alive", f"all {len(state)} state tensors are {dtype}", float(len(state)))
 
 
 def _is_rounded(value: Tensor, dtype: RegionDtype, scale: bool) -> bool:
-    """Say whether state is made of numbers of a format, up to the last bits of the dtype that it is kept in.
+    """Return whether state holds numbers of a format, up to the last bits of the dtype that stores it.
 
-    The factor that fp8 is scaled by is itself rounded, so that rounding twice may move the last bit.
+    The scale of fp8 is itself rounded, so rounding twice may move the last bit.
     """
     kept_in = torch.finfo(value.dtype)
     again = rounded(value.float(), dtype, scale).to(value.dtype)

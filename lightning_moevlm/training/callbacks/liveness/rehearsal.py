@@ -1,12 +1,12 @@
-"""A rehearsal of the step at hand: its first samples run once, with its weights, masks and noise, and are watched.
+"""Rehearses the current step: runs its first samples once, with its weights, masks and noise, and records the layers.
 
-Proofs look at what the rehearsal saw, and run single layers again on the inputs that they had in it. Nothing is left
-behind: no gradient in a parameter, no random state, no count, no choice of a dispatcher. PyTorch's `autograd.grad` does
-not touch the `.grad` of parameters, nor the hooks by which data-parallel training exchanges them.
+Proofs read the record, and run single layers again on their recorded inputs. Nothing is left behind: no gradient, no
+random state, no count, no choice of a dispatcher. `autograd.grad` touches neither the `.grad` of parameters nor the
+hooks by which data-parallel training exchanges gradients.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ _WATCHED = (Attention, Block, DenseFFN, MoEFFN, Router, PatchEmbedding)
 
 
 class Call(NamedTuple):
-    """The first call of a layer with anything but padding: its arguments and what it returned."""
+    """The first call of a layer with more than padding."""
 
     args: tuple[Any, ...]
     output: Any
@@ -37,15 +37,19 @@ class Call(NamedTuple):
 class Rehearsal:
     """The first samples of a batch, run as the step would run them.
 
-    output: of the objective, with gradient. inputs: of the losses on routing. report: every term, with gradient.
-    counts: by MoE layer, of these samples. calls: by path in the module, of the layers that proofs ask about.
-
     Args:
-        trainer: whose precision it is.
+        trainer: gives the precision.
         module: in training mode.
         batch: on the module's device.
-        num_samples: of the batch that run.
-        step: number of the micro-batch; masks and noise follow from it.
+        num_samples: samples of the batch that run.
+        step: number of the micro-batch; seeds masks and noise.
+
+    Attributes:
+        output: the objective's, with gradient.
+        inputs: of the losses on routing.
+        report: every term, with gradient.
+        counts: of these samples, by MoE layer.
+        calls: recorded layers, by path in the module.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Rehearsal:
         self.calls: dict[str, Call] = {}
         self._trainer = trainer
         self._step = step
+        self._outputs: dict[str, Tensor] = {}  # of layers run again as they are
         # copies dispatch: dispatchers remember which cases they met, which goes into the record of the run
         moes = [layer for layer in module.modules() if isinstance(layer, MoEFFN)]
         self._spare_dispatchers = [(layer, copy.deepcopy(layer.dispatcher)) for layer in moes]
@@ -75,18 +80,18 @@ class Rehearsal:
 
     @property
     def is_sound(self) -> Tensor:
-        """Whether every term of the loss is a number: a bool scalar on the device."""
+        """Whether every term of the loss is finite: a bool scalar on the device."""
         return torch.stack([term.raw.detach().isfinite() for terms in self.report for term in terms.values()]).all()
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
-        """Compute in the Trainer's precision, with the noise of the step; leave random states and dispatchers alone."""
+        """Compute in the Trainer's precision with the step's noise; restore random states and dispatchers."""
         module = self.module
         device = module.device
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             for layer, dispatcher in self._spare_dispatchers:
-                stack.enter_context(put(layer, "dispatcher", dispatcher))
+                stack.enter_context(replace_attribute(layer, "dispatcher", dispatcher))
             stack.enter_context(self._trainer.precision_plugin.train_step_context())
             module.seed_noise(self._step)
             yield
@@ -107,11 +112,40 @@ class Rehearsal:
             return output
 
     def layer(self, path: str, instead: nn.Module | None = None, *more: object) -> Any:
-        """Run one layer again, or another in its place, on what it was given (and more); without gradient."""
+        """Run one layer again, or `instead` in its place, on its recorded inputs (and more); without gradient."""
         layer = self.module.get_submodule(path) if instead is None else instead
         name: Region = "router" if isinstance(layer, Router) else "trunk"
         with self.conditions(), torch.no_grad(), region(self.module.precision, name, self.module.device.type):
             return layer(*self.calls[path].args, *more)
+
+    def compare(
+        self, path: str, attribute: str, one: object, other: object, read: Callable[[Any], Tensor] | None = None
+    ) -> float:
+        """Run a layer with two values of an attribute and return the difference of its outputs, relative to the first.
+
+        Args:
+            path: of a recorded layer.
+            attribute: that a switch sets.
+            one: value with the switch.
+            other: value without it.
+            read: output -> the tensor to compare; None takes the tokens.
+        """
+        layer = self.module.get_submodule(path)
+        found: list[Tensor] = []
+        for value in (one, other):
+            is_own = value is getattr(layer, attribute) and read is None
+            if is_own and path in self._outputs:
+                found.append(self._outputs[path])
+                continue
+            with replace_attribute(layer, attribute, value):
+                output = self.layer(path)
+            if read is None:
+                found.append(output if isinstance(output, Tensor) else output.tokens_BSD)
+            else:
+                found.append(read(output))
+            if is_own:
+                self._outputs[path] = found[-1]
+        return _difference(*found)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -144,8 +178,8 @@ class Rehearsal:
 
 
 @contextmanager
-def put(owner: Any, attribute: str, value: object) -> Iterator[None]:
-    """Give an attribute of a layer another value for a while."""
+def replace_attribute(owner: Any, attribute: str, value: object) -> Iterator[None]:
+    """Give an attribute of a layer another value inside the context."""
     before = getattr(owner, attribute)
     setattr(owner, attribute, value)
     try:
@@ -155,10 +189,11 @@ def put(owner: Any, attribute: str, value: object) -> Iterator[None]:
 
 
 def _is_padding(argument: object) -> bool:
-    """Say whether a layer is given a sequence of padding alone, which shows nothing of it."""
+    """Return whether an argument is the layout of padding alone, which shows nothing of a layer."""
     return isinstance(argument, Layout) and not bool(argument.valid_BS.any())
 
 
-def tensors_of(output: Any) -> Tensor:
-    """Return the tokens of what a layer returned."""
-    return output if isinstance(output, Tensor) else output.tokens_BSD
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Return the root mean square of the difference over that of the first."""
+    size = torch.linalg.vector_norm(one.float())
+    return float(torch.linalg.vector_norm(one.float() - other.float()) / size.clamp(min=1e-30))

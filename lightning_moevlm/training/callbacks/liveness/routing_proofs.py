@@ -1,12 +1,12 @@
-"""Proof of a switch of the routing: without it, the layers that it acts in route these very tokens otherwise.
+"""Proof of a routing switch: without it, its layers route the same tokens differently.
 
     gate.jitter, gate.dropout   the router's logits with the noise, and without any
     gate.temperature            the router's logits with it, and with a temperature of 1
-    moe.capacity                it leaves pairs out here; where it does not, next to none at all does, so that the layer
-                                is known to keep to its capacity
+    moe.capacity                it drops pairs here; if not, a capacity of one place per expert does, so the layer is
+                                known to respect its capacity
 
-Each router, or layer, runs again on what it was given in the rehearsal, and each that has the switch must show it.
-Logits of a plan are those before a router's own noise and bias, so that these do not stand in for the gate's.
+Each router or layer with the switch runs again on its inputs of the rehearsal, and each must show a difference. A
+plan's logits precede the router's own noise and bias, so these cannot stand in for the gate's.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,8 @@ import torch
 from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.routers import Gate, Router
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Verdict
-from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, put
-from lightning_moevlm.training.callbacks.liveness.trunk_proofs import difference
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
+from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, replace_attribute
 
 _NEXT_TO_NONE = 1e-12
 """A capacity factor that leaves each expert one place at most."""
@@ -56,35 +55,28 @@ def _limits(layer: MoEFFN) -> bool:
 
 def _gate(rehearsal: Rehearsal, name: str, pairs: dict[str, tuple[Gate, Gate]]) -> Receipt:
     """Compare the logits of two gates in each layer: with the switch, and without."""
-    switch = f"gate.{name}"
+    switch = Switch(f"gate.{name}", "routing")
     found: list[float] = []
-    for path, gates in pairs.items():
-        router = rehearsal.module.get_submodule(path)
-        logits = []
-        for gate in gates:
-            with put(router, "gate", gate):
-                logits.append(rehearsal.layer(path).logits_TE)
-        moved = difference(*logits)
+    for path, (gate, neutral) in pairs.items():
+        moved = rehearsal.compare(path, "gate", gate, neutral, read=lambda plan: plan.logits_TE)
         if moved != moved:
-            return Receipt(switch, "routing", "unproven", "a router's logits are no numbers at this step")
-        if not moved > 0 and bool(logits[0].any()):
-            return Receipt(
-                switch,
-                "routing",
-                "dead",
-                f"{path} gives the same logits without its {switch}",
-                0.0,
+            return switch.is_("unproven", "a router's logits are not finite at this step")
+        if not moved > 0 and bool(rehearsal.layer(path).logits_TE.any()):
+            return switch.dead(
+                f"{path} gives the same logits without its {switch.name}",
                 f"let the router score by `gate.logits`, or leave {name} of its gate at its default",
+                0.0,
             )
         found.append(moved)
     if not max(found) > 0:
-        return Receipt(switch, "routing", "idle", "every logit is 0 here, with it and without it", 0.0)
-    what = f"without it the logits of each of {len(found)} routers change by {min(found):.2g} of their size or more"
-    return Receipt(switch, "routing", "alive", what, min(found))
+        return switch.is_("idle", "every logit is 0 here, with it and without it", 0.0)
+    least = min(found)
+    evidence = f"without it the logits of each of {len(found)} routers change by {least:.2g} of their size or more"
+    return switch.is_("alive", evidence, least)
 
 
 def _capacity(rehearsal: Rehearsal, layers: dict[str, MoEFFN]) -> Receipt:
-    switch, dropped, pairs = "moe.capacity", 0, 0
+    switch, dropped, pairs = Switch("moe.capacity", "routing"), 0, 0
     for path, layer in layers.items():
         plan = rehearsal.calls[path].output.plans[0].plan
         if not isinstance(plan, PairPlan):  # slots are never over it
@@ -93,22 +85,18 @@ def _capacity(rehearsal: Rehearsal, layers: dict[str, MoEFFN]) -> Receipt:
         lost = chosen - int(plan.kept_N.sum())
         assert layer.capacity is not None
         if not lost:
-            with put(layer, "capacity", replace(layer.capacity, train_factor=_NEXT_TO_NONE, multiple_of=1)):
-                tight = rehearsal.layer(path).plans[0].plan
-            if chosen and torch.equal(tight.kept_N, plan.kept_N):
-                return Receipt(
-                    switch,
-                    "routing",
-                    "dead",
+            tight = replace(layer.capacity, train_factor=_NEXT_TO_NONE, multiple_of=1)
+            with replace_attribute(layer, "capacity", tight):
+                kept_N = rehearsal.layer(path).plans[0].plan.kept_N
+            if chosen and torch.equal(kept_N, plan.kept_N):
+                return switch.dead(
                     f"{path} keeps every pair under a capacity of one place per expert",
-                    0.0,
                     "let the layer limit its plan by its capacity, or set its capacity to null",
+                    0.0,
                 )
         dropped += lost
         pairs += chosen
     if not pairs:
-        return Receipt(switch, "routing", "unproven", "no layer with it chose experts on this batch")
-    verdict: Verdict = "alive" if dropped else "idle"
-    return Receipt(
-        switch, "routing", verdict, f"it leaves out {dropped} of {pairs} pairs of {len(layers)} layers", dropped / pairs
-    )
+        return switch.is_("unproven", "no layer with it chose experts on this batch")
+    evidence = f"it drops {dropped} of {pairs} pairs of {len(layers)} layers"
+    return switch.is_("alive" if dropped else "idle", evidence, dropped / pairs)

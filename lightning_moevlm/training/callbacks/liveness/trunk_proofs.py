@@ -1,30 +1,29 @@
-"""Proof of a switch of the trunk: without it, the layers that it acts in give something else for these very tokens.
+"""Proof of a trunk switch: without it, its layers give other outputs for the same tokens.
 
-Each layer runs again on what it was given in the rehearsal, once as it is and once with the part taken out; by how much
-the two differ (root mean square over that of the output) is the evidence. A part that is there and not used makes no
-difference: the switch is dead. Every layer that ran must differ.
+Each layer runs again on its inputs of the rehearsal, as it is and with the part taken out. The evidence is the
+difference (root mean square over that of the output). A part that is there but unused makes no difference: the switch
+is dead. Every layer that ran must differ.
 
     qk_norm            attention without the norm of queries, or of keys
-    logit_cap          attention with the cap, and with one that no logit feels; within rounding the switch is idle, if
-                       a cap far below the logits makes a difference
+    logit_cap          attention with the cap, and with one that no logit reaches; within rounding the switch is idle,
+                       if a cap far below the logits makes a difference
     sub_norm           attention and feed-forwards without the norm inside
-    norm               blocks, attention and feed-forwards with a LayerNorm in the place of each norm
+    norm               blocks, attention and feed-forwards with a LayerNorm in place of each norm
     norm_placement     blocks without one of their norms
     layer_scale        blocks without the factors
     residual_scaling   deepnorm: blocks with the residual at weight 1; depth: see init_proofs.py
-    freeze_patches     the projection takes no step, though the loss has a gradient at what it puts out
+    freeze_patches     the projection takes no step, though the loss has a gradient at its output
 """
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_moevlm.model.layers import Attention, Block, DenseFFN, ModelStabilisers, MoEFFN, PatchEmbedding
 from lightning_moevlm.training.callbacks.liveness.loss_proofs import gradients_of, norm_of
-from lightning_moevlm.training.callbacks.liveness.receipt import Receipt
-from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, put, tensors_of
+from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
+from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 
 _NO_CAP = 1e4  # times the cap: tanh is the identity there up to rounding
 _TINY_CAP = 1e-3  # times the largest logit
@@ -32,7 +31,7 @@ _ROUNDING = 1e-6  # of fp32 sums in another order
 
 
 class _Part(NamedTuple):
-    """A part of the layer at `path`, and what stands in its place without the switch."""
+    """A part of the layer at `path`, and its replacement without the switch."""
 
     path: str
     attribute: str
@@ -54,7 +53,7 @@ def trunk_receipts(rehearsal: Rehearsal) -> list[Receipt]:
         (switches.layer_scale is not None, "layer_scale", _scales(layers)),
         (has_alpha, "residual_scaling", _residuals(layers)),
     )
-    receipts = [_by_removal(rehearsal, name, parts) for is_on, name, parts in asked if is_on]
+    receipts = [_by_removal(rehearsal, _switch(name), parts) for is_on, name, parts in asked if is_on]
     if switches.logit_cap is not None:
         receipts.append(_logit_cap(rehearsal, layers))
     if switches.freeze_patches:
@@ -63,105 +62,73 @@ def trunk_receipts(rehearsal: Rehearsal) -> list[Receipt]:
 
 
 def stabilisers_of(module: nn.Module) -> ModelStabilisers | None:
-    """Return the switches that the blocks of a model were built with; None for a model without blocks of ours."""
+    """Return the switches that the model's blocks were built with; None for a model without such blocks."""
     return next((layer.stabilisers for layer in module.modules() if isinstance(layer, Block)), None)
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """Return the root mean square of the difference over that of the first."""
-    size = torch.linalg.vector_norm(one.float())
-    return float(torch.linalg.vector_norm(one.float() - other.float()) / size.clamp(min=1e-30))
+def _switch(name: str) -> Switch:
+    return Switch(f"stabilisers.{name}", "trunk")
 
 
-def _by_removal(rehearsal: Rehearsal, name: str, parts: Iterable[_Part]) -> Receipt:
-    switch = f"stabilisers.{name}"
+def _by_removal(rehearsal: Rehearsal, switch: Switch, parts: Iterable[_Part]) -> Receipt:
     parts = [part for part in parts if part.path in rehearsal.calls]
     if not parts:
-        return Receipt(switch, "trunk", "unproven", "no layer with it ran on this batch")
-    whole: dict[str, Tensor] = {}
-    least: tuple[float, _Part] | None = None
-    for part in parts:
-        if part.path not in whole:
-            whole[part.path] = tensors_of(rehearsal.layer(part.path))
-        with put(rehearsal.module.get_submodule(part.path), part.attribute, part.neutral):
-            changed = difference(whole[part.path], tensors_of(rehearsal.layer(part.path)))
+        return switch.is_("unproven", "no layer with it ran on this batch")
+    least = float("inf")
+    for path, attribute, neutral in parts:
+        own = getattr(rehearsal.module.get_submodule(path), attribute)
+        changed = rehearsal.compare(path, attribute, own, neutral)
+        if changed != changed:
+            return switch.is_("unproven", "a layer's output is not finite at this step")
         if not changed > 0:
-            return _no_number(switch) if changed != changed else _unused(switch, part)
-        if least is None or changed < least[0]:
-            least = (changed, part)
-    assert least is not None
+            return switch.dead(
+                f"{path} gives the same without its {attribute}: the part is there and its output is not used",
+                f"let the layer use it, or turn model.backbone.init_args.{switch.name} off",
+                0.0,
+            )
+        least = min(least, changed)
     places = len({part.path for part in parts})
-    evidence = f"without it the output of each of {places} layers changes by {least[0]:.2g} of its size or more"
-    return Receipt(switch, "trunk", "alive", evidence, least[0])
-
-
-def _unused(switch: str, part: _Part) -> Receipt:
-    return Receipt(
-        switch,
-        "trunk",
-        "dead",
-        f"{part.path} gives the same without its {part.attribute}: the part is there and its output is not used",
-        0.0,
-        f"let the layer use it, or turn model.backbone.init_args.{switch} off",
+    return switch.is_(
+        "alive", f"without it the output of each of {places} layers changes by {least:.2g} of its size or more", least
     )
-
-
-def _no_number(switch: str) -> Receipt:
-    return Receipt(switch, "trunk", "unproven", "a layer's output is no number at this step")
 
 
 def _logit_cap(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Receipt:
-    switch, moved, tiny = "stabilisers.logit_cap", 0.0, []
+    switch, moved, tiny = _switch("logit_cap"), 0.0, []
     largest = max((float(seen.max_H.max()) for seen in rehearsal.output.attention), default=0.0)
     paths = [path for path, layer in layers.items() if isinstance(layer, Attention) and path in rehearsal.calls]
     if not paths:
-        return Receipt(switch, "trunk", "unproven", "no attention ran on this batch")
+        return switch.is_("unproven", "no attention ran on this batch")
     for path in paths:
         layer = layers[path]
         assert isinstance(layer, Attention) and layer.logit_cap is not None
-        capped = tensors_of(rehearsal.layer(path))
-        with put(layer, "logit_cap", layer.logit_cap * _NO_CAP):
-            free = tensors_of(rehearsal.layer(path))
-        with put(layer, "logit_cap", max(abs(largest), 1e-3) * _TINY_CAP):
-            tiny.append(difference(free, tensors_of(rehearsal.layer(path))))
-        moved = max(moved, difference(free, capped))
+        no_cap = layer.logit_cap * _NO_CAP
+        tiny.append(rehearsal.compare(path, "logit_cap", no_cap, max(abs(largest), 1e-3) * _TINY_CAP))
+        moved = max(moved, rehearsal.compare(path, "logit_cap", no_cap, layer.logit_cap))
     if not min(tiny) > 0:
-        return Receipt(
-            switch,
-            "trunk",
-            "dead",
+        return switch.dead(
             f"{paths[tiny.index(min(tiny))]} gives the same under a cap of {_TINY_CAP:g} times its largest logit",
-            0.0,
             "let the layer use its logit_cap, or set model.backbone.init_args.stabilisers.logit_cap to null",
+            0.0,
         )
-    verdict = "alive" if moved > _ROUNDING else "idle"
-    return Receipt(
-        switch,
-        "trunk",
-        verdict,  # type: ignore[arg-type]
-        f"largest attention logit {largest:.3g}; the cap changes attention by {moved:.2g} of it",
-        moved,
-    )
+    evidence = f"largest attention logit {largest:.3g}; the cap changes attention by {moved:.2g} of it"
+    return switch.is_("alive" if moved > _ROUNDING else "idle", evidence, moved)
 
 
 def _frozen_patches(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Receipt:
-    switch = "stabilisers.freeze_patches"
+    switch = _switch("freeze_patches")
     embeddings = [(path, layer) for path, layer in layers.items() if isinstance(layer, PatchEmbedding)]
     calls = [rehearsal.calls[path] for path, _ in embeddings if path in rehearsal.calls]
     if not calls:
-        return Receipt(switch, "trunk", "unproven", "no image in these samples")
+        return switch.is_("unproven", "no image in these samples")
     loose = sum(p.requires_grad for _, layer in embeddings for p in layer.project.parameters())
     if loose:
-        return Receipt(
-            switch,
-            "trunk",
-            "dead",
+        return switch.dead(
             f"{loose} tensors of the patch projection take gradients",
-            None,
-            f"leave requires_grad of the projection off, or turn model.backbone.init_args.{switch} off",
+            f"leave requires_grad of the projection off, or turn model.backbone.init_args.{switch.name} off",
         )
     size = norm_of(gradients_of(rehearsal.report.total_loss, [call.output for call in calls]))
-    return Receipt(switch, "trunk", "alive", f"a gradient of norm {size:.2g} at the patches goes no further", size)
+    return switch.is_("alive", f"a gradient of norm {size:.2g} at the patches goes no further", size)
 
 
 def _qk_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
