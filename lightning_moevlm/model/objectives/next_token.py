@@ -8,8 +8,6 @@ Each term is the mean over predicted tokens, [EOS] included, in nats. The backbo
 that of this pass. Its routers must not look ahead all the same.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -34,34 +32,28 @@ from lightning_moevlm.model.objectives.text_head import TextHead
 from lightning_moevlm.model.precision import region
 
 
-@dataclass(frozen=True)
-class NextTokenWeights:
-    """Weight of each term in the task loss; null leaves the term and its forward pass out."""
-
-    caption: float | None = 1.0
-    text: float | None = 1.0
-
-
 class NextToken(Objective):
     """Predicts each token from its image and the tokens before it; images alone are left out.
 
     Args:
         spec: the backbone's dimensions.
-        weights: weight of each term.
+        caption_weight: of the term in the task loss; null leaves it and its forward pass out.
+        text_weight: likewise.
 
     Raises:
         UserError: no term has a weight.
     """
 
-    def __init__(self, spec: BackboneSpec, weights: NextTokenWeights = NextTokenWeights()) -> None:
+    def __init__(self, spec: BackboneSpec, caption_weight: float | None = 1.0, text_weight: float | None = 1.0) -> None:
         super().__init__()
-        if weights.caption is None and weights.text is None:
-            raise UserError("both weights of NextToken are null: give caption or text a weight")
-        self.weights = weights
-        self.pairs_reach_all = weights.caption is not None
+        weights = {"caption": caption_weight, "text": text_weight}
+        self.weights = {name: weight for name, weight in weights.items() if weight is not None}
+        if not self.weights:
+            raise UserError("both weights of NextToken are null: set caption_weight or text_weight to a number")
+        self.pairs_reach_all = caption_weight is not None
         self.num_patches = spec.num_patches
         self.text_head = TextHead(spec.dim, spec.vocab_size)
-        self.num_classes = dict.fromkeys(self._asked, spec.vocab_size)
+        self.num_classes = dict.fromkeys(self.weights, spec.vocab_size)
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse routers and capacities that look ahead."""
@@ -85,7 +77,7 @@ class NextToken(Objective):
                 logits_MV = self.text_head.logits(cast(features_MD), cast(backbone.text_embedding_VD))
             with region(self.precision, "losses", logits_MV.device.type) as cast:
                 loss = cross_entropy(cast(logits_MV), target_M)
-            terms[name] = Term(loss.mean, self._asked[name], len(target_M))
+            terms[name] = Term(loss.mean, self.weights[name], len(target_M))
             predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
             if loss.log_partition_M is not None:
                 log_partitions[name] = loss.log_partition_M
@@ -94,8 +86,8 @@ class NextToken(Objective):
             num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
         if not terms:
             raise UserError(
-                "this batch has no text that a weighted term of NextToken can use: give `text` a weight for texts "
-                "alone, `caption` for pairs; images alone need another objective, such as MaskedModelling"
+                "this batch has no text that a weighted term of NextToken can use: set text_weight for texts alone, "
+                "caption_weight for pairs; images alone need another objective, such as MaskedModelling"
             )
         return ObjectiveOutput(terms, predictions, tuple(plans), num_tokens, tuple(attention), log_partitions)
 
@@ -104,7 +96,7 @@ class NextToken(Objective):
         none = torch.zeros((), dtype=torch.int64, device=batch.device)
         predictions, passes = {}, {}
         parts = self._parts(batch)
-        for name in self._asked:
+        for name in self.weights:
             mask_BL = parts[name].text_mask_BL if name in parts else None
             num_texts, words, predicted = none, none, none
             if mask_BL is not None:
@@ -116,16 +108,12 @@ class NextToken(Objective):
             )
         return BatchSize(predictions, passes)
 
-    @property
-    def _asked(self) -> dict[str, float]:
-        return {name: weight for name, weight in vars(self.weights).items() if weight is not None}
-
     def _parts(self, batch: Batch) -> dict[str, Batch]:
         """Return what each term is computed on, where there is any: the pairs, and the texts that come alone."""
         pairs, text_BL, mask_BL = batch.pairs, batch.text_BL, batch.text_mask_BL
         parts: dict[str, Batch] = {}
-        if pairs and "caption" in self._asked:
+        if pairs and "caption" in self.weights:
             parts["caption"] = batch.first(pairs)
-        if text_BL is not None and mask_BL is not None and len(text_BL) > pairs and "text" in self._asked:
+        if text_BL is not None and mask_BL is not None and len(text_BL) > pairs and "text" in self.weights:
             parts["text"] = Batch(None, text_BL[pairs:], mask_BL[pairs:], batch.text_keys[pairs:])
         return parts

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.objectives import Draws, NextToken
-from lightning_moevlm.model.objectives.next_token import NextTokenWeights
 from lightning_moevlm.model.routers import ExpertChoiceRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import cut, pair_batch, small_limoe, small_vl_moe, uneven_batch
@@ -86,11 +85,11 @@ def test_routers_that_look_ahead_are_refused_when_the_model_is_built() -> None:
 
 
 def test_a_batch_without_a_weighted_term_is_refused() -> None:
-    objective = NextToken(small_limoe().spec, NextTokenWeights(text=None))
+    objective = NextToken(small_limoe().spec, text_weight=None)
     with pytest.raises(UserError, match="no text that a weighted term of NextToken can use"):
         objective(small_limoe(), mixed(0, 2)._replace(images_BRYX=None), Draws(0))
-    with pytest.raises(UserError, match="give caption or text a weight"):
-        NextToken(small_limoe().spec, NextTokenWeights(None, None))
+    with pytest.raises(UserError, match="set caption_weight or text_weight"):
+        NextToken(small_limoe().spec, None, None)
 
 
 def test_one_batch_is_learnt() -> None:
