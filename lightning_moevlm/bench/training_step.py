@@ -31,8 +31,9 @@ from lightning_moevlm.bench.timing import Ratio, interleave, ratio
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.load.device_stage import to_device
 from lightning_moevlm.model.backbones import LIMoE, VLMoE
+from lightning_moevlm.model.dispatch import Capacity
 from lightning_moevlm.model.experts import MLPExperts
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.model.objectives import MaskedModelling
 from lightning_moevlm.model.objectives.masked_modelling import TermWeights
 from lightning_moevlm.model.routers import TopKRouter
@@ -145,6 +146,22 @@ def small_module() -> VisionLanguageModule:
         schedule=partial(WarmupCosine, total_steps=WARM_UP + NUM_STEPS),
         gradient=GradientStabilisers(clip_norm=1.0),
     )
+
+
+def quickstart_module() -> VisionLanguageModule:
+    """Return the model of conf/quickstart.yaml."""
+    moe = partial(
+        MoEFFN,
+        num_experts=8,
+        router=TopKRouter,
+        experts=partial(MLPExperts, hidden_dim=256),
+        capacity=Capacity(train_factor=1.25, eval_factor=None),
+    )
+    backbone = VLMoE(
+        dim=64, num_heads=4, num_blocks=4, num_vl_blocks=1, hidden_dim=256, image_size=_IMAGE, patch_size=16,
+        vocab_size=_VOCABULARY, max_text_len=_TEXT, stabilisers=ModelStabilisers(qk_norm=True), moe=moe,
+    )  # fmt: skip
+    return VisionLanguageModule(backbone, optimizer=partial(AdamW, lr=3e-3, fused=True))
 
 
 def sparsity_candidates(device: str = "cpu") -> list[Candidate]:

@@ -122,18 +122,28 @@ def dispatch(
     return 0
 
 
-def step(rounds: int = 5, threads: int | None = None, device: Device = "cpu", json: str | None = None) -> int:
+def step(
+    rounds: int = 5,
+    beside: int | None = None,
+    threads: int | None = None,
+    device: Device = "cpu",
+    json: str | None = None,
+) -> int:
     """Time whole training steps: what Lightning, telemetry and MLflow add to the bare loop, and sparse over dense.
 
     Args:
         rounds: Interleaved rounds; each trains 110 steps of a small model in each way, and one step of a larger one.
+        beside: Busy processes to time a step of the quickstart's model beside, instead; also without them.
         threads: Threads of torch; by default one per core.
         device: Device of the models; goals are checked on the CPU only.
         json: Write one record per way to train to this file instead of the tables; - is standard output.
     """
-    code = _in_tuned_child(["step"], {"rounds": rounds, "threads": threads, "device": device, "json": json})
+    options = {"rounds": rounds, "beside": beside, "threads": threads, "device": device, "json": json}
+    code = _in_tuned_child(["step"], options)
     if code is not None:
         return code
+    if beside is not None:
+        return _step_beside(beside, rounds, threads, device, json)
     from rich.table import Table
 
     from lightning_moevlm.bench.goals import step_verdicts
@@ -219,6 +229,42 @@ def _progress() -> "Progress":
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _step_beside(busy: int, rounds: int, threads: int | None, device: Device, json: str | None) -> int:
+    import torch
+    from rich.table import Table
+
+    from lightning_moevlm.bench.busy_machine import measure_load, stepper_processes
+    from lightning_moevlm.bench.goals import load_verdicts
+
+    if busy < 1:
+        raise UserError(f"--beside is {busy}: give at least 1 busy process, or leave it out")
+    if device != "cpu":
+        raise UserError(f"--beside times threads of the CPU, but --device is {device}: leave one of the two out")
+    _prepare(rounds, threads)
+    num_threads = torch.get_num_threads()
+    with _progress() as progress:
+        task = progress.add_task(f"quiet and beside {busy} busy processes", total=4 * rounds)
+        with stepper_processes(num_threads) as steppers:
+            times = measure_load(steppers, num_threads, busy, rounds, lambda: progress.advance(task))
+    title = f"fp32, {num_threads} threads on {times.cores} cores by the wall clock, torch {torch.__version__}"
+    table = Table("step of the quickstart's model", "median ms", "fair cores", "over fair share", title=title)
+    records = times.records()
+    for record in records:
+        name = str(record["impl"])
+        table.add_row(
+            name, f"{record['median_ms']:.1f}", f"{times.fair_cores(name):.2f}", f"{record['over_fair_share']:.2f}"
+        )
+    show(table, records, json)
+    if json is None:
+        _note(
+            f"A process of T threads on C cores beside N busy threads gets C T / (T + N) cores, at most T; here T = "
+            f"{times.threads}, C = {times.cores}, N = {busy}. Over fair share: time over that of the faster quiet row, "
+            "scaled to those cores."
+        )
+        _show_verdicts(load_verdicts(times))
+    return 0
 
 
 def _show_layer(
