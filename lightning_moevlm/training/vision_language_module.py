@@ -158,8 +158,9 @@ class VisionLanguageModule(LightningModule):
         """Return the total loss, and the values that callbacks measure."""
         self.seed_noise(self.micro_step(batch_idx))
         self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
+        self.objective.spans_ranks = self.trainer.world_size > 1
         output, report = self.compute_losses(batch, self.global_step, self._measure_step(batch))
-        self.backbone.measure_attention = False
+        self.backbone.measure_attention = self.objective.spans_ranks = False
         self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
             loss=report.differentiated,

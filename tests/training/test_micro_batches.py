@@ -1,6 +1,6 @@
 """The gradient of a step over micro-batches and ranks is that of their joined batch, whatever each of them holds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from torch.optim import SGD
 
 from lightning_moevlm.contracts.batch import Batch, WholeStep
 from lightning_moevlm.data.load.steps_ahead import StepsAhead
-from lightning_moevlm.model.losses import AuxiliaryLosses, OutputZ
-from lightning_moevlm.model.objectives import MaskedModelling
+from lightning_moevlm.model.backbones import BackboneSpec
+from lightning_moevlm.model.losses import AuxiliaryLosses, OutputZ, RouterZ, SequenceBalance
+from lightning_moevlm.model.objectives import Joint, MaskedModelling, NextToken, Objective
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Telemetry
 from lightning_moevlm.training.step.step_size import StepSizeMeter
@@ -41,6 +42,8 @@ def words_alone(batch: Batch) -> Batch:
 def images_alone(batch: Batch) -> Batch:
     return batch._replace(text_BL=None, text_mask_BL=None)
 
+
+MASKED_AND_CAPTION = partial(Joint, parts={"masked": MaskedModelling, "caption": NextToken}, weights={"masked": 0.5})
 
 PAIRS = (WHOLE, [rows(0, 1), rows(1, 4), rows(4, 10)])
 """A joined batch and its parts: texts of 1, of 2 to 4, and of all lengths."""
@@ -89,10 +92,20 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("build", [small_vl_moe, small_limoe])
+@pytest.mark.parametrize("objective", [MaskedModelling, MASKED_AND_CAPTION], ids=["masked", "joint"])
 @pytest.mark.parametrize("whole, parts", [PAIRS, UNLIKE], ids=["unequal texts", "unlike modalities"])
-def test_terms_of_the_task_are_those_of_the_joined_batch(build: object, whole: Batch, parts: list[Batch]) -> None:
-    module = InParts(build(top_k=2), losses=AuxiliaryLosses(None, None), init_std=0.3)  # type: ignore[operator]
+def test_terms_of_the_task_are_those_of_the_joined_batch(
+    build: object, objective: Callable[[BackboneSpec], Objective], whole: Batch, parts: list[Batch]
+) -> None:
+    module = InParts(build(top_k=2), objective, AuxiliaryLosses(None, None), init_std=0.3)  # type: ignore[operator]
     assert_same(gradient(module, parts), gradient(module, [whole]))
+
+
+def test_losses_on_routing_are_means_over_the_passes_of_all_objectives() -> None:
+    losses = AuxiliaryLosses(load_balance=None, router_z=RouterZ(), sequence_balance=SequenceBalance())
+    module = InParts(small_vl_moe(top_k=2), MASKED_AND_CAPTION, losses, init_std=0.3)
+    for whole, parts in (PAIRS, UNLIKE):
+        assert_same(gradient(module, parts), gradient(module, [whole]))
 
 
 @pytest.mark.parametrize("build", [small_vl_moe, small_limoe])

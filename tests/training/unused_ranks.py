@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.backbones import BackboneSpec
 from lightning_moevlm.model.losses import AuxiliaryLosses
-from lightning_moevlm.model.objectives import Contrastive, MaskedModelling, NextToken, Objective
+from lightning_moevlm.model.objectives import Contrastive, Joint, MaskedModelling, NextToken, Objective
 from lightning_moevlm.model.objectives.masked_modelling import TermWeights
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
@@ -28,6 +28,10 @@ CASES: dict[str, tuple[list[Batch], Callable[[BackboneSpec], Objective]]] = {
     "batches of one modality among pairs": ([PAIRS, IMAGES, TEXTS], MaskedModelling),
     "a modality for each rank": ([BOTH_ALONE] * 3, MaskedModelling),
     "next tokens of pairs and texts": ([PAIRS, TEXTS, PAIRS], NextToken),
+    "contrast and masks of mixed batches": (
+        [PAIRS, IMAGES, PAIRS],
+        partial(Joint, parts={"contrast": Contrastive, "masked": MaskedModelling}, weights={"masked": 0.5}),
+    ),
     "contrast by softmax": ([PAIRS] * 3, Contrastive),
     "contrast by sigmoid": ([PAIRS] * 3, partial(Contrastive, kind="sigmoid")),
 }

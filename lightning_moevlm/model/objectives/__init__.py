@@ -4,6 +4,7 @@ from lightning_moevlm.model.objectives.codebook_targets import CodebookTargets
 from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets
+from lightning_moevlm.model.objectives.joint import Joint
 from lightning_moevlm.model.objectives.masked_modelling import MaskedModelling
 from lightning_moevlm.model.objectives.next_token import NextToken
 from lightning_moevlm.model.objectives.objective import Objective
@@ -14,6 +15,7 @@ __all__ = [
     "Contrastive",
     "Draws",
     "ImageTargets",
+    "Joint",
     "MaskedModelling",
     "NextToken",
     "Objective",

@@ -71,14 +71,21 @@ class Contrastive(Objective):
         self.logit_bias = _Scalar(bias) if kind == "sigmoid" else None
         self.num_classes = {}
 
+    def can_use(self, batch: Batch) -> bool:
+        """Return whether a batch holds pairs; while the ranks run the same step, those of all ranks."""
+        has_pairs = torch.tensor(batch.pairs > 0, dtype=torch.int64, device=self.log_scale.value.device)
+        if self.spans_ranks:
+            dist.all_reduce(has_pairs, op=dist.ReduceOp.MIN)
+        return bool(has_pairs)
+
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Encode the pairs and contrast them."""
-        pairs = batch.first(batch.pairs)
-        if pairs.images_BRYX is None or pairs.text_BL is None:
+        if not self.can_use(batch):
             raise UserError(
                 "Contrastive needs images with their texts, and this batch has none: choose a set of pairs, or "
                 "MaskedModelling for images or texts alone"
             )
+        pairs = batch.first(batch.pairs)
         output = backbone(*pairs[:3], separate=True)
         image_BD = self._embed(output.pooled(Modality.IMAGE), self.image_projection)
         text_BD = self._embed(output.pooled(Modality.TEXT), self.text_projection)
@@ -102,13 +109,12 @@ class Contrastive(Objective):
         return BatchSize({TERM: num_pairs}, {"pair": tokens})
 
     def loss(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
-        """Return the mean over this rank's pairs; in training, those of all ranks are the negatives."""
+        """Return the mean over this rank's pairs; in a training step the pairs of all ranks are the negatives."""
         with region(self.precision, "losses", image_BD.device.type) as cast:
             image_BD, text_BD = cast(image_BD), cast(text_BD)
             image_ND, text_ND, first = image_BD, text_BD, 0
-            if self.training:  # ranks may evaluate different numbers of batches, and must not wait for each other
-                image_ND, first = _gather(image_BD)
-                text_ND, _ = _gather(text_BD)
+            if self.spans_ranks:
+                (image_ND, first), (text_ND, _) = _gather(image_BD), _gather(text_BD)
             return self._rows_loss(image_BD, text_BD, image_ND, text_ND, first)
 
     @torch.no_grad()
@@ -174,8 +180,6 @@ class _Scalar(nn.Module):
 
 def _gather(own_BD: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all ranks, with gradient, and where this rank's begin; ranks may have different numbers."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return own_BD, 0
     counts = [torch.zeros(1, dtype=torch.int64, device=own_BD.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(own_BD)], device=own_BD.device))
     numbers = [int(count) for count in counts]

@@ -100,6 +100,12 @@ class MaskedModelling(Objective):
         if self.image_targets.num_classes is not None:
             self.num_classes |= dict.fromkeys(("image", "pair_image"), self.image_targets.num_classes)
 
+    def can_use(self, batch: Batch) -> bool:
+        """Return whether a weighted term has its modality."""
+        has_text, has_image = batch.text_BL is not None, batch.images_BRYX is not None
+        of_text, of_image = self.weights.text is not None, self.weights.image is not None
+        return (has_text and of_text) or (has_image and of_image) or (batch.pairs > 0 and self._uses_pairs())
+
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Run the passes that have a term; a batch without one modality skips what needs it."""
         step = _Step(self, backbone)

@@ -55,6 +55,10 @@ class NextToken(Objective):
         self.text_head = TextHead(spec.dim, spec.vocab_size)
         self.num_classes = dict.fromkeys(self.weights, spec.vocab_size)
 
+    def can_use(self, batch: Batch) -> bool:
+        """Return whether a weighted term has a text to predict."""
+        return bool(self._parts(batch))
+
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse routers and capacities that look ahead."""
         check_causal(backbone)

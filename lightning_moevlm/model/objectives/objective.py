@@ -15,14 +15,21 @@ class Objective(Module):
 
     num_classes: number of classes of every term that predicts classes, by term name.
 
+    spans_ranks: a mode like `training`, on while several ranks run the same step: only then may one wait for another.
+
     pairs_reach_all: whether every batch of pairs gives a gradient to every part of the backbone and of the objective.
     """
 
     path_in_model = "objective"
     num_classes: dict[str, int]
     pairs_reach_all: bool = False
+    spans_ranks: bool = False
     region: Region = "heads"
     precision = PrecisionPolicy()
+
+    def can_use(self, batch: Batch) -> bool:
+        """Return whether there is a term for what a batch holds."""
+        return True
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone that this objective cannot train, with a UserError."""

@@ -121,4 +121,5 @@ def in_step(term: Term, num_predictions: Tensor, num_parts: int) -> Term:
 
 
 def _modalities(source: str) -> tuple[Modality, ...]:
-    return tuple(Modality) if source == "pair" else (Modality[source.upper()],)
+    kind = source.rpartition("/")[2]  # a joint objective puts the name of a part before it
+    return tuple(Modality) if kind == "pair" else (Modality[kind.upper()],)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance, LossInput
+from lightning_moevlm.model.objectives import Contrastive
 from lightning_moevlm.training.callbacks import Liveness
 from tests.training.callbacks.asked_run import asked, module_of
 
@@ -28,12 +29,14 @@ def main(folder: Path) -> None:
     options = {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2}
     sound = module_of(AuxiliaryLosses(LoadBalance(scope="global")))
     receipts, points = asked(sound, 2, Liveness(every_n_steps=1), **options)
+    contrasted = module_of(objective=Contrastive)
+    contrast, _ = asked(contrasted, 2, Liveness(every_n_steps=1), **options)
     told = ""
     try:
         asked(module_of(AuxiliaryLosses(DetachedOnRank1(), None)), 2, Liveness(), **options)
     except UserError as error:
         told = str(error)
-    found = {"receipts": receipts, "points": points, "told": told}
+    found = {"receipts": receipts, "points": points, "told": told, "contrast": contrast}
     (folder / f"rank{sound.global_rank}.json").write_text(json.dumps(found))
 
 

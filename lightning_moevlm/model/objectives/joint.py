@@ -1,0 +1,138 @@
+"""Several objectives at once: the task loss is the weighted sum of theirs (VLMo, arXiv 2111.02358, section 3.2).
+
+Every part makes its own passes over what it can use of a batch; `PART_TERM` names its terms.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, Term
+from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.objectives.draws import Draws
+from lightning_moevlm.model.objectives.objective import Objective
+
+_T = TypeVar("_T")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Joint(Objective):
+    """Trains on several objectives in each step.
+
+    Args:
+        spec: the backbone's dimensions.
+        parts: objectives, each under a name of your choice.
+        weights: what the terms of a part are multiplied by, beside their own weights; 1 for a part without one.
+
+    Raises:
+        UserError: no part, a name that is not made of small letters, digits and _, or a weight without its part.
+    """
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        parts: Mapping[str, Callable[[BackboneSpec], Objective]],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        weights = weights or {}
+        _check(parts, weights)
+        built = {name: factory(spec) for name, factory in parts.items()}
+        self.parts = nn.ModuleDict(built)
+        self.weights = {name: weights.get(name, 1.0) for name in parts}
+        self.pairs_reach_all = all(part.pairs_reach_all for part in built.values())
+        self.num_classes = {
+            f"{name}_{term}": count for name, part in built.items() for term, count in part.num_classes.items()
+        }
+        comparing = [name for name, part in built.items() if type(part).terms_of_set is not Objective.terms_of_set]
+        if len(comparing) > 1:
+            raise UserError(f"parts {comparing} of Joint all compare the samples of a set: keep one of them")
+        self.comparing = comparing[0] if comparing else None
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse a backbone that a part cannot train."""
+        for _, part in self._named():
+            part.check_backbone(backbone)
+
+    def can_use(self, batch: Batch) -> bool:
+        """Return whether any part has something to learn from a batch."""
+        return any(part.can_use(batch) for _, part in self._named())
+
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        """Run every part that can use the batch."""
+        outputs: dict[str, ObjectiveOutput] = {}
+        for name, part in self._named():
+            if part.can_use(batch):
+                part.spans_ranks = self.spans_ranks
+                outputs[name] = part(backbone, batch, draws)
+        if not outputs:
+            raise UserError(
+                f"no part of Joint ({', '.join(self.parts)}) can use this batch: add one that fits the data"
+            )
+        return ObjectiveOutput(
+            terms={
+                f"{name}_{term}": value._replace(weight=value.weight * self.weights[name])
+                for name, output in outputs.items()
+                for term, value in output.terms.items()
+            },
+            predictions=_prefixed({name: output.predictions for name, output in outputs.items()}),
+            plans=tuple(
+                plan._replace(source=f"{name}/{plan.source}")
+                for name, output in outputs.items()
+                for plan in output.plans
+            ),
+            num_tokens=sum(output.num_tokens for output in outputs.values()),
+            attention=tuple(
+                each._replace(source=f"{name}/{each.source}")
+                for name, output in outputs.items()
+                for each in output.attention
+            ),
+            log_partitions=_prefixed({name: output.log_partitions for name, output in outputs.items()}),
+            embeddings=outputs[self.comparing].embeddings if self.comparing in outputs else None,
+        )
+
+    def size(self, batch: Batch) -> BatchSize | None:
+        """Return the sizes of all parts; None where one does not know its own."""
+        sizes = {name: part.size(batch) for name, part in self._named()}
+        known = {name: size for name, size in sizes.items() if size is not None}
+        if len(known) < len(sizes):
+            return None
+        predictions = _prefixed({name: size.predictions for name, size in known.items()})
+        passes = {f"{name}/{source}": one for name, size in known.items() for source, one in size.passes.items()}
+        return BatchSize(predictions, passes)
+
+    @torch.no_grad()
+    def terms_of_set(self, embeddings: Embeddings) -> dict[str, Term]:
+        """Return those of the part that compares samples."""
+        if self.comparing is None:
+            return {}
+        terms = dict(self._named())[self.comparing].terms_of_set(embeddings)
+        weight = self.weights[self.comparing]
+        return {
+            f"{self.comparing}_{term}": value._replace(weight=value.weight * weight) for term, value in terms.items()
+        }
+
+    def _named(self) -> list[tuple[str, Objective]]:
+        return [(name, part) for name, part in self.parts.items() if isinstance(part, Objective)]
+
+
+def _prefixed(of_parts: Mapping[str, Mapping[str, _T]]) -> dict[str, _T]:
+    return {f"{name}_{term}": value for name, values in of_parts.items() for term, value in values.items()}
+
+
+def _check(parts: Mapping[str, object], weights: Mapping[str, float]) -> None:
+    if not parts:
+        raise UserError(
+            "Joint has no parts: give it at least one objective, such as masked: {class_path: MaskedModelling}"
+        )
+    for name in parts:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"part {name!r} of Joint: choose a name of small letters, digits and _")
+    lacking = sorted(weights.keys() - parts.keys())
+    if lacking:
+        raise UserError(f"weights of Joint name {lacking}, but its parts are {sorted(parts)}: change one of the two")
