@@ -37,32 +37,30 @@ def answer(
     from lightning_moevlm.study.compare.fairness import refuse_biased
     from lightning_moevlm.study.report.make_report import describe_origin, make_report, print_answer
     from lightning_moevlm.study.report.mlflow_summary import log_summary
+    from lightning_moevlm.study.report.mlflow_view import describe_view, log_view
     from lightning_moevlm.study.report.write_report import HTML_FILE, write_report
     from lightning_moevlm.study.run.ledger import STATE_FILE, read_ledger
-    from lightning_moevlm.tracking.links import compare_link, server_command, ui_address
 
     result = collect_results(planned, read_ledger(planned), experiment.uri)
     if not unfair:
         refuse_biased(planned.comparison.name, result.unlike, run_again(planned))
-    folder = planned.folder / _REPORT_FOLDER
+    folder, view = planned.folder / _REPORT_FOLDER, describe_view(experiment)
     page = folder / HTML_FILE
     sources = [planned.study.file, *(planned.run_folder(run) / STATE_FILE for run in planned.runs)]
     newest = max(source.stat().st_mtime for source in sources if source.exists())
     if redraw or not page.exists() or page.stat().st_mtime < newest:
-        whole = make_report(describe_origin(planned, result), result)
+        whole = make_report(describe_origin(planned, result, view), result)
         with explain_write_errors(folder, "make room or give rights"):
             write_report(whole, folder)
         log_summary(experiment, whole, folder)
+        log_view(experiment, result)
     print_answer(terminal, result, full)
-    command = server_command(experiment.uri)
     terminal.print(
         f"Report with curves, stability, costs and all tables: {page.absolute()}", highlight=False, soft_wrap=True
     )
-    if command:
-        terminal.print(f"MLflow: {command}", highlight=False, soft_wrap=True, markup=False)
-    address = ui_address(experiment.uri)
-    link = compare_link(address, experiment.experiment_id, planned.comparison.name)
-    terminal.print(f"        {link}", highlight=False, soft_wrap=True, markup=False)
+    terminal.print("Charts of all runs in MLflow, grouped by arm:", highlight=False)
+    for line in view:
+        terminal.print(f"    {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def run_again(planned: "Plan") -> str:

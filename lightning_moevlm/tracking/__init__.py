@@ -8,7 +8,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-from lightning_moevlm.tracking.links import compare_link, run_link, server_command
+from lightning_moevlm.tracking.links import run_link, server_command, view_link
 from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.read.runs import RunRow, find_runs, metric_histories, metric_history
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri
@@ -22,7 +22,6 @@ __all__ = [
     "RunLogger",
     "RunRecord",
     "RunRow",
-    "compare_link",
     "find_runs",
     "metric_histories",
     "metric_history",
@@ -30,6 +29,7 @@ __all__ = [
     "resolve_tracking_uri",
     "run_link",
     "server_command",
+    "view_link",
 ]
 
 # Read by MLflow when it is first imported, and every import of it in this package comes after this line.

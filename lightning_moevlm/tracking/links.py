@@ -43,10 +43,7 @@ def run_link(address: str, experiment_id: str, run_id: str) -> str:
     return f"{address}/?{_WORKFLOW}#/experiments/{experiment_id}/runs/{run_id}?{_WORKFLOW}"
 
 
-def compare_link(address: str, experiment_id: str, sweep: str | None = None) -> str:
-    """Return the chart view of an experiment's runs, of those with tag `sweep` if it is given."""
+def view_link(address: str, experiment_id: str, view: str) -> str:
+    """Return the chart page of an experiment as a shared view shows it; view: the key of its tag."""
     page = f"{address}/?{_WORKFLOW}#/experiments/{experiment_id}/runs?{_WORKFLOW}&compareRunsMode=CHART"
-    if sweep is None:
-        return page
-    wanted = quote(f"tags.`sweep` = '{sweep}'", safe="")
-    return f"{page}&searchFilter={wanted}"
+    return f"{page}&viewStateShareKey={quote(view, safe='')}"

@@ -1,6 +1,6 @@
 import shlex
 
-from lightning_moevlm.tracking import compare_link, run_link, server_command
+from lightning_moevlm.tracking import run_link, server_command, view_link
 from lightning_moevlm.tracking.links import ui_address
 
 
@@ -8,11 +8,10 @@ def test_links_open_the_machine_learning_view() -> None:
     assert run_link("http://127.0.0.1:5000", "3", "ab12") == (
         "http://127.0.0.1:5000/?workflowType=machine_learning#/experiments/3/runs/ab12?workflowType=machine_learning"
     )
-    assert compare_link("http://h", "3") == (
+    assert view_link("http://h", "3", "a b") == (
         "http://h/?workflowType=machine_learning"
-        "#/experiments/3/runs?workflowType=machine_learning&compareRunsMode=CHART"
+        "#/experiments/3/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=a%20b"
     )
-    assert compare_link("http://h", "3", sweep="a b").endswith("&searchFilter=tags.%60sweep%60%20%3D%20%27a%20b%27")
 
 
 def test_addresses() -> None:

@@ -43,18 +43,21 @@ class ArmStory:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the report comes from. kind: of what it is a report; held_against: what arms' changes go over.
-
-    rerun: the command that writes it again; goes_on: what that command does for runs without a result yet. tables:
-    beside those of every report, before them.
-    """
+    """Where a report comes from."""
 
     kind: str
+    """Of report, as its first line says it."""
     compared_with: str
+    """The configuration that the arms' changes are relative to."""
     rerun: str
+    """The command that writes the report again."""
     rerun_effect: str
+    """How that command treats runs without a result."""
     arms: tuple[ArmStory, ...]
     tables: tuple[Table, ...] = ()
+    """Shown before the tables of every report."""
+    mlflow: tuple[str, ...] = ()
+    """Command and link that open the runs' charts; the link alone where MLflow is a server."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def make_report(origin: Origin, result: StudyResult) -> Report:
     )
 
 
-def describe_origin(plan: Plan, result: StudyResult) -> Origin:
+def describe_origin(plan: Plan, result: StudyResult, mlflow: tuple[str, ...] = ()) -> Origin:
     """Return where the report of a study comes from."""
     return Origin(
         kind="Ablation study",
@@ -109,6 +112,7 @@ def describe_origin(plan: Plan, result: StudyResult) -> Origin:
         rerun=shlex.join(["moevlm", "sweep", "run", str(plan.study.file)]),
         rerun_effect="goes on where it was",
         arms=tuple(_story(plan, arm) for arm in result.arms),
+        mlflow=mlflow,
     )
 
 

@@ -9,8 +9,6 @@ import dataclasses
 import functools
 import json
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,12 +21,10 @@ from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.make_report import Report, describe_origin, make_report
 from lightning_moevlm.study.report.write_report import write_report
 from lightning_moevlm.tracking.read.series import Series
+from tests.browser import needs_chromium, open_page
 from tests.study.report.figures.test_figures import ended_at, loads, to_result
 from tests.study.tiny_study import plan_of
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
 UNTRUSTED = "<script>console.error('taken')</script>"
 WIDTHS = (1280, 400)
 PROBE = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
@@ -92,7 +88,7 @@ addEventListener("load", async () => {
 });
 </script>"""
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+pytestmark = needs_chromium
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -156,10 +152,8 @@ def address(request: Any, report: Report, tmp_path_factory: pytest.TempPathFacto
 
 def looked_at(address: str, scheme: str, folder: Path) -> tuple[list[dict[str, Any]], str]:
     """Return what the probe has seen in each frame, and what the browser wrote to standard error."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}"]
-    command += ["--window-size=1400,1000", f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=30000", "--dump-dom", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    options = ("--window-size=1400,1000", f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}")
+    done = open_page(address, folder, 30_000, *options)
     told = re.search(r'<pre id="told">([^<]+)</pre>', done.stdout)
     assert told, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return json.loads(base64.b64decode(told[1])), done.stderr
