@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
 from lightning_moevlm.model.dispatch import Capacity, apply_capacity
 from lightning_moevlm.model.dispatch.capacity import Priority
-from lightning_moevlm.model.routers.choices import plan_of_choices
+from lightning_moevlm.model.routers.choices import make_plan
 
 
 def routing_input(num_tokens: int, dim: int, *, num_padding: int = 0, seed: int = 0) -> RoutingInput:
@@ -55,9 +55,7 @@ def full_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None, noise: float 
     weight_TK, expert_TK = probs_TE.topk(top_k, dim=-1)
     std_TE = torch.full_like(logits_TE, 1 / num_experts)
     noisy_TE = logits_TE + noise * draw * std_TE
-    return plan_of_choices(
-        inputs, logits_TE, probs_TE, expert_TK, weight_TK, noise_std_TE=std_TE, noisy_logits_TE=noisy_TE
-    )
+    return make_plan(inputs, logits_TE, probs_TE, expert_TK, weight_TK, noise_std_TE=std_TE, noisy_logits_TE=noisy_TE)
 
 
 def relu_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None) -> PairPlan:
@@ -67,4 +65,4 @@ def relu_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None) -> PairPlan:
     inputs = RoutingInput(logits_TE, torch.zeros(num_tokens, dtype=torch.int64), valid)
     weight_TE = logits_TE.relu()
     expert_TE = torch.arange(num_experts).expand(num_tokens, num_experts)
-    return plan_of_choices(inputs, logits_TE, logits_TE.softmax(-1), expert_TE, weight_TE, chosen_TK=weight_TE > 0)
+    return make_plan(inputs, logits_TE, logits_TE.softmax(-1), expert_TE, weight_TE, chosen_TK=weight_TE > 0)

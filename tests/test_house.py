@@ -41,7 +41,7 @@ def test_metric_keys_are_declared_once() -> None:
     for metric in metric_keys.ALL:
         example = metric.pattern.replace("{stage}", "val").replace("{modality}", "text")
         example = example.replace("{term}", "text").replace("{block}", "1").replace("{expert}", "0")
-        assert metric_keys.declared(example) is metric
+        assert metric_keys.find_metric(example) is metric
         assert metric.match(example) is not None
 
 

@@ -131,7 +131,7 @@ def open_set(root: Path) -> DataSet:
     return DataSet(root, manifest, load_tokenizer(root, manifest.tokenizer), list(islice(found, _NUM_STAGED)))
 
 
-def things(data: DataSet, sizes: Sequence[int]) -> list["Timed"]:
+def list_timed(data: DataSet, sizes: Sequence[int]) -> list["Timed"]:
     """Return all that is timed: stages, ceilings, loaders, the peer, consumers."""
     by_size = [each for size in sizes for each in (*_sized(data, size), *_loaders(data, size))]
     return [*_stages(data), *by_size, *_consumers(data, sizes[0])]

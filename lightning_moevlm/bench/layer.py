@@ -42,7 +42,7 @@ class LayerResult(NamedTuple):
         ]
 
 
-def candidates_of(case: Case, peers: Peers, device: str = "cpu") -> list[Candidate]:
+def make_candidates(case: Case, peers: Peers, device: str = "cpu") -> list[Candidate]:
     """Return every candidate that can run the case, on a device."""
     tokens = Tokens(*(each.to(device) for each in make_tokens(case)))
     with torch.device(device):

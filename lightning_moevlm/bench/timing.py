@@ -39,11 +39,11 @@ def interleave(
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     for candidate in candidates:
-        _timed(candidate)
+        _time_step(candidate)
         tick()
     for _ in range(rounds):
         for candidate in order.sample(list(candidates), len(candidates)):
-            seconds[candidate.name].append(_timed(candidate))
+            seconds[candidate.name].append(_time_step(candidate))
             tick()
     return seconds
 
@@ -64,7 +64,7 @@ def wall_clock() -> bool:
     return torch.cuda.is_available() or torch.get_num_threads() > 1
 
 
-def _timed(candidate: Candidate) -> float:
+def _time_step(candidate: Candidate) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     clock = time.perf_counter if wall_clock() else time.process_time

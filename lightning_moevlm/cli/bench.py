@@ -48,7 +48,7 @@ def layer(
         return code
     from lightning_moevlm.bench.cases import LAYER_CASES, select
     from lightning_moevlm.bench.goals import layer_verdicts
-    from lightning_moevlm.bench.layer import candidates_of, run_case
+    from lightning_moevlm.bench.layer import make_candidates, run_case
     from lightning_moevlm.bench.peers import missing_peers
 
     _prepare(rounds, threads, device)
@@ -58,7 +58,7 @@ def layer(
     results = []
     with _progress() as progress:
         for case in cases:
-            candidates = candidates_of(case, peers, device)
+            candidates = make_candidates(case, peers, device)
             task = progress.add_task(f"{case.shape} {case.skew}", total=(rounds + 1) * len(candidates))
             results.append(run_case(case, rounds, candidates, lambda task=task: progress.advance(task), device))  # type: ignore[misc]
     records = [record for result in results for record in result.records()]
@@ -185,7 +185,7 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
     with tempfile.TemporaryDirectory() as folder:
         if root is None:
             bench.build_set(Path(folder) / "scenes")
-        timed = bench.things(bench.open_set(Path(root) if root else Path(folder) / "scenes"), bench.SIZES)
+        timed = bench.list_timed(bench.open_set(Path(root) if root else Path(folder) / "scenes"), bench.SIZES)
         with _progress() as progress:
             task = progress.add_task("loaders and their stages", total=(rounds + 1) * len(timed))
             times = bench.measure(timed, rounds, lambda: progress.advance(task))

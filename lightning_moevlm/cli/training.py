@@ -43,7 +43,7 @@ from lightning_moevlm.configuration.report_once import report_once
 from lightning_moevlm.configuration.run_option import RUN, expand_run_option, find_run_of_checkpoint
 from lightning_moevlm.configuration.signatures import find_imported_class
 from lightning_moevlm.data.datamodule import ShardDataModule
-from lightning_moevlm.model.initial_weights import drawn_together
+from lightning_moevlm.model.initial_weights import defer_initialisation
 from lightning_moevlm.tracking import RunRecord
 from lightning_moevlm.tracking.record.base_config import resolve_base
 from lightning_moevlm.tracking.record.closing_lines import resume_line
@@ -152,7 +152,7 @@ class CommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build; the model then draws its weights once, whole."""
-        with drawn_together():
+        with defer_initialisation():
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:

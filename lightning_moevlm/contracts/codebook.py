@@ -41,14 +41,14 @@ class Codebook:
 
     def codes(self, images_BRYX: Tensor) -> Tensor:
         """Return the nearest code of every patch, int64 (B, P); images uint8 RGB."""
-        patches_BPQ = standardised_patches(images_BRYX, self.patch_size)
+        patches_BPQ = standardise_patches(images_BRYX, self.patch_size)
         centroids_CQ = self.centroids_CQ.to(patches_BPQ.device)
         # |x - c|^2 without |x|^2, which is the same for every c
         distance_BPC = centroids_CQ.square().sum(1) - 2 * patches_BPQ @ centroids_CQ.T
         return distance_BPC.argmin(-1)
 
 
-def standardised_patches(images_BRYX: Tensor, patch_size: int) -> Tensor:
+def standardise_patches(images_BRYX: Tensor, patch_size: int) -> Tensor:
     """Cut images (uint8 RGB) into patches of zero mean and unit deviation: fp32 (B, P, Q).
 
     Pixels are scaled to [0, 1]; a patch x becomes (x - mean(x)) / (std(x) + EPS), std being the population's.

@@ -138,14 +138,14 @@ def is_untrained(key: str, first_step: int) -> bool:
 ALL: tuple[MetricKey, ...] = tuple(value for value in list(globals().values()) if isinstance(value, MetricKey))
 
 
-def declared(key: str) -> MetricKey | None:
+def find_metric(key: str) -> MetricKey | None:
     """Return the declaration that `key` belongs to, or None for a key that nobody declared."""
     return next((metric for metric in ALL if metric.match(key) is not None), None)
 
 
 def name_and_unit(key: str) -> tuple[str, str]:
     """Return a metric's title and unit, as declared; the key itself where it is not."""
-    metric = metric_keys.declared(key)
+    metric = metric_keys.find_metric(key)
     if metric is None:
         return key, ""
     parts = metric.match(key) or {}

@@ -92,15 +92,15 @@ class PairPlan(NamedTuple):
         """Return how many pairs of the selected tokens (bool) run, per expert: int64 (E,)."""
         return self._count(self.kept_N & token_T[self.token_N])
 
-    def chosen_by(self, group_T: Tensor, num_groups: int) -> Tensor:
+    def chosen_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
         """Return how many pairs the router asked for, by group of their tokens and expert: int64 (num_groups, E)."""
         return self._count_by(self.chosen_N, group_T, num_groups)
 
-    def kept_by(self, group_T: Tensor, num_groups: int) -> Tensor:
+    def kept_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
         """Return how many pairs run, by group of their tokens and expert: int64 (num_groups, E)."""
         return self._count_by(self.kept_N, group_T, num_groups)
 
-    def detached(self) -> "PairPlan":
+    def detach(self) -> "PairPlan":
         """Return the same plan without gradients, for metrics."""
         return self._replace(
             weight_N=self.weight_N.detach(),
@@ -161,16 +161,16 @@ class MixPlan(NamedTuple):
         """Return the same as `chosen_load`: nothing is dropped."""
         return self.chosen_load(token_T)
 
-    def chosen_by(self, group_T: Tensor, num_groups: int) -> Tensor:
+    def chosen_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
         """Return the share that each expert holds of each group's tokens: fp32 (num_groups, E), no gradient."""
         probs_TE = self.probs_TE.detach() * self.valid_T.unsqueeze(-1)
         return probs_TE.new_zeros(num_groups, self.num_experts).index_add(0, group_T, probs_TE)
 
-    def kept_by(self, group_T: Tensor, num_groups: int) -> Tensor:
-        """Return the same as `chosen_by`: nothing is dropped."""
-        return self.chosen_by(group_T, num_groups)
+    def kept_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
+        """Return the same as `chosen_loads`: nothing is dropped."""
+        return self.chosen_loads(group_T, num_groups)
 
-    def detached(self) -> "MixPlan":
+    def detach(self) -> "MixPlan":
         """Return the same plan without gradients, for metrics."""
         return self._replace(
             dispatch_BEZS=self.dispatch_BEZS.detach(),

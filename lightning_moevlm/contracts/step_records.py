@@ -23,9 +23,9 @@ class NamedPlan(NamedTuple):
     modalities: tuple[Modality, ...]
     plan: RoutingPlan
 
-    def detached(self) -> "NamedPlan":
+    def detach(self) -> "NamedPlan":
         """Return the same plan without gradients, for callbacks."""
-        return self._replace(plan=self.plan.detached())
+        return self._replace(plan=self.plan.detach())
 
 
 class AttentionLogits(NamedTuple):
@@ -51,7 +51,7 @@ class PlanSize(NamedTuple):
     sequences_A: Tensor
     sequences: Tensor
 
-    def of(self, modalities: Iterable[Modality]) -> "PlanSize":
+    def select(self, modalities: Iterable[Modality]) -> "PlanSize":
         """Return the size of a plan that holds the tokens of some modalities alone."""
         among = set(modalities)
         tokens_A, sequences_A = (
@@ -70,12 +70,12 @@ class BatchSize(NamedTuple):
     predictions: Mapping[str, Tensor]
     passes: Mapping[str, PlanSize]
 
-    def numbers(self) -> Tensor:
+    def to_vector(self) -> Tensor:
         """Return all of it as one float64 vector, to be added to others and divided."""
         values = [*self.predictions.values(), *(value for size in self.passes.values() for value in size)]
         return torch.cat([value.flatten().to(torch.float64) for value in values])
 
-    def holding(self, numbers: Tensor) -> "BatchSize":
+    def from_vector(self, numbers: Tensor) -> "BatchSize":
         """Return a size with these numbers, rounded to whole ones, in place of its own."""
         of_terms, of_passes = (
             numbers.round().to(torch.int64).split([len(self.predictions), len(numbers) - len(self.predictions)])
@@ -110,7 +110,7 @@ class Term(NamedTuple):
         """What it adds to the loss of the step, the mean over micro-batches and ranks."""
         return self.weighted if self.in_step is None else self.in_step * self.weight
 
-    def detached(self) -> "Term":
+    def detach(self) -> "Term":
         """Return the same term without gradient."""
         return self._replace(raw=self.raw.detach(), in_step=None if self.in_step is None else self.in_step.detach())
 
@@ -141,9 +141,9 @@ class LossReport(NamedTuple):
         """The total loss whose mean over micro-batches and ranks is that of the joined batch."""
         return torch.stack([term.differentiated for term in (*self.task.values(), *self.auxiliary.values())]).sum()
 
-    def detached(self) -> "LossReport":
+    def detach(self) -> "LossReport":
         """Return the same report without gradients, for callbacks."""
-        task, auxiliary = ({name: term.detached() for name, term in terms.items()} for terms in self)
+        task, auxiliary = ({name: term.detach() for name, term in terms.items()} for terms in self)
         return LossReport(task, auxiliary)
 
 

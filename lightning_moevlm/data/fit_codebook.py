@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.progress import track
-from lightning_moevlm.contracts.codebook import Codebook, standardised_patches
+from lightning_moevlm.contracts.codebook import Codebook, standardise_patches
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.read.collate import Collate
@@ -44,7 +44,7 @@ def fit_codebook(storage: ShardStorage, num_codes: int, patch_size: int, seed: i
     found: list[Tensor] = []
     for _, batch in zip(range(num_batches), track(loader, num_batches, "cutting patches"), strict=False):
         assert batch.images_BRYX is not None
-        found.append(standardised_patches(batch.images_BRYX, patch_size).flatten(0, 1))
+        found.append(standardise_patches(batch.images_BRYX, patch_size).flatten(0, 1))
     patches_PQ = torch.cat(found)
     structured_PQ = patches_PQ[patches_PQ.std(-1, correction=0) > FLAT]
     if len(structured_PQ) < num_codes:

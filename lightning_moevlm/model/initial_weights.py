@@ -73,7 +73,7 @@ class _DrawnOnceBuilt(ABCMeta):
     def __call__(cls: type[_M], *args: Any, **kwargs: Any) -> _M:
         if _is_part.get():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with drawn_together():
+        with defer_initialisation():
             module: Any = super().__call__(*args, **kwargs)  # type: ignore[misc]
         initialise(module, seed=0)
         return module
@@ -95,7 +95,7 @@ class Module(nn.Module, metaclass=_DrawnOnceBuilt):
 
 
 @contextmanager
-def drawn_together() -> Iterator[None]:
+def defer_initialisation() -> Iterator[None]:
     """Leave modules undrawn that are built within: whoever builds them calls `initialise` on the whole.
 
     Large models take minutes to draw; a VisionLanguageModule draws all that it is given.
@@ -139,7 +139,7 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
                 init = ExpertInit()
             if init.scale is not None:
                 scale = InitialScale(math.sqrt(init.scale / parameter.shape[-2]))
-            values = _drawn(parameter.shape, scale, seed_of(seed, _joined(getattr(model, "path_in_model", ""), name)))
+            values = _drawn(parameter.shape, scale, derive_seed(seed, _join(getattr(model, "path_in_model", ""), name)))
             if init.same:
                 values = values[:1].expand_as(values)  # the first expert is the same in both kinds of arm
             with torch.no_grad():
@@ -149,14 +149,14 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
 def initial_scales(model: nn.Module, std: float) -> dict[str, InitialScale]:
     """Return the scale of every matrix that has its own, by its full name."""
     return {
-        _joined(path, name): scale
+        _join(path, name): scale
         for path, module in model.named_modules()
         if isinstance(module, HasScales)
         for name, scale in module.initial_scales(std).items()
     }
 
 
-def _joined(path: str, name: str) -> str:
+def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
@@ -171,7 +171,7 @@ def _drawn(shape: torch.Size, scale: InitialScale, seed: int) -> Tensor:
     return values
 
 
-def seed_of(seed: int, *parts: str | int) -> int:
+def derive_seed(seed: int, *parts: str | int) -> int:
     """Return a 63-bit seed that depends on every part, the same on every machine and Python."""
     text = "/".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

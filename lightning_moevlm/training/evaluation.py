@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.step_records import Embeddings, ObjectiveOutput, Term
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.layers import batch_dependence, limited_in_evaluation
+from lightning_moevlm.model.layers import batch_dependence, find_evaluation_limits
 from lightning_moevlm.model.losses import AuxiliaryLosses, LossInput, SumName
 from lightning_moevlm.model.metrics import DropRates, MajorityAccuracy
 from lightning_moevlm.model.metrics.retrieval import gather_embeddings, retrieval_recalls
@@ -53,7 +53,7 @@ class Evaluation(nn.Module):
         self._correct = RunningSums[str]()
         self._terms_of_set = terms_of_set
         self._embeddings: list[Embeddings] = []
-        self.drop_rates = DropRates(limited_in_evaluation(backbone))
+        self.drop_rates = DropRates(find_evaluation_limits(backbone))
         # one by one: their targets differ
         majority = {term: MajorityAccuracy(count) for term, count in num_classes.items()}
         self.majority = MetricCollection(majority, compute_groups=False)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.step_records import BatchSize, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
-from lightning_moevlm.model.initial_weights import initialise, seed_of
+from lightning_moevlm.model.initial_weights import derive_seed, initialise
 from lightning_moevlm.model.losses import AuxiliaryLosses, LayerCounts, LossInput
 from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.model.precision import PrecisionPolicy, region, set_precision
@@ -164,8 +164,8 @@ class VisionLanguageModule(LightningModule):
         self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
             loss=report.differentiated,
-            report=report.detached(),
-            plans=tuple(plan.detached() for plan in output.plans),
+            report=report.detach(),
+            plans=tuple(plan.detach() for plan in output.plans),
             attention=output.attention,
             log_partitions={name: value_M.detach() for name, value_M in output.log_partitions.items()},
             num_tokens=output.num_tokens,
@@ -319,7 +319,7 @@ class VisionLanguageModule(LightningModule):
     def draws(self, stage: str, step: int = 0) -> Draws:
         """Return the source of random masks: by optimiser step in training, constant in evaluation."""
         words = (stage, step) if stage == "train" else ("held out",)
-        return Draws(seed_of(self.seed, *words))
+        return Draws(derive_seed(self.seed, *words))
 
     def micro_step(self, batch_idx: int) -> int:
         """Return the number of a micro-batch since the start of training; it seeds the noise."""
@@ -328,7 +328,7 @@ class VisionLanguageModule(LightningModule):
 
     def seed_noise(self, step: int) -> None:
         """Seed the draws of routers and dropout by seed, step and rank, so that a resumed run repeats them."""
-        seed = seed_of(self.seed, "noise", step, self.global_rank)
+        seed = derive_seed(self.seed, "noise", step, self.global_rank)
         # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
         torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
 

@@ -13,7 +13,7 @@ from lightning_moevlm.bench.cases import LAYER_CASES, Case, Shape, make_tokens, 
 from lightning_moevlm.bench.dispatch_scaling import Growth
 from lightning_moevlm.bench.dispatcher_timings import grid, measure_case
 from lightning_moevlm.bench.goals import Verdict, dispatch_verdicts, layer_verdicts
-from lightning_moevlm.bench.layer import LayerResult, candidates_of, run_case
+from lightning_moevlm.bench.layer import LayerResult, make_candidates, run_case
 from lightning_moevlm.bench.timing import interleave, peak_mib, ratio
 from lightning_moevlm.common import process_tuning
 from lightning_moevlm.common.errors import UserError
@@ -44,7 +44,7 @@ def test_every_candidate_ends_with_the_same_gradient_of_ours() -> None:
 
 def test_peers_are_left_out_where_they_cannot_run_the_case() -> None:
     case = Case(Shape(64, 16, 32, 4, act="gelu"), "balanced")
-    assert len(candidates_of(case, "all")) == len(candidates_of(case, "none")) == 6
+    assert len(make_candidates(case, "all")) == len(make_candidates(case, "none")) == 6
 
 
 def test_peak_memory_is_exact() -> None:
@@ -109,7 +109,7 @@ def test_goals_of_dispatch_alone() -> None:
 
 def test_one_case_of_the_layer_bench() -> None:
     case = Case(SMALL, "balanced")
-    measured = run_case(case, 2, candidates_of(case, "none"), lambda: None)
+    measured = run_case(case, 2, make_candidates(case, "none"), lambda: None)
     records = measured.records()
     assert {record["impl"] for record in records} == {DENSE, GEMM, OURS, "segments", "grouped", "padded"}
     for record in records:

@@ -73,7 +73,7 @@ def test_goals_are_met_and_missed() -> None:
 @pytest.mark.usefixtures("small")
 def test_everything_is_timed_in_every_round(root: Path) -> None:
     ticks: list[None] = []
-    timed = bench.things(bench.open_set(root), bench.SIZES)
+    timed = bench.list_timed(bench.open_set(root), bench.SIZES)
     times = bench.measure(timed, 2, lambda: ticks.append(None))
     assert len({each.name for each in timed}) == len(timed) == 3 + 3 + 3 * 2 + 3  # stages, sized, by workers, consumers
     assert len(ticks) == 3 * len(timed)  # once to warm up

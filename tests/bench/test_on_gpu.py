@@ -122,7 +122,7 @@ def test_the_steps_name_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_benches_run_on_the_gpu() -> None:
     case = Case(Shape(T=256, d=32, f=64, E=4), "balanced")
-    result = layer.run_case(case, 1, layer.candidates_of(case, "none", "cuda"), lambda: None, "cuda")
+    result = layer.run_case(case, 1, layer.make_candidates(case, "none", "cuda"), lambda: None, "cuda")
     assert all(record["device"] == "cuda" for record in result.records())
     assert all(peak > 0 for peak in result.peaks.values())
     assert training_step.measure_sparsity(1, lambda: None, "cuda")[0].best > 0

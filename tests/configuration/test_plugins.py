@@ -20,7 +20,7 @@ from lightning.pytorch import Callback
 from lightning_moevlm.model.losses import LossInput, RoutingLoss
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers import Router
-from lightning_moevlm.model.routers.choices import plan_of_choices
+from lightning_moevlm.model.routers.choices import make_plan
 
 
 class HalfSGD(torch.optim.SGD):
@@ -65,7 +65,7 @@ class FirstExpertRouter(Router):
         num_tokens = inputs.valid_T.shape[0]
         logits = torch.zeros(num_tokens, self.num_experts)
         expert = torch.full((num_tokens, 1), self.expert)
-        return plan_of_choices(inputs, logits, logits.softmax(-1), expert, torch.ones(num_tokens, 1))
+        return make_plan(inputs, logits, logits.softmax(-1), expert, torch.ones(num_tokens, 1))
 '''
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.codebook import Codebook, load_codebook, save_codebook, standardised_patches
+from lightning_moevlm.contracts.codebook import Codebook, load_codebook, save_codebook, standardise_patches
 from lightning_moevlm.data.fit_codebook import fit_codebook
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -15,7 +15,7 @@ def test_patch_layout_by_hand() -> None:
     # 4x4 image, patches of 2: pixel value = 100 * channel + 10 * row + column
     image_RYX = torch.tensor([[[100 * r + 10 * y + x for x in range(4)] for y in range(4)] for r in range(3)])
     # 200 + 33 = 233 still fits uint8; the patch right of the first begins at row 0, column 2
-    raw_BPQ = standardised_patches(image_RYX.to(torch.uint8)[None], 2)
+    raw_BPQ = standardise_patches(image_RYX.to(torch.uint8)[None], 2)
     second = torch.tensor([2.0, 3, 12, 13, 102, 103, 112, 113, 202, 203, 212, 213]) / 255
     expected = (second - second.mean()) / (second.std(correction=0) + 1e-6)
     assert raw_BPQ.shape == (1, 4, 12)
@@ -29,18 +29,18 @@ def test_patch_layout_by_hand() -> None:
 def test_standardised_patches_have_zero_mean_and_unit_deviation_and_grey_ones_vanish() -> None:
     torch.manual_seed(0)
     noise_BRYX = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    patches_BPQ = standardised_patches(noise_BRYX, 8)
+    patches_BPQ = standardise_patches(noise_BRYX, 8)
     torch.testing.assert_close(patches_BPQ.mean(-1), torch.zeros(2, 4), rtol=0, atol=1e-5)
     torch.testing.assert_close(patches_BPQ.std(-1, correction=0), torch.ones(2, 4), rtol=0, atol=1e-4)
     grey_BRYX = torch.full((1, 3, 16, 16), 77, dtype=torch.uint8)
-    assert standardised_patches(grey_BRYX, 8).abs().max() < 0.1
+    assert standardise_patches(grey_BRYX, 8).abs().max() < 0.1
 
 
 def test_codes_are_the_nearest_centres() -> None:
     torch.manual_seed(0)
     codebook = Codebook(torch.randn(7, 3 * 8 * 8), 8, "d")
     images_BRYX = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    patches_BPQ = standardised_patches(images_BRYX, 8)
+    patches_BPQ = standardise_patches(images_BRYX, 8)
     slow = [
         [min(range(7), key=lambda c, x=x: float((x - codebook.centroids_CQ[c]).square().sum())) for x in image]
         for image in patches_BPQ
@@ -68,7 +68,7 @@ def test_codes_describe_pictures_better_than_one_centre_would(scenes_root: Path)
     data = ShardDataModule(str(scenes_root), 12, 32, 16, 400)
     images_BRYX = next(iter(data.val_dataloader())).images_BRYX
     assert images_BRYX is not None
-    patches_PQ = standardised_patches(images_BRYX, 8).flatten(0, 1)
+    patches_PQ = standardise_patches(images_BRYX, 8).flatten(0, 1)
     codes_P = codebook.codes(images_BRYX).flatten()
     error = (patches_PQ - codebook.centroids_CQ[codes_P]).square().mean()
     assert error < 0.6 * patches_PQ.square().mean()

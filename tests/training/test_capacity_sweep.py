@@ -35,7 +35,7 @@ def test_evaluation_capacity_is_swept_on_one_checkpoint(moevlm: Moevlm, workplac
 def test_real_capacity_and_dispatch_path_are_on_the_record(
     moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "with_products", lambda measure: {"float32": 0.31, "bfloat16": 1.1})
+    monkeypatch.setattr(telemetry, "measure_products_once", lambda measure: {"float32": 0.31, "bfloat16": 1.1})
     # images of 32 px in 8 px patches: 16 per sample, 8 samples, 128 pairs per pass, 4 experts, factor 1.25: 40 places;
     # in multiples of 64: 64 places, 64 * 4 / 128 = 2.0
     moevlm("fit", *SMALL, *budget(1), f"{CAPACITY}.multiple_of=64")

@@ -64,7 +64,7 @@ class BackboneOutput(NamedTuple):
         span = next(span for span in self.layout.spans if span.modality == modality)
         return self.tokens_BSD[:, span.start : span.stop]
 
-    def pooled(self, modality: Modality) -> Tensor:
+    def pool(self, modality: Modality) -> Tensor:
         """Return the mean over the real positions of one modality, (B, D)."""
         span = next(span for span in self.layout.spans if span.modality == modality)
         valid_BS1 = self.layout.valid_BS[:, span.start : span.stop].unsqueeze(-1)

@@ -29,7 +29,7 @@ from lightning_moevlm.model.layers import (
     check_causal,
     make_norm,
     name_layers,
-    normalised,
+    normalise,
     reads_identity,
 )
 from lightning_moevlm.model.precision import region
@@ -109,7 +109,7 @@ class Trunk(Backbone):
             plans.extend(NamedPlan(source, index, *plan) for plan in routed)
             if logit_max_H is not None:
                 attention.append(AttentionLogits(source, index, block.attention.path, logit_max_H))
-        tokens_BSD = normalised(tokens_BSD, self.norm, self.precision)
+        tokens_BSD = normalise(tokens_BSD, self.norm, self.precision)
         return BackboneOutput(tokens_BSD, layout, tuple(plans), tuple(attention))
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:

@@ -75,7 +75,7 @@ class Capacity:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         for name in ("train_factor", "eval_factor"):
-            for factor in numbers_of(getattr(self, name)):
+            for factor in list_factors(getattr(self, name)):
                 if factor is not None:
                     check_number(name, factor, above=0, advice=", typically 1.0 to 2.0, or null for dropless")
         if self.group_size is not None and self.group_size < 1:
@@ -123,7 +123,7 @@ class _Shares(NamedTuple):
     share_T: Tensor
 
 
-def numbers_of(factor: TrainFactor | None) -> tuple[float | None, ...]:
+def list_factors(factor: TrainFactor | None) -> tuple[float | None, ...]:
     """Return the constants that a factor is given by; null is dropless, and one that adapts checks its own."""
     match factor:
         case ModalityFactors():

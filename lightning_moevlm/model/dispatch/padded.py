@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan
-from lightning_moevlm.model.dispatch.capacity import Capacity, numbers_of
+from lightning_moevlm.model.dispatch.capacity import Capacity, list_factors
 from lightning_moevlm.model.dispatch.capacity_rule import ByDropRate
 from lightning_moevlm.model.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.model.dispatch.expert_protocol import Experts
@@ -51,7 +51,7 @@ class PaddedDispatcher(Dispatcher):
                 "capacity.eval_factor a limit up to it"
             )
         for name in ("train_factor", "eval_factor"):
-            factors = numbers_of(getattr(capacity, name))
+            factors = list_factors(getattr(capacity, name))
             largest = max((factor for factor in factors if factor is not None), default=0.0)
             if self.factor < largest:
                 raise UserError(

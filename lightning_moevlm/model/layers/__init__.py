@@ -1,8 +1,8 @@
 """Feed-forwards (dense, MoE, multiway), attention, block: what models are arranged from."""
 
-from lightning_moevlm.model.initial_weights import drawn_together, initialise
+from lightning_moevlm.model.initial_weights import defer_initialisation, initialise
 from lightning_moevlm.model.layers.attention import Attention, AttentionOutput
-from lightning_moevlm.model.layers.batch_dependence import batch_dependence, limited_in_evaluation
+from lightning_moevlm.model.layers.batch_dependence import batch_dependence, find_evaluation_limits
 from lightning_moevlm.model.layers.block import Block, BlockOutput
 from lightning_moevlm.model.layers.causality import check_causal
 from lightning_moevlm.model.layers.depth import Depth
@@ -11,7 +11,7 @@ from lightning_moevlm.model.layers.feed_forward.dense import DenseFFN, dense_twi
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan
 from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN, name_layers, reads_identity
 from lightning_moevlm.model.layers.feed_forward.multiway import MultiwayFFN
-from lightning_moevlm.model.layers.norms import make_norm, normalised
+from lightning_moevlm.model.layers.norms import make_norm, normalise
 from lightning_moevlm.model.layers.patch_codes import HIDDEN, PatchCodes
 from lightning_moevlm.model.layers.stabilisers import ModelStabilisers
 
@@ -34,12 +34,12 @@ __all__ = [
     "TextEmbedding",
     "batch_dependence",
     "check_causal",
+    "defer_initialisation",
     "dense_twin",
-    "drawn_together",
+    "find_evaluation_limits",
     "initialise",
-    "limited_in_evaluation",
     "make_norm",
     "name_layers",
-    "normalised",
+    "normalise",
     "reads_identity",
 ]

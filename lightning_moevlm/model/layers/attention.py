@@ -26,7 +26,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.initial_weights import Module
-from lightning_moevlm.model.layers.norms import NormKind, make_norm, normalised
+from lightning_moevlm.model.layers.norms import NormKind, make_norm, normalise
 from lightning_moevlm.model.layers.stabilisers import ModelStabilisers
 from lightning_moevlm.model.precision import PrecisionPolicy, region
 
@@ -73,18 +73,18 @@ class Attention(Module):
     def forward(self, tokens_BSD: Tensor, layout: Layout, measure: bool = False) -> AttentionOutput:
         """Attend; `measure` asks for the largest logit of each head, at the price of computing all of them once."""
         query, key, value = self.query_key_value(tokens_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        query_BHSW = normalised(query, self.query_norm, self.precision).transpose(1, 2)
-        key_BHSW = normalised(key, self.key_norm, self.precision).transpose(1, 2)
+        query_BHSW = normalise(query, self.query_norm, self.precision).transpose(1, 2)
+        key_BHSW = normalise(key, self.key_norm, self.precision).transpose(1, 2)
         allowed = allowed_keys(layout)
         with region(self.precision, "attention_logits", tokens_BSD.device.type) as cast:
             query_BHSW, key_BHSW, value_BHSW = cast(query_BHSW), cast(key_BHSW), cast(value.transpose(1, 2))
             if self.logit_cap is None:
                 attended_BHSW = F.scaled_dot_product_attention(query_BHSW, key_BHSW, value_BHSW, attn_mask=allowed)
             else:
-                attended_BHSW = capped_attention(query_BHSW, key_BHSW, value_BHSW, allowed, self.logit_cap)
+                attended_BHSW = attend_with_cap(query_BHSW, key_BHSW, value_BHSW, allowed, self.logit_cap)
         logit_max_H = largest_logits(query_BHSW, key_BHSW, allowed, layout.valid_BS) if measure else None
         heads_BSD = attended_BHSW.to(value.dtype).transpose(1, 2).flatten(2)
-        return AttentionOutput(self.out(normalised(heads_BSD, self.out_norm, self.precision)), logit_max_H)
+        return AttentionOutput(self.out(normalise(heads_BSD, self.out_norm, self.precision)), logit_max_H)
 
     def forward_flops(self, num_tokens: int) -> float:
         """8 S D^2 for the projections and 4 S^2 D for scores and values, for one sequence of S tokens."""
@@ -114,7 +114,7 @@ def allowed_keys(layout: Layout) -> Tensor:
     return (valid_B11S & seen_SS) | (position_S.unsqueeze(0) == position_S.unsqueeze(1))
 
 
-def capped_attention(
+def attend_with_cap(
     query_BHSW: Tensor, key_BHSW: Tensor, value_BHSW: Tensor, allowed: Tensor, logit_cap: float
 ) -> Tensor:
     """Return softmax(cap * tanh(q k^T / sqrt(W) / cap)) v; cap and softmax in fp32, products in the inputs' dtype."""

@@ -12,23 +12,25 @@ from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN
 def batch_dependence(backbone: nn.Module) -> tuple[str, ...]:
     """Return the causes in words, each with its remedy; empty where every output is a function of its sample alone."""
     layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
-    found = [cause for layer in layers for cause in (_of_router(layer), _of_capacity(layer)) if cause is not None]
+    found = [
+        cause for layer in layers for cause in (_explain_router(layer), _explain_capacity(layer)) if cause is not None
+    ]
     return tuple(dict.fromkeys(found))
 
 
-def limited_in_evaluation(backbone: nn.Module) -> tuple[str, ...]:
+def find_evaluation_limits(backbone: nn.Module) -> tuple[str, ...]:
     """Return the paths of the MoE layers that may drop tokens in evaluation."""
     layers = ((path, module) for path, module in backbone.named_modules() if isinstance(module, MoEFFN))
     return tuple(path for path, layer in layers if _limit(layer) is not None)
 
 
-def _of_router(layer: MoEFFN) -> str | None:
+def _explain_router(layer: MoEFFN) -> str | None:
     if not layer.router.crosses_samples:
         return None
     return f"{type(layer.router).__name__} lets the tokens of a batch compete; TopKRouter decides token by token"
 
 
-def _of_capacity(layer: MoEFFN) -> str | None:
+def _explain_capacity(layer: MoEFFN) -> str | None:
     limit = _limit(layer)
     if limit is None or (layer.capacity is not None and layer.capacity.group_size == 1):
         return None

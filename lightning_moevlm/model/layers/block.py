@@ -24,7 +24,7 @@ from lightning_moevlm.model.layers.depth import Depth, deepnorm_alpha
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan
 from lightning_moevlm.model.layers.init_scheme import scales_in_block
 from lightning_moevlm.model.layers.layer_scale import LayerScale
-from lightning_moevlm.model.layers.norms import make_norm, normalised
+from lightning_moevlm.model.layers.norms import make_norm, normalise
 from lightning_moevlm.model.layers.stabilisers import ModelStabilisers
 from lightning_moevlm.model.precision import PrecisionPolicy, region
 
@@ -100,7 +100,7 @@ class Block(Module):
         return scales_in_block(self, std)
 
     def _input(self, tokens_BSD: Tensor, norm: nn.Module | None) -> Tensor:
-        return tokens_BSD if self.norms_sum else normalised(tokens_BSD, norm, self.precision)
+        return tokens_BSD if self.norms_sum else normalise(tokens_BSD, norm, self.precision)
 
     def _add(
         self,
@@ -110,10 +110,10 @@ class Block(Module):
         scale: LayerScale | None,
         norm: nn.Module | None,
     ) -> Tensor:
-        branch_BSD = normalised(branch_BSD, out_norm, self.precision)
+        branch_BSD = normalise(branch_BSD, out_norm, self.precision)
         if scale is not None:
             branch_BSD = scale(branch_BSD)
         if self.residual_weight != 1.0:
             tokens_BSD = tokens_BSD * self.residual_weight
         total_BSD = tokens_BSD + branch_BSD
-        return normalised(total_BSD, norm, self.precision) if self.norms_sum else total_BSD
+        return normalise(total_BSD, norm, self.precision) if self.norms_sum else total_BSD

@@ -21,13 +21,13 @@ _EPS = 1e-6  # of RMS norms; nn.LayerNorm keeps torch's 1e-5
 
 
 def make_norm(kind: NormKind, dim: int) -> nn.Module:
-    """Return a norm over the last axis of width `dim`; apply it with `normalised`."""
+    """Return a norm over the last axis of width `dim`; apply it with `normalise`."""
     if kind == "layer":
         return nn.LayerNorm(dim)
     return nn.RMSNorm(dim, eps=_EPS, elementwise_affine=kind == "rms")
 
 
-def normalised(values: Tensor, norm: nn.Module | None, precision: PrecisionPolicy) -> Tensor:
+def normalise(values: Tensor, norm: nn.Module | None, precision: PrecisionPolicy) -> Tensor:
     """Apply a norm, None being no norm; where the policy pins norms, return the dtype of the values.
 
     Where it does not, a LayerNorm gives what torch makes of it, and an RMS norm the dtype of its input: under autocast
@@ -39,14 +39,14 @@ def normalised(values: Tensor, norm: nn.Module | None, precision: PrecisionPolic
     if precision.dtype_of("norms") is None:
         # a region around it may compute in another dtype than bf16-true has cast the norm to
         is_cast = norm.weight is not None and norm.weight.dtype not in (values.dtype, torch.float32)
-        return _applied(values, norm) if is_cast or isinstance(norm, nn.RMSNorm) else norm(values)
+        return _apply(values, norm) if is_cast or isinstance(norm, nn.RMSNorm) else norm(values)
     device_type = values.device.type
     # autocast lifts a norm to fp32 on CUDA; a region says itself what it computes in
     with region(precision, "norms", device_type) as cast, torch.autocast(device_type, enabled=False):
-        return _applied(cast(values), norm).to(values.dtype)
+        return _apply(cast(values), norm).to(values.dtype)
 
 
-def _applied(values: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
+def _apply(values: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
     """Apply a norm with its parameters in the dtype of the values."""
     weight = None if norm.weight is None else norm.weight.to(values.dtype)
     shape = tuple(norm.normalized_shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.codebook import load_codebook, standardised_patches
+from lightning_moevlm.contracts.codebook import load_codebook, standardise_patches
 
 HIDDEN = -1
 
@@ -52,7 +52,7 @@ class PatchCodes(nn.Module):
         if self.codebook is not None:
             code_BP = self.codebook.codes(images_BRYX)
         else:
-            patches_BPQ = standardised_patches(images_BRYX, self.patch_size)
+            patches_BPQ = standardise_patches(images_BRYX, self.patch_size)
             bits_BPN = (patches_BPQ @ self.projection_QN.to(patches_BPQ.dtype) > 0).to(torch.int64)
             code_BP = (bits_BPN << torch.arange(self.num_bits, device=bits_BPN.device)).sum(dim=-1)
         return code_BP if hidden_BP is None else torch.where(hidden_BP, HIDDEN, code_BP)

@@ -168,7 +168,7 @@ class AuxiliaryLosses:
                 raw = torch.stack(values).mean() if values else None
                 in_step = None
                 if step is not None and loss.adds_up and values:
-                    parts = [loss.value(own, step.of(inputs[k].place)) for own, k in found]
+                    parts = [loss.value(own, step.plan_size(inputs[k].place)) for own, k in found]
                     in_step = torch.stack(parts).sum() * step.num_parts / step.num_plans
             if raw is not None:
                 terms[name] = Term(raw, in_force[name], in_step=in_step)

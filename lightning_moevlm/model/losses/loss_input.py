@@ -55,9 +55,9 @@ class StepSize(NamedTuple):
     num_plans: Tensor
     num_heads: Tensor
 
-    def of(self, place: Place) -> PlanSize:
+    def plan_size(self, place: Place) -> PlanSize:
         """Return the size of the plan that the joined batch would have in a place."""
-        return self.size.passes[place.source].of(place.modalities)
+        return self.size.passes[place.source].select(place.modalities)
 
 
 class LossInput(NamedTuple):

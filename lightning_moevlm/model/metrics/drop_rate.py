@@ -50,8 +50,8 @@ class DropRates(Metric):
             layer, plan = self._layers.get(named.layer), named.plan
             if layer is None or isinstance(plan, MixPlan):
                 continue
-            self.chosen_LA[layer] += plan.chosen_by(plan.modality_T, len(Modality)).sum(dim=1)
-            self.kept_LA[layer] += plan.kept_by(plan.modality_T, len(Modality)).sum(dim=1)
+            self.chosen_LA[layer] += plan.chosen_loads(plan.modality_T, len(Modality)).sum(dim=1)
+            self.kept_LA[layer] += plan.kept_loads(plan.modality_T, len(Modality)).sum(dim=1)
             self.block_L[layer] = named.block
 
     def compute(self) -> dict[Place, float]:

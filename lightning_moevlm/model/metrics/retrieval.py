@@ -31,8 +31,8 @@ class Recall(NamedTuple):
 
 def retrieval_recalls(embeddings: Embeddings, at: Sequence[int] = AT) -> list[Recall]:
     """Return recalls both ways; equal images count as one candidate, as do equal texts."""
-    image_MD, image_N = _unique(embeddings.image_ids, embeddings.image_ND)
-    text_MD, text_N = _unique(embeddings.text_ids, embeddings.text_ND)
+    image_MD, image_N = _select_unique(embeddings.image_ids, embeddings.image_ND)
+    text_MD, text_N = _select_unique(embeddings.text_ids, embeddings.text_ND)
     pairs = sorted(set(zip(image_N, text_N, strict=True)))
     images, texts = (torch.tensor(column) for column in zip(*pairs, strict=True))
     return [
@@ -67,7 +67,7 @@ def gather_embeddings(own: Sequence[Embeddings]) -> Embeddings | None:
     return join_embeddings(parts) if parts else None
 
 
-def _unique(ids: Sequence[int], values_ND: Tensor) -> tuple[Tensor, list[int]]:
+def _select_unique(ids: Sequence[int], values_ND: Tensor) -> tuple[Tensor, list[int]]:
     """Return one row per id, and the row of each sample."""
     row = {each: index for index, each in enumerate(dict.fromkeys(ids))}
     first = {each: index for index, each in reversed(list(enumerate(ids)))}

@@ -87,8 +87,8 @@ class Contrastive(Objective):
             )
         pairs = batch.first(batch.pairs)
         output = backbone(*pairs[:3], separate=True)
-        image_BD = self._embed(output.pooled(Modality.IMAGE), self.image_projection)
-        text_BD = self._embed(output.pooled(Modality.TEXT), self.text_projection)
+        image_BD = self._embed(output.pool(Modality.IMAGE), self.image_projection)
+        text_BD = self._embed(output.pool(Modality.TEXT), self.text_projection)
         loss = self.loss(image_BD, text_BD)
         return ObjectiveOutput(
             {TERM: Term(loss, self.weight, len(image_BD))},

@@ -15,7 +15,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from lightning_moevlm.model.initial_weights import seed_of
+from lightning_moevlm.model.initial_weights import derive_seed
 
 _GOLDEN, _MIX_1, _MIX_2 = (
     number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -41,18 +41,18 @@ class Draws:
             num: more of them leave the first as they are.
         """
         hashed = [int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True) for key in keys]
-        start_B = _mixed(torch.tensor(hashed, dtype=torch.int64) ^ seed_of(self.seed, name))
+        start_B = _mix(torch.tensor(hashed, dtype=torch.int64) ^ derive_seed(self.seed, name))
         index_N = torch.arange(1, num + 1, dtype=torch.int64)
-        bits_BN = _mixed(start_B.unsqueeze(-1) + index_N * _GOLDEN)
-        return _shifted(bits_BN, 40).to(torch.float32) / 2**24  # as many bits as fp32 has
+        bits_BN = _mix(start_B.unsqueeze(-1) + index_N * _GOLDEN)
+        return _shift_right(bits_BN, 40).to(torch.float32) / 2**24  # as many bits as fp32 has
 
 
-def _mixed(values: Tensor) -> Tensor:
-    values = (values ^ _shifted(values, 30)) * _MIX_1
-    values = (values ^ _shifted(values, 27)) * _MIX_2
-    return values ^ _shifted(values, 31)
+def _mix(values: Tensor) -> Tensor:
+    values = (values ^ _shift_right(values, 30)) * _MIX_1
+    values = (values ^ _shift_right(values, 27)) * _MIX_2
+    return values ^ _shift_right(values, 31)
 
 
-def _shifted(values: Tensor, bits: int) -> Tensor:
+def _shift_right(values: Tensor, bits: int) -> Tensor:
     """Shift to the right and fill with zeros, as of numbers without a sign."""
     return (values >> bits) & (2 ** (64 - bits) - 1)

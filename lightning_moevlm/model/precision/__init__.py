@@ -8,7 +8,7 @@ from lightning_moevlm.model.precision.policy import (
     Simulation,
     float32_everywhere,
 )
-from lightning_moevlm.model.precision.regions import precision_as, region, region_of_parameters, set_precision
+from lightning_moevlm.model.precision.regions import region, region_of_parameters, set_precision, use_precision
 from lightning_moevlm.model.precision.rounding import rounded, straight_through
 from lightning_moevlm.model.precision.simulated import SimulatedArithmetic
 
@@ -20,10 +20,10 @@ __all__ = [
     "SimulatedArithmetic",
     "Simulation",
     "float32_everywhere",
-    "precision_as",
     "region",
     "region_of_parameters",
     "rounded",
     "set_precision",
     "straight_through",
+    "use_precision",
 ]

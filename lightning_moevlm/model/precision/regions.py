@@ -49,7 +49,7 @@ def set_precision(root: nn.Module, policy: PrecisionPolicy) -> None:
 
 
 @contextmanager
-def precision_as(root: nn.Module, policy: PrecisionPolicy) -> Iterator[None]:
+def use_precision(root: nn.Module, policy: PrecisionPolicy) -> Iterator[None]:
     """Compute a block under another policy, then put back what each layer had."""
     before = {
         module: module.precision

@@ -7,7 +7,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 
 
-def plan_of_choices(
+def make_plan(
     inputs: RoutingInput,
     logits_TE: Tensor,
     probs_TE: Tensor,
@@ -67,7 +67,7 @@ def check_renormalise(renormalise: bool, top_k: int) -> None:
         )
 
 
-def renormalised(weight_TK: Tensor) -> Tensor:
+def renormalise_weights(weight_TK: Tensor) -> Tensor:
     """Divide each token's weights by their sum."""
     return weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
@@ -77,10 +77,10 @@ def even_plan(inputs: RoutingInput, expert_TK: Tensor, num_experts: int) -> Pair
     num_tokens, num_choices = expert_TK.shape
     logits_TE = torch.zeros(num_tokens, num_experts, dtype=torch.float32, device=expert_TK.device)
     weight_TK = torch.full_like(expert_TK, 1.0 / max(1, num_choices), dtype=torch.float32)
-    return plan_of_choices(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, weight_TK)
+    return make_plan(inputs, logits_TE, logits_TE.softmax(dim=-1), expert_TK, weight_TK)
 
 
-def turns(taken_T: Tensor, num_sequences: int, training: bool) -> Tensor:
+def count_turns(taken_T: Tensor, num_sequences: int, training: bool) -> Tensor:
     """Return which one of the selected tokens (bool) each is, from 0: int64, of no meaning for the others.
 
     They are counted through the batch while training, so that taking turns gives experts equal loads, and within each

@@ -51,7 +51,7 @@ class GroupLimit:
             )
         check_top_k(top_k, self.top_groups * (num_experts // self.num_groups))
 
-    def within(self, scores_TE: Tensor) -> Tensor:
+    def limit_scores(self, scores_TE: Tensor) -> Tensor:
         """Return the scores with minus infinity for experts outside of a token's best groups: (T, E)."""
         grouped = scores_TE.unflatten(-1, (self.num_groups, -1))
         own_scores = grouped.topk(min(self.experts_per_score, grouped.shape[-1]), dim=-1).values.sum(dim=-1)

@@ -170,7 +170,7 @@ def suggest_remedy(result: StudyResult) -> str:
 
 
 def _direction(name: str, asked: Direction | None, logged: Collection[str]) -> Direction:
-    metric = metric_keys.declared(name)
+    metric = metric_keys.find_metric(name)
     word = asked or (metric.better if metric else "neither")
     if word == "neither":
         hint = "" if name in logged else f"no run has logged it; {suggest(name, logged)}"

@@ -210,7 +210,7 @@ def _guard(node: YamlNode) -> Guard:
 def _progress(fields: dict[str, YamlNode]) -> tuple[str, Direction]:
     """Return a metric and which way is progress: as the file says, else as keys.py declares."""
     metric = k.METRIC_NAME.of(fields)
-    declared = metric_keys.declared(metric)
+    declared = metric_keys.find_metric(metric)
     word = k.DIRECTION.of(fields) or (declared.better if declared else "neither")
     if word == "neither":
         raise fields["metric"].error(

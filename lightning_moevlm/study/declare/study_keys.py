@@ -32,7 +32,7 @@ _SEEDS_END = 2**32  # what NumPy and Lightning take
 
 def _metric(node: YamlNode) -> str:
     name = node.text()
-    if metric_keys.declared(name) is None:
+    if metric_keys.find_metric(name) is None:
         # The usual fillings of the patterns are offered too, so that a slip in a real key finds the real key.
         stages = [m.pattern.replace("{stage}", stage) for m in metric_keys.ALL for stage in ("val", "train")]
         hint = suggest(name, [*stages, *(m.pattern for m in metric_keys.ALL)])

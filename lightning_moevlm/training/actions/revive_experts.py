@@ -23,7 +23,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.initial_weights import seed_of
+from lightning_moevlm.model.initial_weights import derive_seed
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.routers import ExpertAxis
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
@@ -129,7 +129,7 @@ class ExpertReviver(Action):
         busy = load_E.argsort(descending=True, stable=True)[: int((load_E > 0).sum())].tolist()
         if not busy:
             return 0
-        generator = torch.Generator().manual_seed(seed_of(training.seed, "revive", facts.step, path))
+        generator = torch.Generator().manual_seed(derive_seed(training.seed, "revive", facts.step, path))
         for position, expert in enumerate(dead):
             copy_expert(layer, busy[position % len(busy)], expert, self._options.noise, generator, training.optimizers)
             self._idle[path][expert] = 0

@@ -30,7 +30,7 @@ from lightning_moevlm.model.precision import (
     Region,
     RegionDtype,
     float32_everywhere,
-    precision_as,
+    use_precision,
 )
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.step.logging_steps import log_interval
@@ -135,7 +135,7 @@ class _Rerun:
         """Run with weights and buffers widened to fp32, under a policy that says what else is not."""
         whole = _Whole(self.module.backbone, self.module.objective)
         wide = {name: _widened(tensor) for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
-        with self._repeatable(), torch.no_grad(), precision_as(whole, policy):
+        with self._repeatable(), torch.no_grad(), use_precision(whole, policy):
             output: ObjectiveOutput = functional_call(
                 whole, wide, (self.batch, self.module.draws("train", self.module.global_step))
             )

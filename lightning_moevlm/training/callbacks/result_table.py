@@ -67,7 +67,7 @@ def result_table(metrics: Mapping[str, float], title: str) -> Table:
     table.add_column("unit")
     table.add_column("meaning")
     for key in sorted(metrics):
-        known = metric_keys.declared(key)
+        known = metric_keys.find_metric(key)
         value = metrics[key]
         shown = f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
         table.add_row(key, shown, known.unit if known else "", known.title if known else "")

@@ -26,7 +26,7 @@ from lightning_moevlm.data.format.faults import CAUSES
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.model.backbones import Backbone, model_card
 from lightning_moevlm.model.dispatch.auto.measure import measure_products
-from lightning_moevlm.model.dispatch.auto.own_table import with_products
+from lightning_moevlm.model.dispatch.auto.own_table import measure_products_once
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
@@ -112,7 +112,11 @@ class Telemetry(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, count the peak of memory from here, and tag the run with what its CPU is good at."""
-        if pl_module.device.type == "cpu" and trainer.is_global_zero and (speeds := with_products(measure_products)):
+        if (
+            pl_module.device.type == "cpu"
+            and trainer.is_global_zero
+            and (speeds := measure_products_once(measure_products))
+        ):
             told = ", ".join(f"{dtype} {speed:g} TFLOP/s" for dtype, speed in speeds.items())
             self._tag(trainer, {"cpu/products": told})
         forget_peak(pl_module.device)

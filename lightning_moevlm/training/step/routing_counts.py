@@ -58,8 +58,8 @@ class RoutingCounter:
             plan = named.plan
             if isinstance(plan, MixPlan):
                 continue
-            chosen_AE = plan.chosen_by(plan.modality_T, len(Modality))
-            kept_AE = plan.kept_by(plan.modality_T, len(Modality))
+            chosen_AE = plan.chosen_loads(plan.modality_T, len(Modality))
+            kept_AE = plan.kept_loads(plan.modality_T, len(Modality))
             token_A = torch.stack([(plan.valid_T & (plan.modality_T == modality)).sum() for modality in Modality])
             counts = torch.cat([chosen_AE.flatten(), kept_AE.flatten(), token_A])
             before = self._counts.get(named.layer)

@@ -54,22 +54,22 @@ class StepSizeMeter:
         own = self._objective.size(batch)
         if own is None:
             return None
-        numbers = own.numbers()
+        numbers = own.to_vector()
         if self._saved is not None and self._step == step and self._saved.shape == numbers.shape:
             numbers = self._saved.to(numbers)
         else:
             if batch.step is None and micro_batches > 1:
                 self._tell()
             others = (batch,) if batch.step is None else batch.step.batches
-            known = [size.numbers() for other in others if (size := self._objective.size(other)) is not None]
+            known = [size.to_vector() for other in others if (size := self._objective.size(other)) is not None]
             numbers = sum_over_ranks(torch.stack(known).to(numbers).sum(dim=0) * micro_batches / len(known))
-        size = own.holding(numbers)
+        size = own.from_vector(numbers)
         self._step, self._size = step, size if batch.step is not None else None
         return size
 
     def state(self, step: int) -> Tensor | None:
         """Return what a resume amid the step needs; None where every batch speaks for itself."""
-        return self._size.numbers().cpu() if self._size is not None and self._step == step else None
+        return self._size.to_vector().cpu() if self._size is not None and self._step == step else None
 
     def restore(self, step: int, state: Tensor | None) -> None:
         """Go on in the midst of a step."""

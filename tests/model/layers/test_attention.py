@@ -11,7 +11,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.model.layers import Attention, ModelStabilisers, initialise
-from lightning_moevlm.model.layers.attention import allowed_keys, capped_attention, largest_logits
+from lightning_moevlm.model.layers.attention import allowed_keys, attend_with_cap, largest_logits
 
 TEXT = (Span(Modality.TEXT, 0, 4),)
 PAIR = (Span(Modality.IMAGE, 0, 2), Span(Modality.TEXT, 2, 4))
@@ -63,7 +63,7 @@ def test_cap_by_hand() -> None:
     # one head of width 1, query 1, keys 0 and 100: logits 0 and 100, capped at 2: 0 and 2 tanh(50) = 2
     # values 0 and 1: the second one's weight is e^2 / (1 + e^2)
     query, key, value = (torch.tensor(values).view(1, 1, -1, 1) for values in ([1.0], [0.0, 100.0], [0.0, 1.0]))
-    output = capped_attention(query, key, value, torch.ones(1, 1, 1, 2, dtype=torch.bool), logit_cap=2.0)
+    output = attend_with_cap(query, key, value, torch.ones(1, 1, 1, 2, dtype=torch.bool), logit_cap=2.0)
     assert output.item() == pytest.approx(math.exp(2) / (1 + math.exp(2)))
 
 
@@ -72,7 +72,7 @@ def test_a_cap_that_nothing_reaches_is_torchs_own_attention() -> None:
     query, key, value = (torch.randn(2, 3, 5, 4, generator=generator, requires_grad=True) for _ in range(3))
     allowed = torch.rand(2, 1, 5, 5, generator=generator) < 0.7
     allowed |= torch.eye(5, dtype=torch.bool)
-    capped = capped_attention(query, key, value, allowed, logit_cap=1e4)
+    capped = attend_with_cap(query, key, value, allowed, logit_cap=1e4)
     fused = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     torch.testing.assert_close(capped, fused)
     for ours, theirs in zip(

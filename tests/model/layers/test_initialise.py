@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_moevlm.model import initial_weights
 from lightning_moevlm.model.backbones import LIMoE, VLMoE
 from lightning_moevlm.model.experts import GatedExperts, MLPExperts
-from lightning_moevlm.model.initial_weights import drawn_together, seed_of
+from lightning_moevlm.model.initial_weights import defer_initialisation, derive_seed
 from lightning_moevlm.model.layers import (
     Attention,
     Block,
@@ -59,7 +59,7 @@ def test_scales() -> None:
 
 def test_seed_is_the_same_on_every_machine() -> None:
     # sha256("0/train/7"), first 8 bytes, big-endian, halved
-    assert seed_of(0, "train", 7) == int.from_bytes(bytes.fromhex(SHA256_0_TRAIN_7), "big") >> 1
+    assert derive_seed(0, "train", 7) == int.from_bytes(bytes.fromhex(SHA256_0_TRAIN_7), "big") >> 1
 
 
 SHA256_0_TRAIN_7 = "78ef58397814c012"
@@ -141,7 +141,7 @@ def test_a_model_is_drawn_once_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> No
     model = vl_moe()
     matrices = [parameter for name, parameter in model.named_parameters() if "norm" not in name and "bias" not in name]
     assert len(drawn) == len(matrices)
-    with drawn_together():
+    with defer_initialisation():
         undrawn = vl_moe()
     assert len(drawn) == len(matrices)
     VisionLanguageModule(undrawn)

@@ -4,7 +4,7 @@ from hashlib import blake2b
 
 import torch
 
-from lightning_moevlm.model.initial_weights import seed_of
+from lightning_moevlm.model.initial_weights import derive_seed
 from lightning_moevlm.model.objectives import Draws
 
 KEYS = [f"sample{index}" for index in range(500)]
@@ -39,6 +39,6 @@ def test_numbers_are_those_of_the_published_generator() -> None:
     golden = 0x9E3779B97F4A7C15
     assert splitmix(golden) == 0xE220A8397B1DCDAF  # its first number from state 0
     key = int.from_bytes(blake2b(b"cat/0001", digest_size=8).digest(), "big")
-    state = splitmix(key ^ seed_of(5, "image"))
+    state = splitmix(key ^ derive_seed(5, "image"))
     expected = [(splitmix((state + n * golden) % 2**64) >> 40) / 2**24 for n in (1, 2, 3)]
     assert Draws(5).uniform("image", ["cat/0001"], 3).tolist() == [expected]

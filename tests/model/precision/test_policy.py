@@ -12,9 +12,9 @@ from lightning_moevlm.model.precision import (
     PrecisionPolicy,
     Simulation,
     float32_everywhere,
-    precision_as,
     region,
     region_of_parameters,
+    use_precision,
 )
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import small_vl_moe
@@ -52,7 +52,7 @@ def test_every_layer_reads_the_policy_of_the_module() -> None:
             assert part.precision is policy
             kinds.add(type(part))
     assert kinds >= {Attention, Block, MoEFFN, MaskedModelling, type(module.backbone), VisionLanguageModule}
-    with precision_as(module, float32_everywhere()):
+    with use_precision(module, float32_everywhere()):
         assert module.backbone.blocks[1].precision == float32_everywhere()
     assert all(part.precision is policy for part in module.modules() if hasattr(part, "precision"))
 

@@ -255,7 +255,7 @@ def test_nothing_is_read_from_the_device(router: Router, priority: Priority, tra
     plan = router.train(training).to("meta")(inputs)
     some = apply_capacity(plan, Capacity(1.0, ModalityFactors(1.0, None), priority, group_size=2), training)
     assert some.kept_N.is_meta and some.kept_load(some.valid_T).shape == (8,)
-    router.rebalance(some.chosen_by(some.modality_T, 2))
+    router.rebalance(some.chosen_loads(some.modality_T, 2))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])

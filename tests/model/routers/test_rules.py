@@ -25,7 +25,7 @@ from lightning_moevlm.model.routers import (
     TopKRouter,
     TopPRouter,
 )
-from lightning_moevlm.model.routers.learned.sinkhorn import balanced_log_plan
+from lightning_moevlm.model.routers.learned.sinkhorn import balance_log_plan
 from tests.routing import routing_input
 
 LN = torch.tensor([[1.0, 2.0, 5.0]]).log()  # softmax: 1/8, 2/8, 5/8
@@ -222,7 +222,7 @@ def test_cosine_learns_its_temperature_or_keeps_it() -> None:
 def test_sinkhorn_balances_columns_and_rows() -> None:
     logits_TE = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) * 3
     valid_T = torch.arange(64) < 60
-    plan_TE = balanced_log_plan(logits_TE, valid_T, 50).exp()
+    plan_TE = balance_log_plan(logits_TE, valid_T, 50).exp()
     torch.testing.assert_close(plan_TE.sum(dim=0), torch.full((4,), 15.0))
     torch.testing.assert_close(plan_TE[:60].sum(dim=1), torch.ones(60), rtol=1e-2, atol=1e-2)
     assert torch.equal(plan_TE[60:], torch.zeros(4, 4))

@@ -22,7 +22,7 @@ class DetachedOnRank1(LoadBalance):
     def sums(self, inputs: LossInput) -> Tensor:
         if dist.get_rank() == 0:
             return super().sums(inputs)
-        return super().sums(inputs._replace(plan=inputs.plan.detached())).requires_grad_()
+        return super().sums(inputs._replace(plan=inputs.plan.detach())).requires_grad_()
 
 
 def main(folder: Path) -> None:

@@ -79,7 +79,7 @@ class Detached(StandIn):
     """A balance loss of detached probabilities, as in NeMo Automodel 1408 and FuseMoE 6."""
 
     def __call__(self, inputs: LossInput) -> Tensor:
-        return load_balance(inputs.plan.detached()).requires_grad_()
+        return load_balance(inputs.plan.detach()).requires_grad_()
 
 
 @dataclass(frozen=True)

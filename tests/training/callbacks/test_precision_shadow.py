@@ -57,7 +57,7 @@ def test_fp32_has_no_flip_and_no_error() -> None:
         assert len(flips(point)) == 2  # one sparse block, image and text
         assert set(point.values()) == {0.0}
         assert not any(key.startswith("shadow_region") for key in point)
-        assert all(metric_keys.declared(key) is not None for key in point)
+        assert all(metric_keys.find_metric(key) is not None for key in point)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
@@ -67,7 +67,7 @@ def test_a_coarse_router_flips_and_is_named(dtype: str) -> None:
     errors = [point["shadow_logit_error_rms/block1/text"] for point in points.values()]
     assert min(errors) > 0
     for point in points.values():
-        assert all(metric_keys.declared(key) is not None for key in point)
+        assert all(metric_keys.find_metric(key) is not None for key in point)
         named = {key.split("/")[1] for key in point if key.startswith("shadow_region")}
         assert named == {"router"}
         # the router is all that is narrow: alone it makes the whole error

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.model.dispatch.auto.measure import measure_row
-from lightning_moevlm.model.dispatch.auto.own_table import given_table, own_file, with_case
-from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED, Case, Row, Table, read_table, rounded_rows
+from lightning_moevlm.model.dispatch.auto.own_table import given_table, measure_once, own_file
+from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED, Case, Row, Table, read_table, round_rows
 from lightning_moevlm.model.dispatch.dispatcher import Dispatcher, matmul_dtype
 from lightning_moevlm.model.dispatch.expert_protocol import Experts
 from lightning_moevlm.model.dispatch.grouped_mm import GroupedDispatcher
@@ -78,7 +78,7 @@ class AutoDispatcher(Dispatcher):
         """Return (T, D) in the tokens' dtype."""
         if torch.compiler.is_compiling():
             num_pairs = operator.index(plan.token_N.shape[0])  # a constant: another batch size is compiled anew
-            case = case_of(num_pairs, plan, tokens_TD, experts)
+            case = make_case(num_pairs, plan, tokens_TD, experts)
             name = self._name_for(self._refusals(tokens_TD, experts), _assumed_skew(plan), *case)
         else:
             name = self.choose(plan, tokens_TD, experts)
@@ -99,7 +99,7 @@ class AutoDispatcher(Dispatcher):
     def choose(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> str:
         """Return the class that runs such a plan; decided once per case, and logged then."""
         num_pairs, skew = _load(plan)
-        case = case_of(num_pairs, plan, tokens_TD, experts)
+        case = make_case(num_pairs, plan, tokens_TD, experts)
         if num_pairs and case not in self._choices and self._may_measure(case):
             self._decide(case, self._refusals(tokens_TD, experts), (plan, tokens_TD, experts))
         return self._name(self._refusals(tokens_TD, experts), skew, case)
@@ -147,20 +147,22 @@ class AutoDispatcher(Dispatcher):
         if given is not None:
             return read_table(given), ""
         if layer is not None:
-            return with_case(case, lambda: measure_row(case, *layer, {name: self._dispatchers[name] for name in able}))
+            return measure_once(
+                case, lambda: measure_row(case, *layer, {name: self._dispatchers[name] for name in able})
+            )
         own = own_file()
         has_own = own.is_file() and read_table(own).nearest(case) is not None
         return read_table(own if has_own else SHIPPED), ""
 
 
-def case_of(num_pairs: int, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Case:
+def make_case(num_pairs: int, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Case:
     """Return the case of so many pairs; it depends on shapes alone."""
     stacks = experts.stacks()
     return Case(
         device=tokens_TD.device.type,
         dtype=str(matmul_dtype(tokens_TD)).removeprefix("torch."),
         num_experts=plan.num_experts,
-        rows=rounded_rows(num_pairs, plan.num_experts),
+        rows=round_rows(num_pairs, plan.num_experts),
         dim=tokens_TD.shape[1],
         hidden_dim=stacks[0].shape[2],
         num_stacks=len(stacks),
@@ -191,7 +193,7 @@ def _fastest(case: Case, row: Row, able: list[str], table: Table) -> Choice:
     even = f"{_PADDED} up to {up_to:.2f} of the mean load; " if up_to else ""
     frugal = "" if up_to or times[name] == min(times.values()) else f"least memory within {_MARGIN - 1:.0%}; "
     figures = ", ".join(f"{each} {times[each]:.3g} ms" for each in sorted(times, key=times.__getitem__))
-    return Choice(name, up_to, f"{even}{frugal}measured at {row.case} ({figures}; {table.named(row)})")
+    return Choice(name, up_to, f"{even}{frugal}measured at {row.case} ({figures}; {table.describe(row)})")
 
 
 def _by_memory(case: Case) -> tuple[str, str]:

@@ -38,7 +38,7 @@ def measure_row(
     """Time forward and backward of each dispatcher with as many pairs, evenly over the experts."""
     is_autocast, dtype = torch.is_autocast_enabled(tokens_TD.device.type), matmul_dtype(tokens_TD)
     generator = torch.Generator().manual_seed(0)
-    even = _evenly_loaded(plan, generator)
+    even = _balance_loads(plan, generator)
     values_TD = torch.randn(tokens_TD.shape, generator=generator).to(tokens_TD.dtype)
     parameters = experts.parameters() if isinstance(experts, nn.Module) else experts.stacks()
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
@@ -71,7 +71,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _evenly_loaded(plan: PairPlan, generator: torch.Generator) -> PairPlan:
+def _balance_loads(plan: PairPlan, generator: torch.Generator) -> PairPlan:
     """Return a plan of as many kept pairs of the same tokens, each expert chosen equally often."""
     token_N = plan.token_N[plan.kept_N]
     expert_N = torch.randperm(token_N.shape[0], generator=generator) % plan.num_experts

@@ -61,10 +61,10 @@ def add(path: Path, rows: list[Row], products: dict[str, float]) -> None:
     """Add measurements to a file; processes that do so at once wait for each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        write_table(own_table(path).joined(rows, products))
+        write_table(own_table(path).merge(rows, products))
 
 
-def with_case(case: Case, measure: Callable[[], Row]) -> tuple[Table, str]:
+def measure_once(case: Case, measure: Callable[[], Row]) -> tuple[Table, str]:
     """Return this machine's table with the case in it, measured if it is not; or the shipped table, and why."""
     path = own_file()
     if path.is_file() and read_table(path).row(case) is not None:
@@ -74,14 +74,14 @@ def with_case(case: Case, measure: Callable[[], Row]) -> tuple[Table, str]:
         with FileLock(f"{path}.lock"):
             table = own_table(path)
             if table.row(case) is None:
-                table = table.joined([measure()], {})
+                table = table.merge([measure()], {})
                 write_table(table)
             return table, ""
     except (OSError, UserError) as error:
         return read_table(SHIPPED), f"{path} cannot be written ({error}), so the shipped table is chosen by"
 
 
-def with_products(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+def measure_products_once(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Return what this CPU's products take, measured if they are not in its file; empty where they may not be."""
     if given_table() is not None:
         return {}

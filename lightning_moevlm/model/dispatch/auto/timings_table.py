@@ -66,18 +66,18 @@ class Table(NamedTuple):
         alike = [row for row in self.rows if row.case[:2] == case[:2]]
         return min(alike, key=lambda row: _doublings(row.case, case), default=None)
 
-    def named(self, row: Row) -> str:
+    def describe(self, row: Row) -> str:
         """Name the file and the row by what it says, so that equal names mean equal choices."""
         content = json.dumps([row.case, row.milliseconds], sort_keys=True)
         return f"table {self.path.name}, row {hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
-    def joined(self, rows: list[Row], products: dict[str, float]) -> "Table":
+    def merge(self, rows: list[Row], products: dict[str, float]) -> "Table":
         """Return it with more measured; what was measured again is replaced."""
         by_case = {row.case: row for row in (*self.rows, *rows)}
         return self._replace(rows=tuple(by_case.values()), products=self.products | products)
 
 
-def rounded_rows(num_pairs: int, num_experts: int) -> int:
+def round_rows(num_pairs: int, num_experts: int) -> int:
     """Return pairs per expert as the nearest power of two, so that similar batches are one case."""
     return 2 ** max(0, round(math.log2(max(1.0, num_pairs / num_experts))))
 

@@ -28,7 +28,7 @@ def expert_products(rows_MI: Tensor, stack_EIO: Tensor, load_E: Tensor, way: str
     num_rows = sum(lengths)
     product_MO = rows_MI.new_zeros(rows_MI.shape[0], stack_EIO.shape[2])
     if way == "padded":
-        rows_ECI = _padded(rows_MI, lengths)
+        rows_ECI = _pad(rows_MI, lengths)
         for rows, length, product in zip(
             torch.bmm(rows_ECI, stack_EIO), lengths, _split(product_MO, lengths), strict=True
         ):
@@ -45,7 +45,7 @@ def _gradient_of_stack(rows_MI: Tensor, gradient_MO: Tensor, load_E: Tensor, way
     """Return rows_e^T x gradient_e for every segment, (E, I, O)."""
     lengths = load_E.tolist()
     if way == "padded":
-        return torch.bmm(_padded(rows_MI, lengths).transpose(1, 2), _padded(gradient_MO, lengths))
+        return torch.bmm(_pad(rows_MI, lengths).transpose(1, 2), _pad(gradient_MO, lengths))
     rows_MI, gradient_MO = rows_MI[: sum(lengths)].contiguous(), gradient_MO[: sum(lengths)].contiguous()
     if way == "grouped":
         return F.grouped_mm(rows_MI.t(), gradient_MO, offs=_offsets(load_E))
@@ -92,7 +92,7 @@ def run_in_graph(plan: PairPlan, tokens_TD: Tensor, experts: Experts, stacks: tu
     return combine(rows_MD, torch.where(plan.kept_N, plan.weight_N, 0.0), pairs, tokens_TD.dtype)
 
 
-def _padded(rows_MI: Tensor, lengths: list[int]) -> Tensor:
+def _pad(rows_MI: Tensor, lengths: list[int]) -> Tensor:
     """Return the segments in buffers of equal length, (E, C, I)."""
     padded_ECI = rows_MI.new_zeros(len(lengths), max(lengths), rows_MI.shape[1])
     for buffer, length, rows in zip(padded_ECI, lengths, _split(rows_MI, lengths), strict=True):

@@ -10,7 +10,7 @@ from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput
 from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN
-from lightning_moevlm.model.layers.norms import NormKind, make_norm, normalised
+from lightning_moevlm.model.layers.norms import NormKind, make_norm, normalise
 from lightning_moevlm.model.precision import PrecisionPolicy
 
 
@@ -40,7 +40,7 @@ class DenseFFN(FeedForward):
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Apply to every position; the layout does not matter."""
-        return FFNOutput(self.down(normalised(F.gelu(self.up(tokens_BSD)), self.hidden_norm, self.precision)), ())
+        return FFNOutput(self.down(normalise(F.gelu(self.up(tokens_BSD)), self.hidden_norm, self.precision)), ())
 
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
         """4 D F per token."""

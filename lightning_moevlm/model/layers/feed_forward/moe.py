@@ -97,7 +97,7 @@ class MoEFFN(FeedForward):
             )
         if self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
             plan = apply_capacity(plan, self.capacity, self.training, self.factor_in_force)
-        out_TD = self._computed(plan, tokens_TD)
+        out_TD = self._compute(plan, tokens_TD)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
@@ -113,20 +113,20 @@ class MoEFFN(FeedForward):
         """One."""
         return 1
 
-    def _computed(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
+    def _compute(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
         if self.precision.dtype_of("experts") is None:
             return self._run(plan, tokens_TD)
         with region(self.precision, "experts", tokens_TD.device.type) as cast:
             return self._run(plan, cast(tokens_TD)).to(tokens_TD.dtype)
 
     def _run(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
-        out_TD = self.dispatcher(plan, tokens_TD, self._normed(self.experts, self.hidden_norm))
+        out_TD = self.dispatcher(plan, tokens_TD, self._add_norm(self.experts, self.hidden_norm))
         if self.shared is None:
             return out_TD
-        shared_TD = run_everywhere(tokens_TD, self._normed(self.shared, self.shared_hidden_norm))
+        shared_TD = run_everywhere(tokens_TD, self._add_norm(self.shared, self.shared_hidden_norm))
         return out_TD + torch.where(plan.valid_T.unsqueeze(-1), shared_TD, 0.0)
 
-    def _normed(self, experts: ExpertStack, norm: nn.Module | None) -> Experts:
+    def _add_norm(self, experts: ExpertStack, norm: nn.Module | None) -> Experts:
         return experts if norm is None else SubNormedExperts(experts, norm, self.precision)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.model.dispatch import Experts
 from lightning_moevlm.model.experts import Linear
-from lightning_moevlm.model.layers.norms import normalised
+from lightning_moevlm.model.layers.norms import normalise
 from lightning_moevlm.model.precision import PrecisionPolicy
 
 
@@ -35,7 +35,7 @@ class SubNormedExperts:
         """Apply the feed-forward to rows."""
 
         def with_norm(rows: Tensor, weight: Tensor, /) -> Tensor:
-            return linear(normalised(rows, self._norm, self._precision) if weight is weights[-1] else rows, weight)
+            return linear(normalise(rows, self._norm, self._precision) if weight is weights[-1] else rows, weight)
 
         return self._experts.run(rows_ND, weights, with_norm)
 

@@ -59,9 +59,9 @@ class LoadBalance(PlanLoss):
         """Return choices and probabilities of each group, (2, U, E); of sequences the sum of their losses, a scalar."""
         plan, grouping = inputs.plan, self._grouping
         if self.scope == "sequence":
-            return of_sequences(plan.chosen_by(grouping.group_T(plan), grouping.size(plan)), plan, grouping)
+            return sum_over_sequences(plan.chosen_loads(grouping.group_T(plan), grouping.size(plan)), plan, grouping)
         if inputs.counts is None or self.scope == "micro_batch":
-            choices_UE = plan.chosen_by(grouping.group_T(plan), grouping.size(plan))
+            choices_UE = plan.chosen_loads(grouping.group_T(plan), grouping.size(plan))
         else:
             chosen_AE = inputs.counts.chosen_AE
             choices_UE = chosen_AE if self.per_modality else chosen_AE.sum(dim=0, keepdim=True)
@@ -94,7 +94,7 @@ def balance(choices_UE: Tensor, prob_sums_UE: Tensor, grouping: Grouping, size: 
     return grouping.over_groups(choices_UE.shape[1] * (f_UE * mean_prob_UE).sum(dim=-1), size)
 
 
-def of_sequences(choices_UE: Tensor, plan: RoutingPlan, grouping: Grouping) -> Tensor:
+def sum_over_sequences(choices_UE: Tensor, plan: RoutingPlan, grouping: Grouping) -> Tensor:
     """Return the sum over sequences of E * sum_e f_e P_e, a scalar; choices: of each sequence, (U, E)."""
     num_U1 = grouping.tokens_in_sequences(plan).unsqueeze(-1)
     mean_prob_UE = grouping.sums(plan.probs_TE, plan) / num_U1.clamp(min=1)

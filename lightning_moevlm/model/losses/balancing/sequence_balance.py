@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import MixPlan, RoutingPlan
 from lightning_moevlm.contracts.step_records import PlanSize
-from lightning_moevlm.model.losses.balancing.load_balance import of_sequences
+from lightning_moevlm.model.losses.balancing.load_balance import sum_over_sequences
 from lightning_moevlm.model.losses.groups import Grouping, size_of
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
@@ -45,12 +45,12 @@ class SequenceBalance(PlanLoss):
         """Return the sum over sequences, a scalar."""
         plan, grouping = inputs.plan, self._grouping
         if isinstance(plan, MixPlan):
-            return of_sequences(plan.chosen_by(grouping.group_T(plan), grouping.size(plan)), plan, grouping)
+            return sum_over_sequences(plan.chosen_loads(grouping.group_T(plan), grouping.size(plan)), plan, grouping)
         num_chosen_T = torch.zeros_like(plan.modality_T).index_add(0, plan.token_N, plan.chosen_N.to(torch.int64))
         # a token's rank of each expert: where the expert stands among the scores in falling order
         rank_TE = plan.probs_TE.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         highest_TE = (rank_TE < num_chosen_T.unsqueeze(-1)).to(plan.probs_TE.dtype)
-        return of_sequences(grouping.sums(highest_TE, plan), plan, grouping)
+        return sum_over_sequences(grouping.sums(highest_TE, plan), plan, grouping)
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
         """Return the mean over sequences."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, plan_of_choices
+from lightning_moevlm.model.routers.choices import check_top_k, make_plan
 from lightning_moevlm.model.routers.gate import Gate, refuse_zero_start
 from lightning_moevlm.model.routers.router import ExpertAxis, Router
 
@@ -77,4 +77,4 @@ class CosineRouter(Router):
             logits_TE = logits_TE * self.scale.float()
         probs_TE = logits_TE.softmax(dim=-1)
         weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
-        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK)
+        return make_plan(inputs, logits_TE, probs_TE, expert_TK, weight_TK)

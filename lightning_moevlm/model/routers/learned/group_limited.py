@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import plan_of_choices
+from lightning_moevlm.model.routers.choices import make_plan
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
 from lightning_moevlm.model.routers.router import Router
@@ -52,5 +52,5 @@ class GroupLimitedRouter(Router):
         """Route T tokens to K experts each."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         probs_TE = logits_TE.softmax(dim=-1)
-        expert_TK = self.groups.within(probs_TE.detach()).topk(self.top_k, dim=-1).indices
-        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, probs_TE.gather(-1, expert_TK))
+        expert_TK = self.groups.limit_scores(probs_TE.detach()).topk(self.top_k, dim=-1).indices
+        return make_plan(inputs, logits_TE, probs_TE, expert_TK, probs_TE.gather(-1, expert_TK))

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, plan_of_choices, renormalised
+from lightning_moevlm.model.routers.choices import check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.router import Router
 
@@ -51,9 +51,9 @@ class GShardRouter(Router):
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         probs_TE = logits_TE.softmax(dim=-1)
         top_TK, expert_TK = probs_TE.topk(2, dim=-1)
-        weight_TK = renormalised(top_TK)
+        weight_TK = renormalise_weights(top_TK)
         chosen_TK = torch.ones_like(expert_TK, dtype=torch.bool)
         if self.training:
             second_T = weight_TK[:, 1].detach()
             chosen_TK[:, 1] = torch.rand_like(second_T) < second_T / self.threshold
-        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK, chosen_TK)
+        return make_plan(inputs, logits_TE, probs_TE, expert_TK, weight_TK, chosen_TK)

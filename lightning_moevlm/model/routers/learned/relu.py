@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import plan_of_choices, renormalised
+from lightning_moevlm.model.routers.choices import make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate, refuse_zero_start
 from lightning_moevlm.model.routers.router import Router
 
@@ -52,6 +52,6 @@ class ReLURouter(Router):
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         weight_TE = logits_TE.relu()
         expert_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
-        return plan_of_choices(
-            inputs, logits_TE, renormalised(weight_TE), expert_TE, weight_TE, chosen_TK=weight_TE > 0
+        return make_plan(
+            inputs, logits_TE, renormalise_weights(weight_TE), expert_TE, weight_TE, chosen_TK=weight_TE > 0
         )

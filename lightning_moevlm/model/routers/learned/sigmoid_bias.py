@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, plan_of_choices, renormalised
+from lightning_moevlm.model.routers.choices import check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
 from lightning_moevlm.model.routers.router import Router
@@ -89,12 +89,12 @@ class SigmoidBiasRouter(Router):
         bias_TE = self.bias_AE.float()[inputs.modality_T if self.per_modality else 0]
         steered_TE = scores_TE.detach() + bias_TE
         if self.groups is not None:
-            steered_TE = self.groups.within(steered_TE)
+            steered_TE = self.groups.limit_scores(steered_TE)
         expert_TK = steered_TE.topk(self.top_k, dim=-1).indices
         weight_TK = scores_TE.gather(-1, expert_TK)
         if self.renormalise:
-            weight_TK = renormalised(weight_TK)
-        return plan_of_choices(inputs, logits_TE, renormalised(scores_TE), expert_TK, weight_TK)
+            weight_TK = renormalise_weights(weight_TK)
+        return make_plan(inputs, logits_TE, renormalise_weights(scores_TE), expert_TK, weight_TK)
 
     @torch.no_grad()
     def rebalance(self, load_AE: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, plan_of_choices
+from lightning_moevlm.model.routers.choices import check_top_k, make_plan
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.router import Router
 
@@ -58,13 +58,13 @@ class SinkhornRouter(Router):
         probs_TE = logits_TE.softmax(dim=-1)
         scores_TE = logits_TE.detach()
         if self.training:
-            scores_TE = balanced_log_plan(scores_TE, inputs.valid_T, self.num_iterations)
+            scores_TE = balance_log_plan(scores_TE, inputs.valid_T, self.num_iterations)
         expert_TK = scores_TE.topk(self.top_k, dim=-1).indices
         weights_TE = logits_TE.sigmoid() if self.top_k == 1 else probs_TE
-        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weights_TE.gather(-1, expert_TK))
+        return make_plan(inputs, logits_TE, probs_TE, expert_TK, weights_TE.gather(-1, expert_TK))
 
 
-def balanced_log_plan(logits_TE: Tensor, valid_T: Tensor, num_iterations: int) -> Tensor:
+def balance_log_plan(logits_TE: Tensor, valid_T: Tensor, num_iterations: int) -> Tensor:
     """Return the log of a plan whose rows sum to 1 and whose columns sum to (valid tokens / E), nearly.
 
     Computed in log space; padding has no mass. The last normalisation is over experts, so columns are exact.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_renormalise, check_top_k, plan_of_choices, renormalised
+from lightning_moevlm.model.routers.choices import check_renormalise, check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.router import Router
 
@@ -56,5 +56,5 @@ class TopKRouter(Router):
         probs_TE = logits_TE.softmax(dim=-1)
         weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
         if self.renormalise:
-            weight_TK = renormalised(weight_TK)
-        return plan_of_choices(inputs, logits_TE, probs_TE, expert_TK, weight_TK)
+            weight_TK = renormalise_weights(weight_TK)
+        return make_plan(inputs, logits_TE, probs_TE, expert_TK, weight_TK)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, plan_of_choices
+from lightning_moevlm.model.routers.choices import check_top_k, make_plan
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.router import Router
 
@@ -55,6 +55,6 @@ class TopPRouter(Router):
         probs_TE = logits_TE.softmax(dim=-1)
         weight_TK, expert_TK = probs_TE.topk(self.max_k, dim=-1)
         reached_before_TK = weight_TK.detach().cumsum(dim=-1) - weight_TK.detach()
-        return plan_of_choices(
+        return make_plan(
             inputs, logits_TE, probs_TE, expert_TK, weight_TK, chosen_TK=reached_before_TK < self.threshold
         )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, even_plan, turns
+from lightning_moevlm.model.routers.choices import check_top_k, count_turns, even_plan
 from lightning_moevlm.model.routers.router import Router
-from lightning_moevlm.model.routers.unlearned.hash import scrambled
+from lightning_moevlm.model.routers.unlearned.hash import scramble
 
 
 class FixedRouter(Router):
@@ -48,13 +48,15 @@ class FixedRouter(Router):
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""
-        turn_T1 = turns(inputs.valid_T, inputs.num_sequences, self.training).unsqueeze(-1)  # padding takes no turn
-        expert_TK = self._random(turn_T1) if self.rule == "random" else self._balanced(turn_T1)
+        turn_T1 = count_turns(inputs.valid_T, inputs.num_sequences, self.training).unsqueeze(
+            -1
+        )  # padding takes no turn
+        expert_TK = self._random(turn_T1) if self.rule == "random" else self._balance(turn_T1)
         return even_plan(inputs, expert_TK, self.num_experts)
 
-    def _balanced(self, turn_T1: Tensor) -> Tensor:
+    def _balance(self, turn_T1: Tensor) -> Tensor:
         return (turn_T1 * self.top_k + torch.arange(self.top_k, device=turn_T1.device)) % self.num_experts
 
     def _random(self, turn_T1: Tensor) -> Tensor:
         expert_E = torch.arange(self.num_experts, device=turn_T1.device)
-        return scrambled(turn_T1 * self.num_experts + expert_E, seed=0).topk(self.top_k, dim=-1).indices
+        return scramble(turn_T1 * self.num_experts + expert_E, seed=0).topk(self.top_k, dim=-1).indices

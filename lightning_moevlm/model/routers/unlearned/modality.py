@@ -11,7 +11,7 @@ import torch
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, even_plan, turns
+from lightning_moevlm.model.routers.choices import check_top_k, count_turns, even_plan
 from lightning_moevlm.model.routers.router import Router
 
 
@@ -48,7 +48,7 @@ class ModalityRouter(Router):
         turn_T = torch.zeros_like(inputs.modality_T)
         for modality in Modality:  # padding takes no turn, nor does the other modality
             mine_T = inputs.valid_T & (inputs.modality_T == int(modality))
-            turn_T = torch.where(mine_T, turns(mine_T, inputs.num_sequences, self.training), turn_T)
+            turn_T = torch.where(mine_T, count_turns(mine_T, inputs.num_sequences, self.training), turn_T)
         share = self.num_experts // len(Modality)
         choice_K = torch.arange(self.top_k, device=turn_T.device)
         place_TK = (turn_T.unsqueeze(-1) * self.top_k + choice_K) % share

@@ -23,8 +23,8 @@ from lightning_moevlm.model.precision import (
     Region,
     RegionDtype,
     Simulation,
-    precision_as,
     rounded,
+    use_precision,
 )
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
@@ -102,7 +102,7 @@ def _trigger(rehearsal: Rehearsal, without: PrecisionPolicy, name: Region) -> _S
 
 
 def _run_as(rehearsal: Rehearsal, policy: PrecisionPolicy) -> ObjectiveOutput:
-    with precision_as(rehearsal.module, policy):
+    with use_precision(rehearsal.module, policy):
         return rehearsal.run_again()
 
 

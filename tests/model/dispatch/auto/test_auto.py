@@ -15,14 +15,14 @@ from lightning_moevlm.model.dispatch import AutoDispatcher, LoopDispatcher
 from lightning_moevlm.model.dispatch.auto import auto as auto_module
 from lightning_moevlm.model.dispatch.auto import own_table
 from lightning_moevlm.model.dispatch.auto.measure import measure_products, measure_row
-from lightning_moevlm.model.dispatch.auto.own_table import GIVEN, own_file, with_case, with_products
+from lightning_moevlm.model.dispatch.auto.own_table import GIVEN, measure_once, measure_products_once, own_file
 from lightning_moevlm.model.dispatch.auto.timings_table import (
     SHIPPED,
     Case,
     Row,
     Table,
     read_table,
-    rounded_rows,
+    round_rows,
     write_table,
 )
 from lightning_moevlm.model.experts import MLPExperts
@@ -168,7 +168,7 @@ def test_processes_that_meet_a_case_at_once_choose_by_one_measurement(cache_fold
         return Row(case(), {"SegmentDispatcher": milliseconds})
 
     def ask(number: int) -> Table:
-        return with_case(case(), lambda: measure(float(number)))[0]
+        return measure_once(case(), lambda: measure(float(number)))[0]
 
     with ThreadPoolExecutor(4) as pool:
         tables = list(pool.map(ask, range(1, 5)))
@@ -191,7 +191,7 @@ def test_a_cache_that_cannot_be_written_leaves_the_shipped_table_and_says_so(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made in it, by root neither
     _, why = chosen(AutoDispatcher())
     assert "table measured_cpu.json" in why and "cannot be written" in why and "the shipped table" in why
-    assert with_products(lambda: {"float32": 0.3}) == {}
+    assert measure_products_once(lambda: {"float32": 0.3}) == {}
 
 
 def test_the_table_of_the_environment_is_chosen_by_as_it_is(
@@ -199,7 +199,7 @@ def test_the_table_of_the_environment_is_chosen_by_as_it_is(
 ) -> None:
     monkeypatch.setenv(GIVEN, table(tmp_path / "given.json", (case(1024), FAST)))
     assert "table given.json" in chosen(AutoDispatcher())[1]
-    assert with_products(lambda: {"float32": 0.3}) == {} and not cache_folder.exists()
+    assert measure_products_once(lambda: {"float32": 0.3}) == {} and not cache_folder.exists()
 
 
 def test_measuring_leaves_training_as_it_was(cache_folder: Path) -> None:
@@ -232,9 +232,9 @@ def test_autocast_is_measured_as_it_trains(cache_folder: Path) -> None:
 
 
 def test_products_are_measured_once(cache_folder: Path) -> None:
-    speeds = with_products(measure_products)
+    speeds = measure_products_once(measure_products)
     assert speeds.keys() == {"float32", "bfloat16"} and min(speeds.values()) > 0
-    assert with_products(lambda: {"float32": 0.0}) == speeds == read_table(own_file()).products
+    assert measure_products_once(lambda: {"float32": 0.0}) == speeds == read_table(own_file()).products
 
 
 def test_the_shipped_table_says_where_it_comes_from() -> None:
@@ -261,7 +261,7 @@ def test_no_table_is_refused(tmp_path: Path) -> None:
 
 def test_rows_are_rounded_so_that_similar_batches_are_one_case() -> None:
     # 1000 / 8 = 125, 2^7 = 128; 3 / 8 and 0 are one row
-    assert [rounded_rows(pairs, 8) for pairs in (1000, 3, 0)] == [128, 1, 1]
+    assert [round_rows(pairs, 8) for pairs in (1000, 3, 0)] == [128, 1, 1]
 
 
 def test_auto_gives_what_the_loop_gives(tmp_path: Path) -> None:
