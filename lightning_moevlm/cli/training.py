@@ -207,6 +207,9 @@ class CommandLine(LightningCLI):
                 lost = "; nothing was saved" if where and not told else ""
                 told = f"stopped by {signal.Signals(number).name}{where}{lost}"
                 raise Stopped(number, told if self.trainer.is_global_zero else "") from error
+            if self._stop.second:
+                text = f"stopped at once by {signal.Signals(self._stop.second).name}"
+                raise Stopped(self._stop.second, text if self.trainer.is_global_zero else "") from error
             raise
 
     def _parse_ckpt_path(self) -> None:

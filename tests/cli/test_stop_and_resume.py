@@ -149,12 +149,15 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
     assert points(workplace) == whole
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("handlers_restored")
-def test_a_second_ctrl_c_ends_at_once_and_keeps_what_was_saved(
-    moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_signal_ends_at_once_and_keeps_what_was_saved(
+    number: signal.Signals, moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send(signal.SIGINT, 5, "on_train_batch_end", monkeypatch, times=2)
-    told = moevlm("fit", *ARGUMENTS, code=130)
+    send(number, 5, "on_train_batch_end", monkeypatch, times=2)
+    told = moevlm("fit", *ARGUMENTS, code=128 + number)
+    assert told.splitlines()[-1] == f"moevlm: stopped at once by {number.name}"
+    assert the_run(workplace).info.status == "KILLED"
     assert step_of(last(workplace)) == 4  # of the last validation
     assert resume_words(told) == ["fit", "--run", the_run(workplace).info.run_id[:8]]
 

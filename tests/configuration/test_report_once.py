@@ -1,4 +1,4 @@
-"""Of several ranks one tells a mistake; the others end with the same exit code and without a word."""
+"""One of several ranks reports a mistake; the others exit with the same code and print nothing."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.report_once import report_once
 from tests.small_run import SMALL, budget
 
-MARK = "MOEVLM_MISTAKE_TOLD"
+MARK = "MOEVLM_MISTAKE_MARK"
 
 
 def started_by_another(patch: pytest.MonkeyPatch, mark: Path) -> None:
@@ -19,7 +19,7 @@ def started_by_another(patch: pytest.MonkeyPatch, mark: Path) -> None:
     patch.setenv(MARK, str(mark))
 
 
-def test_one_process_tells_its_mistakes_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_reports_its_mistakes_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -55,6 +55,44 @@ def test_a_bug_on_one_of_many_keeps_its_traceback(tmp_path: Path, monkeypatch: p
     started_by_another(monkeypatch, tmp_path / "told")
     with pytest.raises(RuntimeError, match="a bug"), report_once(tmp_path):
         raise RuntimeError("a bug")
+
+
+def test_one_of_the_ranks_of_a_launcher_reports(tmp_path: Path) -> None:
+    """torchrun and srun start ranks that know nothing of each other but their parent, here this process."""
+    program = (
+        "import pathlib\n"
+        "from lightning_moevlm.common.errors import UserError\n"
+        "from lightning_moevlm.configuration.report_once import report_once\n"
+        "try:\n"
+        f"    with report_once(pathlib.Path({str(tmp_path)!r})):\n"
+        "        raise UserError('wrong')\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+        "    raise SystemExit(2)\n"
+    )
+    for variable in ("RANK", "SLURM_PROCID"):
+        folder = tmp_path / variable
+        folder.mkdir()
+        for _command in range(2):  # of one shell: the second reports too
+            ranks = [
+                subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    env=os.environ | {variable: str(rank), "TMPDIR": str(folder)},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for rank in range(3)
+            ]
+            assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["wrong\n", "", ""]
+            assert [rank.returncode for rank in ranks] == [2, 2, 2]
+
+
+def test_a_rank_that_alone_finds_a_mistake_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_moevlm.configuration.report_once._PATIENCE_S", 0.2)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="wrong"), report_once(tmp_path):
+        raise UserError("wrong")
 
 
 @pytest.mark.slow  # two processes each
