@@ -1,22 +1,27 @@
-"""`--run RUN`: the words that began a run, with its checkpoint, in the place of that option.
+"""Replaces `--run RUN` by the command line that started the run, and its checkpoint.
 
-A run is repeated from its record (`config/`: command line and configuration files as they were), so that references
-such as `${trainer.max_steps}` still follow what is given beside it. `fit` resumes in the same MLflow run; `validate`
-and `test` log to one of their own, with the tag `evaluates`.
+A run is repeated from its record (`config/`: command line and configuration files as they were), so references such as
+`${trainer.max_steps}` follow the options given beside `--run`. `fit` resumes in the same MLflow run; `validate` and
+`test` log to a run of their own, with the tag `evaluates`. A job that SLURM restarts gets `--run` by itself.
 """
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import flatten
 from lightning_moevlm.common.secret_masking import MASK
 from lightning_moevlm.common.yaml_text import read_yaml
 from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS, choose_runs
+from lightning_moevlm.tracking.read.runs import find_runs_anywhere
 from lightning_moevlm.tracking.record.config_files import names_config
+from lightning_moevlm.tracking.record.provenance import SLURM_JOB_TAG
 from lightning_moevlm.tracking.store import resolve_tracking_uri, runs_dir, sqlite_path
 from lightning_moevlm.training.checkpoints.checkpoint_file import find_best_checkpoint
 
@@ -27,10 +32,11 @@ _RUN_ID, _URI = f"{_LOGGER}.run_id", f"{_LOGGER}.tracking_uri"
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A run on disk. config: its newest record of a training."""
+    """A run on disk."""
 
     folder: Path
     config: Path
+    """Folder of its newest record of a training."""
 
     @property
     def resolved(self) -> Mapping[str, Any]:
@@ -38,7 +44,7 @@ class _Recorded:
 
     @property
     def words(self) -> list[str]:
-        """What began it, after `moevlm fit`; configuration files are those that were kept."""
+        """Its command line after `moevlm fit`, with the recorded configuration files."""
         words = shlex.split((self.config / "command.txt").read_text(encoding="utf-8"))[2:]
         sources = iter(sorted(self.config.glob("source*_*"), key=lambda path: int(path.name[6:].partition("_")[0])))
         before = ""
@@ -50,22 +56,26 @@ class _Recorded:
 
 
 def expand_run_option(args: Sequence[str]) -> list[str]:
-    """Return a command line with `--run RUN` replaced; without the option as it is.
+    """Return a command line with `--run RUN` replaced; unchanged without the option.
 
     Args:
-        args: subcommand and options of `moevlm fit|validate|test|predict`; what they say goes over the run's own words.
+        args: subcommand and options of `moevlm fit|validate|test|predict`; these options override the run's own.
 
     Raises:
-        UserError: there is no such run here, it has no record or no checkpoint, or its record masks a secret.
+        UserError: the run is not here, has no record or no checkpoint, or its record masks a secret.
     """
     name, rest = _take(RUN, args)
     if name is None:
-        return list(args)
+        name = _find_run_of_restarted_job(args)
+        if name is None:
+            return list(args)
+        rank_zero_info(f"SLURM has restarted this job; it resumes run {name}")
+        rest = rest[:1]  # the run's own command line is the same
     subcommand, *given = rest
     run, uri = _find(name, _option(_URI, given))
     checkpoint, given = _take(CHECKPOINT, given)
     own = [CHECKPOINT, str(_checkpoint(run, checkpoint or "last"))]
-    if _is_ours(run.resolved):
+    if _uses_run_logger(run.resolved):
         own += _logger_words(subcommand, run, uri)
     recorded = run.words
     for option in (CHECKPOINT, _RUN_ID):
@@ -75,15 +85,30 @@ def expand_run_option(args: Sequence[str]) -> list[str]:
     return [subcommand, *words]
 
 
+def _find_run_of_restarted_job(args: Sequence[str]) -> str | None:
+    """Return the folder of the run that the same command started before SLURM restarted its job, or None."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if job is None or restarts == "0" or args[0] != "fit" or _option(CHECKPOINT, args) is not None:
+        return None
+    store = resolve_tracking_uri(_option(_URI, args))
+    for row in find_runs_anywhere(store, {SLURM_JOB_TAG: job}):
+        folder = runs_dir(store) / row.experiment_id / row.run_id
+        command = folder / "config" / "command.txt"
+        is_same = command.is_file() and shlex.split(command.read_text(encoding="utf-8"))[1:] == list(args)
+        if is_same and any(folder.glob("checkpoints/last.ckpt")):
+            return str(folder)
+    return None
+
+
 def find_run_of_checkpoint(words: Sequence[str]) -> Path | None:
-    """Return the folder of the run that the checkpoint of a command line lies in, or None."""
+    """Return the folder of the run that holds the checkpoint of a command line, or None."""
     checkpoint = _option(CHECKPOINT, words)
     folder = Path(checkpoint).parent.parent if checkpoint else None
     return folder if folder is not None and (folder / "config").is_dir() else None
 
 
 def _find(name: str, uri: str | None) -> tuple[_Recorded, str]:
-    """Return a run, and the store that it is in."""
+    """Return a run and its store."""
     folder = Path(name)
     if folder.is_dir():
         database = folder.absolute().parent.parent / "mlflow.db"
@@ -93,33 +118,33 @@ def _find(name: str, uri: str | None) -> tuple[_Recorded, str]:
     path = sqlite_path(store)
     if path is not None and not path.exists():
         raise UserError(
-            f"{RUN} is {name}: no such folder, and there is no {path} to look it up in; give the run's folder, or name "
-            "the store in MLFLOW_TRACKING_URI"
+            f"{RUN} is {name}: there is no such folder, and no database {path} with run names; give the run's folder, "
+            "or the store in MLFLOW_TRACKING_URI"
         )
     rows = choose_runs(store, [name])
     if len(rows) > 1:
         ids = ", ".join(row.run_id[:SHOWN_DIGITS] for row in rows[:4])
-        raise UserError(f"{RUN} is {name}, which means {len(rows)} runs ({ids}, ...): give one of their ids")
+        raise UserError(f"{RUN} is {name}, the name of {len(rows)} runs ({ids}, ...): give one of their ids")
     return _read(runs_dir(store) / rows[0].experiment_id / rows[0].run_id, name), store
 
 
 def _read(folder: Path, name: str) -> _Recorded:
     if not folder.is_dir():
         raise UserError(
-            f"{RUN} is {name}, whose folder {folder} is not on this machine: copy it here and give it, {RUN} FOLDER"
+            f"{RUN} is {name}: its folder {folder} is not on this machine; copy it here and give {RUN} FOLDER"
         )
     configs = sorted(folder.glob("config*/command.txt"), key=lambda path: int(path.parent.suffix[1:] or 0))
     trainings = [path.parent for path in configs if path.read_text(encoding="utf-8").startswith("moevlm fit ")]
     if not trainings:
         raise UserError(
-            f"{RUN} is {name}, and {folder} holds no record of a training (config/command.txt): give the folder, id or "
-            f"name of a run of `moevlm fit`, or -c CONFIG and {CHECKPOINT} FILE"
+            f"{RUN} is {name}: {folder} has no record of a training (config/command.txt); give the folder, id or name "
+            f"of a run of `moevlm fit`, or -c CONFIG and {CHECKPOINT} FILE"
         )
     return _Recorded(folder, trainings[-1])
 
 
 def _checkpoint(run: _Recorded, wanted: str) -> Path:
-    """Return what `last`, `best` or a file means; a file may be named as it is in the run's folder."""
+    """Return the file of `last`, `best` or a file's name, which may be that in the run's folder."""
     named = [value for key, value in flatten(run.resolved).items() if key.endswith(".dirpath") and value]
     folders = [run.folder / "checkpoints", *(Path(str(folder)) for folder in named)]
     found = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
@@ -129,12 +154,12 @@ def _checkpoint(run: _Recorded, wanted: str) -> Path:
     else:
         chosen = next((path for path in found if path.name == wanted), Path(wanted))
     if chosen is None:
-        there = f"there are {', '.join(str(path) for path in found)}" if found else "it has saved none"
-        raise UserError(f"{CHECKPOINT} is {wanted}, and run {run.folder} has no such checkpoint: {there}")
+        there = f"there are {', '.join(str(path) for path in found)}" if found else "it has saved no checkpoint"
+        raise UserError(f"{CHECKPOINT} is {wanted}: run {run.folder} has no such checkpoint; {there}")
     return chosen
 
 
-def _is_ours(resolved: Mapping[str, Any]) -> bool:
+def _uses_run_logger(resolved: Mapping[str, Any]) -> bool:
     logger = resolved.get("trainer", {}).get("logger")
     return isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger")
 
@@ -145,13 +170,13 @@ def _logger_words(subcommand: str, run: _Recorded, uri: str) -> list[str]:
     run_id = run.folder.name
     if subcommand == "fit":
         return [*words, _RUN_ID, run_id]
-    told = f"{subcommand} of {recorded.get('run_name') or run_id[:SHOWN_DIGITS]}"
+    run_name = f"{subcommand} of {recorded.get('run_name') or run_id[:SHOWN_DIGITS]}"
     tags = f'{{"evaluates": "{run_id}"}}'
-    return [*words, _RUN_ID, "null", f"{_LOGGER}.run_name", told, f"{_LOGGER}.tags", tags]
+    return [*words, _RUN_ID, "null", f"{_LOGGER}.run_name", run_name, f"{_LOGGER}.tags", tags]
 
 
 def _refuse_masked(run: _Recorded, words: Sequence[str], given: Sequence[str]) -> None:
-    """Refuse to go on with *** in the place of a secret that was kept out of the record."""
+    """Refuse a record that has *** in place of a secret."""
     texts = [*run.config.glob("source*_*")]
     keys = [
         key for path in texts for key, value in flatten(read_yaml(path.read_text("utf-8"))).items() if value == MASK

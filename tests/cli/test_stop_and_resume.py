@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from lightning_moevlm.cli.main import main
+from lightning_moevlm.configuration.run_option import expand_run_option
 from lightning_moevlm.tracking.read.runs import metric_history
 from lightning_moevlm.tracking.read.sqlite_rows import points_of, reading
 from lightning_moevlm.training.callbacks import StepProgress
@@ -133,6 +134,28 @@ def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not_stopped(
 
 
 @pytest.mark.usefixtures("handlers_restored")
+def test_a_job_that_slurm_restarts_resumes_its_run(
+    whole: Points,
+    moevlm: Moevlm,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with monkeypatch.context() as patch:
+        send(signal.SIGTERM, 3, "on_train_batch_end", patch)
+        moevlm("fit", *ARGUMENTS, code=143)
+    assert the_run(workplace).data.tags["slurm_job"] == "77"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    moevlm("fit", *ARGUMENTS)
+    assert f"SLURM has restarted this job; it resumes run {last(workplace).parents[1]}" in caplog.messages
+    assert the_run(workplace).info.status == "FINISHED"
+    assert points(workplace) == whole
+    monkeypatch.setenv("SLURM_JOB_ID", "78")  # another job has no run yet
+    assert expand_run_option(["fit", *ARGUMENTS]) == ["fit", *ARGUMENTS]
+
+
+@pytest.mark.usefixtures("handlers_restored")
 def test_a_signal_in_the_last_step_lets_the_run_end(
     whole: Points, moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +183,29 @@ def test_a_second_signal_ends_at_once_and_keeps_what_was_saved(
     assert the_run(workplace).info.status == "KILLED"
     assert step_of(last(workplace)) == 4  # of the last validation
     assert resume_words(told) == ["fit", "--run", the_run(workplace).info.run_id[:8]]
+
+
+@pytest.mark.parametrize(("times", "saved"), [(1, 5), (2, 2)])
+@pytest.mark.usefixtures("handlers_restored")
+def test_a_signal_while_a_checkpoint_is_saved_leaves_a_whole_one(
+    times: int, saved: int, moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One signal lets the file and the next step be finished; a second one leaves the file of step 2."""
+
+    sent: list[int] = []
+
+    def kill(number: int) -> None:
+        is_amid = any(workplace.glob("runs/*/*/checkpoints/*.part")) and any(workplace.glob("runs/*/*/*/last.ckpt"))
+        if is_amid and not sent and step_of(last(workplace)) == 2:
+            for _once in range(times):
+                sent.append(number)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("lightning_moevlm.training.checkpoints.atomic_checkpoint.os.fsync", kill)
+    moevlm("fit", *ARGUMENTS, code=143)
+    assert len(sent) == times
+    assert step_of(last(workplace)) == saved
+    assert not list(workplace.glob("runs/*/*/checkpoints/*.part"))
 
 
 def test_a_preempted_process_without_validation_can_be_resumed(moevlm: Moevlm, workplace: Path) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from lightning_moevlm import __version__
 
 CODE_TAG = "code_digest"
+SLURM_JOB_TAG = "slurm_job"
+"""A job that SLURM restarts finds its run by it."""
 _GIT_SECONDS = 10
 _PACKAGES = ("torch", "lightning", "mlflow")
 

@@ -29,7 +29,7 @@ from lightning_moevlm.tracking.record.closing_lines import checkpoint_lines, clo
 from lightning_moevlm.tracking.record.config_files import config_sources
 from lightning_moevlm.tracking.record.config_folder import write_config_folder
 from lightning_moevlm.tracking.record.dataset_input import DIGEST_TAG, HasManifest, log_dataset
-from lightning_moevlm.tracking.record.provenance import CODE_TAG, code_checkout, code_digest, versions
+from lightning_moevlm.tracking.record.provenance import CODE_TAG, SLURM_JOB_TAG, code_checkout, code_digest, versions
 from lightning_moevlm.tracking.record.system_metrics import SystemSampler
 from lightning_moevlm.tracking.write.run_logger import RunLogger
 
@@ -162,7 +162,8 @@ class RunRecord(SaveConfigCallback):
         checkout = code_checkout()
         if checkout is not None:
             tags |= {"commit": checkout.commit, "commit_dirty": str(checkout.dirty).lower()}
-        return tags
+        job = os.environ.get("SLURM_JOB_ID")
+        return tags | ({SLURM_JOB_TAG: job} if job else {})
 
 
 def _run_logger(trainer: Trainer) -> RunLogger | None:
