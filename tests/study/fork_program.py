@@ -8,20 +8,18 @@ Words `fails` in the first message make it end before it serves.
 import sys
 from multiprocessing.connection import Connection
 
-from lightning_moevlm.cli.fork_server import leave, serve
-from lightning_moevlm.study.run.engines.forks import Channel
+from lightning_moevlm.cli.fork_server import QuickExit, serve
 
 
 def serve_and_run() -> None:
+    quick_exit = QuickExit()
     with Connection(int(sys.argv[1])) as pipe:
-        channel = Channel(pipe)
-        example = channel.receive()
-        if example is not None and example["words"] == ["fails"]:
+        _, sample, _ = pipe.recv()
+        if sample == ["fails"]:
             sys.exit("it cannot be imported")
-        words = serve(channel)
+        words = serve(pipe)
     if words is not None:
-        exec(words[0], {"sys": sys})
-        leave(0)
+        quick_exit.run(lambda: exec(words[0], {"sys": sys}) or 0)
 
 
 if __name__ == "__main__":

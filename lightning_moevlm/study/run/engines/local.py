@@ -68,9 +68,12 @@ class LocalEngine(Engine):
         if ended is None:
             return None
         del self._busy[ticket]
-        # what a fork waited for, the imports of its server, is no time of its own
-        began = process.began if isinstance(process, Fork) else None
-        return ended if began is None else replace(ended, started=began)
+        if not isinstance(process, Fork):
+            return ended
+        if process.is_lost and not ended.reason:
+            return ProcessEnd(None, f"the fork server ended before the run started, see {SERVER_LOG}")
+        # the time that a fork waits for its server's imports is not its own
+        return replace(ended, started=process.fork_seconds or ended.started)
 
     def cancel(self, tickets: Sequence[str]) -> None:
         """End processes, all at once."""
@@ -90,14 +93,13 @@ class LocalEngine(Engine):
             child = Child.start(job.command, env, job.log, job.timeout_seconds, job.folder)
             return child, child.process.pid or 0
         log = open_log(job.log, job.command)
-        server.begin(job.ticket, words, job.log)
-        fork = Fork(server, job.ticket, job.command, env, job.folder, log)
-        return Child(fork, log, time.time(), job.timeout_seconds), server.pid
+        server.start(job.ticket, words, job.log)
+        return Child(Fork(server, job.ticket), log, time.time(), job.timeout_seconds), server.pid
 
     def _server_for(self, job: Job, env: Mapping[str, str], words: Sequence[str]) -> ForkServer | None:
         """Return the fork server, started with the first job; None where the job is to be a program of its own."""
         if self._server is not None and self._server.is_gone:
-            self._fork = self._fork and self._server.has_served  # one that cannot start is not started again
+            self._fork = self._fork and bool(self._server.started)  # one that cannot start is not started again
             self.close()
         if not self._fork:
             return None
