@@ -164,11 +164,11 @@ def test_what_people_shorten_is_written_out() -> None:
 
 def test_run_id_that_looks_like_a_number_stays_a_text(workplace: Path) -> None:
     from lightning_moevlm.configuration.resolver import ConfigResolver
-    from lightning_moevlm.study.sweep import _with_identity
+    from lightning_moevlm.study.run.processes.command_line import run_options
 
     resolver = ConfigResolver()
     for run_id in ("632471343e91", "1234567890" * 3 + "12", "c15a7ec36b46"):
-        command = _with_identity(["-c", "conf/quickstart.yaml"], run_id, None)
+        command = ["-c", "conf/quickstart.yaml", *run_options(run_id, None)]
         assert resolver._parser.parse_args(command).trainer.logger.init_args.run_id == run_id
 
 

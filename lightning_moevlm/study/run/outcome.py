@@ -14,7 +14,7 @@ from lightning_moevlm.study.run.ledger import RunState, Status, read_state, writ
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 from lightning_moevlm.study.run.processes.run_files import LOG_FILE, log_tail
-from lightning_moevlm.study.run.store_retries import deliver_first
+from lightning_moevlm.study.run.store_retries import upload_first
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
 
@@ -39,7 +39,7 @@ def record_outcome(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: Pr
     folder = plan.run_folder(run)
     run_id = read_state(folder).run_id
     assert run_id is not None
-    deliver_first(experiment, run_id)
+    upload_first(experiment, run_id)
     state = _judge(plan, run, experiment, ended)
     withdrawn = find_withdrawal(plan, run.arm, experiment) if state.status is Status.FAILED else None
     if withdrawn is not None and has_reached(plan, run, experiment):

@@ -57,18 +57,18 @@ class StoreRetries:
         return False
 
 
-def deliver_first(experiment: StudyRuns, run_id: str) -> None:
+def upload_first(experiment: StudyRuns, run_id: str) -> None:
     """Deliver what a run that has ended kept on disk.
 
     Raises:
         OSError: the store does not take it.
     """
-    for told in deliver_left_behind(experiment.uri, [run_id]):
+    for told in upload_offline_logs(experiment.uri, [run_id]):
         if told.outcome is SyncOutcome.KEPT:
             raise OSError(told.reason)
 
 
-def deliver_left_behind(uri: str, run_ids: Iterable[str]) -> Sequence[SyncResult]:
+def upload_offline_logs(uri: str, run_ids: Iterable[str]) -> Sequence[SyncResult]:
     """Deliver what runs kept on disk while their store was silent; those that are at work do it themselves."""
     root = runs_dir(uri)
     journals = [journal for run_id in run_ids for journal in root.glob(f"*/{run_id}/{JOURNAL}")]

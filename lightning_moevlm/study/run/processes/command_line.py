@@ -16,6 +16,12 @@ def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
     return [*_PROGRAM, "fit", *configs]
 
 
+def run_options(run_id: str, checkpoint: Path | None) -> list[str]:
+    """Return the options of a run that writes to an MLflow run, and resumes from a checkpoint if there is one."""
+    resume = ["--ckpt_path", str(checkpoint)] if checkpoint else []
+    return [f"--trainer.logger.init_args.run_id={run_id}", *resume]
+
+
 def moevlm_arguments(command: Sequence[str]) -> list[str] | None:
     """Return what a command line gives to `moevlm`, or None where it starts another program."""
     return list(command[len(_PROGRAM) :]) if tuple(command[: len(_PROGRAM)]) == _PROGRAM else None
