@@ -281,12 +281,13 @@ def page_of(name: str) -> "tuple[RenderableType, list[dict[str, object]]] | None
     from rich.table import Table
     from rich.text import Text
 
-    from lightning_moevlm.study.guide import ABOUT, design_text, designs, key_rows, study_rows
+    from lightning_moevlm.study.declare.decode import describe_keys
+    from lightning_moevlm.study.guide import ABOUT, design_text, designs, study_rows
 
     found = next((page for page in designs() if page.kind == name), None)
     if name != STUDY and found is None:
         return None
-    rows = study_rows() if found is None else key_rows(found.options)
+    rows = study_rows() if found is None else describe_keys(found.options)
     table = Table("key", "takes", "default", "meaning")
     for row in rows:
         table.add_row(*(Text(cell) for cell in (row.key, row.type, row.default, row.meaning)))

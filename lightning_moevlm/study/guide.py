@@ -1,13 +1,11 @@
 """What a study file can say, told from its keys: rows for `moevlm describe`, and the file of `moevlm sweep new`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from textwrap import wrap
-from typing import Any
 
+from lightning_moevlm.study.declare.decode import KeyRow, Record, describe_keys
 from lightning_moevlm.study.declare.design_keys import DESIGNS, DesignPage
-from lightning_moevlm.study.declare.schema import Block, Key
-from lightning_moevlm.study.declare.study_keys import BLOCKS, STUDY_FILE
+from lightning_moevlm.study.declare.study_keys import RECORDS, StudyFile
 
 _COLUMNS = 110
 ABOUT = """\
@@ -18,29 +16,9 @@ study sets itself (seed, budget, logger, output folder). A run's digest is of th
 matter which of them says a value."""
 
 
-@dataclass(frozen=True)
-class KeyRow:
-    """One key for people. key: dotted, with NAME for a name of the author's choice."""
-
-    key: str
-    type: str
-    default: str
-    meaning: str
-    example: str
-
-
 def study_rows() -> list[KeyRow]:
     """Return a row per key of a study file."""
-    return [row for block in BLOCKS for row in key_rows(block)]
-
-
-def key_rows(block: Block) -> list[KeyRow]:
-    """Return a row per key of a mapping."""
-    start = f"{block.path}." if block.path else ""
-    return [
-        KeyRow(f"{start}{key.name}", key.value.text, key.default_text, key.meaning, key.example.strip())
-        for key in block.keys
-    ]
+    return [row for path, record in RECORDS.items() for row in describe_keys(record, path)]
 
 
 def design_text(page: DesignPage) -> str:
@@ -64,26 +42,26 @@ def skeleton(name: str) -> str:
         "# More on keys: moevlm describe study, moevlm list designs, moevlm list metrics\n"
         "# A line that begins with # and no space is an optional key: remove the # to set it.\n"
     ]
-    blocks = {block.path.split(".")[0].removesuffix("[]"): block for block in BLOCKS}
-    for key in STUDY_FILE.keys:
-        lines = [*_comment(_describe_key(key)), *_comment_block(blocks.get(key.name))]
-        text = f"{key.name}: {key.example}".replace(": \n", ":\n")
-        is_set = key.is_required or key.name == "arms"
+    records = {path.split(".")[0].removesuffix("[]"): record for path, record in RECORDS.items()}
+    for key in describe_keys(StudyFile):
+        lines = [*_comment(_describe_key(key)), *_comment_keys(records.get(key.key))]
+        text = f"{key.key}:\n  {key.example}" if "\n" in key.example else f"{key.key}: {key.example}"
+        is_set = key.default == "required" or key.key == "arms"
         lines += text.splitlines() if is_set else [f"#{line}" for line in text.splitlines()]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _comment_block(block: Block | None) -> list[str]:
+def _comment_keys(record: type[Record] | None) -> list[str]:
     """Return comments on the keys of the mapping that a key takes."""
-    if block is None:
+    if record is None:
         return []
-    return [line for key in block.keys for line in _comment(f"{key.name}: {_describe_key(key)}", "  ")]
+    return [line for key in describe_keys(record) for line in _comment(f"{key.key}: {_describe_key(key)}", "  ")]
 
 
-def _describe_key(key: Key[Any]) -> str:
-    default = "Required." if key.is_required else f"Default: {key.default_text}."
-    return f"{key.meaning} Takes: {key.value.text}. {default}"
+def _describe_key(key: KeyRow) -> str:
+    default = "Required." if key.default == "required" else f"Default: {key.default}."
+    return f"{key.meaning} Takes: {key.type}. {default}"
 
 
 def _comment(text: str, indent: str = "") -> Iterable[str]:

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_moevlm.study.declare.decode import describe_keys
 from lightning_moevlm.study.declare.design_keys import DESIGNS
 from lightning_moevlm.study.declare.study_file import Study, read_study
-from lightning_moevlm.study.declare.study_keys import STUDY_FILE
+from lightning_moevlm.study.declare.study_keys import StudyFile
 from lightning_moevlm.study.guide import skeleton, study_rows
 from lightning_moevlm.study.plan.plan_study import flat
 from tests.study.refusals import assert_refused
 from tests.study.tiny_study import plan_of, write_project
 
 SKELETON = skeleton("mine.yaml")
-OPTIONAL = [key.name for key in STUDY_FILE.keys if re.search(rf"^#{key.name}:", SKELETON, flags=re.MULTILINE)]
+OPTIONAL = [key.key for key in describe_keys(StudyFile) if re.search(rf"^#{key.key}:", SKELETON, flags=re.MULTILINE)]
 
 
 def read_text(folder: Path, text: str) -> Study:
@@ -38,7 +39,7 @@ def test_a_new_study_file_is_read_and_has_every_key(tmp_path: Path) -> None:
     study = read_text(tmp_path, SKELETON)
     assert [arm.name for arm in study.comparison.arms] == ["baseline", "no_router_z"]
     set_here = set(yaml.safe_load(SKELETON))
-    assert set_here | set(OPTIONAL) == {key.name for key in STUDY_FILE.keys}
+    assert set_here | set(OPTIONAL) == {key.key for key in describe_keys(StudyFile)}
     assert len(OPTIONAL) > 10
 
 

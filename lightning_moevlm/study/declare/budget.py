@@ -8,11 +8,10 @@ minutes        of training time, by the clock: the steps depend on the machine a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.declare import study_keys as k
+from lightning_moevlm.study.declare.decode import Positive, Record, Whole, doc
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 if TYPE_CHECKING:  # it lies beside the models, which import torch
@@ -21,14 +20,18 @@ if TYPE_CHECKING:  # it lies beside the models, which import torch
 _FORWARD_AND_BACKWARD = 3
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Exactly one is given. active_flops: of forward and backward passes; minutes: of training."""
+class Budget(Record, frozen=True):
+    """Exactly one of these."""
 
-    max_steps: int | None = None
-    samples: int | None = None
-    active_flops: float | None = None
-    minutes: float | None = None
+    max_steps: Annotated[Whole | None, doc("Optimiser steps of a run.", "60")] = None
+    samples: Annotated[
+        Whole | None, doc("Training samples of a run. Its steps follow from the batch size.", "1920")
+    ] = None
+    active_flops: Annotated[
+        Positive | None,
+        doc("FLOPs of a run, forward and backward, of the parameters that a token uses. Steps follow.", "1.0e+12"),
+    ] = None
+    minutes: Annotated[Positive | None, doc("Minutes of training of a run, by the clock.", "5")] = None
 
     @property
     def text(self) -> str:
@@ -67,20 +70,18 @@ class Budget:
         return steps
 
 
-def read_budget(node: YamlNode) -> Budget:
-    """Read the budget of a study file.
+def check_budget(budget: Budget, node: YamlNode) -> None:
+    """Refuse a budget of none or several measures, or of less than a second.
 
     Raises:
-        UserError: one line with file, line, key and what is allowed.
+        UserError: One line with file, line, key and what is allowed.
     """
-    fields = k.BUDGET_BLOCK.fields(node)
-    if len(fields) != 1:
-        allowed = ", ".join(key.name for key in k.BUDGET_BLOCK.keys)
-        raise node.error(f"a budget has exactly one of {allowed}; got {', '.join(fields) or 'none'}")
-    minutes = k.MINUTES.of(fields)
-    if minutes is not None and round(60 * minutes) < 1:
-        raise fields["minutes"].error(f"{minutes:g} minutes are less than a second; give at least 0.02")
-    return Budget(k.MAX_STEPS.of(fields), k.SAMPLES.of(fields), k.ACTIVE_FLOPS.of(fields), minutes)
+    given = [name for name in budget.__struct_fields__ if getattr(budget, name) is not None]
+    if len(given) != 1:
+        allowed = ", ".join(budget.__struct_fields__)
+        raise node.error(f"a budget has exactly one of {allowed}; got {', '.join(given) or 'none'}")
+    if budget.minutes is not None and round(60 * budget.minutes) < 1:
+        raise node.child("minutes").error(f"{budget.minutes:g} minutes are less than a second; give at least 0.02")
 
 
 def samples_per_step(resolved: Mapping[str, Any]) -> int | None:

@@ -1,14 +1,16 @@
 """What is compared with what, and by which rules: all that a result needs to know, be it of a study or of any runs."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from lightning_moevlm.study.declare.decode import Positive, Record, Whole, doc, kind
 from lightning_moevlm.study.declare.design import Design
 from lightning_moevlm.study.declare.factors import FactorLevel
 
 Direction = Literal["lower", "higher"]
 Test = Literal["t", "wilcoxon", "sign"]
 Correction = Literal["none", "holm"]
+ErrorRate = Annotated[float, kind("number between 0 and 1", gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,11 @@ class Divergence:
         )
 
 
-@dataclass(frozen=True)
-class FutilityStop:
-    """At which step an arm is withdrawn, and how far behind the baseline's primary metric; see `futility`."""
+class FutilityStop(Record, frozen=True):
+    """An arm that is withdrawn gets no verdict. Needs a budget of max_steps."""
 
-    at_step: int
-    worse_by: float
+    at_step: Annotated[Whole, doc("Optimiser step at which arms are compared with the baseline.", "30")]
+    worse_by: Annotated[Positive, doc("Withdraw an arm that is behind by more, in the primary metric's unit.", "0.5")]
 
     @property
     def text(self) -> str:
@@ -68,19 +69,20 @@ class FutilityStop:
         return f"worse than the baseline of its seed by more than {self.worse_by:g} at step {self.at_step}"
 
 
-@dataclass(frozen=True)
-class Decision:
-    """How a verdict is reached.
+class Decision(Record, frozen=True):
+    """How verdicts are reached."""
 
-    alpha: two-sided error rate, of one comparison or, corrected, of all of them; intervals cover 1 - alpha. test: which
-    paired test's p is told and corrected. correction: over all comparisons of the study. within: an arm whose whole
-    interval lies inside +- this, in the primary metric's unit, makes no difference that matters; null asks for none.
-    """
-
-    alpha: float = 0.05
-    test: Test = "t"
-    correction: Correction = "none"
-    within: float | None = None
+    alpha: Annotated[ErrorRate, doc("Two-sided error rate. Intervals cover 1 - alpha.", "0.05")] = 0.05
+    test: Annotated[Test, doc("Paired test that decides.", "t")] = "t"
+    correction: Annotated[Correction, doc("Correction of p for the number of comparisons.", "none")] = "none"
+    within: Annotated[
+        Positive | None,
+        doc(
+            "Largest difference that does not matter, in the primary metric's unit.",
+            "null",
+            default="none: no verdict says `no difference`",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

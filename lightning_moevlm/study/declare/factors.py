@@ -17,42 +17,42 @@ Two factors of one study never set the same key: what they do together would dep
 import re
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from lightning_moevlm.study.declare.arm_changes import Change, merge, read_changes
-from lightning_moevlm.study.declare.schema import TEXT, Block, Key, node_of
+from lightning_moevlm.study.declare.decode import Record, decode, doc, kind
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 OFF, ON = "off", "on"
-CHANGES = node_of("mapping of configuration keys, dotted or nested, to values")
-DESCRIPTION = Key("description", TEXT, "What it is, for the report.", "Router logits may grow freely.", default="")
-FACTOR_BLOCK = Block(
-    "factors.NAME",
-    "One factor: a switch (`on`, `off`) or `levels`.",
-    (
-        DESCRIPTION,
-        Key(
-            ON,
-            CHANGES,
-            "What the switch changes where it is on.",
-            "{model.losses.router_z: {weight: 1.0e-3}}",
-            default_words="the base",
+_CHANGES = "mapping of configuration keys, dotted or nested, to values"
+Changes = Annotated[YamlNode, kind(_CHANGES)]
+Description = Annotated[str, doc("What it is, for the report.", "Router logits may grow freely.")]
+
+
+class FactorKeys(Record, frozen=True):
+    """One factor: a switch (`on`, `off`) or `levels`."""
+
+    description: Description = ""
+    on: Annotated[
+        YamlNode | None,
+        doc(
+            "What the switch changes where it is on.", "{model.losses.router_z: {weight: 1.0e-3}}", _CHANGES, "the base"
         ),
-        Key(
-            OFF,
-            CHANGES,
-            "What the switch changes where it is off.",
-            "{model.losses.router_z: null}",
-            default_words="the base",
-        ),
-        Key(
-            "levels",
-            node_of("mapping of names to changes, at least two"),
-            "Settings of a factor that is no switch. The first one is the reference.",
+    ] = None
+    off: Annotated[
+        YamlNode | None,
+        doc("What the switch changes where it is off.", "{model.losses.router_z: null}", _CHANGES, "the base"),
+    ] = None
+    levels: Annotated[
+        YamlNode | None,
+        doc(
+            "Settings of a factor that is not a switch. The first one is the reference.",
             "{narrow: {}, wide: {model.backbone.init_args.hidden_dim: 512}}",
+            "mapping of names to changes, at least two",
         ),
-    ),
-)
+    ] = None
+
+
 _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*", re.IGNORECASE)
 
 
@@ -130,30 +130,41 @@ def refuse_conflicts(factors: tuple[Factor, ...]) -> None:
 
 def _factor(name: str, node: YamlNode) -> Factor:
     _check_name(name, "a factor", node)
-    fields = FACTOR_BLOCK.fields(node)
-    description = DESCRIPTION.of(fields)
-    if "levels" in fields:
-        if ON in fields or OFF in fields:
+    keys = decode(node, FactorKeys)
+    if keys.levels is not None:
+        if keys.on is not None or keys.off is not None:
             raise node.error("a factor has either `on` / `off` or `levels`; keep one of them")
-        return Factor(name, description, read_levels(fields["levels"]), node.line)
-    if ON not in fields and OFF not in fields:
+        return Factor(name, keys.description, read_levels(keys.levels), node.line)
+    if keys.on is None and keys.off is None:
         raise node.error("this factor changes nothing; say what it changes under `on`, `off` or `levels`")
-    levels = tuple(_level(word, fields[word]) if word in fields else Level(word, "", ()) for word in (OFF, ON))
+    levels = tuple(
+        Level(word, "", ()) if child is None else _level(word, child)
+        for word, child in ((OFF, keys.off), (ON, keys.on))
+    )
     if not any(level.changes for level in levels):
         raise node.error("this factor changes nothing, off and on are both the base; give a key and a value")
-    return Factor(name, description, levels, node.line)
+    return Factor(name, keys.description, levels, node.line)
 
 
 def _level(name: str, node: YamlNode) -> Level:
     _check_name(name, "a level", node)
     if node.is_null:
         return Level(name, "", ())
-    children = dict(node.items())
-    description = DESCRIPTION.of(children)
-    children.pop(DESCRIPTION.name, None)
-    changes = tuple(change for key, child in children.items() for change in read_changes(key, child))
-    merge(changes)  # refuses what contradicts itself
+    description, changes = read_described_changes(node)
     return Level(name, description, changes)
+
+
+def read_described_changes(node: YamlNode) -> tuple[str, tuple[Change, ...]]:
+    """Read the description and the changes of an arm or of a level.
+
+    Raises:
+        UserError: The changes contradict each other, or one of them is not allowed.
+    """
+    children = dict(node.items())
+    described = children.pop("description", None)
+    changes = tuple(change for name, child in children.items() for change in read_changes(name, child))
+    merge(changes)  # refuses contradictions
+    return "" if described is None else described.text(), changes
 
 
 def _check_name(name: str, what: str, node: YamlNode) -> None:

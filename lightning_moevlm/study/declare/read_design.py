@@ -13,9 +13,17 @@ import yaml
 
 from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.study.declare import design as designs
-from lightning_moevlm.study.declare import design_keys as k
 from lightning_moevlm.study.declare.arm_changes import read_changes
+from lightning_moevlm.study.declare.decode import Positive, decode, decode_value, describe_keys
 from lightning_moevlm.study.declare.design import Design, Kind, num_combinations
+from lightning_moevlm.study.declare.design_keys import (
+    DESIGNS,
+    LADDER_RATES,
+    DesignKeys,
+    FractionKeys,
+    RateKeys,
+    SizeKeys,
+)
 from lightning_moevlm.study.declare.factors import Factor, Level, read_levels, refuse_conflicts
 from lightning_moevlm.study.declare.fraction import Fraction, find_fraction, generate_fraction
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
@@ -47,18 +55,17 @@ def _design(node: YamlNode, factors: tuple[Factor, ...], in_product: bool) -> De
     kind, options = _kind(node)
     if kind == "product":
         return _product(options, factors, in_product)
-    page = k.DESIGNS[kind]
-    if page.options.requires and not options.is_filled_mapping:
-        lacks = ", ".join(page.options.requires)
-        raise node.error(
-            f"{kind} needs {lacks}, e.g. design: {page.example}; `moevlm describe {kind}` tells what it is"
-        )
-    fields = page.options.fields(options) if options.is_filled_mapping else {}
-    if in_product and "factors" not in fields:
+    page = DESIGNS[kind]
+    lacks = ", ".join(one.key for one in describe_keys(page.options) if one.default == "required")
+    if lacks and not options.is_filled_mapping:
+        raise node.error(f"{kind} needs {lacks}, e.g. design: {page.example}; `moevlm describe {kind}` explains it")
+    keys = decode(options, page.options) if options.is_filled_mapping else page.options()
+    assert isinstance(keys, DesignKeys), "a product has been read above"
+    if in_product and keys.factors is None:
         raise node.error(f"inside a product, {kind} names its factors: `factors: [...]`, or `[]` for a ladder alone")
-    chosen = _choose_factors(fields["factors"], factors) if "factors" in fields else factors
+    chosen = factors if keys.factors is None else _choose_factors(keys.factors, factors)
     if kind in LADDERS:
-        chosen = (*chosen, _ladder(kind, node, fields, factors))
+        chosen = (*chosen, _ladder(kind, node, keys, factors))
     if not chosen:
         raise node.error(f"{kind} needs factors; declare them under `factors` of the study")
     if kind in _SWITCHES_ONLY:
@@ -69,8 +76,8 @@ def _design(node: YamlNode, factors: tuple[Factor, ...], in_product: bool) -> De
         return designs.one_in(chosen)
     if kind == "leave_one_out":
         return designs.leave_one_out(chosen)
-    if kind == "fractional_factorial":
-        return designs.fractional(chosen, _fraction(node, fields, chosen))
+    if isinstance(keys, FractionKeys):
+        return designs.fractional(chosen, _fraction(node, options, keys, chosen))
     return designs.crossing(kind, chosen)
 
 
@@ -125,31 +132,31 @@ def _choose_factors(node: YamlNode, factors: tuple[Factor, ...]) -> tuple[Factor
     return tuple(chosen)
 
 
-def _ladder(kind: Kind, node: YamlNode, fields: dict[str, YamlNode], factors: tuple[Factor, ...]) -> Factor:
+def _ladder(kind: Kind, node: YamlNode, keys: DesignKeys, factors: tuple[Factor, ...]) -> Factor:
     name = LADDERS[kind]
     for factor in factors:
         if factor.name == name:
             raise node.error(
                 f"{kind} brings a factor {name!r} of its own; give yours in line {factor.line} another name"
             )
-    if kind == "lr_sensitivity":
-        return Factor(name, "peak learning rate", _rates(node, fields), node.line)
-    return Factor(name, "size", read_levels(fields["levels"]), fields["levels"].line)
+    if isinstance(keys, SizeKeys):
+        return Factor(name, "size", read_levels(keys.levels), keys.levels.line)
+    assert isinstance(keys, RateKeys)
+    return Factor(name, "peak learning rate", _read_rates(node, keys), node.line)
 
 
-def _rates(node: YamlNode, fields: dict[str, YamlNode]) -> tuple[Level, ...]:
-    key = k.RATE_KEY.of(fields)
-    nodes = fields["rates"].sequence() if "rates" in fields else [_number_node(node, rate) for rate in k.LADDER_RATES]
+def _read_rates(node: YamlNode, keys: RateKeys) -> tuple[Level, ...]:
+    children = [_number_node(node, rate) for rate in LADDER_RATES] if keys.rates is None else keys.rates.sequence()
     levels: list[Level] = []
     before = 0.0
-    for child in nodes:
-        rate = child.number(above=0.0)
+    for child in children:
+        rate = decode_value(child, Positive)
         if rate <= before:
             raise child.error(f"rates ascend, got {rate:g} after {before:g}; put them in order, each once")
         before = rate
-        levels.append(Level(rate_name(rate), f"learning rate {rate:g}", read_changes(key, child)))
+        levels.append(Level(rate_name(rate), f"learning rate {rate:g}", read_changes(keys.key, child)))
     if len(levels) < 2:
-        raise nodes[0].error("a ladder has two rates or more; the published one is the default, leave `rates` out")
+        raise children[0].error("a ladder has two rates or more; the published one is the default, leave `rates` out")
     return tuple(levels)
 
 
@@ -187,27 +194,26 @@ def _refuse_crowd(node: YamlNode, points: int) -> None:
         )
 
 
-def _fraction(node: YamlNode, fields: dict[str, YamlNode], factors: tuple[Factor, ...]) -> Fraction:
+def _fraction(node: YamlNode, options: YamlNode, keys: FractionKeys, factors: tuple[Factor, ...]) -> Fraction:
     names = tuple(factor.name for factor in factors)
-    if (k.RESOLUTION.of(fields) is None) == ("generators" not in fields):
+    if (keys.resolution is None) == (keys.generators is None):
         raise node.error("fractional_factorial needs either `resolution` (3, 4 or 5) or `generators`")
     if len(names) > _MOST_IN_FRACTION:
         raise node.error(f"a fraction of {len(names)} factors, at most {_MOST_IN_FRACTION} are planned; vary fewer")
-    resolution = k.RESOLUTION.of(fields)
-    if resolution is not None:
-        found = find_fraction(names, resolution)
+    if keys.generators is None:
+        assert keys.resolution is not None
+        found = find_fraction(names, keys.resolution)
         if found is None:
-            raise fields["resolution"].error(
-                f"no part of the {2 ** len(names)} combinations has resolution {resolution}; take factorial, or a "
+            raise options.child("resolution").error(
+                f"no part of the {2 ** len(names)} combinations has resolution {keys.resolution}; take factorial, or a "
                 "lower resolution"
             )
         _refuse_crowd(node, 2**found.num_basic)
         return found
-    generators = _generators(fields["generators"], names)
-    fraction = generate_fraction(names, generators)
+    fraction = generate_fraction(names, _generators(keys.generators, names))
     if fraction.resolution < 3:
         word = " and ".join(fraction.words()[0])
-        raise fields["generators"].error(
+        raise keys.generators.error(
             f"resolution {fraction.resolution}: {word} would always change together; choose generators that differ"
         )
     _refuse_crowd(node, 2**fraction.num_basic)

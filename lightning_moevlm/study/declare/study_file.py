@@ -14,22 +14,22 @@ from typing import Any
 from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.study.declare import study_keys as k
 from lightning_moevlm.study.declare.arm_changes import merge, read_changes
-from lightning_moevlm.study.declare.budget import Budget, read_budget
+from lightning_moevlm.study.declare.budget import Budget, check_budget
 from lightning_moevlm.study.declare.comparison import (
     Arm,
     Comparison,
-    Decision,
     Direction,
     Divergence,
     FutilityStop,
     Guard,
     Primary,
 )
+from lightning_moevlm.study.declare.decode import decode
 from lightning_moevlm.study.declare.design import REFERENCE, Design
-from lightning_moevlm.study.declare.factors import DESCRIPTION, read_factors
+from lightning_moevlm.study.declare.factors import read_described_changes, read_factors
 from lightning_moevlm.study.declare.read_design import read_design
+from lightning_moevlm.study.declare.study_keys import DivergedKeys, GuardKeys, PrimaryKeys, StudyFile
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode, read_yaml
 
 _MAY_STOP = ("one_in", "leave_one_out")
@@ -72,37 +72,40 @@ def read_study(file: Path) -> Study:
     """
     root = read_yaml(file)
     refuse_bad_name(file)
-    top = k.STUDY_FILE.fields(root)
-    design = _design(root, top)
-    arms = _explicit_arms(top["arms"]) if design is None else _designed_arms(design, top["design"])
-    primary = _primary(top["primary"])
-    budget = read_budget(top["budget"])
+    keys = decode(root, StudyFile)
+    check_budget(keys.budget, root.child("budget"))
+    design = _design(root, keys)
+    arms = _designed_arms(design, keys.design) if design and keys.design else _explicit_arms(root.child("arms"))
+    primary = Primary(keys.primary.metric, _better(keys.primary, root.child("primary")))
     comparison = Comparison(
         name=file.stem,
-        question=k.QUESTION.of(top),
-        hypothesis=k.HYPOTHESIS.of(top),
-        source=k.SOURCE.of(top),
-        baseline=_baseline(top, arms, designed=design is not None),
+        question=keys.question,
+        hypothesis=keys.hypothesis,
+        source=keys.source,
+        baseline=_baseline(root, keys, arms),
         arms=arms,
-        seeds=_seeds(top["seeds"]),
-        spends=budget.text,
-        equal_steps=budget.max_steps is not None,
+        seeds=_check_seeds(keys.seeds, root.child("seeds")),
+        spends=keys.budget.text,
+        equal_steps=keys.budget.max_steps is not None,
         primary=primary,
-        also=k.ALSO.of(top),
-        diverged=_divergence(top.get("diverged"), primary),
-        decide=_decision(top.get("decide")),
-        guard=tuple(_guard(node) for node in top["guard"].sequence()) if "guard" in top else (),
+        also=keys.also,
+        diverged=_divergence(keys.diverged, primary),
+        decide=keys.decide,
+        guard=tuple(
+            Guard(one.metric, _better(one, root.child("guard").sequence()[i]), one.at_most)
+            for i, one in enumerate(keys.guard)
+        ),
         design=design,
-        futility_stop=_futility_stop(k.FUTILITY_STOP.of(top), budget, design),
+        futility_stop=keys.futility_stop and _check_futility(root.child("futility_stop"), keys, design),
     )
     return Study(
         comparison,
         file,
-        base=k.BASE.of(top),
-        budget=budget,
-        all_arms=_all_arms(top.get("all_arms")),
-        match=k.MATCH.of(top),
-        pin=_pin(k.BASELINE_DIGEST.of(top)),
+        base=keys.base,
+        budget=keys.budget,
+        all_arms=_all_arms(keys.all_arms),
+        match=keys.match,
+        pin=None if keys.baseline_digest is None or keys.baseline_digest.is_null else _pin(keys.baseline_digest),
     )
 
 
@@ -121,17 +124,16 @@ def refuse_bad_name(file: Path) -> None:
         )
 
 
-def _design(root: YamlNode, top: dict[str, YamlNode]) -> Design | None:
+def _design(root: YamlNode, keys: StudyFile) -> Design | None:
     """Return the design, or None where the file lists its arms."""
-    if "arms" in top:
-        for word in ("factors", "design"):
-            if word in top:
-                raise top[word].error("a study has either `arms` or `factors` with a `design`; keep one of them")
+    if keys.arms is not None:
+        if (extra := keys.factors or keys.design) is not None:
+            raise extra.error("a study has either `arms` or `factors` with a `design`; keep one of them")
         return None
-    if "design" not in top:
-        lacks = "a `design`, e.g. one_in" if "factors" in top else "`arms`, or `factors` and a `design`"
+    if keys.design is None:
+        lacks = "`arms`, or `factors` and a `design`" if keys.factors is None else "a `design`, e.g. one_in"
         raise root.error(f"the study names nothing to compare; it needs {lacks}")
-    return read_design(top["design"], read_factors(top["factors"]) if "factors" in top else ())
+    return read_design(keys.design, () if keys.factors is None else read_factors(keys.factors))
 
 
 def _explicit_arms(node: YamlNode) -> tuple[Arm, ...]:
@@ -148,11 +150,8 @@ def _arm(name: str, node: YamlNode) -> Arm:
         raise node.error(f"an arm's name has at most {_LONGEST_NAME} characters, this one has {len(name)}; shorten it")
     if node.is_null:
         return Arm(name, "", line=node.line)
-    children = dict(node.items())
-    description = DESCRIPTION.of(children)
-    children.pop(DESCRIPTION.name, None)
-    changes = merge(change for key, child in children.items() for change in read_changes(key, child))
-    return Arm(name, description, changes, node.line)
+    description, changes = read_described_changes(node)
+    return Arm(name, description, merge(changes), node.line)
 
 
 def _designed_arms(design: Design, node: YamlNode) -> tuple[Arm, ...]:
@@ -174,12 +173,13 @@ def _designed_arms(design: Design, node: YamlNode) -> tuple[Arm, ...]:
     return tuple(arms.values())
 
 
-def _baseline(top: dict[str, YamlNode], arms: tuple[Arm, ...], designed: bool) -> str:
+def _baseline(root: YamlNode, keys: StudyFile, arms: tuple[Arm, ...]) -> str:
     names = tuple(arm.name for arm in arms)
-    name = top["baseline"].choice(names) if "baseline" in top else names[0]
-    if not designed and next(arm for arm in arms if arm.name == name).changes:
-        node = dict(top["arms"].items())[name]
-        raise node.error("the baseline changes nothing over the base; move its changes to a base file or another arm")
+    name = names[0] if keys.baseline is None else keys.baseline.choice(names)
+    if keys.arms is not None and next(arm for arm in arms if arm.name == name).changes:
+        raise keys.arms.child(name).error(
+            "the baseline changes nothing over the base; move its changes to a base file or another arm"
+        )
     return name
 
 
@@ -189,73 +189,47 @@ def _all_arms(node: YamlNode | None) -> dict[str, Any]:
     return merge(change for key, child in node.items() for change in read_changes(key, child))
 
 
-def _seeds(node: YamlNode) -> tuple[int, ...]:
-    seeds = k.SEEDS.value.read(node)
+def _check_seeds(seeds: tuple[int, ...], node: YamlNode) -> tuple[int, ...]:
     for place, (child, seed) in enumerate(zip(node.sequence(), seeds, strict=True)):
         if seed in seeds[:place]:
             raise child.error(f"seed {seed} occurs twice; every seed is one independent repetition")
     return seeds
 
 
-def _primary(node: YamlNode) -> Primary:
-    return Primary(*_progress(k.PRIMARY_BLOCK.fields(node)))
-
-
-def _guard(node: YamlNode) -> Guard:
-    fields = k.GUARD_BLOCK.fields(node)
-    metric, direction = _progress(fields)
-    return Guard(metric, direction, k.AT_MOST.of(fields))
-
-
-def _progress(fields: dict[str, YamlNode]) -> tuple[str, Direction]:
-    """Return a metric and which way is progress: as the file says, else as keys.py declares."""
-    metric = k.METRIC_NAME.of(fields)
-    declared = metric_keys.find_metric(metric)
-    word = k.DIRECTION.of(fields) or (declared.better if declared else "neither")
+def _better(keys: PrimaryKeys | GuardKeys, node: YamlNode) -> Direction:
+    """Return which way is progress: as the file says, else as the metric is declared."""
+    declared = metric_keys.find_metric(keys.metric)
+    word = keys.direction or (declared.better if declared else "neither")
     if word == "neither":
-        raise fields["metric"].error(
-            f"{metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
+        raise node.child("metric").error(
+            f"{keys.metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
         )
-    return metric, "lower" if word == "lower" else "higher"
+    return "lower" if word == "lower" else "higher"
 
 
-def _divergence(node: YamlNode | None, primary: Primary) -> Divergence:
+def _divergence(keys: DivergedKeys, primary: Primary) -> Divergence:
     # what learns ends above the untrained model where higher is better: the loss tells a divergence there
     usual = primary.metric if primary.direction == "lower" else metric_keys.TASK_LOSS.key(stage="val")
-    fields = {} if node is None else k.DIVERGED_BLOCK.fields(node)
-    return Divergence(
-        metric=k.DIVERGED_METRIC.of(fields) or usual,
-        times_untrained=k.TIMES_UNTRAINED.of(fields),
-        in_a_row=k.IN_A_ROW.of(fields),
-    )
+    return Divergence(keys.metric or usual, keys.times_untrained, keys.in_a_row)
 
 
-def _futility_stop(node: YamlNode | None, budget: Budget, design: Design | None) -> FutilityStop | None:
-    if node is None:
-        return None
+def _check_futility(node: YamlNode, keys: StudyFile, design: Design | None) -> FutilityStop:
+    rule, last = keys.futility_stop, keys.budget.max_steps
+    assert rule is not None
     if design is not None and design.kind not in _MAY_STOP:
         raise node.error(
             f"a {design.kind} design needs every arm to its end; futility_stop goes with {', '.join(_MAY_STOP)} or "
             "`arms`"
         )
-    fields = k.FUTILITY_STOP_BLOCK.fields(node)
-    step = k.AT_STEP.of(fields)
-    if budget.max_steps is None:
+    if last is None:
         raise node.error("futility_stop compares arms at one step; give the budget as max_steps")
-    if step >= budget.max_steps:
-        raise fields["at_step"].error(f"step {step} is not before the end, which is step {budget.max_steps}")
-    return FutilityStop(step, k.WORSE_BY.of(fields))
+    if rule.at_step >= last:
+        raise node.child("at_step").error(f"step {rule.at_step} is not before the end, which is step {last}")
+    return rule
 
 
-def _pin(node: YamlNode | None) -> Pin | None:
-    if node is None:
-        return None
+def _pin(node: YamlNode) -> Pin:
     digest = node.raw_text()  # YAML would read 123456789012 and 12345678e012 as numbers
     if not _DIGEST.fullmatch(digest):
         raise node.error(f"expected the 12 hex digits that `moevlm sweep plan` prints, got {digest!r}")
     return Pin(digest, node.line)
-
-
-def _decision(node: YamlNode | None) -> Decision:
-    fields = {} if node is None else k.DECIDE_BLOCK.fields(node)
-    return Decision(k.ALPHA.of(fields), k.TEST.of(fields), k.CORRECTION.of(fields), k.WITHIN.of(fields))

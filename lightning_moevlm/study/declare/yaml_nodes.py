@@ -5,7 +5,6 @@
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ class YamlNode:
             UserError: where this is no mapping, a key is no text, or a key occurs twice.
         """
         if not isinstance(self.node, yaml.MappingNode):
-            raise self.error(f"expected a mapping (`key: value` lines), got {self._describe()}")
+            raise self.error(f"expected a mapping (`key: value` lines), got {self.describe()}")
         children: dict[str, YamlNode] = {}
         for key_node, value_node in self.node.value:
             line = key_node.start_mark.line + 1
@@ -85,6 +84,10 @@ class YamlNode:
             dotted = f"{self.key}.{name}" if self.key else name
             children[name] = YamlNode(self.file, dotted, value_node, line)
         return list(children.items())
+
+    def child(self, name: str) -> "YamlNode":
+        """Return the child of a mapping that has it."""
+        return dict(self.items())[name]
 
     def fields(self, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, "YamlNode"]:
         """Return the children of a mapping whose keys are known in advance.
@@ -109,7 +112,7 @@ class YamlNode:
     def sequence(self) -> list["YamlNode"]:
         """Return the children of a non-empty list."""
         if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:
-            raise self.error(f"expected a list with at least one entry, got {self._describe()}")
+            raise self.error(f"expected a list with at least one entry, got {self.describe()}")
         return [
             YamlNode(self.file, f"{self.key}[{i}]", child, child.start_mark.line + 1)
             for i, child in enumerate(self.node.value)
@@ -119,47 +122,24 @@ class YamlNode:
         """Return a non-empty text, line breaks folded to spaces."""
         value = self.plain()
         if isinstance(value, bool | int | float):
-            raise self.error(
-                f"expected a text, got {self._describe()}, which YAML reads as {value!r}; put it in quotes"
-            )
+            raise self.error(f"expected a text, got {self.describe()}, which YAML reads as {value!r}; put it in quotes")
         if not isinstance(value, str) or not value.strip():
-            raise self.error(f"expected a text, got {self._describe()}")
+            raise self.error(f"expected a text, got {self.describe()}")
         return " ".join(value.split())
 
     def raw_text(self) -> str:
         """Return a value as it stands in the file, whatever YAML would read it as; empty for a mapping or a list."""
         return self.node.value if isinstance(self.node, yaml.ScalarNode) else ""
 
-    def integer(self, least: int) -> int:
-        """Return a whole number that is at least `least`."""
-        value = self.plain()
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.error(f"expected a whole number >= {least}, got {self._describe()}")
-        return value
-
-    def number(self, above: float, below: float = float("inf")) -> float:
-        """Return a finite number strictly between the bounds."""
-        bound = f"> {above:g}" if below == float("inf") else f"between {above:g} and {below:g}"
-        return self._number(bound, lambda value: above < value < below)
-
-    def amount(self) -> float:
-        """Return a finite number that is at least 0."""
-        return self._number(">= 0", lambda value: 0 <= value < float("inf"))
-
     def choice(self, allowed: tuple[str, ...]) -> str:
         """Return one of the allowed words."""
         value = self.plain()
         if value not in allowed:
-            raise self.error(f"got {self._describe()}; {suggest(str(value), allowed)}allowed: {', '.join(allowed)}")
+            raise self.error(f"got {self.describe()}; {suggest(str(value), allowed)}allowed: {', '.join(allowed)}")
         return str(value)
 
-    def _number(self, bound: str, allowed: Callable[[float], bool]) -> float:
-        value = self.plain()
-        if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
-            raise self.error(f"expected a number {bound}, got {self._describe()}")
-        return float(value)
-
-    def _describe(self) -> str:
+    def describe(self) -> str:
+        """Return the value in a few words, as it stands in the file."""
         if isinstance(self.node, yaml.MappingNode):
             return "a mapping"
         if isinstance(self.node, yaml.SequenceNode):
