@@ -46,7 +46,7 @@ def test_every_command_is_one_that_runs_here_or_is_a_target() -> None:
 
 def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) -> None:
     (workplace / "data/shards/scenes").unlink()  # the first command builds the real set
-    csv_source(workplace, 60)  # the reader's own captions.csv and pictures/
+    csv_source(workplace, 60)  # the reader's own captions.csv and images/
     for command in COMMANDS:
         tool, *arguments = shlex.split(command)
         if tool == "moevlm" and command != SLOW:

@@ -27,12 +27,13 @@ from lightning_moevlm.bench.plain_webdataset import plain_batches
 from lightning_moevlm.bench.timing import Seconds, interleave, ratio
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
-from lightning_moevlm.data.format.layout import Layout
+from lightning_moevlm.data.format.layout import PLAIN_LAYOUT
 from lightning_moevlm.data.format.manifest import Manifest, file_sha256, read_manifest
-from lightning_moevlm.data.format.shard_reader import RawSample, all_or_error, read_shard
-from lightning_moevlm.data.images.decode import decode_caption, decode_image, fit, image_rows, jpeg_scaling
+from lightning_moevlm.data.format.shard_reader import RawSample, read_shard, require_all
+from lightning_moevlm.data.images.decode import decode_image, fit, image_rows, jpeg_scaling
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
+from lightning_moevlm.data.text.texts import decode_text
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer, load_tokenizer
 from lightning_moevlm.data.write.demo.scenes import build_scenes
 
@@ -116,7 +117,7 @@ def open_set(root: Path) -> DataSet:
 
     """
     manifest = read_manifest(root)
-    if not {"jpg", "txt"} <= set(manifest.members) or manifest.layout != Layout():
+    if not {"jpg", "txt"} <= set(manifest.members) or manifest.layout != PLAIN_LAYOUT:
         raise UserError(
             f"--root {root} has members {', '.join(manifest.members)}; the bench reads sets of jpg and txt, kept as "
             "they are called in the tars"
@@ -127,7 +128,7 @@ def open_set(root: Path) -> DataSet:
             f"shards; give at least {8 * BATCH_SIZE} in {max(WORKERS)}"
         )
     storage, wanted = ShardStorage(str(root)), frozenset({"jpg", "txt"})
-    found = (s for shard in manifest.splits["train"] for s in all_or_error(read_shard(storage, shard, wanted)))
+    found = (s for shard in manifest.splits["train"] for s in require_all(read_shard(storage, shard, wanted)))
     return DataSet(root, manifest, load_tokenizer(root, manifest.tokenizer), list(islice(found, _NUM_STAGED)))
 
 
@@ -175,10 +176,10 @@ def _stages(data: DataSet) -> list[Timed]:
 
     def parse() -> None:
         for shard in data.manifest.splits["train"]:
-            for _ in all_or_error(read_shard(ShardStorage(str(data.root)), shard, wanted)):
+            for _ in require_all(read_shard(ShardStorage(str(data.root)), shard, wanted)):
                 pass
 
-    captions = [decode_caption(sample.members["txt"]) for sample in data.samples]
+    captions = [decode_text(sample.members["txt"]) for sample in data.samples]
 
     def tokenise() -> None:
         for start in range(0, len(captions), BATCH_SIZE):

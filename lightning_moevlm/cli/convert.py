@@ -6,16 +6,19 @@ What is common to every kind stands under the same name in each: --out, --licenc
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rich.console import Console
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.storage.local import local_source, local_target
 
 if TYPE_CHECKING:
     from lightning_moevlm.data.write.convert.bad_rows import BadCount
-    from lightning_moevlm.data.write.convert.convert import Converted, Effort, Form, Terms
+    from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, SetOptions
+    from lightning_moevlm.data.write.convert.finish_set import Licence
     from lightning_moevlm.data.write.convert.sources.row_source import Source
 
 ImageFormat = Literal["jpg", "png"]
@@ -25,7 +28,7 @@ _STAY = "bad samples, which stay in their tars: train with data.max_lost_fractio
 
 def convert_csv(
     table: str,
-    pictures: str | None = None,
+    images: str | None = None,
     out: str | None = None,
     licence: str | None = None,
     licence_url: str = "",
@@ -50,7 +53,7 @@ def convert_csv(
 
     Args:
         table: The CSV file; its first line names the columns.
-        pictures: Folder that image paths are relative to; by default the table's own. Paths may not leave it.
+        images: Folder that image paths are relative to; by default the table's own. Paths may not leave it.
         out: Folder of the set; by default data/shards/NAME.
         licence: Licence of the data, such as "CC BY 4.0". Required.
         licence_url: Address of the licence text.
@@ -72,22 +75,21 @@ def convert_csv(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.data.write.convert.convert import Terms
-    from lightning_moevlm.data.write.convert.sources.csv_form import CsvForm
+    from lightning_moevlm.data.write.convert.sources.csv_format import CsvFormat
     from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
 
-    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
-    effort = _effort(max_bad, jobs, force)
+    stated, form = (licence, licence_url, attribution), (image_format, max_side)
+    given = _collect(stated, form, (samples_per_shard, vocab_size), max_bad, jobs, force)
     columns = Columns(image_column, caption_column, key_column, split_column)
     # a shell hands a tab on as \\t
-    written = CsvForm("\t" if delimiter == "\\t" else delimiter, encoding, quotes)
-    source = CsvSource(_source(table, "table"), _folder(pictures), name, columns, written)
-    _convert(source, _target(out, source.name), terms, form, effort)
+    written = CsvFormat("\t" if delimiter == "\\t" else delimiter, encoding, quotes)
+    source = CsvSource(local_source(table, "table"), _folder(images), name, columns, written)
+    _convert(source, _target(out, source.name), given)
 
 
 def convert_jsonl(
     table: str,
-    pictures: str | None = None,
+    images: str | None = None,
     out: str | None = None,
     licence: str | None = None,
     licence_url: str = "",
@@ -109,7 +111,7 @@ def convert_jsonl(
 
     Args:
         table: The file, UTF-8. Fields without a meaning go to the json member.
-        pictures: Folder that image paths are relative to; by default the table's own. Paths may not leave it.
+        images: Folder that image paths are relative to; by default the table's own. Paths may not leave it.
         out: Folder of the set; by default data/shards/NAME.
         licence: Licence of the data, such as "CC BY 4.0". Required.
         licence_url: Address of the licence text.
@@ -128,19 +130,18 @@ def convert_jsonl(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.data.write.convert.convert import Terms
     from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, JsonlSource
 
-    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
-    effort = _effort(max_bad, jobs, force)
+    stated, form = (licence, licence_url, attribution), (image_format, max_side)
+    given = _collect(stated, form, (samples_per_shard, vocab_size), max_bad, jobs, force)
     columns = Columns(image_field, caption_field, key_field, split_field)
-    source = JsonlSource(_source(table, "table"), _folder(pictures), name, columns)
-    _convert(source, _target(out, source.name), terms, form, effort)
+    source = JsonlSource(local_source(table, "table"), _folder(images), name, columns)
+    _convert(source, _target(out, source.name), given)
 
 
 def convert_coco_captions(
     annotations: str,
-    pictures: str | None = None,
+    images: str | None = None,
     out: str | None = None,
     licence: str | None = None,
     licence_url: str = "",
@@ -159,7 +160,7 @@ def convert_coco_captions(
 
     Args:
         annotations: The captions file.
-        pictures: Folder of the images; by default the file's own.
+        images: Folder of the images; by default the file's own.
         out: Folder of the set; by default data/shards/NAME.
         licence: Licence of the data, such as "CC BY 4.0". Required.
         licence_url: Address of the licence text.
@@ -176,20 +177,19 @@ def convert_coco_captions(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.data.write.convert.convert import Terms
     from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions
 
-    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
-    effort = _effort(max_bad, jobs, force)
-    file = _source(annotations, "annotations")
-    source = CocoCaptions(file, _folder(pictures) or file.parent, name, captions)
-    _convert(source, _target(out, source.name), terms, form, effort)
+    stated, form = (licence, licence_url, attribution), (image_format, max_side)
+    given = _collect(stated, form, (samples_per_shard, vocab_size), max_bad, jobs, force)
+    file = local_source(annotations, "annotations")
+    source = CocoCaptions(file, _folder(images) or file.parent, name, captions)
+    _convert(source, _target(out, source.name), given)
 
 
 def convert_coco_vqa(
     questions: str,
     annotations: str,
-    pictures: str | None = None,
+    images: str | None = None,
     out: str | None = None,
     licence: str | None = None,
     licence_url: str = "",
@@ -210,7 +210,7 @@ def convert_coco_vqa(
     Args:
         questions: The questions file.
         annotations: The file with the answers.
-        pictures: Folder of the images; by default the questions' own.
+        images: Folder of the images; by default the questions' own.
         out: Folder of the set; by default data/shards/NAME.
         licence: Licence of the data, such as "CC BY 4.0". Required.
         licence_url: Address of the licence text.
@@ -227,15 +227,14 @@ def convert_coco_vqa(
         force: Replace a set that was converted differently.
 
     """
-    from lightning_moevlm.data.write.convert.convert import Terms
     from lightning_moevlm.data.write.convert.sources.coco import CocoQuestions
 
-    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
-    effort = _effort(max_bad, jobs, force)
-    asked, answered = _source(questions, "questions"), _source(annotations, "annotations")
-    described = None if captions is None else _source(captions, "--captions")
-    source = CocoQuestions(asked, answered, _folder(pictures) or asked.parent, name, image_name, described)
-    _convert(source, _target(out, source.name), terms, form, effort)
+    stated, form = (licence, licence_url, attribution), (image_format, max_side)
+    given = _collect(stated, form, (samples_per_shard, vocab_size), max_bad, jobs, force)
+    asked, answered = local_source(questions, "questions"), local_source(annotations, "annotations")
+    described = None if captions is None else local_source(captions, "--captions")
+    source = CocoQuestions(asked, answered, _folder(images) or asked.parent, name, image_name, described)
+    _convert(source, _target(out, source.name), given)
 
 
 def convert_img2dataset(
@@ -286,31 +285,31 @@ def convert_img2dataset(
 
     """
     from lightning_moevlm.common.atomic_files import explain_write_errors
-    from lightning_moevlm.data.write.convert.convert import Terms
     from lightning_moevlm.data.write.convert.keep_tars import keep_tars as convert_kept
     from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
     from lightning_moevlm.data.write.convert.sources.member_names import MemberNames
-    from lightning_moevlm.data.write.convert.sources.row_source import existing_folder, set_name
-    from lightning_moevlm.data.write.convert.sources.unpack import refuse_compressed, unpacked
+    from lightning_moevlm.data.write.convert.sources.row_source import make_set_name, require_folder
+    from lightning_moevlm.data.write.convert.sources.unpack import refuse_compressed, unpack_tars
 
-    terms, form = Terms(licence, licence_url, attribution), _form(image_format, max_side, samples_per_shard, vocab_size)
-    effort = _effort(max_bad, jobs, force)
+    stated, form = (licence, licence_url, attribution), (image_format, max_side)
+    given = _collect(stated, form, (samples_per_shard, vocab_size), max_bad, jobs, force)
     names = MemberNames(image_member, caption_member, caption_field)
     if keep_tars and (image_format, max_side, samples_per_shard) != ("jpg", None, 1000):
         raise UserError(
             "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
             "false, or leave them out"
         )
-    tars = existing_folder(_source(folder, "folder"), "folder")
-    name = set_name(name or tars.resolve().name)
+    tars = require_folder(local_source(folder, "folder"), "folder")
+    name = make_set_name(name or tars.resolve().name)
     target = _target(out, name)
     if not recompress:
         refuse_compressed(tars)
-    with explain_write_errors(target, _AGAIN), unpacked(tars, target) if recompress else nullcontext(tars) as plain:
+    with explain_write_errors(target, _AGAIN), unpack_tars(tars, target) if recompress else nullcontext(tars) as plain:
         if keep_tars:
-            _tell(target, lambda: convert_kept(plain, name, target, terms, vocab_size, effort, names), _STAY)
+            run = partial(convert_kept, plain, name, target, given.licence, vocab_size, given.options, names)
+            _tell(target, run, _STAY)
         else:
-            _convert(Img2datasetSource(plain, name, names), target, terms, form, effort)
+            _convert(Img2datasetSource(plain, name, names), target, given)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -322,39 +321,42 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _source(text: str, option: str) -> Path:
-    from lightning_moevlm.data.storage.local import local_source
-
-    return local_source(text, option)
-
-
-def _folder(pictures: str | None) -> Path | None:
-    return None if pictures is None else _source(pictures, "--pictures")
+def _folder(images: str | None) -> Path | None:
+    return None if images is None else local_source(images, "--images")
 
 
 def _target(out: str | None, name: str) -> Path:
-    from lightning_moevlm.data.storage.local import local_target
-
     return local_target(f"data/shards/{name}" if out is None else out, "--out")
 
 
-def _form(image_format: ImageFormat, max_side: int | None, samples_per_shard: int, vocab_size: int) -> "Form":
-    from lightning_moevlm.data.write.convert.convert import Form
-    from lightning_moevlm.data.write.convert.picture import Wish
+class _Given(NamedTuple):
+    """The options that all kinds of sources share."""
 
-    return Form(Wish(image_format, max_side), samples_per_shard, vocab_size)
-
-
-def _effort(max_bad: int, jobs: int | None, force: bool) -> "Effort":
-    from lightning_moevlm.data.write.convert.convert import Effort
-
-    return Effort(max_bad, len(os.sched_getaffinity(0)) if jobs is None else jobs, force)
+    licence: "Licence"
+    set_options: "SetOptions"
+    options: "ConvertOptions"
 
 
-def _convert(source: "Source", target: Path, terms: "Terms", form: "Form", effort: "Effort") -> None:
+def _collect(
+    licence: tuple[str | None, str, str],
+    images: tuple[ImageFormat, int | None],
+    shards: tuple[int, int],
+    max_bad: int,
+    jobs: int | None,
+    force: bool,
+) -> _Given:
+    from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions
+    from lightning_moevlm.data.write.convert.finish_set import Licence
+    from lightning_moevlm.data.write.convert.shard_image import ImageOptions
+
+    options = ConvertOptions(max_bad, len(os.sched_getaffinity(0)) if jobs is None else jobs, force)
+    return _Given(Licence(*licence), SetOptions(ImageOptions(*images), *shards), options)
+
+
+def _convert(source: "Source", target: Path, given: _Given) -> None:
     from lightning_moevlm.data.write.convert.convert import convert
 
-    _tell(target, lambda: convert(source, target, terms, form, effort))
+    _tell(target, lambda: convert(source, target, *given))
 
 
 def _tell(out: Path, run: "Callable[[], Converted]", borne: str = "left out") -> None:

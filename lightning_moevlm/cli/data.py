@@ -68,7 +68,7 @@ def build_scenes(
     num_samples: int = 3000,
     image_size: int = 64,
     image_format: Literal["jpg", "png"] = "jpg",
-    num_pictures: int = 64,
+    num_drawings: int = 64,
     seed: int = 0,
     samples_per_shard: int = 256,
     vocab_size: int = 1024,
@@ -81,7 +81,7 @@ def build_scenes(
         num_samples: Scenes over all splits (80 % train, 10 % val, 10 % test).
         image_size: Pixels per side, 32 to 1024.
         image_format: jpg, or png without losses.
-        num_pictures: Number of different drawings in the scenes, 8 to 84.
+        num_drawings: Number of different drawings in the scenes, 8 to 84.
         seed: Seed of the scenes; a larger set begins with the scenes of a smaller one.
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
@@ -96,7 +96,7 @@ def build_scenes(
             num_samples,
             image_size,
             image_format,
-            num_pictures,
+            num_drawings,
             seed,
             samples_per_shard,
             vocab_size,

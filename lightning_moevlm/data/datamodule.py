@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.data.format.faults import MAX_PIXELS
 from lightning_moevlm.data.format.manifest import Manifest, Split, check_shard_size
@@ -31,7 +32,7 @@ from lightning_moevlm.data.load.device_stage import DeviceStage
 from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, refuse_uneven_workers
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
-from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_odd_names
+from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_invalid_names
 from lightning_moevlm.data.read.open_set import OpenSet, open_set
 from lightning_moevlm.data.read.sample_order import Rank, train_batches
 from lightning_moevlm.data.read.source_stream import OpenSource
@@ -108,11 +109,10 @@ class ShardDataModule(LightningDataModule):
             ("max_pixels", max_pixels, 1),
             ("prefetch", prefetch, 1),
         ):
-            if value is not None and value < least:
-                raise UserError(f"data.{name} is {value}, but must be at least {least}")
+            if value is not None:
+                check_number(f"data.{name}", value, least=least)
         refuse_uneven_workers(num_workers, num_streams)
-        if not 0 <= max_lost_fraction < 1:
-            raise UserError(f"data.max_lost_fraction is {max_lost_fraction}: give a share from 0 to below 1")
+        check_number("data.max_lost_fraction", max_lost_fraction, least=0, below=1)
         mixed = {name: source for name, source in (sources or {}).items() if source is not None}
         if (root is None) == (not mixed):
             shown = root and mask_url_secrets(root)
@@ -120,7 +120,7 @@ class ShardDataModule(LightningDataModule):
                 f"data.root is {shown} and data.sources names {len(mixed)} sets: give a folder as root and no sources, "
                 "or sources and null as root"
             )
-        refuse_odd_names(list(mixed))
+        refuse_invalid_names(list(mixed))
         self.sources = mixed or {"": Source(str(root))}
         self.storages = {
             name: ShardStorage(source.root, cache_dir, cache_gib, tuple(allowed_protocols))
@@ -186,7 +186,7 @@ class ShardDataModule(LightningDataModule):
                 f"data.vocab_size is {self.vocab_size}; "
                 f"raise it to {entry.vocab_size} or more, or build the set with a smaller --vocab_size"
             )
-        return opened.storage.tokenizer(entry)
+        return opened.storage.read_tokenizer(entry)
 
     def prepare_data(self) -> None:
         """Fail before anything is written if the sets are not in order: manifest, tokenizer, every shard.
@@ -214,15 +214,16 @@ class ShardDataModule(LightningDataModule):
 
         Say where epochs of the trainer are not those of the data.
         """
-        if stage != "fit" or self.trainer is None or self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        if stage != "fit" or trainer is None or trainer.overfit_batches > 0 or trainer.fast_dev_run:
             return
         limit = self._train_limit(self._whole_steps)
-        option = f"trainer.limit_train_batches {self.trainer.limit_train_batches}"
+        option = f"trainer.limit_train_batches {trainer.limit_train_batches}"
         refuse_smaller_step(limit or 0, self._batches_per_step, option)
-        if self._whole_steps != self._batches_at_hand > 0:
+        if self._whole_steps != self._batches_per_pass > 0:
             rank_zero_info(
-                f"{self._batches_at_hand} batches do not make whole steps of {self._batches_per_step}: an epoch of the "
-                f"trainer has {self._whole_steps}, and data are read on over its end"
+                f"{self._batches_per_pass} batches do not make whole steps of {self._batches_per_step}: an epoch of "
+                f"the trainer has {self._whole_steps}, and data are read on over its end"
             )
 
     def train_dataloader(self) -> ShardLoader:
@@ -235,7 +236,7 @@ class ShardDataModule(LightningDataModule):
             rank = self._rank
             per_step, whole = self._batches_per_step, self._whole_steps
             limit = self._train_limit(whole)
-            pace = StepClock(limit or whole, per_step)
+            clock = StepClock(limit or whole, per_step)
             reader = TrainReader(
                 opened,
                 self.mixture,
@@ -244,11 +245,10 @@ class ShardDataModule(LightningDataModule):
                 self.shuffle_buffer,
                 self.seed,
                 self.num_streams,
-                pace,
+                clock,
                 tolerant=self.max_lost_fraction > 0,
             )
             stage = self._stage(self.augment, fills=True)
-            per_step = 1 if trainer is None else trainer.accumulate_grad_batches
             loader = ShardLoader(
                 reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction, stage, per_step
             )
@@ -354,17 +354,16 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def _batches_per_step(self) -> int:
-        """Batches that make an optimiser step; a fast_dev_run takes one on its single batch."""
-        trainer = self.trainer
-        return 1 if trainer is None or trainer.fast_dev_run else trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        """Batches that make an optimiser step; also of a fast_dev_run, which is the beginning of the real run."""
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
 
     @property
     def _whole_steps(self) -> int:
         """Training batches of an epoch of the trainer."""
-        return whole_steps(self._batches_at_hand, self._batches_per_step)
+        return whole_steps(self._batches_per_pass, self._batches_per_step)
 
     @property
-    def _batches_at_hand(self) -> int:
+    def _batches_per_pass(self) -> int:
         """Training batches once through the data."""
         num_samples = sum(shard.num_samples for one in self.sets.values() for shard in one.manifest.splits["train"])
         return train_batches(num_samples, self.batch_size, self._rank.world_size)

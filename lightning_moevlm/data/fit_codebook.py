@@ -21,7 +21,7 @@ FLAT = 0.5
 
 
 def fit_codebook(storage: ShardStorage, num_codes: int, patch_size: int, seed: int, max_samples: int) -> Codebook:
-    """Fit `num_codes` centres on the patches of up to `max_samples` training pictures.
+    """Fit `num_codes` centres on the patches of up to `max_samples` training images.
 
     The same set and seed give the same codebook on one machine. Patches of a single grey all standardise to
     zero; they get one centre of their own, the zero vector (code 0), instead of crowding out the others.
@@ -32,11 +32,11 @@ def fit_codebook(storage: ShardStorage, num_codes: int, patch_size: int, seed: i
     """
     if num_codes < 2:
         raise UserError(f"num_codes is {num_codes}, but a codebook needs at least 2")
-    manifest = storage.manifest()
+    manifest = storage.read_manifest()
     images = [member for member in manifest.members if member in IMAGE_EXTENSIONS]
     if not images:
         raise UserError(f"{storage} holds no images, so there are no patches to make a codebook of")
-    collate = Collate(images, storage.tokenizer(manifest.tokenizer), manifest.image_size, max_text_len=2)
+    collate = Collate(images, storage.read_tokenizer(manifest.tokenizer), manifest.image_size, max_text_len=2)
     source = OpenSource(manifest.name, storage, manifest.splits["train"], collate, manifest.layout)
     reader = FixedReader((source,), BATCH_SIZE, Rank(0, 1), num_streams=1, tolerant=False)
     loader = ShardLoader(reader, num_workers=0)

@@ -22,7 +22,7 @@ from tests.data.sources import (
     csv_source,
     img2dataset_source,
     jsonl_source,
-    picture,
+    make_image,
     vqa_source,
     write_csv,
 )
@@ -39,7 +39,7 @@ def test_the_kinds_that_there_are() -> None:
 def source_of(kind: str, folder: Path) -> list[str]:
     """Make a source and return the arguments that name it."""
     if kind == "csv":
-        return [str(csv_source(folder, 60)), "--pictures", str(folder / "pictures")]
+        return [str(csv_source(folder, 60)), "--images", str(folder / "images")]
     if kind == "jsonl":
         return [str(jsonl_source(folder, 60))]
     if kind == "coco_captions":
@@ -84,9 +84,9 @@ def test_bad_rows_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(arguments) == 2
     printed = " ".join(capsys.readouterr().err.split())
     assert "caption_empty │ 2 │ captions.csv line 63: caption is empty" in printed
-    assert "--max_bad 2" in printed  # the table is read first; the missing picture is not looked for
+    assert "--max_bad 2" in printed  # the table is read first; the missing image is not looked for
     assert main([*arguments, "--max_bad", "2"]) == 2
-    assert "picture_missing │ 1 │ captions.csv line 62: image 'gone.jpg'" in " ".join(capsys.readouterr().err.split())
+    assert "image_missing │ 1 │ captions.csv line 62: image 'gone.jpg'" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "set").exists()
     assert main([*arguments, "--max_bad", "3"]) == 0
     assert "left out" in capsys.readouterr().err
@@ -96,7 +96,7 @@ def test_bad_rows_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("options", "message"),
     [
         (["--licence", "null"], "--licence is missing"),
-        (["--image_column", "picture"], "no column 'picture' (it has: image, caption, page)"),
+        (["--image_column", "photo"], "no column 'photo' (it has: image, caption, page)"),
         (["--image_column", "null", "--caption_column", "null"], "neither images nor captions"),
         (["--vocab_size", "100"], "vocab_size is 100"),
         (["--samples_per_shard", "0"], "samples_per_shard is 0"),
@@ -104,7 +104,7 @@ def test_bad_rows_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--jobs", "0"], "jobs is 0"),
         (["--max_bad=-1"], "max_bad is -1"),
         (["--delimiter", "ab"], "delimiter is 'ab'"),
-        (["--pictures", "none"], "--pictures none: there is no such folder"),
+        (["--images", "none"], "--images none: there is no such folder"),
     ],
 )
 def test_bad_arguments_leave_nothing(
@@ -113,7 +113,7 @@ def test_bad_arguments_leave_nothing(
     arguments = ["data", "convert", "csv", *source_of("csv", tmp_path), *TERMS, "--out", str(tmp_path / "set")]
     assert main([*arguments, *options]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "images"]
 
 
 def test_a_full_disk_is_told(
@@ -134,7 +134,7 @@ def test_a_full_disk_is_told(
 def test_killed_twice_and_gone_on_with(tmp_path: Path) -> None:
     # eight large PNGs, each named by many rows: slow to look at and slow to encode anew, so there is time to kill
     for i in range(8):
-        (tmp_path / f"{i}.png").write_bytes(picture(i, "png", (250, 250)))
+        (tmp_path / f"{i}.png").write_bytes(make_image(i, "png", (250, 250)))
     rows = [[f"{i % 8}.png", caption(i % 512), ("train", "val", "test")[max(0, i - 597)]] for i in range(600)]
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "split"], rows)
     arguments = [str(table), *TERMS, "--split_column=split", "--samples_per_shard=20", "--max_side=64", "--jobs=2"]
@@ -148,8 +148,8 @@ def test_killed_twice_and_gone_on_with(tmp_path: Path) -> None:
     first_look = looked.stat().st_mtime_ns
     kill_when(convert(out), tmp_path, "journal/train-*.json", at_least=3)
     assert looked.stat().st_mtime_ns == first_look  # what had been looked at was not looked at again
-    (shop,) = tmp_path.glob(".set.converting-*")
-    kept, damaged = ((shop / f"train-{i:06d}.tar") for i in (0, 1))
+    (work_folder,) = tmp_path.glob(".set.converting-*")
+    kept, damaged = ((work_folder / f"train-{i:06d}.tar") for i in (0, 1))
     damaged.write_bytes(b"not what was written")
     written = kept.stat().st_mtime_ns
     subprocess.run(convert(out), check=True, timeout=120, capture_output=True)

@@ -13,7 +13,7 @@ from lightning_moevlm.cli.main import main
 from lightning_moevlm.contracts.codebook import load_codebook
 from lightning_moevlm.data.format.manifest import read_manifest
 
-SMALL = ["--num_samples", "80", "--image_size", "32", "--num_pictures", "12", "--samples_per_shard", "32"]
+SMALL = ["--num_samples", "80", "--image_size", "32", "--num_drawings", "12", "--samples_per_shard", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_build_with_other_arguments_is_refused(built: Path, capsys: pytest.Captu
     [
         (["--num_samples", "0"], "num_samples is 0"),
         (["--image_size", "8"], "image_size is 8"),
-        (["--num_pictures", "1000"], "num_pictures is 1000"),
+        (["--num_drawings", "1000"], "num_drawings is 1000"),
         (["--vocab_size", "100", "--num_samples", "80"], "vocab_size is 100"),
         (["--samples_per_shard", "0"], "samples_per_shard is 0"),
         (["--image_format", "gif"], "gif"),

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.data.sources import caption, picture
+from tests.data.sources import caption, make_image
 
 Files = Sequence[tuple[str, bytes]]
 
@@ -22,8 +22,8 @@ def write_tar(path: Path, files: Files) -> Path:
 
 
 def sample(number: int, key: str, about: object = None) -> list[tuple[str, bytes]]:
-    """A picture and its caption, and a json member if there is something about them."""
-    files = [(f"{key}.jpg", picture(number)), (f"{key}.txt", caption(number).encode())]
+    """An image and its caption, and a json member if there is something about them."""
+    files = [(f"{key}.jpg", make_image(number)), (f"{key}.txt", caption(number).encode())]
     return files if about is None else [*files, (f"{key}.json", json.dumps(about).encode())]
 
 

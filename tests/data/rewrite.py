@@ -27,13 +27,13 @@ def rewrite_shard(root: Path, split: Split, number: int, change: Callable[[str, 
 
 
 def spoil_first(root: Path, split: Split, num_samples: int) -> None:
-    """Make the pictures of a split's first samples undecodable; they lie in its first shard."""
+    """Make the images of a split's first samples undecodable; they lie in its first shard."""
     spoilt: set[str] = set()
 
     def spoil(name: str, data: bytes) -> bytes:
         if name.endswith(".jpg") and (len(spoilt) < num_samples):
             spoilt.add(name)
-            return b"no picture"
+            return b"no image"
         return data
 
     rewrite_shard(root, split, 0, spoil)

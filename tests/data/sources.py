@@ -1,4 +1,4 @@
-"""Small folders of pictures with their tables, as people have them before they convert."""
+"""Small folders of images with their tables, as people have them before they convert."""
 
 import csv
 import io
@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
+
+OPTIONS = (SetOptions(ImageOptions("jpg", None), 16, 400), ConvertOptions(0, 1, False))
+"""Shards of 16 samples with images as they are, 400 token ids; no bad rows, one process."""
 WORDS = ("red", "green", "blue", "round", "flat", "tall", "old", "new")
 
 
-def picture(number: int, extension: str = "jpg", size: tuple[int, int] = (40, 32)) -> bytes:
-    """A picture of noise that no other number has."""
+def make_image(number: int, extension: str = "jpg", size: tuple[int, int] = (40, 32)) -> bytes:
+    """An image of noise that no other number has."""
     pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension])
@@ -26,10 +31,10 @@ def caption(number: int) -> str:
     return " ".join(WORDS[number // 8**place % 8] for place in range(3)) + f" thing, {number % 5} of them"
 
 
-def write_pictures(folder: Path, names: Sequence[str]) -> None:
+def write_images(folder: Path, names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(picture(number, Path(name).suffix[1:]))
+        (folder / name).write_bytes(make_image(number, Path(name).suffix[1:]))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
@@ -39,29 +44,29 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def csv_source(folder: Path, num_rows: int) -> Path:
-    """`folder/captions.csv` and `folder/pictures/`; every fifth picture is a PNG."""
+    """`folder/captions.csv` and `folder/images/`; every fifth image is a PNG."""
     names = [f"{i // 10}/{i}.{'png' if i % 5 == 0 else 'jpg'}" for i in range(num_rows)]
-    write_pictures(folder / "pictures", names)
+    write_images(folder / "images", names)
     rows = [[name, caption(i), f"source {i}"] for i, name in enumerate(names)]
     return write_csv(folder / "captions.csv", ["image", "caption", "page"], rows)
 
 
 def jsonl_source(folder: Path, num_rows: int) -> Path:
-    write_pictures(folder, [f"{i}.jpg" for i in range(num_rows)])
+    write_images(folder, [f"{i}.jpg" for i in range(num_rows)])
     rows = [{"image": f"{i}.jpg", "caption": caption(i), "about": {"boxes": [[i, 1, 2, 3]]}} for i in range(num_rows)]
     table = folder / "rows.jsonl"
     table.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     return table
 
 
-def coco_source(folder: Path, num_pictures: int) -> Path:
-    """Two captions per picture; ids are not in the order of the file."""
-    names = [f"COCO_train2014_{i:012d}.jpg" for i in range(num_pictures)]
-    write_pictures(folder, names)
+def coco_source(folder: Path, num_images: int) -> Path:
+    """Two captions per image; ids are not in the order of the file."""
+    names = [f"COCO_train2014_{i:012d}.jpg" for i in range(num_images)]
+    write_images(folder, names)
     images = [{"id": i, "file_name": name, "height": 32, "width": 40} for i, name in reversed(list(enumerate(names)))]
     annotations = [
         {"id": 2 * i + second, "image_id": i, "caption": f"{caption(i)}{', again' if second else ''}"}
-        for i in range(num_pictures)
+        for i in range(num_images)
         for second in (1, 0)
     ]
     path = folder / "captions_train2014.json"
@@ -69,11 +74,11 @@ def coco_source(folder: Path, num_pictures: int) -> Path:
     return path
 
 
-def vqa_source(folder: Path, num_pictures: int) -> tuple[Path, Path]:
-    """Two questions per picture, beside `coco_source`'s pictures."""
+def vqa_source(folder: Path, num_images: int) -> tuple[Path, Path]:
+    """Two questions per image, beside `coco_source`'s images."""
     asked = [
         {"image_id": i, "question_id": 10 * i + k, "question": ("How many things?", "Is it red?")[k]}
-        for i in range(num_pictures)
+        for i in range(num_images)
         for k in (1, 0)
     ]
     answered = [
@@ -85,7 +90,7 @@ def vqa_source(folder: Path, num_pictures: int) -> tuple[Path, Path]:
             "multiple_choice_answer": (str(i % 5), ("no", "yes")[caption(i).startswith("red")])[k],
             "answers": [{"answer": str(i % 5), "answer_id": 1}, {"answer": "many", "answer_id": 2}] if k == 0 else [],
         }
-        for i in range(num_pictures)
+        for i in range(num_images)
         for k in (0, 1)
     ]
     questions, annotations = folder / "v2_questions.json", folder / "v2_annotations.json"
@@ -99,7 +104,7 @@ def img2dataset_source(
 ) -> Path:
     """Tars as img2dataset writes them, with statistics and (empty) tables beside; failed downloads leave gaps.
 
-    named: what pictures are called, if not by their format.
+    named: what images are called, if not by their format.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_tars):
@@ -109,7 +114,7 @@ def img2dataset_source(
                 key = f"{number:05d}{2 * i:04d}"
                 about = {"url": f"https://example.org/{index}.jpg", "key": key, "status": "success", "sha256": None}
                 for ending, data in (
-                    (named or extension, picture(index, extension)),
+                    (named or extension, make_image(index, extension)),
                     ("txt", caption(index).encode()),
                     ("json", json.dumps(about, indent=4).encode()),
                 ):

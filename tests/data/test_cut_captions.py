@@ -14,12 +14,12 @@ from lightning_moevlm.cli.data import card_of
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
-from lightning_moevlm.data.images.decode import decode_caption
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.write.convert.convert import Effort, Form, convert
-from lightning_moevlm.data.write.convert.finish_set import Terms
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.text.texts import decode_text
+from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions, convert
+from lightning_moevlm.data.write.convert.finish_set import Licence
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
 from lightning_moevlm.model.backbones import VLMoE
 from lightning_moevlm.model.layers import initialise
@@ -39,7 +39,7 @@ def _lengths(root: Path) -> list[int]:
     """Token ids of every training caption, with [BOS] and [EOS]."""
     data, manifest = _data(root, 16), read_manifest(root)
     samples = (s for e in manifest.splits["train"] for s in read_shard(ShardStorage(str(root)), e, frozenset({"txt"})))
-    texts = [decode_caption(sample.members["txt"]) for sample in samples if isinstance(sample, RawSample)]
+    texts = [decode_text(sample.members["txt"]) for sample in samples if isinstance(sample, RawSample)]
     return [len(data.tokenizer.ids(text)) + 2 for text in texts]
 
 
@@ -114,7 +114,13 @@ def test_a_check_tells_the_share_for_every_usual_length(tmp_path: Path) -> None:
     captions = [" ".join(["word"] * (30 if number % 2 else 3)) + f" {number}" for number in range(60)]
     table = write_csv(tmp_path / "t.csv", ["caption"], [[caption] for caption in captions])
     source = CsvSource(table, None, None, Columns(None, "caption", None, None))
-    convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 30, 300), Effort(0, 1, False))
+    convert(
+        source,
+        tmp_path / "set",
+        Licence("CC0", "", ""),
+        SetOptions(ImageOptions("jpg", None), 30, 300),
+        ConvertOptions(0, 1, False),
+    )
     report = check_set(ShardStorage(str(tmp_path / "set")))
     for card in report.cards:
         assert card.cut[40] == card.cut[64] == card.cut[128] == 0

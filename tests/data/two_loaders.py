@@ -28,8 +28,8 @@ def main(root: str, folder: Path, rank: Rank) -> None:
     """Read an epoch of both splits, resume in the middle, and ask for what is too much."""
     dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank.index, world_size=rank.world_size)
     storage = ShardStorage(root)
-    manifest = storage.manifest()
-    collate = Collate(("jpg", "txt"), storage.tokenizer(manifest.tokenizer), 32, 16)
+    manifest = storage.read_manifest()
+    collate = Collate(("jpg", "txt"), storage.read_tokenizer(manifest.tokenizer), 32, 16)
 
     def source(split: Split) -> OpenSource:
         return OpenSource("scenes", storage, manifest.splits[split], collate)

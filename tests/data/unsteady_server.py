@@ -41,7 +41,7 @@ class Unsteady:
             setattr(self, what, max(0, left - 1))
             return bool(left)
 
-    def downloads(self, file: str) -> list[str]:
+    def find_downloads(self, file: str) -> list[str]:
         """Ranges that were asked for a file, one entry per GET; "" is the whole file."""
         return [asked_range for path, asked_range in self.asked if path == f"/{file}"]
 

@@ -12,17 +12,17 @@ Cause = Literal[
     "shard_corrupt",  # no tar from some byte on
     "sample_count",  # a whole tar with fewer samples than the manifest says
     "duplicate_key",  # a second sample of the same key within a shard
-    "member_missing",  # a sample without a picture or text that its set promises
-    "image_undecodable",  # no picture of the format that its extension names
+    "member_missing",  # a sample without an image or text that its set promises
+    "image_undecodable",  # no image of the format that its extension names
     "image_too_large",  # more pixels than allowed: a decompression bomb, or a mistake
     "text_not_utf8",
     "caption_empty",
     "json_malformed",  # a json member that captions are read from
 ]
 MAX_PIXELS = 2**26
-"""Of a picture: 67 million, 192 MiB decoded; more than cameras have, less than a bomb."""
+"""Of an image: 67 million, 192 MiB decoded; more than cameras have, less than a bomb."""
 MAX_SIDE = 65_500
-"""Of a picture, in pixels: libjpeg reads and writes no longer ones."""
+"""Of an image, in pixels: libjpeg reads and writes no longer ones."""
 
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
@@ -43,12 +43,12 @@ class SampleFault(Exception):  # noqa: N818 - the data are at fault
         self.cause = cause
 
 
-def undecodable(cause: Cause, where: str, error: ValueError) -> SampleFault:
+def decode_fault(cause: Cause, where: str, error: ValueError) -> SampleFault:
     """Return the fault of a member that cannot be decoded. where: which it is, and in which shard."""
     return SampleFault(cause, f"{where} cannot be decoded ({error}); rebuild the set without it")
 
 
-def untolerated(lost: Lost) -> UserError:
+def lost_sample_error(lost: Lost) -> UserError:
     """Return the error that ends a run which tolerates no loss."""
     return UserError(
         f"{lost.message} (or set data.max_lost_fraction to the share of samples that a run may do without)"

@@ -1,10 +1,10 @@
-"""Where a set's members lie in tars that were kept as they were found.
+"""Locates members in tars that were kept as they were found.
 
-A set that this package has written needs none of it: every member has its own extension, and keys are unique.
+A set that this package has written does not need it: its members have their own extensions, and its keys are unique.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,28 +12,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """How members and keys of a set are found.
+    """Names of members and keys in a set's tars.
 
-    stored_as: extensions in the tars, by the member that they are read as; a sample's first of them counts. Members
-    that are not named here have the extension that is their name.
-    caption_field: field of the json member that holds a caption or a list of captions; "" if they are the txt member.
-    keys_repeat: keys are unique within a tar alone; samples are then called TAR/KEY.
+    Attributes:
+        stored_as: Extensions in the tars by member; the first that a sample has counts. Other members have their own
+            name as extension.
+        caption_field: Field of the json member that holds a caption or a list of them; "" for the txt member.
+        keys_repeat: Whether keys are unique within a tar only. Samples are then named TAR/KEY.
+
     """
 
-    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    caption_field: str = ""
-    keys_repeat: bool = False
+    stored_as: Mapping[str, tuple[str, ...]]
+    caption_field: str
+    keys_repeat: bool
 
     def extensions_of(self, member: str) -> tuple[str, ...]:
-        """Return the extensions in the tars that a member may have, the first that a sample has counts."""
+        """Return the extensions of a member in the tars; the first that a sample has counts."""
         return self.stored_as.get(member, (member,))
 
-    def found(self, member: str, by_extension: Mapping[str, T]) -> T | None:
-        """Return what a sample has for a member; None if it has nothing."""
+    def find(self, member: str, by_extension: Mapping[str, T]) -> T | None:
+        """Return a sample's value for a member; None if it has none."""
         for extension in self.extensions_of(member):
             if extension in by_extension:
                 return by_extension[extension]
         return None
 
 
-PLAIN = Layout()
+PLAIN_LAYOUT = Layout({}, "", keys_repeat=False)

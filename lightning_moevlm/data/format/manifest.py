@@ -8,13 +8,16 @@ names the exact data of a run.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+import msgspec
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.format.convert_record import convert_record
 from lightning_moevlm.data.format.faults import ShardFault
-from lightning_moevlm.data.format.layout import PLAIN, Layout
+from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 
 MANIFEST_FILE = "manifest.json"
 FORMAT, FORMAT_WITH_LAYOUT = "moevlm-shards/1", "moevlm-shards/2"
@@ -22,51 +25,89 @@ FORMAT, FORMAT_WITH_LAYOUT = "moevlm-shards/1", "moevlm-shards/2"
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Scalar = str | int | float | bool
+Count = Annotated[int, msgspec.Meta(ge=0)]
 OTHER_SPELLINGS = {"jpeg": "jpg"}
-"""Of extensions in tars: what they mean in a manifest, and wherever samples are spoken of."""
+"""Extensions in tars, and their spelling in manifests and messages."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file: its name in the set, its samples, its size in bytes, the sha256 of its bytes in hex."""
+    """One tar file of a set.
+
+    Attributes:
+        file: Its name in the set's folder.
+        num_samples: Samples in it.
+        num_bytes: Its size.
+        sha256: Hash of its bytes, in hex.
+
+    """
 
     file: str
-    num_samples: int
-    num_bytes: int
+    num_samples: Count
+    num_bytes: Count
     sha256: str
+
+    def __post_init__(self) -> None:
+        _check_file_name(self.file)
 
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The set's tokenizer file, the sha256 of its bytes in hex, and the number of ids."""
+    """The tokenizer of a set.
+
+    Attributes:
+        file: Its name in the set's folder.
+        sha256: Hash of its bytes, in hex.
+        vocab_size: Number of ids.
+
+    """
 
     file: str
     sha256: str
-    vocab_size: int
+    vocab_size: Count
+
+    def __post_init__(self) -> None:
+        _check_file_name(self.file)
+
+
+def _check_file_name(name: str) -> None:
+    # a name with a slash or a scheme could make a reader open, or run, something outside the set
+    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
+        raise ValueError(f"'file' must be a file name inside the set, got {name!r}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a set holds.
+    """The content of a set.
 
-    image_size: pixels per side of the stored pictures; where they differ, a size that half of them reach; 0 without
-    pictures. members: file extensions that every sample has.
-    build: the arguments it was built with. sources: versions of the packages its pictures come from. layout: where
-    members lie in the tars.
+    Attributes:
+        name: Name of the set.
+        version: Version of the recipe that built it.
+        licence: Name of its licence.
+        licence_url: Address of the licence text.
+        attribution: Sentence that the licence requires.
+        image_size: Pixels per side of the images. If they differ, half of them reach this size. 0 without images.
+        members: File extensions that every sample has.
+        build: Arguments that it was built with.
+        sources: Versions of the packages that its images come from.
+        tokenizer: Its tokenizer file.
+        splits: Shards by split.
+        layout: Position of members in the tars.
+
     """
 
     name: str
-    version: int
+    version: Count
     licence: str
     licence_url: str
     attribution: str
-    image_size: int
+    image_size: Count
     members: tuple[str, ...]
     build: dict[str, Scalar]
     sources: dict[str, str]
     tokenizer: TokenizerEntry
     splits: dict[Split, tuple[ShardEntry, ...]]
-    layout: Layout = PLAIN
+    layout: Layout = PLAIN_LAYOUT
 
     @property
     def digest(self) -> str:
@@ -85,10 +126,28 @@ class Manifest:
         unfinished.replace(root / MANIFEST_FILE)
 
     def _as_json(self) -> dict[str, object]:
-        content = {"format": FORMAT if self.layout == PLAIN else FORMAT_WITH_LAYOUT, **asdict(self)}
-        if self.layout == PLAIN:
+        content = {"format": FORMAT if self.layout == PLAIN_LAYOUT else FORMAT_WITH_LAYOUT, **asdict(self)}
+        if self.layout == PLAIN_LAYOUT:
             del content["layout"]  # as it always was, so that digests stay
         return content
+
+
+class _Version(msgspec.Struct):
+    format: str
+
+
+class _SplitShards(msgspec.Struct):
+    train: tuple[ShardEntry, ...]
+    val: tuple[ShardEntry, ...]
+    test: tuple[ShardEntry, ...]
+
+
+class _Splits(msgspec.Struct):
+    splits: _SplitShards
+
+
+class _Layout(msgspec.Struct):
+    layout: Layout
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -102,14 +161,14 @@ def read_manifest(root: Path) -> Manifest:
     try:
         return parse_manifest(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise no_set(root) from None
+        raise missing_set_error(root) from None
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give the folder and its files to this user"
         ) from None
 
 
-def no_set(root: Path) -> UserError:
+def missing_set_error(root: Path) -> UserError:
     """Return the error for a place without `manifest.json`: what is there instead, and which command makes a set."""
     if any(mark in str(root) for mark in "{*?") or root.suffix == ".tar":
         return UserError(
@@ -133,10 +192,14 @@ def no_set(root: Path) -> UserError:
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
-    """Validate the bytes of a manifest that came from `place`, which is named in complaints.
+    """Decode the bytes of a manifest.
+
+    Args:
+        data: The bytes.
+        place: The file or address that they came from, for messages.
 
     Raises:
-        UserError: if they are not JSON (with the line), or a field is missing or of the wrong kind.
+        UserError: if they are not JSON (with the line), or a field is missing or has the wrong type.
 
     """
     try:
@@ -144,7 +207,16 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{place} is not JSON ({where}); restore it or rebuild the set with --force true") from None
-    return _Fields(content, place, "").manifest()
+    version = convert_record(content, _Version, place).format
+    if version not in (FORMAT, FORMAT_WITH_LAYOUT):
+        raise UserError(
+            f"{place}: format is {version!r}, but only {FORMAT!r} and {FORMAT_WITH_LAYOUT!r} are known; rebuild the set"
+        )
+    splits = convert_record(content, _Splits, place).splits  # a record, so that errors name the split
+    layout = convert_record(content, _Layout, place).layout if version == FORMAT_WITH_LAYOUT else PLAIN_LAYOUT
+    about = {key: value for key, value in content.items() if key != "layout"}
+    found = convert_record({**about, "splits": {}}, Manifest, place)
+    return replace(found, splits={split: getattr(splits, split) for split in SPLITS}, layout=layout)
 
 
 def check_shard_size(root: Path, shard: ShardEntry) -> Path:
@@ -208,101 +280,3 @@ def check_sha256(found: str, shard: ShardEntry, place: str) -> None:
             f"shard {place} is not the one its manifest names: sha256 {found[:12]}..., "
             f"expected {shard.sha256[:12]}...; restore it or rebuild the set with --force true",
         )
-
-
-class _Fields:
-    """A JSON object being read field by field; complaints name the file and the field."""
-
-    def __init__(self, content: object, file: str, place: str) -> None:
-        self._file = file
-        self._place = place
-        if not isinstance(content, dict):
-            raise UserError(f"{file}: {place or 'the whole file'} must be an object, not {type(content).__name__}")
-        self._content = content
-
-    def _name(self, key: str) -> str:
-        return f"{self._place}.{key}" if self._place else key
-
-    def _get(self, key: str, kind: type) -> object:
-        if key not in self._content:
-            raise UserError(f"{self._file}: field {self._name(key)!r} is missing; rebuild the set with --force true")
-        value = self._content[key]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UserError(
-                f"{self._file}: field {self._name(key)!r} must be {kind.__name__}, got {type(value).__name__}"
-            )
-        return value
-
-    def text(self, key: str) -> str:
-        value = self._get(key, str)
-        assert isinstance(value, str)
-        return value
-
-    def count(self, key: str) -> int:
-        value = self._get(key, int)
-        assert isinstance(value, int)
-        if value < 0:
-            raise UserError(f"{self._file}: field {self._name(key)!r} must not be negative, got {value}")
-        return value
-
-    def file(self, key: str) -> str:
-        value = self.text(key)
-        # a name with a slash or a scheme could make a reader open, or run, something outside the set
-        if value in ("", ".", "..") or any(mark in value for mark in ("/", "\\", ":", "\0")):
-            raise UserError(f"{self._file}: {self._name(key)!r} must be a file name inside the set, got {value!r}")
-        return value
-
-    def inner(self, key: str) -> "_Fields":
-        return _Fields(self._get(key, dict), self._file, self._name(key))
-
-    def items(self, key: str) -> list["_Fields"]:
-        values = self._get(key, list)
-        assert isinstance(values, list)
-        return [_Fields(value, self._file, f"{self._name(key)}[{i}]") for i, value in enumerate(values)]
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self._get(key, list)
-        assert isinstance(values, list)
-        return tuple(str(value) for value in values)
-
-    def scalars(self, key: str) -> dict[str, Scalar]:
-        values = self._get(key, dict)
-        assert isinstance(values, dict)
-        for name, value in values.items():
-            if not isinstance(value, str | int | float | bool):
-                raise UserError(f"{self._file}: field {self._name(key)}.{name} must be a plain value, got {value!r}")
-        return dict(values)
-
-    def layout(self) -> Layout:
-        stored_as = self.inner("stored_as")
-        return Layout(
-            {member: stored_as.texts(member) for member in stored_as._content},
-            self.text("caption_field"),
-            self._get("keys_repeat", bool) is True,
-        )
-
-    def manifest(self) -> Manifest:
-        found = self.text("format")
-        if found not in (FORMAT, FORMAT_WITH_LAYOUT):
-            raise UserError(
-                f"{self._file}: format {found!r} is not known, only {FORMAT!r} and {FORMAT_WITH_LAYOUT!r}; rebuild the "
-                "set"
-            )
-        tokenizer, splits = self.inner("tokenizer"), self.inner("splits")
-        return Manifest(
-            name=self.text("name"),
-            version=self.count("version"),
-            licence=self.text("licence"),
-            licence_url=self.text("licence_url"),
-            attribution=self.text("attribution"),
-            image_size=self.count("image_size"),
-            members=self.texts("members"),
-            build=self.scalars("build"),
-            sources={name: str(value) for name, value in self.scalars("sources").items()},
-            tokenizer=TokenizerEntry(tokenizer.file("file"), tokenizer.text("sha256"), tokenizer.count("vocab_size")),
-            splits={split: tuple(entry.shard() for entry in splits.items(split)) for split in SPLITS},
-            layout=PLAIN if found == FORMAT else self.inner("layout").layout(),
-        )
-
-    def shard(self) -> ShardEntry:
-        return ShardEntry(self.file("file"), self.count("num_samples"), self.count("num_bytes"), self.text("sha256"))

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.faults import Lost, ShardFault
-from lightning_moevlm.data.format.layout import PLAIN, Layout
+from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 from lightning_moevlm.data.format.manifest import ShardEntry
 from lightning_moevlm.data.format.sample_groups import Group, key_and_extension, sample_groups
 from lightning_moevlm.data.format.tar_members import TarBreak, tar_members
@@ -43,7 +43,7 @@ class RawSample(NamedTuple):
     members: Mapping[str, bytes]
 
 
-def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
+def require_all(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
     """Pass samples on, for those who tolerate no loss.
 
     Raises:
@@ -57,7 +57,7 @@ def all_or_error(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
 
 
 def read_shard(
-    shelf: ShardOpener, entry: ShardEntry, wanted: frozenset[str], layout: Layout = PLAIN
+    opener: ShardOpener, entry: ShardEntry, wanted: frozenset[str], layout: Layout = PLAIN_LAYOUT
 ) -> Iterator[RawSample | Lost]:
     """Yield a shard's samples in order, each with its wanted members, and what is lost.
 
@@ -71,12 +71,12 @@ def read_shard(
     - of two samples with one key the second is lost, and so is a sample that lacks a wanted member;
     - samples beyond the manifest's number are left out, and a loss of 0 samples says so at the end.
     """
-    place = shelf.place(entry.file)
+    place = opener.place(entry.file)
     try:
-        with shelf.open(entry) as stream:
+        with opener.open(entry) as stream:
             extensions = frozenset(extension for member in wanted for extension in layout.extensions_of(member))
             members = tar_members(stream, lambda name: key_and_extension(name)[1] in extensions)
-            yield from _accounted(_named(sample_groups(members), wanted, layout, entry), entry, wanted, place)
+            yield from _account(_name_members(sample_groups(members), wanted, layout, entry), entry, wanted, place)
     except ShardFault as fault:
         yield Lost(entry.num_samples, fault.cause, str(fault))
 
@@ -89,18 +89,20 @@ class _Found(NamedTuple):
     cut: bool
 
 
-def _named(groups: Iterator[Group], wanted: frozenset[str], layout: Layout, entry: ShardEntry) -> Iterator[_Found]:
+def _name_members(
+    groups: Iterator[Group], wanted: frozenset[str], layout: Layout, entry: ShardEntry
+) -> Iterator[_Found]:
     prefix = f"{entry.file.removesuffix('.tar')}/" if layout.keys_repeat else ""
     for key, found, cut in groups:
         members: dict[str, bytes] = {}
         for name in wanted:
-            member = layout.found(name, found)
+            member = layout.find(name, found)
             if member is not None and member.data is not None:
                 members[name] = member.data
         yield _Found(prefix + key, members, cut)
 
 
-def _accounted(
+def _account(
     groups: Iterator[_Found], entry: ShardEntry, wanted: frozenset[str], place: str
 ) -> Iterator[RawSample | Lost]:
     """Give every group one of the promised places; the places that are left over go to what ended the shard."""

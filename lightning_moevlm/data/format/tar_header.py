@@ -1,6 +1,6 @@
 """The common tar header, read fast: a regular file, its name and its size, and nothing out of the ordinary.
 
-`tarfile` makes an object with thirty fields of every header, which costs more than decoding a small picture. What is
+`tarfile` makes an object with thirty fields of every header, which costs more than decoding a small image. What is
 recognised here means the same to `tarfile` (owner, mode and time are not looked at); of everything else (directories,
 links, extended headers, sizes in base 256, a wrong checksum, the end) this says nothing, and `tarfile` is asked.
 """
@@ -22,12 +22,12 @@ class PlainHeader(NamedTuple):
     num_bytes: int
 
     @property
-    def num_padded(self) -> int:
+    def padded_bytes(self) -> int:
         """Bytes from the end of the header to the next header."""
         return -(-self.num_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def plain_header(block: bytes) -> PlainHeader | None:
+def parse_plain_header(block: bytes) -> PlainHeader | None:
     """Return what a header block says if it is a plain one, else None."""
     if len(block) != BLOCK_BYTES:
         return None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import BinaryIO, NamedTuple
 
 from lightning_moevlm.data.format.faults import Cause
-from lightning_moevlm.data.format.tar_header import BLOCK_BYTES, plain_header
+from lightning_moevlm.data.format.tar_header import BLOCK_BYTES, parse_plain_header
 
 _CHUNK_BYTES = 2**20
 _LONGEST_HEADER_BYTES = 2**14
@@ -59,7 +59,7 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
         tar = tarfile.TarFile(fileobj=_HeaderFile(stream), encoding="utf-8")  # type: ignore[arg-type]
         info = tar.next()
     except _NO_HEADER:
-        raise _break_at(0, stream.tell(), num_bytes) from None
+        raise _explain_break(0, stream.tell(), num_bytes) from None
     end = 0
     while info is not None:
         start, end = end, tar.offset
@@ -67,23 +67,23 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
             raise TarBreak("shard_corrupt", f"is not a valid tar from byte {start} on")
         if info.isreg() and not info.issparse():
             if info.offset_data + info.size > num_bytes:
-                raise TarBreak("shard_truncated", f"ends within {_printable(info.name)}")
+                raise TarBreak("shard_truncated", f"ends within {_escape(info.name)}")
             data = None
             if wanted(info.name):
                 stream.seek(info.offset_data)
                 data = stream.read(info.size)
-            yield Member(_printable(info.name), data, info.offset_data, info.size)
+            yield Member(_escape(info.name), data, info.offset_data, info.size)
         tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header
         if end > num_bytes:
-            raise TarBreak("shard_truncated", f"ends within {_printable(info.name)}")
+            raise TarBreak("shard_truncated", f"ends within {_escape(info.name)}")
         if not tar.pax_headers:  # headers that change what later ones mean
             end = tar.offset = yield from _plain_members(stream, end, num_bytes, wanted)
         try:
             info = tar.next()
         except _NO_HEADER:
-            raise _break_at(end, stream.tell(), num_bytes) from None
-    if not _only_zeros_from(stream, end):
-        raise _break_at(end, end, num_bytes)
+            raise _explain_break(end, stream.tell(), num_bytes) from None
+    if not _holds_only_zeros(stream, end):
+        raise _explain_break(end, end, num_bytes)
 
 
 class _HeaderFile:
@@ -107,30 +107,30 @@ def _plain_members(
     seek, read = stream.seek, stream.read
     while True:
         seek(start)
-        header = plain_header(read(BLOCK_BYTES))
+        header = parse_plain_header(read(BLOCK_BYTES))
         if header is None:
             return start
         name, size = header
-        end = start + BLOCK_BYTES + header.num_padded
+        end = start + BLOCK_BYTES + header.padded_bytes
         if end > num_bytes:
             return start
-        yield Member(_printable(name), read(size) if wanted(name) else None, start + BLOCK_BYTES, size)
+        yield Member(_escape(name), read(size) if wanted(name) else None, start + BLOCK_BYTES, size)
         start = end
 
 
-def _printable(name: str) -> str:
+def _escape(name: str) -> str:
     """Escape what could harm a terminal, or cannot be encoded again: names come from strangers."""
     return name if name.isprintable() else name.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def _break_at(offset: int, read_to: int, num_bytes: int) -> TarBreak:
+def _explain_break(offset: int, read_to: int, num_bytes: int) -> TarBreak:
     """Say why there is no header at `offset`, where there is no end of a tar either; `read_to`: searched so far."""
     if num_bytes - offset < tarfile.BLOCKSIZE or read_to >= max(num_bytes, offset + tarfile.BLOCKSIZE + 1):
         return TarBreak("shard_truncated", f"ends at byte {num_bytes} without the end mark of a tar")
     return TarBreak("shard_corrupt", f"is not a valid tar from byte {offset} on")
 
 
-def _only_zeros_from(stream: BinaryIO, offset: int) -> bool:
+def _holds_only_zeros(stream: BinaryIO, offset: int) -> bool:
     """Tell whether at least one byte, and nothing but zeros, follows."""
     stream.seek(offset)
     chunk = stream.read(_CHUNK_BYTES)

@@ -1,7 +1,7 @@
 """Random resized crop and flip of a whole batch at once, on whatever device it is on; both are off by default.
 
-Each picture has its own crop: area uniform in `crop_area`, aspect ratio log-uniform in `crop_aspect` (Inception, arXiv
-1409.4842, as torchvision's RandomResizedCrop draws them, but clipped to the picture instead of drawn again). What is
+Each image has its own crop: area uniform in `crop_area`, aspect ratio log-uniform in `crop_aspect` (Inception, arXiv
+1409.4842, as torchvision's RandomResizedCrop draws them, but clipped to the image instead of drawn again). What is
 drawn follows from seed, rank, epoch and number of the batch alone, so a resumed run draws what the uninterrupted one
 would have drawn, on any device. Scaling to [-1, 1] is the model's: pixels stay uint8.
 """
@@ -18,10 +18,10 @@ from lightning_moevlm.common.errors import UserError
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to training pictures.
+    """What is done to training images.
 
-    crop_area: smallest and largest share of the picture that a crop shows; null crops nothing. crop_aspect: smallest
-    and largest width over height of a crop. flip: chance of a picture to be mirrored; captions that tell left from
+    crop_area: smallest and largest share of the image that a crop shows; null crops nothing. crop_aspect: smallest
+    and largest width over height of a crop. flip: chance of an image to be mirrored; captions that tell left from
     right become false.
     """
 
@@ -47,7 +47,7 @@ class Augment:
         return self.crop_area is None and self.flip == 0
 
     def __call__(self, images_BRYX: Tensor, seed: int, rank: int, epoch: int, batch: int) -> Tensor:
-        """Return augmented pictures of the same shape, dtype uint8. batch: its number in the epoch of this rank."""
+        """Return augmented images of the same shape, dtype uint8. batch: its number in the epoch of this rank."""
         if self.is_off:
             return images_BRYX
         boxes_BK = self.boxes(len(images_BRYX), seed, rank, epoch, batch).to(images_BRYX.device, non_blocking=True)
@@ -55,16 +55,16 @@ class Augment:
         zero = torch.zeros_like(center_x)
         theta = torch.stack([half_width, zero, center_x, zero, half_height, center_y], dim=1).view(-1, 2, 3)
         grid = F.affine_grid(theta, list(images_BRYX.shape), align_corners=False)
-        # a crop is never larger than the picture, so it is only ever enlarged: no need to antialias
+        # a crop is never larger than the image, so it is only ever enlarged: no need to antialias
         seen = F.grid_sample(images_BRYX.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
         return seen.round_().clamp_(0, 255).to(torch.uint8)
 
     def boxes(self, num_images: int, seed: int, rank: int, epoch: int, batch: int) -> Tensor:
-        """Draw crops: (B, 4) fp32 of centre x and y and half width and height, where the picture is [-1, 1] x [-1, 1].
+        """Draw crops: (B, 4) fp32 of centre x and y and half width and height, where the image is [-1, 1] x [-1, 1].
 
-        A mirrored picture has a negative half width. Drawn on the CPU, whose generator is the same on every machine.
+        A mirrored image has a negative half width. Drawn on the CPU, whose generator is the same on every machine.
         """
-        generator = torch.Generator().manual_seed(_mixed(seed, rank, epoch, batch))
+        generator = torch.Generator().manual_seed(_mix(seed, rank, epoch, batch))
         area, aspect, x, y, coin = torch.rand(5, num_images, generator=generator).unbind()
         low, high = self.crop_area or (1.0, 1.0)
         if self.crop_area is None:
@@ -72,14 +72,14 @@ class Augment:
         else:
             side = (low + (high - low) * area).sqrt()
             narrow, wide = (math.log(each) for each in self.crop_aspect)
-            stretch = (0.5 * (narrow + (wide - narrow) * aspect)).exp()
-            half_width, half_height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
+            sample_range = (0.5 * (narrow + (wide - narrow) * aspect)).exp()
+            half_width, half_height = (side * sample_range).clamp(max=1), (side / sample_range).clamp(max=1)
         center_x, center_y = (1 - half_width) * (2 * x - 1), (1 - half_height) * (2 * y - 1)
         half_width = torch.where(coin < self.flip, -half_width, half_width)
         return torch.stack([center_x, center_y, half_width, half_height], dim=1)
 
 
-def _mixed(*numbers: int) -> int:
+def _mix(*numbers: int) -> int:
     """One seed of several numbers; neighbours must not give related streams (a multiply-xorshift hash)."""
     mixed = 0
     for number in numbers:

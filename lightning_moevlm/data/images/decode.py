@@ -2,7 +2,7 @@
 
 Pixels stay uint8 (a quarter of the memory and of the transfer); whoever computes with them scales them. In memory they
 lie by row, column, channel, as decoders write them and as torch's antialiased resize of bytes is fastest; shapes are
-(3, R, X) all the same. The header is read before anything is decoded: a picture of absurd size costs nothing. One of
+(3, R, X) all the same. The header is read before anything is decoded: an image of absurd size costs nothing. One of
 absurd shape is cut to its middle before it is resized, so memory is bounded for any. Images are set upright.
 """
 
@@ -18,16 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.faults import MAX_PIXELS, MAX_SIDE
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
 from lightning_moevlm.data.images.orientation import FLIPPED_ACROSS, FLIPPED_DOWN, TRANSPOSED, UPRIGHT, orientation
-from lightning_moevlm.data.text.texts import decoded
 
 IMAGE_EXTENSIONS = ("jpg", "png", "image")
-"""Members that are pictures; `image` may have any of `IMAGE_FORMATS`, sample by sample, whatever their names say."""
+"""Members that are images; `image` may have any of `IMAGE_FORMATS`, sample by sample, whatever their names say."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-CAPTION_EXTENSION = "txt"
 
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_START = b"\xff\xd8\xff"
@@ -40,7 +37,7 @@ _LONGEST = 4
 
 
 class ImageTooLargeError(ValueError):
-    """A picture whose header promises more pixels than allowed."""
+    """An image whose header promises more pixels than allowed."""
 
 
 def decode_image(
@@ -48,18 +45,18 @@ def decode_image(
 ) -> Tensor:
     """Decode to uint8 RGB of shape (3, size, size), upright; transparent pixels are laid on white.
 
-    A picture of another size is scaled (antialiased, bilinear) until its shorter side fits and cut to its middle. A
+    An image of another size is scaled (antialiased, bilinear) until its shorter side fits and cut to its middle. A
     JPEG at least twice as large is scaled while it is decoded, as far as possible but never below the wanted size.
 
     Args:
-        data: the encoded picture.
-        extension: "jpg" or "png", and another format is no picture; or "image", for any of `IMAGE_FORMATS`.
+        data: the encoded image.
+        extension: "jpg" or "png", and another format is no image; or "image", for any of `IMAGE_FORMATS`.
         size: pixels per side.
-        max_pixels: pixels that the encoded picture may have; `MAX_SIDE` limits each side.
+        max_pixels: pixels that the encoded image may have; `MAX_SIDE` limits each side.
         into: a row of `image_rows`; decoding straight into it saves a copy. It is what is returned.
 
     Raises:
-        ImageTooLargeError: if the picture has more than `max_pixels`, or too long a side; nothing was decoded.
+        ImageTooLargeError: if the image has more than `max_pixels`, or too long a side; nothing was decoded.
         ValueError: if the bytes are no such image.
 
     """
@@ -67,7 +64,7 @@ def decode_image(
     if extension == "jpg" or (extension == "image" and data.startswith(_JPEG_START)):
         _decode_jpeg(data, size, max_pixels, row_RYX)
     else:
-        pixels_YXR = _decode_png(data, max_pixels) if extension == "png" else _pixels(data, max_pixels)
+        pixels_YXR = _decode_png(data, max_pixels) if extension == "png" else _decode_with_pillow(data, max_pixels)
         fit(pixels_YXR, size, row_RYX, orientation(data))
     return row_RYX
 
@@ -76,7 +73,7 @@ def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Look at the beginning and the end of a JPEG without decoding anything.
 
     Raises:
-        ImageTooLargeError: if the picture has more than `max_pixels`, or too long a side.
+        ImageTooLargeError: if the image has more than `max_pixels`, or too long a side.
         ValueError: if the bytes do not begin as a JPEG does, or are cut short.
 
     """
@@ -89,41 +86,31 @@ def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def image_rows(num_images: int, size: int, allocate: Allocate = private_bytes) -> Tensor:
-    """Return room for pictures: (B, 3, size, size), uint8, each picture contiguous by row, column, channel."""
+    """Return room for images: (B, 3, size, size), uint8, each image contiguous by row, column, channel."""
     return allocate(num_images * image_bytes(size)).view(num_images, size, size, 3).permute(0, 3, 1, 2)
 
 
 def image_bytes(size: int) -> int:
-    """Return the bytes of a decoded picture."""
+    """Return the bytes of a decoded image."""
     return size * size * 3
-
-
-def decode_caption(data: bytes) -> str:
-    """Decode a caption; it is UTF-8, without a byte-order mark and surrounding blanks.
-
-    Raises:
-        ValueError: if the bytes are no UTF-8.
-
-    """
-    return decoded(data)
 
 
 def jpeg_scaling(size: int) -> dict[str, int]:
     """Return how simplejpeg is told to scale while it decodes: by a factor of at least 2, never below `size`.
 
-    A smaller factor, such as 8/7, is no shortcut: it takes twice as long as decoding the whole picture.
+    A smaller factor, such as 8/7, is no shortcut: it takes twice as long as decoding the whole image.
     """
     return {"min_height": size, "min_width": size, "min_factor": 2}
 
 
-def middle(height: int, width: int) -> tuple[slice, slice]:
+def middle_slices(height: int, width: int) -> tuple[slice, slice]:
     """Return the rows and columns of an image that are resized: all of it, or the middle of a very long one."""
     rows, columns = min(height, _LONGEST * width), min(width, _LONGEST * height)
     top, left = (height - rows) // 2, (width - columns) // 2
     return slice(top, top + rows), slice(left, left + columns)
 
 
-def turned(image_RYX: Tensor, turn: int) -> Tensor:
+def turn_pixels(image_RYX: Tensor, turn: int) -> Tensor:
     """Return the pixels (..., Y, X) as they are shown. turn: the orientation they are stored in."""
     stored = image_RYX.mT if turn in TRANSPOSED else image_RYX
     axes = [-2] * (turn in FLIPPED_DOWN) + [-1] * (turn in FLIPPED_ACROSS)
@@ -135,15 +122,15 @@ def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor, turn: int = U
 
     turn: the orientation that the pixels are stored in.
     """
-    stored_YXR = torch.from_numpy(pixels_YXR[middle(*pixels_YXR.shape[:2])])
-    image_BRYX = turned(stored_YXR.permute(2, 0, 1), turn)[None]
+    stored_YXR = torch.from_numpy(pixels_YXR[middle_slices(*pixels_YXR.shape[:2])])
+    image_BRYX = turn_pixels(stored_YXR.permute(2, 0, 1), turn)[None]
     height, width = image_BRYX.shape[2:]
     scale = size / min(height, width)
     target = [max(size, round(height * scale)), max(size, round(width * scale))]
     if target == [height, width]:
         scaled_BRYX = image_BRYX
     elif target == [size, size]:
-        # F.interpolate has no `out`, and a picture of its own would have to be copied
+        # F.interpolate has no `out`, and an image of its own would have to be copied
         torch.ops.aten._upsample_bilinear2d_aa.out(image_BRYX, target, False, None, None, out=row_RYX[None])
         return
     else:
@@ -165,11 +152,6 @@ def check_pixels(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
         raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {MAX_SIDE} per side")
 
 
-def undecodable(key: str, shard: str, extension: str, error: ValueError) -> UserError:
-    """Return the error to raise for a member that cannot be decoded."""
-    return UserError(f"{key}.{extension} in shard {shard} cannot be decoded ({error}); rebuild the set without it")
-
-
 def _decode_jpeg(data: bytes, size: int, max_pixels: int, row_RYX: Tensor) -> None:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     check_pixels(height, width, max_pixels)
@@ -186,20 +168,20 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
         raise ValueError("it does not begin as a PNG file does")
     width, height = struct.unpack(">II", data[16:24])
     check_pixels(height, width, max_pixels)
-    return _pixels(data, max_pixels, ("PNG",))
+    return _decode_with_pillow(data, max_pixels, ("PNG",))
 
 
-def _pixels(data: bytes, max_pixels: int, formats: tuple[str, ...] = IMAGE_FORMATS) -> NDArray[np.uint8]:
+def _decode_with_pillow(data: bytes, max_pixels: int, formats: tuple[str, ...] = IMAGE_FORMATS) -> NDArray[np.uint8]:
     """Return the pixels as they are stored; of a very long image, of its middle."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as whole:
             check_pixels(whole.height, whole.width, max_pixels)
-            rows, columns = middle(whole.height, whole.width)
+            rows, columns = middle_slices(whole.height, whole.width)
             seen = (columns.start, rows.start, columns.stop, rows.stop)
             image = whole if seen == (0, 0, *whole.size) else whole.crop(seen)
             if image.mode == "RGB" and "transparency" not in image.info:
                 return np.array(image)
-            return _laid_on_white(image)
+            return _lay_on_white(image)
     except ImageTooLargeError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, should ours be set above it
@@ -208,8 +190,8 @@ def _pixels(data: bytes, max_pixels: int, formats: tuple[str, ...] = IMAGE_FORMA
         raise ValueError(str(error)) from error
 
 
-def _laid_on_white(image: Image.Image) -> NDArray[np.uint8]:
-    """Return (H, W, 3) pixels; some rows after the other, since a large picture takes several copies on the way."""
+def _lay_on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """Return (H, W, 3) pixels; some rows after the other, since a large image takes several copies on the way."""
     pixels_YXR = np.empty((image.height, image.width, 3), dtype=np.uint8)
     for top in range(0, image.height, _ROWS_AT_ONCE):
         bottom = min(image.height, top + _ROWS_AT_ONCE)

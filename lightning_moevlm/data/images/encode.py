@@ -13,14 +13,14 @@ ImageFormat = Literal["jpg", "png"]
 _ROWS_AT_ONCE = 512
 
 
-def lay_on(ground_YXR: NDArray[np.uint8], picture_YXA: NDArray[np.uint8], left: int, top: int) -> None:
-    """Blend an RGBA picture into an RGB ground, in place, with its upper left corner at (left, top)."""
-    height, width = picture_YXA.shape[:2]
-    for row in range(0, height, _ROWS_AT_ONCE):  # a large picture would take several copies of itself
+def lay_on(ground_YXR: NDArray[np.uint8], image_YXA: NDArray[np.uint8], left: int, top: int) -> None:
+    """Blend an RGBA image into an RGB ground, in place, with its upper left corner at (left, top)."""
+    height, width = image_YXA.shape[:2]
+    for row in range(0, height, _ROWS_AT_ONCE):  # a large image would take several copies of itself
         rows = slice(row, row + _ROWS_AT_ONCE)
         ground = ground_YXR[top : top + height, left : left + width][rows]
-        alpha = picture_YXA[rows, :, 3:].astype(np.uint16)
-        blended = picture_YXA[rows, :, :3] * alpha + ground.astype(np.uint16) * (255 - alpha)
+        alpha = image_YXA[rows, :, 3:].astype(np.uint16)
+        blended = image_YXA[rows, :, :3] * alpha + ground.astype(np.uint16) * (255 - alpha)
         ground[:] = ((blended + 127) // 255).astype(np.uint8)  # whole numbers: the same on every machine
 
 

@@ -1,12 +1,12 @@
 """JPEG bytes travel, pixels are made on the device: a tenth of the transfer, and no decoding in the loader's processes.
 
-On a CUDA device torchcodec decodes a whole batch in one call (extra `gpu-decode`), and the pictures are resized there.
+On a CUDA device torchcodec decodes a whole batch in one call (extra `gpu-decode`), and the images are resized there.
 Where there is no such device, or torchcodec is missing or does not load, the CPU decodes as it always does. The two
 differ by what decoders differ in: nvJPEG does not scale while it decodes, and resizing there is in floating point.
 torchcodec sets images upright by their EXIF orientation, by the rule of `orientation`.
 
-What is no picture for the CPU's decoder is none here either: if the device refuses a batch, which it does as a whole,
-the CPU decodes it and says which pictures it cannot decode.
+What is no image for the CPU's decoder is none here either: if the device refuses a batch, which it does as a whole,
+the CPU decodes it and says which images it cannot decode.
 """
 
 import warnings
@@ -19,30 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_moevlm.data.format.faults import MAX_PIXELS
-from lightning_moevlm.data.images.decode import decode_image, image_rows, middle
+from lightning_moevlm.data.images.decode import decode_image, image_rows, middle_slices
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 
 DecodeJpegs = Callable[..., list[Tensor]]
 
 
 class Pixels(NamedTuple):
-    """Decoded pictures. images_BRYX: uint8, RGB. faults: of those that are none, by place; their pixels say nothing."""
+    """Decoded images. images_BRYX: uint8, RGB. faults: of those that are none, by place; their pixels say nothing."""
 
     images_BRYX: Tensor
     faults: Mapping[int, ValueError]
 
 
-def decode_on(images: JpegBatch, size: int, device: torch.device, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode_batch(images: JpegBatch, size: int, device: torch.device, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode JPEGs to (B, 3, size, size), uint8 RGB, on the device; scaled and cut as `decode_image` does it."""
     decode = _torchcodec() if device.type == "cuda" else None
     if decode is not None:
         try:
-            return Pixels(fit_all(decode(list(images.each()), mode="RGB", device=device), size), {})
+            return Pixels(fit_all(decode(list(images.split()), mode="RGB", device=device), size), {})
         except RuntimeError:
             pass  # no partial result, and no word on which one it was: below they are told apart, and none is let pass
     images_BRYX = image_rows(images.num_images, size)
     faults: dict[int, ValueError] = {}
-    for place, (jpeg, row_RYX) in enumerate(zip(images.each(), images_BRYX, strict=True)):
+    for place, (jpeg, row_RYX) in enumerate(zip(images.split(), images_BRYX, strict=True)):
         try:
             decode_image(jpeg.numpy().tobytes(), "jpg", size, max_pixels, into=row_RYX)
         except ValueError as error:
@@ -50,17 +50,17 @@ def decode_on(images: JpegBatch, size: int, device: torch.device, max_pixels: in
     return Pixels(images_BRYX.to(device, non_blocking=True), faults)
 
 
-def fit_all(pictures: Sequence[Tensor], size: int) -> Tensor:
-    """Resize pictures (3, H, W), uint8, so that their shorter sides have `size`, and cut out their middles.
+def fit_all(images: Sequence[Tensor], size: int) -> Tensor:
+    """Resize images (3, H, W), uint8, so that their shorter sides have `size`, and cut out their middles.
 
-    What `middle` leaves out of a very long one is not resized. Those of one shape are resized together. Antialiased,
+    The ends of a very long image (`middle_slices`) are left out. Images of one shape are resized together: antialiased,
     bilinear, rounded to the nearest.
     """
-    seen = [picture[:, *middle(picture.shape[1], picture.shape[2])] for picture in pictures]
+    seen = [image[:, *middle_slices(image.shape[1], image.shape[2])] for image in images]
     by_shape: dict[tuple[int, int], list[int]] = {}
-    for place, picture in enumerate(seen):
-        by_shape.setdefault((picture.shape[1], picture.shape[2]), []).append(place)
-    fitted_BRYX = pictures[0].new_empty((len(pictures), 3, size, size))
+    for place, image in enumerate(seen):
+        by_shape.setdefault((image.shape[1], image.shape[2]), []).append(place)
+    fitted_BRYX = images[0].new_empty((len(images), 3, size, size))
     for (height, width), places in by_shape.items():
         scale = size / min(height, width)
         target = (max(size, round(height * scale)), max(size, round(width * scale)))

@@ -1,7 +1,7 @@
 """The JPEGs of a batch on their way from a loader's process to the device: one tensor of bytes, and where each begins.
 
-A worker hands two tensors in shared memory on, however many pictures there are, and one copy pins them for the GPU.
-Each picture keeps its name, since it may turn out to be none only after it has left the shard behind.
+A worker hands two tensors in shared memory on, however many images there are, and one copy pins them for the GPU.
+Each image keeps its name, since it may turn out to be none only after it has left the shard behind.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from lightning_moevlm.data.images.allocation import private_bytes, shared_bytes
+
 
 class Jpeg(NamedTuple):
-    """An encoded picture. name: where it was found, as messages tell it."""
+    """An encoded image. name: where it was found, as messages tell it."""
 
     data: bytes
     name: str
 
 
 class JpegBatch(NamedTuple):
-    """Encoded pictures of a batch, in its order, on the CPU.
+    """Encoded images of a batch, in its order, on the CPU.
 
     bytes_N: uint8, one JPEG after another. offsets_M: int64, where each of the M - 1 begins, and where the last ends.
-    names: where each was found. parts: how many follow each other from one source. fresh: whether a picture is read for
+    names: where each was found. parts: how many follow each other from one source. fresh: whether an image is read for
     the first time in its epoch; one that fills up for a lost sample is not.
     """
 
@@ -36,10 +38,10 @@ class JpegBatch(NamedTuple):
     fresh: tuple[bool, ...]
 
     @classmethod
-    def of(cls, jpegs: Sequence[Jpeg], num_fresh: int | None = None) -> "JpegBatch":
+    def pack(cls, jpegs: Sequence[Jpeg], num_fresh: int | None = None) -> "JpegBatch":
         """Put the JPEGs of one source together; in a worker, in shared memory. num_fresh: the first so many, or all."""
         offsets = np.cumsum([0, *(len(jpeg.data) for jpeg in jpegs)])
-        bytes_N = _room(int(offsets[-1]))
+        bytes_N = _allocate(int(offsets[-1]))
         target = bytes_N.numpy()
         for jpeg, (start, stop) in zip(jpegs, pairwise(offsets), strict=True):
             target[start:stop] = np.frombuffer(jpeg.data, dtype=np.uint8)
@@ -48,14 +50,14 @@ class JpegBatch(NamedTuple):
         return cls(bytes_N, torch.from_numpy(offsets), names, (len(jpegs),), fresh)
 
     @classmethod
-    def joined(cls, several: Sequence["JpegBatch"]) -> "JpegBatch | None":
+    def join(cls, several: Sequence["JpegBatch"]) -> "JpegBatch | None":
         """Put those of several sources together, one after the other; None for none."""
         if len(several) <= 1:
             return several[0] if several else None
         ends = np.cumsum([0, *(len(each.bytes_N) for each in several)])
         offsets = [each.offsets_M[:-1] + int(end) for each, end in zip(several, ends, strict=False)]
         return cls(
-            torch.cat([each.bytes_N for each in several], out=_room(int(ends[-1]))),
+            torch.cat([each.bytes_N for each in several], out=_allocate(int(ends[-1]))),
             torch.cat([*offsets, torch.tensor([int(ends[-1])])]),
             tuple(name for each in several for name in each.names),
             tuple(part for each in several for part in each.parts),
@@ -64,21 +66,17 @@ class JpegBatch(NamedTuple):
 
     @property
     def num_images(self) -> int:
-        """How many pictures there are."""
+        """How many images there are."""
         return len(self.names)
 
-    def each(self) -> tuple[Tensor, ...]:
+    def split(self) -> tuple[Tensor, ...]:
         """Return the bytes of every JPEG, without copying them."""
         return tuple(self.bytes_N[start:stop] for start, stop in pairwise(self.offsets_M.tolist()))
 
-    def pinned(self) -> "JpegBatch":
+    def pin(self) -> "JpegBatch":
         """Return the same in memory that a GPU can read from."""
         return self._replace(bytes_N=self.bytes_N.pin_memory())
 
 
-def _room(num_bytes: int) -> Tensor:
-    if get_worker_info() is None:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    # as torch's own collate function does in a worker
-    storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
+def _allocate(num_bytes: int) -> Tensor:
+    return private_bytes(num_bytes) if get_worker_info() is None else shared_bytes(num_bytes)

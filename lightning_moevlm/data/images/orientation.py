@@ -31,27 +31,27 @@ def orientation(data: bytes) -> int:
     """Return the EXIF orientation of an encoded image, 1 (upright) to 8."""
     try:
         if data[:2] == b"\xff\xd8":
-            return _of_tiff(_of_jpeg(data))
+            return _read_orientation_tag(_find_jpeg_exif(data))
         if data[:4] == b"\x89PNG":
-            return _of_tiff(_of_png(data))
+            return _read_orientation_tag(_find_png_exif(data))
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            return _of_tiff(_of_webp(data))
+            return _read_orientation_tag(_find_webp_exif(data))
     except struct.error:  # an offset leads out of the bytes
         pass
     return UPRIGHT
 
 
-def turned_picture(image: Image.Image, turn: int) -> Image.Image:
+def turn_image(image: Image.Image, turn: int) -> Image.Image:
     """Return a Pillow image as it is shown. turn: the orientation it is stored in."""
     return image if turn == UPRIGHT else image.transpose(_METHODS[turn])
 
 
-def shown_size(size: tuple[int, int], turn: int) -> tuple[int, int]:
+def upright_size(size: tuple[int, int], turn: int) -> tuple[int, int]:
     """Return (width, height) as shown. turn: the orientation they are stored in."""
     return (size[1], size[0]) if turn in TRANSPOSED else size
 
 
-def _of_jpeg(data: bytes) -> bytes:
+def _find_jpeg_exif(data: bytes) -> bytes:
     """Return the TIFF structure of the first Exif segment, nothing if there is none before the pixels."""
     place = 2
     while data[place : place + 1] == b"\xff":
@@ -65,7 +65,7 @@ def _of_jpeg(data: bytes) -> bytes:
     return b""
 
 
-def _of_png(data: bytes) -> bytes:
+def _find_png_exif(data: bytes) -> bytes:
     place = 8
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
@@ -75,7 +75,7 @@ def _of_png(data: bytes) -> bytes:
     return b""
 
 
-def _of_webp(data: bytes) -> bytes:
+def _find_webp_exif(data: bytes) -> bytes:
     place = 12
     while place + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, place)
@@ -85,7 +85,7 @@ def _of_webp(data: bytes) -> bytes:
     return b""
 
 
-def _of_tiff(exif: bytes) -> int:
+def _read_orientation_tag(exif: bytes) -> int:
     tiff = exif.removeprefix(_EXIF)
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:

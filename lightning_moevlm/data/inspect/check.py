@@ -1,7 +1,7 @@
 """Checking a set from end to end: every shard against the manifest, every sample by decoding it.
 
 Unlike a reader, which stops at the first mistake, a check goes on and lists all that it finds. On the way it gathers
-the set's card: counts, sizes, lengths, and pictures that occur more than once.
+the set's card: counts, sizes, lengths, and images that occur more than once.
 """
 
 import hashlib
@@ -14,20 +14,18 @@ import numpy as np
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.progress import track
-from lightning_moevlm.data.format.faults import Cause, Lost
+from lightning_moevlm.data.format.faults import Cause, Lost, decode_fault
 from lightning_moevlm.data.format.manifest import SPLITS, Manifest, Split
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
 from lightning_moevlm.data.images.decode import (
-    CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
     ImageTooLargeError,
     decode_image,
-    undecodable,
 )
-from lightning_moevlm.data.inspect.thumbnails import modality_of, picture_size
+from lightning_moevlm.data.inspect.thumbnails import modality_of, read_image_size
 from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.text.captions import captions_in
+from lightning_moevlm.data.text.captions import CAPTION_EXTENSION, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
@@ -35,7 +33,7 @@ _DECODED_SIZE = 8  # pixels; small, since only whether it can be decoded matters
 TEXT_LENGTHS = (24, 40, 64, 128)
 """Of `data.max_text_len`: those of the shipped configurations, and more; a check tells how many captions each cuts."""
 _FRAME = 2  # [BOS] and [EOS]
-_DIGEST_BYTES = 16  # of sha256, kept per picture: enough to tell any number of pictures apart
+_DIGEST_BYTES = 16  # of sha256, kept per image: enough to tell any number of images apart
 
 
 class SplitCard(NamedTuple):
@@ -43,7 +41,7 @@ class SplitCard(NamedTuple):
 
     caption_*: tokens of a sample's longest caption, without [BOS] and [EOS]; 0 in a set without captions. cut: share of
     the samples of which a caption loses its end, by `data.max_text_len`. side_*: pixels, min, median and 95 % of the
-    shorter side and the largest longer side; 0 in a set without pictures. duplicates_within: samples whose picture (in
+    shorter side and the largest longer side; 0 in a set without images. duplicates_within: samples whose image (in
     a set of texts: caption) is byte for byte one that occurred before in the split; duplicates_across: not in this
     split, but in one before it.
     """
@@ -70,7 +68,7 @@ class SplitCard(NamedTuple):
 class CheckReport(NamedTuple):
     """What a check found.
 
-    cards: one per split that has a sample without problems. sizes: how many pictures have which (width, height), the
+    cards: one per split that has a sample without problems. sizes: how many images have which (width, height), the
     most frequent first. faults: lost samples by cause. problems: one line each; empty if all is well.
     """
 
@@ -81,7 +79,7 @@ class CheckReport(NamedTuple):
     problems: tuple[str, ...]
 
 
-class _ComplaintError(Exception):
+class _ProblemError(Exception):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(message)
         self.cause = cause
@@ -102,9 +100,9 @@ def check_set(storage: ShardStorage) -> CheckReport:
         UserError: if the manifest itself cannot be read; everything else is listed in the report.
 
     """
-    manifest = storage.manifest()
+    manifest = storage.read_manifest()
     try:
-        tokenizer = storage.tokenizer(manifest.tokenizer)
+        tokenizer = storage.read_tokenizer(manifest.tokenizer)
     except UserError as error:
         return CheckReport(manifest, (), (), {}, (str(error),))
     check = _Check(storage, manifest, tokenizer)
@@ -137,12 +135,12 @@ class _Check:
         within, across = 0, 0
         for sample in self._samples(split, wanted):
             if isinstance(sample, Lost):
-                self._complain(sample.cause, sample.message, sample.num_samples)
+                self._report(sample.cause, sample.message, sample.num_samples)
                 continue
             try:
                 found.append(self._sample(sample))
-            except _ComplaintError as complaint:
-                self._complain(complaint.cause, str(complaint))
+            except _ProblemError as problem:
+                self._report(problem.cause, str(problem))
                 continue
             splits = self._shown.setdefault(self._identity(sample), set())
             within += split in splits
@@ -174,16 +172,16 @@ class _Check:
             for shard in track(shards, len(shards), f"checking {split}"):
                 yield from read_shard(ahead, shard, wanted, self._manifest.layout)
 
-    def _complain(self, cause: Cause, message: str, num_samples: int = 1) -> None:
+    def _report(self, cause: Cause, message: str, num_samples: int = 1) -> None:
         self.faults[cause] += num_samples
         self.problems.append(message)
 
     def _identity(self, sample: RawSample) -> bytes:
-        """Digest of the picture's bytes, of the captions where there is no picture."""
-        captions = captions_in(self._manifest.members, self._manifest.layout.caption_field)
+        """Digest of the image's bytes, of the captions where there is no image."""
+        captions = find_captions(self._manifest.members, self._manifest.layout.caption_field)
         shown = next((sample.members[member] for member in IMAGE_EXTENSIONS if member in sample.members), None)
         if shown is None and captions is not None:
-            shown = "\n".join(captions.of(sample.members[captions.member])).encode()
+            shown = "\n".join(captions.read(sample.members[captions.member])).encode()
         return hashlib.sha256(sample.key.encode() if shown is None else shown).digest()[:_DIGEST_BYTES]
 
     def _sample(self, sample: RawSample) -> _Found:
@@ -195,32 +193,33 @@ class _Check:
         """
         where = f"{sample.key} in shard {sample.shard}"
         if sample.key in self._keys:
-            raise _ComplaintError("duplicate_key", f"{where} occurs twice in the set")
+            raise _ProblemError("duplicate_key", f"{where} occurs twice in the set")
         self._keys.add(sample.key)
         num_tokens, size, num_questions = None, None, 0
-        captions = captions_in(self._manifest.members, self._manifest.layout.caption_field)
+        captions = find_captions(self._manifest.members, self._manifest.layout.caption_field)
         for extension in self._manifest.members:
             if extension not in sample.members:
-                raise _ComplaintError("member_missing", f"{where} has no .{extension} member")
+                raise _ProblemError("member_missing", f"{where} has no .{extension} member")
             data = sample.members[extension]
             try:
                 if extension in IMAGE_EXTENSIONS:
-                    size = picture_size(data, extension)
+                    size = read_image_size(data, extension)
                     decode_image(data, extension, _DECODED_SIZE)
                 if captions is not None and extension == captions.member:
-                    texts = captions.of(data)
+                    texts = captions.read(data)
                     if not texts:
-                        raise _ComplaintError("caption_empty", f"{where} has an empty caption")
+                        raise _ProblemError("caption_empty", f"{where} has an empty caption")
                     num_tokens = max(len(self._tokenizer.ids(text)) for text in texts)
                 if extension == "json":
                     num_questions += _num_questions(json.loads(data))
             except ValueError as error:
-                message = str(undecodable(sample.key, sample.shard, extension, error))
-                raise _ComplaintError(_cause_of(extension, error), message) from error
+                cause = _choose_cause(extension, error)
+                where = f"{sample.key}.{extension} in shard {sample.shard}"
+                raise _ProblemError(cause, str(decode_fault(cause, where, error))) from error
         return _Found(num_tokens, size, num_questions)
 
 
-def _cause_of(extension: str, error: ValueError) -> Cause:
+def _choose_cause(extension: str, error: ValueError) -> Cause:
     if isinstance(error, ImageTooLargeError):
         return "image_too_large"
     if extension in IMAGE_EXTENSIONS:

@@ -1,4 +1,4 @@
-"""Samples of a set as one HTML page to browse: pictures, captions as the tokenizer cuts them, questions, annotations.
+"""Samples of a set as one HTML page to browse: images, captions as the tokenizer cuts them, questions, annotations.
 
 The page is a single file without scripts, so it can be sent to anybody and opened anywhere. Everything that comes from
 the data is text to it: whatever a caption holds, it is shown and never run.
@@ -20,29 +20,28 @@ from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.faults import Lost
 from lightning_moevlm.data.format.manifest import Manifest, Split
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
-from lightning_moevlm.data.images.decode import CAPTION_EXTENSION
 from lightning_moevlm.data.images.orientation import UPRIGHT, orientation
 from lightning_moevlm.data.inspect.thumbnails import (
+    image_extension,
     modality_of,
-    open_picture,
-    picture_extension,
-    picture_size,
+    open_image,
+    read_image_size,
     thumbnail,
 )
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.text.captions import captions_in
+from lightning_moevlm.data.text.captions import CAPTION_EXTENSION, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 SHOWN_SIDE = 320
-"""Pixels; larger pictures, and turned ones, are encoded anew, others shown as the bytes that they are."""
+"""Pixels; larger images, and turned ones, are encoded anew, others shown as the bytes that they are."""
 _TEMPLATES = Path(__file__).parent / "templates"
 _LOSSES_SHOWN = 10
 _FLAT_LIST = re.compile(r"\[(\n[^\[\]{}]*)\]")
 _LONG_TEXT = 2000  # signs of a caption that are shown and cut into tokens
 
 
-class ShownPicture(NamedTuple):
-    """A picture in the page. size: "640 x 480 px, 83.1 kB" as stored."""
+class ShownImage(NamedTuple):
+    """An image in the page. size: "640 x 480 px, 83.1 kB" as stored."""
 
     data_uri: str
     size: str
@@ -53,7 +52,7 @@ class ShownSample(NamedTuple):
 
     key: str
     shard: str
-    picture: ShownPicture | None
+    image: ShownImage | None
     caption: str
     tokens: tuple[str, ...]
     questions: tuple[dict[str, str], ...]
@@ -85,16 +84,18 @@ def write_page(storage: ShardStorage, split: Split, num_samples: int, containing
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}, but a page shows at least 1")
-    manifest = storage.manifest()
-    tokenizer = storage.tokenizer(manifest.tokenizer)
+    manifest = storage.read_manifest()
+    tokenizer = storage.read_tokenizer(manifest.tokenizer)
     lost: list[Lost] = []
-    chosen = list(islice(_chosen(storage, manifest, split, containing, lost), num_samples))
+    chosen = list(islice(_choose(storage, manifest, split, containing, lost), num_samples))
     if not chosen and not lost:
         raise UserError(
             f"no sample of the {split} split of {storage} contains {containing!r}; try another --containing or --split"
         )
     samples = tuple(_shown(sample, manifest, tokenizer) for sample in track(chosen, len(chosen), "showing samples"))
-    page = Page(manifest, split, modality_of(manifest), manifest.num_samples(split), containing, samples, _told(lost))
+    page = Page(
+        manifest, split, modality_of(manifest), manifest.num_samples(split), containing, samples, _describe_losses(lost)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(_render(page), encoding="utf-8")
@@ -102,7 +103,7 @@ def write_page(storage: ShardStorage, split: Split, num_samples: int, containing
     return page
 
 
-def _chosen(
+def _choose(
     storage: ShardStorage, manifest: Manifest, split: Split, containing: str | None, lost: list[Lost]
 ) -> Iterator[RawSample]:
     wanted = None if containing is None else containing.casefold()
@@ -110,26 +111,26 @@ def _chosen(
         for sample in read_shard(storage, shard, frozenset(manifest.members), manifest.layout):
             if isinstance(sample, Lost):
                 lost.append(sample)
-            elif wanted is None or wanted in _searched(sample):
+            elif wanted is None or wanted in _search_text(sample):
                 yield sample
 
 
-def _told(lost: list[Lost]) -> tuple[str, ...]:
+def _describe_losses(lost: list[Lost]) -> tuple[str, ...]:
     told = [f"{loss.cause}: {loss.message}" for loss in lost[:_LOSSES_SHOWN]]
     if len(lost) > _LOSSES_SHOWN:
         told.append(f"and {len(lost) - _LOSSES_SHOWN:,} more")
     return tuple(told)
 
 
-def _searched(sample: RawSample) -> str:
+def _search_text(sample: RawSample) -> str:
     texts = [data for extension, data in sample.members.items() if extension in (CAPTION_EXTENSION, "json")]
     return "\n".join([sample.key, *(data.decode("utf-8", "replace") for data in texts)]).casefold()
 
 
 def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -> ShownSample:
     faults: list[str] = []
-    picture, caption, annotation = None, "", None
-    extension, captions = picture_extension(manifest), captions_in(manifest.members, manifest.layout.caption_field)
+    image, caption, annotation = None, "", None
+    extension, captions = image_extension(manifest), find_captions(manifest.members, manifest.layout.caption_field)
     for member in manifest.members:
         if member not in sample.members:
             faults.append(f"there is no .{member} member")
@@ -137,9 +138,9 @@ def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -
         data = sample.members[member]
         try:
             if member == extension:
-                picture = _picture(data, member)
+                image = _image(data, member)
             if captions is not None and member == captions.member:
-                caption = next(iter(captions.of(data)), "")[:_LONG_TEXT]
+                caption = next(iter(captions.read(data)), "")[:_LONG_TEXT]
             if member == "json":
                 annotation = json.loads(data)
         except ValueError as error:
@@ -147,26 +148,26 @@ def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -
     return ShownSample(
         key=sample.key,
         shard=sample.shard,
-        picture=picture,
+        image=image,
         caption=caption,
         tokens=tuple(tokenizer.decode([i]) for i in tokenizer.ids(caption)),
         questions=_questions(annotation),
-        annotation="" if annotation is None else _indented(annotation),
+        annotation="" if annotation is None else _indent(annotation),
         faults=tuple(faults),
     )
 
 
-def _picture(data: bytes, extension: str) -> ShownPicture:
-    width, height = picture_size(data, extension)
+def _image(data: bytes, extension: str) -> ShownImage:
+    width, height = read_image_size(data, extension)
     size = f"{width} x {height} px, {len(data) / 1e3:,.1f} kB"
     small = thumbnail(data, extension, SHOWN_SIDE)  # also finds out whether it can be decoded
-    with open_picture(data, extension) as image:
+    with open_image(data, extension) as image:
         mime = Image.MIME["JPEG" if image.format == "MPO" else str(image.format)]  # MPO: a JPEG with others behind it
     if max(width, height) > SHOWN_SIDE or orientation(data) != UPRIGHT:  # not all that shows pages turns PNGs
         out = io.BytesIO()
         small.save(out, "JPEG", quality=85)
         data, mime = out.getvalue(), "image/jpeg"
-    return ShownPicture(f"data:{mime};base64,{base64.b64encode(data).decode()}", size)
+    return ShownImage(f"data:{mime};base64,{base64.b64encode(data).decode()}", size)
 
 
 def _questions(annotation: object) -> tuple[dict[str, str], ...]:
@@ -178,7 +179,7 @@ def _questions(annotation: object) -> tuple[dict[str, str], ...]:
     return tuple({part: str(entry.get(part, "")) for part in parts} for entry in found if isinstance(entry, dict))
 
 
-def _indented(annotation: object) -> str:
+def _indent(annotation: object) -> str:
     """Return indented JSON; lists that hold no lists or objects (boxes, mostly) stand on one line."""
     text = json.dumps(annotation, indent=1, ensure_ascii=False)
     # a line break is never part of a JSON string, so only the indentation changes

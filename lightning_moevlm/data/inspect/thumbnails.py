@@ -1,4 +1,4 @@
-"""A set seen from outside of training: what its samples are, how large its pictures, and what they look like."""
+"""A set seen from outside of training: what its samples are, how large its images, and what they look like."""
 
 import io
 import warnings
@@ -13,45 +13,45 @@ from lightning_moevlm.data.images.decode import (
     ImageTooLargeError,
     check_pixels,
 )
-from lightning_moevlm.data.images.orientation import orientation, shown_size, turned_picture
-from lightning_moevlm.data.text.captions import captions_in
+from lightning_moevlm.data.images.orientation import orientation, turn_image, upright_size
+from lightning_moevlm.data.text.captions import find_captions
 
 _FORMATS = {"jpg": ("JPEG",), "png": ("PNG",), "image": IMAGE_FORMATS}
 
 
 def modality_of(manifest: Manifest) -> str:
     """Return what the set's samples are: pairs, images or texts."""
-    has_pictures = picture_extension(manifest) is not None
-    has_captions = captions_in(manifest.members, manifest.layout.caption_field) is not None
-    return "pairs" if has_pictures and has_captions else "images" if has_pictures else "texts"
+    has_images = image_extension(manifest) is not None
+    has_captions = find_captions(manifest.members, manifest.layout.caption_field) is not None
+    return "pairs" if has_images and has_captions else "images" if has_images else "texts"
 
 
-def picture_extension(manifest: Manifest) -> str | None:
-    """Return the extension of the set's pictures, None if it has none."""
+def image_extension(manifest: Manifest) -> str | None:
+    """Return the extension of the set's images, None if it has none."""
     return next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
 
 
-def picture_size(data: bytes, extension: str) -> tuple[int, int]:
-    """Return (width, height) in pixels, upright, from the picture's header.
+def read_image_size(data: bytes, extension: str) -> tuple[int, int]:
+    """Return (width, height) in pixels, upright, from the image's header.
 
     Raises:
         ImageTooLargeError: if it has more pixels than allowed.
-        ValueError: if the bytes are no such picture.
+        ValueError: if the bytes are no such image.
 
     """
-    with open_picture(data, extension) as image:
-        return shown_size(image.size, orientation(data))
+    with open_image(data, extension) as image:
+        return upright_size(image.size, orientation(data))
 
 
 def thumbnail(data: bytes, extension: str, side: int) -> Image.Image:
-    """Return the whole picture as RGB, upright, its longer side at most `side` pixels; transparent pixels lie on white.
+    """Return the whole image as RGB, upright, its longer side at most `side` pixels; transparent pixels lie on white.
 
     Raises:
         ImageTooLargeError: if it has more pixels than allowed.
-        ValueError: if the bytes are no such picture.
+        ValueError: if the bytes are no such image.
 
     """
-    with open_picture(data, extension) as image:
+    with open_image(data, extension) as image:
         try:
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is scaled while it is decoded
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -59,15 +59,15 @@ def thumbnail(data: bytes, extension: str, side: int) -> Image.Image:
         except PILLOW_ERRORS as error:
             raise ValueError(str(error)) from error
     whole = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return turned_picture(whole, orientation(data))
+    return turn_image(whole, orientation(data))
 
 
-def open_picture(data: bytes, extension: str) -> Image.Image:
-    """Open a picture of the format that its extension names, without decoding it.
+def open_image(data: bytes, extension: str) -> Image.Image:
+    """Open an image of the format that its extension names, without decoding it.
 
     Raises:
         ImageTooLargeError: if it has more pixels than allowed.
-        ValueError: if the bytes are no such picture.
+        ValueError: if the bytes are no such image.
 
     """
     try:

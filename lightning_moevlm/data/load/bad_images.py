@@ -1,11 +1,11 @@
-"""What becomes of a batch when the device finds that some of its pictures are none.
+"""What becomes of a batch when the device finds that some of its images are none.
 
 Beginning and end were checked in the loader's process, where a bad sample is replaced by the next of its stream; what
 is broken in between shows when the pixels are made, and then the stream has gone on. A run that tolerates no loss ends.
 Otherwise the sample is counted as lost, for the same cause as if the CPU had decoded it, and
 
-- in training its place goes to a copy of a neighbour, picture, text and key, from the same source if there is one, else
-  of the same kind (pairs, or images alone), so that every rank keeps its number of samples and every text its picture;
+- in training its place goes to a copy of a neighbour, image, text and key, from the same source if there is one, else
+  of the same kind (pairs, or images alone), so that every rank keeps its number of samples and every text its image;
 - in evaluation it is left out, as every sample counts once.
 """
 
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.format.faults import Cause, Lost, lost_batch_error, undecodable, untolerated
+from lightning_moevlm.data.format.faults import Cause, Lost, decode_fault, lost_batch_error, lost_sample_error
 from lightning_moevlm.data.images.decode import ImageTooLargeError
 from lightning_moevlm.data.images.gpu_decode import Pixels
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
@@ -23,23 +23,23 @@ from lightning_moevlm.data.read.reader import Delivery, Failure
 def insert_pixels(
     delivery: Delivery, images: JpegBatch, pixels: Pixels, tolerant: bool, fills: bool
 ) -> Delivery | Failure:
-    """Put decoded pictures into their batch, and account for those that are none.
+    """Put decoded images into their batch, and account for those that are none.
 
     Args:
         delivery: the batch, with what was lost on the way to it.
-        images: its pictures as they came.
+        images: its images as they came.
         pixels: as they are now.
         tolerant: whether samples may be lost.
         fills: whether lost samples are replaced, or left out.
 
     """
-    delivery = delivery._replace(batch=delivery.batch._replace(images_BRYX=pixels.images_BRYX), encoded=None)
+    delivery = delivery._replace(batch=delivery.batch._replace(images_BRYX=pixels.images_BRYX), jpegs=None)
     if not pixels.faults:
         return delivery
     lost = {place: _lost(images.names[place], error) for place, error in pixels.faults.items()}
     last = lost[max(lost)]
     if not tolerant:
-        return Failure(str(untolerated(lost[min(lost)])))
+        return Failure(str(lost_sample_error(lost[min(lost)])))
     good = [place for place in range(images.num_images) if place not in lost]
     kept = _neighbours(good, images.parts, delivery.batch.pairs) if fills else good
     if not kept and not fills:
@@ -56,11 +56,11 @@ def insert_pixels(
 
 def _lost(name: str, error: ValueError) -> Lost:
     cause: Cause = "image_too_large" if isinstance(error, ImageTooLargeError) else "image_undecodable"
-    return Lost(1, cause, str(undecodable(cause, name, error)))
+    return Lost(1, cause, str(decode_fault(cause, name, error)))
 
 
 def _neighbours(good: Sequence[int], parts: Sequence[int], pairs: int) -> list[int]:
-    """Return for every picture the nearest good one of its kind, its own source first; nothing if a kind has none."""
+    """Return for every image the nearest good one of its kind, its own source first; nothing if a kind has none."""
     source = [k for k, part in enumerate(parts) for _ in range(part)]
     found: list[int] = []
     for place in range(len(source)):
@@ -72,7 +72,7 @@ def _neighbours(good: Sequence[int], parts: Sequence[int], pairs: int) -> list[i
 
 
 def _rows(batch: Batch, kept: Sequence[int]) -> Batch:
-    """Return a batch with the samples of these pictures, and its texts without pictures as they were."""
+    """Return a batch with the samples of these images, and its texts without images as they were."""
     assert batch.images_BRYX is not None
     num_images, pairs = len(batch.images_BRYX), batch.pairs
     left_out = num_images - len(kept)

@@ -1,6 +1,6 @@
 """Rooms for batches that are used again: the memory of a batch goes to a later one when nobody holds it any more.
 
-Fresh shared memory costs a page fault per 4 KiB on either side, about as much as decoding a third of the pictures that
+Fresh shared memory costs a page fault per 4 KiB on either side, about as much as decoding a third of the images that
 go into it; private memory of this size is handed back to the system and faulted in again as well. Here a loader has a
 few rooms for as long as it is iterated over. Nothing is ever copied out: a batch lies in its room, and stays whole for
 as long as it, or any view of it, is held. Who holds many batches uses the rooms up, and gets ordinary memory instead.
@@ -109,13 +109,13 @@ class BatchPacker:
         bytes_N = self._pool.view_buffer(buffer)
         tensors = {name: each for name, each in batch._asdict().items() if isinstance(each, Tensor) and each.is_cpu}
         starts = {name: each.data_ptr() - bytes_N.data_ptr() for name, each in tensors.items()}
-        inside = [name for name, start in starts.items() if 0 <= start < len(bytes_N)]
-        slots = {name: _make_slot(tensors[name], starts[name]) for name in inside}
+        resolve_inside = [name for name, start in starts.items() if 0 <= start < len(bytes_N)]
+        slots = {name: _make_slot(tensors[name], starts[name]) for name in resolve_inside}
         end = max((slot.stop for slot in slots.values()), default=0)
-        for name in (name for name in tensors if name not in inside):
+        for name in (name for name in tensors if name not in resolve_inside):
             slot = _make_slot(tensors[name], _align(end))
             if slot.stop <= len(bytes_N):
-                slot.of(bytes_N).copy_(tensors[name])
+                slot.view(bytes_N).copy_(tensors[name])
                 slots[name], end = slot, slot.stop
         sent: dict[str, Any] = dict.fromkeys(slots)
         return batch._replace(**sent), PooledBatch(self._worker, buffer, slots)
@@ -124,7 +124,7 @@ class BatchPacker:
 def unpack(batch: Batch, pooled: PooledBatch, pool: Sequence[BufferPool]) -> Batch:
     """Return a batch with the tensors of its parcel, where they lie. rooms: of every worker."""
     bytes_N = pool[pooled.worker].lend(pooled.buffer)
-    tensors: dict[str, Any] = {name: slot.of(bytes_N) for name, slot in pooled.slots.items()}
+    tensors: dict[str, Any] = {name: slot.view(bytes_N) for name, slot in pooled.slots.items()}
     return batch._replace(**tensors)
 
 

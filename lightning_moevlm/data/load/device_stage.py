@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.images.augment import Augment
-from lightning_moevlm.data.images.gpu_decode import decode_on
+from lightning_moevlm.data.images.gpu_decode import decode_batch
 from lightning_moevlm.data.load.bad_images import insert_pixels
 from lightning_moevlm.data.load.gpu_prefetch import prefetch
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure
@@ -24,7 +24,7 @@ from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure
 class DeviceStage:
     """Prepares a loader's batches for the model.
 
-    device: where the model is. image_size, max_pixels: of pictures that are still encoded. augment: null augments
+    device: where the model is. image_size, max_pixels: of images that are still encoded. augment: null augments
     nothing. seed, rank: what draws depend on, besides the batch. num_ahead: batches prepared ahead. tolerant: whether
     samples may be lost. fills: whether lost ones are replaced, as in training, or left out.
     """
@@ -46,9 +46,9 @@ class DeviceStage:
 
     def prepare(self, item: Delivery | Failure, epoch: int, number: int) -> Delivery | Failure:
         """Return a batch as the model gets it. number: in its epoch."""
-        if isinstance(item, Delivery) and item.encoded is not None:
-            pixels = decode_on(item.encoded, self.image_size, self.device, self.max_pixels)
-            item = insert_pixels(item, item.encoded, pixels, self.tolerant, self.fills)
+        if isinstance(item, Delivery) and item.jpegs is not None:
+            pixels = decode_batch(item.jpegs, self.image_size, self.device, self.max_pixels)
+            item = insert_pixels(item, item.jpegs, pixels, self.tolerant, self.fills)
         if isinstance(item, Failure):
             return item
         batch = to_device(item.batch, self.device)

@@ -139,7 +139,7 @@ class ShardLoader:
                 raise UserError(delivery.message)
             self._take(delivery)
             if self._cursor.batch == self._batches_per_epoch and self.lost != before:
-                warnings.warn(f"samples lost in this epoch: {_told(self.lost - before)}", stacklevel=2)
+                warnings.warn(f"samples lost in this epoch: {_describe_losses(self.lost - before)}", stacklevel=2)
             yield delivery.batch
 
     def _pools(self) -> list[BufferPool]:
@@ -183,8 +183,8 @@ class ShardLoader:
         judged = max(read, min(_JUDGED_FROM, own // self._reader.rank.world_size))
         if self.lost.total() > self._max_lost_fraction * judged:
             raise UserError(
-                f"{self.lost.total()} of {read} samples read could not be used ({_told(self.lost)}), more than "
-                f"data.max_lost_fraction {self._max_lost_fraction} allows; the last: {delivery.last_error}"
+                f"{self.lost.total()} of {read} samples read could not be used ({_describe_losses(self.lost)}), more "
+                f"than data.max_lost_fraction {self._max_lost_fraction} allows; the last: {delivery.last_error}"
             )
 
     def _next_start(self) -> Cursor:
@@ -261,7 +261,7 @@ def refuse_uneven_workers(num_workers: int, num_streams: int) -> None:
         )
 
 
-def _told(lost: Counter[Cause]) -> str:
+def _describe_losses(lost: Counter[Cause]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in sorted(lost.items()))
 
 

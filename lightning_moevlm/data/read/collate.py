@@ -1,6 +1,6 @@
 """From raw samples to one `Batch`: decode each for itself, straight into the batch's memory; tokenise all together.
 
-Pictures that are to be decoded on the device stay JPEGs: beginning and end are checked, and the batch has images of the
+Images that are to be decoded on the device stay JPEGs: beginning and end are checked, and the batch has images of the
 meta device of torch, which have a shape and no pixels, until those are made.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, undecodable
+from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, decode_fault
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
 from lightning_moevlm.data.images.decode import (
@@ -24,7 +24,7 @@ from lightning_moevlm.data.images.decode import (
     image_rows,
 )
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
-from lightning_moevlm.data.text.captions import captions_in, drawn
+from lightning_moevlm.data.text.captions import draw_caption, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 _BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
@@ -33,7 +33,7 @@ _BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
 class Decoded(NamedTuple):
     """A decoded sample; what its set lacks is None. image_RYX: uint8, RGB. caption: without surrounding blanks.
 
-    jpeg: the picture of a sample that is to be decoded on the device; image_RYX is then None.
+    jpeg: the image of a sample that is to be decoded on the device; image_RYX is then None.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Collate:
     """Makes a batch of raw samples.
 
     image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included. max_pixels: that an encoded
-    picture may have. keeps_jpegs: whether pictures, which must be JPEGs, are decoded later, on the device.
+    image may have. keeps_jpegs: whether images, which must be JPEGs, are decoded later, on the device.
     caption_field: field of the json member that captions are read from; "" for the txt member.
     """
 
@@ -61,13 +61,13 @@ class Collate:
         caption_field: str = "",
     ) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
-        self._captions = captions_in(members, caption_field)
+        self._captions = find_captions(members, caption_field)
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._max_text_len = max_text_len
         self._max_pixels = max_pixels
         self._keeps_jpegs = keeps_jpegs
-        assert not keeps_jpegs or self._image_extension in (None, "jpg"), "the data module refuses other pictures"
+        assert not keeps_jpegs or self._image_extension in (None, "jpg"), "the data module refuses other images"
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -89,17 +89,17 @@ class Collate:
             decoded = [self.decode(sample, row) for sample, row in zip(samples, rows, strict=True)]
         except SampleFault as fault:
             raise UserError(str(fault)) from fault
-        return self.batch(decoded, images_BRYX)
+        return self.make_batch(decoded, images_BRYX)
 
     @property
     def bytes_per_sample(self) -> int:
-        """Of the tensors of a batch: its picture, its ids and their mask."""
+        """Of the tensors of a batch: its image, its ids and their mask."""
         has_pixels = self._image_extension is not None and not self._keeps_jpegs
         image = image_bytes(self._image_size) if has_pixels else 0
         return image + (self._max_text_len * _BYTES_PER_ID if self._captions is not None else 0)
 
     def image_rows(self, num_samples: int, allocate: Allocate = private_bytes) -> Tensor | None:
-        """Return room for the pictures of a batch, (B, 3, S, S) uint8, or None if the set has none.
+        """Return room for the images of a batch, (B, 3, S, S) uint8, or None if the set has none.
 
         Where JPEGs are kept, it is of the meta device.
         """
@@ -110,12 +110,12 @@ class Collate:
         return image_rows(num_samples, self._image_size, allocate)
 
     def decode(self, sample: RawSample, into: Tensor | None = None, draw: str = "") -> Decoded:
-        """Decode one sample. into: a row of `image_rows` for its picture; after a fault it may be used again.
+        """Decode one sample. into: a row of `image_rows` for its image; after a fault it may be used again.
 
-        draw: decides which of several captions is taken (`captions.drawn`).
+        draw: decides which of several captions is taken (`captions.draw_caption`).
 
         Raises:
-            SampleFault: if a member is missing, a picture is none or too large, or a text is empty or no UTF-8.
+            SampleFault: if a member is missing, an image is none or too large, or a text is empty or no UTF-8.
 
         """
         image_RYX, caption, jpeg = None, None, None
@@ -126,16 +126,16 @@ class Collate:
         if self._captions is not None:
             member = self._captions.member
             try:
-                captions = self._captions.of(_member(sample, member))
+                captions = self._captions.read(_member(sample, member))
             except ValueError as error:
                 cause: Cause = "text_not_utf8" if isinstance(error, UnicodeError) else "json_malformed"
                 raise _fault(cause, sample, member, error) from error
             if not captions:
                 raise SampleFault("caption_empty", f"{_place(sample, member)} holds no caption; rebuild the set")
-            caption = drawn(captions, draw, sample.key)
+            caption = draw_caption(captions, draw, sample.key)
         return Decoded(sample.key, image_RYX, caption, jpeg)
 
-    def batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
+    def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
         text_BL, text_mask_BL, num_cut = None, None, 0
         if self._captions is not None:
@@ -143,13 +143,13 @@ class Collate:
             text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len)
         return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded), num_cut=num_cut)
 
-    def encoded(self, decoded: Sequence[Decoded], num_fresh: int) -> JpegBatch | None:
+    def pack_jpegs(self, decoded: Sequence[Decoded], num_fresh: int) -> JpegBatch | None:
         """Put the JPEGs of a batch together; None where there are none, or they are decoded already.
 
         num_fresh: how many samples at the beginning are read for the first time in their epoch.
         """
         jpegs = [each.jpeg for each in decoded if each.jpeg is not None]
-        return JpegBatch.of(jpegs, num_fresh) if jpegs else None
+        return JpegBatch.pack(jpegs, num_fresh) if jpegs else None
 
     def _jpeg(self, sample: RawSample, extension: str) -> Jpeg:
         data = _member(sample, extension)
@@ -178,7 +178,7 @@ def _member(sample: RawSample, extension: str) -> bytes:
 
 
 def _fault(cause: Cause, sample: RawSample, extension: str, error: ValueError) -> SampleFault:
-    return undecodable(cause, _place(sample, extension), error)
+    return decode_fault(cause, _place(sample, extension), error)
 
 
 def _place(sample: RawSample, extension: str) -> str:

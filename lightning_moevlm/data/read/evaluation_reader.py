@@ -10,9 +10,9 @@ from lightning_moevlm.data.format.faults import Lost, lost_batch_error
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.read.collate import Decoded
-from lightning_moevlm.data.read.joined_batches import joined
+from lightning_moevlm.data.read.join_batches import join_batches
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Reader
-from lightning_moevlm.data.read.sample_order import Rank, SampleRange, fixed_batches, fixed_number, fixed_stretch
+from lightning_moevlm.data.read.sample_order import Rank, SampleRange, fixed_batches, fixed_number, fixed_range
 from lightning_moevlm.data.read.source_stream import OpenSource
 
 
@@ -75,15 +75,15 @@ class FixedReader(Reader):
             own = [batch for batch in own if offset + batch >= start.batch]
             offset += batches
             if own:
-                yield from self._of_source(k, [self._stretch(k, batch) for batch in own], allocate)
+                yield from self._read_source(k, [self._range(k, batch) for batch in own], allocate)
 
-    def _of_source(self, k: int, stretches: Sequence[SampleRange], allocate: Allocate) -> Iterator[Delivery]:
+    def _read_source(self, k: int, ranges: Sequence[SampleRange], allocate: Allocate) -> Iterator[Delivery]:
         source = self.sources[k]
-        whole = SampleRange(stretches[0].start, stretches[-1].stop)
-        assert len(whole) == sum(map(len, stretches)), "a stream reads without gaps"
-        arriving = source.arriving(source.pieces(whole, tuple(range(len(source.shards)))), set())
-        for stretch in stretches:
-            yield self._delivery(k, islice(arriving, len(stretch)), len(stretch), allocate)
+        whole = SampleRange(ranges[0].start, ranges[-1].stop)
+        assert len(whole) == sum(map(len, ranges)), "a stream reads without gaps"
+        arriving = source.read(source.split_by_shard(whole, tuple(range(len(source.shards)))), set())
+        for sample_range in ranges:
+            yield self._delivery(k, islice(arriving, len(sample_range)), len(sample_range), allocate)
 
     def _delivery(
         self, k: int, arriving: Iterator[tuple[int, RawSample | Lost]], num_samples: int, allocate: Allocate
@@ -93,24 +93,24 @@ class FixedReader(Reader):
         samples: list[Decoded] = []
         lost: list[Lost] = []
         for _, raw in arriving:
-            sample = source.decoded(raw, None if rows is None else rows[len(samples)])
+            sample = source.decode(raw, None if rows is None else rows[len(samples)])
             if isinstance(sample, Decoded):
                 samples.append(sample)
             else:
-                lost.append(self._met(sample))
+                lost.append(self._accept_loss(sample))
         causes = Counter(sample.cause for sample in lost)
         last_error = lost[-1].message if lost else ""
         if not samples:
             raise lost_batch_error(num_samples, last_error)
-        batch = source.collate.batch(samples, None if rows is None else rows[: len(samples)])
-        images = source.collate.encoded(samples, len(samples))
-        return Delivery(joined({k: batch}, len(self.sources)), (), dict(causes), last_error, images)
+        batch = source.collate.make_batch(samples, None if rows is None else rows[: len(samples)])
+        images = source.collate.pack_jpegs(samples, len(samples))
+        return Delivery(join_batches({k: batch}, len(self.sources)), (), dict(causes), last_error, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:
         sizes = [source.num_samples for source in self.sources]
         return tuple(fixed_batches(size, self.batch_size, self.rank.world_size) for size in sizes)
 
-    def _stretch(self, k: int, batch: int) -> SampleRange:
+    def _range(self, k: int, batch: int) -> SampleRange:
         number = fixed_number(batch, self._batches[k], self.num_streams)
-        return fixed_stretch(self.sources[k].num_samples, self._batches[k], self.rank, number)
+        return fixed_range(self.sources[k].num_samples, self._batches[k], self.rank, number)

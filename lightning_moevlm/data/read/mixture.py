@@ -69,7 +69,7 @@ class Source:
         return 0.0 if dry else value_at(self.weight, step)
 
     @property
-    def turns(self) -> set[int]:
+    def change_steps(self) -> set[int]:
         """The steps from which on the weight may be 0 when it was not before."""
         found = {0}
         if isinstance(self.weight, Ramp):
@@ -102,7 +102,7 @@ class Mixture:
     sources: tuple[Source, ...]
 
     def __post_init__(self) -> None:
-        for step in sorted(set[int]().union(*(source.turns for source in self.sources))):
+        for step in sorted(set[int]().union(*(source.change_steps for source in self.sources))):
             if not any(source.weight_at(step) for source in self.sources):
                 raise UserError(
                     f"every source of the mixture has weight 0 after {step} optimiser steps: give one a weight, or let "
@@ -114,10 +114,10 @@ class Mixture:
         """Whether counts depend on the optimiser step."""
         return any(isinstance(source.weight, Ramp) or source.pause is not None for source in self.sources)
 
-    def counts(self, epoch: int, batch: int, batch_size: int, pace: StepClock) -> tuple[int, ...]:
+    def counts(self, epoch: int, batch: int, batch_size: int, clock: StepClock) -> tuple[int, ...]:
         """Return how many samples each source gives to a batch."""
-        step = pace.step(epoch, batch)
-        offset = (0.5 + (epoch * pace.batches_per_epoch + batch) * _GOLDEN) % 1.0
+        step = clock.step(epoch, batch)
+        offset = (0.5 + (epoch * clock.batches_per_epoch + batch) * _GOLDEN) % 1.0
         return counts([source.weight_at(step) for source in self.sources], batch_size, offset)
 
 
@@ -134,7 +134,7 @@ def counts(weights: Sequence[float], batch_size: int, offset: float) -> tuple[in
     return tuple(found)
 
 
-def refuse_odd_names(names: Sequence[str]) -> None:
+def refuse_invalid_names(names: Sequence[str]) -> None:
     """Refuse names that cannot stand in metric keys.
 
     Raises:

@@ -4,11 +4,11 @@ import re
 from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Manifest, no_set
+from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Manifest, missing_set_error
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.text.captions import captions_in
+from lightning_moevlm.data.text.captions import find_captions
 
 _NEEDED = {"pair": ("image", "text"), "image": ("image",), "text": ("text",)}
 
@@ -23,7 +23,7 @@ class OpenSet(NamedTuple):
     @property
     def has_texts(self) -> bool:
         """Whether texts are read."""
-        return captions_in(self.members, self.manifest.layout.caption_field) is not None
+        return find_captions(self.members, self.manifest.layout.caption_field) is not None
 
     @property
     def gives_pairs(self) -> bool:
@@ -46,10 +46,10 @@ def open_set(source: Source, storage: ShardStorage) -> OpenSet:
     """
     folder = storage.folder
     if folder is not None and not (folder / MANIFEST_FILE).is_file():
-        raise no_set(folder)
-    manifest = storage.manifest()
+        raise missing_set_error(folder)
+    manifest = storage.read_manifest()
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
-    captions = captions_in(manifest.members, manifest.layout.caption_field)
+    captions = find_captions(manifest.members, manifest.layout.caption_field)
     there = {"image": image, "text": None if captions is None else captions.member}
     wanted = there.keys() if source.modality is None else _NEEDED[source.modality]
     lacking = [kind for kind in wanted if there[kind] is None]

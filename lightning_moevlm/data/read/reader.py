@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.format.faults import Cause, Lost, untolerated
+from lightning_moevlm.data.format.faults import Cause, Lost, lost_sample_error
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.sample_order import (
@@ -40,7 +40,7 @@ class Cursor:
 class Delivery(NamedTuple):
     """A batch on its way to the loader. places: of its stream after it. lost: what its stream met on the way to it.
 
-    encoded: the pictures, where they are to be decoded on the device; those of the batch are on the meta device.
+    jpegs: the images, where they are to be decoded on the device; those of the batch are on the meta device.
     parcel: where the batch's tensors lie that it comes without.
     """
 
@@ -48,7 +48,7 @@ class Delivery(NamedTuple):
     places: tuple[Place, ...]
     lost: dict[Cause, int]
     last_error: str
-    encoded: JpegBatch | None = None
+    jpegs: JpegBatch | None = None
     pooled: PooledBatch | None = None
 
     def pin_memory(self) -> "Delivery":
@@ -58,8 +58,8 @@ class Delivery(NamedTuple):
             for name, value in self.batch._asdict().items()
             if isinstance(value, Tensor) and not value.is_meta
         }
-        encoded = None if self.encoded is None else self.encoded.pinned()
-        return self._replace(batch=self.batch._replace(**tensors), encoded=encoded)
+        jpegs = None if self.jpegs is None else self.jpegs.pin()
+        return self._replace(batch=self.batch._replace(**tensors), jpegs=jpegs)
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class Reader(ABC):
 
     @abstractmethod
     def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
-        """Yield what one stream still has to give from `start` on. allocate: for the pictures of each batch.
+        """Yield what one stream still has to give from `start` on. allocate: for the images of each batch.
 
         Raises:
             UserError: if samples are lost that may not be, or nothing is left.
 
         """
 
-    def _met(self, lost: Lost) -> Lost:
+    def _accept_loss(self, lost: Lost) -> Lost:
         if not self.tolerant:
-            raise untolerated(lost)
+            raise lost_sample_error(lost)
         return lost

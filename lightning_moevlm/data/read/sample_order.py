@@ -53,14 +53,14 @@ def train_batches(num_samples: int, batch_size: int, world_size: int) -> int:
     return num_samples // (batch_size * world_size)
 
 
-def train_stretch(batches: int, batch_size: int, rank: int, stream: int, num_streams: int) -> SampleRange:
+def train_range(batches: int, batch_size: int, rank: int, stream: int, num_streams: int) -> SampleRange:
     """Return what one stream of one rank reads in an epoch of whole batches."""
     before = sum(stream_batches(batches, s, num_streams) for s in range(stream))
     start = (rank * batches + before) * batch_size
     return SampleRange(start, start + stream_batches(batches, stream, num_streams) * batch_size)
 
 
-def running_stretch(num_samples: int, rank: Rank, stream: int, num_streams: int) -> SampleRange:
+def running_range(num_samples: int, rank: Rank, stream: int, num_streams: int) -> SampleRange:
     """Return what one stream of one rank reads of a source that runs on: as much as every other stream does."""
     length = num_samples // (rank.world_size * num_streams)
     start = (rank.index * num_streams + stream) * length
@@ -81,7 +81,7 @@ def fixed_batches(num_samples: int, batch_size: int, world_size: int) -> int:
     return min(-(-per_rank // batch_size), num_samples // world_size)
 
 
-def fixed_stretch(num_samples: int, batches: int, rank: Rank, number: int) -> SampleRange:
+def fixed_range(num_samples: int, batches: int, rank: Rank, number: int) -> SampleRange:
     """Return the samples of one of a rank's batches when every sample is read once: all batches of nearly equal size.
 
     number: counts the rank's batches in the order of its samples, which is not that of time (see `fixed_number`).
@@ -97,20 +97,22 @@ def fixed_number(batch: int, batches: int, num_streams: int) -> int:
     return before + batch // num_streams
 
 
-def pieces(stretch: SampleRange, shard_sizes: Sequence[int], permutation: Sequence[int]) -> tuple[ShardRange, ...]:
+def split_by_shard(
+    sample_range: SampleRange, shard_sizes: Sequence[int], permutation: Sequence[int]
+) -> tuple[ShardRange, ...]:
     """Say which samples of which shards a stretch of the permuted line consists of."""
     found: list[ShardRange] = []
     begin = 0
     for shard in permutation:
         end = begin + shard_sizes[shard]
-        start, stop = max(stretch.start, begin), min(stretch.stop, end)
+        start, stop = max(sample_range.start, begin), min(sample_range.stop, end)
         if start < stop:
-            found.append(ShardRange(shard, start - begin, stop - begin, start - stretch.start))
+            found.append(ShardRange(shard, start - begin, stop - begin, start - sample_range.start))
         begin = end
     return tuple(found)
 
 
-def shuffled(length: int, buffer_size: int, random: Random) -> Iterator[int]:
+def shuffle(length: int, buffer_size: int, random: Random) -> Iterator[int]:
     """Yield 0..length-1, each once, as a shuffle buffer of `buffer_size` places would hand them out."""
     buffer: list[int] = []
     for arriving in range(length):

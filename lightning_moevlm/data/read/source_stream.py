@@ -13,11 +13,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_moevlm.data.format.faults import Lost, SampleFault
-from lightning_moevlm.data.format.layout import PLAIN, Layout
+from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 from lightning_moevlm.data.format.manifest import ShardEntry
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
 from lightning_moevlm.data.read.collate import Collate, Decoded
-from lightning_moevlm.data.read.sample_order import SampleRange, ShardRange, pieces, shard_permutation, shuffled
+from lightning_moevlm.data.read.sample_order import SampleRange, ShardRange, shard_permutation, shuffle, split_by_shard
 from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
@@ -33,32 +33,34 @@ class OpenSource:
     storage: ShardStorage
     shards: tuple[ShardEntry, ...]
     collate: Collate
-    layout: Layout = PLAIN
+    layout: Layout = PLAIN_LAYOUT
 
     @property
     def num_samples(self) -> int:
         """Samples that the manifest promises."""
         return sum(shard.num_samples for shard in self.shards)
 
-    def pieces(self, stretch: SampleRange, permutation: tuple[int, ...]) -> tuple[ShardRange, ...]:
+    def split_by_shard(self, sample_range: SampleRange, permutation: tuple[int, ...]) -> tuple[ShardRange, ...]:
         """Say which samples of which shards a stretch consists of."""
-        return pieces(stretch, [shard.num_samples for shard in self.shards], permutation)
+        return split_by_shard(sample_range, [shard.num_samples for shard in self.shards], permutation)
 
-    def arriving(self, line: tuple[ShardRange, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
+    def read(self, line: tuple[ShardRange, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
         """Read pieces in order, numbered, without samples that are gone; shards that are all gone stay closed."""
-        left = [piece for piece in line if not gone or not gone.issuperset(_numbers(piece))]
-        with ShardPrefetcher(self.storage, [self.shards[piece.shard] for piece in left]) as ahead:
-            for piece in left:
-                read = read_shard(ahead, self.shards[piece.shard], self.collate.wanted, self.layout)
+        left = [shard_range for shard_range in line if not gone or not gone.issuperset(_numbers(shard_range))]
+        with ShardPrefetcher(self.storage, [self.shards[shard_range.shard] for shard_range in left]) as ahead:
+            for shard_range in left:
+                read = read_shard(ahead, self.shards[shard_range.shard], self.collate.wanted, self.layout)
                 found = _one_by_one(read)
-                for number, sample in zip(_numbers(piece), islice(found, piece.start, piece.stop), strict=True):
+                for number, sample in zip(
+                    _numbers(shard_range), islice(found, shard_range.start, shard_range.stop), strict=True
+                ):
                     if number not in gone:
                         yield number, sample
 
-    def decoded(self, sample: RawSample | Lost, into: Tensor | None, draw: str = "") -> Decoded | Lost:
-        """Decode a sample, its picture into a row of a batch; one that cannot be used is lost.
+    def decode(self, sample: RawSample | Lost, into: Tensor | None, draw: str = "") -> Decoded | Lost:
+        """Decode a sample, its image into a row of a batch; one that cannot be used is lost.
 
-        draw: decides which of several captions is taken (`captions.drawn`).
+        draw: decides which of several captions is taken (`captions.draw_caption`).
         """
         if isinstance(sample, Lost):
             return sample
@@ -89,7 +91,7 @@ class SourceStream:
     """
 
     source: OpenSource
-    stretch: SampleRange
+    sample_range: SampleRange
     shuffle_buffer: int
     seed: int
     reader: str
@@ -109,10 +111,10 @@ class SourceStream:
 
     def _lap(self, place: Place) -> Iterator[RawSample | Lost]:
         random = Random(f"samples/{self.seed}/{place.epoch}/{place.lap}/{self.reader}/{self.source.name}")
-        order = shuffled(len(self.stretch), self.shuffle_buffer, random)
+        order = shuffle(len(self.sample_range), self.shuffle_buffer, random)
         gone = set(islice(order, place.taken))
         permutation = shard_permutation(len(self.source.shards), self.seed, place.epoch)
-        arriving = self.source.arriving(self.source.pieces(self.stretch, permutation), gone)
+        arriving = self.source.read(self.source.split_by_shard(self.sample_range, permutation), gone)
         waiting: dict[int, RawSample | Lost] = {}
         for number in order:
             while number not in waiting:
@@ -121,8 +123,8 @@ class SourceStream:
             yield waiting.pop(number)
 
 
-def _numbers(piece: ShardRange) -> range:
-    return range(piece.first, piece.first + piece.stop - piece.start)
+def _numbers(shard_range: ShardRange) -> range:
+    return range(shard_range.first, shard_range.first + shard_range.stop - shard_range.start)
 
 
 def _one_by_one(samples: Iterator[RawSample | Lost]) -> Iterator[RawSample | Lost]:

@@ -20,7 +20,7 @@ class TensorSlot(NamedTuple):
         """The byte after the last."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize
 
-    def of(self, bytes_N: Tensor) -> Tensor:
+    def view(self, bytes_N: Tensor) -> Tensor:
         """Return the tensor that lies there in the bytes of a room."""
         return bytes_N[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
 

@@ -12,10 +12,10 @@ from lightning_moevlm.data.format.faults import Cause, Lost
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.collate import Decoded
-from lightning_moevlm.data.read.joined_batches import in_order, joined
+from lightning_moevlm.data.read.join_batches import join_batches, order_sources
 from lightning_moevlm.data.read.mixture import Mixture, StepClock
 from lightning_moevlm.data.read.reader import BY_EPOCHS, OVER_EPOCHS, READING, Cursor, Delivery, Reader
-from lightning_moevlm.data.read.sample_order import Rank, running_stretch, train_batches, train_stretch
+from lightning_moevlm.data.read.sample_order import Rank, running_range, train_batches, train_range
 from lightning_moevlm.data.read.source_stream import OpenSource, Place, SourceStream
 from lightning_moevlm.data.read.whole_steps import whole_steps
 
@@ -39,12 +39,12 @@ class TrainReader(Reader):
     shuffle_buffer: int
     seed: int
     num_streams: int
-    pace: StepClock
+    clock: StepClock
     tolerant: bool
 
     def __post_init__(self) -> None:
         ranks, num_samples = self.rank.world_size, sum(source.num_samples for source in self.sources)
-        if self._batches_at_hand == 0:
+        if self._batches_per_pass == 0:
             raise UserError(
                 f"{_names(self.sources)} has {num_samples} training samples, less than batch_size {self.batch_size} on "
                 f"each of {ranks} ranks; lower data.batch_size, use fewer ranks, or build a larger set"
@@ -60,7 +60,7 @@ class TrainReader(Reader):
     @property
     def num_batches(self) -> int:
         """Batches of one epoch on this rank."""
-        return whole_steps(self._batches_at_hand, self.pace.batches_per_step)
+        return whole_steps(self._batches_per_pass, self.clock.batches_per_step)
 
     @property
     def order(self) -> dict[str, object]:
@@ -76,7 +76,7 @@ class TrainReader(Reader):
         }
         if len(self.sources) == 1:
             order[READING] = OVER_EPOCHS if self._runs_on else BY_EPOCHS
-        return {**order, **asdict(self.pace)} if self.mixture.changes else order
+        return {**order, **asdict(self.clock)} if self.mixture.changes else order
 
     def next_epoch(self, before: Cursor) -> Cursor:
         """Start anew with one source; several run on from where they are."""
@@ -88,7 +88,10 @@ class TrainReader(Reader):
     def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
         """Yield the rest of a stream's batches of the epoch; `places` of the start say where in the sources."""
         places = list(start.places[stream])
-        takers = [_Taker(line, place) for line, place in zip(self._lines(stream), places, strict=True)]
+        takers = [
+            _Taker(source_stream, place)
+            for source_stream, place in zip(self._source_streams(stream), places, strict=True)
+        ]
         first = start.batch + (stream - start.batch) % self.num_streams
         for number in range(first, self.num_batches, self.num_streams):
             yield self._delivery(start.epoch, number, takers, places, allocate)  # a stream that waits holds no batch
@@ -100,8 +103,8 @@ class TrainReader(Reader):
         lost: Counter[Cause] = Counter()
         last_error = ""
         batches: dict[int, Batch] = {}
-        encoded: dict[int, JpegBatch | None] = {}
-        for k, count in enumerate(self.mixture.counts(epoch, number, self.batch_size, self.pace)):
+        jpegs: dict[int, JpegBatch | None] = {}
+        for k, count in enumerate(self.mixture.counts(epoch, number, self.batch_size, self.clock)):
             if not count:
                 continue
             collate = self.sources[k].collate
@@ -115,60 +118,60 @@ class TrainReader(Reader):
                     num_fresh += places[k].lap == 0
                     continue
                 # filling up meets the losses of the first pass again: they are counted already
-                lost[self._met(sample).cause] += 1 if places[k].lap == 0 else 0
+                lost[self._accept_loss(sample).cause] += 1 if places[k].lap == 0 else 0
                 last_error = sample.message
-            batches[k] = collate.batch(samples, rows)
-            encoded[k] = collate.encoded(samples, num_fresh)
-        batch, images = joined(batches, len(self.sources)), _joined_images(batches, encoded)
+            batches[k] = collate.make_batch(samples, rows)
+            jpegs[k] = collate.pack_jpegs(samples, num_fresh)
+        batch, images = join_batches(batches, len(self.sources)), _join_jpegs(batches, jpegs)
         return Delivery(batch, tuple(places), dict(+lost), last_error, images)
 
     @property
     def _runs_on(self) -> bool:
-        return len(self.sources) > 1 or self.num_batches != self._batches_at_hand
+        return len(self.sources) > 1 or self.num_batches != self._batches_per_pass
 
     @property
-    def _batches_at_hand(self) -> int:
+    def _batches_per_pass(self) -> int:
         num_samples = sum(source.num_samples for source in self.sources)
         return train_batches(num_samples, self.batch_size, self.rank.world_size)
 
-    def _lines(self, stream: int) -> Iterator[SourceStream]:
+    def _source_streams(self, stream: int) -> Iterator[SourceStream]:
         rank = self.rank
         reader = f"{rank.index}/{rank.world_size}/{stream}/{self.num_streams}"
         for source in self.sources:
             if self._runs_on:
-                stretch = running_stretch(source.num_samples, rank, stream, self.num_streams)
+                sample_range = running_range(source.num_samples, rank, stream, self.num_streams)
             else:
-                stretch = train_stretch(self.num_batches, self.batch_size, rank.index, stream, self.num_streams)
-            yield SourceStream(source, stretch, self.shuffle_buffer, self.seed, reader, self._runs_on)
+                sample_range = train_range(self.num_batches, self.batch_size, rank.index, stream, self.num_streams)
+            yield SourceStream(source, sample_range, self.shuffle_buffer, self.seed, reader, self._runs_on)
 
 
 class _Taker:
     """Takes from a line and decodes, as long as there is something left that can be used."""
 
-    def __init__(self, line: SourceStream, start: Place) -> None:
-        self._line = line
-        self._samples = line.samples(start)
+    def __init__(self, source_stream: SourceStream, start: Place) -> None:
+        self._stream = source_stream
+        self._samples = source_stream.samples(start)
         self._lost_in_a_row = 0
 
     def take(self, into: Tensor | None) -> tuple[Place, Decoded | Lost]:
-        """Return the next sample and the place after it. into: a row of a batch, for its picture."""
+        """Return the next sample and the place after it. into: a row of a batch, for its image."""
         place, raw = next(self._samples)
-        sample = self._line.source.decoded(raw, into, self._line.draw(place))
+        sample = self._stream.source.decode(raw, into, self._stream.draw(place))
         if isinstance(sample, Decoded):
             self._lost_in_a_row = 0
             return place, sample
         self._lost_in_a_row += 1
-        if self._lost_in_a_row > len(self._line.stretch):
+        if self._lost_in_a_row > len(self._stream.sample_range):
             raise UserError(
-                f"none of the {len(self._line.stretch)} samples that a stream should read of "
-                f"{self._line.source.name} can be used: {sample.message}"
+                f"none of the {len(self._stream.sample_range)} samples that a stream should read of "
+                f"{self._stream.source.name} can be used: {sample.message}"
             )
         return place, sample
 
 
-def _joined_images(batches: dict[int, Batch], encoded: dict[int, JpegBatch | None]) -> JpegBatch | None:
+def _join_jpegs(batches: dict[int, Batch], jpegs: dict[int, JpegBatch | None]) -> JpegBatch | None:
     """Put the sources' JPEGs together in the order of the joined batch."""
-    return JpegBatch.joined([images for k in in_order(batches) if (images := encoded[k]) is not None])
+    return JpegBatch.join([images for k in order_sources(batches) if (images := jpegs[k]) is not None])
 
 
 def _names(sources: Sequence[OpenSource]) -> str:

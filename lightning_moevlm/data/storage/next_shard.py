@@ -48,7 +48,7 @@ class ShardPrefetcher:
         fetch, self._fetch = self._fetch, None
         self._next = next(self._shards, None)
         try:
-            return self._storage.open(entry) if fetch is None else fetch.opened()
+            return self._storage.open(entry) if fetch is None else fetch.result()
         finally:
             self._begin(beside=entry)
 
@@ -80,7 +80,7 @@ class _Fetch:
         self.abandon = weakref.finalize(self, _abandon, self._found, stop, thread)
         thread.start()
 
-    def opened(self) -> BinaryIO:
+    def result(self) -> BinaryIO:
         """Return the shard, as soon as it is here."""
         try:
             stream = self._found.result()

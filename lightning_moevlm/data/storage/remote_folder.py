@@ -34,7 +34,7 @@ _PIECE_BYTES = 8 * 2**20
 _LONGEST_PAUSE_S = 30.0
 _SILENCE_S = 60
 """A server that sends nothing for so long is taken for gone."""
-_NOTICED_S = 0.1
+_CANCEL_POLL_S = 0.1
 """A transfer that is not wanted any more ends after so long at the latest, however silent its server."""
 _TRY_AGAIN = (408, 425, 429)
 _chance = random.SystemRandom()  # never the generators that a run seeds
@@ -81,13 +81,13 @@ class RemoteFolder:
         sink = _Sink(out, entry, self.place(entry.file))
         system, path = self._open_system(entry.file)
         if self.protocol in HTTP:
-            self._try(entry.file, lambda: self._stream(system, path, sink, stop), lambda: sink.furthest, stop)
+            self._try(entry.file, lambda: self._download_stream(system, path, sink, stop), lambda: sink.furthest, stop)
         else:
-            size = self._try(entry.file, lambda: _called(system, "info", stop, path)["size"], lambda: 0, stop)
+            size = self._try(entry.file, lambda: _call(system, "info", stop, path)["size"], lambda: 0, stop)
             check_size(size, entry, sink.place)
-            self._try(entry.file, lambda: self._piecewise(system, path, sink, stop), lambda: sink.furthest, stop)
+            self._try(entry.file, lambda: self._download_pieces(system, path, sink, stop), lambda: sink.furthest, stop)
 
-    def _stream(self, system: Any, path: str, sink: "_Sink", stop: StopRequest) -> None:
+    def _download_stream(self, system: Any, path: str, sink: "_Sink", stop: StopRequest) -> None:
         """Go on from where the sink is; a server that ignores the range is read from the beginning."""
         if sink.tell() == sink.entry.num_bytes:
             return
@@ -95,13 +95,13 @@ class RemoteFolder:
         headers = {**_HTTP_HEADERS}
         if sink.tell():
             headers["Range"] = f"bytes={sink.tell()}-"
-        _called(system, "get_file", stop, path, sink, callback=sink.answer, headers=headers)
+        _call(system, "get_file", stop, path, sink, callback=sink.answer, headers=headers)
         sink.check_whole()
 
-    def _piecewise(self, system: Any, path: str, sink: "_Sink", stop: StopRequest) -> None:
+    def _download_pieces(self, system: Any, path: str, sink: "_Sink", stop: StopRequest) -> None:
         while sink.tell() < sink.entry.num_bytes:
             end = min(sink.tell() + _PIECE_BYTES, sink.entry.num_bytes)
-            piece = _called(system, "cat_file", stop, path, start=sink.tell(), end=end)
+            piece = _call(system, "cat_file", stop, path, start=sink.tell(), end=end)
             if not piece:
                 break
             sink.write(piece)
@@ -110,20 +110,20 @@ class RemoteFolder:
     def _open_system(self, file: str) -> tuple[Any, str]:
         """Return fsspec's file system, which it keeps per process, and the file's path in it."""
         for logger in _DRIVERS:
-            logging.getLogger(logger).addFilter(_DISCRETION)  # twice is once
+            logging.getLogger(logger).addFilter(_URL_MASK)  # twice is once
         parts = urlsplit(self.url)
         name = quote(file) if self.protocol in HTTP else file
         url = urlunsplit(parts._replace(path="/".join((parts.path.rstrip("/"), name))))
         try:
             if self.protocol in HTTP:
-                return fsspec.core.url_to_fs(url, client_kwargs={"timeout": _patience()})
+                return fsspec.core.url_to_fs(url, client_kwargs={"timeout": _timeouts()})
             return fsspec.core.url_to_fs(url)
         except ImportError as error:
             extra = _EXTRAS.get(self.protocol)
             remedy = f"pip install 'lightning-moevlm[{extra}]'" if extra else "install it"
             raise UserError(f"data root {self.place()} needs a package that is missing ({error}); {remedy}") from None
         except ValueError as error:
-            raise UserError(f"data root {self.place()} cannot be opened: {self._masked(str(error))}") from None
+            raise UserError(f"data root {self.place()} cannot be opened: {self._mask(str(error))}") from None
 
     def _try(self, file: str, action: Callable[[], T], progress: Callable[[], int], stop: StopRequest) -> T:
         failures, reached = 0, progress()
@@ -133,7 +133,7 @@ class RemoteFolder:
             except (UserError, StoppedError):
                 raise
             except Exception as error:  # whatever a driver raises
-                where, why = self.place(file), self._masked(f"{type(error).__name__}: {error}")
+                where, why = self.place(file), self._mask(f"{type(error).__name__}: {error}")
                 status = _status(error)
                 if isinstance(error, FileNotFoundError) and status in (None, 404, 410):
                     raise ShardFault("shard_missing", f"{where} is missing; restore it or rebuild the set") from None
@@ -148,14 +148,14 @@ class RemoteFolder:
                     ) from None
             stop.pause(_chance.uniform(0, min(_LONGEST_PAUSE_S, self.backoff_s * 2**failures)))
 
-    def _masked(self, text: str) -> str:
+    def _mask(self, text: str) -> str:
         parts = urlsplit(self.url)
         for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
             text = text.replace(secret, MASK) if secret else text
         return mask_url_secrets(text)
 
 
-class _Discretion(logging.Filter):
+class _UrlMask(logging.Filter):
     """Masks addresses in what drivers log, which some do at the level DEBUG; errors with their traceback included."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -167,7 +167,7 @@ class _Discretion(logging.Filter):
 
 
 _DRIVERS = ("fsspec", "fsspec.http", "fsspec.asyn", "aiohttp.client", "aiohttp.internal", "asyncio", "s3fs", "gcsfs")
-_DISCRETION = _Discretion()
+_URL_MASK = _UrlMask()
 
 _HTTP_HEADERS = {"Accept-Encoding": "identity"}
 """A packed transfer could unpack to any size, and could not be resumed."""
@@ -236,19 +236,19 @@ class _Sink:
         pass
 
 
-def _called(system: Any, method: str, stop: StopRequest, *arguments: Any, **options: Any) -> Any:
+def _call(system: Any, method: str, stop: StopRequest, *arguments: Any, **options: Any) -> Any:
     """Call a driver, and break its transfer off when asked to stop."""
     stop.check()
     if not system.async_impl:
         return getattr(system, method)(*arguments, **options)
     # what fsspec's own `get_file` and so on do; those could not be woken while a server is silent
-    return sync(system.loop, _attended, getattr(system, f"_{method}")(*arguments, **options), stop)
+    return sync(system.loop, _run_transfer, getattr(system, f"_{method}")(*arguments, **options), stop)
 
 
-async def _attended(transfer: Coroutine[Any, Any, Any], stop: StopRequest) -> Any:
+async def _run_transfer(transfer: Coroutine[Any, Any, Any], stop: StopRequest) -> Any:
     task = asyncio.ensure_future(transfer)
     while not task.done():
-        await asyncio.wait({task}, timeout=_NOTICED_S)
+        await asyncio.wait({task}, timeout=_CANCEL_POLL_S)
         if stop.is_set():
             task.cancel()
     if task.cancelled():
@@ -256,7 +256,7 @@ async def _attended(transfer: Coroutine[Any, Any, Any], stop: StopRequest) -> An
     return task.result()
 
 
-def _patience() -> Any:
+def _timeouts() -> Any:
     import aiohttp  # only where something is read from a web server
 
     # the default allows five minutes for the whole transfer, however fast it goes

@@ -23,7 +23,7 @@ from lightning_moevlm.data.storage.stop_request import StopRequest
 GIB = 2**30
 _DONE = ".tar"
 _PARTIAL = ".partial"
-_LOOK_UP_S = 0.5
+_POLL_S = 0.5
 
 
 def default_cache_dir() -> Path:
@@ -58,9 +58,9 @@ class ShardCache:
             if self._is_good(path, entry):
                 return path
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._turn(name, stop or StopRequest()):
+            with self._hold_lock(name, stop or StopRequest()):
                 if not self._is_good(path, entry):  # another process may just have brought it
-                    self._bring(path, entry, address, download)
+                    self._download(path, entry, address, download)
         except OSError as error:
             raise UserError(
                 f"the cache of shards {self.folder} cannot be used ({error}); set data.cache_dir to a folder with space"
@@ -68,12 +68,12 @@ class ShardCache:
         return path
 
     @contextmanager
-    def _turn(self, name: str, stop: StopRequest) -> Iterator[None]:
+    def _hold_lock(self, name: str, stop: StopRequest) -> Iterator[None]:
         """Hold the lock of a name; who waits for it may be asked to stop."""
         lock = self._lock(name)
         while True:
             try:
-                lock.acquire(timeout=_LOOK_UP_S)
+                lock.acquire(timeout=_POLL_S)
                 break
             except Timeout:
                 stop.check()
@@ -91,7 +91,7 @@ class ShardCache:
             return False
         return True
 
-    def _bring(self, path: Path, entry: ShardEntry, address: str, download: Callable[[BinaryIO], None]) -> None:
+    def _download(self, path: Path, entry: ShardEntry, address: str, download: Callable[[BinaryIO], None]) -> None:
         partial = path.with_suffix(_PARTIAL)
         try:
             self._reserve(partial, entry.num_bytes)

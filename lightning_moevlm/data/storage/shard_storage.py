@@ -94,7 +94,7 @@ class ShardStorage:
         """Return where a file of the set lies, without credentials, for messages."""
         return str(self.folder / file) if self.folder is not None else self._remote.place(file)
 
-    def manifest(self) -> Manifest:
+    def read_manifest(self) -> Manifest:
         """Read the set's manifest.
 
         Raises:
@@ -105,7 +105,7 @@ class ShardStorage:
             return read_manifest(self.folder)
         return parse_manifest(self._remote.read(MANIFEST_FILE), self.place(MANIFEST_FILE))
 
-    def tokenizer(self, entry: TokenizerEntry) -> CaptionTokenizer:
+    def read_tokenizer(self, entry: TokenizerEntry) -> CaptionTokenizer:
         """Read the set's tokenizer.
 
         Raises:
@@ -136,7 +136,7 @@ class ShardStorage:
                     self._verified[entry] = version
                 return path
             except OSError as error:
-                raise _unreadable(self.place(entry.file), error) from None
+                raise _read_fault(self.place(entry.file), error) from None
         remote, stop = self._remote, stop or StopRequest()
         return self._cache.path(self.place(entry.file), entry, lambda out: remote.download(entry, out, stop), stop)
 
@@ -162,7 +162,7 @@ class ShardStorage:
             except FileNotFoundError:
                 continue  # another process needed its room in the cache: fetch it again
             except OSError as error:
-                raise _unreadable(str(path), error) from None
+                raise _read_fault(str(path), error) from None
         raise UserError(f"shards vanish from {self._cache.folder} before they are read; raise data.cache_gib")
 
     @property
@@ -182,5 +182,5 @@ class ShardStorage:
         return ShardCache(folder, None if self.cache_gib is None else int(self.cache_gib * GIB))
 
 
-def _unreadable(place: str, error: OSError) -> ShardFault:
+def _read_fault(place: str, error: OSError) -> ShardFault:
     return ShardFault("shard_unreachable", f"shard {place} cannot be read ({error}); check the disk and permissions")

@@ -5,9 +5,10 @@ from collections.abc import Collection
 from random import Random
 from typing import NamedTuple
 
-from lightning_moevlm.data.images.decode import CAPTION_EXTENSION, decode_caption
-from lightning_moevlm.data.text.json_texts import texts_of
+from lightning_moevlm.data.text.json_texts import parse_texts
+from lightning_moevlm.data.text.texts import decode_text
 
+CAPTION_EXTENSION = "txt"
 ANNOTATION_EXTENSION = "json"
 
 
@@ -17,7 +18,7 @@ class Captions(NamedTuple):
     member: str
     field: str
 
-    def of(self, data: bytes) -> tuple[str, ...]:
+    def read(self, data: bytes) -> tuple[str, ...]:
         """Return the captions of a sample's member, without surrounding blanks; none if they are empty.
 
         Raises:
@@ -26,20 +27,20 @@ class Captions(NamedTuple):
 
         """
         if not self.field:
-            caption = decode_caption(data)
+            caption = decode_text(data)
             return (caption,) if caption else ()
         content = json.loads(data.decode("utf-8-sig"))
-        return texts_of(content.get(self.field) if isinstance(content, dict) else None, self.field)
+        return parse_texts(content.get(self.field) if isinstance(content, dict) else None, self.field)
 
 
-def captions_in(members: Collection[str], caption_field: str) -> Captions | None:
+def find_captions(members: Collection[str], caption_field: str) -> Captions | None:
     """Return where captions lie in samples of these members; None if they have none."""
     if caption_field:
         return Captions(ANNOTATION_EXTENSION, caption_field) if ANNOTATION_EXTENSION in members else None
     return Captions(CAPTION_EXTENSION, "") if CAPTION_EXTENSION in members else None
 
 
-def drawn(captions: tuple[str, ...], draw: str, key: str) -> str:
+def draw_caption(captions: tuple[str, ...], draw: str, key: str) -> str:
     """Return one of a sample's captions. draw: what decides, as seed and epoch; "" takes the first."""
     if not draw or len(captions) == 1:
         return captions[0]

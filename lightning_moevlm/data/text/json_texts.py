@@ -1,9 +1,9 @@
 """Texts in a JSON field: one, or a list of several."""
 
-from lightning_moevlm.data.text.texts import bare
+from lightning_moevlm.data.text.texts import strip_text
 
 
-def texts_of(value: object, field: str) -> tuple[str, ...]:
+def parse_texts(value: object, field: str) -> tuple[str, ...]:
     """Return the texts that a JSON field holds, without surrounding blanks and without those that are blank.
 
     Raises:
@@ -12,7 +12,7 @@ def texts_of(value: object, field: str) -> tuple[str, ...]:
 
     """
     values = [] if value is None else value if isinstance(value, list) else [value]
-    texts = [bare(text) for text in values if isinstance(text, str)]
+    texts = [strip_text(text) for text in values if isinstance(text, str)]
     if len(texts) < len(values):
         raise ValueError(f"field {field!r} is neither a text nor a list of texts")
     for text in texts:

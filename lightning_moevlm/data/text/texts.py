@@ -7,16 +7,16 @@ would make that another word. Every reader and conversion takes texts through he
 BYTE_ORDER_MARK = "\ufeff"
 
 
-def bare(text: str) -> str:
+def strip_text(text: str) -> str:
     """Return a text without a mark at its beginning and without surrounding blanks."""
     return text.strip().removeprefix(BYTE_ORDER_MARK).strip()
 
 
-def decoded(data: bytes) -> str:
+def decode_text(data: bytes) -> str:
     """Return the text that bytes hold, bare.
 
     Raises:
         UnicodeDecodeError: if they are no UTF-8.
 
     """
-    return bare(data.decode("utf-8"))
+    return strip_text(data.decode("utf-8"))

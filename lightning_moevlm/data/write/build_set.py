@@ -67,7 +67,7 @@ class Recipe(Protocol):
     def build(self) -> dict[str, Scalar]: ...  # noqa: D102
 
 
-def existing_set(out: Path, plan: Recipe, force: bool) -> Manifest | None:
+def find_existing_set(out: Path, plan: Recipe, force: bool) -> Manifest | None:
     """Return the manifest if `out` already holds just this set; None if it is to be built.
 
     Raises:

@@ -36,7 +36,7 @@ class Sample(NamedTuple):
     annotation: str
 
 
-def split_of(identity: str) -> Split:
+def choose_split(identity: str) -> Split:
     """Return the split that everything of this identity belongs to (80 % train, 10 % val, 10 % test)."""
     position = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) / 2**64
     if position < TRAIN_SHARE:
@@ -113,7 +113,7 @@ class ShardWriter:
 
     def write(self, sample: Sample) -> Split:
         """Append one sample to the split that its identity falls into, and say which that is."""
-        split = split_of(sample.identity)
+        split = choose_split(sample.identity)
         self._splits[split].write(sample)
         return split
 

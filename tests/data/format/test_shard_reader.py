@@ -22,7 +22,7 @@ SAMPLES = 6
 
 
 def _files(num_samples: int = SAMPLES) -> Files:
-    """Samples of three members each; pictures of 700 bytes fill two blocks, the others one."""
+    """Samples of three members each; images of 700 bytes fill two blocks, the others one."""
     return [
         (f"s{i}.{extension}", bytes([65 + i]) * size)
         for i in range(num_samples)
@@ -76,7 +76,7 @@ def test_a_whole_shard(tmp_path: Path) -> None:
     ("data", "expected"),
     [
         # what a manifest that was made of the broken file cannot tell
-        (WHOLE[: SECOND + 600], ["s0", (5, "shard_truncated")]),  # within the picture of s1
+        (WHOLE[: SECOND + 600], ["s0", (5, "shard_truncated")]),  # within the image of s1
         (WHOLE[: SECOND + 300], ["s0", (5, "shard_truncated")]),  # within its header
         (WHOLE[:SECOND], ["s0", (5, "shard_truncated")]),  # between two samples: no end mark follows
         (WHOLE[: SECOND + 3 * 512], ["s0", (5, "shard_truncated")]),  # between two members of s1
@@ -184,9 +184,9 @@ def test_headers_that_would_harm_a_trusting_reader(
 
 
 def test_names_are_no_paths_and_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    monkeypatch.chdir(inside)
+    resolve_inside = tmp_path / "inside"
+    resolve_inside.mkdir()
+    monkeypatch.chdir(resolve_inside)
     files = [
         ("../../escaped.jpg", b"1"), ("../../escaped.txt", b"1"),
         ("/etc/moevlm.jpg", b"2"), ("/etc/moevlm.txt", b"2"),
@@ -194,12 +194,12 @@ def test_names_are_no_paths_and_no_code(tmp_path: Path, monkeypatch: pytest.Monk
         ("evil.jpg", b"4"), ("evil.txt", b"4"), ("evil.pkl", b"cos\nsystem\n(S'touch PWNED'\ntR."),
     ]  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
-    found = _read(inside, _tar(files), 4)
+    found = _read(resolve_inside, _tar(files), 4)
     assert [item.members for item in found if isinstance(item, RawSample)] == [
         {"jpg": digit, "txt": digit} for digit in (b"1", b"2", b"3", b"4")
     ]
     assert [item.key for item in found if isinstance(item, RawSample)][2] == "\\x1b[31mred\\n"
-    assert sorted(tmp_path.rglob("*")) == sorted([*before, inside / "x.tar"])
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, resolve_inside / "x.tar"])
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

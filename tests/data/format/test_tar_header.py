@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moevlm.data.format import tar_header
-from lightning_moevlm.data.format.tar_header import plain_header
+from lightning_moevlm.data.format.tar_header import parse_plain_header
 from lightning_moevlm.data.format.tar_members import Member, TarBreak, tar_members
 
 
@@ -24,12 +24,12 @@ def test_name_and_size_are_those_of_tarfile(name: str, form: int) -> None:
     for num_bytes in (0, 1, 511, 512, 513, 8**11 - 1):
         block = _header(name, num_bytes, form=form)
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        assert plain_header(block) == (info.name, info.size)
+        assert parse_plain_header(block) == (info.name, info.size)
 
 
 def test_padding_by_hand() -> None:
     # data are filled up to blocks of 512
-    padded = {size: plain_header(_header("a.jpg", size)).num_padded for size in (0, 1, 512, 513)}  # type: ignore[union-attr]
+    padded = {size: parse_plain_header(_header("a.jpg", size)).padded_bytes for size in (0, 1, 512, 513)}  # type: ignore[union-attr]
     assert padded == {0: 0, 1: 512, 512: 512, 513: 1024}
 
 
@@ -40,14 +40,16 @@ def test_the_sum_is_exact(block: bytes) -> None:
 
 def test_all_else_is_left_to_tarfile() -> None:
     good = _header("a.jpg")
-    assert plain_header(good) is not None
+    assert parse_plain_header(good) is not None
     for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.CONTTYPE):
-        assert plain_header(_header("a.jpg", kind=kind)) is None
-    assert plain_header(_header("old/", kind=tarfile.AREGTYPE)) is None  # a directory before there was a type for it
-    assert plain_header(_header("a.jpg", 8**11, form=tarfile.GNU_FORMAT)) is None  # in base 256
-    assert plain_header(bytes(512)) is None
-    assert plain_header(good[:511]) is None
-    assert plain_header(good[:10] + b"!" + good[11:]) is None  # the checksum tells
+        assert parse_plain_header(_header("a.jpg", kind=kind)) is None
+    assert (
+        parse_plain_header(_header("old/", kind=tarfile.AREGTYPE)) is None
+    )  # a directory before there was a type for it
+    assert parse_plain_header(_header("a.jpg", 8**11, form=tarfile.GNU_FORMAT)) is None  # in base 256
+    assert parse_plain_header(bytes(512)) is None
+    assert parse_plain_header(good[:511]) is None
+    assert parse_plain_header(good[:10] + b"!" + good[11:]) is None  # the checksum tells
 
 
 def test_no_mutated_header_means_something_else_to_tarfile() -> None:
@@ -62,7 +64,7 @@ def test_no_mutated_header_means_something_else_to_tarfile() -> None:
         if chance.random() < 0.8:  # else the checksum gives it away
             total = sum(block) - sum(block[148:156]) + 8 * 32
             block[148:156] = b"%06o\0 " % total
-        found = plain_header(bytes(block))
+        found = parse_plain_header(bytes(block))
         if found is not None:
             agreed += 1
             info = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
@@ -102,7 +104,7 @@ def test_fast_and_slow_give_the_same_members(form: int, tmp_path: Path, monkeypa
     path.write_bytes(_tar([(name, chance.randbytes(chance.randrange(2000))) for name in names], form))
     fast = _walked(path)
     assert [member.name for member in fast] == names
-    monkeypatch.setattr("lightning_moevlm.data.format.tar_members.plain_header", lambda block: None)
+    monkeypatch.setattr("lightning_moevlm.data.format.tar_members.parse_plain_header", lambda block: None)
     assert _walked(path) == fast
 
 
@@ -119,7 +121,7 @@ def test_where_a_tar_is_cut_is_told_alike(tmp_path: Path, monkeypatch: pytest.Mo
     told: list[list[tuple[str, str]]] = []
     for slow in (False, True):
         if slow:
-            monkeypatch.setattr("lightning_moevlm.data.format.tar_members.plain_header", lambda block: None)
+            monkeypatch.setattr("lightning_moevlm.data.format.tar_members.parse_plain_header", lambda block: None)
         told.append([])
         for length in range(1, len(whole), 97):
             path.write_bytes(whole[:length])

@@ -16,7 +16,7 @@ def test_a_certain_flip_is_a_mirror() -> None:
     assert torch.equal(Augment(flip=1.0)(IMAGES, 0, 0, 0, 0), IMAGES.flip(3))
 
 
-def test_the_whole_picture_at_its_own_aspect_is_unchanged() -> None:
+def test_the_whole_image_at_its_own_aspect_is_unchanged() -> None:
     assert torch.equal(Augment(crop_area=(1, 1), crop_aspect=(1, 1))(IMAGES, 0, 0, 0, 0), IMAGES)
 
 
@@ -29,35 +29,35 @@ def test_a_crop_of_a_quarter_by_hand() -> None:
         center_x, center_y, half_width, half_height = augment.boxes(1, 0, 0, 0, batch)[0].tolist()
         assert half_width == half_height == 0.5  # sqrt(0.25)
         assert abs(center_x) <= 0.5 and abs(center_y) <= 0.5
-        # the middle of the picture, 0 in [-1, 1], lies at share (0 - (center - 0.5)) / (2 * 0.5) of the crop
+        # the middle of the image, 0 in [-1, 1], lies at share (0 - (center - 0.5)) / (2 * 0.5) of the crop
         edge = (0.5 - center_x) * 16
         columns = augment(image, 0, 0, 0, batch)[0, 0, 0]
         assert all(columns[x] == 0 for x in range(16) if x < edge - 2)
         assert all(columns[x] == 200 for x in range(16) if x > edge + 1)
 
 
-def test_crops_keep_within_the_picture_and_the_limits() -> None:
+def test_crops_keep_within_the_image_and_the_limits() -> None:
     boxes_BK = Augment(crop_area=(0.2, 0.6), crop_aspect=(0.5, 2.0), flip=0.5).boxes(4000, 0, 0, 0, 0)
     center, half = boxes_BK[:, :2], boxes_BK[:, 2:].abs()
     assert bool(((center.abs() + half) <= 1 + 1e-6).all())
     area, aspect = half.prod(1), half[:, 0] / half[:, 1]
-    inside = (half < 1).all(1)  # not clipped to the picture
-    assert area.max() <= 0.6 + 1e-5 and area[inside].min() >= 0.2 - 1e-5
-    assert aspect[inside].max() <= 2 + 1e-4 and aspect[inside].min() >= 0.5 - 1e-4
-    assert area[inside].mean() == pytest.approx(0.4, abs=0.02)
+    resolve_inside = (half < 1).all(1)  # not clipped to the image
+    assert area.max() <= 0.6 + 1e-5 and area[resolve_inside].min() >= 0.2 - 1e-5
+    assert aspect[resolve_inside].max() <= 2 + 1e-4 and aspect[resolve_inside].min() >= 0.5 - 1e-4
+    assert area[resolve_inside].mean() == pytest.approx(0.4, abs=0.02)
     assert (boxes_BK[:, 2] < 0).float().mean() == pytest.approx(0.5, abs=0.03)  # 4 standard errors of 0.008
 
 
 def test_draws_follow_from_seed_rank_epoch_and_batch_alone() -> None:
     augment = Augment(crop_area=(0.3, 1), flip=0.5)
-    drawn = augment.boxes(6, 1, 2, 3, 4)
+    draw_caption = augment.boxes(6, 1, 2, 3, 4)
     torch.manual_seed(99)
-    assert torch.equal(augment.boxes(6, 1, 2, 3, 4), drawn)
+    assert torch.equal(augment.boxes(6, 1, 2, 3, 4), draw_caption)
     others = [
         augment.boxes(6, *place)
         for place in ((2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5), (1, 2, 4, 3), (2, 1, 3, 4))
     ]
-    assert all(not torch.equal(drawn, other) for other in others)
+    assert all(not torch.equal(draw_caption, other) for other in others)
     assert torch.equal(augment(IMAGES, 1, 2, 3, 4), augment(IMAGES, 1, 2, 3, 4))
 
 

@@ -87,7 +87,7 @@ def test_a_multiple_is_scaled_while_it_is_decoded() -> None:
 
 @pytest.mark.parametrize("side", [16, 24, 64])
 @pytest.mark.parametrize("encode", [_jpg, _png])
-def test_a_row_of_a_batch_gets_the_same_pixels_as_a_picture_alone(encode, side: int) -> None:
+def test_a_row_of_a_batch_gets_the_same_pixels_as_a_image_alone(encode, side: int) -> None:
     data, extension = encode(_noise(side, side)), encode.__name__[1:]
     rows_BRYX = image_rows(3, 16)
     rows_BRYX.zero_()
@@ -129,7 +129,7 @@ def test_the_limit_is_an_option(encode) -> None:
 
 
 @pytest.mark.parametrize("encode", [_jpg, _png])
-def test_no_broken_picture_raises_anything_else(encode) -> None:
+def test_no_broken_image_raises_anything_else(encode) -> None:
     good, extension = encode(_noise(24, 24)), encode.__name__[1:]
     chance = random.Random(0)
     refused = 0
@@ -157,7 +157,7 @@ def test_every_fault_of_a_sample_has_its_cause(tmp_path: Path) -> None:
     for members, cause, told in (
         ({"txt": b"a"}, "member_missing", "k in shard x.tar has no .jpg"),
         ({"jpg": good["jpg"]}, "member_missing", "k in shard x.tar has no .txt"),
-        (good | {"jpg": b"no picture"}, "image_undecodable", r"k.jpg in shard x.tar cannot be decoded \("),
+        (good | {"jpg": b"no image"}, "image_undecodable", r"k.jpg in shard x.tar cannot be decoded \("),
         (good | {"jpg": _png(_noise(16, 16))}, "image_undecodable", "k.jpg"),  # another format than its name says
         (good | {"jpg": good["jpg"][:-200]}, "image_undecodable", "k.jpg"),
         (good | {"jpg": _jpg(_noise(32, 32))}, "image_too_large", "k.jpg .*32 x 32 pixels, allowed are 1000"),
@@ -181,7 +181,7 @@ def test_a_row_is_free_again_after_a_fault(tmp_path: Path) -> None:
             decoded.append(collate.decode(sample, rows_BRYX[len(decoded)]))
         except SampleFault:
             continue
-    batch = collate.batch(decoded, rows_BRYX)
+    batch = collate.make_batch(decoded, rows_BRYX)
     assert batch.keys == ("k0", "k2")
     expected = collate([samples[0], samples[2]])
     assert all(torch.equal(one, other) for one, other in zip(batch[:3], expected[:3], strict=True))
@@ -192,7 +192,7 @@ def test_rubbish_is_a_user_error_that_names_the_sample(extension: str, tmp_path)
     tokenizer = load_tokenizer(tmp_path, train_tokenizer(["a"], 260, tmp_path))
     collate = Collate((extension,), tokenizer, 16, 8)
     with pytest.raises(UserError, match=f"k1.{extension} in shard x.tar cannot be decoded"):
-        collate([RawSample("k1", "x.tar", {extension: b"no picture"})])
+        collate([RawSample("k1", "x.tar", {extension: b"no image"})])
     with pytest.raises(UserError, match=f"k1 in shard x.tar has no .{extension}"):
         collate([RawSample("k1", "x.tar", {})])
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_moevlm.data.images import gpu_decode
 from lightning_moevlm.data.images.decode import ImageTooLargeError, decode_image
-from lightning_moevlm.data.images.gpu_decode import decode_on, fit_all
+from lightning_moevlm.data.images.gpu_decode import decode_batch, fit_all
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def _jpegs() -> list[bytes]:
 
 
 def _encoded(jpegs: list[bytes]) -> JpegBatch:
-    return JpegBatch.of([Jpeg(jpeg, f"{place}.jpg") for place, jpeg in enumerate(jpegs)])
+    return JpegBatch.pack([Jpeg(jpeg, f"{place}.jpg") for place, jpeg in enumerate(jpegs)])
 
 
 @pytest.fixture(autouse=True)
@@ -37,42 +37,42 @@ def forgotten() -> None:
 def test_bytes_come_apart_as_they_were_put_together() -> None:
     jpegs = _jpegs()
     images = _encoded(jpegs)
-    assert [each.numpy().tobytes() for each in images.each()] == jpegs
+    assert [each.numpy().tobytes() for each in images.split()] == jpegs
     assert len(images.bytes_N) == sum(map(len, jpegs))
     assert images.parts == (4,) and images.fresh == (True,) * 4
 
 
 def test_those_of_several_sources_are_one_after_the_other() -> None:
     jpegs = _jpegs()
-    first = JpegBatch.of([Jpeg(jpeg, "a") for jpeg in jpegs[:1]], num_fresh=1)
-    second = JpegBatch.of([Jpeg(jpeg, "b") for jpeg in jpegs[1:]], num_fresh=2)
-    images = JpegBatch.joined([first, second])
+    first = JpegBatch.pack([Jpeg(jpeg, "a") for jpeg in jpegs[:1]], num_fresh=1)
+    second = JpegBatch.pack([Jpeg(jpeg, "b") for jpeg in jpegs[1:]], num_fresh=2)
+    images = JpegBatch.join([first, second])
     assert images is not None
-    assert [each.numpy().tobytes() for each in images.each()] == jpegs
+    assert [each.numpy().tobytes() for each in images.split()] == jpegs
     assert images.names == ("a", "b", "b", "b") and images.parts == (1, 3)
     assert images.fresh == (True, True, True, False)
-    assert JpegBatch.joined([first]) is first and JpegBatch.joined([]) is None
+    assert JpegBatch.join([first]) is first and JpegBatch.join([]) is None
 
 
 def test_the_cpu_gives_what_the_loader_gives() -> None:
     jpegs = _jpegs()
-    decoded, faults = decode_on(_encoded(jpegs), 16, CPU)
+    decoded, faults = decode_batch(_encoded(jpegs), 16, CPU)
     assert not faults
     assert torch.equal(decoded, torch.stack([decode_image(jpeg, "jpg", 16) for jpeg in jpegs]))
 
 
 def test_faults_are_told_as_by_the_loader() -> None:
     jpegs = _jpegs()
-    decoded, faults = decode_on(_encoded([jpegs[0], b"no picture", jpegs[1], jpegs[2][:200]]), 16, CPU)
+    decoded, faults = decode_batch(_encoded([jpegs[0], b"no image", jpegs[1], jpegs[2][:200]]), 16, CPU)
     assert set(faults) == {1, 3} and all("JPEG" in str(fault) for fault in faults.values())
     assert torch.equal(decoded[2], decode_image(jpegs[1], "jpg", 16))
     # 32 x 32 and 24 x 20 pixels are allowed, 40 x 56 are too many
-    assert {k: type(fault) for k, fault in decode_on(_encoded(jpegs), 16, CPU, 1024).faults.items()} == {
+    assert {k: type(fault) for k, fault in decode_batch(_encoded(jpegs), 16, CPU, 1024).faults.items()} == {
         1: ImageTooLargeError
     }
 
 
-def test_pictures_of_any_shape_are_fitted_like_one_by_one() -> None:
+def test_images_of_any_shape_are_fitted_like_one_by_one() -> None:
     jpegs = _jpegs()
     whole = [torch.from_numpy(simplejpeg.decode_jpeg(jpeg, "RGB")).permute(2, 0, 1) for jpeg in jpegs]
     fitted = fit_all(whole, 28)  # less than twice: the loader does not scale while it decodes either
@@ -104,14 +104,14 @@ def test_what_a_device_refuses_as_a_whole_the_cpu_tells_apart(monkeypatch: pytes
     monkeypatch.setattr(gpu_decode, "_torchcodec", lambda: refuses)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)  # there is no such device
     jpegs = _jpegs()
-    decoded, faults = decode_on(_encoded([jpegs[0], jpegs[1][:200]]), 16, torch.device("cuda"))
+    decoded, faults = decode_batch(_encoded([jpegs[0], jpegs[1][:200]]), 16, torch.device("cuda"))
     assert set(faults) == {1}
     assert torch.equal(decoded[0], decode_image(jpegs[0], "jpg", 16))
 
 
 def test_nothing_is_imported_before_it_is_needed() -> None:
     assert "torchcodec" not in sys.modules
-    decode_on(_encoded(_jpegs()), 16, CPU)
+    decode_batch(_encoded(_jpegs()), 16, CPU)
     assert "torchcodec" not in sys.modules
 
 
@@ -121,8 +121,8 @@ def test_a_gpu_decodes_nearly_the_same() -> None:
     pytest.importorskip("torchcodec", reason="needs the extra gpu-decode", exc_type=Exception)
     device = torch.device("cuda", 0)
     jpegs = _jpegs()
-    decoded = decode_on(_encoded(jpegs).pinned(), 28, device).images_BRYX
+    decoded = decode_batch(_encoded(jpegs).pin(), 28, device).images_BRYX
     assert decoded.device == device
-    off = (decoded.cpu().int() - decode_on(_encoded(jpegs), 28, CPU).images_BRYX.int()).abs()
+    off = (decoded.cpu().int() - decode_batch(_encoded(jpegs), 28, CPU).images_BRYX.int()).abs()
     assert off.float().mean() < 2 and off.max() < 24  # two decoders' inverse cosine transforms
-    assert set(decode_on(_encoded([jpegs[0], b"no picture"]), 28, device).faults) == {1}
+    assert set(decode_batch(_encoded([jpegs[0], b"no image"]), 28, device).faults) == {1}

@@ -15,20 +15,20 @@ from PIL import Image
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.faults import MAX_SIDE
-from lightning_moevlm.data.images.decode import ImageTooLargeError, _laid_on_white, decode_image
+from lightning_moevlm.data.images.decode import ImageTooLargeError, _lay_on_white, decode_image
 from lightning_moevlm.data.images.encode import lay_on
 from lightning_moevlm.data.images.gpu_decode import fit_all
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.inspect.html_page import write_page
-from lightning_moevlm.data.inspect.thumbnails import picture_size, thumbnail
+from lightning_moevlm.data.inspect.thumbnails import read_image_size, thumbnail
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.write.convert.convert import Effort, Form, convert
-from lightning_moevlm.data.write.convert.finish_set import Terms
-from lightning_moevlm.data.write.convert.picture import Wish, look_at, stored
+from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions, convert
+from lightning_moevlm.data.write.convert.finish_set import Licence
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions, encode_for_shard, inspect_image
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
-from lightning_moevlm.data.write.convert.sources.row_source import PictureAt, RowError
-from lightning_moevlm.data.write.convert.tasks import Planned, ShardTask, write_shard
-from tests.data.sources import picture, write_csv
+from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, RowError
+from lightning_moevlm.data.write.convert.tasks import PlannedSample, ShardTask, write_shard
+from tests.data.sources import make_image, write_csv
 
 LONG = 60_000
 ROOM = 400 * 2**20
@@ -73,8 +73,8 @@ def test_any_shape_is_decoded_in_little_memory(extension: str, shape: tuple[int,
         assert image_RYX.shape == (3, size, size)
         assert image_RYX.min() > 200  # the middle, and nothing but the middle
     assert thumbnail(data, extension, 320).size in {(1, 320), (320, 1), (2, 320)}
-    assert look_at(data, Wish("jpg", None)).side == min(shape)
-    assert picture_size(stored(data, Wish("png", 512)), "png") in {(1, 512), (512, 1), (3, 512)}
+    assert inspect_image(data, ImageOptions("jpg", None)).side == min(shape)
+    assert read_image_size(encode_for_shard(data, ImageOptions("png", 512)), "png") in {(1, 512), (512, 1), (3, 512)}
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -115,7 +115,7 @@ def test_a_large_transparent_image_is_laid_on_white_part_by_part() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1100, 40, 4), dtype=np.uint8)
     ground = Image.new("RGBA", (40, 1100), "white")
     expected = np.asarray(Image.alpha_composite(ground, Image.fromarray(pixels)).convert("RGB"))
-    assert np.array_equal(_laid_on_white(Image.fromarray(pixels)), expected)
+    assert np.array_equal(_lay_on_white(Image.fromarray(pixels)), expected)
     laid = np.full((1100, 40, 3), 255, dtype=np.uint8)
     lay_on(laid, pixels, 0, 0)
     assert abs(laid.astype(int) - expected).max() <= 1
@@ -125,18 +125,18 @@ def test_a_side_that_no_jpeg_can_have_is_refused_by_cause_everywhere() -> None:
     data = _encoded(np.zeros((MAX_SIDE + 1, 1, 3), np.uint8), "png")
     for read in (
         lambda data: decode_image(data, "png", 16),
-        lambda data: picture_size(data, "png"),
+        lambda data: read_image_size(data, "png"),
         lambda data: thumbnail(data, "png", 16),
     ):
         with pytest.raises(ImageTooLargeError, match="1 x 65501 pixels, allowed are 65500 per side"):
             read(data)
-    for refused in (look_at, stored):
+    for refused in (inspect_image, encode_for_shard):
         with pytest.raises(RowError, match="1x65501 pixels, 65,500 allowed per side") as caught:
-            refused(data, Wish("jpg", 64))
+            refused(data, ImageOptions("jpg", 64))
         assert caught.value.cause == "image_too_large"
     longest = _encoded(np.zeros((MAX_SIDE, 1, 3), np.uint8), "png")
     assert decode_image(longest, "png", 16).eq(0).all()
-    assert decode_image(stored(longest, Wish("jpg", None)), "jpg", 16).shape == (3, 16, 16)
+    assert decode_image(encode_for_shard(longest, ImageOptions("jpg", None)), "jpg", 16).shape == (3, 16, 16)
 
 
 @pytest.mark.filterwarnings("ignore:data.decode device")
@@ -147,7 +147,7 @@ def test_a_set_with_long_images_is_converted_checked_shown_and_trained_on(tmp_pa
     long = _encoded(np.zeros((LONG, 1, 3), np.uint8), "png")
     assert len(long) < 500
     for number in range(30):
-        (tmp_path / "p" / f"{number}.png").write_bytes(picture(number, "png", (20, 16)))
+        (tmp_path / "p" / f"{number}.png").write_bytes(make_image(number, "png", (20, 16)))
     for number in (30, 31, 32):
         (tmp_path / "p" / f"{number}.png").write_bytes(_encoded(np.full((LONG, 1, 3), number, np.uint8), "png"))
     (tmp_path / "p" / "33.png").write_bytes(_encoded(np.zeros((70_000, 1, 3), np.uint8), "png"))
@@ -155,10 +155,10 @@ def test_a_set_with_long_images_is_converted_checked_shown_and_trained_on(tmp_pa
     rows = [[f"{i}.png", f"number {i}", splits[i]] for i in range(34)]
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "split"], rows)
     source = CsvSource(table, tmp_path / "p", None, Columns("image", "caption", None, "split"))
-    form, terms, root = Form(Wish(image_format, None), 6, 300), Terms("CC0", "", ""), tmp_path / "set"  # type: ignore[arg-type]
+    form, licence, root = SetOptions(ImageOptions(image_format, None), 6, 300), Licence("CC0", "", ""), tmp_path / "set"  # type: ignore[arg-type]
     with pytest.raises(UserError, match="1x70000 pixels, 65,500 allowed per side"):
-        convert(source, root, terms, form, Effort(0, 1, False))
-    left_out = convert(source, root, terms, form, Effort(1, 1, False)).left_out
+        convert(source, root, licence, form, ConvertOptions(0, 1, False))
+    left_out = convert(source, root, licence, form, ConvertOptions(1, 1, False)).left_out
     assert [count.cause for count in left_out] == ["image_too_large"]
     assert check_set(ShardStorage(str(root))).problems == ()
     write_page(ShardStorage(str(root)), "val", 11, None, tmp_path / "page.html")
@@ -168,13 +168,13 @@ def test_a_set_with_long_images_is_converted_checked_shown_and_trained_on(tmp_pa
         assert sum(batch.num_samples for batch in data.val_dataloader()) == 11
 
 
-def test_a_picture_that_cannot_be_stored_is_not_said_to_have_changed(tmp_path: Path) -> None:
-    data = picture(0, "png")[:-60]
+def test_a_image_that_cannot_be_stored_is_not_said_to_have_changed(tmp_path: Path) -> None:
+    data = make_image(0, "png")[:-60]
     (tmp_path / "a.png").write_bytes(data)
     for sha256, told in (
         (hashlib.sha256(data).hexdigest(), "line 2: the image is broken .*fix or remove the image"),
         ("0" * 64, "line 2: the image has changed while the set was converted"),
     ):
-        sample = Planned("k", "t.csv line 2", PictureAt("a.png"), sha256, None, None)
+        sample = PlannedSample("k", "t.csv line 2", ImageLocation("a.png"), sha256, None, None)
         with pytest.raises(UserError, match=told):
-            write_shard(ShardTask(tmp_path, tmp_path / "s.tar", (sample,), Wish("jpg", None)))
+            write_shard(ShardTask(tmp_path, tmp_path / "s.tar", (sample,), ImageOptions("jpg", None)))

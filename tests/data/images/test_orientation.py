@@ -15,24 +15,24 @@ from PIL import Image, ImageOps
 from lightning_moevlm.bench.plain_webdataset import _Resized
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
-from lightning_moevlm.data.images.decode import decode_image, turned
-from lightning_moevlm.data.images.gpu_decode import decode_on
+from lightning_moevlm.data.images.decode import decode_image, turn_pixels
+from lightning_moevlm.data.images.gpu_decode import decode_batch
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.images.orientation import orientation
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.inspect.html_page import write_page
-from lightning_moevlm.data.inspect.thumbnails import picture_size, thumbnail
+from lightning_moevlm.data.inspect.thumbnails import read_image_size, thumbnail
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.write.convert.convert import Effort, Form, convert
-from lightning_moevlm.data.write.convert.finish_set import Terms
+from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions, convert
+from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
 from tests.data.sources import write_csv
 
 TURNS = range(1, 9)
 FORMATS = ("jpg", "png", "webp")
-TERMS = Terms("CC0", "", "")
+LICENCE = Licence("CC0", "", "")
 
 
 def _corner(height: int = 24, width: int = 40) -> np.ndarray:
@@ -64,9 +64,9 @@ def test_every_note_is_read_as_pillow_reads_it(extension: str) -> None:
             data = _stored(_corner(), extension, _exif(turn, order, before=turn % 3))
             with Image.open(io.BytesIO(data)) as image:
                 expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-                stored = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+                encode_for_shard = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
             assert orientation(data) == turn
-            assert np.array_equal(turned(stored, turn).permute(1, 2, 0).numpy(), expected)
+            assert np.array_equal(turn_pixels(encode_for_shard, turn).permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("extension", FORMATS)
@@ -95,9 +95,9 @@ def test_turned_images_are_upright_for_training_looking_and_the_device(turn: int
         expected, image_RYX = decode_image(plain, extension, side), decode_image(data, extension, side)
         assert (image_RYX.int() - expected.int()).abs().max() <= (12 if extension == "jpg" else 0)
         if extension == "jpg":
-            encoded = JpegBatch.of([Jpeg(data, "a")])
-            assert torch.equal(decode_on(encoded, side, torch.device("cpu")).images_BRYX[0], image_RYX)
-    assert picture_size(data, extension) == (40, 24)
+            encoded = JpegBatch.pack([Jpeg(data, "a")])
+            assert torch.equal(decode_batch(encoded, side, torch.device("cpu")).images_BRYX[0], image_RYX)
+    assert read_image_size(data, extension) == (40, 24)
     seen = np.asarray(thumbnail(data, extension, 20))
     assert seen.shape == (12, 20, 3)
     assert seen[2, 2, 0] > 200 and seen[2, 17, 0] < 60 and seen[9, 2, 0] < 60
@@ -106,28 +106,28 @@ def test_turned_images_are_upright_for_training_looking_and_the_device(turn: int
 
 
 @pytest.mark.filterwarnings("ignore:data.decode device")
-def test_phone_pictures_are_upright_in_kept_tars_and_in_converted_tables(tmp_path: Path) -> None:
+def test_phone_images_are_upright_in_kept_tars_and_in_converted_tables(tmp_path: Path) -> None:
     """Stored with the left half red, to be shown by a quarter turn: the upper half is red, however they are read."""
     halves = np.zeros((32, 48, 3), dtype=np.uint8)
     halves[:, 24:, 2] = 255
     halves[:, :24, 0] = 255
     numbered = [np.where(halves > 0, 255 - number, halves) for number in range(36)]
     jpegs = [_stored(pixels.astype(np.uint8), "jpg", _exif(6)) for pixels in numbered]
-    tars, pictures = tmp_path / "tars", tmp_path / "pictures"
-    for folder in (tars, pictures):
+    tars, images = tmp_path / "tars", tmp_path / "images"
+    for folder in (tars, images):
         folder.mkdir()
     for number, jpeg in enumerate(jpegs):
-        (pictures / f"{number}.jpg").write_bytes(jpeg)
+        (images / f"{number}.jpg").write_bytes(jpeg)
         with tarfile.open(tars / f"{number % 3:05d}.tar", "a") as tar:
             for extension, content in (("jpg", jpeg), ("txt", f"number {number}".encode())):
                 member = tarfile.TarInfo(f"{number:04d}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     kept, written = tmp_path / "kept", tmp_path / "written"
-    keep_tars(tars, None, kept, TERMS, 300, Effort(0, 1, False))
+    keep_tars(tars, None, kept, LICENCE, 300, ConvertOptions(0, 1, False))
     table = write_csv(tmp_path / "t.csv", ["image", "caption"], [[f"{i}.jpg", f"number {i}"] for i in range(36)])
-    source = CsvSource(table, pictures, None, Columns("image", "caption", None, None))
-    convert(source, written, TERMS, Form(Wish("jpg", None), 12, 300), Effort(0, 1, False))
+    source = CsvSource(table, images, None, Columns("image", "caption", None, None))
+    convert(source, written, LICENCE, SetOptions(ImageOptions("jpg", None), 12, 300), ConvertOptions(0, 1, False))
     for root in (kept, written):
         data = ShardDataModule(str(root), 4, 16, 8, 400, shuffle_buffer=1)
         for decode in ("cpu", "device"):
@@ -138,18 +138,18 @@ def test_phone_pictures_are_upright_in_kept_tars_and_in_converted_tables(tmp_pat
         assert {size for size, _ in check_set(ShardStorage(str(root))).sizes} == {(32, 48)}
         assert read_manifest(root).image_size == 32
         page = write_page(ShardStorage(str(root)), "val", 1, None, tmp_path / "page.html")
-        assert page.samples[0].picture is not None and page.samples[0].picture.size.startswith("32 x 48 px")
-        shown = base64.b64decode(page.samples[0].picture.data_uri.partition(",")[2])
+        assert page.samples[0].image is not None and page.samples[0].image.size.startswith("32 x 48 px")
+        shown = base64.b64decode(page.samples[0].image.data_uri.partition(",")[2])
         pixels = np.asarray(Image.open(io.BytesIO(shown)).convert("RGB"))
         assert pixels.shape == (48, 32, 3) and pixels[12, 16, 0] > 180 and pixels[36, 16, 2] > 180
 
 
-def test_a_page_shows_turned_pictures_upright_whatever_opens_it(tmp_path: Path) -> None:
-    from lightning_moevlm.data.inspect.html_page import _picture
+def test_a_page_shows_turned_images_upright_whatever_opens_it(tmp_path: Path) -> None:
+    from lightning_moevlm.data.inspect.html_page import _image
 
-    shown = _picture(_stored(_corner(), "png", _exif(6)), "png")
+    shown = _image(_stored(_corner(), "png", _exif(6)), "png")
     assert shown.size.startswith("24 x 40 px") and shown.data_uri.startswith("data:image/jpeg")
-    assert _picture(_stored(_corner(), "png", b""), "png").data_uri.startswith("data:image/png")
+    assert _image(_stored(_corner(), "png", b""), "png").data_uri.startswith("data:image/png")
 
 
 @pytest.mark.gpu
@@ -157,6 +157,6 @@ def test_a_page_shows_turned_pictures_upright_whatever_opens_it(tmp_path: Path) 
 def test_a_gpu_turns_them_as_the_cpu_does() -> None:
     pytest.importorskip("torchcodec")
     jpegs = [Jpeg(_stored(_corner(), "jpg", _exif(turn)), str(turn)) for turn in TURNS]
-    there = decode_on(JpegBatch.of(jpegs), 24, torch.device("cuda")).images_BRYX.cpu()
+    there = decode_batch(JpegBatch.pack(jpegs), 24, torch.device("cuda")).images_BRYX.cpu()
     here = torch.stack([decode_image(jpeg.data, "jpg", 24) for jpeg in jpegs])
     assert (there.int() - here.int()).abs().float().mean() < 2

@@ -7,10 +7,10 @@ from pathlib import Path
 from lightning_moevlm.data.format.manifest import file_sha256, read_manifest
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.write.convert.convert import Effort, Form, Terms, convert
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.write.convert.convert import ConvertOptions, Licence, SetOptions, convert
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
-from tests.data.sources import caption, csv_source, picture, write_csv
+from tests.data.sources import caption, csv_source, make_image, write_csv
 
 
 def _rewrite(root: Path, number: int, name_ends: str, data: bytes | None) -> str:
@@ -46,7 +46,7 @@ def test_a_good_set_has_no_problems(scenes_root: Path) -> None:
 
 
 def test_every_problem_is_found(scenes_copy: Path) -> None:
-    image = _rewrite(scenes_copy, 0, ".jpg", b"no picture")
+    image = _rewrite(scenes_copy, 0, ".jpg", b"no image")
     annotation = _rewrite(scenes_copy, 1, ".json", b"{no json")
     caption = _rewrite(scenes_copy, 2, ".txt", b"  ")
     gone = _rewrite(scenes_copy, 3, ".txt", None)
@@ -91,15 +91,21 @@ def test_annotations_are_one_json_object_per_sample(scenes_root: Path) -> None:
 
 def test_the_card_counts_what_occurs_twice(tmp_path: Path) -> None:
     for i in range(6):
-        (tmp_path / f"{i}.jpg").write_bytes(picture(0 if i in (1, 4) else i, size=(40, 30 + i)))
+        (tmp_path / f"{i}.jpg").write_bytes(make_image(0 if i in (1, 4) else i, size=(40, 30 + i)))
     (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())
     (tmp_path / "4.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())
-    # train: 0, 1, 2 (0 and 1 the same picture); val: 3, 4 (4 is 0 again); test: 5
+    # train: 0, 1, 2 (0 and 1 the same image); val: 3, 4 (4 is 0 again); test: 5
     splits = ("train", "train", "train", "val", "val", "test")
     rows = [[f"{i}.jpg", caption(i), split] for i, split in enumerate(splits)]
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "split"], rows)
     source = CsvSource(table, None, None, Columns("image", "caption", None, "split"))
-    convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    convert(
+        source,
+        tmp_path / "set",
+        Licence("CC0", "", ""),
+        SetOptions(ImageOptions("jpg", None), 16, 400),
+        ConvertOptions(0, 1, False),
+    )
     report = check_set(ShardStorage(str(tmp_path / "set")))
     assert report.problems == () and report.faults == {}
     duplicates = [(card.duplicates_within, card.duplicates_across) for card in report.cards]
@@ -115,8 +121,14 @@ def test_sets_of_one_modality_have_a_card(tmp_path: Path) -> None:
         (Columns(None, "caption", None, None), "t", "texts"),
         (Columns("image", None, None, None), "p", "images"),
     ):
-        source = CsvSource(table, tmp_path / "pictures", name, columns)
-        convert(source, tmp_path / name, Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+        source = CsvSource(table, tmp_path / "images", name, columns)
+        convert(
+            source,
+            tmp_path / name,
+            Licence("CC0", "", ""),
+            SetOptions(ImageOptions("jpg", None), 16, 400),
+            ConvertOptions(0, 1, False),
+        )
         report = check_set(ShardStorage(str(tmp_path / name)))
         assert report.problems == () and {card.modality for card in report.cards} == {modality}
         assert all((card.caption_max > 0) is (name == "t") for card in report.cards)
@@ -124,7 +136,7 @@ def test_sets_of_one_modality_have_a_card(tmp_path: Path) -> None:
 
 
 def test_faults_are_counted_by_cause(scenes_copy: Path) -> None:
-    _rewrite(scenes_copy, 0, ".jpg", b"no picture")
+    _rewrite(scenes_copy, 0, ".jpg", b"no image")
     _rewrite(scenes_copy, 1, ".txt", b"\xff")
     _rewrite(scenes_copy, 2, ".json", b"{no json")
     (scenes_copy / "val-000000.tar").unlink()

@@ -12,10 +12,10 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.write.convert.convert import Effort, Form, Terms, convert
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.write.convert.convert import ConvertOptions, Licence, SetOptions, convert
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
-from tests.data.sources import caption, csv_source, jsonl_source, picture, write_pictures
+from tests.data.sources import OPTIONS, caption, csv_source, jsonl_source, make_image, write_images
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
@@ -41,9 +41,9 @@ def test_samples_are_shown(scenes_root: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "pages").iterdir()] == ["scenes.html"]
     assert len(page.samples) == 5 and page.num_in_split == read_manifest(scenes_root).num_samples("val")
     elements = Elements(tmp_path / "pages/scenes.html")
-    pictures = [attributes["src"] for tag, attributes in elements.tags if tag == "img"]
-    assert len(pictures) == 5
-    for source, sample in zip(pictures, page.samples, strict=True):
+    images = [attributes["src"] for tag, attributes in elements.tags if tag == "img"]
+    assert len(images) == 5
+    for source, sample in zip(images, page.samples, strict=True):
         assert source is not None and source.startswith("data:image/jpeg;base64,")
         assert base64.b64decode(source.partition(",")[2])[:2] == b"\xff\xd8"
         assert sample.caption in elements.text and "".join(sample.tokens) == sample.caption
@@ -53,15 +53,15 @@ def test_samples_are_shown(scenes_root: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"{i}.jpg" for i in range(60)])
+    write_images(tmp_path, [f"{i}.jpg" for i in range(60)])
     rows = [
         {"image": f"{i}.jpg", "caption": f"{EVIL} {i}", EVIL: EVIL, "questions": [{"question": EVIL, "answer": EVIL}]}
         for i in range(60)
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns("image", "caption", None, None))
-    terms = Terms(EVIL, EVIL, EVIL)
-    convert(source, tmp_path / "set", terms, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    licence = Licence(EVIL, EVIL, EVIL)
+    convert(source, tmp_path / "set", licence, *OPTIONS)
     page = write_page(ShardStorage(str(tmp_path / "set")), "train", 3, "ONERROR", tmp_path / "page.html")
     assert len(page.samples) == 3
     elements = Elements(tmp_path / "page.html")
@@ -69,14 +69,20 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     assert all(not name.startswith("on") for _, attributes in elements.tags for name in attributes)
     sources = [attributes["src"] or "" for tag, attributes in elements.tags if tag == "img"]
     assert len(sources) == 3 and all(source.startswith("data:image/jpeg;") for source in sources)
-    assert elements.text.count(EVIL) >= 3 * 4 + 3  # caption, question, answer, json of each; the terms
+    assert elements.text.count(EVIL) >= 3 * 4 + 3  # caption, question, answer, json of each; the licence
     policy = next(a["content"] for tag, a in elements.tags if tag == "meta" and "http-equiv" in a)
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def test_a_filter_looks_at_keys_captions_and_annotations(tmp_path: Path) -> None:
     source = JsonlSource(jsonl_source(tmp_path, 60), None, None, Columns("image", "caption", None, None))
-    convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    convert(
+        source,
+        tmp_path / "set",
+        Licence("CC0", "", ""),
+        SetOptions(ImageOptions("jpg", None), 16, 400),
+        ConvertOptions(0, 1, False),
+    )
     everything = write_page(ShardStorage(str(tmp_path / "set")), "train", 100, None, tmp_path / "page.html").samples
     key = everything[7].key
     assert [
@@ -88,28 +94,40 @@ def test_a_filter_looks_at_keys_captions_and_annotations(tmp_path: Path) -> None
         write_page(ShardStorage(str(tmp_path / "set")), "train", 9, "nowhere", tmp_path / "page.html")
 
 
-def test_texts_alone_and_pictures_alone(tmp_path: Path) -> None:
+def test_texts_alone_and_images_alone(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 60)
     for columns, name in ((Columns(None, "caption", None, None), "t"), (Columns("image", None, None, None), "p")):
-        source = CsvSource(table, tmp_path / "pictures", name, columns)
-        convert(source, tmp_path / name, Terms("CC0", "", ""), Form(Wish("png", None), 16, 400), Effort(0, 1, False))
+        source = CsvSource(table, tmp_path / "images", name, columns)
+        convert(
+            source,
+            tmp_path / name,
+            Licence("CC0", "", ""),
+            SetOptions(ImageOptions("png", None), 16, 400),
+            ConvertOptions(0, 1, False),
+        )
         page = write_page(ShardStorage(str(tmp_path / name)), "val", 4, None, tmp_path / "page.html")
         assert page.modality == {"t": "texts", "p": "images"}[name]
         images = [tag for tag, _ in Elements(tmp_path / "page.html").tags if tag == "img"]
         assert len(images) == (0 if name == "t" else len(page.samples))
 
 
-def test_large_pictures_are_shown_small(tmp_path: Path) -> None:
+def test_large_images_are_shown_small(tmp_path: Path) -> None:
     for i in range(3):
-        (tmp_path / f"{i}.jpg").write_bytes(picture(i, size=(1000, 600)))
+        (tmp_path / f"{i}.jpg").write_bytes(make_image(i, size=(1000, 600)))
     rows = [{"image": f"{i}.jpg", "caption": caption(i), "split": s} for i, s in enumerate(("train", "val", "test"))]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns("image", "caption", None, "split"))
-    convert(source, tmp_path / "set", Terms("CC0", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    convert(
+        source,
+        tmp_path / "set",
+        Licence("CC0", "", ""),
+        SetOptions(ImageOptions("jpg", None), 16, 400),
+        ConvertOptions(0, 1, False),
+    )
     page = write_page(ShardStorage(str(tmp_path / "set")), "val", 9, None, tmp_path / "page.html")
     (sample,) = page.samples
-    assert sample.picture is not None and sample.picture.size.startswith("1000 x 600 px")
-    assert (tmp_path / "page.html").stat().st_size < len(picture(1, size=(1000, 600))) / 2
+    assert sample.image is not None and sample.image.size.startswith("1000 x 600 px")
+    assert (tmp_path / "page.html").stat().st_size < len(make_image(1, size=(1000, 600))) / 2
 
 
 def test_what_cannot_be_read_is_told_in_the_page(scenes_copy: Path, tmp_path: Path) -> None:

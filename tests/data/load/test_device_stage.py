@@ -1,4 +1,4 @@
-"""Pictures decoded on the device, augmented and prefetched, as the options of `data` ask for it; here on the CPU."""
+"""Images decoded on the device, augmented and prefetched, as the options of `data` ask for it; here on the CPU."""
 
 import warnings
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def _data(root: Path, **options: Any) -> ShardDataModule:
     return ShardDataModule(str(root), **{**given, **options})
 
 
-def _mixed(root: Path, **options: Any) -> ShardDataModule:
+def _mix(root: Path, **options: Any) -> ShardDataModule:
     # by name, so that what comes first in `sources` does not come first in a batch
     sources: dict[str, Source | None] = {
         "texts": Source(str(root), 0.2, "text"),
@@ -54,7 +54,7 @@ def _same(batch: Batch, other: Batch) -> bool:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("made", [_data, _mixed])
+@pytest.mark.parametrize("made", [_data, _mix])
 @pytest.mark.parametrize("options", [{"decode": "device"}, {"prefetch": 3}, {"decode": "device", "prefetch": 3}])
 def test_the_batches_are_those_of_a_plain_loader(
     scenes_root: Path, num_workers: int, made: Callable[..., ShardDataModule], options: dict[str, Any]
@@ -97,7 +97,7 @@ def test_the_order_is_that_of_a_run_without_any_of_it(scenes_root: Path, tmp_pat
     assert not set(staged.pixels) & set(plain.pixels)
 
 
-def test_only_training_pictures_are_augmented_and_otherwise_in_every_epoch(scenes_root: Path) -> None:
+def test_only_training_images_are_augmented_and_otherwise_in_every_epoch(scenes_root: Path) -> None:
     plain, staged = _data(scenes_root), _data(scenes_root, augment=CROPS)
     for load in (ShardDataModule.val_dataloader, ShardDataModule.test_dataloader):
         assert all(map(_same, load(staged), load(plain)))
@@ -127,7 +127,7 @@ def test_where_there_is_no_gpu_it_is_said_once(scenes_root: Path, tmp_path: Path
     assert "data.decode device and data.prefetch 3" in told and "this run is on cpu" in told
 
 
-# what is wrong with pictures
+# what is wrong with images
 
 
 def _spoilt(root: Path, change: Callable[[bytes], bytes], endings: tuple[str, ...] = ("3.jpg",)) -> None:
@@ -149,7 +149,7 @@ def _keys(loader: ShardLoader) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize(
     ("options", "change", "cause"),
     [
-        ({}, lambda data: b"no picture", "image_undecodable"),
+        ({}, lambda data: b"no image", "image_undecodable"),
         ({}, lambda data: data[:-2], "image_undecodable"),
         ({}, lambda data: b"", "image_undecodable"),
         ({"max_pixels": 1000}, None, "image_too_large"),
@@ -186,7 +186,7 @@ def test_what_only_decoding_tells_is_lost_for_the_same_cause_and_replaced(scenes
     num_copies = sum(8 - len(set(batch.keys)) for batch in batches)
     assert num_copies == on_device.lost["image_undecodable"] and on_device.samples == [120]
     for batch in batches:
-        for row, key in enumerate(batch.keys):  # a copy is one of picture, text and key
+        for row, key in enumerate(batch.keys):  # a copy is one of image, text and key
             original = originals[key]
             place = original.keys.index(key)
             for one, two in zip(batch[:3], original[:3], strict=True):
@@ -195,7 +195,7 @@ def test_what_only_decoding_tells_is_lost_for_the_same_cause_and_replaced(scenes
 
 def test_a_resumed_run_counts_every_loss_once(scenes_copy: Path) -> None:
     _spoilt(scenes_copy, _broken, ("3.jpg", "5.jpg"))
-    (scenes_copy / "train-000004.tar").unlink()  # so that streams fill up, and meet bad pictures again
+    (scenes_copy / "train-000004.tar").unlink()  # so that streams fill up, and meet bad images again
 
     def loader() -> ShardLoader:
         return _data(scenes_copy, max_lost_fraction=0.9, decode="device", prefetch=3).train_dataloader()
@@ -254,7 +254,7 @@ def _delivery() -> tuple[Delivery, JpegBatch]:
     texts = torch.arange(3)[:, None]
     batch = Batch(torch.empty(5, 3, 1, 1, device="meta"), texts, texts >= 0, tuple("abcdef"), 2, (1, 3, 2))
     jpegs = [Jpeg(b"", name) for name in "abcde"]
-    images = JpegBatch.joined([JpegBatch.of(jpegs[:2], 2), JpegBatch.of(jpegs[2:], 1)])
+    images = JpegBatch.join([JpegBatch.pack(jpegs[:2], 2), JpegBatch.pack(jpegs[2:], 1)])
     assert images is not None
     return Delivery(batch, (), {"text_not_utf8": 1}, "", images), images
 
@@ -270,7 +270,7 @@ def test_a_mixed_batch_by_hand() -> None:
     assert filled.batch.text_BL.flatten().tolist() == [0, 0, 2]
     assert (filled.batch.num_pairs, filled.batch.per_source) == (2, (1, 3, 2))
     # e filled up for another lost sample: it was counted when it was met first
-    assert filled.lost == {"text_not_utf8": 1, "image_undecodable": 1} and filled.encoded is None
+    assert filled.lost == {"text_not_utf8": 1, "image_undecodable": 1} and filled.jpegs is None
 
 
 def test_another_source_of_the_kind_helps_out_and_where_there_is_none_the_run_ends() -> None:

@@ -112,7 +112,7 @@ def test_the_model_waits_for_the_side_stream_and_keeps_what_it_made(monkeypatch:
 def test_all_that_travels_is_pinned_but_pixels_that_are_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    images = JpegBatch.of([Jpeg(b"abc", "a"), Jpeg(b"de", "b")])
+    images = JpegBatch.pack([Jpeg(b"abc", "a"), Jpeg(b"de", "b")])
     batch = Batch(torch.empty(2, 3, 8, 8, device="meta"), torch.zeros(2, 4), torch.ones(2, 4), ("a", "b"))
     travels = pin_memory(Delivery(batch, (), {}, "", images))  # as torch's DataLoader does it
     assert isinstance(travels, Delivery) and travels.batch.keys == ("a", "b")

@@ -11,6 +11,7 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.load.steps_ahead import StepsAhead, look_ahead
 from lightning_moevlm.data.read.reader import Delivery, Failure
+from tests.data.recording import Recorder, quiet_trainer
 from tests.small_model import cut, pair_batch
 
 
@@ -73,6 +74,32 @@ def test_a_loader_that_looks_ahead_has_the_same_order_and_place(scenes_root: Pat
     resumed = loader(3)
     resumed.load_state_dict(state)
     assert [batch.keys for batch in resumed] == [batch.keys for batch in _epoch(loader(1))][8:]
+
+
+@pytest.mark.parametrize("num_batches", [1, 6])
+def test_a_fast_dev_run_is_the_beginning_of_the_real_run(scenes_root: Path, tmp_path: Path, num_batches: int) -> None:
+    def fit(**options: int) -> StepRecorder:
+        model = StepRecorder()
+        trainer = quiet_trainer(tmp_path, accumulate_grad_batches=4, enable_checkpointing=False, **options)
+        trainer.fit(model, ShardDataModule(str(scenes_root), 4, 32, 16, 400))
+        return model
+
+    # 6 batches do not make whole steps of 4: a limit of 6 would be refused, a fast_dev_run of 6 is not
+    trial, real = fit(fast_dev_run=num_batches), fit(max_steps=2)
+    assert len(trial.steps) == num_batches and trial.steps == real.steps[:num_batches]
+    assert {len(step) for step in trial.steps} == {4}
+
+
+class StepRecorder(Recorder):
+    """steps: the keys of each batch's optimiser step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[list[tuple[str, ...]]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.steps.append(keys_of(batch))
+        return super().training_step(batch, batch_idx)
 
 
 def _epoch(loader: ShardLoader) -> list[Batch]:

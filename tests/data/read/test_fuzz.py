@@ -167,7 +167,7 @@ def _read(folder: Path, data: bytes, entry: ShardEntry) -> list[RawSample | Lost
     return found
 
 
-def _accounted(found: list[RawSample | Lost], entry: ShardEntry) -> dict[str, Mapping[str, bytes]]:
+def _account(found: list[RawSample | Lost], entry: ShardEntry) -> dict[str, Mapping[str, bytes]]:
     """Check that every promised sample is there or lost, and return those that are there."""
     samples = [item for item in found if isinstance(item, RawSample)]
     losses = [item for item in found if isinstance(item, Lost)]
@@ -190,7 +190,7 @@ def test_a_mutated_shard_is_read_as_far_as_it_goes_and_the_rest_is_counted(
     data, first, changed = choice.draw(_mutations(good))
     # a manifest that was made of the mutated file, so that its parsing is reached
     entry = ShardEntry("x.tar", good.num_samples, len(data), hashlib.sha256(data).hexdigest())
-    samples = _accounted(_read(tmp_path, data, entry), entry)
+    samples = _account(_read(tmp_path, data, entry), entry)
     only_data = changed is not None and all(
         any(begin <= low and high <= end for _, begin, end in good.spans.values()) for low, high in changed
     )
@@ -208,7 +208,7 @@ def test_a_mutated_shard_is_read_as_far_as_it_goes_and_the_rest_is_counted(
     known = ShardEntry("x.tar", good.num_samples, len(good.data), hashlib.sha256(good.data).hexdigest())
     found = _read(tmp_path, data, known)
     if data == good.data:
-        assert len(_accounted(found, known)) == good.num_samples
+        assert len(_account(found, known)) == good.num_samples
     else:
         cause = "shard_truncated" if len(data) < len(good.data) else "shard_altered"
         assert [item[:2] for item in found] == [(good.num_samples, cause)]

@@ -84,8 +84,8 @@ def test_nothing_left_is_told(scenes_copy: Path) -> None:
         _keys(_data(scenes_copy, 0.99).train_dataloader())
 
 
-def test_bytes_that_are_no_picture_are_lost_one_by_one(scenes_copy: Path) -> None:
-    rewrite_shard(scenes_copy, "train", 0, lambda name, data: b"no picture" if name.endswith("3.jpg") else data)
+def test_bytes_that_are_no_image_are_lost_one_by_one(scenes_copy: Path) -> None:
+    rewrite_shard(scenes_copy, "train", 0, lambda name, data: b"no image" if name.endswith("3.jpg") else data)
     loader = _data(scenes_copy, 0.5).train_dataloader()
     with pytest.warns(UserWarning, match="image_undecodable"):
         keys = _keys(loader)

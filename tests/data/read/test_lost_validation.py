@@ -24,9 +24,9 @@ def test_a_rank_that_loses_a_whole_batch_ends_the_run(scenes_root: Path, workpla
     before = shard.read_bytes()
     data = bytearray(before)
     with tarfile.open(shard) as tar:
-        pictures = [member for member in tar if member.name.endswith(".jpg")][:NUM_BROKEN]
-    for picture in pictures:
-        data[picture.offset_data : picture.offset_data + picture.size] = bytes(picture.size)
+        images = [member for member in tar if member.name.endswith(".jpg")][:NUM_BROKEN]
+    for image in images:
+        data[image.offset_data : image.offset_data + image.size] = bytes(image.size)
     shard.write_bytes(data)
     manifest = root / "manifest.json"
     digests = [hashlib.sha256(each).hexdigest() for each in (before, data)]

@@ -18,7 +18,7 @@ from lightning_moevlm.contracts.schedules import Ramp
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.load.shard_loader import ShardLoader
-from lightning_moevlm.data.read.joined_batches import joined
+from lightning_moevlm.data.read.join_batches import join_batches
 from lightning_moevlm.data.read.mixture import Mixture, Pause, Source, StepClock, counts
 from lightning_moevlm.data.write.demo.scenes import build_scenes
 
@@ -67,19 +67,19 @@ def test_every_share_is_right_to_within_one_sample(weights: list[float], batch_s
 
 def test_shares_stay_right_over_thousands_of_batches() -> None:
     # independent draws would be off by sqrt(80,000 x 0.37 x 0.63) = 137
-    mixture, pace = Mixture((Source("a", 0.37), Source("b", 0.63))), StepClock(100)
-    total = sum(mixture.counts(number // 100, number % 100, 8, pace)[0] for number in range(10_000))
+    mixture, clock = Mixture((Source("a", 0.37), Source("b", 0.63))), StepClock(100)
+    total = sum(mixture.counts(number // 100, number % 100, 8, clock)[0] for number in range(10_000))
     assert total == pytest.approx(80_000 * 0.37, abs=5)
 
 
 def test_weights_follow_the_optimiser_step() -> None:
     # 2 batches a step, 4 batches an epoch, so epoch 1 begins at step 2
-    pace = StepClock(4, 2)
-    assert [pace.step(epoch, batch) for epoch in (0, 1) for batch in range(4)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    clock = StepClock(4, 2)
+    assert [clock.step(epoch, batch) for epoch in (0, 1) for batch in range(4)] == [0, 0, 1, 1, 2, 2, 3, 3]
     ramped = Source("a", Ramp(0.0, 1.0, num_steps=4))
     assert [ramped.weight_at(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     mixture = Mixture((Source("pairs"), Source("texts", 1.0, "text", Pause(begin=1, num_steps=2))))
-    given = [mixture.counts(epoch, batch, 4, pace) for epoch in (0, 1) for batch in range(4)]
+    given = [mixture.counts(epoch, batch, 4, clock) for epoch in (0, 1) for batch in range(4)]
     assert given == [(2, 2)] * 2 + [(4, 0)] * 4 + [(2, 2)] * 2
 
 
@@ -118,7 +118,7 @@ def test_joined_by_hand() -> None:
     def texts(*values: int) -> torch.Tensor:
         return torch.tensor(values).view(-1, 1)
 
-    found = joined(
+    found = join_batches(
         {
             0: Batch(None, texts(1, 2), texts(1, 1) > 0, ("t1", "t2")),
             2: Batch(images(3), None, None, ("i3",)),

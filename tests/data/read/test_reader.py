@@ -7,7 +7,7 @@ import pytest
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import ShardEntry, Split, read_manifest
-from lightning_moevlm.data.format.shard_reader import RawSample, all_or_error, read_shard
+from lightning_moevlm.data.format.shard_reader import RawSample, read_shard, require_all
 from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
@@ -50,7 +50,7 @@ def _stored(root: Path, split: Split) -> list[str]:
 
 
 def _samples(root: Path, shard: ShardEntry) -> list[RawSample]:
-    return list(all_or_error(read_shard(ShardStorage(str(root)), shard, frozenset({"txt"}))))
+    return list(require_all(read_shard(ShardStorage(str(root)), shard, frozenset({"txt"}))))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -30,7 +30,7 @@ def test_every_sample_is_read_although_steps_do_not_divide_an_epoch(scenes_root:
     whole = _reader(scenes_root)
     batches = len(_stored(scenes_root, "train")) // 8
     per_step = batches - 1
-    loader = ShardLoader(replace(whole, pace=StepClock(per_step, per_step)), num_workers)
+    loader = ShardLoader(replace(whole, clock=StepClock(per_step, per_step)), num_workers)
     assert len(loader) == per_step
     epochs = [_keys(loader) for _ in range(batches)]
     assert {len(epoch) for epoch in epochs} == {per_step}

@@ -27,7 +27,7 @@ def _storage(cache: Path, root: str = ROOT, **options: Any) -> ShardStorage:
 def test_a_missing_driver_is_one_line_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError) as refusal:
-        _storage(tmp_path).manifest()
+        _storage(tmp_path).read_manifest()
     assert "pip install 'lightning-moevlm[gs]'" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -86,9 +86,9 @@ def test_a_set_in_a_bucket_is_read_as_from_a_folder(
     bucket: Bucket, scenes_root: Path, tmp_path: Path, drops: int
 ) -> None:
     storage, local = _storage(tmp_path), ShardStorage(str(scenes_root))
-    manifest = storage.manifest()
+    manifest = storage.read_manifest()
     assert manifest == read_manifest(scenes_root)
-    assert storage.tokenizer(manifest.tokenizer).vocab_size == manifest.tokenizer.vocab_size
+    assert storage.read_tokenizer(manifest.tokenizer).vocab_size == manifest.tokenizer.vocab_size
     bucket.drops = drops
     for entry in manifest.splits["train"][:2]:
         found = list(read_shard(storage, entry, WANTED))
@@ -104,4 +104,4 @@ def test_what_is_missing_in_a_bucket_is_lost_and_told(bucket: Bucket, scenes_cop
     (lost,) = read_shard(_storage(tmp_path), entry, WANTED)
     assert isinstance(lost, Lost) and lost[:2] == (entry.num_samples, "shard_missing")
     with pytest.raises(UserError, match=r"gs://sets/nowhere/manifest.json is missing"):
-        _storage(tmp_path, "gs://sets/nowhere").manifest()
+        _storage(tmp_path, "gs://sets/nowhere").read_manifest()

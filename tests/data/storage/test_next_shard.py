@@ -35,12 +35,14 @@ def no_thread_stays() -> Iterator[None]:
 def _source(root: Path, url: str, cache: Path, **options: Any) -> OpenSource:
     storage = ShardStorage(url, str(cache), **{"attempts": 2, "backoff_s": 0.001, **options})
     manifest = read_manifest(root)
-    collate = Collate(("jpg", "txt"), storage.tokenizer(manifest.tokenizer), 32, 16)
+    collate = Collate(("jpg", "txt"), storage.read_tokenizer(manifest.tokenizer), 32, 16)
     return OpenSource("scenes", storage, manifest.splits["train"], collate)
 
 
 def _read(source: OpenSource) -> Iterator[tuple[int, RawSample | Lost]]:
-    return source.arriving(source.pieces(SampleRange(0, source.num_samples), tuple(range(len(source.shards)))), set())
+    return source.read(
+        source.split_by_shard(SampleRange(0, source.num_samples), tuple(range(len(source.shards)))), set()
+    )
 
 
 def _asked(server: Unsteady) -> list[str]:
@@ -152,7 +154,7 @@ from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
 storage, cache = ShardStorage(sys.argv[1], sys.argv[2]), Path(sys.argv[2])
-shards = storage.manifest().splits["train"]
+shards = storage.read_manifest().splits["train"]
 sys.kept_until_the_end = ShardPrefetcher(storage, shards)
 sys.kept_until_the_end.open(shards[0])
 while not list(cache.glob("*.partial")):

@@ -70,13 +70,13 @@ def test_large_shards_come_in_pieces(
 ) -> None:
     monkeypatch.setattr("lightning_moevlm.data.storage.remote_folder._PIECE_BYTES", 10_000)
     storage = ShardStorage(bucket, str(tmp_path))
-    entry = storage.manifest().splits["train"][0]
+    entry = storage.read_manifest().splits["train"][0]
     assert storage.local_path(entry).read_bytes() == (scenes_root / entry.file).read_bytes()
 
 
 def test_what_is_wrong_in_a_bucket(bucket: str, scenes_root: Path, tmp_path: Path) -> None:
     storage = ShardStorage(bucket, str(tmp_path), attempts=2, backoff_s=0.001)
-    entries = storage.manifest().splits["train"]
+    entries = storage.read_manifest().splits["train"]
     client = boto3.client("s3")
     client.delete_object(Bucket="sets", Key=f"demo/scenes/{entries[0].file}")
     data = (scenes_root / entries[1].file).read_bytes()
@@ -92,9 +92,9 @@ def test_what_is_wrong_in_a_bucket(bucket: str, scenes_root: Path, tmp_path: Pat
 
 def test_a_missing_set_and_a_store_out_of_reach(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"s3://sets/other/manifest.json is missing"):
-        ShardStorage("s3://sets/other", str(tmp_path)).manifest()
+        ShardStorage("s3://sets/other", str(tmp_path)).read_manifest()
     with pytest.raises(UserError, match=r"s3://nowhere/manifest.json is missing"):
-        ShardStorage("s3://nowhere", str(tmp_path)).manifest()
+        ShardStorage("s3://nowhere", str(tmp_path)).read_manifest()
 
 
 class _Cutter:
@@ -144,7 +144,7 @@ def test_a_store_behind_a_bad_line(
     bucket: str, scenes_root: Path, tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch, cuts: int
 ) -> None:
     storage = ShardStorage(bucket, str(tmp_path), attempts=5, backoff_s=0.001)
-    entry = storage.manifest().splits["train"][0]
+    entry = storage.read_manifest().splits["train"][0]
     cutter = _Cutter(endpoint, cuts, after=30_000)
     monkeypatch.setenv("AWS_ENDPOINT_URL", cutter.url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

@@ -129,7 +129,7 @@ def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path: Path) -> 
 def _reads_all(root: str, folder: str, first: int, results: "multiprocessing.Queue[list[str]]") -> None:
     # a cache of two shards for eight: the processes drive out each other's files all the time
     storage = ShardStorage(root, folder, cache_gib=200_000 / 2**30, backoff_s=0.001)
-    entries = storage.manifest().splits["train"]
+    entries = storage.read_manifest().splits["train"]
     hashes = []
     for entry in (*entries[first:], *entries[:first]) * 2:
         with storage.open(entry) as stream:
@@ -174,7 +174,7 @@ def test_processes_that_want_the_same_shard_download_it_once(scenes_root: Path, 
         for reader in readers:
             reader.join()
         assert [reader.exitcode for reader in readers] == [0, 0, 0, 0]
-        assert len(server.downloads(entry.file)) == 1
+        assert len(server.find_downloads(entry.file)) == 1
 
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ def _storage(root: str, cache: Path, **options: Any) -> ShardStorage:
 
 
 def _train(storage: ShardStorage) -> list[RawSample | Lost]:
-    return [sample for entry in storage.manifest().splits["train"] for sample in read_shard(storage, entry, WANTED)]
+    return [
+        sample for entry in storage.read_manifest().splits["train"] for sample in read_shard(storage, entry, WANTED)
+    ]
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_a_shard_in_a_folder_is_hashed_once_and_again_when_it_was_touched(
 
     monkeypatch.setattr("lightning_moevlm.data.storage.shard_storage.check_shard", counted)
     storage, other = ShardStorage(str(scenes_copy)), ShardStorage(str(scenes_copy))
-    entry, path = storage.manifest().splits["train"][0], scenes_copy / FIRST
+    entry, path = storage.read_manifest().splits["train"][0], scenes_copy / FIRST
     for _ in range(2):
         storage.open(entry).close()
     assert hashed == [FIRST]
@@ -100,7 +102,7 @@ def test_a_download_goes_on_where_the_connection_broke(scenes_root: Path, tmp_pa
         path = _storage(server.url, tmp_path).local_path(entry)
         assert path.read_bytes() == (scenes_root / FIRST).read_bytes()
         # what had arrived when the connection broke is not asked for again, up to what a buffer swallowed
-        ranges = server.downloads(FIRST)
+        ranges = server.find_downloads(FIRST)
         assert len(ranges) == 3 and ranges[0] == ""
         starts = [int(asked.removeprefix("bytes=").removesuffix("-")) for asked in ranges[1:] if asked]
         assert starts == sorted(starts) and all(0 < start <= 20_000 for start in starts)
@@ -110,7 +112,7 @@ def test_a_server_that_stays_away(scenes_root: Path, tmp_path: Path) -> None:
     entry = read_manifest(scenes_root).splits["train"][0]
     with serve(Unsteady(scenes_root, busy=1000)) as server:
         (lost,) = read_shard(_storage(server.url, tmp_path), entry, WANTED)
-        assert len(server.downloads(FIRST)) == 3
+        assert len(server.find_downloads(FIRST)) == 3
     assert isinstance(lost, Lost) and lost[:2] == (entry.num_samples, "shard_unreachable")
     assert f"{server.url}/{FIRST} did not answer 3 times in a row" in lost.message and "503" in lost.message
     (lost,) = read_shard(_storage(server.url, tmp_path), entry, WANTED)  # nobody listens any more
@@ -137,7 +139,7 @@ def test_a_bad_shard_on_a_server_is_lost_by_its_cause_and_not_kept(
     cache = tmp_path / "cache"
     with serve(Unsteady(scenes_copy)) as server:
         (lost,) = read_shard(_storage(server.url, cache), entry, WANTED)
-        assert len(server.downloads(FIRST)) == 1, "asking again does not mend it"
+        assert len(server.find_downloads(FIRST)) == 1, "asking again does not mend it"
     assert isinstance(lost, Lost)
     assert lost[:2] == (entry.num_samples, cause)
     assert f"{server.url}/{FIRST}" in lost.message
@@ -153,12 +155,12 @@ def test_credentials_reach_the_server_but_no_message_and_no_file_name(
     with serve(Unsteady(scenes_root, login="anna:s3cr3t-pass")) as server:
         host = server.url.removeprefix("http://")
         good = _storage(f"http://anna:s3cr3t-pass@{host}/?sig=s1gnature", tmp_path)
-        assert good.manifest() == read_manifest(scenes_root)
+        assert good.read_manifest() == read_manifest(scenes_root)
         assert good.local_path(entry).is_file()
         bad = _storage(f"http://anna:wr0ng-pass@{host}/?sig=s1gnature", tmp_path / "other")
         with pytest.raises(UserError, match="refused") as refusal:
-            bad.manifest()
-        assert len(server.downloads("manifest.json?sig=s1gnature")) == 2, "a refusal is final"
+            bad.read_manifest()
+        assert len(server.find_downloads("manifest.json?sig=s1gnature")) == 2, "a refusal is final"
         (lost,) = read_shard(bad, entry, WANTED)
     assert isinstance(lost, Lost) and lost.cause == "shard_unreachable"
     told = [str(good), repr(good), str(bad), repr(bad), str(refusal.value), lost.message, caplog.text]
@@ -191,11 +193,11 @@ def test_a_protocol_can_be_allowed_by_name(scenes_root: Path, tmp_path: Path) ->
     memory = fsspec.filesystem("memory")
     memory.put(str(scenes_root), "/scenes", recursive=True)
     storage = _storage("memory://scenes", tmp_path, allowed_protocols=("memory",))
-    entry = storage.manifest().splits["train"][0]
+    entry = storage.read_manifest().splits["train"][0]
     assert storage.local_path(entry).read_bytes() == (scenes_root / FIRST).read_bytes()
     with pytest.raises(UserError, match="only memory are allowed"):
         ShardStorage(str(scenes_root), allowed_protocols=("memory",))
-    assert "file" in PROTOCOLS and ShardStorage(f"file://{scenes_root}").manifest() == read_manifest(scenes_root)
+    assert "file" in PROTOCOLS and ShardStorage(f"file://{scenes_root}").read_manifest() == read_manifest(scenes_root)
 
 
 def test_a_missing_driver_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def test_a_missing_driver_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"pip install 'lightning-moevlm\[gs\]'"):
-        _storage("gs://bucket/set", tmp_path).manifest()
+        _storage("gs://bucket/set", tmp_path).read_manifest()
 
 
 def test_an_unreadable_disk_is_no_missing_shard(scenes_root: Path, tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_remote_tokenizer_is_verified(scenes_copy: Path, tmp_path: Path) -> No
     with serve(Unsteady(scenes_copy)) as server:
         storage = _storage(server.url, tmp_path)
         with pytest.raises(UserError, match="not the one its manifest names"):
-            storage.tokenizer(storage.manifest().tokenizer)
+            storage.read_tokenizer(storage.read_manifest().tokenizer)
         path.unlink()
         with pytest.raises(UserError, match=r"tokenizer.json is missing"):
-            storage.tokenizer(storage.manifest().tokenizer)
+            storage.read_tokenizer(storage.read_manifest().tokenizer)

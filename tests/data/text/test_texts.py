@@ -13,15 +13,15 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.text.texts import bare
-from lightning_moevlm.data.write.convert.convert import Effort
-from lightning_moevlm.data.write.convert.finish_set import Terms
+from lightning_moevlm.data.text.texts import strip_text
+from lightning_moevlm.data.write.convert.convert import ConvertOptions
+from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
 from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
 from lightning_moevlm.data.write.convert.sources.row_source import Row
-from tests.data.sources import picture
+from tests.data.sources import make_image
 
 MARK = "\ufeff"
 COLUMNS = Columns("image", "caption", None, None)
@@ -29,8 +29,8 @@ COLUMNS = Columns("image", "caption", None, None)
 
 @pytest.mark.parametrize("text", ["a cat", f"{MARK}a cat", f" {MARK} a cat\r\n", f"{MARK}\na cat"])
 def test_a_mark_and_blanks_around_a_text_are_no_part_of_it(text: str) -> None:
-    assert bare(text) == "a cat"
-    assert bare(f"a{MARK}cat") == f"a{MARK}cat"  # within a text it is a character
+    assert strip_text(text) == "a cat"
+    assert strip_text(f"a{MARK}cat") == f"a{MARK}cat"  # within a text it is a character
 
 
 def _csv(folder: Path, mark: str) -> list[str | None]:
@@ -67,7 +67,7 @@ def _write_tars(folder: Path, captions: list[str], mark: str) -> None:
     for number, caption in enumerate(captions):
         with tarfile.open(folder / f"{number % 3:05d}.tar", "a") as tar:
             about = mark + json.dumps({"number": number})
-            for extension, data in (("jpg", picture(number)), ("txt", caption.encode()), ("json", about.encode())):
+            for extension, data in (("jpg", make_image(number)), ("txt", caption.encode()), ("json", about.encode())):
                 member = tarfile.TarInfo(f"{number:04d}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -85,7 +85,7 @@ def test_kept_tars_with_marks_are_read_as_those_without(tmp_path: Path) -> None:
         folder, out = tmp_path / f"tars{len(mark)}", tmp_path / f"set{len(mark)}"
         folder.mkdir()
         _write_tars(folder, [f"{mark}thing {number}" for number in range(9)], mark)
-        keep_tars(folder, "things", out, Terms("CC0", "", ""), 300, Effort(0, 1, False))
+        keep_tars(folder, "things", out, Licence("CC0", "", ""), 300, ConvertOptions(0, 1, False))
         assert check_set(ShardStorage(str(out))).problems == ()
         data = ShardDataModule(str(out), 1, 8, 16, 300)
         loaders = (data.val_dataloader(), data.test_dataloader())

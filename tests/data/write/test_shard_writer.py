@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moevlm.data.format.manifest import check_shard
-from lightning_moevlm.data.write.shard_writer import Sample, ShardWriter, split_of
+from lightning_moevlm.data.write.shard_writer import Sample, ShardWriter, choose_split
 
 
 def _samples(count: int) -> list[Sample]:
@@ -63,10 +63,10 @@ def test_nothing_unfinished_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_split_depends_on_identity_alone_and_is_80_10_10() -> None:
-    shares = Counter(split_of(f"identity {i}") for i in range(10_000))
+    shares = Counter(choose_split(f"identity {i}") for i in range(10_000))
     # standard deviations of the counts: 40, 30, 30
     assert abs(shares["train"] - 8000) < 200
     assert abs(shares["val"] - 1000) < 150
     assert abs(shares["test"] - 1000) < 150
     # sha256("a") begins ca97, 0xca/256 = 0.789 < 0.8; sha256("c") 2e7d, 0.18; sha256("g") cd0a, 0.801
-    assert [split_of(identity) for identity in "acg"] == ["train", "train", "val"]
+    assert [choose_split(identity) for identity in "acg"] == ["train", "train", "val"]

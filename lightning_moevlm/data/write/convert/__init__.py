@@ -1,1 +1,1 @@
-"""Sets of shards from pictures and captions that lie in other forms."""
+"""Sets of shards from images and captions that lie in other forms."""

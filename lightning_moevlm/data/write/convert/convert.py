@@ -1,19 +1,19 @@
 """From a source's rows to a set of shards: look first, then write.
 
-    1. rows       the table is read; bad rows are told before a picture is opened
-    2. look       every picture is decoded and hashed, by several processes
+    1. rows       the table is read; bad rows are told before an image is opened
+    2. look       every image is decoded and hashed, by several processes
     3. plan       the hash of what a sample shows gives its split; within a split samples are mixed by the hash of
                   their keys, since tables are often sorted; every shard is then a list of samples
     4. write      every shard is a task of its own, by several processes
     5. finish     tokenizer, licence, manifest; the folder is moved to its place
 
 Each step is a function of the ones before it, so the number of processes and earlier attempts do not show in the
-bytes. Rows lie on disk (`row_table`), and pictures are read twice: where a sample belongs is known when all are seen.
+bytes. Rows lie on disk (`row_table`), and images are read twice: where a sample belongs is known when all are seen.
 """
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,33 +22,41 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.manifest import SPLITS, Manifest, ShardEntry, Split
 from lightning_moevlm.data.text.tokenizer import check_vocab_size
-from lightning_moevlm.data.write.build_set import existing_set, put_in_place
+from lightning_moevlm.data.write.build_set import find_existing_set, put_in_place
 from lightning_moevlm.data.write.convert.bad_rows import BadCount, BadRows
 from lightning_moevlm.data.write.convert.finish_set import (
     Contents,
     ConvertRecipe,
-    Terms,
-    finish,
+    Licence,
+    finish_set,
     refuse_empty,
-    usual_size,
+    typical_size,
 )
-from lightning_moevlm.data.write.convert.picture import Seen, Wish
-from lightning_moevlm.data.write.convert.process_pool import in_order
+from lightning_moevlm.data.write.convert.process_pool import map_in_order
 from lightning_moevlm.data.write.convert.row_table import RowTable, row_table
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions, InspectedImage
 from lightning_moevlm.data.write.convert.sources.row_source import BadRow, Source
-from lightning_moevlm.data.write.convert.tasks import Fault, LookTask, Planned, ShardTask, look, write_shard
-from lightning_moevlm.data.write.convert.work_folder import Workshop, workshop
+from lightning_moevlm.data.write.convert.tasks import (
+    Fault,
+    InspectTask,
+    PlannedSample,
+    ShardTask,
+    inspect_images,
+    write_shard,
+)
+from lightning_moevlm.data.write.convert.work_folder import WorkFolder, open_work_folder
 
 VERSION = 1
-LOOKED_AT_ONCE = 128
+INSPECTED_AT_ONCE = 128
 _TABLE = "rows.sqlite"
+_Images = tuple[InspectedImage, ...]
 
 
 @dataclass(frozen=True)
-class Form:
+class SetOptions:
     """What decides about the set's bytes beside its source."""
 
-    wish: Wish
+    image_options: ImageOptions
     samples_per_shard: int
     vocab_size: int
 
@@ -56,13 +64,14 @@ class Form:
         """Refuse what no set can have, before anything is read."""
         if self.samples_per_shard < 1:
             raise UserError(f"samples_per_shard is {self.samples_per_shard}, but a shard needs at least 1")
-        if self.wish.max_side is not None and self.wish.max_side < 8:
-            raise UserError(f"max_side is {self.wish.max_side}, but must be at least 8 pixels, or null to keep sizes")
+        max_side = self.image_options.max_side
+        if max_side is not None and max_side < 8:
+            raise UserError(f"max_side is {max_side}, but must be at least 8 pixels, or null to keep sizes")
         check_vocab_size(self.vocab_size)
 
 
 @dataclass(frozen=True)
-class Effort:
+class ConvertOptions:
     """What does not decide about the bytes: bad rows to bear, processes, whether to replace another set."""
 
     max_bad: int
@@ -90,51 +99,51 @@ class Converted(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def convert(source: Source, out: Path, terms: Terms, form: Form, effort: Effort) -> Converted:
+def convert(source: Source, out: Path, licence: Licence, set_options: SetOptions, effort: ConvertOptions) -> Converted:
     """Convert a source into a set of shards at `out`; the same arguments go on with a conversion that was killed.
 
     Raises:
         UserError: if `out` holds something else, more rows are bad than allowed, or a split stays empty.
 
     """
-    recipe, wish = recipe_of(source, terms, form), form.wish
-    found = existing_set(out, recipe, effort.force)
+    recipe, image_options = make_recipe(source, licence, set_options), set_options.image_options
+    found = find_existing_set(out, recipe, effort.force)
     if found is not None:
         return Converted(found, False, ())
     bad = BadRows(source.remedies)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with workshop(out, recipe.fingerprint) as shop, row_table(shop.folder / _TABLE) as table:
+    with open_work_folder(out, recipe.fingerprint) as work, row_table(work.folder / _TABLE) as table:
         num_rows = _fill(table, source, bad)
         bad.refuse_beyond(effort.max_bad, num_rows)
         if not table.num_rows:
             bad.refuse_beyond(0, num_rows)  # every row is bad, however many may be
             raise UserError(f"{source.name} has no rows to make samples of")
-        _look_at_all(source, table, wish, effort.num_jobs, shop, bad)
+        _inspect_all(source, table, image_options, effort.num_jobs, work, bad)
         bad.refuse_beyond(effort.max_bad, num_rows)
         num_samples = table.sort()
         refuse_empty(num_samples)
         contents = Contents(
-            image_size=usual_size(table.sides()),
-            members=_members(next(table.samples("train")), wish),
+            image_size=typical_size(table.sides()),
+            members=_members(next(table.samples("train")), image_options),
             texts=table.texts("train"),
-            splits=_write_all(source, table, num_samples, form, effort.num_jobs, shop),
+            splits=_write_all(source, table, num_samples, set_options, effort.num_jobs, work),
             layout=source.layout,
         )
-        manifest = finish(shop.folder, recipe, terms, contents, form.vocab_size)
-        shop.tidy(_TABLE)
-        put_in_place(shop.folder, out)
+        manifest = finish_set(work.folder, recipe, licence, contents, set_options.vocab_size)
+        work.tidy(_TABLE)
+        put_in_place(work.folder, out)
     return Converted(manifest, True, bad.counts(), num_rows, tuple(source.notes))
 
 
-def recipe_of(source: Source, terms: Terms, form: Form) -> ConvertRecipe:
+def make_recipe(source: Source, licence: Licence, set_options: SetOptions) -> ConvertRecipe:
     """Return everything that decides about the bytes of a set."""
     arguments = {
         **source.arguments,
-        **terms.as_arguments(),
-        "image_format": form.wish.image_format,
-        "max_side": form.wish.max_side or 0,
-        "samples_per_shard": form.samples_per_shard,
-        "vocab_size": form.vocab_size,
+        **licence.as_arguments(),
+        "image_format": set_options.image_options.image_format,
+        "max_side": set_options.image_options.max_side or 0,
+        "samples_per_shard": set_options.samples_per_shard,
+        "vocab_size": set_options.vocab_size,
     }
     return ConvertRecipe(source.name, VERSION, arguments)
 
@@ -156,76 +165,83 @@ def _fill(table: RowTable, source: Source, bad: BadRows) -> int:
     return num_rows
 
 
-def _look_at_all(source: Source, table: RowTable, wish: Wish, num_jobs: int, shop: Workshop, bad: BadRows) -> None:
-    """Note what every row's picture is, and leave out the rows whose pictures cannot be used."""
-    num_stretches = -(-table.num_rows // LOOKED_AT_ONCE)
-    has_pictures = next(table.stretches(1))[0].picture is not None
-    todo = {i for i in range(num_stretches) if _recalled(shop, i) is None} if has_pictures else set()
+def _inspect_all(
+    source: Source, table: RowTable, image_options: ImageOptions, num_jobs: int, work: WorkFolder, bad: BadRows
+) -> None:
+    """Note what every row's image is, and leave out the rows whose images cannot be used."""
+    num_chunks = -(-table.num_rows // INSPECTED_AT_ONCE)
+    has_images = next(table.chunks(1))[0].image is not None
+    todo = {i for i in range(num_chunks) if work.recall(_task_name(i), _Images) is None} if has_images else set()
     tasks = (
-        LookTask(source.folder, tuple(row.picture for row in rows if row.picture is not None), wish)
-        for number, rows in enumerate(table.stretches(LOOKED_AT_ONCE))
+        InspectTask(source.folder, tuple(row.image for row in rows if row.image is not None), image_options)
+        for number, rows in enumerate(table.chunks(INSPECTED_AT_ONCE))
         if number in todo
     )
-    with closing(in_order(look, tasks, min(num_jobs, len(todo)))) as fresh:
-        for number, rows in enumerate(track(table.stretches(LOOKED_AT_ONCE), num_stretches, "inspecting images")):
-            if not has_pictures:
-                table.see(rows, [None] * len(rows))
+    with closing(map_in_order(inspect_images, tasks, min(num_jobs, len(todo)))) as fresh:
+        for number, rows in enumerate(track(table.chunks(INSPECTED_AT_ONCE), num_chunks, "inspecting images")):
+            if not has_images:
+                table.record(rows, [None] * len(rows))
                 continue
-            found = next(fresh) if number in todo else _recalled(shop, number)
+            found = next(fresh) if number in todo else work.recall(_task_name(number), _Images)
             assert found is not None and len(found) == len(rows)
             good = [(row, saw) for row, saw in zip(rows, found, strict=True) if not isinstance(saw, Fault)]
             if number in todo and len(good) == len(rows):
-                shop.remember(_look(number), found)  # a bad picture may be mended, and is looked at again
-            table.see([row for row, _ in good], [saw for _, saw in good])
+                work.remember(_task_name(number), found)  # a bad image may be mended, and is looked at again
+            table.record([row for row, _ in good], [saw for _, saw in good])
             faulty = [(row, saw) for row, saw in zip(rows, found, strict=True) if isinstance(saw, Fault)]
             table.drop([row for row, _ in faulty])
             for row, fault in faulty:
                 bad.add(BadRow(row.place, fault.cause, fault.message))
 
 
-def _look(number: int) -> str:
-    return f"look-{number:06d}"
+def _task_name(number: int) -> str:
+    return f"images-{number:06d}"
 
 
-def _recalled(shop: Workshop, number: int) -> tuple[Seen | Fault, ...] | None:
-    noted = shop.recall(_look(number))
-    return tuple(Seen(*entry) for entry in noted) if isinstance(noted, list) else None
-
-
-def _members(sample: Planned, wish: Wish) -> tuple[str, ...]:
+def _members(sample: PlannedSample, image_options: ImageOptions) -> tuple[str, ...]:
     """Every sample of a source has the same members."""
     found = (
         ("json", sample.annotation is not None),
         ("txt", sample.caption is not None),
-        (wish.image_format, sample.picture is not None),
+        (image_options.image_format, sample.image is not None),
     )
     return tuple(sorted(extension for extension, there in found if there))
 
 
 def _write_all(
-    source: Source, table: RowTable, num_samples: dict[Split, int], form: Form, num_jobs: int, shop: Workshop
+    source: Source,
+    table: RowTable,
+    num_samples: dict[Split, int],
+    set_options: SetOptions,
+    num_jobs: int,
+    work: WorkFolder,
 ) -> dict[Split, tuple[ShardEntry, ...]]:
-    num_shards = {split: -(-num // form.samples_per_shard) for split, num in num_samples.items()}
+    num_shards = {split: -(-num // set_options.samples_per_shard) for split, num in num_samples.items()}
     names = [(split, f"{split}-{number:06d}") for split, num in num_shards.items() for number in range(num)]
-    finished = {name: shop.finished_shard(name) for _, name in names}
+    finished = {name: work.finished_shard(name) for _, name in names}
     todo = {name for name, entry in finished.items() if entry is None}
-    tasks = _tasks(source, table, names, todo, form, shop)
+    tasks = _tasks(source, table, names, todo, set_options, work)
     entries: dict[Split, list[ShardEntry]] = {split: [] for split in SPLITS}
-    with closing(in_order(write_shard, tasks, min(num_jobs, len(todo)))) as fresh:
+    with closing(map_in_order(write_shard, tasks, min(num_jobs, len(todo)))) as fresh:
         for split, name in track(names, len(names), "writing shards"):
             entry = finished[name]
             if entry is None:
                 entry = next(fresh)
-                shop.remember(name, list(asdict(entry).values()))
+                work.remember(name, entry)
             entries[split].append(entry)
     return {split: tuple(found) for split, found in entries.items()}
 
 
 def _tasks(
-    source: Source, table: RowTable, names: list[tuple[Split, str]], todo: set[str], form: Form, shop: Workshop
+    source: Source,
+    table: RowTable,
+    names: list[tuple[Split, str]],
+    todo: set[str],
+    set_options: SetOptions,
+    work: WorkFolder,
 ) -> Iterator[ShardTask]:
     samples = {split: table.samples(split) for split in SPLITS}
     for split, name in names:
-        chosen = tuple(islice(samples[split], form.samples_per_shard))
+        chosen = tuple(islice(samples[split], set_options.samples_per_shard))
         if name in todo:
-            yield ShardTask(source.folder, shop.folder / f"{name}.tar", chosen, form.wish)
+            yield ShardTask(source.folder, work.folder / f"{name}.tar", chosen, set_options.image_options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.data.format.layout import PLAIN, Layout
+from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 from lightning_moevlm.data.format.manifest import Manifest, Scalar, ShardEntry, Split
 from lightning_moevlm.data.text.tokenizer import train_tokenizer
 from lightning_moevlm.data.write.build_set import canonical_json
@@ -19,28 +19,35 @@ MAX_LEARNT_TEXTS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Under which terms the pictures and texts stand: what the set's manifest and LICENCE.txt say."""
+class Licence:
+    """The licence of the images and texts, as it stands in the set's manifest and in LICENCE.txt.
 
-    licence: str | None
-    licence_url: str
+    Attributes:
+        name: such as "CC BY 4.0".
+        url: address of its text, or "".
+        attribution: the sentence that it requires, or "".
+
+    Raises:
+        UserError: if the name is missing.
+
+    """
+
+    name: str | None
+    url: str
     attribution: str
 
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise UserError("--licence is missing: name the licence of the data, as in --licence 'CC BY 4.0'")
+
     @property
-    def named(self) -> str:
-        """The licence.
-
-        Raises:
-            UserError: if there is none.
-
-        """
-        if not self.licence or not self.licence.strip():
-            raise UserError("--licence is missing: say under which one the data stands, as in --licence 'CC BY 4.0'")
-        return self.licence.strip()
+    def text(self) -> str:
+        """The name without surrounding blanks."""
+        return (self.name or "").strip()
 
     def as_arguments(self) -> dict[str, Scalar]:
-        """Return them as a part of the set's recipe: under other terms it is another set."""
-        return {"licence": self.named, "licence_url": self.licence_url, "attribution": self.attribution}
+        """Return it as a part of the set's recipe: under another licence it is another set."""
+        return {"licence": self.text, "licence_url": self.url, "attribution": self.attribution}
 
 
 class ConvertRecipe(NamedTuple):
@@ -63,10 +70,10 @@ class Contents(NamedTuple):
     members: tuple[str, ...]
     texts: Iterable[str]
     splits: dict[Split, tuple[ShardEntry, ...]]
-    layout: Layout = PLAIN
+    layout: Layout = PLAIN_LAYOUT
 
 
-def finish(folder: Path, recipe: ConvertRecipe, terms: Terms, contents: Contents, vocab_size: int) -> Manifest:
+def finish_set(folder: Path, recipe: ConvertRecipe, licence: Licence, contents: Contents, vocab_size: int) -> Manifest:
     """Write `tokenizer.json`, `LICENCE.txt` and `manifest.json` into a folder of shards.
 
     Raises:
@@ -76,9 +83,9 @@ def finish(folder: Path, recipe: ConvertRecipe, terms: Terms, contents: Contents
     manifest = Manifest(
         name=recipe.name,
         version=recipe.version,
-        licence=terms.named,
-        licence_url=terms.licence_url,
-        attribution=terms.attribution,
+        licence=licence.text,
+        licence_url=licence.url,
+        attribution=licence.attribution,
         image_size=contents.image_size,
         members=contents.members,
         build=recipe.build,
@@ -87,7 +94,7 @@ def finish(folder: Path, recipe: ConvertRecipe, terms: Terms, contents: Contents
         splits=contents.splits,
         layout=contents.layout,
     )
-    said = "\n".join(line for line in (terms.attribution, terms.named, terms.licence_url) if line)
+    said = "\n".join(line for line in (licence.attribution, licence.text, licence.url) if line)
     (folder / "LICENCE.txt").write_text(said + "\n", encoding="utf-8")
     manifest.write(folder)
     return manifest
@@ -108,13 +115,13 @@ def refuse_empty(num_samples: Mapping[Split, int]) -> None:
             )
 
 
-def usual_size(sides: Mapping[int, int]) -> int:
+def typical_size(sides: Mapping[int, int]) -> int:
     """Return a square size for the set: the largest multiple of 32 that half of the shorter sides reach.
 
-    sides: how many pictures have which.
+    sides: how many images have which.
 
-    It is what pictures are scaled to where nobody says otherwise (codebooks, contact sheets). Sets of smaller pictures
-    get a multiple of 8, sets without pictures 0.
+    It is what images are scaled to where nobody says otherwise (codebooks, contact sheets). Sets of smaller images
+    get a multiple of 8, sets without images 0.
     """
     if not sides:
         return 0

@@ -22,7 +22,7 @@ class WorkerDiedError(UserError):
     """A process ended that nobody had asked to; what was finished before is as good as ever."""
 
 
-def in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) -> Generator[R]:
+def map_in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) -> Generator[R]:
     """Yield `function(task)` for every task, in order; with one job, in this process.
 
     Raises:

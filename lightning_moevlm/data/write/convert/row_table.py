@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from lightning_moevlm.data.format.manifest import SPLITS, Split
 from lightning_moevlm.data.write.build_set import canonical_json
-from lightning_moevlm.data.write.convert.picture import Seen
-from lightning_moevlm.data.write.convert.sources.row_source import PictureAt, Row
-from lightning_moevlm.data.write.convert.tasks import Planned
-from lightning_moevlm.data.write.shard_writer import split_of
+from lightning_moevlm.data.write.convert.shard_image import InspectedImage
+from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, Row
+from lightning_moevlm.data.write.convert.tasks import PlannedSample
+from lightning_moevlm.data.write.shard_writer import choose_split
 
 _SETTINGS = """
 pragma journal_mode = off;
@@ -34,18 +34,18 @@ begin;
 """The file is never read by anybody else, so nothing is kept to undo or to recover."""
 
 
-class Stored(NamedTuple):
-    """What looking at a row takes. number: in the source's order. identity: what it shows, where it is no picture."""
+class TableRow(NamedTuple):
+    """What looking at a row takes. number: in the source's order. identity: what it shows, where it is no image."""
 
     number: int
     place: str
-    picture: PictureAt | None
+    image: ImageLocation | None
     identity: str
     split: Split | None
 
 
 class RowTable:
-    """Good rows, and what was seen of their pictures. num_captioned: how many have captions."""
+    """Good rows, and what was seen of their images. num_captioned: how many have captions."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._db = database
@@ -56,7 +56,7 @@ class RowTable:
     def add(self, row: Row) -> str | None:
         """Take a row; if another one has its key, return that one's place."""
         annotation = None if row.annotation is None else canonical_json(row.annotation)
-        content = json.dumps([row.place, row.picture, row.caption, annotation, row.words, row.split])
+        content = json.dumps([row.place, row.image, row.caption, annotation, row.extra_texts, row.split])
         captioned = row.caption is not None
         values = (self.num_rows, row.key, captioned, content)
         found = self._db.execute(
@@ -77,22 +77,22 @@ class RowTable:
             yield json.loads(content)[0]
         self._db.execute("delete from rows where not captioned")
 
-    def stretches(self, length: int) -> Iterator[list[Stored]]:
+    def chunks(self, length: int) -> Iterator[list[TableRow]]:
         """Yield all rows in their order, so many at once; rows already yielded may be removed meanwhile."""
         last = -1
         while found := self._db.execute(
             "select number, key, content from rows where number > ? order by number limit ?", (last, length)
         ).fetchall():
             last = found[-1][0]
-            yield [_stored(*values) for values in found]
+            yield [_parse_row(*values) for values in found]
 
-    def see(self, rows: Sequence[Stored], seen: Sequence[Seen | None]) -> None:
+    def record(self, rows: Sequence[TableRow], seen: Sequence[InspectedImage | None]) -> None:
         """Note what rows show, and so which split they fall into."""
         self._db.executemany(
             "update rows set split = ?, sha256 = ?, side = ? where number = ?",
             [
                 (
-                    row.split or split_of(row.identity if saw is None else saw.sha256),
+                    row.split or choose_split(row.identity if saw is None else saw.sha256),
                     "" if saw is None else saw.sha256,
                     None if saw is None else saw.side,
                     row.number,
@@ -101,8 +101,8 @@ class RowTable:
             ],
         )
 
-    def drop(self, rows: Sequence[Stored]) -> None:
-        """Remove rows whose pictures cannot be used."""
+    def drop(self, rows: Sequence[TableRow]) -> None:
+        """Remove rows whose images cannot be used."""
         self._db.executemany("delete from rows where number = ?", [(row.number,) for row in rows])
 
     def sort(self) -> dict[Split, int]:
@@ -114,24 +114,24 @@ class RowTable:
         return {split: found.get(split, 0) for split in SPLITS}
 
     def sides(self) -> Counter[int]:
-        """Return how many pictures have which shorter side."""
+        """Return how many images have which shorter side."""
         found = self._db.execute("select side, count(*) from rows where side is not null group by side")
         return Counter(dict(found))
 
-    def samples(self, split: Split) -> Iterator[Planned]:
+    def samples(self, split: Split) -> Iterator[PlannedSample]:
         """Yield a split's samples in the order of its shards."""
         query = "select key, content, sha256 from rows where split = ? order by turn"
         for key, content, sha256 in self._db.execute(query, (split,)):
-            place, picture, caption, annotation, _, _ = json.loads(content)
+            place, image, caption, annotation, _, _ = json.loads(content)
             if annotation is None and self._has_annotations:
                 annotation = canonical_json({})  # all samples of a set have the same members
-            yield Planned(key, place, picture and PictureAt(*picture), sha256, caption, annotation)
+            yield PlannedSample(key, place, image and ImageLocation(*image), sha256, caption, annotation)
 
     def texts(self, split: Split) -> Iterator[str]:
         """Yield what a tokenizer learns from a split, in the order of its samples."""
         for (content,) in self._db.execute("select content from rows where split = ? order by turn", (split,)):
-            _, _, caption, _, words, _ = json.loads(content)
-            yield from (*(() if caption is None else (caption,)), *words)
+            _, _, caption, _, extra_texts, _ = json.loads(content)
+            yield from (*(() if caption is None else (caption,)), *extra_texts)
 
 
 @contextmanager
@@ -147,6 +147,6 @@ def row_table(path: Path) -> Iterator[RowTable]:
         path.unlink(missing_ok=True)
 
 
-def _stored(number: int, key: str, content: str) -> Stored:
-    place, picture, caption, _, words, split = json.loads(content)
-    return Stored(number, place, picture and PictureAt(*picture), caption or "\n".join(words) or key, split)
+def _parse_row(number: int, key: str, content: str) -> TableRow:
+    place, image, caption, _, extra_texts, split = json.loads(content)
+    return TableRow(number, place, image and ImageLocation(*image), caption or "\n".join(extra_texts) or key, split)

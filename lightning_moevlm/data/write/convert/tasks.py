@@ -1,4 +1,4 @@
-"""What worker processes do: look at a stretch of pictures, or write one shard.
+"""What worker processes do: look at a stretch of images, or write one shard.
 
 Both are functions of their task alone, so it does not matter who does which, when, or how often.
 """
@@ -10,54 +10,60 @@ from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import ShardEntry, file_sha256
-from lightning_moevlm.data.write.convert.picture import Seen, Wish, look_at, read_picture, stored
-from lightning_moevlm.data.write.convert.sources.row_source import BadCause, PictureAt, RowError
+from lightning_moevlm.data.write.convert.shard_image import (
+    ImageOptions,
+    InspectedImage,
+    encode_for_shard,
+    inspect_image,
+    read_image,
+)
+from lightning_moevlm.data.write.convert.sources.row_source import BadCause, ImageLocation, RowError
 from lightning_moevlm.data.write.shard_writer import add_sample, open_shard
 
 
 class Fault(NamedTuple):
-    """Why a picture cannot be used; a `RowError` as data."""
+    """Why an image cannot be used; a `RowError` as data."""
 
     cause: BadCause
     message: str
 
 
-class LookTask(NamedTuple):
-    """Pictures to look at, in the folder that none may leave."""
+class InspectTask(NamedTuple):
+    """Images to look at, in the folder that none may leave."""
 
     folder: Path
-    pictures: tuple[PictureAt, ...]
-    wish: Wish
+    images: tuple[ImageLocation, ...]
+    image_options: ImageOptions
 
 
-class Planned(NamedTuple):
-    """A sample with its place in a shard. sha256: of the picture's bytes when it was looked at, "" without one."""
+class PlannedSample(NamedTuple):
+    """A sample with its place in a shard. sha256: of the image's bytes when it was looked at, "" without one."""
 
     key: str
     place: str
-    picture: PictureAt | None
+    image: ImageLocation | None
     sha256: str
     caption: str | None
     annotation: str | None
 
 
 class ShardTask(NamedTuple):
-    """A shard to write into `target`, from pictures in `folder`."""
+    """A shard to write into `target`, from images in `folder`."""
 
     folder: Path
     target: Path
-    samples: tuple[Planned, ...]
-    wish: Wish
+    samples: tuple[PlannedSample, ...]
+    image_options: ImageOptions
 
 
-def look(task: LookTask) -> tuple[Seen | Fault, ...]:
-    """Look at every picture."""
-    return tuple(_look(task.folder, picture, task.wish) for picture in task.pictures)
+def inspect_images(task: InspectTask) -> tuple[InspectedImage | Fault, ...]:
+    """Look at every image."""
+    return tuple(_inspect(task.folder, image, task.image_options) for image in task.images)
 
 
-def _look(folder: Path, picture: PictureAt, wish: Wish) -> Seen | Fault:
+def _inspect(folder: Path, image: ImageLocation, image_options: ImageOptions) -> InspectedImage | Fault:
     try:
-        return look_at(read_picture(folder, picture), wish)
+        return inspect_image(read_image(folder, image), image_options)
     except RowError as fault:
         return Fault(fault.cause, fault.message)
 
@@ -66,7 +72,7 @@ def write_shard(task: ShardTask) -> ShardEntry:
     """Write one shard, whole or not at all.
 
     Raises:
-        UserError: if a picture is not what it was when it was looked at, or cannot be stored.
+        UserError: if an image is not what it was when it was looked at, or cannot be stored.
 
     """
     unfinished = task.target.with_name(f".{task.target.name}.{os.getpid()}.unfinished")
@@ -78,9 +84,9 @@ def write_shard(task: ShardTask) -> ShardEntry:
     return entry
 
 
-def _picture(place: str, picture: PictureAt, sha256: str, task: ShardTask) -> bytes:
+def _image(place: str, image: ImageLocation, sha256: str, task: ShardTask) -> bytes:
     try:
-        data = read_picture(task.folder, picture)
+        data = read_image(task.folder, image)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RowError("image_undecodable", "it holds other bytes than a moment ago")
     except RowError as fault:
@@ -89,15 +95,15 @@ def _picture(place: str, picture: PictureAt, sha256: str, task: ShardTask) -> by
             "convert again when nothing writes to the folder any more"
         ) from None
     try:
-        return stored(data, task.wish)
+        return encode_for_shard(data, task.image_options)
     except RowError as fault:  # found by another decoder than that which looked at it
         raise UserError(f"{place}: {fault.message}; fix or remove the image, and convert again") from None
 
 
-def _members(sample: Planned, task: ShardTask) -> dict[str, bytes]:
+def _members(sample: PlannedSample, task: ShardTask) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
-    if sample.picture is not None:
-        members[task.wish.image_format] = _picture(sample.place, sample.picture, sample.sha256, task)
+    if sample.image is not None:
+        members[task.image_options.image_format] = _image(sample.place, sample.image, sample.sha256, task)
     if sample.caption is not None:
         members["txt"] = sample.caption.encode("utf-8")
     if sample.annotation is not None:

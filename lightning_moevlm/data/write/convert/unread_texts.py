@@ -5,7 +5,7 @@ from itertools import islice
 
 from lightning_moevlm.data.format.tar_members import Member
 from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_CAPTION, MemberNames
-from lightning_moevlm.data.write.convert.sources.row_source import RowError, json_object
+from lightning_moevlm.data.write.convert.sources.row_source import RowError, parse_json_object
 
 _LOOKED_AT = 100
 """Samples; the first one with a caption ends the search."""
@@ -21,18 +21,18 @@ class UnreadTexts:
     def __init__(self, names: MemberNames) -> None:
         self._names = names
         self._num_seen = 0
-        self._met = names.text is None
+        self._accept_loss = names.text is None
         self._members: dict[str, None] = {}
         self._fields: dict[str, None] = {}
 
     @property
     def is_open(self) -> bool:
         """Whether it wants to see every member of the next sample."""
-        return not self._met and self._num_seen < _LOOKED_AT
+        return not self._accept_loss and self._num_seen < _LOOKED_AT
 
-    def see(self, members: Mapping[str, Member]) -> None:
+    def inspect(self, members: Mapping[str, Member]) -> None:
         """Look at one sample."""
-        self._met |= self._names.text in members
+        self._accept_loss |= self._names.text in members
         if not self.is_open or members.keys().isdisjoint(self._names.images):
             return
         self._num_seen += 1
@@ -43,12 +43,12 @@ class UnreadTexts:
                 self._members[extension] = None
 
     @property
-    def complaint(self) -> str:
+    def problem(self) -> str:
         """A line if samples were seen, none has a caption, and texts lie elsewhere or were asked for; else ""."""
         text = self._names.text
         options = [f"--caption_member {name}" for name in islice(self._members, _SHOWN)]
         options += [f"--caption_field {name}" for name in islice(self._fields, _SHOWN)]
-        if self._met or not self._num_seen or (not options and text == DEFAULT_CAPTION):
+        if self._accept_loss or not self._num_seen or (not options and text == DEFAULT_CAPTION):
             return ""
         found = f", though texts lie beside it: give {' or '.join(options)}, or" if options else "; give"
         return f"samples have no .{text}{found} --caption_member null for a set of images alone"
@@ -57,7 +57,7 @@ class UnreadTexts:
 def _text_fields(data: bytes) -> list[str]:
     """Return the fields of an annotation that hold sentences, or lists of them."""
     try:
-        content = json_object(data)
+        content = parse_json_object(data)
     except RowError:
         return []
     return [

@@ -5,47 +5,48 @@ set, so that only the very same conversion finds it again. `journal/` holds one 
 after what it tells of; whatever has none is done again. The folder becomes the set when the manifest is written.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import ShardEntry, file_sha256
 from lightning_moevlm.data.write.convert.process_pool import WorkerDiedError
 
+T = TypeVar("T")
 _JOURNAL, _LOCK = "journal", ".lock"
 
 
-class Workshop:
+class WorkFolder:
     """A folder to work in, and what earlier attempts have finished."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def remember(self, task: str, result: object) -> None:
-        """Note a finished task; the result is anything that JSON can hold."""
+        """Note the result of a finished task: a record, or several."""
         path = self.folder / _JOURNAL / f"{task}.json"
         unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text(json.dumps(result), encoding="utf-8")
+        unfinished.write_bytes(msgspec.json.encode(result))
         unfinished.replace(path)
 
-    def recall(self, task: str) -> object:
-        """Return a finished task's result, None if there is none or it cannot be read."""
+    def recall(self, task: str, kind: type[T]) -> T | None:
+        """Return a finished task's result; None if there is none or it cannot be read."""
         try:
-            return json.loads((self.folder / _JOURNAL / f"{task}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return msgspec.json.decode((self.folder / _JOURNAL / f"{task}.json").read_bytes(), type=kind)
+        except (OSError, msgspec.DecodeError):
             return None
 
     def finished_shard(self, task: str) -> ShardEntry | None:
         """Return a shard that is written and still has the bytes that it had then."""
-        noted = self.recall(task)
-        if not isinstance(noted, list):
+        entry = self.recall(task, ShardEntry)
+        if entry is None:
             return None
-        entry = ShardEntry(*noted)
         path = self.folder / entry.file
         return entry if path.is_file() and file_sha256(path) == entry.sha256 else None
 
@@ -58,7 +59,7 @@ class Workshop:
 
 
 @contextmanager
-def workshop(out: Path, fingerprint: str) -> Iterator[Workshop]:
+def open_work_folder(out: Path, fingerprint: str) -> Iterator[WorkFolder]:
     """Open the folder for a set at `out`; a mistake of the user removes it, being killed does not.
 
     Raises:
@@ -75,7 +76,7 @@ def workshop(out: Path, fingerprint: str) -> Iterator[Workshop]:
     try:
         for left in (*folder.glob(".*.unfinished"), *(folder / _JOURNAL).glob(".*.unfinished")):
             left.unlink()
-        yield Workshop(folder)
+        yield WorkFolder(folder)
     except WorkerDiedError:
         raise  # nothing to mend in the data: what is finished stays
     except UserError:

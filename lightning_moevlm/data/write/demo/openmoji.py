@@ -1,10 +1,10 @@
-"""The set `openmoji`: every OpenMoji picture with its names in 14 languages.
+"""The set `openmoji`: every OpenMoji drawing with its names in 14 languages.
 
 Real drawn art with real multilingual captions: the English name is the caption, the annotation holds the
 names in all languages, the Unicode group and subgroup and the code points. Skin-tone variants are
-near-duplicates of their base picture; they are left out unless asked for, and always share its split. So do
-pictures that look exactly alike under several code points (the flags of Chad and Romania, some persons and men):
-a picture seen in training is never met again in validation.
+near-duplicates of their base drawing; they are left out unless asked for, and always share its split. So do
+drawings that look exactly alike under several code points (the flags of Chad and Romania, some persons and men):
+a drawing seen in training is never met again in validation.
 """
 
 import json
@@ -20,12 +20,12 @@ import emoji
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.encode import ImageFormat, encode
-from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, existing_set
+from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, find_existing_set
 from lightning_moevlm.data.write.demo.openmoji_art import (
     LICENCE,
     LICENCE_URL,
     attribution,
-    picture_codes,
+    drawing_codes,
     rasterise,
     source_versions,
 )
@@ -34,12 +34,12 @@ from lightning_moevlm.data.write.shard_writer import Sample
 VERSION = 2
 LANGUAGES: tuple[str, ...] = tuple(emoji.LANGUAGES)
 SKIN_TONES = frozenset({"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"})
-_COMPARED_SIZE = 64  # pixels; fixed, so that splits do not depend on the size of the set's pictures
+_COMPARED_SIZE = 64  # pixels; fixed, so that splits do not depend on the size of the set's drawings
 _PRESENTATION = "FE0F"  # asks for the colour variant; OpenMoji and Unicode data disagree about where it stands
 
 
 class Entry(NamedTuple):
-    """A picture and what is known about it; group and subgroup are None where the installed data is older."""
+    """A drawing and what is known about it; group and subgroup are None where the installed data is older."""
 
     code: str
     names: dict[str, str]
@@ -79,20 +79,20 @@ def build_openmoji(
         samples_per_shard=samples_per_shard,
         vocab_size=vocab_size,
     )
-    found = existing_set(out, plan, force)
+    found = find_existing_set(out, plan, force)
     if found is not None:
         return found, False
     return build_set(out, plan, _samples(entries, image_size, image_format)), True
 
 
 def catalogue(skin_tones: bool) -> tuple[Entry, ...]:
-    """Every picture that Unicode has a name for, mixed by hash (neighbours in Unicode look alike)."""
+    """Every drawing that Unicode has a name for, mixed by hash (neighbours in Unicode look alike)."""
     for language in LANGUAGES:
         emoji.config.load_language(language)
     named = {_code(character): data for character, data in emoji.EMOJI_DATA.items()}
     groups = _groups()
     entries = []
-    for code in picture_codes():
+    for code in drawing_codes():
         data = named.get(_plain(code))
         if data is None or "en" not in data or (not skin_tones and SKIN_TONES & set(code.split("-"))):
             continue
@@ -122,7 +122,7 @@ def _samples(entries: tuple[Entry, ...], image_size: int, image_format: ImageFor
 
 
 def first_twins(entries: tuple[Entry, ...]) -> dict[str, str]:
-    """Return, by the code of each picture without tones, the first code in order whose picture has the same pixels."""
+    """Return, by the code of each drawing without tones, the first code in order whose drawing has the same pixels."""
     alike: dict[bytes, list[str]] = {}
     for entry in entries:
         if not SKIN_TONES & set(entry.code.split("-")):

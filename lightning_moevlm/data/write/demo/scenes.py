@@ -1,12 +1,12 @@
 """The set `scenes`: compositional scenes that know what they show.
 
-One to four OpenMoji pictures on a tinted ground, with a caption, questions and answers, true and false
+One to four OpenMoji drawings on a tinted ground, with a caption, questions and answers, true and false
 statements and the scene graph. Who is drawn, where, and what is said of it follow from (seed, sample
 number) alone: a larger set begins with the samples of a smaller one, and the same arguments give the same
 bytes.
 
-Layout: the image is parted into 1, 2 or 4 cells, every picture gets a cell, a size and a place in it, so
-pictures never overlap and most pairs stand clearly left or right, above or below.
+Layout: the image is parted into 1, 2 or 4 cells, every drawing gets a cell, a size and a place in it, so
+drawings never overlap and most pairs stand clearly left or right, above or below.
 """
 
 from functools import cache
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.encode import ImageFormat, encode, lay_on
-from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, existing_set
+from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, find_existing_set
+from lightning_moevlm.data.write.demo.drawing_catalogue import Drawing, first_drawings
 from lightning_moevlm.data.write.demo.openmoji_art import LICENCE, LICENCE_URL, attribution, rasterise, source_versions
-from lightning_moevlm.data.write.demo.picture_catalogue import Picture, first_pictures
 from lightning_moevlm.data.write.demo.scene_graph import GROUNDS, Box, Group, Scene, facts
 from lightning_moevlm.data.write.demo.scene_language import caption, questions, statements
 from lightning_moevlm.data.write.shard_writer import Sample
@@ -36,7 +36,7 @@ def build_scenes(
     num_samples: int,
     image_size: int,
     image_format: ImageFormat,
-    num_pictures: int,
+    num_drawings: int,
     seed: int,
     samples_per_shard: int,
     vocab_size: int,
@@ -52,7 +52,7 @@ def build_scenes(
         raise UserError(f"image_size is {image_size}, allowed are 32 to 1024 pixels")
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}, but a set needs at least 1")
-    world = first_pictures(num_pictures)
+    world = first_drawings(num_drawings)
     plan = SetPlan(
         name="scenes",
         version=VERSION,
@@ -61,13 +61,13 @@ def build_scenes(
         attribution=attribution("The drawings were rendered to pixels, scaled and arranged on tinted grounds."),
         image_size=image_size,
         image_format=image_format,
-        arguments={"num_samples": num_samples, "num_pictures": num_pictures, "seed": seed},
+        arguments={"num_samples": num_samples, "num_pictures": num_drawings, "seed": seed},
         sources=source_versions(),
         num_samples=num_samples,
         samples_per_shard=samples_per_shard,
         vocab_size=vocab_size,
     )
-    found = existing_set(out, plan, force)
+    found = find_existing_set(out, plan, force)
     if found is not None:
         return found, False
     painter = Painter(image_size)
@@ -76,19 +76,19 @@ def build_scenes(
 
 
 class Painter:
-    """Draws scenes of one size; every picture is rasterised once per size and kept."""
+    """Draws scenes of one size; every drawing is rasterised once per size and kept."""
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
         self._stamps: dict[tuple[str, int], NDArray[np.uint8]] = {}
 
-    def stamp(self, picture: Picture, extent: int) -> NDArray[np.uint8]:
-        """Return the picture as RGBA, cut tightly, its longer side about `extent` pixels."""
-        key = (picture.code, extent)
+    def stamp(self, drawing: Drawing, extent: int) -> NDArray[np.uint8]:
+        """Return the drawing as RGBA, cut tightly, its longer side about `extent` pixels."""
+        key = (drawing.code, extent)
         if key not in self._stamps:
             # the drawing fills only a part of OpenMoji's square: draw the square so much larger
-            canvas = max(1, round(extent / _filled_share(picture.code)))
-            self._stamps[key] = _cut_tight(rasterise(picture.code, canvas))
+            canvas = max(1, round(extent / _filled_share(drawing.code)))
+            self._stamps[key] = _cut_tight(rasterise(drawing.code, canvas))
         return self._stamps[key]
 
     def paint(self, scene: Scene, extents: tuple[tuple[int, ...], ...]) -> NDArray[np.uint8]:
@@ -97,12 +97,12 @@ class Painter:
         pixels[:] = GROUNDS[scene.ground]
         for group, sizes in zip(scene.groups, extents, strict=True):
             for box, extent in zip(group.boxes, sizes, strict=True):
-                lay_on(pixels, self.stamp(group.picture, extent), box.left, box.top)
+                lay_on(pixels, self.stamp(group.drawing, extent), box.left, box.top)
         return pixels
 
 
 def make_sample(
-    index: int, world: tuple[Picture, ...], painter: Painter, image_format: ImageFormat, seed: int
+    index: int, world: tuple[Drawing, ...], painter: Painter, image_format: ImageFormat, seed: int
 ) -> Sample:
     """Make sample number `index` of the world's scenes under this seed."""
     random = Random(f"scene/{seed}/{index}")
@@ -112,10 +112,10 @@ def make_sample(
         "ground": scene.ground,
         "objects": [
             {
-                "name": group.picture.name,
-                "category": group.picture.category,
-                "colour": group.picture.colour,
-                "code_points": group.picture.code,
+                "name": group.drawing.name,
+                "category": group.drawing.category,
+                "colour": group.drawing.colour,
+                "code_points": group.drawing.code,
                 "count": group.num_copies,
                 "boxes": group.boxes,
             }
@@ -136,49 +136,49 @@ def make_sample(
 
 
 def draw_scene(
-    world: tuple[Picture, ...], painter: Painter, random: Random
+    world: tuple[Drawing, ...], painter: Painter, random: Random
 ) -> tuple[Scene, tuple[tuple[int, ...], ...]]:
     """Choose ground, groups, sizes and places; return the scene and the stamp size of every box, by group."""
-    num_pictures = random.choice((1, 2, 2, 3, 3, 4, 4, 4))
-    counts = _group_counts(num_pictures, random)
+    num_drawings = random.choice((1, 2, 2, 3, 3, 4, 4, 4))
+    counts = _group_counts(num_drawings, random)
     chosen = random.sample(world, len(counts))
-    cells = _cells(num_pictures, painter.image_size, random)
+    cells = _cells(num_drawings, painter.image_size, random)
     groups, extents, taken = [], [], 0
-    for picture, count in zip(chosen, counts, strict=True):
+    for drawing, count in zip(chosen, counts, strict=True):
         boxes, sizes = [], []
         for cell in cells[taken : taken + count]:
             room = min(cell.right - cell.left, cell.bottom - cell.top)
             extent = round(room * random.choice((0.7, 0.8, 0.9)))
-            height, width = painter.stamp(picture, extent).shape[:2]
+            height, width = painter.stamp(drawing, extent).shape[:2]
             left = cell.left + random.randint(0, cell.right - cell.left - width)
             top = cell.top + random.randint(0, cell.bottom - cell.top - height)
             boxes.append(Box(left, top, left + width, top + height))
             sizes.append(extent)
-        groups.append(Group(picture, tuple(boxes)))
+        groups.append(Group(drawing, tuple(boxes)))
         extents.append(tuple(sizes))
         taken += count
     return Scene(random.choice(tuple(GROUNDS)), tuple(groups)), tuple(extents)
 
 
-def _group_counts(num_pictures: int, random: Random) -> tuple[int, ...]:
-    """Part the pictures into groups of one to three."""
+def _group_counts(num_drawings: int, random: Random) -> tuple[int, ...]:
+    """Part the drawings into groups of one to three."""
     parts = {
         1: ((1,),),
         2: ((1, 1), (1, 1), (2,)),
         3: ((1, 1, 1), (1, 2), (2, 1), (3,)),
         4: ((1, 1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 2), (1, 3), (3, 1)),
     }
-    return random.choice(parts[num_pictures])
+    return random.choice(parts[num_drawings])
 
 
-def _cells(num_pictures: int, size: int, random: Random) -> list[Box]:
-    """Return a cell for every picture; consecutive cells touch, so copies of a picture stand together."""
+def _cells(num_drawings: int, size: int, random: Random) -> list[Box]:
+    """Return a cell for every drawing; consecutive cells touch, so copies of a drawing stand together."""
     half = size // 2
-    if num_pictures == 1:
+    if num_drawings == 1:
         side = random.randint(half, round(size * 0.9))
         left, top = random.randint(0, size - side), random.randint(0, size - side)
         return [Box(left, top, left + side, top + side)]
-    if num_pictures == 2:
+    if num_drawings == 2:
         offset = random.randint(0, size - half)
         if random.random() < 0.5:
             pair = [Box(0, offset, half, offset + half), Box(half, size - half - offset, size, size - offset)]
@@ -194,7 +194,7 @@ def _cells(num_pictures: int, size: int, random: Random) -> list[Box]:
     ]
     start = random.randrange(4)
     walked = ring[start:] + ring[:start]
-    return (walked if random.random() < 0.5 else walked[::-1])[:num_pictures]
+    return (walked if random.random() < 0.5 else walked[::-1])[:num_drawings]
 
 
 @cache
@@ -205,6 +205,6 @@ def _filled_share(code: str) -> float:
     return max(height, width) / size
 
 
-def _cut_tight(picture_YXA: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    rows, columns = np.nonzero(picture_YXA[..., 3] >= MIN_ALPHA)
-    return picture_YXA[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+def _cut_tight(drawing_YXA: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    rows, columns = np.nonzero(drawing_YXA[..., 3] >= MIN_ALPHA)
+    return drawing_YXA[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]

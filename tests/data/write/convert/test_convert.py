@@ -15,34 +15,36 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import SPLITS, ShardEntry, read_manifest
 from lightning_moevlm.data.text.tokenizer import load_tokenizer
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, Effort, Form, Terms, convert
-from lightning_moevlm.data.write.convert.picture import Wish
-from lightning_moevlm.data.write.convert.process_pool import WorkerDiedError, in_order
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
+from lightning_moevlm.data.write.convert.process_pool import WorkerDiedError, map_in_order
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions, CocoQuestions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
 from lightning_moevlm.data.write.convert.sources.row_source import Source
 from lightning_moevlm.data.write.convert.tasks import ShardTask, write_shard
-from lightning_moevlm.data.write.convert.work_folder import workshop
-from lightning_moevlm.data.write.shard_writer import split_of
+from lightning_moevlm.data.write.convert.work_folder import open_work_folder
+from lightning_moevlm.data.write.shard_writer import choose_split
 from tests.data.sources import (
     caption,
     coco_source,
     csv_source,
     jsonl_source,
-    picture,
+    make_image,
     vqa_source,
     write_csv,
-    write_pictures,
+    write_images,
 )
 
-TERMS = Terms("CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/", "by us")
-AS_IT_IS = Wish("jpg", None)
-FORM = Form(AS_IT_IS, 16, 400)
+LICENCE = Licence("CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/", "by us")
+AS_IT_IS = ImageOptions("jpg", None)
+FORM = SetOptions(AS_IT_IS, 16, 400)
 PLAIN = Columns("image", "caption", None, None)
 
 
-def run(source: Source, out: Path, max_bad: int = 0, wish: Wish = AS_IT_IS, jobs: int = 1) -> Converted:
-    return convert(source, out, TERMS, Form(wish, 16, 400), Effort(max_bad, jobs, False))
+def run(
+    source: Source, out: Path, max_bad: int = 0, image_options: ImageOptions = AS_IT_IS, jobs: int = 1
+) -> Converted:
+    return convert(source, out, LICENCE, SetOptions(image_options, 16, 400), ConvertOptions(max_bad, jobs, False))
 
 
 def members(root: Path) -> dict[str, bytes]:
@@ -59,42 +61,42 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def test_csv_rows_become_samples(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 60)
-    converted = run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
+    converted = run(CsvSource(table, tmp_path / "images", None, PLAIN), tmp_path / "set")
     manifest = read_manifest(tmp_path / "set")
     assert converted == (manifest, True, (), 60, ())
     assert (manifest.name, manifest.licence, manifest.members) == ("captions", "CC BY 4.0", ("jpg", "json", "txt"))
-    assert manifest.image_size == 32  # every picture is 40 x 32
+    assert manifest.image_size == 32  # every image is 40 x 32
     found = members(tmp_path / "set")
     assert len(found) == 60 * 3
     for i in range(60):
         key = f"captions-{i:08d}"
         assert found[f"{key}.txt"].decode() == caption(i)
         assert json.loads(found[f"{key}.json"]) == {"page": f"source {i}"}
-        source = picture(i, "png" if i % 5 == 0 else "jpg")
+        source = make_image(i, "png" if i % 5 == 0 else "jpg")
         if i % 5:
             assert found[f"{key}.jpg"] == source  # kept byte for byte
         else:
             assert Image.open(io.BytesIO(found[f"{key}.jpg"])).size == (40, 32)
     tokenizer = load_tokenizer(tmp_path / "set", manifest.tokenizer)
     assert len(tokenizer.ids(caption(3))) < 12  # words, not bytes
-    assert (tmp_path / "set/LICENCE.txt").read_text() == f"by us\nCC BY 4.0\n{TERMS.licence_url}\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures", "set"]
+    assert (tmp_path / "set/LICENCE.txt").read_text() == f"by us\nCC BY 4.0\n{LICENCE.url}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "images", "set"]
 
 
-def test_the_picture_decides_about_the_split(tmp_path: Path) -> None:
+def test_the_image_decides_about_the_split(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 60)
-    run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
+    run(CsvSource(table, tmp_path / "images", None, PLAIN), tmp_path / "set")
     for split in SPLITS:
         for path in (tmp_path / "set").glob(f"{split}-*.tar"):
             with tarfile.open(path) as tar:
                 for name in (n for n in tar.getnames() if n.endswith(".jpg")):
                     i = int(name[9:17])
-                    source = picture(i, "png" if i % 5 == 0 else "jpg")
-                    assert split_of(hashlib.sha256(source).hexdigest()) == split
+                    source = make_image(i, "png" if i % 5 == 0 else "jpg")
+                    assert choose_split(hashlib.sha256(source).hexdigest()) == split
 
 
 def test_a_column_may_name_the_split(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"{i}.jpg" for i in range(6)])
+    write_images(tmp_path, [f"{i}.jpg" for i in range(6)])
     rows = [[f"{i}.jpg", f"words {i}", f"k{i}", SPLITS[i % 3]] for i in range(6)]
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "id", "part"], rows)
     run(CsvSource(table, None, None, Columns("image", "caption", "id", "part")), tmp_path / "set")
@@ -105,16 +107,16 @@ def test_a_column_may_name_the_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_texts_alone_and_pictures_alone(tmp_path: Path, jobs: int) -> None:
+def test_texts_alone_and_images_alone(tmp_path: Path, jobs: int) -> None:
     table = csv_source(tmp_path, 60)
-    texts = CsvSource(table, tmp_path / "pictures", "t", Columns(None, "caption", None, None))
+    texts = CsvSource(table, tmp_path / "images", "t", Columns(None, "caption", None, None))
     run(texts, tmp_path / "texts", jobs=jobs)
     assert read_manifest(tmp_path / "texts").members == ("json", "txt")
     assert read_manifest(tmp_path / "texts").image_size == 0
-    pictures = CsvSource(table, tmp_path / "pictures", "p", Columns("image", None, None, None))
-    run(pictures, tmp_path / "pictures_set", jobs=jobs)
-    assert read_manifest(tmp_path / "pictures_set").members == ("jpg", "json")
-    assert read_manifest(tmp_path / "pictures_set").tokenizer.vocab_size == 260  # bytes and special tokens
+    images = CsvSource(table, tmp_path / "images", "p", Columns("image", None, None, None))
+    run(images, tmp_path / "images_set", jobs=jobs)
+    assert read_manifest(tmp_path / "images_set").members == ("jpg", "json")
+    assert read_manifest(tmp_path / "images_set").tokenizer.vocab_size == 260  # bytes and special tokens
 
 
 def test_jsonl_keeps_structured_fields(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_coco_captions(tmp_path: Path, take: str, num_samples: int) -> None:
     about = json.loads(found[f"{first}.json"])
     assert about["captions"] == [caption(7), f"{caption(7)}, again"]  # by id: 14, then 15
     assert about["file_name"] == "COCO_train2014_000000000007.jpg" and about["image_id"] == 7
-    assert found[f"{first}.txt"].decode() == caption(7) and found[f"{first}.jpg"] == picture(7)
+    assert found[f"{first}.txt"].decode() == caption(7) and found[f"{first}.jpg"] == make_image(7)
     if take == "each":
         assert found["coco-000000000007-1.txt"].decode() == f"{caption(7)}, again"
 
@@ -162,25 +164,25 @@ def test_coco_questions_follow_the_layout_of_scenes(tmp_path: Path) -> None:
 def test_the_number_of_processes_does_not_show(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 300)
     for jobs in (1, 2):
-        run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / f"set{jobs}", jobs=jobs)
+        run(CsvSource(table, tmp_path / "images", None, PLAIN), tmp_path / f"set{jobs}", jobs=jobs)
     assert contents(tmp_path / "set1") == contents(tmp_path / "set2")
 
 
 def test_again_does_nothing_and_another_way_is_refused(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 60)
-    source = CsvSource(table, tmp_path / "pictures", None, PLAIN)
+    source = CsvSource(table, tmp_path / "images", None, PLAIN)
     assert run(source, tmp_path / "set").built
     assert not run(source, tmp_path / "set").built
     with pytest.raises(UserError, match="max_side 0 there, 16 asked"):
-        run(source, tmp_path / "set", wish=Wish("jpg", 16))
+        run(source, tmp_path / "set", image_options=ImageOptions("jpg", 16))
     table.write_text(table.read_text().replace("source 1", "source one"))
     with pytest.raises(UserError, match=r"table .* there, .* asked"):
-        run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
+        run(CsvSource(table, tmp_path / "images", None, PLAIN), tmp_path / "set")
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = csv_source(tmp_path, 200)
-    source = CsvSource(table, tmp_path / "pictures", None, PLAIN)
+    source = CsvSource(table, tmp_path / "images", None, PLAIN)
     written: list[str] = []
 
     def write_or_stop(task: ShardTask) -> ShardEntry:
@@ -192,10 +194,10 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(convert_module, "write_shard", write_or_stop)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "set")
-    (shop,) = tmp_path.glob(".set.converting-*")
-    (shop / written[1]).write_bytes(b"damaged meanwhile")
+    (work_folder,) = tmp_path.glob(".set.converting-*")
+    (work_folder / written[1]).write_bytes(b"damaged meanwhile")
     del written[:]
-    monkeypatch.setattr(convert_module, "look", None)  # every picture has been looked at
+    monkeypatch.setattr(convert_module, "inspect_images", None)  # every image has been looked at
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "set")
     # shards 0, 2 and 3 were kept; 1 is written again, then 4, 5, 6
@@ -208,24 +210,24 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_two_conversions_of_one_set_do_not_meet(tmp_path: Path) -> None:
-    source = CsvSource(csv_source(tmp_path, 60), tmp_path / "pictures", None, PLAIN)
-    recipe = convert_module.recipe_of(source, TERMS, FORM)
+    source = CsvSource(csv_source(tmp_path, 60), tmp_path / "images", None, PLAIN)
+    recipe = convert_module.make_recipe(source, LICENCE, FORM)
     busy = pytest.raises(UserError, match="being converted by another process")
-    with workshop(tmp_path / "set", recipe.fingerprint), busy:
+    with open_work_folder(tmp_path / "set", recipe.fingerprint), busy:
         run(source, tmp_path / "set")
     run(source, tmp_path / "set")
 
 
 def test_a_process_that_dies_takes_nothing_along(tmp_path: Path) -> None:
-    with pytest.raises(WorkerDiedError, match=r"it resumes where it was"), workshop(tmp_path / "set", "f" * 64):
-        list(in_order(os._exit, [1, 1], num_jobs=2))
+    with pytest.raises(WorkerDiedError, match=r"it resumes where it was"), open_work_folder(tmp_path / "set", "f" * 64):
+        list(map_in_order(os._exit, [1, 1], num_jobs=2))
     assert len(list(tmp_path.glob(".set.converting-*"))) == 1
 
 
 BAD_ROWS = {
     "row_malformed": (["0.jpg", "words"], "2 fields under 3 columns"),
     "caption_empty": (["0.jpg", "  ", ""], "caption is empty"),
-    "picture_missing": (["none.jpg", "words", ""], "'none.jpg' cannot be found"),
+    "image_missing": (["none.jpg", "words", ""], "'none.jpg' cannot be found"),
     "image_undecodable": (["text.jpg", "words", ""], "not an image of a known format"),
     "text_not_utf8": (["0.jpg", "caf\udce9", ""], "no UTF-8 at sign 4"),
     "image_too_large": (["bomb.png", "words", ""], "9000x9000 pixels"),
@@ -235,9 +237,9 @@ BAD_ROWS = {
 @pytest.mark.parametrize("cause", BAD_ROWS)
 def test_bad_rows_are_refused_with_their_place_or_left_out(tmp_path: Path, cause: str) -> None:
     table = csv_source(tmp_path, 60)
-    folder = tmp_path / "pictures"
-    (folder / "0.jpg").write_bytes(picture(0))
-    (folder / "text.jpg").write_text("no picture")
+    folder = tmp_path / "images"
+    (folder / "0.jpg").write_bytes(make_image(0))
+    (folder / "text.jpg").write_text("no image")
     Image.new("1", (9000, 9000)).save(folder / "bomb.png")  # 81 million pixels in some kilobytes
     cells, message = BAD_ROWS[cause]
     with table.open("ab") as file:
@@ -245,7 +247,7 @@ def test_bad_rows_are_refused_with_their_place_or_left_out(tmp_path: Path, cause
     source = CsvSource(table, folder, None, PLAIN)
     with pytest.raises(TooManyBadError, match=rf"1 row is bad.*line 62: .*{message}.*{cause}.*--max_bad 1"):
         run(source, tmp_path / "set")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "images"]
     (left_out,) = run(source, tmp_path / "set", max_bad=1).left_out
     assert (left_out.cause, left_out.num_rows) == (cause, 1)
     assert sum(read_manifest(tmp_path / "set").num_samples(split) for split in SPLITS) == 60
@@ -272,9 +274,9 @@ def test_a_bad_json_line_has_its_number(tmp_path: Path) -> None:
     ],
 )
 def test_no_path_leaves_the_folder(tmp_path: Path, name: str, reason: str) -> None:
-    folder = tmp_path / "in/pictures"
-    write_pictures(folder, [f"{i}.jpg" for i in range(60)])
-    (tmp_path / "in/secret.jpg").write_bytes(picture(99))
+    folder = tmp_path / "in/images"
+    write_images(folder, [f"{i}.jpg" for i in range(60)])
+    (tmp_path / "in/secret.jpg").write_bytes(make_image(99))
     (folder / "link.jpg").symlink_to(tmp_path / "in/secret.jpg")
     (folder / "folder").symlink_to(tmp_path / "in", target_is_directory=True)
     rows = [[f"{i}.jpg", caption(i)] for i in range(60)]
@@ -284,16 +286,16 @@ def test_no_path_leaves_the_folder(tmp_path: Path, name: str, reason: str) -> No
     with pytest.raises(TooManyBadError, match=rf"line 62: .*{reason}.*path_outside"):
         run(source, tmp_path / "set")
     run(source, tmp_path / "set", max_bad=1)
-    assert picture(99) not in members(tmp_path / "set").values()
+    assert make_image(99) not in members(tmp_path / "set").values()
 
 
 def test_a_link_within_the_folder_is_followed(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"{i}.jpg" for i in range(60)])
+    write_images(tmp_path, [f"{i}.jpg" for i in range(60)])
     (tmp_path / "linked.jpg").symlink_to(tmp_path / "3.jpg")
     rows = [[f"{i}.jpg", caption(i)] for i in range(60)]
     table = write_csv(tmp_path / "t.csv", ["image", "caption"], [*rows, ["linked.jpg", "words"]])
     run(CsvSource(table, None, None, PLAIN), tmp_path / "set")
-    assert members(tmp_path / "set")["t-00000060.jpg"] == picture(3)
+    assert members(tmp_path / "set")["t-00000060.jpg"] == make_image(3)
 
 
 def test_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_keys_are_unique_and_plain(tmp_path: Path) -> None:
-    write_pictures(tmp_path, ["0.jpg"])
+    write_images(tmp_path, ["0.jpg"])
     rows = [["0.jpg", "words", key] for key in ("a", "a", "b.c", "../d", "")]
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "id"], rows)
     with pytest.raises(TooManyBadError) as caught:
@@ -312,18 +314,18 @@ def test_keys_are_unique_and_plain(tmp_path: Path) -> None:
     assert {count.cause: count.num_rows for count in caught.value.counts} == {"key_malformed": 3, "duplicate_key": 1}
 
 
-def test_a_picture_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = csv_source(tmp_path, 60)
     write_all = convert_module._write_all
 
     def change_then_write(*arguments):  # type: ignore[no-untyped-def]
-        (tmp_path / "pictures/0/7.jpg").write_bytes(picture(1000))
+        (tmp_path / "images/0/7.jpg").write_bytes(make_image(1000))
         return write_all(*arguments)
 
     monkeypatch.setattr(convert_module, "_write_all", change_then_write)
     with pytest.raises(UserError, match=r"captions.csv line 9: the image has changed"):
-        run(CsvSource(table, tmp_path / "pictures", None, PLAIN), tmp_path / "set")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "pictures"]
+        run(CsvSource(table, tmp_path / "images", None, PLAIN), tmp_path / "set")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "images"]
 
 
 @pytest.mark.parametrize(

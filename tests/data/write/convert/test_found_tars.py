@@ -24,25 +24,25 @@ from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, Effort, Form, Terms, convert
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
-from lightning_moevlm.data.write.convert.sources.member_names import USUAL, MemberNames
+from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_NAMES, MemberNames
 from tests.data.found_tars import Files, folder_of, sample
-from tests.data.sources import caption, picture
+from tests.data.sources import caption, make_image
 from tests.data.write.convert.test_convert import members
 
-TERMS = Terms("CC BY 4.0", "", "")
-FORM = Form(Wish("jpg", None), 16, 400)
+LICENCE = Licence("CC BY 4.0", "", "")
+FORM = SetOptions(ImageOptions("jpg", None), 16, 400)
 
 
-def keep(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = USUAL) -> Converted:
-    return keep_tars(folder, "found", out, TERMS, 400, Effort(max_bad, 1, False), names)
+def keep(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = DEFAULT_NAMES) -> Converted:
+    return keep_tars(folder, "found", out, LICENCE, 400, ConvertOptions(max_bad, 1, False), names)
 
 
-def write_anew(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = USUAL) -> Converted:
-    return convert(Img2datasetSource(folder, "found", names), out, TERMS, FORM, Effort(max_bad, 1, False))
+def write_anew(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = DEFAULT_NAMES) -> Converted:
+    return convert(Img2datasetSource(folder, "found", names), out, LICENCE, FORM, ConvertOptions(max_bad, 1, False))
 
 
 BOTH = pytest.mark.parametrize("convert_it", [keep, write_anew])
@@ -60,15 +60,15 @@ def three_tars(per_tar: int = 20) -> list[Files]:
     return [flat(*(sample(i, f"{i:04d}") for i in range(t * per_tar, (t + 1) * per_tar))) for t in range(3)]
 
 
-def test_a_picture_and_a_text_of_two_folders_are_no_pair(tmp_path: Path) -> None:
-    cats = [("cat/0001.jpg", picture(500)), ("dog/0001.txt", b"a dog")]
+def test_a_image_and_a_text_of_two_folders_are_no_pair(tmp_path: Path) -> None:
+    cats = [("cat/0001.jpg", make_image(500)), ("dog/0001.txt", b"a dog")]
     folder = folder_of(tmp_path / "in", cats, *three_tars())
     for convert_it in (keep, write_anew):
         with pytest.raises(TooManyBadError, match=r"cat/0001: .*member|dog/0001: no image") as refused:
             convert_it(folder, tmp_path / "set")
         assert {count.cause: count.num_rows for count in refused.value.counts} == {"member_missing": 2}
     write_anew(folder, tmp_path / "set", max_bad=2)
-    assert picture(500) not in members(tmp_path / "set").values()
+    assert make_image(500) not in members(tmp_path / "set").values()
 
 
 def test_samples_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_samples_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
     texts = {data: name.partition(".")[0] for name, data in found.items() if name.endswith(".txt")}
     for t, i, k in ((0, 0, 0), (0, 0, 1), (2, 5, 1)):
         number = 100 * t + 10 * i + k
-        assert found[f"{texts[caption(number).encode()]}.jpg"] == picture(number)
+        assert found[f"{texts[caption(number).encode()]}.jpg"] == make_image(number)
 
 
 def test_archives_of_macos_are_read_without_their_hidden_files(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_too_few_tars_with_samples_leave_no_empty_split(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "in", *three_tars()[:2], [])
     with pytest.raises(UserError, match=r"holds 2 tars with a sample that can be used.* --keep_tars false"):
         keep(folder, tmp_path / "set")
-    bare = [(name, data) for name, data in three_tars()[2] if name.endswith("jpg")]
-    folder_of(tmp_path / "in", *three_tars()[:2], bare)  # no sample of the third has a text
+    strip_text = [(name, data) for name, data in three_tars()[2] if name.endswith("jpg")]
+    folder_of(tmp_path / "in", *three_tars()[:2], strip_text)  # no sample of the third has a text
     with pytest.raises(UserError, match="holds 2 tars with a sample that can be used"):
         keep(folder, tmp_path / "set", max_bad=20)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -188,7 +188,7 @@ def test_a_bad_sample_that_is_borne_is_not_trained_on(tmp_path: Path) -> None:
 
 
 @BOTH
-def test_all_pictures_first_then_all_texts_is_told_with_its_remedy(tmp_path: Path, convert_it) -> None:  # type: ignore[no-untyped-def]
+def test_all_images_first_then_all_texts_is_told_with_its_remedy(tmp_path: Path, convert_it) -> None:  # type: ignore[no-untyped-def]
     sorted_by_kind = [sorted(files, key=lambda file: file[0].endswith("txt")) for files in three_tars()]
     folder = folder_of(tmp_path / "in", *sorted_by_kind)
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_dots_in_keys_are_told_with_their_remedy(tmp_path: Path, convert_it) -> 
 def test_images_of_several_formats_are_trained_on_as_they_are(tmp_path: Path) -> None:
     tars = three_tars()
     for files in tars:
-        files[0], files[2] = ("a.png", picture(600, "png")), ("b.webp", picture(601, "webp"))
+        files[0], files[2] = ("a.png", make_image(600, "png")), ("b.webp", make_image(601, "webp"))
         files[1], files[3] = ("a.txt", b"a PNG"), ("b.txt", b"a WebP")
     folder = folder_of(tmp_path / "in", *tars)
     manifest = keep(folder, tmp_path / "set").manifest
@@ -274,12 +274,14 @@ def test_images_of_several_formats_are_trained_on_as_they_are(tmp_path: Path) ->
         next(iter(batch.keys[2:])).rpartition("/")[2],
     ]
     for row, (number, kind) in enumerate(((600, "png"), (601, "webp"))):
-        assert torch.equal(batch.images_BRYX[row], decode_image(picture(number, kind), "image", 16))
+        assert torch.equal(batch.images_BRYX[row], decode_image(make_image(number, kind), "image", 16))
 
 
 def test_images_of_several_formats_are_shown(tmp_path: Path) -> None:
     kinds = ("webp", "png", "jpg")
-    tars = [flat(*([(f"{t}.{kind}", picture(t, kind)), (f"{t}.txt", b"a thing")] for t in range(3))) for kind in kinds]
+    tars = [
+        flat(*([(f"{t}.{kind}", make_image(t, kind)), (f"{t}.txt", b"a thing")] for t in range(3))) for kind in kinds
+    ]
     manifest = keep(folder_of(tmp_path / "in", *tars), tmp_path / "set").manifest
     assert manifest.members == ("image", "txt")
     storage = ShardStorage(str(tmp_path / "set"))
@@ -287,8 +289,8 @@ def test_images_of_several_formats_are_shown(tmp_path: Path) -> None:
         (sample, *_) = write_page(storage, split, 1, None, tmp_path / "page.html").samples
         kind = kinds[int(manifest.splits[split][0].file[5])]
         mime = f"image/{'jpeg' if kind == 'jpg' else kind}"
-        assert sample.faults == () and sample.picture is not None
-        assert sample.picture.data_uri == f"data:{mime};base64,{base64.b64encode(picture(0, kind)).decode()}"
+        assert sample.faults == () and sample.image is not None
+        assert sample.image.data_uri == f"data:{mime};base64,{base64.b64encode(make_image(0, kind)).decode()}"
 
 
 SEVERAL = MemberNames(caption_field="captions")
@@ -299,7 +301,7 @@ def _with_captions_in_json(field: str = "captions") -> list[Files]:
         flat(
             *(
                 [
-                    (f"{i:04d}.jpg", picture(i)),
+                    (f"{i:04d}.jpg", make_image(i)),
                     (
                         f"{i:04d}.json",
                         json.dumps({field: [f"first of {i}", f"second of {i}", " "], "url": "x"}).encode(),
@@ -349,7 +351,7 @@ def test_captions_in_json_are_told_and_one_is_drawn_in_every_epoch(tmp_path: Pat
     validation = next(iter(_reading(tmp_path / "set").val_dataloader()))
     assert validation.text_BL is not None
     spelt = [
-        ShardStorage(str(tmp_path / "set")).tokenizer(manifest.tokenizer).decode(row.tolist())
+        ShardStorage(str(tmp_path / "set")).read_tokenizer(manifest.tokenizer).decode(row.tolist())
         for row in validation.text_BL
     ]
     assert all(text.startswith("first of") for text in spelt)

@@ -1,4 +1,4 @@
-"""What becomes of a picture that is converted: scaled, upright, and never one that cannot be read again."""
+"""What becomes of an image that is converted: scaled, upright, and never one that cannot be read again."""
 
 import io
 
@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from lightning_moevlm.data.images import decode
-from lightning_moevlm.data.write.convert.picture import Wish, look_at, stored
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions, encode_for_shard, inspect_image
 from lightning_moevlm.data.write.convert.sources.row_source import RowError
-from tests.data.sources import picture
+from tests.data.sources import make_image
 
-AS_IT_IS = Wish("jpg", None)
+AS_IT_IS = ImageOptions("jpg", None)
 
 
 def _grey(width: int, height: int, image_format: str) -> bytes:
@@ -21,49 +21,49 @@ def _grey(width: int, height: int, image_format: str) -> bytes:
 
 
 @pytest.mark.parametrize(("image_format", "extension"), [("PNG", "png"), ("JPEG", "jpg")])
-def test_a_picture_that_is_too_large_to_be_read_is_not_stored_either(image_format: str, extension: str) -> None:
+def test_a_image_that_is_too_large_to_be_read_is_not_stored_either(image_format: str, extension: str) -> None:
     # 2^13 x 2^13 = 2^26 pixels are allowed; this is one column more
     data = _grey(8193, 8192, image_format)
-    for refused in (look_at, stored):
+    for refused in (inspect_image, encode_for_shard):
         with pytest.raises(RowError, match="8193x8192 pixels, 67,108,864 allowed") as conversion:
-            refused(data, Wish("jpg", None))
+            refused(data, ImageOptions("jpg", None))
         assert conversion.value.cause == "image_too_large"
     with pytest.raises(decode.ImageTooLargeError, match="8193 x 8192 pixels, allowed are 67108864"):
         decode.decode_image(data, extension, 64)
 
 
-def test_the_largest_picture_that_is_stored_can_be_read() -> None:
+def test_the_largest_image_that_is_stored_can_be_read() -> None:
     data = _grey(8192, 8192, "JPEG")
-    assert stored(data, Wish("jpg", None)) == data
+    assert encode_for_shard(data, ImageOptions("jpg", None)) == data
     assert decode.decode_image(data, "jpg", 64).eq(0).all()
 
 
-def test_large_pictures_are_scaled_and_small_ones_kept() -> None:
-    wish = Wish("jpg", 20)
-    assert look_at(picture(0), wish).side == 16  # 40 x 32 becomes 20 x 16
-    assert Image.open(io.BytesIO(stored(picture(0), wish))).size == (20, 16)
-    small = picture(0, size=(20, 10))
-    assert stored(small, wish) == small
+def test_large_images_are_scaled_and_small_ones_kept() -> None:
+    image_options = ImageOptions("jpg", 20)
+    assert inspect_image(make_image(0), image_options).side == 16  # 40 x 32 becomes 20 x 16
+    assert Image.open(io.BytesIO(encode_for_shard(make_image(0), image_options))).size == (20, 16)
+    small = make_image(0, size=(20, 10))
+    assert encode_for_shard(small, image_options) == small
 
 
-def test_pictures_are_set_upright_and_laid_on_white() -> None:
+def test_images_are_set_upright_and_laid_on_white() -> None:
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, :8] = (255, 0, 0)  # the left half is red
-    out, turned = io.BytesIO(), Image.Exif()
-    turned[0x0112] = 6  # shown turned by 90 degrees clockwise: the left half comes to lie on top
-    Image.fromarray(pixels).save(out, "JPEG", exif=turned, quality=95)
-    upright = np.asarray(Image.open(io.BytesIO(stored(out.getvalue(), AS_IT_IS))))
+    out, turn_pixels = io.BytesIO(), Image.Exif()
+    turn_pixels[0x0112] = 6  # shown turned by 90 degrees clockwise: the left half comes to lie on top
+    Image.fromarray(pixels).save(out, "JPEG", exif=turn_pixels, quality=95)
+    upright = np.asarray(Image.open(io.BytesIO(encode_for_shard(out.getvalue(), AS_IT_IS))))
     assert upright.shape == (16, 8, 3)
     assert upright[2, 4, 0] > 200 and upright[13, 4, 0] < 50
     out = io.BytesIO()
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(out, "PNG")
-    assert np.asarray(Image.open(io.BytesIO(stored(out.getvalue(), AS_IT_IS)))).min() > 250
+    assert np.asarray(Image.open(io.BytesIO(encode_for_shard(out.getvalue(), AS_IT_IS)))).min() > 250
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
-def test_a_picture_cut_short_is_found_before_it_is_written(extension: str) -> None:
-    data = picture(0, extension)
-    look_at(data, AS_IT_IS)
+def test_a_image_cut_short_is_found_before_it_is_written(extension: str) -> None:
+    data = make_image(0, extension)
+    inspect_image(data, AS_IT_IS)
     with pytest.raises(RowError) as caught:
-        look_at(data[: len(data) // 2], AS_IT_IS)
+        inspect_image(data[: len(data) // 2], AS_IT_IS)
     assert caught.value.cause == "image_undecodable"

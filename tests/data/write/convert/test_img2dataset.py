@@ -17,19 +17,19 @@ from lightning_moevlm.data.images.decode import decode_image
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, Effort, Form, Terms, convert
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
-from tests.data.sources import caption, img2dataset_source, picture
+from tests.data.sources import OPTIONS, caption, img2dataset_source, make_image
 from tests.data.write.convert.test_convert import contents, members
 
-TERMS = Terms("CC BY 4.0", "", "")
-FORM = Form(Wish("jpg", None), 16, 400)
+LICENCE = Licence("CC BY 4.0", "", "")
+FORM = SetOptions(ImageOptions("jpg", None), 16, 400)
 
 
 def keep(folder: Path, out: Path, max_bad: int = 0, jobs: int = 1) -> Converted:
-    return keep_tars(folder, "web", out, TERMS, 400, Effort(max_bad, jobs, False))
+    return keep_tars(folder, "web", out, LICENCE, 400, ConvertOptions(max_bad, jobs, False))
 
 
 def test_the_tars_are_the_same_files(tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_where_links_are_not_possible_tars_are_copied(tmp_path: Path, monkeypatc
 def test_samples_are_written_anew(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 2, 30)
     source = Img2datasetSource(folder, "web")
-    convert(source, tmp_path / "set", TERMS, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    convert(source, tmp_path / "set", LICENCE, *OPTIONS)
     found = members(tmp_path / "set")
     assert len(found) == 2 * 30 * 3
     # the fourth sample of the second tar is number 33; its key counts the downloads that failed
-    assert found["web-000010006.jpg"] == picture(33)
+    assert found["web-000010006.jpg"] == make_image(33)
     assert found["web-000010006.txt"].decode() == caption(33)
     assert json.loads(found["web-000010006.json"])["url"] == "https://example.org/33.jpg"
     assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
@@ -101,7 +101,7 @@ def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
         keep(folder, tmp_path / "set")
     (tmp_path / "stats").rename(folder / "00001_stats.json")
     data = (folder / "00001.tar").read_bytes()
-    (folder / "00001.tar").write_bytes(data[:2000])  # within a picture
+    (folder / "00001.tar").write_bytes(data[:2000])  # within an image
     with pytest.raises(UserError, match=r"00001.tar is cut short, or no tar"):
         keep(folder, tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
@@ -131,7 +131,7 @@ def test_bad_samples_are_told_and_may_stay(tmp_path: Path) -> None:
     tar = folder / "00001.tar"
     data = tar.read_bytes()
     text = caption(8).encode()  # the third sample of the second tar
-    tar.write_bytes(data.replace(text, b" " * len(text)).replace(picture(9), bytes(len(picture(9)))))
+    tar.write_bytes(data.replace(text, b" " * len(text)).replace(make_image(9), bytes(len(make_image(9)))))
     with pytest.raises(TooManyBadError, match=r"2 rows are bad.*the first: 00001.tar 000010004: caption is empty"):
         keep(folder, tmp_path / "set")
     converted = keep(folder, tmp_path / "set", max_bad=2)
@@ -147,12 +147,12 @@ def test_webp_is_trained_on_as_it_is_or_written_anew(tmp_path: Path) -> None:
     data = ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, num_streams=2)
     batch = next(iter(data.val_dataloader()))
     first = 20 * int(manifest.splits["val"][0].file.removesuffix(".tar"))
-    expected = decode_image(picture(first, "webp"), "image", 16)
+    expected = decode_image(make_image(first, "webp"), "image", 16)
     assert batch.images_BRYX is not None and torch.equal(batch.images_BRYX[0], expected)
     with pytest.raises(UserError, match=r"images of several formats.*--image_format jpg"):
         ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, decode="device").prepare_data()
     source = Img2datasetSource(folder, "web")
-    convert(source, tmp_path / "set", TERMS, Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    convert(source, tmp_path / "set", LICENCE, *OPTIONS)
     assert read_manifest(tmp_path / "set").members == ("jpg", "json", "txt")
 
 
@@ -164,8 +164,8 @@ def test_other_spellings_of_jpg_are_read_as_it(tmp_path: Path, spelling: str) ->
     assert check_set(ShardStorage(str(tmp_path / "kept"))).problems == ()
     data = ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, num_streams=2)
     assert sum(batch.num_samples for batch in data.val_dataloader()) == 30
-    convert(Img2datasetSource(folder, "web"), tmp_path / "anew", TERMS, FORM, Effort(0, 1, False))
-    assert members(tmp_path / "anew")["web-000000000.jpg"] == picture(0)
+    convert(Img2datasetSource(folder, "web"), tmp_path / "anew", LICENCE, FORM, ConvertOptions(0, 1, False))
+    assert members(tmp_path / "anew")["web-000000000.jpg"] == make_image(0)
 
 
 def test_images_are_what_their_bytes_say(tmp_path: Path) -> None:
@@ -174,18 +174,18 @@ def test_images_are_what_their_bytes_say(tmp_path: Path) -> None:
     manifest = keep(folder, tmp_path / "set").manifest
     assert manifest.members == ("json", "png", "txt") and manifest.layout.stored_as == {"png": ("jpg",)}
     assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
-    converted = convert(Img2datasetSource(folder, "web"), tmp_path / "anew", TERMS, FORM, Effort(0, 1, False))
+    converted = convert(Img2datasetSource(folder, "web"), tmp_path / "anew", LICENCE, FORM, ConvertOptions(0, 1, False))
     assert converted.left_out == ()
 
 
 def test_a_sample_without_a_member_is_one_bad_sample(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 3, 6)
     for tar in ("00000.tar", "00001.tar"):
-        # the first sample of one tar loses its picture (header and data), that of the other its caption and json
+        # the first sample of one tar loses its image (header and data), that of the other its caption and json
         data = (folder / tar).read_bytes()
         with tarfile.open(folder / tar) as whole:
-            picture_end, sample_end = (whole.getmembers()[place].offset for place in (1, 3))
-        kept = data[picture_end:] if tar == "00000.tar" else data[:picture_end] + data[sample_end:]
+            image_end, sample_end = (whole.getmembers()[place].offset for place in (1, 3))
+        kept = data[image_end:] if tar == "00000.tar" else data[:image_end] + data[sample_end:]
         (folder / tar).write_bytes(kept)
     with pytest.raises(TooManyBadError, match=r"2 rows are bad, .* 00000.tar 000000000: no image") as refused:
         keep(folder, tmp_path / "set")

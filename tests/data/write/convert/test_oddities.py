@@ -12,13 +12,13 @@ from lightning_moevlm.data.format.manifest import SPLITS
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, Effort, Form, Terms, convert
-from lightning_moevlm.data.write.convert.picture import Wish, read_picture
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions, read_image
 from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions, CocoQuestions
-from lightning_moevlm.data.write.convert.sources.csv_form import CsvForm
+from lightning_moevlm.data.write.convert.sources.csv_format import CsvFormat
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
-from lightning_moevlm.data.write.convert.sources.row_source import BadRow, PictureAt, Row, RowError, Source
-from tests.data.sources import coco_source, picture, vqa_source, write_csv, write_pictures
+from lightning_moevlm.data.write.convert.sources.row_source import BadRow, ImageLocation, Row, RowError, Source
+from tests.data.sources import OPTIONS, coco_source, make_image, vqa_source, write_csv, write_images
 
 COLUMNS = Columns("image", "caption", None, None)
 
@@ -43,24 +43,30 @@ def test_half_characters_in_coco_files_are_bad_entries(tmp_path: Path) -> None:
     assert [cause for cause, _ in found] == ["text_not_utf8", "question_unanswered"]
 
 
-def test_a_name_that_no_file_can_have_is_a_missing_picture(tmp_path: Path) -> None:
+def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path) -> None:
     coco_source(tmp_path, 4)
     questions, annotations = vqa_source(tmp_path, 4)
     questions.write_text(json.dumps({**json.loads(questions.read_text()), "data_subtype": "\ud800"}))
     source = CocoQuestions(questions, annotations, tmp_path, None, None, None)
     with pytest.raises(TooManyBadError, match=r"4 rows are bad.*not a file name: it is not UTF-8"):
-        convert(source, tmp_path / "set", Terms("X", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+        convert(
+            source,
+            tmp_path / "set",
+            Licence("X", "", ""),
+            SetOptions(ImageOptions("jpg", None), 16, 400),
+            ConvertOptions(0, 1, False),
+        )
 
 
 @pytest.mark.parametrize(("delimiter", "sign"), [("\t", "\t"), (";", ";")])
 def test_tables_are_divided_by_other_signs(tmp_path: Path, delimiter: str, sign: str) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes(f'\ufeffimage{sign}caption\r\n1.jpg{sign}"a, b\nc"\r\n'.encode())  # BOM, line break in quotes
-    (row,) = CsvSource(table, None, None, COLUMNS, CsvForm(delimiter)).rows()
+    (row,) = CsvSource(table, None, None, COLUMNS, CsvFormat(delimiter)).rows()
     assert not isinstance(row, BadRow)
-    assert row.picture is not None and (row.picture.file, row.caption) == ("1.jpg", "a, b\nc")
+    assert row.image is not None and (row.image.file, row.caption) == ("1.jpg", "a, b\nc")
     with pytest.raises(UserError, match="single character"):
-        CsvForm('"')
+        CsvFormat('"')
 
 
 def test_wrong_delimiters_and_encodings_are_told_in_printable_signs(tmp_path: Path) -> None:
@@ -89,26 +95,32 @@ def test_when_all_rows_are_bad_that_is_what_is_told(tmp_path: Path) -> None:
     table.write_bytes(b"image,caption\n1.jpg,caf\xe9\n")
     source = CsvSource(table, None, None, COLUMNS)
     with pytest.raises(TooManyBadError, match="text_not_utf8"):
-        convert(source, tmp_path / "set", Terms("X", "", ""), Form(Wish("jpg", None), 16, 400), Effort(9, 1, False))
+        convert(
+            source,
+            tmp_path / "set",
+            Licence("X", "", ""),
+            SetOptions(ImageOptions("jpg", None), 16, 400),
+            ConvertOptions(9, 1, False),
+        )
 
 
 def test_a_table_of_windows_is_read_in_its_encoding(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes("image;caption\r\nsub\\1.jpg;café\r\n".encode("cp1252"))
     with pytest.raises(TooManyBadError, match=r"name how the table is encoded, as with --encoding cp1252"):
-        run(CsvSource(table, None, None, COLUMNS, CsvForm(";")), tmp_path / "set")
-    write_pictures(tmp_path, ["sub/1.jpg"])
-    (row,) = CsvSource(table, None, None, COLUMNS, CsvForm(";", "cp1252")).rows()
-    assert isinstance(row, Row) and row.caption == "café" and row.picture is not None
-    assert read_picture(tmp_path, row.picture) == picture(0)  # backslashes divide folders
+        run(CsvSource(table, None, None, COLUMNS, CsvFormat(";")), tmp_path / "set")
+    write_images(tmp_path, ["sub/1.jpg"])
+    (row,) = CsvSource(table, None, None, COLUMNS, CsvFormat(";", "cp1252")).rows()
+    assert isinstance(row, Row) and row.caption == "café" and row.image is not None
+    assert read_image(tmp_path, row.image) == make_image(0)  # backslashes divide folders
     with pytest.raises(UserError, match="encoding is 'latin9000', which Python does not know"):
-        CsvForm(encoding="latin9000")
+        CsvFormat(encoding="latin9000")
 
 
-@pytest.mark.parametrize("name", ["C:\\pictures\\1.jpg", "..\\1.jpg", "\\\\server\\share\\1.jpg"])
+@pytest.mark.parametrize("name", ["C:\\images\\1.jpg", "..\\1.jpg", "\\\\server\\share\\1.jpg"])
 def test_no_path_of_windows_leaves_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(RowError) as refused:
-        read_picture(tmp_path, PictureAt(name))
+        read_image(tmp_path, ImageLocation(name))
     assert refused.value.cause == "path_outside"
 
 
@@ -120,13 +132,13 @@ def test_quotes_that_are_signs_like_any_other_swallow_no_rows(tmp_path: Path) ->
     table = tmp_path / "t.tsv"
     table.write_text("\n".join(TSV) + "\n")
     with pytest.raises(UserError, match=r"t\.tsv line 7: .*closed on line 37, .* look like rows; .*--quotes false"):
-        list(CsvSource(table, None, None, COLUMNS, CsvForm("\t")).rows())
-    rows = list(CsvSource(table, None, None, COLUMNS, CsvForm("\t", quotes=False)).rows())
+        list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t")).rows())
+    rows = list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t", quotes=False)).rows())
     assert len(rows) == 100 and isinstance(rows[5], Row) and rows[5].caption == '"Open'
-    assert len(list(CsvSource(table, None, None, COLUMNS, CsvForm("\t", quotes=True)).rows())) == 70
+    assert len(list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t", quotes=True)).rows())) == 70
     table.write_text("\n".join([*TSV[:36], '35.jpg\t"closed" in the middle', *TSV[37:]]) + "\n")
     with pytest.raises(UserError, match=r"line 7: .* ends wrongly on line 37 .*--quotes false"):
-        list(CsvSource(table, None, None, COLUMNS, CsvForm("\t")).rows())
+        list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t")).rows())
 
 
 def test_captions_of_several_lines_are_told(tmp_path: Path) -> None:
@@ -170,7 +182,7 @@ def test_what_is_no_file_of_objects_is_told(tmp_path: Path) -> None:
 
 
 def test_lists_of_captions_in_lines_are_kept_whole(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [f"{i}.jpg" for i in range(60)])
+    write_images(tmp_path, [f"{i}.jpg" for i in range(60)])
     rows = [
         {"image": f"{i}.jpg", "caption": [f"one {i}", f"two {i}"] if i % 2 == 0 else f"only {i}"} for i in range(60)
     ]
@@ -182,8 +194,8 @@ def test_lists_of_captions_in_lines_are_kept_whole(tmp_path: Path) -> None:
 
 
 def test_leaving_rows_out_is_not_advised_where_the_table_is_misread(tmp_path: Path) -> None:
-    write_pictures(tmp_path, ["0.jpg"])
-    for num_bad, advice in ((3, r"or leave them out with --max_bad 3"), (20, r"20 of 80 are bad because .*--pictures")):
+    write_images(tmp_path, ["0.jpg"])
+    for num_bad, advice in ((3, r"or leave them out with --max_bad 3"), (20, r"20 of 80 are bad because .*--images")):
         rows = [["0.jpg", "a"]] * 60 + [["gone.jpg", "a"]] * num_bad
         table = write_csv(tmp_path / "t.csv", ["image", "caption"], rows)
         with pytest.raises(TooManyBadError, match=advice) as refused:
@@ -192,17 +204,17 @@ def test_leaving_rows_out_is_not_advised_where_the_table_is_misread(tmp_path: Pa
 
 
 def run(source: Source, out: Path) -> Converted:
-    return convert(source, out, Terms("X", "", ""), Form(Wish("jpg", None), 16, 400), Effort(0, 1, False))
+    return convert(source, out, Licence("X", "", ""), *OPTIONS)
 
 
 def test_a_quote_over_two_lines_swallows_no_row(tmp_path: Path) -> None:
     table = tmp_path / "t.tsv"
     table.write_text('image\tcaption\tpage\n1.jpg\t"Open\tp1\n2.jpg\tclosed"\tp2\n')
     with pytest.raises(UserError, match=r"line 2: .*closed on line 3, .*--quotes false"):
-        list(CsvSource(table, None, None, COLUMNS, CsvForm("\t")).rows())
+        list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t")).rows())
 
 
-def test_one_of_a_pictures_captions_is_drawn(tmp_path: Path) -> None:
+def test_one_of_a_images_captions_is_drawn(tmp_path: Path) -> None:
     manifest = run(CocoCaptions(coco_source(tmp_path, 50), tmp_path, "coco", "draw"), tmp_path / "set").manifest
     assert manifest.members == ("jpg", "json", "txt") and manifest.layout.caption_field == "captions"
     assert sum(manifest.num_samples(split) for split in SPLITS) == 50

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.data.write.convert.convert import Effort, Form, Terms, convert
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.write.convert.convert import ConvertOptions, Licence, SetOptions, convert
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, JsonlSource
 from tests.data.sources import caption
 
-TERMS = Terms("CC BY 4.0", "", "")
+LICENCE = Licence("CC BY 4.0", "", "")
 GOLDEN = "35d000debd3d9277fe3e39b34c3050883500b58bd6dd3fda7b6bf2bf5bbbdaa0"
 """Sha256 over the shards' sha256, as the converter that held all rows in memory wrote them."""
 
 
 def plain_png(number: int) -> bytes:
-    """An 8 x 8 picture whose bytes depend on no library: grey pixels, stored without compression."""
+    """An 8 x 8 image whose bytes depend on no library: grey pixels, stored without compression."""
     lines = b"".join(
         b"\0" + bytes((number * 7 + row * 13 + column * 5) % 256 for column in range(8)) for row in range(8)
     )
@@ -37,7 +37,7 @@ def plain_png(number: int) -> bytes:
 
 
 def _table(folder: Path, num_rows: int) -> Path:
-    """Rows with and without notes, some pictures twice, one without a picture and one of a key that came before."""
+    """Rows with and without notes, some images twice, one without an image and one of a key that came before."""
     rows: list[dict[str, object]] = []
     for i in range(num_rows):
         (folder / f"{i}.png").write_bytes(plain_png(i - i % 10 if i % 10 == 9 else i))
@@ -52,8 +52,8 @@ def _table(folder: Path, num_rows: int) -> Path:
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_bytes_are_those_of_always(tmp_path: Path, jobs: int) -> None:
     source = JsonlSource(_table(tmp_path, 100), None, None, Columns("image", "caption", "id", None))
-    form = Form(Wish("png", None), 7, 300)
-    converted = convert(source, tmp_path / "set", TERMS, form, Effort(2, jobs, False))
+    form = SetOptions(ImageOptions("png", None), 7, 300)
+    converted = convert(source, tmp_path / "set", LICENCE, form, ConvertOptions(2, jobs, False))
     splits = converted.manifest.splits
     assert {split: [entry.num_samples for entry in entries] for split, entries in splits.items()} == {
         "train": [7] * 11 + [5],
@@ -64,7 +64,7 @@ def test_the_bytes_are_those_of_always(tmp_path: Path, jobs: int) -> None:
     assert hashlib.sha256(told.encode()).hexdigest() == GOLDEN
     assert [(count.cause, count.first.place) for count in converted.left_out] == [
         ("duplicate_key", "rows.jsonl line 102"),
-        ("picture_missing", "rows.jsonl line 101"),
+        ("image_missing", "rows.jsonl line 101"),
     ]
 
 
@@ -72,16 +72,16 @@ _MEASURED = """
 import json, resource, sys
 from pathlib import Path
 from lightning_moevlm.data.write.convert.convert import Effort, Form, convert
-from lightning_moevlm.data.write.convert.picture import Wish
+from lightning_moevlm.data.write.convert.shard_image import Wish
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, JsonlSource
-from tests.data.write.convert.test_stream import TERMS
+from tests.data.write.convert.test_stream import LICENCE
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 folder, before = Path(sys.argv[1]), peak()
 source = JsonlSource(folder / "rows.jsonl", None, None, Columns("image", "caption", None, None))
-converted = convert(source, folder / "set", TERMS, Form(Wish("png", None), 1000, 300), Effort(0, 1, False))
+converted = convert(source, folder / "set", LICENCE, Form(Wish("png", None), 1000, 300), Effort(0, 1, False))
 samples = sum(converted.manifest.num_samples(split) for split in converted.manifest.splits)
 print(json.dumps([samples, before, peak() - before]))
 """

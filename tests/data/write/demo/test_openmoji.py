@@ -19,7 +19,7 @@ from lightning_moevlm.data.write.demo.openmoji import (
     first_twins,
 )
 from lightning_moevlm.data.write.demo.openmoji_art import rasterise
-from lightning_moevlm.data.write.shard_writer import split_of
+from lightning_moevlm.data.write.shard_writer import choose_split
 from tests.data.one_type import types_by_field
 
 
@@ -45,9 +45,9 @@ def test_the_whole_set(tmp_path: Path) -> None:
     types = types_by_field(json.loads(data) for name, data in found.items() if name.endswith(".json"))
     assert {field: kinds for field, kinds in types.items() if len(kinds) > 1} == {}
     assert Image.open(io.BytesIO(found["openmoji-1F34E.png"])).size == (16, 16)
-    # the flags of Chad and Romania are the same picture; by their code points alone they would part
+    # the flags of Chad and Romania are the same drawing; by their code points alone they would part
     chad, romania = "1F1F9-1F1E9", "1F1F7-1F1F4"
-    assert split_of(chad) != split_of(romania)
+    assert choose_split(chad) != choose_split(romania)
     assert split_by_name[f"openmoji-{chad}.png"] == split_by_name[f"openmoji-{romania}.png"]
     assert not build_openmoji(tmp_path / "set", 16, "png", False, 256, 600, False)[1]
 
@@ -58,10 +58,10 @@ def test_skin_tones_are_left_out_or_share_the_split_of_their_base() -> None:
     assert len(toned) > len(plain) + 1500
     assert {entry.code for entry in plain} < {entry.code for entry in toned}
     # waving hand 1F44B and its tones: one identity
-    assert split_of("1F44B") == split_of(_without_tone("1F44B-1F3FD"))
+    assert choose_split("1F44B") == choose_split(_without_tone("1F44B-1F3FD"))
 
 
-def test_pictures_that_look_alike_are_one() -> None:
+def test_drawings_that_look_alike_are_one() -> None:
     entries = tuple(e for e in catalogue(True) if e.code in ("1F1F9-1F1E9", "1F1F7-1F1F4", "1F34E", "1F44B-1F3FD"))
     # the least code of each look; a variant with a skin tone follows its base, so it has no entry of its own
     assert first_twins(entries) == {"1F1F9-1F1E9": "1F1F7-1F1F4", "1F1F7-1F1F4": "1F1F7-1F1F4", "1F34E": "1F34E"}

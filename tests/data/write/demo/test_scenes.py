@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.write.demo.drawing_catalogue import DRAWINGS, Drawing, first_drawings
 from lightning_moevlm.data.write.demo.openmoji_art import rasterise
-from lightning_moevlm.data.write.demo.picture_catalogue import PICTURES, Picture, first_pictures
 from lightning_moevlm.data.write.demo.scene_graph import GROUNDS, Box, Group, Scene, salient_relation
 from lightning_moevlm.data.write.demo.scene_language import caption
 from lightning_moevlm.data.write.demo.scenes import Painter, build_scenes, make_sample
@@ -20,14 +20,14 @@ from lightning_moevlm.data.write.shard_writer import Sample
 from tests.data.one_type import types_by_field
 
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
-BY_NAME = {p.name: p for p in PICTURES} | {p.plural: p for p in PICTURES}
+BY_NAME = {p.name: p for p in DRAWINGS} | {p.plural: p for p in DRAWINGS}
 SIZE = 64
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[tuple[Sample, dict, np.ndarray]]:
     """200 scenes as PNG: the sample, its annotation, its pixels."""
-    world, painter = first_pictures(64), Painter(SIZE)
+    world, painter = first_drawings(64), Painter(SIZE)
     made = []
     for index in range(200):
         sample = make_sample(index, world, painter, "png", seed=5)
@@ -78,7 +78,7 @@ def test_captions_are_true_of_the_boxes(samples: list[tuple[Sample, dict, np.nda
     assert all(relations[relation] > 10 for relation in ("left of", "right of", "above", "below")), relations
 
 
-def test_pictures_lie_in_their_boxes_on_the_said_ground(
+def test_drawings_lie_in_their_boxes_on_the_said_ground(
     samples: list[tuple[Sample, dict, np.ndarray]],
 ) -> None:
     for _, annotation, pixels in samples:
@@ -100,7 +100,7 @@ def test_pictures_lie_in_their_boxes_on_the_said_ground(
         assert values[counts.argmax()].tolist() == ground.tolist()
 
 
-def test_one_to_four_pictures(samples: list[tuple[Sample, dict, np.ndarray]]) -> None:
+def test_one_to_four_drawings(samples: list[tuple[Sample, dict, np.ndarray]]) -> None:
     totals = Counter(sum(entry["count"] for entry in annotation["objects"]) for _, annotation, _ in samples)
     assert set(totals) == {1, 2, 3, 4}
 
@@ -220,30 +220,30 @@ def _nearest_colour(pixel: np.ndarray) -> str:
     return min(distances, key=lambda name: distances[name])
 
 
-@pytest.mark.parametrize("picture", PICTURES, ids=lambda p: p.name)
-def test_stated_colours_are_painted(picture: Picture) -> None:
-    rgba = rasterise(picture.code, 48).astype(int)
+@pytest.mark.parametrize("drawing", DRAWINGS, ids=lambda p: p.name)
+def test_stated_colours_are_painted(drawing: Drawing) -> None:
+    rgba = rasterise(drawing.code, 48).astype(int)
     solid = rgba[rgba[..., 3] > 250][:, :3]
     names = Counter(_nearest_colour(pixel) for pixel in solid)
     del names["black"]  # outlines
-    if picture.colour is not None:
-        assert picture.colour in [name for name, _ in names.most_common(1)], names
-    for word in picture.name.split():
+    if drawing.colour is not None:
+        assert drawing.colour in [name for name, _ in names.most_common(1)], names
+    for word in drawing.name.split():
         if word in ("red", "green", "blue", "yellow"):
-            assert picture.colour == word
+            assert drawing.colour == word
 
 
-def test_pictures_are_distinct() -> None:
-    assert len({p.code for p in PICTURES}) == len({p.name for p in PICTURES}) == len(PICTURES) == 84
-    names = Counter(name for p in PICTURES for name in {p.name, p.plural})
+def test_drawings_are_distinct() -> None:
+    assert len({p.code for p in DRAWINGS}) == len({p.name for p in DRAWINGS}) == len(DRAWINGS) == 84
+    names = Counter(name for p in DRAWINGS for name in {p.name, p.plural})
     assert max(names.values()) == 1
     for bad in (7, 85):
         with pytest.raises(UserError, match="8 to 84"):
-            first_pictures(bad)
+            first_drawings(bad)
 
 
 def test_a_larger_set_begins_with_the_smaller(samples: list[tuple[Sample, dict, np.ndarray]]) -> None:
-    world = first_pictures(64)
+    world = first_drawings(64)
     again = [make_sample(i, world, Painter(SIZE), "png", seed=5) for i in (0, 7, 150)]
     assert again == [samples[i][0] for i in (0, 7, 150)]
     assert make_sample(0, world, Painter(SIZE), "png", seed=6).caption != samples[0][0].caption or (

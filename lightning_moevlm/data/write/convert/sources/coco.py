@@ -1,7 +1,7 @@
 """Rows from COCO's annotation files: captions (COCO 2014, 2017) and questions with answers (VQA v1, v2).
 
-Both name pictures by number and say things of them one by one; a sample here is a picture with all that is
-said of it, so that a picture is stored once and never stands in two splits. Formats: cocodataset.org, "Data
+Both name images by number and say things of them one by one; a sample here is an image with all that is
+said of it, so that an image is stored once and never stands in two splits. Formats: cocodataset.org, "Data
 format", 4. Image Captioning; visualqa.org, "VQA Annotations Download".
 """
 
@@ -13,25 +13,25 @@ from typing import Literal, NamedTuple
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.layout import Layout
 from lightning_moevlm.data.format.manifest import Scalar, file_sha256
-from lightning_moevlm.data.text.texts import bare
+from lightning_moevlm.data.text.texts import strip_text
 from lightning_moevlm.data.write.convert.sources.row_source import (
     BadRow,
-    PictureAt,
+    ImageLocation,
     Row,
     RowError,
     Source,
-    checked_caption,
-    checked_text,
-    existing_file,
-    existing_folder,
-    set_name,
+    check_text,
+    clean_caption,
+    make_set_name,
+    require_file,
+    require_folder,
 )
 
 Take = Literal["first", "each", "draw"]
 
 
-class _Said(NamedTuple):
-    """The captions of one picture, in the order of their ids."""
+class _ImageCaptions(NamedTuple):
+    """The captions of one image, in the order of their ids."""
 
     file_name: str
     captions: tuple[tuple[str, str], ...]  # (place, text)
@@ -40,22 +40,22 @@ class _Said(NamedTuple):
 class CocoCaptions(Source):
     """A `captions_*.json`.
 
-    take: `first` gives one sample per picture, its caption the one of lowest id; `each` one sample per caption, with
-    a copy of the picture in each; `draw` one sample per picture, of whose captions training draws one per epoch. All
-    captions of the picture stand in the json member.
+    take: `first` gives one sample per image, its caption the one of lowest id; `each` one sample per caption, with
+    a copy of the image in each; `draw` one sample per image, of whose captions training draws one per epoch. All
+    captions of the image stand in the json member.
     """
 
-    def __init__(self, annotations: Path, pictures: Path, name: str | None, take: Take) -> None:
-        table = existing_file(annotations, "annotations")
+    def __init__(self, annotations: Path, images: Path, name: str | None, take: Take) -> None:
+        table = require_file(annotations, "annotations")
         arguments: dict[str, Scalar] = {"source": "coco_captions", "table": file_sha256(table), "captions": take}
-        super().__init__(set_name(name or table.stem), existing_folder(pictures, "--pictures"), arguments)
+        super().__init__(make_set_name(name or table.stem), require_folder(images, "--images"), arguments)
         self.table = table
         self.take = take
         if take == "draw":
-            self.layout = Layout(caption_field="captions")
+            self.layout = Layout({}, "captions", keys_repeat=False)
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield pictures in the order of their ids."""
+        """Yield images in the order of their ids."""
         said, bad = read_captions(self.table)
         yield from bad
         for image_id, about in sorted(said.items()):
@@ -63,22 +63,29 @@ class CocoCaptions(Source):
             if not about.captions:
                 yield BadRow(place, "caption_empty", "this image has no caption")
                 continue
-            every = [bare(caption) for _, caption in about.captions]
+            every = [strip_text(caption) for _, caption in about.captions]
             annotation: dict[str, object] = {"image_id": image_id, "file_name": about.file_name, "captions": every}
-            words = tuple(every[1:]) if self.take == "draw" else ()
+            extra_texts = tuple(every[1:]) if self.take == "draw" else ()
             for number, (where, text) in enumerate(about.captions[: None if self.take == "each" else 1]):
                 key = f"{self.name}-{image_id:012d}" + (f"-{number}" if self.take == "each" else "")
                 try:
-                    yield Row(where, key, PictureAt(about.file_name), checked_caption(text), annotation, words=words)
+                    yield Row(
+                        where,
+                        key,
+                        ImageLocation(about.file_name),
+                        clean_caption(text),
+                        annotation,
+                        extra_texts=extra_texts,
+                    )
                 except RowError as fault:
-                    yield fault.at(where)
+                    yield fault.to_bad_row(where)
 
 
 class CocoQuestions(Source):
-    """A `*_questions.json` with its `*_annotations.json`, and captions of the same pictures if there are any.
+    """A `*_questions.json` with its `*_annotations.json`, and captions of the same images if there are any.
 
     The json member holds `questions`, a list of {kind, question, answer, answers}: kind is the answer's type (yes/no,
-    number, other), answer the one most often given, answers all that were given. image_name: how pictures are called,
+    number, other), answer the one most often given, answers all that were given. image_name: how images are called,
     as in COCO_train2014_{image_id:012d}.jpg; by default after the `data_subtype` of the questions.
     """
 
@@ -86,31 +93,31 @@ class CocoQuestions(Source):
         self,
         questions: Path,
         annotations: Path,
-        pictures: Path,
+        images: Path,
         name: str | None,
         image_name: str | None,
         captions: Path | None,
     ) -> None:
-        existing_file(questions, "questions")
-        existing_file(annotations, "annotations")
+        require_file(questions, "questions")
+        require_file(annotations, "annotations")
         arguments: dict[str, Scalar] = {
             "source": "coco_vqa",
             "table": file_sha256(questions),
             "annotations": file_sha256(annotations),
-            "captions": file_sha256(existing_file(captions, "--captions")) if captions else "",
+            "captions": file_sha256(require_file(captions, "--captions")) if captions else "",
             "image_name": image_name or "",
         }
-        super().__init__(set_name(name or questions.stem), existing_folder(pictures, "--pictures"), arguments)
+        super().__init__(make_set_name(name or questions.stem), require_folder(images, "--images"), arguments)
         self.questions, self.annotations, self.captions = questions, annotations, captions
         self.image_name = image_name
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield pictures in the order of their ids, each with its questions in the order of theirs."""
+        """Yield images in the order of their ids, each with its questions in the order of theirs."""
         content = _read_object(self.questions)
         naming = self.image_name or self._naming(content)
         answers, bad = self._answers()
         yield from bad
-        said: dict[int, _Said] = {}
+        said: dict[int, _ImageCaptions] = {}
         if self.captions is not None:
             said, bad = read_captions(self.captions)
             yield from bad
@@ -118,12 +125,12 @@ class CocoQuestions(Source):
         for number, entry in enumerate(_list(content, "questions", self.questions)):
             place = f"{self.questions.name} questions[{number}]"
             try:
-                question = (_number(entry, "question_id"), checked_caption(_field(entry, "question")))
+                question = (_number(entry, "question_id"), clean_caption(_field(entry, "question")))
                 asked.setdefault(_number(entry, "image_id"), []).append(question)
                 if question[0] not in answers:
                     raise RowError("question_unanswered", f"question {question[0]} has no answer in {self.annotations}")
             except RowError as fault:
-                yield fault.at(place)
+                yield fault.to_bad_row(place)
         for image_id, questions in sorted(asked.items()):
             found = [_question(text, answers[i]) for i, text in sorted(questions) if i in answers]
             if not found:
@@ -135,17 +142,17 @@ class CocoQuestions(Source):
                     about = said.get(image_id)
                     if about is None or not about.captions:
                         raise RowError("caption_empty", f"this image has no caption in {self.captions.name}")
-                    caption = checked_caption(about.captions[0][1])
+                    caption = clean_caption(about.captions[0][1])
                 yield Row(
                     place=place,
                     key=f"{self.name}-{image_id:012d}",
-                    picture=PictureAt(said[image_id].file_name if image_id in said else _named(naming, image_id)),
+                    image=ImageLocation(said[image_id].file_name if image_id in said else _fill_name(naming, image_id)),
                     caption=caption,
                     annotation={"image_id": image_id, "questions": found},
-                    words=tuple(str(entry[part]) for entry in found for part in ("question", "answer")),
+                    extra_texts=tuple(str(entry[part]) for entry in found for part in ("question", "answer")),
                 )
             except RowError as fault:
-                yield fault.at(place)
+                yield fault.to_bad_row(place)
 
     def _naming(self, content: dict[str, object]) -> str:
         subtype = content.get("data_subtype")
@@ -162,18 +169,18 @@ class CocoQuestions(Source):
         for number, entry in enumerate(_list(_read_object(self.annotations), "annotations", self.annotations)):
             try:
                 question_id = _number(entry, "question_id")
-                given = [checked_caption(_field(answer, "answer")) for answer in _given(entry)]
+                given = [clean_caption(_field(answer, "answer")) for answer in _list_answers(entry)]
                 most = entry.get("multiple_choice_answer")
-                answer = checked_caption(most if most is not None or not given else max(given, key=given.count))
+                answer = clean_caption(most if most is not None or not given else max(given, key=given.count))
                 kind = str(entry.get("answer_type") or "other")
-                checked_text(kind)
+                check_text(kind)
                 found[question_id] = {"kind": kind, "answer": answer, "answers": given or [answer]}
             except RowError as fault:
-                bad.append(fault.at(f"{self.annotations.name} annotations[{number}]"))
+                bad.append(fault.to_bad_row(f"{self.annotations.name} annotations[{number}]"))
         return found, bad
 
 
-def _given(entry: dict[str, object]) -> list[object]:
+def _list_answers(entry: dict[str, object]) -> list[object]:
     given = entry.get("answers", [])
     if not isinstance(given, list):
         raise RowError("row_malformed", "answers are no list")
@@ -184,7 +191,7 @@ def _question(text: str, answer: dict[str, object]) -> dict[str, object]:
     return {"kind": answer["kind"], "question": text, "answer": answer["answer"], "answers": answer["answers"]}
 
 
-def _named(naming: str, image_id: int) -> str:
+def _fill_name(naming: str, image_id: int) -> str:
     try:
         return naming.format(image_id=image_id)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -193,8 +200,8 @@ def _named(naming: str, image_id: int) -> str:
         ) from None
 
 
-def read_captions(path: Path) -> tuple[dict[int, _Said], list[BadRow]]:
-    """Return what is said of each picture, by its id, and the entries that are none.
+def read_captions(path: Path) -> tuple[dict[int, _ImageCaptions], list[BadRow]]:
+    """Return what is said of each image, by its id, and the entries that are none.
 
     Raises:
         UserError: if the file is no COCO annotation file.
@@ -211,21 +218,21 @@ def read_captions(path: Path) -> tuple[dict[int, _Said], list[BadRow]]:
             if image_id in names:
                 raise RowError("duplicate_key", f"image {image_id} occurs twice")
             names[image_id] = _field(entry, "file_name")
-            checked_text(names[image_id])  # it goes into the json member too
+            check_text(names[image_id])  # it goes into the json member too
         except RowError as fault:
-            bad.append(fault.at(place))
+            bad.append(fault.to_bad_row(place))
     for number, entry in enumerate(_list(content, "annotations", path)):
         place = f"{path.name} annotations[{number}]"
         try:
             image_id = _number(entry, "image_id")
             if image_id not in names:
                 raise RowError("row_malformed", f"image {image_id} is not among the images")
-            said = (_number(entry, "id"), place, checked_caption(_field(entry, "caption")))
+            said = (_number(entry, "id"), place, clean_caption(_field(entry, "caption")))
             captions.setdefault(image_id, []).append(said)
         except RowError as fault:
-            bad.append(fault.at(place))
+            bad.append(fault.to_bad_row(place))
     told = {
-        image_id: _Said(name, tuple((place, text) for _, place, text in sorted(captions.get(image_id, []))))
+        image_id: _ImageCaptions(name, tuple((place, text) for _, place, text in sorted(captions.get(image_id, []))))
         for image_id, name in names.items()
     }
     return told, bad

@@ -9,33 +9,33 @@ from typing import NamedTuple
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.layout import Layout
 from lightning_moevlm.data.format.manifest import file_sha256
-from lightning_moevlm.data.text.texts import bare
-from lightning_moevlm.data.write.convert.sources.csv_form import NO_QUOTES, CsvForm, holds_rows, other_delimiter
-from lightning_moevlm.data.write.convert.sources.member_names import captions_in_field
+from lightning_moevlm.data.text.texts import strip_text
+from lightning_moevlm.data.write.convert.sources.csv_format import NO_QUOTES, CsvFormat, holds_rows, other_delimiter
+from lightning_moevlm.data.write.convert.sources.member_names import parse_captions
 from lightning_moevlm.data.write.convert.sources.row_source import (
     BadRow,
-    PictureAt,
+    ImageLocation,
     Row,
     RowError,
     Source,
-    checked_caption,
-    checked_key,
-    checked_split,
-    checked_text,
-    existing_file,
-    existing_folder,
-    json_object,
-    set_name,
+    check_key,
+    check_text,
+    clean_caption,
+    make_set_name,
+    parse_json_object,
+    parse_split,
+    require_file,
+    require_folder,
 )
-from lightning_moevlm.data.write.convert.sources.table_file import TableKind, encoding_of, refuse_other_than_table
+from lightning_moevlm.data.write.convert.sources.table_file import TableKind, guess_encoding, refuse_other_than_table
 
-AS_USUAL = CsvForm()
+DEFAULT_FORMAT = CsvFormat()
 
 
 class Columns(NamedTuple):
     """Which column (or JSON field) holds what; None for nothing of the kind.
 
-    image: a picture's path within the folder of pictures. key: of the sample; None numbers the rows. split: train,
+    image: an image's path within the folder of images. key: of the sample; None numbers the rows. split: train,
     val or test; None leaves it to the hash. Whatever other columns there are goes into the json member.
     """
 
@@ -54,21 +54,21 @@ class _Table(Source):
 
     kind: TableKind
 
-    def __init__(self, table: Path, pictures: Path | None, name: str | None, columns: Columns) -> None:
-        existing_file(table, "table")
+    def __init__(self, table: Path, images: Path | None, name: str | None, columns: Columns) -> None:
+        require_file(table, "table")
         refuse_other_than_table(table, self.kind)
         if columns.image is None and columns.caption is None:
             raise UserError("neither images nor captions are named: a set needs one of them or both")
-        folder = existing_folder(table.parent if pictures is None else pictures, "--pictures")
+        folder = require_folder(table.parent if images is None else images, "--images")
         arguments = {f"{role}_column": column or "" for role, column in columns._asdict().items()}
         super().__init__(
-            set_name(name or table.stem), folder, {"source": self.kind, "table": file_sha256(table), **arguments}
+            make_set_name(name or table.stem), folder, {"source": self.kind, "table": file_sha256(table), **arguments}
         )
         self.table = table
         self.columns = columns
         self.remedies = {
-            "picture_missing": "name the folder that the paths start from with --pictures",
-            "path_outside": "write paths that start from the folder of --pictures",
+            "image_missing": "name the folder that the paths start from with --images",
+            "path_outside": "write paths that start from the folder of --images",
             "key_malformed": "leave out the option that names keys, and rows are numbered",
             "duplicate_key": "leave out the option that names keys, and rows are numbered",
             "split_unknown": "leave out the option that names splits, and the image decides",
@@ -80,26 +80,26 @@ class _Table(Source):
         for column in columns.named():
             if column not in fields:
                 raise RowError("row_malformed", f"there is no {column!r}")
-        picture = None
+        image = None
         if columns.image is not None:
-            picture = PictureAt(_text(fields, columns.image))
+            image = ImageLocation(_text(fields, columns.image))
         annotation = {name: value for name, value in fields.items() if name not in columns.named()}
         several: tuple[str, ...] = ()
         if self.layout.caption_field:
             annotation[self.layout.caption_field] = fields[self.layout.caption_field]
-            several = captions_in_field(fields[self.layout.caption_field], self.layout.caption_field)
+            several = parse_captions(fields[self.layout.caption_field], self.layout.caption_field)
         _check_annotation(annotation)
         has_caption = columns.caption is not None and not several
         return Row(
             place=place,
-            key=checked_key(
+            key=check_key(
                 f"{self.name}-{number:08d}" if columns.key is None else _text(fields, columns.key, numbers=True)
             ),
-            picture=picture,
-            caption=checked_caption(fields[str(columns.caption)]) if has_caption else None,
+            image=image,
+            caption=clean_caption(fields[str(columns.caption)]) if has_caption else None,
             annotation=annotation or None,
-            split=None if columns.split is None else checked_split(_text(fields, columns.split)),
-            words=several,
+            split=None if columns.split is None else parse_split(_text(fields, columns.split)),
+            extra_texts=several,
         )
 
 
@@ -109,12 +109,12 @@ class CsvSource(_Table):
     kind: TableKind = "csv"
 
     def __init__(
-        self, table: Path, pictures: Path | None, name: str | None, columns: Columns, form: CsvForm = AS_USUAL
+        self, table: Path, images: Path | None, name: str | None, columns: Columns, form: CsvFormat = DEFAULT_FORMAT
     ) -> None:
-        super().__init__(table, pictures, name, columns)
+        super().__init__(table, images, name, columns)
         self.arguments |= form.as_arguments()
         self.form = form
-        self._encoding = encoding_of(table) if form.is_utf_8 else None
+        self._encoding = guess_encoding(table) if form.is_utf_8 else None
         self.remedies = {
             **self.remedies,
             "row_malformed": f"say with --delimiter how fields are divided; {NO_QUOTES}",
@@ -166,7 +166,7 @@ class CsvSource(_Table):
                         raise RowError("row_malformed", f"{len(cells)} fields under {len(header)} columns")
                     yield self._row(dict(zip(header, cells, strict=True)), number, place)
                 except RowError as fault:
-                    yield fault.at(place)
+                    yield fault.to_bad_row(place)
         if num_spanning:
             self.notes.append(
                 f"{num_spanning:,} rows span several lines, since quoted fields hold line breaks; the first: {spanning}"
@@ -187,11 +187,12 @@ class CsvSource(_Table):
             header = next(reader, list[str]())
         except csv.Error as error:
             raise UserError(f"{self.table} line 1 is no row of a CSV file ({error})") from None
-        header = [bare(name) for name in header]
+        header = [strip_text(name) for name in header]
         for column in self.columns.named():
             if column not in header:
                 raise UserError(
-                    f"{self.table} has no column {column!r} (it has: {_said(header)}); {self._header_remedy(header)}"
+                    f"{self.table} has no column {column!r} (it has: {_list_columns(header)}); "
+                    f"{self._header_remedy(header)}"
                 )
         if len(set(header)) != len(header):
             raise UserError(f"{self.table} line 1 names a column twice: {', '.join(header)}")
@@ -224,16 +225,16 @@ class JsonlSource(_Table):
                 if not line.strip():
                     continue
                 try:
-                    fields = json_object(line)
+                    fields = parse_json_object(line)
                     if is_first and self.columns.caption and isinstance(fields.get(self.columns.caption), list):
-                        self.layout = Layout(caption_field=self.columns.caption)
+                        self.layout = Layout({}, self.columns.caption, keys_repeat=False)
                     is_first = False
                     yield self._row(fields, number, place)
                 except RowError as fault:
-                    yield fault.at(place)
+                    yield fault.to_bad_row(place)
 
 
-def _said(header: list[str]) -> str:
+def _list_columns(header: list[str]) -> str:
     return ", ".join(name if name.isprintable() else ascii(name) for name in header) or "none"
 
 
@@ -243,9 +244,9 @@ def _text(fields: Mapping[str, object], column: str, numbers: bool = False) -> s
         return str(value)
     if not isinstance(value, str):
         raise RowError("row_malformed", f"{column!r} is {type(value).__name__}, not a text")
-    checked_text(value)
+    check_text(value)
     return value
 
 
 def _check_annotation(annotation: Mapping[str, object]) -> None:
-    checked_text(json.dumps(annotation, ensure_ascii=False))
+    check_text(json.dumps(annotation, ensure_ascii=False))

@@ -14,25 +14,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.layout import Layout
 from lightning_moevlm.data.format.manifest import Scalar
 from lightning_moevlm.data.format.sample_groups import key_and_extension, sample_groups
 from lightning_moevlm.data.format.tar_members import Member, TarBreak, tar_members
-from lightning_moevlm.data.write.convert.sources.member_names import USUAL, MemberNames, is_image
+from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_NAMES, MemberNames, is_image
 from lightning_moevlm.data.write.convert.sources.row_source import (
     LONGEST_KEY,
     BadCause,
     BadRow,
-    PictureAt,
+    ImageLocation,
     Row,
     RowError,
     Source,
-    checked_key,
-    existing_folder,
-    inside,
-    json_object,
-    set_name,
+    check_key,
+    make_set_name,
+    parse_json_object,
+    require_folder,
+    resolve_inside,
 )
 from lightning_moevlm.data.write.convert.unread_texts import UnreadTexts
 
@@ -59,16 +61,20 @@ class Download(NamedTuple):
     num_bytes: int
 
 
-def downloads(folder: Path) -> tuple[Download, ...]:
+class _Statistics(msgspec.Struct):
+    successes: int
+
+
+def find_downloads(folder: Path) -> tuple[Download, ...]:
     """Return the finished tars of a folder, by name.
 
     Raises:
         UserError: if there are none, or one is not finished.
 
     """
-    existing_folder(folder, "folder")
+    require_folder(folder, "folder")
     if any(folder.glob(f"*{_STATISTICS}")):
-        found = [_finished(path) for path in _tars(folder) if _TAR.fullmatch(path.name)]
+        found = [_check_finished(path) for path in _tars(folder) if _TAR.fullmatch(path.name)]
     else:
         found = [Download(path.name, None, path.stat().st_size) for path in _tars(folder)]
     below = sorted({path.parent.name for path in folder.glob("*/*.tar")}) if not found else []
@@ -89,19 +95,17 @@ def _tars(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
-def _finished(path: Path) -> Download:
+def _check_finished(path: Path) -> Download:
     stats = path.with_name(f"{path.stem}{_STATISTICS}")
     try:
-        successes = json.loads(stats.read_bytes())["successes"]
+        successes = msgspec.json.decode(stats.read_bytes(), type=_Statistics).successes
     except FileNotFoundError:
         raise UserError(
             f"{path} has no {stats.name} beside it, so img2dataset has not finished it; let it finish, or move the tar "
             "away"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        successes = None
-    if not isinstance(successes, int):
-        raise UserError(f"{stats} does not tell how many downloads were successes; is it img2dataset's?")
+    except msgspec.DecodeError as error:
+        raise UserError(f"{stats} does not state the number of successful downloads ({error})") from None
     return Download(path.name, successes, path.stat().st_size)
 
 
@@ -117,7 +121,7 @@ class TarSample(NamedTuple):
     members: dict[str, Member]
 
 
-def samples_of(
+def read_samples(
     folder: Path, download: Download, known: frozenset[str], wanted: Callable[[str], bool]
 ) -> Iterator[TarSample]:
     """Yield every sample of a tar as readers find it. wanted: extensions whose bytes are read.
@@ -133,7 +137,7 @@ def samples_of(
     num_samples = 0
     extensions_of: dict[str, set[str]] = {}
     try:
-        with inside(folder, download.file).open("rb") as stream:
+        with resolve_inside(folder, download.file).open("rb") as stream:
             members = tar_members(stream, lambda name: wanted(key_and_extension(name)[1]))
             for key, found, _ in sample_groups(members):
                 if not found.keys() & known and not any(map(is_image, found)):
@@ -164,48 +168,48 @@ def _refuse_scattered(tar: Path, key: str, before: set[str], found: dict[str, Me
 
 
 class Img2datasetSource(Source):
-    """img2dataset's samples as rows, for writing them anew: in new shards, mixed, split by picture, scaled."""
+    """img2dataset's samples as rows, for writing them anew: in new shards, mixed, split by image, scaled."""
 
-    def __init__(self, folder: Path, name: str | None, names: MemberNames = USUAL) -> None:
-        self.found = downloads(folder)
+    def __init__(self, folder: Path, name: str | None, names: MemberNames = DEFAULT_NAMES) -> None:
+        self.found = find_downloads(folder)
         arguments: dict[str, Scalar] = {"source": "img2dataset", "keep_tars": False, "table": fingerprint(self.found)}
         if self.found[0].num_samples is None:
             arguments["keys"] = "TAR-KEY"
-        super().__init__(set_name(name or folder.resolve().name), folder, {**arguments, **names.as_arguments()})
+        super().__init__(make_set_name(name or folder.resolve().name), folder, {**arguments, **names.as_arguments()})
         self.names = names
-        self.layout = Layout(caption_field=names.caption_field or "")
+        self.layout = Layout({}, names.caption_field or "", keys_repeat=False)
         self.remedies = REMEDIES
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the samples of every tar, by name; pictures are not read."""
+        """Yield the samples of every tar, by name; images are not read."""
         names, unread = self.names, UnreadTexts(self.names)
         wanted = {"json", names.text}
         for download in self.found:
-            tar = samples_of(self.folder, download, names.known, lambda name: name in wanted or unread.is_open)
+            tar = read_samples(self.folder, download, names.known, lambda name: name in wanted or unread.is_open)
             for sample in tar:
-                unread.see(sample.members)
+                unread.inspect(sample.members)
                 place = f"{download.file} {sample.key[:100]}"
                 try:
                     yield self._row(sample, download, place)
                 except RowError as error:
-                    yield error.at(place)
-            if unread.complaint:
-                raise UserError(f"{self.folder / download.file}: {unread.complaint}")
+                    yield error.to_bad_row(place)
+            if unread.problem:
+                raise UserError(f"{self.folder / download.file}: {unread.problem}")
 
     def _row(self, sample: TarSample, download: Download, place: str) -> Row:
         names, members = self.names, sample.members
-        picture, about = members[names.image_of(members)], members.get("json")
+        image, about = members[names.find_image(members)], members.get("json")
         text = None if names.text is None else members.get(names.text)
         if text is None and names.caption_field is not None:
             raise RowError("member_missing", f"no .json that holds its captions, only .{', .'.join(members)}")
-        captions = () if text is None else names.captions_of(text.data or b"")
+        captions = () if text is None else names.read_captions(text.data or b"")
         return Row(
             place=place,
             key=self._key(sample.key, download),
-            picture=PictureAt(download.file, picture.offset, picture.num_bytes),
+            image=ImageLocation(download.file, image.offset, image.num_bytes),
             caption=captions[0] if captions and names.caption_field is None else None,
-            annotation=None if about is None else json_object(about.data or b""),
-            words=() if names.caption_field is None else captions,
+            annotation=None if about is None else parse_json_object(about.data or b""),
+            extra_texts=() if names.caption_field is None else captions,
         )
 
     def _key(self, key: str, download: Download) -> str:
@@ -214,4 +218,4 @@ class Img2datasetSource(Source):
         signs = re.sub(r"[^A-Za-z0-9_-]+", "-", whole)
         if signs != whole or len(f"{self.name}-{whole}") > LONGEST_KEY:
             signs = f"{signs[:_KEPT_KEY_SIGNS]}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
-        return checked_key(f"{self.name}-{signs}"[-LONGEST_KEY:])
+        return check_key(f"{self.name}-{signs}"[-LONGEST_KEY:])

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import OTHER_SPELLINGS, Scalar
-from lightning_moevlm.data.text.json_texts import texts_of
-from lightning_moevlm.data.write.convert.sources.row_source import RowError, checked_caption, json_object
+from lightning_moevlm.data.text.json_texts import parse_texts
+from lightning_moevlm.data.write.convert.sources.row_source import RowError, clean_caption, parse_json_object
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 DEFAULT_CAPTION = "txt"
@@ -53,7 +53,7 @@ class MemberNames:
         """All extensions that mean something."""
         return frozenset((*self.images, "json") if self.text is None else (*self.images, "json", self.text))
 
-    def image_of(self, members: Mapping[str, T]) -> str:
+    def find_image(self, members: Mapping[str, T]) -> str:
         """Return the extension of a sample's image.
 
         Raises:
@@ -68,7 +68,7 @@ class MemberNames:
         remedy = _remedy([name for name in members if is_image(name)])
         raise RowError("member_missing", f"no image (.{', .'.join(self.images)}), only {found}{more}{remedy}")
 
-    def captions_of(self, data: bytes) -> tuple[str, ...]:
+    def read_captions(self, data: bytes) -> tuple[str, ...]:
         """Return the captions that a text member holds, at least one.
 
         Raises:
@@ -76,10 +76,10 @@ class MemberNames:
 
         """
         if self.caption_field is None:
-            return (_caption(data),)
-        if self.caption_field not in (content := json_object(data)):
+            return (_decode_caption(data),)
+        if self.caption_field not in (content := parse_json_object(data)):
             raise RowError("row_malformed", f"its json has no field {self.caption_field!r}, only {', '.join(content)}")
-        return captions_in_field(content[self.caption_field], self.caption_field)
+        return parse_captions(content[self.caption_field], self.caption_field)
 
     def as_arguments(self) -> dict[str, Scalar]:
         """Return what is not as usual, as a part of the set's recipe."""
@@ -88,7 +88,7 @@ class MemberNames:
         return arguments if self.caption == DEFAULT_CAPTION else {**arguments, "caption_member": self.caption or ""}
 
 
-USUAL = MemberNames()
+DEFAULT_NAMES = MemberNames()
 
 
 def is_image(extension: str) -> bool:
@@ -104,7 +104,7 @@ def _remedy(images: list[str]) -> str:
     return "; a key ends at the first dot of the name: rename the files, so that no key has a dot in it"
 
 
-def captions_in_field(value: object, field: str) -> tuple[str, ...]:
+def parse_captions(value: object, field: str) -> tuple[str, ...]:
     """Return the captions of a JSON field, at least one.
 
     Raises:
@@ -112,7 +112,7 @@ def captions_in_field(value: object, field: str) -> tuple[str, ...]:
 
     """
     try:
-        captions = texts_of(value, field)
+        captions = parse_texts(value, field)
     except UnicodeError:
         raise RowError("text_not_utf8", f"field {field!r} holds escapes that are no UTF-8") from None
     except ValueError as error:
@@ -122,8 +122,8 @@ def captions_in_field(value: object, field: str) -> tuple[str, ...]:
     return captions
 
 
-def _caption(data: bytes) -> str:
+def _decode_caption(data: bytes) -> str:
     try:
-        return checked_caption(data.decode("utf-8"))
+        return clean_caption(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError("text_not_utf8", f"bytes that are no UTF-8 at byte {error.start + 1}") from None

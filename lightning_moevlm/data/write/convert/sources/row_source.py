@@ -1,6 +1,6 @@
 """What every kind of source comes down to: rows, each one sample that is to be, or the reason why it cannot be.
 
-A source only reads its table. Its pictures are named, not opened: they are looked at later, by several
+A source only reads its table. Its images are named, not opened: they are looked at later, by several
 processes, and never outside the folder that the source names.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Literal, NamedTuple, get_args
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.data.format.layout import PLAIN, Layout
+from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 from lightning_moevlm.data.format.manifest import SPLITS, Scalar, Split
-from lightning_moevlm.data.text.texts import bare
+from lightning_moevlm.data.text.texts import strip_text
 
 BadCause = Literal[
     "row_malformed",  # no row of its table: fields missing, not JSON, of another kind
@@ -26,10 +26,10 @@ BadCause = Literal[
     "duplicate_key",
     "split_unknown",
     "path_outside",  # an absolute path, `..`, or a link that leads out of the source's folder
-    "picture_missing",
+    "image_missing",
     "image_undecodable",
     "image_too_large",
-    "member_missing",  # a sample of a tar without a picture or text that its set promises
+    "member_missing",  # a sample of a tar without an image or text that its set promises
 ]
 BAD_CAUSES: tuple[BadCause, ...] = get_args(BadCause)
 
@@ -48,20 +48,20 @@ class BadRow(NamedTuple):
 
 
 class RowError(Exception):
-    """Raised inside a source or while looking at a picture; whoever goes through rows makes a `BadRow` of it."""
+    """Raised inside a source or while looking at an image; whoever goes through rows makes a `BadRow` of it."""
 
     def __init__(self, cause: BadCause, message: str) -> None:
         super().__init__(message)
         self.cause = cause
         self.message = message
 
-    def at(self, place: str) -> BadRow:
+    def to_bad_row(self, place: str) -> BadRow:
         """Return the bad row that this is."""
         return BadRow(place, self.cause, self.message)
 
 
-class PictureAt(NamedTuple):
-    """Where a picture's bytes lie: a file below the source's folder, or a part of one (num_bytes not None)."""
+class ImageLocation(NamedTuple):
+    """Where an image's bytes lie: a file below the source's folder, or a part of one (num_bytes not None)."""
 
     file: str
     offset: int = 0
@@ -77,15 +77,15 @@ class Row(NamedTuple):
 
     place: str
     key: str
-    picture: PictureAt | None
+    image: ImageLocation | None
     caption: str | None
     annotation: dict[str, object] | None
     split: Split | None = None
-    words: tuple[str, ...] = ()
+    extra_texts: tuple[str, ...] = ()
 
 
 class Source(ABC):
-    """A table of rows and the folder that their pictures lie in.
+    """A table of rows and the folder that their images lie in.
 
     name: of the set to be, and the beginning of its keys. arguments: everything that decides about the rows, the
     hash of the table's bytes included; never a path, so that the same table gives the same set anywhere. layout: where
@@ -93,8 +93,8 @@ class Source(ABC):
     rows are bad for one cause. notes: sentences to tell when the rows are read.
     """
 
-    layout: Layout = PLAIN
-    remedies: Mapping[BadCause, str] = {"picture_missing": "name the folder of the images with --pictures"}
+    layout: Layout = PLAIN_LAYOUT
+    remedies: Mapping[BadCause, str] = {"image_missing": "name the folder of the images with --images"}
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:
         self.name = name
@@ -112,12 +112,12 @@ class Source(ABC):
         """
 
 
-def set_name(text: str) -> str:
+def make_set_name(text: str) -> str:
     """Return a name made of signs that a key may have."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:48] or "set"
 
 
-def checked_key(key: str) -> str:
+def check_key(key: str) -> str:
     """Return the key.
 
     Raises:
@@ -129,7 +129,7 @@ def checked_key(key: str) -> str:
     return key
 
 
-def checked_split(text: str) -> Split:
+def parse_split(text: str) -> Split:
     """Return the split that a table names.
 
     Raises:
@@ -137,12 +137,12 @@ def checked_split(text: str) -> Split:
 
     """
     for split in SPLITS:
-        if bare(text) == split:
+        if strip_text(text) == split:
             return split
     raise RowError("split_unknown", f"split {text[:40]!r} is not one of {', '.join(SPLITS)}")
 
 
-def checked_caption(text: object) -> str:
+def clean_caption(text: object) -> str:
     """Return the caption without surrounding blanks and without a byte-order mark.
 
     Raises:
@@ -151,13 +151,13 @@ def checked_caption(text: object) -> str:
     """
     if not isinstance(text, str):
         raise RowError("row_malformed", f"caption is {type(text).__name__}, not a text")
-    checked_text(text)
-    if not bare(text):
+    check_text(text)
+    if not strip_text(text):
         raise RowError("caption_empty", "caption is empty")
-    return bare(text)
+    return strip_text(text)
 
 
-def checked_text(text: str) -> None:
+def check_text(text: str) -> None:
     """Refuse what cannot be written as UTF-8.
 
     Raises:
@@ -170,7 +170,7 @@ def checked_text(text: str) -> None:
         raise RowError("text_not_utf8", f"bytes or escapes that are no UTF-8 at sign {error.start + 1}") from None
 
 
-def json_object(data: bytes) -> dict[str, object]:
+def parse_json_object(data: bytes) -> dict[str, object]:
     """Return the object that a line or a member holds.
 
     NaN and Infinity, which many programs write and JSON does not know, become null.
@@ -195,7 +195,7 @@ def _null(name: str) -> None:
     """Take the place of a constant that JSON does not know."""
 
 
-def inside(folder: Path, file: str) -> Path:
+def resolve_inside(folder: Path, file: str) -> Path:
     """Return the real path of a file that a table names.
 
     Raises:
@@ -206,23 +206,23 @@ def inside(folder: Path, file: str) -> Path:
     if name.is_absolute() or PureWindowsPath(file).is_absolute() or ".." in name.parts:
         raise RowError("path_outside", f"image {file[:200]!r} is not a path within the folder of images")
     if "\0" in file or not name.parts:
-        raise RowError("picture_missing", f"image {file[:200]!r} is not a file name")
+        raise RowError("image_missing", f"image {file[:200]!r} is not a file name")
     try:
         path = (folder / name).resolve(strict=True)
         mode = path.stat().st_mode
     except UnicodeEncodeError:
-        raise RowError("picture_missing", f"image {file[:200]!r} is not a file name: it is not UTF-8") from None
+        raise RowError("image_missing", f"image {file[:200]!r} is not a file name: it is not UTF-8") from None
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "a ring of links"
-        raise RowError("picture_missing", f"image {file[:200]!r} cannot be found ({reason})") from None
+        raise RowError("image_missing", f"image {file[:200]!r} cannot be found ({reason})") from None
     if not path.is_relative_to(folder.resolve()):
         raise RowError("path_outside", f"image {file[:200]!r} is a link that leads out of the folder of images")
     if not stat.S_ISREG(mode):
-        raise RowError("picture_missing", f"image {file[:200]!r} is not a regular file")
+        raise RowError("image_missing", f"image {file[:200]!r} is not a regular file")
     return path
 
 
-def existing_file(path: Path, option: str) -> Path:
+def require_file(path: Path, option: str) -> Path:
     """Return the path.
 
     Raises:
@@ -236,7 +236,7 @@ def existing_file(path: Path, option: str) -> Path:
     return path
 
 
-def existing_folder(path: Path, option: str) -> Path:
+def require_folder(path: Path, option: str) -> Path:
     """Return the path.
 
     Raises:

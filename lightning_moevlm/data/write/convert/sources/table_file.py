@@ -83,7 +83,7 @@ def _is_coco(text: bytes) -> bool:
     return b'"images"' in text and b'"annotations"' in text
 
 
-def encoding_of(path: Path) -> str | None:
+def guess_encoding(path: Path) -> str | None:
     """Return how a text that is no UTF-8 seems to be encoded; None if its beginning is UTF-8."""
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT)

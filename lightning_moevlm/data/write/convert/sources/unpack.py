@@ -21,17 +21,17 @@ _MARKS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 _NAMES = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz")
 
 
-def compression_of(path: Path) -> str | None:
+def detect_compression(path: Path) -> str | None:
     """Return how a file is compressed, by its bytes; None if it is not."""
     with path.open("rb") as file:
         start = file.read(6)
     return next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
 
 
-def compressed_tars(folder: Path) -> list[Path]:
+def find_compressed_tars(folder: Path) -> list[Path]:
     """Return the compressed tars of a folder, under whatever name."""
     found = {path for pattern in _NAMES for path in folder.glob(pattern) if not path.name.startswith(".")}
-    return sorted(path for path in found if path.is_file() and compression_of(path) is not None)
+    return sorted(path for path in found if path.is_file() and detect_compression(path) is not None)
 
 
 def refuse_compressed(folder: Path) -> None:
@@ -41,16 +41,16 @@ def refuse_compressed(folder: Path) -> None:
         UserError: if one is compressed, with the remedy.
 
     """
-    found = compressed_tars(folder)
+    found = find_compressed_tars(folder)
     if found:
         raise UserError(
-            f"{found[0]} is {compression_of(found[0])}, and a compressed tar is no tar to readers of shards "
+            f"{found[0]} is {detect_compression(found[0])}, and a compressed tar is no tar to readers of shards "
             f"({len(found)} of them): unpack it, or let --recompress true do it for the set"
         )
 
 
 @contextmanager
-def unpacked(folder: Path, out: Path) -> Iterator[Path]:
+def unpack_tars(folder: Path, out: Path) -> Iterator[Path]:
     """Yield a folder beside `out` with the same tars and statistics, all of them plain, and remove it at the end.
 
     Raises:
@@ -62,11 +62,11 @@ def unpacked(folder: Path, out: Path) -> Iterator[Path]:
     target = out.parent / f".{out.name}.unpacked"
     target.mkdir(parents=True, exist_ok=True)
     try:
-        compressed = compressed_tars(folder)
+        compressed = find_compressed_tars(folder)
         for path in track(compressed, len(compressed), "unpacking tars"):
             _unpack(path, target / f"{path.name.partition('.tar')[0].removesuffix('.tgz')}.tar")
         for path in {*folder.glob("*.tar"), *folder.glob("*_stats.json")} - set(compressed):
-            _place(path, target / path.name)
+            _link(path, target / path.name)
         yield target
     except UserError:
         shutil.rmtree(target)  # what is to be mended may be a tar
@@ -79,19 +79,19 @@ def _unpack(path: Path, target: Path) -> None:
         return
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
-        with _opened(path) as packed, unfinished.open("wb") as plain:
+        with _open(path) as packed, unfinished.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is broken ({error}); get it again, or move it away") from None
     unfinished.replace(target)
 
 
-def _opened(path: Path) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
-    name = compression_of(path)
+def _open(path: Path) -> gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
+    name = detect_compression(path)
     return gzip.GzipFile(path) if name == "gzip" else bz2.BZ2File(path) if name == "bzip2" else lzma.LZMAFile(path)
 
 
-def _place(path: Path, target: Path) -> None:
+def _link(path: Path, target: Path) -> None:
     if not target.exists():
         try:
             os.link(path.resolve(), target)

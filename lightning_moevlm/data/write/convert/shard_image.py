@@ -1,8 +1,8 @@
-"""Pictures on their way into a shard: looked at with suspicion, kept byte for byte where that is possible.
+"""Images on their way into a shard: looked at with suspicion, kept byte for byte where that is possible.
 
-A picture is kept as it is if it has the set's format, is small enough, stands upright and has plain colours.
+An image is kept as it is if it has the set's format, is small enough, stands upright and has plain colours.
 Otherwise it is decoded, set upright (EXIF orientation), scaled and encoded anew. What a reader of shards could not
-decode is found here, before a shard is written: every picture is decoded, JPEG at an eighth of its size.
+decode is found here, before a shard is written: every image is decoded, JPEG at an eighth of its size.
 """
 
 import hashlib
@@ -19,97 +19,97 @@ from PIL import Image
 
 from lightning_moevlm.data.format.faults import MAX_PIXELS, MAX_SIDE
 from lightning_moevlm.data.images.encode import ImageFormat, encode
-from lightning_moevlm.data.images.orientation import UPRIGHT, orientation, turned_picture
-from lightning_moevlm.data.write.convert.sources.row_source import PictureAt, RowError, inside
+from lightning_moevlm.data.images.orientation import UPRIGHT, orientation, turn_image
+from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, RowError, resolve_inside
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _PLAIN_MODES = {"jpg": ("RGB", "L"), "png": ("RGB", "RGBA", "L", "LA", "P", "1")}
 _DECODABLE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
 
-class Wish(NamedTuple):
-    """How pictures are to be stored. max_side: pixels of the longer side at most; None keeps every size."""
+class ImageOptions(NamedTuple):
+    """How images are to be stored. max_side: pixels of the longer side at most; None keeps every size."""
 
     image_format: ImageFormat
     max_side: int | None
 
 
-class Seen(NamedTuple):
-    """A good picture. sha256: of its bytes as found, in hex. side: the shorter one, in pixels, as it will be stored."""
+class InspectedImage(NamedTuple):
+    """A good image. sha256: of its bytes as found, in hex. side: the shorter one, in pixels, as it will be stored."""
 
     sha256: str
     side: int
 
 
-def read_picture(folder: Path, picture: PictureAt) -> bytes:
-    """Return a picture's bytes.
+def read_image(folder: Path, image: ImageLocation) -> bytes:
+    """Return an image's bytes.
 
     Raises:
         RowError: if it lies outside of the folder, or is not there.
 
     """
-    path = inside(folder, picture.file)
+    path = resolve_inside(folder, image.file)
     try:
         with path.open("rb") as file:
-            file.seek(picture.offset)
-            return file.read(-1 if picture.num_bytes is None else picture.num_bytes)
+            file.seek(image.offset)
+            return file.read(-1 if image.num_bytes is None else image.num_bytes)
     except OSError as error:
-        raise RowError("picture_missing", f"image {picture.file!r} cannot be read ({error.strerror})") from None
+        raise RowError("image_missing", f"image {image.file!r} cannot be read ({error.strerror})") from None
 
 
-def look_at(data: bytes, wish: Wish) -> Seen:
-    """Decode a picture to see that it is one.
+def inspect_image(data: bytes, image_options: ImageOptions) -> InspectedImage:
+    """Decode an image to see that it is one.
 
     Raises:
         RowError: if it is none, is cut short, or has too many pixels.
 
     """
-    with _opened(data) as image:
+    with _open(data) as image:
         if image.format == "JPEG":
             simplejpeg.decode_jpeg(data, "RGB", min_height=1, min_width=1)
         else:
             image.load()
         side = min(image.size)
-        if wish.max_side is not None and max(image.size) > wish.max_side:
-            side = min(_scaled(image.size, wish.max_side))
-    return Seen(hashlib.sha256(data).hexdigest(), side)
+        if image_options.max_side is not None and max(image.size) > image_options.max_side:
+            side = min(_scaled(image.size, image_options.max_side))
+    return InspectedImage(hashlib.sha256(data).hexdigest(), side)
 
 
 def format_of(data: bytes) -> str:
-    """Return the format of a picture by its bytes, one of `FORMATS`.
+    """Return the format of an image by its bytes, one of `FORMATS`.
 
     Raises:
-        RowError: if it is no picture.
+        RowError: if it is no image.
 
     """
-    with _opened(data) as image:
+    with _open(data) as image:
         return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with others behind it
 
 
-def stored(data: bytes, wish: Wish) -> bytes:
-    """Return the bytes that go into the shard: the same ones, or the picture encoded anew.
+def encode_for_shard(data: bytes, image_options: ImageOptions) -> bytes:
+    """Return the bytes that go into the shard: the same ones, or the image encoded anew.
 
     Raises:
-        RowError: as `look_at`.
+        RowError: as `inspect_image`.
 
     """
-    with _opened(data) as image:
+    with _open(data) as image:
         turn = orientation(data)
-        if turn == UPRIGHT and _fits(image, wish):
+        if turn == UPRIGHT and _fits(image, image_options):
             return data
         transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
         mode = "RGBA" if transparent else "RGB"
         image = image if image.mode == mode else image.convert(mode)
-        if wish.max_side is not None and max(image.size) > wish.max_side:
-            image = image.resize(_scaled(image.size, wish.max_side), Image.Resampling.LANCZOS)
-        return encode(np.asarray(turned_picture(image, turn)), wish.image_format)
+        if image_options.max_side is not None and max(image.size) > image_options.max_side:
+            image = image.resize(_scaled(image.size, image_options.max_side), Image.Resampling.LANCZOS)
+        return encode(np.asarray(turn_image(image, turn)), image_options.image_format)
 
 
-def _fits(image: Image.Image, wish: Wish) -> bool:
+def _fits(image: Image.Image, image_options: ImageOptions) -> bool:
     return (
-        image.format == {"jpg": "JPEG", "png": "PNG"}[wish.image_format]
-        and image.mode in _PLAIN_MODES[wish.image_format]
-        and (wish.max_side is None or max(image.size) <= wish.max_side)
+        image.format == {"jpg": "JPEG", "png": "PNG"}[image_options.image_format]
+        and image.mode in _PLAIN_MODES[image_options.image_format]
+        and (image_options.max_side is None or max(image.size) <= image_options.max_side)
     )
 
 
@@ -120,10 +120,10 @@ def _scaled(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _open(data: bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large and of odd pictures; both are decided here
+            warnings.simplefilter("ignore")  # Pillow warns of large and of odd images; both are decided here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise RowError("image_too_large", f"{image.width}x{image.height} pixels, {MAX_PIXELS:,} allowed")

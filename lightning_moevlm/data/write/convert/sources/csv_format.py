@@ -16,7 +16,7 @@ NO_QUOTES = "if quotes are signs like any other in this table, add --quotes fals
 
 
 @dataclass(frozen=True)
-class CsvForm:
+class CsvFormat:
     """How a file is read.
 
     encoding: as Python names it. quotes: whether fields may be quoted; None reads them so, and refuses where that looks

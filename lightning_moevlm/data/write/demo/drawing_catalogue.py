@@ -1,6 +1,6 @@
-"""The pictures that scenes are drawn from: well known, easy to tell apart, and with one undisputed name.
+"""The drawings that scenes are drawn from: well known, easy to tell apart, and with one undisputed name.
 
-Each row says what a child would say of the picture. Colours are those of most of its painted surface (held
+Each row says what a child would say of the drawing. Colours are those of most of its painted surface (held
 against the rendered pixels by a test); where no colour prevails there is none, and nobody asks for it. Rows
 are ordered so that the first N of them, for any N, mix all categories.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lightning_moevlm.common.errors import UserError
 
 
-class Picture(NamedTuple):
+class Drawing(NamedTuple):
     """code: OpenMoji's code points. name, plural: English nouns. colour: None where none prevails."""
 
     code: str
@@ -20,11 +20,11 @@ class Picture(NamedTuple):
     colour: str | None
 
 
-def _row(code: str, name: str, category: str, colour: str | None, plural: str | None = None) -> Picture:
-    return Picture(code, name, plural or f"{name}s", category, colour)
+def _row(code: str, name: str, category: str, colour: str | None, plural: str | None = None) -> Drawing:
+    return Drawing(code, name, plural or f"{name}s", category, colour)
 
 
-PICTURES: tuple[Picture, ...] = (
+DRAWINGS: tuple[Drawing, ...] = (
     _row("1F34E", "red apple", "fruit", "red"),
     _row("1F431", "cat face", "animal", "orange"),
     _row("2B50", "star", "sky", "yellow"),
@@ -112,16 +112,16 @@ PICTURES: tuple[Picture, ...] = (
     _row("1F383", "pumpkin", "vegetable", "orange"),
 )
 
-CATEGORIES: tuple[str, ...] = tuple(sorted({picture.category for picture in PICTURES}))
+CATEGORIES: tuple[str, ...] = tuple(sorted({drawing.category for drawing in DRAWINGS}))
 
 
-def first_pictures(count: int) -> tuple[Picture, ...]:
-    """Return the first `count` pictures.
+def first_drawings(count: int) -> tuple[Drawing, ...]:
+    """Return the first `count` drawings.
 
     Raises:
         UserError: if there are not so many, or so few that questions have no wrong answers.
 
     """
-    if not 8 <= count <= len(PICTURES):
-        raise UserError(f"num_pictures is {count}, allowed are 8 to {len(PICTURES)}")
-    return PICTURES[:count]
+    if not 8 <= count <= len(DRAWINGS):
+        raise UserError(f"num_drawings is {count}, allowed are 8 to {len(DRAWINGS)}")
+    return DRAWINGS[:count]

@@ -8,12 +8,12 @@ from torch import Tensor
 from lightning_moevlm.contracts.batch import Batch
 
 
-def in_order(batches: Mapping[int, Batch]) -> list[int]:
+def order_sources(batches: Mapping[int, Batch]) -> list[int]:
     """Return the numbers of the sources as their samples follow each other in a batch: pairs, images, texts."""
     return sorted(batches, key=lambda k: _kind(batches[k]))
 
 
-def joined(batches: Mapping[int, Batch], num_sources: int) -> Batch:
+def join_batches(batches: Mapping[int, Batch], num_sources: int) -> Batch:
     """Make one batch of the sources' batches, by number of the source: pairs, then images alone, then texts alone."""
     per_source = tuple(batches[k].num_samples if k in batches else 0 for k in range(num_sources))
     if not batches:
@@ -21,11 +21,11 @@ def joined(batches: Mapping[int, Batch], num_sources: int) -> Batch:
     if len(batches) == 1:
         (only,) = batches.values()
         return only._replace(num_pairs=only.pairs, per_source=per_source)
-    ordered = [batches[k] for k in in_order(batches)]
+    ordered = [batches[k] for k in order_sources(batches)]
     return Batch(
-        _stacked([batch.images_BRYX for batch in ordered]),
-        _stacked([batch.text_BL for batch in ordered]),
-        _stacked([batch.text_mask_BL for batch in ordered]),
+        _concatenate([batch.images_BRYX for batch in ordered]),
+        _concatenate([batch.text_BL for batch in ordered]),
+        _concatenate([batch.text_mask_BL for batch in ordered]),
         tuple(key for batch in ordered for key in batch.keys),
         sum(batch.pairs for batch in ordered),
         per_source,
@@ -37,6 +37,6 @@ def _kind(batch: Batch) -> int:
     return 0 if batch.pairs else 1 if batch.images_BRYX is not None else 2
 
 
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+def _concatenate(tensors: Sequence[Tensor | None]) -> Tensor | None:
     there = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(there) if there else None
