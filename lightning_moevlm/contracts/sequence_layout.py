@@ -36,6 +36,13 @@ class Layout(NamedTuple):
         pieces = [torch.full((s.stop - s.start,), int(s.modality)) for s in self.spans]
         return torch.cat(pieces).to(self.valid_BS.device, non_blocking=True)
 
+    def last(self, num_positions: int) -> "Layout":
+        """Return the last positions alone; spans that have none of them are kept, empty."""
+        first = self.valid_BS.shape[1] - num_positions
+        spans = tuple(Span(s.modality, max(0, s.start - first), max(0, s.stop - first)) for s in self.spans)
+        identity_BS = None if self.identity_BS is None else self.identity_BS[:, first:]
+        return self._replace(spans=spans, valid_BS=self.valid_BS[:, first:], identity_BS=identity_BS)
+
     def select(self, span: Span) -> "Layout":
         """Return the layout of one span alone."""
         inner = Span(span.modality, 0, span.stop - span.start)

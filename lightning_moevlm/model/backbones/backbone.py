@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
+from lightning_moevlm.model.backbones.past import Past
 from lightning_moevlm.model.initial_weights import Module
 from lightning_moevlm.model.layers import Block
 from lightning_moevlm.model.precision import PrecisionPolicy
@@ -103,6 +105,20 @@ class Backbone(Module):
             causal: text sees patches and earlier text alone, in this pass.
             separate: no attention between image and text of a pair; a mixture of experts still sees both at once.
         """
+
+    def prefill(self, images_BRYX: Tensor | None, text_BL: Tensor, text_mask_BL: Tensor) -> tuple[BackboneOutput, Past]:
+        """Encode the beginning of texts that are to be continued, and keep what their next positions need of it.
+
+        Raises:
+            UserError: a backbone that cannot.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot continue texts: give it `prefill` and `extend`, as Trunk has them"
+        )
+
+    def extend(self, text_B: Tensor, past: Past) -> Tensor:
+        """Return the features of one more token of each text, (B, D); `past` is extended."""
+        raise NotImplementedError
 
     @property
     @abstractmethod

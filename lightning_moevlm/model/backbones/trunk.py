@@ -16,12 +16,14 @@ from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.model.backbones.past import Past
 from lightning_moevlm.model.layers import (
     HIDDEN,
     Attention,
     Block,
     Depth,
     FeedForward,
+    KeyValues,
     ModelStabilisers,
     PatchCodes,
     PatchEmbedding,
@@ -98,6 +100,37 @@ class Trunk(Backbone):
         causal: bool = False,
     ) -> BackboneOutput:
         """Encode images, texts or pairs; at least one of the two must be given."""
+        return self._encode(images_BRYX, text_BL, text_mask_BL, image_mask_BP, separate, causal, None)
+
+    def prefill(self, images_BRYX: Tensor | None, text_BL: Tensor, text_mask_BL: Tensor) -> tuple[BackboneOutput, Past]:
+        """Encode the beginning of texts that are to be continued, and what their next positions need of it."""
+        past = Past([KeyValues() for _ in self.blocks])
+        output = self._encode(images_BRYX, text_BL, text_mask_BL, None, False, True, past.key_values)
+        past.layout, past.length_B = output.layout, text_mask_BL.sum(dim=1)
+        return output, past
+
+    def extend(self, text_B: Tensor, past: Past) -> Tensor:
+        """Return the features of one more token of each text, (B, D); `past` is extended."""
+        assert past.layout is not None and past.length_B is not None
+        with region(self.precision, "trunk", text_B.device.type):
+            # texts that have ended are carried along with the others, at the last position
+            position_B1 = past.length_B.clamp(max=self.spec.max_text_len - 1).unsqueeze(1)
+            tokens_B1D = self.text(text_B.unsqueeze(1), position_B1)
+        past.append(text_B)
+        for block, key_values in zip(self.blocks, past.key_values, strict=True):
+            tokens_B1D = block(tokens_B1D, past.layout, past=key_values).tokens_BSD
+        return normalise(tokens_B1D, self.norm, self.precision).squeeze(1)
+
+    def _encode(
+        self,
+        images_BRYX: Tensor | None,
+        text_BL: Tensor | None,
+        text_mask_BL: Tensor | None,
+        image_mask_BP: Tensor | None,
+        separate: bool,
+        causal: bool,
+        past: list[KeyValues] | None,
+    ) -> BackboneOutput:
         tokens_BSD, layout, source = self._embed(
             images_BRYX, text_BL, text_mask_BL, image_mask_BP, separate, self.causal or causal
         )
@@ -105,7 +138,9 @@ class Trunk(Backbone):
         attention: list[AttentionLogits] = []
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            tokens_BSD, routed, logit_max_H = block(tokens_BSD, layout, self.measure_attention)
+            tokens_BSD, routed, logit_max_H = block(
+                tokens_BSD, layout, self.measure_attention, None if past is None else past[index]
+            )
             plans.extend(NamedPlan(source, index, *plan) for plan in routed)
             if logit_max_H is not None:
                 attention.append(AttentionLogits(source, index, block.attention.path, logit_max_H))

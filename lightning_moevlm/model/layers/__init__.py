@@ -1,7 +1,7 @@
 """Feed-forwards (dense, MoE, multiway), attention, block: what models are arranged from."""
 
 from lightning_moevlm.model.initial_weights import defer_initialisation, initialise
-from lightning_moevlm.model.layers.attention import Attention, AttentionOutput
+from lightning_moevlm.model.layers.attention import Attention, AttentionOutput, KeyValues
 from lightning_moevlm.model.layers.batch_dependence import batch_dependence, find_evaluation_limits
 from lightning_moevlm.model.layers.block import Block, BlockOutput
 from lightning_moevlm.model.layers.causality import check_causal
@@ -25,6 +25,7 @@ __all__ = [
     "Depth",
     "FFNOutput",
     "FeedForward",
+    "KeyValues",
     "MoEFFN",
     "ModelStabilisers",
     "MultiwayFFN",

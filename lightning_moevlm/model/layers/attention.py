@@ -43,6 +43,30 @@ class AttentionOutput(NamedTuple):
     logit_max_H: Tensor | None
 
 
+class KeyValues:
+    """Keeps keys and values of one attention, so that a sequence grows without computing its past anew.
+
+    key_BHSW, value_BHSW: as attention takes them; None before the first position.
+    """
+
+    def __init__(self) -> None:
+        self.key_BHSW: Tensor | None = None
+        self.value_BHSW: Tensor | None = None
+
+    def extend(self, key_BHNW: Tensor, value_BHNW: Tensor) -> tuple[Tensor, Tensor]:
+        """Add N positions and return all of them."""
+        if self.key_BHSW is not None and self.value_BHSW is not None:
+            key_BHNW = torch.cat([self.key_BHSW, key_BHNW], dim=2)
+            value_BHNW = torch.cat([self.value_BHSW, value_BHNW], dim=2)
+        self.key_BHSW, self.value_BHSW = key_BHNW, value_BHNW
+        return key_BHNW, value_BHNW
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order; one may be kept several times."""
+        assert self.key_BHSW is not None and self.value_BHSW is not None
+        self.key_BHSW, self.value_BHSW = self.key_BHSW[rows], self.value_BHSW[rows]
+
+
 class Attention(Module):
     """Multi-head attention; padding is not attended to.
 
@@ -70,19 +94,34 @@ class Attention(Module):
         self.out_norm = make_norm(stabilisers.norm, dim) if stabilisers.sub_norm else None
         self.path = ""  # in the backbone, see name_layers
 
-    def forward(self, tokens_BSD: Tensor, layout: Layout, measure: bool = False) -> AttentionOutput:
-        """Attend; `measure` asks for the largest logit of each head, at the price of computing all of them once."""
+    def forward(
+        self, tokens_BSD: Tensor, layout: Layout, measure: bool = False, past: KeyValues | None = None
+    ) -> AttentionOutput:
+        """Attend.
+
+        Args:
+            tokens_BSD: all positions of the layout; with `past`, the last ones alone.
+            layout: of the whole sequence.
+            measure: asks for the largest logit of each head, at the price of computing all of them once.
+            past: of the positions before; it is extended.
+        """
         query, key, value = self.query_key_value(tokens_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         query_BHSW = normalise(query, self.query_norm, self.precision).transpose(1, 2)
         key_BHSW = normalise(key, self.key_norm, self.precision).transpose(1, 2)
         allowed = allowed_keys(layout)
+        if past is not None and allowed.shape[2] > 1:
+            allowed = allowed[:, :, -tokens_BSD.shape[1] :]
         with region(self.precision, "attention_logits", tokens_BSD.device.type) as cast:
             query_BHSW, key_BHSW, value_BHSW = cast(query_BHSW), cast(key_BHSW), cast(value.transpose(1, 2))
+            if past is not None:
+                key_BHSW, value_BHSW = past.extend(key_BHSW, value_BHSW)
             if self.logit_cap is None:
                 attended_BHSW = F.scaled_dot_product_attention(query_BHSW, key_BHSW, value_BHSW, attn_mask=allowed)
             else:
                 attended_BHSW = attend_with_cap(query_BHSW, key_BHSW, value_BHSW, allowed, self.logit_cap)
-        logit_max_H = largest_logits(query_BHSW, key_BHSW, allowed, layout.valid_BS) if measure else None
+        logit_max_H = (
+            largest_logits(query_BHSW, key_BHSW, allowed, layout.valid_BS) if measure and past is None else None
+        )
         heads_BSD = attended_BHSW.to(value.dtype).transpose(1, 2).flatten(2)
         return AttentionOutput(self.out(normalise(heads_BSD, self.out_norm, self.precision)), logit_max_H)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.initial_weights import InitialScale, Module
-from lightning_moevlm.model.layers.attention import Attention
+from lightning_moevlm.model.layers.attention import Attention, KeyValues
 from lightning_moevlm.model.layers.depth import Depth, deepnorm_alpha
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan
 from lightning_moevlm.model.layers.init_scheme import scales_in_block
@@ -75,15 +75,21 @@ class Block(Module):
         self.residual_weight = deepnorm_alpha(depth) if stabilisers.residual_scaling == "deepnorm" else 1.0
         self.norms_sum = placement == "post"
 
-    def forward(self, tokens_BSD: Tensor, layout: Layout, measure: bool = False) -> BlockOutput:
-        """Return tokens of the same shape, the plans of the MoEs inside and, if asked, the largest attention logits."""
-        if self.precision.trunk is None:
-            return self._transform(tokens_BSD, layout, measure)
-        with region(self.precision, "trunk", tokens_BSD.device.type):
-            return self._transform(tokens_BSD, layout, measure)
+    def forward(
+        self, tokens_BSD: Tensor, layout: Layout, measure: bool = False, past: KeyValues | None = None
+    ) -> BlockOutput:
+        """Return tokens of the same shape, the plans of the MoEs inside and, if asked, the largest attention logits.
 
-    def _transform(self, tokens_BSD: Tensor, layout: Layout, measure: bool) -> BlockOutput:
-        attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure)
+        With `past`, the tokens are the last positions of the layout; see `Attention`.
+        """
+        if self.precision.trunk is None:
+            return self._transform(tokens_BSD, layout, measure, past)
+        with region(self.precision, "trunk", tokens_BSD.device.type):
+            return self._transform(tokens_BSD, layout, measure, past)
+
+    def _transform(self, tokens_BSD: Tensor, layout: Layout, measure: bool, past: KeyValues | None) -> BlockOutput:
+        attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure, past)
+        layout = layout if past is None else layout.last(tokens_BSD.shape[1])
         tokens_BSD = self._add(
             tokens_BSD, attended.tokens_BSD, self.attention_out_norm, self.attention_scale, self.attention_norm
         )

@@ -68,9 +68,10 @@ class TextEmbedding(Module):
         self.position_LD = nn.Parameter(torch.empty(max_text_len, dim))
         self.modality_D = nn.Parameter(torch.empty(dim))
 
-    def forward(self, text_BL: Tensor) -> Tensor:
-        """Embed int64 token ids to (B, L, D)."""
-        return self.token(text_BL) + self.position_LD[: text_BL.shape[1]] + self.modality_D
+    def forward(self, text_BL: Tensor, position_BL: Tensor | None = None) -> Tensor:
+        """Embed int64 token ids to (B, L, D); position_BL: of each in its text, None counts from 0."""
+        position = self.position_LD[: text_BL.shape[1]] if position_BL is None else self.position_LD[position_BL]
+        return self.token(text_BL) + position + self.modality_D
 
 
 def patchify(images_BRYX: Tensor, patch_size: int) -> Tensor:

@@ -77,8 +77,7 @@ class NextToken(Objective):
             predicted_BL = part.text_mask_BL[:, 1:]
             target_M = part.text_BL[:, 1:][predicted_BL]
             features_MD = output.features(Modality.TEXT)[:, :-1][predicted_BL]
-            with region(self.precision, "heads", features_MD.device.type) as cast:
-                logits_MV = self.text_head.logits(cast(features_MD), cast(backbone.text_embedding_VD))
+            logits_MV = self.logits(backbone, features_MD)
             with region(self.precision, "losses", logits_MV.device.type) as cast:
                 loss = cross_entropy(cast(logits_MV), target_M)
             terms[name] = Term(loss.mean, self.weights[name], len(target_M))
@@ -94,6 +93,11 @@ class NextToken(Objective):
                 "caption_weight for pairs; images alone need another objective, such as MaskedModelling"
             )
         return ObjectiveOutput(terms, predictions, tuple(plans), num_tokens, tuple(attention), log_partitions)
+
+    def logits(self, backbone: Backbone, features_MD: Tensor) -> Tensor:
+        """Return the logits of the token that follows, (M, V)."""
+        with region(self.precision, "heads", features_MD.device.type) as cast:
+            return self.text_head.logits(cast(features_MD), cast(backbone.text_embedding_VD))
 
     def size(self, batch: Batch) -> BatchSize:
         """Return predicted tokens by term, and tokens by pass."""

@@ -38,6 +38,7 @@ class MultiwayFFN(FeedForward):
         outputs: list[FFNOutput] = [
             self.branch(span.modality)(tokens_BSD[:, span.start : span.stop], layout.select(span))
             for span in layout.spans
+            if span.stop > span.start  # the image of a text that is being generated lies in the past
         ]
         tokens = torch.cat([output.tokens_BSD for output in outputs], dim=1)
         return FFNOutput(tokens, tuple(plan for output in outputs for plan in output.plans))
