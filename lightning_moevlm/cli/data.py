@@ -210,7 +210,7 @@ def _local(storage: "ShardStorage") -> Path:
     return storage.folder
 
 
-Command = Callable[..., None]
+Command = Callable[..., object]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "build": {"openmoji": build_openmoji, "scenes": build_scenes},
     "convert": convert.COMMANDS,

@@ -1,7 +1,8 @@
-"""Commands that are no training: typed functions whose signature is the options and whose docstring is the help."""
+"""Commands other than training: typed functions and records; signatures are the options, docstrings the help."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, auto_cli
@@ -19,17 +20,17 @@ COMMANDS: dict[str, Any] = {
     "list": parts.list_parts,
     "describe": parts.describe,
 }
-# Options in their signatures, since they may be left out, but `moevlm list routers` is what people type.
+# Options in their signatures, because they may be left out; but people type `moevlm list routers`.
 _FIRST = {"list": "--kind", "sync": "--folder"}
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Parse and run; a function that returns an int sets the exit code.
+    """Parse and run; a command that returns an int sets the exit code.
 
     Raises:
         UserError: an unknown command, option or value.
     """
-    words = [_underscored(argument) for argument in arguments]
+    words = [_underscore(argument) for argument in arguments]
     if words[0] in _FIRST and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, _FIRST[words[0]])
     if words[0] == "sweep":
@@ -39,30 +40,32 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:
-        raise UserError(_lacking(str(error)) or short_message(str(error), _types(words))) from error
+        raise UserError(_explain_missing(str(error)) or short_message(str(error), _types(words))) from error
+    if is_dataclass(result):  # a command that is a record of its options
+        result = result()  # type: ignore[operator]
     return result if isinstance(result, int) else 0
 
 
-def _lacking(message: str) -> str:
-    """Tell what a command cannot do without, by the command's words instead of the parser's key; else nothing."""
+def _explain_missing(message: str) -> str:
+    """Return which argument a command lacks, in the command's words; empty for another mistake."""
     lacks = re.fullmatch(r"the following arguments are required: ([\w.]+)\.(\w+)", message.strip())
     if lacks is None:
         return ""
     command = f"moevlm {lacks[1].replace('.', ' ')}"
-    return f"{command} needs {lacks[2].upper()}: `{command} --help` tells what that is"
+    return f"{command} needs {lacks[2].upper()}; `{command} --help` explains it"
 
 
 def _types(words: Sequence[str]) -> dict[str, object]:
-    """Return the annotation of every option of the command that the words begin with."""
+    """Return the annotation of every option of the command."""
     command: Any = COMMANDS
     for word in words:
         if not isinstance(command, dict) or word not in command:
             break
         command = command[word]
-    return {} if isinstance(command, dict) else get_type_hints(command)
+    return {} if isinstance(command, dict) else get_type_hints(command)  # of a record, its fields
 
 
-def _underscored(argument: str) -> str:
+def _underscore(argument: str) -> str:
     """Let --num-samples stand for --num_samples, the name in the signature."""
     name, equals, value = argument.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
