@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput, RoutingPlan
 from lightning_moevlm.model.dispatch import Capacity, apply_capacity
 from lightning_moevlm.model.dispatch.capacity import Priority
+from lightning_moevlm.model.losses import LossInput, PlanLoss
 from lightning_moevlm.model.routers.choices import make_plan
 
 
@@ -66,3 +67,10 @@ def relu_plan(logits_TE: Tensor, *, valid_T: Tensor | None = None) -> PairPlan:
     weight_TE = logits_TE.relu()
     expert_TE = torch.arange(num_experts).expand(num_tokens, num_experts)
     return make_plan(inputs, logits_TE, logits_TE.softmax(-1), expert_TE, weight_TE, chosen_TK=weight_TE > 0)
+
+
+def loss_of(loss: PlanLoss, plan: RoutingPlan) -> Tensor:
+    """Return the raw loss of one plan of a training step."""
+    value = loss(LossInput(plan))
+    assert value is not None
+    return value

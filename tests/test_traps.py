@@ -29,8 +29,6 @@ from lightning_moevlm.model.losses import (
     RouterOrthogonality,
     RouterZ,
     SequenceBalance,
-    load_balance,
-    router_z,
 )
 from lightning_moevlm.model.objectives import Draws
 from lightning_moevlm.model.routers import (
@@ -48,7 +46,7 @@ from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.optim import parameter_groups
 from tests.model.losses.every_loss import LOSSES, raw_loss
 from tests.model.routers.test_routers import LEARNED, ROUTERS
-from tests.routing import full_plan, routing_input
+from tests.routing import full_plan, loss_of, routing_input
 from tests.small_model import pair_batch, small_vl_moe
 from tests.training.small_fit import NoTask, build, fit, routers
 
@@ -97,7 +95,7 @@ def test_softmax_is_applied_once() -> None:
     with torch.no_grad():
         router.weight_ED.copy_(torch.tensor([40.0, 0, 0, 0]).unsqueeze(-1).expand(4, 4))
     plan = router(RoutingInput(torch.ones(6, 4), torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool)))
-    assert float(load_balance(plan)) == pytest.approx(4.0)
+    assert float(loss_of(LoadBalance(), plan)) == pytest.approx(4.0)
 
 
 def test_every_coefficient_counts() -> None:
@@ -120,7 +118,7 @@ def test_jitter_and_z_loss_are_not_dropped(name: str) -> None:
     jittered = router.train()(routing_input(40, 16))
     assert not torch.equal(plain.logits_TE, jittered.logits_TE)
     term = AuxiliaryLosses(None, RouterZ(0.5)).terms([LossInput(jittered)])["router_z"]
-    assert float(term.weighted) == pytest.approx(0.5 * float(router_z(jittered)))
+    assert float(term.weighted) == pytest.approx(0.5 * float(loss_of(RouterZ(), jittered)))
     assert float(term.weighted) > 0
 
 
@@ -167,7 +165,7 @@ def test_layers_are_averaged_and_not_concatenated() -> None:
 
 def test_probability_is_counted_over_all_experts() -> None:
     """aprender 2162: with the mass over the chosen k alone an even router of two experts scored 0.5 instead of 1."""
-    assert float(load_balance(full_plan(torch.zeros(6, 2)))) == pytest.approx(1.0)
+    assert float(loss_of(LoadBalance(), full_plan(torch.zeros(6, 2)))) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -227,9 +225,9 @@ def test_losses_of_a_sigmoid_gate_see_a_distribution() -> None:
     plan = learned("sigmoid with bias")(routing_input(40, 16))
     torch.testing.assert_close(plan.probs_TE.sum(dim=-1), torch.ones(40))
     even = plan._replace(probs_TE=torch.full_like(plan.probs_TE, 1 / 8))
-    assert float(load_balance(even)) == pytest.approx(1.0)  # raw scores of 1/2 would give 4
+    assert float(loss_of(LoadBalance(), even)) == pytest.approx(1.0)  # raw scores of 1/2 would give 4
     expected = plan.logits_TE.exp().sum(dim=-1).log().square().mean()  # of logits, whatever the gate makes of them
-    torch.testing.assert_close(router_z(plan), expected)
+    torch.testing.assert_close(loss_of(RouterZ(), plan), expected)
 
 
 def test_the_reported_loss_is_the_task_alone() -> None:
@@ -334,7 +332,7 @@ class OneLayer(nn.Module):
         layout = Layout((Span(Modality.IMAGE, 0, 6),), torch.ones(tokens_BSD.shape[:2], dtype=torch.bool))
         output = self.ffn(tokens_BSD, layout)
         plan = output.plans[0].plan
-        total: Tensor = output.tokens_BSD.square().sum() + load_balance(plan)
+        total: Tensor = output.tokens_BSD.square().sum() + loss_of(LoadBalance(), plan)
         return total
 
 

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from lightning_moevlm.contracts.routing_plan import RoutingInput
 from lightning_moevlm.model.dispatch import LoopDispatcher, SegmentDispatcher
 from lightning_moevlm.model.experts import MLPExperts
-from lightning_moevlm.model.losses import router_z
+from lightning_moevlm.model.losses import RouterZ
 from lightning_moevlm.model.routers import GShardRouter, SoftRouter
+from tests.routing import loss_of
 
 DIM, HIDDEN, EXPERTS, BATCH, LENGTH = 16, 32, 4, 3, 10
 
@@ -57,7 +58,7 @@ def test_st_moe() -> None:
     plan = router(routing_input(tokens_BSD))
     out_TD = SegmentDispatcher()(plan, tokens_BSD.flatten(0, 1), stack)
     torch.testing.assert_close(out_TD, output.outputs.flatten(0, 1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(router_z(plan), output.router_z_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_of(RouterZ(), plan), output.router_z_loss, rtol=1e-5, atol=1e-6)
 
     slope = torch.linspace(-1, 1, DIM)
     (output.outputs * slope).sum().backward()

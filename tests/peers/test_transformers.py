@@ -7,8 +7,9 @@ from torch import Tensor
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
 from lightning_moevlm.model.experts import GatedExperts
-from lightning_moevlm.model.losses import load_balance
+from lightning_moevlm.model.losses import LoadBalance
 from lightning_moevlm.model.routers import TopKRouter
+from tests.routing import loss_of
 
 pytest.importorskip("transformers", reason="compares with transformers: pip install 'lightning-moevlm[peers]'")
 
@@ -114,4 +115,4 @@ def test_load_balancing_loss(padding: int) -> None:
     plan = router(routing_input(tokens())._replace(valid_T=valid_T))
     assert isinstance(plan, PairPlan)
     theirs = load_balancing_loss_func((plan.logits_TE,), EXPERTS, TOP_K, valid_T.unsqueeze(0) if padding else None)
-    torch.testing.assert_close(load_balance(plan) * TOP_K, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_of(LoadBalance(), plan) * TOP_K, theirs, rtol=1e-5, atol=1e-6)

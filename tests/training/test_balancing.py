@@ -26,13 +26,13 @@ from lightning_moevlm.model.losses import (
     ReLUL1,
     RouterOrthogonality,
     RouterZ,
-    load_balance,
     router_orthogonality,
 )
 from lightning_moevlm.model.objectives import Draws, MaskedModelling
 from lightning_moevlm.model.routers import NoisyTopKRouter, ReLURouter, SigmoidBiasRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.step.routing_counts import RoutingCounter
+from tests.routing import loss_of
 from tests.small_model import pair_batch, small_vl_moe
 from tests.training.small_fit import NoTask, RouterFactory, build, fit, routers
 
@@ -74,7 +74,7 @@ def test_global_scope_of_micro_batches_adds_up_to_the_whole_batch() -> None:
     of_halves = [
         LoadBalance(scope="global")(LossInput(n.plan, None, totals[n.layer])) for h in halves for n in plans(h)
     ]
-    of_whole = [load_balance(named.plan) for named in plans(batch)]
+    of_whole = [loss_of(LoadBalance(), named.plan) for named in plans(batch)]
     torch.testing.assert_close(torch.stack(of_halves).mean(), torch.stack(of_whole).mean())
 
 

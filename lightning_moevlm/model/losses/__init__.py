@@ -1,20 +1,20 @@
-"""Auxiliary losses: pure functions of plans, and the set of switches that turns them on."""
+"""Auxiliary losses: functions of plans, and the set of switches that turns them on."""
 
 from lightning_moevlm.model.losses.auxiliary import OWN_LOSSES, AuxiliaryLosses, SumName
-from lightning_moevlm.model.losses.balancing.gshard import GShard, gshard
-from lightning_moevlm.model.losses.balancing.importance import Importance, importance
-from lightning_moevlm.model.losses.balancing.load import Load, load
-from lightning_moevlm.model.losses.balancing.load_balance import LoadBalance, load_balance
+from lightning_moevlm.model.losses.balancing.gshard import GShard
+from lightning_moevlm.model.losses.balancing.importance import Importance
+from lightning_moevlm.model.losses.balancing.load import Load
+from lightning_moevlm.model.losses.balancing.load_balance import LoadBalance
 from lightning_moevlm.model.losses.balancing.modality_entropy import GlobalEntropy, LocalEntropy
-from lightning_moevlm.model.losses.balancing.mutual_information import MutualInformation, mutual_information
+from lightning_moevlm.model.losses.balancing.mutual_information import MutualInformation
 from lightning_moevlm.model.losses.balancing.sequence_balance import SequenceBalance
 from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LayerCounts, LossInput, Place, RoutedLayer, StepSize
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.regularising.output_z import OutputZ, output_z
-from lightning_moevlm.model.losses.regularising.relu_l1 import ReLUL1, relu_l1
+from lightning_moevlm.model.losses.regularising.relu_l1 import ReLUL1
 from lightning_moevlm.model.losses.regularising.router_orthogonality import RouterOrthogonality, router_orthogonality
-from lightning_moevlm.model.losses.regularising.router_z import RouterZ, router_z
+from lightning_moevlm.model.losses.regularising.router_z import RouterZ
 from lightning_moevlm.model.losses.routing_loss import RoutingLoss
 from lightning_moevlm.model.losses.weights import AdaptiveWeight, ByOverflow, BySparsity, Weight
 
@@ -46,13 +46,6 @@ __all__ = [
     "StepSize",
     "SumName",
     "Weight",
-    "gshard",
-    "importance",
-    "load",
-    "load_balance",
-    "mutual_information",
     "output_z",
-    "relu_l1",
     "router_orthogonality",
-    "router_z",
 ]

@@ -31,9 +31,9 @@ class PlanLoss(ABC):
     def sums(self, inputs: LossInput) -> Tensor | None:
         """Return sums over the plan's tokens, of a shape that does not follow from the batch; None: undefined here."""
 
-    @abstractmethod
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
-        """Return the raw loss, a scalar of the sums' dtype; 0 where the size is 0."""
+        """Return the raw loss, a scalar of the sums' dtype, 0 where the size is 0: here the mean over valid tokens."""
+        return sums / size.tokens_A.sum().clamp(min=1)
 
     def __call__(self, inputs: LossInput) -> Tensor | None:
         """Return the raw loss of one plan by itself, a scalar fp32 tensor; None: undefined here."""

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import Weight
@@ -33,7 +32,3 @@ class RoutingLoss(PlanLoss):
         """Return the loss for every token, a scalar."""
         value = self(inputs)
         return None if value is None else value * inputs.plan.valid_T.sum()
-
-    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
-        """Return their mean."""
-        return sums / size.tokens_A.sum().clamp(min=1)

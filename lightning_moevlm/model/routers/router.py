@@ -3,7 +3,8 @@
 from abc import abstractmethod
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_moevlm.contracts.routing_plan import RoutingInput, RoutingPlan
 from lightning_moevlm.model.initial_weights import Module
@@ -76,9 +77,9 @@ class Router(Module):
         """Return how many rows all experts run together for a sequence of so many tokens, on average."""
         return self.experts_per_token * num_tokens
 
-    @abstractmethod
     def forward_flops_per_token(self) -> int:
-        """Matrix FLOPs of the routing itself for one token."""
+        """Matrix FLOPs of the routing itself for one token: 0 without learned scores."""
+        return 0
 
     def per_expert(self) -> tuple[ExpertAxis, ...]:
         """Return the parameters and buffers with an axis of experts, which the axes at the end of their names tell.
@@ -101,3 +102,25 @@ class Router(Module):
 
         load_AE: chosen pairs of each modality at each expert, summed over ranks and accumulation; int64.
         """
+
+
+class LinearRouter(Router):
+    """Scores tokens against one learned row per expert, and gives each `top_k` experts unless it says otherwise.
+
+    top_k: experts per token; those of a router whose number varies are its own to say.
+    """
+
+    top_k: int
+
+    def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:
+        super().__init__(dim, num_experts, gate)
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
+
+    def forward_flops_per_token(self) -> int:
+        """2 D E."""
+        return 2 * self.dim * self.num_experts

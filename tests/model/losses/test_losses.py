@@ -13,33 +13,26 @@ from lightning_moevlm.model.losses import (
     AuxiliaryLosses,
     ByOverflow,
     GlobalEntropy,
-    Grouping,
+    GShard,
     Importance,
     LayerCounts,
     Load,
     LoadBalance,
     LocalEntropy,
     LossInput,
+    MutualInformation,
     OutputZ,
     ReLUL1,
     RoutedLayer,
     RouterOrthogonality,
     RouterZ,
     SequenceBalance,
-    gshard,
-    importance,
-    load,
-    load_balance,
-    mutual_information,
     output_z,
-    relu_l1,
     router_orthogonality,
-    router_z,
 )
 from lightning_moevlm.model.losses.balancing.load import chances
-from lightning_moevlm.model.losses.balancing.sequence_balance import sequence_balance
 from lightning_moevlm.model.routers import NoisyTopKRouter, SoftRouter
-from tests.routing import full_plan, relu_plan, routing_input, top_1_plan
+from tests.routing import full_plan, loss_of, relu_plan, routing_input, top_1_plan
 
 # two experts, three tokens with p = (3/4, 1/4), (3/4, 1/4), (1/4, 3/4): chosen 0, 0, 1
 THREE_TOKENS = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]).log()
@@ -47,18 +40,18 @@ THREE_TOKENS = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]).log()
 
 def test_load_balance_by_hand() -> None:
     # f = (2/3, 1/3), P = (7/12, 5/12): 2 (14/36 + 5/36) = 38/36
-    torch.testing.assert_close(load_balance(top_1_plan(THREE_TOKENS)), torch.tensor(38 / 36))
+    torch.testing.assert_close(loss_of(LoadBalance(), top_1_plan(THREE_TOKENS)), torch.tensor(38 / 36))
 
 
 def test_load_balance_is_one_when_even() -> None:
-    assert float(load_balance(top_1_plan(torch.eye(4) * 3.0))) == pytest.approx(1.0)
+    assert float(loss_of(LoadBalance(), top_1_plan(torch.eye(4) * 3.0))) == pytest.approx(1.0)
 
 
 def test_load_balance_ignores_what_capacity_dropped() -> None:
     # the router is judged by what it asked for: dropping pairs must not make it look balanced
     plan = top_1_plan(torch.tensor([[2.0, 0.0]]).expand(4, 2))
     dropped = plan._replace(kept_N=torch.tensor([True, False, False, False]))
-    assert torch.equal(load_balance(plan), load_balance(dropped))
+    assert torch.equal(loss_of(LoadBalance(), plan), loss_of(LoadBalance(), dropped))
 
 
 def two_by_two() -> PairPlan:
@@ -71,50 +64,52 @@ def test_balance_of_a_sequence_by_hand() -> None:
     # tokens 0 and 1 are even among themselves, as are 2 and 3: 1. With tokens in the order 0, 2, 1, 3 each sequence has
     # f = (1, 0), P = (3/4, 1/4): 2 * 3/4 = 3/2, while the pooled batch stays at 1
     plan = two_by_two()
-    assert float(load_balance(plan, Grouping(by_sequence=True))) == pytest.approx(1.0)
+    assert float(loss_of(LoadBalance(scope="sequence"), plan)) == pytest.approx(1.0)
     order = torch.tensor([0, 2, 1, 3])
     sorted_plan = plan._replace(
         expert_N=plan.expert_N[order], probs_TE=plan.probs_TE[order], modality_T=plan.modality_T[order]
     )
-    assert float(load_balance(sorted_plan, Grouping(by_sequence=True))) == pytest.approx(1.5)
+    assert float(loss_of(LoadBalance(scope="sequence"), sorted_plan)) == pytest.approx(1.5)
     assert float(SequenceBalance()(LossInput(sorted_plan))) == pytest.approx(1.5)
-    assert float(load_balance(sorted_plan)) == pytest.approx(1.0)
+    assert float(loss_of(LoadBalance(), sorted_plan)) == pytest.approx(1.0)
 
 
 def test_sequence_balance_of_deepseek_leaves_the_bias_out() -> None:
     # two tokens with scores in the ratio 3 to 1, which a bias sent to expert 1: the scores' own f is (1, 0), P is
     # (3/4, 1/4): 2 * 3/4; by what was chosen f is (0, 1): 2 * 1/4. A token that took both experts counts for both
     plan = top_1_plan(torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log())._replace(expert_N=torch.tensor([1, 1]))
-    assert float(sequence_balance(plan)) == pytest.approx(1.5)
-    assert float(load_balance(plan, Grouping(by_sequence=True))) == pytest.approx(0.5)
+    assert float(loss_of(SequenceBalance(), plan)) == pytest.approx(1.5)
+    assert float(loss_of(LoadBalance(scope="sequence"), plan)) == pytest.approx(0.5)
     both = full_plan(torch.tensor([[3.0, 1.0], [3.0, 1.0]]).log(), noise=0.0, top_k=2)
-    assert float(sequence_balance(both)) == pytest.approx(1.0)
+    assert float(loss_of(SequenceBalance(), both)) == pytest.approx(1.0)
     # padding and choices that were not taken up count for nothing: f of the first token alone
     one = full_plan(torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log(), noise=0.0, valid_T=torch.tensor([True, False]))
-    assert float(sequence_balance(one)) == pytest.approx(1.5)
+    assert float(loss_of(SequenceBalance(), one)) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("per_modality", [False, True])
 def test_without_a_bias_sequence_balance_is_load_balance_of_sequences(per_modality: bool) -> None:
     for top_k in (1, 2):
         plan = full_plan(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), top_k=top_k)
-        expected = load_balance(plan, Grouping(by_sequence=True, by_modality=per_modality))
-        torch.testing.assert_close(sequence_balance(plan, per_modality), expected)
+        expected = loss_of(LoadBalance(scope="sequence", per_modality=per_modality), plan)
+        torch.testing.assert_close(loss_of(SequenceBalance(per_modality=per_modality), plan), expected)
 
 
 def test_balance_per_modality_by_hand() -> None:
     # images: f = (1, 0), P = (3/4, 1/4): 3/2; texts the other way round: 3/2. Pooled they are even
     plan = two_by_two()
-    assert float(load_balance(plan, Grouping(by_modality=True))) == pytest.approx(1.5)
-    assert float(load_balance(plan)) == pytest.approx(1.0)
+    assert float(loss_of(LoadBalance(per_modality=True), plan)) == pytest.approx(1.5)
+    assert float(loss_of(LoadBalance(), plan)) == pytest.approx(1.0)
 
 
 def test_a_modality_or_sequence_without_tokens_does_not_dilute_the_mean() -> None:
     plan = two_by_two()
     only_first_image = torch.tensor([True, False, False, False])
     alone = plan._replace(valid_T=only_first_image, chosen_N=only_first_image)
-    for grouping in (Grouping(), Grouping(True), Grouping(False, True), Grouping(True, True)):
-        assert float(load_balance(alone, grouping)) == pytest.approx(1.5)
+    for scope in ("micro_batch", "sequence"):
+        for per_modality in (False, True):
+            loss = LoadBalance(scope=scope, per_modality=per_modality)  # type: ignore[arg-type]
+            assert float(loss_of(loss, alone)) == pytest.approx(1.5)
 
 
 def test_global_balance_takes_the_load_from_the_step_by_hand() -> None:
@@ -132,17 +127,17 @@ def test_global_balance_takes_the_load_from_the_step_by_hand() -> None:
 def test_importance_by_hand() -> None:
     # p = (3/4, 1/4) and (1/4, 3/4) is even: 0. Twice the first: I = (3/2, 1/2), mean 1, variance 1/4
     even = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
-    assert float(importance(top_1_plan(even))) == pytest.approx(0.0, abs=1e-7)
-    assert float(importance(top_1_plan(even[[0, 0]]))) == pytest.approx(0.25)
+    assert float(loss_of(Importance(), top_1_plan(even))) == pytest.approx(0.0, abs=1e-7)
+    assert float(loss_of(Importance(), top_1_plan(even[[0, 0]]))) == pytest.approx(0.25)
     # each modality of two_by_two has I in the ratio 3 to 1: 1/4, where the pool has 0
-    assert float(importance(two_by_two(), Grouping(by_modality=True))) == pytest.approx(0.25)
+    assert float(loss_of(Importance(per_modality=True), two_by_two())) == pytest.approx(0.25)
 
 
 def test_importance_does_not_see_the_noise() -> None:
     # V-MoE: noise makes the second token change its mind; without it both prefer expert 0 by 3 to 1, as above
     even = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
     plan = top_1_plan(even)._replace(logits_TE=even[[0, 0]], noisy_logits_TE=even, noise_std_TE=torch.ones(2, 2))
-    assert float(importance(plan)) == pytest.approx(0.25)
+    assert float(loss_of(Importance(), plan)) == pytest.approx(0.25)
 
 
 def test_load_by_hand() -> None:
@@ -151,7 +146,7 @@ def test_load_by_hand() -> None:
     plan = plan._replace(noise_std_TE=torch.full((1, 2), 0.5), noisy_logits_TE=plan.logits_TE)
     torch.testing.assert_close(chances(plan), torch.tensor([[0.5, 0.0227501]]))
     # CV^2 = ((0.5 - 0.02275) / (0.5 + 0.02275))^2
-    assert float(load(plan)) == pytest.approx(((0.5 - 0.0227501) / (0.5 + 0.0227501)) ** 2, rel=1e-5)
+    assert float(loss_of(Load(), plan)) == pytest.approx(((0.5 - 0.0227501) / (0.5 + 0.0227501)) ** 2, rel=1e-5)
 
 
 def test_load_threshold_is_the_kth_noisy_logit() -> None:
@@ -185,15 +180,15 @@ def test_load_is_left_out_of_evaluation() -> None:
 def test_gshard_sees_first_choices_alone() -> None:
     # first choices 0, 0, 1: as the Switch loss with k = 1, 38/36; with k = 2 of 2 experts the Switch loss is even
     plan = full_plan(THREE_TOKENS, top_k=2)
-    assert float(gshard(plan)) == pytest.approx(38 / 36)
-    assert float(load_balance(plan)) == pytest.approx(1.0)
+    assert float(loss_of(GShard(), plan)) == pytest.approx(38 / 36)
+    assert float(loss_of(LoadBalance(), plan)) == pytest.approx(1.0)
 
 
 def test_router_z_by_hand() -> None:
     # logsumexp(ln 1, ln 3) = ln 4; logsumexp(0, 0) = ln 2: mean of squares
     plan = top_1_plan(torch.tensor([[1.0, 3.0], [1.0, 1.0]]).log())
     ln2 = torch.tensor(2.0).log()
-    torch.testing.assert_close(router_z(plan), ((2 * ln2) ** 2 + ln2**2) / 2)
+    torch.testing.assert_close(loss_of(RouterZ(), plan), ((2 * ln2) ** 2 + ln2**2) / 2)
 
 
 def test_output_z_by_hand() -> None:
@@ -210,26 +205,26 @@ def test_output_z_is_left_out_without_a_head_that_predicts_classes() -> None:
 def test_mutual_information_by_hand() -> None:
     # two tokens sure of different experts: ln 2 of information; both undecided, or both sure of one expert: none
     sure = torch.eye(2) * 100
-    assert float(mutual_information(top_1_plan(sure))) == pytest.approx(-math.log(2))
-    assert float(mutual_information(top_1_plan(torch.zeros(2, 2)))) == pytest.approx(0.0, abs=1e-6)
-    assert float(mutual_information(top_1_plan(sure[[0, 0]]))) == pytest.approx(0.0, abs=1e-6)
+    assert float(loss_of(MutualInformation(), top_1_plan(sure))) == pytest.approx(-math.log(2))
+    assert float(loss_of(MutualInformation(), top_1_plan(torch.zeros(2, 2)))) == pytest.approx(0.0, abs=1e-6)
+    assert float(loss_of(MutualInformation(), top_1_plan(sure[[0, 0]]))) == pytest.approx(0.0, abs=1e-6)
     # each modality of the first case alone knows nothing of its one token's expert
     plan = top_1_plan(sure)._replace(modality_T=torch.tensor([0, 1]))
-    assert float(mutual_information(plan, Grouping(by_modality=True))) == pytest.approx(0.0, abs=1e-6)
+    assert float(loss_of(MutualInformation(per_modality=True), plan)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_mutual_information_is_local_plus_global_entropy() -> None:
     plan = random_plans(1)[0]
     local = float(LocalEntropy(image=1.0, text=None)(LossInput(plan)))
     spread = float(GlobalEntropy(text=None)(LossInput(plan)))
-    assert float(mutual_information(plan)) == pytest.approx(local + spread - math.log(4), rel=1e-5)
+    assert float(loss_of(MutualInformation(), plan)) == pytest.approx(local + spread - math.log(4), rel=1e-5)
 
 
 def test_relu_l1_by_hand() -> None:
     # weights (2, 0) and (1, 1): loads (2, 1), so f = 2 (2/3, 1/3); (4/3 * 3 + 2/3 * 1) / 2 tokens = 7/3; plain: 4 / 2
     plan = relu_plan(torch.tensor([[2.0, -1.0], [1.0, 1.0]]))
-    assert float(relu_l1(plan)) == pytest.approx(7 / 3)
-    assert float(relu_l1(plan, load_weighted=False)) == pytest.approx(2.0)
+    assert float(loss_of(ReLUL1(), plan)) == pytest.approx(7 / 3)
+    assert float(loss_of(ReLUL1(load_weighted=False), plan)) == pytest.approx(2.0)
 
 
 def test_relu_l1_refuses_soft_slots() -> None:
@@ -306,8 +301,9 @@ def random_plans(count: int) -> list[PairPlan]:
 def test_terms_are_means_over_plans_with_their_weights() -> None:
     plans = random_plans(2)
     terms = AuxiliaryLosses(LoadBalance(0.5), RouterZ(0.25)).terms([LossInput(plan) for plan in plans])
-    torch.testing.assert_close(terms["load_balance"].raw, (load_balance(plans[0]) + load_balance(plans[1])) / 2)
-    torch.testing.assert_close(terms["router_z"].weighted, (router_z(plans[0]) + router_z(plans[1])) / 2 * 0.25)
+    balance, z = (sum(loss_of(loss, plan) for plan in plans) / 2 for loss in (LoadBalance(), RouterZ()))
+    torch.testing.assert_close(terms["load_balance"].raw, balance)
+    torch.testing.assert_close(terms["router_z"].weighted, z * 0.25)
 
 
 def test_a_weight_in_force_replaces_the_first_one() -> None:
@@ -337,7 +333,7 @@ def test_losses_of_soft_slots() -> None:
     initialise(router, seed=0, std=0.5)
     plan = router(routing_input(8, 16))
     mean_prob_E = plan.probs_TE.mean(dim=0)
-    torch.testing.assert_close(load_balance(plan), 4 * mean_prob_E.square().sum())
+    torch.testing.assert_close(loss_of(LoadBalance(), plan), 4 * mean_prob_E.square().sum())
     losses = (LoadBalance(scope="sequence", per_modality=True), SequenceBalance(), GlobalEntropy(), Importance())
     for loss in losses:
         assert bool(loss(LossInput(plan)).isfinite())

@@ -21,7 +21,7 @@ from lightning_moevlm.model.dispatch import (
 from lightning_moevlm.model.dispatch.capacity import Priority
 from lightning_moevlm.model.experts import MLPExperts
 from lightning_moevlm.model.layers import initialise
-from lightning_moevlm.model.losses import load_balance, router_z
+from lightning_moevlm.model.losses import LoadBalance, RouterZ
 from lightning_moevlm.model.metrics import routing_metrics
 from lightning_moevlm.model.routers import (
     CosineRouter,
@@ -41,7 +41,7 @@ from lightning_moevlm.model.routers import (
     TopKRouter,
     TopPRouter,
 )
-from tests.routing import routing_input
+from tests.routing import loss_of, routing_input
 
 ROUTERS: dict[str, Callable[[], Router]] = {
     "top-1": lambda: TopKRouter(16, 8, top_k=1),
@@ -306,7 +306,7 @@ def test_fast_dispatch_equals_the_loop(
 
 def test_losses_and_metrics_read_every_plan(router: Router) -> None:
     plan = router(routing_input(40, 16, num_padding=7))
-    assert bool(load_balance(plan).isfinite()) and bool(router_z(plan).isfinite())
+    assert bool(loss_of(LoadBalance(), plan).isfinite()) and bool(loss_of(RouterZ(), plan).isfinite())
     metrics = routing_metrics([plan], Modality.IMAGE)
     assert all(bool(value.isfinite().all()) for value in metrics)
     assert float(metrics.load_E.sum()) == pytest.approx(1.0) and float(metrics.drop_rate) == 0.0

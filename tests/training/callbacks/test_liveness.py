@@ -26,13 +26,12 @@ from lightning_moevlm.model.losses import (
     LossInput,
     RouterZ,
     RoutingLoss,
-    load_balance,
-    router_z,
 )
 from lightning_moevlm.model.routers import NoisyTopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Liveness
 from lightning_moevlm.training.optim import GradientStabilisers, SkipSpikes
+from tests.routing import loss_of
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
 from tests.training.callbacks.asked_run import Tagged, asked, module_of, refused
@@ -118,8 +117,8 @@ def test_the_share_of_balance_is_that_of_gradients_by_hand() -> None:
     _, points = asked(module, callback=Liveness(num_samples=4))
     batch = pair_batch()
     plans = backbone(batch.images_BRYX, batch.text_BL, batch.text_mask_BL).plans
-    balance = 0.5 * torch.stack([load_balance(named.plan) for named in plans]).mean()
-    z = 0.25 * torch.stack([router_z(named.plan) for named in plans]).mean()
+    balance = 0.5 * torch.stack([loss_of(LoadBalance(), named.plan) for named in plans]).mean()
+    z = 0.25 * torch.stack([loss_of(RouterZ(), named.plan) for named in plans]).mean()
     for where in ("router", "all"):
         weights = [p for name, p in backbone.named_parameters() if where == "all" or ".router." in name]
         norms = []

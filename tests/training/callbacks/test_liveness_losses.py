@@ -27,12 +27,12 @@ from lightning_moevlm.model.losses import (
     ReLUL1,
     RouterOrthogonality,
     RouterZ,
-    load_balance,
 )
 from lightning_moevlm.model.routers import FixedRouter, NoisyTopKRouter, ReLURouter
 from lightning_moevlm.training import Actions, VisionLanguageModule
 from lightning_moevlm.training.actions import FreezeRouter
 from lightning_moevlm.training.optim import GroupOptions
+from tests.routing import loss_of
 from tests.small_model import small_vl_moe
 from tests.training.callbacks.asked_run import asked, module_of, refused
 
@@ -79,7 +79,7 @@ class Detached(StandIn):
     """A balance loss of detached probabilities, as in NeMo Automodel 1408 and FuseMoE 6."""
 
     def __call__(self, inputs: LossInput) -> Tensor:
-        return load_balance(inputs.plan.detach()).requires_grad_()
+        return loss_of(LoadBalance(), inputs.plan.detach()).requires_grad_()
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Leaking(StandIn):
     weights: tuple[Tensor, ...] = ()
 
     def __call__(self, inputs: LossInput) -> Tensor:
-        return load_balance(inputs.plan) + sum(weight.square().sum() for weight in self.weights)
+        return loss_of(LoadBalance(), inputs.plan) + sum(weight.square().sum() for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class GrowsWithCounts(StandIn):
 
     def __call__(self, inputs: LossInput) -> Tensor:
         assert inputs.counts is not None
-        return load_balance(inputs.plan) * inputs.counts.token_A.sum()
+        return loss_of(LoadBalance(), inputs.plan) * inputs.counts.token_A.sum()
 
 
 def test_a_loss_of_detached_values_is_dead() -> None:

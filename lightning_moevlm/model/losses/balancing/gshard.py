@@ -13,10 +13,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_moevlm.contracts.routing_plan import RoutingPlan
 from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.balancing.load_balance import balance
-from lightning_moevlm.model.losses.groups import Grouping, size_of
+from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
@@ -50,9 +49,3 @@ class GShard(PlanLoss):
     @property
     def _grouping(self) -> Grouping:
         return Grouping(by_modality=self.per_modality)
-
-
-def gshard(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
-    """Return E * sum_e of (share of first choices x mean probability); 0 where no token is valid."""
-    loss = GShard(per_modality=grouping.by_modality)
-    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -12,9 +12,9 @@ from typing import final
 
 from torch import Tensor
 
-from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingPlan
+from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.contracts.step_records import PlanSize
-from lightning_moevlm.model.losses.groups import Grouping, size_of
+from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
@@ -46,12 +46,6 @@ class Importance(PlanLoss):
     @property
     def _grouping(self) -> Grouping:
         return Grouping(by_modality=self.per_modality)
-
-
-def importance(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
-    """Return the squared coefficient of variation of summed probabilities; 0 where no token is valid."""
-    loss = Importance(per_modality=grouping.by_modality)
-    return loss.value(loss.sums(LossInput(plan)), size_of(plan))
 
 
 def squared_variation(values_UE: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.balancing.importance import squared_variation
-from lightning_moevlm.model.losses.groups import Grouping, size_of
+from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
@@ -63,12 +63,6 @@ class Load(PlanLoss):
     @property
     def _grouping(self) -> Grouping:
         return Grouping(by_modality=self.per_modality)
-
-
-def load(plan: PairPlan, grouping: Grouping = Grouping()) -> Tensor:
-    """Return the squared coefficient of variation of expected loads; 0 where no token is valid."""
-    sums_UE = grouping.sums(chances(plan), plan)
-    return Load(per_modality=grouping.by_modality).value(sums_UE, size_of(plan))
 
 
 def chances(plan: PairPlan) -> Tensor:

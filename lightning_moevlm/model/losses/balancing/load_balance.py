@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import RoutingPlan
 from lightning_moevlm.contracts.step_records import PlanSize
-from lightning_moevlm.model.losses.groups import Grouping, shares, size_of
+from lightning_moevlm.model.losses.groups import Grouping, shares
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
@@ -76,16 +76,6 @@ class LoadBalance(PlanLoss):
     @property
     def _grouping(self) -> Grouping:
         return Grouping(self.scope == "sequence", self.per_modality)
-
-
-def load_balance(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
-    """Return E * sum_e f_e P_e over each group's valid tokens, averaged over groups: a scalar fp32 tensor.
-
-    0 where no token is valid.
-    """
-    scope: Scope = "sequence" if grouping.by_sequence else "micro_batch"
-    loss = LoadBalance(scope=scope, per_modality=grouping.by_modality)
-    return loss.value(loss.sums(LossInput(plan)), size_of(plan))
 
 
 def balance(choices_UE: Tensor, prob_sums_UE: Tensor, grouping: Grouping, size: PlanSize) -> Tensor:

@@ -12,10 +12,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_moevlm.contracts.routing_plan import RoutingPlan
 from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.balancing.modality_entropy import entropy
-from lightning_moevlm.model.losses.groups import Grouping, size_of
+from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
@@ -47,9 +46,3 @@ class MutualInformation(PlanLoss):
     @property
     def _grouping(self) -> Grouping:
         return Grouping(by_modality=self.per_modality)
-
-
-def mutual_information(plan: RoutingPlan, grouping: Grouping = Grouping()) -> Tensor:
-    """Return minus the mutual information in nats; 0 where no token is valid."""
-    loss = MutualInformation(per_modality=grouping.by_modality)
-    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -14,10 +14,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_moevlm.contracts.routing_plan import MixPlan, RoutingPlan
+from lightning_moevlm.contracts.routing_plan import MixPlan
 from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.balancing.load_balance import sum_over_sequences
-from lightning_moevlm.model.losses.groups import Grouping, size_of
+from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
@@ -59,9 +59,3 @@ class SequenceBalance(PlanLoss):
     @property
     def _grouping(self) -> Grouping:
         return Grouping(by_sequence=True, by_modality=self.per_modality)
-
-
-def sequence_balance(plan: RoutingPlan, per_modality: bool = False) -> Tensor:
-    """Return E * sum_e f_e P_e of each sequence, averaged over them: a scalar fp32 tensor; 0 without a valid token."""
-    loss = SequenceBalance(per_modality=per_modality)
-    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.contracts.step_records import PlanSize
-from lightning_moevlm.model.losses.groups import Grouping, shares, size_of
+from lightning_moevlm.model.losses.groups import Grouping, shares
 from lightning_moevlm.model.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.weights import BySparsity, SparsityWeight
@@ -71,9 +71,3 @@ class ReLUL1(PlanLoss):
         if self.load_weighted:
             weight_E = weight_E * (len(load_E) * shares(load_E.unsqueeze(0), weight_E)[0])
         return weight_E.sum() / size.tokens_A.sum().clamp(min=1)
-
-
-def relu_l1(plan: PairPlan, load_weighted: bool = True) -> Tensor:
-    """Return the mean over valid tokens of their weights' sum, by load if asked; 0 where no token is valid."""
-    loss = ReLUL1(load_weighted=load_weighted)
-    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

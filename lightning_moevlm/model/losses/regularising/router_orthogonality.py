@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.schedules import Schedule
-from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 
@@ -53,10 +52,6 @@ class RouterOrthogonality(PlanLoss):
         """Return the loss of the layer for every token, a scalar."""
         assert inputs.rows is not None, "checked"
         return router_orthogonality(inputs.rows) * inputs.plan.valid_T.sum()
-
-    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
-        """Return their mean."""
-        return sums / size.tokens_A.sum().clamp(min=1)
 
 
 def router_orthogonality(rows_ED: Tensor) -> Tensor:

@@ -8,10 +8,7 @@ from typing import final
 
 from torch import Tensor
 
-from lightning_moevlm.contracts.routing_plan import RoutingPlan
 from lightning_moevlm.contracts.schedules import Schedule
-from lightning_moevlm.contracts.step_records import PlanSize
-from lightning_moevlm.model.losses.groups import size_of
 from lightning_moevlm.model.losses.loss_input import LossInput
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 
@@ -36,13 +33,3 @@ class RouterZ(PlanLoss):
         """Return the sum of squares, a scalar."""
         plan = inputs.plan
         return (plan.logits_TE.logsumexp(dim=-1).square() * plan.valid_T).sum()
-
-    def value(self, sums: Tensor, size: PlanSize) -> Tensor:
-        """Return their mean."""
-        return sums / size.tokens_A.sum().clamp(min=1)
-
-
-def router_z(plan: RoutingPlan) -> Tensor:
-    """Return the mean squared logsumexp over valid tokens, a scalar fp32 tensor; 0 where no token is valid."""
-    loss = RouterZ()
-    return loss.value(loss.sums(LossInput(plan)), size_of(plan))

@@ -10,15 +10,14 @@ other samples of its batch.
 import math
 
 import torch
-from torch import nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.gate import Gate
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(LinearRouter):
     """Experts choose tokens.
 
     Args:
@@ -43,16 +42,11 @@ class ExpertChoiceRouter(Router):
                 f"{num_experts} experts per token"
             )
         self.capacity_factor = capacity_factor
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
 
     @property
     def experts_per_token(self) -> float:
         """The capacity factor."""
         return self.capacity_factor
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Let each of E experts take C tokens; of T tokens with padding, the share of the valid ones is taken."""

@@ -6,17 +6,14 @@ DeepSeek-V2 (arXiv 2405.04434, section 2.2.2). DeepSeek-V3 limits groups too, by
 `groups`.
 """
 
-import torch
-from torch import nn
-
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import make_plan
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class GroupLimitedRouter(Router):
+class GroupLimitedRouter(LinearRouter):
     """Softmax top-k within the best groups.
 
     Args:
@@ -37,16 +34,6 @@ class GroupLimitedRouter(Router):
         groups.check(num_experts, top_k)
         self.top_k = top_k
         self.groups = groups
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""

@@ -8,16 +8,15 @@ uses 0.2. Evaluation uses both experts.
 """
 
 import torch
-from torch import nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class GShardRouter(Router):
+class GShardRouter(LinearRouter):
     """Top-2 with a random second expert.
 
     Args:
@@ -35,16 +34,11 @@ class GShardRouter(Router):
         check_top_k(2, num_experts)
         check_number("threshold", threshold, above=0, advice=", such as 0.5 (GShard) or 0.2 (ST-MoE)")
         self.threshold = threshold
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
 
     @property
     def experts_per_token(self) -> float:
         """2: what evaluation runs, and training at most."""
         return 2.0
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to one or two experts each."""

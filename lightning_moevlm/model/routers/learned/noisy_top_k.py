@@ -15,10 +15,10 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import check_renormalise, check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class NoisyTopKRouter(Router):
+class NoisyTopKRouter(LinearRouter):
     """Softmax top-k on noisy logits.
 
     Args:
@@ -52,13 +52,7 @@ class NoisyTopKRouter(Router):
         self.noise_scale = noise_scale
         self.renormalise = renormalise
         self.adds_noise = learned_noise or noise_scale > 0
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
         self.noise_weight_ED = nn.Parameter(torch.empty(num_experts, dim)) if learned_noise else None
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
 
     def forward_flops_per_token(self) -> int:
         """2 D E, twice with learned noise."""

@@ -7,16 +7,15 @@ adaptive L1 loss on the weights about half of the experts are active.
 """
 
 import torch
-from torch import nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate, refuse_zero_start
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class ReLURouter(Router):
+class ReLURouter(LinearRouter):
     """Every expert with a positive score.
 
     Args:
@@ -36,16 +35,11 @@ class ReLURouter(Router):
         check_number("target_k", target_k, above=0, most=num_experts, advice=" (num_experts)")
         refuse_zero_start(gate, "ReLURouter", "no score is positive, so no expert is chosen and no gradient comes back")
         self.target_k = target_k
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
 
     @property
     def experts_per_token(self) -> float:
         """The target, which training approaches."""
         return self.target_k
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Offer all T x E pairs and take up the positive ones; probs_TE are the weights divided by their sum."""

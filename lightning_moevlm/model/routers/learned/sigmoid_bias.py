@@ -13,17 +13,17 @@ With `groups` the top-k is among the experts of a token's best groups, by s + b,
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class SigmoidBiasRouter(Router):
+class SigmoidBiasRouter(LinearRouter):
     """Sigmoid top-k balanced by a bias.
 
     Args:
@@ -69,18 +69,8 @@ class SigmoidBiasRouter(Router):
         self.recentre = recentre
         self.per_modality = per_modality
         self.groups = groups
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
         rows = len(Modality) if per_modality else 1
         self.register_buffer("bias_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens; probs_TE are the scores divided by their sum, so that losses see a distribution."""

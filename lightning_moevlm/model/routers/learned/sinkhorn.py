@@ -8,16 +8,16 @@ choose differently. Tokens of a batch compete, so it is not causal.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import check_top_k, make_plan
 from lightning_moevlm.model.routers.gate import Gate
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class SinkhornRouter(Router):
+class SinkhornRouter(LinearRouter):
     """Top-k of a balanced transport plan.
 
     Args:
@@ -41,16 +41,6 @@ class SinkhornRouter(Router):
         check_number("num_iterations", num_iterations, least=1)
         self.top_k = top_k
         self.num_iterations = num_iterations
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E; the iterations are element-wise."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""

@@ -7,16 +7,13 @@ Shazeer et al. 2017 (arXiv 1701.06538, section 2.1); without renormalisation and
 the chosen logits alone, so "softmax after selection" is the same switch.
 """
 
-import torch
-from torch import nn
-
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import check_renormalise, check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Softmax over all experts, then the k largest.
 
     Args:
@@ -39,16 +36,6 @@ class TopKRouter(Router):
         check_renormalise(renormalise, top_k)
         self.top_k = top_k
         self.renormalise = renormalise
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""

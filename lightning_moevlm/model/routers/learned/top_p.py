@@ -5,17 +5,14 @@
 Dynamic routing (arXiv 2403.07652, section 2.2), where an entropy loss keeps the sets small.
 """
 
-import torch
-from torch import nn
-
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import check_top_k, make_plan
 from lightning_moevlm.model.routers.gate import Gate
-from lightning_moevlm.model.routers.router import Router
+from lightning_moevlm.model.routers.router import LinearRouter
 
 
-class TopPRouter(Router):
+class TopPRouter(LinearRouter):
     """A dynamic number of experts per token.
 
     Args:
@@ -38,16 +35,11 @@ class TopPRouter(Router):
             raise UserError(f"threshold is {threshold}: choose a share above 0 and up to 1")
         self.threshold = threshold
         self.max_k = max_k
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
 
     @property
     def experts_per_token(self) -> float:
         """max_k, an upper bound."""
         return float(self.max_k)
-
-    def forward_flops_per_token(self) -> int:
-        """2 D E."""
-        return 2 * self.dim * self.num_experts
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to 1 to max_k experts each."""

@@ -42,10 +42,6 @@ class FixedRouter(Router):
         """K."""
         return float(self.top_k)
 
-    def forward_flops_per_token(self) -> int:
-        """0: nothing is multiplied."""
-        return 0
-
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""
         turn_T1 = count_turns(inputs.valid_T, inputs.num_sequences, self.training).unsqueeze(

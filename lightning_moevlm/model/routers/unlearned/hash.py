@@ -42,10 +42,6 @@ class HashRouter(Router):
         """K."""
         return float(self.top_k)
 
-    def forward_flops_per_token(self) -> int:
-        """0: nothing is multiplied."""
-        return 0
-
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""
         if inputs.identity_T is None:

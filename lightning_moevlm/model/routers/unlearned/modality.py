@@ -39,10 +39,6 @@ class ModalityRouter(Router):
         """K."""
         return float(self.top_k)
 
-    def forward_flops_per_token(self) -> int:
-        """0: nothing is computed."""
-        return 0
-
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts of their modality."""
         turn_T = torch.zeros_like(inputs.modality_T)

@@ -9,10 +9,10 @@ from lightning_moevlm.contracts.routing_plan import MixPlan, Modality, RoutingIn
 from lightning_moevlm.model.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
 from lightning_moevlm.model.experts import GatedExperts, MLPExperts
 from lightning_moevlm.model.layers import initialise
-from lightning_moevlm.model.losses import load_balance, router_z
+from lightning_moevlm.model.losses import LoadBalance, RouterZ
 from lightning_moevlm.model.metrics import routing_metrics
 from lightning_moevlm.model.routers import Gate, SoftRouter
-from tests.routing import routing_input
+from tests.routing import loss_of, routing_input
 
 DISPATCHERS = [LoopDispatcher(), SegmentDispatcher(), GroupedDispatcher()]
 
@@ -100,7 +100,7 @@ def test_every_dispatcher_runs_slots(dispatcher: Dispatcher, stack: type[MLPExpe
 def test_losses_and_metrics_read_slots() -> None:
     plan = soft_router()(routing_input(40, 16, num_padding=7))
     assert isinstance(plan, MixPlan)
-    assert bool(load_balance(plan).isfinite()) and bool(router_z(plan).isfinite())
+    assert bool(loss_of(LoadBalance(), plan).isfinite()) and bool(loss_of(RouterZ(), plan).isfinite())
     metrics = routing_metrics([plan, plan], Modality.TEXT)
     assert float(metrics.load_E.sum()) == pytest.approx(1.0)
     assert float(metrics.drop_rate) == 0.0 and int(metrics.dead_experts) == 0
@@ -110,7 +110,7 @@ def test_the_load_of_slots_carries_no_gradient() -> None:
     # E * sum of f P: through P alone the gradient on a probability is E f / T; through f as well, twice that
     plan = soft_router()(routing_input(8, 16))
     probs_TE = plan.probs_TE.detach().requires_grad_()
-    load_balance(plan._replace(probs_TE=probs_TE)).backward()
+    loss_of(LoadBalance(), plan._replace(probs_TE=probs_TE)).backward()
     torch.testing.assert_close(probs_TE.grad, 4 * probs_TE.detach().mean(dim=0, keepdim=True).expand(8, 4) / 8)
 
 
