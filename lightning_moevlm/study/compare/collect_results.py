@@ -19,6 +19,7 @@ from lightning_moevlm.study.compare.results import (
     StudyResult,
     make_rule,
     mean_of,
+    read_finals,
 )
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.plan.plan_checks import FLOPS_TOLERANCE
@@ -192,8 +193,8 @@ def _ahead(result: RunResult, key: str, sign: int) -> bool:
 
 def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
     return compare_paired(
-        arm=_finals(runs, study.primary.metric),
-        baseline=_finals(base, study.primary.metric),
+        arm=read_finals(runs, study.primary.metric),
+        baseline=read_finals(base, study.primary.metric),
         seeds=study.seeds,
         rule=rule,
         arm_lost=_lost(runs, _ended(base)),
@@ -207,7 +208,7 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
     crossing = find_crossing(study.design, {arm.name: arm.levels for arm in study.arms})
     if crossing is None:
         return ()
-    values = {name: _finals(runs, study.primary.metric) for name, runs in by_arm.items()}
+    values = {name: read_finals(runs, study.primary.metric) for name, runs in by_arm.items()}
     ended = set(study.seeds).intersection(*map(_ended, by_arm.values()))
     return factor_effects(
         values, crossing, study.seeds, rule, {name: _lost(runs, ended) for name, runs in by_arm.items()}
@@ -216,12 +217,12 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
 
 def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[GuardResult, ...]:
     primary = study.primary.metric
-    compared = tuple(pair_differences(_finals(runs, primary), _finals(base, primary), study.seeds))
+    compared = tuple(pair_differences(read_finals(runs, primary), read_finals(base, primary), study.seeds))
     return tuple(
         check_guard(
             guard.metric,
-            _finals(runs, guard.metric),
-            _finals(base, guard.metric),
+            read_finals(runs, guard.metric),
+            read_finals(base, guard.metric),
             study.seeds,
             guard.direction,
             guard.at_most,
@@ -301,11 +302,6 @@ def _diverged(result: RunResult) -> bool:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _finals(results: Sequence[RunResult], key: str) -> dict[int, float]:
-    done = [r for r in results if r.state.status.has_result]
-    return {r.seed: value for r in done if (value := r.last(key)) is not None}
 
 
 def _ended(results: Sequence[RunResult]) -> set[int]:

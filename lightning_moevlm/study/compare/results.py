@@ -156,6 +156,12 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
     return Mean(statistics.fmean(finite), statistics.stdev(finite) if len(finite) > 1 else None, len(finite))
 
 
+def read_finals(runs: Sequence[RunResult], key: str) -> dict[int, float]:
+    """Return the last value of a metric by seed, of the runs with a result that have logged it."""
+    done = [run for run in runs if run.state.status.has_result]
+    return {run.seed: value for run in done if (value := run.last(key)) is not None}
+
+
 def peak_memory_of_run(run: RunResult) -> float | None:
     """Return a run's peak memory in MiB: on the device where that was logged, else of the process."""
     for key in (metric_keys.PEAK_DEVICE_MEMORY.key(), metric_keys.PEAK_PROCESS_MEMORY.key()):

@@ -101,8 +101,10 @@ def _sentence(shown: list[tuple[ArmResult, RunResult]], missing: list[str]) -> s
     for arm, run in shown:
         last = {layer: float(np.nanmax(load[:, -1])) for layer, (_, load) in read_loads(run).items()}
         (block, modality), share = max(last.items(), key=lambda item: item[1])
+        over_seeds = _format_range(_fullest_by_seed(arm)[block, modality])
         ends.append(
-            f"{arm.arm.name}: at the end the fullest expert takes {format_percent(share)} (block {block}, {modality})."
+            f"{arm.arm.name}: at the end the fullest expert takes {format_percent(share)} (block {block}, {modality}; "
+            f"{over_seeds} over seeds)."
         )
     return (
         "Heatmaps of expert load over optimiser steps, one row of cells per expert, red above and blue below the even "
@@ -156,10 +158,27 @@ def find_run_with_load(arm: ArmResult) -> RunResult | None:
 def _table(shown: list[tuple[ArmResult, RunResult]]) -> Table:
     rows = []
     for arm, run in shown:
-        for (block, modality), (_, load) in sorted(read_loads(run).items()):
+        fullest = _fullest_by_seed(arm)
+        for layer, (_, load) in sorted(read_loads(run).items()):
             last = load[:, -1]
             shares = ", ".join(format_percent(float(value)) for value in last)
-            extremes = (format_percent(float(last.max())), format_percent(float(last.min())))
-            rows.append((arm.arm.name, f"block {block}", modality, *extremes, shares))
-    columns = ("arm", "block", "modality", "fullest", "emptiest", "all experts in order")
-    return Table("Expert load at the last logged step, share of kept pairs", columns, tuple(rows))
+            cells = (_format_range(fullest[layer]), format_percent(float(last.min())), shares)
+            rows.append((arm.arm.name, f"block {layer[0]}", layer[1], format_percent(float(last.max())), *cells))
+    columns = ("arm", "block", "modality", "fullest", "fullest, all seeds", "emptiest", "all experts in order")
+    notes = (
+        "of the seed that is shown; all seeds: the least and the greatest share of the fullest expert over seeds.",
+    )
+    return Table("Expert load at the last logged step, share of kept pairs", columns, tuple(rows), notes)
+
+
+def _fullest_by_seed(arm: ArmResult) -> dict[Layer, list[float]]:
+    """Return the fullest expert's share at the last logged step of each layer, one number per run."""
+    shares: dict[Layer, list[float]] = {}
+    for run in arm.runs:
+        for layer, (_, load) in read_loads(run).items():
+            shares.setdefault(layer, []).append(float(np.nanmax(load[:, -1])))
+    return shares
+
+
+def _format_range(shares: list[float]) -> str:
+    return f"{format_percent(min(shares))} to {format_percent(max(shares))}"

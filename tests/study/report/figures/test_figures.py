@@ -15,12 +15,14 @@ from PIL import Image
 from lightning_moevlm.study.compare.arm_costs import compute_costs
 from lightning_moevlm.study.compare.collect_results import compare_arms
 from lightning_moevlm.study.compare.collect_results import to_result as result_of_run
+from lightning_moevlm.study.compare.results import Mean
 from lightning_moevlm.study.report.figures import MANY_ARMS, draw_all, select_legible
 from lightning_moevlm.study.report.figures import report_figure as drawing
+from lightning_moevlm.study.report.figures.curves import draw_curves
 from lightning_moevlm.study.report.figures.expert_flow import draw_expert_flow, read_flows, shares_experts
 from lightning_moevlm.study.report.figures.interactions import draw_interactions
 from lightning_moevlm.study.report.figures.learning_rates import draw_learning_rates, find_best_rate
-from lightning_moevlm.study.report.figures.pareto import Place, draw_pareto, find_front
+from lightning_moevlm.study.report.figures.pareto import Cost, draw_pareto, find_front
 from lightning_moevlm.study.report.figures.report_figure import legend_columns, new_figure
 from lightning_moevlm.study.report.figures.spike_timeline import build_timeline, draw_spikes
 from lightning_moevlm.study.report.tables.costs_table import costs_table
@@ -66,12 +68,40 @@ def is_drawn(picture):
     return colours > 20 and picture.svg.count(b"<path") > 5 and len(picture.alt) > 60 and bool(picture.table.rows)
 
 
-def test_front_holds_what_nothing_beats():
-    # b is cheaper and better than c; d costs as much as a and is worse; e is the dearest and the best.
-    places = [Place("a", 1.0, 5.0), Place("b", 2.0, 4.0), Place("c", 3.0, 4.5), Place("d", 1.0, 6.0), Place("e", 9, 3)]
-    assert find_front(places, "lower") == ("a", "b", "e")
-    assert find_front(places, "higher") == ("d",)
-    assert find_front([Place("x", 1.0, 2.0), Place("y", 1.0, 2.0)], "lower") == ("x", "y")
+def test_front_holds_what_is_shown_to_be_better_than_all_that_is_cheaper():
+    # b is shown better than a. c is better than b on average, yet not shown to be. d costs as much as a and is worse.
+    costs = {"e": 9.0, "d": 1.0, "a": 1.0, "b": 2.0, "c": 3.0}
+    finals = {"a": 5.0, "b": 4.0, "c": 3.9, "d": 6.0, "e": 3.0}
+    cost = Cost("memory", "MiB", {arm: Mean(value, None, 1) for arm, value in costs.items()})
+    means = {arm: Mean(value, None, 1) for arm, value in finals.items()}
+    assert find_front(cost, means, lambda arm, other: finals[arm] < finals[other] - 0.5) == ("a", "b", "e")
+    assert find_front(cost, means, lambda arm, other: False) == ("d",)  # nothing is shown: the first of the cheapest
+
+
+def test_points_within_noise_of_each_other_are_not_both_ringed(tmp_path):
+    """`fast` takes less memory; its loss differs from the baseline's by -0.3, +0.1 and +0.3, which shows nothing."""
+    noise = {"baseline": (0.0, 0.0, 0.0), "fast": (-0.3, 0.1, 0.3)}
+
+    def series(run):
+        return ended_at(5.0 + noise[run.arm][run.seed], memory__peak_device=100.0 + len(run.arm))
+
+    picture = draw_pareto(to_result(tmp_path, FAST, series))
+    assert "Over peak memory the front is fast." in picture.alt
+    assert [row[-1] for row in picture.table.rows] == ["108.0 ± 0.0", "104.0 ± 0.0, on the front"]
+
+
+def test_curves_have_paired_differences(tmp_path):
+    """Differences at step 4 are 0.1, 0.3, 0.5: mean 0.3, s 0.2, half width 4.303 * 0.2 / sqrt(3) = 0.4968."""
+    picture = draw_curves(
+        to_result(tmp_path, FAST, lambda run: ended_at(5.0 + (run.arm == "fast") * (0.1 + 0.2 * run.seed)))
+    )
+    assert picture.table.rows == (
+        ("baseline", "7.0000", "5.0000"),
+        ("fast", "7.0000", "5.3000"),
+        ("fast minus baseline", "+0.0000 [+0.0000, +0.0000]", "+0.3000 [-0.1968, +0.7968]"),
+    )
+    assert "Below, differences from baseline, paired by seed, with 95 % intervals." in picture.alt
+    assert "fast ends at +0.3000 [-0.1968, +0.7968]." in picture.alt
 
 
 def test_costs_are_paired_by_seed(tmp_path):
@@ -113,7 +143,7 @@ def test_pareto_leaves_out_survivors(tmp_path):
     # All take 11 s on average and compute the same; memory is 108 MiB of the baseline and 104 MiB of the better arm.
     assert "Over peak memory the front is fast." in picture.alt
     assert "Wall time is the same in all arms." in picture.alt
-    assert [row[-1] for row in picture.table.rows] == ["108.0", "104.0, on the front", "–"]
+    assert [row[-1] for row in picture.table.rows] == ["108.0 ± 0.0", "104.0 ± 0.0, on the front", "–"]
 
 
 def test_learning_rates(tmp_path):
@@ -156,6 +186,25 @@ def test_interactions(tmp_path):
     assert cells["speed", "speed"].startswith("-1.1250 [")
     assert cells["skew", "speed"] == cells["speed", "skew"]
     assert cells["skew", "speed"].startswith("-0.2500 [")
+    assert picture.alt.endswith("Coloured, since the interval excludes 0: skew, speed, skew x speed.")
+
+
+def test_an_interaction_that_may_be_none_has_no_colour(tmp_path, monkeypatch):
+    factors = {name: {"on": {f"model.{name}": 0.9}} for name in FACTORS}
+
+    def series(run):
+        skewed, fast = (run.resolved["model"][name] == 0.9 for name in FACTORS)
+        return ended_at(5.0 + run.seed - 1.0 * fast + 0.1 * (run.seed - 1) * skewed)
+
+    figures = []
+    monkeypatch.setattr(drawing, "_render_svg", lambda figure: figures.append(figure) or b"<svg/>")
+    picture = draw_interactions(to_result(tmp_path, {"arms": None, "factors": factors, "design": "factorial"}, series))
+    assert picture.alt.endswith("Coloured, since the interval excludes 0: speed.")
+    [image] = figures[0].axes[0].images
+    assert np.ma.getmaskarray(image.get_array()).tolist() == [[True, True], [True, False]]
+    assert image.norm.vmax == pytest.approx(1.0)  # speed, -1 in every seed, reaches further than skew's 0.25
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    assert "[-0.25, +0.25]" in texts  # 4.303 * 0.1 / sqrt(3)
 
 
 def loads(shares, block=1):
