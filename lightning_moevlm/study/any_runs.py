@@ -14,8 +14,9 @@ from lightning_moevlm.study.compare.fairness import refuse_biased
 from lightning_moevlm.study.compare.logged_runs import Rules
 from lightning_moevlm.study.compare.results import RunResult, StudyResult
 from lightning_moevlm.study.report.make_report import ArmStory, Origin, make_report, print_answer
+from lightning_moevlm.study.report.result_records import make_records
 from lightning_moevlm.study.report.tables.logged_runs_table import runs_table
-from lightning_moevlm.study.report.write_report import make_records, refuse_other_folder, write_report
+from lightning_moevlm.study.report.write_report import refuse_other_folder, write_report
 from lightning_moevlm.tracking.read.run_selection import choose_runs
 from lightning_moevlm.tracking.read.series import metric_series
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, sqlite_path

@@ -187,7 +187,7 @@ def list_results(planned: Plan, kind: str | None, unfair: bool) -> Sequence[Mapp
     """
     from lightning_moevlm.study.compare.collect_results import collect_results
     from lightning_moevlm.study.compare.fairness import refuse_biased
-    from lightning_moevlm.study.report.write_report import make_records
+    from lightning_moevlm.study.report.result_records import make_records
     from lightning_moevlm.study.run.ledger import read_ledger
 
     experiment = _settle(planned)

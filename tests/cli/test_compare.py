@@ -139,8 +139,8 @@ def test_a_model_that_cannot_be_built_costs_its_card_alone(
     told = moevlm("compare", "sweep=line,arm=baseline", "sweep=line,arm=no_router_z", "--json", "compared.json")
     assert "arm 'baseline': parameters and FLOPs are unknown, because this version cannot build its model" in told
     records = json.loads((workplace / "compared.json").read_text())
-    assert [record["total_parameters"] for record in records] == [None, None]
-    assert "active FLOPs" not in records[1]["at_equal"]
+    assert [record["card"] for record in records] == [None, None]
+    assert "active FLOPs" not in records[1]["equal"]
     assert records[1]["effect"] is not None
 
 

@@ -52,7 +52,7 @@ def test_plan_run_status_report(moevlm: Moevlm, study: Study, workplace: Path) -
 
     moevlm("sweep", "run", file)  # nothing is left to do
     moevlm("sweep", "report", file, "--json", "report.json")
-    assert [row["runs_finished"] for row in rows(workplace / "report.json")] == [1, 1]
+    assert [row["finished"] for row in rows(workplace / "report.json")] == [1, 1]
     assert [row["verdict"] for row in rows(workplace / "report.json")] == ["baseline", "inconclusive"]
     assert len(find_runs(uri, "line")) == 3  # two arms and one summary
     html = (workplace / "runs/sweeps/line/report/report.html").read_text()

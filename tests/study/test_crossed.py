@@ -6,7 +6,7 @@ from rich.console import Console
 
 from lightning_moevlm.study.report.figures import draw_all
 from lightning_moevlm.study.report.make_report import print_answer
-from lightning_moevlm.study.report.result_records import factor_records
+from lightning_moevlm.study.report.result_records import make_records
 from lightning_moevlm.study.report.sentences import count_verdicts, describe_findings
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.statistics.verdict import Verdict
@@ -60,8 +60,8 @@ def test_a_grid_answers_by_factor(tmp_path):
     assert "speed fast: helps. Validation task loss -2.50" in told[1] and "against speed slow" in told[1]
     assert "skew: hurts. Validation task loss +0.83" in told[2] and "on against off" in told[2]
     assert "added to the effect of speed fast by skew" in told[4]
-    record = factor_records(result)[1]
-    assert (record.factors, record.levels, record.against) == (["speed"], ["fast"], ["slow"])
+    record = make_records(result)["factors"][1]
+    assert record["contrasts"] == [{"factor": "speed", "level": "fast", "other": "slow"}]
     picture, matrix, *_ = draw_all(result)
     assert [row[0] for row in picture.table.rows] == list(effects)
     assert (picture.name, matrix.name) == ("factors", "interactions")

@@ -1,16 +1,14 @@
 """Writes a report to disk: HTML, Markdown, CSV tables and JSON records."""
 
 import base64
-import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.compare.results import StudyResult
-from lightning_moevlm.study.report.result_records import arm_record, factor_records, ladder_records, unlike_records
+from lightning_moevlm.study.report.result_records import RECORDS_FILES, make_records
 from lightning_moevlm.study.report.tables.table import Table
 
 if TYPE_CHECKING:
@@ -19,15 +17,6 @@ from lightning_moevlm.study.report.make_report import Report
 from lightning_moevlm.study.report.tables.table import find_verdict
 
 HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER = "report.html", "report.md", "tables"
-
-Records = Literal["arms", "factors", "learning_rates", "fairness"]
-
-RECORDS_FILES: dict[Records, str] = {
-    "arms": "report.json",
-    "factors": "factors.json",
-    "learning_rates": "learning_rates.json",
-    "fairness": "fairness.json",
-}
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -80,16 +69,6 @@ def table_file(table: Table) -> str:
 
 def _as_columns(table: Table) -> dict[str, object]:
     return {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
-
-
-def make_records(result: StudyResult) -> dict[Records, list[dict[str, object]]]:
-    """Return the records of every table, by kind; most tables are made of those of arms."""
-    return {
-        "arms": [dataclasses.asdict(arm_record(result, arm)) for arm in result.arms],
-        "factors": [dataclasses.asdict(record) for record in factor_records(result)],
-        "learning_rates": [dataclasses.asdict(record) for record in ladder_records(result)],
-        "fairness": [dataclasses.asdict(record) for record in unlike_records(result)],
-    }
 
 
 def _breakable(name: str) -> "Markup":

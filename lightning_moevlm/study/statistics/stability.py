@@ -60,6 +60,7 @@ class Stability:
     spikes_loss: float | None
     spikes_gradient: float | None
     spikes_update: float | None
+    recovered: bool | None
     recovery_steps: float | None
     recovery_tokens: float | None
     largest_attention_logit: float | None
@@ -86,6 +87,7 @@ def measure_stability(
         spikes_loss=_score(series.get(TRAIN_LOSS)),
         spikes_gradient=_score(series.get(metric_keys.GRAD_NORM.key())),
         spikes_update=_score(series.get(metric_keys.UPDATE_NORM.key())),
+        recovered=None if steps is None else math.isfinite(steps),
         recovery_steps=steps,
         recovery_tokens=None if steps is None or tokens_per_step is None else steps * tokens_per_step,
         largest_attention_logit=_largest(_family(series, metric_keys.ATTENTION_LOGIT_MAX)),

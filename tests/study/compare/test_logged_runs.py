@@ -23,9 +23,10 @@ from lightning_moevlm.study.compare.logged_runs import (
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.report.make_report import describe_origin, make_report
+from lightning_moevlm.study.report.result_records import make_records
 from lightning_moevlm.study.report.tables.logged_runs_table import runs_table
 from lightning_moevlm.study.report.tables.report_tables import report_tables
-from lightning_moevlm.study.report.write_report import make_records, refuse_other_folder, write_report
+from lightning_moevlm.study.report.write_report import refuse_other_folder, write_report
 from lightning_moevlm.study.run.ledger import Status, read_ledger
 from lightning_moevlm.study.statistics.verdict import Verdict
 from lightning_moevlm.tracking.read.run_selection import choose_runs
@@ -109,7 +110,7 @@ def test_a_studys_runs_give_the_numbers_of_its_report(filled: tuple[Plan, str]) 
 
     def records(one: StudyResult) -> list[dict[str, object]]:
         # The name is another one, and MLflow's clock starts when the run is made, the ledger's with the process.
-        return [record | {"study": "", "seconds_per_run": 0.0} for record in make_records(one)["arms"]]
+        return [record | {"study": "", "seconds": None} for record in make_records(one)["arms"]]
 
     assert records(result) == records(own)
     for mine, study in zip(report_tables(result), report_tables(own), strict=True):

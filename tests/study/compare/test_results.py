@@ -9,7 +9,7 @@ import yaml
 from lightning_moevlm.study.compare.collect_results import compare_arms
 from lightning_moevlm.study.compare.collect_results import to_result as result_of_run
 from lightning_moevlm.study.compare.results import mean_of
-from lightning_moevlm.study.report.result_records import factor_records, ladder_records
+from lightning_moevlm.study.report.result_records import make_records
 from lightning_moevlm.study.report.sentences import describe_arm, describe_learning
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.tables.stability_tables import equal_budget_table, sensitivity_table
@@ -63,7 +63,7 @@ def test_factors_of_a_designed_study(tmp_path):
     assert effects["skew x speed"].differences == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
     table = next(table for table in report_tables(result) if table.title.startswith("Main effects"))
     assert [row[0] for row in table.rows] == ["skew", "speed", "skew x speed"]
-    assert [record.factors for record in factor_records(result)] == [["skew"], ["speed"], ["skew", "speed"]]
+    assert [record["name"] for record in make_records(result)["factors"]] == ["skew", "speed", "skew x speed"]
 
 
 @pytest.mark.parametrize(("flops", "told"), [(11_900_000, "alike"), (13_700_000, "+14.2 % of 12 M (fast)")])
@@ -86,11 +86,10 @@ def test_learning_rates_of_a_study(tmp_path):
     # Untrained 7: (5 + 4 + 7) / 3 - 4 = 4/3 in every seed.
     assert ladder.sensitivity.mean == pytest.approx(4 / 3)
     assert ladder.largest_stable == 0.1
-    assert [(record.learning_rate, record.stable, record.total) for record in ladder_records(result)] == [
-        (0.01, 3, 3),
-        (0.1, 3, 3),
-        (1.0, 0, 3),
-    ]
+    [record] = make_records(result)["learning_rates"]
+    assert record["ladder"]["rungs"] == {"0.01": "lr_0_01", "0.1": "lr_0_1", "1.0": "lr_1_0"}
+    assert record["stable"] == {"0.01": 3, "0.1": 3, "1.0": 0}
+    assert record["total"] == {"0.01": 3, "0.1": 3, "1.0": 3}
     assert any(table.title == "Sensitivity to the learning rate" for table in report_tables(result))
 
 

@@ -21,7 +21,7 @@ from lightning_moevlm.study.report.figures.expert_load import read_loads
 from lightning_moevlm.study.report.figures.report_figure import choose_looks, render_figure
 from lightning_moevlm.study.report.make_report import describe_origin, make_report
 from lightning_moevlm.study.report.mlflow_summary import log_summary
-from lightning_moevlm.study.report.result_records import arm_record
+from lightning_moevlm.study.report.result_records import make_records
 from lightning_moevlm.study.report.sentences import describe_arm
 from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.tables.table import format_count
@@ -99,9 +99,9 @@ def test_tables_say_what_the_records_say(result):
     assert [row[0] for row in effects.rows] == list(ARMS)
     assert effects.rows[1][4] == "hurts"
     assert effects.rows[2][1] == "diverged"
-    record = arm_record(result, result.arms[1])
-    assert effects.rows[1][2] == f"{record.effect:+.4f}"
-    assert effects.rows[1][3] == f"[{record.effect_low:+.4f}, {record.effect_high:+.4f}]"
+    effect = make_records(result)["arms"][1]["effect"]
+    assert effects.rows[1][2] == f"{effect['centre']:+.4f}"
+    assert effects.rows[1][3] == f"[{effect['interval']['low']:+.4f}, {effect['interval']['high']:+.4f}]"
     assert learning.rows[0][-1] == "3 of 3 seeds"
     assert learning.rows[0][3] == "45.6 % (14.0 %)"
     assert also.rows[0] == ("baseline", "115.0000 ± 5.0000")
@@ -114,7 +114,35 @@ def test_tables_say_what_the_records_say(result):
     for table in (effects, learning, also, stability, signs, models, fairness):
         assert table is also or table.notes
         assert all(len(row) == len(table.columns) for row in table.rows)
-    json.dumps([dataclasses.asdict(arm_record(result, arm)) for arm in result.arms], allow_nan=False)
+
+
+def test_schema_of_the_records(result):
+    """The names that a user's script reads; `json.dumps` refuses what JSON has no number for."""
+    records = json.loads(json.dumps(make_records(result)["arms"], allow_nan=False))
+    assert list(records[1]) == [
+        *("study", "metric", "arm", "verdict", "note", "card", "final", "untrained", "learned", "effect", "accuracy"),
+        *("majority", "also", "stability", "equal", "samples_per_second", "seconds"),
+        *("finished", "diverged", "failed", "planned"),
+    ]
+    assert list(records[1]["final"]) == ["mean", "deviation", "n"]
+    assert list(records[1]["card"]) == ["total_parameters", "active_parameters", "active_flops_per_sample"]
+    assert list(records[1]["effect"]) == [
+        *("seeds", "left_out", "differences", "mean", "centre", "bootstrap", "t", "interval", "p_t", "p_sign"),
+        *("p_wilcoxon", "p_value", "p_adjusted", "p_outside", "p_outside_adjusted", "share_better", "seeds_needed"),
+        *("more_lost", "losses", "guards", "verdict", "limit", "within", "sides"),
+    ]
+    assert list(records[1]["effect"]["interval"]) == ["low", "high", "method"]
+    assert list(records[1]["stability"]) == ["runs", "stable", "p"]
+    assert list(records[1]["stability"]["runs"][0]) == [
+        *("diverged_at", "spikes_loss", "spikes_gradient", "spikes_update", "recovered", "recovery_steps"),
+        *("recovery_tokens", "largest_attention_logit", "largest_router_logit", "largest_log_partition"),
+        *("dead_share", "max_violation", "balance_share"),
+    ]
+    assert [(record["arm"], record["verdict"]) for record in records[:2]] == [
+        ("baseline", "baseline"),
+        ("slow", "hurts"),
+    ]
+    assert records[2]["final"] is None  # diverged
 
 
 @pytest.mark.parametrize("width", [80, 120])
