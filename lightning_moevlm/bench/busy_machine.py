@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from lightning_moevlm.bench.timing import Seconds, best, ratio
-from lightning_moevlm.common.process_tuning import count_usable_cores, wait_policy
+from lightning_moevlm.common.process_tuning import count_usable_cores, keep_memory, wait_policy
 
 MOEVLM_WAIT, TORCH_WAIT, QUIET = "waiting as moevlm sets it", "waiting as torch does by default", "quiet"
 STEPS = 10
@@ -144,6 +144,7 @@ def serve_steps(threads: int) -> None:
 
     from lightning_moevlm.bench.training_step import bare_step, pair_batch, quickstart_module
 
+    keep_memory()
     torch.set_num_threads(threads)
     step = bare_step(quickstart_module(), [pair_batch(32, seed) for seed in range(4)])
     for line in sys.stdin:

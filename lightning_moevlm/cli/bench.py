@@ -1,13 +1,11 @@
 """`moevlm bench`: time layers, dispatch, whole steps and data on this machine, peers beside.
 
 Plain typed functions; the command line makes options of their arguments and help of their docstrings. What they need is
-imported when they run. They run in a child process whose allocator is set as that of every training child of a sweep.
+imported when they run. The process keeps its memory and its threads wait as in a training (`cli/main.py`).
 """
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lightning_moevlm.cli.output import console, show
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_moevlm.bench.data_loading import DataTimes
     from lightning_moevlm.bench.goals import Verdict
     from lightning_moevlm.bench.layer import LayerResult
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is loaded: its profiler announces each start
 
 Peers = Literal["all", "none", "transformers", "st-moe"]
 Device = Literal["cpu", "cuda"]
@@ -42,10 +42,6 @@ def layer(
         device: Device of the layers; goals are checked on the CPU only.
         json: Write one record per case and candidate to this file instead of the tables; - is standard output.
     """
-    options = {"only": only, "rounds": rounds, "peers": peers, "threads": threads, "device": device, "json": json}
-    code = _in_tuned_child(["layer"], options)
-    if code is not None:
-        return code
     from lightning_moevlm.bench.cases import LAYER_CASES, select
     from lightning_moevlm.bench.goals import layer_verdicts
     from lightning_moevlm.bench.layer import make_candidates, run_case
@@ -78,10 +74,6 @@ def dispatch(
         growth: Also time dispatch alone over growing T and E.
         json: Write the records of dispatch alone to this file instead of the tables; - is standard output.
     """
-    options = {"rounds": rounds, "table": table, "threads": threads, "growth": str(growth).lower(), "json": json}
-    code = _in_tuned_child(["dispatch"], options)
-    if code is not None:
-        return code
     from pathlib import Path
 
     from rich.table import Table
@@ -138,10 +130,6 @@ def step(
         device: Device of the models; goals are checked on the CPU only.
         json: Write one record per way to train to this file instead of the tables; - is standard output.
     """
-    options = {"rounds": rounds, "beside": beside, "threads": threads, "device": device, "json": json}
-    code = _in_tuned_child(["step"], options)
-    if code is not None:
-        return code
     if beside is not None:
         return _step_beside(beside, rounds, threads, device, json)
     from rich.table import Table
@@ -173,9 +161,6 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
         root: Folder of a set with jpg and txt; by default one of 256 px images is drawn for the bench and removed.
         json: Write one record per thing timed to this file instead of the tables; - is standard output.
     """
-    code = _in_tuned_child(["data"], {"rounds": rounds, "root": root, "json": json})
-    if code is not None:
-        return code
     import tempfile
     from pathlib import Path
 
@@ -194,19 +179,6 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
 
 
 COMMANDS: dict[str, Callable[..., int]] = {"layer": layer, "dispatch": dispatch, "step": step, "data": data}
-
-
-def _in_tuned_child(command: list[str], options: Mapping[str, object]) -> int | None:
-    """Run the same command in a child with the allocator set, and return its exit code; None in that child."""
-    from lightning_moevlm.common import process_tuning
-
-    if process_tuning.has_allocator_settings():
-        return None
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    child = [sys.executable, "-m", "lightning_moevlm", "bench", *command, *given]
-    return subprocess.run(
-        child, env={**os.environ, **process_tuning.ENVIRONMENT, "KINETO_LOG_LEVEL": "99"}, check=False
-    ).returncode
 
 
 def _prepare(rounds: int, threads: int | None, device: Device = "cpu") -> None:

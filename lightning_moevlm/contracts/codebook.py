@@ -39,13 +39,14 @@ class Codebook:
         """C."""
         return self.centroids_CQ.shape[0]
 
-    def codes(self, images_BRYX: Tensor) -> Tensor:
-        """Return the nearest code of every patch, int64 (B, P); images uint8 RGB."""
-        patches_BPQ = standardise_patches(images_BRYX, self.patch_size)
-        centroids_CQ = self.centroids_CQ.to(patches_BPQ.device)
-        # |x - c|^2 without |x|^2, which is the same for every c
-        distance_BPC = centroids_CQ.square().sum(1) - 2 * patches_BPQ @ centroids_CQ.T
-        return distance_BPC.argmin(-1)
+
+def nearest_codes(images_BRYX: Tensor, centroids_CQ: Tensor, patch_size: int) -> Tensor:
+    """Return the nearest code of every patch, int64 (B, P); images uint8 RGB, centroids fp32."""
+    patches_BPQ = standardise_patches(images_BRYX, patch_size)
+    centroids_CQ = centroids_CQ.to(patches_BPQ.device)
+    # |x - c|^2 without |x|^2, which is the same for every c
+    distance_BPC = centroids_CQ.square().sum(1) - 2 * patches_BPQ @ centroids_CQ.T
+    return distance_BPC.argmin(-1)
 
 
 def standardise_patches(images_BRYX: Tensor, patch_size: int) -> Tensor:

@@ -18,7 +18,6 @@ import pytest
 from lightning_moevlm.bench import busy_machine
 from lightning_moevlm.bench.busy_machine import LoadTimes, busy_processes, measure_load, serve_steps
 from lightning_moevlm.bench.goals import load_verdicts
-from lightning_moevlm.common import process_tuning
 
 OURS, TORCH = busy_machine.MOEVLM_WAIT, busy_machine.TORCH_WAIT
 
@@ -110,8 +109,6 @@ def test_a_stepper_answers_each_line_with_seconds_of_a_step(
 def test_the_command_times_both_ways_quiet_and_beside(
     moevlm: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, value in process_tuning.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     moevlm("bench", "step", "--beside", "1", "--rounds", "1", "--threads", "1", "--json", "step.json")
     records = json.loads(Path("step.json").read_text())

@@ -10,7 +10,6 @@ from lightning_moevlm.bench import data_loading as bench
 from lightning_moevlm.bench.goals import Verdict, data_verdicts
 from lightning_moevlm.bench.plain_webdataset import plain_batches
 from lightning_moevlm.cli.main import main
-from lightning_moevlm.common import process_tuning
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.write.demo.scenes import build_scenes
 
@@ -105,11 +104,7 @@ def test_sets_that_cannot_be_timed_are_refused(scenes_root: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_writes_what_it_says(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in process_tuning.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+def test_the_command_writes_what_it_says(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "data.json"
     assert main(["bench", "data", "--rounds", "1", "--root", str(root), "--json", str(written)]) == 0
     records = json.loads(written.read_text())

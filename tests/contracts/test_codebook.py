@@ -5,7 +5,13 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.codebook import Codebook, load_codebook, save_codebook, standardise_patches
+from lightning_moevlm.contracts.codebook import (
+    Codebook,
+    load_codebook,
+    nearest_codes,
+    save_codebook,
+    standardise_patches,
+)
 from lightning_moevlm.data.fit_codebook import fit_codebook
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -45,7 +51,7 @@ def test_codes_are_the_nearest_centres() -> None:
         [min(range(7), key=lambda c, x=x: float((x - codebook.centroids_CQ[c]).square().sum())) for x in image]
         for image in patches_BPQ
     ]
-    assert codebook.codes(images_BRYX).tolist() == slow
+    assert nearest_codes(images_BRYX, codebook.centroids_CQ, codebook.patch_size).tolist() == slow
 
 
 def test_fit_save_load(scenes_root: Path, tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_fit_save_load(scenes_root: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded.centroids_CQ, fitted.centroids_CQ)
     assert (loaded.patch_size, loaded.manifest_digest, loaded.num_codes) == (8, fitted.manifest_digest, 32)
     grey_BRYX = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
-    assert loaded.codes(grey_BRYX).unique().tolist() == [0]
+    assert nearest_codes(grey_BRYX, loaded.centroids_CQ, loaded.patch_size).unique().tolist() == [0]
 
 
 def test_codes_describe_pictures_better_than_one_centre_would(scenes_root: Path) -> None:
@@ -69,7 +75,7 @@ def test_codes_describe_pictures_better_than_one_centre_would(scenes_root: Path)
     images_BRYX = next(iter(data.val_dataloader())).images_BRYX
     assert images_BRYX is not None
     patches_PQ = standardise_patches(images_BRYX, 8).flatten(0, 1)
-    codes_P = codebook.codes(images_BRYX).flatten()
+    codes_P = nearest_codes(images_BRYX, codebook.centroids_CQ, codebook.patch_size).flatten()
     error = (patches_PQ - codebook.centroids_CQ[codes_P]).square().mean()
     assert error < 0.6 * patches_PQ.square().mean()
     assert len(codes_P.unique()) > 16

@@ -1,31 +1,23 @@
 """What a dispatcher needs of an expert stack (`experts.ExpertStack` has it)."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-
-class Linear(Protocol):
-    """(rows, weight) -> rows: how a dispatcher multiplies."""
-
-    def __call__(self, rows: Tensor, weight: Tensor, /) -> Tensor:
-        """Multiply rows by weight."""
-        ...
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""(rows, weight) -> rows: how a dispatcher multiplies."""
 
 
-class Activation(Protocol):
-    """What stands between two matrix stages, and its derivative; elementwise, draws nothing at random."""
+class Activation(NamedTuple):
+    """The function between two matrix stages, elementwise in the rows; it draws nothing at random.
 
-    @property
-    def forward(self) -> Callable[..., Tensor]:
-        """(p_1, ...) -> h, each (rows, F)."""
-        ...
+    forward: (p_1, ...) -> h, each (rows, F).
+    backward: (gradient of h, p_1, ...) -> (h again, gradients of p_1, ...).
+    """
 
-    @property
-    def backward(self) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
-        """(gradient of h, p_1, ...) -> h again, and the gradients of p_1, ..."""
-        ...
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
 class Experts(Protocol):

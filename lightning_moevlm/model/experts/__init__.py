@@ -1,6 +1,7 @@
 """Stacked expert feed-forwards."""
 
-from lightning_moevlm.model.experts.expert_stack import Activation, ExpertStack, Linear
+from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
+from lightning_moevlm.model.experts.expert_stack import ExpertStack
 from lightning_moevlm.model.experts.gated import GatedExperts
 from lightning_moevlm.model.experts.mlp import MLPExperts
 from lightning_moevlm.model.initial_weights import ExpertInit

@@ -7,27 +7,13 @@ optimisers, compile and sharding simple; nobody indexes the stack under autograd
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
 from lightning_moevlm.model.initial_weights import ExpertInit, Module
 from lightning_moevlm.model.precision import Region
-
-Linear = Callable[[Tensor, Tensor], Tensor]
-"""(rows, weight) -> rows: the matrix product of a dispatcher."""
-
-
-class Activation(NamedTuple):
-    """What stands between two matrix stages, elementwise in the rows; it draws nothing at random.
-
-    forward: (p_1, ...) -> h, each (rows, F). backward: (gradient of h, p_1, ...) -> (h again, gradients of p_1, ...).
-    """
-
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
 class ExpertStack(Module):

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moevlm.model.experts.expert_stack import Activation, ExpertStack, Linear
+from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
+from lightning_moevlm.model.experts.expert_stack import ExpertStack
 from lightning_moevlm.model.initial_weights import ExpertInit
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.codebook import load_codebook, standardise_patches
+from lightning_moevlm.contracts.codebook import load_codebook, nearest_codes, standardise_patches
 
 HIDDEN = -1
 
@@ -50,7 +50,7 @@ class PatchCodes(nn.Module):
     def forward(self, images_BRYX: Tensor, hidden_BP: Tensor | None) -> Tensor:
         """Return int64 (B, P); images are uint8, hidden_BP is True where the patch is masked."""
         if self.codebook is not None:
-            code_BP = self.codebook.codes(images_BRYX)
+            code_BP = nearest_codes(images_BRYX, self.codebook.centroids_CQ, self.patch_size)
         else:
             patches_BPQ = standardise_patches(images_BRYX, self.patch_size)
             bits_BPN = (patches_BPQ @ self.projection_QN.to(patches_BPQ.dtype) > 0).to(torch.int64)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.codebook import load_codebook
+from lightning_moevlm.contracts.codebook import load_codebook, nearest_codes
 from lightning_moevlm.model.backbones import BackboneSpec
-from lightning_moevlm.model.layers.embeddings import patchify
-from lightning_moevlm.model.objectives.image_targets import Codes, standardise
+from lightning_moevlm.model.objectives.image_targets import Codes
 
 
 class CodebookTargets(Codes):
@@ -47,5 +46,4 @@ class CodebookTargets(Codes):
     @torch.no_grad()
     def forward(self, images_BRYX: Tensor) -> Tensor:
         """Return (B, P) int64 codes."""
-        patches_BPQ = standardise(patchify(images_BRYX, self.patch_size).float() / 255.0)
-        return torch.cdist(patches_BPQ, self.centroids_CQ.expand(patches_BPQ.shape[0], -1, -1)).argmin(dim=-1)
+        return nearest_codes(images_BRYX, self.centroids_CQ, self.patch_size)

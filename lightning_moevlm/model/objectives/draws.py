@@ -4,8 +4,6 @@
 
 A mask drawn from them is the same whatever the batch size, the rank, the number of workers and the neighbours are, so
 that validation loss is a function of the checkpoint and the set, and micro-batches hide what the joined batch would.
-The mixing is that of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014),
-whose numbers follow from their index alone.
 """
 
 from collections.abc import Sequence
@@ -16,10 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.model.initial_weights import derive_seed
-
-_GOLDEN, _MIX_1, _MIX_2 = (
-    number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)  # as signed numbers: int64 wraps around like uint64
+from lightning_moevlm.model.random_bits import GOLDEN, mix_bits, shift_right
 
 
 @dataclass(frozen=True)
@@ -41,18 +36,7 @@ class Draws:
             num: more of them leave the first as they are.
         """
         hashed = [int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True) for key in keys]
-        start_B = _mix(torch.tensor(hashed, dtype=torch.int64) ^ derive_seed(self.seed, name))
+        start_B = mix_bits(torch.tensor(hashed, dtype=torch.int64) ^ derive_seed(self.seed, name))
         index_N = torch.arange(1, num + 1, dtype=torch.int64)
-        bits_BN = _mix(start_B.unsqueeze(-1) + index_N * _GOLDEN)
-        return _shift_right(bits_BN, 40).to(torch.float32) / 2**24  # as many bits as fp32 has
-
-
-def _mix(values: Tensor) -> Tensor:
-    values = (values ^ _shift_right(values, 30)) * _MIX_1
-    values = (values ^ _shift_right(values, 27)) * _MIX_2
-    return values ^ _shift_right(values, 31)
-
-
-def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Shift to the right and fill with zeros, as of numbers without a sign."""
-    return (values >> bits) & (2 ** (64 - bits) - 1)
+        bits_BN = mix_bits(start_B.unsqueeze(-1) + index_N * GOLDEN)
+        return shift_right(bits_BN, 40).to(torch.float32) / 2**24  # as many bits as fp32 has

@@ -8,10 +8,10 @@ their experts. Loads are even over many identities, not over their frequencies.
 """
 
 import torch
-from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
+from lightning_moevlm.model.random_bits import scramble
 from lightning_moevlm.model.routers.choices import check_top_k, even_plan
 from lightning_moevlm.model.routers.router import Router
 
@@ -52,17 +52,3 @@ class HashRouter(Router):
         expert_E = torch.arange(self.num_experts, device=inputs.identity_T.device)
         draw_TE = scramble(inputs.identity_T.unsqueeze(-1) * self.num_experts + expert_E, self.seed)
         return even_plan(inputs, draw_TE.topk(self.top_k, dim=-1).indices, self.num_experts)
-
-
-def scramble(values: Tensor, seed: int) -> Tensor:
-    """Return a pseudo-random int64 for each int64: the finaliser of splitmix64, arithmetic modulo 2^64."""
-    offset = (seed + 1) * 0x9E3779B97F4A7C15 % 2**64  # 2^64 / golden ratio
-    mixed = values + (offset - 2**64 if offset >= 2**63 else offset)
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        mixed = (mixed ^ _shift_right(mixed, shift)) * factor
-    return mixed ^ _shift_right(mixed, 31)
-
-
-def _shift_right(values: Tensor, places: int) -> Tensor:
-    """Shift right and fill with zeros; torch's own shift of signed numbers keeps the sign."""
-    return (values >> places) & ((1 << (64 - places)) - 1)
