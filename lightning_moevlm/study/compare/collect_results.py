@@ -9,6 +9,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.compare.fairness import Subject, find_differences
 from lightning_moevlm.study.compare.results import (
@@ -137,7 +139,7 @@ def _mark_stopped(result: RunResult) -> RunResult:
     """Return a run of a withdrawn arm: where it went to its end all the same, that is no result."""
     if result.state.status is not Status.FINISHED:
         return result
-    return replace(result, state=replace(result.state, status=Status.STOPPED))
+    return replace(result, state=structs.replace(result.state, status=Status.STOPPED))
 
 
 def measure_throughput(result: RunResult) -> float | None:

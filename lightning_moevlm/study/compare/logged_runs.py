@@ -4,10 +4,11 @@ An arm is what a run's tag `arm` says; where runs have none, all that were confi
 for, all that agree in the keys that arms are meant to differ in. The seed is the tag `seed`, else `seed_everything`.
 """
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import unflatten
@@ -209,7 +210,7 @@ def _state(row: RunRow, series: Mapping[str, Series], rule: Divergence) -> RunSt
     state = RunState(_STATUSES.get(row.status, Status.FAILED), row.run_id, started=row.start_ms / 1000, ended=ended)
     judged = row.tags.get(OUTCOME)
     if judged in [str(status) for status in Status]:
-        return dataclasses.replace(state, status=Status(judged))
+        return replace(state, status=Status(judged))
     if state.status in (Status.RUNNING, Status.PLANNED):
         return state
     points = [
@@ -219,7 +220,7 @@ def _state(row: RunRow, series: Mapping[str, Series], rule: Divergence) -> RunSt
         for step, value in zip(series[key].steps, series[key].values, strict=True)
     ]
     why = explain_divergence(points, rule)
-    return dataclasses.replace(state, status=Status.DIVERGED, reason=why) if why else state
+    return replace(state, status=Status.DIVERGED, reason=why) if why else state
 
 
 def _refuse_without(metric: str, runs: Sequence[NamedRun], results: Sequence[RunResult]) -> None:

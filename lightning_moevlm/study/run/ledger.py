@@ -7,19 +7,18 @@ A lock per study keeps two sweeps of the same study apart; the system frees it w
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 import filelock
+import msgspec
 import psutil
+from msgspec.structs import replace
 
 from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.common.errors import UserError
@@ -58,18 +57,27 @@ class Status(StrEnum):
         return self.has_result or self is Status.STOPPED
 
 
-@dataclass(frozen=True)
-class RunState:
+class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run's entry.
 
-    run_id: its one run in MLflow. pid, pid_started: the process on this machine that it lives and dies with, and its
-    start (seconds since 1970), which together name a process for good. started, ended: of the latest attempt, seconds
-    since 1970. attempts: how often it was started. reason: why it failed or what made it diverge. log_tail: last lines
-    of a crashed run's log. engine, ticket, job: who runs the latest attempt, what we call that attempt, and what the
-    cluster calls it. taken_from: the run of another study that it is a copy of, not trained here; see `known_runs`.
+    Attributes:
+        status: Where it stands.
+        run_id: Its one run in MLflow.
+        pid: Process on this machine that it lives and dies with.
+        pid_started: Start of that process, seconds since 1970; with its number it names a process for good.
+        started: Start of the latest attempt, seconds since 1970.
+        ended: End of the latest attempt, seconds since 1970.
+        attempts: How often it was started.
+        exit_code: Of the latest attempt.
+        reason: Why it failed, or what made it diverge.
+        log_tail: Last lines of a crashed run's log.
+        engine: Engine of the latest attempt.
+        ticket: Our name for the latest attempt.
+        job: The cluster's name for the latest attempt.
+        taken_from: The run of another study that it is a copy of, not trained here; see `known_runs`.
     """
 
-    status: Status = Status.PLANNED
+    status: Status
     run_id: str | None = None
     pid: int | None = None
     pid_started: float | None = None
@@ -103,46 +111,24 @@ def read_state(folder: Path) -> RunState:
     """
     file = folder / STATE_FILE
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        state = msgspec.json.decode(file.read_bytes(), type=RunState)
     except FileNotFoundError:
-        return RunState()
+        return RunState(Status.PLANNED)
     except OSError as error:
-        told = f"{file} cannot be read: {error.strerror}; mend that, or remove the folder to run this again"
-        raise UserError(told) from error
+        text = f"{file} cannot be read: {error.strerror}; mend that, or remove the folder to run this again"
+        raise UserError(text) from error
+    except msgspec.ValidationError as error:
+        raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
     except ValueError as error:
         raise UserError(f"{file}: not readable as JSON ({error}); remove the folder to run this again") from error
-    try:
-        raw["status"] = Status(raw["status"])
-        raw["log_tail"] = tuple(raw["log_tail"])
-        state = RunState(**raw)
-        _check_types(state)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
     if state.status is Status.RUNNING and not state.is_elsewhere and find_process(state) is None:
-        return dataclasses.replace(state, status=Status.INTERRUPTED)
+        return replace(state, status=Status.INTERRUPTED)
     return state
-
-
-def _check_types(state: RunState) -> None:
-    """Refuse values that nobody could count with, before they are met in the middle of a sweep.
-
-    Raises:
-        TypeError: names the key.
-    """
-    for name, annotation in get_type_hints(RunState).items():
-        value = getattr(state, name)
-        kinds = tuple(get_origin(kind) or kind for kind in get_args(annotation) or (annotation,) if kind is not ...)
-        if get_origin(annotation) is tuple:
-            good = all(isinstance(line, str) for line in value)
-        else:
-            good = isinstance(value, kinds) or (float in kinds and type(value) is int)
-        if not good:
-            raise TypeError(f"{name} is {value!r}")
 
 
 def write_state(folder: Path, state: RunState) -> None:
     """Replace a run's state as a whole."""
-    write_atomically(folder / STATE_FILE, json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+    write_atomically(folder / STATE_FILE, msgspec.json.format(msgspec.json.encode(state), indent=1).decode() + "\n")
 
 
 def read_ledger(plan: Plan) -> list[tuple[PlannedRun, RunState]]:

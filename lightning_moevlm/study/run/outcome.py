@@ -3,10 +3,11 @@
 What it could not log while the store was silent is delivered first.
 """
 
-import dataclasses
 import signal
 import time
 from collections.abc import Container, Sequence
+
+from msgspec.structs import replace
 
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.early_stop import find_withdrawal, has_reached
@@ -43,7 +44,7 @@ def record_outcome(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: Pr
     state = _judge(plan, run, experiment, ended)
     withdrawn = find_withdrawal(plan, run.arm, experiment) if state.status is Status.FAILED else None
     if withdrawn is not None and has_reached(plan, run, experiment):
-        state = dataclasses.replace(state, status=Status.STOPPED, reason=withdrawn.why, log_tail=())
+        state = replace(state, status=Status.STOPPED, reason=withdrawn.why, log_tail=())
         experiment.tag(run_id, withdrawn.tags)
     experiment.close(run_id, str(state.status), finished=state.status.is_settled)
     write_state(folder, state)
@@ -51,7 +52,7 @@ def record_outcome(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: Pr
 
 def mark_ended(state: RunState, ended: ProcessEnd) -> RunState:
     """Return the state of a run whose process is gone and that is to be judged."""
-    return dataclasses.replace(
+    return replace(
         state,
         status=Status.ENDED,
         started=ended.started or state.started,
@@ -66,19 +67,19 @@ def mark_ended(state: RunState, ended: ProcessEnd) -> RunState:
 def _judge(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: ProcessEnd) -> RunState:
     """Tell a result from a crash. A run that stopped because its loss is not finite has diverged, not crashed."""
     folder = plan.run_folder(run)
-    state = dataclasses.replace(mark_ended(read_state(folder), ended), reason="")
+    state = replace(mark_ended(read_state(folder), ended), reason="")
     assert state.run_id is not None
     rule = plan.comparison.diverged
     why = (
         "" if ended.reason else explain_divergence(experiment.history(state.run_id, rule.metric, NONFINITE_STEP), rule)
     )
     if why:
-        return dataclasses.replace(state, status=Status.DIVERGED, reason=why)
+        return replace(state, status=Status.DIVERGED, reason=why)
     lack = check_logged_points(plan, run, experiment, state.run_id)
     if ended.code == 0 and not lack:
-        return dataclasses.replace(state, status=Status.FINISHED)
+        return replace(state, status=Status.FINISHED)
     tail = log_tail(folder / LOG_FILE)
-    return dataclasses.replace(state, status=Status.FAILED, reason=_why_failed(ended, lack, tail), log_tail=tail)
+    return replace(state, status=Status.FAILED, reason=_why_failed(ended, lack, tail), log_tail=tail)
 
 
 def _why_failed(ended: ProcessEnd, lack: str, tail: Sequence[str]) -> str:

@@ -1,6 +1,5 @@
 """Starts, watches and ends the runs of a study that are under way."""
 
-import dataclasses
 import shutil
 import time
 import uuid
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
@@ -78,7 +79,7 @@ class RunsAtWork:
             if self.engine.attach(state.ticket, state.job):
                 self.runs[state.ticket] = run
                 return False
-            state = dataclasses.replace(state, status=Status.INTERRUPTED)
+            state = replace(state, status=Status.INTERRUPTED)
         checkpoint = None
         if state.status is Status.INTERRUPTED and state.run_id is not None:
             checkpoint = last_checkpoint(folder, self.experiment.folder(state.run_id))
@@ -94,10 +95,10 @@ class RunsAtWork:
         try:
             handle = self.engine.submit(job)
         except UserError as error:
-            write_state(folder, dataclasses.replace(state, status=Status.INTERRUPTED, attempts=attempts - 1))
+            write_state(folder, replace(state, status=Status.INTERRUPTED, attempts=attempts - 1))
             raise RefusedError(str(error)) from error
         self.runs[job.ticket] = run
-        write_state(folder, dataclasses.replace(state, pid=handle.pid, pid_started=handle.pid_started, job=handle.job))
+        write_state(folder, replace(state, pid=handle.pid, pid_started=handle.pid_started, job=handle.job))
         return True
 
     def collect(self, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
@@ -193,7 +194,7 @@ class RunsAtWork:
 
     def _interrupt(self, run: PlannedRun) -> None:
         folder = self.plan.run_folder(run)
-        write_state(folder, dataclasses.replace(read_state(folder), status=Status.INTERRUPTED, ended=time.time()))
+        write_state(folder, replace(read_state(folder), status=Status.INTERRUPTED, ended=time.time()))
 
     def _job(self, run: PlannedRun, run_id: str, checkpoint: Path | None) -> Job:
         folder = self.plan.run_folder(run)

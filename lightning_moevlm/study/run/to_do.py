@@ -41,7 +41,7 @@ def find_waiting_runs(plan: Plan, experiment: StudyRuns, engine: Engine, retry: 
             elsewhere.append(run)
             continue
         if state.run_id is not None and state.run_id not in in_store:
-            state = RunState()
+            state = RunState(Status.PLANNED)
             shutil.rmtree(folder, ignore_errors=True)
         if not state.status.has_result:
             state = _adopt(plan, run, experiment) or state

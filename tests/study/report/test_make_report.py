@@ -233,7 +233,7 @@ def test_nothing_to_draw_is_no_picture(swept):
     plan, experiment = swept
     from lightning_moevlm.study.run.ledger import RunState
 
-    empty = collect_results(plan, [(run, RunState()) for run in plan.runs], experiment.uri)
+    empty = collect_results(plan, [(run, RunState(Status.PLANNED)) for run in plan.runs], experiment.uri)
     assert draw_all(empty) == []
     assert "No run has a result yet" in make_report(describe_origin(plan, empty), empty).learned
 

@@ -1,6 +1,5 @@
 """The ledger: whole after any crash, honest about dead processes, one sweep at a time."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -10,6 +9,7 @@ import time
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.common.errors import UserError
@@ -33,7 +33,7 @@ from tests.waiting import wait_for
 
 
 def test_state_survives_the_way_to_disk_and_back(tmp_path):
-    assert read_state(tmp_path) == RunState()
+    assert read_state(tmp_path) == RunState(Status.PLANNED)
     state = RunState(Status.FAILED, "abc", None, None, 10.0, 12.5, 2, 1, "exit code 1", ("last", "lines"))
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state
@@ -44,12 +44,12 @@ def test_state_survives_the_way_to_disk_and_back(tmp_path):
 @pytest.mark.parametrize(
     ("edited", "told"),
     [
-        ({"pid": "12a"}, "pid is '12a'"),
-        ({"started": "yesterday"}, "started is 'yesterday'"),
-        ({"attempts": None}, "attempts is None"),
-        ({"log_tail": [1]}, r"log_tail is \(1,\)"),
-        ({"status": "done"}, "'done' is not a valid Status"),
-        ({"note": "mine"}, "unexpected keyword argument 'note'"),
+        ({"pid": "12a"}, r"Expected `int \| null`, got `str` - at `\$.pid`"),
+        ({"started": "yesterday"}, r"Expected `float \| null`, got `str` - at `\$.started`"),
+        ({"attempts": None}, r"Expected `int`, got `null` - at `\$.attempts`"),
+        ({"log_tail": [1]}, r"Expected `str`, got `int` - at `\$.log_tail\[0\]`"),
+        ({"status": "done"}, r"Invalid enum value 'done' - at `\$.status`"),
+        ({"note": "mine"}, "contains unknown field `note`"),
     ],
 )
 def test_a_state_that_was_edited_is_told_before_anything_counts_with_it(tmp_path, edited, told):
@@ -113,13 +113,13 @@ def test_running_without_its_process_is_interrupted(tmp_path):
     alive = RunState(Status.RUNNING, "abc", me.pid, me.create_time())
     write_state(tmp_path, alive)
     assert read_state(tmp_path).status is Status.RUNNING
-    write_state(tmp_path, dataclasses.replace(alive, pid_started=me.create_time() - 60))
+    write_state(tmp_path, replace(alive, pid_started=me.create_time() - 60))
     assert read_state(tmp_path).status is Status.INTERRUPTED  # the same number, another process
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    write_state(tmp_path, dataclasses.replace(alive, pid=gone.pid))
+    write_state(tmp_path, replace(alive, pid=gone.pid))
     assert read_state(tmp_path).status is Status.INTERRUPTED
-    write_state(tmp_path, dataclasses.replace(alive, pid=None, pid_started=None))
+    write_state(tmp_path, replace(alive, pid=None, pid_started=None))
     assert read_state(tmp_path).status is Status.INTERRUPTED  # killed between claim and start
 
 
@@ -130,7 +130,7 @@ def test_what_a_cluster_runs_needs_no_process_here(tmp_path):
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state
     assert state.is_elsewhere
-    write_state(tmp_path, dataclasses.replace(state, engine="ray", pid=gone.pid, pid_started=1.0))
+    write_state(tmp_path, replace(state, engine="ray", pid=gone.pid, pid_started=1.0))
     assert read_state(tmp_path).status is Status.INTERRUPTED  # Ray ends its jobs with the sweep, and that is gone
     (tmp_path / STATE_FILE).write_text('{"status": "running", "log_tail": []}')  # written before there were engines
     assert read_state(tmp_path).status is Status.INTERRUPTED

@@ -5,11 +5,12 @@ job, the ledger does not know. So each attempt has a ticket, and whoever takes i
 begins, or the next program, which then knows that the job will find it gone and leave. Never do two attempts run.
 """
 
-import json
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.study.run.processes.child_process import ProcessEnd
@@ -39,12 +40,12 @@ class Tickets:
 
     def write_end(self, ticket: str, ended: ProcessEnd) -> None:
         """Write how an attempt ended."""
-        write_atomically(self._ended(ticket), json.dumps(asdict(ended)) + "\n")
+        write_atomically(self._ended(ticket), msgspec.json.encode(ended).decode() + "\n")
 
     def read_end(self, ticket: str) -> ProcessEnd | None:
         """Return how an attempt ended, or None while nothing has been written."""
         try:
-            return ProcessEnd(**json.loads(self._ended(ticket).read_text(encoding="utf-8")))
+            return msgspec.json.decode(self._ended(ticket).read_bytes(), type=ProcessEnd)
         except FileNotFoundError:
             return None
 
