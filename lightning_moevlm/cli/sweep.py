@@ -45,7 +45,7 @@ def run(
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
         jobs: Runs at once; by default one per GPU, or one per core without a GPU; on a cluster no limit.
-        retry: Run crashed runs again, from zero.
+        retry: Run failed runs again, from zero; one that --timeout_minutes ended resumes from its last checkpoint.
         only: Runs to run, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
         engine: Engine of the runs: local, slurm or ray, with its own options, e.g. --engine.num_gpus 1.
         timeout_minutes: End a run that takes longer, not counting the time that it waits for a cluster; it has failed.

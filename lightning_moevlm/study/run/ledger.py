@@ -24,7 +24,9 @@ from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
-from lightning_moevlm.study.run.processes.child_process import is_alive
+from lightning_moevlm.study.run.processes.child_process import ProcessEnd, is_alive
+from lightning_moevlm.tracking.read.sqlite_rows import reading
+from lightning_moevlm.tracking.store import sqlite_path
 
 STATE_FILE = "state.json"
 _STORE_FILE = "tracking.txt"
@@ -98,6 +100,12 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.status is Status.RUNNING and self.engine != "local" and self.pid is None
 
     @property
+    def can_resume(self) -> bool:
+        """Whether the latest attempt was stopped: by a kill, or asked to end, as after --timeout_minutes, and saved."""
+        has_saved = self.status is Status.FAILED and ProcessEnd(self.exit_code).stop_signal is not None
+        return self.status is Status.INTERRUPTED or has_saved
+
+    @property
     def seconds(self) -> float | None:
         """Wall time of the latest attempt, or None while it has no end."""
         return self.ended - self.started if self.ended is not None and self.started is not None else None
@@ -137,17 +145,29 @@ def read_ledger(plan: Plan) -> list[tuple[PlannedRun, RunState]]:
 
 
 def check_store(folder: Path, uri: str) -> None:
-    """Make sure that a study's runs are looked for where they are: a changed address would make them look lost.
+    """Refuse another store than the one that has the study's runs: they would look lost.
 
     Raises:
-        UserError: where the study's runs are in another store.
+        UserError: The study's runs are in another store.
     """
     file, here = folder / _STORE_FILE, mask_url_secrets(uri)
-    if file.exists() and (before := file.read_text(encoding="utf-8").strip()) != here:
+    before = file.read_text(encoding="utf-8").strip() if file.exists() else here
+    if before != here and not _was_moved(folder, before, uri):
         raise UserError(
             f"the runs of this study are in {before}, but the tracking URI is now {here}: set it back "
             f"(MLFLOW_TRACKING_URI), or remove {folder} to run everything again"
         )
+
+
+def _was_moved(folder: Path, before: str, uri: str) -> bool:
+    """Whether the study's SQLite file is gone and another one has its runs, as after moving the project."""
+    old, new = sqlite_path(before), sqlite_path(uri)
+    if old is None or new is None or old.exists() or not new.exists():
+        return False
+    states = [read_state(file.parent) for file in folder.glob(f"*/{STATE_FILE}")]
+    with reading(new) as store:
+        there = {row[0] for row in store.execute("SELECT run_uuid FROM runs")}
+    return {state.run_id for state in states if state.run_id} <= there
 
 
 def remember_store(folder: Path, uri: str) -> None:

@@ -81,7 +81,7 @@ class RunsAtWork:
                 return False
             state = replace(state, status=Status.INTERRUPTED)
         checkpoint = None
-        if state.status is Status.INTERRUPTED and state.run_id is not None:
+        if state.can_resume and state.run_id is not None:
             checkpoint = last_checkpoint(folder, self.experiment.folder(state.run_id))
         run_id = self._claim(run, state.run_id if checkpoint else None)
         if checkpoint is None:

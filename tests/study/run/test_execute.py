@@ -136,11 +136,17 @@ def test_a_run_that_others_stop_goes_on_from_where_it_saved(tmp_path, uri):
     assert_each_once(plan, experiment)
 
 
-def test_a_run_that_is_stopped_again_and_again_has_failed(tmp_path, uri):
-    file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]}, {"stop_at": [0, 1, 2, 3, 4]})
+def test_a_run_that_is_stopped_again_and_again_has_failed_and_a_retry_resumes_it(tmp_path, uri):
+    """As one that was ended by --timeout_minutes: it has saved."""
+    file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]}, {"stop_at": [0, 1, 2, 3]})
     plan, *_ = sweep(file)
     [state] = [state for _, state in read_ledger(plan)]
     assert (state.status, state.attempts, state.reason) == (Status.FAILED, 4, "ended by SIGTERM")
+    plan, experiment, *_ = sweep(file, retry=True)
+    [(run, again)] = read_ledger(plan)
+    assert (again.status, again.attempts, again.run_id) == (Status.FINISHED, 5, state.run_id)
+    assert "training from step 4 with" in (plan.run_folder(run) / "log.txt").read_text()
+    assert_each_once(plan, experiment)
 
 
 def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):

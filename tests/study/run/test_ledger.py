@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import psutil
 import pytest
@@ -181,6 +183,24 @@ def test_another_store_does_not_make_results_look_lost(tmp_path):
     check_store(tmp_path, "sqlite:////a/mlflow.db")
     with pytest.raises(UserError, match=r"are in sqlite:////a/mlflow\.db, but the tracking URI is now http://b"):
         check_store(tmp_path, "http://b")
+
+
+def test_a_project_that_was_moved_keeps_its_results(tmp_path):
+    for name in ("here", "study"):
+        (tmp_path / name).mkdir()
+    database, elsewhere = tmp_path / "here/mlflow.db", tmp_path / "there/mlflow.db"
+    with closing(sqlite3.connect(database)) as store, store:
+        store.execute("CREATE TABLE runs (run_uuid TEXT)")
+        store.execute("INSERT INTO runs VALUES ('abc')")
+    remember_store(tmp_path / "study", f"sqlite:///{database}")
+    write_state(tmp_path / "study/run", RunState(Status.FINISHED, "abc"))
+    with pytest.raises(UserError, match="but the tracking URI is now"):  # the old one is there still
+        check_store(tmp_path / "study", f"sqlite:///{elsewhere}")
+    (tmp_path / "here").rename(tmp_path / "there")
+    check_store(tmp_path / "study", f"sqlite:///{elsewhere}")
+    write_state(tmp_path / "study/other", RunState(Status.FINISHED, "def"))
+    with pytest.raises(UserError, match="but the tracking URI is now"):  # it has not all of its runs
+        check_store(tmp_path / "study", f"sqlite:///{elsewhere}")
 
 
 def test_secrets_of_an_address_are_not_written(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.process_tuning import count_usable_cores
 from lightning_moevlm.study.run.engines.engine import Engine, Handle, Job, require_at_least
 from lightning_moevlm.study.run.engines.forks import Fork, ForkServer
@@ -31,6 +32,8 @@ class LocalEngine(Engine):
 
     def __init__(self, num_gpus: int | None = None, fork: bool = True) -> None:
         require_at_least(0, num_gpus=num_gpus)
+        if num_gpus and num_gpus > (visible := _visible_gpus()):
+            raise UserError(f"--engine.num_gpus is {num_gpus}, but {visible} are visible here; give at most {visible}")
         self._num_gpus = num_gpus
         self._jobs = 0
         self._gpus = 0
