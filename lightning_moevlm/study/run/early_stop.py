@@ -1,7 +1,6 @@
-"""Which runs at work may be ended before their budget: those that have diverged, and those of withdrawn arms.
+"""Finds running runs to end before their budget: those that have diverged, and those of withdrawn arms.
 
-Both are told from points that the runs have logged, by the rules that judge them in the end: a run is not stopped for
-what would not count afterwards.
+The rules are those that judge the runs in the end, applied to the points logged so far.
 """
 
 import time
@@ -17,7 +16,7 @@ _LOOK_SECONDS = 2.0
 
 
 class EarlyStop:
-    """Looks at the runs at work, now and then. look_seconds: between two looks."""
+    """Checks the running runs every `look_seconds` seconds."""
 
     def __init__(self, plan: Plan, experiment: StudyRuns, look_seconds: float = _LOOK_SECONDS) -> None:
         self._plan = plan
@@ -27,14 +26,14 @@ class EarlyStop:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for a look."""
+        """Whether it is time for a check."""
         return time.monotonic() >= self._next
 
     def find_runs_to_end(self, runs: Iterable[PlannedRun]) -> list[PlannedRun]:
-        """Return those of the runs at work that are to be ended now.
+        """Return the running runs that are to be ended now.
 
         Raises:
-            MlflowException, OSError: the store does not answer.
+            MlflowException, OSError: The store does not answer.
         """
         self._next = time.monotonic() + self._look_seconds
         rule, found = self._plan.comparison.diverged, []
@@ -50,7 +49,7 @@ class EarlyStop:
 
 
 def find_withdrawal(plan: Plan, arm: str, experiment: StudyRuns) -> Withdrawal | None:
-    """Return why an arm is withdrawn by the study's rule, or None, from what its runs have logged so far."""
+    """Return the withdrawal of an arm by the study's futility rule, from the points so far; None if it goes on."""
     study = plan.comparison
     rule = study.futility_stop
     if rule is None or arm == study.baseline:

@@ -1,9 +1,9 @@
-"""Run what a plan still lacks: an engine that carries out jobs, a ledger that survives any kill, one MLflow run each.
+"""Executes the missing runs of a plan: an engine runs jobs, a ledger survives any kill, each run has one MLflow run.
 
-Running twice does nothing. An interrupted run goes on from its last whole checkpoint in the same MLflow run, or starts
-again in a new one; what a cluster still has is waited for. A crash is recorded and the rest goes on; a divergence is a
-result. A crashed run is left alone until it is asked for again (`retry`). A store that goes away ends nothing, see
-`silent_store`.
+Running twice does nothing. An interrupted run resumes from its last whole checkpoint in the same MLflow run, or starts
+again in a new one; jobs that a cluster still has are waited for. A crash is recorded and the other runs continue; a
+divergence is a result. A failed run is left alone until `retry` asks for it. Training continues while the store is
+unreachable, see `store_retries`.
 """
 
 import time
@@ -27,9 +27,11 @@ QuotingDumper.add_representer(str, QuotingDumper.represent_text)
 
 @dataclass(frozen=True)
 class Tally:
-    """What a call of `execute` did. started: number of runs. stopped: name of what ended it, or "".
+    """The result of `execute`.
 
-    That is a signal's, or UNREACHABLE.
+    Attributes:
+        started: Number of runs.
+        stopped: Name of the signal that ended it, UNREACHABLE, or "".
     """
 
     started: int
@@ -47,21 +49,21 @@ def execute(
     timeout_minutes: float | None = None,
     silence_seconds: float = 300.0,
 ) -> Tally:
-    """Run what waits. Call it from the main thread, holding the study.
+    """Run the waiting runs. Call it from the main thread, holding the study.
 
     Args:
         plan: All runs.
-        experiment: Where they are tracked.
-        waiting: Those to run, in order: what `find_waiting_runs` returned.
+        experiment: The study in MLflow.
+        waiting: The runs to run, in order, as `find_waiting_runs` returned them.
         command: Makes the command line of one run.
-        watcher: Is told about starts and ends.
-        engine: Carries them out; open.
-        jobs: How many it gets at once.
-        timeout_minutes: A run is ended after so long, and has failed.
-        silence_seconds: How long to wait for a silent store once nothing runs any more.
+        watcher: Shows starts and ends.
+        engine: Runs the jobs; open.
+        jobs: Jobs at once.
+        timeout_minutes: Longest time of a run, which then has failed.
+        silence_seconds: Longest wait for an unreachable store once nothing runs any more.
 
     Raises:
-        UserError: the engine refused a job, or the ledger cannot be written.
+        UserError: The engine refused a job, or the ledger cannot be written.
     """
     queue = deque(waiting)
     store, early = StoreRetries(experiment.uri, watcher.show), EarlyStop(plan, experiment)
@@ -92,13 +94,13 @@ def execute(
                 at_work.stop_early()
                 queue.extend(at_work.collect(may_repeat))
                 if queue and len(at_work.runs) < jobs and store.is_ready:
-                    continue  # the next run begins before the last one is judged: its place is not to stand idle
+                    continue  # the next run begins before the last one is judged: no slot stays idle
                 queue.extend(at_work.judge(watcher, may_repeat))
                 if store.outage_seconds > silence_seconds and not at_work.runs:
                     stop.name = UNREACHABLE
                 watcher.tick()
                 time.sleep(engine.poll_seconds)
-            at_work.collect(lambda run: True)  # who ended just before a signal has ended
+            at_work.collect(lambda run: True)  # a run that ended just before the signal has ended
             at_work.judge(watcher, lambda run: True)
         finally:
             at_work.stop()

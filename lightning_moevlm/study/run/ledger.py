@@ -1,9 +1,9 @@
-"""What has happened to each run, on disk, readable after any crash.
+"""Keeps the state of each run on disk, readable after any crash.
 
-One `state.json` per run folder, always replaced as a whole (written beside, flushed, renamed). A run that says
-`running` while its process is gone was interrupted; nothing needs to be cleaned up for that to be seen. One that a
-cluster runs has no process here: it stays `running` until the next `sweep run` has asked the cluster.
-A lock per study keeps two sweeps of the same study apart; the system frees it when its holder dies.
+Each run folder has one `state.json`, always replaced as a whole (written beside, flushed, renamed). A run that is
+`running` while its process is gone was interrupted. A run on a cluster has no process here: it stays `running` until
+the next `sweep run` has asked the cluster. A lock per study keeps two sweeps of a study apart; the system frees it when
+its holder dies.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ _STORE_FILE = "tracking.txt"
 
 
 class Status(StrEnum):
-    """Where a run stands. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run.
+    """The state of a run. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run.
 
-    STOPPED was ended by the study's futility rule: it has no result and needs none. ENDED is to be judged: its
+    STOPPED was ended by the study's futility rule: it has no result and needs none. ENDED waits to be judged: its
     process has ended, and the store has not answered since.
     """
 
@@ -55,7 +55,7 @@ class Status(StrEnum):
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is left to run."""
+        """Whether the run need not run any more."""
         return self.has_result or self is Status.STOPPED
 
 
@@ -96,7 +96,7 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether a cluster has it, which only the cluster can tell the end of."""
+        """Whether a cluster has it: only the cluster knows its end."""
         return self.status is Status.RUNNING and self.engine != "local" and self.pid is None
 
     @property
@@ -112,10 +112,10 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_state(folder: Path) -> RunState:
-    """Return the state kept in a run's folder: planned without a file, interrupted where it `runs` without a process.
+    """Return the state in a run's folder: planned without a file, interrupted if it is `running` without a process.
 
     Raises:
-        UserError: where the file cannot be read, or is no state of ours (edited by hand).
+        UserError: The file cannot be read, or is not a state (edited by hand).
     """
     file = folder / STATE_FILE
     try:
@@ -123,7 +123,7 @@ def read_state(folder: Path) -> RunState:
     except FileNotFoundError:
         return RunState(Status.PLANNED)
     except OSError as error:
-        text = f"{file} cannot be read: {error.strerror}; mend that, or remove the folder to run this again"
+        text = f"{file} cannot be read: {error.strerror}; correct that, or remove the folder to run this again"
         raise UserError(text) from error
     except msgspec.ValidationError as error:
         raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
@@ -176,7 +176,7 @@ def remember_store(folder: Path, uri: str) -> None:
 
 
 def find_process(state: RunState) -> psutil.Process | None:
-    """Return the process that a state names, or None where it is gone (or its number now belongs to another)."""
+    """Return the process that a state names, or None if it is gone or its number now belongs to another process."""
     if state.pid is None or state.pid_started is None:
         return None
     try:
@@ -189,11 +189,10 @@ def find_process(state: RunState) -> psutil.Process | None:
 
 @contextlib.contextmanager
 def hold_study(folder: Path) -> Iterator[None]:
-    """Hold a study alone while the block runs.
+    """Lock a study while the block runs.
 
     Raises:
-        UserError: where another `sweep run` holds it (says which process on which machine since when), or the folder
-            cannot be written.
+        UserError: Another `sweep run` holds it (names process, machine and start), or the folder cannot be written.
     """
     owner = folder / "owner.json"
     lock = filelock.FileLock(folder / "lock", timeout=0)
@@ -202,7 +201,7 @@ def hold_study(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout as error:
         raise UserError(
-            f"{folder}: another `sweep run` of this study is at work ({_owner(owner)}); wait for it or end it first"
+            f"{folder}: another `sweep run` of this study is running ({_owner(owner)}); wait for it or end it first"
         ) from error
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}; a sweep keeps its state there") from error
@@ -217,7 +216,7 @@ def hold_study(folder: Path) -> Iterator[None]:
 
 def _owner(file: Path) -> str:
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        return f"process {told['pid']} on {told['host']} since {told['since']}"
-    except (OSError, ValueError, KeyError):  # it has the lock and is about to write who it is
+        owner = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError):  # it has the lock and is about to write this file
         return "just started"

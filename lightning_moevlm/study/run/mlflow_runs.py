@@ -1,9 +1,9 @@
-"""Exactly one MLflow run per planned run, whatever was killed when.
+"""Keeps exactly one MLflow run per planned run, however often the sweep is killed.
 
-The parent creates the run before the child starts and hands its id to the child. A run is found again by its tags
-(sweep, arm, seed, digest, and role=arm, which only the parent sets: a rerun by hand is another run), so that a crash
-between "created in MLflow" and "written to the ledger" leaves nothing behind that the next start would not find.
-A run that has to start from zero gets a new MLflow run and the old one is deleted: points of two attempts never mix.
+The sweep creates the run and hands its id to the child. It finds the run again by its tags: sweep, arm, seed, digest,
+and role=arm, which a rerun by hand does not have. So a crash between "created in MLflow" and "written to the ledger"
+leaves nothing that the next start would not find. A run that starts from zero gets a new MLflow run and the old one is
+deleted: points of two attempts never mix.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tracker_tags
 from lightning_moevlm.tracking.point import Point
-from lightning_moevlm.tracking.read.runs import RunRow, find_runs, metric_history, read_run
+from lightning_moevlm.tracking.read.runs import RunRow, find_runs, metric_history, open_client, read_run
 from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
 
 if TYPE_CHECKING:
@@ -34,23 +34,29 @@ _TEXTS_AT_ONCE, _POINTS_AT_ONCE = 100, 1000  # the most that MLflow takes
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """The MLflow experiment of one study. uri: as `resolve_tracking_uri` returns it."""
+    """The MLflow experiment of one study.
+
+    Attributes:
+        uri: As `resolve_tracking_uri` returns it.
+        name: Of the study.
+        experiment_id: Of MLflow.
+    """
 
     uri: str
     name: str
     experiment_id: str
 
     def find(self, run: PlannedRun) -> list[RunRow]:
-        """Return the runs that the parent created for a planned run, oldest first; there should be at most one."""
+        """Return the runs that a sweep created for a planned run, oldest first; at most one is expected."""
         return find_runs(self.uri, self.name, {**tracker_tags(run), ROLE: ROLE_ARM})
 
     def ids(self) -> set[str]:
-        """Return the ids of all runs that a parent created in this experiment."""
+        """Return the ids of all runs that a sweep created in this experiment."""
         return {row.run_id for row in find_runs(self.uri, self.name, {ROLE: ROLE_ARM})}
 
     def create(self, run: PlannedRun, start_ms: int | None = None) -> str:
-        """Delete what earlier attempts left in MLflow, create the one run, return its id. start_ms: by default now."""
-        client = _client(self.uri)
+        """Delete earlier attempts, create the run and return its id. start_ms: by default now."""
+        client = open_client(self.uri)
         for row in self.find(run):
             client.delete_run(row.run_id)
             shutil.rmtree(self.folder(row.run_id), ignore_errors=True)
@@ -59,13 +65,13 @@ class StudyRuns:
         return str(created.info.run_id)
 
     def copy(self, run: PlannedRun, source: str, tags: Mapping[str, str]) -> RunRow:
-        """Create the one run of a planned run with what another run of the store has logged; return it.
+        """Create the run of a planned run with the points, params and tags of another run; return it.
 
-        What earlier attempts left is deleted first. Files are not copied. tags: to set beside the other's.
+        Earlier attempts are deleted first. Files are not copied. tags: set beside those of the other run.
         """
         from mlflow.entities import Metric, Param, RunTag
 
-        client, row = _client(self.uri), read_run(self.uri, source)
+        client, row = open_client(self.uri), read_run(self.uri, source)
         run_id = self.create(run, row.start_ms)
         kept = {key: value for key, value in row.tags.items() if not key.startswith(_OF_ONE_RUN)}
         own = {**kept, **tracker_tags(run), ROLE: ROLE_ARM, **tags}
@@ -81,28 +87,28 @@ class StudyRuns:
         return read_run(self.uri, run_id)
 
     def folder(self, run_id: str) -> Path:
-        """Return where the tracking logger keeps a run's checkpoints and copies of its configs."""
+        """Return the folder of a run's checkpoints and configurations."""
         return runs_dir(self.uri) / self.experiment_id / run_id
 
     def reopen(self, run_id: str) -> None:
-        """Mark a run as running again, before it goes on from a checkpoint."""
-        _client(self.uri).update_run(run_id, status="RUNNING")
+        """Mark a run as running again, before it resumes from a checkpoint."""
+        open_client(self.uri).update_run(run_id, status="RUNNING")
 
     def close(self, run_id: str, outcome: str, finished: bool) -> None:
-        """Tag a run with its outcome; none looks as if it were still running, and a result not as if it had failed."""
-        client = _client(self.uri)
+        """Tag a run with its outcome and set its status: a result is never FAILED, no run stays RUNNING."""
+        client = open_client(self.uri)
         client.set_tag(run_id, OUTCOME, outcome)
         _end(client, run_id, "FINISHED" if finished else "FAILED", even_if_failed=finished)
 
     def interrupt(self, run_ids: Iterable[str]) -> None:
-        """See to it that runs which were ended before they could say so do not look as if they were still running."""
-        client = _client(self.uri)
+        """Mark runs as KILLED that were ended before they could set their status."""
+        client = open_client(self.uri)
         for run_id in run_ids:
             _end(client, run_id, "KILLED")
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
-        client = _client(self.uri)
+        client = open_client(self.uri)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
 
@@ -112,28 +118,28 @@ class StudyRuns:
 
 
 def find_tracking_uri(plan: Plan) -> str:
-    """Return the tracking URI that the plan's runs will use: what the base's logger says, the environment, or SQLite.
+    """Return the tracking URI of the plan's runs: that of the base's logger, of the environment, or SQLite.
 
     Raises:
-        UserError: where the URI cannot be used, or the base has no MLflow logger to hand a run to.
+        UserError: The URI cannot be used, or the base has no MLflow logger.
     """
     logger = plan.runs[0].resolved.get("trainer", {}).get("logger")
     if not isinstance(logger, dict):
         raise UserError(
-            f"{plan.study.file}: the base's trainer.logger is {logger!r}; a study needs one that writes to MLflow, "
+            f"{plan.study.file}: trainer.logger of the base is {logger!r}; a study needs one that writes to MLflow: "
             "remove the key to get the default"
         )
     return resolve_tracking_uri((logger.get("init_args") or {}).get("tracking_uri"))
 
 
 def open_experiment(uri: str, name: str) -> StudyRuns:
-    """Return the experiment of a study; store and experiment are created here, once, before any child could race.
+    """Return the experiment of a study; store and experiment are created here, before the children could race.
 
     Raises:
-        UserError: where the store does not answer or belongs to another MLflow version, or the experiment was deleted.
+        UserError: The store does not answer or belongs to another MLflow version, or the experiment was deleted.
     """
     prepare_store(uri)
-    client = _client(uri)
+    client = open_client(uri)
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage == "deleted":
         raise UserError(
@@ -148,18 +154,12 @@ def open_experiment(uri: str, name: str) -> StudyRuns:
 
 
 def _parts(items: Sequence[_Item], most: int) -> Iterator[Sequence[_Item]]:
-    """Yield items in parts of at most so many."""
+    """Yield items in parts of at most `most`."""
     yield from (items[start : start + most] for start in range(0, len(items), most))
 
 
 def _end(client: "MlflowClient", run_id: str, status: str, even_if_failed: bool = False) -> None:
-    """Set the status of a run that does not have a last one yet; or says that it failed, when it has diverged."""
+    """Set the status of a run that has no final one yet, or that failed and is a result all the same (diverged)."""
     info = client.get_run(run_id).info
     if info.status == "RUNNING" or (even_if_failed and info.status != status):
         client.set_terminated(run_id, status, end_time=info.end_time or None)
-
-
-def _client(uri: str) -> "MlflowClient":
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)

@@ -1,6 +1,6 @@
-"""What a run that has ended gave: a result, a divergence or a crash. Told from its exit and from its points.
+"""Records the outcome of a run that has ended: a result, a divergence or a crash, by its exit and its points.
 
-What it could not log while the store was silent is delivered first.
+Points that the run kept on disk while the store was unreachable are uploaded first.
 """
 
 import signal
@@ -20,14 +20,14 @@ from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain
 from lightning_moevlm.tracking.point import Point
 
 MOST_STARTS = 4  # of one run by one sweep: a cluster may keep stopping it
-_MISTAKE = "moevlm: error: "  # how the command line begins the one line that says what to mend
+_MISTAKE = "moevlm: error: "  # how the command line begins its one line on a mistake
 
 
 def judge_ended(plan: Plan, experiment: StudyRuns, in_store: Container[str]) -> None:
-    """Judge the runs whose end an earlier call saw while the store was silent. Call it holding the study.
+    """Judge the runs that ended while the store was unreachable. Call it holding the study.
 
     Raises:
-        MlflowException, OSError: it is silent still.
+        MlflowException, OSError: It still is.
     """
     for run in plan.runs:
         state = read_state(plan.run_folder(run))
@@ -36,7 +36,7 @@ def judge_ended(plan: Plan, experiment: StudyRuns, in_store: Container[str]) -> 
 
 
 def record_outcome(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: ProcessEnd) -> None:
-    """Write what a run that has ended gave, into the ledger and into MLflow."""
+    """Write the outcome of a run that has ended into the ledger and into MLflow."""
     folder = plan.run_folder(run)
     run_id = read_state(folder).run_id
     assert run_id is not None
@@ -65,7 +65,7 @@ def mark_ended(state: RunState, ended: ProcessEnd) -> RunState:
 
 
 def _judge(plan: Plan, run: PlannedRun, experiment: StudyRuns, ended: ProcessEnd) -> RunState:
-    """Tell a result from a crash. A run that stopped because its loss is not finite has diverged, not crashed."""
+    """Return the final state of a run. A run that stopped because its loss is not finite has diverged, not crashed."""
     folder = plan.run_folder(run)
     state = replace(mark_ended(read_state(folder), ended), reason="")
     assert state.run_id is not None
@@ -86,7 +86,7 @@ def _why_failed(ended: ProcessEnd, lack: str, tail: Sequence[str]) -> str:
     if ended.code is None:
         return f"interrupted {MOST_STARTS} times: {ended.reason}"
     if ended.code == 0:
-        return f"it ended well but {lack}"
+        return f"exit code 0, but it {lack}"
     if ended.reason:
         return ended.reason
     told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
@@ -96,13 +96,13 @@ def _why_failed(ended: ProcessEnd, lack: str, tail: Sequence[str]) -> str:
 
 
 def check_logged_points(plan: Plan, run: PlannedRun, experiment: StudyRuns, run_id: str) -> str:
-    """Return what a run lacks to be a result, or "": the primary metric after the whole budget, not before."""
+    """Return what a run lacks to be a result, or "": the primary metric after the whole budget."""
     primary = plan.comparison.primary.metric
     return check_points(experiment.history(run_id, primary), primary, run.max_steps)
 
 
 def check_points(points: Sequence[Point], primary: str, budget: int | None) -> str:
-    """Return what points of the primary metric lack to be a result, or "". budget: in steps, None for the clock's."""
+    """Return what points of the primary metric lack to be a result, or "". budget: in steps, None for minutes."""
     if not points:
         return f"logged no {primary}: the study has nothing to compare"
     last = max(point.step for point in points)

@@ -1,9 +1,9 @@
-"""How long will a study take here? A few steps of each arm, timed in a process of its own: the public command line.
+"""Estimates how long a study takes here: times a few steps of each arm through the public command line.
 
     run = start + validations x validation + steps x step
 
-start: imports, building and ending. Nothing is tracked and no checkpoint is written, so that a probe leaves nothing
-behind, and a real run takes somewhat longer.
+start: imports, building and ending. A probe tracks nothing and writes no checkpoint, so a real run takes somewhat
+longer.
 """
 
 import copy
@@ -35,7 +35,13 @@ ProbeCommand = Callable[[Path], list[str]]
 
 
 class Probe(NamedTuple):
-    """Seconds of one arm on this machine. start: all but steps and validations; step: median after warm-up."""
+    """Seconds of one arm on this machine.
+
+    Attributes:
+        start: All but steps and validations.
+        validation: One validation.
+        step: Median of the steps after warm-up.
+    """
 
     start: float
     validation: float
@@ -50,10 +56,10 @@ class Probe(NamedTuple):
 
 
 def probe_arms(plan: Plan, command: ProbeCommand, tick: Callable[[str], None]) -> dict[str, Probe]:
-    """Probe each arm with its first seed, one after the other; tick is told each arm before it starts.
+    """Probe each arm with its first seed, one after the other; `tick` gets each arm's name before it starts.
 
     Raises:
-        UserError: an arm does not train; the message is what its run said.
+        UserError: An arm does not train; the message is that of its run.
     """
     first = {run.arm: run for run in reversed(plan.runs)}
     probes = {}
@@ -64,7 +70,7 @@ def probe_arms(plan: Plan, command: ProbeCommand, tick: Callable[[str], None]) -
 
 
 def num_validations(resolved: Mapping[str, Any], max_steps: int) -> int:
-    """Return how often a run validates: untrained, at each interval, at the end; of intervals in epochs the least."""
+    """Return the number of validations: untrained, at each interval, at the end; with intervals in epochs the least."""
     trainer = resolved["trainer"]
     untrained = 1 if trainer.get("num_sanity_val_steps", 2) else 0
     interval = trainer.get("val_check_interval")
@@ -95,8 +101,8 @@ def _probe(plan: Plan, run: PlannedRun, command: ProbeCommand) -> Probe:
         if code or not times.exists():
             tail = log_tail(log)
             raise UserError(f"arm {run.arm!r} does not train (exit code {code}): {tail[-1] if tail else 'no output'}")
-        told = json.loads(times.read_text(encoding="utf-8"))
-    steps, validations = told["step_seconds"], told["validation_seconds"]
+        measured = json.loads(times.read_text(encoding="utf-8"))
+    steps, validations = measured["step_seconds"], measured["validation_seconds"]
     return Probe(
         start=max(0.0, seconds - sum(steps) - sum(validations)),
         validation=validations[-1] if validations else 0.0,  # the first one warms up
@@ -105,7 +111,7 @@ def _probe(plan: Plan, run: PlannedRun, command: ProbeCommand) -> Probe:
 
 
 def _short(run: PlannedRun, folder: Path, times: Path) -> dict[str, Any]:
-    """Return the run's overrides, but for a few steps with a clock and nothing that writes."""
+    """Return the run's overrides for a few steps, with a clock and without anything that writes."""
     overrides = copy.deepcopy(run.overrides)
     callbacks = [
         callback

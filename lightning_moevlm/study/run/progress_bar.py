@@ -1,4 +1,4 @@
-"""How a sweep is watched: one lasting line per end of a run, and on a terminal one moving line below.
+"""Shows a running sweep: one lasting line per run that ends, and on a terminal a moving line below.
 
 Without a terminal (a log file, CI) only the lasting lines are written, so nothing repeats.
 """
@@ -23,7 +23,7 @@ class SweepProgress:
     """Shows a sweep; a `Watcher`.
 
     Args:
-        console: Where to.
+        console: The terminal or log.
         total: Runs of the study.
         done: Runs that already have a result.
         jobs: Processes at once.
@@ -92,7 +92,7 @@ class SweepProgress:
         self._console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def _left(self) -> str:
-        """Rest of the time, from the mean of the runs so far: they share one budget."""
+        """Return the remaining time, from the mean of the runs so far: they share one budget."""
         rest = self._total - self._done
         if not rest or not self._seconds:
             return ""

@@ -24,35 +24,35 @@ from lightning_moevlm.study.run.processes.run_files import LOG_FILE, last_checkp
 from lightning_moevlm.study.run.store_retries import StoreRetries, StoreUnreachableError
 from lightning_moevlm.tracking.store import sqlite_path
 
-UNREACHABLE = "a silent store"
+UNREACHABLE = "an unreachable store"
 
-# (overrides file, id of the MLflow run to write to, checkpoint to go on from) -> command line
+# (overrides file, id of the MLflow run to write to, checkpoint to resume from) -> command line
 Command = Callable[[Path, str, Path | None], list[str]]
 
 
 class Watcher(Protocol):
-    """Who is told what happens, to show it."""
+    """Shows the progress of a sweep."""
 
     def run_started(self, run: PlannedRun, state: RunState) -> None:
         """A run's process has started."""
 
     def run_ended(self, run: PlannedRun, state: RunState) -> None:
-        """A run has ended, in whatever way."""
+        """A run has ended."""
 
     def tick(self) -> None:
         """Some time has passed."""
 
     def show(self, line: str) -> None:
-        """Something happened to the sweep itself."""
+        """Show a line on the sweep itself."""
 
 
 class RefusedError(UserError):
-    """The engine takes no more, in its own words."""
+    """The engine refused a job; the message is its own."""
 
 
 @dataclass
 class RunsAtWork:
-    """The runs that the engine has, by ticket, and what becomes of them in the ledger and in MLflow."""
+    """The runs that the engine has, by ticket, with their entries in the ledger and in MLflow."""
 
     plan: Plan
     experiment: StudyRuns
@@ -69,9 +69,9 @@ class RunsAtWork:
         """Hand a run to the engine; return False where the engine had it already.
 
         Raises:
-            StoreUnreachableError: it cannot be told to MLflow.
-            RefusedError: the engine refused it.
-            UserError: the ledger cannot be written.
+            StoreUnreachableError: MLflow does not answer.
+            RefusedError: The engine refused it.
+            UserError: The ledger cannot be written.
         """
         folder = self.plan.run_folder(run)
         state = read_state(folder)
@@ -102,7 +102,7 @@ class RunsAtWork:
         return True
 
     def collect(self, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
-        """Note the runs that have ended; return those that others have stopped and that may go on."""
+        """Note the runs that have ended; return those that were stopped from outside and may resume."""
         again = []
         for ticket, run in list(self.runs.items()):
             ended = self.engine.poll(ticket)
@@ -122,7 +122,7 @@ class RunsAtWork:
         return again
 
     def judge(self, watcher: Watcher, may_repeat: Callable[[PlannedRun], bool]) -> list[PlannedRun]:
-        """Judge the runs that have ended; return those that found no store and that may begin again."""
+        """Judge the runs that have ended; return those that found no store and may begin again."""
         again = []
         for run, ended in self.ended[:]:
             if not self.store.is_ready:
@@ -134,7 +134,7 @@ class RunsAtWork:
                 again.append(run)
             elif self._was_deleted(run) and may_repeat(run):
                 shutil.rmtree(self.plan.run_folder(run), ignore_errors=True)
-                watcher.show(f"{run.name}: its run in MLflow was deleted while it trained; it begins again from zero")
+                watcher.show(f"{run.name}: its run in MLflow was deleted while it trained; it starts again from zero")
                 again.append(run)
             else:
                 continue
@@ -152,9 +152,9 @@ class RunsAtWork:
             self.engine.cancel([tickets[run.name] for run in over])
 
     def stop(self) -> None:
-        """End what still runs; the ledger says `interrupted`, and the next call goes on there.
+        """End the running runs; the ledger says `interrupted`, and the next call resumes them.
 
-        What a cluster has not ended in good time stays with it: the next call waits for it.
+        A job that the cluster does not end in time stays with it: the next call waits for it.
         """
         if self.runs:
             self.engine.cancel(list(self.runs))
@@ -166,10 +166,10 @@ class RunsAtWork:
             self.store.attempt(partial(self.experiment.interrupt, [each for each in ids if each]))
 
     def _may_have_met_outage(self, run: PlannedRun, ended: ProcessEnd) -> bool:
-        """Whether a run may have ended as it did because it found no store when it began.
+        """Whether a run may have failed because it found no store when it began.
 
-        Not where we ended it, nor where the store is a file: that is busy for a moment at most, and a run that goes on
-        past its crash would turn that into a result.
+        Not if the sweep ended it, nor if the store is a file: that is busy for a moment at most, and a crashed run that
+        resumes past its crash would become a result.
         """
         return ended.code != 0 and run.name not in self.cut_short and sqlite_path(self.experiment.uri) is None
 
@@ -180,7 +180,7 @@ class RunsAtWork:
         return answers and read_state(self.plan.run_folder(run)).run_id not in there
 
     def _claim(self, run: PlannedRun, run_id: str | None) -> str:
-        """Return the id of the run's one run in MLflow: that of the attempt to go on with, or a new one."""
+        """Return the id of the run's one run in MLflow: that of the attempt to resume, or a new one."""
         claimed: list[str] = []
 
         def claim() -> None:

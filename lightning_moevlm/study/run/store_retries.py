@@ -1,8 +1,8 @@
-"""A sweep whose MLflow server goes away: what runs goes on, what has ended waits to be judged, nothing new begins.
+"""Retries a store that a sweep cannot reach: running runs continue, ended ones wait to be judged, no new one begins.
 
-A run cannot be judged without its points, so its end is written into the ledger (`ended`) until the store answers. What
-it could not log lies in its outbox and is delivered before it is judged. While nothing is left to run and the store
-stays silent, the sweep waits for a while, then stops; the next `sweep run` judges and goes on.
+A run cannot be judged without its points, so the ledger says `ended` until the store answers. Its offline log is
+uploaded before it is judged. Once nothing runs and the store stays unreachable, the sweep waits for a while, then
+stops; the next `sweep run` judges and resumes.
 """
 
 import time
@@ -15,7 +15,7 @@ from lightning_moevlm.tracking.write.store_outage import OutageGuard
 from lightning_moevlm.tracking.write.sync_offline_logs import SyncOutcome, SyncResult, sync_offline_logs
 
 _LONGEST_PAUSE = 30.0  # seconds between attempts
-_WHAT = "what runs goes on; runs are judged and others begin once it answers"
+_WHAT = "running runs continue; others are judged or begin once it answers"
 
 
 class StoreUnreachableError(Exception):
@@ -23,9 +23,11 @@ class StoreUnreachableError(Exception):
 
 
 class StoreRetries:
-    """The store of a study, asked again and again; after a failure not before a growing pause is over.
+    """The store of a study, with growing pauses between attempts after a failure.
 
-    uri: the store's. tell: is handed one line when a silence begins.
+    Args:
+        uri: Of the store.
+        tell: Gets one line when an outage begins.
     """
 
     def __init__(self, uri: str, tell: Callable[[str], None]) -> None:
@@ -36,16 +38,16 @@ class StoreRetries:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it answered last, or has been left alone for long enough."""
+        """Whether it answered last, or the pause is over."""
         return time.monotonic() >= self._next
 
     @property
     def outage_seconds(self) -> float:
-        """For how long it has not answered; 0 where it did."""
+        """Seconds since the outage began; 0 without one."""
         return time.monotonic() - self._since if self._silence.reason else 0.0
 
     def attempt(self, action: Callable[[], object]) -> bool:
-        """Do something with it and tell whether it answered; give up after seconds."""
+        """Try an action and return whether the store answered; give up after seconds."""
         was_silent = bool(self._silence.reason)
         if self._silence.attempt(action):
             self._pause = self._next = 0.0
@@ -58,10 +60,10 @@ class StoreRetries:
 
 
 def upload_first(experiment: StudyRuns, run_id: str) -> None:
-    """Deliver what a run that has ended kept on disk.
+    """Upload the offline log of a run that has ended.
 
     Raises:
-        OSError: the store does not take it.
+        OSError: The store does not take it.
     """
     for told in upload_offline_logs(experiment.uri, [run_id]):
         if told.outcome is SyncOutcome.KEPT:
@@ -69,7 +71,7 @@ def upload_first(experiment: StudyRuns, run_id: str) -> None:
 
 
 def upload_offline_logs(uri: str, run_ids: Iterable[str]) -> Sequence[SyncResult]:
-    """Deliver what runs kept on disk while their store was silent; those that are at work do it themselves."""
+    """Upload the offline logs of runs that have ended; a running run uploads its own."""
     root = runs_dir(uri)
     journals = [journal for run_id in run_ids for journal in root.glob(f"*/{run_id}/{JOURNAL}")]
     return sync_offline_logs([OfflineLog(journal.parent) for journal in journals], uri)

@@ -1,4 +1,4 @@
-"""Decides which runs of a plan still have to be executed."""
+"""Finds the runs of a plan that still have to be executed."""
 
 import shutil
 
@@ -13,16 +13,16 @@ from lightning_moevlm.study.run.processes.overrides_file import write_overrides
 
 
 def find_waiting_runs(plan: Plan, experiment: StudyRuns, engine: Engine, retry: bool) -> list[PlannedRun]:
-    """Return the runs that still need to run, after the ledger has been held against MLflow.
+    """Return the runs that still have to run, after checking the ledger against MLflow.
 
-    What a cluster has comes first: it is waited for. Then all arms of the first seed, then those of the next: what
-    changes on the machine while a sweep goes on meets every arm alike.
+    Jobs that a cluster has come first: they are waited for. Then come all arms of the first seed, then those of the
+    next, so that changes of the machine during a sweep meet every arm alike.
 
-    Orphans of a killed sweep are ended. A ledger entry whose MLflow run was deleted counts for nothing; a result in
-    MLflow that the ledger has lost (folder removed) is taken up again.
+    Orphans of a killed sweep are ended. A ledger entry whose MLflow run was deleted is dropped. A result in MLflow that
+    the ledger has lost (folder removed) is entered again.
 
     Raises:
-        UserError: another engine has some of the runs.
+        UserError: Another engine has some of the runs.
     """
     _refuse_others(plan, engine)
     _end_orphans(plan)
@@ -35,8 +35,8 @@ def find_waiting_runs(plan: Plan, experiment: StudyRuns, engine: Engine, retry: 
         if state.is_elsewhere:
             if state.run_id not in in_store:
                 raise UserError(
-                    f"{run.name}: {state.engine} has it (job {state.job or 'unknown'}), but its run in MLflow was "
-                    f"deleted; cancel the job and remove {folder} to run it again"
+                    f"{run.name} is job {state.job or 'unknown'} of {state.engine}, but its run in MLflow was deleted; "
+                    f"cancel the job and remove {folder} to run it again"
                 )
             elsewhere.append(run)
             continue
@@ -53,7 +53,7 @@ def find_waiting_runs(plan: Plan, experiment: StudyRuns, engine: Engine, retry: 
 
 
 def _refuse_others(plan: Plan, engine: Engine) -> None:
-    """Refuse to go on beside another engine that still has runs of the study."""
+    """Refuse to run beside another engine that still has runs of the study."""
     for run in plan.runs:
         state = read_state(plan.run_folder(run))
         if state.is_elsewhere and state.engine != engine.name:
@@ -64,7 +64,7 @@ def _refuse_others(plan: Plan, engine: Engine) -> None:
 
 
 def _end_orphans(plan: Plan) -> None:
-    """End children of a sweep that was killed. We hold the study, so a living one has no parent that waits for it."""
+    """End children of a killed sweep. This process holds the study, so no other sweep waits for them."""
     states = [read_state(plan.run_folder(run)) for run in plan.runs]
     living = [process for state in states if (process := find_process(state)) is not None]
     end_processes([process.pid for process in living], PATIENCE_SECONDS)

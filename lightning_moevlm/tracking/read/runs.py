@@ -63,7 +63,7 @@ def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) 
     """
     if not _exists(uri):
         return []
-    client = _client(uri)
+    client = open_client(uri)
     found = client.get_experiment_by_name(experiment)
     return [] if found is None else _rows(client, [found.experiment_id], tags or {})
 
@@ -95,7 +95,7 @@ def read_run(uri: str, run_id: str) -> RunRow:
     Raises:
         MlflowException: the store cannot be read, or has no such run.
     """
-    return _row(_client(uri).get_run(run_id))
+    return _row(open_client(uri).get_run(run_id))
 
 
 def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: str = "") -> list[RunRow]:
@@ -108,7 +108,7 @@ def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: s
     """
     if not _exists(uri):
         return []
-    client = _client(uri)
+    client = open_client(uri)
     found = _every_page(lambda token: client.search_experiments(max_results=_RUNS_PER_PAGE, page_token=token))
     return _rows(client, [each.experiment_id for each in found], tags or {}, where)
 
@@ -190,7 +190,7 @@ def _from_sqlite(path: Path, run_ids: Sequence[str], keys: Sequence[str] | None)
 
 
 def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -> Iterable[tuple[str, Point]]:
-    client = _client(uri)
+    client = open_client(uri)
     wanted = None if keys is None else set(keys)
     having: dict[str, list[str]] = {}  # runs by key
     for run_id in run_ids:
@@ -213,7 +213,8 @@ def _tag_filter(tags: Mapping[str, str]) -> str:
     return " and ".join(f"tags.`{key}` = '{value}'" for key, value in sayable.items())
 
 
-def _client(uri: str) -> "MlflowClient":
+def open_client(uri: str) -> "MlflowClient":
+    """Return a client of a store; MLflow is imported here, since that takes seconds."""
     from mlflow import MlflowClient
 
     return MlflowClient(uri)

@@ -231,7 +231,7 @@ def test_many_arms_go_below_each_other(result, monkeypatch):
 
 def test_nothing_to_draw_is_no_picture(swept):
     plan, experiment = swept
-    from lightning_moevlm.study.run.ledger import RunState
+    from lightning_moevlm.study.run.ledger import RunState, Status
 
     empty = collect_results(plan, [(run, RunState(Status.PLANNED)) for run in plan.runs], experiment.uri)
     assert draw_all(empty) == []

@@ -294,7 +294,11 @@ def test_good_end_without_the_primary_metric_is_a_failure(tmp_path, uri):
     ("every", "status", "reason"),
     [
         (2, Status.FINISHED, ""),
-        (3, Status.FAILED, "it ended well but logged val/task_loss last at step 3 of 4: no value of the trained model"),
+        (
+            3,
+            Status.FAILED,
+            "exit code 0, but it logged val/task_loss last at step 3 of 4: no value of the trained model",
+        ),
         (9, Status.FAILED, "last at step 0 of 4"),
     ],
 )

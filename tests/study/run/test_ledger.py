@@ -164,7 +164,7 @@ def test_one_sweep_at_a_time_and_the_second_is_told_who(tmp_path):
     try:
         assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(UserError, match=rf"at work \(process {other.pid} on .* since "),
+            pytest.raises(UserError, match=rf"running \(process {other.pid} on .* since "),
             hold_study(tmp_path),
         ):
             pass
