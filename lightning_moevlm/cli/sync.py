@@ -20,22 +20,15 @@ def sync(folder: str | None = None, json: str | None = None, dry_run: bool = Fal
     from rich.table import Table
 
     from lightning_moevlm.tracking.store import resolve_tracking_uri, runs_dir
-    from lightning_moevlm.tracking.write.sync_offline_logs import (
-        SyncOutcome,
-        SyncResult,
-        find_offline_logs,
-        sync_offline_logs,
-    )
+    from lightning_moevlm.tracking.write.offline_log import find_offline_logs
+    from lightning_moevlm.tracking.write.sync_offline_logs import SyncResult, sync_offline_logs
 
     uri = resolve_tracking_uri(None)
     where = runs_dir(uri) if folder is None else Path(folder)
     if folder is not None and not where.is_dir():
         raise UserError(f"no such folder: {folder}; give a run's, which a run prints at its end, or one above it")
-    logs = find_offline_logs([where])
-    if dry_run:
-        rows = [SyncResult(log, log.count(), SyncOutcome.KEPT, "dry run") for log in logs]
-    else:
-        rows = sync_offline_logs(logs, uri)
+    logs = find_offline_logs(where)
+    rows = [SyncResult(log, log.count(), "dry run") for log in logs] if dry_run else sync_offline_logs(logs, uri)
     if not rows and json is None:
         console().print(f"Nothing to upload in {where.absolute()}.", highlight=False, soft_wrap=True)
         return 0
@@ -43,20 +36,20 @@ def sync(folder: str | None = None, json: str | None = None, dry_run: bool = Fal
     for heading in ("run", "points", "files", "outcome", "store"):
         table.add_column(heading, overflow="fold")
     records: list[dict[str, object]] = []
-    for log, waiting, outcome, reason in rows:
-        text = f"{outcome}: {reason}" if reason else str(outcome)
+    for log, pending, reason in rows:
         store, run_id = log.address
-        table.add_row(run_id, str(waiting.points), str(waiting.files), text, store)
+        outcome = "kept" if reason else "uploaded"
+        table.add_row(run_id, str(pending.points), str(pending.files), f"{outcome}: {reason}".strip(" :"), store)
         records.append(
             {
                 "run_id": run_id,
                 "run_dir": str(log.run_dir),
                 "store": store,
-                "points": waiting.points,
-                "files": waiting.files,
-                "outcome": str(outcome),
+                "points": pending.points,
+                "files": pending.files,
+                "outcome": outcome,
                 "reason": reason,
             }
         )
     show(table, records, json)
-    return 0 if dry_run or all(row.outcome is not SyncOutcome.KEPT for row in rows) else 1
+    return 0 if dry_run or not any(row.reason for row in rows) else 1

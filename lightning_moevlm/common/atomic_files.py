@@ -45,3 +45,14 @@ def explain_write_errors(
         yield
     except OSError as error:
         raise UserError(f"{target} could not be written ({error.strerror or error}); {remedy}") from error
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be written, or cannot be made. Nothing is made here.
+
+    Raises:
+        UserError: names the option that gave it.
+    """
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UserError(f"{option} = {folder}: {existing} cannot be written. Name a folder that can.")

@@ -309,9 +309,12 @@ def _upload_offline_logs(planned: Plan) -> None:
 
     ids = [state.run_id for _, state in read_ledger(planned) if state.run_id is not None]
     terminal = Console(stderr=True)
-    for log, waiting, outcome, reason in upload_offline_logs(find_tracking_uri(planned), ids):
-        text = f"run {log.address.run_id}, {waiting.points} points and {waiting.files} files on disk: {outcome}"
-        _print(terminal, f"{text}, {reason}" if reason else text)
+    for log, pending, reason in upload_offline_logs(find_tracking_uri(planned), ids):
+        outcome = f"kept, {reason}" if reason else "uploaded"
+        _print(
+            terminal,
+            f"run {log.address.run_id}, {pending.points} points and {pending.files} files on disk: {outcome}",
+        )
 
 
 def _probe(planned: Plan, builders: Builders) -> "dict[str, Probe]":

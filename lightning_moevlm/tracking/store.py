@@ -8,7 +8,9 @@ when complete.
 import logging
 import os
 import re
+import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ _DATABASE_NAME = "mlflow.db"
 _SQLITE = "sqlite:///"
 _LOCK_SECONDS = 300.0
 _MIGRATION = re.compile(r"^(revision|down_revision) *= *(\"\w+\"|'\w+'|None) *(?:#.*)?$", re.MULTILINE)
-_ANSWER_SECONDS = "5"
+_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # seconds
 _EXAMPLE = f"{_SQLITE}{DEFAULT_RUNS_DIR / _DATABASE_NAME}"
 _ALLOWED = "allowed are sqlite:///PATH and http(s)://HOST:PORT"
 
@@ -89,6 +91,8 @@ def prepare_store(uri: str) -> None:
         UserError: the server does not answer within seconds; the file is not an MLflow database, or belongs to
             another version of it.
     """
+    # It announces migrations, and writes the traceback of every error that it raises as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     path = sqlite_path(uri)
     if path is None:
         _ask_server(uri)
@@ -96,15 +100,26 @@ def prepare_store(uri: str) -> None:
     if _revision(path) is None:
         _create(path)
     _check_revision(path)
-    follow_move(path)
+    try:
+        follow_move(path)
+    except sqlite3.Error as error:
+        raise UserError(
+            f"{path} cannot be written ({error}): make room and let it be written, then run again"
+        ) from error
 
 
 @contextmanager
 def limit_request_time() -> Iterator[None]:
-    """Within, MLflow's HTTP client gives up after seconds instead of minutes of retries."""
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": _ANSWER_SECONDS}
-    before = {name: os.environ.get(name) for name in patience}
-    os.environ.update(patience)
+    """Have MLflow's HTTP client give up after seconds within, instead of minutes of retries.
+
+    MLflow reads the limits from the process's environment. Within itself it changes nothing, so that other threads may
+    use it while the first one does.
+    """
+    if all(os.environ.get(name) == value for name, value in _LIMITS.items()):
+        yield
+        return
+    before = {name: os.environ.get(name) for name in _LIMITS}
+    os.environ.update(_LIMITS)
     try:
         yield
     finally:
@@ -125,41 +140,45 @@ def describe_cause(error: BaseException) -> str:
 
 def _create(path: Path) -> None:
     from filelock import FileLock, Timeout
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS)
+    beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock:
             if _revision(path) is None:
-                unfinished = path.with_name(f"{path.name}.new")
-                unfinished.unlink(missing_ok=True)  # what a killed process left; we hold the lock
-                _migrate(unfinished, path.parent / "artifacts")
-                unfinished.replace(path)
+                shutil.rmtree(beside, ignore_errors=True)  # what a killed process left; we hold the lock
+                beside.mkdir()
+                unfinished = beside / f"{time.time_ns()}.db"  # MLflow keeps an engine for every address it has met
+                try:
+                    _migrate(unfinished, path.parent / "artifacts")
+                    unfinished.replace(path)
+                finally:
+                    shutil.rmtree(beside, ignore_errors=True)
     except Timeout as error:
         raise UserError(
             f"another process has been creating {path} for {_LOCK_SECONDS:.0f} s: end it, then run again"
         ) from error
-    except OSError as error:
+    except (OSError, SQLAlchemyError, MlflowException) as error:
+        reason = getattr(error, "strerror", None) or describe_cause(error)
         raise UserError(
-            f"tracking database {path} cannot be created ({error.strerror or error}): "
-            "name a file in a folder that can be written, in tracking_uri or MLFLOW_TRACKING_URI"
+            f"tracking database {path} cannot be created ({reason}): make room, or name a file in a "
+            "folder that can be written, in tracking_uri or MLFLOW_TRACKING_URI"
         ) from error
 
 
 def _migrate(path: Path, artifacts: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    # Seconds of migrations announce themselves at INFO, revision by revision; nobody can act on that.
-    chatter = [logging.getLogger("mlflow.store.db.utils"), logging.getLogger("alembic")]
-    levels = [logger.level for logger in chatter]
-    for logger in chatter:
-        logger.setLevel(logging.WARNING)
+    alembic = logging.getLogger("alembic")  # it announces every revision
+    level = alembic.level
+    alembic.setLevel(logging.WARNING)
     try:
-        store = SqlAlchemyStore(f"{_SQLITE}{path}", artifacts.as_uri())
-        store.engine.dispose()
+        SqlAlchemyStore(f"{_SQLITE}{path}", artifacts.as_uri()).engine.dispose()
     finally:
-        for logger, level in zip(chatter, levels, strict=True):
-            logger.setLevel(level)
+        alembic.setLevel(level)
 
 
 def _revision(path: Path) -> str | None:

@@ -39,20 +39,26 @@ def mlflow_server(migrated_database: Path, tmp_path_factory: pytest.TempPathFact
 
 
 class Relay:
-    """A door in front of a server that can be shut, connections included, and opened again."""
+    """A door in front of a server that can be shut, connections included, and opened again.
+
+    num_refused: connections that came while it was shut.
+    """
+
+    num_refused = 0
 
     def __init__(self, target: str) -> None:
         host, port = target.removeprefix("http://").split(":")
         self._target = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open = True
+        self._answer: bytes | None = None
         self._sockets: list[socket.socket] = []
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def shut(self) -> None:
-        """Drop every connection, and every new one at once."""
-        self._open = False
+    def shut(self, answer: bytes | None = None) -> None:
+        """Drop every connection, and every new one at once; or send new ones an answer, or nothing if that is empty."""
+        self._open, self._answer = False, answer
         for connection in self._sockets:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -75,7 +81,14 @@ class Relay:
             except OSError:
                 return
             if not self._open:
-                inside.close()
+                self.num_refused += 1
+                if self._answer:
+                    inside.recv(65536)
+                    inside.sendall(self._answer)
+                if self._answer == b"":
+                    self._sockets.append(inside)
+                else:
+                    inside.close()
                 continue
             outside = socket.create_connection(self._target)
             self._sockets += [inside, outside]

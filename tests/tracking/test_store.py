@@ -16,6 +16,7 @@ from mlflow.store import db_migrations
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.tracking import prepare_store, resolve_tracking_uri
 from lightning_moevlm.tracking.store import _newest_by_text, limit_request_time, runs_dir, sqlite_path
+from tests.tracking.tiny import short_files
 
 _OPEN_AND_LOG = """
 import sys, time
@@ -91,12 +92,13 @@ def test_three_processes_on_a_fresh_database(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "runs" / "mlflow.db") as connection:
         assert connection.execute("SELECT count(*) FROM metrics").fetchone() == (3,)
         assert connection.execute("SELECT count(*) FROM experiments").fetchone() == (1,)
-    assert not (tmp_path / "runs" / "mlflow.db.new").exists()
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path, migrated_database: Path) -> None:
-    half_made = tmp_path / "mlflow.db.new"
-    half_made.write_bytes(migrated_database.read_bytes()[:4096])
+    half_made = tmp_path / ".mlflow.db.new"
+    half_made.mkdir()
+    (half_made / "1.db").write_bytes(migrated_database.read_bytes()[:4096])
     (tmp_path / "mlflow.db").touch()
     prepare_store(f"sqlite:///{tmp_path}/mlflow.db")
     with sqlite3.connect(tmp_path / "mlflow.db") as connection:
@@ -199,6 +201,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a file where a folder is needed")
     with pytest.raises(UserError, match=r"notes.txt/runs/mlflow.db cannot be created \(Not a directory\)"):
         prepare_store(f"sqlite:///{tmp_path}/notes.txt/runs/mlflow.db")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with short_files(60_000), pytest.raises(UserError, match=r"runs/mlflow.db cannot be created \(.*\): make room, or"):
+        prepare_store(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mlflow.db.lock"]
+    prepare_store(f"sqlite:///{tmp_path}/runs/mlflow.db")
 
 
 def test_what_a_killed_writer_left_is_rolled_back(migrated_database: Path, tmp_path: Path) -> None:

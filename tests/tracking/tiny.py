@@ -1,5 +1,8 @@
 """The smallest module that trains: one weight, one loss, logged each step."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +59,17 @@ class TinyData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(TensorDataset(torch.ones(self._num_samples, 1)), batch_size=1)
+
+
+@contextmanager
+def short_files(most_bytes: int) -> Iterator[None]:
+    """Have the system refuse writes of this process beyond so many bytes of a file, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tiny_trainer(

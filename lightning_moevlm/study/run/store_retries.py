@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.tracking.store import runs_dir
-from lightning_moevlm.tracking.write.offline_log import JOURNAL, OfflineLog
+from lightning_moevlm.tracking.write.offline_log import find_offline_logs
 from lightning_moevlm.tracking.write.store_outage import OutageGuard
-from lightning_moevlm.tracking.write.sync_offline_logs import SyncOutcome, SyncResult, sync_offline_logs
+from lightning_moevlm.tracking.write.sync_offline_logs import SyncResult, sync_offline_logs
 
 _LONGEST_PAUSE = 30.0  # seconds between attempts
 _WHAT = "running runs continue; others are judged or begin once it answers"
@@ -66,12 +66,12 @@ def upload_first(experiment: StudyRuns, run_id: str) -> None:
         OSError: The store does not take it.
     """
     for told in upload_offline_logs(experiment.uri, [run_id]):
-        if told.outcome is SyncOutcome.KEPT:
+        if told.reason:
             raise OSError(told.reason)
 
 
 def upload_offline_logs(uri: str, run_ids: Iterable[str]) -> Sequence[SyncResult]:
     """Upload the offline logs of runs that have ended; a running run uploads its own."""
     root = runs_dir(uri)
-    journals = [journal for run_id in run_ids for journal in root.glob(f"*/{run_id}/{JOURNAL}")]
-    return sync_offline_logs([OfflineLog(journal.parent) for journal in journals], uri)
+    folders = [folder for run_id in run_ids for folder in root.glob(f"*/{run_id}")]
+    return sync_offline_logs([log for folder in folders for log in find_offline_logs(folder)], uri)

@@ -98,7 +98,7 @@ class RunRecord(SaveConfigCallback):
         if logger is None or not self._system_metrics or not trainer.is_global_zero:
             return
         start_ms = logger.experiment.get_run(logger.run_id).info.start_time
-        self._sampler = SystemSampler(logger.log_from_thread, start_ms)
+        self._sampler = SystemSampler(logger.log_metrics, start_ms)
         self._sampler.start()
 
     @override

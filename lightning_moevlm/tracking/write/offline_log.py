@@ -1,243 +1,334 @@
-"""What a run has logged and its store has not taken: on disk, in the run's folder, until it is delivered.
+"""Keeps on disk what a run has logged until MLflow has it: every point, param, tag and file is here first.
 
-`undelivered.jsonl` is a journal, one JSON object per line, only ever appended to; `undelivered/` holds files under
-their artifact names. The first line names run and store. The journal goes last, when all is delivered: whoever is
-killed before begins again, and since every write may be repeated (`run_writer`) nothing is there twice. A lock says
-whose business it is: a run at work holds it, and the system frees it when its holder dies.
+The folder `offline-TIME-PID` in the run's own holds `journal.jsonl`, one JSON object a line, the first of which names
+the run and its store, and `files/NUMBER/NAME`, files under their artifact names. Every process that logs has a folder
+of its own and locks it; the system frees the lock when the process dies. The folder goes when all of it is uploaded.
 
-A kill loses no line that was appended; a power failure may lose those since the last `sync`.
+An upload that was interrupted is repeated from its first line, which is harmless: writes may be repeated
+(`run_writer`). A kill loses no line that was appended; a power failure may lose the lines since the last `sync`.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
-from filelock import FileLock, Timeout
-
+from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.write.run_writer import METRICS_PER_WRITE, RunWriter
 
-JOURNAL = "undelivered.jsonl"
-FILES = "undelivered"
-_LOCK = ".undelivered.lock"
-_UNFINISHED = ".undelivered.new."
-_PATIENCE_SECONDS = 60.0  # for another process that is delivering
+JOURNAL = "journal.jsonl"
+_COMPACT_BYTES = 1 << 22  # of lines that MLflow has
 
 
 class Address(NamedTuple):
-    """Where a journal is to go. store: the tracking URI, credentials masked."""
+    """The run that a log belongs to."""
 
     store: str
+    """The tracking URI, credentials masked."""
     run_id: str
 
 
 class PendingCount(NamedTuple):
-    """How much waits in a log."""
+    """How much of a log MLflow does not have."""
 
     points: int
     files: int
 
 
 class OfflineLog:
-    """The undelivered part of one run. Not for several threads.
+    """The log of one process for one run. Any thread may append; one at a time uploads.
 
-    run_dir: the run's folder; nothing is made there before something has to be kept. address: of the run; read from
-    the journal where None.
+    `begin` makes a new one. Call `hold` before an upload of another process's.
     """
 
-    def __init__(self, run_dir: Path, address: Address | None = None) -> None:
-        self.run_dir = run_dir
-        self.journal = run_dir / JOURNAL
-        self._files = run_dir / FILES
-        self._lock = FileLock(run_dir / _LOCK)
-        self._address = address
-        self._stream: IO[bytes] | None = None
-        self._delivered = 0  # bytes of the journal that this process has delivered
-        self._ending: tuple[str, int] | None = None  # read from them
+    _held: ClassVar[set[Path]] = set()
+    """Folders whose locks this process has. The system's table has processes only, not the objects in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.run_dir = self.folder.parent
+        self.journal = self.folder / JOURNAL
+        self._files = self.folder / "files"
+        self._numbers = count()
+        self._lock: IO[bytes] | None = None
+        self._stream: IO[bytes] | None = None  # to append to
+        self._appending = threading.Lock()
+        self._start = self._uploaded = self._end = 0  # bytes of the journal: its first line, what MLflow has, all
+        self._in_memory: list[bytes] = []  # lines that the disk does not take
+        self._ending: tuple[str, int] | None = None
+
+    @classmethod
+    def begin(cls, run_dir: Path, address: Address) -> "OfflineLog":
+        """Return a new log, held by this process.
+
+        Raises:
+            UserError: the run's folder cannot be written.
+        """
+        log = cls(run_dir / f"offline-{time.time_ns() // 1_000_000}-{os.getpid()}")
+        with explain_write_errors(run_dir, "make room or let the folder be written, or name another in tracking_uri"):
+            log._files.mkdir(parents=True)
+            log.hold()
+            log._stream = log.journal.open("ab+", buffering=0)
+            if error := log.append(**address._asdict()):
+                raise error
+        log._start = log._uploaded = log._end
+        return log
+
+    @cached_property
+    def address(self) -> Address:
+        """The run, as the first line names it.
+
+        Raises:
+            UserError: the journal was edited by hand, or is not one.
+        """
+        try:
+            first, _ = next(_read_lines(self.journal))
+            return Address(first["store"], first["run_id"])
+        except (StopIteration, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.journal}: its first line does not name a store and a run; restore it, or remove the file to "
+                "give up what it holds"
+            ) from error
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits."""
-        return not self.journal.exists()
+        """Whether MLflow has all that this process has appended."""
+        return self._end == self._uploaded and not self._in_memory and not any(self._files.iterdir())
 
     @property
-    def address(self) -> Address:
-        """Where it is to go.
+    def num_in_memory(self) -> int:
+        """How many lines are in memory alone, since the disk does not take them."""
+        return len(self._in_memory)
 
-        Raises:
-            UserError: the journal was edited by hand or is none of ours.
+    def hold(self) -> bool:
+        """Lock the log; return False while another process, as a rule its run, holds it.
+
+        The lock is the process's own: its children do not keep it after a kill, as they would keep one of `flock`.
         """
-        if self._address is None:
-            try:
-                first, _ = next(_entries(self.journal))
-                self._address = Address(first["store"], first["run_id"])
-            except (StopIteration, KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{self.journal}: its first line names no store and run; restore it, or remove the file to give "
-                    "up what it holds"
-                ) from error
-        return self._address
-
-    def hold(self, patience_seconds: float = 0.0) -> bool:
-        """Make this log the business of this process alone, and tell whether it is; held twice is held."""
-        if self._lock.is_locked:
-            return True
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._lock is not None or self.folder in self._held:
+            return self._lock is not None
         try:
-            self._lock.acquire(timeout=patience_seconds)
-        except Timeout:
+            lock = (self.folder / "lock").open("ab")
+        except FileNotFoundError:  # another process has just removed it
             return False
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # a file system that knows no locks is no reason to train without MLflow
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                lock.close()
+                return False
+        self._lock = lock
+        self._held.add(self.folder)
         return True
 
     def release(self) -> None:
-        """Leave it to others."""
-        self._lock.release()
+        """Leave the log, which stays, to other processes."""
+        for stream in (self._stream, self._lock):
+            if stream is not None:
+                stream.close()
+        if self._lock is not None:
+            self._held.discard(self.folder)
+        self._stream = self._lock = None
 
-    def keep_points(self, points: Sequence[Point]) -> None:
-        """Append points; NaN and infinities, which JSON lacks, are the texts "nan", "inf" and "-inf"."""
-        self._append([point._asdict() | {"value": _plain(point.value)} for point in points])
-
-    def keep_tags(self, tags: Mapping[str, str]) -> None:
-        """Append tags."""
-        self._append([{"tags": dict(tags)}] if tags else [])
-
-    def keep_params(self, params: Mapping[str, str]) -> None:
-        """Append params."""
-        self._append([{"params": dict(params)}] if params else [])
-
-    def keep_ending(self, status: str, end_ms: int) -> None:
-        """Append how the run ended."""
-        self._append([{"status": status, "end_ms": end_ms}])
-
-    def keep_file(self, path: Path, name: str) -> None:
-        """Keep a copy of a file under its artifact name."""
-        self._append([])
-        kept = self._files / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_name(f"{_UNFINISHED}{kept.name}")
-        shutil.copyfile(path, beside)
-        beside.replace(kept)
-
-    def sync(self) -> None:
-        """Put the journal on the disk itself, so that it outlasts a power failure."""
-        if self._stream is not None:
-            os.fsync(self._stream.fileno())
-
-    def deliver(self, writer: RunWriter, has_ended: bool) -> None:
-        """Hand everything over and remove it, in the order in which it was logged, files next and the ending last.
-
-        Args:
-            writer: Of this run.
-            has_ended: False in a run that goes on: an earlier ending says nothing any more.
-
-        Raises:
-            MlflowException, OSError: The store does not take it, or another process delivers it. What was not delivered
-                stays.
-        """
-        if self.is_empty:
-            return
-        self._take_hold()
-        for part in self._parts():
-            if part.points:
-                writer.points(part.points)
-            if part.tags:
-                writer.tags(part.tags)
-            if part.params:
-                writer.params(part.params)
-            self._ending = part.ending or self._ending
-            self._delivered = part.end
-        for path in self._kept_files():
-            writer.file(path, path.relative_to(self._files).as_posix())
-            path.unlink()
-        if self._ending is not None and has_ended:
-            writer.ending(*self._ending)
-        self._remove()
-
-    def count(self) -> "PendingCount":
-        """Return how much waits."""
-        lines = [entry for entry, _ in _entries(self.journal)] if not self.is_empty else []
-        return PendingCount(sum("key" in entry for entry in lines), len(self._kept_files()))
-
-    def _parts(self) -> Iterator["_Part"]:
-        """Yield what has not been delivered, a batch of points or one other entry at a time."""
-        points: list[Point] = []
-        end = self._delivered
-        for entry, end in _entries(self.journal, self._delivered):
-            if "key" in entry:
-                points.append(Point(**entry | {"value": float(entry["value"])}))
-            if "key" not in entry or len(points) == METRICS_PER_WRITE:
-                ending = (entry["status"], entry["end_ms"]) if "status" in entry else None
-                yield _Part(points, entry.get("tags", {}), entry.get("params", {}), ending, end)
-                points = []
-        if points:
-            yield _Part(points, {}, {}, None, end)
-
-    def _kept_files(self) -> list[Path]:
-        """Return the whole ones; what a killed writer left half done is none."""
-        found = sorted(path for path in self._files.rglob("*") if path.is_file())
-        return [path for path in found if not path.name.startswith(_UNFINISHED)]
-
-    def _append(self, entries: Iterable[Mapping[str, object]]) -> None:
-        """Append lines in one write; the first time, take hold and begin the journal."""
-        if self._stream is None:
-            self._stream = self._open()
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        self._stream.write(text.encode())
-
-    def _open(self) -> IO[bytes]:
-        """Return the journal, unbuffered, behind its last whole line."""
-        address = self.address
-        self._take_hold()
-        if self.is_empty:
-            beside = self.journal.with_name(f"{_UNFINISHED}{JOURNAL}")
-            beside.write_text(json.dumps({"store": address.store, "run_id": address.run_id}) + "\n", encoding="utf-8")
-            beside.replace(self.journal)
-        stream = self.journal.open("rb+", buffering=0)
-        stream.truncate(self.journal.read_bytes().rfind(b"\n") + 1)
-        stream.seek(0, os.SEEK_END)
-        return stream
-
-    def _remove(self) -> None:
-        """Remove what was delivered, the journal last."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        shutil.rmtree(self._files, ignore_errors=True)
+    def remove(self) -> None:
+        """Remove the log, which MLflow has."""
         self.journal.unlink()
-        self._delivered, self._ending = 0, None
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 
-    def _take_hold(self) -> None:
-        if not self.hold(_PATIENCE_SECONDS):
-            raise BlockingIOError(f"{self.journal} is held by another process")
+    def append(self, **entry: Any) -> OSError | None:
+        """Append a line to the journal; where the disk does not take it, keep it in memory and return why.
+
+        Args:
+            entry: `metrics={KEY: VALUE}, step=STEP, time_ms=TIME`, `tags={KEY: TEXT}`, `params={KEY: TEXT}`,
+                `rewind=STEP` or `status=TEXT, end_ms=TIME`.
+        """
+        line = _to_line(entry)
+        with self._appending:
+            self._in_memory.append(line)
+            return self._write() if len(self._in_memory) == 1 else None
+
+    @contextmanager
+    def add_files(self) -> Iterator[Path]:
+        """Keep every file that is written below the folder handed out, under its path from there.
+
+        Raises:
+            UserError: the disk does not take them.
+        """
+        number = f"{next(self._numbers):06}"
+        unfinished = self.folder / number
+        try:
+            with explain_write_errors(self.folder, "make room or let the folder be written, then resume the run"):
+                unfinished.mkdir()
+                yield unfinished
+                unfinished.rename(self._files / number)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def sync(self) -> OSError | None:
+        """Have the lines outlast a power failure; return why the disk does not take them where it does not."""
+        with self._appending:
+            if error := self._write():
+                return error
+        assert self._stream is not None
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            return error
+        return None
+
+    def upload(self, writer: RunWriter, has_ended: bool) -> None:
+        """Write what MLflow does not have: lines in their order, then files, and last how the run ended.
+
+        Args:
+            writer: of this run.
+            has_ended: False while the run continues: an ending from before no longer counts.
+
+        Raises:
+            MlflowException, OSError: the store does not take it. What is left stays.
+        """
+        for batch in _read_batches(_read_lines(self.journal, self._uploaded)):
+            self._write_batch(batch, writer)
+            self._uploaded = batch.end
+        in_memory = [(json.loads(line), 1) for line in self._in_memory]
+        for batch in _read_batches(in_memory):
+            self._write_batch(batch, writer)
+        with self._appending:
+            del self._in_memory[: len(in_memory)]
+        for folder in sorted(self._files.iterdir()):
+            for path in _list_files(folder):
+                writer.write_file(path, path.relative_to(folder).as_posix())
+                path.unlink()
+            shutil.rmtree(folder)
+        if self._ending is not None and has_ended:
+            writer.end(*self._ending)
+        if self._stream is not None:
+            self._drop_uploaded_lines(self._stream)
+
+    def count(self) -> PendingCount:
+        """Return how much MLflow does not have."""
+        lines = [entry for entry, _ in _read_lines(self.journal, self._uploaded)]
+        return PendingCount(sum(len(entry.get("metrics", ())) for entry in lines), len(_list_files(self._files)))
+
+    def _write_batch(self, batch: "_Batch", writer: RunWriter) -> None:
+        writer.write_params(batch.params)
+        writer.write_points(batch.points)
+        writer.write_tags(batch.tags)
+        if batch.rewind is not None:
+            writer.rewind(batch.rewind)
+        self._ending = batch.ending or self._ending
+
+    def _write(self) -> OSError | None:
+        """Move lines from memory to the disk, all of them or none."""
+        assert self._stream is not None
+        data = b"".join(self._in_memory)
+        try:
+            if self._stream.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._stream.truncate(self._end)
+            return error
+        self._end += len(data)
+        self._in_memory.clear()
+        return None
+
+    def _drop_uploaded_lines(self, stream: IO[bytes]) -> None:
+        with self._appending:
+            if self._uploaded == self._end:
+                stream.truncate(self._start)
+            elif self._uploaded > _COMPACT_BYTES:
+                first = os.pread(stream.fileno(), self._start, 0)
+                beside = self.folder / f".{JOURNAL}"
+                beside.write_bytes(first + os.pread(stream.fileno(), self._end - self._uploaded, self._uploaded))
+                beside.replace(self.journal)
+                stream.close()
+                self._stream = self.journal.open("ab+", buffering=0)
+            else:
+                return
+            self._end -= self._uploaded - self._start
+            self._uploaded = self._start
 
 
-class _Part(NamedTuple):
-    """What is written at once. end: where it ends in the journal, bytes."""
+@dataclass
+class _Batch:
+    """Lines that are written at once."""
 
-    points: Sequence[Point]
-    tags: Mapping[str, str]
-    params: Mapping[str, str]
-    ending: tuple[str, int] | None
-    end: int
+    points: list[Point] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    rewind: int | None = None
+    """Step to go back to after the points."""
+    ending: tuple[str, int] | None = None
+    end: int = 0
+    """Where the lines end in the journal, in bytes."""
+
+    def add(self, entry: Mapping[str, Any], end: int) -> None:
+        """Take the next line."""
+        for key, value in entry.get("metrics", {}).items():
+            self.points.append(Point(key, entry["step"], float(value), entry["time_ms"]))
+        self.tags |= entry.get("tags", {})
+        self.params |= entry.get("params", {})
+        self.rewind = entry.get("rewind")
+        if "status" in entry:
+            self.ending = entry["status"], entry["end_ms"]
+        self.end = end
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next line belongs to another batch."""
+        return len(self.points) >= METRICS_PER_WRITE or self.rewind is not None
 
 
-def _entries(journal: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield every whole line with where it ends, from a byte on."""
+def find_offline_logs(folder: Path) -> list[OfflineLog]:
+    """Return the logs in a folder and in all below it, those of a run in the order in which they were begun."""
+    return [OfflineLog(journal.parent) for journal in sorted(folder.rglob(JOURNAL))]
+
+
+def _read_batches(lines: Iterable[tuple[Mapping[str, Any], int]]) -> Iterator[_Batch]:
+    batch = _Batch()
+    for entry, end in lines:
+        batch.add(entry, end)
+        if batch.is_full:
+            yield batch
+            batch = _Batch()
+    if batch.end:
+        yield batch
+
+
+def _read_lines(journal: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield every whole line from a byte on, with the byte where it ends."""
     end = start
     with journal.open("rb") as stream:
         stream.seek(start)
         for line in stream:
             if not line.endswith(b"\n"):
-                return  # its writer is at work, or was killed in the middle
+                return  # its writer was killed in the middle
             end += len(line)
             yield json.loads(line), end
 
 
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+def _list_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _to_line(entry: Mapping[str, Any]) -> bytes:
+    """Return JSON, where NaN and infinities, which it lacks, are the texts nan, inf and -inf."""
+    try:
+        text = json.dumps(entry, allow_nan=False)
+    except ValueError:
+        finite = {key: value if math.isfinite(value) else str(value) for key, value in entry["metrics"].items()}
+        text = json.dumps({**entry, "metrics": finite}, allow_nan=False)
+    return text.encode() + b"\n"

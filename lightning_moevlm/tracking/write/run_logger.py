@@ -1,17 +1,18 @@
-"""A run in MLflow, written while it trains.
+"""Logs a run to MLflow while it trains.
 
 Lightning's MLFlowLogger writes every call at once, to a store that MLflow no longer opens by default, and
-moves the process's global tracking URI. This one buffers, keeps to its own client, survives a store that goes
-away, and says where it could not keep what it was given.
+moves the process's global tracking URI. This one writes to an offline log on disk, from which a thread fills MLflow. It
+keeps to its own client and survives a store that goes away.
 """
 
 import math
 import os
+import shutil
 import sys
-import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,10 @@ from typing_extensions import override
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.tracking.point import Point
-from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
+from lightning_moevlm.tracking.store import describe_cause, prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
 from lightning_moevlm.tracking.write.image_series import write_series_image
 from lightning_moevlm.tracking.write.metric_names import LONGEST_NAME, MetricNames
-from lightning_moevlm.tracking.write.offline_log import Address, OfflineLog
+from lightning_moevlm.tracking.write.offline_log import Address, OfflineLog, find_offline_logs
 from lightning_moevlm.tracking.write.open_run import (
     NONFINITE_TAG,
     OpenRun,
@@ -39,10 +39,9 @@ from lightning_moevlm.tracking.write.open_run import (
     local_artifacts,
     reopen_run,
 )
-from lightning_moevlm.tracking.write.point_buffer import PointBuffer
-from lightning_moevlm.tracking.write.rewind import drop_points
 from lightning_moevlm.tracking.write.run_params import CHANGED_TAG, sort_params
-from lightning_moevlm.tracking.write.run_writer import METRICS_PER_WRITE, RunWriter
+from lightning_moevlm.tracking.write.run_writer import RunWriter
+from lightning_moevlm.tracking.write.sender import Sender
 from lightning_moevlm.tracking.write.store_outage import OutageGuard
 
 if TYPE_CHECKING:
@@ -108,16 +107,15 @@ class RunLogger(MLFlowLogger):
         self._experiment_id: str | None = None
         self._run_tags = dict(tags or {})
         self._resumed = run_id is not None
-        self._writer: RunWriter | None = None
-        self._offline_log: OfflineLog | None = None
-        self._guard = OutageGuard(self._tracking_uri, _warn, "training goes on, what it logs is kept on disk")
+        self._client: MlflowClient | None = None
+        self._sender: Sender | None = None
+        self._flush_points, self._flush_seconds = flush_points, flush_seconds
+        self._guard = OutageGuard(self._tracking_uri, _warn, "training continues, its log is kept on disk")
         self._params: dict[str, str] = {}
         self._names = MetricNames()
-        self._logged_until: Mapping[str, int] = {}  # steps that a server has, and that a resumed run logs again
         self._has_diverged = False
-        self._buffer = PointBuffer(flush_points, flush_seconds)
+        self._has_full_disk = False
         self._nonfinite_seen: set[str] = set()
-        self._nonfinite_tags: dict[str, str] = {}  # not written yet
 
     @property
     @override
@@ -128,7 +126,7 @@ class RunLogger(MLFlowLogger):
         Raises:
             UserError: see the class.
         """
-        return self._write.client
+        return self._connect()
 
     @property
     def tracking_uri(self) -> str:
@@ -150,68 +148,38 @@ class RunLogger(MLFlowLogger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Keep the points of a step, to be written when due. A text is skipped with a warning."""
-        time_ms = int(time.time() * 1000)
-        at = step or 0
-        safe, add = self._names.safe, self._buffer.add
+        """Log the points of a step, from any thread. A text is skipped with a warning."""
+        sender, at = self._open(), step or 0
+        safe, points = self._names.safe, dict[str, float]()
+        nonfinite: dict[str, str] = {}
         self._has_diverged |= _DIVERGED in metrics
         for name, value in metrics.items():
             if isinstance(value, str):
                 rank_zero_warn(f"metric {name} is the text {value!r}: not logged", category=RuntimeWarning)
                 continue
             key, number = safe(name), float(value)
-            if at <= self._logged_until.get(key, -1):
-                continue
-            add(Point(key, at, number, time_ms))
+            points[key] = number
             if not math.isfinite(number) and key not in self._nonfinite_seen:
                 self._nonfinite_seen.add(key)
-                self._nonfinite_tags[f"{NONFINITE_TAG}{key}"[:LONGEST_NAME]] = f"{number} first at step {at}"
-        if self._buffer.due:
-            self.flush()
-        elif self._guard.reason:
-            self._keep_waiting()
+                nonfinite[f"{NONFINITE_TAG}{key}"[:LONGEST_NAME]] = f"{number} first at step {at}"
+        self._report(sender.log.append(metrics=points, step=at, time_ms=_now_ms()))
+        sender.notice(len(points))
+        self.log_tags(nonfinite)
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Let the steps beyond one be logged anew by a run that is resumed there; see `rewind.drop_points`."""
         if not self._resumed:
             return
-        client = self._write.client
-
-        def drop() -> None:
-            assert self._run_id is not None
-            self._logged_until = drop_points(client, self._tracking_uri, self._run_id, step)
-            if not self._logged_until:
-                self._nonfinite_seen = set()
-
-        if self._guard.attempt(drop) and self._logged_until:
-            _warn(
-                f"run {self._run_id} is resumed at step {step} and has points up to step "
-                f"{max(self._logged_until.values())}: a server forgets none, so these stay and are not logged again; "
-                "if options have changed, leave run_id out and begin a new run"
-            )
-
-    @rank_zero_only
-    def log_from_thread(self, metrics: Mapping[str, float], step: int) -> None:
-        """Keep points without ever writing: safe beside the training thread, which delivers them."""
-        time_ms = int(time.time() * 1000)
-        for name, value in metrics.items():
-            self._buffer.add(Point(self._names.safe(name), step, float(value), time_ms))
+        self._append(rewind=step)
+        if sqlite_path(self._tracking_uri) is not None:  # a server keeps its points, and the tags that tell of them
+            self._nonfinite_seen = set()
+        self.flush()
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write what waits. A store that does not answer is warned about once and tried again later."""
-        writer, log = self._write, self._kept
-
-        def older() -> None:
-            log.deliver(writer, has_ended=False)
-            if self._nonfinite_tags:
-                writer.tags(self._nonfinite_tags)
-                self._nonfinite_tags = {}
-
-        if not self._guard.attempt(lambda: self._buffer.deliver(writer.points, METRICS_PER_WRITE, older)):
-            self._keep_waiting()
-            log.sync()
+        """Write what is pending now. A store that does not take it is warned about once and tried again later."""
+        self._open().flush()
 
     @override
     @rank_zero_only
@@ -221,10 +189,10 @@ class RunLogger(MLFlowLogger):
         Values longer than MLflow takes (6,000 characters) are cut there, and whole in the artifact
         `params/<key>.txt`.
         """
-        writer, log = self._write, self._kept
+        self._open()
         found = sort_params(params, self._params)
-        if not (log.is_empty and self._guard.attempt(lambda: writer.params(found.new))):
-            log.keep_params(found.new)
+        if found.new:
+            self._append(params=found.new)
         self._params |= found.new
         self.log_tags({f"{CHANGED_TAG}{key}"[:LONGEST_NAME]: value for key, value in found.changed.items()})
         for key, whole in found.too_long.items():
@@ -233,101 +201,121 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run; an existing one is replaced."""
-        writer, log = self._write, self._kept
-        if not (log.is_empty and self._guard.attempt(lambda: writer.tags(tags))):
-            log.keep_tags(tags)
+        if tags:
+            self._append(tags=dict(tags))
 
     @rank_zero_only
     def log_artifact_text(self, name: str, text: str) -> None:
         """Keep a text as artifact `name`, a relative path with `/`."""
-        self._deliver_file(name, lambda path: path.write_text(text, encoding="utf-8"))
+        with self._add_files() as folder:
+            _place(folder / name).write_text(text, encoding="utf-8")
 
     @rank_zero_only
     def log_figure(self, name: str, figure: "Figure") -> None:
         """Keep a matplotlib figure as artifact `name`; the ending (`.png`, `.svg` ...) chooses the format."""
-        self._deliver_file(name, lambda path: figure.savefig(path, bbox_inches="tight"))
+        with self._add_files() as folder:
+            figure.savefig(_place(folder / name), bbox_inches="tight")
 
     @rank_zero_only
     def log_image(self, key: str, image: "Image", step: int) -> None:
-        """Keep a picture of a series; the UI shows the series with a slider over steps."""
-        with tempfile.TemporaryDirectory() as directory:
-            tags = write_series_image(Path(directory), image, self._names.safe(key), step)
-            self._deliver_files(Path(directory), "")
+        """Keep an image of a series; the UI shows the series with a slider over steps."""
+        with self._add_files() as folder:
+            tags = write_series_image(folder, image, self._names.safe(key), step)
         self.log_tags(tags)
 
     @rank_zero_only
     def log_directory(self, directory: Path, artifact_path: str) -> None:
         """Keep every file below a directory, which stays, as artifacts under `artifact_path`."""
-        self._deliver_files(directory, f"{artifact_path}/")
+        with self._add_files() as folder:
+            shutil.copytree(directory, folder / artifact_path)
 
     @override
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Write what waits: a checkpoint and the points before it belong together."""
-        if self._writer is not None:
-            self.flush()
+        """Do nothing: the offline log lies beside the checkpoint and has every point from before it."""
 
     @override
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Write what waits and set the status: FINISHED, FAILED (as a run that diverged), or KILLED by a signal.
+        """Write what is pending and set the status: FINISHED, FAILED (as a run that diverged), or KILLED by a signal.
 
-        What the store does not take stays in `run_dir`, with a warning that says how it gets there.
+        What the store does not take stays in `run_dir`, with a warning that names the command to upload it.
         """
-        if self._writer is None and not len(self._buffer):
+        sender = self._sender
+        if sender is None:
             return  # the run was never opened: fast_dev_run, or the store was refused
-        writer, log = self._write, self._kept
-        self.flush()
         # Lightning says "failed" from within its except block, whatever the exception is.
         killed = isinstance(sys.exc_info()[1], (KeyboardInterrupt, SIGTERMException))
         ending = "KILLED" if killed and status == "failed" else "FINISHED"
         if self._has_diverged or (status == "failed" and not killed):
             ending = "FAILED"
-        now_ms = int(time.time() * 1000)
-        if not (log.is_empty and self._guard.attempt(lambda: writer.ending(ending, now_ms))):
-            log.keep_ending(ending, now_ms)
-            log.sync()
-            waiting = log.count()
+        self._append(status=ending, end_ms=_now_ms())
+        self._sender = None
+        if not sender.close(has_ended=True):
+            pending, lost = sender.log.count(), sender.log.num_in_memory
+            rest = f". {lost} more lines found no room there and are lost" if lost else ""
             _warn(
-                f"{waiting.points} points and {waiting.files} files of run {self.run_id} were not delivered to "
-                f"{mask_url_secrets(self._tracking_uri)}; they are in {log.journal}. Once it answers: "
-                f"moevlm sync {self.run_dir}"
+                f"{pending.points} points and {pending.files} files of run {self.run_id} were not uploaded to "
+                f"{mask_url_secrets(self._tracking_uri)}; they are in {sender.log.folder}. Once it answers: "
+                f"moevlm sync {self.run_dir}{rest}"
             )
-        log.release()
 
-    @property
-    def _kept(self) -> OfflineLog:
-        if self._offline_log is None:
-            assert self.run_id is not None
-            self._offline_log = OfflineLog(self.run_dir, Address(mask_url_secrets(self._tracking_uri), self.run_id))
-        return self._offline_log
+    def _append(self, **entry: Any) -> None:
+        sender = self._open()
+        self._report(sender.log.append(**entry))
+        sender.notice()
 
-    def _keep_waiting(self) -> None:
-        """Move to the disk what waits for a store that does not answer; a kill would lose it here."""
-        try:
-            self._kept.keep_tags(self._nonfinite_tags)
-            self._nonfinite_tags = {}
-            self._buffer.spill(self._kept.keep_points)
-        except OSError as error:  # no space, say: it stays in memory, and training goes on
-            rank_zero_warn(f"what MLflow does not take cannot be kept in {self.run_dir}: {error}")
+    @contextmanager
+    def _add_files(self) -> Iterator[Path]:
+        sender = self._open()
+        with sender.log.add_files() as folder:
+            yield folder
+        sender.notice()
 
-    @property
-    def _write(self) -> RunWriter:
-        if self._writer is None:
+    def _report(self, error: OSError | None) -> None:
+        """Warn once of a disk that does not take the log; it stays in memory, and training continues."""
+        if error is not None and not self._has_full_disk:
+            _warn(f"the log of run {self.run_id} cannot be kept in {self.run_dir} ({error.strerror}): make room")
+        self._has_full_disk = error is not None
+
+    def _connect(self) -> "MlflowClient":
+        """Return the client; the first time, open the run in MLflow and begin to log."""
+        if self._client is None:
             from mlflow import MlflowClient
+            from mlflow.exceptions import MlflowException
 
             prepare_store(self._tracking_uri)
             client = MlflowClient(self._tracking_uri)
-            run = self._open(client)
+            try:
+                run = self._open_run(client)
+            except MlflowException as error:
+                uri = mask_url_secrets(self._tracking_uri)
+                raise UserError(
+                    f"MLflow at {uri} does not take the run ({describe_cause(error)}): make room for its database and "
+                    "let it be written, then give the same command again"
+                ) from error
             self._run_id, self._experiment_id = run.run_id, run.experiment_id
             self._params, self._nonfinite_seen = dict(run.params), set(run.nonfinite)
-            self._writer = RunWriter(client, run.run_id)
-            if not self._kept.is_empty:  # a process before this one, killed while the store was silent, left it
-                self.flush()
+            self._client = client
+            self._open()
             if self._resumed:
                 self.log_tags(self._run_tags)
-        return self._writer
+        return self._client
 
-    def _open(self, client: "MlflowClient") -> OpenRun:
+    def _open(self) -> Sender:
+        """Return what sends the log; begin a new log at first, and after the run has been ended."""
+        client = self._connect()
+        if self._sender is None:
+            assert self._run_id is not None
+            log = OfflineLog.begin(self.run_dir, Address(mask_url_secrets(self._tracking_uri), self._run_id))
+            earlier = [each for each in find_offline_logs(self.run_dir) if each.hold()]
+            make_writer = partial(RunWriter, client, self._tracking_uri, self._run_id, _warn)
+            self._sender = Sender(log, earlier, make_writer, self._guard, self._flush_points, self._flush_seconds)
+            self._sender.start()
+            if earlier:
+                self._sender.flush()
+        return self._sender
+
+    def _open_run(self, client: "MlflowClient") -> OpenRun:
         if self._run_id is not None:
             if os.environ.get("MLFLOW_RUN_ID") == self._run_id:
                 del os.environ["MLFLOW_RUN_ID"]  # as MLflow does: the next run of this process is another one
@@ -338,21 +326,15 @@ class RunLogger(MLFlowLogger):
             location = local_artifacts(Path(self.save_dir), name)
         return create_run(client, name, location, self._run_name, self._run_tags)
 
-    def _deliver_file(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file and hand it over."""
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
-            self._deliver_files(Path(directory), "")
 
-    def _deliver_files(self, directory: Path, prefix: str) -> None:
-        """Hand every file below a directory to the store as `prefix` + its path; what that does not take is kept."""
-        writer, log = self._write, self._kept
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            name = prefix + path.relative_to(directory).as_posix()
-            if not (log.is_empty and self._guard.attempt(partial(writer.file, path, name))):
-                log.keep_file(path, name)
+def _place(file: Path) -> Path:
+    """Return the file after its folder was made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _warn(line: str) -> None:

@@ -1,6 +1,6 @@
-"""A store that may stop answering: who writes to it learns that, tells it once, and goes on.
+"""Guards writes to a store that may stop answering: the writer says so once and continues.
 
-Training must not die of its bookkeeping, and a sweep must not die of one lost answer.
+Training must not fail because of its bookkeeping, nor a sweep because of one lost answer.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,16 @@ from lightning_moevlm.tracking.store import describe_cause, limit_request_time
 class OutageGuard:
     """Attempts on one store.
 
-    uri: the store's, named with its credentials masked. tell: is handed one line when a silence begins. what: what
-    the line says of the meantime.
+    Args:
+        uri: the store's. It is named with its credentials masked.
+        tell: is given one line when an outage begins.
+        meanwhile: what happens during the outage, for that line.
     """
 
-    def __init__(self, uri: str, tell: Callable[[str], None], what: str) -> None:
+    def __init__(self, uri: str, tell: Callable[[str], None], meanwhile: str) -> None:
         self._shown_uri = mask_url_secrets(uri)
         self._tell = tell
-        self._what = what
+        self._meanwhile = meanwhile
         self._reason = ""
 
     @property
@@ -28,7 +30,7 @@ class OutageGuard:
         return self._reason
 
     def attempt(self, action: Callable[[], object]) -> bool:
-        """Do something with the store and tell whether it answered; give up after seconds."""
+        """Call an action, limit the time of its requests, and return whether the store took it."""
         from mlflow.exceptions import MlflowException
 
         before = self._reason
@@ -38,7 +40,7 @@ class OutageGuard:
         except (MlflowException, OSError) as error:  # the exceptions of `requests` are OSErrors
             self._reason = describe_cause(error)
             if not before:
-                self._tell(f"MLflow at {self._shown_uri} takes nothing at the moment; {self._what}: {self._reason}")
+                self._tell(f"MLflow at {self._shown_uri} is unavailable; {self._meanwhile}: {self._reason}")
             return False
         self._reason = ""
         return True

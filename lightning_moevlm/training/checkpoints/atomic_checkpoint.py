@@ -34,18 +34,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         part = whole.with_name(f"{whole.name}.part")
         held = BytesIO()  # torch hides what the file system says behind an error of its own
         torch.save(checkpoint, held)
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with (
-                explain_write_errors(whole, f"make room; what {whole.name} held before is still there"),
-                part.open("wb") as stream,
-            ):
-                stream.write(held.getbuffer())
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(whole)
-        finally:
-            part.unlink(missing_ok=True)
+        with explain_write_errors(whole, f"make room; what {whole.name} held before is still there"):
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with part.open("wb") as stream:
+                    stream.write(held.getbuffer())
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                part.replace(whole)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 def save_atomically(trainer: Trainer) -> None:

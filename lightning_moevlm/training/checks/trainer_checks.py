@@ -1,12 +1,14 @@
 """Combinations of parts that would fail later, or compute something else than they say."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from lightning_moevlm.common.atomic_files import check_writable
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step
@@ -52,6 +54,8 @@ def refuse_invalid_trainer(trainer: Trainer) -> None:
                 "LearningRateFinder sets an attribute of the model, and rates here are options of model.optimizer: "
                 "leave it out; a study with design: lr_sensitivity finds the rate"
             )
+    if trainer.checkpoint_callbacks and not trainer.loggers and "://" not in trainer.default_root_dir:
+        check_writable(Path(trainer.default_root_dir), "trainer.default_root_dir")  # where checkpoints go
 
 
 def refuse_other_sizes(spec: BackboneSpec, data: Mapping[str, Any]) -> None:

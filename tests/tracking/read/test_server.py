@@ -12,8 +12,17 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils import rest_utils
 
-from lightning_moevlm.tracking import RunLogger, find_runs, metric_histories, metric_history, prepare_store, run_link
+from lightning_moevlm.tracking import (
+    RunLogger,
+    find_runs,
+    metric_histories,
+    metric_history,
+    prepare_store,
+    run_link,
+    store,
+)
 from lightning_moevlm.tracking.read import bulk_history
+from lightning_moevlm.tracking.write.offline_log import find_offline_logs
 from tests.tracking.conftest import Relay
 from tests.tracking.tiny import TinyData, TinyModule, tiny_trainer
 
@@ -25,6 +34,7 @@ def test_a_run_over_http(mlflow_server: str, tmp_path: Path, monkeypatch: pytest
     logger.log_hyperparams({"dim": 8})
     tiny_trainer(logger, tmp_path, max_steps=4).fit(TinyModule(poison_at=1), TinyData())
     logger.log_artifact_text("notes/a.txt", "text")
+    logger.finalize()
 
     (run,) = find_runs(mlflow_server, "http", {"sweep": "s", "it's": 'a "quote"'})
     assert (run.status, run.params) == ("FINISHED", {"dim": "8"})
@@ -67,19 +77,48 @@ def test_a_server_that_comes_back_gets_everything(
     monkeypatch.chdir(tmp_path)
     logger = RunLogger(experiment_name="door", tracking_uri=relay.uri, flush_points=1, flush_seconds=0.05)
     logger.log_metrics({"a": 0.0}, 0)
+    logger.flush()
     relay.shut()
-    start = time.perf_counter()
-    with pytest.warns(RuntimeWarning, match="takes nothing at the moment") as told:
+    with pytest.warns(RuntimeWarning, match="is unavailable") as told:
+        start = time.perf_counter()
         for step in range(1, 6):
             logger.log_metrics({"a": float(step)}, step)
-            time.sleep(0.06)
-    assert time.perf_counter() - start < 60  # MLflow by itself retries for minutes
-    assert len([warning for warning in told if "takes nothing" in str(warning.message)]) == 1
+        assert time.perf_counter() - start < 1  # no call waits for the server
+        logger.flush()
+        logger.flush()
+        assert time.perf_counter() - start < 60  # MLflow by itself retries for minutes
+    assert len([warning for warning in told if "is unavailable" in str(warning.message)]) == 1
     relay.open()
     logger.finalize("success")
     assert [(p.step, p.value) for p in metric_history(relay.uri, str(logger.run_id), ["a"])] == [
         (step, float(step)) for step in range(6)
     ]
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", b""])
+def test_a_server_that_is_sick_or_silent_stops_no_training(
+    relay: Relay, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    """It answers 503, or takes requests and says nothing. Once it is well it gets everything."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(store._LIMITS, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    logger = RunLogger(experiment_name="sick", tracking_uri=relay.uri, flush_points=1, flush_seconds=0.05)
+    logger.flush()
+    relay.shut(answer)
+    with pytest.warns(RuntimeWarning, match="is unavailable"):
+        start = time.perf_counter()
+        for step in range(50):
+            logger.log_metrics({"a": float(step)}, step)
+            logger.log_tags({"step": str(step)})
+            logger.log_artifact_text(f"{step}.txt", "text")
+        assert time.perf_counter() - start < 2
+        logger.flush()
+    assert relay.num_refused > 0
+    relay.open()
+    logger.finalize()
+    assert len(metric_history(mlflow_server, str(logger.run_id), ["a"])) == 50
+    assert len(MlflowClient(mlflow_server).list_artifacts(str(logger.run_id))) == 50
+    assert find_offline_logs(tmp_path) == []
 
 
 def test_training_outlives_its_server(
@@ -98,16 +137,19 @@ def test_training_outlives_its_server(
         tiny_trainer(logger, tmp_path, max_steps=5).fit(Leaving(poison_at=3), TinyData())
 
     messages = [str(warning.message) for warning in told if issubclass(warning.category, RuntimeWarning)]
-    assert len([m for m in messages if "takes nothing at the moment" in m]) == 1
+    assert len([m for m in messages if "is unavailable" in m]) == 1
     run_dir = tmp_path / "runs" / str(logger.experiment_id) / str(logger.run_id)
-    (final,) = [m for m in messages if "were not delivered" in m]
-    assert str(run_dir / "undelivered.jsonl") in final
-    assert (run_dir / "undelivered" / "notes" / "late.txt").read_text() == "kept"
-    kept = [json.loads(line) for line in (run_dir / "undelivered.jsonl").read_text().splitlines()]
+    (final,) = [m for m in messages if "were not uploaded" in m]
+    [log] = find_offline_logs(run_dir)
+    assert str(log.folder) in final
+    [late] = log.folder.rglob("notes/late.txt")
+    assert late.read_text() == "kept"
+    kept = [json.loads(line) for line in log.journal.read_text().splitlines()]
+    points = [(key, row["step"], value) for row in kept for key, value in row.get("metrics", {}).items()]
     there = metric_history(mlflow_server, str(logger.run_id), ["train/task_loss"])
-    steps = [point.step for point in there] + [row["step"] for row in kept if row.get("key") == "train/task_loss"]
-    assert steps == [0, 1, 2, 3, 4]
-    assert [float(row["value"]) for row in kept if row.get("key") == "train/inf"] == [math.inf]
+    steps = {point.step for point in there} | {step for key, step, _ in points if key == "train/task_loss"}
+    assert steps == {0, 1, 2, 3, 4}
+    assert [float(value) for key, _, value in points if key == "train/inf"] == [math.inf]
     assert kept[-1]["status"] == "FINISHED"
 
 

@@ -15,7 +15,7 @@ STEPS = 300
 
 def write(uri: str, name: str, told: Any) -> None:
     """Log, with a write every few steps; tell the run."""
-    warnings.simplefilter("error", RuntimeWarning)  # "takes nothing at the moment" would be one
+    warnings.simplefilter("error", RuntimeWarning)  # "is unavailable" would be one
     logger = RunLogger(tracking_uri=uri, run_name=name, flush_points=25, flush_seconds=0.05)
     for step in range(STEPS):
         logger.log_metrics({f"metric{i}": float(step) for i in range(METRICS)}, step)

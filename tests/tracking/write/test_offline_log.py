@@ -1,8 +1,9 @@
-"""The journal alone, with a writer that remembers: what is kept, how it leaves, what a kill leaves behind."""
+"""The offline log alone, with a writer that remembers: what is kept, how it leaves, what a kill leaves behind."""
 
 import json
 import math
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import pytest
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.tracking.point import Point
-from lightning_moevlm.tracking.write.offline_log import FILES, JOURNAL, Address, OfflineLog, PendingCount
+from lightning_moevlm.tracking.write import offline_log
+from lightning_moevlm.tracking.write.offline_log import (
+    JOURNAL,
+    Address,
+    OfflineLog,
+    PendingCount,
+    find_offline_logs,
+)
 
 ADDRESS = Address("http://***@host", "run")
 
@@ -23,40 +31,47 @@ class Remembering:
         self._fail_at = fail_at
 
     def _take(self, what: object) -> None:
+        if not what:
+            return
         if len(self.written) == self._fail_at:
             raise OSError("gone")
         self.written.append(what)
 
-    def points(self, points: list[Point]) -> None:
+    def write_points(self, points: list[Point]) -> None:
         self._take([(point.key, point.step, point.value) for point in points])
 
-    def tags(self, tags: dict[str, str]) -> None:
+    def write_tags(self, tags: dict[str, str]) -> None:
         self._take(dict(tags))
 
-    def params(self, params: dict[str, str]) -> None:
+    def write_params(self, params: dict[str, str]) -> None:
         self._take(dict(params))
 
-    def file(self, path: Path, name: str) -> None:
+    def write_file(self, path: Path, name: str) -> None:
         self._take((name, path.read_text()))
 
-    def ending(self, status: str, end_ms: int) -> None:
+    def rewind(self, step: int) -> None:
+        self._take(f"rewind {step}")
+
+    def end(self, status: str, end_ms: int) -> None:
         self._take((status, end_ms))
 
 
-def point(step: int, value: float = 0.5) -> Point:
-    return Point("a", step, value, 1)
+def log_point(log: OfflineLog, step: int, value: float = 0.5) -> OSError | None:
+    return log.append(metrics={"a": value}, step=step, time_ms=1)
 
 
 def filled(folder: Path) -> OfflineLog:
-    log = OfflineLog(folder, ADDRESS)
-    log.keep_params({"dim": "8"})
-    log.keep_points([point(0), point(1)])
-    log.keep_tags({"t": "1"})
-    log.keep_points([point(2)])
-    text = folder / "text"
-    text.write_text("late")
-    log.keep_file(text, "notes/late.txt")
-    log.keep_ending("FINISHED", 7)
+    log = OfflineLog.begin(folder, ADDRESS)
+    log.append(params={"dim": "8"})
+    log_point(log, 0)
+    log_point(log, 1)
+    log.append(tags={"t": "1"})
+    log.append(rewind=0)
+    log_point(log, 1, 0.7)
+    with log.add_files() as files:
+        (files / "notes").mkdir()
+        (files / "notes" / "late.txt").write_text("late")
+    log.append(status="FINISHED", end_ms=7)
     return log
 
 
@@ -64,111 +79,215 @@ EVERYTHING = [
     {"dim": "8"},
     [("a", 0, 0.5), ("a", 1, 0.5)],
     {"t": "1"},
-    [("a", 2, 0.5)],
+    "rewind 0",
+    [("a", 1, 0.7)],
     ("notes/late.txt", "late"),
     ("FINISHED", 7),
 ]
+FILE = EVERYTHING[5]
 
 
 def test_everything_leaves_in_its_order_and_nothing_stays(tmp_path: Path) -> None:
     log = filled(tmp_path)
     assert log.count() == PendingCount(points=3, files=1)
+    assert not log.is_empty
     writer = Remembering()
-    log.deliver(writer, has_ended=True)
+    log.upload(writer, has_ended=True)
     assert writer.written == EVERYTHING
-    assert log.is_empty
-    assert {path.name for path in tmp_path.iterdir()} == {"text", ".undelivered.lock"}
-    log.deliver(writer, has_ended=True)
-    assert len(writer.written) == 6
+    assert log.is_empty and log.count() == PendingCount(0, 0)
+    log.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fail_at", range(6))
+@pytest.mark.parametrize("fail_at", range(7))
 def test_another_process_begins_again_after_a_failure_anywhere(tmp_path: Path, fail_at: int) -> None:
     log = filled(tmp_path)
     first = Remembering(fail_at)
     with pytest.raises(OSError, match="gone"):
-        log.deliver(first, has_ended=True)
+        log.upload(first, has_ended=True)
     log.release()
     second = Remembering()
-    later = OfflineLog(tmp_path)
+    [later] = find_offline_logs(tmp_path)
     assert later.address == ADDRESS
-    later.deliver(second, has_ended=True)
+    assert later.hold()
+    later.upload(second, has_ended=True)
     # Files go once they are taken, everything else comes again from the start.
-    assert second.written == [one for one in EVERYTHING if fail_at < 5 or one != ("notes/late.txt", "late")]
-    assert later.is_empty
+    assert second.written == [one for one in EVERYTHING if fail_at < 6 or one != FILE]
 
 
-def test_the_same_process_goes_on_where_it_failed(tmp_path: Path) -> None:
+def test_the_same_process_continues_where_it_failed(tmp_path: Path) -> None:
     log = filled(tmp_path)
     with pytest.raises(OSError, match="gone"):
-        log.deliver(Remembering(fail_at=3), has_ended=True)
-    log.keep_points([point(3)])
+        log.upload(Remembering(fail_at=4), has_ended=True)
+    log_point(log, 3)
     second = Remembering()
-    log.deliver(second, has_ended=True)
-    assert second.written == [[("a", 2, 0.5)], [("a", 3, 0.5)], ("notes/late.txt", "late"), ("FINISHED", 7)]
+    log.upload(second, has_ended=True)
+    assert second.written == [[("a", 1, 0.7), ("a", 3, 0.5)], FILE, ("FINISHED", 7)]
 
 
-def test_a_run_that_goes_on_has_no_ending(tmp_path: Path) -> None:
+def test_a_run_that_continues_has_no_ending(tmp_path: Path) -> None:
     writer = Remembering()
-    filled(tmp_path).deliver(writer, has_ended=False)
+    filled(tmp_path).upload(writer, has_ended=False)
     assert writer.written == EVERYTHING[:-1]
 
 
-def test_more_points_than_one_write_takes(tmp_path: Path) -> None:
-    log = OfflineLog(tmp_path, ADDRESS)
+def test_writes_are_of_a_thousand_points(tmp_path: Path) -> None:
+    log = OfflineLog.begin(tmp_path, ADDRESS)
     for step in range(2345):
-        log.keep_points([point(step)])
+        log_point(log, step)
     writer = Remembering()
-    log.deliver(writer, has_ended=True)
+    log.upload(writer, has_ended=True)
     assert [len(part) for part in writer.written] == [1000, 1000, 345]
 
 
-def test_no_json_number_is_lost(tmp_path: Path) -> None:
-    log, values = OfflineLog(tmp_path, ADDRESS), [0.1, math.nan, math.inf, -math.inf]
-    log.keep_points([point(step, value) for step, value in enumerate(values)])
-    lines = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
+def test_the_journal_is_json_and_loses_no_number(tmp_path: Path) -> None:
+    log, values = OfflineLog.begin(tmp_path, ADDRESS), [0.1, math.nan, math.inf, -math.inf]
+    for step, value in enumerate(values):
+        log_point(log, step, value)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in log.journal.read_text().splitlines()]
     assert lines[0] == {"store": "http://***@host", "run_id": "run"}
-    assert lines[1] == {"key": "a", "step": 0, "value": 0.1, "time_ms": 1}
+    assert lines[1] == {"metrics": {"a": 0.1}, "step": 0, "time_ms": 1}
     writer = Remembering()
-    log.deliver(writer, has_ended=True)
+    log.upload(writer, has_ended=True)
     assert str([value for _, _, value in writer.written[0]]) == str(values)
 
 
-def test_a_line_that_a_kill_cut_short_is_none(tmp_path: Path) -> None:
-    log = OfflineLog(tmp_path, ADDRESS)
-    log.keep_points([point(0), point(1)])
-    log.release()
-    journal = tmp_path / JOURNAL
-    journal.write_bytes(journal.read_bytes()[:-5])
-    (tmp_path / FILES).mkdir()
-    (tmp_path / FILES / ".undelivered.new.half").write_text("ha")
-    later = OfflineLog(tmp_path)
-    assert later.count() == PendingCount(1, 0)
-    later.keep_points([point(2)])
+def test_uploaded_lines_leave_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where more was logged during the upload, so that a long run's journal stays short."""
+    log = OfflineLog.begin(tmp_path, ADDRESS)
+    header = log.journal.read_bytes()
+    log_point(log, 0)
+    log.upload(Remembering(), has_ended=False)
+    assert log.journal.read_bytes() == header
+    monkeypatch.setattr(offline_log, "_COMPACT_BYTES", 100)
+
+    class Meanwhile(Remembering):
+        def write_tags(self, tags: dict[str, str]) -> None:
+            log_point(log, 100)
+
+    for step in range(10):
+        log_point(log, step)
+    log.upload(Meanwhile(), has_ended=False)
+    assert len(log.journal.read_bytes()) < len(header) + 60
+    log_point(log, 101)
     writer = Remembering()
-    later.deliver(writer, has_ended=True)
-    assert writer.written == [[("a", 0, 0.5), ("a", 2, 0.5)]]
-    assert later.is_empty
+    log.upload(writer, has_ended=False)
+    assert writer.written == [[("a", 100, 0.5), ("a", 101, 0.5)]]
+    assert log.journal.read_bytes() == header
 
 
-def _held_elsewhere(folder: Path, told: Any) -> None:
-    told.send(OfflineLog(folder).hold())
+def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path) -> None:
+    log = OfflineLog.begin(tmp_path, ADDRESS)
+    log_point(log, 0)
+    log_point(log, 1)
+    log.release()
+    log.journal.write_bytes(log.journal.read_bytes()[:-5])
+    unfinished = log.folder / "000000"
+    unfinished.mkdir()
+    (unfinished / "half").write_text("ha")
+    [later] = find_offline_logs(tmp_path)
+    assert later.hold()
+    assert later.count() == PendingCount(1, 0)
+    writer = Remembering()
+    later.upload(writer, has_ended=True)
+    assert writer.written == [[("a", 0, 0.5)]]
+    later.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_lines_in_memory_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = OfflineLog.begin(tmp_path, ADDRESS)
+    log_point(log, 0)
+    whole = log.journal.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "_stream", Full(log._stream))
+        error = log_point(log, 1)
+        assert error is not None and error.strerror == "No space left on device"
+        log_point(log, 2)
+        assert log.sync() is not None
+        assert log.journal.read_bytes() == whole
+        assert (log.count(), log.num_in_memory) == (PendingCount(1, 0), 2)
+        writer = Remembering()
+        log.upload(writer, has_ended=False)  # a store on another disk takes them
+        assert writer.written == [[("a", 0, 0.5)], [("a", 1, 0.5), ("a", 2, 0.5)]]
+        assert log.is_empty
+        log_point(log, 3)
+    assert log.sync() is None  # there is room again
+    assert log.count() == PendingCount(1, 0)
+    assert b'"step": 3' in log.journal.read_bytes()
+
+
+class Full:
+    """A file whose disk takes ten more bytes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, data: bytes) -> int:
+        return int(self._stream.write(data[:10]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def test_files_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    log = OfflineLog.begin(tmp_path, ADDRESS)
+    told = r"No space.*make room or let the folder be written, then resume"
+    with pytest.raises(UserError, match=told), log.add_files() as files:
+        (files / "half").write_text("ha")
+        raise OSError(28, "No space left on device")
+    assert log.count() == PendingCount(0, 0)
+    assert sorted(path.name for path in log.folder.iterdir()) == ["files", JOURNAL, "lock"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file could not be written \(Not a directory\); make room or let"):
+        OfflineLog.begin(tmp_path / "file", ADDRESS)
+
+
+def _hold_elsewhere(folder: Path, answer: Any) -> None:
+    answer.send(OfflineLog(folder).hold())
+
+
+def _child_lives_on(folder: Path, answer: Any) -> None:
+    """Begin a log, leave a child behind that has inherited every open file, and die."""
+    log = filled(folder)
+    child = os.fork()
+    if child == 0:
+        import time
+
+        time.sleep(30)
+        os._exit(0)
+    answer.send((log.folder, child))
+    os.kill(os.getpid(), 9)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     log = filled(tmp_path)
+    assert not OfflineLog(log.folder).hold()  # nor twice in one process
     here, there = multiprocessing.Pipe()
     spawn = multiprocessing.get_context("spawn")
     for expected in (False, True):
-        other = spawn.Process(target=_held_elsewhere, args=(tmp_path, there))
+        other = spawn.Process(target=_hold_elsewhere, args=(log.folder, there))
         other.start()
         other.join()
         assert here.recv() is expected
         log.release()
 
 
+def test_a_killed_process_holds_nothing_although_its_children_live(tmp_path: Path) -> None:
+    """As the workers of a DataLoader do for seconds."""
+    here, there = multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=_child_lives_on, args=(tmp_path, there))
+    other.start()
+    folder, child = here.recv()
+    other.join()
+    try:
+        assert OfflineLog(folder).hold()
+    finally:
+        os.kill(child, 9)
+
+
 @pytest.mark.parametrize("text", ["", "[]\n", '{"key": "a"}\n', "no json\n"])
-def test_a_journal_without_its_first_line_is_told(tmp_path: Path, text: str) -> None:
+def test_a_journal_without_its_first_line_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / JOURNAL).write_text(text)
-    with pytest.raises(UserError, match="names no store and run"):
+    with pytest.raises(UserError, match="does not name a store and a run"):
         _ = OfflineLog(tmp_path).address

@@ -1,8 +1,13 @@
 import math
+import pickle
 import shutil
+import sqlite3
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import Barrier
 
@@ -15,10 +20,13 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.tracking import RunLogger, find_runs, metric_history
+from lightning_moevlm.tracking import RunLogger, find_runs, metric_history, prepare_store
+from lightning_moevlm.tracking.write.offline_log import find_offline_logs
 from lightning_moevlm.tracking.write.open_run import find_or_create_experiment
 from lightning_moevlm.tracking.write.run_params import LONGEST_VALUE
-from tests.tracking.tiny import TinyData, TinyModule, tiny_trainer
+from lightning_moevlm.tracking.write.sync_offline_logs import sync_offline_logs
+from tests.tracking.tiny import TinyData, TinyModule, short_files, tiny_trainer
+from tests.tracking.write.test_sender import wait_until
 
 
 def values(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -79,30 +87,38 @@ def test_a_crash_loses_no_point_and_tells_its_kind(
     assert [step for step, _ in values(uri, run.run_id, "train/task_loss")] == [0, 1, 2]
 
 
-def test_a_checkpoint_writes_the_points_before_it(uri: str, tmp_path: Path) -> None:
+def test_every_point_is_on_disk_once_it_is_logged(uri: str, tmp_path: Path) -> None:
+    """So a checkpoint and the points from before it are kept together, and training waits for no store."""
     seen: list[int] = []
 
     class Spy(ModelCheckpoint):
         def on_train_batch_end(self, trainer, *rest) -> None:  # type: ignore[no-untyped-def]
             super().on_train_batch_end(trainer, *rest)
-            seen.append(len(values(uri, trainer.logger.run_id, "train/task_loss")))
+            [log] = find_offline_logs(trainer.logger.run_dir)
+            seen.append(log.count().points)
 
     logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
+    logger.flush()
     tiny_trainer(logger, tmp_path, max_steps=4, callbacks=[Spy(every_n_train_steps=2)]).fit(TinyModule(), TinyData())
-    assert seen == [0, 2, 2, 4]  # steps 2 and 4 are checkpoints
+    assert seen == [2, 4, 6, 8]
+    assert [path.name for path in logger.run_dir.iterdir()] == ["checkpoints"]
     assert list((logger.run_dir / "checkpoints").glob("*.ckpt"))
 
 
 def test_writes_come_by_number_and_by_time(uri: str) -> None:
     by_number = RunLogger(tracking_uri=uri, run_name="number", flush_points=4, flush_seconds=3600)
     by_time = RunLogger(tracking_uri=uri, run_name="time", flush_points=10_000, flush_seconds=0.2)
-    for step in range(3):
+    for step in range(2):
         by_number.log_metrics({"a": 1.0, "b": 2.0}, step)
         by_time.log_metrics({"a": 1.0}, step)
-    assert values(uri, str(by_number.run_id), "a") == [(0, 1.0), (1, 1.0)]
-    time.sleep(0.25)
-    by_time.log_metrics({"a": 1.0}, 3)
-    assert len(values(uri, str(by_time.run_id), "a")) == 4
+    wait_until(lambda: values(uri, str(by_number.run_id), "a") == [(0, 1.0), (1, 1.0)])
+    wait_until(lambda: len(values(uri, str(by_time.run_id), "a")) == 2)
+    by_number.log_metrics({"a": 1.0, "b": 2.0}, 2)
+    time.sleep(0.3)
+    assert len(values(uri, str(by_number.run_id), "a")) == 2
+    for logger in (by_number, by_time):
+        logger.finalize()
+    assert len(values(uri, str(by_number.run_id), "a")) == 3
 
 
 def test_more_points_than_one_batch_may_hold(uri: str) -> None:
@@ -194,6 +210,7 @@ def test_long_params_are_whole(uri: str) -> None:
     """Lightning's logger cuts params at 250 characters."""
     logger = RunLogger(tracking_uri=uri)
     logger.log_hyperparams({"note": "x" * 4000, "vocabulary": "y" * 7000} | {f"p{i}": i for i in range(250)})
+    logger.finalize()
     (run,) = find_runs(uri, "moevlm")
     assert run.params["note"] == "x" * 4000
     assert run.params["vocabulary"] == "y" * LONGEST_VALUE
@@ -206,6 +223,8 @@ def test_secrets_are_masked_in_params(uri: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HUB_TOKEN", "tok-123456789")
     logger = RunLogger(tracking_uri=uri)
     logger.log_hyperparams({"hub": {"api_key": "k-1"}, "path": "s3://x?tok-123456789", "num_tokens": 7})
+    assert "tok-123456789" not in "".join(log.journal.read_text() for log in find_offline_logs(logger.run_dir))
+    logger.finalize()
     (run,) = find_runs(uri, "moevlm")
     assert run.params == {"hub.api_key": "***", "path": "s3://x?***", "num_tokens": "7"}
 
@@ -248,14 +267,16 @@ def test_a_text_is_no_metric(uri: str) -> None:
 
 def test_points_wait_for_a_database_that_is_away(uri: str) -> None:
     """The database file is moved away and back."""
-    logger = RunLogger(tracking_uri=uri, flush_points=1, flush_seconds=0.0)
+    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
     logger.log_metrics({"a": 0.0}, 0)
+    logger.flush()
     path = Path(uri.removeprefix("sqlite:///"))
     away = path.with_name("away.db")
     logger.experiment._tracking_client.store.engine.dispose()
     path.rename(away)
-    with pytest.warns(RuntimeWarning, match="takes nothing at the moment"):
-        logger.log_metrics({"a": 1.0}, 1)
+    logger.log_metrics({"a": 1.0}, 1)
+    with pytest.warns(RuntimeWarning, match="is unavailable; training continues, its log is kept on disk"):
+        logger.flush()
     logger.experiment._tracking_client.store.engine.dispose()
     path.unlink(missing_ok=True)
     away.rename(path)
@@ -266,15 +287,118 @@ def test_points_wait_for_a_database_that_is_away(uri: str) -> None:
     assert values(uri, str(logger.run_id), "a") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
+def test_a_database_on_a_full_disk_stops_no_training(uri: str) -> None:
+    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
+    logger.flush()
+    with pytest.warns(RuntimeWarning) as told, short_files(4096):
+        for step in range(200):
+            logger.log_metrics({"a": 1.0}, step)
+        logger.flush()
+    lines = [str(warning.message) for warning in told]
+    assert sum(line.startswith("MLflow at sqlite:///") and "is unavailable" in line for line in lines) == 1
+    assert sum("cannot be kept in" in line and "(No space left on device): make room" in line for line in lines) == 1
+    logger.log_metrics({"a": 1.0}, 200)  # there is room again
+    logger.finalize()
+    assert [step for step, _ in values(uri, str(logger.run_id), "a")] == list(range(201))
+    assert list(logger.run_dir.iterdir()) == []
+
+
+def test_a_disk_that_stays_full_to_the_end_keeps_what_it_took_and_says_what_is_lost(uri: str) -> None:
+    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
+    logger.flush()
+    with (
+        pytest.warns(RuntimeWarning, match=r"\d+ points and 0 files .* \d+ more lines found no room"),
+        short_files(4096),
+    ):
+        for step in range(200):
+            logger.log_metrics({"a": 1.0}, step)
+        logger.finalize()
+    [log] = find_offline_logs(logger.run_dir)
+    kept = log.count().points
+    assert 0 < kept < 200
+    [result] = sync_offline_logs([log], uri)
+    assert result.reason == ""
+    assert [step for step, _ in values(uri, str(logger.run_id), "a")] == list(range(kept))
+
+
+def test_a_full_disk_at_the_start_is_one_line(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = RunLogger(tracking_uri=uri)
+    prepare_store(uri)
+    with short_files(4096), pytest.raises(UserError, match=r"does not take the run \(.*\): make room for its database"):
+        logger.flush()
+    assert "Traceback" not in "".join(capfd.readouterr())
+    logger.log_metrics({"a": 1.0}, 0)  # the same call works once there is room
+    logger.finalize()
+
+
+def test_a_folder_of_runs_that_cannot_be_written_is_one_line(uri: str) -> None:
+    logger = RunLogger(tracking_uri=uri)
+    folder = Path(logger.save_dir) / "1"
+    folder.touch()
+    with pytest.raises(UserError, match=r"could not be written \(Not a directory\); make room or let the folder be"):
+        logger.flush()
+
+
+def test_a_database_that_another_process_has_locked_is_waited_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sender: no call of the training waits."""
+    logger = RunLogger(tracking_uri=uri, flush_points=1, flush_seconds=0.01)
+    logger.flush()
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        start = time.perf_counter()
+        for step in range(20):
+            logger.log_metrics({"a": 1.0}, step)
+            logger.log_tags({"step": str(step)})
+        assert time.perf_counter() - start < 2.0
+        other.rollback()
+    logger.finalize()
+    assert [step for step, _ in values(uri, str(logger.run_id), "a")] == list(range(20))
+
+
+def test_what_is_logged_after_the_end_is_sent_too(uri: str) -> None:
+    """As in `trainer.fit()`, then `trainer.test()`."""
+    logger = RunLogger(tracking_uri=uri)
+    for step in range(2):
+        logger.log_metrics({"a": 1.0}, step)
+        logger.finalize()
+        assert list(logger.run_dir.iterdir()) == []
+    (run,) = find_runs(uri, "moevlm")
+    assert (run.status, values(uri, run.run_id, "a")) == ("FINISHED", [(0, 1.0), (1, 1.0)])
+
+
+@pytest.mark.slow
+def test_a_script_that_ends_without_finalize_sends_what_it_logged(uri: str) -> None:
+    program = f"""
+from lightning_moevlm.tracking import RunLogger
+logger = RunLogger(tracking_uri={uri!r}, flush_seconds=3600.0)
+logger.log_artifact_text("late.txt", "late")
+logger.log_metrics({{"a": 3.0}}, 2)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    (run,) = find_runs(uri, "moevlm")
+    assert (run.status, values(uri, run.run_id, "a")) == ("RUNNING", [(2, 3.0)])
+    assert [one.path for one in MlflowClient(uri).list_artifacts(run.run_id)] == ["late.txt"]
+    assert list((Path(uri.removeprefix("sqlite:///")).parent / run.experiment_id / run.run_id).iterdir()) == []
+
+
+def test_a_logger_travels_to_other_processes_until_it_is_opened(uri: str) -> None:
+    """As strategies that spawn need it."""
+    logger = pickle.loads(pickle.dumps(RunLogger(tracking_uri=uri, run_name="spawned")))
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.finalize()
+    assert [run.name for run in find_runs(uri, "moevlm")] == ["spawned"]
+
+
 def test_a_call_costs_little(uri: str) -> None:
     """The bound is loose for busy machines; about 0.02 ms per call of 50 metrics is usual."""
     logger = RunLogger(tracking_uri=uri, flush_points=10**9, flush_seconds=3600)
     metrics = {f"load/block{i}": float(i) for i in range(50)}
     logger.log_metrics(metrics, 0)
     start = time.thread_time()
-    for step in range(1000):
+    for step in range(200):
         logger.log_metrics(metrics, step)
-    assert (time.thread_time() - start) / 1000 < 0.5e-3
+    assert (time.thread_time() - start) / 200 < 0.5e-3
+    logger.finalize()
 
 
 def test_arms_that_start_together_share_one_new_experiment(uri: str) -> None:
