@@ -43,11 +43,12 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
     moevlm("sweep", "report", "line.yaml", "--unfair=true", "--json", "own.json")
     mine, own = (json.loads((workplace / file).read_text()) for file in ("compared.json", "own.json"))
     assert [record["arm"] for record in mine] == ["baseline", "no_router_z"]
-    assert [record["effect"] for record in mine] == [record["effect"] for record in own[:2]]
-    assert [record["active_flops_per_sample"] for record in mine] == [
+    assert mine[1]["effect"]["differences"] == own[1]["effect"]["differences"]
+    assert mine[1]["effect"]["interval"] == own[1]["effect"]["interval"]
+    assert [record["card"]["active_flops_per_sample"] for record in mine] == [
         plan.cards[arm].active_flops_per_sample for arm in ("baseline", "no_router_z")
     ]
-    assert mine[1]["within"] == 0.5
+    assert mine[1]["effect"]["within"] == 0.5
     html = (workplace / "report/report.html").read_text()
     assert "Comparison <strong>comparison</strong> · 2 arms × 2 seeds · 500 steps each" in html
     assert "model.losses.router_z: null" in html
@@ -58,7 +59,7 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
     # The study declares the batch of one arm; who compares runs has to say it.
     [line] = moevlm("compare", "sweep=line", code=2).splitlines()
     assert "they differ in samples per step: 8 (baseline, no_router_z); 4 (small_batch)" in line
-    assert "name what makes them: --by arm --by data.batch_size; or" in line
+    assert "If arms are meant to differ in it, add --by arm --by data.batch_size. To compare them anyway" in line
     moevlm("compare", "sweep=line,arm=baseline", "sweep=line,arm=small_batch", "--by", "data.batch_size")
     moevlm("compare", "sweep=line", "--by", "arm", "--by", "data.batch_size", "--json", "compared.json")
     by = [record["arm"] for record in json.loads((workplace / "compared.json").read_text())]
@@ -96,20 +97,22 @@ def test_guards_further_metrics_and_the_correction_of_a_study(
     moevlm("compare", *words, "--also", "val/accuracy_text", "--json", "compared.json", "--report", "report")
     records = json.loads((workplace / "compared.json").read_text())
     others = records[1:]
-    assert [[guard["metric"] for guard in one["guards"]] for one in others] == [
+    assert [[guard["metric"] for guard in one["effect"]["guards"]] for one in others] == [
         ["val/accuracy_text", "drop_rate/block1/text"]
     ] * 2
-    assert all(one["guards"][0]["broken"] is (one["guards"][0]["worse"] > 0) for one in others)
-    assert not any(one["guards"][1]["broken"] for one in others)
+    for one in others:
+        is_worse = one["effect"]["guards"][0]["worse"] > 0
+        assert one["broken_guards"] == (["val/accuracy_text"] if is_worse else [])
     assert all("val/accuracy_text" in one["also"] for one in records)
     # Holm over two: the smaller p is doubled, the larger one is not below it
-    small, large = sorted(others, key=lambda one: one["p_value"])
+    small, large = sorted((one["effect"] for one in others), key=lambda effect: effect["p_value"])
     assert small["p_adjusted"] == pytest.approx(min(1.0, 2 * small["p_value"]))
     assert large["p_adjusted"] == pytest.approx(max(large["p_value"], small["p_adjusted"]))
     page = (workplace / "report/report.html").read_text()
     assert "--guard val/accuracy_text=0 --guard drop_rate/block1/text=2 --also val/accuracy_text" in page
     moevlm("compare", *words, "--correction", "none", "--json", "plain.json")
-    assert all(one["p_adjusted"] == one["p_value"] for one in json.loads((workplace / "plain.json").read_text()))
+    plain = [one["effect"] for one in json.loads((workplace / "plain.json").read_text())[1:]]
+    assert all(effect["p_adjusted"] == effect["p_value"] for effect in plain)
 
 
 def test_runs_behind_a_server(

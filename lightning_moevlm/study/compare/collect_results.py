@@ -4,7 +4,7 @@ Only runs with a result (finished or diverged) enter comparisons; runs that stil
 """
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -295,7 +295,12 @@ def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[Run
         total,
         # of a rate whose runs all crashed, or are still to come, nobody knows: what is stable ends below it
         largest_stable({rate: 0 < total[rate] == stable[rate] for rate in done}),
+        {arm: seeds for rate, arm in ladder.rungs.items() if (seeds := _missing(study.seeds, done[rate]))},
     )
+
+
+def _missing(seeds: Sequence[int], having: Collection[int]) -> tuple[int, ...]:
+    return tuple(seed for seed in seeds if seed not in having)
 
 
 def _diverged(result: RunResult) -> bool:

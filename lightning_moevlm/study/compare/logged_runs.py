@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.flat_config import unflatten
+from lightning_moevlm.common.flat_config import flatten, unflatten
 from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.metric_keys import name_and_unit
@@ -158,16 +158,27 @@ def describe_changes(result: StudyResult) -> dict[str, dict[str, str]]:
 
 
 def suggest_remedy(result: StudyResult) -> str:
-    """Return what to do about runs that are not alike, with the keys that set them apart."""
-    decisive = [key for one in result.unlike if one.weight is Weight.BIASES for key in one.keys]
+    """Return what to do about runs that are not alike, with the keys that `--by` needs."""
     changed = dict.fromkeys(key for arm in describe_changes(result).values() for key in arm)
-    apart = [key for key in changed if any(key == mine or key.startswith(f"{mine}.") for mine in decisive)]
-    tagged = all("arm" in run.tags for arm in result.arms for run in arm.runs)
-    named = " ".join(f"--by {key}" for key in (*(["arm"] if tagged else []), *apart)) if apart else "--by KEY"
+    runs = [run for arm in result.arms for run in arm.runs]
+    logged = {key for run in runs for key in flatten(run.resolved)}
+    keys = dict.fromkeys(key for arm in result.arms for key in arm.arm.changes)  # what `--by` has named already
+    for one in (one for one in result.unlike if one.weight is Weight.BIASES):
+        differing = [key for key in changed if any(_is_below(key, mine) for mine in one.keys)]
+        # Runs may differ without a key of theirs: a limit in batches counts other samples if batches have another size.
+        keys |= dict.fromkeys(differing or [mine for mine in one.keys if any(_is_below(key, mine) for key in logged)])
+    if all("arm" in run.tags for run in runs) and keys:
+        keys = {"arm": None} | keys
+    named = " ".join(f"--by {key}" for key in keys)
     return (
-        f"Compare runs that are alike; or, where arms are meant to differ in it, name what makes them: {named}; or "
-        "compare them all the same: --unfair=true"
+        "Compare runs that are alike. "
+        + (f"If arms are meant to differ in it, add {named}. " if keys else "")
+        + "To compare them anyway: --unfair=true"
     )
+
+
+def _is_below(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
 
 
 def _direction(name: str, asked: Direction | None, logged: Collection[str]) -> Direction:

@@ -103,17 +103,20 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class LadderResult:
-    """One ladder of learning rates. sensitivity: mean over seeds with every rung; finals: primary metric by rate.
-
-    stable, total: runs by rate. largest_stable: the largest rate up to which every run of every seed was stable.
-    """
+    """One ladder of learning rates."""
 
     ladder: Ladder
     sensitivity: Mean | None
+    """Over the seeds that have a result at every rate."""
     finals: Mapping[float, Mean | None]
+    """The primary metric by rate."""
     stable: Mapping[float, int]
+    """Runs by rate."""
     total: Mapping[float, int]
     largest_stable: float | None
+    """The largest rate up to which every run of every seed was stable."""
+    missing: Mapping[str, tuple[int, ...]]
+    """Seeds of the study without a result, by arm; arms that have all are absent."""
 
 
 @dataclass(frozen=True)

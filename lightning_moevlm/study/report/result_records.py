@@ -34,8 +34,10 @@ def make_records(result: StudyResult) -> dict[Records, list[dict[str, Any]]]:
 def _arm_record(arm: ArmResult) -> dict[str, Any]:
     """Return an arm without its runs: of these hold series and configurations, which MLflow has."""
     numbers = {name: value for name, value in vars(arm).items() if name not in ("arm", "runs")}
-    note = arm.effect.note if arm.effect else ""
-    return {"arm": arm.arm.name, "verdict": str(arm.verdict), "note": note} | _to_json(numbers)
+    note, guards = (arm.effect.note, arm.effect.guards) if arm.effect else ("", ())
+    broken = [guard.metric for guard in guards if guard.is_broken]
+    named = {"arm": arm.arm.name, "verdict": str(arm.verdict), "note": note, "broken_guards": broken}
+    return named | _to_json(numbers)
 
 
 def _to_json(value: Any) -> Any:

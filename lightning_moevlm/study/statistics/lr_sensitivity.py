@@ -10,7 +10,7 @@ outside of the ladder is not measured by it: read it with the losses beside.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_moevlm.study.plan.run_identity import flatten_without_seeds
 
@@ -20,9 +20,12 @@ LEARNING_RATE = ("model", "optimizer", "init_args", "lr")
 
 @dataclass(frozen=True)
 class Ladder:
-    """Arms that differ in the learning rate alone, ascending. rungs: learning rate -> arm."""
+    """Arms that differ in the learning rate alone."""
 
     rungs: Mapping[float, str]
+    """Arm by learning rate, ascending."""
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """Arms that are left out: each has the learning rate of the other arm."""
 
     @property
     def name(self) -> str:
@@ -40,11 +43,18 @@ def find_ladders(configs: Mapping[str, Mapping[str, object]]) -> tuple[Ladder, .
         configs: The resolved config of one run of each arm.
     """
     groups: dict[tuple[tuple[str, str], ...], dict[float, str]] = {}
+    twins: dict[str, str] = {}
     for arm, config in configs.items():
         rate, rest = _without_rate(config)
         if rate is not None:
-            groups.setdefault(tuple(flatten_without_seeds(rest).items()), {})[rate] = arm
-    return tuple(Ladder(dict(sorted(group.items()))) for group in groups.values() if len(group) > 1)
+            rungs = groups.setdefault(tuple(flatten_without_seeds(rest).items()), {})
+            if rungs.setdefault(rate, arm) != arm:
+                twins[arm] = rungs[rate]
+    return tuple(
+        Ladder(dict(sorted(rungs.items())), {arm: one for arm, one in twins.items() if one in rungs.values()})
+        for rungs in groups.values()
+        if len(rungs) > 1
+    )
 
 
 def sensitivity(losses: Mapping[float, float], untrained: float) -> float | None:

@@ -81,6 +81,12 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     return adjusted
 
 
+def format_p(p: float, alpha: float) -> str:
+    """Return p to three digits, or to as many as keep it on its side of alpha: 0.05004 is not printed as 0.05."""
+    texts = (f"{p:.{digits}g}" for digits in range(3, 17))
+    return next((text for text in texts if (float(text) <= alpha) == (p <= alpha)), repr(p))
+
+
 def fisher_p(stable: int, total: int, baseline_stable: int, baseline_total: int) -> float | None:
     """Return the two-sided p of Fisher's exact test of stable/total runs against the baseline's; None without runs."""
     if not total or not baseline_total:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lightning_moevlm.study.declare.comparison import Correction, Direction, Test
 from lightning_moevlm.study.statistics.intervals import Interval
-from lightning_moevlm.study.statistics.paired_tests import least_seeds
+from lightning_moevlm.study.statistics.paired_tests import format_p, least_seeds
 
 
 class Verdict(StrEnum):
@@ -131,7 +131,7 @@ def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
         return Verdict.INCONCLUSIVE, ""
     if evidence.p is not None and evidence.p > rule.alpha:
         family = " over the study's comparisons" if rule.correction == "holm" else ""
-        return Verdict.INCONCLUSIVE, f"its interval does not hold 0, but p = {evidence.p:.3g}{family}"
+        return Verdict.INCONCLUSIVE, f"its interval does not hold 0, but p = {format_p(evidence.p, rule.alpha)}{family}"
     return (Verdict.HELPS if ahead else Verdict.HURTS), ""
 
 

@@ -183,11 +183,41 @@ def test_a_difference_that_biases_is_named_with_its_key_and_may_be_declared() ->
     result = compared(runs, ENDS)
     biased = [one for one in result.unlike if one.weight == "biases"]
     assert [(one.name, one.text) for one in biased] == [("samples per step", "8 (plain); 9 (batch_size=9)")]
-    assert "name what makes them: --by data.batch_size; or" in suggest_remedy(result)
+    assert "If arms are meant to differ in it, add --by data.batch_size. To compare" in suggest_remedy(result)
     declared = compared(runs, ENDS, Rules(METRIC, by=("data.batch_size",)))
     assert [one.weight for one in declared.unlike] == ["declared"]
     other_order = compared(two_by_two(data__root="elsewhere"), ENDS)
     assert [(one.name, one.weight) for one in other_order.unlike] == [("data order root", "biases")]
+
+
+def test_remedy_names_the_key_of_a_limit_that_is_the_same_in_all_runs() -> None:
+    """Two batches of 8 are other samples than two of 9, although `limit_val_batches` is 2 in both."""
+    runs = [
+        dataclasses.replace(run, params=run.params | {"trainer.limit_val_batches": "2"})
+        for run in two_by_two(data__batch_size=9)
+    ]
+    result = compared(runs, ENDS, Rules(METRIC, by=("data.batch_size",)))
+    assert [one.name for one in result.unlike if one.weight == "biases"] == ["validation samples"]
+    assert "add --by data.batch_size --by trainer.limit_val_batches. To compare" in suggest_remedy(result)
+    both = Rules(METRIC, by=("data.batch_size", "trainer.limit_val_batches"))
+    assert {one.weight for one in compared(runs, ENDS, both).unlike} == {"declared"}
+
+
+def test_a_ladder_says_which_arms_and_seeds_it_leaves_out() -> None:
+    rate = "model__optimizer__init_args__lr"
+    rates = ((0.01, (0, 1)), (0.1, (0, 1)), (0.1, (0, 1)), (1.0, (0,)))
+    runs = [
+        dataclasses.replace(row(10 * place + seed, config(seed, **{rate: lr})), tags={"arm": f"lr{place}"})
+        for place, (lr, seeds) in enumerate(rates)
+        for seed in seeds
+    ]
+    result = compared(runs, [series_of(5.0)] * len(runs))
+    [table] = [table for table in report_tables(result) if table.title == "Sensitivity to the learning rate"]
+    assert table.notes[1:] == (
+        "lr: lr2 is left out, because lr1 has the same learning rate.",
+        "lr: the sensitivity leaves out seed 1, without a result of lr3.",
+    )
+    assert table.rows[0][1].endswith("(1 of 2)")
 
 
 def test_states_come_from_the_study_or_from_the_points() -> None:

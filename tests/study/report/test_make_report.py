@@ -120,8 +120,20 @@ def test_schema_of_the_records(result):
     """The names that a user's script reads; `json.dumps` refuses what JSON has no number for."""
     records = json.loads(json.dumps(make_records(result)["arms"], allow_nan=False))
     assert list(records[1]) == [
-        *("study", "metric", "arm", "verdict", "note", "card", "final", "untrained", "learned", "effect", "accuracy"),
-        *("majority", "also", "stability", "equal", "samples_per_second", "seconds"),
+        *(
+            "study",
+            "metric",
+            "arm",
+            "verdict",
+            "note",
+            "broken_guards",
+            "card",
+            "final",
+            "untrained",
+            "learned",
+            "effect",
+        ),
+        *("accuracy", "majority", "also", "stability", "equal", "samples_per_second", "seconds"),
         *("finished", "diverged", "failed", "planned"),
     ]
     assert list(records[1]["final"]) == ["mean", "deviation", "n"]

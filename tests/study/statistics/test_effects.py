@@ -16,7 +16,7 @@ from lightning_moevlm.study.statistics.intervals import (
     t_interval,
     wilcoxon_interval,
 )
-from lightning_moevlm.study.statistics.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
+from lightning_moevlm.study.statistics.paired_tests import format_p, holm, least_seeds, p_outside, paired_p, two_sided_p
 from lightning_moevlm.study.statistics.power import power, seeds_needed
 from lightning_moevlm.study.statistics.verdict import Evidence, Rule, Verdict, decide
 
@@ -30,6 +30,20 @@ def test_t_interval_and_p_by_hand():
     assert interval.high == pytest.approx(2 + 4.30265 * 0.57735, abs=1e-4)
     # t = 2 / 0.57735 = 3.4641; with 2 degrees of freedom p = 1 - t / sqrt(t^2 + 2) = 1 - 3.4641 / sqrt(14) = 0.07418.
     assert paired_p((1.0, 2.0, 3.0)) == pytest.approx(1 - 3.4641016 / math.sqrt(14), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.05004, "0.05004"),
+        (0.0500000001, "0.0500000001"),
+        (0.05, "0.05"),
+        (0.04996, "0.05"),
+        (1e-9, "1e-09"),
+    ],
+)
+def test_a_printed_p_stays_on_its_side_of_alpha(p, text):
+    assert format_p(p, 0.05) == text
 
 
 def test_too_few_numbers_give_no_interval():

@@ -21,6 +21,7 @@ from lightning_moevlm.study.report.tables.table import (
 )
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.statistics.effects import Effect
+from lightning_moevlm.study.statistics.paired_tests import format_p
 from lightning_moevlm.study.statistics.verdict import Verdict
 
 _DECIDING: dict[Test, str] = {
@@ -47,7 +48,7 @@ def effects_table(result: StudyResult) -> Table:
     rule = make_rule(study)
     p = "p (Holm)" if rule.correction == "holm" else "p"
     columns = ("arm", "final", "effect", interval, "verdict", p, "seeds better", "seeds needed")
-    rows = tuple(_effect_row(arm) for arm in result.arms)
+    rows = tuple(_effect_row(arm, rule.alpha) for arm in result.arms)
     notes = [
         f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
         "standard deviation over seeds, (k of n): over k of n.",
@@ -72,7 +73,7 @@ def factors_table(result: StudyResult) -> Table | None:
     rule = make_rule(result.comparison)
     interval = f"{100 * (1 - rule.alpha):g} % interval"
     columns = ("factor", "effect", interval, "verdict", "p (Holm)" if rule.correction == "holm" else "p")
-    rows = tuple((one.name, *_contrast_cells(one.effect)) for one in result.factors)
+    rows = tuple((one.name, *_contrast_cells(one.effect, rule.alpha)) for one in result.factors)
     title, _ = name_and_unit(result.comparison.primary.metric)
     mains = [one.contrasts[0] for one in result.factors if len(one.contrasts) == 1]
     notes = []
@@ -197,7 +198,7 @@ def _format_sizes(arm: ArmResult) -> tuple[str, str, str]:
     )
 
 
-def _effect_row(arm: ArmResult) -> tuple[str, ...]:
+def _effect_row(arm: ArmResult, alpha: float) -> tuple[str, ...]:
     final = format_mean(arm.final, 4) + format_seed_count(arm.final, arm.planned) if arm.final else _no_final(arm)
     effect = arm.effect
     if effect is None:
@@ -209,18 +210,18 @@ def _effect_row(arm: ArmResult) -> tuple[str, ...]:
         NOTHING if effect.centre is None else format_signed(effect.centre),
         NOTHING if effect.interval is None else format_interval(effect.interval),
         effect.text,
-        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
+        NOTHING if effect.p_adjusted is None else format_p(effect.p_adjusted, alpha),
         NOTHING if better is None else f"{better} of {len(effect.seeds)}",
         NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
     )
 
 
-def _contrast_cells(effect: Effect) -> tuple[str, ...]:
+def _contrast_cells(effect: Effect, alpha: float) -> tuple[str, ...]:
     return (
         NOTHING if effect.centre is None else format_signed(effect.centre),
         NOTHING if effect.interval is None else format_interval(effect.interval),
         effect.text,
-        NOTHING if effect.p_adjusted is None else f"{effect.p_adjusted:.3g}",
+        NOTHING if effect.p_adjusted is None else format_p(effect.p_adjusted, alpha),
     )
 
 

@@ -15,6 +15,7 @@ from lightning_moevlm.study.report.tables.table import (
     format_seed_count,
 )
 from lightning_moevlm.study.statistics.arm_stability import ArmStability
+from lightning_moevlm.study.statistics.paired_tests import format_p
 from lightning_moevlm.study.statistics.stability import Stability
 from lightning_moevlm.study.statistics.verdict import Verdict
 
@@ -24,8 +25,10 @@ _BUDGET_UNITS = {"tokens": "tokens", "active FLOPs": "forward FLOPs", "seconds":
 def stability_table(result: StudyResult) -> Table:
     """Return stable runs of all, spikes, and the way back from them."""
     columns = ("arm", "stable", "p", "diverged at", "spikes: loss", "gradient", "update", "recovery")
+    alpha = result.comparison.decide.alpha
     rows = tuple(
-        (arm.arm.name, *_stability_cells(arm.stability, arm.verdict is Verdict.STOPPED_EARLY)) for arm in result.arms
+        (arm.arm.name, *_stability_cells(arm.stability, arm.verdict is Verdict.STOPPED_EARLY, alpha))
+        for arm in result.arms
     )
     notes = (
         "stable: runs with a result that did not diverge; p: Fisher's exact test against the baseline; diverged at: "
@@ -102,8 +105,21 @@ def sensitivity_table(result: StudyResult) -> Table | None:
         f"sensitivity: mean over learning rates of min({title}, untrained) - best of the ladder; lower is better "
         "(arXiv 2309.14322), mean over seeds; (k of n): over the k of n that have a result at every rate. largest "
         "stable: up to it no run diverged. lr: mean final value, stable/all runs.",
+        *(note for one in result.ladders for note in _notes_on_ladder(one)),
     )
     return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3, figure="learning_rates")
+
+
+def _notes_on_ladder(one: LadderResult) -> list[str]:
+    """Return the arms and seeds that a ladder leaves out."""
+    name, twins = one.ladder.name, one.ladder.twins
+    return [
+        *(f"{name}: {arm} is left out, because {other} has the same learning rate." for arm, other in twins.items()),
+        *(
+            f"{name}: the sensitivity leaves out seed {', '.join(map(str, seeds))}, without a result of {arm}."
+            for arm, seeds in one.missing.items()
+        ),
+    ]
 
 
 def fairness_table(result: StudyResult) -> Table:
@@ -120,11 +136,11 @@ def fairness_table(result: StudyResult) -> Table:
     return Table("Fairness: what was not the same in all runs", ("what", "weight", "values"), rows, notes)
 
 
-def _stability_cells(arm: ArmStability, is_withdrawn: bool) -> tuple[str, ...]:
+def _stability_cells(arm: ArmStability, is_withdrawn: bool, alpha: float) -> tuple[str, ...]:
     first = arm.first_divergence
     return (
         f"{arm.stable}/{arm.total}" if arm.total and not is_withdrawn else NOTHING,
-        NOTHING if arm.p is None else f"{arm.p:.3g}",
+        NOTHING if arm.p is None else format_p(arm.p, alpha),
         NOTHING if first is None else f"step {first}",
         *(_share(arm.mean(read)) for read in _SPIKES),
         _recovery(arm),
