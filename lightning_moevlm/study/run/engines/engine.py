@@ -1,7 +1,7 @@
-"""Where the runs of a study are carried out: an engine takes jobs, tells how they ended, and ends them.
+"""Defines engines: they take jobs, report how they ended, and cancel them.
 
-A job is a command line, so that a person can rerun it by hand. What a run is, which one is next and what its end means
-is no engine's business: see `study/execute.py`.
+A job is a command line, so that a person can rerun it by hand. `study/run/execute.py` decides which run is next and
+what its end means.
 """
 
 from abc import ABC, abstractmethod
@@ -15,19 +15,25 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 
 JOBS_FOLDER = "jobs"
-"""Of an engine, in the folder of a study."""
+"""Name of an engine's folder in the folder of a study."""
 CHECKPOINT = "{checkpoint}"
-"""Stands in a command line for the checkpoint to go on from, where that is not known yet."""
+"""Stands in a command line for a checkpoint that is not known yet."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt at one run, in plain words: another machine may carry it out that sees the same folders.
+    """One attempt at one run, as texts and absolute paths: another machine that sees the same folders may run it.
 
-    ticket: names the attempt for good. name: for people. command: what to run. again: the same, but going on from
-    CHECKPOINT, for a cluster that stops a job and starts it once more. environment: set over that of the place. folder:
-    to run in. log: gets the output. checkpoints: where the run's checkpoints are. timeout_seconds: of one start; None:
-    no limit. All paths are absolute.
+    Attributes:
+        ticket: Names the attempt for good.
+        name: For people.
+        command: The command line.
+        again: The command line that resumes from CHECKPOINT, for a cluster that stops and restarts jobs.
+        environment: Variables set over those of the place.
+        folder: Working directory.
+        log: Gets the output.
+        checkpoints: Folders of the run's checkpoints.
+        timeout_seconds: Longest time of one start; None: no limit.
     """
 
     ticket: str
@@ -43,10 +49,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Handle:
-    """By what the ledger finds a job again.
+    """Identifies a job in the ledger.
 
-    pid, pid_started: process of this machine that the job lives and dies with; None where it outlives this program.
-    job: what the cluster calls it.
+    Attributes:
+        pid: Process of this machine that the job lives and dies with; None if it outlives this program.
+        pid_started: Start of that process, seconds since 1970.
+        job: The cluster's name for it.
     """
 
     pid: int | None = None
@@ -55,7 +63,7 @@ class Handle:
 
 
 class Engine(ABC):
-    """Carries out jobs. Opened once, before anything else is asked of it, and closed at the end."""
+    """Runs jobs. Opened once before anything else, and closed at the end."""
 
     name: ClassVar[str]
     poll_seconds: ClassVar[float]
@@ -65,15 +73,15 @@ class Engine(ABC):
         """Get ready.
 
         Args:
-            folder: Where the engine may keep what it needs, of this study alone.
-            jobs: Jobs at once, as asked for; None leaves it to the engine.
-            waiting: Jobs that there are.
+            folder: The engine's own folder in this study.
+            jobs: Jobs at once; None leaves it to the engine.
+            waiting: Number of jobs to come.
 
         Returns:
-            How many jobs it wants at once.
+            Number of jobs at once.
 
         Raises:
-            UserError: the place cannot be reached.
+            UserError: The place cannot be reached.
         """
 
     @abstractmethod
@@ -81,16 +89,16 @@ class Engine(ABC):
         """Take a job.
 
         Raises:
-            UserError: it was refused, and will not run.
+            UserError: It was refused, and will not run.
         """
 
     @abstractmethod
     def attach(self, ticket: str, job: str) -> bool:
-        """Take up a job that an earlier program handed over; False where it has ended unseen, or will never begin.
+        """Watch a job that an earlier program submitted; return False if it has ended unseen, or will never begin.
 
         Args:
             ticket: Of the attempt.
-            job: What the cluster calls it; "" where the earlier program died before it knew.
+            job: The cluster's name for it; "" if the earlier program died before it knew.
         """
 
     @abstractmethod
@@ -99,28 +107,28 @@ class Engine(ABC):
 
     @abstractmethod
     def cancel(self, tickets: Sequence[str]) -> None:
-        """End jobs: first asked, then made to. Waits until they are gone, but not forever: `poll` has the last word."""
+        """End jobs: SIGTERM, then SIGKILL. Wait for their end, but not forever; `poll` says if they have ended."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the place."""
+        """Release the place."""
 
 
 def require(package: str, extra: str, what: str) -> None:
-    """Make sure that an extra is installed.
+    """Check that an extra is installed.
 
     Raises:
-        UserError: it is not; says how to get it.
+        UserError: It is not; names the command that installs it.
     """
     if find_spec(package) is None:
         raise UserError(f"{what} needs {package}, which is not installed: pip install 'lightning-moevlm[{extra}]'")
 
 
 def require_at_least(least: float, **options: float | None) -> None:
-    """Make sure that options of an engine are not too small; None is not looked at.
+    """Check that options of an engine are at least so large; None passes.
 
     Raises:
-        UserError: one is.
+        UserError: One is smaller.
     """
     for name, value in options.items():
         if value is not None and value < least:

@@ -1,4 +1,4 @@
-"""Processes of this machine, a bounded number at once: one per GPU, or a share of the cores each."""
+"""Runs jobs as processes of this machine, a bounded number at once: one per GPU, or a share of the cores each."""
 
 import os
 import sys
@@ -22,9 +22,9 @@ class LocalEngine(Engine):
     """Runs jobs as processes of this machine; they end with this program.
 
     Args:
-        num_gpus: GPUs to spread the jobs over, one each; null takes all, 0 leaves them to the CPU.
-        fork: Fork them from one process that has imported what they need, which spares each the seconds that this
-            takes. Only on Linux and without GPUs, which a fork cannot take over; false starts each as a new program.
+        num_gpus: GPUs to spread the jobs over, one each; null takes all visible ones, 0 uses the CPU.
+        fork: Fork jobs from one process that has already imported the package, which saves each some seconds. Only on
+            Linux and without GPUs, which a fork cannot use; false starts each as a new program.
     """
 
     name = "local"
@@ -44,7 +44,7 @@ class LocalEngine(Engine):
         self._busy: dict[str, tuple[int, Child]] = {}  # by ticket: slot and process
 
     def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
-        """Return one job per GPU, or, without a GPU, one per core, unless it is told otherwise."""
+        """Return the jobs at once: by default one per GPU, or, without a GPU, one per core."""
         self._gpus = _visible_gpus() if self._num_gpus is None else self._num_gpus
         self._jobs = min(jobs or self._gpus or count_usable_cores(), max(1, waiting))
         self._fork = self._fork and not self._gpus
@@ -83,13 +83,13 @@ class LocalEngine(Engine):
         end_children([self._busy[ticket][1] for ticket in tickets])
 
     def close(self) -> None:
-        """Let the fork server go; what was started has been waited for."""
+        """End the fork server; its runs have been waited for."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
     def _start(self, job: Job, env: Mapping[str, str]) -> tuple[Child, int]:
-        """Return the job's process, and the number of the one that it lives and dies with."""
+        """Start a job; return its process, and the number of the process that it lives and dies with."""
         words = moevlm_arguments(job.command)
         server = None if words is None else self._server_for(job, env, words)
         if server is None or words is None:
@@ -100,9 +100,9 @@ class LocalEngine(Engine):
         return Child(Fork(server, job.ticket), log, time.time(), job.timeout_seconds), server.pid
 
     def _server_for(self, job: Job, env: Mapping[str, str], words: Sequence[str]) -> ForkServer | None:
-        """Return the fork server, started with the first job; None where the job is to be a program of its own."""
+        """Return the fork server, started with the first job; None if the job is to be a program of its own."""
         if self._server is not None and self._server.is_gone:
-            self._fork = self._fork and bool(self._server.started)  # one that cannot start is not started again
+            self._fork = self._fork and bool(self._server.started)  # a server that cannot start is not tried again
             self.close()
         if not self._fork:
             return None

@@ -1,9 +1,8 @@
-"""Tasks of a Ray cluster: an existing one by its address, or one of this machine's own.
+"""Runs jobs as tasks of a Ray cluster: an existing one by its address, or one on this machine.
 
-Ray ends what it runs for a program when that program ends, so a killed sweep leaves nothing behind; the next one goes
-on from the last checkpoints. Every node needs this package and the same folders. A cluster runs whatever it is sent, so
-it must be one that strangers cannot reach; our own listens on loopback alone, and asks everybody there for a secret
-that only this program knows.
+Ray ends the tasks of a program when that program ends, so a killed sweep leaves nothing behind; the next one resumes
+from the last checkpoints. Every node needs this package and the same folders. A cluster runs any code that it is sent,
+so strangers must not reach it. Our own listens on loopback alone and requires a secret that only this program knows.
 """
 
 import logging
@@ -24,8 +23,8 @@ from lightning_moevlm.study.run.engines.worker import run_job
 from lightning_moevlm.study.run.processes.child_process import PATIENCE_SECONDS, ProcessEnd
 
 _CONNECT_SECONDS = 10.0
-# Where Ray is not to make clusters of several machines it listens on loopback; named after the systems on which that is
-# the default. An address of loopback handed to `ray.init` it replaces by one that the network can reach.
+# Without clusters of several machines Ray listens on loopback. The variable is named after the systems where that is
+# the default. Ray replaces a loopback address in `ray.init` by one that the network can reach.
 _ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -33,9 +32,9 @@ class RayEngine(Engine):
     """Runs jobs as tasks of a Ray cluster; they end with this program.
 
     Args:
-        address: Of an existing cluster, e.g. 10.0.0.1:6379, or auto; null starts one on this machine.
+        address: Address of an existing cluster, e.g. 10.0.0.1:6379, or auto; null starts one on this machine.
         num_cpus: Cores of one run, and its number of threads.
-        num_gpus: GPUs of one run; a fraction lets several share one.
+        num_gpus: GPUs of one run; a fraction lets several runs share one.
     """
 
     name = "ray"
@@ -52,14 +51,14 @@ class RayEngine(Engine):
         self._tasks: dict[str, Any] = {}  # by ticket
 
     def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
-        """Connect; return as many jobs as the cluster has room for now."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        """Connect; return the number of jobs that the cluster has room for."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # usage reports to Ray's makers
         if self._address is None:  # other users of this machine reach loopback too
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             os.environ.setdefault(_ONE_MACHINE, "0")
         self._folder = folder.absolute()
-        _refuse_deaf(self._address)
+        _check_address(self._address)
         import ray  # it reads the environment when it is imported
 
         here: dict[str, Any] = {
@@ -75,8 +74,8 @@ class RayEngine(Engine):
             )
         except Exception as error:  # Ray raises plain ones too, e.g. where a busy machine is slow to start it
             ray.shutdown()
-            told = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"no Ray cluster at {self._address or 'this machine'}: {told}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"no Ray cluster at {self._address or 'this machine'}: {reason}") from error
         room = ray.cluster_resources()
         at_once = int(room.get("CPU", 0) // self._num_cpus)
         if self._num_gpus:
@@ -84,13 +83,13 @@ class RayEngine(Engine):
         if at_once < 1:
             self.close()
             raise UserError(
-                f"the Ray cluster has {room.get('CPU', 0):g} cores and {room.get('GPU', 0):g} GPUs, and one run is to "
-                f"have {self._num_cpus} and {self._num_gpus:g}; lower --engine.num_cpus or --engine.num_gpus"
+                f"the Ray cluster has {room.get('CPU', 0):g} cores and {room.get('GPU', 0):g} GPUs, but one run needs "
+                f"{self._num_cpus} and {self._num_gpus:g}; lower --engine.num_cpus or --engine.num_gpus"
             )
         return min(jobs or at_once, max(1, waiting))
 
     def submit(self, job: Job) -> Handle:
-        """Make a task of it. Ray itself never repeats it: what it would repeat has logged to MLflow."""
+        """Submit it as a task. Ray must not repeat it: its first start has logged to MLflow."""
         import ray
 
         environment = {"OMP_NUM_THREADS": str(self._num_cpus), **_own_threads(), **job.environment}
@@ -106,7 +105,7 @@ class RayEngine(Engine):
         return False
 
     def poll(self, ticket: str) -> ProcessEnd | None:
-        """Return how the task ended; without a word where its node or its worker went away."""
+        """Return how the task ended; without an exit code if its node or its worker was lost."""
         import ray
 
         ready, _ = ray.wait([self._tasks[ticket]], timeout=0)
@@ -134,24 +133,24 @@ class RayEngine(Engine):
         ray.wait(tasks, num_returns=len(tasks), timeout=2 * PATIENCE_SECONDS)
 
     def close(self) -> None:
-        """Leave the cluster; one of our own ends."""
+        """Disconnect; a cluster of our own ends."""
         import ray
 
         ray.shutdown()
 
 
-def _refuse_deaf(address: str | None) -> None:
-    """Refuse host:port where nobody listens: Ray would try for minutes."""
+def _check_address(address: str | None) -> None:
+    """Refuse host:port without a listener: Ray would try for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon:
         return
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise UserError(f"no Ray cluster at {address}: {error}; `ray status` there tells its address") from error
+        raise UserError(f"no Ray cluster at {address}: {error}; `ray status` there shows its address") from error
 
 
 def _own_threads() -> dict[str, str]:
-    """Return the number of threads that the user has set himself, which then stays."""
+    """Return the number of threads that the user has set, which then stays."""
     own = os.environ.get("OMP_NUM_THREADS")
     return {} if own is None else {"OMP_NUM_THREADS": own}

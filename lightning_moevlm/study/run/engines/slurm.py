@@ -1,7 +1,7 @@
-"""Jobs of a SLURM cluster, through submitit: they outlive this program, and the next sweep waits for them.
+"""Runs jobs on a SLURM cluster through submitit; they outlive this program, and the next sweep waits for them.
 
-SLURM stops jobs (time limit, preemption, a node that fails) and starts them again; a job that comes back goes on from
-its last checkpoint in the same MLflow run. One that had none yet is handed back and starts anew in a new MLflow run.
+SLURM stops jobs (time limit, preemption, a node that fails) and restarts them. A restarted job resumes from its last
+checkpoint in the same MLflow run. A job without a checkpoint is returned and starts from zero in a new MLflow run.
 Nodes need this package, the same folders, and the MLflow store: best a server.
 """
 
@@ -39,15 +39,15 @@ class SlurmEngine(Engine):
     """Runs jobs on a SLURM cluster; they outlive this program.
 
     Args:
-        partition: Where to run; null is the cluster's default.
-        minutes: Time limit of one job; one that reaches it is started again and goes on.
+        partition: Partition; null is the cluster's default.
+        minutes: Time limit of one job; a job that reaches it is restarted and resumes.
         cpus: Cores of one run, and its number of threads.
         gpus: GPUs of one run.
         mem_gb: Memory of one run, GB; null is the cluster's default.
-        account: Who pays; null is the user's default.
+        account: Account to charge; null is the user's default.
         qos: Quality of service; null is the default.
-        restarts: How often a job that reached its time limit is started again.
-        cluster: "local" runs the jobs on this machine, to try things out.
+        restarts: Restarts of a job that reached its time limit.
+        cluster: "local" runs the jobs on this machine, for a trial.
     """
 
     name = "slurm"
@@ -71,7 +71,7 @@ class SlurmEngine(Engine):
         if cluster == "slurm" and which("srun") is None:
             raise UserError(
                 "this machine has no srun, so it does not belong to a SLURM cluster; run this where sbatch works, "
-                "or give --engine.cluster local to try the jobs here"
+                "or try the jobs here with --engine.cluster local"
             )
         self._options: dict[str, Any] = {
             "slurm_partition": partition,
@@ -92,7 +92,7 @@ class SlurmEngine(Engine):
         self._jobs: dict[str, submitit.Job[None] | int] = {}  # by ticket; a number: a process that is not our child
 
     def open(self, folder: Path, jobs: int | None, waiting: int) -> int:
-        """Return as many jobs as there are: the cluster has a queue; on this machine one per run's cores."""
+        """Return the jobs at once: all on a cluster, which has a queue; on this machine as many as the cores allow."""
         import submitit
 
         self._folder = folder.absolute()
@@ -105,7 +105,7 @@ class SlurmEngine(Engine):
         return min(jobs or (waiting if self._cluster == "slurm" else here), max(1, waiting))
 
     def submit(self, job: Job) -> Handle:
-        """Hand a job to the cluster. Its environment goes with it and not into a file: it may hold a password."""
+        """Submit a job. Its environment goes along and not into a file: it may hold a password."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         assert self._executor is not None
@@ -115,17 +115,19 @@ class SlurmEngine(Engine):
             with _environment({**threads, **job.environment}):
                 submitted = self._executor.submit(_Work(replace(job, environment={}), self._folder))
         except (FailedJobError, FailedSubmissionError) as error:
-            if Tickets(self._folder).take(job.ticket, NO_OWNER) is None:  # should it begin after all, it will leave
+            if (
+                Tickets(self._folder).take(job.ticket, NO_OWNER) is None
+            ):  # if it begins after all, it finds the ticket taken
                 raise UserError(f"sbatch refused the job: {_last_line(error)}") from error
             raise
         self._jobs[job.ticket] = submitted
         return Handle(job=str(submitted.job_id))
 
     def attach(self, ticket: str, job: str) -> bool:
-        """Return whether the cluster still has the job, or it has ended with a word."""
+        """Return whether the cluster still has the job, or the job has written how it ended."""
         import submitit
 
-        if not job:  # the ledger was not told: whoever has the ticket is the job
+        if not job:  # the ledger does not know it: the owner of the ticket is the job
             job = Tickets(self._folder).take(ticket, NO_OWNER) or NO_OWNER
             if job == NO_OWNER:
                 return False
@@ -136,11 +138,11 @@ class SlurmEngine(Engine):
         return True
 
     def poll(self, ticket: str) -> ProcessEnd | None:
-        """Return what the job wrote down, or that the cluster ended it."""
+        """Return how the job ended, by its own file or because the cluster ended it."""
         tickets = Tickets(self._folder)
         ended = tickets.read_end(ticket)
         if ended is None and self._is_over(ticket):
-            ended = tickets.read_end(ticket) or _LOST  # written between the two questions
+            ended = tickets.read_end(ticket) or _LOST  # written between the two checks
         if ended is not None:
             del self._jobs[ticket]
         return ended
@@ -167,7 +169,7 @@ class SlurmEngine(Engine):
 
 
 class _Work:
-    """What submitit calls on a node."""
+    """The function that submitit calls on a node."""
 
     def __init__(self, job: Job, tickets: Path) -> None:
         self.job = job
@@ -176,10 +178,10 @@ class _Work:
     def __call__(self) -> None:
         import submitit
 
-        signal.signal(signal.SIGTERM, _leave)  # submitit lets it pass, and the run would be killed in its tracks
+        signal.signal(signal.SIGTERM, _leave)  # submitit ignores it, and the run would be killed at once
         try:
             run_job(self.job, self.tickets, submitit.JobEnvironment().job_id)
-        except Exception as error:  # the cluster's own ends are none: they go through
+        except Exception as error:  # ends by the cluster are not Exceptions: they pass
             stopped_early = isinstance(error, submitit.core.utils.UncompletedJobError) and not self._has_checkpoint()
             Tickets(self.tickets).write_end(
                 self.job.ticket, NO_CHECKPOINT if stopped_early else ProcessEnd(1, _last_line(error))
@@ -187,9 +189,9 @@ class _Work:
             raise
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission | None":
-        """Return what is to be called when the job has been started again; None: it cannot go on anywhere.
+        """Return the function to call after a restart; None without a checkpoint.
 
-        Called by submitit in the signal handler; the run ends when this program does, right after.
+        submitit calls this in its signal handler; the run ends with this program, right after.
         """
         import submitit
 
@@ -214,8 +216,7 @@ def _is_controller(pid: int) -> bool:
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("sbatch:")] or lines or [type(error).__name__]
-    return told[-1]
+    return ([line for line in lines if line.startswith("sbatch:")] or lines or [type(error).__name__])[-1]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Which attempt at a run may begin, and how it ended, as files that every machine of a cluster sees.
+"""Decides which attempt at a run may begin, and records how it ended, in files that every machine of a cluster sees.
 
-A job is handed to a cluster in two steps, and the program that does it may be killed between them: the cluster has the
-job, the ledger does not know. So each attempt has a ticket, and whoever takes it first has it for good: the job as it
-begins, or the next program, which then knows that the job will find it gone and leave. Never do two attempts run.
+A job is submitted in two steps, and the program may be killed between them: the cluster has the job, and the ledger
+does not know. So each attempt has a ticket that can be taken once: by the job as it begins, or by the next program. A job
+that finds its ticket taken leaves. Two attempts never run.
 """
 
 import os
@@ -20,18 +20,18 @@ NO_OWNER = "no owner"
 
 @dataclass(frozen=True)
 class Tickets:
-    """The tickets of a study; folder: where they are."""
+    """The tickets of a study, in a folder."""
 
     folder: Path
 
     def take(self, ticket: str, owner: str) -> str | None:
-        """Take a ticket, at once or not at all; return None, or who has taken it before."""
+        """Take a ticket atomically; return None, or its earlier owner."""
         file = self._taken(ticket)
         mine = file.with_name(f".{ticket}.{uuid.uuid4().hex}")
         self.folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(owner, encoding="utf-8")
         try:
-            os.link(mine, file)  # a link is there with its whole text, or it is not there
+            os.link(mine, file)  # a link appears with its whole text or not at all
         except FileExistsError:
             return file.read_text(encoding="utf-8")
         finally:

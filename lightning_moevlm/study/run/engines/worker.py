@@ -1,7 +1,7 @@
-"""What a cluster runs for a job: the run's own command line as a child, watched to its end.
+"""Runs a job on a cluster: starts its command line as a child and watches it to its end.
 
-The child ends with this program, whatever ends it. An end that the cluster brought about is not written down: the
-cluster may start the job again, which then goes on from the last checkpoint in the same MLflow run.
+The child ends with this program. An end by the cluster is not recorded: the cluster may restart the job, which then
+resumes from the last checkpoint in the same MLflow run.
 """
 
 import os
@@ -16,17 +16,17 @@ from lightning_moevlm.study.run.processes.run_files import last_checkpoint
 NO_CHECKPOINT = ProcessEnd(None, "stopped by the cluster before its first checkpoint")
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0
-# What the cluster says to its jobs is not meant for the run: Lightning would take the job's tasks for its own ranks.
+# The cluster's variables are not for the run: Lightning would take the job's tasks for its own ranks.
 _CLUSTERS = ("SLURM_", "SUBMITIT_", "RAY_")
 
 
 def run_job(job: Job, tickets: Path, owner: str) -> None:
-    """Run a job to its end and write down how it ended; leave at once where its ticket has been given up.
+    """Run a job to its end and record how it ended; leave at once if its ticket is taken.
 
     Args:
-        job: What to run.
+        job: The job.
         tickets: Folder of the tickets.
-        owner: What the cluster calls this job, the same when it starts it again.
+        owner: The cluster's name for this job, the same after a restart.
     """
     files = Tickets(tickets)
     before = files.take(job.ticket, owner)
@@ -45,7 +45,7 @@ def run_job(job: Job, tickets: Path, owner: str) -> None:
         while (ended := child.poll()) is None:
             time.sleep(_POLL_SECONDS)
         if ended.code:
-            time.sleep(_GRACE_SECONDS)  # a cluster that stops a job tells all its processes: were we told too?
+            time.sleep(_GRACE_SECONDS)  # a cluster that stops a job signals all its processes: this one too?
     finally:
         child.end()
     files.write_end(job.ticket, ended)

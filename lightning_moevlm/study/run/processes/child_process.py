@@ -1,7 +1,7 @@
-"""One run as a process: the public command line, its environment, its log, its clean end.
+"""Starts, watches and ends one run as a process.
 
-A child is a session of its own, so Ctrl-C in the terminal reaches the sweep alone, which then ends its children in
-order. If the sweep itself is killed, the system ends them (Linux); elsewhere the next `sweep run` does.
+A child is a session of its own, so Ctrl-C in the terminal reaches the sweep alone, which then ends its children. If the
+sweep is killed, the system ends them (Linux); elsewhere the next `sweep run` does.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import psutil
 from lightning_moevlm.study.run.processes.run_files import open_log
 
 PATIENCE_SECONDS = 30.0
-"""How long a process that was asked to end may take: it finishes its step and writes a checkpoint."""
+"""Time for a process that was asked to end: it finishes its step and writes a checkpoint."""
 _STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # what a run saves upon: callbacks/stop_by_signal.py
 _LOOK_SECONDS = 0.01
 _PR_SET_PDEATHSIG = 1
@@ -31,8 +31,11 @@ _PR_SET_PDEATHSIG = 1
 class ProcessEnd:
     """How a run's process ended.
 
-    code: exit code, negative: the signal that ended it; None: whoever ran it was stopped, and it may go on from its
-    last checkpoint. reason: why we ended it, or "". started, ended: seconds since 1970; None where nobody could look.
+    Attributes:
+        code: Exit code; negative: the signal that ended it; None: its place was stopped, and the run may resume.
+        reason: Why we ended it, or "".
+        started: Seconds since 1970; None if unknown.
+        ended: Seconds since 1970; None if unknown.
     """
 
     code: int | None
@@ -42,40 +45,45 @@ class ProcessEnd:
 
     @property
     def stop_signal(self) -> signal.Signals | None:
-        """The signal that asked it to end, upon which it saved where it stood, as `moevlm fit` does; or None."""
+        """The signal that asked it to end, upon which it saved a checkpoint, as `moevlm fit` does; or None."""
         return next((number for number in signal.Signals if number.name in _STOPS and self.code == 128 + number), None)
 
 
 class Process(Protocol):
-    """What a run needs of its process, as `subprocess.Popen` has it."""
+    """A process, as `subprocess.Popen` has it."""
 
     @property
     def pid(self) -> int | None:
-        """Its number; None while nobody has told it."""
+        """Its number; None while unknown."""
 
     def poll(self) -> int | None:
         """Return its exit code, or None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end, for so many seconds, and return its exit code.
+        """Wait at most `timeout` seconds for its end and return its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs.
+            subprocess.TimeoutExpired: It still runs.
         """
 
     def terminate(self) -> None:
         """Ask it to end."""
 
     def kill(self) -> None:
-        """Make it end."""
+        """Kill it."""
 
 
 @dataclass
 class Child:
     """A started process and its open log.
 
-    started: seconds since 1970. timeout_seconds: after so long it is ended; None: never. begun: the same moment by a
-    clock that nobody sets.
+    Attributes:
+        process: The process.
+        log: Gets its output.
+        started: Seconds since 1970.
+        timeout_seconds: Longest time; None: no limit.
+        reason: Why we ended it, or "".
+        begun: The start by the monotonic clock.
     """
 
     process: Process
@@ -99,7 +107,7 @@ class Child:
         return cls(start_process(command, env, log, folder), log, time.time(), timeout_seconds)
 
     def poll(self) -> ProcessEnd | None:
-        """Return how it ended, or None while it runs; one that is over its time is ended first."""
+        """Return how it ended, or None while it runs; a process over its time is ended first."""
         code = self.process.poll()
         if code is None and self.timeout_seconds is not None and time.monotonic() > self.begun + self.timeout_seconds:
             self.reason = f"not done after {self.timeout_seconds / 60:g} minutes (timeout_minutes), so it was ended"
@@ -111,14 +119,14 @@ class Child:
         return ProcessEnd(code, self.reason, self.started, time.time())
 
     def end(self) -> None:
-        """End it and all below it, unless it has ended: asked first, after some patience made to."""
+        """End it and its descendants, unless it has ended: SIGTERM, then SIGKILL."""
         end_children([self])
 
 
 def end_children(children: Sequence[Child]) -> None:
-    """End our own processes and all below them, at once: first asked (SIGTERM), after some patience made to (SIGKILL).
+    """End our own processes and their descendants, all at once: SIGTERM, after PATIENCE_SECONDS SIGKILL.
 
-    Whoever waits for a child first has its exit code, so each child is waited for by its own `process`.
+    Only the first to wait for a child gets its exit code, so each is waited for by its own `process`.
     """
     living = [child.process for child in children if child.process.poll() is None]
     below = [process for child in living for process in _find_descendants(child.pid)]
@@ -137,12 +145,12 @@ def end_children(children: Sequence[Child]) -> None:
 def _find_descendants(pid: int | None) -> list[psutil.Process]:
     try:
         return [] if pid is None else psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:  # of a process that another one waits for
+    except psutil.NoSuchProcess:  # another process has waited for it
         return []
 
 
 def end_processes(pids: Sequence[int], patience_seconds: float) -> None:
-    """End processes of others and all below them: first asked (SIGTERM), after the patience made to (SIGKILL)."""
+    """End processes that are not our children, and their descendants: SIGTERM, after the patience SIGKILL."""
     asked: list[psutil.Process] = []
     family: list[psutil.Process] = []
     for pid in pids:
@@ -171,10 +179,10 @@ def _wait_until_over(processes: Sequence[psutil.Process], seconds: float) -> Non
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Return whether a process still does anything.
+    """Return whether a process still runs.
 
-    One that has ended stays listed, as a zombie, until its parent asks for its exit code. The parent of an orphan is
-    process 1, which in a container without an init never asks.
+    A process that has ended stays listed, as a zombie, until its parent asks for its exit code. The parent of an orphan
+    is process 1, which in a container without an init never asks.
     """
     try:
         return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
@@ -200,7 +208,7 @@ def start_process(
 
 
 def start_time(pid: int) -> float | None:
-    """Return when a process started as the system tells it, seconds since 1970; None where it is gone."""
+    """Return the start of a process by the system's clock, seconds since 1970; None if it is gone."""
     try:
         return psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
@@ -208,7 +216,7 @@ def start_time(pid: int) -> float | None:
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """Return what a child does first, before exec if there is one, so that the kernel ends it when its parent dies."""
+    """Return a function that a child calls first, before any exec, so that the kernel ends it when its parent dies."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl

@@ -23,14 +23,14 @@ def run_options(run_id: str, checkpoint: Path | None) -> list[str]:
 
 
 def moevlm_arguments(command: Sequence[str]) -> list[str] | None:
-    """Return what a command line gives to `moevlm`, or None where it starts another program."""
+    """Return the arguments that a command line gives to `moevlm`, or None if it starts another program."""
     return list(command[len(_PROGRAM) :]) if tuple(command[: len(_PROGRAM)]) == _PROGRAM else None
 
 
 def share_environment(env: Mapping[str, str], jobs: int, cores: int, slot: int, num_gpus: int) -> dict[str, str]:
-    """Return a child's environment: its share of the cores, the allocator, and its GPU where there are any.
+    """Return a child's environment: its share of the cores, the allocator's settings, and its GPU if there are any.
 
-    What the user has set himself stays, save for the GPU, which the slot decides among those he made visible.
+    Variables that the user has set stay, except for the GPU: the slot chooses among the visible ones.
     """
     threads = str(max(1, cores // jobs))
     shared = {**process_tuning.ENVIRONMENT, **wait_policy(env), THREADS: threads, "PYTHONUNBUFFERED": "1", **env}

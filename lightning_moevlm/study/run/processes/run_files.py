@@ -12,7 +12,7 @@ _LOG_LINES = 20
 
 
 def open_log(log_file: Path, command: Sequence[str]) -> IO[bytes]:
-    """Open a log to append to, and write the command line that it is of."""
+    """Open a log to append to, and write the command line into it."""
     log = log_file.open("ab")
     log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
     log.flush()
@@ -31,8 +31,7 @@ def log_tail(log_file: Path) -> tuple[str, ...]:
 def last_checkpoint(*folders: Path) -> Path | None:
     """Return the newest whole checkpoint below the folders, or None.
 
-    A checkpoint is a zip archive whose directory stands at its end: one that a kill cut short has none and
-    is passed over.
+    A checkpoint is a zip archive whose directory stands at its end. One that a kill cut short has none and is skipped.
     """
     found = [file for folder in folders if folder.is_dir() for file in folder.rglob("*.ckpt")]
     newest_first = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)

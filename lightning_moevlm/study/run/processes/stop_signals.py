@@ -1,4 +1,4 @@
-"""Signals that end a sweep cleanly: Ctrl-C, a polite kill, a terminal that was closed."""
+"""Catches the signals that end a sweep cleanly: Ctrl-C, SIGTERM, a closed terminal."""
 
 import signal
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-_HEARD = (signal.SIGINT, signal.SIGTERM)
+_CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
 class Stop:
-    """Set by signals; the loop looks at it. name: of what came last, or empty."""
+    """Set by signals and read by the loop. name: of the last signal, or empty."""
 
     name: str = ""
 
@@ -22,13 +22,10 @@ class Stop:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[Stop]:
-    """Within, signals set a Stop and end nothing by themselves; under `nohup` a closed terminal stays ignored.
-
-    From the main thread alone.
-    """
+    """Let signals set a Stop within the block, from the main thread; under `nohup` SIGHUP stays ignored."""
     stop = Stop()
     closed = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-    before = {number: signal.signal(number, stop.handle) for number in (*_HEARD, *closed)}
+    before = {number: signal.signal(number, stop.handle) for number in (*_CAUGHT, *closed)}
     try:
         yield stop
     finally:

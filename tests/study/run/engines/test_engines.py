@@ -340,7 +340,7 @@ def test_ray_where_nobody_listens(tmp_path):
 @needs_ray
 @pytest.mark.slow
 def test_ray_without_room_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"has \d+ cores and 0 GPUs, and one run is to have 1 and 1;"):
+    with pytest.raises(UserError, match=r"has \d+ cores and 0 GPUs, but one run needs 1 and 1;"):
         RayEngine(num_gpus=1).open(tmp_path, None, 1)
 
 
