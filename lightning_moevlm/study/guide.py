@@ -1,4 +1,4 @@
-"""What a study file can say, told from its keys: rows for `moevlm describe`, and the file of `moevlm sweep new`."""
+"""Describes a study file by its keys: rows for `moevlm describe`, and the file of `moevlm sweep new`."""
 
 from collections.abc import Iterable
 from textwrap import wrap
@@ -9,11 +9,11 @@ from lightning_moevlm.study.declare.study_keys import RECORDS, StudyFile
 
 _COLUMNS = 110
 ABOUT = """\
-A study file declares what is compared, how long each run is, and by which rule a difference counts.
+A study file declares the arms to compare, the length of each run, and the rule by which a difference counts.
 
-A run's configuration is, later ones winning: the files of `base`, `all_arms`, the arm's own changes, and last what the
-study sets itself (seed, budget, logger, output folder). A run's digest is of the whole result, so that it does not
-matter which of them says a value."""
+A run's configuration is the files of `base`, then `all_arms`, then the arm's own changes, then the keys that the study
+sets itself (seed, budget, logger, output folder); later ones win. A run's digest covers the result, so it does not
+matter which of them sets a value."""
 
 
 def study_rows() -> list[KeyRow]:
@@ -22,7 +22,7 @@ def study_rows() -> list[KeyRow]:
 
 
 def design_text(page: DesignPage) -> str:
-    """Return what a design is, in lines."""
+    """Return the description of a design, in lines."""
     return f"design: {page.kind}\n\n{page.arms}\n\nTakes {page.takes}.\n\nExample:\n\n    design: {page.example}"
 
 
@@ -32,9 +32,9 @@ def designs() -> tuple[DesignPage, ...]:
 
 
 def skeleton(name: str) -> str:
-    """Return a study file that plans as it is, with every key explained and what is optional commented out.
+    """Return a study file that plans as it is, with every key explained and optional keys commented out.
 
-    name: of the file, for the commands that its head tells.
+    name: Of the file, for the commands in its head.
     """
     parts = [
         f"# Show what would run: moevlm sweep plan {name}\n"

@@ -182,7 +182,7 @@ def test_importing_the_command_is_cheap() -> None:
 @pytest.mark.slow
 def test_a_pinned_baseline_that_changed_is_refused(moevlm: Moevlm, study: Study, workplace: Path) -> None:
     def pinned_in(told: str) -> str:
-        return told.partition("pin it: `baseline_digest: '")[2].partition("'")[0]
+        return told.partition("To accept the change: `baseline_digest: '")[2].partition("'")[0]
 
     told = moevlm("sweep", "plan", study(baseline_digest="0" * 12), code=2)
     digest = pinned_in(told)
@@ -193,5 +193,5 @@ def test_a_pinned_baseline_that_changed_is_refused(moevlm: Moevlm, study: Study,
     overlay["trainer"]["log_every_n_steps"] = 2
     (workplace / "small.yaml").write_text(yaml.safe_dump(overlay))
     [line] = moevlm("sweep", "run", "line.yaml", code=2).splitlines()
-    assert f"no longer the pinned {digest}" in line
+    assert f"baseline_digest is {digest}, but the baseline" in line
     assert not (workplace / "runs/sweeps").exists()

@@ -1,7 +1,7 @@
-"""A difference from the base as a study file writes it: dotted or nested keys, read into a flat list and merged again.
+"""Reads the changes of an arm over the base: dotted or nested keys, flattened and merged into one config.
 
-What a study owns (seed, budget, logger, output folder) is refused: arms differ in the question only. A key that
-ends in + adds items to a list, `trainer.callbacks+: [...]`, and any number of factors may do so.
+Keys that the study sets itself (seed, budget, logger, output folder) are refused: arms differ in the question only. A
+key that ends in + adds items to a list, `trainer.callbacks+: [...]`; several factors may add to one list.
 """
 
 import copy
@@ -23,28 +23,33 @@ OWNED: dict[str, str] = {
     "trainer.default_root_dir": "the study itself (runs/sweeps/...)",
 }
 _CALLBACKS = "trainer.callbacks"
-_MORE = "+"  # at the end of a key: further items of its list
+_MORE = "+"  # at the end of a key: adds items to its list
 
 
 @dataclass(frozen=True)
 class Change:
-    """One value over the base. key: dotted; node: the value where it stands in the file."""
+    """One value over the base.
+
+    Attributes:
+        key: Dotted.
+        node: The value at its place in the file.
+    """
 
     key: str
     node: YamlNode
 
     def overlaps(self, other: "Change") -> bool:
-        """Whether both set the same value, or one a part of what the other sets; to add items to a list is neither."""
+        """Whether both set the same value, or one a part of the other's; adding items to a list does not count."""
         if self.key == other.key and self.key.endswith(_MORE):
             return False
         return f"{self.key}.".startswith(f"{other.key}.") or f"{other.key}.".startswith(f"{self.key}.")
 
 
 def read_changes(key: str, node: YamlNode) -> tuple[Change, ...]:
-    """Return what a key of an arm changes: nested mappings are flattened; lists, numbers, texts and {} are values.
+    """Return the changes of one key: nested mappings are flattened; lists, numbers, texts and {} are values.
 
     Raises:
-        UserError: the study sets this key itself.
+        UserError: The study sets this key itself.
     """
     if node.is_filled_mapping:
         return tuple(change for name, child in node.items() for change in read_changes(f"{key}.{name}", child))
@@ -53,8 +58,7 @@ def read_changes(key: str, node: YamlNode) -> tuple[Change, ...]:
             raise node.error(f"{key!r} may not differ between arms: it is set by {by}; remove it here")
     if key == _CALLBACKS:
         raise node.error(
-            f"{key!r} would take the place of the callbacks that measure and guard every run; write {key}{_MORE} "
-            "to add yours to them"
+            f"{key!r} would replace the callbacks that measure and guard every run; write {key}{_MORE} to add yours"
         )
     if key.endswith(_MORE):
         node.sequence()
@@ -65,7 +69,7 @@ def merge(changes: Iterable[Change]) -> dict[str, Any]:
     """Return changes as one nested config.
 
     Raises:
-        UserError: two of them set the same value, or one lies below a plain value of another.
+        UserError: Two of them set the same value, or one lies below a plain value of another.
     """
     config: dict[str, Any] = {}
     for change in changes:
@@ -87,7 +91,7 @@ def merge(changes: Iterable[Change]) -> dict[str, Any]:
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return two nested configs as one: the upper one's values win, and lists to be added (`key+`) join."""
+    """Return two nested configs as one: values of `above` win, and lists of `key+` are joined."""
     config = copy.deepcopy(dict(below))
     for key, value in above.items():
         before = config.get(key)

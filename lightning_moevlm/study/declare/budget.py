@@ -1,4 +1,4 @@
-"""What a run may spend, in one of four measures; three become a number of optimiser steps before anything starts.
+"""Budgets of a run, in one of four measures; three become a number of optimiser steps before anything starts.
 
 max_steps      optimiser steps
 samples        steps = samples // (batch x world size x accumulation)
@@ -55,7 +55,7 @@ class Budget(Record, frozen=True):
         """Return the optimiser steps that samples or FLOPs allow with a configuration and its model.
 
         Raises:
-            UserError: not a single one.
+            UserError: The budget is less than one step.
         """
         per_step = samples_per_step(resolved)
         assert per_step is not None, "the data module has no default for batch_size"
@@ -85,7 +85,7 @@ def check_budget(budget: Budget, node: YamlNode) -> None:
 
 
 def samples_per_step(resolved: Mapping[str, Any]) -> int | None:
-    """Return batch x world size x accumulation of a resolved configuration; None where it has no batch size."""
+    """Return batch x world size x accumulation of a resolved configuration; None if it has no batch size."""
     data, trainer = resolved.get("data") or {}, resolved.get("trainer") or {}
     batch = data.get("batch_size")
     if not isinstance(batch, int):
@@ -95,7 +95,7 @@ def samples_per_step(resolved: Mapping[str, Any]) -> int | None:
 
 
 def _num_devices(devices: object) -> int:
-    """Return how many devices a run gets; "auto" and -1 are those that it sees, and a sweep shows each run one."""
+    """Return the number of devices of a run; "auto" and -1 mean all visible ones, and a sweep shows each run one."""
     if isinstance(devices, list):
         return len(devices)
     text = str(devices)

@@ -1,4 +1,4 @@
-"""What is compared with what, and by which rules: all that a result needs to know, be it of a study or of any runs."""
+"""Records of a comparison: arms, seeds and rules, whether of a study or of any runs."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -15,10 +15,14 @@ ErrorRate = Annotated[float, kind("number between 0 and 1", gt=0, lt=1)]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. changes: nested config that is merged over the base; of an explicit baseline empty.
+    """One way to train.
 
-    line: where the study file declares it, from 1; for messages, no part of what the arm is. levels: of a designed
-    study, where the arm stands in each factor.
+    Attributes:
+        name: In tables and folders.
+        description: For the report.
+        changes: Nested config over the base; empty for a listed baseline.
+        line: Line in the study file, from 1; for messages only.
+        levels: The arm's level of each factor, in a designed study.
     """
 
     name: str
@@ -38,10 +42,12 @@ class Primary:
 
 @dataclass(frozen=True)
 class Divergence:
-    """When a run counts as diverged: a non-finite value, or a last value above `times_untrained` x the first one.
+    """The rule by which a run has diverged: a non-finite value, or a last value above a multiple of the first one.
 
-    in_a_row: a run whose values lie above that for so many points in a row has diverged, whatever comes after, and is
-    ended there; null judges the last value alone.
+    Attributes:
+        metric: The metric that is watched.
+        times_untrained: The multiple.
+        in_a_row: A run with so many values in a row above that has diverged and is ended; None: the last value decides.
     """
 
     metric: str
@@ -96,11 +102,25 @@ class Guard:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms, seeds and rules, without what it takes to run them.
+    """Arms, seeds and rules, without the configuration that runs them.
 
-    name: of the study. spends: what each run may spend, in words. equal_steps: whether that is the same number of steps
-    for all of them; False where it is the same of something else. also: metrics that are told beside the primary one.
-    design: what made the arms, None where they were listed.
+    Attributes:
+        name: Of the study.
+        question: The report's headline.
+        hypothesis: Written before the runs, or "".
+        source: Origin of the question, or "".
+        baseline: Name of the arm that the others are compared with.
+        arms: In the file's order.
+        seeds: Repetitions of every arm.
+        spends: Budget of a run in words.
+        equal_steps: Whether all runs have the same number of steps; False if they share another budget.
+        primary: The metric that decides.
+        also: Metrics to report beside it.
+        diverged: The rule for divergence.
+        decide: The rule for verdicts.
+        guard: Metrics that may not get worse.
+        design: The design that made the arms; None if they were listed.
+        futility_stop: The rule that withdraws arms early.
     """
 
     name: str

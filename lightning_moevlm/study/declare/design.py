@@ -1,7 +1,7 @@
-"""Designs: which combinations of factor levels are trained. Pure functions from factors to the points of a design.
+"""Makes designs: pure functions from factors to the combinations of levels that are trained.
 
-`design_keys` tells what each of them makes. The first point is the reference, which becomes the study's baseline unless
-the file names another. A point's name says where it leaves the reference: `router_z`, `no_router_z`,
+`design_keys` describes each design. The first point is the reference, which becomes the study's baseline unless the
+file names another. A point's name lists its differences from the reference: `router_z`, `no_router_z`,
 `qk_norm__router_z__lr_3e_4`.
 """
 
@@ -25,14 +25,19 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REFERENCE = "baseline"
-"""Name of a point that leaves the reference nowhere."""
+"""Name of the arm at the reference."""
 
 _JOINT = "__"  # no name of a factor or level holds two in a row
 
 
 @dataclass(frozen=True)
 class Point:
-    """One combination. name: "" for the reference; levels: one per factor, in the design's order."""
+    """One combination.
+
+    Attributes:
+        name: "" for the reference.
+        levels: One per factor, in the design's order.
+    """
 
     name: str
     levels: tuple[FactorLevel, ...]
@@ -40,10 +45,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Design:
-    """Points and what they vary.
+    """Points and the factors that they vary.
 
-    factors: in order, with the ladder that the design itself brings. points: the reference first. fraction: of a
-    fractional factorial, its alias structure. parts: of a product.
+    Attributes:
+        kind: Name of the design.
+        factors: In order, with the ladder that the design itself brings.
+        points: The reference first.
+        fraction: Alias structure of a fractional factorial.
+        parts: Of a product.
     """
 
     kind: Kind
@@ -54,7 +63,7 @@ class Design:
 
     @property
     def fractions(self) -> tuple[Fraction, ...]:
-        """Every fraction in it."""
+        """All fractions in it, those of its parts included."""
         own = (self.fraction,) if self.fraction else ()
         return (*own, *(fraction for part in self.parts for fraction in part.fractions))
 
@@ -63,14 +72,14 @@ class Design:
         return next(factor for factor in self.factors if factor.name == name)
 
     def describe(self, point: Point) -> str:
-        """Return a point in words: what is off, on or set where it leaves the reference."""
-        told = [
+        """Return a point in words: its levels that differ from the reference."""
+        words = [
             _describe_level(self.factor(here.factor), here.level).rstrip(".") for here in self.changed_levels(point)
         ]
-        return "; ".join(told) + "." if told else f"The reference: {self._describe_reference()}."
+        return "; ".join(words) + "." if words else f"The reference: {self._describe_reference()}."
 
     def changed_levels(self, point: Point) -> tuple[FactorLevel, ...]:
-        """Return where a point is not at the reference."""
+        """Return the levels of a point that differ from the reference."""
         pairs = zip(point.levels, self.points[0].levels, strict=True)
         return tuple(here for here, usual in pairs if here != usual)
 
@@ -83,7 +92,7 @@ class Design:
 
 
 def one_in(factors: tuple[Factor, ...]) -> Design:
-    """Return the reference and every point that leaves it in one factor."""
+    """Return the reference and every point that differs from it in one factor."""
     reference = tuple(FactorLevel(factor.name, factor.levels[0].name) for factor in factors)
     points = [Point("", reference)]
     for i, factor in enumerate(factors):
@@ -137,24 +146,24 @@ def product(parts: tuple[Design, ...]) -> Design:
 
 
 def num_combinations(factors: tuple[Factor, ...]) -> int:
-    """Return how many combinations there are."""
+    """Return the number of combinations."""
     return math.prod(len(factor.levels) for factor in factors)
 
 
 def _point(factors: tuple[Factor, ...], levels: tuple[FactorLevel, ...]) -> Point:
-    told = [_name_part(factor, level) for factor, level in zip(factors, levels, strict=True)]
-    return Point(_JOINT.join(word for word in told if word), levels)
+    words = [_name_part(factor, level) for factor, level in zip(factors, levels, strict=True)]
+    return Point(_JOINT.join(word for word in words if word), levels)
 
 
 def _describe_level(factor: Factor, level: str) -> str:
-    told = factor.level(level).description
+    description = factor.level(level).description
     if factor.is_switch:
-        return told or f"{'with' if level == ON else 'without'} {factor.description or factor.name}"
-    return told or f"{factor.name} {level}"
+        return description or f"{'with' if level == ON else 'without'} {factor.description or factor.name}"
+    return description or f"{factor.name} {level}"
 
 
 def _name_part(factor: Factor, here: FactorLevel) -> str:
-    """Return how a name says it: a switch that is on by its name, levels by both names, a switch that is off not."""
+    """Return a level's part of a point's name: a switch by its name if it is on, else factor and level."""
     if factor.is_switch:
         return factor.name if here.level == ON else ""
     return f"{factor.name}_{here.level}"

@@ -1,4 +1,4 @@
-"""Every design that a study file can name: the arms it makes, the factors it takes, its options. See `read_design`."""
+"""Lists the designs of a study file: the arms they make, the factors they take, their options."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,7 +1,7 @@
-"""Factors: the named things that a designed study varies, each at two levels or more.
+"""Reads factors: the settings that a designed study varies, each at two levels or more.
 
     factors:
-      router_z:                                          # a switch; what is not written is the base
+      router_z:                                          # a switch; the level that is left out is the base
         description: z-loss on the router's logits
         on: {model.losses.router_z: {weight: 1.0e-3}}
       qk_norm:
@@ -11,7 +11,7 @@
           softmax: {}
           sigmoid: {model....router: {class_path: SigmoidBiasRouter}}
 
-Two factors of one study never set the same key: what they do together would depend on their order.
+Two factors of one study never set the same key: their joint effect would depend on their order.
 """
 
 import re
@@ -57,7 +57,7 @@ _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*", re.IGNORECASE)
 
 
 class FactorLevel(NamedTuple):
-    """Where an arm stands in one factor, by names."""
+    """The level of one factor, by names."""
 
     factor: str
     level: str
@@ -65,7 +65,13 @@ class FactorLevel(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """One setting of a factor. changes: over the base; empty where it is the base."""
+    """One setting of a factor.
+
+    Attributes:
+        name: In the names of arms.
+        description: For the report.
+        changes: Over the base; empty if it is the base.
+    """
 
     name: str
     description: str
@@ -74,7 +80,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Factor:
-    """A named thing to vary. levels: at least two, the reference first (of a switch `off`); line: in the study file."""
+    """A setting to vary.
+
+    Attributes:
+        name: In the names of arms.
+        description: For the report.
+        levels: At least two, the reference first (of a switch `off`).
+        line: In the study file, from 1.
+    """
 
     name: str
     description: str
@@ -116,7 +129,7 @@ def refuse_conflicts(factors: tuple[Factor, ...]) -> None:
     """Refuse two factors that set the same key.
 
     Raises:
-        UserError: naming both places.
+        UserError: Names both places.
     """
     for one, two in combinations(factors, 2):
         for mine in _all_changes(one):

@@ -1,4 +1,4 @@
-"""Fractions of a two-level factorial: which combinations to run, and which effects they cannot tell apart.
+"""Makes fractions of a two-level factorial: the combinations to run, and the effects that they cannot tell apart.
 
 A factor is a vector over GF(2) in the q basic factors, and in run r (q bits) it is on where vector . r is odd. Basic
 factors are unit vectors; each other one is generated, a sum of some of them. A subset of factors whose vectors sum to 0
@@ -20,9 +20,12 @@ _ROMAN = {3: "III", 4: "IV", 5: "V", 6: "VI", 7: "VII", 8: "VIII"}
 
 @dataclass(frozen=True)
 class Fraction:
-    """A regular two-level fraction. factors: names; vectors: one per factor, bit i for the i-th basic factor.
+    """A regular two-level fraction.
 
-    num_basic: q; there are 2^q runs.
+    Attributes:
+        factors: Names.
+        vectors: One per factor, bit i for the i-th basic factor.
+        num_basic: q; there are 2^q runs.
     """
 
     factors: tuple[str, ...]
@@ -79,7 +82,7 @@ class Fraction:
 
 
 def find_fraction(factors: tuple[str, ...], resolution: int) -> Fraction | None:
-    """Return the smallest fraction found of at least that resolution, or None where it takes all combinations.
+    """Return the smallest fraction found of at least that resolution, or None if it takes all combinations.
 
     For each number of basic factors, vectors are taken in ascending order as long as no sum of fewer than `resolution`
     of them is 0 (a lexicode). pyDOE3 1.6 takes generators without looking at their products: asked for resolution V of

@@ -1,10 +1,10 @@
-"""The `design` of a study file: a word, or one word with options.
+"""Reads the `design` of a study file: a word, or one word with options.
 
     design: one_in
     design: {fractional_factorial: {resolution: 4}}
 
 `design_keys` holds every design with its options; `moevlm list designs` and `moevlm describe DESIGN` print them.
-Inside a product every part names its factors, so that a new factor goes where its author puts it.
+Inside a product every part names its factors: a new factor goes only where its author puts it.
 """
 
 from typing import cast
@@ -82,7 +82,7 @@ def _design(node: YamlNode, factors: tuple[Factor, ...], in_product: bool) -> De
 
 
 def _kind(node: YamlNode) -> tuple[Kind, YamlNode]:
-    """Return which design, and the node of its options (the word itself where there are none)."""
+    """Return the design and the node of its options (the word itself if there are none)."""
     if not node.is_filled_mapping:
         return cast(Kind, node.choice(designs.KINDS)), node
     children = node.items()
@@ -171,7 +171,7 @@ def rate_name(rate: float) -> str:
 
 
 def _number_node(node: YamlNode, value: float) -> YamlNode:
-    """Return a number as if it stood in the file where the design does."""
+    """Return a number as a node at the place of the design."""
     scalar = yaml.ScalarNode("tag:yaml.org,2002:float", repr(value), node.node.start_mark, node.node.end_mark)
     return YamlNode(node.file, node.key, scalar, node.line)
 

@@ -1,9 +1,7 @@
-"""A declared study: one YAML file read into frozen records, or refused with file, line, key and nearest name.
+"""Reads a study file into frozen records, or refuses it with file, line, key and nearest name.
 
 `study_keys` holds every key with its meaning and default. `moevlm describe study` prints them, `moevlm sweep new`
-writes a file to start from.
-
-What a study sets itself (seed, budget, logger, output folder) no arm may change, see changes.py.
+writes a file to start from. Arms may not change keys that the study sets itself, see `arm_changes`.
 """
 
 import re
@@ -40,7 +38,12 @@ _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 byt
 
 @dataclass(frozen=True)
 class Pin:
-    """The baseline that a study stands on, 12 hex digits; see `pin`. line: where the file says so, for messages."""
+    """The baseline that a study requires; see `plan/baseline_pin.py`.
+
+    Attributes:
+        digest: 12 hex digits.
+        line: In the study file, from 1; for messages.
+    """
 
     digest: str
     line: int = field(default=0, compare=False)
@@ -50,9 +53,14 @@ class Pin:
 class Study:
     """A study file as read.
 
-    comparison: what is compared, and by which rules. file: where it was read; base: config files as the command line
-    takes them; all_arms: nested config that goes over the base of every arm, below what the arm itself changes; match:
-    what every arm must share with the baseline; pin: the baseline must be this one.
+    Attributes:
+        comparison: Arms, seeds and rules.
+        file: Its path.
+        base: Config files as the command line takes them.
+        budget: Of each run.
+        all_arms: Nested config over the base of every arm, below the arm's own changes.
+        match: Quantity that every arm must share with the baseline.
+        pin: The baseline that is required.
     """
 
     comparison: Comparison
@@ -113,7 +121,7 @@ def refuse_bad_name(file: Path) -> None:
     """Refuse a file whose name cannot be a study's.
 
     Raises:
-        UserError: it has other characters than letters, digits and _, or too many.
+        UserError: It has other characters than letters, digits and _, or too many.
     """
     if not _NAME.fullmatch(file.stem):
         raise UserError(f"{file}: the file's name is the study's name: use letters, digits and _, not {file.stem!r}")

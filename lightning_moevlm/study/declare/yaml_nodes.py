@@ -1,7 +1,7 @@
-"""YAML that remembers where it stood, so that a mistake is answered with file, line, key and the nearest valid name.
+"""Reads YAML with places, so that an error names file, line, key and the nearest valid name.
 
-`read(file)` composes the node tree of a YAML file (nothing is constructed but plain data: no tags, no objects);
-`YamlNode` walks it. Every refusal is one line: `ablations/x.yaml:12: arms.no_z: ...`.
+`read_yaml(file)` composes the node tree of a YAML file (plain data only: no tags, no objects); `YamlNode` walks it.
+Every error is one line: `ablations/x.yaml:12: arms.no_z: ...`.
 """
 
 import re
@@ -28,7 +28,14 @@ _INDENTATION = "; this line or one before it is indented unevenly: keys of one m
 
 @dataclass(frozen=True)
 class YamlNode:
-    """A YAML node with its place. key: dotted, "" for the whole document; line: of its key, else of itself, from 1."""
+    """A YAML node with its place.
+
+    Attributes:
+        file: The YAML file.
+        key: Dotted, "" for the whole document.
+        node: The node.
+        line: Line of its key, else of itself, from 1.
+    """
 
     file: Path
     key: str
@@ -68,7 +75,7 @@ class YamlNode:
         """Return the children of a mapping in file order.
 
         Raises:
-            UserError: where this is no mapping, a key is no text, or a key occurs twice.
+            UserError: This is not a mapping, a key is not a text, or a key occurs twice.
         """
         if not isinstance(self.node, yaml.MappingNode):
             raise self.error(f"expected a mapping (`key: value` lines), got {self.describe()}")
@@ -105,7 +112,7 @@ class YamlNode:
                 raise child.error(f"unknown key {name!r}; {hint}allowed here: {', '.join(allowed)}")
         for name in required:
             if name not in children:
-                where = "" if self.key else "; `moevlm describe study` tells what each of them is"
+                where = "" if self.key else "; `moevlm describe study` explains them"
                 raise self.error(f"the key {name!r} is missing; needed here: {', '.join(required)}{where}")
         return children
 
@@ -128,7 +135,7 @@ class YamlNode:
         return " ".join(value.split())
 
     def raw_text(self) -> str:
-        """Return a value as it stands in the file, whatever YAML would read it as; empty for a mapping or a list."""
+        """Return a value as it stands in the file, before YAML types it; empty for a mapping or a list."""
         return self.node.value if isinstance(self.node, yaml.ScalarNode) else ""
 
     def choice(self, allowed: tuple[str, ...]) -> str:
@@ -151,7 +158,7 @@ def read_yaml(file: Path) -> YamlNode:
     """Return the root of a YAML file.
 
     Raises:
-        UserError: where the file is missing, unreadable, empty or no YAML (with the line).
+        UserError: The file is missing, unreadable, empty or not valid YAML (with the line).
     """
     try:
         text = file.read_text(encoding="utf-8")

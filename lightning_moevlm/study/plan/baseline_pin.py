@@ -1,9 +1,9 @@
-"""`baseline_digest`: a study that pins its baseline is refused once the baseline has become another one.
+"""Checks `baseline_digest`: a study that pins its baseline is refused once the baseline resolves to something else.
 
-A study stands on files of others, on defaults, and often on the baseline of an earlier study. Its pin is the digest of
-the baseline's resolved config without seeds, without what is cosmetic and without what each study sets itself (budget,
-logger, output folder), so that studies of other lengths and seeds share it. `sweep plan` prints it. A baseline that has
-run is kept beside the study's runs under its digest; from there a refusal tells which keys have changed since.
+A study depends on base files, on defaults, and often on the baseline of an earlier study. Its pin is the digest of the
+baseline's resolved config without seeds, cosmetic keys and the keys that each study sets itself (budget, logger, output
+folder), so that studies of other lengths and seeds share it. `sweep plan` prints it. A baseline that has run is kept
+beside the study's runs under its digest; from there an error lists the keys that have changed since.
 """
 
 import json
@@ -24,29 +24,29 @@ _SHOWN_KEYS = 6
 
 
 def baseline_digest(plan: Plan) -> str | None:
-    """Return the digest to pin, 12 hex digits; None where the plan is a part without the baseline."""
+    """Return the digest to pin, 12 hex digits; None if the plan is a part without the baseline."""
     leaves = _baseline(plan)
     return None if leaves is None else _digest(leaves)
 
 
 def refuse_other_baseline(plan: Plan) -> None:
-    """Refuse a study whose baseline is not the one that it pins.
+    """Refuse a study whose baseline is not the pinned one.
 
     Raises:
-        UserError: with file, line, both digests, and what changed where the pinned baseline is known.
+        UserError: Names file, line, both digests, and the changes if the pinned baseline is known.
     """
     pin, leaves = plan.study.pin, _baseline(plan)
     if pin is None or leaves is None or pin.digest == (now := _digest(leaves)):
         return
     raise UserError(
-        f"{plan.study.file}:{pin.line}: baseline_digest: the baseline {plan.comparison.baseline!r} is now {now} and no "
-        f"longer the pinned {pin.digest}: {_describe_changes(plan, pin.digest, leaves)}. Undo the change, or, if it is "
-        f"meant, pin it: `baseline_digest: '{now}'`"
+        f"{plan.study.file}:{pin.line}: baseline_digest is {pin.digest}, but the baseline {plan.comparison.baseline!r} "
+        f"resolves to {now}. Changed keys: {_describe_changes(plan, pin.digest, leaves)}. To accept the change: "
+        f"`baseline_digest: '{now}'`"
     )
 
 
 def keep_baseline(plan: Plan) -> None:
-    """Keep the baseline's config under its digest, for a refusal to tell what has changed."""
+    """Keep the baseline's config under its digest, so that an error can list the changes."""
     leaves = _baseline(plan)
     if leaves is not None:
         write_atomically(plan.folder / _FOLDER / f"{_digest(leaves)}.json", json.dumps(leaves, indent=1) + "\n")
@@ -69,19 +69,20 @@ def _digest(leaves: Mapping[str, str]) -> str:
 def _describe_changes(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
     before = _find_baseline(plan.folder.parent, pinned)
     if before is None:
+        files = ", ".join(map(str, plan.study.base))
         return (
-            f"what changed is not known, since no study below {plan.folder.parent} has run with the pinned one; look "
-            f"at the history of {', '.join(map(str, plan.study.base))} and of this package"
+            f"unknown (no study below {plan.folder.parent} has run with the pinned one); see the git history of "
+            f"{files} and the package version"
         )
-    told = [
+    lines = [
         f"{key} was {one.base or 'absent'}, is {one.now or 'absent'}" for key, one in find_changes(before, now).items()
     ]
-    more = f" and {len(told) - _SHOWN_KEYS} more keys" if len(told) > _SHOWN_KEYS else ""
-    return "; ".join(told[:_SHOWN_KEYS]) + more
+    more = f" and {len(lines) - _SHOWN_KEYS} more keys" if len(lines) > _SHOWN_KEYS else ""
+    return "; ".join(lines[:_SHOWN_KEYS]) + more
 
 
 def _find_baseline(sweeps: Path, digest: str) -> dict[str, str] | None:
-    """Return a baseline that any study has kept; a file that is damaged is not what its name says, and is passed by."""
+    """Return a baseline that any study has kept; a damaged file, which does not match its name, is skipped."""
     for file in sorted(sweeps.glob(f"*/{_FOLDER}/{digest}.json")):
         try:
             leaves = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Refuses plans that cannot answer: equal arms, idle seeds, unequal compute, schedules without an end."""
+"""Refuses plans that cannot answer the question: equal arms, idle seeds, unequal compute, schedules without an end."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ def refuse_twins(study: Study, runs: tuple[PlannedRun, ...]) -> None:
 
 
 def refuse_idle_seeds(study: Study, runs: tuple[PlannedRun, ...]) -> None:
-    """Refuse seeds that nothing follows: weights, masks and data order come from other keys than seed_everything."""
+    """Refuse seeds without effect: weights, masks and data order come from other keys than seed_everything."""
     seen: dict[tuple[str, str], PlannedRun] = {}
     for run in runs:
         rest = compute_digest({key: value for key, value in run.resolved.items() if key != "seed_everything"})
@@ -59,7 +59,7 @@ def refuse_unequal_flops(study: Study, cards: "Mapping[str, ModelCard]") -> None
 
 
 def refuse_endless_schedule(study: Study, resolved: Mapping[str, Any]) -> None:
-    """Refuse a learning-rate schedule whose length is the number of steps, which a budget of minutes leaves open."""
+    """Refuse a schedule whose length is the number of steps, which a budget of minutes leaves open."""
     model = resolved.get("model")
     schedule = model.get("schedule") if isinstance(model, dict) else None
     options = schedule.get("init_args") if isinstance(schedule, dict) else None
@@ -71,4 +71,4 @@ def refuse_endless_schedule(study: Study, resolved: Mapping[str, Any]) -> None:
 
 
 FLOPS_TOLERANCE = 0.01
-"""Share by which active FLOPs may differ and be called equal."""
+"""Relative difference up to which active FLOPs count as equal."""

@@ -1,9 +1,9 @@
-"""From a study to its runs: arms x seeds, every one resolved and checked before the first one starts.
+"""Plans the runs of a study: arms x seeds, each resolved and checked before the first one starts.
 
-A run's config is the base files, over them `all_arms`, over these what the arm changes, and last what the study sets
-itself. Its identity is the digest of that config *resolved* (all defaults filled in) without cosmetic keys. So a
-changed base, a changed default and a changed arm give new runs, while a new output folder or progress bar does not.
-Resolving needs the command line's parser, which lies above this folder; it is handed in as a function.
+A run's config is the base files, then `all_arms`, then the arm's changes, then the keys that the study sets itself;
+later ones win. Its identity is the digest of that config *resolved* (all defaults filled in) without cosmetic keys. So
+a changed base, default or arm gives new runs; a new output folder or progress bar does not. Resolving needs the command
+line's parser, which lies above this folder; it is handed in as a function.
 """
 
 import copy
@@ -50,8 +50,8 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
         sweeps: Folder that holds one folder per study.
 
     Raises:
-        UserError: where a run does not resolve (names the arm), two arms are the same, seeds change nothing, or an arm
-            differs in what it must share with the baseline.
+        UserError: A run does not resolve (names the arm), two arms are the same, seeds change nothing, or an arm has
+            other active FLOPs than `match` allows.
     """
     arms, folder = study.comparison.arms, sweeps / study.comparison.name
     steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in arms}
@@ -75,7 +75,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder: Path) -> int | None:
-    """Return the optimiser steps of an arm's runs, or None where the clock ends them."""
+    """Return the optimiser steps of an arm's runs, or None with a budget of minutes."""
     budget = study.budget
     if budget.minutes is not None:
         return None
@@ -131,7 +131,7 @@ def _set_seeds(resolved: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _resolve_run(study: Study, arm: Arm, seed: int, steps: int | None, resolve: Resolve, folder: Path) -> PlannedRun:
-    # Checked with everything that the child will get, although the digest that some keys name is not known yet.
+    # checked with all keys that the child will get, although the digest in some of them is not known yet
     draft = _draft(study, arm, seed, steps)
     resolved = _in_arm(study, arm, lambda: resolve(list(study.base), _add_places(draft, folder)))
     if steps is None:
@@ -155,7 +155,7 @@ def _identify(draft: PlannedRun, resolved: dict[str, Any], folder: Path) -> Plan
 
 
 def _add_places(run: PlannedRun, folder: Path) -> dict[str, Any]:
-    """Return the overrides with what is cosmetic: where the run is written and under which name."""
+    """Return the overrides with the run's folder, name and tags, which are cosmetic."""
     overrides = copy.deepcopy(run.overrides)
     _set(overrides, "trainer.default_root_dir", str(folder / run.folder))
     _set(overrides, "trainer.logger.init_args.experiment_name", run.study)

@@ -1,4 +1,4 @@
-"""One arm with one seed, and the plan that holds them all."""
+"""Records of planned runs: one arm with one seed, and the plan that holds them all."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,14 @@ if TYPE_CHECKING:  # it lies beside the models, which import torch
 class PlannedRun:
     """One arm with one seed.
 
-    overrides: nested config that goes over the base; resolved: the whole config, for reading only (what is cosmetic may
-    be another seed's); digest: identity, 12 hex digits; max_steps: optimiser steps, None where the clock ends the
-    run.
+    Attributes:
+        study: Name of the study.
+        arm: Name of the arm.
+        seed: Its seed.
+        overrides: Nested config over the base.
+        resolved: The whole config, for reading only (cosmetic keys may be those of another seed).
+        digest: Identity, 12 hex digits.
+        max_steps: Optimiser steps; None with a budget of minutes.
     """
 
     study: str
@@ -50,14 +55,14 @@ class Plan:
 
     @property
     def comparison(self) -> Comparison:
-        """What the study compares."""
+        """Arms, seeds and rules of the study."""
         return self.study.comparison
 
     def run_folder(self, run: PlannedRun) -> Path:
-        """Where a run keeps its state, log and checkpoints."""
+        """Return the folder of a run's state, log and checkpoints."""
         return self.folder / run.folder
 
 
 def tracker_tags(run: PlannedRun) -> dict[str, str]:
-    """Return the tags by which a run is found again in the tracker."""
+    """Return the tags by which a run is found in the tracker."""
     return {"sweep": run.study, "arm": run.arm, "seed": str(run.seed), "digest": run.digest}

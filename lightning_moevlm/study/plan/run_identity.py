@@ -15,7 +15,12 @@ from lightning_moevlm.common.flat_config import flatten as spelled
 
 
 class Cosmetic(NamedTuple):
-    """A dotted prefix (or, for callbacks, the end of a class path) that does not change what a run learns."""
+    """A key that does not change the training of a run.
+
+    Attributes:
+        name: Dotted prefix; for callbacks the end of a class path.
+        reason: Why it is cosmetic.
+    """
 
     name: str
     reason: str
@@ -24,14 +29,14 @@ class Cosmetic(NamedTuple):
 _SEEDS = ("seed", "seed_everything")  # the last part of the keys that hold one
 
 COSMETIC_KEYS: tuple[Cosmetic, ...] = (
-    Cosmetic("config", "names of config files; what they say is resolved already"),
-    Cosmetic("trainer.logger", "where results are written"),
-    Cosmetic("trainer.default_root_dir", "where files are written"),
+    Cosmetic("config", "names of config files; their values are resolved already"),
+    Cosmetic("trainer.logger", "place of results"),
+    Cosmetic("trainer.default_root_dir", "place of files"),
     Cosmetic("trainer.enable_progress_bar", "terminal output"),
     Cosmetic("trainer.enable_model_summary", "terminal output"),
-    Cosmetic("data.cache_dir", "where downloads are kept"),
-    Cosmetic("data.cache_gib", "how many downloads are kept"),
-    Cosmetic("data.allowed_protocols", "what is refused"),
+    Cosmetic("data.cache_dir", "place of downloads"),
+    Cosmetic("data.cache_gib", "size of the download cache"),
+    Cosmetic("data.allowed_protocols", "limits access only"),
 )
 
 COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (

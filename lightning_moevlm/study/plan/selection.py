@@ -1,6 +1,6 @@
-"""A part of a study's runs, by arm and by seed: `arm=baseline,dense_twin` and `seed=0`.
+"""Selects a part of a study's runs, by arm and by seed: `arm=baseline,dense_twin` and `seed=0`.
 
-Values of the same name add up, and a run must agree with every name that is given.
+Values of the same name add up; a run must match every name that is given.
 """
 
 import dataclasses
@@ -12,14 +12,14 @@ from lightning_moevlm.study.plan.planned_run import Plan
 
 
 def select(plan: Plan, only: Sequence[str]) -> Plan:
-    """Return the plan with the runs that agree, and with their arms alone.
+    """Return the plan with the runs that match, and with their arms alone.
 
     Args:
         plan: All runs.
-        only: Each `arm=NAME[,NAME]` or `seed=NUMBER[,NUMBER]`; none selects all.
+        only: Each `arm=NAME[,NAME]` or `seed=NUMBER[,NUMBER]`; an empty list selects all.
 
     Raises:
-        UserError: a name or a number that the study does not have.
+        UserError: The study has no such arm or seed.
     """
     allowed = {"arm": [arm.name for arm in plan.comparison.arms], "seed": [str(seed) for seed in plan.comparison.seeds]}
     wanted: dict[str, set[str]] = {}

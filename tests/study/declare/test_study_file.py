@@ -174,7 +174,7 @@ def test_shipped_study_is_valid():
             "model.losses.router_z: null",
             "trainer.callbacks: [Mine]",
             10,
-            ["would take the place of the callbacks that measure and guard every run; write trainer.callbacks+"],
+            ["would replace the callbacks that measure and guard every run; write trainer.callbacks+ to add"],
         ),
         ("model.losses.router_z: null", "trainer.callbacks+: Mine", 10, ["expected a list with at least one entry"]),
         ("model.losses.router_z", "model..router_z", 10, ["empty part"]),

@@ -44,16 +44,17 @@ def test_a_changed_baseline_is_refused_with_what_is_known(tmp_path: Path) -> Non
     with pytest.raises(UserError) as refused:
         refuse_other_baseline(child)
     told = str(refused.value)
-    assert told.startswith(f"{tmp_path / 'tiny.yaml'}:{line}: baseline_digest: the baseline 'baseline' is now {now}")
-    assert f"pinned {pinned['baseline_digest']}: what changed is not known" in told
-    assert f"pin it: `baseline_digest: '{now}'`" in told
+    assert told.startswith(f"{tmp_path / 'tiny.yaml'}:{line}: baseline_digest is ")
+    assert f"baseline_digest is {pinned['baseline_digest']}, but the baseline 'baseline' resolves to {now}" in told
+    assert "Changed keys: unknown (no study below" in told
+    assert f"To accept the change: `baseline_digest: '{now}'`" in told
 
     keep_baseline(before)  # as `sweep run` does
-    with pytest.raises(UserError, match=r"model.speed was 0.5, is 0.6; model.worse was 0.0, is 1.0. Undo"):
+    with pytest.raises(UserError, match=r"model.speed was 0.5, is 0.6; model.worse was 0.0, is 1.0. To accept"):
         refuse_other_baseline(child)
     [kept] = before.folder.glob("baselines/*.json")
     kept.write_text(kept.read_text().replace('"0.5"', '"0.4"'))  # it is no longer what its name says
-    with pytest.raises(UserError, match="what changed is not known"):
+    with pytest.raises(UserError, match=r"Changed keys: unknown \(no study below"):
         refuse_other_baseline(child)
 
 

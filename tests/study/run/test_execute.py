@@ -183,7 +183,7 @@ def test_a_run_that_is_deleted_in_mlflow_while_it_trains_begins_again(tmp_path, 
     _, experiment, tally, watcher = sweep(file, jobs=1, silence_seconds=20)
     deleting.join()
     assert tally.stopped == ""
-    assert "baseline-seed0: its run in MLflow was deleted while it trained; it begins again from zero" in watcher.lines
+    assert "baseline-seed0: its run in MLflow was deleted while it trained; it starts again from zero" in watcher.lines
     assert_each_once(plan, experiment)
 
 

@@ -1,8 +1,8 @@
 """Decides which attempt at a run may begin, and records how it ended, in files that every machine of a cluster sees.
 
 A job is submitted in two steps, and the program may be killed between them: the cluster has the job, and the ledger
-does not know. So each attempt has a ticket that can be taken once: by the job as it begins, or by the next program. A job
-that finds its ticket taken leaves. Two attempts never run.
+does not know. So each attempt has a ticket that can be taken once: by the job as it begins, or by the next program. A
+job that finds its ticket taken leaves. Two attempts never run.
 """
 
 import os
