@@ -7,16 +7,19 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One collated batch; a modality that no sample has is None.
+    """A collated batch; a modality that is absent from all samples is None.
 
-    Samples are in order of what they hold: pairs, then images alone, then texts alone. So images are those of pairs and
-    of images alone, texts those of pairs and of texts alone, and each has its own B.
+    Samples are ordered: pairs, then images alone, then texts alone. Images are those of pairs and of images alone,
+    texts those of pairs and of texts alone. Each has its own B.
 
-    images_BRYX: uint8, RGB. text_BL: int64 token ids, padded. text_mask_BL: bool, True on real tokens.
-    keys: the samples' WebDataset keys, in order. num_pairs: how many leading images and texts belong together; None
-    where every image has its text. per_source: how many samples each source of the data gave, in their order. num_cut:
-    texts that have lost their end, of those that were read for the batch. step: all that the optimiser step is made of;
-    None where the loader does not look ahead.
+    images_BRYX: uint8, RGB.
+    text_BL: int64 token ids, padded.
+    text_mask_BL: bool, True on real tokens.
+    keys: the samples' WebDataset keys, in order.
+    num_pairs: how many leading images and texts belong together; None if every image has its text.
+    per_source: samples from each source of the data, in the sources' order.
+    num_cut: texts read for the batch that were cut at the end.
+    step: the batches of the whole optimiser step; None if the loader does not look ahead.
     """
 
     images_BRYX: Tensor | None
@@ -30,34 +33,34 @@ class Batch(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        """Samples of any kind."""
+        """Number of samples of any kind."""
         return len(self.keys)
 
     @property
     def pairs(self) -> int:
-        """How many samples have both an image and a text."""
+        """Number of samples with both an image and a text."""
         if self.images_BRYX is None or self.text_BL is None:
             return 0
         return len(self.keys) if self.num_pairs is None else self.num_pairs
 
     @property
     def device(self) -> torch.device:
-        """Where its values are; images without pixels have none."""
+        """Device of the values; images without pixels do not count."""
         held = [each for each in (self.text_BL, self.images_BRYX) if each is not None and not each.is_meta]
         return held[0].device if held else torch.device("cpu")
 
     @property
     def image_keys(self) -> tuple[str, ...]:
-        """The samples that the images are of, row by row."""
+        """Key of the sample of each image."""
         return () if self.images_BRYX is None else self.keys[: len(self.images_BRYX)]
 
     @property
     def text_keys(self) -> tuple[str, ...]:
-        """The samples that the texts are of, row by row."""
+        """Key of the sample of each text."""
         return () if self.text_BL is None else self.keys[: self.pairs] + self.keys[len(self.image_keys) :]
 
     def first(self, num_samples: int) -> "Batch":
-        """Return the first samples alone; which sources they came from is no longer known."""
+        """Return the first samples, without the counts by source."""
         images_BRYX, text_BL, text_mask_BL = self.images_BRYX, self.text_BL, self.text_mask_BL
         num_samples = min(num_samples, self.num_samples)
         pairs = min(num_samples, self.pairs)
@@ -72,7 +75,7 @@ class Batch(NamedTuple):
         )
 
     def without_pixels(self) -> "Batch":
-        """Return the same batch with images that have a shape alone."""
+        """Return the batch with images on "meta": a shape without values."""
         images = self.images_BRYX
         return self._replace(images_BRYX=None if images is None else images.to("meta"), step=None)
 
@@ -80,7 +83,7 @@ class Batch(NamedTuple):
 class WholeStep:
     """The batches of one optimiser step on this rank, without pixels.
 
-    No tuple and no dataclass, so that nobody moves it to a device with the batch that it comes with.
+    Neither a tuple nor a dataclass, so that moving the batch to a device does not move it too.
     """
 
     __slots__ = ("batches",)

@@ -1,8 +1,7 @@
 """A visual codebook: k-means centres of image patches, so that masked image patches have discrete targets.
 
-A patch is standardised by its own mean and deviation first, so codes speak of structure, not of brightness.
-The codebook is fitted on the training shards of a set, lies beside them, and names them by the manifest's
-digest.
+A patch is first standardised by its own mean and deviation, so codes describe structure and not brightness.
+The codebook is fitted on the training shards of a set, lies beside them, and holds the manifest's digest.
 
 Layout: patches are row-major over the image; within a patch the order is (channel, row, column).
 """
@@ -27,7 +26,9 @@ KIND = "moevlm-codebook/1"
 class Codebook:
     """Centres of standardised patches.
 
-    centroids_CQ: fp32. patch_size: pixels per side. manifest_digest: of the set they were fitted on.
+    centroids_CQ: fp32.
+    patch_size: pixels per side.
+    manifest_digest: digest of the set that they were fitted on.
     """
 
     centroids_CQ: Tensor
@@ -68,7 +69,7 @@ def standardise_patches(images_BRYX: Tensor, patch_size: int) -> Tensor:
 
 
 def codebook_file(num_codes: int, patch_size: int) -> str:
-    """Name of the file beside the shards."""
+    """Return the name of the file beside the shards."""
     return f"codebook-{num_codes}x{patch_size}.safetensors"
 
 
@@ -88,23 +89,23 @@ def load_codebook(path: Path) -> Codebook:
     """Load a codebook.
 
     Raises:
-        UserError: if the file is missing (with the command that makes one) or is no codebook.
+        UserError: if the file is missing (with the command that makes one) or is not a codebook.
 
     """
     if not path.is_file():
-        raise UserError(f"there is no codebook {path}; make one with `moevlm data codebook {path.parent}`")
+        raise UserError(f"{path} does not exist; make it with `moevlm data codebook {path.parent}`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
             if metadata.get("kind") != KIND or CENTROIDS not in names:
-                raise UserError(f"{path} is safetensors, but no codebook; make one with `moevlm data codebook`")
+                raise UserError(f"{path} is safetensors, but not a codebook; make one with `moevlm data codebook`")
             centroids_CQ = file.get_tensor(CENTROIDS)
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file ({error}); make one with `moevlm data codebook`") from None
+        raise UserError(f"{path} is not a safetensors file ({error}); make one with `moevlm data codebook`") from None
     patch_size = int(metadata["patch_size"])
     if centroids_CQ.dim() != 2 or centroids_CQ.shape[1] != 3 * patch_size**2:
         raise UserError(
             f"{path}: centroids have shape {tuple(centroids_CQ.shape)}, "
-            f"expected (codes, {3 * patch_size**2}); fit it anew"
+            f"expected (codes, {3 * patch_size**2}); fit it again"
         )
     return Codebook(centroids_CQ.to(torch.float32), patch_size, metadata["manifest_digest"])

@@ -1,7 +1,7 @@
-"""Every metric key, declared once, with its unit and its better direction.
+"""Declares every metric key once, with its unit and its better direction.
 
 A key is a pattern: braces stand for a name or a number (`loss/{term}`, `load/block{block}/{modality}/expert{expert}`).
-Writers call `.key(...)`, readers (report, comparison) find the declaration of a key with `declared`.
+Writers call `.key(...)`; readers (report, comparison) call `find_metric`.
 """
 
 import re
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from lightning_moevlm.contracts import metric_keys
-
 
 @dataclass(frozen=True)
 class MetricKey:
-    """A family of metric keys. unit: for axis labels ("" = pure number). better: the direction that is progress."""
+    """A family of metric keys.
+
+    pattern: the key, with braces.
+    title: name in reports.
+    unit: for axis labels; "" is a pure number.
+    better: the direction of progress.
+    """
 
     pattern: str
     title: str
@@ -26,7 +30,7 @@ class MetricKey:
         return self.pattern.format(**parts)
 
     def match(self, key: str) -> dict[str, str] | None:
-        """Return the parts that the braces hold in `key`, or None where it belongs to another family."""
+        """Return what the braces stand for in `key`; None if it belongs to another family."""
         found = self._regex.fullmatch(key)
         return found.groupdict() if found else None
 
@@ -131,7 +135,7 @@ _OF_VALIDATION = ("val", "val_loss")  # what keys with a stage begin with
 
 
 def is_untrained(key: str, first_step: int) -> bool:
-    """Whether a metric's first value is the untrained model's: of held-out data only what lies at step 0 is."""
+    """Say whether a metric's first value is the untrained model's; on held-out data only a value at step 0 is."""
     return first_step == 0 or key.partition("/")[0] not in _OF_VALIDATION
 
 
@@ -139,13 +143,13 @@ ALL: tuple[MetricKey, ...] = tuple(value for value in list(globals().values()) i
 
 
 def find_metric(key: str) -> MetricKey | None:
-    """Return the declaration that `key` belongs to, or None for a key that nobody declared."""
+    """Return the declaration of `key`; None if it is not declared."""
     return next((metric for metric in ALL if metric.match(key) is not None), None)
 
 
 def name_and_unit(key: str) -> tuple[str, str]:
-    """Return a metric's title and unit, as declared; the key itself where it is not."""
-    metric = metric_keys.find_metric(key)
+    """Return a metric's declared title and unit; for other keys the key and no unit."""
+    metric = find_metric(key)
     if metric is None:
         return key, ""
     parts = metric.match(key) or {}

@@ -1,10 +1,10 @@
-"""Routing plans: who goes where, said once, as an immutable record.
+"""Routing plans: the experts of each token, as one immutable record.
 
 A router turns tokens into a plan, capacity turns a plan into a plan, a dispatcher runs it, losses and metrics
-read it. Nobody else holds routing state, so every one of them can be exchanged or tested alone.
+read it. Routing state is nowhere else, so each of these parts can be exchanged or tested alone.
 
 A `PairPlan` lists routed pairs (token, expert), a `MixPlan` holds soft slots. Both answer the same questions about
-tokens, so that losses and metrics need not ask which of the two they have.
+tokens, so that losses and metrics work with either.
 
 Plans are `NamedTuple`s: immutable, and pytree nodes for torch (DDP, checkpointing, compile) without registration.
 """
@@ -29,11 +29,12 @@ class Modality(IntEnum):
 
 
 class RoutingInput(NamedTuple):
-    """What a router may look at.
+    """The input of a router.
 
-    tokens_TD: float, the tokens to route: num_sequences samples of equal length, one after the other. modality_T:
-    int64, `Modality` values. valid_T: bool, False on padding. identity_T: int64, what a token is before the model sees
-    it (token id, patch code), or None where no router asked for it.
+    tokens_TD: float, the tokens to route: num_sequences samples of equal length, one after the other.
+    modality_T: int64, `Modality` values.
+    valid_T: bool, False on padding.
+    identity_T: int64, token id or patch code; None if no router reads it.
     """
 
     tokens_TD: Tensor
@@ -46,13 +47,18 @@ class RoutingInput(NamedTuple):
 class PairPlan(NamedTuple):
     """N routed pairs (token, expert, weight); shapes are static, so pairs are masked and never removed.
 
-    token_N, expert_N: int64. weight_N: fp32 combine weight, carries the router's gradient. chosen_N: bool, what the
-    router asked for: False on padding and on pairs that it did not take up. kept_N: bool, the chosen pairs that
-    capacity left, which are the ones that run. logits_TE: fp32 raw scores, before noise and bias.
-    probs_TE: fp32 over all E experts. modality_T: int64. valid_T: bool; padding is never routed, counted or in a loss.
-    num_sequences: samples of the batch, equally long, one after the other. noise_std_TE: fp32, deviation of the normal
-    noise that the router added to its logits; noisy_logits_TE: fp32, the logits with it; both None without noise.
-    capacity_T: fp32, the capacity factor that holds for a token after rounding, None where nothing limits the experts.
+    token_N, expert_N: int64.
+    weight_N: fp32 combine weight, carries the router's gradient.
+    chosen_N: bool, the router's choices; False on padding and on pairs that it did not use.
+    kept_N: bool, the chosen pairs within capacity; these run.
+    logits_TE: fp32 raw scores, before noise and bias.
+    probs_TE: fp32 over all E experts.
+    modality_T: int64.
+    valid_T: bool; padding is never routed, counted or in a loss.
+    num_sequences: samples of the batch, of equal length, one after the other.
+    noise_std_TE: fp32, standard deviation of the normal noise on the logits; None without noise.
+    noisy_logits_TE: fp32, logits with that noise; None without noise.
+    capacity_T: fp32, each token's capacity factor after rounding; None if nothing limits the experts.
     """
 
     token_N: Tensor
@@ -81,23 +87,23 @@ class PairPlan(NamedTuple):
 
     @property
     def sequence_T(self) -> Tensor:
-        """The sample that a token belongs to, int64."""
+        """Index of each token's sample, int64."""
         return _sequence_T(self.valid_T, self.num_sequences)
 
     def chosen_load(self, token_T: Tensor) -> Tensor:
-        """Return how many pairs of the selected tokens (bool) the router asked for, per expert: int64 (E,)."""
+        """Count the chosen pairs of the selected tokens (bool) per expert: int64 (E,)."""
         return self._count(self.chosen_N & token_T[self.token_N])
 
     def kept_load(self, token_T: Tensor) -> Tensor:
-        """Return how many pairs of the selected tokens (bool) run, per expert: int64 (E,)."""
+        """Count the kept pairs of the selected tokens (bool) per expert: int64 (E,)."""
         return self._count(self.kept_N & token_T[self.token_N])
 
     def chosen_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
-        """Return how many pairs the router asked for, by group of their tokens and expert: int64 (num_groups, E)."""
+        """Count the chosen pairs per group of tokens and expert: int64 (num_groups, E)."""
         return self._count_by(self.chosen_N, group_T, num_groups)
 
     def kept_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
-        """Return how many pairs run, by group of their tokens and expert: int64 (num_groups, E)."""
+        """Count the kept pairs per group of tokens and expert: int64 (num_groups, E)."""
         return self._count_by(self.kept_N, group_T, num_groups)
 
     def detach(self) -> "PairPlan":
@@ -125,9 +131,12 @@ class PairPlan(NamedTuple):
 class MixPlan(NamedTuple):
     """Soft slots: each of an expert's Z slots is a mix of its sequence's tokens, each token a mix of all slot outputs.
 
-    dispatch_BEZS: fp32, sums to 1 over the sequence's S positions. combine_BSEZ: fp32, sums to 1 over all E x Z slots.
-    Padding has no share in either. logits_TE: fp32, logsumexp of a token's scores over an expert's slots, so that its
-    softmax is probs_TE: fp32, the share of each expert in a token's mix. modality_T: int64. valid_T: bool.
+    dispatch_BEZS: fp32, sums to 1 over the sequence's S positions, padding excluded.
+    combine_BSEZ: fp32, sums to 1 over all E x Z slots; 0 on padding.
+    logits_TE: fp32, logsumexp of a token's scores over an expert's slots; its softmax is probs_TE.
+    probs_TE: fp32, the share of each expert in a token's mix.
+    modality_T: int64.
+    valid_T: bool.
     """
 
     dispatch_BEZS: Tensor
@@ -150,7 +159,7 @@ class MixPlan(NamedTuple):
 
     @property
     def sequence_T(self) -> Tensor:
-        """The sample that a token belongs to, int64."""
+        """Index of each token's sample, int64."""
         return _sequence_T(self.valid_T, self.num_sequences)
 
     def chosen_load(self, token_T: Tensor) -> Tensor:
@@ -185,4 +194,4 @@ def _sequence_T(valid_T: Tensor, num_sequences: int) -> Tensor:
 
 
 RoutingPlan = PairPlan | MixPlan
-"""What a router returns."""
+"""The result of a router."""

@@ -1,4 +1,4 @@
-"""A number that may change while training runs: a plain float, or a ramp over optimiser steps.
+"""A number that may change while training: a plain float, or a ramp over optimiser steps.
 
     value(step) = start                                       before `begin`
                 = (1 - f(p)) start + f(p) stop                p = (step - begin) / num_steps in [0, 1]
@@ -8,8 +8,8 @@
          = (1 - cos(pi p)) / 2  cosine, flat at both ends (SGDR, arXiv 1608.03983)
          = sqrt(p)              sqrt; from 1 to 0 it is the "1-sqrt" cool-down of arXiv 2405.18392, section 3
 
-An option of type `Schedule` takes `weight: 0.01` or `weight: {start: 0.0, stop: 0.01, num_steps: 1000}`; whoever uses
-it asks `value_at(schedule, step)`. A schedule has no state: a resumed run asks with the same step and gets the same.
+An option of type `Schedule` takes `weight: 0.01` or `weight: {start: 0.0, stop: 0.01, num_steps: 1000}`. Read it with
+`value_at(schedule, step)`. A schedule has no state, so a resumed run gets the same values.
 """
 
 import math
@@ -24,17 +24,17 @@ Shape: TypeAlias = Literal["linear", "cosine", "sqrt"]
 
 @dataclass(frozen=True)
 class Ramp:
-    """A value that goes from one number to another.
+    """A value that changes from one number to another.
 
     Args:
-        start: until `begin`.
-        stop: from `begin + num_steps` on.
-        num_steps: optimiser steps that the change takes; 0 is a jump.
-        begin: optimiser steps done when it begins.
+        start: value until `begin`.
+        stop: value from `begin + num_steps` on.
+        num_steps: optimiser steps that the change takes; 0 changes it at once.
+        begin: optimiser steps before it begins.
         shape: "linear", "cosine" (slow at both ends) or "sqrt" (fast at first).
 
     Raises:
-        UserError: negative steps, or ends that are no finite numbers.
+        UserError: negative steps, or ends that are not finite.
     """
 
     start: float
@@ -65,7 +65,7 @@ Schedule: TypeAlias = float | Ramp
 
 
 def value_at(schedule: Schedule, step: int) -> float:
-    """Return the value of a schedule when `step` optimiser steps are done."""
+    """Return the value of a schedule after `step` optimiser steps."""
     return schedule(step) if isinstance(schedule, Ramp) else schedule
 
 

@@ -1,4 +1,4 @@
-"""The modalities of a token sequence and where each lies."""
+"""The layout of a token sequence: its modalities and their spans."""
 
 from typing import NamedTuple
 
@@ -17,11 +17,13 @@ class Span(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the modalities lie in a sequence, and which positions are real.
+    """Spans of the modalities in a sequence, and its real positions.
 
-    spans: in order and without gaps. valid_BS: bool, False on padding. identity_BS: int64, token ids and patch codes,
-    or None where no router asked for them. causal: text sees no later text, and patches see no text. separate: no
-    attention between modalities, so image and text of a pair share the feed-forwards alone.
+    spans: in order and without gaps.
+    valid_BS: bool, False on padding.
+    identity_BS: int64, token ids and patch codes; None if no router reads them.
+    causal: text sees no later text, and patches see no text.
+    separate: no attention between modalities; image and text of a pair share only the feed-forwards.
     """
 
     spans: tuple[Span, ...]

@@ -1,4 +1,4 @@
-"""Records that cross borders between the parts of the house."""
+"""Records of one step that model, training and callbacks exchange."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -13,8 +13,10 @@ from lightning_moevlm.contracts.routing_plan import Modality, RoutingPlan
 class NamedPlan(NamedTuple):
     """A plan with its place in the model.
 
-    source: which forward pass made it ("image", "text" or "pair"). block: index of the transformer block.
-    layer: path of the MoE layer in the backbone. modalities: those that occur among its tokens.
+    source: forward pass that made it, "image", "text" or "pair".
+    block: index of the transformer block.
+    layer: path of the MoE layer in the backbone.
+    modalities: those of its tokens.
     """
 
     source: str
@@ -31,8 +33,10 @@ class NamedPlan(NamedTuple):
 class AttentionLogits(NamedTuple):
     """The largest attention logits of one forward pass, with their place in the model.
 
-    source: which forward pass ("image", "text" or "pair"). block: index of the transformer block. layer: path of the
-    attention in the backbone. max_H: fp32, the largest logit of each head before any cap; it has no gradient.
+    source: forward pass, "image", "text" or "pair".
+    block: index of the transformer block.
+    layer: path of the attention in the backbone.
+    max_H: fp32, the largest logit of each head before any cap, without gradient.
     """
 
     source: str
@@ -42,9 +46,11 @@ class AttentionLogits(NamedTuple):
 
 
 class PlanSize(NamedTuple):
-    """What the means of a loss on routing are over, in one plan or in all plans of a layer and pass. Sizes add up.
+    """Divisors of the means of a routing loss, for one plan or all plans of a layer and pass. Sizes add up.
 
-    tokens_A: valid tokens of each modality. sequences_A: sequences with such a token. sequences: with any, a scalar.
+    tokens_A: valid tokens of each modality.
+    sequences_A: sequences with such a token.
+    sequences: sequences with any valid token, a scalar.
     """
 
     tokens_A: Tensor
@@ -52,7 +58,7 @@ class PlanSize(NamedTuple):
     sequences: Tensor
 
     def select(self, modalities: Iterable[Modality]) -> "PlanSize":
-        """Return the size of a plan that holds the tokens of some modalities alone."""
+        """Return the size of a plan with the tokens of these modalities alone."""
         among = set(modalities)
         tokens_A, sequences_A = (
             torch.stack([count_A[modality] * (modality in among) for modality in Modality])
@@ -62,21 +68,22 @@ class PlanSize(NamedTuple):
 
 
 class BatchSize(NamedTuple):
-    """What means are over, in one batch or in a whole optimiser step. Sizes add up.
+    """Divisors of the means of a batch or of a whole optimiser step. Sizes add up.
 
-    predictions: by term of the task, how many it makes, scalars. passes: by source, the size of the sequences.
+    predictions: number of predictions, a scalar for each term of the task.
+    passes: size of the sequences, by source.
     """
 
     predictions: Mapping[str, Tensor]
     passes: Mapping[str, PlanSize]
 
     def to_vector(self) -> Tensor:
-        """Return all of it as one float64 vector, to be added to others and divided."""
+        """Return all numbers as one float64 vector, to add and to divide."""
         values = [*self.predictions.values(), *(value for size in self.passes.values() for value in size)]
         return torch.cat([value.flatten().to(torch.float64) for value in values])
 
     def from_vector(self, numbers: Tensor) -> "BatchSize":
-        """Return a size with these numbers, rounded to whole ones, in place of its own."""
+        """Return a size of the same terms and passes with these numbers, rounded to integers."""
         of_terms, of_passes = (
             numbers.round().to(torch.int64).split([len(self.predictions), len(numbers) - len(self.predictions)])
         )
@@ -88,11 +95,13 @@ class BatchSize(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One loss term: raw is a scalar tensor, weight what it is multiplied by in the total, a tensor if it adapts.
+    """One loss term.
 
-    num_predictions: that raw is the mean over, so that means of several batches can be joined; None: unknown, and
-    batches count by their samples. in_step: what is differentiated in place of raw, where a step has several parts: its
-    mean over micro-batches and ranks is the raw term of their joined batch. None: raw itself.
+    raw: scalar tensor.
+    weight: factor in the total, a tensor if it adapts.
+    num_predictions: number that raw is the mean over, for joining batches; None: unknown, batches count by samples.
+    in_step: differentiated in place of raw if the step has several parts. Its mean over micro-batches and ranks is the
+        raw term of their joined batch. None: raw itself.
     """
 
     raw: Tensor
@@ -107,7 +116,7 @@ class Term(NamedTuple):
 
     @property
     def differentiated(self) -> Tensor:
-        """What it adds to the loss of the step, the mean over micro-batches and ranks."""
+        """Its part in the loss of the step, which is the mean over micro-batches and ranks."""
         return self.weighted if self.in_step is None else self.in_step * self.weight
 
     def detach(self) -> "Term":
@@ -155,7 +164,7 @@ class Predictions(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """Features of pairs in one space, kept over an evaluation because its metrics compare samples with each other."""
+    """Features of pairs in one space, kept during an evaluation whose metrics compare samples with each other."""
 
     keys: tuple[str, ...]  # of the samples
     image_ND: Tensor  # fp32, rows of length 1, on the CPU
@@ -165,12 +174,15 @@ class Embeddings(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """What an objective makes of a batch.
+    """The result of an objective on a batch.
 
-    terms: of the task. predictions: classes, by term. plans: of every MoE that ran. num_tokens: encoded, padding
-    included. attention: the largest logits of every attention that ran, where the backbone was asked for them.
-    log_partitions: of every term that predicts classes, the logsumexp of the logits at each masked position, (M,).
-    embeddings: in evaluation, of an objective that compares samples with each other.
+    terms: terms of the task.
+    predictions: classes, by term.
+    plans: one of every MoE that ran.
+    num_tokens: encoded tokens, padding included.
+    attention: largest logits of every attention that ran, if the backbone measures them.
+    log_partitions: logsumexp of the logits at each masked position, (M,), for every term that predicts classes.
+    embeddings: in evaluation, for an objective that compares samples with each other.
     """
 
     terms: dict[str, Term]

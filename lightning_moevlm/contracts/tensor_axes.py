@@ -1,7 +1,7 @@
-"""The one legend of axis letters.
+"""The legend of axis letters.
 
 A tensor's name ends in its axes, one capital letter each, slowest first: `tokens_BSD` has shape
-(batch, sequence, model width). A letter means the same thing in every file.
+(batch, sequence, model width). A letter means the same in every file.
 
 | letter | axis                                                                   |
 |--------|------------------------------------------------------------------------|

@@ -1,7 +1,7 @@
 """Initial weights that belong to a name, not to an order; every module of ours has them once it is constructed.
 
 Each parameter is drawn from a generator seeded with (seed, its full name). Two models that share a parameter's name
-and shape share its initial value, whatever else differs between them: arms of a study start from the same point.
+and shape share its initial value: arms of a study start from the same point.
 
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
 Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. A module that `HasScales`
@@ -61,7 +61,7 @@ class ExpertInit:
 
 @runtime_checkable
 class HasScales(Protocol):
-    """A module that says how wide its matrices are drawn."""
+    """A module with initial scales of its own."""
 
     def initial_scales(self, std: float) -> dict[str, InitialScale]:
         """Return the scale of each of its matrices that is not simply `std`, by its name in the module."""
@@ -80,7 +80,7 @@ class _DrawnOnceBuilt(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of the constructor, for help and editors, instead of the one above."""
+        """The signature of the constructor, for help and editors."""
         of_init = inspect.signature(cls.__init__)  # type: ignore[misc]
         return of_init.replace(parameters=list(of_init.parameters.values())[1:])
 
@@ -96,7 +96,7 @@ class Module(nn.Module, metaclass=_DrawnOnceBuilt):
 
 @contextmanager
 def defer_initialisation() -> Iterator[None]:
-    """Leave modules undrawn that are built within: whoever builds them calls `initialise` on the whole.
+    """Do not draw modules that are built within; call `initialise` on the whole model instead.
 
     Large models take minutes to draw; a VisionLanguageModule draws all that it is given.
     """
@@ -123,7 +123,7 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
         path, _, own_name = name.rpartition(".")
         owner = modules[path]
         if parameter.is_meta or not (parameter.requires_grad or getattr(owner, "starts_frozen", False)):
-            continue  # no memory, or somebody's own frozen weights
+            continue  # no memory, or frozen weights that were loaded
         initial_value = getattr(owner, "initial_value", None)
         own_std = getattr(owner, "initial_std", None)
         if initial_value is not None:

@@ -81,14 +81,14 @@ def test_codes_describe_pictures_better_than_one_centre_would(scenes_root: Path)
     assert len(codes_P.unique()) > 16
 
 
-def test_mistakes_are_told(scenes_root: Path, tmp_path: Path) -> None:
+def test_mistakes_are_explained(scenes_root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"moevlm data codebook {tmp_path}`"):
         load_codebook(tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("no safetensors")
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         load_codebook(tmp_path / "text")
     save_file({"w": torch.zeros(2)}, tmp_path / "weights")
-    with pytest.raises(UserError, match="no codebook"):
+    with pytest.raises(UserError, match="not a codebook"):
         load_codebook(tmp_path / "weights")
     save_codebook(Codebook(torch.zeros(4, 100), 8, "d"), tmp_path / "odd")
     with pytest.raises(UserError, match=r"\(4, 100\), expected \(codes, 192\)"):

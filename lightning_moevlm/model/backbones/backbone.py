@@ -20,7 +20,7 @@ from lightning_moevlm.model.precision import PrecisionPolicy
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """The dimensions that objectives and data must agree with.
+    """The dimensions that backbone, objective and data share.
 
     Args:
         dim: model width D.
@@ -51,9 +51,12 @@ class BackboneSpec:
 
 
 class BackboneOutput(NamedTuple):
-    """tokens_BSD: normalised features. layout: where the modalities lie. plans: of every MoE that ran.
+    """The result of a backbone.
 
-    attention: the largest logits of every attention that ran, empty unless `measure_attention` is set.
+    tokens_BSD: normalised features.
+    layout: spans of the modalities.
+    plans: one of every MoE that ran.
+    attention: largest logits of every attention that ran, empty unless `measure_attention` is set.
     """
 
     tokens_BSD: Tensor
@@ -76,8 +79,8 @@ class BackboneOutput(NamedTuple):
 class Backbone(Module):
     """A vision-language trunk for image-only, text-only and pair inputs.
 
-    measure_attention: a mode like `training`, off at first: while it is on, outputs carry the largest attention logits,
-    which costs one product of queries and keys per block. Nothing is kept in the model.
+    measure_attention: a mode like `training`, off at first. While on, outputs carry the largest attention logits, for
+        one product of queries and keys per block.
     """
 
     path_in_model = "backbone"
@@ -127,7 +130,7 @@ class Backbone(Module):
 
     @abstractmethod
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Active matrix FLOPs of one forward pass of one sample with so many tokens per modality."""
+        """Return the active matrix FLOPs of one forward pass of one sample with so many tokens per modality."""
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """Return how many plans `forward` makes of sequences of these modalities: those of its feed-forwards."""

@@ -1,4 +1,4 @@
-"""What a model costs: parameters in memory, parameters and FLOPs that work."""
+"""Counts what a model costs: all parameters, active parameters, active FLOPs."""
 
 from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.contracts.routing_plan import Modality

@@ -1,6 +1,6 @@
-"""What the backbones here share: embed, lay the modalities in a row, run the blocks, normalise.
+"""The shared trunk of the backbones: embed, concatenate the modalities, run the blocks, normalise.
 
-They differ in the feed-forwards of their blocks, which a leaf hands to the constructor.
+Backbones differ in the feed-forwards of their blocks, which they pass to the constructor.
 """
 
 from abc import abstractmethod
@@ -200,20 +200,20 @@ class _Sequence(NamedTuple):
 
 
 def check_moe_every(moe_every: int, num_blocks: int | None) -> None:
-    """Refuse a spacing of sparse blocks that is none, or so wide that none of them is.
+    """Refuse a spacing that leaves no block sparse.
 
     Args:
-        moe_every: every n-th is sparse.
-        num_blocks: those that may be; None of a model that is dense on purpose.
+        moe_every: every n-th block is sparse.
+        num_blocks: blocks that can be sparse; None for a dense model.
 
     Raises:
-        UserError: moe_every below 1 or above the number of those blocks.
+        UserError: moe_every below 1 or above num_blocks.
     """
     check_number("moe_every", moe_every, least=1, advice="; 1 is every block")
     if num_blocks == 0:
-        raise UserError("num_vl_blocks leaves no block that can be sparse: lower it, or choose the dense twin")
+        raise UserError("num_vl_blocks leaves no block that can be sparse; lower it, or use the dense model")
     if num_blocks is not None and moe_every > num_blocks:
         raise UserError(
-            f"moe_every is {moe_every}, which selects none of the {num_blocks} blocks that can be sparse: choose 1 to "
-            f"{num_blocks}, or the dense twin"
+            f"moe_every = {moe_every} selects none of the {num_blocks} blocks that can be sparse; use 1 to "
+            f"{num_blocks}, or the dense model"
         )

@@ -1,4 +1,4 @@
-"""Run a plan: (plan, tokens, experts) -> tokens. The slow loop is the oracle, the others must equal it."""
+"""Dispatchers run a plan: (plan, tokens, experts) -> tokens. The slow loop is the reference for the others."""
 
 from lightning_moevlm.model.dispatch.all_experts import run_everywhere
 from lightning_moevlm.model.dispatch.auto.auto import AutoDispatcher

@@ -3,16 +3,15 @@ the residual.
 
     places = ceil(factor x chosen pairs of the group / E), rounded up to a multiple
 
-Who stays when an expert is full:
+Pairs that stay when an expert is full:
 
 - "position": first choices before second ones, then earlier tokens before later (Switch, arXiv 2101.03961, section
   2.2);
 - "gate": first choices before second ones, then tokens with the larger best gate: batch-priority routing (V-MoE, arXiv
   2106.05974, section 4.1);
-- "probability": every pair by its own weight, whichever choice it is (Megatron-LM's drop policy "probs").
+- "probability": every pair by its own weight (Megatron-LM's drop policy "probs").
 
-The factor that holds after both roundings is larger than the nominal one; plans carry it (`capacity_T`) and telemetry
-logs it.
+The factor after both roundings is larger than the nominal one. Plans carry it (`capacity_T`), and telemetry logs it.
 """
 
 from dataclasses import dataclass
@@ -58,8 +57,9 @@ class Capacity:
             optimiser steps, `{start: 2.0, stop: 1.0, num_steps: 1000}`; or steered to a drop rate, `{drop_rate: 0.02}`.
         eval_factor: null by default. With a limit, the output for a sample depends on the other samples of its batch or
             group. Can be swept without retraining.
-        priority: who stays when an expert is full.
-        group_size: samples that share places; null is the whole micro-batch.
+        priority: pairs that stay when an expert is full: first choices and early tokens (position), large best gates
+            (gate) or large weights (probability).
+        group_size: number of samples that share places; null is the whole micro-batch.
         multiple_of: round places up to a multiple of this (V-MoE: 4).
 
     Raises:
@@ -73,7 +73,7 @@ class Capacity:
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Check ranges."""
         for name in ("train_factor", "eval_factor"):
             for factor in list_factors(getattr(self, name)):
                 if factor is not None:
@@ -85,12 +85,12 @@ class Capacity:
 
     @property
     def competes(self) -> bool:
-        """Whether later positions can take the place of earlier ones, which a causal model must refuse."""
+        """True if later positions can take the place of earlier ones; causal models refuse it."""
         return self.priority != "position"
 
     @property
     def evaluation_limit(self) -> str | None:
-        """The factor that limits experts in evaluation, in words; None where evaluation is dropless."""
+        """The capacity factor of evaluation as text; None if evaluation is dropless."""
         factor = self.eval_factor
         if isinstance(factor, ModalityFactors):
             limits = [f"{name} {value:g}" for name, value in vars(factor).items() if value is not None]
@@ -99,11 +99,11 @@ class Capacity:
 
     @property
     def changes(self) -> bool:
-        """Whether the factor of training is not the same in every step."""
+        """True if the factor of training changes between steps."""
         return isinstance(self.train_factor, Ramp | ByDropRate)
 
     def factor(self, training: bool, in_force: Tensor | None = None) -> Factor | None:
-        """Return the factor of a mode; in_force: of the step at hand, for one that changes; None is the first step."""
+        """Return the factor of a mode; in_force: that of the current step if it changes, None in the first step."""
         if not training:
             return self.eval_factor
         if isinstance(self.train_factor, Ramp | ByDropRate):
@@ -113,8 +113,12 @@ class Capacity:
 
 
 class _Shares(NamedTuple):
-    """share_N: int64, which pool of places a pair draws from (group, and modality where they are apart).
-    num_shares: how many pools. factor_T: fp64 nominal factor, infinite where dropless. share_T: as share_N, per token.
+    """Pools of places.
+
+    share_N: int64, pool of each pair (by group, and by modality if it has its own factor).
+    num_shares: number of pools.
+    factor_T: fp64 nominal factor, infinite where dropless.
+    share_T: as share_N, per token.
     """
 
     share_N: Tensor
@@ -138,7 +142,7 @@ def list_factors(factor: TrainFactor | None) -> tuple[float | None, ...]:
 def apply_capacity(plan: PairPlan, capacity: Capacity, training: bool, in_force: Tensor | None = None) -> PairPlan:
     """Return the plan with pairs over capacity no longer kept, and the real factor; order, shapes and weights stay.
 
-    in_force: the factor of the step at hand, a scalar, where it changes while training.
+    in_force: the factor of the current step, a scalar, if it changes while training.
     """
     factor = capacity.factor(training, in_force)
     if factor is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_moevlm.common.number_checks import check_number
 
 LOWEST, HIGHEST = 1e-2, 1e3
-"""Where a factor ends its way; above the number of experts nothing is dropped."""
+"""Bounds of a factor; above the number of experts nothing is dropped."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ByDropRate:
     """Grows while more pairs are dropped than wanted, shrinks while fewer are.
 
     Args:
-        drop_rate: share of dropped pairs that is wanted, such as 0.02.
-        start: the first step's factor.
+        drop_rate: target share of dropped pairs, such as 0.02.
+        start: factor of the first step.
         change: factor per optimiser step by which the capacity factor grows or shrinks.
 
     Raises:

@@ -35,15 +35,15 @@ class Dispatcher(ABC):
         """Return why this dispatcher cannot run such tokens and experts, with the remedy; None where it can."""
         return None
 
-    def check(self, capacity: Capacity | None) -> None:  # noqa: B027 - most take whatever a capacity lets through
-        """Refuse a capacity whose plans could not be run, before the first of them comes.
+    def check(self, capacity: Capacity | None) -> None:  # noqa: B027 - most run any plan
+        """Refuse a capacity whose plans could not be run.
 
         Raises:
             UserError: with what to change.
         """
 
     def record(self) -> str:
-        """Say which path runs, for the record of a run."""
+        """Describe the path that runs, for the record of a run."""
         return type(self).__name__
 
     def choices(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Dispatcher(ABC):
         return {}
 
     def in_use(self) -> tuple[str, ...]:
-        """Return the classes of the dispatchers that have run, by name: what a line on the terminal has room for."""
+        """Return the class names of the dispatchers that have run, for one line on the terminal."""
         return (type(self).__name__,)
 
 

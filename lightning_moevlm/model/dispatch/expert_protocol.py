@@ -1,4 +1,4 @@
-"""What a dispatcher needs of an expert stack (`experts.ExpertStack` has it)."""
+"""The interface of experts that a dispatcher needs; `experts.ExpertStack` has it."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol

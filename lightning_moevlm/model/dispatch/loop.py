@@ -1,4 +1,4 @@
-"""The oracle: one expert after the other, in as few ideas as possible. Slow for many experts; use it to check."""
+"""The reference: one expert after the other. Slow for many experts; use it to check."""
 
 import torch
 from torch import Tensor

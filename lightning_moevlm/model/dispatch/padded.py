@@ -1,6 +1,6 @@
 """Every expert gets a buffer of equal length, and all of them one batched matrix product: (E, C, D) x (E, D, F).
 
-C is the largest load, read on the host, or fixed by `factor`: then shapes are static and nothing is waited for. Time
+C is the largest load, read on the host, or fixed by `factor`: then shapes are static and the host does not wait. Time
 and memory go with E x C, so it is meant for loads that a capacity bounds; a skewed dropless plan pays for its skew in
 padding. Pairs that would not fit a fixed C are an error, never dropped: dropping is what `Capacity` is for.
 """
@@ -26,8 +26,8 @@ class PaddedDispatcher(Dispatcher):
     """Batched matrix products over padded buffers.
 
     Args:
-        factor: C = ceil(factor x N / E) for N pairs, padding and pairs not taken up included; at least what the
-            capacity lets through. null reads the largest load on the host, one wait for the device per layer.
+        factor: C = ceil(factor x N / E) for N pairs, padding and unused pairs included; not below the capacity's
+            factors. null reads the largest load on the host, one wait for the device per layer.
     """
 
     def __init__(self, factor: float | None = None) -> None:
@@ -36,13 +36,13 @@ class PaddedDispatcher(Dispatcher):
         self.factor = factor
 
     def check(self, capacity: Capacity | None) -> None:
-        """Refuse fewer places than the capacity may fill; without any limit the user answers for the factor."""
+        """Refuse fewer places than the capacity may fill; without a capacity any factor is accepted."""
         if capacity is None or self.factor is None:
             return
         if isinstance(capacity.train_factor, ByDropRate):
             raise UserError(
-                f"factor of PaddedDispatcher is {self.factor} and capacity.train_factor follows the drop rate, so that "
-                "no number of places is enough for it; set the dispatcher's factor to null"
+                f"factor of PaddedDispatcher is {self.factor} and capacity.train_factor follows the drop rate and has "
+                "no upper limit; set the dispatcher's factor to null"
             )
         if capacity.train_factor is not None and capacity.eval_factor is None:
             raise UserError(

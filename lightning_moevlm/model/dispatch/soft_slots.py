@@ -2,7 +2,7 @@
 
     slots = dispatch x,   y = combine experts(slots)          (Soft MoE, arXiv 2308.00951, equations 1 and 2)
 
-Every expert has the same number of rows, so the weight stacks are multiplied whole.
+Every expert has the same number of rows, so whole weight stacks are multiplied.
 """
 
 import torch

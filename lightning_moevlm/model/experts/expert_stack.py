@@ -2,7 +2,7 @@
 
 An expert's mathematics is written once, in `run`, over a `linear` that the dispatcher provides: a plain matrix
 product when it runs one expert, a grouped one when it runs rows of all experts at once. Stacked weights keep
-optimisers, compile and sharding simple; nobody indexes the stack under autograd, because the backward of
+optimisers, compile and sharding simple; never index the stack under autograd, because the backward of
 `weight[e]` writes a zero tensor of the whole stack for each expert.
 """
 

@@ -1,7 +1,7 @@
-"""Finds what makes the output for a sample depend on the other samples of its batch in evaluation.
+"""Finds layers whose output for a sample depends on the other samples of its batch in evaluation.
 
-A limit on the experts drops tokens by who else wants the same expert, and some routers let the tokens of a batch
-compete. Metrics and features then depend on the batch size, and the same sample has other features in other company.
+A limit on the experts drops tokens by the load of other samples, and some routers let the tokens of a batch compete.
+Metrics and features then depend on the batch.
 """
 
 from torch import nn
@@ -10,7 +10,7 @@ from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN
 
 
 def batch_dependence(backbone: nn.Module) -> tuple[str, ...]:
-    """Return the causes in words, each with its remedy; empty where every output is a function of its sample alone."""
+    """Describe the causes, each with its remedy; empty if every output is a function of its sample alone."""
     layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
     found = [
         cause for layer in layers for cause in (_explain_router(layer), _explain_capacity(layer)) if cause is not None

@@ -1,9 +1,9 @@
-"""What a causal model must not contain: parts through which an earlier token learns of a later one.
+"""Refuses parts through which an earlier token of a causal model depends on a later one.
 
 A router whose tokens compete for places looks ahead: expert choice leaks the future of a sequence into its training
-loss (arXiv 2408.15664, section 5). Capacity does the same as soon as somebody further back can be served first, or
-takes as many experts as he likes: places are a share of all choices. Samples of one batch share capacity all the same:
-causal means within a sequence.
+loss (arXiv 2408.15664, section 5). Capacity does the same if a later token can be served
+first, or can take a varying number of experts: places are a share of all choices. Samples of one batch may share
+capacity: causal means within a sequence.
 """
 
 from torch import nn
@@ -44,9 +44,9 @@ def _check_capacity(layer: MoEFFN) -> None:
         )
     if layer.router.choices_vary:
         raise UserError(
-            f"a causal model cannot limit capacity with {type(layer.router).__name__}: its tokens take as many experts "
-            "as they like, and the places of all follow from how many the later ones took; set capacity to null "
-            "(dropless), or use a router with a fixed number of experts per token, such as TopKRouter"
+            f"a causal model cannot limit capacity with {type(layer.router).__name__}: the number of "
+            "experts differs between its tokens, so the places of early ones depend on later ones; set capacity to "
+            "null (dropless), or use a router with a fixed number of experts per token, such as TopKRouter"
         )
     if top_k > 1:
         raise UserError(

@@ -1,10 +1,10 @@
-"""Where a block stands, and DeepNorm's weights that follow from it (DeepNet, arXiv 2203.00555, section 4.1)."""
+"""The depth of a block, and DeepNorm's weights that follow from it (DeepNet, arXiv 2203.00555, section 4.1)."""
 
 from typing import NamedTuple
 
 
 class Depth(NamedTuple):
-    """Where a block stands: its index from 0, of num_blocks."""
+    """The depth of a block: its index from 0, of num_blocks."""
 
     block: int
     num_blocks: int

@@ -1,4 +1,4 @@
-"""From pixels and token ids to model width."""
+"""Embeds pixels and token ids to model width."""
 
 import torch
 from torch import Tensor, nn

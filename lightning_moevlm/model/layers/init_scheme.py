@@ -1,4 +1,4 @@
-"""How wide the initial matrices of a block are: scheme, scale and depth, by module.
+"""Initial scale of the matrices of a block, by scheme, scale and depth.
 
 With s = `init_scale` (Switch: 0.1), N blocks and n the number of a block from 1, a matrix has the std
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_moevlm.model.precision import PrecisionPolicy, region
 
 NormKind = Literal["layer", "rms", "rms_without_scale"]
-"""Which norm."""
+"""Kind of a norm."""
 
 _EPS = 1e-6  # of RMS norms; nn.LayerNorm keeps torch's 1e-5
 
@@ -41,7 +41,7 @@ def normalise(values: Tensor, norm: nn.Module | None, precision: PrecisionPolicy
         is_cast = norm.weight is not None and norm.weight.dtype not in (values.dtype, torch.float32)
         return _apply(values, norm) if is_cast or isinstance(norm, nn.RMSNorm) else norm(values)
     device_type = values.device.type
-    # autocast lifts a norm to fp32 on CUDA; a region says itself what it computes in
+    # autocast lifts a norm to fp32 on CUDA; a region has its own dtype
     with region(precision, "norms", device_type) as cast, torch.autocast(device_type, enabled=False):
         return _apply(cast(values), norm).to(values.dtype)
 

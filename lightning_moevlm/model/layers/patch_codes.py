@@ -1,10 +1,10 @@
-"""What an image patch is before the model sees it: a code, so that hash routing has something to hash.
+"""Codes of image patches before the model sees them, for hash routing.
 
     without a codebook: the signs of `num_bits` fixed random projections of the standardised patch, read as a number,
                         so that similar patches tend to share a code (locality-sensitive hashing, Charikar 2002)
     with a codebook:    the nearest of its k-means centres (`moevlm data codebook`)
 
-A hidden patch has the code -1, whatever is under the mask: otherwise routing would give the target away.
+A hidden patch has the code -1, so that routing does not reveal the target.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ class PatchCodes(nn.Module):
         codebook: file of `moevlm data codebook`; null takes random projections.
 
     Raises:
-        UserError: a codebook for other patches, or none at that path.
+        UserError: a codebook for other patches, or a file that is missing or broken.
     """
 
     projection_QN: Tensor

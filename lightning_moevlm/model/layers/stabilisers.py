@@ -7,7 +7,7 @@
     the first steps              init_scheme, init_scale           (2101.03961, section 2.4)
     the gradient of the patches  freeze_patches                    (2104.02057, section 4)
 
-Each switch is told in the file that carries it out: attention.py, norms.py, block.py, init_scheme.py, embeddings.py.
+Each switch is explained in its file: attention.py, norms.py, block.py, init_scheme.py, embeddings.py.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ ResidualScaling = Literal["depth", "deepnorm"]
 """depth: matrices that write to the residual start 1 / sqrt(2 blocks) smaller. deepnorm: DeepNet's alpha and beta."""
 
 InitScheme = Literal["truncated_normal", "normal", "fan_in", "depth_scaled"]
-"""Which distribution the matrices of the blocks start from, see init_scheme.py."""
+"""Initial distribution of the matrices of the blocks, see init_scheme.py."""
 
 
 @dataclass(frozen=True)

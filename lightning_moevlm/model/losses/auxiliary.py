@@ -46,7 +46,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @runtime_checkable
-class _Particular(Protocol):
+class _ChecksLayer(Protocol):
     """A loss that is not defined for every router."""
 
     def check(self, layer: RoutedLayer) -> None: ...
@@ -72,7 +72,7 @@ class AuxiliaryLosses:
         others: losses from elsewhere, each under a name of your choice.
 
     Raises:
-        UserError: a negative weight, or a name that is taken or is none.
+        UserError: a negative weight, or an invalid or used name.
     """
 
     load_balance: LoadBalance | None = field(default_factory=LoadBalance)
@@ -108,15 +108,15 @@ class AuxiliaryLosses:
         """
         for layer in layers:
             for loss in self.enabled.values():
-                if isinstance(loss, _Particular):
+                if isinstance(loss, _ChecksLayer):
                     loss.check(layer)
 
     @property
     def enabled(self) -> dict[str, PlanLoss | OutputZ]:
         """The losses that are on, by name."""
-        everyone: dict[str, PlanLoss | OutputZ | None] = {name: getattr(self, name) for name in OWN_LOSSES}
-        everyone |= self.others or {}
-        return {name: loss for name, loss in everyone.items() if loss is not None}
+        losses: dict[str, PlanLoss | OutputZ | None] = {name: getattr(self, name) for name in OWN_LOSSES}
+        losses |= self.others or {}
+        return {name: loss for name, loss in losses.items() if loss is not None}
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -130,17 +130,17 @@ class AuxiliaryLosses:
         return frozenset((_BALANCING & self.enabled.keys()) | others)
 
     def key(self, name: str) -> str:
-        """Return where a loss stands in a configuration of the model."""
+        """Return the key of a loss in the configuration of the model."""
         return f"losses.{name}" if name in OWN_LOSSES else f"losses.others.{name}"
 
     @property
     def reads_counts(self) -> bool:
-        """Whether a loss asks for `LossInput.counts`."""
+        """True if a loss reads `LossInput.counts`."""
         return self.load_balance is not None and self.load_balance.scope == "global"
 
     @property
     def adapts(self) -> bool:
-        """Whether a weight follows the counts of each optimiser step."""
+        """True if a weight follows the counts of each optimiser step."""
         return any(isinstance(weight, AdaptiveWeight) for weight in self.weights.values())
 
     def terms(
@@ -219,4 +219,4 @@ class AuxiliaryLosses:
 
 
 OWN_LOSSES = tuple(entry.name for entry in fields(AuxiliaryLosses) if entry.name != "others")
-"""The names of our own."""
+"""Names of the losses of this package."""

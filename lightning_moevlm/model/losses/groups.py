@@ -1,8 +1,8 @@
-"""Which tokens are balanced together: all of a plan, those of one sequence, of one modality, or of both.
+"""Groups of tokens that are balanced together: all of a plan, or by sequence, by modality, or by both.
 
 Groups are modality-major: group = modality x B + sequence. A loss is the mean over the groups that hold a valid
-token, so its scale does not move with their number. What means are over, a `PlanSize`, comes from outside: it may be
-that of a whole optimiser step, of which the plan is a part. Every shape follows from the plan's, so nothing is read
+token, so its scale does not move with their number. The divisor of means, a `PlanSize`, is an argument: it may be
+that of a whole optimiser step. Every shape follows from the plan's, so nothing is read
 from the device; sums of floats are masked and not scattered, so that they add up in the same order each time.
 """
 
@@ -16,10 +16,7 @@ from lightning_moevlm.contracts.step_records import PlanSize
 
 
 class Grouping(NamedTuple):
-    """How the tokens of a plan fall into groups.
-
-    by_sequence, by_modality: what tells groups apart; neither leaves one group.
-    """
+    """Splits the tokens of a plan into groups, by sequence, by modality, by both or not at all."""
 
     by_sequence: bool = False
     by_modality: bool = False

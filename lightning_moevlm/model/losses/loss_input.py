@@ -1,4 +1,4 @@
-"""What a loss on routing may look at: a plan, and what its layer knows beyond it; and what it may ask of a layer."""
+"""Inputs of routing losses: a plan, its layer, and its share in the optimiser step."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,11 @@ from lightning_moevlm.contracts.step_records import BatchSize, PlanSize
 
 
 class RoutedLayer(NamedTuple):
-    """What a loss may need of a layer, known before the first step.
+    """Properties of a layer that a loss may need, known before the first step.
 
-    router: name of its class. adds_noise, mixes: see `Router`. has_rows: whether `LossInput.rows` will be there.
+    router: name of its class.
+    adds_noise, mixes: see `Router`.
+    has_rows: whether `LossInput.rows` will be there.
     """
 
     router: str
@@ -22,9 +24,10 @@ class RoutedLayer(NamedTuple):
 
 
 class LayerCounts(NamedTuple):
-    """What a layer's router has done in the optimiser step so far, in all its forward passes, micro-batches and ranks.
+    """Counts of a layer's router in the optimiser step so far, over forward passes, micro-batches and ranks.
 
-    chosen_AE, kept_AE: int64, pairs of each modality at each expert before and after capacity. token_A: int64, tokens.
+    chosen_AE, kept_AE: int64, pairs of each modality at each expert before and after capacity.
+    token_A: int64, tokens.
     aimed_share: experts per token that the router aims at, divided by E.
     """
 
@@ -35,7 +38,7 @@ class LayerCounts(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a plan comes from: the fields of `NamedPlan`."""
+    """The place of a plan in the model: the fields of `NamedPlan`."""
 
     source: str = ""
     block: int = 0
@@ -44,10 +47,12 @@ class Place(NamedTuple):
 
 
 class StepSize(NamedTuple):
-    """The optimiser step that a batch is a part of.
+    """The optimiser step that a batch belongs to.
 
-    num_parts: micro-batches x ranks. size: of all of them together. num_plans: that their joined batch would make.
-    num_heads: terms that predict classes and have something to predict. The two are scalars.
+    num_parts: micro-batches x ranks.
+    size: size of all of them together.
+    num_plans: plans of their joined batch, a scalar.
+    num_heads: terms with classes to predict, a scalar.
     """
 
     num_parts: int
@@ -56,16 +61,16 @@ class StepSize(NamedTuple):
     num_heads: Tensor
 
     def plan_size(self, place: Place) -> PlanSize:
-        """Return the size of the plan that the joined batch would have in a place."""
+        """Return the size of the joined batch's plan in a place."""
         return self.size.passes[place.source].select(place.modalities)
 
 
 class LossInput(NamedTuple):
     """A plan in its place.
 
-    rows: the vectors that the router scores tokens against, one per expert or slot, with gradient; None: has none.
-    counts: of the plan's layer, this plan's included; None in evaluation, and where no loss asks for them.
-    training: whether this is a training step: router noise, and what needs it, exists in no other.
+    rows: vectors that the router scores tokens against, one per expert or slot, with gradient; None if there are none.
+    counts: counts of the plan's layer, this plan included; None in evaluation, and if no loss reads them.
+    training: whether this is a training step; only then is there router noise.
     """
 
     plan: RoutingPlan

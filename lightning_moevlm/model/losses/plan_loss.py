@@ -1,11 +1,11 @@
-"""A loss on routing in two halves: sums over tokens, which add up over batches, and what is made of them.
+"""A routing loss in two parts: sums over tokens, which add up over batches, and the value of these sums.
 
     loss = value(sums, size),    sums and sizes of parts of a batch add up to those of the whole
 
-So the loss of a whole evaluation is one value, of sums over its batches and ranks, and does not depend on how samples
-fall into batches. In training the sums of other micro-batches are not there yet, but the size of the whole step is.
-A loss whose value is linear in the sums (`adds_up`) is divided by that size, and its gradient over micro-batches and
-ranks is that of the joined batch. Another is the mean of the losses of micro-batches, each of which is balanced.
+So the loss of a whole evaluation is one value and does not depend on the batches. In training the sums of other
+micro-batches are unknown, but the size of the whole step is known. A loss whose value is linear in the sums (`adds_up`)
+is divided by that size, and its gradient over micro-batches and ranks is that of the joined batch. Any other loss is
+the mean over micro-batches, each of which is balanced.
 
 A loss with an option of its own name is `@final`: the command line then takes its fields, and needs no class_path.
 """
@@ -24,18 +24,18 @@ class PlanLoss(ABC):
 
     @property
     def adds_up(self) -> bool:
-        """Whether the value is linear in the sums, given the size."""
+        """True if the value is linear in the sums, given the size."""
         return False
 
     @abstractmethod
     def sums(self, inputs: LossInput) -> Tensor | None:
-        """Return sums over the plan's tokens, of a shape that does not follow from the batch; None: undefined here."""
+        """Return sums over the plan's tokens, of a shape independent of the batch; None if undefined here."""
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
         """Return the raw loss, a scalar of the sums' dtype, 0 where the size is 0: here the mean over valid tokens."""
         return sums / size.tokens_A.sum().clamp(min=1)
 
     def __call__(self, inputs: LossInput) -> Tensor | None:
-        """Return the raw loss of one plan by itself, a scalar fp32 tensor; None: undefined here."""
+        """Return the raw loss of one plan by itself, a scalar fp32 tensor; None if undefined here."""
         sums = self.sums(inputs)
         return None if sums is None else self.value(sums, size_of(inputs.plan))

@@ -1,4 +1,4 @@
-"""What a loss on routing from elsewhere has to be; `model.losses.others` takes it by class_path, under any name."""
+"""The base class of routing losses from other packages; `model.losses.others` takes them by class_path and a name."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -11,11 +11,13 @@ from lightning_moevlm.model.losses.weights import Weight
 
 
 class RoutingLoss(PlanLoss):
-    """A loss on the plans of MoE layers. A frozen dataclass below it has its options as fields, `weight` among them.
+    """A loss on the plans of MoE layers: inherit in a frozen dataclass with options as fields, `weight` among them.
 
-    weight: a number, a ramp over steps or an adaptive weight. balances: whether it spreads tokens over experts, so that
-    it counts as balance in R_g, the share of the gradient. In evaluation it is a mean over tokens; one that is no such
-    mean says what adds up over batches in `sums` and `value`, and one that is may say `adds_up`, see `PlanLoss`.
+    weight: a number, a ramp over steps or an adaptive weight.
+    balances: whether it spreads tokens over experts, so that it counts as balance in R_g, the share of the gradient.
+
+    In evaluation it is a mean over tokens. If yours is not, override `sums` and `value`; if it is, `adds_up` may be
+    true, see `PlanLoss`.
     """
 
     weight: Weight
@@ -23,12 +25,12 @@ class RoutingLoss(PlanLoss):
 
     @abstractmethod
     def __call__(self, inputs: LossInput) -> Tensor | None:
-        """Return the raw loss of one plan, a scalar fp32 tensor, 0 where no token is valid; None: undefined here.
+        """Return the raw loss of one plan, a scalar fp32 tensor, 0 where no token is valid; None if undefined here.
 
-        The mean over plans is taken by the caller, so its scale must not move with the number of tokens.
+        The caller takes the mean over plans, so its scale must not depend on the number of tokens.
         """
 
     def sums(self, inputs: LossInput) -> Tensor | None:
-        """Return the loss for every token, a scalar."""
+        """Return the loss times the number of valid tokens, a scalar."""
         value = self(inputs)
         return None if value is None else value * inputs.plan.valid_T.sum()

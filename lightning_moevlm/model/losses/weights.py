@@ -28,7 +28,7 @@ from lightning_moevlm.contracts.schedules import Ramp, Schedule, value_at
 from lightning_moevlm.model.losses.loss_input import LayerCounts
 
 LOWEST, HIGHEST = 1e-12, 1e6
-"""Where a weight ends its way: it could not come back from 0 or from infinity."""
+"""Bounds of a weight, because it could not return from 0 or infinity."""
 
 
 class AdaptiveWeight(ABC):
@@ -117,7 +117,7 @@ def check_weight(name: str, weight: Weight) -> None:
     """Refuse a weight that would reward what its loss punishes, now or at an end of its ramp.
 
     Raises:
-        UserError: a negative value, or none.
+        UserError: a negative value, or NaN.
     """
     values = {"": weight} if isinstance(weight, int | float) else {}
     if isinstance(weight, Ramp):

@@ -15,7 +15,7 @@ from lightning_moevlm.contracts.step_records import NamedPlan
 
 
 class Place(NamedTuple):
-    """Where a rate was measured."""
+    """The block and modality of a rate."""
 
     block: int
     modality: Modality

@@ -5,7 +5,7 @@ load entropy    H(load) / ln E                               1 = even use, 0 = o
 token entropy   mean over tokens of H(p_x) / ln E            1 = undecided, 0 = certain
 max violation   max_e c_e / mean_e c_e - 1, c = chosen pairs before capacity   (arXiv 2408.15664, section 4.1)
 drop rate       1 - kept pairs / chosen pairs
-dead experts    experts that nobody chose
+dead experts    experts that no token chose
 logit max       max |router logit|
 capacity        mean over tokens of the capacity factor that holds after rounding
 """

@@ -1,10 +1,10 @@
-"""How far two runs of one layer route apart, as when one computes in a narrower format. Formulas:
+"""Measures how differently two runs of one layer route, such as one in a narrower format. Formulas:
 
 flip rate         tokens whose set of chosen experts differs / tokens
 logit error max   max |logit - reference|
 logit error rms   sqrt(mean (logit - reference)^2), over tokens and experts
 
-A flipped token meets other experts than it would have, so a small error of a logit becomes a large one of the layer.
+A flipped token runs through other experts, so a small error of a logit becomes a large error of the layer.
 """
 
 from collections.abc import Sequence

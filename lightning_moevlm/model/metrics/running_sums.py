@@ -1,4 +1,4 @@
-"""Sums over the batches of an evaluation, and over ranks: what is linear may be divided when all of it is there.
+"""Sums over the batches and ranks of an evaluation, to be divided at its end.
 
 A mean of means depends on how samples fall into batches; a quotient of sums does not, but for rounding.
 """
@@ -29,16 +29,16 @@ class RunningSums(Generic[Name]):
     def totals(self) -> dict[Name, Tensor]:
         """Return the sums over all ranks by name, on the CPU; all ranks must ask together."""
         own = {name: values.cpu() for name, values in self._sums.items()}
-        everyone: list[Mapping[Name, Tensor]] = [own]
+        all_ranks: list[Mapping[Name, Tensor]] = [own]
         if dist.is_available() and dist.is_initialized():
-            everyone = [own] * dist.get_world_size()
-            dist.all_gather_object(everyone, own)
+            all_ranks = [own] * dist.get_world_size()
+            dist.all_gather_object(all_ranks, own)
         found: dict[Name, list[Tensor]] = defaultdict(list)
-        for sums in everyone:
+        for sums in all_ranks:
             for name, values in sums.items():
                 found[name].append(values)
         return {name: torch.stack(of_ranks).sum(dim=0) for name, of_ranks in found.items()}
 
     def reset(self) -> None:
-        """Forget them."""
+        """Set all sums to zero."""
         self._sums = {}

@@ -1,9 +1,9 @@
-"""Random numbers that belong to a sample and not to its place in a batch.
+"""Draws random numbers by sample, independent of its place in a batch.
 
     number i of a sample = mix(mix(hash of its key, seed of the draw) + i x golden ratio)
 
-A mask drawn from them is the same whatever the batch size, the rank, the number of workers and the neighbours are, so
-that validation loss is a function of the checkpoint and the set, and micro-batches hide what the joined batch would.
+So a mask does not depend on batch size, rank, workers or neighbours. Validation loss is a function of the checkpoint
+and the set, and micro-batches hide what the joined batch would.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from lightning_moevlm.model.random_bits import GOLDEN, mix_bits, shift_right
 
 @dataclass(frozen=True)
 class Draws:
-    """Where an objective takes its random choices from.
+    """The source of an objective's random choices.
 
     Args:
-        seed: two of them draw differently.
+        seed: other seeds give other numbers.
     """
 
     seed: int
@@ -31,9 +31,9 @@ class Draws:
         """Return `num` numbers in [0, 1) for each sample, fp32 (samples, num) on the CPU.
 
         Args:
-            name: of what they are for; each name draws anew.
-            keys: of the samples.
-            num: more of them leave the first as they are.
+            name: purpose; each name has its own numbers.
+            keys: keys of the samples.
+            num: numbers per sample; a larger num keeps the first ones.
         """
         hashed = [int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True) for key in keys]
         start_B = mix_bits(torch.tensor(hashed, dtype=torch.int64) ^ derive_seed(self.seed, name))

@@ -1,4 +1,4 @@
-"""What a masked patch should be predicted as."""
+"""Targets of masked image patches: pixels or codes."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple

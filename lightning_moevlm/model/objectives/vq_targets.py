@@ -1,8 +1,8 @@
 """Discrete codes from the user's own visual tokeniser (VQ-VAE, VQ-KD, ...).
 
-Its architecture is not ours to know: the user exports the encoder with `torch.export` and saves it as `.pt2`. The
-program takes fp32 images (B, 3, Y, X) in [0, 1] and returns int64 codes (B, P), patches row by row. A `.pt2` holds a
-graph of tensor operations and weights. torch would unpickle whatever else lies in it; here such a file is refused.
+Export the encoder with `torch.export` and save it as `.pt2`; any architecture works. The program takes fp32 images
+(B, 3, Y, X) in [0, 1] and returns int64 codes (B, P), patches row by row. A `.pt2` holds a graph of tensor operations
+and weights. torch would also unpickle other content; such a file is refused here.
 """
 
 import io
@@ -28,7 +28,7 @@ class VQCheckpointTargets(Codes):
         num_codes: size of its codebook.
 
     Raises:
-        UserError: the file is missing or no exported program, or its codes do not fit the spec.
+        UserError: the file is missing or not an exported program, or its codes do not fit the spec.
     """
 
     def __init__(self, spec: BackboneSpec, path: str, num_codes: int) -> None:
@@ -63,7 +63,7 @@ class VQCheckpointTargets(Codes):
 def _load(path: Path) -> torch.nn.Module:
     advice = "save the encoder with torch.export.save(torch.export.export(encoder.eval(), (images,)), 'encoder.pt2')"
     if not path.is_file():
-        raise UserError(f"no VQ checkpoint at {path}: {advice}")
+        raise UserError(f"{path} does not exist: {advice}")
     _refuse_pickles(path)
     chatter = logging.getLogger("torch.export")  # it logs the traceback of what it raises as well
     before, chatter.disabled = chatter.disabled, True
@@ -71,7 +71,7 @@ def _load(path: Path) -> torch.nn.Module:
         program = torch.export.load(str(path))
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no exported program ({type(error).__name__}: {reason}): {advice}") from error
+        raise UserError(f"{path} is not an exported program ({type(error).__name__}: {reason}): {advice}") from error
     finally:
         chatter.disabled = before
     return program.module().requires_grad_(False)
@@ -90,6 +90,6 @@ def _refuse_pickles(path: Path) -> None:
                 torch.load(io.BytesIO(content), weights_only=True)
             except (pickle.UnpicklingError, RuntimeError) as error:
                 raise UserError(
-                    f"{path} holds {member}, which is no plain tensor data and could run code when loaded: export the "
-                    "encoder anew, on a machine that you trust"
+                    f"{path} holds {member}, which is not plain tensor data and could run code when loaded: export "
+                    "the encoder again, on a machine that you trust"
                 ) from error

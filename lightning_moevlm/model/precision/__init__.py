@@ -1,4 +1,4 @@
-"""Which component computes in which dtype."""
+"""Precision policy: the dtype that each component computes in."""
 
 from lightning_moevlm.model.precision.policy import (
     REGIONS,

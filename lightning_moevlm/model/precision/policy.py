@@ -1,4 +1,4 @@
-"""Precision by component: one policy says where a dtype differs from the Trainer's.
+"""Precision by component: one policy names every dtype that differs from the Trainer's.
 
 The router is the region that matters most: Switch Transformers (arXiv 2101.03961, section 2.4) diverged with a
 bf16 router and trained as well as fp32 with a fp32 router inside a bf16 trunk.
@@ -44,8 +44,8 @@ class Simulation:
 class PrecisionPolicy:
     """The dtype of each region; null follows `trunk`, and where that is null too the Trainer's precision.
 
-    What stays fp32 whatever is pinned: a router's softmax and top-k, the logits, probabilities and weights of a plan,
-    auxiliary losses (they read the plan), state that a router balances itself with. Counts are integers.
+    Always fp32: a router's softmax and top-k, the logits, probabilities and weights of a plan, auxiliary losses (they
+    read the plan), and a router's balancing state. Counts are integers.
 
     Args:
         router: the router's matrix product; its weights stay fp32 under bf16-true and 16-true.
@@ -81,7 +81,7 @@ class PrecisionPolicy:
             dtype = getattr(self, name)
             if dtype is not None and dtype not in get_args(RealDtype):
                 raise UserError(
-                    f"precision.{name} is {dtype}, which no region computes in by itself: choose from "
+                    f"precision.{name} is {dtype}, which needs simulation: choose from "
                     f"{', '.join(get_args(RealDtype))}, set precision.simulate to {{}}, or use the callback "
                     "Float8Training on a GPU"
                 )
@@ -106,7 +106,7 @@ class PrecisionPolicy:
 
 
 def float32_everywhere() -> PrecisionPolicy:
-    """Return the policy that computes every region in fp32, whatever the Trainer's precision is."""
+    """Return the policy that computes every region in fp32, under any precision of the Trainer."""
     return PrecisionPolicy(**dict.fromkeys(REGIONS, "float32"))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Entering a region, and giving the whole model its one policy.
+"""Enters regions, and gives the whole model its precision policy.
 
 A layer with a region of its own holds the policy in the attribute `precision` and computes the region inside
 `region(...)`. The policy is set once for all of them, by `set_precision`; nothing else carries it, so no two layers can
@@ -15,7 +15,7 @@ from lightning_moevlm.model.precision.policy import PrecisionPolicy, Region
 from lightning_moevlm.model.precision.simulated import SimulatedArithmetic
 
 Cast = Callable[[Tensor], Tensor]
-"""What a region does to a tensor on its way in."""
+"""The conversion of a tensor that enters a region."""
 
 
 @contextmanager
@@ -23,8 +23,8 @@ def region(policy: PrecisionPolicy, name: Region, device_type: str) -> Iterator[
     """Compute a block in the dtype that the policy has for a region; the yielded function casts its inputs.
 
     float32 switches autocast off inside, a narrower dtype switches it on, a simulated one rounds. None changes nothing,
-    and the function returns its argument; whoever computes more than a few functions inside tests for None first,
-    because torch.compile gives up on a frame whose graph breaks inside a context manager.
+    and the function returns its argument. Around more than a few functions, test for None first: torch.compile gives up
+    on a frame whose graph breaks inside a context manager.
     """
     dtype = policy.dtype_of(name)
     if dtype is None:

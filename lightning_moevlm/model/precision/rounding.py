@@ -45,7 +45,7 @@ def rounded(values: Tensor, dtype: RegionDtype, scale: bool = False) -> Tensor:
 
 
 def straight_through(values: Tensor, dtype: RegionDtype, scale: bool, gradients: bool) -> Tensor:
-    """Round as `rounded` does; the gradient passes, and is rounded too where `gradients` says so."""
+    """Round as `rounded` does; the gradient passes, rounded too if `gradients` is true."""
     result: Tensor = _StraightThrough.apply(values, dtype, scale, gradients)
     return result
 

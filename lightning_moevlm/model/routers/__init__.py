@@ -1,4 +1,4 @@
-"""Who goes where: routers turn tokens into plans and know no expert, loss, metric or config."""
+"""Routers: turn tokens into plans, and know nothing of experts, losses, metrics or configuration."""
 
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit

@@ -1,4 +1,4 @@
-"""From each token's k choices to a plan."""
+"""Makes a plan from each token's k choices."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ def make_plan(
     """Return the plan in which token t goes to expert_TK[t]; pairs are ordered by choice, then token.
 
     Choice-major order serves all first choices before any second one when capacity is short. chosen_TK: bool, False
-    where a choice is not taken up; None takes up all of them. noise_std_TE, noisy_logits_TE: of the noise on the
-    logits, if any.
+    if a choice is not used; None uses all. noise_std_TE, noisy_logits_TE: of the noise on the logits, if any.
     """
     num_tokens, num_choices = expert_TK.shape
     taken_TK = inputs.valid_T.unsqueeze(-1).expand(num_tokens, num_choices)
@@ -81,10 +80,10 @@ def even_plan(inputs: RoutingInput, expert_TK: Tensor, num_experts: int) -> Pair
 
 
 def count_turns(taken_T: Tensor, num_sequences: int, training: bool) -> Tensor:
-    """Return which one of the selected tokens (bool) each is, from 0: int64, of no meaning for the others.
+    """Number the selected tokens (bool) from 0: int64, undefined for the others.
 
-    They are counted through the batch while training, so that taking turns gives experts equal loads, and within each
-    sample in evaluation, so that the output for a sample does not depend on the other samples of its batch.
+    Numbers run through the batch while training, so that taking turns gives experts equal loads. In evaluation they run
+    within each sample, so that its output does not depend on the other samples of its batch.
     """
     taken_BS = (
         taken_T.unsqueeze(0) if training else taken_T.unflatten(0, (num_sequences, len(taken_T) // num_sequences))

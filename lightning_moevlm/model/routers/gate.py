@@ -25,7 +25,7 @@ class Gate:
         dropout: share of inputs set to zero while training.
         temperature: divides the logits; above 1 softens the choice.
         initial_std: standard deviation of the initial weights; null takes the model's, 0 starts undecided. Routers that
-            could not leave 0 refuse it; of those that look at angles alone, it sets how fast rows turn.
+            could not leave 0 refuse it. For routers by angle, it sets how fast rows turn.
 
     Raises:
         UserError: a value outside its range.
@@ -47,7 +47,7 @@ class Gate:
     def inputs(self, tokens_TD: Tensor, training: bool) -> Tensor:
         """Return the tokens as the router sees them."""
         if training and self.jitter:
-            # drawn in fp32: the same noise whatever dtype the router computes in
+            # drawn in fp32: the same noise for every dtype of the router
             noise_TD = torch.empty_like(tokens_TD, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
             tokens_TD = tokens_TD * noise_TD.to(tokens_TD.dtype)
         return F.dropout(tokens_TD, self.dropout, training) if self.dropout else tokens_TD
@@ -59,7 +59,7 @@ class Gate:
 
 
 def refuse_zero_start(gate: Gate, router: str, reason: str) -> None:
-    """Refuse initial weights of 0 where a router would never leave them.
+    """Refuse initial weights of 0 for a router that would never leave them.
 
     Raises:
         UserError: with the reason.

@@ -23,25 +23,18 @@ class Router(Module):
     """Turns tokens into a plan.
 
     A router's first two constructor arguments are `dim` (D) and `num_experts` (E). The plan's logits and probabilities
-    are fp32 whatever the tokens are; padding (`valid_T` False) is never chosen; evaluation is deterministic; nothing is
-    counted in `forward`, because activation checkpointing runs it twice.
+    are fp32, padding (`valid_T` False) is never chosen, and evaluation is deterministic. Nothing is counted in
+    `forward`, because activation checkpointing runs it twice.
 
-    competes: tokens compete for places across positions, so what one token gets depends on others, later ones too. A
-    causal model must refuse such a router.
-
-    crosses_samples: in evaluation, too, what a token gets depends on the other samples of its batch. Features and
-    metrics then depend on the batch size, and runs say so.
-
-    choices_vary: how many experts a token takes depends on the token. Capacity counts choices, so in a causal model it
-    would tell an early token how many the later ones took.
-
-    never_starves: every expert has the same work whatever the weights are, so none can be dead.
-
-    reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only if asked.
-
+    competes: tokens compete across positions, so a token's experts depend on later tokens; causal models refuse it.
+    crosses_samples: in evaluation, too, a token's experts depend on the other samples of its batch, so features and
+        metrics depend on the batch size.
+    choices_vary: the number of experts differs between tokens. Capacity counts choices, so in a causal model an early
+        token would depend on how many experts later ones take.
+    never_starves: every expert always has the same work, so none can be dead.
+    reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only for it.
     adds_noise: its plans of training steps carry noisy logits and the noise's std.
-
-    mixes: its plans are `MixPlan`s: slots of mixed tokens, and nothing is chosen.
+    mixes: its plans are `MixPlan`s: slots of mixed tokens, without choices.
     """
 
     competes = False
@@ -71,7 +64,7 @@ class Router(Module):
     @property
     @abstractmethod
     def experts_per_token(self) -> float:
-        """Experts that run for one token, on average: what active parameters are counted with."""
+        """Experts that run for one token on average; active parameters are counted with it."""
 
     def expert_rows(self, num_tokens: int) -> float:
         """Return how many rows all experts run together for a sequence of so many tokens, on average."""
@@ -82,18 +75,18 @@ class Router(Module):
         return 0
 
     def per_expert(self) -> tuple[ExpertAxis, ...]:
-        """Return the parameters and buffers with an axis of experts, which the axes at the end of their names tell.
+        """Return the parameters and buffers with an axis of experts, found by the axes at the end of their names.
 
-        Whoever replaces an expert replaces its place in each.
+        To replace an expert, replace its slice of each.
         """
         named = (*self.named_parameters(), *self.named_buffers())
         axes = [(tensor, name.rpartition("_")[2]) for name, tensor in named]
         return tuple(ExpertAxis(tensor, axis.index("E")) for tensor, axis in axes if axis.isupper() and "E" in axis)
 
     def rows(self) -> Tensor | None:
-        """Return the vectors that tokens are scored against, one per expert or slot, with gradient; None: has none.
+        """Return the vectors that tokens are scored against, one per expert or slot, with gradient, or None.
 
-        A router that keeps them in a parameter named `weight_ED` need not say so.
+        The default finds a parameter named `weight_ED`.
         """
         return self._parameters.get("weight_ED")
 
@@ -105,9 +98,9 @@ class Router(Module):
 
 
 class LinearRouter(Router):
-    """Scores tokens against one learned row per expert, and gives each `top_k` experts unless it says otherwise.
+    """A router that scores tokens against one learned row per expert, `weight_ED`.
 
-    top_k: experts per token; those of a router whose number varies are its own to say.
+    top_k: experts per token; a router whose number varies overrides `experts_per_token`.
     """
 
     top_k: int

@@ -145,7 +145,7 @@ def test_bidirectional_outputs_know_later_words(name: str) -> None:
         ({"router": SinkhornRouter}, "cannot use SinkhornRouter"),
         (
             {"capacity": Capacity(), "router": ReLURouter},
-            "capacity with ReLURouter: its tokens take as many experts as",
+            "capacity with ReLURouter: the number of experts differs between its tokens",
         ),
         ({"capacity": Capacity(), "router": partial(TopPRouter, max_k=1)}, "capacity with TopPRouter"),
         ({"capacity": Capacity(priority="gate")}, "priority gate: a later token with a larger gate"),
@@ -188,10 +188,10 @@ def test_a_model_without_a_sparse_block_is_refused_unless_it_is_dense_on_purpose
     )
     for build in (partial(limoe, moe_every=3), partial(vl_moe, moe_every=3, num_vl_blocks=0)):
         with pytest.raises(
-            UserError, match="moe_every is 3, which selects none of the 2 blocks that can be sparse: choose 1 to 2"
+            UserError, match="moe_every = 3 selects none of the 2 blocks that can be sparse; use 1 to 2"
         ):
             build()
-    with pytest.raises(UserError, match="num_vl_blocks leaves no block that can be sparse: lower it"):
+    with pytest.raises(UserError, match="num_vl_blocks leaves no block that can be sparse; lower it"):
         vl_moe(num_vl_blocks=2)
     for build in (
         partial(limoe, moe_every=3, is_sparse=False),

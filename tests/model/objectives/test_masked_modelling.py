@@ -223,8 +223,8 @@ class Exploit:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.pt2", None, "no VQ checkpoint at"),
-        ("text.pt2", b"not an archive", "is no exported program"),
+        ("missing.pt2", None, "missing.pt2 does not exist: save the encoder"),
+        ("text.pt2", b"not an archive", "is not an exported program"),
     ],
 )
 def test_unusable_checkpoints_are_explained(

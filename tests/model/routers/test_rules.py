@@ -302,7 +302,7 @@ def test_hash_follows_the_identity_alone() -> None:
 
 
 def test_hash_without_identities_is_refused() -> None:
-    with pytest.raises(UserError, match="needs to know what each token is"):
+    with pytest.raises(UserError, match="needs token ids and patch codes"):
         HashRouter(16, 8)(routing_input(4, 16)._replace(identity_T=None))
 
 

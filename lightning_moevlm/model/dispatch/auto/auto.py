@@ -1,13 +1,13 @@
-"""Pick the dispatcher that was measured best for a case and its load, and say which ones run and why.
+"""Chooses the dispatcher that was measured best for a case and its load, and records the choice and its reason.
 
 Per case, segments or grouped_mm by measurement; and padded wherever the experts are loaded so evenly that it is faster
 still. Its time grows with the largest load, so it is predicted: that of even loads x largest load / mean load. Times
 within 3 % of each other count as equal, and of equals the one that needs the least memory runs.
 
-The choice is a pure function of device, dtype, shape, load and a file of measurements, never of the clock, so arms of a
-study on one machine take the same path, and their records say which. On a CPU a case is measured when it is first met,
-once per machine, in evaluation as in training. Without a measurement for a device and dtype a rule decides. A
-dispatcher that cannot run a case is passed over by name: nothing falls back in silence.
+The choice is a pure function of device, dtype, shape, load and a file of measurements, so arms of a study on one
+machine take the same path, and record it. On a CPU a case is measured when it is first met, once per machine, in
+evaluation as in training. Without a measurement for a device and dtype a rule decides. Dispatchers that cannot run a
+case are named in the record.
 """
 
 import logging
@@ -36,10 +36,11 @@ _BOUNDED = 1.25  # largest load over the mean that is assumed under a capacity w
 
 
 class Choice(NamedTuple):
-    """What runs a case.
+    """The choice for a case.
 
-    name: class of the dispatcher for any load. padded_up_to: largest load over the mean load up to which padded runs
-    instead, 0 for never. why: measurement or rule, and who was passed over for what reason.
+    name: class of the dispatcher for any load.
+    padded_up_to: padded runs instead while the largest load over the mean load is at most this; 0 is never.
+    why: measurement or rule, and dispatchers that cannot run it.
     """
 
     name: str
@@ -61,14 +62,14 @@ class AutoDispatcher(Dispatcher):
     """Runs the best dispatcher for each case and load: segments, grouped_mm or padded.
 
     Args:
-        table: file of measurements to choose by as it is; null takes the one that the environment variable
-            MOEVLM_DISPATCH_TABLE names, or this machine's own, which new cases are added to.
+        table: file of measurements, to which nothing is added; null takes the file in the environment variable
+            MOEVLM_DISPATCH_TABLE, or this machine's own file, to which new cases are added.
     """
 
     def __init__(self, table: str | None = None) -> None:
         self.table = table
         if table is not None:
-            read_table(Path(table))  # a mistake in the path is told now, not in the first step
+            read_table(Path(table))  # fail now, not in the first step
         self._choices: dict[Case, Choice] = {}
         self._ran: set[str] = set()
         each = (SegmentDispatcher(), GroupedDispatcher(), PaddedDispatcher())
@@ -85,7 +86,7 @@ class AutoDispatcher(Dispatcher):
         return self._dispatchers[name].run_pairs(plan, tokens_TD, experts)
 
     def record(self) -> str:
-        """Say what runs each case seen so far and why, for the record of a run."""
+        """Describe what runs each case seen so far, and why."""
         return "; ".join(f"{choice.name} for {case}: {choice.why}" for case, choice in self._choices.items())
 
     def choices(self) -> dict[str, str]:
@@ -142,7 +143,7 @@ class AutoDispatcher(Dispatcher):
     def _measurements(
         self, case: Case, able: list[str], layer: tuple[PairPlan, Tensor, Experts] | None
     ) -> tuple[Table, str]:
-        """Return the table to choose by, and what there is to say of it."""
+        """Return the table to choose by, and a note on it."""
         given = Path(self.table) if self.table is not None else given_table()
         if given is not None:
             return read_table(given), ""
@@ -183,7 +184,7 @@ def _assumed_skew(plan: PairPlan) -> float:
 
 
 def _fastest(case: Case, row: Row, able: list[str], table: Table) -> Choice:
-    """Choose by a measured row: the least memory among the times that are as good as the best."""
+    """Choose by a measured row: the least memory among the times within the margin of the best."""
     times = {name: time for name, time in row.milliseconds.items() if name in able}
     unpadded = {name: time for name, time in times.items() if name != _PADDED}
     least = min(unpadded.values())

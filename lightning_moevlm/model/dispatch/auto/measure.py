@@ -1,9 +1,8 @@
-"""Time dispatchers on the experts of a layer, and what the CPU takes for matrix products.
+"""Times dispatchers on the experts of a layer, and matrix products of the CPU.
 
-Neither gradients, nor random numbers, nor saved tensors of the training that it happens in are touched. It runs in the
-caller's thread: another thread's memory comes from an arena of glibc that hands large tensors back at once. With one
-thread a step is timed by the CPU time of the process, which its neighbours cannot take from; with more by the clock on
-the wall, because threads wait.
+It leaves gradients, random numbers and saved tensors of the surrounding training alone. It runs in the caller's thread,
+because glibc hands large tensors of another thread's arena back at once. With one thread a step is timed by the CPU
+time of the process, which neighbours do not change; with more by the wall clock, because threads wait.
 """
 
 import random
@@ -81,7 +80,7 @@ def _balance_loads(plan: PairPlan, generator: torch.Generator) -> PairPlan:
 
 
 def _interleave(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the second-smallest time of each: the smallest may be a fluke. In random order each round."""
+    """Return the second-smallest time of each, because the smallest may be a fluke; in random order each round."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in steps}

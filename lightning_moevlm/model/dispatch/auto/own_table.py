@@ -1,7 +1,7 @@
-"""The measurements of the user's machine: one file in the cache folder per CPU, torch version and number of threads.
+"""Keeps the timings of the user's machine: one cached file per CPU, torch version and number of threads.
 
-A case is measured once, by the first process that meets it; others wait for it at a lock and read the row. A row
-that is there stays, so a resumed run and the arms of a sweep choose by the same numbers.
+A case is measured once, by the first process that meets it; others wait for it at a lock and read the row. Rows
+stay, so a resumed run and the arms of a sweep choose by the same numbers.
 """
 
 import json
@@ -34,23 +34,23 @@ _OF_CPU = (
 
 
 def given_table() -> Path | None:
-    """Return the file that the environment names: it is chosen by as it is, and nothing is measured."""
+    """Return the file that the environment names; with it nothing is measured."""
     return Path(os.environ[GIVEN]) if os.environ.get(GIVEN) else None
 
 
 def machine() -> dict[str, str]:
-    """Return what timings differ by: the CPU (two may have one name), torch and its threads."""
+    """Describe what timings depend on: the CPU (two may share a name), torch and its threads."""
     return _cpu() | {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
 
 
 def own_file() -> Path:
-    """Return where the measurements of this machine are kept."""
+    """Return the file of this machine's timings."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "lightning-moevlm" / f"dispatch-{digest_text(json.dumps(machine()))}.json"
 
 
 def own_table(path: Path) -> Table:
-    """Return what is in the file; empty where there is none yet."""
+    """Return the table in the file; empty if it does not exist."""
     if path.is_file():
         return read_table(path)
     clock = "CPU time of the process" if torch.get_num_threads() == 1 else "wall"
@@ -65,7 +65,7 @@ def add(path: Path, rows: list[Row], products: dict[str, float]) -> None:
 
 
 def measure_once(case: Case, measure: Callable[[], Row]) -> tuple[Table, str]:
-    """Return this machine's table with the case in it, measured if it is not; or the shipped table, and why."""
+    """Return this machine's table after measuring the case if it is missing; or the shipped table, with the reason."""
     path = own_file()
     if path.is_file() and read_table(path).row(case) is not None:
         return read_table(path), ""
@@ -78,11 +78,11 @@ def measure_once(case: Case, measure: Callable[[], Row]) -> tuple[Table, str]:
                 write_table(table)
             return table, ""
     except (OSError, UserError) as error:
-        return read_table(SHIPPED), f"{path} cannot be written ({error}), so the shipped table is chosen by"
+        return read_table(SHIPPED), f"{path} cannot be written ({error}), so the shipped table is used"
 
 
 def measure_products_once(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return what this CPU's products take, measured if they are not in its file; empty where they may not be."""
+    """Return TFLOP/s of this CPU's products, measured if missing; empty if they may not be measured."""
     if given_table() is not None:
         return {}
     path = own_file()

@@ -18,9 +18,13 @@ SHIPPED = Path(__file__).with_name("measured_cpu.json")
 
 
 class Case(NamedTuple):
-    """What decides which dispatcher is fastest, but for how evenly the experts are loaded.
+    """The case that decides which dispatcher is fastest, apart from the balance of loads.
 
-    device, dtype: as torch names them. num_experts: E. rows: pairs per expert, a power of two. dim: D. hidden_dim: F.
+    device, dtype: torch's names.
+    num_experts: E.
+    rows: pairs per expert, a power of two.
+    dim: D.
+    hidden_dim: F.
     num_stacks: matrix stacks of the experts, 2 plain or 3 gated.
     """
 
@@ -33,7 +37,7 @@ class Case(NamedTuple):
     num_stacks: int
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Describe the case."""
         sizes = f"{self.dim} x {self.hidden_dim} x {self.num_stacks}"
         return f"{self.num_experts} experts {sizes}, {self.rows} rows each, {self.dtype}"
 
@@ -48,8 +52,10 @@ class Row(NamedTuple):
 class Table(NamedTuple):
     """A file of measurements.
 
-    source: where and how it was measured. rows: one per case. products: TFLOP/s of matrix products, by dtype. path: of
-    the file.
+    source: machine and method of the measurements.
+    rows: one per case.
+    products: TFLOP/s of matrix products, by dtype.
+    path: path of the file.
     """
 
     source: dict[str, str]
@@ -67,12 +73,12 @@ class Table(NamedTuple):
         return min(alike, key=lambda row: _doublings(row.case, case), default=None)
 
     def describe(self, row: Row) -> str:
-        """Name the file and the row by what it says, so that equal names mean equal choices."""
+        """Name the file and the row by its content, so that equal names mean equal choices."""
         content = json.dumps([row.case, row.milliseconds], sort_keys=True)
         return f"table {self.path.name}, row {hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     def merge(self, rows: list[Row], products: dict[str, float]) -> "Table":
-        """Return it with more measured; what was measured again is replaced."""
+        """Return the table with more rows and products; equal cases are replaced."""
         by_case = {row.case: row for row in (*self.rows, *rows)}
         return self._replace(rows=tuple(by_case.values()), products=self.products | products)
 
@@ -86,7 +92,7 @@ def read_table(path: Path) -> Table:
     """Read a file; it is read once per version.
 
     Raises:
-        UserError: a file that is missing or no table of measurements.
+        UserError: the file is missing or not a table of measurements.
     """
     try:
         status = path.stat()
@@ -114,7 +120,7 @@ def write_table(table: Table) -> None:
 
 def _refusal(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path} is no table of dispatcher measurements ({type(error).__name__}: {error}): remove it and write one "
+        f"{path} is not a table of dispatcher measurements ({type(error).__name__}: {error}); remove it and write one "
         f"with `moevlm bench dispatch --table {path}`"
     )
 

@@ -9,7 +9,7 @@ Backward, with r = the token's gradient in each of its rows and r' = r W_out^T:
 Three things make it lean. The gate weight g is multiplied into rows of width D, never F. h is not kept but computed
 again from p. And it goes through the experts block by block, consecutive experts with some hundred rows together, so
 that what lies between the matrix products stays in cache and is never there for all rows at once.
-The second derivative is not offered (torch says so when asked); the loop dispatcher has it.
+It has no second derivative (torch raises an error); the loop dispatcher has one.
 """
 
 from collections.abc import Iterator

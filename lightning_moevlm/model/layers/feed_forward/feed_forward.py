@@ -43,7 +43,7 @@ class FeedForward(Module):
 
     @abstractmethod
     def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Active matrix FLOPs (multiply and add counted apart) of one forward pass over so many tokens."""
+        """Return active matrix FLOPs (multiply and add counted apart) of one forward pass over so many tokens."""
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """Return how many plans `forward` makes of sequences of these modalities: here those of its parts."""

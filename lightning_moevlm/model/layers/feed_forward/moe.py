@@ -34,13 +34,13 @@ class MoEFFN(FeedForward):
         router: factory (dim, num_experts) -> Router.
         experts: factory (dim, num_experts) -> ExpertStack.
         capacity: factors and priority; null is dropless.
-        dispatcher: how a plan is run; null is AutoDispatcher.
+        dispatcher: the way to run a plan; null is AutoDispatcher.
         shared: factory (dim, num_shared) -> ExpertStack of experts that every token visits beside its routed ones, with
             weight 1 (DeepSeekMoE, arXiv 2401.06066, section 3.2); null is none.
-        num_shared: how many shared experts there are.
+        num_shared: number of shared experts.
 
     Raises:
-        UserError: no experts, shared ones that are none, or a dispatcher that could not serve the capacity.
+        UserError: num_experts or num_shared below 1, or a dispatcher that could not serve the capacity.
     """
 
     precision = PrecisionPolicy()
@@ -66,7 +66,7 @@ class MoEFFN(FeedForward):
         self.router = router(dim, num_experts)
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
-        self.factor_in_force: Tensor | None = None  # of the capacity in the step at hand, where it changes
+        self.factor_in_force: Tensor | None = None  # the capacity factor of the current step, if it changes
         self.shared = None if shared is None else shared(dim, num_shared)
         self.dispatcher = dispatcher or AutoDispatcher()
         self.dispatcher.check(capacity)
@@ -131,12 +131,12 @@ class MoEFFN(FeedForward):
 
 
 def name_layers(backbone: nn.Module) -> None:
-    """Tell every MoE and attention layer its path in the backbone, so that records say where they come from."""
+    """Give every MoE and attention layer its path in the backbone, for its records."""
     for path, module in backbone.named_modules():
         if isinstance(module, MoEFFN | Attention):
             module.path = path
 
 
 def reads_identity(backbone: nn.Module) -> bool:
-    """Say whether a router of the backbone wants token ids and patch codes."""
+    """Say whether a router of the backbone reads token ids and patch codes."""
     return any(isinstance(module, MoEFFN) and module.router.reads_identity for module in backbone.modules())

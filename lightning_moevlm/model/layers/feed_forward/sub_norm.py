@@ -40,5 +40,5 @@ class SubNormedExperts:
         return self._experts.run(rows_ND, weights, with_norm)
 
     def activation(self) -> None:
-        """None: there is more than an activation between the matrix stages."""
+        """Return None: there is also a norm between the matrix stages."""
         return

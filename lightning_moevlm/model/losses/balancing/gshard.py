@@ -1,4 +1,4 @@
-"""Balance loss of GShard (arXiv 2006.16668, algorithm 1): first choices alone, whatever k is.
+"""Balance loss of GShard (arXiv 2006.16668, algorithm 1): first choices alone, for any k.
 
     loss = E^2 * mean over experts of (c_e / T) m_e = E * sum_e (c_e / T) m_e
 

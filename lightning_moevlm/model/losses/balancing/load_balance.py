@@ -3,7 +3,7 @@
     loss = E * sum_e f_e P_e,   f_e = share of routed pairs sent to e,   P_e = mean probability of e over tokens
 
 f counts the router's choices before capacity drops any, and carries no gradient: it flows through P alone. The value
-is 1 under perfect balance, but 1 is no minimum of the expression as a plain function (f and P may be disjoint).
+is 1 under perfect balance, but 1 is not the minimum of the expression as a plain function (f and P may be disjoint).
 
 Scope is what f and P are taken over:
 
@@ -41,8 +41,8 @@ class LoadBalance(PlanLoss):
 
     Args:
         weight: Switch uses 1e-2, swept from 1e-5 to 1e-1.
-        scope: over which the load is taken. Global costs one exchange of counts between ranks per micro-batch; it is
-            micro_batch in evaluation and for routers of soft slots, which choose nothing.
+        scope: tokens over which the load is taken. global exchanges counts between ranks once per micro-batch; in
+            evaluation and for routers of soft slots it acts as micro_batch.
         per_modality: balance each modality apart instead of all tokens together.
     """
 
@@ -52,7 +52,7 @@ class LoadBalance(PlanLoss):
 
     @property
     def adds_up(self) -> bool:
-        """Whether f is given: that of a sequence lies in one batch, the global one is the same for all ranks."""
+        """True if f is fixed: of a sequence it lies in one batch, the global one is equal on all ranks."""
         return self.scope != "micro_batch"
 
     def sums(self, inputs: LossInput) -> Tensor:

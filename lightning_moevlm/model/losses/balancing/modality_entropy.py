@@ -52,7 +52,7 @@ class LocalEntropy(PlanLoss):
 
     @property
     def adds_up(self) -> bool:
-        """Yes: means over tokens."""
+        """True: means over tokens."""
         return True
 
     def sums(self, inputs: LossInput) -> Tensor:

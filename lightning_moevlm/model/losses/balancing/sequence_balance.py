@@ -38,7 +38,7 @@ class SequenceBalance(PlanLoss):
 
     @property
     def adds_up(self) -> bool:
-        """Yes: a mean over sequences."""
+        """True: a mean over sequences."""
         return True
 
     def sums(self, inputs: LossInput) -> Tensor:

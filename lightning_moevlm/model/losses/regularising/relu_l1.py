@@ -50,7 +50,7 @@ class ReLUL1(PlanLoss):
 
     @property
     def adds_up(self) -> bool:
-        """Whether loads are left out, which are those of the batch."""
+        """True without loads, which are those of the batch."""
         return not self.load_weighted
 
     def sums(self, inputs: LossInput) -> Tensor:

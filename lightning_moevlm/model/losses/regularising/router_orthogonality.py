@@ -1,4 +1,4 @@
-"""Orthogonality of router rows: experts should be asked for in different directions.
+"""Orthogonality of router rows: experts should have different directions.
 
     loss = mean over pairs e != f of  cos(w_e, w_f)^2,      w_e = the vector that scores tokens for expert e
 
@@ -45,11 +45,11 @@ class RouterOrthogonality(PlanLoss):
 
     @property
     def adds_up(self) -> bool:
-        """Yes: the same for every token, so a mean over tokens."""
+        """True: equal for every token, so a mean over tokens."""
         return True
 
     def sums(self, inputs: LossInput) -> Tensor:
-        """Return the loss of the layer for every token, a scalar."""
+        """Return the layer's loss times the number of valid tokens, a scalar."""
         assert inputs.rows is not None, "checked"
         return router_orthogonality(inputs.rows) * inputs.plan.valid_T.sum()
 

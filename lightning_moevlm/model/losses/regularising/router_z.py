@@ -26,7 +26,7 @@ class RouterZ(PlanLoss):
 
     @property
     def adds_up(self) -> bool:
-        """Yes: a mean over tokens."""
+        """True: a mean over tokens."""
         return True
 
     def sums(self, inputs: LossInput) -> Tensor:

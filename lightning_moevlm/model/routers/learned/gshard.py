@@ -1,4 +1,4 @@
-"""GShard top-2: the best expert always, the second one by chance, the likelier the larger its weight.
+"""GShard top-2: always the best expert, and the second with a probability that grows with its weight.
 
     g1, g2 = the two largest probabilities, renormalised to sum 1
     the second expert is used with probability min(1, g2 / threshold)

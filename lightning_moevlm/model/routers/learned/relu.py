@@ -33,7 +33,7 @@ class ReLURouter(LinearRouter):
     def __init__(self, dim: int, num_experts: int, target_k: float = 1.0, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
         check_number("target_k", target_k, above=0, most=num_experts, advice=" (num_experts)")
-        refuse_zero_start(gate, "ReLURouter", "no score is positive, so no expert is chosen and no gradient comes back")
+        refuse_zero_start(gate, "ReLURouter", "no score is positive, so no expert is chosen and there is no gradient")
         self.target_k = target_k
 
     @property
@@ -42,7 +42,7 @@ class ReLURouter(LinearRouter):
         return self.target_k
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
-        """Offer all T x E pairs and take up the positive ones; probs_TE are the weights divided by their sum."""
+        """List all T x E pairs and use the positive ones; probs_TE are the weights divided by their sum."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         weight_TE = logits_TE.relu()
         expert_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)

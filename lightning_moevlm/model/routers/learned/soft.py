@@ -24,7 +24,7 @@ class SoftRouter(Router):
     Args:
         dim: model width D.
         num_experts: E.
-        slots_per_expert: Z; E x Z slots serve a sequence, whatever its length.
+        slots_per_expert: Z; E x Z slots serve a sequence of any length.
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
@@ -50,7 +50,7 @@ class SoftRouter(Router):
         return float(self.num_experts)
 
     def expert_rows(self, num_tokens: int) -> float:
-        """E Z, however long the sequence is."""
+        """E Z, for every length of the sequence."""
         return float(self.num_experts * self.slots_per_expert)
 
     def forward_flops_per_token(self) -> int:

@@ -1,4 +1,4 @@
-"""Top-p: as many experts as it takes to reach a share of the probability; easy tokens use few, hard ones many.
+"""Top-p: the fewest experts that reach a share of the probability; easy tokens use few, hard ones many.
 
     experts = the smallest set of largest p whose sum reaches `threshold`, at most max_k
 

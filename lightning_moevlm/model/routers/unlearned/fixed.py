@@ -1,4 +1,4 @@
-"""Controls: routers that learn nothing, so that an ablation can ask what learning to route is worth.
+"""Controls: routers that learn nothing, to measure what learned routing is worth.
 
 random: a fixed pseudo-random draw for each position. balanced: experts in turn, so loads are equal, which is the forced
 balance that throughput benchmarks use. Positions are those of the batch while training, and those of the sample in

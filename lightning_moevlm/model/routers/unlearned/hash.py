@@ -1,4 +1,4 @@
-"""Hash routing: what a token is decides where it goes, for ever; nothing is learned.
+"""Hash routing: a token's identity fixes its experts; nothing is learned.
 
     experts = the k largest of h(identity, e)        h: a fixed pseudo-random number for each identity and expert
 
@@ -46,8 +46,8 @@ class HashRouter(Router):
         """Route T tokens to K experts each."""
         if inputs.identity_T is None:
             raise UserError(
-                "HashRouter needs to know what each token is, and this model gives no identities: set identity_BS in "
-                "its Layout, or choose a router that reads the tokens themselves"
+                "HashRouter needs token ids and patch codes, and this model gives none: set identity_BS in its Layout, "
+                "or choose a router that reads the tokens themselves"
             )
         expert_E = torch.arange(self.num_experts, device=inputs.identity_T.device)
         draw_TE = scramble(inputs.identity_T.unsqueeze(-1) * self.num_experts + expert_E, self.seed)

@@ -255,7 +255,7 @@ def test_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="moevlm bench dispatch"):
         AutoDispatcher(str(tmp_path / "none.json"))
     (tmp_path / "bad.json").write_text(json.dumps({"rows": [{"case": {}}]}))
-    with pytest.raises(UserError, match="is no table of dispatcher measurements"):
+    with pytest.raises(UserError, match="is not a table of dispatcher measurements"):
         AutoDispatcher(str(tmp_path / "bad.json"))
 
 
