@@ -51,17 +51,11 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Builders:
-    """Functions of the folders above.
+    """Functions of the folders above."""
 
-    Attributes:
-        resolve: Gives the whole configuration of files and overrides.
-        describe: Gives the model card of a whole configuration.
-        build_data: Gives the data module of the section `data`.
-    """
-
-    resolve: Resolve
-    describe: Describe
-    build_data: Callable[[Mapping[str, Any]], Data]
+    resolve: Resolve  # gives the whole configuration of files and overrides
+    describe: Describe  # gives the model card of a whole configuration
+    build_data: Callable[[Mapping[str, Any]], Data]  # gives the data module of the section `data`
 
 
 def plan(file: str, builders: Callable[[], Builders], only: Sequence[str] = ()) -> Plan:

@@ -28,15 +28,10 @@ _MORE = "+"  # at the end of a key: adds items to its list
 
 @dataclass(frozen=True)
 class Change:
-    """One value over the base.
+    """One value over the base."""
 
-    Attributes:
-        key: Dotted.
-        node: The value at its place in the file.
-    """
-
-    key: str
-    node: YamlNode
+    key: str  # dotted
+    node: YamlNode  # the value at its place in the file
 
     def overlaps(self, other: "Change") -> bool:
         """Whether both set the same value, or one a part of the other's; adding items to a list does not count."""

@@ -15,21 +15,13 @@ ErrorRate = Annotated[float, kind("number between 0 and 1", gt=0, lt=1)]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One way to train."""
 
-    Attributes:
-        name: In tables and folders.
-        description: For the report.
-        changes: Nested config over the base; empty for a listed baseline.
-        line: Line in the study file, from 1; for messages only.
-        levels: The arm's level of each factor, in a designed study.
-    """
-
-    name: str
-    description: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    line: int = field(default=0, compare=False)
-    levels: tuple[FactorLevel, ...] = ()
+    name: str  # in tables and folders
+    description: str  # for the report
+    changes: dict[str, Any] = field(default_factory=dict)  # nested config over the base; empty for a listed baseline
+    line: int = field(default=0, compare=False)  # line in the study file, from 1; for messages only
+    levels: tuple[FactorLevel, ...] = ()  # the arm's level of each factor, in a designed study
 
 
 @dataclass(frozen=True)
@@ -42,16 +34,11 @@ class Primary:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The rule by which a run has diverged: a non-finite value, or a last value above a multiple of the first one.
-
-    Attributes:
-        metric: The metric that is watched.
-        times_untrained: The multiple.
-        in_a_row: A run with so many values in a row above that has diverged and is ended; None: the last value decides.
-    """
+    """The rule by which a run has diverged: a non-finite value, or a last value above a multiple of the first one."""
 
     metric: str
     times_untrained: float
+    # A run with so many values in a row above that has diverged and is ended; None: the last value decides
     in_a_row: int | None = None
 
     @property
@@ -102,40 +89,21 @@ class Guard:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms, seeds and rules, without the configuration that runs them.
-
-    Attributes:
-        name: Of the study.
-        question: The report's headline.
-        hypothesis: Written before the runs, or "".
-        source: Origin of the question, or "".
-        baseline: Name of the arm that the others are compared with.
-        arms: In the file's order.
-        seeds: Repetitions of every arm.
-        spends: Budget of a run in words.
-        equal_steps: Whether all runs have the same number of steps; False if they share another budget.
-        primary: The metric that decides.
-        also: Metrics to report beside it.
-        diverged: The rule for divergence.
-        decide: The rule for verdicts.
-        guard: Metrics that may not get worse.
-        design: The design that made the arms; None if they were listed.
-        futility_stop: The rule that withdraws arms early.
-    """
+    """Arms, seeds and rules, without the configuration that runs them."""
 
     name: str
-    question: str
-    hypothesis: str
-    source: str
-    baseline: str
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
-    spends: str
-    equal_steps: bool
-    primary: Primary
-    also: tuple[str, ...]
+    question: str  # the report's headline
+    hypothesis: str  # written before the runs, or ""
+    source: str  # origin of the question, or ""
+    baseline: str  # name of the arm that the others are compared with
+    arms: tuple[Arm, ...]  # in the file's order
+    seeds: tuple[int, ...]  # repetitions of every arm
+    spends: str  # budget of a run in words
+    equal_steps: bool  # whether all runs have the same number of steps; False if they share another budget
+    primary: Primary  # the metric that decides
+    also: tuple[str, ...]  # metrics to report beside it
     diverged: Divergence
     decide: Decision
-    guard: tuple[Guard, ...] = ()
-    design: Design | None = None
-    futility_stop: FutilityStop | None = None
+    guard: tuple[Guard, ...] = ()  # metrics that may not get worse
+    design: Design | None = None  # the design that made the arms; None if they were listed
+    futility_stop: FutilityStop | None = None  # the rule that withdraws arms early

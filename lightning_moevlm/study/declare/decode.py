@@ -22,21 +22,13 @@ class Record(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class KeyRow:
-    """One key for people.
+    """One key for people."""
 
-    Attributes:
-        key: Dotted, with NAME for a name of the author's choice.
-        type: Allowed values.
-        default: "required" if there is none.
-        meaning: One sentence, with the unit.
-        example: YAML, as it stands after the colon.
-    """
-
-    key: str
-    type: str
-    default: str
-    meaning: str
-    example: str
+    key: str  # dotted, with NAME for a name of the author's choice
+    type: str  # allowed values
+    default: str  # "required" if there is none
+    meaning: str  # one sentence, with the unit
+    example: str  # YAML, as it stands after the colon
 
 
 def doc(meaning: str, example: str, allowed: str = "", default: str = "") -> msgspec.Meta:

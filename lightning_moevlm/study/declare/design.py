@@ -14,14 +14,7 @@ from lightning_moevlm.study.declare.factors import OFF, ON, Factor, FactorLevel
 from lightning_moevlm.study.declare.fraction import Fraction
 
 Kind = Literal[
-    "one_in",
-    "leave_one_out",
-    "factorial",
-    "fractional_factorial",
-    "grid",
-    "lr_sensitivity",
-    "size_ladder",
-    "product",
+    "one_in", "leave_one_out", "factorial", "fractional_factorial", "grid", "lr_sensitivity", "size_ladder", "product"
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REFERENCE = "baseline"
@@ -32,34 +25,21 @@ _JOINT = "__"  # no name of a factor or level holds two in a row
 
 @dataclass(frozen=True)
 class Point:
-    """One combination.
+    """One combination."""
 
-    Attributes:
-        name: "" for the reference.
-        levels: One per factor, in the design's order.
-    """
-
-    name: str
-    levels: tuple[FactorLevel, ...]
+    name: str  # "" for the reference
+    levels: tuple[FactorLevel, ...]  # one per factor, in the design's order
 
 
 @dataclass(frozen=True)
 class Design:
-    """Points and the factors that they vary.
+    """Points and the factors that they vary."""
 
-    Attributes:
-        kind: Name of the design.
-        factors: In order, with the ladder that the design itself brings.
-        points: The reference first.
-        fraction: Alias structure of a fractional factorial.
-        parts: Of a product.
-    """
-
-    kind: Kind
-    factors: tuple[Factor, ...]
-    points: tuple[Point, ...]
-    fraction: Fraction | None = None
-    parts: "tuple[Design, ...]" = ()
+    kind: Kind  # name of the design
+    factors: tuple[Factor, ...]  # in order, with the ladder that the design itself brings
+    points: tuple[Point, ...]  # the reference first
+    fraction: Fraction | None = None  # alias structure of a fractional factorial
+    parts: "tuple[Design, ...]" = ()  # of a product
 
     @property
     def fractions(self) -> tuple[Fraction, ...]:

@@ -77,31 +77,19 @@ class ProductKeys(Record, frozen=True):
 
 @dataclass(frozen=True)
 class DesignPage:
-    """One design.
-
-    Attributes:
-        kind: Its name.
-        arms: The arms that it makes.
-        takes: The factors that it takes.
-        example: YAML.
-        options: The keys below its name.
-    """
+    """One design."""
 
     kind: Kind
-    arms: str
-    takes: str
-    example: str
-    options: type[Record]
+    arms: str  # the arms that it makes
+    takes: str  # the factors that it takes
+    example: str  # YAML
+    options: type[Record]  # the keys below its name
 
 
 _SWITCHES, _ANY = "switches (`on`, `off`)", "switches and factors with `levels`"
 _PAGES = (
     DesignPage(
-        "one_in",
-        "The reference, and each factor alone at each other of its levels.",
-        _ANY,
-        "one_in",
-        DesignKeys,
+        "one_in", "The reference, and each factor alone at each other of its levels.", _ANY, "one_in", DesignKeys
     ),
     DesignPage("leave_one_out", "All switches on, and each one off.", _SWITCHES, "leave_one_out", DesignKeys),
     DesignPage(

@@ -65,34 +65,21 @@ class FactorLevel(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """One setting of a factor.
+    """One setting of a factor."""
 
-    Attributes:
-        name: In the names of arms.
-        description: For the report.
-        changes: Over the base; empty if it is the base.
-    """
-
-    name: str
-    description: str
-    changes: tuple[Change, ...]
+    name: str  # in the names of arms
+    description: str  # for the report
+    changes: tuple[Change, ...]  # over the base; empty if it is the base
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A setting to vary.
+    """A setting to vary."""
 
-    Attributes:
-        name: In the names of arms.
-        description: For the report.
-        levels: At least two, the reference first (of a switch `off`).
-        line: In the study file, from 1.
-    """
-
-    name: str
-    description: str
-    levels: tuple[Level, ...]
-    line: int
+    name: str  # in the names of arms
+    description: str  # for the report
+    levels: tuple[Level, ...]  # at least two, the reference first (of a switch `off`)
+    line: int  # in the study file, from 1
 
     @property
     def is_switch(self) -> bool:

@@ -20,17 +20,11 @@ _ROMAN = {3: "III", 4: "IV", 5: "V", 6: "VI", 7: "VII", 8: "VIII"}
 
 @dataclass(frozen=True)
 class Fraction:
-    """A regular two-level fraction.
-
-    Attributes:
-        factors: Names.
-        vectors: One per factor, bit i for the i-th basic factor.
-        num_basic: q; there are 2^q runs.
-    """
+    """A regular two-level fraction."""
 
     factors: tuple[str, ...]
-    vectors: tuple[int, ...]
-    num_basic: int
+    vectors: tuple[int, ...]  # one per factor, bit i for the i-th basic factor
+    num_basic: int  # q; there are 2^q runs
 
     def runs(self) -> tuple[tuple[bool, ...], ...]:
         """Return per run whether each factor is on; the first run has all off."""

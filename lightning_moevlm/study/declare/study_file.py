@@ -38,38 +38,24 @@ _LONGEST_NAME = 64  # study, arm, seed and digest together name folders: 255 byt
 
 @dataclass(frozen=True)
 class Pin:
-    """The baseline that a study requires; see `plan/baseline_pin.py`.
+    """The baseline that a study requires; see `plan/baseline_pin.py`."""
 
-    Attributes:
-        digest: 12 hex digits.
-        line: In the study file, from 1; for messages.
-    """
-
-    digest: str
-    line: int = field(default=0, compare=False)
+    digest: str  # 12 hex digits
+    line: int = field(default=0, compare=False)  # in the study file, from 1; for messages
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file as read.
+    """A study file as read."""
 
-    Attributes:
-        comparison: Arms, seeds and rules.
-        file: Its path.
-        base: Config files as the command line takes them.
-        budget: Of each run.
-        all_arms: Nested config over the base of every arm, below the arm's own changes.
-        match: Quantity that every arm must share with the baseline.
-        pin: The baseline that is required.
-    """
-
-    comparison: Comparison
+    comparison: Comparison  # arms, seeds and rules
     file: Path
-    base: tuple[Path, ...]
-    budget: Budget
+    base: tuple[Path, ...]  # config files as the command line takes them
+    budget: Budget  # of each run
+    # nested config over the base of every arm, below the arm's own changes
     all_arms: dict[str, Any] = field(default_factory=dict)
-    match: str | None = None
-    pin: Pin | None = None
+    match: str | None = None  # quantity that every arm must share with the baseline
+    pin: Pin | None = None  # the baseline that is required
 
 
 def read_study(file: Path) -> Study:

@@ -110,8 +110,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
         str, doc("What the study asks. The report's headline.", "Does the router z-loss matter at this size?")
     ]
     hypothesis: Annotated[
-        str,
-        doc("What you expect, written before the runs.", "It makes no difference that three seeds can show."),
+        str, doc("What you expect, written before the runs.", "It makes no difference that three seeds can show.")
     ] = ""
     source: Annotated[str, doc("Where the question comes from.", "ST-MoE (arXiv 2202.08906)")] = ""
     base: Annotated[

@@ -28,19 +28,12 @@ _INDENTATION = "; this line or one before it is indented unevenly: keys of one m
 
 @dataclass(frozen=True)
 class YamlNode:
-    """A YAML node with its place.
-
-    Attributes:
-        file: The YAML file.
-        key: Dotted, "" for the whole document.
-        node: The node.
-        line: Line of its key, else of itself, from 1.
-    """
+    """A YAML node with its place."""
 
     file: Path
-    key: str
+    key: str  # dotted, "" for the whole document
     node: yaml.Node
-    line: int
+    line: int  # line of its key, else of itself, from 1
 
     def error(self, message: str) -> UserError:
         """Return (to be raised) the one-line refusal of this node."""

@@ -13,25 +13,15 @@ if TYPE_CHECKING:  # it lies beside the models, which import torch
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One arm with one seed.
-
-    Attributes:
-        study: Name of the study.
-        arm: Name of the arm.
-        seed: Its seed.
-        overrides: Nested config over the base.
-        resolved: The whole config, for reading only (cosmetic keys may be those of another seed).
-        digest: Identity, 12 hex digits.
-        max_steps: Optimiser steps; None with a budget of minutes.
-    """
+    """One arm with one seed."""
 
     study: str
-    arm: str
+    arm: str  # name of the arm
     seed: int
-    overrides: dict[str, Any]
-    resolved: dict[str, Any]
-    digest: str
-    max_steps: int | None
+    overrides: dict[str, Any]  # nested config over the base
+    resolved: dict[str, Any]  # the whole config, for reading only (cosmetic keys may be those of another seed)
+    digest: str  # identity, 12 hex digits
+    max_steps: int | None  # optimiser steps; None with a budget of minutes
 
     @property
     def name(self) -> str:

@@ -15,14 +15,9 @@ from lightning_moevlm.common.flat_config import flatten as spelled
 
 
 class Cosmetic(NamedTuple):
-    """A key that does not change the training of a run.
+    """A key that does not change the training of a run."""
 
-    Attributes:
-        name: Dotted prefix; for callbacks the end of a class path.
-        reason: Why it is cosmetic.
-    """
-
-    name: str
+    name: str  # dotted prefix; for callbacks the end of a class path
     reason: str
 
 

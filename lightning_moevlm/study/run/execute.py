@@ -27,15 +27,10 @@ QuotingDumper.add_representer(str, QuotingDumper.represent_text)
 
 @dataclass(frozen=True)
 class Tally:
-    """The result of `execute`.
+    """The result of `execute`."""
 
-    Attributes:
-        started: Number of runs.
-        stopped: Name of the signal that ended it, UNREACHABLE, or "".
-    """
-
-    started: int
-    stopped: str
+    started: int  # number of runs
+    stopped: str  # name of the signal that ended it, UNREACHABLE, or ""
 
 
 def execute(

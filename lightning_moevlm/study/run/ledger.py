@@ -60,39 +60,23 @@ class Status(StrEnum):
 
 
 class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One run's entry.
+    """One run's entry."""
 
-    Attributes:
-        status: Where it stands.
-        run_id: Its one run in MLflow.
-        pid: Process on this machine that it lives and dies with.
-        pid_started: Start of that process, seconds since 1970; with its number it names a process for good.
-        started: Start of the latest attempt, seconds since 1970.
-        ended: End of the latest attempt, seconds since 1970.
-        attempts: How often it was started.
-        exit_code: Of the latest attempt.
-        reason: Why it failed, or what made it diverge.
-        log_tail: Last lines of a crashed run's log.
-        engine: Engine of the latest attempt.
-        ticket: Our name for the latest attempt.
-        job: The cluster's name for the latest attempt.
-        taken_from: The run of another study that it is a copy of, not trained here; see `known_runs`.
-    """
-
-    status: Status
-    run_id: str | None = None
-    pid: int | None = None
+    status: Status  # where it stands
+    run_id: str | None = None  # its one run in MLflow
+    pid: int | None = None  # process on this machine that it lives and dies with
+    # start of that process, seconds since 1970; with its number it names a process for good
     pid_started: float | None = None
-    started: float | None = None
-    ended: float | None = None
-    attempts: int = 0
-    exit_code: int | None = None
-    reason: str = ""
-    log_tail: tuple[str, ...] = ()
-    engine: str = "local"
-    ticket: str = ""
-    job: str = ""
-    taken_from: str = ""
+    started: float | None = None  # start of the latest attempt, seconds since 1970
+    ended: float | None = None  # end of the latest attempt, seconds since 1970
+    attempts: int = 0  # how often it was started
+    exit_code: int | None = None  # of the latest attempt
+    reason: str = ""  # why it failed, or what made it diverge
+    log_tail: tuple[str, ...] = ()  # last lines of a crashed run's log
+    engine: str = "local"  # engine of the latest attempt
+    ticket: str = ""  # our name for the latest attempt
+    job: str = ""  # the cluster's name for the latest attempt
+    taken_from: str = ""  # the run of another study that it is a copy of, not trained here; see `known_runs`
 
     @property
     def is_elsewhere(self) -> bool:

@@ -34,15 +34,9 @@ _TEXTS_AT_ONCE, _POINTS_AT_ONCE = 100, 1000  # the most that MLflow takes
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """The MLflow experiment of one study.
+    """The MLflow experiment of one study."""
 
-    Attributes:
-        uri: As `resolve_tracking_uri` returns it.
-        name: Of the study.
-        experiment_id: Of MLflow.
-    """
-
-    uri: str
+    uri: str  # as `resolve_tracking_uri` returns it
     name: str
     experiment_id: str
 

@@ -35,17 +35,11 @@ ProbeCommand = Callable[[Path], list[str]]
 
 
 class Probe(NamedTuple):
-    """Seconds of one arm on this machine.
+    """Seconds of one arm on this machine."""
 
-    Attributes:
-        start: All but steps and validations.
-        validation: One validation.
-        step: Median of the steps after warm-up.
-    """
-
-    start: float
-    validation: float
-    step: float
+    start: float  # all but steps and validations
+    validation: float  # one validation
+    step: float  # median of the steps after warm-up
 
     def run_seconds(self, run: PlannedRun, minutes: float | None) -> float:
         """Return the estimate for a whole run; minutes: of a budget by the clock."""

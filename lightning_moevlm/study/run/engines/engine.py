@@ -22,44 +22,26 @@ CHECKPOINT = "{checkpoint}"
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt at one run, as texts and absolute paths: another machine that sees the same folders may run it.
+    """One attempt at one run, as texts and absolute paths: another machine that sees the same folders may run it."""
 
-    Attributes:
-        ticket: Names the attempt for good.
-        name: For people.
-        command: The command line.
-        again: The command line that resumes from CHECKPOINT, for a cluster that stops and restarts jobs.
-        environment: Variables set over those of the place.
-        folder: Working directory.
-        log: Gets the output.
-        checkpoints: Folders of the run's checkpoints.
-        timeout_seconds: Longest time of one start; None: no limit.
-    """
-
-    ticket: str
-    name: str
-    command: tuple[str, ...]
-    again: tuple[str, ...]
-    environment: Mapping[str, str]
-    folder: Path
-    log: Path
-    checkpoints: tuple[Path, ...]
-    timeout_seconds: float | None
+    ticket: str  # names the attempt for good
+    name: str  # for people
+    command: tuple[str, ...]  # the command line
+    again: tuple[str, ...]  # the command line that resumes from CHECKPOINT, for a cluster that stops and restarts jobs
+    environment: Mapping[str, str]  # variables set over those of the place
+    folder: Path  # working directory
+    log: Path  # gets the output
+    checkpoints: tuple[Path, ...]  # folders of the run's checkpoints
+    timeout_seconds: float | None  # longest time of one start; None: no limit
 
 
 @dataclass(frozen=True)
 class Handle:
-    """Identifies a job in the ledger.
+    """Identifies a job in the ledger."""
 
-    Attributes:
-        pid: Process of this machine that the job lives and dies with; None if it outlives this program.
-        pid_started: Start of that process, seconds since 1970.
-        job: The cluster's name for it.
-    """
-
-    pid: int | None = None
-    pid_started: float | None = None
-    job: str = ""
+    pid: int | None = None  # process of this machine that the job lives and dies with; None if it outlives this program
+    pid_started: float | None = None  # start of that process, seconds since 1970
+    job: str = ""  # the cluster's name for it
 
 
 class Engine(ABC):

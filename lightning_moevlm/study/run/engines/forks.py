@@ -111,15 +111,10 @@ class ForkServer:
 
 @dataclass
 class Fork:
-    """A run as a process: a fork of the server.
+    """A run as a process: a fork of the server."""
 
-    Attributes:
-        server: Forks the run.
-        ticket: Names the run to the server.
-    """
-
-    server: ForkServer
-    ticket: str
+    server: ForkServer  # forks the run
+    ticket: str  # names the run to the server
     _signal: int | None = field(default=None, init=False)  # asked for before it started
 
     @property

@@ -29,19 +29,13 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class ProcessEnd:
-    """How a run's process ended.
+    """How a run's process ended."""
 
-    Attributes:
-        code: Exit code; negative: the signal that ended it; None: its place was stopped, and the run may resume.
-        reason: Why we ended it, or "".
-        started: Seconds since 1970; None if unknown.
-        ended: Seconds since 1970; None if unknown.
-    """
-
+    # exit code; negative: the signal that ended it; None: its place was stopped, and the run may resume
     code: int | None
-    reason: str = ""
-    started: float | None = None
-    ended: float | None = None
+    reason: str = ""  # why we ended it, or ""
+    started: float | None = None  # seconds since 1970; None if unknown
+    ended: float | None = None  # seconds since 1970; None if unknown
 
     @property
     def stop_signal(self) -> signal.Signals | None:
@@ -75,23 +69,14 @@ class Process(Protocol):
 
 @dataclass
 class Child:
-    """A started process and its open log.
-
-    Attributes:
-        process: The process.
-        log: Gets its output.
-        started: Seconds since 1970.
-        timeout_seconds: Longest time; None: no limit.
-        reason: Why we ended it, or "".
-        begun: The start by the monotonic clock.
-    """
+    """A started process and its open log."""
 
     process: Process
-    log: IO[bytes]
-    started: float
-    timeout_seconds: float | None = None
-    reason: str = ""
-    begun: float = field(default_factory=time.monotonic)
+    log: IO[bytes]  # gets its output
+    started: float  # seconds since 1970
+    timeout_seconds: float | None = None  # longest time; None: no limit
+    reason: str = ""  # why we ended it, or ""
+    begun: float = field(default_factory=time.monotonic)  # the start by the monotonic clock
 
     @classmethod
     def start(
