@@ -21,6 +21,16 @@ def flatten(tree: Mapping[str, object]) -> dict[str, str]:
     return {key: _spelled(value) for key, value in _leaves("", tree)}
 
 
+def flatten_values(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} with values as they are; lists and empty mappings stay values."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        is_inner = isinstance(value, Mapping) and value
+        leaves.update(flatten_values(value, f"{name}.") if is_inner else {name: value})
+    return leaves
+
+
 def unflatten(leaves: Mapping[str, str]) -> dict[str, Any]:
     """Return the tree that `flatten` has spelled; what reads as JSON (`32`, `null`) comes back as what it says."""
     tree: dict[str, Any] = {}

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.declare.decode import describe_keys
 from lightning_moevlm.study.declare.design_keys import DESIGNS
 from lightning_moevlm.study.declare.study_file import Study, read_study
 from lightning_moevlm.study.declare.study_keys import StudyFile
 from lightning_moevlm.study.guide import skeleton, study_rows
-from lightning_moevlm.study.plan.plan_study import flat
 from tests.study.refusals import assert_refused
 from tests.study.tiny_study import plan_of, write_project
 
@@ -82,7 +82,9 @@ def test_a_value_for_all_arms_is_over_the_base_and_below_an_arm(tmp_path: Path) 
     values = {run.arm: (run.resolved["model"]["worse"], run.resolved["model"]["skew"]) for run in plan.runs}
     assert values == {"baseline": (0.25, 0.2), "fast": (0.25, 0.2), "own": (0.5, 0.2)}
     assert {run.overrides["model"]["skew"] for run in plan.runs} == {0.2}  # what a run is started with
-    assert flat(plan.comparison.arms[1].changes) == {"model.speed": 0.9}  # an arm differs in what it says itself
+    assert flatten_values(plan.comparison.arms[1].changes) == {
+        "model.speed": 0.9
+    }  # an arm differs in what it says itself
 
     other = project(tmp_path / "two")
     base = yaml.safe_load((tmp_path / "two/base.yaml").read_text())

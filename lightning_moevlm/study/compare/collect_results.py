@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.compare.fairness import Subject, find_differences
 from lightning_moevlm.study.compare.results import (
@@ -25,7 +26,6 @@ from lightning_moevlm.study.compare.results import (
 )
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.plan.plan_checks import FLOPS_TOLERANCE
-from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.report.tables.table import format_count
 from lightning_moevlm.study.run.ledger import RunState, Status
@@ -258,7 +258,7 @@ def _subject(study: Comparison, cards: "Cards", result: RunResult) -> Subject:
     return Subject(
         arm.name,
         result.seed,
-        flat(arm.changes),
+        flatten_values(arm.changes),
         result.resolved,
         result.tags,
         max(logged, default=None) if finished else None,

@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.declare.budget import samples_per_step
-from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.run_identity import COSMETIC_KEYS
 from lightning_moevlm.study.run.mlflow_runs import TAKEN_FROM
 from lightning_moevlm.tracking.write.run_params import CHANGED_TAG
@@ -147,7 +147,7 @@ def _one(value: object) -> dict[str, str]:
 def _steps(subject: Subject) -> dict[str, str]:
     if subject.budget_in_steps or subject.steps is None:
         return _one(subject.steps)
-    planned = flat(subject.resolved).get("trainer.max_steps")
+    planned = flatten_values(subject.resolved).get("trainer.max_steps")
     if not isinstance(planned, int) or planned <= 0:
         return {}  # a budget of time
     return _one(f"{subject.steps / planned:.4g} of those planned")
@@ -162,7 +162,7 @@ def _batch(subject: Subject) -> dict[str, str]:
 
 def _schedule(subject: Subject) -> dict[str, str]:
     """The part of the schedule that the steps are, and its warm-up."""
-    leaves = flat(subject.resolved)
+    leaves = flatten_values(subject.resolved)
     total, steps = leaves.get("model.schedule.init_args.total_steps"), leaves.get("trainer.max_steps")
     if not isinstance(total, int) or not isinstance(steps, int) or total <= 0:
         return {}
@@ -176,7 +176,7 @@ def _manifest(subject: Subject) -> dict[str, str]:
 def _order(subject: Subject) -> dict[str, str]:
     """Everything of the data's config but its seed, which is compared within a seed, and `_batch`."""
     data = subject.resolved.get("data")
-    leaves = flat(data) if isinstance(data, Mapping) else {}
+    leaves = flatten_values(data) if isinstance(data, Mapping) else {}
     named = {name: str(value) for name, value in leaves.items() if name not in ("seed", "batch_size")}
     seed = leaves.get("seed")
     return named | ({f"seed of seed {subject.seed}": str(seed)} if seed is not None else {})
@@ -233,7 +233,7 @@ def _kernels(subject: Subject) -> dict[str, str]:
 
 
 def _dtypes(subject: Subject) -> dict[str, str]:
-    leaves = flat(subject.resolved)
+    leaves = flatten_values(subject.resolved)
     return {
         key: str(value) for key, value in leaves.items() if key.startswith(("trainer.precision", "model.precision"))
     }

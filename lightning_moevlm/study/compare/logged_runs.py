@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.flat_config import flatten, unflatten
+from lightning_moevlm.common.flat_config import flatten, flatten_values, unflatten
 from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.metric_keys import name_and_unit
@@ -28,7 +28,6 @@ from lightning_moevlm.study.declare.comparison import (
     Guard,
     Primary,
 )
-from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
@@ -211,7 +210,7 @@ def _read_declared(run: NamedRun, by: Sequence[str]) -> dict[str, Any]:
 
 
 def _max_steps(config: Mapping[str, Any]) -> int | None:
-    steps = flat(config).get("trainer.max_steps")
+    steps = flatten_values(config).get("trainer.max_steps")
     return steps if isinstance(steps, int) and steps > 0 else None
 
 

@@ -65,15 +65,6 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
     return Plan(study, folder, runs, cards)
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested config as dotted keys, in order; empty mappings stay values."""
-    leaves: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        leaves.update(flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
-    return leaves
-
-
 def _steps(study: Study, arm: Arm, resolve: Resolve, describe: Describe, folder: Path) -> int | None:
     """Return the optimiser steps of an arm's runs, or None with a budget of minutes."""
     budget = study.budget

@@ -11,8 +11,8 @@ from importlib.metadata import version
 
 from rich.console import Console
 
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
-from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.report.figures import ReportFigure, draw_all
 from lightning_moevlm.study.report.sentences import (
@@ -129,7 +129,7 @@ def print_answer(console: Console, result: StudyResult, full: bool, before: Sequ
 
 def _base_of(plan: Plan) -> str:
     shared = ", ".join(
-        f"{key}: {'null' if value is None else value}" for key, value in flat(plan.study.all_arms).items()
+        f"{key}: {'null' if value is None else value}" for key, value in flatten_values(plan.study.all_arms).items()
     )
     return f"the base with {shared} (all_arms)" if shared else "the base"
 
@@ -147,4 +147,4 @@ def _story(plan: Plan, arm: ArmResult) -> ArmStory:
 
 
 def _changes(config: Mapping[str, object]) -> tuple[str, ...]:
-    return tuple(f"{key}: {'null' if value is None else value}" for key, value in flat(config).items())
+    return tuple(f"{key}: {'null' if value is None else value}" for key, value in flatten_values(config).items())

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.compare.known_runs import KnownRuns
-from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.run.probe import Probe
@@ -64,7 +64,7 @@ def plan_records(
     """Return one record per planned run. statuses: by run folder; probes: by arm, if any; known: in other studies."""
     taken = known.taken if known else {}
     minutes = plan.study.budget.minutes
-    changes = {arm.name: flat(arm.changes) for arm in plan.comparison.arms}
+    changes = {arm.name: flatten_values(arm.changes) for arm in plan.comparison.arms}
     levels = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan.comparison.arms}
     return [
         PlanRecord(

@@ -3,9 +3,10 @@
 import pytest
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.declare.budget import Budget, samples_per_step
 from lightning_moevlm.study.declare.study_file import read_study
-from lightning_moevlm.study.plan.plan_study import flat, plan_study
+from lightning_moevlm.study.plan.plan_study import plan_study
 from tests.study.tiny_study import Card, plan_of, resolve, write_project
 
 CARD = Card(1_000_000, 400_000, 12_000_000)
@@ -78,7 +79,7 @@ def test_flops_give_each_arm_the_steps_of_its_model(tmp_path):
 def test_minutes_leave_the_steps_open(tmp_path):
     run = plan_of(project(tmp_path, {"minutes": 2})).runs[0]
     assert run.max_steps is None
-    told = {key: value for key, value in flat(run.overrides).items() if key.startswith("trainer.max")}
+    told = {key: value for key, value in flatten_values(run.overrides).items() if key.startswith("trainer.max")}
     assert told == {"trainer.max_steps": -1, "trainer.max_epochs": -1, "trainer.max_time": "00:00:02:00"}
 
 

@@ -6,8 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.declare.study_file import read_study
-from lightning_moevlm.study.plan.plan_study import flat, plan_study
+from lightning_moevlm.study.plan.plan_study import plan_study
 from lightning_moevlm.study.plan.run_identity import COSMETIC_KEYS, compute_digest
 from tests.study.tiny_study import describe, plan_of, resolve, write_project
 
@@ -105,7 +106,7 @@ def test_plan_is_arms_times_seeds(tmp_path):
     assert [run.name for run in plan.runs] == ["baseline-seed0", "baseline-seed1", "fast-seed0", "fast-seed1"]
     assert len({run.digest for run in plan.runs}) == 4
     run = plan.runs[3]
-    assert flat(run.overrides) == {
+    assert flatten_values(run.overrides) == {
         "model.speed": 0.9,
         "seed_everything": 1,
         "trainer.max_steps": 4,

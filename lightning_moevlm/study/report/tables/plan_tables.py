@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from lightning_moevlm.common.durations import format_duration
+from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.compare.known_runs import KnownRuns
 from lightning_moevlm.study.declare.fraction import Fraction
 from lightning_moevlm.study.plan.baseline_pin import baseline_digest
-from lightning_moevlm.study.plan.plan_study import flat
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.report.tables.effect_tables import _why
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_count
@@ -46,7 +46,7 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
     for arm in plan.comparison.arms:
         card = plan.cards[arm.name]
         sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
-        changes = "\n".join(f"{key}: {_format_value(value)}" for key, value in flat(arm.changes).items())
+        changes = "\n".join(f"{key}: {_format_value(value)}" for key, value in flatten_values(arm.changes).items())
         times: tuple[str, ...] = ()
         if probes:
             probe = probes[arm.name]
@@ -54,7 +54,7 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
         rows.append((arm.name, *(format_count(size) for size in sizes), *times, changes or NOTHING))
     timed = ("time/step", "time/run") if probes else ()
     columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
-    shared = ", ".join(f"{key}: {_format_value(value)}" for key, value in flat(plan.study.all_arms).items())
+    shared = ", ".join(f"{key}: {_format_value(value)}" for key, value in flatten_values(plan.study.all_arms).items())
     notes: tuple[str, ...] = (f"all arms, over the base: {shared}.",) if shared else ()
     if probes:
         total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
