@@ -142,7 +142,7 @@ def _print(line: str) -> None:
 def run(number: str) -> int:
     """Serve the pipe of that number, or become one of its runs; return an exit code."""
     quick_exit = QuickExit()
-    with Connection(int(number)) as pipe:  # closed as soon as this ends, whatever then holds the process up
+    with Connection(int(number)) as pipe:  # closed as soon as this ends, even if the process ends later
         try:
             _, sample, _ = pipe.recv()
         except EOFError:

@@ -35,7 +35,7 @@ _REPORT_FOLDER = "report"
 
 
 class Data(Protocol):
-    """What a study asks of a data module."""
+    """A data module, as far as a study needs it."""
 
     @property
     def manifest_digest(self) -> str:

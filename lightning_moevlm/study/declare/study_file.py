@@ -119,7 +119,7 @@ def refuse_bad_name(file: Path) -> None:
 
 
 def _design(root: YamlNode, keys: StudyFile) -> Design | None:
-    """Return the design, or None where the file lists its arms."""
+    """Return the design, or None if the file lists its arms."""
     if keys.arms is not None:
         if (extra := keys.factors or keys.design) is not None:
             raise extra.error("a study has either `arms` or `factors` with a `design`; keep one of them")
@@ -202,7 +202,7 @@ def _better(keys: PrimaryKeys | GuardKeys, node: YamlNode) -> Direction:
 
 
 def _divergence(keys: DivergedKeys, primary: Primary) -> Divergence:
-    # what learns ends above the untrained model where higher is better: the loss tells a divergence there
+    # if higher is better, training ends above the untrained model: the loss shows a divergence there
     usual = primary.metric if primary.direction == "lower" else metric_keys.TASK_LOSS.key(stage="val")
     return Divergence(keys.metric or usual, keys.times_untrained, keys.in_a_row)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.contracts.model_card import ModelCard
 
 Result = TypeVar("Result")
-_STAND_IN = 1_618_033_988  # for a seed: below 2**31, and nobody writes it
+_STAND_IN = 1_618_033_988  # for a seed: below 2**31, and unlikely in a file
 
 # Both raise UserError. resolve: (config files, overrides) -> nested plain config with all defaults.
 Resolve = Callable[[list[Path], dict[str, Any]], dict[str, Any]]

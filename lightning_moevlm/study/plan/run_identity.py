@@ -1,4 +1,4 @@
-"""Computes the digest that tells runs apart.
+"""Computes the digest that identifies a run.
 
 It covers the resolved config, all defaults filled in, without cosmetic keys. A class of this package is spelled by its
 short name, so that moving a file does not make another experiment.

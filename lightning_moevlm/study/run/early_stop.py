@@ -49,7 +49,7 @@ class EarlyStop:
 
 
 def find_withdrawal(plan: Plan, arm: str, experiment: StudyRuns) -> Withdrawal | None:
-    """Return the withdrawal of an arm by the study's futility rule, from the points so far; None if it goes on."""
+    """Return the withdrawal of an arm by the study's futility rule, from the points so far; None without one."""
     study = plan.comparison
     rule = study.futility_stop
     if rule is None or arm == study.baseline:

@@ -71,8 +71,8 @@ class StudyRuns:
         own = {**kept, **tracker_tags(run), ROLE: ROLE_ARM, **tags}
         own.pop(OUTCOME, None)
         points = [Metric(p.key, p.value, p.time_ms, p.step) for p in metric_history(self.uri, source)]
-        for told in _parts([RunTag(*pair) for pair in own.items()], _TEXTS_AT_ONCE):
-            client.log_batch(run_id, tags=told)
+        for part in _parts([RunTag(*pair) for pair in own.items()], _TEXTS_AT_ONCE):
+            client.log_batch(run_id, tags=part)
         for params in _parts([Param(*pair) for pair in row.params.items()], _TEXTS_AT_ONCE):
             client.log_batch(run_id, params=params)
         for metrics in _parts(points, _POINTS_AT_ONCE):

@@ -89,10 +89,10 @@ def _why_failed(ended: ProcessEnd, lack: str, tail: Sequence[str]) -> str:
         return f"exit code 0, but it {lack}"
     if ended.reason:
         return ended.reason
-    told = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
+    mistakes = [line.removeprefix(_MISTAKE) for line in tail if line.startswith(_MISTAKE)]
     killer = signal.Signals(-ended.code) if ended.code < 0 else ended.stop_signal
     why = f"ended by {killer.name}" if killer else f"exit code {ended.code}"
-    return f"{why}, {told[-1]}" if told else why
+    return f"{why}, {mistakes[-1]}" if mistakes else why
 
 
 def check_logged_points(plan: Plan, run: PlannedRun, experiment: StudyRuns, run_id: str) -> str:

@@ -66,7 +66,7 @@ class RunsAtWork:
     cut_short: set[str] = field(default_factory=set)  # names of those that we ended early
 
     def begin(self, run: PlannedRun) -> bool:
-        """Hand a run to the engine; return False where the engine had it already.
+        """Hand a run to the engine; return False if the engine had it already.
 
         Raises:
             StoreUnreachableError: MLflow does not answer.
@@ -91,7 +91,9 @@ class RunsAtWork:
         state = RunState(
             Status.RUNNING, run_id, started=time.time(), attempts=attempts, engine=self.engine.name, ticket=job.ticket
         )
-        write_state(folder, state)  # before the job: whatever dies now, the MLflow run and the ticket are known
+        write_state(
+            folder, state
+        )  # before the job: after any crash from here on, the MLflow run and the ticket are known
         try:
             handle = self.engine.submit(job)
         except UserError as error:

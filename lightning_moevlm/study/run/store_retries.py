@@ -27,11 +27,11 @@ class StoreRetries:
 
     Args:
         uri: Of the store.
-        tell: Gets one line when an outage begins.
+        show: Gets one line when an outage begins.
     """
 
-    def __init__(self, uri: str, tell: Callable[[str], None]) -> None:
-        self._silence = OutageGuard(uri, tell, _WHAT)
+    def __init__(self, uri: str, show: Callable[[str], None]) -> None:
+        self._guard = OutageGuard(uri, show, _WHAT)
         self._since = 0.0
         self._pause = 0.0
         self._next = 0.0
@@ -44,16 +44,16 @@ class StoreRetries:
     @property
     def outage_seconds(self) -> float:
         """Seconds since the outage began; 0 without one."""
-        return time.monotonic() - self._since if self._silence.reason else 0.0
+        return time.monotonic() - self._since if self._guard.reason else 0.0
 
     def attempt(self, action: Callable[[], object]) -> bool:
         """Try an action and return whether the store answered; give up after seconds."""
-        was_silent = bool(self._silence.reason)
-        if self._silence.attempt(action):
+        was_out = bool(self._guard.reason)
+        if self._guard.attempt(action):
             self._pause = self._next = 0.0
             return True
         now = time.monotonic()
-        self._since = self._since if was_silent else now
+        self._since = self._since if was_out else now
         self._pause = min(max(1.0, 2 * self._pause), _LONGEST_PAUSE)
         self._next = now + self._pause
         return False
@@ -65,9 +65,9 @@ def upload_first(experiment: StudyRuns, run_id: str) -> None:
     Raises:
         OSError: The store does not take it.
     """
-    for told in upload_offline_logs(experiment.uri, [run_id]):
-        if told.reason:
-            raise OSError(told.reason)
+    for result in upload_offline_logs(experiment.uri, [run_id]):
+        if result.reason:
+            raise OSError(result.reason)
 
 
 def upload_offline_logs(uri: str, run_ids: Iterable[str]) -> Sequence[SyncResult]:

@@ -157,7 +157,7 @@ def _kill_and_wait(processes: Sequence[psutil.Process]) -> None:
 
 
 def _wait_until_over(processes: Sequence[psutil.Process], seconds: float) -> None:
-    # psutil.wait_procs would take the exit codes of our own children, and wait for zombies that nobody reaps
+    # psutil.wait_procs would take the exit codes of our own children, and wait for zombies that are never reaped
     ends = time.monotonic() + seconds
     while any(map(is_alive, processes)) and time.monotonic() < ends:
         time.sleep(_LOOK_SECONDS)
