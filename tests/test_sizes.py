@@ -43,10 +43,10 @@ def test_a_reference_on_the_command_line_is_seen_from_the_root(capsys: pytest.Ca
     [
         (
             "image_size=64",
-            "data.image_size is 32, and the model is made for 64: set model.backbone.init_args.image_size",
+            "data.image_size is 32, but the model is built for 64: set model.backbone.init_args.image_size",
         ),
-        ("vocab_size=100", "data.vocab_size is 640, and the model is made for 100"),
-        ("max_text_len=8", "data.max_text_len is 24, and the model is made for 8"),
+        ("vocab_size=100", "data.vocab_size is 640, but the model is built for 100"),
+        ("max_text_len=8", "data.max_text_len is 24, but the model is built for 8"),
     ],
 )
 def test_data_that_the_model_has_no_places_for_is_refused_before_the_run(
@@ -60,5 +60,5 @@ def test_data_that_the_model_has_no_places_for_is_refused_before_the_run(
 def test_a_study_refuses_it_when_it_is_planned(workplace: Path) -> None:
     resolved = ConfigResolver()([Path("conf/quickstart.yaml")], {"data": {"image_size": 64}})
     resolved["data"]["image_size"] = 32  # type: ignore[index]
-    with pytest.raises(UserError, match=r"data.image_size is 32, and the model is made for 64"):
+    with pytest.raises(UserError, match=r"data.image_size is 32, but the model is built for 64"):
         describe_model(resolved)

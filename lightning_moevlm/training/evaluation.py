@@ -1,7 +1,6 @@
-"""What is measured over an evaluation epoch: losses, masked accuracy, and the accuracy of a constant answer.
+"""Measures an evaluation epoch: losses, masked accuracy, and the accuracy of a constant answer.
 
-Every mean is over what was predicted in all batches and on all ranks, so that how samples fall into batches does not
-matter, but for rounding.
+Every mean is over the predictions of all batches and ranks. So the batch size does not matter, except for rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ class Evaluation(nn.Module):
         stage: "val" or "test", the prefix of its keys.
         num_classes: classes of every class-predicting term.
         losses: auxiliary losses, each measured once on the sums of all batches.
-        backbone: whose layers with a limit in evaluation have their drop rate measured.
+        backbone: its layers with a capacity limit in evaluation have their drop rate measured.
         terms_of_set: terms that compare all samples of the epoch with each other.
     """
 
@@ -59,7 +58,7 @@ class Evaluation(nn.Module):
         self.majority = MetricCollection(majority, compute_groups=False)  # type: ignore[arg-type]
 
     def update(self, output: ObjectiveOutput, inputs: Sequence[LossInput], num_samples: int) -> None:
-        """Add one batch; inputs: of the losses on routing."""
+        """Add one batch; inputs: those of the losses on routing."""
         for name, term in output.terms.items():
             count = num_samples if term.num_predictions is None else term.num_predictions
             raw, weight = term.raw.double(), torch.as_tensor(term.weight).to(term.raw.device)
@@ -75,9 +74,10 @@ class Evaluation(nn.Module):
             self.majority[name].update(prediction.target_M)
 
     def compute(self, weights: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
-        """Return every metric under its key and start anew; terms that nothing was predicted for are left out.
+        """Return every metric under its key and reset; terms without predictions are left out.
 
-        weights: of the auxiliary losses, in force.
+        Args:
+            weights: current weights of the auxiliary losses.
         """
         task = {name: sums[:2] / sums[2] for name, sums in self._task.totals().items() if sums[2]}
         embeddings = gather_embeddings(self._embeddings)
@@ -92,7 +92,7 @@ class Evaluation(nn.Module):
         }
         raw = {name: mean for name, (mean, _) in task.items()} | {name: term.raw for name, term in auxiliary.items()}
         values |= {metric_keys.EVAL_TERM.key(stage=self.stage, term=name): value for name, value in raw.items()}
-        majority = self.majority.compute()  # on every rank, whatever it has seen: all wait for all
+        majority = self.majority.compute()  # on every rank, even without predictions: it synchronises
         for name, (correct, count) in self._correct.totals().items():
             if count:
                 values[metric_keys.ACCURACY.key(stage=self.stage, term=name)] = correct / count
@@ -115,11 +115,7 @@ class Evaluation(nn.Module):
 
 
 def report_batch_dependence(backbone: Backbone, stage: str) -> None:
-    """Say, once per cause, that features ("predict") or metrics are not those of each sample alone."""
-    what = (
-        "Features are not a function of the sample alone"
-        if stage == "predict"
-        else "Metrics are not those of each sample alone"
-    )
+    """Report each reason why features ("predict") or metrics of a sample depend on its batch."""
+    subject = "Features" if stage == "predict" else "Metrics"
     for cause in batch_dependence(backbone):
-        rank_zero_info(f"{what}; they change with data.batch_size: {cause}")
+        rank_zero_info(f"{subject} of a sample depend on its batch, so data.batch_size changes them: {cause}")

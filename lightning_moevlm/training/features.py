@@ -1,4 +1,4 @@
-"""Features of samples: the backbone's tokens, averaged over real positions."""
+"""Pools features of samples: the backbone's tokens, averaged over real positions."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from lightning_moevlm.model.backbones import Backbone
 
 
 def pool_features(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-    """Return (B, D) of `image`, `text` and `pair`, as the batch allows."""
+    """Return `image`, `text` and `pair`, (B, D) each, as far as the batch has them."""
     inputs = {
         "image": (batch.images_BRYX, None, None),
         "text": (None, batch.text_BL, batch.text_mask_BL),

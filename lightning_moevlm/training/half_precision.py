@@ -1,8 +1,8 @@
-"""bf16-true and 16-true that leave fp32 what the policy pins to it.
+"""Keeps pinned regions in fp32 under bf16-true and 16-true.
 
-Lightning casts the whole module, so a router's weights would lose their low bits before the first step, and sums over
-an evaluation epoch would stop growing (bf16 holds integers up to 256). Here are left in their dtype: parameters of
-regions pinned to float32, what a router keeps to balance itself, what makes image targets, and metrics.
+Lightning casts the whole module. A router's weights would lose their low bits before the first step, and sums over an
+evaluation epoch would stop growing (bf16 holds integers up to 256). These keep their dtype here: parameters of regions
+pinned to float32, balancing state of routers, modules of image targets, and metrics.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ _WEIGHTED: tuple[Region, ...] = ("router", "norms", "experts", "heads", "trunk")
 
 
 class RegionHalfPrecision(HalfPrecision):
-    """Lightning's half precision, by region; the module puts it in the place of Lightning's own.
+    """Lightning's half precision by region; the module replaces Lightning's own with it.
 
     Args:
         precision: "bf16-true" or "16-true".
-        policy: which regions stay fp32.
+        policy: names the regions that stay fp32.
     """
 
     def __init__(self, precision: str, policy: PrecisionPolicy) -> None:
@@ -33,8 +33,8 @@ class RegionHalfPrecision(HalfPrecision):
         self.policy = policy
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Cast all but what stays."""
-        kept = {name: tensor.detach().clone() for name, tensor in self._stays(module)}
+        """Cast everything except the pinned tensors."""
+        kept = {name: tensor.detach().clone() for name, tensor in self._pinned(module)}
         metrics = {name: metric.dtype for name, metric in module.named_modules() if isinstance(metric, Metric)}
         module = super().convert_module(module)
         for name, values in kept.items():
@@ -51,7 +51,7 @@ class RegionHalfPrecision(HalfPrecision):
             metric.set_dtype(dtype)
         return module
 
-    def _stays(self, module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    def _pinned(self, module: nn.Module) -> Iterable[tuple[str, Tensor]]:
         regions = region_of_parameters(module)
         targets = [name for name, part in module.named_modules() if isinstance(part, ImageTargets)]
         for name, parameter in module.named_parameters():
@@ -63,28 +63,28 @@ class RegionHalfPrecision(HalfPrecision):
 
 
 def keep_pinned_regions(trainer: Trainer, policy: PrecisionPolicy) -> None:
-    """Put `RegionHalfPrecision` in the place of Lightning's half precision; other precisions keep weights in fp32.
+    """Replace Lightning's half precision with `RegionHalfPrecision`; other precisions keep weights in fp32.
 
-    Called before Lightning converts the module, so nobody has to configure a plugin.
+    Called before Lightning converts the module, so no plugin needs to be configured.
 
     Raises:
         UserError: a strategy or policy that cannot keep a region in fp32; heads or a trunk in the other half
-            precision, whose weights nothing casts.
+            precision, whose weights are never cast.
     """
     plugin = trainer.precision_plugin
     if plugin.precision not in ("bf16-true", "16-true"):
         return
     if policy.optimizer_state == "float32":
         raise UserError(
-            f"precision.optimizer_state is float32 with trainer.precision {plugin.precision}: the optimiser's state "
-            "has the dtype of the parameters; set trainer.precision to bf16-mixed, or precision.optimizer_state to null"
+            f"precision.optimizer_state is float32 with trainer.precision {plugin.precision}: optimiser state has the "
+            "dtype of the parameters; set trainer.precision to bf16-mixed, or precision.optimizer_state to null"
         )
     other = {"bf16-true": "float16", "16-true": "bfloat16"}[plugin.precision]
     mixed = [] if policy.simulate else [name for name in ("trunk", "heads") if policy.dtype_of(name) == other]
     if mixed:
         raise UserError(
-            f"precision.{mixed[0]} is {other} with trainer.precision {plugin.precision}, in which the weights are the "
-            f"other half precision; set trainer.precision to {'16-true' if other == 'float16' else 'bf16-true'}, or "
+            f"precision.{mixed[0]} is {other} with trainer.precision {plugin.precision}: the weights are in the other "
+            f"half precision; set trainer.precision to {'16-true' if other == 'float16' else 'bf16-true'}, or "
             f"precision.{mixed[0]} to float32 or null"
         )
     pinned = [name for name in _WEIGHTED if policy.dtype_of(name) == "float32"]
@@ -92,9 +92,9 @@ def keep_pinned_regions(trainer: Trainer, policy: PrecisionPolicy) -> None:
         trainer.strategy.precision_plugin = RegionHalfPrecision(plugin.precision, policy)
     elif pinned:
         raise UserError(
-            f"trainer.precision {plugin.precision} with {type(plugin).__name__} casts every weight, also those of "
-            f"regions pinned to float32 ({', '.join(pinned)}): set trainer.precision to bf16-mixed, or unpin them with "
-            "null"
+            f"trainer.precision is {plugin.precision}: {type(plugin).__name__} casts every weight, also those of "
+            f"regions pinned to float32 ({', '.join(pinned)}); set trainer.precision to bf16-mixed, or unpin the "
+            "regions with null"
         )
 
 

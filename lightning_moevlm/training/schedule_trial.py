@@ -1,8 +1,7 @@
-"""A schedule is stepped on an optimiser of its own before anything is written, and refused where that fails.
+"""Tries a schedule on a throwaway optimiser before anything is written, and refuses it if that fails.
 
-torch's schedules check few of their options: StepLR divides by step_size 0 at the first step, OneCycleLR raises at the
-step after its last. The trial shows the options that never work, at the cost of a few microseconds a step; the
-optimiser is thrown away, no weight moves.
+torch's schedules check few options: StepLR divides by step_size 0 at the first step, OneCycleLR raises one step after
+its last. The trial costs microseconds per step and moves no weight.
 """
 
 import math
@@ -21,22 +20,22 @@ def try_schedule(module: VisionLanguageModule, max_steps: int = -1, is_endless: 
     """Build the optimiser and the schedule of a run, and step the schedule as training would, at most 1000 times.
 
     Args:
-        module: whose optimiser and schedule they are.
-        max_steps: of the run; below 1 it is not known, and one step is tried.
-        is_endless: neither steps nor epochs end the run; else their number will be known when training starts.
+        module: owns the optimiser and the schedule.
+        max_steps: of the run; below 1 it is unknown, and one step is tried.
+        is_endless: neither steps nor epochs end the run; otherwise their number is known when training starts.
 
     Raises:
-        UserError: one of them cannot be built, or the schedule fails, ends too early or gives a rate that is none.
+        UserError: one of them cannot be built, or the schedule fails, ends too early or gives an invalid rate.
     """
     optimizer = module.build_optimizer()
-    not_known = None if is_endless else _MOST_STEPS
-    schedule = module.build_schedule(optimizer, max_steps if max_steps > 0 else not_known)
+    assumed = None if is_endless else _MOST_STEPS
+    schedule = module.build_schedule(optimizer, max_steps if max_steps > 0 else assumed)
     if schedule is None:
         return
     name = type(schedule).__name__
     if isinstance(schedule, OneCycleLR) and schedule.total_steps < max_steps:
         raise UserError(
-            f"model.schedule {name} has {schedule.total_steps} steps and trainer.max_steps is {max_steps}: set its "
+            f"model.schedule {name} has total_steps {schedule.total_steps}, below trainer.max_steps {max_steps}: set "
             "total_steps to ${trainer.max_steps}"
         )
     for step in range(1, 1 + max(1, min(max_steps, _MOST_STEPS))):

@@ -1,10 +1,9 @@
-"""Lets ranks train where a batch does not reach every parameter, and names the parts that get no gradient.
+"""Lets ranks train if a batch does not reach every parameter, and names the parts without a gradient.
 
-DDP waits for the gradient of every parameter. A set of texts alone never gives one to the image experts, a batch of
-images alone not to the text head, and a term without a weight not to what it alone uses. DDP then has to look, in every
-step, for what the batch has not reached (PyTorch's `find_unused_parameters`). A parameter that no rank has reached
-keeps no gradient and the optimiser leaves it alone, as in a single process. Where every batch is of pairs and every
-term has a weight, all is reached, and the search is spared.
+DDP waits for the gradient of every parameter. Texts alone give none to the image experts, images alone none to the text
+head, and a term without a weight none to its own parameters. DDP must then search for unused parameters in every step
+(PyTorch's `find_unused_parameters`). A parameter that no rank reaches keeps no gradient and is not updated, as in a
+single process. If every batch holds pairs and every term has a weight, the search is spared.
 """
 
 import re
@@ -21,34 +20,34 @@ from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
 
 class UnusedParameters(Callback):
-    """Brought along by `VisionLanguageModule`; not meant to be configured.
+    """Added by `VisionLanguageModule`; not meant to be configured.
 
     Args:
-        objective: says whether pairs reach every parameter.
+        objective: knows whether pairs reach every parameter.
     """
 
     def __init__(self, objective: Objective) -> None:
         self._pairs_reach_all = objective.pairs_reach_all
-        self._told = False
+        self._has_reported = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make DDP look for unused parameters where there may be some and the user has not said how it should be."""
+        """Make DDP search for unused parameters if there may be some and the user has not decided."""
         strategy = trainer.strategy
         if stage != "fit" or not isinstance(strategy, DDPStrategy) or self._reaches_all(trainer):
             return
         options = strategy._ddp_kwargs  # Lightning reads it when it wraps the model, and offers no other way by then
         if not options.keys() & {"find_unused_parameters", "static_graph"}:
             options["find_unused_parameters"] = True
-            rank_zero_info("DDP looks for parameters that a batch has not reached: it may lack a modality or a term")
+            rank_zero_info("DDP searches for unused parameters, because a batch may lack a modality or a term")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Name, once, the parts that have no gradient in the first step."""
-        if self._told or isinstance(trainer.strategy, SHARDING):
+        """Name, once, the parts without a gradient in the first step."""
+        if self._has_reported or isinstance(trainer.strategy, SHARDING):
             return
-        self._told = True
+        self._has_reported = True
         parts = parts_without_gradient(pl_module)
         if parts:
-            rank_zero_info(f"no gradient in the first step, and so not trained by it: {', '.join(parts)}")
+            rank_zero_info(f"no gradient in the first step: {', '.join(parts)}")
 
     def _reaches_all(self, trainer: Trainer) -> bool:
         data: object = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets, but declares it not
@@ -57,7 +56,7 @@ class UnusedParameters(Callback):
 
 
 def parts_without_gradient(module: nn.Module) -> list[str]:
-    """Return the largest parts none of whose trained parameters has a gradient; `*` stands for numbers."""
+    """Return the largest parts whose trained parameters all lack a gradient; `*` stands for numbers."""
     has = {name: each.grad is not None for name, each in module.named_parameters() if each.requires_grad}
     parts: list[str] = []
     for path in (*(name for name, _ in module.named_modules() if name), *has):

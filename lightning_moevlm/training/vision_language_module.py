@@ -58,7 +58,7 @@ from lightning_moevlm.training.optim.schedules.schedule_length import build_sche
 from lightning_moevlm.training.step.logging_steps import is_logging_step
 from lightning_moevlm.training.step.routing_counts import RoutingCounter, loss_inputs
 from lightning_moevlm.training.step.step_output import StepOutput
-from lightning_moevlm.training.step.step_size import StepSizeMeter, in_step, step_size
+from lightning_moevlm.training.step.step_size import StepSizeMeter, scale_to_step, step_size
 from lightning_moevlm.training.unused_parameters import UnusedParameters
 
 _Losses = tuple[ObjectiveOutput, LossReport]
@@ -227,7 +227,7 @@ class VisionLanguageModule(LightningModule):
                 losses=gather(torch.stack(self._micro_losses)),
                 size=self._step_sizes.state(self.global_step),
                 routing=self._routing_counter.state(self._sum_over_ranks, self.device),
-                facts=None if runner is None else runner.gathered(self.trainer, self.device, gather),
+                facts=None if runner is None else runner.collect_partial_step(self.trainer, self.device, gather),
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -338,7 +338,7 @@ class VisionLanguageModule(LightningModule):
         size, task = None, output.terms
         if whole is not None:
             size = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
-            task = {name: in_step(term, whole.predictions[name], size.num_parts) for name, term in task.items()}
+            task = {name: scale_to_step(term, whole.predictions[name], size.num_parts) for name, term in task.items()}
         with region(self.precision, "losses", self.device.type):
             auxiliary = self.losses.terms(inputs, output.log_partitions, self.current_weights, size)
         return output, LossReport(task, auxiliary)
@@ -378,7 +378,9 @@ class VisionLanguageModule(LightningModule):
             routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
             self._routing_counter.restore(self.global_step, routing)
         if self.action_runner is not None and saved["facts"] is not None:
-            self.action_runner.take_up(saved["facts"], self.device, partial(select_rank, trainer=self.trainer))
+            self.action_runner.restore_partial_step(
+                saved["facts"], self.device, partial(select_rank, trainer=self.trainer)
+            )
 
     def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
         counts: dict[str, LayerCounts] = {}

@@ -99,7 +99,7 @@ def test_drop_rates_of_evaluation_are_logged_where_a_limit_holds(caplog: pytest.
     rates, told = validated(Capacity(None, 0.5))
     assert set(rates) == {"val/drop_rate/block1/image", "val/drop_rate/block1/text"}
     assert all(0 < rate < 1 for rate in rates.values())
-    assert "Metrics are not those of each sample alone; they change with data.batch_size: capacity.eval_factor" in told
+    assert "Metrics of a sample depend on its batch, so data.batch_size changes them: capacity.eval_factor" in told
 
 
 def test_predict_says_that_features_are_not_of_the_sample_alone(
@@ -115,5 +115,5 @@ def test_predict_says_that_features_are_not_of_the_sample_alone(
     told, kept = metadata()
     assert "Features" not in told and "depends_on_batch" not in kept
     told, kept = metadata(f"{CAPACITY}.eval_factor=1.5")
-    assert "Features are not a function of the sample alone; they change with data.batch_size: capacity.eval" in told
+    assert "Features of a sample depend on its batch, so data.batch_size changes them: capacity.eval" in told
     assert kept["depends_on_batch"].startswith("capacity.eval_factor is 1.5")

@@ -157,4 +157,7 @@ class SaveAmid(Checkpoint):
 def test_who_does_not_look_ahead_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit(VisionLanguageModule(small_vl_moe()), 2, batches=[rows(0, 5), rows(5, 10)] * 2, accumulate=2)
-    assert sum("Batches do not tell of their optimiser step" in record.message for record in caplog.records) == 1
+    assert (
+        sum("This loader does not look ahead over the optimiser step" in record.message for record in caplog.records)
+        == 1
+    )

@@ -191,7 +191,7 @@ def test_a_strategy_that_casts_every_weight_is_refused() -> None:
     fitting.strategy.precision_plugin = FSDPPrecision("bf16-true")
     module.trainer = fitting
     with pytest.raises(
-        UserError, match=r"FSDPPrecision casts every weight.*\(router\): set trainer.precision to bf16-mixed"
+        UserError, match=r"FSDPPrecision casts every weight.*\(router\); set trainer.precision to bf16-mixed"
     ):
         module.setup("fit")
 
@@ -205,7 +205,7 @@ def test_fp32_optimiser_state_needs_fp32_parameters() -> None:
 @pytest.mark.parametrize("region", ["heads", "trunk"])
 def test_the_other_half_precision_is_refused(region: str) -> None:
     module = VisionLanguageModule(small_vl_moe(), precision=PrecisionPolicy(**{region: "float16"}))
-    with pytest.raises(UserError, match=rf"precision.{region} is float16 with trainer.precision bf16-true, .* 16-true"):
+    with pytest.raises(UserError, match=rf"precision.{region} is float16 with trainer.precision bf16-true: .* 16-true"):
         trainer("bf16-true").fit(module, loader(1))
 
 

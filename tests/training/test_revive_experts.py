@@ -100,11 +100,11 @@ def test_a_revived_expert_gets_tokens() -> None:
 
 def test_reviving_needs_a_router_that_can_be_told() -> None:
     backbone = small_vl_moe(router=FixedRouter)
-    with pytest.raises(UserError, match="cannot act with FixedRouter: it has nothing per expert"):
+    with pytest.raises(UserError, match="cannot act with FixedRouter, which has no learned row per expert"):
         build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), backbone)
     for router in (SoftRouter, ExpertChoiceRouter):
         even = small_vl_moe(router=router)
-        with pytest.raises(UserError, match=f"would never act with {router.__name__}: it gives every expert the same"):
+        with pytest.raises(UserError, match=f"has no effect with {router.__name__}, which gives every expert the same"):
             build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), even)
     dense = small_vl_moe(sparse_modalities=(), router=FixedRouter)
     assert set(build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), dense)) == {"revive_dead_experts"}

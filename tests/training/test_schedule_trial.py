@@ -46,11 +46,11 @@ def module(schedule: Callable[[Optimizer], Any] | None = None, **options: Any) -
         ),
         (
             partial(OneCycleLR, max_lr=0.1, total_steps=39),
-            r"model.schedule OneCycleLR has 39 steps and trainer.max_steps is 40: set its total_steps to \$\{tra",
+            r"model.schedule OneCycleLR has total_steps 39, below trainer.max_steps 40: set total_steps to \$\{tra",
         ),
         (
             ReduceLROnPlateau,
-            "model.schedule ReduceLROnPlateau goes by a metric, and schedules here go by opti",
+            "model.schedule ReduceLROnPlateau follows a metric, and schedules here follow opti",
         ),
     ],
 )
@@ -93,7 +93,7 @@ def test_an_eps_of_0_is_refused(optimizer: Callable[..., Optimizer]) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "told"),
     [
-        (SparseAdam, "model.optimizer SparseAdam takes sparse gradients alone, and no gradient of these models is"),
+        (SparseAdam, "model.optimizer SparseAdam needs sparse gradients, and all gradients here are dense"),
         (partial(AdamW, lr=float("nan")), "model.optimizer cannot"),
         (partial(AdamW, betas=(0.9,)), "model.optimizer cannot be built: "),
         (partial(AdamW, betas=(0.9, float("nan"))), "model.optimizer cannot"),
@@ -108,7 +108,7 @@ def test_an_eps_that_is_0_in_float16_is_refused_under_16_true() -> None:
     # 2^-24 = 5.96e-8 is the smallest number of float16; the default eps of AdamW, 1e-8, is 0 there, and the second
     # loss was no number whatever the model
     with pytest.raises(
-        UserError, match=r"has eps 1e-08, which is 0 in float16, .* under trainer.precision 16-true: set it"
+        UserError, match=r"has eps 1e-08, which is 0 in float16: .* under trainer.precision 16-true; set it"
     ):
         fit(module(), 2, precision="16-true")
     seen = fit(module(optimizer=partial(AdamW, eps=1e-4)), 3, precision="16-true").outputs

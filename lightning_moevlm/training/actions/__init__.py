@@ -1,4 +1,4 @@
-"""What acts on a model once per optimiser step: QK-clip, revival of experts, frozen routers, rollback."""
+"""Actions on a model, once per optimiser step: QK-clip, revival of experts, frozen routers, rollback."""
 
 from lightning_moevlm.training.actions.action import Action
 from lightning_moevlm.training.actions.freeze_router import FreezeRouter

@@ -1,11 +1,11 @@
-"""The contract of an action: what acts on a model once per optimiser step, after the update and never in `forward`.
+"""The contract of an action: it acts on a model once per optimiser step, after the update and never in `forward`.
 
-A loss pulls, an action moves: it changes weights or routing state directly, from what the step showed. Facts are summed
-over the micro-batches and the ranks of the step before any action sees them, so every rank decides alike, and an
-action's state is in the checkpoint, so a resumed run acts as the uninterrupted one would have.
+A loss pulls, an action moves: it changes weights or routing state directly, from the facts of the step. Facts are
+summed over micro-batches and ranks first, so every rank decides alike. An action's state is in the checkpoint, so a
+resumed run acts like an uninterrupted one.
 
-A step whose update `skip_spikes` undid leaves no trace in what an action learns from steps: biases, weights, counts.
-QK-clip acts on it all the same, for it mends the weights that the step was computed with, and those are still there.
+A step that `skip_spikes` undid changes no state of an action: biases, weights, counts. QK-clip acts on it all the same,
+because it clips the weights that the step was computed with, and those are still in place.
 """
 
 from abc import ABC, abstractmethod
@@ -22,60 +22,58 @@ from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.losses import LayerCounts
 
 Fact = Literal["load", "attention", "loss"]
-"""What can be gathered; only what some action needs is."""
+"""Kinds of facts; only those that some action needs are collected."""
 
 
 class StepFacts(NamedTuple):
-    """What one optimiser step showed, over its micro-batches and all ranks; empty or None where no action needs it.
-
-    step: optimiser steps done, this one included. counts: by MoE layer, what its router did.
-    attention: by attention layer, the largest logit per head before any cap, fp32 (H). loss: mean total loss, a scalar.
-    skipped: whether the update was undone, a bool scalar on the device; None where no update ever is.
-    """
+    """Facts of one optimiser step, over its micro-batches and all ranks; empty or None if no action needs them."""
 
     step: int
+    """Optimiser steps done, this one included."""
     counts: Mapping[str, LayerCounts]
+    """The router's choices, by MoE layer."""
     attention: Mapping[str, Tensor]
+    """The largest logit per head before any cap, by attention layer, fp32 (H)."""
     loss: Tensor | None
+    """Mean total loss, a scalar."""
     skipped: Tensor | None = None
+    """Whether the update was undone, a bool scalar on the device; None if skipping is off."""
 
     @property
     def load(self) -> dict[str, Tensor]:
-        """By MoE layer, chosen pairs of each modality at each expert before capacity, int64 (A, E)."""
+        """Chosen pairs of each modality at each expert before capacity, by MoE layer, int64 (A, E)."""
         return {path: layer.chosen_AE for path, layer in self.counts.items()}
 
     def unless_skipped(self, new: Tensor, old: Tensor) -> Tensor:
-        """Return the new value, or the old one where the update was undone; nobody waits to know which."""
+        """Return the new value, or the old one if the update was undone; the host does not wait for the decision."""
         return new if self.skipped is None else torch.where(self.skipped.to(new.device), old.to(new.device), new)
 
 
 class Memory(Protocol):
-    """Decides by what it has seen: an action, or the stabilisers of the gradient.
+    """State that steps change, beside weights, optimisers and schedules: of actions and gradient stabilisers.
 
-    With the weights, the optimisers and the schedules, memories are all that changes while training: a checkpoint keeps
-    them, and a rollback takes them back.
+    Checkpoints keep it, and a rollback restores it.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers: tensors, numbers, texts, and containers of them."""
+        """Return tensors, numbers, texts, and containers of them."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Load the state."""
 
 
 class Training(NamedTuple):
-    """What an action may act on.
-
-    module: everything that is trained, in which the backbone lies. seed: of the run; draws follow from it and a name.
-    memories: by name, all of them but the rollback's own.
-    """
+    """The objects that an action may change."""
 
     module: nn.Module
+    """All that is trained, with the backbone."""
     backbone: Backbone
     optimizers: Sequence[Optimizer]
     schedulers: Sequence[LRScheduler]
     seed: int
+    """Of the run; draws follow from it and a name."""
     memories: Mapping[str, Memory] = MappingProxyType({})
+    """By name, except the rollback's own."""
 
 
 class Action(ABC):
@@ -84,18 +82,17 @@ class Action(ABC):
     needs: frozenset[Fact] = frozenset()
 
     def before_step(self, training: Training, step: int) -> None:  # noqa: B027 - most actions have nothing to do here
-        """Look at the gradients before they are clipped and used; step: the number of the step to be made, from 1."""
+        """Read or change gradients before they are clipped and used; step: number of the coming step, from 1."""
 
-    def prepare(self, step: int) -> None:  # noqa: B027 - most actions have nothing to tell
-        """Tell the model what the next step is computed with; step: optimiser steps done. Called before the first step
-        and after each, also after one that was taken back."""
+    def prepare(self, step: int) -> None:  # noqa: B027 - most actions have nothing to set
+        """Set the model's values for the next step; called before the first step and after each; step: steps done."""
 
     @abstractmethod
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Act, and return what happened by metric key; empty if nothing did."""
+        """Act, and return events by metric key; empty without any."""
 
     def pending(self) -> dict[str, float]:
-        """Return what has gathered on the device since it was last asked; called on logging steps."""
+        """Return the counts on the device since the last call; called on logging steps."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,4 +100,4 @@ class Action(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most actions have none
-        """Go on from there."""
+        """Load the state."""

@@ -1,8 +1,8 @@
-"""Capacity factors that change while training: ramps over optimiser steps, and those that follow the drop rate.
+"""Changes capacity factors during training: ramps over optimiser steps, and factors that follow the drop rate.
 
-A layer is told the factor of the next step once a step is done and computes with it until the next one is, so that
-micro-batches, and the second forward pass of activation checkpointing, see one factor. A ramp is asked with the number
-of steps done and has no state. An adaptive factor is one number per layer; it is in the checkpoint.
+A layer gets the factor of the next step when a step is done, so all micro-batches and the second forward pass of
+activation checkpointing use the same one. A ramp follows from the number of steps done and has no state. An adaptive
+factor is one number per layer, saved in the checkpoint.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ from lightning_moevlm.training.actions.action import Action, Fact, StepFacts, Tr
 
 
 class CapacityFactors(Action):
-    """Moves the factors of layers and tells the layers.
+    """Sets the factors of layers.
 
     Args:
-        layers: by path, those whose factor changes.
+        layers: those with a changing factor, by path.
     """
 
     def __init__(self, layers: Mapping[str, MoEFFN]) -> None:
@@ -33,14 +33,14 @@ class CapacityFactors(Action):
         self.needs = frozenset[Fact]({"load"} if self._rules else ())
 
     def prepare(self, step: int) -> None:
-        """Tell every layer the factor that holds when `step` optimiser steps are done."""
+        """Set every layer's factor after `step` optimiser steps."""
         for path, ramp in self._ramps.items():
             self._layers[path].factor_in_force = torch.tensor(ramp(step), dtype=torch.float64)
         for path, value in self._values.items():
             self._layers[path].factor_in_force = value
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Move the adaptive ones on the counts of the step; telemetry logs the factors with the routing."""
+        """Update adaptive factors by the counts of the step; telemetry logs them with the routing."""
         for path, rule in self._rules.items():
             counts, before = facts.counts[path], self._values[path]
             self._values[path] = facts.unless_skipped(rule.next(before, counts.chosen_AE, counts.kept_AE), before)
@@ -51,12 +51,12 @@ class CapacityFactors(Action):
         return dict(self._values)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the factors of layers that are adaptive here too; the others start as configured."""
+        """Load the factors of layers that are adaptive here too; others start as configured."""
         self._values = {path: state.get(path, value) for path, value in self._values.items()}
 
 
 def find_changing_layers(backbone: Backbone) -> dict[str, MoEFFN]:
-    """Return the layers whose capacity factor changes while training, by path."""
+    """Return the layers whose capacity factor changes during training, by path."""
     return {
         path: module
         for path, module in backbone.named_modules()

@@ -1,9 +1,9 @@
-"""Freeze the routers after some steps: what is learnt from then on is learnt by fixed assignments.
+"""Freezes the routers after some steps: experts then train on fixed assignments.
 
-StableMoE (arXiv 2204.08396, section 3.2) trains the router first and freezes it, because tokens that keep changing
-experts waste what the experts learnt of them. Here the gradient of every router parameter is taken away before the
-optimiser looks: it then neither steps, nor decays, nor moves on old momentum. Balancing state of a router stands still
-too. The parameters keep `requires_grad`, which data-parallel training could not bear to lose half-way.
+StableMoE (arXiv 2204.08396, section 3.2) trains the router first and freezes it, because experts forget tokens that
+keep changing between them. Here the gradients of router parameters are removed before the optimiser's step, so it
+neither updates, nor decays, nor applies old momentum. Balancing state is frozen too. The parameters keep
+`requires_grad`, because data-parallel training cannot drop it midway.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 @dataclass(frozen=True)
 class FreezeRouter:
-    """Routers stand still after a number of steps.
+    """Freezes routers after a number of steps.
 
     Args:
-        after_steps: optimiser steps in which they learn; 0 leaves them at their start.
+        after_steps: optimiser steps before the freeze; 0 keeps the initial routers.
 
     Raises:
         UserError: a negative number.
@@ -33,17 +33,17 @@ class FreezeRouter:
 
 
 class RouterFreezer(Action):
-    """Takes the gradients of routers away.
+    """Removes the gradients of routers.
 
     Args:
-        options: when.
+        options: the step of the freeze.
     """
 
     def __init__(self, options: FreezeRouter) -> None:
         self._options = options
 
     def before_step(self, training: Training, step: int) -> None:
-        """Leave the optimiser nothing to do for routers."""
+        """Remove the gradients, so the optimiser skips routers."""
         if step > self._options.after_steps:
             for module in training.backbone.modules():
                 if isinstance(module, MoEFFN):
@@ -51,5 +51,5 @@ class RouterFreezer(Action):
                         parameter.grad = None
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Tell of the first step without routers."""
+        """Report the first frozen step."""
         return {metric_keys.ROUTER_FROZEN.key(): 1.0} if facts.step == self._options.after_steps + 1 else {}

@@ -1,8 +1,7 @@
-"""The weight of every auxiliary loss in the step at hand: constant, scheduled or adaptive.
+"""The weight of every auxiliary loss in the current step: constant, scheduled or adaptive.
 
-Schedules are asked with the number of optimiser steps done and have no state. An adaptive weight is one number that
-moves once per optimiser step on the counts of that step; it is in the checkpoint, as fp32, and stays fp32 under
-every precision.
+Schedules follow from the number of optimiser steps done and have no state. An adaptive weight is one number, updated
+once per optimiser step by its counts; it is fp32 under every precision and saved in the checkpoint.
 """
 
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
 class LossWeights(Action):
-    """Weights in force; an action where one of them adapts.
+    """Current weights; an action if one of them adapts.
 
     Args:
-        losses: whose weights they are.
+        losses: with their weights.
     """
 
     needs = frozenset({"load"})
@@ -32,11 +31,11 @@ class LossWeights(Action):
         self._values = {name: torch.tensor(rule.start, dtype=torch.float32) for name, rule in self._rules.items()}
 
     def at(self, step: int) -> dict[str, float | Tensor]:
-        """Return the weight of each loss when `step` optimiser steps are done."""
+        """Return the weight of each loss after `step` optimiser steps."""
         return {name: value_at(schedule, step) for name, schedule in self._schedules.items()} | self._values
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Move the adaptive ones; telemetry logs them with the losses."""
+        """Update adaptive weights; telemetry logs them with the losses."""
         before = self._values
         self.update(list(facts.counts.values()))
         self._values = {name: facts.unless_skipped(value, before[name]) for name, value in self._values.items()}
@@ -44,7 +43,7 @@ class LossWeights(Action):
 
     @torch.no_grad()
     def update(self, layers: Sequence[LayerCounts]) -> None:
-        """Move the adaptive ones on the counts of the optimiser step just done; a dense model counts nothing."""
+        """Update adaptive weights by the counts of the last optimiser step; a dense model has none."""
         if layers:
             self._values = {name: rule.next(self._values[name], layers) for name, rule in self._rules.items()}
 
@@ -53,5 +52,5 @@ class LossWeights(Action):
         return dict(self._values)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the weights of losses that are adaptive here too; the others start as configured."""
+        """Load the weights of losses that are adaptive here too; others start as configured."""
         self._values = {name: state.get(name, value) for name, value in self._values.items()}

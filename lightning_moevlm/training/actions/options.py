@@ -1,4 +1,4 @@
-"""The set of actions: one nullable field per action, so that an arm turns one on without touching the others."""
+"""The set of actions: one nullable field each, so an arm turns one on without touching the others."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ from lightning_moevlm.training.actions.rollback import Rollback, SnapshotRing
 
 @dataclass(frozen=True)
 class Actions:
-    """What acts on the model once per optimiser step, after the update; null is off.
+    """Actions on the model once per optimiser step, after the update; null is off.
 
     Args:
-        qk_clip: heads with too large attention logits get smaller query and key weights.
-        revive_dead_experts: experts that got no token for long start anew as noisy copies of busy ones.
-        freeze_router: routers stand still after some steps.
-        rollback: a loss spike takes the model back to an earlier state.
+        qk_clip: shrinks query and key weights of heads with too large attention logits.
+        revive_dead_experts: restarts experts without tokens as noisy copies of busy ones.
+        freeze_router: freezes routers after some steps.
+        rollback: restores an earlier state after a loss spike.
     """
 
     qk_clip: QKClip | None = None
@@ -30,10 +30,10 @@ class Actions:
 
 
 def build_actions(options: Actions, backbone: Backbone) -> dict[str, Action]:
-    """Return what acts, by name and in its order; routers that balance themselves are told their counts first.
+    """Return the actions in their order, by name; self-balancing routers come first.
 
     Raises:
-        UserError: an action that could not act on this model.
+        UserError: an action that cannot act on this model.
     """
     last_step = None if options.freeze_router is None else options.freeze_router.after_steps
     actions: dict[str, Action] = {}

@@ -2,12 +2,11 @@
 
     gamma_h = min(1, threshold / largest logit of head h),   W_q^h and W_k^h  *=  sqrt(gamma_h)
 
-Kimi K2 (arXiv 2507.20534, section 2.1.2): the logits of such a head shrink by gamma_h, those of other heads are
-untouched, and gradients are not. The largest logit is that of the step's own forward passes, over all micro-batches and
-ranks.
+Kimi K2 (arXiv 2507.20534, section 2.1.2): the logits of such a head shrink by gamma_h. Other heads and the gradients
+stay unchanged. The largest logit is that of the step's own forward passes, over all micro-batches and ranks.
 
-It needs `model.backbone.init_args.stabilisers.qk_norm: false`. With qk-norm, which is on by default, it would do
-nothing: the norm takes out whatever scale the weights have, and bounds the logits itself. The two are refused together.
+It needs `model.backbone.init_args.stabilisers.qk_norm: false`. With qk-norm, which is on by default, it has no effect:
+the norm removes the scale of the weights, and bounds the logits itself. The two are refused together.
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ class QKClip:
     """Clip of query and key weights.
 
     Args:
-        threshold: largest logit that is left alone; 100 in Kimi K2.
+        threshold: largest logit without clipping; 100 in Kimi K2.
 
     Raises:
         UserError: a threshold that is not positive.
@@ -42,7 +41,7 @@ class QKClip:
         check_number("actions.qk_clip.threshold", self.threshold, above=0, advice="; 100 is customary")
 
     def check(self, backbone: Backbone) -> None:
-        """Refuse a model on which it could not act.
+        """Refuse a model on which it cannot act.
 
         Raises:
             UserError: an attention with qk-norm.
@@ -50,14 +49,14 @@ class QKClip:
         for module in backbone.modules():
             if isinstance(module, Attention) and module.query_norm is not None:
                 raise UserError(
-                    "actions.qk_clip cannot act on a model with qk_norm, which is on by default: the norm takes out "
-                    "whatever scale the query and key weights have, and bounds the logits itself; set "
+                    "actions.qk_clip cannot act on a model with qk_norm, which is on by default: the norm removes the "
+                    "scale of query and key weights, and bounds the logits itself; set "
                     "model.backbone.init_args.stabilisers.qk_norm to false, or model.actions.qk_clip to null"
                 )
 
 
 class QKClipper(Action):
-    """Rescales heads; counts on the device and so never makes the host wait.
+    """Rescales heads; counts on the device, so the host never waits.
 
     Args:
         options: the threshold.
@@ -79,23 +78,23 @@ class QKClipper(Action):
         return {}
 
     def pending(self) -> dict[str, float]:
-        """Return the number of heads clipped since last asked."""
+        """Return the number of heads clipped since the last call."""
         count = 0 if self._clipped is None else int(self._clipped)
         self._clipped = None
         return {metric_keys.QK_CLIPPED_HEADS.key(): float(count)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count that has not been logged yet."""
+        """Return the count that is not logged yet."""
         return {"clipped": self._clipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Load the count."""
         self._clipped = state["clipped"]
 
 
 @torch.no_grad()
 def clip_heads(attention: Attention, logit_max_H: Tensor, threshold: float) -> Tensor:
-    """Rescale the query and key rows of each head in place and return gamma_H; 1 where the logit is no number."""
+    """Rescale the query and key rows of each head in place and return gamma_H; 1 if the logit is not finite."""
     gamma_H = torch.where(logit_max_H.isfinite(), threshold / logit_max_H.clamp(min=threshold), 1.0)
     weight = attention.query_key_value.weight.unflatten(0, (3, attention.num_heads, -1))  # a view: (3, H, W, D)
     weight[:2] *= gamma_H.sqrt().to(weight.dtype)[:, None, None]

@@ -1,7 +1,7 @@
-"""Loss-free balancing: routers that balance themselves are told the counts of the step.
+"""Loss-free balancing: self-balancing routers get the counts of the step.
 
-`Router.rebalance` moves a router's state, such as the bias of `SigmoidBiasRouter` (arXiv 2408.15664, algorithm 1), on
-the counts of the router's own choices. It is on wherever a router has such state and needs no option.
+`Router.rebalance` moves a router's state, such as the bias of `SigmoidBiasRouter` (arXiv 2408.15664, algorithm 1), by
+the counts of its own choices. It is on for every router with such state and needs no option.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
 class Rebalancer(Action):
-    """Tells every self-balancing router its counts.
+    """Rebalances every self-balancing router.
 
     Args:
-        last_step: the step after which routers stand still; None for never.
+        last_step: last step before routers are frozen; None for never.
     """
 
     needs = frozenset({"load"})
@@ -25,7 +25,7 @@ class Rebalancer(Action):
         self._last_step = last_step
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Rebalance each router; its balancing state stays where the update was undone."""
+        """Rebalance each router; its state stays if the update was undone."""
         if self._last_step is None or facts.step <= self._last_step:
             for path, load_AE in facts.load.items():
                 layer = training.backbone.get_submodule(path)
@@ -38,6 +38,6 @@ class Rebalancer(Action):
 
 
 def find_self_balancing(backbone: Backbone) -> Sequence[Router]:
-    """Return the routers with balancing state of their own; without any, nothing need be counted."""
+    """Return the routers with balancing state of their own."""
     layers = (module for module in backbone.modules() if isinstance(module, MoEFFN))
     return [layer.router for layer in layers if type(layer.router).rebalance is not Router.rebalance]

@@ -1,14 +1,14 @@
-"""Revive dead experts: one that got no token for long starts anew as a noisy copy of a busy one.
+"""Revives dead experts: an expert long without tokens restarts as a noisy copy of a busy one.
 
-An expert without tokens gets no gradient from the task, so it never comes back by itself. Its weights and its row of
-the router become those of the busiest expert (the second dead one takes the second busiest, and so on), plus noise:
+An expert without tokens gets no gradient from the task, so it never recovers by itself. Its weights and its row of the
+router become those of the busiest expert (the second dead one takes the second busiest, and so on), plus noise:
 
     w_dead = w_busy + noise * std(w_busy) * N(0, 1)
 
-The noise on the router's row makes the two share the tokens of the one. What the optimiser remembers of the old weights
-(momentum, second moments) is set to zero for those rows. With a softmax router the twins also share the probability, so
-each of those tokens is weighted less at first. Restarts of idle codes are customary in vector quantisation
-(arXiv 2005.00341, section 3.1, "random restarts"); for experts, only private forks have them.
+The noise on the router's row makes the two share tokens. Optimiser state of the old weights (momentum, second moments)
+is set to zero for those rows. With a softmax router the two also share the probability, so each of those tokens gets
+less weight at first. Restarts of idle codes are customary in vector quantisation (arXiv 2005.00341, section 3.1,
+"random restarts"); for experts, only private forks have them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,7 @@ class ReviveDeadExperts:
     Args:
         idle_steps: optimiser steps in a row without a chosen token, on any rank, that make an expert dead.
         noise: std of the noise, in units of the std of what is copied.
-        every_n_steps: optimiser steps between looks; at each the host waits for the device once.
+        every_n_steps: optimiser steps between checks; at each the host waits for the device once.
 
     Raises:
         UserError: a value outside its range.
@@ -54,28 +54,28 @@ class ReviveDeadExperts:
             "actions.revive_dead_experts.noise",
             self.noise,
             above=0,
-            advice="; an exact copy would never win a token from the expert it was copied from",
+            advice="; an exact copy would win no token from its original",
         )
 
     def check(self, backbone: Backbone) -> None:
-        """Refuse routers whose experts cannot die, and those that could never send a token to a revived one.
+        """Refuse routers whose experts cannot die, or cannot be revived.
 
         Raises:
-            UserError: a router that gives all experts the same work, or one without anything learned per expert.
+            UserError: a router that gives all experts the same work, or has no learned row per expert.
         """
         for module in backbone.modules():
             if not isinstance(module, MoEFFN):
                 continue
             if module.router.never_starves:
                 raise UserError(
-                    f"actions.revive_dead_experts would never act with {type(module.router).__name__}: it gives every "
-                    "expert the same work, so none dies; set actions.revive_dead_experts to null"
+                    f"actions.revive_dead_experts has no effect with {type(module.router).__name__}, which gives every "
+                    "expert the same work, so none dies: set actions.revive_dead_experts to null"
                 )
             if not module.router.per_expert():
                 raise UserError(
-                    f"actions.revive_dead_experts cannot act with {type(module.router).__name__}: it has nothing per "
-                    "expert that a copy could take over, so a revived expert would get no token either; set "
-                    "actions.revive_dead_experts to null, or choose a learned router"
+                    f"actions.revive_dead_experts cannot act with {type(module.router).__name__}, which has no learned "
+                    "row per expert to copy, so a revived expert would get no token: set actions.revive_dead_experts "
+                    "to null, or choose a learned router"
                 )
 
 
@@ -84,7 +84,7 @@ class ExpertReviver(Action):
 
     Args:
         options: when and how.
-        last_step: the step after which routers stand still, so that nothing can be revived; None for never.
+        last_step: last step before routers are frozen, when nothing can be revived; None for never.
     """
 
     needs = frozenset({"load"})
@@ -95,11 +95,11 @@ class ExpertReviver(Action):
         self._idle: dict[str, Tensor] = {}  # by layer, int64 (E), on the device
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Count, and now and then look and restart."""
+        """Count idle steps; at a check, restart dead experts."""
         for path, load_AE in facts.load.items():
             load_E = load_AE.sum(dim=0)
             idle_E = self._idle.get(path, torch.zeros_like(load_E)).to(load_E.device)
-            # a layer that routed nothing at all (its modality was not in the batch) says nothing about its experts
+            # a layer without any token (its modality was not in the batch) says nothing about its experts
             counted_E = torch.where(load_E > 0, 0, idle_E + (load_E.sum() > 0))
             self._idle[path] = facts.unless_skipped(counted_E, idle_E)
         if facts.step % self._options.every_n_steps or (self._last_step is not None and facts.step > self._last_step):
@@ -119,7 +119,7 @@ class ExpertReviver(Action):
         return {"idle": dict(self._idle)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Load the counts."""
         self._idle = dict(state["idle"])
 
     def _revive(self, training: Training, facts: StepFacts, path: str, dead: Sequence[int]) -> int:
@@ -145,19 +145,19 @@ def copy_expert(
     generator: torch.Generator,
     optimizers: Iterable[Optimizer],
 ) -> None:
-    """Make an expert and its place in the router a noisy copy of another, without a past; buffers exactly."""
+    """Make an expert and its router row a noisy copy of another, with empty optimiser state; buffers exactly."""
     optimizers = list(optimizers)
     for tensor, axis in (*(ExpertAxis(stack, 0) for stack in layer.experts.stacks()), *layer.router.per_expert()):
         copied = tensor.select(axis, source).clone()
         if isinstance(tensor, nn.Parameter):
             draw = torch.randn(copied.shape, generator=generator, dtype=torch.float32).to(copied.device)
             copied += (noise * copied.float().std(correction=0) * draw).to(copied.dtype)
-            forget(tensor, axis, target, optimizers)
+            clear_state(tensor, axis, target, optimizers)
         tensor.select(axis, target).copy_(copied)
 
 
-def forget(parameter: nn.Parameter, axis: int, expert: int, optimizers: Iterable[Optimizer]) -> None:
-    """Set an expert's place to zero in everything that the optimisers remember with the parameter's axis of experts."""
+def clear_state(parameter: nn.Parameter, axis: int, expert: int, optimizers: Iterable[Optimizer]) -> None:
+    """Set an expert's slice to zero in all optimiser state that has the parameter's axis of experts."""
     for optimizer in optimizers:
         if parameter not in optimizer.state:
             continue

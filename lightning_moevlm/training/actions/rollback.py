@@ -1,19 +1,18 @@
-"""Rollback: after a loss spike or a loss that is no number, go back to an earlier state and on with fresh data.
+"""Rollback: after a loss spike or a loss that is not finite, restore an earlier state and continue with fresh data.
 
 PaLM (arXiv 2204.02311, training instability) restarted about 100 steps before a spike and skipped the batches around
-it; the spikes did not come back, so they come from a state meeting a batch. Here weights, buffers, optimisers,
-schedules and whatever decides by what it has seen (clipping against past norms, adaptive weights, idle experts) go
-back, while data, masks and the count of steps go on: nothing is read twice, and a budget of steps stays a budget of
-steps.
+it. The spikes did not return, so they come from a certain state with a certain batch. Here weights, buffers,
+optimisers, schedules and state of stabilisers and actions (past norms, adaptive weights, idle experts) are restored.
+Data, masks and the step count continue: nothing is read twice, and a budget of steps stays the same.
 
-    bad:    the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there
+    bad     the loss is not finite, or above mean + spike_threshold x std of the last `window` good losses, once there
             are that many
-    where:  the newest snapshot at least `lookback` steps old, else the oldest; it and newer ones leave the ring, so
-            that a second rollback goes further back; the last snapshot is never given up
+    target  the newest snapshot at least `lookback` steps old, else the oldest; it and newer ones leave the ring, so a
+            second rollback goes further back; the last snapshot is never dropped
 
-The loss is the mean total loss of the step over micro-batches and ranks. Snapshots lie in memory beside the weights:
-each costs what weights and optimiser state cost, and the ring is part of every checkpoint, so that a resumed run can go
-back as far. Every step makes the host wait for the loss once.
+The loss is the mean total loss of the step over micro-batches and ranks. Snapshots are in memory beside the weights:
+each takes as much as weights and optimiser state. The ring is part of every checkpoint, so a resumed run can go back as
+far. In every step the host waits for the loss once.
 """
 
 import copy
@@ -30,15 +29,16 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 @dataclass(frozen=True)
 class Rollback:
-    """When to take snapshots and when to go back.
+    """Schedule of snapshots and rule for rollbacks.
 
     Args:
         every_n_steps: optimiser steps between snapshots; one more is taken before the first step.
         keep: snapshots in the ring.
-        lookback: least age of the snapshot to go back to, in steps.
-        spike_threshold: standard deviations above the mean that make a spike; null leaves losses that are no number.
-        window: good losses that mean and std are taken of.
-        max_rollbacks: after that many, training is left to its fate.
+        lookback: least age of the restored snapshot, in steps.
+        spike_threshold: standard deviations above the mean that make a spike; null answers only losses that are not
+            finite.
+        window: good losses in mean and std.
+        max_rollbacks: largest number of rollbacks; after it, training continues without.
 
     Raises:
         UserError: a value outside its range.
@@ -60,7 +60,7 @@ class Rollback:
 
 
 class Snapshot(NamedTuple):
-    """A state to go back to: after `step` optimiser steps. losses: the good ones that were in the window then."""
+    """A state after `step` optimiser steps."""
 
     step: int
     module: dict[str, Any]
@@ -68,13 +68,14 @@ class Snapshot(NamedTuple):
     schedulers: list[dict[str, Any]]
     memories: dict[str, dict[str, Any]]
     losses: list[float]
+    """The good losses in the window."""
 
 
 class SnapshotRing(Action):
-    """Takes snapshots and goes back to them.
+    """Takes and restores snapshots.
 
     Args:
-        options: when.
+        options: schedule and rule.
     """
 
     needs = frozenset({"loss"})
@@ -87,12 +88,12 @@ class SnapshotRing(Action):
 
     @property
     def can_roll_back(self) -> bool:
-        """Whether the next bad loss will be answered."""
+        """Whether the next bad loss will cause a rollback."""
         return self._done < self._options.max_rollbacks
 
     @property
     def snapshots(self) -> tuple[int, ...]:
-        """The steps that it can go back to, oldest first."""
+        """The steps of the snapshots, oldest first."""
         return tuple(snapshot.step for snapshot in self._ring)
 
     def start(self, training: Training, step: int) -> None:
@@ -101,7 +102,7 @@ class SnapshotRing(Action):
             self._ring.append(take_snapshot(training, step, self._losses))
 
     def rewind(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Go back if the loss is bad; empty if it is not, or if the rollbacks are used up."""
+        """Restore a snapshot if the loss is bad; empty if it is not, or no rollback is left."""
         assert facts.loss is not None
         if not self.can_roll_back or not is_bad(float(facts.loss), self._losses, self._options):
             return {}
@@ -115,7 +116,7 @@ class SnapshotRing(Action):
         return {metric_keys.ROLLBACK.key(): float(snapshot.step)}
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Remember a good loss; now and then take a snapshot."""
+        """Add a good loss to the window; every n steps take a snapshot."""
         assert facts.loss is not None
         loss = float(facts.loss)
         if not math.isfinite(loss):
@@ -130,7 +131,7 @@ class SnapshotRing(Action):
         return {"ring": [snapshot._asdict() for snapshot in self._ring], "losses": self._losses, "done": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Load them."""
         self._ring = [Snapshot(**{"memories": {}, **snapshot}) for snapshot in state["ring"]]  # older ones had none
         self._losses = list(state["losses"])
         self._done = int(state["done"])
@@ -146,7 +147,7 @@ def is_bad(loss: float, good: Sequence[float], options: Rollback) -> bool:
 
 
 def take_snapshot(training: Training, step: int, losses: Sequence[float] = ()) -> Snapshot:
-    """Copy everything that an update changes; on the devices where it lies."""
+    """Copy everything that an update changes, on its devices."""
     return Snapshot(
         step,
         {name: tensor.detach().clone() for name, tensor in training.module.state_dict().items()},
@@ -158,10 +159,10 @@ def take_snapshot(training: Training, step: int, losses: Sequence[float] = ()) -
 
 
 def restore(snapshot: Snapshot, training: Training) -> None:
-    """Put the copy back; the snapshot stays as it is. A memory that it does not know stays too.
+    """Load a snapshot, which stays unchanged; a memory without an entry in it keeps its state.
 
-    Options of the optimiser stay too, for the snapshot may be of a run that was resumed with others. The learning rate
-    is one of them unless a schedule sets it.
+    The optimiser keeps its options, because the snapshot may be from a run with others. The learning rate is one of
+    them unless a schedule sets it.
     """
     training.module.load_state_dict(snapshot.module)
     left_out = {"params", "lr"} if training.schedulers else {"params"}

@@ -1,7 +1,7 @@
-"""Runs the actions of a module at their moment, logs what they did, and keeps their state in the checkpoint.
+"""Runs the actions of a module, logs their events, and keeps their state in the checkpoint.
 
-A callback, because callbacks act before checkpoints are written: a checkpoint then holds the model after the actions of
-its step. `VisionLanguageModule` brings it along; it is not meant to be configured.
+It is a callback, because callbacks act before checkpoints are written: a checkpoint then holds the model after the
+actions of its step. `VisionLanguageModule` adds it; it is not meant to be configured.
 """
 
 from collections.abc import Callable
@@ -28,50 +28,50 @@ class ActionRunner(Callback):
 
     Args:
         actions: by name, in their order.
-        backbone: that they act on.
+        backbone: changed by the actions.
         seed: of their draws.
-        counter: of what routers do.
+        counter: counts the routers' choices.
     """
 
     def __init__(self, actions: dict[str, Action], backbone: Backbone, seed: int, counter: RoutingCounter) -> None:
-        # the rollback last: its snapshots are of what the others have made of the step
+        # the rollback last: its snapshots include the effects of the others
         self._actions = dict(sorted(actions.items(), key=lambda entry: entry[0] == "rollback"))
         self._backbone = backbone
         self._seed = seed
         needs = frozenset[Fact]().union(*(action.needs for action in actions.values()))
         self._collector = FactCollector(backbone, needs, counter)
         self._steps_done = 0
-        self.gradient_control: GradientControl | None = None  # at work on the optimiser, once there is one
+        self.gradient_control: GradientControl | None = None  # set when the optimiser is built
 
     @property
     def can_roll_back(self) -> bool:
-        """Whether a rollback will answer the next loss that is no number."""
+        """Whether a rollback will answer the next loss that is not finite."""
         ring = self._ring
         return ring is not None and ring.can_roll_back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember where training starts."""
+        """Note the first step, and prepare it."""
         self._steps_done = trainer.global_step
         self._prepare(trainer.global_step)
         if self._ring is not None:
             self._ring.start(self._training(trainer, pl_module), trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let actions look at the gradients, before they are clipped."""
+        """Run the actions on gradients, before they are clipped."""
         for action in self._actions.values():
             action.before_step(self._training(trainer, pl_module), trainer.global_step + 1)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """Gather, and after an update act. A step that is taken back is no reason for any other action."""
+        """Collect facts, and after an update act; after a rollback no other action acts."""
         self._collector.add(outputs["attention"], outputs["report"].differentiated)
         step = trainer.global_step
         if step == self._steps_done:
             return  # the batch only added to the gradient
         self._steps_done = step
 
-        facts = self._collector.finish(step, pl_module.device, _over_ranks(trainer))
+        facts = self._collector.finish(step, pl_module.device, _reduce_over_ranks(trainer))
         if self.gradient_control is not None and self.gradient_control.events is not None:
             facts = facts._replace(skipped=self.gradient_control.events.skipped)
         training = self._training(trainer, pl_module)
@@ -96,20 +96,22 @@ class ActionRunner(Callback):
         return {name: action.state_dict() for name, action in self._actions.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; an action that the checkpoint does not know starts fresh."""
+        """Load it; an action that is not in the checkpoint starts fresh."""
         for name, action in self._actions.items():
             if name in state_dict:
                 action.load_state_dict(state_dict[name])
 
-    def gathered(
+    def collect_partial_step(
         self, trainer: Trainer, device: torch.device, gather_ranks: Callable[[Tensor], Tensor]
     ) -> CollectedFacts:
-        """Return what was gathered of the step at hand, over all ranks; all must ask together."""
-        return self._collector.state(device, _over_ranks(trainer), gather_ranks)
+        """Return the facts of the current step so far, over all ranks; all ranks must call it together."""
+        return self._collector.state(device, _reduce_over_ranks(trainer), gather_ranks)
 
-    def take_up(self, gathered: CollectedFacts, device: torch.device, select_rank: Callable[[Tensor], Tensor]) -> None:
-        """Go on gathering from there."""
-        self._collector.restore(gathered, device, select_rank)
+    def restore_partial_step(
+        self, facts: CollectedFacts, device: torch.device, select_rank: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Continue collecting from there."""
+        self._collector.restore(facts, device, select_rank)
 
     @property
     def _ring(self) -> SnapshotRing | None:
@@ -125,7 +127,7 @@ class ActionRunner(Callback):
         return Training(module, self._backbone, trainer.optimizers, schedulers, self._seed, memories)
 
 
-def _over_ranks(trainer: Trainer) -> Reduce:
+def _reduce_over_ranks(trainer: Trainer) -> Reduce:
     def reduce(tensor: Tensor, operation: str) -> Tensor:
         total: Tensor = trainer.strategy.reduce(tensor, reduce_op=operation)
         return total

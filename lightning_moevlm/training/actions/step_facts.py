@@ -1,6 +1,6 @@
-"""Gathers the facts of an optimiser step: over its micro-batches as they come, over ranks when it is done.
+"""Collects the facts of an optimiser step: over its micro-batches one by one, over ranks at its end.
 
-Every layer has its place from the start, so that ranks agree on what they exchange even if one of them saw no text.
+Every layer has its place from the start, so ranks exchange the same numbers even if one of them had no text.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,19 +21,21 @@ Reduce = Callable[[Tensor, str], Tensor]
 
 
 class CollectedFacts(TypedDict):
-    """attention: largest logits by layer (H). losses: total loss of each micro-batch, by rank (ranks, n)."""
+    """Facts of a partial step."""
 
     attention: dict[str, Tensor]
+    """Largest logits by layer (H)."""
     losses: Tensor
+    """Total loss of each micro-batch, by rank (ranks, n)."""
 
 
 class FactCollector:
     """Counts of routing, largest attention logits and loss since the last step.
 
     Args:
-        backbone: whose layers are listened to.
-        needs: what is gathered; the rest is left out.
-        counter: counts what routers do, in the training step itself, because losses may read it there.
+        backbone: holds the layers.
+        needs: facts to collect.
+        counter: counts the routers' choices; shared with the training step, in which losses may read it.
     """
 
     def __init__(self, backbone: Backbone, needs: frozenset[Fact], counter: RoutingCounter) -> None:
@@ -45,7 +47,7 @@ class FactCollector:
         self._losses: list[Tensor] = []
 
     def add(self, attention: Iterable[AttentionLogits], loss: Tensor) -> None:
-        """Take in one micro-batch."""
+        """Add one micro-batch."""
         if "attention" in self._needs:
             for logits in attention:
                 before = self._attention.get(logits.layer)
@@ -54,14 +56,14 @@ class FactCollector:
             self._losses.append(loss)
 
     def finish(self, step: int, device: torch.device, reduce: Reduce) -> StepFacts:
-        """Return the facts of the step over all ranks, and start anew."""
+        """Return the facts of the step over all ranks, and reset."""
         counts: dict[str, LayerCounts] = {}
         attention: dict[str, Tensor] = {}
         loss = None
         if "load" in self._needs:
             counts = self._counter.totals(lambda flat: reduce(flat, "sum"), device)
         if "attention" in self._needs:
-            assert self._attention, "QK-clip acts on attention logits, and the objective handed none on"
+            assert self._attention, "QK-clip acts on attention logits, and the objective returned none"
             attention = self._largest(device, reduce)
         if "loss" in self._needs:
             loss = reduce(torch.stack(self._losses).float().mean(), "mean")
@@ -69,25 +71,22 @@ class FactCollector:
         return StepFacts(step, counts, attention, loss)
 
     def state(self, device: torch.device, reduce: Reduce, gather_ranks: Callable[[Tensor], Tensor]) -> CollectedFacts:
-        """Return what was gathered so far over all ranks, amid a step; all ranks must ask together.
-
-        gather_ranks: (n) -> (ranks, n).
-        """
+        """Return the facts so far over all ranks; all ranks must call it together. gather_ranks: (n) -> (ranks, n)."""
         attention = self._largest(device, reduce) if "attention" in self._needs else {}
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0, dtype=torch.float32)
         return CollectedFacts(attention=attention, losses=gather_ranks(losses))
 
     def restore(self, state: CollectedFacts, device: torch.device, select_rank: Callable[[Tensor], Tensor]) -> None:
-        """Go on from there; select_rank: (ranks, n) -> (n)."""
+        """Continue from there; select_rank: (ranks, n) -> (n)."""
         self._attention = {path: max_H.to(device) for path, max_H in state["attention"].items()}
         self._losses = list(select_rank(state["losses"]).to(device))
 
     def _largest(self, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
         none = {path: torch.full((count,), -torch.inf, device=device) for path, count in self._num_heads.items()}
-        return _reduced(none | self._attention, lambda flat: reduce(flat, "max"))
+        return _reduce_joined(none | self._attention, lambda flat: reduce(flat, "max"))
 
 
-def _reduced(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _reduce_joined(values: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Reduce all tensors in one exchange."""
     flat = reduce(torch.cat([value.flatten() for value in values.values()]))
     pieces = flat.split([value.numel() for value in values.values()])

@@ -1,4 +1,4 @@
-"""Callbacks: telemetry, and guards that act."""
+"""Callbacks: telemetry, proofs of switches, stops, checkpoints."""
 
 from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.training.callbacks.float8_training import Float8Training

@@ -1,4 +1,4 @@
-"""Writes what `moevlm predict` computes: pooled features and the samples' keys."""
+"""Writes the features of `moevlm predict` with the samples' keys."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,29 +15,28 @@ from lightning_moevlm.model.layers import batch_dependence
 
 
 class FeatureWriter(BasePredictionWriter):
-    """One `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys` (a line each).
+    """Writes `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys`, one a line.
 
-    The files of an earlier prediction in the folder make way: none is left among those of fewer batches or ranks.
-
-    Where features are not a function of the sample alone, the metadata `depends_on_batch` says why.
+    Files of an earlier prediction in the folder are removed first. If features of a sample depend on its batch, the
+    metadata `depends_on_batch` says why.
 
     Args:
-        folder: where the files go; made if missing.
+        folder: target folder; created if missing.
 
     Raises:
-        UserError: a folder without a name.
+        UserError: an empty name of the folder.
     """
 
     def __init__(self, folder: str = "runs/features") -> None:
         if not folder.strip():
             raise UserError(
-                f"folder of FeatureWriter is {folder!r}: name one, such as runs/features, or . for this one"
+                f"folder of FeatureWriter is {folder!r}: name one, such as runs/features, or . for the current one"
             )
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what an earlier prediction left, before any rank writes."""
+        """Remove files of an earlier prediction, before any rank writes."""
         if trainer.is_global_zero:
             for file in self.folder.glob(f"features-{'[0-9]' * 4}-{'[0-9]' * 6}.safetensors"):
                 file.unlink()

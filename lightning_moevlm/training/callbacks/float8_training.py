@@ -1,8 +1,8 @@
-"""Linear layers in fp8 on a GPU, by torchao; routers, and what the policy pins to fp32, stay out.
+"""Runs linear layers in fp8 on a GPU, by torchao; routers and regions pinned to fp32 are left out.
 
 torchao swaps `nn.Linear` for one that casts inputs, weights and gradients to fp8 with a scale per tensor or row (the
-recipe of arXiv 2209.05433, section 3). Weights stay as they are, under the same names, so checkpoints fit either way.
-Stacked experts are no linear layers and are not converted; to study fp8 in them, or anywhere on a CPU, simulate it
+recipe of arXiv 2209.05433, section 3). Weights keep their values and names, so checkpoints fit with and without it.
+Stacked experts are not linear layers and are not converted; to study fp8 in them, or on a CPU, simulate it
 (`precision.experts: float8_e4m3fn`, `precision.simulate: {}`).
 """
 
@@ -23,13 +23,13 @@ _CAPABILITY = (8, 9)  # the first NVIDIA GPUs with fp8 products
 
 
 class Float8Training(Callback):
-    """Converts linear layers before training and evaluation, and says which.
+    """Converts linear layers before training and evaluation, and reports them.
 
     Args:
-        recipe: torchao's; "tensorwise" is the fastest, "rowwise" the more exact, "rowwise_with_gw_hp" keeps gradients
-            of weights wide.
-        heads: convert the objective's layers too.
-        emulate: torchao's own emulation, which computes wide: for tests on a CPU.
+        recipe: torchao's; "tensorwise" is fastest, "rowwise" more exact, "rowwise_with_gw_hp" keeps weight gradients
+            wide.
+        heads: also convert the objective's layers.
+        emulate: torchao's emulation, which computes in wide dtypes; for tests on a CPU.
 
     Raises:
         UserError: torchao or a GPU with fp8 is missing, or no layer could be converted.
@@ -56,9 +56,8 @@ class Float8Training(Callback):
         self.converted = self._convert(pl_module)
         if not self.converted:
             raise UserError(
-                "Float8Training found no linear layer to convert: widths must be multiples of "
-                f"{_MULTIPLE} and their region not pinned to float32; change dim or hidden_dim, or leave the callback "
-                "out"
+                f"Float8Training found no linear layer to convert: widths must be multiples of {_MULTIPLE} in a "
+                "region that is not pinned to float32; change dim or hidden_dim, or remove the callback"
             )
         rank_zero_info(f"fp8 ({self.recipe}): {len(self.converted)} linear layers: {', '.join(self.converted)}")
 
@@ -77,7 +76,7 @@ class Float8Training(Callback):
             return True
 
         config = Float8LinearConfig.from_recipe_name(self.recipe)
-        object.__setattr__(config, "emulate", self.emulate)  # a frozen record whose recipes do not take it
+        object.__setattr__(config, "emulate", self.emulate)  # a frozen record whose recipes lack it
         convert_to_float8_training(module, module_filter_fn=wanted, config=config)
         return tuple(converted)
 
@@ -85,8 +84,8 @@ class Float8Training(Callback):
 def is_convertible(
     layer: nn.Module, path: str, regions: Mapping[str, Region], policy: PrecisionPolicy, heads: bool
 ) -> bool:
-    """Return whether a layer may compute in fp8: a plain linear one of fitting widths, in a region that allows it."""
-    if type(layer) is not nn.Linear:  # not one that was converted already
+    """Return whether a layer can compute in fp8: a plain linear layer with suitable widths and region."""
+    if type(layer) is not nn.Linear:  # and not converted already
         return False
     if layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE:
         return False
@@ -103,10 +102,10 @@ def check_device(device: torch.device) -> None:
     """
     advice = "simulate fp8 instead (precision.trunk: float8_e4m3fn, precision.simulate: {})"
     if device.type != "cuda":
-        raise UserError(f"Float8Training needs a CUDA GPU, the Trainer runs on {device.type}: {advice}")
+        raise UserError(f"Float8Training needs a CUDA GPU, but the Trainer runs on {device.type}: {advice}")
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         raise UserError(
-            f"Float8Training needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} or higher, this one "
-            f"has {capability[0]}.{capability[1]}: {advice}"
+            f"Float8Training needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} or higher, but this "
+            f"one has {capability[0]}.{capability[1]}: {advice}"
         )

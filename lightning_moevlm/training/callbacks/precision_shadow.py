@@ -1,10 +1,9 @@
-"""Where a narrow dtype hurts: on sampled steps a slice of the batch runs again with every region in fp32.
+"""Measures the harm of narrow dtypes: on sampled steps a slice of the batch runs again with every region in fp32.
 
-Both runs see the weights, masks and noise of the step; the slice is routed as a batch of its own. The fp32 run widens
-the weights, so what it shows is the error of arithmetic (and, where a policy simulates, of rounded weights), not of
-weights that are stored narrow. Deeper layers also carry the error of those below. For each region that is narrow, a
-third run has this region alone as it is trained and all others in fp32. Modules that a library swapped in (fp8 linears)
-stay as they are.
+Both runs use the weights, masks and noise of the step; the slice is routed as its own batch. The fp32 run widens the
+weights, so it shows the error of arithmetic (and of rounded weights, if the policy simulates), not that of weights
+stored narrow. Deeper layers include the errors below them. For each narrow region, a third run keeps only this region
+as trained and all others in fp32. Modules swapped in by a library (fp8 linears) stay unchanged.
 """
 
 from collections import defaultdict
@@ -49,15 +48,15 @@ _SHIFTS = {
 
 
 class PrecisionShadow(Callback):
-    """Logs routing flips, logit errors and loss error against fp32, in all and by region.
+    """Logs routing flips, logit errors and loss error against fp32, in total and by region.
 
-    Costs two forward passes of the slice, and one more per narrow region, on sampled steps alone. Changes nothing: no
-    gradient, no weight, no random state.
+    Costs two forward passes of the slice, and one more per narrow region, on sampled steps. Changes no gradient, weight
+    or random state.
 
     Args:
         every_n_steps: optimiser steps between samples, the first step included; null takes trainer.log_every_n_steps.
         num_samples: samples of the batch that run again.
-        by_region: find the share of each narrow region too.
+        by_region: also measure each narrow region.
 
     Raises:
         UserError: fewer than 1 step or sample.
@@ -72,7 +71,7 @@ class PrecisionShadow(Callback):
         self.by_region = by_region
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Before a sampled step, with its weights: run the slice in all ways and write what differs."""
+        """Before a sampled step, with its weights: run the slice in all ways and log the differences."""
         assert isinstance(pl_module, VisionLanguageModule)
         micro_step, step = pl_module.micro_step(batch_idx), trainer.global_step + 1
         every = self.every_n_steps or log_interval(trainer)
@@ -92,7 +91,7 @@ class PrecisionShadow(Callback):
 
 
 def narrow_regions(policy: PrecisionPolicy, precision: str) -> dict[Region, PrecisionPolicy]:
-    """Return for each region that is not fp32 the policy in which it alone is as trained; precision: the Trainer's."""
+    """Return, for each narrow region, the policy in which only it is as trained; precision: the Trainer's."""
     policies: dict[Region, PrecisionPolicy] = {}
     for name in REGIONS:
         dtype = policy.dtype_of(name) or _NARROW.get(precision, "float32")
@@ -103,7 +102,7 @@ def narrow_regions(policy: PrecisionPolicy, precision: str) -> dict[Region, Prec
 
 
 class _Whole(nn.Module):
-    """Backbone and objective as one module, so that their weights can be widened in one call."""
+    """Backbone and objective as one module, so one call widens their weights."""
 
     def __init__(self, backbone: Backbone, objective: Objective) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class _Whole(nn.Module):
 
 
 class _Rerun:
-    """Runs one slice again, always with the same masks and noise."""
+    """Runs one slice again with the same masks and noise."""
 
     def __init__(self, module: VisionLanguageModule, batch: Batch, step: int) -> None:
         self.module = module
@@ -132,9 +131,9 @@ class _Rerun:
             return output
 
     def in_fp32(self, policy: PrecisionPolicy) -> ObjectiveOutput:
-        """Run with weights and buffers widened to fp32, under a policy that says what else is not."""
+        """Run with weights and buffers widened to fp32, under a policy."""
         whole = _Whole(self.module.backbone, self.module.objective)
-        wide = {name: _widened(tensor) for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
+        wide = {name: _widen(tensor) for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
         with self._repeatable(), torch.no_grad(), use_precision(whole, policy):
             output: ObjectiveOutput = functional_call(
                 whole, wide, (self.batch, self.module.draws("train", self.module.global_step))
@@ -149,13 +148,13 @@ class _Rerun:
             yield
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def _widen(tensor: Tensor) -> Tensor:
     return tensor.detach().float() if tensor.is_floating_point() else tensor.clone()
 
 
 def _shift_by_layer(trained: ObjectiveOutput, shadow: ObjectiveOutput) -> dict[str, float]:
     pairs: dict[tuple[int, Modality], list[tuple[PairPlan, PairPlan]]] = defaultdict(list)
-    for named, ours, theirs in _paired(trained, shadow):
+    for named, ours, theirs in _pair(trained, shadow):
         for modality in named.modalities:
             pairs[named.block, modality].append((ours, theirs))
     values: dict[str, float] = {}
@@ -168,7 +167,7 @@ def _shift_by_layer(trained: ObjectiveOutput, shadow: ObjectiveOutput) -> dict[s
 
 def _shift_of_region(name: Region, output: ObjectiveOutput, shadow: ObjectiveOutput) -> dict[str, float]:
     values = {metric_keys.REGION_LOSS_ERROR.key(region=name): _loss_error(output, shadow)}
-    plans = list(_paired(output, shadow))
+    plans = list(_pair(output, shadow))
     if plans:
         shift = routing_shift([ours for _, ours, _ in plans], [theirs for _, _, theirs in plans])
         values[metric_keys.REGION_FLIP_RATE.key(region=name)] = float(shift.flip_rate)
@@ -176,10 +175,10 @@ def _shift_of_region(name: Region, output: ObjectiveOutput, shadow: ObjectiveOut
     return values
 
 
-def _paired(output: ObjectiveOutput, shadow: ObjectiveOutput) -> Iterator[tuple[NamedPlan, PairPlan, PairPlan]]:
+def _pair(output: ObjectiveOutput, shadow: ObjectiveOutput) -> Iterator[tuple[NamedPlan, PairPlan, PairPlan]]:
     for named, reference in zip(output.plans, shadow.plans, strict=True):
         assert (named.source, named.layer) == (reference.source, reference.layer)
-        if isinstance(named.plan, PairPlan) and isinstance(reference.plan, PairPlan):  # soft slots choose nobody
+        if isinstance(named.plan, PairPlan) and isinstance(reference.plan, PairPlan):  # soft slots choose no experts
             yield named, named.plan, reference.plan
 
 

@@ -1,4 +1,4 @@
-"""What `validate`, `test` and `predict` have to say at their end, on the terminal."""
+"""Prints the results of `validate`, `test` and `predict`."""
 
 from collections.abc import Mapping
 
@@ -16,11 +16,11 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
 
 WRITE_FEATURES = "--trainer.callbacks+=lightning_moevlm.training.callbacks.FeatureWriter"
-"""What keeps predictions, in a command line."""
+"""The option that saves predictions."""
 
 
 class ResultTable(Callback):
-    """Prints a table of metrics after validate and test (not inside fit), and where the files of predict are."""
+    """Prints a table of metrics after validate and test (not inside fit), and the folder of predictions."""
 
     def __init__(self) -> None:
         self._num_batches = 0  # predicted on this rank
@@ -35,7 +35,7 @@ class ResultTable(Callback):
         _print_table(trainer, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count."""
+        """Reset the count."""
         self._num_batches = 0
 
     def on_predict_batch_end(
@@ -51,16 +51,16 @@ class ResultTable(Callback):
         self._num_batches += 1
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many files are where."""
+        """Print the number of files and their folder."""
         batches = torch.tensor(self._num_batches, device=pl_module.device)
-        num_files = int(trainer.strategy.reduce(batches, reduce_op="sum"))  # a file per batch; every rank is asked
+        num_files = int(trainer.strategy.reduce(batches, reduce_op="sum"))  # a file per batch; a collective call
         for writer in prediction_writers(trainer):
             if isinstance(writer, FeatureWriter):
-                _say(f"{num_files} {'file' if num_files == 1 else 'files'} with features: {writer.folder.absolute()}")
+                _print(f"{num_files} {'file' if num_files == 1 else 'files'} with features: {writer.folder.absolute()}")
 
 
 def result_table(metrics: Mapping[str, float], title: str) -> Table:
-    """Return a table of metrics, sorted by key; what a key means and its unit are looked up in its declaration."""
+    """Return a table of metrics, sorted by key, with units and meanings from their declarations."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
@@ -69,13 +69,13 @@ def result_table(metrics: Mapping[str, float], title: str) -> Table:
     for key in sorted(metrics):
         known = metric_keys.find_metric(key)
         value = metrics[key]
-        shown = f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
-        table.add_row(key, shown, known.unit if known else "", known.title if known else "")
+        text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+        table.add_row(key, text, known.unit if known else "", known.title if known else "")
     return table
 
 
 def prediction_writers(trainer: Trainer) -> list[BasePredictionWriter]:
-    """Return the callbacks that keep what `predict` computes."""
+    """Return the callbacks that save predictions."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets, but declares it not
     return [callback for callback in callbacks if isinstance(callback, BasePredictionWriter)]
 
@@ -88,5 +88,5 @@ def _print_table(trainer: Trainer, title: str) -> None:
 
 
 @rank_zero_only
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     Console().print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""The wall times of steps and validations, for whoever wants to know beforehand how long a run will take."""
+"""Records the wall times of steps and validations, to estimate the duration of runs."""
 
 import json
 import time
@@ -14,11 +14,11 @@ from lightning_moevlm.training import StepOutput
 class StepClock(Callback):
     """Writes a JSON file with `step_seconds` and `validation_seconds`, in order, at the end of training.
 
-    A step is all from the end of the one before to its own end, data included, validations left out. It waits for the
-    device after each step: a probe may, a run that is measured by others should not.
+    A step lasts from the end of the one before to its own end, data included, validations excluded. It waits for the
+    device after each step, so use it only in probes.
 
     Args:
-        file: written on rank 0.
+        file: target, written on rank 0.
     """
 
     def __init__(self, file: str) -> None:
@@ -36,7 +36,7 @@ class StepClock(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """Note a step where the optimiser has made one."""
+        """Record a step if the optimiser has made one."""
         if trainer.global_step == self._steps_seen or self._step_began is None:
             return
         if pl_module.device.type == "cuda":
@@ -46,18 +46,18 @@ class StepClock(Callback):
         self._step_began, self._steps_seen = now, trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note when."""
+        """Record the beginning."""
         self._validation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how long, and take it out of the step that it fell into."""
+        """Record the duration, and subtract it from the current step."""
         seconds = time.perf_counter() - self._validation_began
         self.validation_seconds.append(seconds)
         if self._step_began is not None:
             self._step_began += seconds
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
+        """Write the file."""
         if trainer.is_global_zero:
             times = {"step_seconds": self.step_seconds, "validation_seconds": self.validation_seconds}
             self.file.write_text(json.dumps(times), encoding="utf-8")

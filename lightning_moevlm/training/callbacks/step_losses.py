@@ -1,4 +1,4 @@
-"""The losses of an optimiser step, of all its micro-batches on all ranks: those whose gradient it took."""
+"""Computes the losses of an optimiser step over all its micro-batches and ranks."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from lightning_moevlm.model.metrics.running_sums import RunningSums
 def losses_of_step(reports: Sequence[LossReport], num_ranks: int) -> LossReport:
     """Return the terms of the joined batch; a loss that does not add up is the mean over micro-batches and ranks.
 
-    All ranks must ask together. After a resume in the midst of a step they are those of the rest of it.
+    All ranks must call it together. After a resume within a step they cover the rest of the step.
 
     Args:
         reports: of the step's micro-batches on this rank.
-        num_ranks: each with as many.
+        num_ranks: ranks, each with as many reports.
     """
     sums = RunningSums[tuple[bool, str]]()
     for report in reports:

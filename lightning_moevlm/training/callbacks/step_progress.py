@@ -1,4 +1,4 @@
-"""One progress bar over optimiser steps: the unit of every budget here. Lightning's bars count epochs."""
+"""One progress bar over optimiser steps, the unit of budgets; Lightning's bars count epochs."""
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -19,7 +19,7 @@ from lightning_moevlm.training.step.logging_steps import log_interval
 
 
 class StepProgress(ProgressBar):
-    """Steps done, loss, time left; nothing but the last state where the output is no terminal."""
+    """Shows steps done, loss and time left; without a terminal only the last state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class StepProgress(ProgressBar):
         self._enabled = False
 
     def enable(self) -> None:
-        """Show it again."""
+        """Show the bar again."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar where training goes on."""
+        """Open the bar at the current step."""
         if not self._enabled:
             return
         self._progress = Progress(
@@ -57,9 +57,9 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """Move on; the loss is read from the device on logging steps alone.
+        """Advance; on logging steps show the loss.
 
-        It is the report's: Lightning has divided `outputs["loss"]` by the micro-batches of a step.
+        It is the report's, because Lightning divides `outputs["loss"]` by the micro-batches of a step.
         """
         if self._progress is None:
             return
@@ -68,11 +68,11 @@ class StepProgress(ProgressBar):
             self._progress.update(self._task, loss=f"{float(outputs['report'].total_loss):.3f}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say why the bar stands still."""
+        """Show that a validation runs."""
         self._describe("validate")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on."""
+        """Show that training continues."""
         self._describe("train")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +80,7 @@ class StepProgress(ProgressBar):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
+        """Close the bar and restore the terminal."""
         self._close()
 
     def _describe(self, phase: str) -> None:

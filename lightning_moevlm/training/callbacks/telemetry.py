@@ -1,8 +1,8 @@
-"""Logs what training does: losses apart, routing per layer and modality, attention, gradient norm, speed, memory.
+"""Logs training: each loss, routing per layer and modality, attention, gradient norm, speed, memory.
 
-Everything is computed on logging steps alone (every `trainer.log_every_n_steps` optimiser steps, and the first), from
-the plans that the step itself used; between them the callback only counts samples and tokens. Losses are those of the
-whole step, the rest is of its last micro-batch on the first rank.
+Metrics are computed only on logging steps (every `trainer.log_every_n_steps` optimiser steps, and the first), from the
+step's own plans; between them the callback counts samples and tokens. Losses are those of the whole step, the rest is
+of its last micro-batch on the first rank.
 """
 
 import time
@@ -30,7 +30,7 @@ from lightning_moevlm.model.dispatch.auto.own_table import measure_products_once
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
-from lightning_moevlm.training.callbacks.peak_memory import forget_peak, peak_memory
+from lightning_moevlm.training.callbacks.peak_memory import peak_memory, reset_peak
 from lightning_moevlm.training.callbacks.step_losses import losses_of_step
 from lightning_moevlm.training.callbacks.stopping.monitors import refuse_unknown_monitors
 from lightning_moevlm.training.step.logging_steps import is_logging_step
@@ -45,7 +45,7 @@ _SCALARS = {
 }
 
 _ENOUGH_CAPTIONS = 500
-"""Over which the share that is cut is told: the first few may not be like the rest."""
+"""Captions read before the truncated share is reported: the first few may differ from the rest."""
 
 
 @runtime_checkable
@@ -60,7 +60,7 @@ class Telemetry(Callback):
     """Writes training metrics to the run's loggers; the step of a point is the number of optimiser steps done.
 
     Args:
-        update_norm: measure how far a logging step moved the parameters, for which it copies them.
+        update_norm: measure the size of the update on logging steps; copies the parameters for it.
     """
 
     def __init__(self, update_norm: bool = True) -> None:
@@ -69,9 +69,9 @@ class Telemetry(Callback):
         self._gradient_norm: float | None = None
         self._learning_rate = 0.0
         self._step_seen = 0
-        self._reports: list[LossReport] = []  # of the step at hand
+        self._reports: list[LossReport] = []  # of the current step
         self._first_step = 1
-        self._evaluated: set[str] = set()  # what a validation measures, by key
+        self._evaluated: set[str] = set()  # keys of a validation
         self._samples = 0
         self._tokens = 0
         self._seconds = 0.0
@@ -79,7 +79,7 @@ class Telemetry(Callback):
         self._dispatch: dict[str, str] = {}
         self._in_use: list[str] = []
         self._choices: dict[str, dict[str, str]] = {}  # of dispatchers, by layer and case
-        self._has_told_cut = False
+        self._has_reported_truncation = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return which dispatchers have run."""
@@ -90,7 +90,7 @@ class Telemetry(Callback):
         self._choices = state_dict.get("dispatch", {})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say and log what the model costs."""
+        """Report and log the cost of the model."""
         backbone = pl_module.backbone
         assert isinstance(backbone, Backbone)
         card = model_card(backbone)
@@ -111,15 +111,16 @@ class Telemetry(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, count the peak of memory from here, and tag the run with what its CPU is good at."""
+        """Start the clock, reset the peak of memory, and tag the run with the speed of its CPU."""
         if (
             pl_module.device.type == "cpu"
             and trainer.is_global_zero
             and (speeds := measure_products_once(measure_products))
         ):
-            told = ", ".join(f"{dtype} {speed:g} TFLOP/s" for dtype, speed in speeds.items())
-            self._tag(trainer, {"cpu/products": told})
-        forget_peak(pl_module.device)
+            self._tag(
+                trainer, {"cpu/products": ", ".join(f"{dtype} {speed:g} TFLOP/s" for dtype, speed in speeds.items())}
+            )
+        reset_peak(pl_module.device)
         self._step_seen = trainer.global_step
         self._first_step = trainer.global_step + 1
         self._reports = []
@@ -127,12 +128,12 @@ class Telemetry(Callback):
         self._resumed_at = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock: throughput is that of training."""
+        """Stop the clock: throughput excludes validation."""
         self._seconds += time.perf_counter() - self._resumed_at
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock again."""
-        if trainer.sanity_checking:  # of a validation before the first step, which Lightning then forgets
+        if trainer.sanity_checking:  # before the first step; Lightning then drops them
             self._evaluated = set(trainer.callback_metrics)
         self._resumed_at = time.perf_counter()
 
@@ -148,7 +149,7 @@ class Telemetry(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """Count, and on logging steps measure and write."""
+        """Count, and on logging steps measure and log."""
         self._samples += outputs["num_samples"] * trainer.world_size
         self._tokens += outputs["num_tokens"] * trainer.world_size
         self._reports.append(outputs["report"])
@@ -171,28 +172,28 @@ class Telemetry(Callback):
         self._write(trainer, values)
         if trainer.global_step == self._first_step:
             refuse_unknown_monitors(trainer, self._evaluated)
-        self._tell_cut(trainer, enough=_ENOUGH_CAPTIONS)
-        self._tell_dispatch(trainer, pl_module)
+        self._report_truncation(trainer, enough=_ENOUGH_CAPTIONS)
+        self._log_dispatch(trainer, pl_module)
         self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell what a short training has not told yet."""
-        self._tell_cut(trainer, enough=1)
+        """Report truncated captions of a short training."""
+        self._report_truncation(trainer, enough=1)
 
-    def _tell_cut(self, trainer: Trainer, enough: int) -> None:
-        """Say once which share of the captions is cut, if any is, when enough have been read."""
+    def _report_truncation(self, trainer: Trainer, enough: int) -> None:
+        """Report once the share of truncated captions, if any, when enough have been read."""
         loader = _train_loader(trainer)
-        if self._has_told_cut or loader is None or not loader.num_cut or loader.num_texts < enough:
+        if self._has_reported_truncation or loader is None or not loader.num_cut or loader.num_texts < enough:
             return
-        self._has_told_cut = True
+        self._has_reported_truncation = True
         rank_zero_info(
             f"{loader.num_cut / loader.num_texts:.1%} of {loader.num_texts:,} captions are longer than "
             f"data.max_text_len {trainer.datamodule.max_text_len} and lose their end; "  # type: ignore[attr-defined]
-            "`moevlm data check` tells which length keeps how many"
+            "`moevlm data check` shows the share by length"
         )
 
     def _step_values(self, pl_module: LightningModule) -> dict[str, float]:
-        """Return how far the step went and what the gradient stabilisers did, by key."""
+        """Return the size of the update and the effects of gradient stabilisers, by key."""
         assert isinstance(pl_module, VisionLanguageModule)
         values: dict[str, float] = {}
         if self._before:
@@ -207,8 +208,8 @@ class Telemetry(Callback):
             values[metric_keys.SKIPPED_STEPS.key()] = float(events.num_skipped)
         return values
 
-    def _tell_dispatch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tag the run with the dispatch path that each layer takes and why; arms compare only on equal paths."""
+    def _log_dispatch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tag the run with the dispatch path of each layer and its reason; arms compare only on equal paths."""
         layers = {path: layer for path, layer in pl_module.named_modules() if isinstance(layer, MoEFFN)}
         now = {f"dispatch/{path}": layer.dispatcher.record() for path, layer in layers.items()}
         new = {tag: text for tag, text in now.items() if self._dispatch.get(tag) != text}
@@ -232,7 +233,7 @@ class Telemetry(Callback):
 
     @staticmethod
     def _write(trainer: Trainer, values: dict[str, float]) -> None:
-        # where EarlyStopping and ModelCheckpoint look for what they monitor
+        # EarlyStopping and ModelCheckpoint read their monitor there
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
@@ -273,7 +274,7 @@ def loss_values(report: LossReport) -> dict[str, float]:
 
 
 def data_values(trainer: Trainer) -> dict[str, float]:
-    """Return what was read of each source, and what could not be used, over all ranks, by key; all ranks must ask."""
+    """Return samples read and lost by source, over all ranks, by key; all ranks must call it together."""
     loader = _train_loader(trainer)
     if loader is None:
         return {}
@@ -327,7 +328,7 @@ def routing_values(plans: Iterable[NamedPlan]) -> dict[str, float]:
 def log_partition_values(log_partitions: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the largest |logsumexp| of the output logits of every term with a masked position, by key.
 
-    It bounds the largest logit from above, and grows as well where all of them drift below 0.
+    It bounds the largest logit from above, and also grows if all logits drift below 0.
     """
     return {
         metric_keys.LOG_PARTITION_MAX.key(term=name): float(value_M.abs().max())

@@ -1,7 +1,7 @@
-"""Writes a checkpoint beside the old one and renames it: whatever happens meanwhile, one of the two is there, whole.
+"""Writes a checkpoint beside the old one and renames it, so that one of the two is always whole.
 
-Lightning writes it into the folder for temporary files and moves it. Where that is another disk, as often on clusters,
-moving is copying onto the old one: a full disk or a killed process leaves a part of a checkpoint and nothing to resume.
+Lightning writes into the folder for temporary files and moves the file. If that is another disk, as often on clusters,
+moving copies onto the old file: a full disk or a killed process leaves a partial checkpoint and nothing to resume.
 """
 
 import os
@@ -18,11 +18,11 @@ from lightning_moevlm.common.atomic_files import explain_write_errors
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's, but for how a local file is written."""
+    """Lightning's checkpoint input and output, with atomic writes of local files."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to PATH.part and rename; the part is removed where that fails.
+        """Write to PATH.part and rename; on failure the part is removed.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
@@ -32,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         whole = Path(path)
         part = whole.with_name(f"{whole.name}.part")
-        held = BytesIO()  # torch hides what the file system says behind an error of its own
+        held = BytesIO()  # torch hides the file system's message behind an error of its own
         torch.save(checkpoint, held)
         with explain_write_errors(whole, f"make room; what {whole.name} held before is still there"):
             whole.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_atomically(trainer: Trainer) -> None:
-    """Let every checkpoint of a trainer be written whole, unless it has a plugin or a strategy that writes its own."""
+    """Write every checkpoint of a trainer atomically, unless a plugin or strategy writes its own."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -1,7 +1,7 @@
-"""A checkpoint is looked at before anything is built from it or written because of it; nothing in it is run.
+"""Inspects a checkpoint before anything is built from it or written; no code in it runs.
 
-torch reads it with `weights_only`: tensors, numbers, texts and containers, while a pickle that would call anything is
-refused. The tensors stay on the disk until Lightning loads them, so the look costs milliseconds.
+torch reads it with `weights_only`: tensors, numbers, texts and containers. A pickle that calls anything else is
+refused. The tensors stay on disk until Lightning loads them, so the inspection takes milliseconds.
 """
 
 from collections.abc import Mapping
@@ -16,49 +16,48 @@ from torch import nn
 from lightning_moevlm.common.errors import UserError
 
 HOLDS_CODE = (
-    "holds more than tensors, numbers and texts, which may be code that runs when it is read; give one that `moevlm "
-    "fit` has saved"
+    "holds more than tensors, numbers and texts, possibly code that runs when it is read; give one that `moevlm fit` "
+    "has saved"
 )
-"""What is said of a file that `weights_only` refuses."""
+"""The message for a file that `weights_only` refuses."""
 
-_SHARDED = ("meta.pt", ".metadata", "checkpoint")  # what strategies that shard weights leave in their folders
+_SHARDED = ("meta.pt", ".metadata", "checkpoint")  # files in the folders of strategies that shard weights
 _NEEDED = ("state_dict", "pytorch-lightning_version")
-_NEEDED_TO_GO_ON = ("loops", "optimizer_states", "lr_schedulers")
+_NEEDED_TO_RESUME = ("loops", "optimizer_states", "lr_schedulers")
 
 
 def inspect_checkpoint(path: str | None, subcommand: str, root: Path) -> Mapping[str, Any] | None:
-    """Return what a checkpoint holds, its tensors mapped from the disk.
+    """Return the content of a checkpoint, its tensors mapped from the disk.
 
-    None where there is nothing to see yet: no path, a server's, sharded weights, or a word that Lightning resolves.
+    None if it cannot be inspected yet: no path, a server's, sharded weights, or a word that Lightning resolves.
 
     Args:
-        path: a file, `last` (of the run that goes on) or `hpc` (what a cluster's signal saved).
+        path: a file, `last` (of the resumed run) or `hpc` (saved on a cluster's signal).
         subcommand: fit, validate, test or predict.
-        root: where a cluster's signal saves.
+        root: folder of checkpoints that are saved on a cluster's signal.
 
     Raises:
-        UserError: there is none, it is no whole checkpoint, it would run code, or the word could mean nothing here.
+        UserError: the file is missing, not a whole checkpoint or would run code, or the word has no meaning here.
     """
     if not path:
         return None
     if path == "best" or (path == "last" and subcommand != "fit"):
         raise UserError(
-            f"ckpt_path is {path}, and this command has trained nothing: give the file, or the run, --run RUN "
-            f"--ckpt_path {path}"
+            f"ckpt_path is {path}, but this command has no run: give a file, or --run RUN --ckpt_path {path}"
         )
     if path == "hpc" and not list(root.glob("hpc_ckpt_*.ckpt")):
-        raise UserError(f"ckpt_path is hpc, and no hpc_ckpt_N.ckpt is in {root}: give a .ckpt file")
+        raise UserError(f"ckpt_path is hpc, but {root} has no hpc_ckpt_N.ckpt: give a .ckpt file")
     local = path.removeprefix("file://")
     return None if path in ("last", "hpc") or "://" in local else _read(Path(local), subcommand == "fit")
 
 
 def find_best_checkpoint(last: Path) -> Path | None:
-    """Return the checkpoint in the folder of a run's last one that the first `ModelCheckpoint` calls its best, or None.
+    """Return the best checkpoint of the first `ModelCheckpoint`, in the folder of the last one; None without one.
 
     Raises:
         UserError: the last one cannot be read.
     """
-    checkpoint = _read(last, goes_on=False)
+    checkpoint = _read(last, resumes=False)
     states = checkpoint.get("callbacks", {}) if checkpoint is not None else {}
     best = next((state["best_model_path"] for state in states.values() if state.get("best_model_path")), None)
     path = last.with_name(Path(best).name) if best else None
@@ -66,10 +65,10 @@ def find_best_checkpoint(last: Path) -> Path | None:
 
 
 def refuse_other_model(checkpoint: Mapping[str, Any], path: str, module: nn.Module) -> None:
-    """Refuse weights that are not those of this model, by name and shape.
+    """Refuse weights whose names or shapes differ from the model's.
 
     Raises:
-        UserError: with the first tensor that differs, and how many do.
+        UserError: with the first tensor that differs, and the number of others.
     """
     there = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     here = {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -79,24 +78,24 @@ def refuse_other_model(checkpoint: Mapping[str, Any], path: str, module: nn.Modu
     name = names[0]
     others = f", and {len(names) - 1} more tensors differ" if len(names) > 1 else ""
     config = Path(path.removeprefix("file://")).parent.parent / "config" / "config.yaml"
-    advice = f"-c {config}" if config.is_file() else "the configuration that it was trained with"
+    advice = f"-c {config}" if config.is_file() else "the configuration of its training"
     raise UserError(
-        f"the checkpoint {path} is of another model: {name} is {_shape(there, name)} there and {_shape(here, name)} "
+        f"the checkpoint {path} is of another model: {name} is {_shape(there, name)} in it, {_shape(here, name)} "
         f"here{others}; give {advice}"
     )
 
 
-def _read(path: Path, goes_on: bool) -> Mapping[str, Any] | None:
+def _read(path: Path, resumes: bool) -> Mapping[str, Any] | None:
     if path.is_dir():
         if any((path / name).exists() for name in _SHARDED):
             return None
         raise UserError(f"the checkpoint {path} is a folder: give a .ckpt file, such as {path}/last.ckpt")
     if not path.exists():
-        last = "; or last, which resumes from the run's own checkpoint if there is one" if goes_on else ""
+        last = "; or last, which resumes from the run's own checkpoint if there is one" if resumes else ""
         raise UserError(f"no checkpoint at {path}: give a .ckpt file{last}")
     if not is_zipfile(path):
-        what = "is not a checkpoint, or is truncated" if path.stat().st_size else "is empty"
-        raise UserError(f"the checkpoint {path} {what}; give one that `moevlm fit` has saved")
+        fault = "is not a checkpoint, or is truncated" if path.stat().st_size else "is empty"
+        raise UserError(f"the checkpoint {path} {fault}; give one that `moevlm fit` has saved")
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as error:
@@ -104,11 +103,11 @@ def _read(path: Path, goes_on: bool) -> Mapping[str, Any] | None:
     except Exception as error:  # anything, for an archive that holds something else
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the checkpoint {path} is damaged ({reason}); give another one") from error
-    missing = [key for key in (*_NEEDED, *(_NEEDED_TO_GO_ON if goes_on else ())) if _lacks(checkpoint, key)]
+    missing = [key for key in (*_NEEDED, *(_NEEDED_TO_RESUME if resumes else ())) if _lacks(checkpoint, key)]
     if missing:
-        to_go_on = " to resume training" if missing[0] in _NEEDED_TO_GO_ON else ""
+        to_resume = " to resume training" if missing[0] in _NEEDED_TO_RESUME else ""
         raise UserError(
-            f"the checkpoint {path} has no {', '.join(missing)}{to_go_on}; give a whole one that `moevlm fit` has saved"
+            f"the checkpoint {path} has no {', '.join(missing)}{to_resume}; give one that `moevlm fit` has saved"
         )
     assert isinstance(checkpoint, dict)
     return checkpoint
@@ -119,4 +118,4 @@ def _lacks(checkpoint: object, key: str) -> bool:
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    return "not" if name not in shapes else f"({', '.join(map(str, shapes[name]))})"
+    return "missing" if name not in shapes else f"({', '.join(map(str, shapes[name]))})"

@@ -1,7 +1,7 @@
-"""What an optimiser is configured with stays what the command line says, also after a checkpoint is loaded.
+"""Keeps the optimiser's configured options when a checkpoint is loaded.
 
-torch stores weight decay, betas and eps beside the moments and puts them back with them; an arm resumed with another
-weight decay would go on with the old one and nobody would know.
+torch stores weight decay, betas and eps beside the moments and restores them too. An arm resumed with another weight
+decay would silently continue with the old one.
 """
 
 from torch.optim import Optimizer
@@ -11,8 +11,8 @@ class ConfiguredOptions:
     """The options of every parameter group, as configured.
 
     Args:
-        optimizer: just built, its schedule too.
-        keeps_rate: the learning rate is an option as well, because no schedule sets it.
+        optimizer: new, with its schedule.
+        keeps_rate: whether the learning rate is an option too, because no schedule sets it.
     """
 
     def __init__(self, optimizer: Optimizer, keeps_rate: bool) -> None:

@@ -1,11 +1,11 @@
-"""Where training goes on after a checkpoint: in the epoch whose batches are not all done, else in the next.
+"""Resumes training in the right epoch: the one whose batches are not all done, else the next.
 
-A checkpoint holds Lightning's counts of epochs and batches as they are at the moment of saving, and what Lightning 2.6
-makes of them differs from moment to moment. With `max_steps` it takes one that was saved when an epoch was over, in
-`on_train_epoch_end` or after `fit`, for one inside that epoch: a batch too many, on which a step is taken whatever the
-accumulation, and then a whole epoch. One that was saved where `max_steps` ended a run amid an epoch counts that epoch
-as done. Here the counts are set from the one fact that is right at every moment: how many batches of the epoch at hand
-are done. (Lightning's issues 18060 and 19815 tell of other moments; its pull request 20379 mended some.)
+A checkpoint holds Lightning's counts of epochs and batches at the moment of saving, and Lightning 2.6 reads them
+differently by moment. With `max_steps` it takes a checkpoint from the end of an epoch (`on_train_epoch_end`, or after
+`fit`) for one inside it: one batch too many, with a step whatever the accumulation, and then a whole epoch. If
+`max_steps` ended a run within an epoch, it counts that epoch as done. Here the counts follow from the one number that
+is always right: the batches done in the current epoch. (Lightning's issues 18060 and 19815 describe other moments; its
+pull request 20379 fixed some.)
 """
 
 import math
@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 
 def restore_epoch_position(trainer: Trainer) -> None:
-    """Set the counts of a loaded checkpoint; in `on_train_start`, before the epoch is begun. Else does nothing."""
+    """Set the counts of a loaded checkpoint, in `on_train_start`, before the epoch begins; else do nothing."""
     fit_loop = trainer.fit_loop
     if not fit_loop.is_resuming:
         return
@@ -26,7 +26,7 @@ def restore_epoch_position(trainer: Trainer) -> None:
         num_done = count.ready if is_done else max(0, count.ready - 1)
         count.reset()
         count.increment_by(num_done)
-    fit_loop.reset_restart_stage()  # Lightning now begins an epoch: the next one, or the one at hand
+    fit_loop.reset_restart_stage()  # Lightning now begins an epoch: the next one, or the current one
     if is_done:
         fit_loop.epoch_loop.restarting = False  # with no batch done
     else:

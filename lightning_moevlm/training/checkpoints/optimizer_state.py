@@ -12,7 +12,7 @@ from lightning_moevlm.training.optim import parameter_groups
 
 
 def refuse_other_groups(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
-    """Refuse an optimiser's state of other parameter groups than those of this model.
+    """Refuse optimiser state whose parameter groups differ from the model's.
 
     Raises:
         UserError: with both.
@@ -23,19 +23,19 @@ def refuse_other_groups(checkpoint: Mapping[str, Any], module: nn.Module) -> Non
         if saved != here:
             then, now = (", ".join(f"{role} {count}" for role, count in groups) for groups in (saved, here))
             raise UserError(
-                f"the checkpoint cannot be resumed: its optimiser's parameter groups are {then}, those of this model "
-                f"{now}; it was saved by an older version or of a model with other parts: resume with the version and "
-                "the configuration that saved it, or begin a new run"
+                f"the checkpoint cannot be resumed: its optimiser has the parameter groups {then}, this model "
+                f"{now}; it is from an older version or another model: resume with the version and the configuration "
+                "that saved it, or begin a new run"
             )
 
 
 def refuse_other_state(checkpoint: Mapping[str, Any], build: Callable[[Iterable[Any]], Optimizer]) -> None:
-    """Refuse an optimiser's state that is not what this optimiser remembers, as another kind of optimiser leaves it.
+    """Refuse the state of another kind of optimiser.
 
-    What it remembers is seen on a step of its own, of a 2 x 2 matrix for each parameter group.
+    The names of this optimiser's state are found by a trial step on a 2 x 2 matrix for each parameter group.
 
     Args:
-        checkpoint: of the same parameter groups.
+        checkpoint: with the same parameter groups.
         build: factory (parameter groups) -> Optimizer.
 
     Raises:
@@ -52,6 +52,6 @@ def refuse_other_state(checkpoint: Mapping[str, Any], build: Callable[[Iterable[
             if saved is not None and saved != here:
                 then, now = (", ".join(sorted(names)) or "nothing" for names in (saved, here))
                 raise UserError(
-                    f"the checkpoint cannot be resumed: its optimiser remembers {then}, and {type(optimizer).__name__} "
-                    f"{now}; resume with the optimiser that saved it, or begin a new run"
+                    f"the checkpoint cannot be resumed: its optimiser state is {then}, that of "
+                    f"{type(optimizer).__name__} is {now}; resume with the optimiser that saved it, or begin a new run"
                 )

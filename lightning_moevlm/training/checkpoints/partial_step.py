@@ -1,11 +1,11 @@
-"""A step half done: what a checkpoint that is saved amid an accumulation keeps, so that the step ends as it would have.
+"""Saves and restores a partial step, so that a checkpoint within an accumulation resumes exactly.
 
-Between two optimiser steps training holds more than weights: the gradients of the micro-batches done, their losses, and
-what routers and attention layers did in them. Lightning saves none of that and goes on with the next micro-batch, so a
+Between two optimiser steps training holds more than weights: gradients of the micro-batches done, their losses, and
+facts of their routing and attention. Lightning saves none of these and continues with the next micro-batch, so a
 resumed run would take one step on a part of its samples.
 
-Every rank's own part is saved, so that as many ranks go on to the bit. Fewer or more of them all get the mean of those
-parts, which leaves the mean that they will exchange what it was, but for rounding.
+Every rank's part is saved, so the same number of ranks resumes bit for bit. Another number of ranks gets the mean of
+the parts, which keeps the exchanged mean except for rounding.
 """
 
 import warnings
@@ -22,21 +22,24 @@ from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
 
 class PartialStep(TypedDict):
-    """micro_batches: of a whole step. gradients: of each rank, by parameter. losses: of the task, one per micro-batch
-    done, by rank (ranks, n). size: of the whole step, where it was known ahead. routing: counts over all ranks so far.
-    facts: what actions ask for, so far.
-    """
+    """State within an accumulation."""
 
     micro_batches: int
+    """Of a whole step."""
     gradients: list[dict[str, Tensor]]
+    """Of each rank, by parameter."""
     losses: Tensor
+    """Task loss of each micro-batch done, by rank (ranks, n)."""
     size: NotRequired[Tensor | None]
+    """Of the whole step, if known ahead."""
     routing: dict[str, Tensor]
+    """Counts so far, over all ranks."""
     facts: CollectedFacts | None
+    """Facts for actions so far."""
 
 
 def gather_ranks(tensor: Tensor, trainer: Trainer) -> Tensor:
-    """Return a tensor of equal shape on all ranks as (ranks, ...), on the CPU; all ranks must ask together."""
+    """Return a tensor of equal shape on all ranks as (ranks, ...) on the CPU; all ranks must call it."""
     if trainer.world_size == 1:
         return tensor.detach().unsqueeze(0).cpu()
     of_ranks = trainer.strategy.all_gather(tensor.detach().to(trainer.strategy.root_device))
@@ -45,16 +48,16 @@ def gather_ranks(tensor: Tensor, trainer: Trainer) -> Tensor:
 
 
 def select_rank(of_ranks: Tensor, trainer: Trainer) -> Tensor:
-    """Return this rank's own of (ranks, ...), or the mean where there were more or fewer ranks."""
+    """Return this rank's part of (ranks, ...), or the mean if the number of ranks differs."""
     return of_ranks[trainer.global_rank] if len(of_ranks) == trainer.world_size else of_ranks.mean(dim=0)
 
 
 def gradients_of(module: nn.Module, trainer: Trainer) -> list[dict[str, Tensor]]:
-    """Return the gradients gathered so far by the parameter's name, of each rank; all ranks must ask together."""
+    """Return the gradients so far of each rank, by parameter name; all ranks must call it together."""
     if isinstance(trainer.strategy, SHARDING):
         warnings.warn(
-            f"a checkpoint was saved amid an accumulation, and {type(trainer.strategy).__name__} shards gradients over "
-            "ranks: those so far are not in it; save when a step is done (every_n_train_steps), to resume exactly",
+            f"a checkpoint within an accumulation lacks gradients, because {type(trainer.strategy).__name__} shards "
+            "them; save between steps (every_n_train_steps) to resume exactly",
             stacklevel=2,
         )
         return []
@@ -73,7 +76,7 @@ def gradients_of(module: nn.Module, trainer: Trainer) -> list[dict[str, Tensor]]
 
 
 def restore_gradients(module: nn.Module, gradients: Sequence[Mapping[str, Tensor]], trainer: Trainer) -> None:
-    """Put gradients back; to be called when the parameters are where they are trained."""
+    """Put gradients back, after the parameters have moved to the training device."""
     for name, parameter in module.named_parameters():
         here = [mine.get(name) for mine in gradients]
         if len(gradients) == trainer.world_size:
@@ -86,14 +89,14 @@ def restore_gradients(module: nn.Module, gradients: Sequence[Mapping[str, Tensor
 
 
 def refuse_other_accumulation(saved: PartialStep, trainer: Trainer) -> None:
-    """Refuse to complete a step of another number of micro-batches.
+    """Refuse to complete a step with another number of micro-batches.
 
     Raises:
-        UserError: with the number that it was.
+        UserError: with the saved number.
     """
     if saved["micro_batches"] != trainer.accumulate_grad_batches:
         raise UserError(
-            f"the checkpoint was saved amid an accumulation over {saved['micro_batches']} micro-batches, and "
-            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: the step half done cannot be "
-            f"completed; resume with {saved['micro_batches']}, or from a checkpoint that was saved when a step was done"
+            f"the checkpoint was saved within an accumulation over {saved['micro_batches']} micro-batches, but "
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: its step cannot be completed; "
+            f"resume with {saved['micro_batches']}, or from a checkpoint between steps"
         )

@@ -8,16 +8,16 @@ from lightning_moevlm.model.objectives import Objective
 
 
 def refuse_unsuited_losses(losses: AuxiliaryLosses, backbone: Backbone, objective: Objective) -> None:
-    """Refuse losses that this model or objective could not have.
+    """Refuse losses that do not fit the model or the objective.
 
     Raises:
-        UserError: with what to change.
+        UserError: with the change to make.
     """
     objective.check_backbone(backbone)
     if losses.output_z is not None and not objective.num_classes:
         raise UserError(
-            "losses.output_z is on logits of classes, and no term of this objective predicts any: set losses.output_z "
-            "to null, or choose image targets that are codes"
+            "losses.output_z needs class logits, which this objective does not predict: set losses.output_z to null, "
+            "or choose image targets that are codes"
         )
     layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
     losses.check(

@@ -15,26 +15,25 @@ def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
     """Refuse an optimiser that unscales gradients itself, after they were clipped.
 
     Raises:
-        UserError: with what to change.
+        UserError: with the change to make.
     """
     scales = getattr(trainer.precision_plugin, "scaler", None) is not None
     if scales and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
-            f"{type(optimizer).__name__} is fused and trainer.precision 16-mixed scales the loss, so that gradients "
-            "would be clipped scaled: set fused to false, choose bf16-mixed, or set every field of model.gradient to "
-            "null"
+            f"{type(optimizer).__name__} is fused and trainer.precision is 16-mixed: gradients would be clipped while "
+            "scaled; set fused to false, choose bf16-mixed, or set every field of model.gradient to null"
         )
 
 
 def refuse_invalid_options(optimizer: Optimizer) -> None:
-    """Refuse what torch's optimisers let pass: options that are no finite numbers, eps 0, and one for sparse gradients.
+    """Refuse options that torch accepts but cannot train with: infinite numbers, eps 0, and SparseAdam.
 
     Raises:
         UserError: with the option.
     """
     if isinstance(optimizer, SparseAdam):
         raise UserError(
-            "model.optimizer SparseAdam takes sparse gradients alone, and no gradient of these models is: choose AdamW"
+            "model.optimizer SparseAdam needs sparse gradients, and all gradients here are dense: choose AdamW"
         )
     for name, value in optimizer.defaults.items():
         for number in value if isinstance(value, Sequence) else (value,):
@@ -42,22 +41,22 @@ def refuse_invalid_options(optimizer: Optimizer) -> None:
                 raise UserError(f"model.optimizer cannot train with {name} {value}: choose finite numbers")
     if optimizer.defaults.get("eps") == 0:
         raise UserError(
-            "model.optimizer cannot train with eps 0: a weight without a gradient, such as the embedding of a word "
-            "that no text has, becomes 0 / 0; choose a value above 0, such as 1e-8"
+            "model.optimizer cannot train with eps 0: a weight without a gradient, such as the embedding of an unused "
+            "word, becomes 0 / 0; choose a value above 0, such as 1e-8"
         )
 
 
 def refuse_vanishing_eps(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse an eps that is 0 in the dtype of the weights, in which torch's optimisers add it.
+    """Refuse an eps that rounds to 0 in the dtype of the weights, in which torch's optimisers add it.
 
     Raises:
-        UserError: with a value that is not.
+        UserError: with a value that does not.
     """
     eps = optimizer.defaults.get("eps")
     if trainer.precision == "16-true" and isinstance(eps, float) and not torch.tensor(eps).half():
         raise UserError(
-            f"model.optimizer has eps {eps:g}, which is 0 in float16, so that a weight without a gradient becomes "
-            "0 / 0 under trainer.precision 16-true: set it to 1e-4, or choose 16-mixed or bf16-true"
+            f"model.optimizer has eps {eps:g}, which is 0 in float16: a weight without a gradient becomes 0 / 0 under "
+            "trainer.precision 16-true; set it to 1e-4, or choose 16-mixed or bf16-true"
         )
 
 
@@ -65,14 +64,14 @@ def refuse_unsuited_schedule(schedule: LRScheduler) -> None:
     """Refuse a schedule that waits for a metric; schedules are stepped after each optimiser step.
 
     Raises:
-        UserError: with what to choose.
+        UserError: with the schedules to choose from.
     """
     if isinstance(schedule, ReduceLROnPlateau):
         raise UserError(
-            "model.schedule ReduceLROnPlateau goes by a metric, and schedules here go by optimiser steps: choose one "
+            "model.schedule ReduceLROnPlateau follows a metric, and schedules here follow optimiser steps: choose one "
             "of `moevlm list schedules`"
         )
 
 
 FAILURES = (ArithmeticError, LookupError, TypeError, ValueError)
-"""What torch's optimisers and schedules raise for options that they cannot work with."""
+"""Exceptions of torch's optimisers and schedules for invalid options."""

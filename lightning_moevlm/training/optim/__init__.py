@@ -1,4 +1,4 @@
-"""Optimisers, parameter groups, schedules, gradient stabilisers: torch's own wherever there is one."""
+"""Optimisers, parameter groups, schedules and gradient stabilisers, beside torch's own."""
 
 from lightning_moevlm.training.optim.gradients.ada_gc import AdaGC
 from lightning_moevlm.training.optim.gradients.gradient_control import GradientControl, GradientEvents

@@ -1,7 +1,7 @@
-"""Parameter groups: which parameters are decayed, at which rate, and which are stacks of expert matrices.
+"""Splits parameters into groups by role; a role decides weight decay and learning rate.
 
-Weight decay is for matrices: norms, biases, embeddings, positions and routers are left out. Decaying a router shrinks
-its logits and so acts as a hidden router z-loss; an ablation of stabilisers must not contain one by accident.
+Only matrices decay: norms, biases, embeddings, positions and routers do not. Decaying a router shrinks its logits,
+which is a hidden router z-loss; an ablation of stabilisers must not contain one by accident.
 
 Every trainable parameter is in one group:
 
@@ -9,11 +9,11 @@ Every trainable parameter is in one group:
     matrix   matrices of the trunk                     peak                 the optimiser's
     vector   norms, biases, embeddings, positions      peak                 0
     edge     patch projection, heads                   peak                 the optimiser's
-    router   all of a router's                         peak x multiplier    router_weight_decay
-    expert   stacks (E, in, out), an expert a slice    peak x multiplier    the optimiser's
+    router   all parameters of routers                 peak x multiplier    router_weight_decay
+    expert   stacks (E, in, out), one slice an expert  peak x multiplier    the optimiser's
     shared   the same, of shared experts               peak                 the optimiser's
 
-Groups depend on names alone, not on the options, so that a checkpoint fits whatever the options are when it is resumed.
+Groups depend only on names, so a checkpoint can be resumed with other options.
 """
 
 from collections.abc import Iterable
@@ -34,27 +34,26 @@ _VECTORS = ("token", "position", "mask", "modality")
 
 
 class ParameterGroup(TypedDict):
-    """An optimiser's parameter group; without `weight_decay` the optimiser's own default holds.
-
-    role: what the members are; optimisers that treat matrices apart, and rules per tensor, read it.
-    """
+    """An optimiser's parameter group."""
 
     params: list[nn.Parameter]
     role: Role
+    """Read by rules per tensor and by optimisers that treat matrices differently."""
     weight_decay: NotRequired[float]
+    """If missing, the optimiser's default."""
 
 
 @dataclass(frozen=True)
 class GroupOptions:
-    """How the groups differ from the optimiser's own learning rate and weight decay.
+    """Learning rates and weight decay of routers and experts, relative to the optimiser's own.
 
     Args:
         router_lr_multiplier: factor of the routers' learning rate; 0 freezes them.
         router_weight_decay: weight decay of the routers.
-        expert_lr_multiplier: factor of the expert stacks' learning rate; sqrt(K / E) makes up for the fewer tokens per
+        expert_lr_multiplier: factor of the expert stacks' learning rate; sqrt(K / E) compensates for fewer tokens per
             expert.
-        independent_weight_decay: decay by schedule x weight_decay at each step, whatever the peak learning rate
-            (arXiv 2309.14322, section 3.2, where 1e-4 is used). Off: by learning rate x weight_decay, as in torch.
+        independent_weight_decay: decay by schedule x weight_decay at each step, independent of the peak learning rate
+            (arXiv 2309.14322, section 3.2, uses 1e-4). false decays by learning rate x weight_decay, as in torch.
 
     Raises:
         UserError: a negative value.
@@ -71,15 +70,15 @@ class GroupOptions:
             check_number(f"groups.{name}", getattr(self, name), least=0)
 
     def apply(self, optimizer: Optimizer) -> None:
-        """Set peak rates and decays of an optimiser that was just built, before its schedule is.
+        """Set peak rates and decays of a new optimiser, before its schedule is built.
 
         Raises:
-            UserError: independent decay of an optimiser that adds decay to the gradient.
+            UserError: independent decay for an optimiser that adds decay to the gradient.
         """
         if self.independent_weight_decay and not _decays_weights(optimizer):
             raise UserError(
-                f"independent_weight_decay does not fit {type(optimizer).__name__}, which adds decay to the gradient: "
-                "choose AdamW, StableAdamW, Lion or MuonAdamW, or turn it off"
+                f"groups.independent_weight_decay does not fit {type(optimizer).__name__}, which adds decay to the "
+                "gradient: choose AdamW, StableAdamW, Lion or MuonAdamW, or set it to false"
             )
         multiplier = {"router": self.router_lr_multiplier, "expert": self.expert_lr_multiplier}
         for group in optimizer.param_groups:
@@ -105,7 +104,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[Paramete
 
 
 def role_of(name: str, parameter: nn.Parameter) -> Role:
-    """Return what a parameter is, by its full name and number of axes."""
+    """Return the role of a parameter, by its full name and number of axes."""
     parts = name.split(".")
     if any(part.startswith("router") for part in parts):
         return "router"
@@ -119,7 +118,7 @@ def role_of(name: str, parameter: nn.Parameter) -> Role:
 
 
 def _decays_weights(optimizer: Optimizer) -> bool:
-    """Return whether p <- (1 - lr x weight_decay) p is how the optimiser decays."""
+    """Return whether the optimiser decays by p <- (1 - lr x weight_decay) p."""
     if isinstance(optimizer, Adam):
         return all(group["decoupled_weight_decay"] for group in optimizer.param_groups)  # AdamW is an Adam
     return isinstance(optimizer, StableAdamW | Lion | MuonAdamW)

@@ -1,8 +1,7 @@
-"""What the members of an optimiser's parameter group are, and the norm of a tensor that may be a stack of matrices.
+"""Roles of parameter groups, and norms of tensors that may be stacks of matrices.
 
 A stack (E, in, out) holds the matrices of E experts, routed or shared. Rules per tensor (update clipping, AdaGC,
-orthogonalisation) treat it as E tensors, which it would be were the experts modules of their own: in one norm over the
-stack, a spike of one expert would drown in the others.
+orthogonalisation) treat it as E tensors: in one norm over the stack, the others would hide a spike of one expert.
 """
 
 import math
@@ -16,7 +15,7 @@ Role: TypeAlias = Literal["matrix", "vector", "edge", "router", "expert", "share
 
 
 def is_stack(group: Mapping[str, Any]) -> bool:
-    """Return whether the members of a group are stacks; groups without a role hold none."""
+    """Return whether the members of a group are stacks; in groups without a role they are not."""
     return group.get("role") in ("expert", "shared")
 
 
@@ -24,7 +23,7 @@ def norms(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:
     """Return the fp32 Euclidean norm of each tensor, (); of each matrix of a stack, (E, 1, 1)."""
     if stacked:
         return [torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True, dtype=torch.float32) for stack in tensors]
-    # torch refuses an empty list, which is what a group of frozen routers has for gradients
+    # torch refuses an empty list, as the gradients of frozen routers are
     return [norm.float() for norm in torch._foreach_norm(list(tensors))] if tensors else []
 
 

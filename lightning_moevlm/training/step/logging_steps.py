@@ -1,4 +1,4 @@
-"""When metrics are computed: every `trainer.log_every_n_steps` optimiser steps, and after the first."""
+"""Decides when metrics are computed: every `trainer.log_every_n_steps` optimiser steps, and after the first."""
 
 from lightning.pytorch import Trainer
 

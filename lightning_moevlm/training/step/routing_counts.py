@@ -1,9 +1,9 @@
-"""What routers have done in an optimiser step so far: counted once, in one place, for all who ask.
+"""Counts the routers' choices in the current optimiser step, once for all readers.
 
-Loss-free balancing, balance losses of global scope and weights that follow drop rate or sparsity all read these
-counts. They are taken from the plans that a training step returns, never inside `forward`, which activation
-checkpointing runs twice; summed over forward passes and micro-batches here and over ranks in one exchange for all
-layers; and forgotten when the next optimiser step begins, so that a checkpoint needs them only amid an accumulation.
+Loss-free balancing, balance losses of global scope and weights that follow drop rate or sparsity read these counts.
+They come from the plans that a training step returns, not from `forward`, which activation checkpointing runs twice.
+They are summed over forward passes and micro-batches, and over ranks in one exchange for all layers. The next
+optimiser step resets them, so a checkpoint needs them only within an accumulation.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,18 +25,18 @@ class _Layer(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of the three counts, as they lie one after the other."""
+        """Sizes of the three counts, in order."""
         return [len(Modality) * self.num_experts, len(Modality) * self.num_experts, len(Modality)]
 
 
 class RoutingCounter:
-    """Counts of every MoE layer in the optimiser step at hand.
+    """Counts of every MoE layer in the current optimiser step.
 
-    Every layer has its place from the start, so that ranks exchange the same numbers even if one of them saw no text.
+    Every layer has its place from the start, so ranks exchange the same numbers even if one of them had no text.
     Routers of soft slots choose nothing and are not counted.
 
     Args:
-        backbone: whose layers are counted.
+        backbone: holds the layers.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -51,7 +51,7 @@ class RoutingCounter:
 
     @torch.no_grad()
     def add(self, step: int, plans: Iterable[NamedPlan]) -> None:
-        """Count the plans of one micro-batch; step: optimiser steps done, another one forgets what was counted."""
+        """Count the plans of one micro-batch; step: optimiser steps done, a new one resets the counts."""
         if step != self._step:
             self._step, self._counts = step, {}
         for named in plans:
@@ -67,14 +67,14 @@ class RoutingCounter:
         self._totals = None
 
     def totals(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, LayerCounts]:
-        """Return the counts of every layer over all ranks; asked twice, it exchanges once."""
+        """Return the counts of every layer over all ranks; a second call exchanges nothing."""
         if self._totals is None:
             pieces = self.state(sum_over_ranks, device)
             self._totals = {path: _layer_counts(pieces[path], layer) for path, layer in self._layers.items()}
         return self._totals
 
     def state(self, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Return what every layer has counted over all ranks, as `restore` takes it; all ranks must ask together."""
+        """Return the counts over all ranks, as `restore` takes them; all ranks must call it together."""
         zeros = {
             path: torch.zeros(sum(layer.sizes), dtype=torch.int64, device=device)
             for path, layer in self._layers.items()
@@ -84,7 +84,7 @@ class RoutingCounter:
         return dict(zip(self._layers, pieces, strict=True))
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Go on counting from a state, on one of the ranks; step: optimiser steps done."""
+        """Continue from a state, on one of the ranks; step: optimiser steps done."""
         self._step, self._counts, self._totals = step, dict(state), None
 
 

@@ -1,4 +1,4 @@
-"""What a training step hands to callbacks."""
+"""The result of a training step, for callbacks."""
 
 from typing import TypedDict
 
@@ -8,7 +8,7 @@ from lightning_moevlm.contracts.step_records import AttentionLogits, LossReport,
 
 
 class StepOutput(TypedDict):
-    """Of one micro-batch (Lightning asks for a dict); all but `loss`, which is differentiated, is detached."""
+    """One micro-batch, as the dict that Lightning requires; only `loss` is not detached."""
 
     loss: Tensor
     report: LossReport

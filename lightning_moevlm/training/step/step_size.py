@@ -1,12 +1,11 @@
-"""How much an optimiser step predicts and routes, over its micro-batches and ranks, known before any of it is computed.
+"""Measures an optimiser step before it is computed: its predictions and routed tokens over micro-batches and ranks.
 
-A mean over the step is a sum divided by a number that no micro-batch knows by itself: captions are of different
-lengths, and not every batch holds every modality. What is hidden follows from the lengths alone, so an objective tells
-its numbers from a batch without running the model; loaders look ahead over the batches of a step (`Batch.step`), and
-ranks exchange one vector per step. A micro-batch then counts by what it holds: gradients are those of sums, and over
-micro-batches and ranks they add up to the gradient of the joined batch.
+A mean over the step is a sum divided by a number that no single micro-batch knows: captions differ in length, and not
+every batch holds every modality. The number of masked positions follows from the lengths, so an objective counts them
+without running the model. Loaders look ahead over the batches of a step (`Batch.step`), and ranks exchange one vector
+per step. Gradients are then those of sums: over micro-batches and ranks they add up to that of the joined batch.
 
-A batch whose loader does not look ahead speaks for the other micro-batches of its step too; they count alike.
+If a loader does not look ahead, a batch stands for the other micro-batches of its step, and all count alike.
 """
 
 from collections import Counter
@@ -25,10 +24,10 @@ from lightning_moevlm.model.objectives import Objective
 
 
 class StepSizeMeter:
-    """Knows the size of the step at hand; it is measured once per step.
+    """Measures the current step once.
 
     Args:
-        objective: whose means are concerned.
+        objective: counts the predictions of a batch.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -36,18 +35,18 @@ class StepSizeMeter:
         self._step = -1
         self._size: BatchSize | None = None
         self._saved: Tensor | None = None
-        self._has_told = False
+        self._has_reported = False
 
     def measure(
         self, batch: Batch, step: int, micro_batches: int, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> BatchSize | None:
-        """Return the size of the whole step; None where the objective does not know. All ranks must ask together.
+        """Return the size of the whole step; None if the objective cannot tell. All ranks must call it together.
 
         Args:
             batch: any of the step's.
             step: optimiser steps done.
-            micro_batches: of the step, on each rank.
-            sum_over_ranks: of a float64 vector on the device of the batch.
+            micro_batches: number per step on each rank.
+            sum_over_ranks: sums a float64 vector on the device of the batch.
         """
         if self._size is not None and self._step == step:
             return self._size
@@ -59,7 +58,7 @@ class StepSizeMeter:
             numbers = self._saved.to(numbers)
         else:
             if batch.step is None and micro_batches > 1:
-                self._tell()
+                self._report()
             others = (batch,) if batch.step is None else batch.step.batches
             known = [size.to_vector() for other in others if (size := self._objective.size(other)) is not None]
             numbers = sum_over_ranks(torch.stack(known).to(numbers).sum(dim=0) * micro_batches / len(known))
@@ -68,34 +67,33 @@ class StepSizeMeter:
         return size
 
     def state(self, step: int) -> Tensor | None:
-        """Return what a resume amid the step needs; None where every batch speaks for itself."""
+        """Return the state for a resume within the step; None if the loader does not look ahead."""
         return self._size.to_vector().cpu() if self._size is not None and self._step == step else None
 
     def restore(self, step: int, state: Tensor | None) -> None:
-        """Go on in the midst of a step."""
+        """Continue within a step."""
         self._step, self._size, self._saved = step, None, state
 
-    def _tell(self) -> None:
-        if not self._has_told:
+    def _report(self) -> None:
+        if not self._has_reported:
             rank_zero_info(
-                "Batches do not tell of their optimiser step, so micro-batches of unequal size count alike; the loader "
-                "of ShardDataModule looks ahead, and lightning_moevlm.data.load.steps_ahead.StepsAhead makes others "
-                "do so"
+                "This loader does not look ahead over the optimiser step, so micro-batches of unequal size count "
+                "alike. Wrap it in lightning_moevlm.data.load.steps_ahead.StepsAhead, as ShardDataModule does"
             )
-        self._has_told = True
+        self._has_reported = True
 
 
 def step_size(
     size: BatchSize, num_parts: int, plans: Iterable[NamedPlan], backbone: Backbone, objective: Objective
 ) -> StepSize:
-    """Return what the losses of a batch need to know of its step.
+    """Return the numbers of the whole step that the losses of a batch divide by.
 
     Args:
         size: of the whole step.
         num_parts: micro-batches x ranks.
-        plans: of the batch, which tell how many a pass makes; passes that it lacks are asked of the backbone.
-        backbone: that runs them.
-        objective: that asks for them.
+        plans: of the batch; they show the number per pass. The backbone knows it for passes that the batch lacks.
+        backbone: runs the passes.
+        objective: requests them.
     """
     own = Counter(named.source for named in plans)
     num_plans = [
@@ -107,8 +105,8 @@ def step_size(
     return StepSize(num_parts, size, sum(num_plans, start=none).clamp(min=1), sum(heads, start=none))
 
 
-def in_step(term: Term, num_predictions: Tensor, num_parts: int) -> Term:
-    """Return a term of the task as a part of its step: its sum divided by all that the step predicts.
+def scale_to_step(term: Term, num_predictions: Tensor, num_parts: int) -> Term:
+    """Return a task term as a part of its step: its sum divided by the predictions of the step.
 
     Args:
         term: of a batch.

@@ -64,7 +64,7 @@ def test_a_logit_that_is_no_number_leaves_its_head_alone() -> None:
 
 
 def test_qk_clip_and_qk_norm_are_refused_together() -> None:
-    with pytest.raises(UserError, match=r"the norm takes out whatever scale .* set .*stabilisers\.qk_norm to false"):
+    with pytest.raises(UserError, match=r"the norm removes the scale .* set .*stabilisers\.qk_norm to false"):
         VisionLanguageModule(small_vl_moe(), actions=Actions(qk_clip=QKClip()))
     VisionLanguageModule(small_vl_moe(stabilisers=ModelStabilisers(qk_norm=False)), actions=Actions(qk_clip=QKClip()))
 
@@ -260,7 +260,7 @@ def test_ring_and_count_go_through_a_checkpoint() -> None:
         (lambda: QKClip(0.0), "qk_clip.threshold is 0.0"),
         (lambda: FreezeRouter(-1), "freeze_router.after_steps is -1"),
         (lambda: ReviveDeadExperts(idle_steps=0), "revive_dead_experts.idle_steps is 0"),
-        (lambda: ReviveDeadExperts(noise=0.0), "an exact copy would never win a token"),
+        (lambda: ReviveDeadExperts(noise=0.0), "an exact copy would win no token"),
         (lambda: Rollback(keep=0), "rollback.keep is 0: choose 1 or more"),
         (lambda: Rollback(spike_threshold=0.0), "rollback.spike_threshold is 0.0"),
     ],

@@ -70,13 +70,13 @@ def spoilt(saved: Path, folder: Path) -> dict[str, tuple[Path, str]]:
         "a folder": (folder / "folder.ckpt", "is a folder: give a .ckpt file"),
         "a pickle that calls": (
             torch_file("bomb.ckpt", content | {"callbacks": Bomb(mark)}),
-            "holds more than tensors, numbers and texts, which may be code that runs when it is read",
+            "holds more than tensors, numbers and texts, possibly code that runs when it is read",
         ),
         "a bare pickle that calls": (
             file("pickle.ckpt", pickle.dumps(Bomb(mark))),
             "is not a checkpoint, or is truncated",
         ),
-        "a list": (torch_file("list.ckpt", [1, 2]), "has no state_dict, pytorch-lightning_version; give a whole one"),
+        "a list": (torch_file("list.ckpt", [1, 2]), "has no state_dict, pytorch-lightning_version; give one that"),
         "weights without their frame": (torch_file("weights.ckpt", content["state_dict"]), "has no state_dict"),
     }
 
@@ -157,7 +157,7 @@ def test_on_the_command_line_nothing_is_written(moevlm: Moevlm, workplace: Path,
     bomb = spoilt(saved, workplace / "files")["a pickle that calls"][0]
     before = sorted(workplace.rglob("*"))
     for arguments, told in (
-        (("validate", f"--ckpt_path={bomb}"), "which may be code"),
+        (("validate", f"--ckpt_path={bomb}"), "possibly code"),
         (("fit", f"--ckpt_path={bomb}", "--weights_only=false"), "weights_only is false"),
         (("fit", f"--ckpt_path={saved}"), f"the checkpoint {saved} is of another model: "),
         (("predict", f"--ckpt_path={own}", f"{BACKBONE}.dim=32"), f"-c {config}"),
@@ -201,7 +201,7 @@ def test_a_trial_run_leaves_nothing(moevlm: Moevlm, workplace: Path) -> None:
 
 def test_half_precision_that_would_be_another_is_refused(moevlm: Moevlm) -> None:
     told = moevlm("fit", *SMALL, *budget(1), "--trainer.precision=16-mixed", "--trainer.accelerator=cpu", code=2)
-    assert "trainer.precision is 16-mixed, which CPUs do not have, and Lightning would compute in bf16-mixed" in told
+    assert "trainer.precision is 16-mixed, which CPUs do not support; Lightning would compute in bf16-mixed" in told
 
 
 @pytest.mark.parametrize("optimizer", [AdamW, partial(AdamW, fused=True), StableAdamW, Lion, MuonAdamW])
@@ -209,7 +209,7 @@ def test_state_of_another_kind_of_optimiser_is_refused(optimizer: Callable[..., 
     checkpoint = torch.load(saved, weights_only=True)
     if optimizer in (Lion, MuonAdamW):  # Lion would go on with AdamW's mean, MuonAdamW fail at its first step
         with pytest.raises(
-            UserError, match=r"its optimiser remembers exp_avg, exp_avg_sq, step, and (Lion|MuonAdamW) "
+            UserError, match=r"its optimiser state is exp_avg, exp_avg_sq, step, that of (Lion|MuonAdamW) is "
         ):
             refuse_other_state(checkpoint, optimizer)
     else:

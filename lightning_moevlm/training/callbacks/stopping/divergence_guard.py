@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no longer a number. Divergence is an outcome to record, not a crash."""
+"""Stops a run whose loss is no longer finite. Divergence is an outcome to record, not a crash."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,14 +11,14 @@ from lightning_moevlm.training import StepOutput, VisionLanguageModule
 
 
 class DivergenceGuard(Callback):
-    """Ends training cleanly after a non-finite loss on any rank, and logs the first such step.
+    """Ends training cleanly after a loss that is not finite on any rank, and logs the first such step.
 
-    Every loss is looked at on its device; only every n steps the host waits for the answer. Where such steps are left
-    out (`model.gradient.skip_spikes`), weights are still sound after one: the run has diverged when the losses of n
-    batches in a row are no numbers. While a rollback will answer the next such loss, it is not the guard's business.
+    Every loss is checked on its device; the host waits for the result every n steps. If such steps are skipped
+    (`model.gradient.skip_spikes`), the weights stay sound, so the run has diverged only after n such batches in a row.
+    As long as a rollback can answer, the guard does nothing.
 
     Args:
-        every_n_steps: optimiser steps between waits.
+        every_n_steps: optimiser steps between waits for the device.
 
     Raises:
         UserError: fewer than 1 step.
@@ -28,13 +28,13 @@ class DivergenceGuard(Callback):
         check_number("every_n_steps of DivergenceGuard", every_n_steps, least=1)
         self.every_n_steps = every_n_steps
         self.diverged_at: int | None = None
-        """The first step whose loss was not a number, as far as was asked."""
+        """The first step whose loss was not finite, as of the last wait."""
         self._has_logged = False
-        self._first_bad: Tensor | None = None  # int64, on the device; a huge number while all is well
+        self._first_bad: Tensor | None = None  # int64, on the device; the largest int64 while all losses are finite
         self._bad_in_a_row: Tensor | None = None  # int64, on the device: batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with a clean record."""
+        """Reset."""
         self._has_logged = False
         self._first_bad = torch.full((), torch.iinfo(torch.int64).max, dtype=torch.int64, device=pl_module.device)
         self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=pl_module.device)
@@ -42,7 +42,7 @@ class DivergenceGuard(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
-        """Look at the loss; now and then, and at the last step, ask all ranks."""
+        """Check the loss; every n steps and at the last one, on all ranks."""
         assert self._first_bad is not None and self._bad_in_a_row is not None
         assert isinstance(pl_module, VisionLanguageModule)
         if pl_module.can_roll_back:
@@ -56,7 +56,7 @@ class DivergenceGuard(Callback):
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask once more, where training ended between two waits."""
+        """Check once more, in case training ended between two waits."""
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
@@ -67,7 +67,7 @@ class DivergenceGuard(Callback):
             self._has_logged = trainer.should_stop = True
 
     def has_diverged(self, trainer: Trainer) -> bool:
-        """Ask all ranks, who ask at once; `diverged_at` then tells the step."""
+        """Set `diverged_at` over all ranks and return whether there is one; all ranks must call it together."""
         if self._first_bad is None:
             return False
         first = int(-trainer.strategy.reduce(-self._first_bad.double(), reduce_op="max"))

@@ -1,7 +1,7 @@
-"""Keeps `last.ckpt`: where a run can be resumed, whatever other checkpoints are kept for.
+"""Keeps `last.ckpt`, from which a run resumes, beside any other checkpoints.
 
-Lightning 2.6 writes `save_last` only in a step in which it has also saved one of the best, so that its last may be
-hours old; where a checkpoint was resumed from elsewhere it begins a `last-v1.ckpt` beside it.
+Lightning 2.6 writes `save_last` only in a step in which it also saves one of the best, so its last may be hours old.
+After a resume from another folder it begins a `last-v1.ckpt`.
 """
 
 from pathlib import Path
@@ -18,13 +18,13 @@ from lightning_moevlm.training.checkpoints.atomic_checkpoint import save_atomica
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes `last.ckpt` after every validation, at the end of training, and where a signal stops the run.
+    """Writes `last.ckpt` after every validation, at the end of training, and when a signal stops the run.
 
-    Also wherever another `ModelCheckpoint` saves, in the folder of the first that names one. A run that has diverged
-    keeps the last checkpoint from before. An interrupted validation is made up for when the run is resumed.
+    It also saves whenever another `ModelCheckpoint` does, in the folder of the first that names one. A run that has
+    diverged keeps the checkpoint from before. An interrupted validation is repeated when the run resumes.
 
     Args:
-        stop: tells of signals; None where none is listened to.
+        stop: catches signals; None if none are caught.
     """
 
     def __init__(self, stop: StopBySignal | None = None) -> None:
@@ -33,13 +33,13 @@ class LastCheckpoint(ModelCheckpoint):
         self._owes_validation = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder; let all checkpoints be written whole or not at all."""
+        """Find the folder; write all checkpoints atomically."""
         save_atomically(trainer)
         self.dirpath = next((other.dirpath for other in self._others(trainer) if other.dirpath), None)
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the step at which the run was stopped, if that was not done."""
+        """Validate the step at which the run was stopped, if that is missing."""
         if not self._owes_validation:
             return
         self._owes_validation = False
@@ -50,9 +50,9 @@ class LastCheckpoint(ModelCheckpoint):
         trainer.training = True
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        """Save with the others; and before the validation of the last step, if a signal may cut it short."""
-        is_asked = self._stop is not None and self._stop.number > 0
-        if is_asked and is_ending(trainer) and not trainer.fit_loop._should_accumulate():
+        """Save with the others, and before the last step's validation, if a signal may end it early."""
+        is_stopping = self._stop is not None and self._stop.number > 0
+        if is_stopping and is_ending(trainer) and not trainer.fit_loop._should_accumulate():
             self._save(trainer)
         self._save_with_others(trainer)
 
@@ -61,38 +61,38 @@ class LastCheckpoint(ModelCheckpoint):
         self._save_with_others(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save: the others have taken note of the step's metrics."""
+        """Save, after the others have read the step's metrics."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless the last step was validated and so is saved."""
+        """Save, unless the validation of the last step did."""
         if self._last_global_step_saved != trainer.global_step:
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where a signal has stopped the run between steps; after any other exception a step may be half done."""
+        """Save if a signal has stopped the run between steps; after other exceptions a step may be partial."""
         is_between_steps = isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING
         if is_between_steps and trainer.global_step and self._last_global_step_saved != trainer.global_step:
             self._owes_validation = bool(trainer.validating)
             self._save(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the other checkpoints be found again where the whole run has moved to another folder."""
+        """Find the other checkpoints again if the whole run has moved to another folder."""
         for other in self._others(trainer):
             state, here = checkpoint.get("callbacks", {}).get(other.state_key), other.dirpath
             if state is None or here is None or not trainer.ckpt_path or Path(trainer.ckpt_path).parent != Path(here):
                 continue
-            state |= {name: _moved(state[name], here) for name in ("best_model_path", "kth_best_model_path")}
-            state["best_k_models"] = {_moved(path, here): score for path, score in state["best_k_models"].items()}
+            state |= {name: _move(state[name], here) for name in ("best_model_path", "kth_best_model_path")}
+            state["best_k_models"] = {_move(path, here): score for path, score in state["best_k_models"].items()}
             state["dirpath"] = here
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether a validation is to be made up for."""
+        """Return whether a validation is missing."""
         return {"owes_validation": self._owes_validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it over; the path stays: there is one `last.ckpt` in a folder."""
+        """Load it; the path stays, because a folder has one `last.ckpt`."""
         self._owes_validation = state_dict["owes_validation"]
 
     def _save_with_others(self, trainer: Trainer) -> None:
@@ -113,5 +113,5 @@ class LastCheckpoint(ModelCheckpoint):
         return [callback for callback in found if isinstance(callback, ModelCheckpoint) and callback is not self]
 
 
-def _moved(path: str, folder: str | Path) -> str:
+def _move(path: str, folder: str | Path) -> str:
     return str(Path(folder) / Path(path).name) if path else path

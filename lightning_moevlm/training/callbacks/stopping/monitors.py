@@ -1,6 +1,6 @@
-"""Refuses to train for the sake of a metric that nobody measures: a monitor is known to be wrong after one step.
+"""Refuses, after one step, a callback that monitors a metric which the run does not measure.
 
-Lightning notices at the first validation, or when it first saves: hours later in a long run.
+Lightning notices at the first validation or the first save, hours later in a long run.
 """
 
 from collections.abc import Collection
@@ -20,17 +20,16 @@ _FIRST_WORDS = {
 
 
 def refuse_unknown_monitors(trainer: Trainer, evaluated: Collection[str]) -> None:
-    """Refuse what a callback monitors if neither the first step nor an evaluation before it has measured it.
+    """Refuse a monitor that neither the first step nor an evaluation before it has measured.
 
-    A callback from elsewhere may log metrics of its own at any time: names that are not like ours wait, beside such a
-    callback, for the first validation.
+    Callbacks of other packages may log their own metrics at any time. Beside one, unknown names are left to Lightning.
 
     Args:
-        trainer: whose first step is done.
-        evaluated: keys that a validation measures; empty where there was none yet.
+        trainer: after its first step.
+        evaluated: keys of a validation; empty before the first one.
 
     Raises:
-        UserError: the callback, what it asks for, and what there is.
+        UserError: with the callback, its monitor and the metrics to choose from.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets, but declares it not
     others_log = any(type(callback).__module__.split(".")[0] not in _OURS for callback in callbacks)
@@ -40,14 +39,14 @@ def refuse_unknown_monitors(trainer: Trainer, evaluated: Collection[str]) -> Non
         if not isinstance(monitor, str) or monitor in (*known, "epoch", "step"):
             continue
         if not evaluated and monitor.startswith("val"):
-            continue  # not known yet
+            continue  # unknown until then
         if others_log and monitor.split("/")[0] not in _FIRST_WORDS:
             continue
         near = find_nearest(monitor, known)
-        meant = f"did you mean {near}? " if near else ""
+        hint = f"did you mean {near}? " if near else ""
         some = [key for key in known if key.startswith(("train/", "val/"))]
         more = [key for key in ("optim/grad_norm", next((key for key in known if "/block" in key), "")) if key in known]
         raise UserError(
-            f"{type(callback).__name__} monitors {monitor}, which this run does not measure; {meant}choose "
+            f"{type(callback).__name__} monitors {monitor}, which this run does not measure; {hint}choose "
             f"{', '.join(some)} or another metric of the run, such as {' or '.join(more)}"
         )

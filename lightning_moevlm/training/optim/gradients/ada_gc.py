@@ -3,9 +3,9 @@
     warming up:  c = min(1, warmup_norm / norm of all)         ema = min(ema, c norm)
     after it:    c = min(1, relative ema / norm of the tensor)  ema = beta ema + (1 - beta) c norm
 
-One tensor's spike is cut where a global norm would hardly see it, and the rest of the gradient keeps its size. A stack
-of experts is clipped expert by expert. An expert without tokens has a gradient of zero, from which nothing is learnt:
-taken into the average, a zero would silence that expert for good.
+It cuts one tensor's spike that a global norm would hardly show, and the other gradients keep their size. A stack of
+experts is clipped expert by expert. An expert without tokens has a gradient of zero, which is left out of the average:
+a zero would silence that expert for good.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from lightning_moevlm.common.number_checks import check_number
 
 
 class NormAverages(NamedTuple):
-    """What AdaGC remembers: average norm of each tensor (fp32; infinite while unseen), int64 number of steps seen."""
+    """State of AdaGC."""
 
     average_G: Tensor
+    """Average norm of each tensor, fp32; infinite until its first gradient."""
     num_steps: Tensor
+    """Steps seen, int64."""
 
     @classmethod
     def empty(cls, num_tensors: int, device: torch.device) -> "NormAverages":
@@ -37,10 +39,10 @@ class AdaGC:
     """Clipping per tensor.
 
     Args:
-        relative: a norm may be so many times its average.
-        beta: share that the average keeps per step.
-        warmup_steps: optimiser steps with clipping by the norm of all.
-        warmup_norm: largest norm of all gradients while warming up.
+        relative: largest norm, as a multiple of the average.
+        beta: share of the average that remains after a step.
+        warmup_steps: optimiser steps that clip the norm of all gradients.
+        warmup_norm: largest norm of all gradients during the warm-up.
 
     Raises:
         UserError: a value outside its range.
@@ -59,7 +61,7 @@ class AdaGC:
         check_number("ada_gc.warmup_steps", self.warmup_steps, least=1, advice=": averages need a start")
 
     def __call__(self, norm_G: Tensor, seen: NormAverages) -> tuple[Tensor, NormAverages]:
-        """Return what each gradient is multiplied by, (G,), and the averages with this step; norms are fp32."""
+        """Return the factor of each gradient, (G,), and the averages after this step; norms are fp32."""
         is_warm = seen.num_steps >= self.warmup_steps
         total = torch.linalg.vector_norm(norm_G)
         limit_G = self.relative * seen.average_G
@@ -71,7 +73,7 @@ class AdaGC:
             self.beta * seen.average_G + (1 - self.beta) * clipped_G,
             torch.minimum(seen.average_G, clipped_G),
         )
-        # a step that is no number would be clipped to NaN and remembered as such: it is left to skip_spikes
+        # a step that is not finite would be clipped to NaN and stay in the averages: it is left to skip_spikes
         is_sound = total.isfinite()
         learns_G = is_sound & (norm_G > 0)
         return (

@@ -1,4 +1,4 @@
-"""Update clipping for any optimiser: the step itself is measured (Adafactor, arXiv 1804.04235, section 6).
+"""Clips the update of any optimiser (Adafactor, arXiv 1804.04235, section 6).
 
     u = (old - new) / lr,     p = old + (new - old) / max(1, rms(u) / threshold)
 
@@ -12,10 +12,10 @@ from lightning_moevlm.training.optim.tensor_roles import root_mean_squares
 
 
 def clip_update_(params: list[Tensor], old: list[Tensor], lr: float, threshold: float, stacked: bool) -> list[Tensor]:
-    """Shorten, in place, the way that parameters went from their old values; short ones stay bit for bit.
+    """Shorten updates in place; short ones stay bit for bit.
 
     Returns:
-        Of each parameter, whether it was shortened: bool scalars; none where nothing moved.
+        For each parameter a bool scalar, whether it was shortened; empty if nothing moved.
     """
     if lr == 0:
         return []

@@ -1,7 +1,7 @@
-"""Runs the gradient stabilisers around an optimiser's update, and keeps what they remember.
+"""Runs the gradient stabilisers around an optimiser's update, and holds their state.
 
-`before_update` is called with gradients in place, `after_update` when the optimiser is done. Nothing here waits for the
-device. All ranks decide alike: they hold the same averaged gradient, and are told the same loss.
+`before_update` is called with gradients in place, `after_update` after the optimiser's step. Nothing here waits for the
+device. All ranks decide alike: they have the same averaged gradient and the same loss.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,26 +23,25 @@ from lightning_moevlm.training.optim.tensor_roles import is_stack, norms
 
 
 class GradientEvents(NamedTuple):
-    """What was done in a step; scalar tensors on the device.
-
-    norm: of the gradient as it came, fp32. coefficient: its norm after clipping over the one before, fp32.
-    skipped: whether the step is left out, bool; None where none ever is. num_skipped: steps left out on the way to this
-    model, int64. shortened: of each clip that is on, by its option, whether it made a gradient or an update shorter,
-    bool.
-    """
+    """Effects of the stabilisers on a step; scalar tensors on the device."""
 
     norm: Tensor
+    """Norm of the gradient before clipping, fp32."""
     coefficient: Tensor
+    """Norm after clipping over the norm before it, fp32."""
     skipped: Tensor | None
+    """Whether the step is left out, bool; None if skipping is off."""
     num_skipped: Tensor
+    """Steps left out since the start of training, int64."""
     shortened: Mapping[str, Tensor]
+    """Whether each enabled clip, by its option, shortened a gradient or an update, bool."""
 
 
 class GradientControl:
-    """Stabilisers at work on one optimiser.
+    """The stabilisers of one optimiser.
 
     Args:
-        options: which of them are on.
+        options: the enabled stabilisers.
         optimizer: over groups of `parameter_groups`, or any.
     """
 
@@ -62,7 +61,7 @@ class GradientControl:
 
     @torch.no_grad()
     def before_update(self, loss: Tensor) -> None:
-        """Clip the gradients and decide whether the step is taken.
+        """Clip the gradients and decide whether to take the step.
 
         Args:
             loss: task loss of the step, scalar, the mean over its micro-batches and the ranks.
@@ -102,7 +101,7 @@ class GradientControl:
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Shorten the update, or undo it; does nothing where no update was announced."""
+        """Shorten the update, or undo it; does nothing without a preceding `before_update`."""
         if self._old is not None:
             assert self.options.clip_update is not None and self.events is not None
             old, acted = iter(self._old), []
@@ -118,7 +117,7 @@ class GradientControl:
             self._undoable = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the stabilisers that are on remember."""
+        """Return the state of the enabled stabilisers."""
         state: dict[str, Any] = {}
         if self.options.z_clip is not None:
             state["z_clip"] = self._statistics._asdict()
@@ -129,7 +128,7 @@ class GradientControl:
         return state
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from there; a stabiliser that was off starts anew, one that is off now forgets.
+        """Load the state; a stabiliser that was off then starts fresh.
 
         Raises:
             UserError: averages of a model with other tensors.
@@ -147,10 +146,10 @@ class GradientControl:
                 )
             self._averages = averages
         if self.options.skip_spikes is not None and "skip_spikes" in memories:
-            self._spikes = SpikeWindow(**memories["skip_spikes"]).resized(self.options.skip_spikes.window)
+            self._spikes = SpikeWindow(**memories["skip_spikes"]).resize(self.options.skip_spikes.window)
 
     def _clip_tensors(self, ada_gc: AdaGC) -> None:
-        """Scale each gradient by itself; a tensor without one counts as zero."""
+        """Scale each gradient separately; a missing one counts as zero."""
         gradients: list[Tensor] = []
         sizes: list[Tensor] = []
         nothing = self._averages.average_G.new_zeros(())

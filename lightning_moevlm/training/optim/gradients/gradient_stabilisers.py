@@ -1,14 +1,14 @@
-"""The set of gradient stabilisers: one nullable field each, so that an arm turns one off without touching the others.
+"""The set of gradient stabilisers: one nullable field each, so an arm turns one off without touching the others.
 
 They act once per optimiser step, on the gradient summed over micro-batches and averaged over ranks, in this order:
 
-    skip_spikes   decides on the loss and on the norm as they come
-    clip_value    each coordinate into [-v, v]
-    ada_gc        each tensor against its own past
-    z_clip        the norm against its own past
-    clip_norm     the norm against a constant
+    skip_spikes   decides by the loss and the norm before clipping
+    clip_value    clips each coordinate to [-v, v]
+    ada_gc        clips each tensor by its own past norms
+    z_clip        clips the norm by its own past
+    clip_norm     clips the norm to a constant
     (the optimiser's update)
-    clip_update   each tensor's update against its root mean square
+    clip_update   clips each tensor's update by its root mean square
 """
 
 from dataclasses import dataclass, fields
@@ -21,16 +21,16 @@ from lightning_moevlm.training.optim.gradients.z_clip import ZClip
 
 @dataclass(frozen=True)
 class GradientStabilisers:
-    """What is done to gradients and updates; null turns one off.
+    """Clipping and skipping of gradients and updates; null turns one off.
 
     Args:
         clip_norm: largest norm of the whole gradient; 1.0 is customary.
         clip_value: largest absolute value of a coordinate.
-        z_clip: ZClip, the norm as an outlier of its own past.
-        ada_gc: AdaGC, each tensor's norm against its own past.
+        z_clip: ZClip, clips norms that are outliers of their own past.
+        ada_gc: AdaGC, clips each tensor by its own past norms.
         clip_update: largest root mean square of a tensor's update over its learning rate, weight decay included, for
-            any optimiser (ST-MoE, arXiv 2202.08906, section 3, loses quality at 0.1; AdamW's is at most about 1).
-        skip_spikes: skip steps whose loss or norm is an outlier or not finite.
+            any optimiser. ST-MoE (arXiv 2202.08906, section 3) loses quality at 0.1; AdamW's is at most about 1.
+        skip_spikes: skips steps whose loss or norm is an outlier or not finite.
 
     Raises:
         UserError: a threshold of 0 or less.
@@ -52,5 +52,5 @@ class GradientStabilisers:
 
     @property
     def any_on(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether any is on."""
         return any(getattr(self, entry.name) is not None for entry in fields(self))

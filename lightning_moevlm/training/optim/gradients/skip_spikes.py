@@ -1,11 +1,11 @@
 """Skip-step: a step whose loss or gradient norm is an outlier is not taken (OLMo-core's skip-step optimisers).
 
-    skip where value > mean + sigma std of the last finite values, or value is no number
+    skip if value > mean + sigma std of the last finite values, or value is not finite
 
-for value = task loss and value = gradient norm before clipping. Parameters and optimiser state stay as they were, and
-so does what else learns from a step: norms that clipping remembers, balancing biases, adaptive weights, counts of idle
-experts. A finite outlier still enters the window, so that training that has settled on a new level is not skipped for
-ever; the schedule and the count of steps go on. The decision is a tensor on the device: nobody waits for it.
+for value = task loss and value = gradient norm before clipping. A skipped step changes no parameter, optimiser state or
+other state: norms of clipping, balancing biases, adaptive weights, counts of idle experts. A finite outlier still
+enters the window, so training that has settled on a new level is not skipped for ever. The schedule and the step count
+advance. The decision is a tensor on the device, so the host need not wait.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ from lightning_moevlm.common.number_checks import check_number
 
 
 class SpikeWindow(NamedTuple):
-    """The last values, newest last, fp32: NaN where there was none yet. num_skipped: int64."""
+    """The last values, newest last, fp32; NaN before the first ones."""
 
     loss_J: Tensor
     norm_J: Tensor
     num_skipped: Tensor
+    """Steps skipped since the start of training, int64."""
 
     @classmethod
     def empty(cls, num_steps: int, device: torch.device) -> "SpikeWindow":
@@ -30,8 +31,8 @@ class SpikeWindow(NamedTuple):
         nothing_J = torch.full((num_steps,), torch.nan, dtype=torch.float32, device=device)
         return cls(nothing_J, nothing_J, torch.zeros((), dtype=torch.int64, device=device))
 
-    def resized(self, num_steps: int) -> "SpikeWindow":
-        """Return the same values in a window of another length: the oldest go, or NaN comes before them."""
+    def resize(self, num_steps: int) -> "SpikeWindow":
+        """Return the same values in a window of another length: the oldest are dropped, or NaN is put before them."""
         missing = self.loss_J.new_full((max(0, num_steps - len(self.loss_J)),), torch.nan)
         loss_J, norm_J = (torch.cat([missing, values])[-num_steps:] for values in (self.loss_J, self.norm_J))
         return SpikeWindow(loss_J, norm_J, self.num_skipped)
@@ -43,8 +44,8 @@ class SkipSpikes:
 
     Args:
         sigma: standard deviations above the mean that make a spike; OLMo-core uses 6.
-        window: optimiser steps looked back on; nothing is skipped, except what is no number, before half of them are
-            seen.
+        window: optimiser steps in the statistics. Until half of them are seen, only values that are not finite are
+            skipped.
 
     Raises:
         UserError: a value outside its range.
@@ -59,9 +60,9 @@ class SkipSpikes:
         check_number("skip_spikes.window", self.window, least=4, advice=": statistics need as many steps")
 
     def __call__(self, loss: Tensor, norm: Tensor, seen: SpikeWindow) -> tuple[Tensor, SpikeWindow]:
-        """Return whether to skip (bool scalar) a step of this loss and norm (fp32 scalars), and the window with it."""
+        """Return whether to skip a step (bool scalar) of this loss and norm (fp32 scalars), and the window after it."""
         skip = self._is_spike(loss, seen.loss_J) | self._is_spike(norm, seen.norm_J)
-        return skip, SpikeWindow(_pushed(seen.loss_J, loss), _pushed(seen.norm_J, norm), seen.num_skipped + skip)
+        return skip, SpikeWindow(_push(seen.loss_J, loss), _push(seen.norm_J, norm), seen.num_skipped + skip)
 
     def _is_spike(self, value: Tensor, seen_J: Tensor) -> Tensor:
         known_J = seen_J.isfinite()
@@ -72,6 +73,6 @@ class SkipSpikes:
         return ~value.isfinite() | (is_outlier & (2 * count >= self.window))
 
 
-def _pushed(seen_J: Tensor, value: Tensor) -> Tensor:
-    """Return the window with a value at its end; what is no number is not remembered."""
+def _push(seen_J: Tensor, value: Tensor) -> Tensor:
+    """Return the window with a value at its end; values that are not finite are left out."""
     return torch.where(value.isfinite(), torch.cat([seen_J[1:], value.reshape(1)]), seen_J)

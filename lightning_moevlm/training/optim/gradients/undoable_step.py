@@ -1,12 +1,10 @@
-"""A step that can be undone on the device: its outcome is a tensor, so the host need not wait to know it.
+"""Undoes an optimiser step on the device: the decision is a tensor, so the host need not wait.
 
-Two ways, one meaning: parameters and optimiser state of a skipped step are bit for bit what they were.
+Parameters and optimiser state of a skipped step stay the same, bit for bit. There are two ways:
 
-- Fused optimisers of torch leave out the update themselves where `found_inf` is 1, the way that GradScaler tells them.
-  It costs nothing.
-- For any other, values are copied before the update and put back where the step is skipped. It costs a copy of
-  parameters and state. State that the update created was not there before: zero, which is where each of torch's
-  optimisers and of ours begins.
+- torch's fused optimisers leave out the update if `found_inf` is 1, as for GradScaler. It costs nothing.
+- For others, values are copied before the update and put back. It costs a copy of parameters and state. State that the
+  update created is set to zero, the initial value of every optimiser of torch and of this package.
 
 torch's unfused AdamW keeps its step count on the host, which then waits for the decision: on CUDA set `fused: true`.
 """
@@ -33,14 +31,14 @@ class UndoableStep:
         if self._is_fused:
             optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
             return
-        params = _moved_by(optimizer)
+        params = _with_gradient(optimizer)
         self._old = dict(zip(params, _copies(params), strict=True))
         state = {(p, name): value for p in params for name, value in optimizer.state.get(p, {}).items()}
         self._old_state = dict(zip(state, _copies(list(state.values())), strict=True))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Put back, after the update, what was before it, where the step is to be skipped."""
+        """Put the values from before the update back, if the step is to be skipped."""
         if self._is_fused:
             del self._optimizer.found_inf  # type: ignore[attr-defined]
             return
@@ -50,7 +48,7 @@ class UndoableStep:
                 _restore_(value, self._old_state.get((p, name)), self._skip)
 
 
-def _moved_by(optimizer: Optimizer) -> list[Tensor]:
+def _with_gradient(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 

@@ -1,11 +1,11 @@
-"""ZClip: clip the gradient where its norm is an outlier of its own recent past (arXiv 2504.02507).
+"""ZClip: clip the gradient if its norm is an outlier of its own recent past (arXiv 2504.02507).
 
     z = (norm - mean) / std                 of the norms so far, exponential averages
     z > threshold:  clip to mean + threshold^2 / z std    the further out, the closer to the mean
     mean <- alpha mean + (1 - alpha) norm'  with norm' the norm after clipping, so that a spike hardly counts
     var  <- alpha var + (1 - alpha) (norm' - mean)^2
 
-The first steps are only looked at: their mean and variance start the averages. A norm that is no number leaves them.
+The first steps are only measured: their mean and variance start the averages. A norm that is not finite is left out.
 The order of the two averages (the variance with the new mean) is that of the authors' code.
 """
 
@@ -21,11 +21,12 @@ _SMALLEST_STD = 1e-6
 
 
 class NormStatistics(NamedTuple):
-    """What ZClip remembers: fp32 scalars mean and variance of the norm, and the int64 number of norms seen."""
+    """State of ZClip: fp32 scalars."""
 
     mean: Tensor
     variance: Tensor
     num_steps: Tensor
+    """Norms seen, int64."""
 
     @classmethod
     def empty(cls, device: torch.device) -> "NormStatistics":
@@ -39,9 +40,9 @@ class ZClip:
     """Clipping of outliers.
 
     Args:
-        z: norms so many standard deviations above the mean are clipped.
-        alpha: share that the averages keep per step.
-        warmup_steps: optimiser steps that are only looked at, 2 or more.
+        z: standard deviations above the mean from which norms are clipped.
+        alpha: share of the averages that remains after a step.
+        warmup_steps: optimiser steps that are only measured, 2 or more.
 
     Raises:
         UserError: a value outside its range.
@@ -58,7 +59,7 @@ class ZClip:
         check_number("z_clip.warmup_steps", self.warmup_steps, least=2, advice=": a variance needs as many")
 
     def __call__(self, norm: Tensor, seen: NormStatistics) -> tuple[Tensor, NormStatistics]:
-        """Return what gradients of this norm (fp32 scalar) are multiplied by, and the statistics with this step."""
+        """Return the factor of gradients of this norm (fp32 scalar), and the statistics after this step."""
         std = seen.variance.sqrt()
         z = (norm - seen.mean) / (std + _SMALLEST_STD)
         is_finite = norm.isfinite()

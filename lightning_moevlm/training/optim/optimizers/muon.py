@@ -7,10 +7,10 @@
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor gives o the root mean square of AdamW's updates, so
 that one learning rate and one weight decay serve both parts (Moonlight, arXiv 2502.16982, section 2.2).
 
-The rule is that of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes parameters of two axes alone and
-computes in bf16. Here a stack (E, in, out) is E matrices in one batched product, and where there is no CUDA the
-iteration runs in fp32: on most CPUs a bf16 product is far slower. Embeddings, the patch projection, heads, norms,
-biases and routers go to torch's AdamW.
+The rule is that of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes only parameters with two axes and
+computes in bf16. Here a stack (E, in, out) is E matrices in one batched product, and without CUDA the iteration runs in
+fp32, because bf16 products are far slower on most CPUs. Embeddings, the patch projection, heads, norms, biases and
+routers go to torch's AdamW.
 """
 
 import math
@@ -33,7 +33,7 @@ _SMALLEST_NORM = 1e-7
 class MuonAdamW(Optimizer):
     """Muon on matrices and expert stacks, AdamW on the rest.
 
-    Parameters without a role (no `parameter_groups`) are orthogonalised where they have two axes.
+    Parameters without a role (no `parameter_groups`) are orthogonalised if they have two axes.
 
     Args:
         params: parameters, or groups of them.

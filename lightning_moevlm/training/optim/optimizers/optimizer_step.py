@@ -1,4 +1,4 @@
-"""What a step of every optimiser here begins with."""
+"""Common beginnings of optimiser steps, and checks of their options."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def select_with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[
 
 
 def check_rates(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
-    """Refuse steps uphill, weights that grow, and averages that do not average.
+    """Refuse negative rates and decays, and betas outside 0 to 1.
 
     Raises:
         UserError: a negative rate, or a beta outside 0 to 1.

@@ -1,8 +1,7 @@
-"""Optimiser state in a narrow format, simulated: what the optimiser remembers is rounded after each step.
+"""Simulates optimiser state in a narrow format: the state is rounded after each step.
 
-State in 8 bits is studied in arXiv 2110.02861; in plain bf16 a second moment with beta 0.999 stops moving, because 0.1
-% of it is below half a step of bf16 (2^-9). torch keeps state in the dtype of the parameters, hence rounding and not
-storing.
+State in 8 bits is studied in arXiv 2110.02861. In plain bf16 a second moment with beta 0.999 stops moving, because 0.1
+% of it is below half a step of bf16 (2^-9). torch stores state in the dtype of the parameters, so it is rounded here.
 """
 
 from typing import Any
@@ -15,10 +14,9 @@ from lightning_moevlm.model.precision import PrecisionPolicy, rounded
 
 
 def round_state(optimizer: Optimizer, policy: PrecisionPolicy) -> None:
-    """Have the optimiser round its state after every step, where the policy simulates a narrow one; else do nothing.
+    """Round an optimiser's state after every step if the policy simulates a narrow format.
 
-    Rounded are state tensors of a parameter's shape and, for factored optimisers, of more than one element; step counts
-    stay.
+    Floating-point state of more than one element is rounded; step counts are not.
     """
     dtype = policy.optimizer_state
     if dtype is None or dtype == "float32" or policy.simulate is None:
@@ -30,7 +28,7 @@ def round_state(optimizer: Optimizer, policy: PrecisionPolicy) -> None:
         for state in stepped.state.values():
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
-                    # in fp32: the factor that fp8 is scaled by is beyond float16, in which state may be kept
+                    # in fp32: the scale of fp8 is beyond float16, which may be the dtype of state
                     value.copy_(rounded(value.float(), dtype, scale))
 
     optimizer.register_step_post_hook(after_step)

@@ -1,4 +1,4 @@
-"""StableAdamW: AdamW whose step shrinks, tensor by tensor, where the second moment lags behind the gradient.
+"""StableAdamW: AdamW whose step shrinks, tensor by tensor, if the second moment lags behind the gradient.
 
     m, u    AdamW's moments, bias-corrected
     rms     sqrt(mean over the tensor of g^2 / max(u, eps^2)):  about 1 while u is a fair estimate of g^2

@@ -1,7 +1,7 @@
 """The contract of learning-rate schedules: linear warm-up, then a ramp down. Budgets are steps, never epochs.
 
-    factor(step) = (step + 1) / warmup_steps    while warming up: the first step is not lost
-                 = ramp(step)                   from then on, from 1 to final_ratio
+    factor(step) = (step + 1) / warmup_steps    during the warm-up: the first step is not lost
+                 = ramp(step)                   after it, from 1 to final_ratio
 
 Every parameter group follows the same factor, each from its own peak.
 """
@@ -22,13 +22,13 @@ _PROGRESS = ("last_epoch", "_step_count", "_last_lr")
 class WarmupSchedule(LRScheduler, ABC):
     """Learning-rate factor over optimiser steps.
 
-    A checkpoint keeps how far the schedule is, not its shape: whoever resumes with another budget gets the schedule of
-    that budget.
+    A checkpoint keeps the position of the schedule, not its shape: a run resumed with another budget follows the
+    schedule of that budget.
 
     Args:
         optimizer: its learning rates are the peaks.
-        total_steps: optimiser steps until final_ratio is reached; constant from there on. In a configuration -1, as
-            `${trainer.max_steps}` may be, is as many as the run takes.
+        total_steps: optimiser steps until final_ratio is reached; constant after that. In a configuration -1, as
+            `${trainer.max_steps}` may be, means as many as the run takes.
         warmup: share of total_steps.
         final_ratio: share of the peak at the end.
 
@@ -59,18 +59,18 @@ class WarmupSchedule(LRScheduler, ABC):
         return (step + 1) / self.warmup_steps if step < self.warmup_steps else self._ramp(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the schedule is."""
+        """Return the position of the schedule."""
         return {name: value for name, value in super().state_dict().items() if name in _PROGRESS}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, with the shape and the peaks of this schedule."""
+        """Load the position; shape and peaks stay those of this schedule."""
         super().load_state_dict({name: value for name, value in state_dict.items() if name in _PROGRESS})
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
 
 
 def check_share(name: str, share: float) -> None:
-    """Refuse what is no share of a whole.
+    """Refuse a value that is not a share.
 
     Raises:
         UserError: outside 0 to 1.

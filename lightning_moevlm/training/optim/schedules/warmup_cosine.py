@@ -7,11 +7,11 @@ from lightning_moevlm.training.optim.schedules.warmup import WarmupSchedule
 
 
 class WarmupCosine(WarmupSchedule):
-    """Learning-rate factor: linear while warming up, then a half cosine from 1 to final_ratio.
+    """Learning-rate factor: linear warm-up, then a half cosine from 1 to final_ratio.
 
     Args:
         optimizer: its learning rates are the peaks.
-        total_steps: optimiser steps until final_ratio is reached; constant from there on.
+        total_steps: optimiser steps until final_ratio is reached; constant after that.
         warmup: share of total_steps; 0.05 is customary, at small budgets more.
         final_ratio: share of the peak at the end.
 

@@ -1,4 +1,4 @@
-"""Linear warm-up, then a straight line down: what V-MoE (arXiv 2106.05974) trains with."""
+"""Linear warm-up, then a straight line down, as in V-MoE (arXiv 2106.05974)."""
 
 from torch.optim import Optimizer
 
@@ -7,11 +7,11 @@ from lightning_moevlm.training.optim.schedules.warmup import WarmupSchedule
 
 
 class WarmupLinear(WarmupSchedule):
-    """Learning-rate factor: linear while warming up, then linear from 1 to final_ratio.
+    """Learning-rate factor: linear warm-up, then linear from 1 to final_ratio.
 
     Args:
         optimizer: its learning rates are the peaks.
-        total_steps: optimiser steps until final_ratio is reached; constant from there on.
+        total_steps: optimiser steps until final_ratio is reached; constant after that.
         warmup: share of total_steps.
         final_ratio: share of the peak at the end.
 

@@ -1,7 +1,7 @@
 """Warm-up, a long constant stretch, a short decay (WSD): one trunk serves many budgets.
 
 The decay of "1-sqrt" falls fast at first and ends below the linear one (Haegele et al., arXiv 2405.18392, section 3);
-WSD itself is of MiniCPM (arXiv 2404.06395, section 4).
+WSD itself comes from MiniCPM (arXiv 2404.06395, section 4).
 """
 
 from typing import Literal
@@ -14,11 +14,11 @@ from lightning_moevlm.training.optim.schedules.warmup import WarmupSchedule, che
 
 
 class WarmupStableDecay(WarmupSchedule):
-    """Learning-rate factor: linear while warming up, 1, then down to final_ratio over the last steps.
+    """Learning-rate factor: linear warm-up, 1, then down to final_ratio over the last steps.
 
     Args:
         optimizer: its learning rates are the peaks.
-        total_steps: optimiser steps until final_ratio is reached; constant from there on.
+        total_steps: optimiser steps until final_ratio is reached; constant after that.
         warmup: share of total_steps.
         decay: share of total_steps at the end; 0 keeps the peak for ever.
         decay_shape: "sqrt" (1 - sqrt) or "linear".

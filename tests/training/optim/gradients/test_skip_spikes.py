@@ -54,8 +54,8 @@ def test_a_new_level_is_accepted_in_time() -> None:
 
 def test_a_window_keeps_its_newest_when_it_is_resized() -> None:
     window = run(SkipSpikes(window=4), [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0])[1]
-    assert window.resized(2).loss_J.tolist() == [3.0, 4.0]
-    longer = window.resized(6)
+    assert window.resize(2).loss_J.tolist() == [3.0, 4.0]
+    longer = window.resize(6)
     assert longer.loss_J.isnan().tolist() == [True, True, False, False, False, False]
     assert longer.norm_J[2:].tolist() == [5.0, 6.0, 7.0, 8.0]
 

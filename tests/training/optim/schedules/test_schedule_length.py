@@ -47,7 +47,7 @@ def test_torchs_own_schedules_follow_the_run_too() -> None:
 
 
 def test_with_a_clock_alone_a_schedule_asks_for_a_number_or_a_constant_rate() -> None:
-    told = "total_steps -1, .* trainer.max_steps and trainer.max_epochs are both -1, .* null for a constant rate"
+    told = "total_steps -1, .* trainer.max_steps and trainer.max_epochs are both -1, .* model.schedule to null"
     with pytest.raises(UserError, match=told):
         try_schedule(VisionLanguageModule(small_vl_moe(), schedule=FOLLOWS), is_endless=True)
     with pytest.raises(UserError, match=told):
