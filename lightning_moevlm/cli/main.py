@@ -1,7 +1,7 @@
 """The `moevlm` command: training goes to LightningCLI, everything else to typed functions.
 
-Exit codes: 0 done, 1 something failed while running, 2 a mistake in what was asked, 3 the loss of a run is not a
-number, 128 + N ended by signal N (130 is Ctrl-C).
+Exit codes: 0 success, 1 failure, 2 a user's mistake, 3 a loss that is not finite, 128 + N ended by signal N (130 is
+Ctrl-C).
 """
 
 import os
@@ -56,15 +56,15 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("MOEVLM_TRACEBACK"):
             raise
-        told = mask_url_secrets(str(error))  # some messages repeat what was given
-        # a path may hold what rich takes for an emoji, as in registry:x:1
-        Console(stderr=True, emoji=False).print(f"moevlm: error: {told}", highlight=False, markup=False, soft_wrap=True)
+        text = mask_url_secrets(str(error))  # some messages repeat the user's input
+        # rich takes parts of some paths for an emoji, as in registry:x:1
+        Console(stderr=True, emoji=False).print(f"moevlm: error: {text}", highlight=False, markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("moevlm: interrupted", highlight=False)
         return 130
     except (Diverged, Stopped) as ending:
-        if str(ending):  # the first rank speaks for all
+        if str(ending):  # empty on all ranks but the first
             Console(stderr=True).print(f"moevlm: {ending}", highlight=False, markup=False, soft_wrap=True)
         return 128 + ending.signal_number if isinstance(ending, Stopped) else _DIVERGED
 

@@ -1,4 +1,4 @@
-"""How a listing command shows itself: a table for people, or records for programs."""
+"""Prints the results of listing commands: a table for people, or records for programs."""
 
 import json as json_format
 import os
@@ -36,7 +36,7 @@ def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: st
 
 
 def console() -> "Console":
-    """Return a console; a log file has no width of its own and gets one that tables fit in."""
+    """Return a console; a log file gets a width that tables fit in."""
     from rich.console import Console
 
     terminal = Console()
@@ -44,10 +44,10 @@ def console() -> "Console":
 
 
 def print_built(out: str, verb: str | None, digest: str, counts: Mapping["Split", int]) -> None:
-    """Print one line on a set: what was done (None: nothing, it was there), samples by split, the manifest's digest."""
+    """Print one line on a set: the verb (None: it was there already), samples by split, the manifest's digest."""
     from rich.console import Console
 
-    said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     Console(soft_wrap=True, highlight=False).print(
-        f"{verb or 'already built, nothing to do:'} {out} ({said} samples; manifest {digest[:12]})", markup=False
+        f"{verb or 'already built, nothing to do:'} {out} ({sizes} samples; manifest {digest[:12]})", markup=False
     )

@@ -1,4 +1,4 @@
-"""`moevlm list` and `moevlm describe`: the parts that a configuration can name, and what a study file can say."""
+"""`moevlm list` and `moevlm describe`: the parts of configurations, and the keys of study files."""
 
 import dataclasses
 import inspect
@@ -60,7 +60,7 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
 
 
 def describe(name: str, json: str | None = None) -> None:
-    """Describe one part: what it does, where it comes from, its options. `study` describes the keys of a study file.
+    """Describe one part: its effect, its source, its options. `study` describes the keys of a study file.
 
     Args:
         name: Class name or design as in `moevlm list`, the full path of a class, or study.
@@ -83,8 +83,8 @@ def describe(name: str, json: str | None = None) -> None:
     part = part or _imported(name)
     if part is None:
         near = find_nearest(name, [*known, *names()])
-        hint = f"did you mean {near}?" if near else "moevlm list shows what there is"
-        raise UserError(f"no part is called {name}: {hint}")
+        hint = f"did you mean {near}?" if near else "`moevlm list` shows all"
+        raise UserError(f"there is no part {name}: {hint}")
     rows = [
         {
             "option": parameter.name,
@@ -104,7 +104,7 @@ def describe(name: str, json: str | None = None) -> None:
 
 
 def _imported(path: str) -> type | None:
-    """Return the class that a dotted path names; None where the path is a name alone."""
+    """Return the class of a dotted path; None for a name without dots."""
     from importlib import import_module
 
     from lightning_moevlm.common.errors import UserError
@@ -202,7 +202,7 @@ def _parts() -> dict[str, list[type]]:
 
 
 def _offered(base: type) -> list[type]:
-    """Return the concrete classes below an interface of torch or Lightning that plug-ins bring, by name."""
+    """Return plug-ins' concrete classes below an interface of torch or Lightning, by name."""
     from importlib.metadata import entry_points
 
     from lightning_moevlm.configuration.plugins import PLUGIN_GROUP
@@ -232,7 +232,7 @@ def new(file: str) -> None:
 
     path = Path(file)
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file}: a study is a YAML file; write {path.with_suffix('.yaml')}")
+        raise UserError(f"{file}: the name of a study file ends in .yaml; give {path.with_suffix('.yaml')}")
     refuse_bad_name(path)
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def new(file: str) -> None:
             with path.open("x", encoding="utf-8") as stream:
                 stream.write(skeleton(file))
         except FileExistsError as error:
-            raise UserError(f"{file} is there already; remove it, or name another file") from error
+            raise UserError(f"{file} exists already; remove it, or give another name") from error
     console().print(f"Wrote {file}. Show what it would run: moevlm sweep plan {file}", highlight=False, markup=False)
 
 
@@ -269,7 +269,7 @@ def metric_rows() -> list[dict[str, str]]:
 
 
 def names() -> list[str]:
-    """Return every name that `describe` takes from here."""
+    """Return every name that `describe` takes beside parts."""
     from lightning_moevlm.study.guide import designs
 
     return [STUDY, *(page.kind for page in designs())]

@@ -1,9 +1,9 @@
-"""fit, validate, test, predict: LightningCLI with the faults mended that would bite an ablation.
+"""fit, validate, test, predict: LightningCLI without the faults that would harm an ablation.
 
-- Configurations are merged first and interpolated last (`parser_mode="omegaconf+"`), so an overriding file or flag
-  moves everything that refers to it; absolute references work although the subcommand is their root.
-- Values stored in a checkpoint never beat the command line (Lightning #21455).
-- The configuration is kept as artifacts of the MLflow run; Lightning's own callback fails on a logger without a
+- Configurations are merged first and interpolated last (`parser_mode="omegaconf+"`), so a later file or flag changes
+  everything that refers to it. Absolute references work although the subcommand is their root.
+- Values stored in a checkpoint never override the command line (Lightning #21455).
+- The configuration is saved as artifacts of the MLflow run; Lightning's own callback fails on a logger without a
   directory (Lightning #19441).
 - A mistake in a configuration is one line and exit code 2.
 """
@@ -70,7 +70,7 @@ class CommandLine(LightningCLI):
 
     Args:
         asked: the subcommand.
-        argv: the command line as the user typed it, for the record.
+        argv: the command line as typed, for the record.
         speak_again: called when all is built; lets Lightning's messages through.
     """
 
@@ -93,7 +93,7 @@ class CommandLine(LightningCLI):
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Let checkpoints be read without unpickling, so that the record of a run says so; keep to our table."""
+        """Default to reading checkpoints without unpickling, and to our table of results."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
         if subcommand in ("validate", "test"):
@@ -101,46 +101,46 @@ class CommandLine(LightningCLI):
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Build the parser of the subcommand that was asked for alone: each costs a fifth of a second.
+        """Build only the parser of the given subcommand: each takes a fifth of a second.
 
-        Static in LightningCLI, which calls it on the instance all the same.
+        Static in LightningCLI, which calls it on the instance.
         """
         return {self._asked: LightningCLI.subcommands()[self._asked]}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Take a number for a seed: Lightning's true and false are none that weights, masks and order could follow."""
-        parser.add_argument("--seed_everything", type=int, default=0, help="seed from which all other seeds follow")
+        """Make the seed a number: Lightning also takes true and false, which seed no weights, masks or order."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, masks and data order")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give the Trainer our logger and callbacks unless a configuration names others."""
+        """Default to our logger and callbacks, and add --run."""
         parser.set_defaults(DEFAULTS)
-        told = "id, name or folder of a run to resume or evaluate; loads its configuration and last checkpoint"
-        parser.add_argument(RUN, default=SUPPRESS, metavar="RUN", help=told)  # replaced before anything is parsed
+        text = "id, name or folder of a run to resume or evaluate; loads its configuration and last checkpoint"
+        parser.add_argument(RUN, default=SUPPRESS, metavar="RUN", help=text)  # replaced before anything is parsed
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; tell a mistake with what the option allows."""
+        """Parse; a mistake becomes a line with the allowed values."""
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            told = short_message(str(error), list_option_types(self._parser(self._asked)))
+            text = short_message(str(error), list_option_types(self._parser(self._asked)))
             run = find_run_of_checkpoint(sys.argv)
             example = "name a configuration, e.g. -c conf/quickstart.yaml"
             remedy = f"give the checkpoint's run, {RUN} {run}" if run is not None else example
-            advice = f"; {remedy}" if told.startswith(_INCOMPLETE) else ""
-            raise UserError(told + advice) from error
+            advice = f"; {remedy}" if text.startswith(_INCOMPLETE) else ""
+            raise UserError(text + advice) from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there before anything is built or written; drop what is not wanted."""
+        """Refuse a missing checkpoint before anything is built or written; drop unwanted callbacks."""
         collect_normally()
         config = self.config[self.subcommand]
         refuse_unbuildable_parts(config.as_dict())
         if self.subcommand == "predict":
-            config.trainer.logger = False  # nothing to log, and Lightning would open an empty run
+            config.trainer.logger = False  # Lightning would open an empty run
         if config.weights_only is False:
             raise UserError(
-                "weights_only is false, but a checkpoint that needs it runs code when it is read: leave it out"
+                "weights_only is false, which lets a checkpoint run code when it is read: remove the option"
             )
-        config.weights_only = True  # null is Lightning's default, which unpickles what comes from a server
+        config.weights_only = True  # Lightning's default, null, unpickles checkpoints from servers
         root = Path(config.trainer.default_root_dir or ".")
         self._checkpoint = inspect_checkpoint(config.get("ckpt_path"), self._asked, root)
         if _saves(config.trainer) and self.subcommand == "fit":
@@ -151,16 +151,16 @@ class CommandLine(LightningCLI):
             ]
 
     def instantiate_classes(self) -> None:
-        """Build; the model then draws its weights once, whole."""
+        """Build; the whole model draws its weights once."""
         with defer_initialisation():
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
-        """Refuse, before anything is written, what only the parts as built can tell not to fit."""
+        """Refuse unsuited combinations of the built parts, before anything is written."""
         config = self.config[self.subcommand]
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and not isinstance(callback, LastCheckpoint):
-                callback.save_last = None  # LastCheckpoint does; a fast_dev_run is to leave nothing
+                callback.save_last = None  # LastCheckpoint saves it; a fast_dev_run leaves nothing
         refuse_other_precision(config.trainer.precision, self.trainer)
         refuse_other_sizes(self.model.backbone.spec, config.data.as_dict())
         if self.subcommand != "fit" and not config.get("ckpt_path"):
@@ -181,39 +181,39 @@ class CommandLine(LightningCLI):
         self._checkpoint = None
 
     def after_fit(self) -> None:
-        """Tell a run that has diverged from one that is done."""
+        """Raise `Diverged` if the run has diverged."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set, but not declared
         for callback in callbacks:
             if isinstance(callback, DivergenceGuard) and callback.diverged_at is not None:
-                told = f"diverged: the training loss is not a number at step {callback.diverged_at}"
-                raise Diverged(told if self.trainer.is_global_zero else "")
+                text = f"diverged: the training loss is not finite at step {callback.diverged_at}"
+                raise Diverged(text if self.trainer.is_global_zero else "")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; where training ends early, say last of all how to resume it."""
+        """Run; if training ends early, print at the end how to resume it."""
         self._speak_again()
         try:
             super()._run_subcommand(subcommand)
         except UserError:
             raise
         except BaseException as error:
-            told = ""
+            line = ""
             if subcommand == "fit":
-                told = resume_line(self.trainer)
-                if told and self.trainer.is_global_zero:
-                    Console(stderr=True).print(told, soft_wrap=True, highlight=False, markup=False)
+                line = resume_line(self.trainer)
+                if line and self.trainer.is_global_zero:
+                    Console(stderr=True).print(line, soft_wrap=True, highlight=False, markup=False)
             if isinstance(error, SIGTERMException):
                 number = self._stop.number or signal.SIGTERM
                 where = f" at step {self.trainer.global_step}" if subcommand == "fit" else ""
-                lost = "; nothing was saved" if where and not told else ""
-                told = f"stopped by {signal.Signals(number).name}{where}{lost}"
-                raise Stopped(number, told if self.trainer.is_global_zero else "") from error
+                lost = "; nothing was saved" if where and not line else ""
+                text = f"stopped by {signal.Signals(number).name}{where}{lost}"
+                raise Stopped(number, text if self.trainer.is_global_zero else "") from error
             if self._stop.second:
                 text = f"stopped at once by {signal.Signals(self._stop.second).name}"
                 raise Stopped(self._stop.second, text if self.trainer.is_global_zero else "") from error
             raise
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: a checkpoint restores state, it does not configure."""
+        """Do nothing: a checkpoint restores state, it does not configure."""
 
 
 class _ParsedError(Exception):
@@ -221,10 +221,10 @@ class _ParsedError(Exception):
 
 
 class _Rehearsal(CommandLine):
-    """A command line that is parsed, and nothing else."""
+    """A command line that is only parsed."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; note the code, and read the base, as the run's record will."""
+        """Parse, and cache the code's version and the base configuration for the run's record."""
         code_checkout()
         super().parse_arguments(parser, args)
         resolve_base(self._parser(self._asked), config_sources(sys.argv))
@@ -232,7 +232,7 @@ class _Rehearsal(CommandLine):
 
 
 def rehearse(args: Sequence[str]) -> None:
-    """Parse `moevlm fit ...` for the sake of what this process then knows, and its forks with it.
+    """Parse `moevlm fit ...` to warm caches of this process and its forks.
 
     Raises:
         UserError: a mistake in the configuration.
@@ -245,8 +245,8 @@ def run(args: Sequence[str]) -> None:
     """Run `moevlm fit|validate|test|predict ...`; args start with the subcommand.
 
     Raises:
-        UserError: a mistake in the configuration or in what it points to.
-        KeyboardInterrupt: the user interrupted; Lightning has closed the run.
+        UserError: a mistake in the configuration or in its files.
+        KeyboardInterrupt: Ctrl-C; Lightning has closed the run.
     """
     _start(args, CommandLine)
 
@@ -256,7 +256,7 @@ def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
     args = expand_run_option(args)
     with TemporaryDirectory() as folder, report_once(Path(folder)), quiet_lightning() as speak_again, user_errors():
         words = move_nulls_to_files(_with_shipped_configs(args, Path(folder)), Path(folder))
-        # on sys.argv and not as an argument: to start further ranks, Lightning runs this command line again
+        # on sys.argv: Lightning runs this command line again to start further ranks
         sys.argv = [sys.argv[0], *words]
         try:
             command_line(args[0], args, speak_again)
@@ -291,7 +291,7 @@ def _warn(line: str) -> None:
 
 
 def _saves(trainer: Namespace) -> bool:
-    """Tell whether a run is to keep its last checkpoint; where it is to keep none, drop what would."""
+    """Return whether a run keeps its last checkpoint; if checkpoints are off, drop the callbacks that save them."""
     callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
     saving = [each for each in callbacks if each is not None and _is_checkpoint(each.class_path)]
     if trainer.enable_checkpointing is False:

@@ -1,8 +1,7 @@
-"""Tell what Lightning refuses from what fails: an error that a `raise` of Lightning's own has raised is a refusal.
+"""Distinguishes Lightning's refusals from failures: a refusal comes from a `raise` in Lightning's own code.
 
-Lightning raises ValueError, TypeError, RuntimeError and more for what a user got wrong, and bugs raise the same
-classes. The place of the `raise` tells them apart. The parser wraps such an error in a page of its own: there the cause
-is looked for.
+Lightning raises ValueError, TypeError, RuntimeError and more for a user's mistakes, and bugs raise the same classes.
+The place of the `raise` distinguishes them. The parser wraps such an error in its own, so the cause is followed.
 """
 
 import linecache
@@ -14,20 +13,20 @@ _LIGHTNING = ("lightning", "pytorch_lightning")
 
 
 def find_refusal(error: BaseException) -> str | None:
-    """Return what was refused, in one line: by a part of ours (a `UserError`) or by Lightning; None for a failure."""
-    told: str | None = None
+    """Return the refusal in one line, by a part of ours (a `UserError`) or by Lightning; None for a failure."""
+    text: str | None = None
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            told = str(cause)
+            text = str(cause)
         elif isinstance(cause, Exception) and is_raised_by(cause, *_LIGHTNING):
-            told = _with_its_class(cause)
+            text = _describe(cause)
         cause = cause.__cause__
-    return told
+    return text
 
 
 def is_raised_by(error: BaseException, *packages: str) -> bool:
-    """Return whether a `raise` in one of the packages has raised it, and not what they call."""
+    """Return whether a `raise` in one of the packages raised the error, and not code that they call."""
     if error.__traceback__ is None:
         return False
     frame = _last(error.__traceback__)
@@ -37,7 +36,7 @@ def is_raised_by(error: BaseException, *packages: str) -> bool:
     )
 
 
-def _with_its_class(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     assert error.__traceback__ is not None
     names = _last(error.__traceback__).tb_frame.f_locals
     message = " ".join(str(error).split())

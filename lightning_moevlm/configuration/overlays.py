@@ -1,9 +1,7 @@
-"""What one file says of `data.sources` or `model.losses.others` goes over what those before it say, name by name.
+"""Merges `data.sources` and `model.losses.others` entry by entry across configuration files.
 
-Everywhere else a later file changes the options that it names; in a mapping of names that the user chooses, the parser
-(jsonargparse) would take the later file's alone, and an arm that sets one weight would silently lose the other sources
-or losses.
-What the parser cannot read from the command line, null, goes into files too.
+jsonargparse alone keeps only the last file's mapping, so an arm that sets one weight would silently lose the other
+sources or losses. Nulls that the parser cannot read from the command line are moved to files here too.
 """
 
 import json
@@ -18,10 +16,10 @@ _NAMED = (("data", "sources"), ("model", "losses", "others"))
 
 
 class NamesMerger:
-    """Takes configuration files in their order; after one that adds to such a mapping belongs one that holds all of it.
+    """Takes configuration files in order; after one that adds to such a mapping it writes a file with all entries.
 
     Args:
-        folder: where further files are written.
+        folder: for the written files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,7 +28,7 @@ class NamesMerger:
         self._num_seen = 0
 
     def add_file(self, file: Path) -> list[Path]:
-        """Return the next file, and those that belong after it."""
+        """Return the next file, and the written ones that follow it."""
         self._num_seen += 1
         result = [file]
         content = read_yaml(file.read_text(encoding="utf-8"))
@@ -43,7 +41,7 @@ class NamesMerger:
                 continue
             named = group[last]
             if not isinstance(named, Mapping):
-                self._known[path] = {}  # null takes all of them away; what is neither is for the parser to refuse
+                self._known[path] = {}  # null removes all entries; the parser refuses other values
                 continue
             merged = _over(self._known[path], named)
             if self._known[path]:
@@ -68,7 +66,7 @@ def _over(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str,
 
 
 def _continues(below: Mapping[str, object], above: Mapping[str, object]) -> bool:
-    """Tell whether a value goes on with the one before: options of another class are none of its own."""
+    """Return whether a value adds to the one before; options of another class do not."""
     if "class_path" in above:
         return above["class_path"] == below.get("class_path")
     return "class_path" not in below or "init_args" in above
@@ -81,10 +79,10 @@ def _nested(path: Sequence[str], value: object) -> object:
 
 
 def move_nulls_to_files(words: Sequence[str], folder: Path) -> list[str]:
-    """Put `--model...capacity null` and `--data.image_size '${...}'` into a file in its place.
+    """Replace `--model...capacity null` and `--data.image_size '${...}'` by a file.
 
-    In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name. References it takes for
-    seen from the root of a file's configuration in files alone.
+    In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name. It resolves references
+    from the root of the configuration only in files.
     """
     result: list[str] = []
     position = 0

@@ -1,7 +1,7 @@
-"""What the command line's parser complains about, said from the place of the mistake instead of from the root.
+"""Shortens the parser's errors to one line: the whole key, the mistake, the allowed values.
 
-jsonargparse wraps a mistake in a line per level above it, indented, and tells it once for every type that a value might
-have had. Kept are the whole key, what is wrong there, and what would be right; texts of other forms pass unchanged.
+jsonargparse wraps a mistake in one indented line per level above it, and repeats it for every type that a value may
+have. Texts of other forms pass unchanged.
 """
 
 import re
@@ -12,10 +12,10 @@ from lightning_moevlm.common.nearest_name import find_nearest
 from lightning_moevlm.configuration.signatures import (
     classes_of,
     describe_type,
-    few,
     find_imported_class,
     get_option_type,
     is_record,
+    join_if_few,
     list_options,
     list_subclasses,
     literals_of,
@@ -50,21 +50,21 @@ Types = Mapping[str, object]
 
 
 class _Complaint(NamedTuple):
-    """One of the things that are wrong with one value."""
+    """One complaint about a value."""
 
     keys: tuple[str, ...]
-    owner: type | None  # the class whose option the last key is
-    holder: type | None  # the class that the value was taken for
+    owner: type | None  # the class that has the last key as an option
+    holder: type | None  # the class that the parser tried for the value
     text: str
     given: str | None
 
 
 def short_message(message: str, types: Types | None = None) -> str:
-    """Return one line: where, what came, what to change.
+    """Return one line: the place, the value, the change to make.
 
     Args:
         message: the parser's, of any number of lines.
-        types: of the options that the parser accepts.
+        types: of the parser's options.
     """
     known = types or {}
     command = _NO_COMMAND.search(message)
@@ -85,27 +85,27 @@ def short_message(message: str, types: Types | None = None) -> str:
     complaints = [each for each in complaints if len(each.keys) == depth]
     first = complaints[0]
     where = ".".join(first.keys)
-    told = (
-        _of_an_option(complaints, where, known)
-        or _of_a_record(complaints, where)
-        or _of_a_module(complaints, where)
-        or _of_a_class(complaints, where, known)
-        or _of_a_value(complaints, where, known)
+    text = (
+        _explain_option(complaints, where, known)
+        or _explain_record(complaints, where)
+        or _explain_module(complaints, where)
+        or _explain_class(complaints, where, known)
+        or _explain_value(complaints, where, known)
     )
-    return told or (f"{where}: {first.text}" if where else _of_a_part(complaints) or " ".join(message.split()))
+    return text or (f"{where}: {first.text}" if where else _explain_part(complaints) or " ".join(message.split()))
 
 
 def explain_missing_module(name: str) -> str:
-    """Tell a module that is not found, and where modules are looked for."""
+    """Return the message for a missing module, with the places that are searched."""
     return (
-        f"there is no module {name}; one of your own is found by PYTHONPATH, as in `PYTHONPATH=. moevlm ...`, or as an "
-        "installed package"
+        f"there is no module {name}; to use your own set PYTHONPATH, as in `PYTHONPATH=. moevlm ...`, or install its "
+        "package"
     )
 
 
 def explain_unknown_command(name: str, commands: Sequence[str]) -> str:
-    """Tell a command that is not there."""
-    return f"there is no command {name}; {_meant(name, commands)}choose {', '.join(commands)}"
+    """Return the message for an unknown command."""
+    return f"there is no command {name}; {_hint(name, commands)}choose {', '.join(commands)}"
 
 
 def _complaints(lines: Sequence[str], above: _Complaint) -> Iterator[_Complaint]:
@@ -160,8 +160,8 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _of_an_option(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
-    """Tell an option that nothing has: the nearest, or all."""
+def _explain_option(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
+    """Explain an unknown option: the nearest, or all."""
     for each in complaints:
         unknown, refused = _UNKNOWN.search(each.text), _NO_OPTION.match(each.text)
         if unknown or refused:
@@ -177,26 +177,26 @@ def _of_an_option(complaints: Sequence[_Complaint], where: str, types: Types) ->
     annotation = _annotation(each, types)
     if len(records) > 1 and annotation is not None:
         names = [name for record in records for name in list_options(record)]
-        return f"{where}: {_none_of(records)} takes {option!r}; {_meant(option, names)}give {describe_type(annotation)}"
+        return f"{where}: {_none_of(records)} takes {option!r}; {_hint(option, names)}give {describe_type(annotation)}"
     if each.holder is not None and where:
         path, part, name = _first_unknown(each.holder, option)
         names = list_options(part)
-        known = few(names)
+        known = join_if_few(names)
         advice = f"it takes {known}" if known else f"`moevlm describe {part.__name__}` lists its options"
-        return f"{'.'.join((where, *path))}: {part.__name__} takes no {name!r}; {_meant(name, names)}{advice}"
+        return f"{'.'.join((where, *path))}: {part.__name__} takes no {name!r}; {_hint(name, names)}{advice}"
     if where:
         return None
     if not types:
         return f"{each.text}; --help lists the options"
     above, name, names = _first_unknown_key(option, types)
     near = find_nearest(name, names)
-    meant = f"did you mean --{above}{near}? " if near else ""
+    hint = f"did you mean --{above}{near}? " if near else ""
     came = each.text if each.text.lower().startswith("unrecognized") else f"there is no option {option}"
-    return f"{came}; {meant}--help lists the options"
+    return f"{came}; {hint}--help lists the options"
 
 
-def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
-    """Tell a class that was named where only a record's own options are taken."""
+def _explain_record(complaints: Sequence[_Complaint], where: str) -> str | None:
+    """Explain a class that was named for a record, which takes only options."""
     for each in complaints:
         refused = _OTHER_RECORD.search(each.text)
         if refused:
@@ -204,20 +204,20 @@ def _of_a_record(complaints: Sequence[_Complaint], where: str) -> str | None:
             if named and any(other.holder is named and _MISSING.search(other.text) for other in complaints):
                 return None  # another alternative takes it, and lacks options
             return (
-                f"{where}: {refused[2]} cannot stand here, for {refused[1]} is set by its options and takes no other "
-                f"class; `moevlm describe {refused[1]}` lists them, CONTRIBUTING.md tells how to add one"
+                f"{where}: {refused[2]} is not allowed here; {refused[1]} is set by its options, not by another class: "
+                f"`moevlm describe {refused[1]}` lists them, CONTRIBUTING.md explains how to add one"
             )
     return None
 
 
-def _of_a_module(complaints: Sequence[_Complaint], where: str) -> str | None:
-    """Tell a class_path whose module is not found."""
+def _explain_module(complaints: Sequence[_Complaint], where: str) -> str | None:
+    """Explain a class_path whose module is missing."""
     missing = next((found for each in complaints if (found := _NO_MODULE.search(each.text))), None)
     return f"{where}: {explain_missing_module(missing[1])}" if missing else None
 
 
-def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
-    """Tell a class that is not there, or of another kind: the nearest of the right kind, or all if they are few."""
+def _explain_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
+    """Explain a missing class, or one of another kind: the nearest of the right kind, or all if they are few."""
     for each in complaints:
         missing, other = _NO_CLASS.search(each.text), _OTHER_CLASS.search(each.text)
         if missing or other:
@@ -228,23 +228,23 @@ def _of_a_class(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     below = [list_subclasses(base) for base in classes_of(annotation)]
     own = [name for names, _ in below for name in names]
     foreign = [name for _, names in below for name in names]
-    choice = few(own)
+    choice = join_if_few(own)
     others = ", one of torch or Lightning" if foreign else ""
-    advice = f"choose {choice}{others}, or give a class_path" if choice else "`moevlm list` shows what can be named"
+    advice = f"choose {choice}{others}, or give a class_path" if choice else "`moevlm list` shows the choices"
     if missing is None:
         assert other is not None
         return f"{where}: {other[1]} is not {describe_type(annotation)}; {advice}"
-    if below and all(is_record(base) for base in classes_of(annotation)):  # a value is asked for, not a class
+    if below and all(is_record(base) for base in classes_of(annotation)):  # not a class but a value is needed
         return f"{where}: {missing[1]} is not a valid value; give {describe_type(annotation)}"
     near = find_nearest(missing[1], own)
-    if near is None or missing[1].lower() not in near.lower():  # of equals, ours
+    if near is None or missing[1].lower() not in near.lower():  # prefer ours
         near = find_nearest(missing[1], [*own, *foreign])
-    meant = f"did you mean {near}? " if near else ""
-    return f"{where}: there is no class {missing[1]}; {meant}{advice}"
+    hint = f"did you mean {near}? " if near else ""
+    return f"{where}: there is no class {missing[1]}; {hint}{advice}"
 
 
-def _of_a_value(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
-    """Tell a value of a wrong type: what it may be."""
+def _explain_value(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
+    """Explain a value of the wrong type: the allowed ones."""
     first = complaints[0]
     for each in complaints:
         missing = _MISSING.match(each.text)
@@ -253,24 +253,22 @@ def _of_a_value(complaints: Sequence[_Complaint], where: str, types: Types) -> s
     annotation = _annotation(first, types)
     if not where or annotation is None or not re.match("Expected a|Not a valid subclass", first.text):
         return None
-    choice = few([name for base in classes_of(annotation) for name in list_subclasses(base)[0]])
+    choice = join_if_few([name for base in classes_of(annotation) for name in list_subclasses(base)[0]])
     if (
         first.given
         and first.given.startswith("{")
         and "'class_path'" not in first.given.split("'init_args'")[0]
         and choice
     ):
-        return (
-            f"{where}: options without a class; give the class_path of {choice}, or a configuration that has it before"
-        )
+        return f"{where}: options without a class; give the class_path of {choice}, or first a configuration with it"
     if first.given is None or _RAW.match(first.given):
         return f"{where}: give {describe_type(annotation)}"
-    meant = _meant(first.given, literals_of(annotation))
-    return f"{where}: {first.given} is not a valid value; {meant}give {describe_type(annotation)}"
+    hint = _hint(first.given, literals_of(annotation))
+    return f"{where}: {first.given} is not a valid value; {hint}give {describe_type(annotation)}"
 
 
-def _of_a_part(complaints: Sequence[_Complaint]) -> str | None:
-    """Tell what a part said when it was built, out of what is said of the types that its option might have had too."""
+def _explain_part(complaints: Sequence[_Complaint]) -> str | None:
+    """Return the part's own message, among complaints about other types that its option may have."""
     own = [each for each in complaints if not re.match("Expected a|Not a valid subclass", each.text)]
     if len(complaints) == 1 or not own:
         return None
@@ -278,7 +276,7 @@ def _of_a_part(complaints: Sequence[_Complaint]) -> str | None:
 
 
 def _annotation(complaint: _Complaint, types: Types) -> object:
-    """Return the type of the option that the last key names; None where it cannot be told."""
+    """Return the type of the last key's option; None if unknown."""
     if len(complaint.keys) == 1:
         return types.get(complaint.keys[0])
     if not complaint.keys or complaint.owner is None:
@@ -292,7 +290,7 @@ def _annotation(complaint: _Complaint, types: Types) -> object:
 
 
 def _first_unknown(holder: type, option: str) -> tuple[list[str], type, str]:
-    """Return how far a dotted option is known below a class, the class that does not know the next name, and that."""
+    """Return the known part of a dotted option below a class, the class that lacks the next name, and that name."""
     path: list[str] = []
     *groups, last = option.split(".")
     for name in groups:
@@ -305,7 +303,7 @@ def _first_unknown(holder: type, option: str) -> tuple[list[str], type, str]:
 
 
 def _first_unknown_key(option: str, types: Types) -> tuple[str, str, list[str]]:
-    """Return the known part of a whole key with its dot, the name after it, and the names that there are instead."""
+    """Return the known part of a whole key with its dot, the unknown name, and the names to choose from."""
     above = ""
     for name in option.split("."):
         names = list(dict.fromkeys(key.removeprefix(above).split(".")[0] for key in types if key.startswith(above)))
@@ -319,6 +317,6 @@ def _none_of(records: Sequence[type]) -> str:
     return f"neither {' nor '.join(record.__name__ for record in records)}"
 
 
-def _meant(name: str, names: Sequence[str]) -> str:
+def _hint(name: str, names: Sequence[str]) -> str:
     near = find_nearest(name, names)
     return f"did you mean {near}? " if near else ""

@@ -1,4 +1,4 @@
-"""What all parsers of configurations share: their settings and defaults, how they write YAML, how a mistake is told."""
+"""Settings of all configuration parsers: options, defaults, YAML dumper, and messages of their errors."""
 
 import re
 import typing
@@ -48,12 +48,12 @@ DEFAULTS: dict[str, object] = {
     ],
     # the whole validation set before the first step: the untrained model is step 0 of every curve
     "trainer.num_sanity_val_steps": -1,
-    "trainer.enable_model_summary": False,  # Telemetry says it in one line, with what is active
+    "trainer.enable_model_summary": False,  # Telemetry reports it in one line, with active parameters
 }
 
 
 def prepare_parsers() -> None:
-    """Set what holds for all parsers of the process, before the first is made."""
+    """Apply the settings of all parsers in the process, before the first is made."""
     load_plugins()
     order_types(Trainer)
     register_type(torch.device, str, torch.device)  # a default of StochasticWeightAveraging
@@ -64,13 +64,13 @@ def prepare_parsers() -> None:
 
 
 def order_types(part: type) -> None:
-    """Let `limit_val_batches: 1` be one batch whatever was imported before, and `strategy: DDPStrategy` that class.
+    """Read `limit_val_batches: 1` as one batch in every process, and `strategy: DDPStrategy` as that class.
 
-    The parser tries the types of a union in order, and `Optional[Union[int, float]]` has the order of whoever in the
-    process wrote that union first: typing takes `Union[float, int]` for the same and hands out the one that it has.
-    1.0 is all batches. A text is tried after the classes that it may name.
+    The parser tries the types of a union in order. `typing` caches unions and takes `Union[float, int]` for equal to
+    `Union[int, float]`, so the order would be that of the first one in the process; 1.0 would mean all batches. A text
+    is tried after the classes that it may name.
     """
-    for forget in typing._cleanups:  # type: ignore[attr-defined]  # the parser asks for Optional[...] of what is set here
+    for forget in typing._cleanups:  # type: ignore[attr-defined]  # the parser builds Optional[...] of the types set here
         forget()
     annotations = part.__init__.__annotations__  # type: ignore[misc]
     for name, hint in annotations.items():
@@ -82,11 +82,11 @@ def order_types(part: type) -> None:
 
 
 class _Dumper(FastSafeDumper):
-    """Quotes texts such as 632471343e91, which the parser that reads them back takes for numbers."""
+    """Quotes texts such as 632471343e91, which the parser would read back as numbers."""
 
 
 _Dumper.add_representer(Namespace, lambda dumper, value: dumper.represent_dict(value.as_dict()))
-# defaults that are members of an enumeration of texts, as of Lightning's Timer
+# defaults that are members of a text enumeration, as in Lightning's Timer
 _Dumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.value))
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"), list("-+0123456789.")
@@ -100,10 +100,10 @@ def dump_yaml(data: object) -> str:
 
 
 def refuse_unbuildable_parts(resolved: Mapping[str, Any]) -> None:
-    """Refuse null where an option needs a value, and abstract classes, in any section of a configuration.
+    """Refuse abstract classes and disallowed nulls in any section of a configuration.
 
     Raises:
-        UserError: the whole key, and what it may be.
+        UserError: with the whole key and the allowed values.
     """
     for section, part in SECTIONS.items():
         refuse_unbuildable(section, part, resolved[section])
@@ -116,7 +116,7 @@ def list_option_types(parser: LightningArgumentParser) -> dict[str, object]:
 
 
 def _yaml_fault(error: yaml.YAMLError) -> str:
-    """Return the fault and its place without the parser's name for a text in memory."""
+    """Return the fault and its place, without the parser's name for a text in memory."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
         return _one_line(str(error))
@@ -125,7 +125,7 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
 
 @contextmanager
 def user_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]:
-    """Turn what parsers and Lightning raise for a user's mistake into one line."""
+    """Turn errors of parsers and Lightning about a user's mistake into a `UserError` of one line."""
     try:
         yield
     except ArgumentError as error:
@@ -134,13 +134,13 @@ def user_errors(parser: LightningArgumentParser | None = None) -> Iterator[None]
         raise UserError(f"the configuration cannot be resolved: {_one_line(str(error))}") from error
     except yaml.YAMLError as error:
         raise UserError(f"a configuration file is not valid YAML: {_yaml_fault(error)}") from error
-    except UnpicklingError as error:  # of a server's checkpoint; others were looked at before
+    except UnpicklingError as error:  # of a server's checkpoint; others were inspected before
         raise UserError(f"the checkpoint {HOLDS_CODE}") from error
     except MisconfigurationException as error:
-        told = find_refusal(error) or _one_line(str(error))
-        if told == "No supported gpu backend found!":  # Lightning's own line has no remedy
-            told = "trainer.accelerator: no GPU is found; give cpu or auto, or install a torch build that sees the GPU"
-        raise UserError(told) from error
+        text = find_refusal(error) or _one_line(str(error))
+        if text == "No supported gpu backend found!":  # Lightning's own line has no remedy
+            text = "trainer.accelerator: no GPU is found; give cpu or auto, or install a torch build that sees the GPU"
+        raise UserError(text) from error
     except ModuleNotFoundError as error:
         if str(error.name).startswith(__package__):
             raise

@@ -1,7 +1,7 @@
-"""Refuses what nothing can be built of, before anything is built: null where an option needs a value, abstract classes.
+"""Refuses parts that cannot be built, before anything is built: null for an option without null, abstract classes.
 
-The parser takes a file's null for any option, also where the signature does not allow it, and then fails inside itself
-or hands None to a constructor that calls it. Of classes it asks their ancestry alone.
+The parser accepts a file's null for any option, and then fails internally or passes None to a constructor. Of classes
+it checks only the ancestry.
 """
 
 import inspect
@@ -14,16 +14,16 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.signatures import (
     classes_of,
     describe_type,
-    few,
     find_imported_class,
     get_option_type,
+    join_if_few,
     list_options,
     list_subclasses,
 )
 
 
 def refuse_unbuildable(key: str, part: type, options: Mapping[str, Any]) -> None:
-    """Refuse null for an option of a class, or of what its options name, that does not allow it; and abstract classes.
+    """Refuse abstract classes, and null for options of a class or its parts that do not allow it.
 
     Args:
         key: of the class in the configuration, "model".
@@ -31,7 +31,7 @@ def refuse_unbuildable(key: str, part: type, options: Mapping[str, Any]) -> None
         options: its options, resolved; parts as `{class_path, init_args}`, or in a list.
 
     Raises:
-        UserError: the whole key, and what it may be.
+        UserError: with the whole key and the allowed values.
     """
     for name in list_options(part):
         annotation = get_option_type(part, name)
@@ -43,7 +43,7 @@ def _refuse(key: str, annotation: object, value: Any) -> None:
     classes = classes_of(annotation)
     if value is None:
         if not _allows_null(annotation):
-            raise UserError(f"{key} is null, which it cannot be: {_instead(key, annotation, classes)}")
+            raise UserError(f"{key} is null, which is not allowed: {_advise(key, annotation, classes)}")
     elif isinstance(value, Mapping) and "class_path" in value:
         named = find_imported_class(value["class_path"])
         if named is not None:
@@ -58,38 +58,34 @@ def _refuse(key: str, annotation: object, value: Any) -> None:
 
 
 def refuse_abstract(key: str, named: type) -> None:
-    """Refuse a class that leaves methods to others.
+    """Refuse an abstract class.
 
     Args:
         key: of the option that names it.
         named: the class.
 
     Raises:
-        UserError: what can be named instead; of a class of the user's own, what it lacks.
+        UserError: with the classes to choose from; for a user's own class, with the missing methods.
     """
     if not inspect.isabstract(named):
         return
     concrete = list_subclasses(named)[0]
-    choice = few(concrete)
+    choice = join_if_few(concrete)
     members = inspect.getmembers(named)
     lacks = ", ".join(name for name, member in members if getattr(member, "__isabstractmethod__", False))
-    advice = (
-        (f"choose {choice}" if choice else "`moevlm list` shows what can be named")
-        if concrete
-        else f"it lacks {lacks}, which a class that is to be built has to have"
-    )
-    raise UserError(f"{key}: {named.__name__} is abstract, so that nothing can be built of it; {advice}")
+    advice = (f"choose {choice}" if choice else "`moevlm list` shows the choices") if concrete else f"implement {lacks}"
+    raise UserError(f"{key}: {named.__name__} is abstract; {advice}")
 
 
 def _allows_null(annotation: object) -> bool:
     return annotation in (None, NoneType, Any, object) or NoneType in get_args(annotation)
 
 
-def _instead(key: str, annotation: object, classes: list[type]) -> str:
-    """Say what to give: of a group of switches, each has a null or a value of its own."""
+def _advise(key: str, annotation: object, classes: list[type]) -> str:
+    """Return the values to give; in a group of switches, each has its own value or null."""
     if len(classes) != 1 or not is_dataclass(classes[0]):
         return f"give {describe_type(annotation)}, or leave the option out for its default"
     names = list_options(classes[0])
     nullable = [name for name in names if _allows_null(get_option_type(classes[0], name))]
     advice = f"; null turns off {', '.join(nullable)}" if nullable else ""
-    return f"it is a group of options, so set those ({', '.join(f'{key}.{name}' for name in names[:2])}, ...){advice}"
+    return f"it is a group of options; set those ({', '.join(f'{key}.{name}' for name in names[:2])}, ...){advice}"

@@ -6,6 +6,6 @@ PLUGIN_GROUP = "lightning_moevlm.plugins"
 
 
 def load_plugins() -> None:
-    """Import what other packages offer under the entry-point group, so that their parts have short names here."""
+    """Import the modules of the entry-point group, so that their parts have short names here."""
     for entry in entry_points(group=PLUGIN_GROUP):
         entry.load()

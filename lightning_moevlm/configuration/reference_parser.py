@@ -1,9 +1,8 @@
-"""A parser that writes `${trainer.max_steps}` where a configuration has it, and not the number that it stood for.
+"""A parser that writes references such as `${trainer.max_steps}` instead of their values.
 
-A printed or recorded configuration can then be used again with another budget, size or seed, and what refers to it
-follows. jsonargparse writes the whole configuration once, unresolved, and reads it back resolved: there the references
-are seen. They are written wherever they still say what the value is: an option that a later file or flag has set to
-something else stays that.
+A printed or recorded configuration can then be used with another budget, size or seed, and its references follow.
+jsonargparse writes the whole configuration once, unresolved, and reads it back resolved; the references are noted then.
+They are written if they still give the option's value. An option set by a later file or flag keeps that value.
 """
 
 import re
@@ -28,7 +27,7 @@ class References:
     """The references of one command line.
 
     Args:
-        subcommand: under which the parser of all subcommands has the configuration.
+        subcommand: key of the configuration in the parser of all subcommands.
     """
 
     def __init__(self, subcommand: str) -> None:
@@ -36,12 +35,12 @@ class References:
         self._by_path: dict[Path, str] = {}
 
     def note(self, unresolved: Mapping[str, Any]) -> None:
-        """Remember every text with a reference; relative ones as seen from the root."""
+        """Note every text with a reference; relative ones are made absolute."""
         tree = unresolved.get(self._subcommand, unresolved)
         self._by_path = {path: _absolute(text, path) for path, text in _texts(tree, ()) if "${" in text}
 
     def put_back(self, resolved: dict[str, Any]) -> bool:
-        """Write references into a resolved configuration where they have the value that is there; tell if any do."""
+        """Write references into a resolved configuration if they give its values; return whether any do."""
         here = {path: text for path, text in self._by_path.items() if _holder(resolved, path) is not None}
         whole = OmegaConf.create({**resolved, _KEY: list(here.values())})
         found = False
@@ -50,7 +49,7 @@ class References:
             assert holder is not None
             try:
                 value = whole[_KEY][index]
-            except OmegaConfBaseException:  # it refers to what this part of the configuration does not hold
+            except OmegaConfBaseException:  # it refers to a key outside this part of the configuration
                 continue
             if value == holder[path[-1]]:
                 holder[path[-1]] = text
@@ -66,7 +65,7 @@ class ReferenceParser(LightningArgumentParser):
 
     Args:
         args: as of LightningArgumentParser.
-        references: of the command line; None writes resolved values, as in parsers that jsonargparse makes itself.
+        references: of the command line; None writes resolved values, as in jsonargparse's internal parsers.
         kwargs: as of LightningArgumentParser.
     """
 
@@ -77,10 +76,10 @@ class ReferenceParser(LightningArgumentParser):
     def _check_value_key(
         self, action: Action, value: Any, key: str, cfg: Namespace | None, append: bool = False
     ) -> Any:
-        """Take a reference for what it will say: a changed class_path keeps the options that both classes have.
+        """Accept references unchecked, so that a changed class_path keeps the options that both classes have.
 
-        jsonargparse checks them before references are resolved, and would drop `image_size: ${data.image_size}`, which
-        is no number yet; once resolved, every value is checked.
+        jsonargparse checks options before references are resolved, and would drop `image_size: ${data.image_size}` as
+        not a number. Once resolved, every value is checked.
         """
         if isinstance(value, str) and value.startswith("${"):
             return value

@@ -1,4 +1,4 @@
-"""Configurations as a whole: what `moevlm fit` would train with, what its model costs, its data module."""
+"""Resolves whole configurations, and builds their models and data modules."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from lightning_moevlm.training.checks.trainer_checks import refuse_other_sizes
 
 
 class ConfigResolver:
-    """Gives what `moevlm fit -c FILE ...` would train with, every default filled in; builds nothing."""
+    """Resolves the configuration of `moevlm fit -c FILE ...`, with every default; builds nothing."""
 
     def __init__(self) -> None:
         prepare_parsers()
@@ -69,21 +69,21 @@ class ConfigResolver:
 
 
 def describe_model(resolved: Mapping[str, object]) -> ModelCard:
-    """Return what the model of a resolved configuration costs; built whole, but without memory for its weights.
+    """Return the costs of a resolved configuration's model, which is built without memory for its weights.
 
     Raises:
-        UserError: options out of range, or parts that do not fit each other: whatever `moevlm fit` would refuse when it
+        UserError: options out of range, or parts that do not fit each other, as `moevlm fit` refuses them when it
             builds the model, its optimiser and its schedule.
     """
     return ModelDescriber()(resolved)
 
 
 class ModelDescriber:
-    """`describe_model` with each model built once, however many configurations have it.
+    """`describe_model` that builds equal models once.
 
     Args:
-        complete: the configurations hold every default, as `ConfigResolver` gives them: none needs to be looked up,
-            which takes most of the time.
+        complete: whether the configurations hold every default, as `ConfigResolver` returns them; looking defaults up
+            takes most of the time.
     """
 
     def __init__(self, complete: bool = False) -> None:
@@ -97,7 +97,7 @@ class ModelDescriber:
         if model not in self._cards:
             parser = _model_parser()
             with user_errors(), torch.device("meta"):
-                # a copy: of mappings of names, the parser puts what it makes of their values in their place
+                # a copy: the parser replaces values in mappings of names by the parts that it builds
                 parsed = parser.parse_object({"model": deepcopy(resolved["model"])}, defaults=not self._complete)
                 module = parser.instantiate(parsed).model
                 data = resolved.get("data")
@@ -110,29 +110,29 @@ class ModelDescriber:
 
 @cache
 def _model_parser() -> LightningArgumentParser:
-    """Return the parser of the model section alone; a plan asks it for every arm."""
+    """Return the parser of the model section alone, which a plan uses for every arm."""
     parser = LightningArgumentParser(**PARSER_OPTIONS)
     parser.add_lightning_class_args(VisionLanguageModule, "model")
     return parser
 
 
 def load_module(checkpoint: Path | str, config: Path | str | None = None) -> VisionLanguageModule:
-    """Return the model of a run with the weights of one of its checkpoints, in evaluation mode.
+    """Return the model of a run with the weights of a checkpoint, in evaluation mode.
 
     Args:
-        checkpoint: RUN/checkpoints/last.ckpt, say.
-        config: that it was trained with; None is RUN/config/config.yaml, which every run writes.
+        checkpoint: such as RUN/checkpoints/last.ckpt.
+        config: the configuration of its training; None is RUN/config/config.yaml, which every run writes.
 
     Raises:
-        UserError: one of them is not there, or they do not belong together.
+        UserError: one of them is missing, or they do not belong together.
     """
     path = Path(checkpoint)
     file = path.parent.parent / "config" / "config.yaml" if config is None else Path(config)
     if not file.is_file():
-        raise UserError(f"{path} has no configuration at {file}: name the one that it was trained with, config=FILE")
+        raise UserError(f"{path} has no configuration at {file}: pass that of its training, config=FILE")
     saved = inspect_checkpoint(str(path), "test", Path())
     if saved is None:
-        raise UserError(f"{path} is not a checkpoint in one local file: give RUN/checkpoints/last.ckpt")
+        raise UserError(f"{path} is not a checkpoint in one local file: give one such as RUN/checkpoints/last.ckpt")
     recorded = read_yaml(file.read_text(encoding="utf-8"))
     sections = {name: recorded[name] for name in (*SECTIONS, "seed_everything") if name in recorded}
     model = ConfigResolver()([], sections)["model"]

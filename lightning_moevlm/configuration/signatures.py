@@ -1,7 +1,7 @@
-"""What a class takes and what a type allows, read from signatures and said in words: for error messages.
+"""Reads options and types from signatures and describes them, for error messages.
 
-A signature that cannot be read, such as one of another package whose annotations name what it does not import, is told
-as empty: a message then advises less, it never fails.
+A signature that cannot be read counts as empty, such as one whose annotations are not importable. A message then
+advises less, but never fails.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-_WORDS: dict[object, str] = {
+_NAMES: dict[object, str] = {
     float: "a number",
     int: "a whole number",
     bool: "true or false",
@@ -21,18 +21,18 @@ _WORDS: dict[object, str] = {
 }
 _FOREIGN = ("torch", "lightning", "pytorch_lightning")
 _MANY = 8
-"""Longer lists are left to `moevlm list` and `moevlm describe`."""
+"""Longest list in a message; `moevlm list` and `moevlm describe` show longer ones."""
 
 
 def find_imported_class(path: str) -> type | None:
-    """Return the class of that dotted path where its module is imported; nothing is imported for it."""
+    """Return the class of a dotted path if its module is imported; imports nothing."""
     module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     return found if inspect.isclass(found) else None
 
 
 def list_options(part: type) -> list[str]:
-    """Return the names that the constructor takes."""
+    """Return the names of the constructor's options."""
     try:
         parameters = inspect.signature(part).parameters.values()
     except ValueError:
@@ -43,7 +43,7 @@ def list_options(part: type) -> list[str]:
 
 
 def get_option_type(part: type, name: str) -> object:
-    """Return the annotation of one option; None where it has none that can be read."""
+    """Return the annotation of one option; None if it cannot be read."""
     return _types_of(part).get(name)
 
 
@@ -56,17 +56,17 @@ def _types_of(part: type) -> dict[str, object]:
 
 
 def classes_of(annotation: object) -> list[type]:
-    """Return the classes whose instances an option holds: of `A | list[A] | None` and of `Callable[..., A]`, A."""
+    """Return the classes in an annotation: A for `A | list[A] | None` and for `Callable[..., A]`."""
     if get_origin(annotation) is Callable:
-        return classes_of(get_args(annotation)[-1]) if get_args(annotation) else []  # of a bare Callable, nothing known
+        return classes_of(get_args(annotation)[-1]) if get_args(annotation) else []  # a bare Callable names no class
     if inspect.isclass(annotation) and get_origin(annotation) is None:
-        return [] if annotation in _WORDS else [annotation]
+        return [] if annotation in _NAMES else [annotation]
     found = [part for argument in get_args(annotation) for part in classes_of(argument)]
     return list(dict.fromkeys(found))
 
 
 def literals_of(annotation: object) -> list[str]:
-    """Return the values of a `Literal`, or of those in a union."""
+    """Return the values of a `Literal`, or of the literals in a union."""
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     if get_origin(annotation) in (Union, UnionType):
@@ -75,8 +75,8 @@ def literals_of(annotation: object) -> list[str]:
 
 
 def list_subclasses(base: type) -> tuple[list[str], list[str]]:
-    """Return what can be named where a `base` is asked for, itself and its imported subclasses, none abstract: those of
-    this package and its plug-ins, and those that torch and Lightning bring along."""
+    """Return the concrete imported classes below `base`, itself included: ours and plug-ins', then torch's and
+    Lightning's."""
     below = {base}
     waiting = [base]
     child: type
@@ -94,18 +94,18 @@ def list_subclasses(base: type) -> tuple[list[str], list[str]]:
 
 
 def is_record(part: type) -> bool:
-    """Return whether a value of the class is given by its fields alone: a dataclass without subclasses."""
+    """Return whether the class is a dataclass without subclasses, so that its fields are its only options."""
     return is_dataclass(part) and not type.__subclasses__(part)
 
 
 def describe_type(annotation: object) -> str:
-    """Return what a value may be, e.g. "a number, a Ramp {start, stop, num_steps, begin, shape} or null"."""
-    return _either(list(dict.fromkeys(_alternatives(annotation))))
+    """Return a type in words, e.g. "a number, a Ramp {start, stop, num_steps, begin, shape} or null"."""
+    return _join(list(dict.fromkeys(_alternatives(annotation))))
 
 
-def few(names: Sequence[str]) -> str | None:
-    """Return a short list of names as "a, b or c"; None where it is empty or long."""
-    return _either(names) if 0 < len(names) <= _MANY else None
+def join_if_few(names: Sequence[str]) -> str | None:
+    """Return a short list of names as "a, b or c"; None if it is empty or long."""
+    return _join(names) if 0 < len(names) <= _MANY else None
 
 
 def _alternatives(annotation: object) -> list[str]:
@@ -116,7 +116,7 @@ def _alternatives(annotation: object) -> list[str]:
     if isinstance(annotation, type) and is_record(annotation):
         return [f"{_with_article(annotation.__name__)} {{{', '.join(list_options(annotation))}}}"]
     classes = classes_of(annotation)
-    return [_WORDS.get(annotation) or (_with_article(classes[0].__name__) if classes else _plain(annotation))]
+    return [_NAMES.get(annotation) or (_with_article(classes[0].__name__) if classes else _plain(annotation))]
 
 
 def _with_article(name: str) -> str:
@@ -129,5 +129,5 @@ def _plain(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
-def _either(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

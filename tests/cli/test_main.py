@@ -40,7 +40,7 @@ MISTAKES = {
     "a group that is null": (("fit", *SMALL, "--model.gradient=null"), "set those (model.gradient.clip_norm,"),
     "a part that is null": (
         ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router=null"),
-        "moe.init_args.router is null, which it cannot be: give a Router",
+        "moe.init_args.router is null, which is not allowed: give a Router",
     ),
     "a rate without end": (("fit", *SMALL, "--model.optimizer.init_args.lr=.inf"), "cannot train with lr inf"),
     "a schedule that torch refuses": (
@@ -53,7 +53,7 @@ MISTAKES = {
     ),
     "an optimiser that is null": (
         ("fit", *SMALL, "--model.optimizer=null"),
-        "model.optimizer is null, which it cannot be: give an Optimizer, or leave the option out",
+        "model.optimizer is null, which is not allowed: give an Optimizer, or leave the option out",
     ),
     "one beta": (
         ("fit", *SMALL, "--model.optimizer.init_args.betas=[0.9]"),
@@ -66,7 +66,7 @@ MISTAKES = {
     "no blocks": (("fit", *SMALL, f"{BACKBONE}.num_blocks=0"), "error: num_blocks is 0: choose 1 or more"),
     "a callback's option that is null": (
         ("fit", *SMALL, "--trainer.callbacks=[{class_path: Liveness, init_args: {num_samples: null}}]"),
-        "trainer.callbacks.Liveness.init_args.num_samples is null, which it cannot be: give a whole number",
+        "trainer.callbacks.Liveness.init_args.num_samples is null, which is not allowed: give a whole number",
     ),
     "a callback that is null": (
         ("fit", *SMALL, "--trainer.callbacks=[null]"),
@@ -105,19 +105,19 @@ MISTAKES = {
         ),
         "begin of a pause is -1",
     ),
-    "a word that is missing": (("sweep", "plan"), "moevlm sweep plan needs FILE: `moevlm sweep plan --help` tells"),
+    "a word that is missing": (("sweep", "plan"), "moevlm sweep plan needs FILE; `moevlm sweep plan --help` explains it"),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
     "a part of a module that is not found": (
         ("describe", "my_package.MyRouter"),
-        "there is no module my_package; one of your own is found by PYTHONPATH, as in `PYTHONPATH=. moevlm ...`",
+        "there is no module my_package; to use your own set PYTHONPATH, as in `PYTHONPATH=. moevlm ...`",
     ),
     "a router of a module that is not found": (
         ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router=my_package.MyRouter"),
-        "moe.router: there is no module my_package; one of your own is found by PYTHONPATH",
+        "moe.router: there is no module my_package; to use your own set PYTHONPATH",
     ),
     "a callback of a module that is not found": (
         ("fit", *SMALL, "--trainer.callbacks+=my_package.MyCallback"),
-        "trainer.callbacks: there is no module my_package; one of your own is found by PYTHONPATH",
+        "trainer.callbacks: there is no module my_package; to use your own set PYTHONPATH",
     ),
     "a class that its module lacks": (
         ("describe", "lightning_moevlm.model.routers.MyRouter"),

@@ -238,6 +238,6 @@ def test_a_run_that_diverges_keeps_the_checkpoint_from_before(
 
     monkeypatch.setattr(StepProgress, "on_train_batch_start", spoil)
     told = moevlm("fit", *ARGUMENTS, code=3)
-    assert told.splitlines()[-1] == "moevlm: diverged: the training loss is not a number at step 3"
+    assert told.splitlines()[-1] == "moevlm: diverged: the training loss is not finite at step 3"
     assert step_of(last(workplace)) == 2  # step 4 was validated too
     assert resume_words(told) == ["fit", "--run", the_run(workplace).info.run_id[:8]]

@@ -97,7 +97,7 @@ def test_a_new_study_plans_at_once(moevlm: Moevlm, workplace: Path) -> None:
     moevlm("sweep", "plan", "mine/first.yaml", "--json", "plan.json")
     assert {row["arm"] for row in rows(workplace / "plan.json")} == {"baseline", "no_router_z"}
     before = (workplace / "mine/first.yaml").read_text()
-    assert "mine/first.yaml is there already" in moevlm("sweep", "new", "mine/first.yaml", code=2)
+    assert "mine/first.yaml exists already" in moevlm("sweep", "new", "mine/first.yaml", code=2)
     assert (workplace / "mine/first.yaml").read_text() == before
     assert "use letters, digits and _" in moevlm("sweep", "new", "my study.yaml", code=2)
     assert "write mine.yaml" in moevlm("sweep", "new", "mine", code=2)
@@ -136,9 +136,9 @@ def test_mistakes_in_options_are_one_line(moevlm: Moevlm, study: Study, workplac
         ),
         ("--timeout_minutes is 0; give more than 0", "--timeout-minutes", "0"),
         ("choose LocalEngine, RayEngine or SlurmEngine", "--engine", "rya"),
-        ("--engine: Engine is abstract, so that nothing can be built of it; choose ", "--engine", "Engine"),
+        ("--engine: Engine is abstract; choose ", "--engine", "Engine"),
         (
-            "--engine: Half is abstract, so that nothing can be built of it; it lacks attach, ",
+            "--engine: Half is abstract; implement attach, ",
             "--engine",
             f"{HERE}.Half",
         ),

@@ -50,17 +50,21 @@ def resolver() -> ConfigResolver:
         (
             "model.gradient",
             None,
-            "model.gradient is null, which it cannot be: it is a group of options, so set those "
+            "model.gradient is null, which is not allowed: it is a group of options; set those "
             "(model.gradient.clip_norm, model.gradient.clip_value, ...); null turns off clip_norm, clip_value, z_clip, "
             "ada_gc, clip_update, skip_spikes",
         ),
-        ("model.init_std", None, "model.init_std is null, which it cannot be: give a number, or leave the option out"),
+        (
+            "model.init_std",
+            None,
+            "model.init_std is null, which is not allowed: give a number, or leave",
+        ),
         (
             f"{ROUTER}.class_path",
             "Router",
-            f"{ROUTER}: Router is abstract, so that nothing can be built of it; `moevlm list` shows what can be named",
+            f"{ROUTER}: Router is abstract; `moevlm list` shows the choices",
         ),
-        (f"{ROUTER}.class_path", "torch.nn.Linear", "torch.nn.Linear is not a Router; `moevlm list` shows what can"),
+        (f"{ROUTER}.class_path", "torch.nn.Linear", "torch.nn.Linear is not a Router; `moevlm list` shows the cho"),
         (
             "model.losses.load_balance.wieght",
             0.1,
@@ -137,9 +141,8 @@ def test_mistakes_in_a_file_are_told_from_their_place(
         (
             "model.losses.router_z",
             "{class_path: lightning_moevlm.model.losses.OutputZ}",
-            "lightning_moevlm.model.losses.OutputZ cannot stand here, for RouterZ is set by its options and takes no "
-            "other "
-            "class; `moevlm describe RouterZ` lists them",
+            "lightning_moevlm.model.losses.OutputZ is not allowed here; RouterZ is set by its options, not by another "
+            "class: `moevlm describe RouterZ` lists them",
         ),
     ],
 )

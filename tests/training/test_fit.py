@@ -180,7 +180,7 @@ def test_a_diverged_run_stops_and_says_when(moevlm: Moevlm, workplace: Path) -> 
     losses = history(workplace, run, "train/task_loss")
     first = next(step for step, loss in losses if not math.isfinite(loss))
     assert first < 10 and run.data.metrics["stability/first_nonfinite_step"] == first
-    assert told.splitlines()[-1] == f"moevlm: diverged: the training loss is not a number at step {first}"
+    assert told.splitlines()[-1] == f"moevlm: diverged: the training loss is not finite at step {first}"
     assert run.info.status == "FAILED"
     assert max(step for step, _ in history(workplace, run, "train/task_loss")) == 10
     assert not math.isfinite(history(workplace, run, "val/task_loss")[-1][1])  # torchmetrics would leave NaN out

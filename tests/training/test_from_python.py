@@ -30,7 +30,7 @@ def test_an_evaluation_returns_what_it_has_logged(name: str, stage: str) -> None
 def test_a_module_is_loaded_with_its_parts_or_by_its_run(moevlm: Any, workplace: Path, tmp_path: Path) -> None:
     moevlm("fit", *SMALL, *budget(2), "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs")
     (path,) = workplace.glob("runs/**/last.ckpt")
-    with pytest.raises(UserError, match=r"give backbone=.* or use lightning_moevlm.configuration.resolver.load_module"):
+    with pytest.raises(UserError, match=r"pass backbone=.* or use lightning_moevlm.configuration.resolver.load_module"):
         VisionLanguageModule.load_from_checkpoint(path)
     module = load_module(path)
     assert not module.training and module.backbone.spec.dim == 16
@@ -39,7 +39,7 @@ def test_a_module_is_loaded_with_its_parts_or_by_its_run(moevlm: Any, workplace:
         assert value.equal(same.state_dict()[name]), name
     alone = tmp_path / "alone.ckpt"
     alone.write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"has no configuration at .*: name the one that it was trained with, config="):
+    with pytest.raises(UserError, match=r"has no configuration at .*: pass that of its training, config="):
         load_module(alone)
 
 

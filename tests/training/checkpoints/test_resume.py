@@ -287,7 +287,7 @@ def test_another_number_of_ranks_goes_on_with_the_mean() -> None:
 
 def test_a_step_half_done_is_not_completed_by_another_number_of_batches(shards: Path, tmp_path: Path) -> None:
     Runs(shards, 2, 4).run(1, SaveAlways(tmp_path))
-    with pytest.raises(UserError, match=r"over 2 micro-batches, and trainer\.accumulate_grad_batches is 4"):
+    with pytest.raises(UserError, match=r"over 2 micro-batches, but trainer\.accumulate_grad_batches is 4"):
         Runs(shards, 4, 4).run(1, resume=tmp_path / "amid-1.ckpt")
 
 
@@ -299,7 +299,7 @@ def test_an_optimiser_of_other_parameter_groups_is_refused(shards: Path, tmp_pat
     groups = saved["optimizer_states"][0]["param_groups"]
     groups[0]["params"] += groups.pop()["params"]
     torch.save(saved, path)
-    with pytest.raises(UserError, match=r"groups are .*, router \d+, those of this model .*, expert 4; it was"):
+    with pytest.raises(UserError, match=r"groups .*, router \d+, this model .*, expert 4; it is from"):
         runs.run(2, resume=path)
 
 
