@@ -190,7 +190,7 @@ def test_no_traceback_from_the_real_process(workplace: Path) -> None:
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "moevlm: error: data.batch_size is 0, but must be at least 1\n"  # no "Seed set to 0" above it
+    assert done.stderr == "moevlm: error: data.batch_size is 0: choose 1 or more\n"  # no "Seed set to 0" above it
 
 
 @pytest.mark.parametrize("is_mistaken", [False, True])
