@@ -105,7 +105,10 @@ MISTAKES = {
         ),
         "begin of a pause is -1",
     ),
-    "a word that is missing": (("sweep", "plan"), "moevlm sweep plan needs FILE; `moevlm sweep plan --help` explains it"),
+    "a word that is missing": (
+        ("sweep", "plan"),
+        "moevlm sweep plan needs FILE; `moevlm sweep plan --help` explains it",
+    ),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
     "a part of a module that is not found": (
         ("describe", "my_package.MyRouter"),

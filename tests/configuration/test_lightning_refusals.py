@@ -50,7 +50,10 @@ BEFORE_THE_RUN = {
         callback("StochasticWeightAveraging", swa_lrs=0.01),
         "StochasticWeightAveraging counts epochs, and trainer.max_epochs is -1: set trainer.max_epochs to a number",
     ),
-    "a finder of rates": (callback("LearningRateFinder"), "remove the callback; a study with design: lr_sensitivity finds"),
+    "a finder of rates": (
+        callback("LearningRateFinder"),
+        "remove the callback; a study with design: lr_sensitivity finds",
+    ),
     "a clock that cannot be read": (callback("Timer", duration="soon"), "`Timer(duration='soon')` is not a valid"),
 }
 
