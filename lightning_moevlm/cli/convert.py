@@ -265,12 +265,31 @@ class ConvertImg2dataset(_Convert):
                 self._convert(Img2datasetSource(plain, name, members), target, shared)
 
 
+@dataclass(frozen=True)
+class ConvertQuestions(_Convert):
+    """Make a set of the questions of another (scenes, coco_vqa): one sample per question, with a copy of its image.
+
+    Splits and tokenizer are the other set's; --vocab_size is not used.
+
+    Args:
+        folder: Folder of the other set.
+    """
+
+    folder: str
+
+    def _source(self) -> "Source":
+        from lightning_moevlm.data.write.convert.sources.questions import SetQuestions
+
+        return SetQuestions(local_source(self.folder, "folder"), self.name)
+
+
 COMMANDS: dict[str, Callable[..., object]] = {
     "csv": ConvertCsv,
     "jsonl": ConvertJsonl,
     "coco_captions": ConvertCocoCaptions,
     "coco_vqa": ConvertCocoVqa,
     "img2dataset": ConvertImg2dataset,
+    "questions": ConvertQuestions,
 }
 
 

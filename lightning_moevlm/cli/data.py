@@ -204,6 +204,36 @@ def codebook(
     Console().print(f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False)
 
 
+def answers(path: str, num_answers: int | None = None, out: str | None = None) -> None:
+    """Count the answers to a set's training questions: the classes that a model of answers chooses from.
+
+    Args:
+        path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
+        num_answers: Number of answers, the most frequent; null keeps all.
+        out: File to write; by default answers.json in the set's folder.
+
+    """
+    from lightning_moevlm.common.number_checks import check_number
+    from lightning_moevlm.contracts.answer_list import ANSWERS_FILE, write_answers
+    from lightning_moevlm.data.count_answers import count_answers
+    from lightning_moevlm.data.storage.local import local_target
+    from lightning_moevlm.data.storage.shard_storage import ShardStorage
+
+    if num_answers is not None:
+        check_number("num_answers", num_answers, least=1)
+    storage = ShardStorage(path)
+    target = local_target(out, "--out") if out else _local(storage) / ANSWERS_FILE
+    counted, coverage = count_answers(storage, num_answers)
+    with explain_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_answers(counted, target)
+    Console().print(
+        f"wrote {target}: {len(counted.answers):,} answers, which cover {coverage.share:.1%} of "
+        f"{coverage.num_questions:,} training questions",
+        highlight=False,
+    )
+
+
 def _local(storage: "ShardStorage") -> Path:
     if storage.folder is None:
         raise UserError(f"{storage} is on a server, where nothing is written; say with --out which file to write")
@@ -216,6 +246,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "convert": convert.COMMANDS,
     "check": check,
     "codebook": codebook,
+    "answers": answers,
     "show": show,
 }
 

@@ -1,9 +1,22 @@
 """One batch of image-text pairs, the input of every model."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Answers(NamedTuple):
+    """What the questions of a batch are answered by, one entry per sample."""
+
+    given: tuple[tuple[str, ...], ...]  # all answers of a question, repeated where several people gave the same
+    kinds: tuple[str, ...]  # kinds of question, such as count; scores are reported by kind
+
+    def select(self, rows: Iterable[int]) -> "Answers":
+        """Return those of some samples."""
+        chosen = list(rows)
+        return Answers(tuple(self.given[row] for row in chosen), tuple(self.kinds[row] for row in chosen))
 
 
 class Batch(NamedTuple):
@@ -20,6 +33,7 @@ class Batch(NamedTuple):
     per_source: samples from each source of the data, in the sources' order.
     num_cut: texts read for the batch that were cut at the end.
     step: the batches of the whole optimiser step; None if the loader does not look ahead.
+    answers: of the texts, which then are questions; None if they are not read.
     """
 
     images_BRYX: Tensor | None
@@ -30,6 +44,7 @@ class Batch(NamedTuple):
     per_source: tuple[int, ...] = ()
     num_cut: int = 0
     step: "WholeStep | None" = None
+    answers: Answers | None = None
 
     @property
     def num_samples(self) -> int:
@@ -72,6 +87,7 @@ class Batch(NamedTuple):
             text_mask_BL[:num_texts] if text_mask_BL is not None and num_texts else None,
             self.keys[:num_samples],
             pairs,
+            answers=None if self.answers is None else self.answers.select(range(num_samples)),
         )
 
     def without_pixels(self) -> "Batch":

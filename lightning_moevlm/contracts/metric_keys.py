@@ -58,6 +58,10 @@ RECALL = MetricKey("{stage}/recall_at_{k}/{direction}", "retrieval recall at k",
 CHANCE_RECALL = MetricKey(
     "{stage}/chance_recall_at_{k}/{direction}", "recall of a random ranking", "fraction", "neither"
 )
+VQA_ACCURACY = MetricKey("{stage}/vqa_accuracy/{kind}", "VQA accuracy by kind of question", "fraction", "higher")
+VQA_MAJORITY = MetricKey(
+    "{stage}/vqa_majority/{kind}", "VQA accuracy of the best constant answer", "fraction", "neither"
+)
 
 EXPERT_LOAD = MetricKey(
     "load/block{block}/{modality}/expert{expert}", "expert load", "fraction of kept pairs", "neither"

@@ -173,6 +173,14 @@ class Embeddings(NamedTuple):
     text_ids: tuple[int, ...]  # equal where the texts are equal
 
 
+class Answered(NamedTuple):
+    """Questions of a batch with what the model answers and what people answered."""
+
+    predicted: tuple[str, ...]
+    given: tuple[tuple[str, ...], ...]
+    kinds: tuple[str, ...]
+
+
 class ObjectiveOutput(NamedTuple):
     """The result of an objective on a batch.
 
@@ -183,6 +191,7 @@ class ObjectiveOutput(NamedTuple):
     attention: largest logits of every attention that ran, if the backbone measures them.
     log_partitions: logsumexp of the logits at each masked position, (M,), for every term that predicts classes.
     embeddings: in evaluation, for an objective that compares samples with each other.
+    answered: in evaluation, for an objective that answers questions.
     """
 
     terms: dict[str, Term]
@@ -192,3 +201,4 @@ class ObjectiveOutput(NamedTuple):
     attention: tuple[AttentionLogits, ...] = ()
     log_partitions: Mapping[str, Tensor] = MappingProxyType({})
     embeddings: Embeddings | None = None
+    answered: Answered | None = None

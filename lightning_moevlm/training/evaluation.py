@@ -3,6 +3,7 @@
 Every mean is over the predictions of all batches and ranks. So the batch size does not matter, except for rounding.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from lightning_moevlm.model.losses import AuxiliaryLosses, LossInput, SumName
 from lightning_moevlm.model.metrics import DropRates, MajorityAccuracy
 from lightning_moevlm.model.metrics.retrieval import gather_embeddings, retrieval_recalls
 from lightning_moevlm.model.metrics.running_sums import RunningSums
+from lightning_moevlm.model.metrics.vqa import VQAAccuracy
 
 
 def no_terms(embeddings: Embeddings) -> Mapping[str, Term]:
@@ -52,6 +54,7 @@ class Evaluation(nn.Module):
         self._correct = RunningSums[str]()
         self._terms_of_set = terms_of_set
         self._embeddings: list[Embeddings] = []
+        self._vqa = VQAAccuracy()
         self.drop_rates = DropRates(find_evaluation_limits(backbone))
         # one by one: their targets differ
         majority = {term: MajorityAccuracy(count) for term, count in num_classes.items()}
@@ -68,6 +71,8 @@ class Evaluation(nn.Module):
         self.drop_rates.update(output.plans)
         if output.embeddings is not None:
             self._embeddings.append(output.embeddings)
+        if output.answered is not None:
+            self._vqa.update(output.answered)
         for name, prediction in output.predictions.items():
             correct_M = prediction.predicted_M == prediction.target_M
             self._correct.add(name, torch.stack([correct_M.sum(), torch.ones_like(correct_M).sum()]))
@@ -101,6 +106,10 @@ class Evaluation(nn.Module):
             where: dict[str, str | int] = {"stage": self.stage, "k": recall.at, "direction": recall.direction}
             values[metric_keys.RECALL.key(**where)] = torch.tensor(recall.recall)
             values[metric_keys.CHANCE_RECALL.key(**where)] = torch.tensor(recall.chance)
+        for kind, score in self._vqa.compute().items():
+            part = re.sub(r"[^\w.-]", "_", kind)  # as in yes/no
+            values[metric_keys.VQA_ACCURACY.key(stage=self.stage, kind=part)] = torch.tensor(score.accuracy)
+            values[metric_keys.VQA_MAJORITY.key(stage=self.stage, kind=part)] = torch.tensor(score.majority)
         for (block, modality), rate in self.drop_rates.compute().items():
             key = metric_keys.EVAL_DROP_RATE.key(stage=self.stage, block=block, modality=modality.label)
             values[key] = torch.tensor(rate)
@@ -109,7 +118,7 @@ class Evaluation(nn.Module):
 
     def reset(self) -> None:
         """Forget all batches."""
-        for metrics in (self._task, self._routing, self._correct, self.majority, self.drop_rates):
+        for metrics in (self._task, self._routing, self._correct, self.majority, self.drop_rates, self._vqa):
             metrics.reset()
         self._embeddings = []
 

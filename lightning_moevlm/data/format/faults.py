@@ -17,7 +17,8 @@ Cause = Literal[
     "image_too_large",  # more pixels than allowed: a decompression bomb, or a mistake
     "text_not_utf8",
     "caption_empty",
-    "json_malformed",  # a json member that captions are read from
+    "json_malformed",  # a json member that captions or answers are read from
+    "answer_missing",
 ]
 MAX_PIXELS = 2**26
 """Of an image: 67 million, 192 MiB decoded; more than cameras have, less than a bomb."""

@@ -89,4 +89,5 @@ def _rows(batch: Batch, kept: Sequence[int]) -> Batch:
         # samples are left out in evaluation only, where a batch is of one source
         tuple(samples and samples - left_out for samples in batch.per_source),
         batch.num_cut,
+        answers=None if batch.answers is None else batch.answers.select([*kept, *range(num_images, batch.num_samples)]),
     )

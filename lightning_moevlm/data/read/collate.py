@@ -4,6 +4,7 @@ Images that are to be decoded on the device stay JPEGs: beginning and end are ch
 meta device of torch, which have a shape and no pixels, until those are made.
 """
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.batch import Answers, Batch
 from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, decode_fault
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
@@ -24,7 +25,8 @@ from lightning_moevlm.data.images.decode import (
     image_rows,
 )
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
-from lightning_moevlm.data.text.captions import draw_caption, find_captions
+from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, draw_caption, find_captions
+from lightning_moevlm.data.text.json_texts import parse_texts
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 _BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
@@ -40,6 +42,8 @@ class Decoded(NamedTuple):
     image_RYX: Tensor | None
     caption: str | None
     jpeg: Jpeg | None = None
+    answers: tuple[str, ...] = ()
+    question_kind: str = ""
 
 
 class Collate:
@@ -47,7 +51,8 @@ class Collate:
 
     image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included. max_pixels: that an encoded
     image may have. keeps_jpegs: whether images, which must be JPEGs, are decoded later, on the device.
-    caption_field: field of the json member that captions are read from; "" for the txt member.
+    caption_field: field of the json member that captions are read from; "" for the txt member. reads_answers: whether
+    texts are questions, whose answers are in the json member.
     """
 
     def __init__(
@@ -59,9 +64,11 @@ class Collate:
         max_pixels: int = MAX_PIXELS,
         keeps_jpegs: bool = False,
         caption_field: str = "",
+        reads_answers: bool = False,
     ) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._captions = find_captions(members, caption_field)
+        self._reads_answers = reads_answers
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._max_text_len = max_text_len
@@ -73,7 +80,9 @@ class Collate:
     def wanted(self) -> frozenset[str]:
         """The file extensions that are read at all."""
         captions = () if self._captions is None else (self._captions.member,)
-        return frozenset(captions if self._image_extension is None else (self._image_extension, *captions))
+        answers = (ANNOTATION_EXTENSION,) if self._reads_answers else ()
+        images = () if self._image_extension is None else (self._image_extension,)
+        return frozenset((*images, *captions, *answers))
 
     def __call__(self, samples: Sequence[RawSample]) -> Batch:
         """Decode and put together; the modality that the set lacks is None.
@@ -133,7 +142,8 @@ class Collate:
             if not captions:
                 raise SampleFault("caption_empty", f"{_place(sample, member)} holds no caption; rebuild the set")
             caption = draw_caption(captions, draw, sample.key)
-        return Decoded(sample.key, image_RYX, caption, jpeg)
+        answers, kind = self._answers(sample) if self._reads_answers else ((), "")
+        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind)
 
     def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
@@ -141,7 +151,11 @@ class Collate:
         if self._captions is not None:
             captions = [each.caption or "" for each in decoded]
             text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len)
-        return Batch(images_BRYX, text_BL, text_mask_BL, tuple(each.key for each in decoded), num_cut=num_cut)
+        answers = None
+        if self._reads_answers:
+            answers = Answers(tuple(each.answers for each in decoded), tuple(each.question_kind for each in decoded))
+        keys = tuple(each.key for each in decoded)
+        return Batch(images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers)
 
     def pack_jpegs(self, decoded: Sequence[Decoded], num_fresh: int) -> JpegBatch | None:
         """Put the JPEGs of a batch together; None where there are none, or they are decoded already.
@@ -150,6 +164,21 @@ class Collate:
         """
         jpegs = [each.jpeg for each in decoded if each.jpeg is not None]
         return JpegBatch.pack(jpegs, num_fresh) if jpegs else None
+
+    def _answers(self, sample: RawSample) -> tuple[tuple[str, ...], str]:
+        """Return the answers to a sample's question, and its kind."""
+        try:
+            content = json.loads(_member(sample, ANNOTATION_EXTENSION).decode("utf-8-sig"))
+            answers = parse_texts(content.get("answers") if isinstance(content, dict) else None, "answers")
+        except ValueError as error:
+            raise _fault("json_malformed", sample, ANNOTATION_EXTENSION, error) from error
+        if not answers:
+            raise SampleFault(
+                "answer_missing",
+                f"{_place(sample, ANNOTATION_EXTENSION)} holds no answers; `moevlm data convert questions SET` makes a "
+                "set with a question and its answers per sample",
+            )
+        return answers, str(content.get("kind", ""))
 
     def _jpeg(self, sample: RawSample, extension: str) -> Jpeg:
         data = _member(sample, extension)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.batch import Answers, Batch
 
 
 def order_sources(batches: Mapping[int, Batch]) -> list[int]:
@@ -30,6 +30,18 @@ def join_batches(batches: Mapping[int, Batch], num_sources: int) -> Batch:
         sum(batch.pairs for batch in ordered),
         per_source,
         sum(batch.num_cut for batch in ordered),
+        answers=_join_answers(ordered),
+    )
+
+
+def _join_answers(batches: Sequence[Batch]) -> Answers | None:
+    """Join those of all samples; where one source has none, its samples have no answer."""
+    if all(batch.answers is None for batch in batches):
+        return None
+    each = [batch.answers or Answers(((),) * batch.num_samples, ("",) * batch.num_samples) for batch in batches]
+    return Answers(
+        tuple(given for answers in each for given in answers.given),
+        tuple(kind for answers in each for kind in answers.kinds),
     )
 
 

@@ -7,6 +7,7 @@ needed. Training takes no random decisions: the same captions give the same file
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,24 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> Tok
     unfinished.write_text(tokenizer.to_str(), encoding="utf-8")
     unfinished.replace(path)
     return TokenizerEntry(path.name, file_sha256(path), int(tokenizer.get_vocab_size()))
+
+
+def copy_tokenizer(source: Path, root: Path) -> TokenizerEntry:
+    """Copy the tokenizer of another set to `root/tokenizer.json`.
+
+    Raises:
+        UserError: if the file is missing, or is no tokenizer.
+
+    """
+    if not source.is_file():
+        raise UserError(f"tokenizer {source} is missing; restore it or rebuild its set with --force true")
+    data = source.read_bytes()
+    entry = TokenizerEntry(TOKENIZER_FILE, hashlib.sha256(data).hexdigest(), 0)
+    num_ids = parse_tokenizer(data, entry, str(source)).vocab_size
+    path, unfinished = root / TOKENIZER_FILE, root / f".{TOKENIZER_FILE}.unfinished"
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+    return replace(entry, vocab_size=num_ids)
 
 
 def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:

@@ -1,5 +1,6 @@
 """Objectives: (backbone, batch) -> loss terms. They own their heads, because targets decide what a head predicts."""
 
+from lightning_moevlm.model.objectives.answer_classification import AnswerClassification
 from lightning_moevlm.model.objectives.codebook_targets import CodebookTargets
 from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
@@ -11,6 +12,7 @@ from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.objectives.vq_targets import VQCheckpointTargets
 
 __all__ = [
+    "AnswerClassification",
     "CodebookTargets",
     "Contrastive",
     "Draws",

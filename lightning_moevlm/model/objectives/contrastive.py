@@ -53,8 +53,6 @@ class Contrastive(Objective):
         UserError: an embedding_dim below 1.
     """
 
-    pairs_reach_all = True
-
     def __init__(
         self, spec: BackboneSpec, kind: Kind = "softmax", embedding_dim: int | None = None, weight: float = 1.0
     ) -> None:

@@ -93,6 +93,7 @@ class Joint(Objective):
                 for each in output.attention
             ),
             log_partitions=_prefixed({name: output.log_partitions for name, output in outputs.items()}),
+            answered=next((output.answered for output in outputs.values() if output.answered is not None), None),
             embeddings=outputs[self.comparing].embeddings if self.comparing in outputs else None,
         )
 

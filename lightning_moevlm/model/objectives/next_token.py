@@ -50,7 +50,6 @@ class NextToken(Objective):
         self.weights = {name: weight for name, weight in weights.items() if weight is not None}
         if not self.weights:
             raise UserError("both weights of NextToken are null: set caption_weight or text_weight to a number")
-        self.pairs_reach_all = caption_weight is not None
         self.num_patches = spec.num_patches
         self.text_head = TextHead(spec.dim, spec.vocab_size)
         self.num_classes = dict.fromkeys(self.weights, spec.vocab_size)

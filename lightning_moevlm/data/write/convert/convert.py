@@ -128,6 +128,7 @@ def convert(source: Source, out: Path, licence: Licence, set_options: SetOptions
             texts=table.texts("train"),
             splits=_write_all(source, table, num_samples, set_options, effort.num_jobs, work),
             layout=source.layout,
+            tokenizer_file=source.tokenizer_file,
         )
         manifest = finish_set(work.folder, recipe, licence, contents, set_options.vocab_size)
         work.tidy(_TABLE)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 from lightning_moevlm.data.format.manifest import Manifest, Scalar, ShardEntry, Split
-from lightning_moevlm.data.text.tokenizer import train_tokenizer
+from lightning_moevlm.data.text.tokenizer import copy_tokenizer, train_tokenizer
 from lightning_moevlm.data.write.build_set import canonical_json
 
 MAX_LEARNT_TEXTS = 1_000_000
@@ -64,13 +64,17 @@ class ConvertRecipe(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What the shards hold. image_size: pixels (`Manifest.image_size`). texts: of the training split, in order."""
+    """What the shards hold. image_size: pixels (`Manifest.image_size`). texts: of the training split, in order.
+
+    tokenizer_file: of another set, whose ids this one shares; None learns a tokenizer from the texts.
+    """
 
     image_size: int
     members: tuple[str, ...]
     texts: Iterable[str]
     splits: dict[Split, tuple[ShardEntry, ...]]
     layout: Layout = PLAIN_LAYOUT
+    tokenizer_file: Path | None = None
 
 
 def finish_set(folder: Path, recipe: ConvertRecipe, licence: Licence, contents: Contents, vocab_size: int) -> Manifest:
@@ -90,7 +94,11 @@ def finish_set(folder: Path, recipe: ConvertRecipe, licence: Licence, contents: 
         members=contents.members,
         build=recipe.build,
         sources={name: version(name) for name in ("pillow", "simplejpeg", "tokenizers")},
-        tokenizer=train_tokenizer(islice(contents.texts, MAX_LEARNT_TEXTS), vocab_size, folder),
+        tokenizer=(
+            train_tokenizer(islice(contents.texts, MAX_LEARNT_TEXTS), vocab_size, folder)
+            if contents.tokenizer_file is None
+            else copy_tokenizer(contents.tokenizer_file, folder)
+        ),
         splits=contents.splits,
         layout=contents.layout,
     )

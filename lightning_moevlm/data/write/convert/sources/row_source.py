@@ -89,11 +89,13 @@ class Source(ABC):
 
     name: of the set to be, and the beginning of its keys. arguments: everything that decides about the rows, the
     hash of the table's bytes included; never a path, so that the same table gives the same set anywhere. layout: where
-    captions lie in the samples that its rows become, known when the rows are read. remedies: what to do where many
+    captions lie in the samples that its rows become, known when the rows are read. tokenizer_file: what spells the
+    texts already; None learns a tokenizer from them. remedies: what to do where many
     rows are bad for one cause. notes: sentences to tell when the rows are read.
     """
 
     layout: Layout = PLAIN_LAYOUT
+    tokenizer_file: Path | None = None
     remedies: Mapping[BadCause, str] = {"image_missing": "name the folder of the images with --images"}
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:

@@ -1,0 +1,107 @@
+"""Visual question answering as classification: one of a fixed list of answers (BEiT-3, arXiv 2208.10442, section 3.1).
+
+    target of an answer = min(1, people who gave it / 3), 1 where a question has a single answer
+    loss = binary cross-entropy of every answer with its target, summed over answers, mean over questions
+
+The head reads the first token of the question after both modalities have seen each other. Questions none of whose
+answers is in the list train nothing but lower logits, and count in evaluation as any other.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.answer_list import read_answers
+from lightning_moevlm.contracts.batch import Answers, Batch
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.step_records import Answered, BatchSize, ObjectiveOutput, PlanSize, Term
+from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.objectives.draws import Draws
+from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.precision import region
+
+TERM = "answer"
+
+
+class AnswerClassification(Objective):
+    """Chooses an answer to the question about an image.
+
+    Args:
+        spec: the backbone's dimensions.
+        answers: file of `moevlm data answers`.
+        sees_images: false hides every patch, so that what questions alone give away is measured (a blind model).
+
+    Raises:
+        UserError: the file is missing or is no list of answers.
+    """
+
+    def __init__(self, spec: BackboneSpec, answers: str, sees_images: bool = True) -> None:
+        super().__init__()
+        self.answers = read_answers(Path(answers)).answers
+        self.sees_images = sees_images
+        self.num_patches = spec.num_patches
+        self._class_of = {answer: index for index, answer in enumerate(self.answers)}
+        self.hidden = nn.Linear(spec.dim, 2 * spec.dim)
+        self.norm = nn.LayerNorm(2 * spec.dim)
+        self.out = nn.Linear(2 * spec.dim, len(self.answers))
+        self.num_classes = {}
+
+    def can_use(self, batch: Batch) -> bool:
+        """Return whether a batch holds questions about images, with their answers."""
+        return batch.pairs > 0 and batch.answers is not None
+
+    def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
+        """Answer the questions of the batch's pairs."""
+        questions = batch.first(batch.pairs)
+        if questions.images_BRYX is None or questions.answers is None:
+            raise UserError(
+                "AnswerClassification needs images with questions and their answers, and this batch has none: choose "
+                "a set of `moevlm data convert questions`, and set data.annotation to answers"
+            )
+        hidden_BP = None
+        if not self.sees_images:
+            hidden_BP = torch.ones(len(questions.keys), self.num_patches, dtype=torch.bool, device=batch.device)
+        output = backbone(*questions[:3], image_mask_BP=hidden_BP)
+        with region(self.precision, "heads", output.tokens_BSD.device.type) as cast:
+            first_BD = cast(output.features(Modality.TEXT)[:, 0])
+            logits_BA = self.out(self.norm(F.gelu(self.hidden(first_BD))))
+        target_BA = self.targets(questions.answers, logits_BA.device)
+        with region(self.precision, "losses", logits_BA.device.type) as cast:
+            loss = F.binary_cross_entropy_with_logits(cast(logits_BA), target_BA, reduction="none").sum(dim=1).mean()
+        return ObjectiveOutput(
+            {TERM: Term(loss, 1.0, len(target_BA))},
+            {},
+            output.plans,
+            output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
+            output.attention,
+            answered=None if self.training else self._answered(logits_BA, questions.answers),
+        )
+
+    def size(self, batch: Batch) -> BatchSize:
+        """Return the number of questions, and tokens of their pass."""
+        questions = batch.first(batch.pairs)
+        number = torch.tensor(questions.num_samples, device=batch.device)
+        words = torch.zeros_like(number) if questions.text_mask_BL is None else questions.text_mask_BL.sum()
+        tokens = PlanSize(torch.stack([number * self.num_patches, words]), torch.stack([number, number]), number)
+        return BatchSize({TERM: number}, {"pair": tokens})
+
+    def targets(self, answers: Answers, device: torch.device) -> Tensor:
+        """Return the target of every answer of the list, fp32 (B, A)."""
+        target_BA = torch.zeros(len(answers.given), len(self.answers))
+        for row_A, given in zip(target_BA, answers.given, strict=True):
+            for answer in set(given):
+                if answer in self._class_of:
+                    row_A[self._class_of[answer]] = _soft_score(answer, given)
+        return target_BA.to(device)
+
+    def _answered(self, logits_BA: Tensor, answers: Answers) -> Answered:
+        chosen = logits_BA.detach().argmax(dim=-1).tolist()
+        return Answered(tuple(self.answers[index] for index in chosen), answers.given, answers.kinds)
+
+
+def _soft_score(answer: str, given: Sequence[str]) -> float:
+    return 1.0 if len(given) == 1 else min(1.0, given.count(answer) / 3)

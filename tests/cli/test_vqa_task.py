@@ -1,0 +1,62 @@
+"""From a set with questions to a trained model that answers them, as a user does it."""
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_moevlm.data.format.manifest import read_manifest
+
+QUESTIONS = "data/shards/scenes-questions"
+CONVERT = ["data", "convert", "questions", "data/shards/scenes", "--licence", "CC BY-SA 4.0", "--out", QUESTIONS]
+SMALL = [
+    "--data.batch_size=4", "--data.image_size=32", "--model.backbone.init_args.dim=16",
+    "--model.backbone.init_args.num_heads=2", "--model.backbone.init_args.hidden_dim=32", "--data.vocab_size=640",
+]  # fmt: skip
+
+
+def read_samples(root: Path, split: str) -> dict[str, dict[str, bytes]]:
+    found: dict[str, dict[str, bytes]] = {}
+    for entry in read_manifest(root).splits[split]:  # type: ignore[index]
+        with tarfile.open(root / entry.file) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                found.setdefault(key, {})[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return found
+
+
+def test_questions_become_samples_and_a_model_answers_them(
+    moevlm: Callable[..., str], workplace: Path, scenes_root: Path
+) -> None:
+    missing = moevlm("fit", "-c", "conf/quickstart.yaml", "-c", "conf/tasks/vqa.yaml", code=2)
+    assert "moevlm data answers SET" in missing or "moevlm data" in missing
+    moevlm(*CONVERT)
+    made = workplace / QUESTIONS
+    for split in ("train", "val", "test"):
+        images, asked = read_samples(scenes_root, split), read_samples(made, split)
+        expected = {
+            f"{key}-q{number}": (members["jpg"], question["question"], [question["answer"]], question["kind"])
+            for key, members in images.items()
+            for number, question in enumerate(json.loads(members["json"])["questions"])
+        }
+        found = {
+            key: (members["jpg"], members["txt"].decode(), about["answers"], about["kind"])
+            for key, members in asked.items()
+            for about in [json.loads(members["json"])]
+        }
+        assert found == expected  # every question of every image, in the image's own split, bytes unchanged
+    assert (made / "tokenizer.json").read_bytes() == (scenes_root / "tokenizer.json").read_bytes()
+    moevlm("data", "answers", QUESTIONS)
+    counted = json.loads((made / "answers.json").read_text())
+    train = [json.loads(members["json"])["answers"][0] for members in read_samples(made, "train").values()]
+    assert dict(zip(counted["answers"], counted["counts"], strict=True)) == {each: train.count(each) for each in train}
+    assert counted["counts"] == sorted(counted["counts"], reverse=True)
+    fit = ["-c", "conf/quickstart.yaml", "-c", "conf/tasks/vqa.yaml", *SMALL]
+    moevlm("fit", *fit, "--trainer.fast_dev_run=true")
+    moevlm("fit", *fit, "--trainer.fast_dev_run=true", "--data.num_workers=2")  # answers cross processes
+
+
+def test_what_holds_no_questions_is_refused_in_one_line(moevlm: Callable[..., str]) -> None:
+    assert "moevlm data build" in moevlm(*CONVERT[:3], "data/shards/nowhere", *CONVERT[4:], code=2)
+    plain = ["fit", "-c", "conf/quickstart.yaml", "--data.annotation=answers", "--trainer.fast_dev_run=true", *SMALL]
+    assert "holds no answers; `moevlm data convert questions SET` makes a set" in moevlm(*plain, code=2)

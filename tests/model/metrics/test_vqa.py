@@ -1,0 +1,54 @@
+"""VQA accuracy by hand, and the constant answers that it is compared with."""
+
+import pytest
+
+from lightning_moevlm.contracts.step_records import Answered
+from lightning_moevlm.model.metrics.vqa import VQAAccuracy, normalise_answer, vqa_accuracy
+
+
+@pytest.mark.parametrize(
+    ("num_agreeing", "score"),
+    # of ten people n agree: n of the ten leave-one-out sets hold n - 1 of them, the others n
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
+)
+def test_ten_answers_score_as_published(num_agreeing: int, score: float) -> None:
+    given = ["red"] * num_agreeing + [f"other {n}" for n in range(10 - num_agreeing)]
+    assert vqa_accuracy("red", given) == pytest.approx(score)
+
+
+def test_a_single_answer_must_be_matched() -> None:
+    assert (vqa_accuracy("two", ["2"]), vqa_accuracy("three", ["2"])) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("The Dog", "dog"),
+        ("two", "2"),
+        ("None", "0"),
+        ("don't know", "dont know"),
+        ("1,000", "1000"),
+        ("ice-cream!", "ice cream"),
+        ("  a   red  car. ", "red car"),
+    ],
+)
+def test_answers_that_count_as_equal(one: str, other: str) -> None:
+    assert normalise_answer(one) == normalise_answer(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("1.5", "15"), ("dog", "dogs"), ("no", "none"), ("left", "right")])
+def test_answers_that_count_as_different(one: str, other: str) -> None:
+    assert normalise_answer(one) != normalise_answer(other)
+
+
+def test_means_are_over_questions_by_kind_and_beside_the_best_constant_answer() -> None:
+    metric = VQAAccuracy()
+    metric.update(Answered(("yes", "no"), (("yes",), ("yes",)), ("is", "is")))
+    metric.update(Answered(("no", "2", "red"), (("no",), ("2",), ()), ("is", "count", "is")))
+    found = metric.compute()
+    # is: yes right, no wrong, no right; the best constant, yes, is right twice; the question without answers is left out
+    assert found["is"].accuracy == pytest.approx(2 / 3) and found["is"].majority == pytest.approx(2 / 3)
+    assert found["count"].accuracy == found["count"].majority == 1.0
+    assert found["all"].accuracy == pytest.approx(3 / 4) and found["all"].majority == pytest.approx(3 / 4)
+    metric.reset()
+    assert metric.compute() == {}
