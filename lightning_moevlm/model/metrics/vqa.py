@@ -67,7 +67,7 @@ class VQAAccuracy:
                     self._sums.add((kind, answer), torch.tensor([vqa_accuracy(answer, given), 0.0]))
 
     def compute(self) -> dict[str, Score]:
-        """Return the scores by kind, and over all questions under `ALL`; {} without any. All ranks must ask together."""
+        """Return the scores by kind, all of them under `ALL`; {} without any. All ranks must ask together."""
         totals = self._sums.totals()
         found: dict[str, Score] = {}
         for kind in sorted({kind for kind, _ in totals}):

@@ -1,7 +1,8 @@
 """Computes the digest that identifies a run.
 
-It covers the resolved config, all defaults filled in, without cosmetic keys. A class of this package is spelled by its
-short name, so that moving a file does not make another experiment.
+It covers the resolved config, all defaults filled in, without cosmetic keys. A resolved config has every key, so one
+that is null can be left out: an option that is added later and off does not make another experiment. Nor does moving a
+file, because a class of this package is spelled by its short name.
 """
 
 import copy
@@ -43,8 +44,10 @@ COSMETIC_CALLBACKS: tuple[Cosmetic, ...] = (
 
 
 def compute_digest(resolved: Mapping[str, Any]) -> str:
-    """Return the first 12 hex digits of the SHA-256 of the config's canonical JSON, cosmetic keys left out."""
-    text = json.dumps(drop_cosmetic_keys(resolved), sort_keys=True, separators=(",", ":"), default=_path_as_text)
+    """Return the first 12 hex digits of the SHA-256 of the config's JSON, without cosmetic keys and nulls."""
+    text = json.dumps(
+        _drop_nulls(drop_cosmetic_keys(resolved)), sort_keys=True, separators=(",", ":"), default=_path_as_text
+    )
     return digest_text(text)
 
 
@@ -94,6 +97,14 @@ def _shorten_class_paths(value: Any) -> Any:
         }
     if isinstance(value, list):
         return [_shorten_class_paths(item) for item in value]
+    return value
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_drop_nulls(item) for item in value]
     return value
 
 

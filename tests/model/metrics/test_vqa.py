@@ -46,7 +46,7 @@ def test_means_are_over_questions_by_kind_and_beside_the_best_constant_answer() 
     metric.update(Answered(("yes", "no"), (("yes",), ("yes",)), ("is", "is")))
     metric.update(Answered(("no", "2", "red"), (("no",), ("2",), ()), ("is", "count", "is")))
     found = metric.compute()
-    # is: yes right, no wrong, no right; the best constant, yes, is right twice; the question without answers is left out
+    # is: yes right, no wrong, no right; the best constant, yes, is right twice; one question has no answers
     assert found["is"].accuracy == pytest.approx(2 / 3) and found["is"].majority == pytest.approx(2 / 3)
     assert found["count"].accuracy == found["count"].majority == 1.0
     assert found["all"].accuracy == pytest.approx(3 / 4) and found["all"].majority == pytest.approx(3 / 4)

@@ -97,6 +97,12 @@ def test_another_class_is_another_experiment(class_path):
     assert compute_digest(ours) != compute_digest(changed("model.router", {"class_path": class_path}))
 
 
+def test_an_option_that_is_added_and_off_is_the_same_experiment():
+    assert compute_digest(changed("model.new_option", None)) == compute_digest(CONFIG)
+    assert compute_digest(changed("model.parts", [{"new": None}])) == compute_digest(changed("model.parts", [{}]))
+    assert compute_digest(changed("model.parts", [None, 1])) != compute_digest(changed("model.parts", [1]))
+
+
 def test_order_of_keys_is_no_identity():
     assert compute_digest(dict(reversed(CONFIG.items()))) == compute_digest(CONFIG)
 
