@@ -100,11 +100,7 @@ def dump_yaml(data: object) -> str:
 
 
 def refuse_unbuildable_parts(resolved: Mapping[str, Any]) -> None:
-    """Refuse abstract classes and disallowed nulls in any section of a configuration.
-
-    Raises:
-        UserError: with the whole key and the allowed values.
-    """
+    """Refuse abstract classes and disallowed nulls in any section of a configuration."""
     for section, part in SECTIONS.items():
         refuse_unbuildable(section, part, resolved[section])
 

@@ -29,9 +29,6 @@ def refuse_unbuildable(key: str, part: type, options: Mapping[str, Any]) -> None
         key: of the class in the configuration, "model".
         part: the class.
         options: its options, resolved; parts as `{class_path, init_args}`, or in a list.
-
-    Raises:
-        UserError: with the whole key and the allowed values.
     """
     for name in list_options(part):
         annotation = get_option_type(part, name)
@@ -63,9 +60,6 @@ def refuse_abstract(key: str, named: type) -> None:
     Args:
         key: of the option that names it.
         named: the class.
-
-    Raises:
-        UserError: with the classes to choose from; for a user's own class, with the missing methods.
     """
     if not inspect.isabstract(named):
         return

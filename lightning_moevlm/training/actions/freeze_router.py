@@ -28,7 +28,6 @@ class FreezeRouter:
     after_steps: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the range."""
         check_number("actions.freeze_router.after_steps", self.after_steps, least=0, advice=" optimiser steps")
 
 

@@ -37,7 +37,6 @@ class QKClip:
     threshold: float = 100.0
 
     def __post_init__(self) -> None:
-        """Check the range."""
         check_number("actions.qk_clip.threshold", self.threshold, above=0, advice="; 100 is customary")
 
     def check(self, backbone: Backbone) -> None:

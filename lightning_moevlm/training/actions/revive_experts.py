@@ -47,7 +47,6 @@ class ReviveDeadExperts:
     every_n_steps: int = 10
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("idle_steps", "every_n_steps"):
             check_number(f"actions.revive_dead_experts.{name}", getattr(self, name), least=1, advice=" optimiser steps")
         check_number(

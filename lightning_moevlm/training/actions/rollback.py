@@ -52,7 +52,6 @@ class Rollback:
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name, least in (("every_n_steps", 1), ("keep", 1), ("lookback", 1), ("window", 2), ("max_rollbacks", 1)):
             check_number(f"actions.rollback.{name}", getattr(self, name), least=least)
         if self.spike_threshold is not None:

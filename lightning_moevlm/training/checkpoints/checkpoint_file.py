@@ -65,11 +65,7 @@ def find_best_checkpoint(last: Path) -> Path | None:
 
 
 def refuse_other_model(checkpoint: Mapping[str, Any], path: str, module: nn.Module) -> None:
-    """Refuse weights whose names or shapes differ from the model's.
-
-    Raises:
-        UserError: with the first tensor that differs, and the number of others.
-    """
+    """Refuse weights whose names or shapes differ from the model's."""
     there = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     here = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     names = [name for name in (*here, *(there.keys() - here.keys())) if there.get(name) != here.get(name)]

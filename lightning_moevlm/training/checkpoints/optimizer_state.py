@@ -12,11 +12,7 @@ from lightning_moevlm.training.optim import parameter_groups
 
 
 def refuse_other_groups(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
-    """Refuse optimiser state whose parameter groups differ from the model's.
-
-    Raises:
-        UserError: with both.
-    """
+    """Refuse optimiser state whose parameter groups differ from the model's."""
     here = [(group["role"], len(group["params"])) for group in parameter_groups(module.named_parameters())]
     for state in checkpoint.get("optimizer_states", []):
         saved = [(group.get("role"), len(group["params"])) for group in state["param_groups"]]
@@ -37,9 +33,6 @@ def refuse_other_state(checkpoint: Mapping[str, Any], build: Callable[[Iterable[
     Args:
         checkpoint: with the same parameter groups.
         build: factory (parameter groups) -> Optimizer.
-
-    Raises:
-        UserError: with both.
     """
     for state in checkpoint.get("optimizer_states", []):
         for group in state["param_groups"]:

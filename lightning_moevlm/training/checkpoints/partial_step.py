@@ -89,11 +89,7 @@ def restore_gradients(module: nn.Module, gradients: Sequence[Mapping[str, Tensor
 
 
 def refuse_other_accumulation(saved: PartialStep, trainer: Trainer) -> None:
-    """Refuse to complete a step with another number of micro-batches.
-
-    Raises:
-        UserError: with the saved number.
-    """
+    """Refuse to complete a step with another number of micro-batches."""
     if saved["micro_batches"] != trainer.accumulate_grad_batches:
         raise UserError(
             f"the checkpoint was saved within an accumulation over {saved['micro_batches']} micro-batches, but "

@@ -8,11 +8,7 @@ from lightning_moevlm.model.objectives import Objective
 
 
 def refuse_unsuited_losses(losses: AuxiliaryLosses, backbone: Backbone, objective: Objective) -> None:
-    """Refuse losses that do not fit the model or the objective.
-
-    Raises:
-        UserError: with the change to make.
-    """
+    """Refuse losses that do not fit the model or the objective."""
     objective.check_backbone(backbone)
     if losses.output_z is not None and not objective.num_classes:
         raise UserError(

@@ -12,11 +12,7 @@ from lightning_moevlm.common.errors import UserError
 
 
 def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse an optimiser that unscales gradients itself, after they were clipped.
-
-    Raises:
-        UserError: with the change to make.
-    """
+    """Refuse an optimiser that unscales gradients itself, after they were clipped."""
     scales = getattr(trainer.precision_plugin, "scaler", None) is not None
     if scales and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
@@ -26,11 +22,7 @@ def refuse_unsuited_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
 
 
 def refuse_invalid_options(optimizer: Optimizer) -> None:
-    """Refuse options that torch accepts but cannot train with: infinite numbers, eps 0, and SparseAdam.
-
-    Raises:
-        UserError: with the option.
-    """
+    """Refuse options that torch accepts but cannot train with: infinite numbers, eps 0, and SparseAdam."""
     if isinstance(optimizer, SparseAdam):
         raise UserError(
             "model.optimizer SparseAdam needs sparse gradients, and all gradients here are dense: choose AdamW"
@@ -47,11 +39,7 @@ def refuse_invalid_options(optimizer: Optimizer) -> None:
 
 
 def refuse_vanishing_eps(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse an eps that rounds to 0 in the dtype of the weights, in which torch's optimisers add it.
-
-    Raises:
-        UserError: with a value that does not.
-    """
+    """Refuse an eps that rounds to 0 in the dtype of the weights, in which torch's optimisers add it."""
     eps = optimizer.defaults.get("eps")
     if trainer.precision == "16-true" and isinstance(eps, float) and not torch.tensor(eps).half():
         raise UserError(
@@ -61,11 +49,7 @@ def refuse_vanishing_eps(trainer: Trainer, optimizer: Optimizer) -> None:
 
 
 def refuse_unsuited_schedule(schedule: LRScheduler) -> None:
-    """Refuse a schedule that waits for a metric; schedules are stepped after each optimiser step.
-
-    Raises:
-        UserError: with the schedules to choose from.
-    """
+    """Refuse a schedule that waits for a metric; schedules are stepped after each optimiser step."""
     if isinstance(schedule, ReduceLROnPlateau):
         raise UserError(
             "model.schedule ReduceLROnPlateau follows a metric, and schedules here follow optimiser steps: choose one "

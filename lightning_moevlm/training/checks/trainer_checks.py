@@ -19,11 +19,7 @@ SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 def refuse_unsuited_trainer(trainer: Trainer) -> None:
-    """Refuse a trainer that also clips, or whose ranks hold parts of the gradient.
-
-    Raises:
-        UserError: with the change to make.
-    """
+    """Refuse a trainer that also clips, or whose ranks hold parts of the gradient."""
     if trainer.gradient_clip_val is not None:
         raise UserError(
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and model.gradient is set: clip in one place; "
@@ -37,11 +33,7 @@ def refuse_unsuited_trainer(trainer: Trainer) -> None:
 
 
 def refuse_invalid_trainer(trainer: Trainer) -> None:
-    """Refuse options that Lightning accepts but that divide by 0, train nothing or have no effect.
-
-    Raises:
-        UserError: with the change to make.
-    """
+    """Refuse options that Lightning accepts but that divide by 0, train nothing or have no effect."""
     check_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, least=1)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         if isinstance(callback, StochasticWeightAveraging) and trainer.max_epochs == -1:
@@ -64,9 +56,6 @@ def refuse_other_sizes(spec: BackboneSpec, data: Mapping[str, Any]) -> None:
     Args:
         spec: of the backbone.
         data: options of the data module, by name.
-
-    Raises:
-        UserError: with both numbers and their options.
     """
     for name, fits in (
         ("image_size", data["image_size"] == spec.image_size),
@@ -81,11 +70,7 @@ def refuse_other_sizes(spec: BackboneSpec, data: Mapping[str, Any]) -> None:
 
 
 def refuse_uneven_steps(trainer: Trainer) -> None:
-    """Refuse a number of training batches that would make the last step of an epoch smaller, for any loader.
-
-    Raises:
-        UserError: with numbers that divide.
-    """
+    """Refuse a number of training batches that would make the last step of an epoch smaller, for any loader."""
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         overfit = trainer.overfit_batches  # type: ignore[attr-defined]
         option = f"trainer.overfit_batches {overfit}" if overfit else "the loader of training data"
@@ -93,11 +78,7 @@ def refuse_uneven_steps(trainer: Trainer) -> None:
 
 
 def refuse_other_precision(asked: object, trainer: Trainer) -> None:
-    """Refuse 16-mixed on CPUs, where Lightning would silently compute in bf16-mixed.
-
-    Raises:
-        UserError: with the precision to choose.
-    """
+    """Refuse 16-mixed on CPUs, where Lightning would silently compute in bf16-mixed."""
     if asked in ("16-mixed", "16", 16) and trainer.precision != "16-mixed":
         raise UserError(
             f"trainer.precision is {asked}, which CPUs do not support; Lightning would compute in {trainer.precision}: "

@@ -65,7 +65,6 @@ class GroupOptions:
     independent_weight_decay: bool = False
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("router_lr_multiplier", "router_weight_decay", "expert_lr_multiplier"):
             check_number(f"groups.{name}", getattr(self, name), least=0)
 

@@ -27,9 +27,6 @@ def refuse_unknown_monitors(trainer: Trainer, evaluated: Collection[str]) -> Non
     Args:
         trainer: after its first step.
         evaluated: keys of a validation; empty before the first one.
-
-    Raises:
-        UserError: with the callback, its monitor and the metrics to choose from.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets, but declares it not
     others_log = any(type(callback).__module__.split(".")[0] not in _OURS for callback in callbacks)

@@ -54,7 +54,6 @@ class AdaGC:
     warmup_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("relative", "warmup_norm"):
             check_number(f"ada_gc.{name}", getattr(self, name), above=0)
         check_number("ada_gc.beta", self.beta, above=0, below=1, advice="; the paper's is 0.98")

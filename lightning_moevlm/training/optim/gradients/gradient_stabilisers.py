@@ -44,7 +44,6 @@ class GradientStabilisers:
     skip_spikes: SkipSpikes | None = None
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("clip_norm", "clip_value", "clip_update"):
             threshold = getattr(self, name)
             if threshold is not None:

@@ -55,7 +55,6 @@ class SkipSpikes:
     window: int = 128
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         check_number("skip_spikes.sigma", self.sigma, above=0, advice="; 6 is customary")
         check_number("skip_spikes.window", self.window, least=4, advice=": statistics need as many steps")
 

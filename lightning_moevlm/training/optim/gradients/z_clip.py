@@ -53,7 +53,6 @@ class ZClip:
     warmup_steps: int = 25
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         check_number("z_clip.z", self.z, above=0, advice="; the paper's is 2.5")
         check_number("z_clip.alpha", self.alpha, above=0, below=1, advice="; the paper's is 0.97")
         check_number("z_clip.warmup_steps", self.warmup_steps, least=2, advice=": a variance needs as many")
