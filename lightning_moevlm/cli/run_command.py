@@ -24,6 +24,15 @@ COMMANDS: dict[str, Any] = {
 _FIRST = {"list": "--kind", "sync": "--folder"}
 
 
+_GROUPS = {
+    "bench": "Time dispatchers, layers, steps and data on this machine.",
+    "data": "Make, convert, check and show data sets.",
+    "data build": "Draw a demo set.",
+    "data convert": "Make a set of your own images and captions.",
+    "sweep": "Plan, run and report studies.",
+}
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Parse and run; a command that returns an int sets the exit code.
 
@@ -38,12 +47,21 @@ def run_command(arguments: Sequence[str]) -> int:
     if words[0] == "compare":
         words = compare.expand_shorthand(words)
     try:
-        result = auto_cli(COMMANDS, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
+        result = auto_cli(_with_help(COMMANDS), args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:
         raise UserError(_explain_missing(str(error)) or short_message(str(error), _types(words))) from error
     if is_dataclass(result):  # a command that is a record of its options
         result = result()  # type: ignore[operator]
     return result if isinstance(result, int) else 0
+
+
+def _with_help(commands: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the commands with the help of their groups, under the key that auto_cli reads."""
+    groups = {
+        name: _with_help(command, f"{above} {name}".strip()) if isinstance(command, dict) else command
+        for name, command in commands.items()
+    }
+    return {"_help": _GROUPS[above], **groups} if above else groups
 
 
 def _explain_missing(message: str) -> str:

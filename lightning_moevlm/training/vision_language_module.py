@@ -71,13 +71,14 @@ class VisionLanguageModule(LightningModule):
     optimiser step. So arms of a study share them at any batch size, and a resumed run equals an uninterrupted one.
 
     Args:
-        backbone: the vision-language trunk.
-        objective: factory (spec) -> Objective.
+        backbone: vision-language trunk.
+        objective: training objective, a factory (spec) -> Objective.
         losses: auxiliary losses on routing.
-        optimizer: factory (parameter groups) -> Optimizer.
-        groups: how routers and experts differ in learning rate and weight decay.
+        optimizer: optimiser, a factory (parameter groups) -> Optimizer.
+        groups: learning rate and weight decay of routers and experts.
         gradient: clipping of gradients and updates, skipping of spikes.
-        schedule: factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps the rate constant.
+        schedule: learning-rate schedule, a factory (optimizer) -> LRScheduler, stepped every optimiser step; null keeps
+            the rate constant.
         seed: seed of initial weights and masks.
         init_std: standard deviation of initial matrices.
         precision: dtype per region, for the backbone, the objective, the losses and the optimiser's state.
