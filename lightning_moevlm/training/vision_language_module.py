@@ -36,12 +36,7 @@ from lightning_moevlm.training.checkpoints.partial_step import (
     select_rank,
 )
 from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
-from lightning_moevlm.training.checks.optimizer_checks import (
-    FAILURES,
-    refuse_invalid_options,
-    refuse_unsuited_optimizer,
-    refuse_vanishing_eps,
-)
+from lightning_moevlm.training.checks.optimizer_checks import refuse_unsuited_optimizer, refuse_vanishing_eps
 from lightning_moevlm.training.checks.trainer_checks import refuse_uneven_steps, refuse_unsuited_trainer
 from lightning_moevlm.training.evaluation import Evaluation, report_batch_dependence
 from lightning_moevlm.training.features import pool_features
@@ -51,7 +46,7 @@ from lightning_moevlm.training.optim import (
     GradientEvents,
     GradientStabilisers,
     GroupOptions,
-    parameter_groups,
+    build_optimizer,
     round_state,
 )
 from lightning_moevlm.training.optim.schedules.schedule_length import build_schedule, report_short_run, steps_of_run
@@ -278,21 +273,8 @@ class VisionLanguageModule(LightningModule):
         return pool_features(self.backbone, batch)
 
     def build_optimizer(self) -> Optimizer:
-        """Return a new optimiser over the parameter groups, each with its peak rate and decay.
-
-        Raises:
-            UserError: the optimiser refuses an option or a parameter, or cannot decay as the groups require.
-        """
-        try:
-            optimizer = self.optimizer_factory(parameter_groups(self.named_parameters()))
-        except FAILURES as error:
-            raise UserError(
-                f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list "
-                "optimizers`, which take every parameter (MuonAdamW in place of torch's Muon)"
-            ) from error
-        refuse_invalid_options(optimizer)
-        self.groups.apply(optimizer)
-        return optimizer
+        """Return a new optimiser over the parameter groups, each with its peak rate and decay."""
+        return build_optimizer(self.optimizer_factory, self.named_parameters(), self.groups)
 
     def build_schedule(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler | None:
         """Return the schedule of an optimiser for a run of `num_steps`; None without a schedule."""

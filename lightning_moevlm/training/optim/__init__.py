@@ -9,7 +9,12 @@ from lightning_moevlm.training.optim.optimizers.lion import Lion
 from lightning_moevlm.training.optim.optimizers.muon import MuonAdamW
 from lightning_moevlm.training.optim.optimizers.rounded_state import round_state
 from lightning_moevlm.training.optim.optimizers.stable_adamw import StableAdamW
-from lightning_moevlm.training.optim.parameter_groups import GroupOptions, ParameterGroup, parameter_groups
+from lightning_moevlm.training.optim.parameter_groups import (
+    GroupOptions,
+    ParameterGroup,
+    build_optimizer,
+    parameter_groups,
+)
 from lightning_moevlm.training.optim.schedules.warmup import WarmupSchedule
 from lightning_moevlm.training.optim.schedules.warmup_cosine import WarmupCosine
 from lightning_moevlm.training.optim.schedules.warmup_linear import WarmupLinear
@@ -31,6 +36,7 @@ __all__ = [
     "WarmupSchedule",
     "WarmupStableDecay",
     "ZClip",
+    "build_optimizer",
     "parameter_groups",
     "round_state",
 ]

@@ -16,7 +16,7 @@ Every trainable parameter is in one group:
 Groups depend only on names, so a checkpoint can be resumed with other options.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, get_args
 
@@ -25,6 +25,7 @@ from torch.optim import Adam, Optimizer
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.training.checks.optimizer_checks import FAILURES, refuse_invalid_options
 from lightning_moevlm.training.optim.optimizers.lion import Lion
 from lightning_moevlm.training.optim.optimizers.muon import MuonAdamW
 from lightning_moevlm.training.optim.optimizers.stable_adamw import StableAdamW
@@ -100,6 +101,26 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[Paramete
         if group["role"] in ("vector", "router"):
             group["weight_decay"] = 0.0
     return groups
+
+
+def build_optimizer(
+    factory: Callable[[Iterable], Optimizer], named: Iterable[tuple[str, nn.Parameter]], options: GroupOptions
+) -> Optimizer:
+    """Return a new optimiser over the parameter groups, each with its peak rate and decay.
+
+    Raises:
+        UserError: the optimiser refuses an option or a parameter, or cannot decay as the groups require.
+    """
+    try:
+        optimizer = factory(parameter_groups(named))
+    except FAILURES as error:
+        raise UserError(
+            f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list optimizers`, "
+            "which take every parameter (MuonAdamW in place of torch's Muon)"
+        ) from error
+    refuse_invalid_options(optimizer)
+    options.apply(optimizer)
+    return optimizer
 
 
 def role_of(name: str, parameter: nn.Parameter) -> Role:
