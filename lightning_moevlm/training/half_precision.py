@@ -14,7 +14,15 @@ from torchmetrics import Metric
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.objectives import ImageTargets
-from lightning_moevlm.model.precision import PrecisionPolicy, Region, region_of_parameters
+from lightning_moevlm.model.precision import PrecisionPolicy, Region, RegionDtype, region_of_parameters
+
+TRAINER_DTYPE: dict[str, RegionDtype] = {
+    "bf16-mixed": "bfloat16",
+    "bf16-true": "bfloat16",
+    "16-mixed": "float16",
+    "16-true": "float16",
+}
+"""Dtype of computation by the Trainer's precision; float32 for the others."""
 
 _WEIGHTED: tuple[Region, ...] = ("router", "norms", "experts", "heads", "trunk")
 

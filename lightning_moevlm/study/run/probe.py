@@ -27,7 +27,7 @@ from lightning_moevlm.study.run.processes.run_files import log_tail
 
 NUM_STEPS = 8
 _WARM_UP = 3
-_CLOCK = "lightning_moevlm.training.callbacks.StepClock"
+_TIMES = "lightning_moevlm.training.callbacks.StepTimes"
 _LEFT_OUT = ("ModelCheckpoint", "ResultTable", "StepProgress")
 
 # overrides file -> command line
@@ -116,7 +116,7 @@ def _short(run: PlannedRun, folder: Path, times: Path) -> dict[str, Any]:
         "max_steps": NUM_STEPS,
         "default_root_dir": str(folder),
         "logger": False,
-        "callbacks": [*callbacks, {"class_path": _CLOCK, "init_args": {"file": str(times)}}],
+        "callbacks": [*callbacks, {"class_path": _TIMES, "init_args": {"file": str(times)}}],
         "enable_checkpointing": False,
         "enable_progress_bar": False,
     }

@@ -5,8 +5,8 @@ from lightning_moevlm.training.callbacks.float8_training import Float8Training
 from lightning_moevlm.training.callbacks.liveness import Liveness
 from lightning_moevlm.training.callbacks.precision_shadow import PrecisionShadow
 from lightning_moevlm.training.callbacks.result_table import ResultTable
-from lightning_moevlm.training.callbacks.step_clock import StepClock
 from lightning_moevlm.training.callbacks.step_progress import StepProgress
+from lightning_moevlm.training.callbacks.step_times import StepTimes
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
 from lightning_moevlm.training.callbacks.stopping.last_checkpoint import LastCheckpoint
 from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySignal
@@ -20,8 +20,8 @@ __all__ = [
     "Liveness",
     "PrecisionShadow",
     "ResultTable",
-    "StepClock",
     "StepProgress",
+    "StepTimes",
     "StopBySignal",
     "Telemetry",
 ]

@@ -27,19 +27,13 @@ from lightning_moevlm.model.precision import (
     REGIONS,
     PrecisionPolicy,
     Region,
-    RegionDtype,
     float32_everywhere,
     use_precision,
 )
 from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.half_precision import TRAINER_DTYPE
 from lightning_moevlm.training.step.logging_steps import log_interval
 
-_NARROW: dict[str, RegionDtype] = {
-    "bf16-mixed": "bfloat16",
-    "bf16-true": "bfloat16",
-    "16-mixed": "float16",
-    "16-true": "float16",
-}
 _SHIFTS = {
     "flip_rate": metric_keys.SHADOW_FLIP_RATE,
     "logit_error_max": metric_keys.SHADOW_LOGIT_ERROR_MAX,
@@ -94,7 +88,7 @@ def narrow_regions(policy: PrecisionPolicy, precision: str) -> dict[Region, Prec
     """Return, for each narrow region, the policy in which only it is as trained; precision: the Trainer's."""
     policies: dict[Region, PrecisionPolicy] = {}
     for name in REGIONS:
-        dtype = policy.dtype_of(name) or _NARROW.get(precision, "float32")
+        dtype = policy.dtype_of(name) or TRAINER_DTYPE.get(precision, "float32")
         if dtype != "float32" and name != "optimizer_state":
             alone = PrecisionPolicy(**{**vars(float32_everywhere()), "simulate": policy.simulate, name: dtype})
             policies[name] = alone

@@ -45,7 +45,7 @@ def test_estimates_by_hand(plan, tmp_path):
     assert (trainer["max_steps"], trainer["logger"], trainer["enable_checkpointing"]) == (NUM_STEPS, False, False)
     assert [callback["class_path"] for callback in trainer["callbacks"]] == [
         "a.Guard",
-        "lightning_moevlm.training.callbacks.StepClock",
+        "lightning_moevlm.training.callbacks.StepTimes",
     ]
     assert not Path(trainer["default_root_dir"]).exists()  # nothing is left behind
 

@@ -28,13 +28,7 @@ from lightning_moevlm.model.precision import (
 )
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
-
-_TRAINER_DTYPE: dict[str, RegionDtype] = {
-    "bf16-mixed": "bfloat16",
-    "bf16-true": "bfloat16",
-    "16-mixed": "float16",
-    "16-true": "float16",
-}
+from lightning_moevlm.training.half_precision import TRAINER_DTYPE
 
 _COARSE: RegionDtype = "float8_e5m2"  # the fewest bits that can be simulated
 
@@ -53,7 +47,7 @@ class _Shift(NamedTuple):
 def precision_receipts(rehearsal: Rehearsal, trainer: Trainer) -> list[Receipt]:
     """Return the receipts of the regions whose dtype the policy pins."""
     policy = rehearsal.module.precision
-    around = _TRAINER_DTYPE.get(str(trainer.precision), "float32")
+    around = TRAINER_DTYPE.get(str(trainer.precision), "float32")
     receipts: list[Receipt] = []
     seen: ObjectiveOutput | None = None
     for name in REGIONS:

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, select_with_gradients
+from lightning_moevlm.training.optim.optimizers.optimizer_step import (
+    check_rates,
+    create_state,
+    evaluate,
+    select_with_gradients,
+)
 
 
 class Lion(Optimizer):
@@ -48,9 +53,7 @@ class Lion(Optimizer):
             params, gradients = select_with_gradients(group)
             if not params:
                 continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            create_state(self, params, "exp_avg")
             momenta = [self.state[p]["exp_avg"] for p in params]
             beta1, beta2 = group["betas"]
             directions = torch._foreach_lerp(momenta, gradients, 1 - beta1)

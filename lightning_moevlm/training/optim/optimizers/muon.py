@@ -23,7 +23,12 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lightning_moevlm.common.number_checks import check_number
-from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, select_with_gradients
+from lightning_moevlm.training.optim.optimizers.optimizer_step import (
+    check_rates,
+    create_state,
+    evaluate,
+    select_with_gradients,
+)
 from lightning_moevlm.training.optim.tensor_roles import is_stack
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -80,9 +85,7 @@ class MuonAdamW(Optimizer):
         params, gradients = select_with_gradients(group)
         if not params:
             return
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        create_state(self, params, "momentum_buffer")
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
@@ -95,12 +98,7 @@ class MuonAdamW(Optimizer):
         params, gradients = select_with_gradients(group)
         if not params:
             return
-        for p in params:
-            if not self.state[p]:
-                # the count is on the device, so that a step can be undone there
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        create_state(self, params, "exp_avg", "exp_avg_sq", counts_steps=True)
         adamw(
             params,
             gradients,

@@ -1,10 +1,11 @@
 """Common beginnings of optimiser steps, and checks of their options."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
@@ -22,6 +23,19 @@ def select_with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[
     """Return the parameters of a group that have a gradient, and the gradients."""
     params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
     return params, [p.grad for p in params if p.grad is not None]
+
+
+def create_state(optimizer: Optimizer, params: Iterable[Tensor], *names: str, counts_steps: bool = False) -> None:
+    """Create zero state for parameters without any: tensors of their shape and, if asked, a step count.
+
+    The count is on the device, so that a step can be undone there.
+    """
+    for p in params:
+        state = optimizer.state[p]
+        if not state:
+            if counts_steps:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state.update({name: torch.zeros_like(p) for name in names})
 
 
 def check_rates(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:

@@ -17,7 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_moevlm.common.number_checks import check_number
-from lightning_moevlm.training.optim.optimizers.optimizer_step import check_rates, evaluate, select_with_gradients
+from lightning_moevlm.training.optim.optimizers.optimizer_step import (
+    check_rates,
+    create_state,
+    evaluate,
+    select_with_gradients,
+)
 from lightning_moevlm.training.optim.tensor_roles import is_stack, root_mean_squares
 
 
@@ -60,12 +65,7 @@ class StableAdamW(Optimizer):
             params, gradients = select_with_gradients(group)
             if not params:
                 continue
-            for p in params:
-                if not self.state[p]:
-                    # the count is on the device, so that a step can be undone there
-                    self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            create_state(self, params, "exp_avg", "exp_avg_sq", counts_steps=True)
             steps, means, squares = (
                 [self.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq")
             )

@@ -11,7 +11,7 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.training import StepOutput
 
 
-class StepClock(Callback):
+class StepTimes(Callback):
     """Writes a JSON file with `step_seconds` and `validation_seconds`, in order, at the end of training.
 
     A step lasts from the end of the one before to its own end, data included, validations excluded. It waits for the

@@ -1,4 +1,4 @@
-"""StepClock by hand on a clock that the test moves: steps of the optimiser, validations taken out."""
+"""StepTimes by hand on a clock that the test moves: steps of the optimiser, validations taken out."""
 
 import json
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_moevlm.training.callbacks import StepClock
+from lightning_moevlm.training.callbacks import StepTimes
 
 
 class _Clock:
@@ -20,10 +20,10 @@ class _Clock:
 
 def test_steps_and_validations_by_hand(tmp_path, monkeypatch: pytest.MonkeyPatch):
     time, file = _Clock(), tmp_path / "times.json"
-    monkeypatch.setattr("lightning_moevlm.training.callbacks.step_clock.time.perf_counter", time)
+    monkeypatch.setattr("lightning_moevlm.training.callbacks.step_times.time.perf_counter", time)
     trainer = SimpleNamespace(global_step=0, is_global_zero=True)
     module = SimpleNamespace(device=torch.device("cpu"))
-    clock = StepClock(str(file))
+    clock = StepTimes(str(file))
 
     def at(now: float, step: int) -> None:
         time.now, trainer.global_step = now, step
