@@ -1,4 +1,4 @@
-"""`moevlm data convert` as a user types it: what is printed, a kill in the middle, training on what came out."""
+"""`moevlm data convert` as a user types it: its output, a kill in the middle, training on the set."""
 
 import re
 import shlex
@@ -68,7 +68,7 @@ def test_img2dataset_trains_a_step_with_its_configuration(moevlm: Callable[..., 
     moevlm("fit", "-c", "conf/quickstart.yaml", "-c", config, "--trainer.fast_dev_run=true", *small)
 
 
-def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["data", "convert", "csv", *source_of("csv", tmp_path), *TERMS, "--out", str(tmp_path / "set")]
     assert main(arguments) == 0
     printed = capsys.readouterr()
@@ -116,7 +116,7 @@ def test_bad_arguments_leave_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.csv", "images"]
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(task: object) -> None:

@@ -270,7 +270,7 @@ def test_a_part_from_elsewhere_is_described_by_its_path(
     assert "their_package.TheirRouter" in told and "Sends all to one." in told and "chosen" in told
 
 
-def test_describing_qk_clip_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_qk_clip_names_its_requirement(capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_moevlm.cli.main import main
 
     assert main(["describe", "QKClip"]) == 0

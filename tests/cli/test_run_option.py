@@ -101,7 +101,7 @@ def test_a_second_prediction_leaves_nothing_of_the_first(moevlm: Moevlm, project
     assert others.exists()
 
 
-def test_what_cannot_be_a_run_is_one_line_with_the_remedy(moevlm: Moevlm, project: Path) -> None:
+def test_an_invalid_run_is_one_line_with_the_remedy(moevlm: Moevlm, project: Path) -> None:
     (run,) = runs(project)
     folder = project / "runs" / run.info.experiment_id / run.info.run_id
     before = sorted(path for path in project.rglob("*") if path.suffix != ".lock")

@@ -1,4 +1,4 @@
-"""A run that is asked to end saves where it stands, says how to resume, and resumed is as if it had never stopped."""
+"""A run stopped by a signal saves, says how to resume, and resumed equals an uninterrupted one."""
 
 import os
 import re
@@ -71,7 +71,7 @@ def resume_words(told: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Points:
-    """The points of a run that nobody stops."""
+    """The points of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     furnish(folder, scenes_root, migrated_database)
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +111,7 @@ def send(number: signal.Signals, at_step: int, hook: str, patch: pytest.MonkeyPa
     ],
 )
 @pytest.mark.usefixtures("handlers_restored")
-def test_a_stopped_run_saves_and_goes_on_as_if_it_had_not_stopped(
+def test_a_stopped_run_saves_and_resumes_exactly(
     number: signal.Signals,
     at_step: int,
     hook: str,
@@ -174,7 +174,7 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("handlers_restored")
-def test_a_second_signal_ends_at_once_and_keeps_what_was_saved(
+def test_a_second_signal_ends_at_once_and_keeps_the_last_checkpoint(
     number: signal.Signals, moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send(number, 5, "on_train_batch_end", monkeypatch, times=2)

@@ -1,4 +1,4 @@
-"""What Lightning refuses is one line, whatever class its error has and however deep the parser has wrapped it."""
+"""Lightning's refusals are one line, for any class of error and any depth of wrapping by the parser."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ BEFORE_THE_RUN = {
 
 
 @pytest.mark.parametrize("mistake", BEFORE_THE_RUN)
-def test_what_lightning_refuses_is_one_line_and_leaves_nothing(mistake: str, moevlm: Moevlm, workplace: Path) -> None:
+def test_a_refusal_by_lightning_is_one_line_and_leaves_nothing(mistake: str, moevlm: Moevlm, workplace: Path) -> None:
     words, expected = BEFORE_THE_RUN[mistake]
     before = sorted(workplace.rglob("*"))
     lines = [
@@ -78,7 +78,7 @@ def test_a_part_of_the_users_own_that_fails_keeps_its_traceback() -> None:
         Broken()
 
 
-def test_what_lightning_fails_at_keeps_its_traceback_and_what_it_refuses_does_not() -> None:
+def test_a_failure_of_lightning_keeps_its_traceback_and_a_refusal_does_not() -> None:
     with pytest.raises(TypeError), user_errors():
         Trainer(logger=False, limit_train_batches="all")  # type: ignore[arg-type]  # compared with 0
     with pytest.raises(UserError, match=r"^The strategy `fsdp` requires a GPU"), user_errors():

@@ -107,7 +107,7 @@ def resolver() -> ConfigResolver:
         ("modle.seed", 1, "did you mean --model?"),
     ],
 )
-def test_mistakes_in_a_file_are_told_from_their_place(
+def test_mistakes_in_a_file_are_explained_at_their_place(
     key: str, value: object, told: str, resolver: ConfigResolver
 ) -> None:
     overrides: object = value
@@ -146,7 +146,7 @@ def test_mistakes_in_a_file_are_told_from_their_place(
         ),
     ],
 )
-def test_mistakes_in_options_are_told_from_their_place(
+def test_mistakes_in_options_are_explained_at_their_place(
     option: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_moevlm.cli import training
@@ -180,7 +180,7 @@ def test_mistakes_in_options_are_told_from_their_place(
         (["sweep", "rum"], "there is no command rum; did you mean run? choose new, plan, run, status, report"),
     ],
 )
-def test_mistakes_in_commands_are_told_with_what_is_allowed(
+def test_mistakes_in_commands_name_the_allowed_values(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -208,7 +208,7 @@ def test_help_on_a_part_of_no_configuration_asks_for_one() -> None:
     )
 
 
-def test_a_class_that_is_not_imported_is_told_by_the_text_alone() -> None:
+def test_a_class_that_is_not_imported_is_explained_by_the_text_alone() -> None:
     message = "Parser key \"a\": Problem with given class_path 'nowhere.Part': Option 'size' is not accepted"
     assert short_message(message) == "a: Option 'size' is not accepted"
 
@@ -224,6 +224,6 @@ def test_a_configuration_that_is_not_yaml_is_named_by_its_line(tmp_path: Path, m
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused_with_what_to_give() -> None:
+def test_a_missing_gpu_is_refused_with_the_remedy() -> None:
     with pytest.raises(UserError, match=r"trainer.accelerator: no GPU is found; give cpu or auto"), user_errors():
         Trainer(accelerator="gpu", logger=False)

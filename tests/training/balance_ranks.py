@@ -1,4 +1,4 @@
-"""Trains on ranks; `torchrun --nproc_per_node 2 -m tests.training.balance_ranks FILE` saves what rank 0 ends with."""
+"""Trains on ranks; `torchrun --nproc_per_node 2 -m tests.training.balance_ranks FILE` saves the results of rank 0."""
 
 import sys
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ def evaluated(module: VisionLanguageModule, rank: int, ranks: int) -> Mapping[st
 
 
 def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
-    """Train and validate small models on this rank's part and return what became of them."""
+    """Train and validate small models on this rank's part and return the results."""
     mine = [rows(pair_batch(8), rank * 8 // ranks, (rank + 1) * 8 // ranks)] * 2
     # texts of 1 to 3 words for the first rank of two, of all lengths for the second
     uneven = [uneven_batch(8) if ranks == 1 else rows(uneven_batch(8), 3 * rank, 3 + 5 * rank)] * 2

@@ -1,4 +1,4 @@
-"""What tests of one action by hand need: routers, optimisers, and the facts of a step made up."""
+"""Helpers for tests of one action by hand: routers, optimisers, made-up facts of a step."""
 
 from collections.abc import Callable
 from functools import partial

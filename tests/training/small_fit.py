@@ -31,7 +31,7 @@ RouterFactory = Callable[[int, int], Router]
 
 
 class NoTask(Objective):
-    """Runs pairs through the backbone and asks nothing of them: what trains are the losses on routing.
+    """Runs pairs through the backbone without a task: only the losses on routing train.
 
     Nothing is masked, so that parts of a batch are routed as they are within the whole.
     """
@@ -69,7 +69,7 @@ class Memory(Logger):
 
 
 class Outputs(Callback):
-    """Keeps what every micro-batch returned."""
+    """Keeps the output of every micro-batch."""
 
     def __init__(self) -> None:
         self.outputs: list[StepOutput] = []
@@ -94,7 +94,7 @@ class Poison(Callback):
 
 
 class LossesSeen(Callback):
-    """The total loss of every micro-batch, and whether the backbone was asked for attention logits."""
+    """The total loss of every micro-batch, and whether attention logits were measured."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []

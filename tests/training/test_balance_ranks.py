@@ -12,7 +12,7 @@ from tests.training.balance_ranks import results
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_would(tmp_path: Path) -> None:
+def test_two_ranks_train_like_one(tmp_path: Path) -> None:
     # Megatron-LM issues 3672 and 3769, Automodel issue 3359: a loss scaled with the number of data-parallel ranks
     found = tmp_path / "two.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -225,7 +225,7 @@ def test_losses_are_fp32_under_bf16_mixed() -> None:
     torch.testing.assert_close(term.raw, exact.detach(), rtol=1e-6, atol=0)  # bf16 keeps 3 digits
 
 
-def test_output_z_needs_classes_and_says_so() -> None:
+def test_output_z_without_classes_is_refused() -> None:
     with pytest.raises(UserError, match=r"losses\.output_z"):
         VisionLanguageModule(small_vl_moe(), NoTask, AuxiliaryLosses(output_z=OutputZ()))
 

@@ -1,4 +1,4 @@
-"""Features and metrics are those of each sample, whoever else is in its batch; where they are not, the run says so."""
+"""Features and metrics of a sample do not depend on its batch; if they do, the run reports it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_features_do_not_depend_on_the_batch_size_by_default(build: Callable[...
     assert largest_difference(build(capacity=Capacity(0.5, 0.5, group_size=1))) < 1e-4
 
 
-def test_a_model_names_what_makes_samples_depend_on_each_other() -> None:
+def test_a_model_names_the_causes_of_batch_dependence() -> None:
     def causes(capacity: Capacity | None = None, router: type = TopKRouter) -> tuple[str, ...]:
         return batch_dependence(small_vl_moe(capacity=capacity, router=router))
 
@@ -102,7 +102,7 @@ def test_drop_rates_of_evaluation_are_logged_where_a_limit_holds(caplog: pytest.
     assert "Metrics of a sample depend on its batch, so data.batch_size changes them: capacity.eval_factor" in told
 
 
-def test_predict_says_that_features_are_not_of_the_sample_alone(
+def test_predict_reports_batch_dependent_features(
     moevlm: Callable[..., str], workplace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = "--trainer.callbacks=[lightning_moevlm.training.callbacks.FeatureWriter]"

@@ -1,4 +1,4 @@
-"""Evaluation capacity is a knob of its own: swept on a checkpoint, no training; and what ran is on the record."""
+"""Evaluation capacity is an option of its own: swept on a checkpoint without training, and recorded."""
 
 import sqlite3
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is measured on held-out data is a function of the weights and the samples: not of how they fall into batches."""
+"""Metrics on held-out data depend on weights and samples, not on the batches."""
 
 from collections.abc import Callable
 from typing import get_args, get_type_hints

@@ -173,7 +173,7 @@ def test_validate_test_and_predict(moevlm: Moevlm, trained: Path, workplace: Pat
         assert len(features.metadata()["keys"].splitlines()) == first
 
 
-def test_a_diverged_run_stops_and_says_when(moevlm: Moevlm, workplace: Path) -> None:
+def test_a_diverged_run_stops_and_names_the_step(moevlm: Moevlm, workplace: Path) -> None:
     options = ("--model.optimizer.init_args.lr=1e30", "--model.gradient.clip_norm=null")
     told = moevlm("fit", *SMALL, *budget(60), *options, code=3)
     (run,) = runs(workplace)

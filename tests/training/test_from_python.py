@@ -1,4 +1,4 @@
-"""What a user of Lightning does from Python with a trained run: measure it, load it."""
+"""A trained run from Python: measure it, load it."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_checkpointing": False, "e
 
 
 @pytest.mark.parametrize(("name", "stage"), [("validate", "val"), ("test", "test")])
-def test_an_evaluation_returns_what_it_has_logged(name: str, stage: str) -> None:
+def test_an_evaluation_returns_its_logged_metrics(name: str, stage: str) -> None:
     module, memory = VisionLanguageModule(small_vl_moe()), Memory()
     data = DataLoader([pair_batch()] * 2, batch_size=None)  # type: ignore[arg-type]
     (returned,) = getattr(Trainer(logger=memory, **QUIET), name)(module, data, verbose=False)
@@ -43,7 +43,7 @@ def test_a_module_is_loaded_with_its_parts_or_by_its_run(moevlm: Any, workplace:
         load_module(alone)
 
 
-def test_a_run_that_mlflow_does_not_hold_says_where_it_is(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_outside_mlflow_prints_its_folder(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from lightning_moevlm.cli.main import main
 
     assert main(["fit", *SMALL, *budget(1), "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"]) == 0

@@ -52,7 +52,7 @@ def test_one_batch_is_learnt_by_heart(dispatcher: Dispatcher) -> None:
     assert torch.equal(output.predictions["text"].predicted_M, output.predictions["text"].target_M)
 
 
-def test_step_does_not_depend_on_what_ran_before() -> None:
+def test_step_does_not_depend_on_earlier_runs() -> None:
     # masks come from (seed, step, sample), so a resumed run draws what the uninterrupted one drew
     module = VisionLanguageModule(small_vl_moe())
     batch = pair_batch()

@@ -1,4 +1,4 @@
-"""The gradient of a step over micro-batches and ranks is that of their joined batch, whatever each of them holds."""
+"""The gradient of a step over micro-batches and ranks is that of their joined batch, for any content."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -154,7 +154,7 @@ class SaveAmid(Checkpoint):
             trainer.save_checkpoint(self.path)
 
 
-def test_who_does_not_look_ahead_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loader_that_does_not_look_ahead_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit(VisionLanguageModule(small_vl_moe()), 2, batches=[rows(0, 5), rows(5, 10)] * 2, accumulate=2)
     assert (

@@ -143,7 +143,7 @@ def test_soft_slots_train_in_every_precision(precision: str, policy: PrecisionPo
 
 
 class Told(SigmoidBiasRouter):
-    """Remembers the counts that it is told."""
+    """Keeps its counts."""
 
     told: list[Tensor]
 

@@ -1,4 +1,4 @@
-"""Revival of dead experts by hand: who is dead, what a revived one is made of, and who is refused."""
+"""Revival of dead experts by hand: dead experts, revived weights, refused routers."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_several_dead_experts_copy_different_ones() -> None:
     torch.testing.assert_close(after[[0, 3]], before[[2, 1]], atol=1e-4, rtol=1e-2)
 
 
-def test_counting_goes_on_from_a_checkpoint_and_looks_only_now_and_then() -> None:
+def test_counting_continues_from_a_checkpoint_and_checks_every_n_steps() -> None:
     backbone = small_vl_moe()
     options = ReviveDeadExperts(idle_steps=2, every_n_steps=2)
     one, two = ExpertReviver(options), ExpertReviver(options)
@@ -98,7 +98,7 @@ def test_a_revived_expert_gets_tokens() -> None:
     assert after[order[0]] > 0 and after[order[-1]] > 0
 
 
-def test_reviving_needs_a_router_that_can_be_told() -> None:
+def test_reviving_needs_a_router_with_rows_per_expert() -> None:
     backbone = small_vl_moe(router=FixedRouter)
     with pytest.raises(UserError, match="cannot act with FixedRouter, which has no learned row per expert"):
         build_actions(Actions(revive_dead_experts=ReviveDeadExperts()), backbone)

@@ -154,7 +154,7 @@ def spoilt(at: dict[int, float], **options: object) -> Spoilt:
 
 
 @pytest.mark.parametrize("bad", [1e6, math.nan])
-def test_a_spoilt_step_is_left_out_and_training_goes_on(bad: float) -> None:
+def test_a_spoilt_step_is_left_out_and_training_continues(bad: float) -> None:
     module = fit(spoilt({6: bad}, gradient=GradientStabilisers(skip_spikes=SkipSpikes(window=8))), 8)
     moved = [not torch.equal(a, b) for (_, a), (_, b) in pairwise(module.seen)]
     assert moved == [True] * 5 + [False, True]  # the seventh step, from the sixth on
@@ -265,7 +265,7 @@ def _stable(groups: list) -> StableAdamW:
 
 
 class TwoRanks(Spoilt):
-    """Writes what each rank saw; its process ends with the training."""
+    """Writes the observations of each rank; its process ends with the training."""
 
     folder = ""
 

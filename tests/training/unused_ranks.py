@@ -1,4 +1,4 @@
-"""Trains on what does not reach every parameter; `torchrun --nproc_per_node 2 -m tests.training.unused_ranks FILE`."""
+"""Trains without reaching every parameter; `torchrun --nproc_per_node 2 -m tests.training.unused_ranks FILE`."""
 
 import os
 import sys
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[list[Batch], Callable[[BackboneSpec], Objective]]] = {
 
 
 def joined(case: str) -> list[Batch]:
-    """Return what all ranks together train on."""
+    """Return the joint training data of all ranks."""
     return [PAIRS] * 3 if case == "pairs" else CASES[case][0]
 
 

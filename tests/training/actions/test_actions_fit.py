@@ -121,7 +121,7 @@ def test_a_spike_is_answered_too() -> None:
     assert seen.losses[4] > 2 * seen.losses[3] and seen.losses[5] < 1.2 * seen.losses[3]
 
 
-def test_every_action_acts_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+def test_every_action_acts_and_continues_after_a_resume(tmp_path: Path) -> None:
     # after step 4 the rollback goes to a snapshot, and counts are of idle steps, that only the checkpoint knows
     keys = ("action/qk_clipped_heads", "action/router_frozen", "action/rollback_to_step")
 

@@ -1,4 +1,4 @@
-"""fp8 by torchao: which layers, and what is said where it cannot be. The kernels themselves need a GPU."""
+"""fp8 by torchao: converted layers, and refusals. The kernels themselves need a GPU."""
 
 import importlib.util
 import sys

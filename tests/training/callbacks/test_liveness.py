@@ -1,4 +1,4 @@
-"""Liveness as a whole: training does not notice it, receipts come in time, R_g is what it says, exit codes."""
+"""Liveness as a whole: training is unchanged, receipts come in time, R_g is right, exit codes."""
 
 import copy
 import math

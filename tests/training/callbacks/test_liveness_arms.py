@@ -25,7 +25,7 @@ def resolver() -> ConfigResolver:
 
 @pytest.fixture(scope="module")
 def asked() -> set[str]:
-    """The models that an arm before has asked, as JSON."""
+    """The models of earlier arms, as JSON."""
     return set()
 
 

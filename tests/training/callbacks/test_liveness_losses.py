@@ -61,7 +61,7 @@ def test_losses_are_alive(losses: AuxiliaryLosses, router: Callable[[int, int], 
 
 @dataclass(frozen=True)
 class StandIn(PlanLoss):
-    """The options of LoadBalance. What inherits from it could be named in a configuration, and messages say so."""
+    """The options of LoadBalance, without inheritance: subclasses could be named in a configuration."""
 
     weight: Any = 1e-2
     scope: Any = "micro_batch"
@@ -92,7 +92,7 @@ class Constant(StandIn):
 
 @dataclass(frozen=True)
 class Leaking(StandIn):
-    """Reaches what it is told to reach."""
+    """Reaches the given tensors."""
 
     weights: tuple[Tensor, ...] = ()
 
@@ -159,7 +159,7 @@ def without_routers(groups: Iterable[Any], learning_rate: float = 1e-3) -> Optim
     return SGD([group for group in groups if group["role"] != "router"], lr=learning_rate)
 
 
-def test_a_weight_that_no_optimiser_owns_is_told() -> None:
+def test_a_weight_that_no_optimiser_owns_is_reported() -> None:
     module = module_of(AuxiliaryLosses(LoadBalance(), None), optimizer=without_routers)
     refused(module, "losses.load_balance", "no optimiser trains router weights")
 
@@ -180,7 +180,7 @@ def test_a_loss_on_a_router_that_learns_nothing_is_dead() -> None:
     )
 
 
-def test_what_is_off_by_its_weight_or_by_schedule_is_not_dead() -> None:
+def test_a_loss_that_is_off_by_weight_or_schedule_is_not_dead() -> None:
     losses = AuxiliaryLosses(LoadBalance(Ramp(0.0, 0.01, 2, begin=1)), RouterZ(0.0))
     receipts, _ = asked(module_of(losses), steps=1)
     assert receipts == {

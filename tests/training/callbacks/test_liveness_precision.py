@@ -1,4 +1,4 @@
-"""Pinned dtypes prove that they act, are told apart from those that change no bit here, and from those that cannot."""
+"""Pinned dtypes prove that they act; those that change no bit here, or cannot act, are distinguished."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def test_pinned_dtypes() -> None:
 
 
 class InFp32(TopKRouter):
-    """Computes in fp32 whatever the policy says."""
+    """Computes in fp32 under every policy."""
 
     def forward(self, inputs: Any) -> Any:
         with torch.autocast("cpu", enabled=False):
@@ -86,7 +86,7 @@ def test_a_dtype_that_changes_no_bit_here_is_idle(precision: str) -> None:
 
 @pytest.mark.parametrize("router", [TopKRouter, SoftRouter])
 @pytest.mark.parametrize("region", ["heads", "experts"])
-def test_weights_that_stay_fp32_under_bf16_true_are_asked_too(region: str, router: Any) -> None:
+def test_weights_that_stay_fp32_under_bf16_true_are_checked_too(region: str, router: Any) -> None:
     module = module_of(router=router, precision=PrecisionPolicy(**{region: "float32"}))  # type: ignore[arg-type]
     receipts, _ = asked(module, precision="bf16-true")
     assert receipts[f"precision.{region}"].startswith("alive: float32 instead of bfloat16 moves router logits by ")

@@ -1,4 +1,4 @@
-"""Ranks agree on what is dead, so that none waits for another that has left."""
+"""Ranks agree on dead switches, so that none waits for another that has ended."""
 
 import json
 import os

@@ -64,7 +64,7 @@ class IgnoresCap(Attention):
 
 
 class KeepsLayerNorms(Block):
-    """Is told of another kind of norm, and makes LayerNorms."""
+    """Ignores the kind of norm, and makes LayerNorms."""
 
     def forward(self, *args: Any) -> Any:
         plain = nn.LayerNorm(32)

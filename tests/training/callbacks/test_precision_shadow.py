@@ -1,4 +1,4 @@
-"""The fp32 shadow: silent where everything is fp32, telling where it is not, and without a trace in the run."""
+"""The fp32 shadow: zero under fp32, an error under narrow dtypes, and no trace in the run."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -23,7 +23,7 @@ Points = dict[int, dict[str, float]]
 
 
 class Recorder(DummyLogger):
-    """Keeps what is logged."""
+    """Keeps logged metrics."""
 
     def __init__(self) -> None:
         super().__init__()

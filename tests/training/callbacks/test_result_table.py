@@ -23,7 +23,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
     return out, err
 
 
-def test_a_row_tells_value_unit_and_meaning() -> None:
+def test_a_row_has_value_unit_and_meaning() -> None:
     metrics = {"val/task_loss": 12.5, "val/accuracy_text": 0.0, "own": float("nan"), "val/total_loss": 1.25e-7}
     shown = io.StringIO()
     Console(file=shown, width=100).print(result_table(metrics, "validate"))
@@ -52,7 +52,7 @@ def test_fit_shows_no_table(capfd: pytest.CaptureFixture[str]) -> None:
     assert "task_loss" not in out + err
 
 
-def test_predict_says_where_its_files_are(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_predict_prints_the_folder_of_its_files(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     added = f"--trainer.callbacks+={FEATURES}"  # as the warning tells
     out, err = run(capfd, "predict", *SMALL, ALONE, added, "--trainer.limit_predict_batches=2")
     folder = workplace / "runs/features"

@@ -1,4 +1,4 @@
-"""What the progress bar shows is the loss that is logged, and not a share of it."""
+"""The progress bar shows the logged loss, not a share of it."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from lightning_moevlm.training.callbacks import StepProgress
 
 
 class Shown:
-    """A bar that keeps what it is told."""
+    """A bar that keeps its updates."""
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {}

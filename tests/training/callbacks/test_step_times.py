@@ -10,7 +10,7 @@ from lightning_moevlm.training.callbacks import StepTimes
 
 
 class _Clock:
-    """A perf_counter that stands where it was put."""
+    """A perf_counter that the test sets."""
 
     now = 0.0
 

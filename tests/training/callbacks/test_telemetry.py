@@ -1,4 +1,4 @@
-"""What telemetry says of dispatchers when a run is resumed."""
+"""Telemetry reports dispatchers of a resumed run."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_each_changed_case_is_named_once() -> None:
     assert changed_choices({}, now) == changed_choices(now, now) == []
 
 
-def test_a_resumed_run_says_that_its_dispatcher_changed(
+def test_a_resumed_run_reports_a_changed_dispatcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def run(steps: int, fastest: str, resume_from: Path | None, save_to: Path | None) -> list[str]:

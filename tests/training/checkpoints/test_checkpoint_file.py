@@ -1,4 +1,4 @@
-"""What is given as a checkpoint and is none is told in one line, before anything is written; nothing in it is run."""
+"""An invalid checkpoint is refused in one line, before anything is written; no code in it runs."""
 
 import pickle
 import sys
@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spoilt(saved: Path, folder: Path) -> dict[str, tuple[Path, str]]:
-    """What may be in a file by mistake or by malice, and what is told of it."""
+    """Invalid or malicious files, with their messages."""
     whole = saved.read_bytes()
     content = torch.load(saved, weights_only=True)
     mark = folder / "mark"
@@ -87,7 +87,9 @@ KINDS += ("a bare pickle that calls", "a list", "weights without their frame")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_what_is_no_checkpoint_is_told_and_never_run(subcommand: str, kind: str, saved: Path, tmp_path: Path) -> None:
+def test_an_invalid_checkpoint_is_refused_and_never_run(
+    subcommand: str, kind: str, saved: Path, tmp_path: Path
+) -> None:
     files = spoilt(saved, tmp_path)
     assert files.keys() == set(KINDS)
     path, told = files[kind]
@@ -113,7 +115,7 @@ def test_weights_alone_can_be_validated_and_not_gone_on_with(saved: Path, tmp_pa
         inspect_checkpoint(str(tmp_path / "alone.ckpt"), "fit", tmp_path)
 
 
-def test_what_cannot_be_seen_yet_is_left_to_lightning(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_inspected_is_left_to_lightning(tmp_path: Path) -> None:
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded/meta.pt").touch()
     (tmp_path / "hpc_ckpt_3.ckpt").touch()
@@ -130,7 +132,7 @@ def test_words_that_could_mean_nothing_are_refused(word: str, subcommand: str, t
         inspect_checkpoint(word, subcommand, tmp_path)
 
 
-def test_another_model_is_told_by_its_first_tensor(saved: Path) -> None:
+def test_another_model_is_named_by_its_first_tensor(saved: Path) -> None:
     checkpoint = inspect_checkpoint(str(saved), "fit", saved.parent)
     assert checkpoint is not None
     refuse_other_model(checkpoint, str(saved), VisionLanguageModule(small_vl_moe()))
@@ -168,7 +170,7 @@ def test_on_the_command_line_nothing_is_written(moevlm: Moevlm, workplace: Path,
 
 
 class FileServer(ThreadingHTTPServer):
-    """Says nothing of a client that goes away amid an answer: whoever reads a bad file may."""
+    """Ignores clients that close the connection during an answer, as readers of a bad file do."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         assert isinstance(sys.exc_info()[1], ConnectionError)

@@ -1,4 +1,4 @@
-"""Resumed equals uninterrupted, whatever the moment a checkpoint was saved at: on real shards, over epochs."""
+"""Resumed equals uninterrupted, for checkpoints from any moment: on real shards, over epochs."""
 
 import json
 import os
@@ -270,7 +270,7 @@ def test_two_ranks_resume_amid_a_step_to_the_bit(shards: Path, tmp_path: Path) -
     assert {"amid", "amid-end"} <= set(json.loads(found.read_text()))
 
 
-def test_another_number_of_ranks_goes_on_with_the_mean() -> None:
+def test_another_number_of_ranks_resumes_with_the_mean() -> None:
     # two ranks had 1 and 3, and the second alone a gradient of the bias: (1 + 3) / 2 and (0 + 4) / 2 for each of three
     layer = torch.nn.Linear(1, 1)
     saved = [{"weight": torch.full((1, 1), 1.0)}, {"weight": torch.full((1, 1), 3.0), "bias": torch.full((1,), 4.0)}]
@@ -285,7 +285,7 @@ def test_another_number_of_ranks_goes_on_with_the_mean() -> None:
     assert restored(0, 2) == [1.0, None] and restored(1, 2) == [3.0, 4.0]
 
 
-def test_a_step_half_done_is_not_completed_by_another_number_of_batches(shards: Path, tmp_path: Path) -> None:
+def test_a_partial_step_is_not_completed_by_another_number_of_batches(shards: Path, tmp_path: Path) -> None:
     Runs(shards, 2, 4).run(1, SaveAlways(tmp_path))
     with pytest.raises(UserError, match=r"over 2 micro-batches, but trainer\.accumulate_grad_batches is 4"):
         Runs(shards, 4, 4).run(1, resume=tmp_path / "amid-1.ckpt")
@@ -315,7 +315,7 @@ def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path) -> N
     assert seen == whole.seen
 
 
-def test_longer_epochs_than_before_go_on_where_the_data_is(shards: Path, tmp_path: Path) -> None:
+def test_longer_epochs_resume_at_the_position_of_the_data(shards: Path, tmp_path: Path) -> None:
     # 2 of 2 batches are 2 of 4: the epoch is not done, and its other 2 batches come next
     Runs(shards, 1, 2).run(2)[1].save_checkpoint(tmp_path / "short.ckpt")
     resumed, _ = Runs(shards, 1, 4).run(8, resume=tmp_path / "short.ckpt")

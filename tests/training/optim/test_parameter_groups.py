@@ -1,4 +1,4 @@
-"""Who is decayed, at which rate who learns, and that everybody is in one group."""
+"""Weight decay and learning rate of each group; every parameter is in exactly one."""
 
 from functools import partial
 

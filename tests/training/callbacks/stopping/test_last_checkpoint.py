@@ -1,4 +1,4 @@
-"""`last.ckpt` is where a run was last validated or ended, whatever other checkpoints are kept for."""
+"""`last.ckpt` is the last validated step or the end of a run, beside any other checkpoints."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning_moevlm.training.checkpoints.checkpoint_file import find_best_chec
 from tests.tracking.tiny import TinyModule
 
 SCORES = {10: 6.0, 20: 5.0, 30: 4.0, 40: 3.0, 50: 1.0, 60: 2.0}
-"""What validations measure, by step: step 50 is the best of 60."""
+"""Values of validations, by step: step 50 is the best of 60."""
 
 
 class Scored(TinyModule):
@@ -83,7 +83,7 @@ def test_where_the_time_is_up_is_saved(tmp_path: Path) -> None:
     assert step_of(tmp_path / "checkpoints/last.ckpt") == trainer.global_step > 0
 
 
-def test_what_others_save_between_validations_is_saved_as_the_last_too(tmp_path: Path) -> None:
+def test_a_checkpoint_between_validations_is_also_saved_as_the_last(tmp_path: Path) -> None:
     seen: list[int] = []
 
     class Look(ModelCheckpoint):

@@ -1,4 +1,4 @@
-"""What callbacks may monitor: all that is measured, and nothing else for longer than one step."""
+"""Callbacks may monitor every metric that is measured; others are refused after one step."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_training_loss_and_routing_can_be_monitored(module: VisionLanguageModule
     assert routing.best_model_score is not None and 0 <= float(routing.best_model_score) <= 1
 
 
-def test_a_metric_that_nobody_measures_is_refused_after_one_step(module: VisionLanguageModule) -> None:
+def test_a_metric_that_is_not_measured_is_refused_after_one_step(module: VisionLanguageModule) -> None:
     with pytest.raises(
         UserError, match=r"EarlyStopping monitors train/tusk_loss.* did you mean train/task_loss\? choose"
     ):
@@ -49,5 +49,5 @@ class Elsewhere(Callback):
             pl_module.log("mine", 1.0)
 
 
-def test_a_callback_from_elsewhere_may_log_what_another_monitors(module: VisionLanguageModule) -> None:
+def test_a_callback_of_another_package_may_log_a_monitored_metric(module: VisionLanguageModule) -> None:
     fit(module, 3, callbacks=[Telemetry(), Elsewhere(), EarlyStopping("mine", check_on_train_epoch_end=True)])

@@ -1,4 +1,4 @@
-"""AdaGC by hand, and what experts without tokens must not do to it."""
+"""AdaGC by hand; experts without tokens do not change its averages."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_an_expert_without_tokens_is_not_silenced_for_good() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_is_not_remembered(bad: float) -> None:
+def test_a_norm_that_is_not_finite_is_left_out(bad: float) -> None:
     coefficients, averages = run(AdaGC(warmup_steps=1), [bad, 4.0], [0.3, 0.4], [0.3, bad])
     assert averages.average_G.tolist() == pytest.approx([0.3, 0.4])
     assert coefficients[0].tolist() == coefficients[2].tolist() == [1.0, 1.0]

@@ -67,7 +67,7 @@ def select_with_gradients(*gradients: Tensor) -> tuple[list[nn.Parameter], Optim
 
 @pytest.mark.parametrize("absent", range(len(SHAPES)))
 @pytest.mark.parametrize("build", OPTIMIZERS)
-def test_a_group_without_gradients_stands_still(build: Build, absent: int) -> None:
+def test_a_group_without_gradients_is_unchanged(build: Build, absent: int) -> None:
     # what freezing the routers leaves of their group
     rig = Rig(build, ALL_ON)
     for seed in range(4):
@@ -236,7 +236,7 @@ def test_averages_of_another_model_are_refused() -> None:
 
 # the AdamW part of MuonAdamW, torch's own, keeps its count from the host on CUDA alone: see the next test
 @pytest.mark.parametrize("build", [partial(StableAdamW, lr=0.1), partial(Lion, lr=0.1)], ids=lambda b: b.func)
-def test_nobody_waits_for_the_device(build: Callable[..., Optimizer]) -> None:
+def test_the_host_does_not_wait_for_the_device(build: Callable[..., Optimizer]) -> None:
     # tensors without memory: whoever asks one for its value fails
     rig = Rig(build, ALL_ON, device="meta")
     for seed in range(3):
@@ -247,7 +247,7 @@ def test_nobody_waits_for_the_device(build: Callable[..., Optimizer]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("build", OPTIMIZERS[1:])  # torch's unfused AdamW counts its steps on the host
-def test_nobody_waits_for_cuda(build: Build) -> None:
+def test_the_host_does_not_wait_for_cuda(build: Build) -> None:
     rig = Rig(build, ALL_ON, device="cuda")
     loss = torch.tensor(1.0, device="cuda")
     rig.step(0, loss=loss)

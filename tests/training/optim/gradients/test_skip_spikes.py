@@ -38,7 +38,7 @@ def test_nothing_is_a_spike_before_half_the_window_is_seen() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_is_skipped_at_once_and_not_remembered(bad: float) -> None:
+def test_a_loss_that_is_not_finite_is_skipped_at_once_and_left_out(bad: float) -> None:
     skips, window = run(SkipSpikes(window=4), [bad, 1.0, 2.0], [1.0, bad, 2.0])
     assert skips == [True, True, False]
     assert window.loss_J[-2:].tolist() == [1.0, 2.0] and window.norm_J[-2:].tolist() == [1.0, 2.0]

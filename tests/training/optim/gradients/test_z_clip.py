@@ -48,7 +48,7 @@ def test_nothing_is_clipped_while_warming_up() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_is_not_remembered(bad: float) -> None:
+def test_a_norm_that_is_not_finite_is_left_out(bad: float) -> None:
     for norms in ([1.0, bad, 2.0, 3.0], [1.0, 2.0, 3.0, bad]):
         coefficients, statistics = run(ZClip(warmup_steps=3), norms)
         assert coefficients == [1.0] * 4

@@ -1,4 +1,4 @@
-"""Optimisers by hand, against torch's, and what all of them owe: stacks as experts apart, state that comes back."""
+"""Optimisers by hand and against torch's; all treat stacks as separate experts and restore their state."""
 
 import io
 import math

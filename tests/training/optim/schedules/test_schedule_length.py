@@ -1,4 +1,4 @@
-"""A schedule of -1 steps is as long as the run, whatever ends it; one that the run does not finish is told."""
+"""A schedule of -1 steps is as long as the run, however it ends; an unfinished one is reported."""
 
 from collections.abc import Callable
 from functools import partial
@@ -64,7 +64,7 @@ def test_with_a_clock_alone_a_schedule_asks_for_a_number_or_a_constant_rate() ->
         (2, {"max_epochs": 1}, ""),  # the rate stays where the schedule ends
     ],
 )
-def test_a_run_that_ends_before_its_schedule_says_so(
+def test_a_run_that_ends_before_its_schedule_is_reported(
     total: int, options: dict[str, int], told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="lightning.pytorch")
