@@ -147,7 +147,7 @@ def test_a_model_that_cannot_be_built_costs_its_card_alone(
     assert records[1]["effect"] is not None
 
 
-def test_words_that_are_no_options_are_runs() -> None:
+def test_words_without_an_option_are_runs() -> None:
     words = ["compare", "a", "--by", "x", "b", "--json", "-", "--by=y", "--unfair=true", "c", "--help"]
     assert expand_shorthand(words) == [
         *("compare", "--runs+", "a", "--by+", "x", "--runs+", "b", "--json", "-", "--by+=y", "--unfair=true"),

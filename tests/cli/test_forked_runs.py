@@ -63,7 +63,7 @@ def test_a_fork_starts_further_ranks(moevlm: Moevlm, study: Study, workplace: Pa
     assert "MEMBER: 2/2" in log.read_text()
 
 
-def test_a_stopped_sweep_closes_its_forks_and_goes_on(study: Study, workplace: Path) -> None:
+def test_a_stopped_sweep_closes_its_forks_and_resumes(study: Study, workplace: Path) -> None:
     command = [sys.executable, "-m", "lightning_moevlm", "sweep", "run", study(budget={"max_steps": 60}), "--jobs", "2"]
     ours = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a process inherits what is ignored
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

@@ -73,7 +73,7 @@ def test_plan_run_status_report(moevlm: Moevlm, study: Study, workplace: Path) -
     assert len(find_runs(uri, "again")) == 3
 
 
-def test_mistakes_are_told_before_anything_is_written(moevlm: Moevlm, study: Study, workplace: Path) -> None:
+def test_mistakes_are_refused_before_anything_is_written(moevlm: Moevlm, study: Study, workplace: Path) -> None:
     def refused(*expected: str, **changes: object) -> None:
         file = study(**changes)
         before = sorted(workplace.rglob("*"))
@@ -152,7 +152,7 @@ def test_mistakes_in_options_are_one_line(moevlm: Moevlm, study: Study, workplac
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_what_people_shorten_is_written_out() -> None:
+def test_shorthand_is_expanded() -> None:
     short = ["sweep", "run", "f", "--only", "arm=a", "--only=seed=0", "--engine", "ray", "--engine.num_gpus", "1"]
     assert expand_shorthand(short) == [
         *("sweep", "run", "f", "--only+", "arm=a", "--only+=seed=0"),

@@ -34,7 +34,7 @@ def content(uri: str) -> dict[str, tuple[dict[str, str], dict[tuple[str, int], f
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_server_killed_in_the_middle_gets_what_sqlite_gets(
+def test_a_killed_server_ends_with_the_same_content_as_sqlite(
     moevlm: Moevlm, study: Study, workplace: Path, mortal_server: MlflowServer
 ) -> None:
     file = study(budget={"max_steps": 6})

@@ -1,4 +1,4 @@
-"""How a study file is refused: in one line that begins with file and line, and says what helps."""
+"""Asserts that a study file is refused: in one line that begins with file and line, and says how to change it."""
 
 import re
 from collections.abc import Sequence

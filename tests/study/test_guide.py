@@ -1,4 +1,4 @@
-"""What is said of study files is what the reader takes: every key, every example, every design."""
+"""The description of study files matches the reader: every key, every example, every design."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def uncommented(text: str, name: str) -> str:
     return re.sub(rf"^#{name}:.*\n(#[ ].*\n)*", lambda found: re.sub("(?m)^#", "", found[0]), text, flags=re.MULTILINE)
 
 
-def test_the_keys_that_a_study_needs_are_told() -> None:
+def test_the_required_keys_of_a_study() -> None:
     needed = [row.key for row in study_rows() if row.default == "required" and "." not in row.key]
     assert needed == ["question", "base", "seeds", "budget", "primary"]
     assert all(row.type and row.meaning.endswith(".") for row in study_rows())
@@ -100,7 +100,7 @@ def test_items_for_a_list_of_all_arms_join_those_of_an_arm(tmp_path: Path) -> No
     assert overrides == {"baseline": ["A"], "more": ["A", "B"]}
 
 
-def test_what_the_study_sets_is_refused_for_all_arms_too(tmp_path: Path) -> None:
+def test_keys_that_the_study_sets_are_refused_for_all_arms_too(tmp_path: Path) -> None:
     file = project(tmp_path / "one", all_arms={"trainer.max_steps": 3})
     line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if "trainer.max_steps" in text)
     assert_refused(file, line, ["all_arms.trainer.max_steps", "set by budget.max_steps"])

@@ -49,7 +49,7 @@ class Card(NamedTuple):
 
 
 class Silent:
-    """A watcher that keeps what it was told."""
+    """A watcher that keeps its lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

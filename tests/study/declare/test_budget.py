@@ -1,4 +1,4 @@
-"""Budgets by hand: how many steps samples and FLOPs allow, what minutes become, and what is refused."""
+"""Budgets by hand: the steps that samples and FLOPs allow, minutes as Lightning's text, and refusals."""
 
 import pytest
 

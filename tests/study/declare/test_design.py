@@ -1,4 +1,4 @@
-"""Designs by hand: which arms, under which names, with which changes; and what is refused, with its place."""
+"""Designs by hand: their arms, names and changes; refusals name their place."""
 
 from pathlib import Path
 
@@ -272,7 +272,7 @@ def test_a_plan_tells_levels_and_aliases(tmp_path):
     assert "aliased: fast = -skewed*late" in notes
 
 
-def test_a_fault_of_one_factor_is_told_at_its_line(tmp_path):
+def test_an_error_of_one_factor_names_its_line(tmp_path):
     (tmp_path / "base.yaml").write_text("model: {a: 0, b: 0, seed: '${seed_everything}'}\n")
     file = tmp_path / "study.yaml"
     file.write_text(HEAD + "factors:\n  a: {on: {model.a: 1}}\n  b: {on: {model.b: 1}}\ndesign: factorial\n")

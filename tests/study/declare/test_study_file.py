@@ -62,12 +62,12 @@ def test_whole_study(write, tmp_path):
     assert study.comparison.arms[2].changes == {"model": {"optimizer": {"init_args": {"lr": 0.01}}}}  # 1e-2 is a number
     assert study.comparison.seeds == (0, 1)
     assert study.budget.max_steps == 10
-    assert study.comparison.primary == Primary("val/task_loss", "lower")  # the direction is declared in keys.py
+    assert study.comparison.primary == Primary("val/task_loss", "lower")  # the direction is declared in metric_keys.py
     assert study.comparison.diverged == Divergence("val/task_loss", 1.5)
     assert study.comparison.decide.alpha == 0.1
 
 
-def test_what_is_better_when_higher_does_not_tell_a_divergence(write):
+def test_a_metric_that_is_better_when_higher_does_not_define_a_divergence(write):
     text = GOOD.replace("primary: {metric: val/task_loss}", "primary: {metric: val/accuracy_text}")
     assert read_study(write(text)).comparison.diverged == Divergence("val/task_loss", 1.5)
     undeclared = read_study(write(text.replace("diverged: {times_untrained: 1.5}\n", ""))).comparison
@@ -87,7 +87,7 @@ def test_guard(write):
     guard = "guard:\n- {metric: val/accuracy_text, at_most: 0.01}\n"
     guard += "- {metric: val/majority_text, direction: lower, at_most: 0}\n"
     assert read_study(write(GOOD + guard)).comparison.guard == (
-        Guard("val/accuracy_text", "higher", 0.01),  # the direction is declared in keys.py
+        Guard("val/accuracy_text", "higher", 0.01),  # the direction is declared in metric_keys.py
         Guard("val/majority_text", "lower", 0.0),
     )
 
@@ -201,7 +201,7 @@ def test_refusals_name_file_line_key_and_nearest(write, old, new, line, words):
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just words\n", "\x00"])
-def test_files_that_are_no_study(write, text):
+def test_files_that_are_not_a_study(write, text):
     with pytest.raises(UserError, match=r"study\.yaml"):
         read_study(write(text))
 

@@ -1,4 +1,4 @@
-"""A study that pins its baseline: what changes the digest, what does not, and what a refusal tells."""
+"""A study that pins its baseline: changes that move the digest, changes that do not, and the text of a refusal."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def _folders(plan: Plan) -> list[str]:
     return [run.folder for run in plan.runs]
 
 
-def test_a_changed_baseline_is_refused_with_what_is_known(tmp_path: Path) -> None:
+def test_a_changed_baseline_is_refused_with_the_known_changes(tmp_path: Path) -> None:
     before = planned(tmp_path)
     pinned = {"baseline_digest": baseline_digest(before)}
     refuse_other_baseline(planned(tmp_path, pinned))

@@ -1,4 +1,4 @@
-"""Identity of a run: what changes it, what does not, and what is refused before anything starts."""
+"""Identity of a run: changes that move it, changes that do not, and refusals before anything starts."""
 
 from pathlib import Path
 
@@ -175,7 +175,7 @@ def test_an_arm_that_holds_the_seed_elsewhere_is_verified_for_itself(tmp_path):
     assert [run.resolved["model"]["noise"] for run in plan.runs if run.arm == "own"] == [4, 1, 12]
 
 
-def test_a_seed_that_is_refused_in_its_place_is_told_of_that_arm(tmp_path):
+def test_a_seed_that_is_refused_names_its_arm(tmp_path):
     def small(files: list[Path], overrides: dict) -> dict:
         resolved = resolve(files, overrides)
         noise = resolved["model"].get("noise", 3)

@@ -1,4 +1,4 @@
-"""`--only`: the runs that agree; a name that is not there is told with the nearest."""
+"""`--only`: the runs that match; an unknown name is refused with the nearest one."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_tables_and_records_of_a_part_without_the_baseline(tmp_path):
         ("arm=", "--only arm=: tiny has no arm ''; choose baseline, fast"),
     ],
 )
-def test_a_name_that_is_not_there(tmp_path, only, told):
+def test_an_unknown_name(tmp_path, only, told):
     plan = plan_of(write_project(tmp_path, "sqlite:///x.db"))
     with pytest.raises(UserError) as refusal:
         select(plan, [only])

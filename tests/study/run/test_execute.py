@@ -99,7 +99,7 @@ def test_each_run_once_and_twice_is_nothing(tmp_path, uri):
     assert_each_once(plan, experiment)
 
 
-def test_crash_and_divergence_are_recorded_and_the_rest_goes_on(tmp_path, uri):
+def test_crash_and_divergence_are_recorded_and_the_others_continue(tmp_path, uri):
     arms = {"baseline": None, "crash": {"model.crash_at": 2}, "explode": {"model": {"nan_at": 3}}}
     file = write_project(tmp_path, uri, {"arms": arms, "seeds": [0]})
     plan, experiment, tally, _ = sweep(file)
@@ -127,8 +127,8 @@ def test_crash_and_divergence_are_recorded_and_the_rest_goes_on(tmp_path, uri):
     assert len(experiment.history(crash.run_id, "val/task_loss")) == 3
 
 
-def test_a_run_that_others_stop_goes_on_from_where_it_saved(tmp_path, uri):
-    """A preempted node tells all its processes, the runs of a sweep and the sweep."""
+def test_a_run_that_is_stopped_from_outside_resumes_from_its_checkpoint(tmp_path, uri):
+    """A preempted node signals all its processes, the runs of a sweep and the sweep."""
     file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]}, {"stop_at": [1, 3]})
     plan, experiment, *_ = sweep(file)
     [state] = [state for _, state in read_ledger(plan)]
@@ -150,7 +150,7 @@ def test_a_run_that_is_stopped_again_and_again_has_failed_and_a_retry_resumes_it
 
 
 def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):
-    """From its checkpoint it would go on past the crash, and have a result."""
+    """Resumed from its checkpoint it would pass the crash and have a result."""
     from lightning_moevlm.study.run import runs_at_work
 
     file = write_project(tmp_path, uri, {"arms": {"baseline": None, "crash": {"model.crash_at": 2}}, "seeds": [0]})
@@ -187,7 +187,7 @@ def test_a_run_that_is_deleted_in_mlflow_while_it_trains_begins_again(tmp_path, 
     assert_each_once(plan, experiment)
 
 
-def test_a_deleted_experiment_is_told(uri):
+def test_a_deleted_experiment_is_refused(uri):
     from lightning_moevlm.study.run.mlflow_runs import open_experiment
 
     experiment = open_experiment(uri, "tiny")

@@ -54,7 +54,7 @@ def test_state_survives_the_way_to_disk_and_back(tmp_path):
         ({"note": "mine"}, "contains unknown field `note`"),
     ],
 )
-def test_a_state_that_was_edited_is_told_before_anything_counts_with_it(tmp_path, edited, told):
+def test_an_edited_state_is_refused_before_it_is_used(tmp_path, edited, told):
     write_state(tmp_path, RunState(Status.FINISHED, "abc", 12, 9, started=10, ended=12.5))  # whole numbers are numbers
     assert read_state(tmp_path).seconds == 2.5
     raw = json.loads((tmp_path / STATE_FILE).read_text())
@@ -63,7 +63,7 @@ def test_a_state_that_was_edited_is_told_before_anything_counts_with_it(tmp_path
         read_state(tmp_path)
 
 
-def test_a_full_disk_is_told_and_leaves_the_old_text(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_leaves_the_old_text(tmp_path, monkeypatch):
     file = tmp_path / "state.json"
     write_atomically(file, "old")
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_text(tmp_path, monkeypatch):
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("state.json", "old")]
 
 
-def test_a_folder_that_cannot_be_is_told(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "sweeps").write_text("a file")
     with (
         pytest.raises(UserError, match=r"tiny cannot be written: Not a directory"),
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_is_told(tmp_path):
         read_state(tmp_path)
 
 
-def test_a_process_that_has_ended_is_not_alive_though_nobody_reaps_it():
+def test_a_process_that_has_ended_is_not_alive_even_if_never_reaped():
     child = subprocess.Popen([sys.executable, "-c", ""])
     process = psutil.Process(child.pid)
     wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
@@ -157,7 +157,7 @@ def test_unfinished_write_leaves_the_old_state(tmp_path, monkeypatch):
     assert read_state(tmp_path).status is Status.FINISHED
 
 
-def test_one_sweep_at_a_time_and_the_second_is_told_who(tmp_path):
+def test_one_sweep_at_a_time_and_the_error_names_the_first(tmp_path):
     code = "import sys, pathlib, time\nfrom lightning_moevlm.study.run.ledger import hold_study\n"
     code += "with hold_study(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The probe by hand: what is estimated from which times, what the probing run gets, and what a failure says."""
+"""The probe by hand: the estimate from times, the options of the probing run, and the text of a failure."""
 
 import json
 import sys
@@ -84,7 +84,7 @@ def test_validations_by_hand(trainer, validations):
     assert num_validations({"trainer": trainer}, 60) == validations
 
 
-def test_an_arm_that_does_not_train_is_told(plan):
+def test_an_arm_that_does_not_train_is_an_error(plan):
     fail = "import sys; print('moevlm: error: no such file'); sys.exit(2)"
     with pytest.raises(UserError, match=r"arm 'baseline' does not train \(exit code 2\): moevlm: error: no such file"):
         probe_arms(plan, lambda file: [sys.executable, "-c", fail], lambda arm: None)

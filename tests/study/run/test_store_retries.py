@@ -72,7 +72,7 @@ def test_a_sweep_whose_server_stays_away_stops_and_is_taken_up_again(
     assert_each_once(plan, experiment)
 
 
-def test_a_silent_store_is_asked_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_tried_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     told: list[str] = []

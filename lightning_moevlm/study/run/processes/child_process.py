@@ -22,7 +22,13 @@ from lightning_moevlm.study.run.processes.run_files import open_log
 
 PATIENCE_SECONDS = 30.0
 """Time for a process that was asked to end: it finishes its step and writes a checkpoint."""
-_STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # what a run saves upon: callbacks/stop_by_signal.py
+_STOPS = (
+    "SIGINT",
+    "SIGTERM",
+    "SIGHUP",
+    "SIGUSR1",
+    "SIGUSR2",
+)  # what a run saves upon: training/callbacks/stopping/stop_by_signal.py
 _LOOK_SECONDS = 0.01
 _PR_SET_PDEATHSIG = 1
 

@@ -150,7 +150,7 @@ def test_jobs_of_a_killed_sweep_end_in_ray_and_are_gone_on_with(tmp_path, uri):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", CLUSTERS)
-def test_sigint_ends_the_jobs_and_the_next_sweep_goes_on(tmp_path, uri, engine):
+def test_sigint_ends_the_jobs_and_the_next_sweep_resumes(tmp_path, uri, engine):
     file = write_project(tmp_path, uri, {"seeds": [0], "budget": {"max_steps": 24}}, SLOW)
     plan = plan_of(file)
     parent = start_sweep(file, engine)
@@ -171,7 +171,7 @@ def test_sigint_ends_the_jobs_and_the_next_sweep_goes_on(tmp_path, uri, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_job_that_the_cluster_stops_comes_back(tmp_path, uri, checkpoints):
-    """With a checkpoint it goes on in the same MLflow run, without one it starts anew in a new one: no point twice."""
+    """With a checkpoint it resumes in the same MLflow run, without one it starts in a new one: no point twice."""
     study = {"arms": {"baseline": None}, "seeds": [0], "budget": {"max_steps": 16}}
     file = write_project(tmp_path, uri, study, SLOW | {"checkpoints": checkpoints})
     plan = plan_of(file)
@@ -201,7 +201,7 @@ def test_job_that_the_cluster_stops_comes_back(tmp_path, uri, checkpoints):
 @needs_submitit
 @pytest.mark.parametrize("has_begun", [True, False])
 def test_sweep_killed_before_the_ledger_knew_the_job(tmp_path, uri, has_begun):
-    """The ticket is the job's if it has begun, and nobody's if not: then it leaves when it does begin."""
+    """A job that has begun owns its ticket; one that has not finds it taken and leaves."""
     file = write_project(tmp_path, uri, {"arms": {"baseline": None}, "seeds": [0]})
     plan = plan_of(file)
     [run] = plan.runs
@@ -231,7 +231,7 @@ def test_sweep_killed_before_the_ledger_knew_the_job(tmp_path, uri, has_begun):
 
 
 @pytest.mark.slow
-def test_run_over_its_time_has_failed_and_the_rest_goes_on(tmp_path, uri):
+def test_run_over_its_time_has_failed_and_the_others_continue(tmp_path, uri):
     file = write_project(tmp_path, uri, {"budget": {"max_steps": 1}}, {"seconds_per_step": 1.5})
     plan, _, tally, _ = sweep(file, jobs=2, timeout_minutes=0.02)  # 1.2 s, and two steps take 3 s
     assert tally.started == 4
@@ -246,7 +246,7 @@ def test_run_over_its_time_has_failed_and_the_rest_goes_on(tmp_path, uri):
     assert_each_once(plan, experiment)
 
 
-def test_one_that_does_not_listen_is_made_to_end(tmp_path, monkeypatch):
+def test_a_run_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_moevlm.study.run.processes.child_process.PATIENCE_SECONDS", 0.2)
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     log = tmp_path / "log.txt"
@@ -255,7 +255,7 @@ def test_one_that_does_not_listen_is_made_to_end(tmp_path, monkeypatch):
     assert child.poll().code == -signal.SIGKILL
 
 
-def test_cancelled_jobs_tell_the_signal_that_ended_them(tmp_path):
+def test_cancelled_jobs_report_the_signal_that_ended_them(tmp_path):
     engine = LocalEngine(num_gpus=0)
     engine.open(tmp_path, 2, 2)
     for ticket in ("a", "b"):
@@ -332,7 +332,7 @@ def test_mistakes_are_one_line(monkeypatch):
 
 
 @needs_ray
-def test_ray_where_nobody_listens(tmp_path):
+def test_ray_without_a_listener(tmp_path):
     with pytest.raises(UserError, match=r"no Ray cluster at 127\.0\.0\.1:9: .*refused"):
         RayEngine("127.0.0.1:9").open(tmp_path, None, 1)
 
@@ -347,7 +347,7 @@ def test_ray_without_room_says_so(tmp_path):
 @needs_ray
 @pytest.mark.slow
 def test_own_ray_cluster_turns_strangers_away(tmp_path):
-    """It runs what it is sent: only this machine reaches it, and who does not know the secret fails there."""
+    """It runs any code that it is sent: only this machine reaches it, and only with the secret."""
     engine = RayEngine()
     engine.open(tmp_path, 1, 1)
     try:

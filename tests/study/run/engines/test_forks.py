@@ -1,4 +1,4 @@
-"""Runs as forks of one process: real ones, but their server imports nothing; `tests/commands` has the true server."""
+"""Runs as forks of one process: real ones, but their server imports nothing. `test_forked_runs.py` has the true one."""
 
 import os
 import signal
@@ -80,7 +80,7 @@ def test_exit_codes_output_and_surroundings(engine: LocalEngine, tmp_path: Path)
     assert (tmp_path / "raised.txt").read_text().endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_what_a_run_waits_for_its_server_is_no_time_of_its_own(engine: LocalEngine, tmp_path: Path) -> None:
+def test_the_wait_for_the_server_is_not_time_of_the_run(engine: LocalEngine, tmp_path: Path) -> None:
     begun(engine, tmp_path, "a")
     server = server_of(engine)
     server.suspend()
@@ -104,8 +104,8 @@ def test_runs_share_nothing_that_one_of_them_changes(engine: LocalEngine, tmp_pa
         assert not any(word in files for word in ("socket", "pidfd", "beside"))  # what the server speaks by
 
 
-def test_a_run_is_the_main_program_for_whoever_asks(engine: LocalEngine, tmp_path: Path) -> None:
-    """It ends like one, too: threads are waited for, and then comes what is registered for the end."""
+def test_a_run_looks_like_the_main_program(engine: LocalEngine, tmp_path: Path) -> None:
+    """It ends like one, too: threads are waited for, then exit handlers run."""
     code = (
         "import atexit, multiprocessing as mp, threading, time\n"
         "print(mp.parent_process(), mp.current_process().name, mp.get_start_method(allow_none=True))\n"
@@ -122,7 +122,7 @@ def test_a_run_is_the_main_program_for_whoever_asks(engine: LocalEngine, tmp_pat
         assert output[output.index(surroundings[0]) :] == [*surroundings, *told, "thread", "at exit"]
 
 
-def test_one_that_is_killed_takes_no_other_with_it(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_killed_run_does_not_end_another(engine: LocalEngine, tmp_path: Path) -> None:
     one, other = begun(engine, tmp_path, "a", "b")
     one.kill()
     codes: dict[str, int | None] = {}
@@ -133,7 +133,7 @@ def test_one_that_is_killed_takes_no_other_with_it(engine: LocalEngine, tmp_path
     assert not is_alive(other)
 
 
-def test_cancelled_runs_tell_the_signal_that_ended_them(
+def test_cancelled_runs_report_the_signal_that_ended_them(
     engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning_moevlm.study.run.processes.child_process.PATIENCE_SECONDS", 0.5)
@@ -160,7 +160,7 @@ def test_cancelled_while_its_server_is_stopped(engine: LocalEngine, tmp_path: Pa
     assert "\nworked" not in (tmp_path / "b.txt").read_text()
 
 
-def test_one_that_is_over_its_time_is_ended(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_run_over_its_time_is_ended(engine: LocalEngine, tmp_path: Path) -> None:
     engine.submit(replace(run(tmp_path, "a", SLEEP), timeout_seconds=0.6))
     ended = end_of(engine, "a")
     assert ended.code == -signal.SIGTERM
@@ -192,7 +192,7 @@ def test_a_server_that_cannot_start_costs_no_run(tmp_path: Path) -> None:
     engine.close()
 
 
-def test_other_programs_and_other_surroundings_are_no_forks(
+def test_other_programs_and_other_environments_are_not_forked(
     engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun(engine, tmp_path, "a")
