@@ -18,14 +18,16 @@ from lightning_moevlm.study.plan.plan_study import Describe, Resolve, plan_study
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.plan.selection import select
 from lightning_moevlm.study.run.engines import JOBS_FOLDER, Engine, LocalEngine
+from lightning_moevlm.study.run.ledger import STATE_FILE, Status, check_store, hold_study, read_ledger, remember_store
+from lightning_moevlm.study.run.mlflow_runs import StudyRuns, find_tracking_uri, open_experiment
 from lightning_moevlm.study.run.processes.command_line import run_options, training_command
+from lightning_moevlm.tracking.store import prepare_store, sqlite_path
 
 if TYPE_CHECKING:  # what is not needed to read a study is imported where it is used: it takes a second
     from rich.console import Console
 
     from lightning_moevlm.study.compare.known_runs import KnownRuns
     from lightning_moevlm.study.report.tables.table import Table
-    from lightning_moevlm.study.run.mlflow_runs import StudyRuns
     from lightning_moevlm.study.run.probe import Probe
 
 Listing = tuple[Sequence["Table"], Sequence[Mapping[str, object]]]
@@ -82,7 +84,6 @@ def list_plan(planned: Plan, builders: Callable[[], Builders], probe: bool) -> L
     """Return every run with its difference from the base; probe: also with the time it would take here."""
     from lightning_moevlm.study.report.plan_records import plan_records
     from lightning_moevlm.study.report.tables.plan_tables import arms_table, plan_table
-    from lightning_moevlm.study.run.ledger import read_ledger
 
     statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
     probes = _probe(planned, builders()) if probe else {}
@@ -102,24 +103,11 @@ def run(
     retry: bool = False,
     reuse: bool = True,
 ) -> int:
-    """Train what is missing, then report; return an exit code.
-
-    Args:
-        planned: The whole study.
-        builders: Of the folders above.
-        terminal: For people.
-        engine: Carries out the runs.
-        jobs: Runs at once; None leaves it to the engine.
-        timeout_minutes: Longest time of a run; None: no limit.
-        only: The part to train.
-        retry: Train crashed runs again.
-        reuse: Take finished runs of other studies.
+    """Train what is missing, then report; return an exit code. `moevlm sweep run --help` explains the options.
 
     Raises:
         UserError: A mistake that is found before anything is written, or a ledger that cannot be written.
     """
-    from lightning_moevlm.study.run.ledger import Status, hold_study, read_ledger, remember_store
-    from lightning_moevlm.study.run.mlflow_runs import open_experiment
     from lightning_moevlm.study.run.runs_at_work import UNREACHABLE
     from lightning_moevlm.study.run.to_do import find_waiting_runs
 
@@ -157,7 +145,6 @@ def list_states(planned: Plan) -> Listing:
     """Return the state of every run, after uploading what runs kept on disk."""
     from lightning_moevlm.study.report.plan_records import status_records
     from lightning_moevlm.study.report.tables.plan_tables import status_table
-    from lightning_moevlm.study.run.ledger import read_ledger
 
     _upload_offline_logs(planned)
     ledger = read_ledger(planned)
@@ -182,7 +169,6 @@ def list_results(planned: Plan, kind: str | None, unfair: bool) -> Sequence[Mapp
     from lightning_moevlm.study.compare.collect_results import collect_results
     from lightning_moevlm.study.compare.fairness import refuse_biased
     from lightning_moevlm.study.report.result_records import make_records
-    from lightning_moevlm.study.run.ledger import read_ledger
 
     experiment = _settle(planned)
     result = collect_results(planned, read_ledger(planned), experiment.uri)
@@ -192,10 +178,8 @@ def list_results(planned: Plan, kind: str | None, unfair: bool) -> Sequence[Mapp
     return dict(make_records(result))[kind]  # type: ignore[index]  # the command line allows its keys alone
 
 
-def _settle(planned: Plan) -> "StudyRuns":
+def _settle(planned: Plan) -> StudyRuns:
     """Return the study's runs, after uploading what they kept on disk and judging those that have ended."""
-    from lightning_moevlm.study.run.ledger import Status, hold_study, read_ledger
-    from lightning_moevlm.study.run.mlflow_runs import open_experiment
     from lightning_moevlm.study.run.outcome import judge_ended
 
     name, ledger = planned.comparison.name, read_ledger(planned)
@@ -211,7 +195,7 @@ def _settle(planned: Plan) -> "StudyRuns":
 
 def answer(
     planned: Plan,
-    experiment: "StudyRuns",
+    experiment: StudyRuns,
     terminal: "Console",
     redraw: bool,
     unfair: bool = False,
@@ -224,7 +208,6 @@ def answer(
     from lightning_moevlm.study.report.mlflow_summary import log_summary
     from lightning_moevlm.study.report.mlflow_view import describe_view, log_view
     from lightning_moevlm.study.report.write_report import HTML_FILE, write_report
-    from lightning_moevlm.study.run.ledger import STATE_FILE, read_ledger
 
     result = collect_results(planned, read_ledger(planned), experiment.uri)
     if not unfair:
@@ -255,7 +238,7 @@ def _advise_rerun(planned: Plan) -> str:
 
 def _execute(
     planned: Plan,
-    experiment: "StudyRuns",
+    experiment: StudyRuns,
     waiting: Sequence[PlannedRun],
     terminal: "Console",
     engine: Engine,
@@ -283,9 +266,6 @@ def _execute(
 
 def _open_store(planned: Plan) -> str:
     """Return the tracking URI in force, after checking that it answers and that it is the study's own."""
-    from lightning_moevlm.study.run.ledger import check_store
-    from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri
-    from lightning_moevlm.tracking.store import prepare_store
 
     uri = find_tracking_uri(planned)
     check_store(planned.folder, uri)
@@ -297,8 +277,6 @@ def _upload_offline_logs(planned: Plan) -> None:
     """Upload what the study's runs kept on disk while MLflow was unreachable; report it on standard error."""
     from rich.console import Console
 
-    from lightning_moevlm.study.run.ledger import read_ledger
-    from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri
     from lightning_moevlm.study.run.store_retries import upload_offline_logs
 
     ids = [state.run_id for _, state in read_ledger(planned) if state.run_id is not None]
@@ -342,8 +320,6 @@ def _check_data(planned: Plan, builders: Builders) -> None:
 def _look_for_known_runs(planned: Plan, builders: Builders) -> "KnownRuns | None":
     """Return what `sweep run` would take; None if the store or the data cannot be read. Writes nothing."""
     from lightning_moevlm.study.compare.known_runs import find_known
-    from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri
-    from lightning_moevlm.tracking.store import prepare_store, sqlite_path
 
     try:
         uri = find_tracking_uri(planned)
@@ -356,7 +332,7 @@ def _look_for_known_runs(planned: Plan, builders: Builders) -> "KnownRuns | None
         return None
 
 
-def _reuse_known_runs(planned: Plan, experiment: "StudyRuns", terminal: "Console", builders: Builders) -> int:
+def _reuse_known_runs(planned: Plan, experiment: StudyRuns, terminal: "Console", builders: Builders) -> int:
     """Take finished runs of other studies, say so, and return their number. Call it holding the study."""
     from lightning_moevlm.study.compare.known_runs import find_known, take_known
 
