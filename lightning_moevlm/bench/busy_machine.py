@@ -66,6 +66,7 @@ class LoadTimes(NamedTuple):
                 "threads": self.threads,
                 "cores": self.cores,
                 "busy": self.busy[name],
+                "fair_cores": self.fair_cores(name),
                 "over_fair_share": round(self.over_fair_share(name), 3),
             }
             for name, times in self.seconds.items()

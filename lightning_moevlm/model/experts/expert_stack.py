@@ -24,7 +24,7 @@ class ExpertStack(Module):
         num_experts: E.
         hidden_dim: hidden width F of one expert.
         dropout: share of hidden units left out in training.
-        init: how the stacks, (E, in, out) each, start; `initialise` reads it.
+        init: initial weights of the stacks, (E, in, out) each.
 
     Raises:
         UserError: no hidden unit, or a dropout outside 0 <= p < 1.
@@ -33,7 +33,7 @@ class ExpertStack(Module):
     region: Region = "experts"
 
     def __init__(
-        self, dim: int, num_experts: int, hidden_dim: int, dropout: float = 0.0, init: ExpertInit = ExpertInit()
+        self, dim: int, num_experts: int, hidden_dim: int = 256, dropout: float = 0.0, init: ExpertInit = ExpertInit()
     ) -> None:
         super().__init__()
         check_number("hidden_dim of experts", hidden_dim, least=1)
@@ -43,6 +43,10 @@ class ExpertStack(Module):
         self.hidden_dim = hidden_dim
         self.dropout = dropout
         self.init = init
+        self.add_stacks()
+
+    def add_stacks(self) -> None:
+        """Create the weight stacks; a subclass with a constructor of its own may create them there."""
 
     @abstractmethod
     def stacks(self) -> tuple[Tensor, ...]:

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
 from lightning_moevlm.model.experts.expert_stack import ExpertStack
-from lightning_moevlm.model.initial_weights import ExpertInit
 
 
 class GatedExperts(ExpertStack):
@@ -16,20 +15,14 @@ class GatedExperts(ExpertStack):
         dim: model width D.
         num_experts: E.
         hidden_dim: hidden width F of one expert.
-        dropout: share of hidden units left out in training (expert dropout, arXiv 2101.03961, section 2.4). Which ones
-            is drawn per row, so it differs between dispatchers.
+        dropout: share of hidden units left out in training (expert dropout, arXiv 2101.03961, section 2.4), drawn per
+            row, so it differs between dispatchers.
         init: initial weights.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        hidden_dim: int = 256,
-        dropout: float = 0.0,
-        init: ExpertInit = ExpertInit(),
-    ) -> None:
-        super().__init__(dim, num_experts, hidden_dim, dropout, init)
+    def add_stacks(self) -> None:
+        """Create gate_EDF, up_EDF and down_EFD."""
+        num_experts, dim, hidden_dim = self.num_experts, self.dim, self.hidden_dim
         self.gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))

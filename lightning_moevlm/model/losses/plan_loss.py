@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from lightning_moevlm.contracts.step_records import PlanSize
-from lightning_moevlm.model.losses.groups import size_of
+from lightning_moevlm.model.losses.groups import Grouping, size_of
 from lightning_moevlm.model.losses.loss_input import LossInput
 
 
@@ -39,3 +39,17 @@ class PlanLoss(ABC):
         """Return the raw loss of one plan by itself, a scalar fp32 tensor; None if undefined here."""
         sums = self.sums(inputs)
         return None if sums is None else self.value(sums, size_of(inputs.plan))
+
+
+class ModalityLoss(PlanLoss):
+    """A loss over all tokens of a plan, or averaged over its modalities.
+
+    per_modality: whether the modalities are apart.
+    """
+
+    per_modality: bool
+
+    @property
+    def grouping(self) -> Grouping:
+        """The groups of tokens."""
+        return Grouping(by_modality=self.per_modality)

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.balancing.load_balance import balance
-from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput
-from lightning_moevlm.model.losses.plan_loss import PlanLoss
+from lightning_moevlm.model.losses.plan_loss import ModalityLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
 
 
 @final
 @dataclass(frozen=True)
-class GShard(PlanLoss):
+class GShard(ModalityLoss):
     """GShard's balance loss.
 
     Args:
@@ -36,16 +35,12 @@ class GShard(PlanLoss):
 
     def sums(self, inputs: LossInput) -> Tensor:
         """Return first choices and probabilities of each group, (2, U, E)."""
-        plan, num_groups = inputs.plan, self._grouping.size(inputs.plan)
-        cell_T = self._grouping.group_T(plan) * plan.num_experts + plan.probs_TE.argmax(dim=-1)
+        plan, num_groups = inputs.plan, self.grouping.size(inputs.plan)
+        cell_T = self.grouping.group_T(plan) * plan.num_experts + plan.probs_TE.argmax(dim=-1)
         zero = torch.zeros(num_groups * plan.num_experts, dtype=torch.int64, device=cell_T.device)
         first_UE = zero.index_add(0, cell_T, plan.valid_T.to(torch.int64)).view(num_groups, plan.num_experts)
-        return torch.stack([first_UE.to(plan.probs_TE.dtype), self._grouping.sums(plan.probs_TE, plan)])
+        return torch.stack([first_UE.to(plan.probs_TE.dtype), self.grouping.sums(plan.probs_TE, plan)])
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
         """Return E * sum_e of share x mean, averaged over groups."""
-        return balance(sums[0], sums[1], self._grouping, size)
-
-    @property
-    def _grouping(self) -> Grouping:
-        return Grouping(by_modality=self.per_modality)
+        return balance(sums[0], sums[1], self.grouping, size)

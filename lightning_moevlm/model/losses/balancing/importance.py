@@ -14,15 +14,14 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.contracts.step_records import PlanSize
-from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput
-from lightning_moevlm.model.losses.plan_loss import PlanLoss
+from lightning_moevlm.model.losses.plan_loss import ModalityLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
 
 
 @final
 @dataclass(frozen=True)
-class Importance(PlanLoss):
+class Importance(ModalityLoss):
     """Importance loss.
 
     Args:
@@ -37,15 +36,11 @@ class Importance(PlanLoss):
         """Return the probabilities of each group, (U, E)."""
         plan = inputs.plan
         is_noisy = isinstance(plan, PairPlan) and plan.noisy_logits_TE is not None
-        return self._grouping.sums(plan.logits_TE.softmax(dim=-1) if is_noisy else plan.probs_TE, plan)
+        return self.grouping.sums(plan.logits_TE.softmax(dim=-1) if is_noisy else plan.probs_TE, plan)
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
         """Return their squared coefficient of variation, averaged over groups."""
-        return self._grouping.over_groups(squared_variation(self._grouping.means(sums, size)), size)
-
-    @property
-    def _grouping(self) -> Grouping:
-        return Grouping(by_modality=self.per_modality)
+        return self.grouping.over_groups(squared_variation(self.grouping.means(sums, size)), size)
 
 
 def squared_variation(values_UE: Tensor) -> Tensor:

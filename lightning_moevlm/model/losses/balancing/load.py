@@ -18,15 +18,14 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.balancing.importance import squared_variation
-from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput, RoutedLayer
-from lightning_moevlm.model.losses.plan_loss import PlanLoss
+from lightning_moevlm.model.losses.plan_loss import ModalityLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
 
 
 @final
 @dataclass(frozen=True)
-class Load(PlanLoss):
+class Load(ModalityLoss):
     """Load loss; needs a router that adds noise while training.
 
     Args:
@@ -54,15 +53,11 @@ class Load(PlanLoss):
         if not inputs.training:
             return None
         assert isinstance(inputs.plan, PairPlan), "checked"
-        return self._grouping.sums(chances(inputs.plan), inputs.plan)
+        return self.grouping.sums(chances(inputs.plan), inputs.plan)
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
         """Return their squared coefficient of variation, averaged over groups."""
-        return self._grouping.over_groups(squared_variation(self._grouping.means(sums, size)), size)
-
-    @property
-    def _grouping(self) -> Grouping:
-        return Grouping(by_modality=self.per_modality)
+        return self.grouping.over_groups(squared_variation(self.grouping.means(sums, size)), size)
 
 
 def chances(plan: PairPlan) -> Tensor:

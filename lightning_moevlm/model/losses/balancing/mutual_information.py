@@ -14,15 +14,14 @@ from torch import Tensor
 
 from lightning_moevlm.contracts.step_records import PlanSize
 from lightning_moevlm.model.losses.balancing.modality_entropy import entropy
-from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LossInput
-from lightning_moevlm.model.losses.plan_loss import PlanLoss
+from lightning_moevlm.model.losses.plan_loss import ModalityLoss
 from lightning_moevlm.model.losses.weights import BalanceWeight
 
 
 @final
 @dataclass(frozen=True)
-class MutualInformation(PlanLoss):
+class MutualInformation(ModalityLoss):
     """Minus the mutual information.
 
     Args:
@@ -36,13 +35,9 @@ class MutualInformation(PlanLoss):
     def sums(self, inputs: LossInput) -> Tensor:
         """Return the probabilities of each group and last the entropy of its tokens, (U, E + 1)."""
         probs_TE = inputs.plan.probs_TE
-        return self._grouping.sums(torch.cat([probs_TE, entropy(probs_TE).unsqueeze(-1)], dim=-1), inputs.plan)
+        return self.grouping.sums(torch.cat([probs_TE, entropy(probs_TE).unsqueeze(-1)], dim=-1), inputs.plan)
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
         """Return minus the mutual information, averaged over groups."""
-        means = self._grouping.means(sums, size)
-        return self._grouping.over_groups(means[:, -1] - entropy(means[:, :-1]), size)
-
-    @property
-    def _grouping(self) -> Grouping:
-        return Grouping(by_modality=self.per_modality)
+        means = self.grouping.means(sums, size)
+        return self.grouping.over_groups(means[:, -1] - entropy(means[:, :-1]), size)
