@@ -5,12 +5,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_moevlm.common.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -40,7 +36,7 @@ def write_atomically(file: Path, text: str) -> None:
 def explain_write_errors(
     target: Path | str, remedy: str = "make room or give rights, or name another"
 ) -> Iterator[None]:
-    """Tell of a target that cannot be written in one line; what writes into it leaves nothing half done."""
+    """Turn an OSError within into a `UserError` that names the target and the remedy."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The short name of a text: what runs, baselines and their folders are told apart by."""
+"""Makes the short digest that identifies runs, baselines and their folders."""
 
 import hashlib
 

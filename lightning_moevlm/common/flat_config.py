@@ -1,7 +1,6 @@
-"""A configuration as flat dotted keys, and what sets two of them apart.
+"""Flattens a configuration into dotted keys, and finds the differences of two.
 
-`trainer.callbacks.0.init_args.every: 10` can be a parameter in MLflow, a row of a table and a line of a
-difference.
+`trainer.callbacks.0.init_args.every: 10` can be a parameter in MLflow, a row of a table and a line of a difference.
 """
 
 import json
@@ -10,15 +9,15 @@ from typing import Any, NamedTuple
 
 
 class Change(NamedTuple):
-    """The values of a key in the base and now, as `flatten` spells them; None where the key is absent."""
+    """A key's values in the base and now, as `flatten` writes them; None where the key is absent."""
 
     base: str | None
     now: str | None
 
 
 def flatten(tree: Mapping[str, object]) -> dict[str, str]:
-    """Return {dotted key: value}: all as JSON but texts that cannot be taken for it; listed mappings are numbered."""
-    return {key: _spelled(value) for key, value in _leaves("", tree)}
+    """Return {dotted key: value}: JSON, but for texts that do not read as JSON; listed mappings are numbered."""
+    return {key: _to_text(value) for key, value in _leaves("", tree)}
 
 
 def flatten_values(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -32,14 +31,14 @@ def flatten_values(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def unflatten(leaves: Mapping[str, str]) -> dict[str, Any]:
-    """Return the tree that `flatten` has spelled; what reads as JSON (`32`, `null`) comes back as what it says."""
+    """Return the tree of `flatten`; values that read as JSON (`32`, `null`) come back as such."""
     tree: dict[str, Any] = {}
     for key, text in leaves.items():
         here = tree
         *path, last = key.split(".")
         for part in path:
             inner = here.setdefault(part, {})
-            if not isinstance(inner, dict):  # a name with a dot in it: no part of a tree
+            if not isinstance(inner, dict):  # a name with a dot in it
                 here, last = tree, key
                 break
             here = inner
@@ -72,7 +71,7 @@ def _read(text: str) -> Any:
 
 
 def _with_lists(value: Any) -> Any:
-    """Make lists again of the mappings whose keys are 0, 1, 2 ..."""
+    """Return the value with lists for mappings whose keys are 0, 1, 2 ..."""
     if not isinstance(value, dict):
         return value
     inner = {key: _with_lists(item) for key, item in value.items()}
@@ -80,6 +79,6 @@ def _with_lists(value: Any) -> Any:
     return [inner[number] for number in numbers] if inner and inner.keys() == set(numbers) else inner
 
 
-def _spelled(value: object) -> str:
+def _to_text(value: object) -> str:
     is_plain = isinstance(value, str) and _read(value) is value
     return str(value) if is_plain else json.dumps(value, default=str, ensure_ascii=False)

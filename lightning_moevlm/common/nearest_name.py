@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 def find_nearest(name: str, names: Sequence[str]) -> str | None:
-    """Return the name that was probably meant: one that begins with or contains what came, or is spelled like it."""
+    """Return the name that begins with or contains the one given, or is spelled like it; else None."""
     lower = name.lower()
     holding = [each for each in names if len(lower) > 2 and lower in each.lower()]
     if holding:

@@ -1,4 +1,4 @@
-"""Refuses numbers without sense in one line; infinities, and what is no number at all, are never in a range."""
+"""Refuses numbers outside their range in one line; infinities and NaN are in no range."""
 
 import math
 
@@ -19,15 +19,15 @@ def check_number(
 
     Args:
         name: of the option, as in a configuration.
-        value: what came.
-        least: smallest value that is allowed, or
-        above: largest value that is not.
-        most: largest value that is allowed, or
-        below: smallest value that is not.
-        advice: end of the message, with the comma or semicolon that it begins with: ", or null for none".
+        value: the option's.
+        least: smallest value allowed, or
+        above: largest value not allowed.
+        most: largest value allowed, or
+        below: smallest value not allowed.
+        advice: end of the message with its first comma or semicolon: ", or null for none".
 
     Raises:
-        UserError: what came, what is allowed, and the advice.
+        UserError: names the value, the range, and the advice.
     """
     is_inside = (
         math.isfinite(value)

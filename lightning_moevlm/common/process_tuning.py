@@ -1,7 +1,7 @@
-"""glibc's allocator set to keep what it has, for every process that computes on a CPU.
+"""Tunes a process that computes on a CPU: glibc's allocator, Python's garbage collector, threads.
 
-By default glibc hands tensors over 32 MiB back at every free and faults every page in again at the next step; measured
-up to a third of a step. A process sets itself by `mallopt`; a child that it starts is given the environment.
+By default glibc returns tensors over 32 MiB to the system at every free and faults every page in again at the next
+step, up to a third of a step. A process sets its own allocator by `mallopt`, and its children's by the environment.
 """
 
 import atexit
@@ -20,15 +20,19 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST = 2**31 - 1
+_NORMAL_COLLECTION, _RARE_COLLECTION = gc.get_threshold(), (100_000, 50, 100)
+THREADS = "OMP_NUM_THREADS"
+_WAIT_POLICY = "OMP_WAIT_POLICY"
+_WAIT_OPTIONS = (_WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # the user may have set any of them
 
 
 def has_allocator_settings() -> bool:
-    """Say whether this process was started with it."""
+    """Return whether this process was started with `ENVIRONMENT`."""
     return all(os.environ.get(name) == value for name, value in ENVIRONMENT.items())
 
 
 def keep_memory() -> bool:
-    """Let this process keep its memory; return whether it does. What the user has set of it stays, as it is."""
+    """Let this process keep its memory, unless the user has set it otherwise; return whether it does."""
     if any(name in os.environ for name in ENVIRONMENT):
         return has_allocator_settings()
     if platform.libc_ver()[0] != "glibc":
@@ -38,33 +42,21 @@ def keep_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
-_USUAL = gc.get_threshold()
-
-_SELDOM = (100_000, 50, 100)
-
-
 @contextmanager
 def collect_rarely() -> Iterator[None]:
-    """Collect seldom within, and not when the process ends: that takes seconds, and the system frees all of it."""
+    """Collect rarely within, and not when the process ends: that takes seconds, and the system frees all memory."""
     atexit.register(gc.freeze)
-    gc.set_threshold(*_SELDOM)
+    gc.set_threshold(*_RARE_COLLECTION)
     try:
         yield
     finally:
-        gc.set_threshold(*_USUAL)
+        gc.set_threshold(*_NORMAL_COLLECTION)
 
 
 def collect_normally() -> None:
-    """Collect as often as Python does from here on, but never what is there already."""
+    """Collect as often as Python does from here on, except objects that exist already."""
     gc.freeze()
-    gc.set_threshold(*_USUAL)
-
-
-THREADS = "OMP_NUM_THREADS"
-
-_WAIT_POLICY = "OMP_WAIT_POLICY"
-
-_HOW_TO_WAIT = (_WAIT_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them is the user's word
+    gc.set_threshold(*_NORMAL_COLLECTION)
 
 
 def set_thread_defaults(env: MutableMapping[str, str], computes: bool) -> None:
@@ -72,20 +64,20 @@ def set_thread_defaults(env: MutableMapping[str, str], computes: bool) -> None:
 
     Args:
         env: of this process, before torch is loaded.
-        computes: this process trains or measures; else it starts others, which get a share of the cores each.
+        computes: this process trains or measures. Else it starts others, each with a share of the cores.
     """
     env.update(wait_policy(env))
     if computes and THREADS not in env and count_usable_cores() < _cores_by_affinity():
-        env[THREADS] = str(count_usable_cores())  # OpenMP knows the affinity, and no quota
+        env[THREADS] = str(count_usable_cores())  # OpenMP knows the affinity, but no quota
 
 
 def wait_policy(env: Mapping[str, str]) -> dict[str, str]:
-    """Return what lets threads sleep while they wait; nothing where the user has said how they do."""
-    return {} if any(name in env for name in _HOW_TO_WAIT) else {_WAIT_POLICY: "PASSIVE"}
+    """Return the variable that lets threads sleep while they wait; nothing where the user has set one."""
+    return {} if any(name in env for name in _WAIT_OPTIONS) else {_WAIT_POLICY: "PASSIVE"}
 
 
 def count_usable_cores() -> int:
-    """Return how many cores this process may use, by its affinity and by the quotas of the containers around it."""
+    """Return the number of cores of this process, by its affinity and the quotas of the containers around it."""
     return min(_cores_by_affinity(), _cores_by_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
 
 
@@ -94,11 +86,11 @@ def _cores_by_affinity() -> int:
 
 
 def _cores_by_quota(membership: Path, root: Path) -> int:
-    """Return the whole cores, at least 1, that the smallest quota of the groups of a process comes to.
+    """Return the smallest quota of a process's control groups in whole cores, at least 1.
 
     Args:
-        membership: one line per hierarchy, `number:controllers:/path`; the second version has no controllers.
-        root: where the hierarchies are.
+        membership: one line per hierarchy, `number:controllers:/path`; version 2 has no controllers.
+        root: the folder of the hierarchies.
     """
     cores = math.inf
     for line in _text(membership).splitlines():

@@ -1,4 +1,4 @@
-"""A calm progress bar: on a terminal it moves and then vanishes, elsewhere nothing is printed."""
+"""Shows a progress bar on a terminal while it lasts, and nothing elsewhere."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Yield the items and show how many of `total` have passed."""
+    """Yield the items and show the number of `total` that are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(file=sys.stderr)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

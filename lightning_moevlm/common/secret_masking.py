@@ -1,8 +1,8 @@
-"""Secrets do not belong in a run: what looks like one is logged as ***.
+"""Replaces secrets by ***, so that no run records one.
 
-A text value is a secret if its key says so (`api_key`, `hf_token`, `password` ...), if an environment
-variable with such a name holds it (`${oc.env:...}` is written out resolved), or if it stands before the @ or in
-the query of a URL. `mask_token: "[MASK]"` and other vocabulary is none.
+A text is a secret if its key says so (`api_key`, `hf_token`, `password` ...), if an environment variable with such a
+name holds it (`${oc.env:...}` is recorded resolved), or if it stands before the @ or in the query of a URL.
+`mask_token: "[MASK]"` and other vocabulary is not a secret.
 """
 
 import re
@@ -13,29 +13,16 @@ from lightning_moevlm.common.yaml_text import read_yaml, write_yaml
 
 _ALWAYS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
 _KEY_KINDS = {"api", "access", "private", "secret", "auth", "encryption", "signing"}
-_VOCABULARY = frozenset(
-    (
-        "mask",
-        "pad",
-        "cls",
-        "class",
-        "sep",
-        "bos",
-        "eos",
-        "unk",
-        "begin",
-        "start",
-        "end",
-        "stop",
-        "special",
-        "patch",
-    )
-)
+_VOCABULARY = {"mask", "pad", "cls", "class", "sep", "bos", "eos", "unk", "begin", "start", "end", "stop"}
+_VOCABULARY |= {"special", "patch"}
+MASK = "***"
 _SHORTEST_SECRET = 8  # characters; shorter values of environment variables occur in texts by chance
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
+_QUERY = re.compile(r"(://[^\s?#'\"<>]*\?)[^\s#'\"<>)\]]+")
 
 
 def is_secret_key(key: str) -> bool:
-    """Tell whether the last part of a dotted key names a secret."""
+    """Return whether the last part of a dotted key names a secret."""
     words = re.split(r"[_\-]", re.split(r"[./]", key)[-1].lower())
     if _ALWAYS & set(words):
         return True
@@ -89,13 +76,6 @@ def _without_known_secrets(text: str, environment: Mapping[str, str]) -> str:
         if len(value) >= _SHORTEST_SECRET and value in text and is_secret_key(name):
             text = text.replace(value, MASK)
     return mask_url_secrets(text)
-
-
-MASK = "***"
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
-
-_QUERY = re.compile(r"(://[^\s?#'\"<>]*\?)[^\s#'\"<>)\]]+")
 
 
 def mask_url_secrets(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that come with the package: configurations in conf/, studies in ablations/.
+"""Finds files that come with the package: configurations in conf/, studies in ablations/.
 
 A wheel has the two folders inside the package; an editable install has them beside it, as the repository has.
 """
@@ -13,14 +13,14 @@ _FOLDERS = ("conf", "ablations")
 
 
 def shipped_root(package: Path = Path(__file__).parents[1]) -> Path:
-    """Return the folder that holds the shipped ones."""
+    """Return the folder of conf/ and ablations/."""
     return package if (package / "conf").is_dir() else package.parent
 
 
 def find_file(path: Path, beside: Sequence[Path] = ()) -> Path | None:
-    """Return the file itself, or the one of that name in the folders `beside`, or the shipped one; None: no such file.
+    """Return the file, or the one of that name in the folders `beside`, or the shipped one; None if there is none.
 
-    A path that leads elsewhere than conf/ or ablations/ names no shipped file.
+    Shipped files are named by paths that begin with conf/ or ablations/.
     """
     places = [path, *(folder / path for folder in beside)]
     if path.parts and path.parts[0] in _FOLDERS:
@@ -29,13 +29,7 @@ def find_file(path: Path, beside: Sequence[Path] = ()) -> Path | None:
 
 
 def describe_missing_file(kind: str, path: Path, beside: Sequence[Path] = ()) -> UserError:
-    """Return the refusal of a YAML file that is not there, with the nearest that is.
-
-    Args:
-        kind: what was asked for: "configuration file".
-        path: as given.
-        beside: folders that were looked in too.
-    """
+    """Return the refusal of a YAML file of a kind (such as "configuration file") that is missing, with the nearest."""
     root = shipped_root()
     names = [str(each) for each in path.parent.glob("*.yaml")]
     names += [each.relative_to(folder).as_posix() for folder in beside for each in folder.glob("*.yaml")]
@@ -47,7 +41,7 @@ def describe_missing_file(kind: str, path: Path, beside: Sequence[Path] = ()) ->
 
 
 def find_config(path: Path) -> Path:
-    """Return the file itself, or, where there is none, the one of that name that the package ships.
+    """Return the file, or the one of that name that the package ships.
 
     Raises:
         UserError: neither exists; names the nearest one.

@@ -1,7 +1,7 @@
-"""Where runs are kept, how they are written, how they are read back.
+"""Writes runs to MLflow and reads them back.
 
-Reading (`runs`, `links`, `store`) is cheap to import; writing (`RunLogger`, `RunRecord`) needs Lightning,
-which takes seconds, so those two are loaded on first use: `moevlm sweep status` never pays for them.
+Reading (`runs`, `links`, `store`) is cheap to import. `RunLogger` and `RunRecord` need Lightning, which takes seconds,
+so they are imported on first use: `moevlm sweep status` never waits for them.
 """
 
 import importlib

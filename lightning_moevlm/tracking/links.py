@@ -1,7 +1,7 @@
-"""Links into the MLflow UI that open on the right page.
+"""Makes links into the MLflow UI that open on the right page.
 
-MLflow's UI starts in its GenAI view (traces); `workflowType=machine_learning` brings runs and charts. The
-page is named after the `#`, with a query of its own.
+MLflow's UI starts in its GenAI view (traces); `workflowType=machine_learning` shows runs and charts. The page is named
+after the `#`, with a query of its own.
 """
 
 import shlex
@@ -18,19 +18,8 @@ def server_command(uri: str, port: int = DEFAULT_PORT) -> str | None:
     """Return the shell command that shows an SQLite store in a browser; None for a store that is a server."""
     if sqlite_path(uri) is None:
         return None
-    words = [
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--backend-store-uri",
-        uri,
-    ]
-    return shlex.join(words)
+    words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return shlex.join([*words, "--backend-store-uri", uri])
 
 
 def ui_address(uri: str, port: int = DEFAULT_PORT) -> str:

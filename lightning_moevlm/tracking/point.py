@@ -1,18 +1,15 @@
 """One logged value of a metric."""
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    pass
+from typing import NamedTuple
 
 
 class Point(NamedTuple):
-    """One logged value. step: optimiser step as Lightning counts it. time_ms: Unix time, milliseconds.
-
-    value is NaN or infinite where the run logged that: a divergence is data.
-    """
+    """One logged value of a metric."""
 
     key: str
     step: int
+    """Optimiser step as Lightning counts it."""
     value: float
+    """NaN or infinite where the run logged that: a divergence is data."""
     time_ms: int
+    """Unix time, milliseconds."""

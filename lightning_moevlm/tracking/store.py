@@ -1,8 +1,7 @@
-"""Where runs are kept: an SQLite file by default, an MLflow server by choice, and nothing else.
+"""Opens the store of runs: an SQLite file by default, an MLflow server by choice.
 
-MLflow's clients migrate a fresh SQLite file when they first open it, each for itself: two at once fail with
-"table experiments already exists". So the file is made once, under a lock, beside its place, and moved there
-when complete.
+MLflow's clients migrate a fresh SQLite file when they first open it; two at once fail with "table experiments already
+exists". So the file is made once, under a lock, beside its place, and moved there when complete.
 """
 
 import logging
@@ -14,11 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.tracking.write.moved_store import follow_move
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 DEFAULT_RUNS_DIR = Path("runs")
 _DATABASE_NAME = "mlflow.db"
@@ -79,10 +82,10 @@ def runs_dir(uri: str) -> Path:
 
 
 def prepare_store(uri: str) -> None:
-    """Make the store ready: create the SQLite file if there is none, or ask the server for an answer.
+    """Create the SQLite file if there is none, or check that the server answers.
 
-    Safe when several processes call it at once. On a database that exists it costs two queries. One that was moved
-    with its folder finds its artifacts there.
+    Several processes may call it at once. A database that exists costs two queries; one that was moved with its folder
+    finds its artifacts there.
 
     Args:
         uri: as `resolve_tracking_uri` returns it.
@@ -108,6 +111,13 @@ def prepare_store(uri: str) -> None:
         ) from error
 
 
+def open_client(uri: str) -> "MlflowClient":
+    """Return MLflow's client of a store; its import takes a second, so commands that need none do not wait for it."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
 @contextmanager
 def limit_request_time() -> Iterator[None]:
     """Have MLflow's HTTP client give up after seconds within, instead of minutes of retries.
@@ -131,7 +141,7 @@ def limit_request_time() -> Iterator[None]:
 
 
 def describe_cause(error: BaseException) -> str:
-    """Return one line about what was at the bottom of a store's error, credentials masked."""
+    """Return the first cause of a store's error in one line, credentials masked."""
     while (deeper := error.__cause__ or error.__context__) is not None:
         error = deeper
     lines = str(error).splitlines() or [type(error).__name__]
@@ -186,7 +196,7 @@ def _revision(path: Path) -> str | None:
     if not path.exists() or path.stat().st_size == 0:
         return None
     try:
-        # not read-only: what a killed writer left half done is rolled back by whoever opens the file next
+        # not read-only: the next process that opens the file rolls back what a killed writer left half done
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
             row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     except sqlite3.DatabaseError as error:
@@ -214,9 +224,9 @@ def _check_revision(path: Path) -> None:
 
 
 def _newest_by_text(migrations: Path) -> str | None:
-    """Return the revision that no migration builds on, read off the files; None where they do not tell.
+    """Return the revision that no migration builds on, from the files' text; None where that does not say.
 
-    Alembic runs every file for this, half a second at the start of every run; so it is asked only to refuse.
+    Alembic runs every file for this, half a second at the start of every run, so it is asked only to refuse.
     """
     revisions: set[str] = set()
     below: set[str] = set()
@@ -231,12 +241,11 @@ def _newest_by_text(migrations: Path) -> str | None:
 
 
 def _ask_server(uri: str) -> None:
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
         with limit_request_time():
-            MlflowClient(uri).search_experiments(max_results=1)
+            open_client(uri).search_experiments(max_results=1)
     except MlflowException as error:
         port = urlsplit(uri).port or 5000
         raise UserError(

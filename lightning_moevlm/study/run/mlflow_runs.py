@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tracker_tags
 from lightning_moevlm.tracking.point import Point
-from lightning_moevlm.tracking.read.runs import RunRow, find_runs, metric_history, open_client, read_run
-from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
+from lightning_moevlm.tracking.read.runs import RunRow, find_runs, metric_history, read_run
+from lightning_moevlm.tracking.store import open_client, prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""Runs chosen by what people know of them: a name, an id or how it begins, or tags that they share."""
+"""Finds runs by a name, an id or its first digits, or tags that they share."""
 
 import difflib
 import re
@@ -11,34 +11,34 @@ _ID = re.compile(r"[0-9a-f]{4,32}")  # shorter beginnings would fit by chance
 _SAYABLE = re.compile(r"[^'\"`\\]+")  # MLflow's filter language has no escapes
 _ROLE, _ROLE_SUMMARY = "role", "summary"
 SHOWN_DIGITS = 8
-"""How many digits of a run's id tell it apart in tables and messages."""
+"""Digits of a run's id in tables and messages."""
 
 
 def choose_runs(uri: str, words: Sequence[str]) -> list[RunRow]:
-    """Return the runs that the words mean, in the words' order, each once; of tags the oldest first.
+    """Return the runs that the words name, in the words' order, each once; for tags the oldest first.
 
     Args:
-        uri: As `resolve_tracking_uri` returns it.
-        words: Each a run's name, its id or at least 4 digits that it begins with, or `TAG=VALUE[,TAG=VALUE]`, which
-            means all runs with these tags but reports of studies.
+        uri: as `resolve_tracking_uri` returns it.
+        words: a run's name, its id or at least 4 of its first digits, or `TAG=VALUE[,TAG=VALUE]` for all runs with
+            these tags except reports of studies.
 
     Raises:
-        UserError: A word means no run (names the nearest) or, being a name or an id, more than one.
-        MlflowException: The store cannot be read.
+        UserError: a word names no run (the message names the nearest), or a name or an id names several.
+        MlflowException: the store cannot be read.
     """
     chosen: dict[str, RunRow] = {}
     for word in words:
-        for row in _meant(uri, word):
+        for row in _find_named(uri, word):
             chosen.setdefault(row.run_id, row)
     return list(chosen.values())
 
 
 def name_run(row: RunRow) -> str:
-    """Return how a run is named in messages."""
+    """Return a run's name and first digits, for messages."""
     return f"{row.name} ({row.run_id[:SHOWN_DIGITS]})"
 
 
-def _meant(uri: str, word: str) -> list[RunRow]:
+def _find_named(uri: str, word: str) -> list[RunRow]:
     found = _by_id(uri, word) if len(word) == 32 else []
     found = found or _by_name(uri, word)
     if not found and "=" in word:
@@ -46,7 +46,7 @@ def _meant(uri: str, word: str) -> list[RunRow]:
     found = found or _by_id(uri, word)
     if len(found) > 1:
         ids = ", ".join(f"{row.run_id} in experiment {row.experiment_id}" for row in found)
-        raise UserError(f"{word!r} means {len(found)} runs, {ids}; give more digits of the id")
+        raise UserError(f"{word!r} names {len(found)} runs, {ids}; give more digits of the id")
     if not found:
         raise _unknown(uri, word)
     return found

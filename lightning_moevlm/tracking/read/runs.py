@@ -1,7 +1,7 @@
-"""Runs read back: which there are, and every point that they logged.
+"""Reads runs back: finds them, and every point that they logged.
 
-MLflow's client fetches the history of one key of one run per call: 12 runs x 100 keys are 1,200 queries. In
-SQLite all keys of a run come in one query; behind a server all runs of a key come in one, several keys at once.
+MLflow's client fetches the history of one key of one run per call: 12 runs x 100 keys are 1,200 queries. In SQLite all
+keys of a run come in one query; behind a server all runs of a key come in one, several keys at once.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.read.bulk_history import bulk_history
 from lightning_moevlm.tracking.read.sqlite_rows import as_logged, points_of, tags_by_run, tags_by_run_with
-from lightning_moevlm.tracking.store import sqlite_path
+from lightning_moevlm.tracking.store import open_client, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.store.entities import PagedList
-from lightning_moevlm.tracking.point import Point
 
 _Found = TypeVar("_Found")
 
@@ -28,35 +28,30 @@ _PARALLEL_REQUESTS = 8
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run as MLflow knows it.
-
-    status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED. start_ms, end_ms: Unix time, milliseconds; end_ms
-        is None
-    while it runs. params: dotted keys of the resolved config. last: last logged value of each metric.
-    """
+    """One run as MLflow knows it."""
 
     run_id: str
     name: str
     status: str
+    """RUNNING, SCHEDULED, FINISHED, FAILED or KILLED."""
     experiment_id: str
     artifact_uri: str
     start_ms: int
+    """Unix time, milliseconds."""
     end_ms: int | None
+    """None while it runs."""
     tags: Mapping[str, str]
     params: Mapping[str, str]
+    """By dotted keys of the resolved configuration."""
     last: Mapping[str, float]
+    """Last logged value of each metric."""
 
 
 def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) -> list[RunRow]:
-    """Return the runs of an experiment that carry all of `tags`, oldest first.
+    """Return the runs of an experiment, by name, that have all of `tags`, oldest first; without deleted runs.
 
-    A store or an experiment that does not exist yet has no runs; nothing is created by asking. Deleted runs
-    are left out.
-
-    Args:
-        uri: as `resolve_tracking_uri` returns it.
-        experiment: the experiment's name.
-        tags: exact values; None or empty for every run.
+    A store or an experiment that does not exist yet has no runs and is not created. `uri` is everywhere here as
+    `resolve_tracking_uri` returns it.
 
     Raises:
         MlflowException: the store cannot be read (server gone, schema of another MLflow version).
@@ -69,7 +64,7 @@ def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) 
 
 
 def tags_of_runs(uri: str, experiment: str, tags: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
-    """Return all tags of the runs that `find_runs` finds, by run id, much sooner: these read every param too."""
+    """Return all tags of the runs of `find_runs`, by run id, much sooner: no param is read."""
     path = sqlite_path(uri)
     if path is None:
         return {row.run_id: row.tags for row in find_runs(uri, experiment, tags)}
@@ -99,13 +94,7 @@ def read_run(uri: str, run_id: str) -> RunRow:
 
 
 def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: str = "") -> list[RunRow]:
-    """Return the runs of every experiment that carry all of `tags`, oldest first; as `find_runs` in all else.
-
-    Args:
-        uri: as `resolve_tracking_uri` returns it.
-        tags: exact values; None or empty for every run.
-        where: a further condition in MLflow's filter language, e.g. on `attributes.run_name`.
-    """
+    """Return the runs of every experiment as `find_runs` does; `where` is a condition in MLflow's filters."""
     if not _exists(uri):
         return []
     client = open_client(uri)
@@ -149,7 +138,7 @@ def _row(run: "Run") -> RunRow:
 
 
 def _every_page(search: "Callable[[str | None], PagedList[_Found]]") -> "Iterator[_Found]":
-    """Yield what a search finds, page after page; it is given the token of the page."""
+    """Yield the results of a search, which is given the token of the page."""
     token: str | None = None
     while True:
         page = search(token)
@@ -160,10 +149,9 @@ def _every_page(search: "Callable[[str | None], PagedList[_Found]]") -> "Iterato
 
 
 def metric_history(uri: str, run_id: str, keys: Sequence[str] | None = None) -> list[Point]:
-    """Return what one run logged under `keys` (None = every key), ordered by key, then step.
+    """Return the points of one run under `keys` (None = every key), by key, then step.
 
-    One point per key and step: where a step was logged twice (resume from an older checkpoint), the later one
-    counts.
+    Where a step was logged twice (a resume from an older checkpoint), the later point counts.
 
     Raises:
         MlflowException: the store cannot be read, or, behind a server, there is no such run.
@@ -208,13 +196,6 @@ def _from_server(uri: str, run_ids: Sequence[str], keys: Sequence[str] | None) -
 
 
 def _tag_filter(tags: Mapping[str, str]) -> str:
-    """MLflow's filter language has no escapes: what cannot be said in it is compared by the caller alone."""
+    """Return the tags as a filter; MLflow's language has no escapes, so the caller compares the others."""
     sayable = {k: v for k, v in tags.items() if not any(mark in k + v for mark in "'\"`\\")}
     return " and ".join(f"tags.`{key}` = '{value}'" for key, value in sayable.items())
-
-
-def open_client(uri: str) -> "MlflowClient":
-    """Return a client of a store; MLflow is imported here, since that takes seconds."""
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)

@@ -1,8 +1,8 @@
-"""Whole histories of many runs, as columns: a study of 500 runs has millions of points, too many for a record each.
+"""Reads whole histories of many runs as columns: a study of 500 runs has millions of points.
 
-Runs are read one after the other, so that what is held beside the result is one run's points; where they make up most
-of MLflow's file it is read from end to end, which is much faster, into 24 bytes a point. Series that were logged at the
-same steps share them.
+Runs are read one after the other, so that one run's points are held beside the result. Where they make up most of
+MLflow's file, it is read from end to end, which is much faster, into 24 bytes a point. Series with the same steps share
+them.
 """
 
 from array import array
@@ -18,14 +18,16 @@ from lightning_moevlm.tracking.store import sqlite_path
 
 Steps = tuple[int, ...]
 
-_RUNS_PER_REQUEST = 16  # behind a server: what is held at once is their points
+_RUNS_PER_REQUEST = 16  # behind a server; their points are held at once
 
 
 class Series(NamedTuple):
-    """One metric of one run. steps: optimiser steps, ascending; values: as logged, also NaN and infinities."""
+    """One metric of one run."""
 
     steps: Steps
+    """Optimiser steps, ascending."""
     values: tuple[float, ...]
+    """As logged, also NaN and infinities."""
 
 
 def metric_series(uri: str, run_ids: Sequence[str]) -> dict[str, dict[str, Series]]:

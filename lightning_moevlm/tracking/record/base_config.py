@@ -1,6 +1,6 @@
-"""The base of a run: what its first configuration file alone would train with, which tells what the others changed.
+"""Resolves a run's base, its first configuration file alone, so that the changes of the others can be shown.
 
-To resolve it takes as long as to resolve the run itself. So it is kept, for the forks of a process that has done it.
+That takes as long as to resolve the run itself, so the base is kept for the forks of a process that has done it.
 """
 
 import os
@@ -20,7 +20,7 @@ from lightning_moevlm.common.yaml_text import read_yaml
 
 @dataclass(frozen=True)
 class _Alone:
-    """A file by its text and that of the files it names, so that one which was changed is read again.
+    """A file by its text and that of the files it names, so that a changed one is read again.
 
     All parsers of a subcommand are alike.
     """
@@ -33,12 +33,7 @@ class _Alone:
 
 
 def resolve_base(parser: LightningArgumentParser, sources: Sequence[Path]) -> tuple[dict[str, object], str]:
-    """Return the base, secrets masked, and in words what it is.
-
-    Args:
-        parser: of the subcommand.
-        sources: configuration files of the command line, the first one first.
-    """
+    """Return the base of a command line's configuration files, secrets masked, and a description of it."""
     if not sources:
         return _defaults(parser), "against the defaults: no configuration file was given"
     source = sources[0].absolute()
@@ -54,8 +49,8 @@ def to_masked_tree(
 
     Args:
         parser: of the subcommand.
-        config: what it parsed.
-        keep_references: have `${trainer.max_steps}` where the parser writes it, and not the number.
+        config: its result.
+        keep_references: keep `${trainer.max_steps}` instead of the number.
     """
     dumped = parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True)
     tree = read_yaml(dumped) or {}

@@ -1,4 +1,4 @@
-"""What a run says when it ends: where everything is, and how to resume or measure it."""
+"""Writes the lines that a run prints when it ends: where everything is, and how to resume or measure it."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning_moevlm.tracking.write.run_logger import RunLogger
 
 
 def closing_lines(uri: str, experiment_id: str, run_id: str, run_dir: Path) -> tuple[str, ...]:
-    """Return the lines to print after a run; the second is missing where the store is a server, which runs already."""
+    """Return the lines to print after a run; a store that is a server needs no second line to start one."""
     server = server_command(uri)
     word = run_argument(uri, run_id, run_dir)
     return (
@@ -25,15 +25,12 @@ def closing_lines(uri: str, experiment_id: str, run_id: str, run_dir: Path) -> t
 
 
 def run_argument(uri: str, run_id: str, run_dir: Path) -> str:
-    """Return what `--run` finds a run by, in the shell's words.
-
-    That is how its id begins, or, in a store that only its configuration names, its folder.
-    """
+    """Return the argument of `--run` for a run: its first digits, or its folder in a store that only its file names."""
     return run_id[:SHOWN_DIGITS] if uri == resolve_tracking_uri(None) else shlex.quote(str(run_dir))
 
 
 def checkpoint_lines(trainer: Trainer) -> tuple[str, ...]:
-    """Return the lines to print after a run that MLflow does not hold."""
+    """Return the lines to print after a run without MLflow."""
     last = _last_checkpoint(trainer)
     if last is None:
         return ()
@@ -48,7 +45,7 @@ def checkpoint_lines(trainer: Trainer) -> tuple[str, ...]:
 
 
 def resume_line(trainer: Trainer) -> str:
-    """Return how to resume a run that ended early, or "" where it has kept no checkpoint or no configuration."""
+    """Return how to resume a run that ended early, or "" where it has no checkpoint or no configuration."""
     last = _last_checkpoint(trainer)
     if last is None:
         return ""

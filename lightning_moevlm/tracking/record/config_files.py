@@ -1,6 +1,6 @@
-"""The configuration files that a command line names, read from its words.
+"""Finds the configuration files that a command line names.
 
-The parsed configuration does not tell: whether it keeps their names depends on the parser's mode.
+Whether the parsed configuration keeps their names depends on the parser's mode.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ _OPTIONS = ("-c", "--config")
 def config_sources(argv: Sequence[str]) -> tuple[Path, ...]:
     """Return the files given with `-c X`, `--config X` or `--config=X`, in order.
 
-    A path that does not exist from here is looked for among those that the package ships. What is no file at all
-    is left out: jsonargparse also takes a configuration written into the option itself.
+    A path that does not exist from here is looked up among those that the package ships. Others are left out:
+    jsonargparse also takes a configuration written into the option itself.
     """
     pairs = zip(("", *argv), argv, strict=False)
     named = [word.removeprefix("--config=") for before, word in pairs if names_config(before, word)]
@@ -24,7 +24,7 @@ def config_sources(argv: Sequence[str]) -> tuple[Path, ...]:
 
 
 def names_config(before: str, word: str) -> bool:
-    """Tell whether a word, which follows another, names a configuration file; or is `--config=` and the name of one."""
+    """Return whether a word, which follows another, names a configuration file, also as `--config=FILE`."""
     is_named = before in _OPTIONS or word.startswith("--config=")
     name = word.removeprefix("--config=")
     # a configuration itself may be too long to be looked up as a name

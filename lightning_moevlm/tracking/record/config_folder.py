@@ -1,4 +1,4 @@
-"""A folder `config`, `config.1`, `config.2` ... per start of a run: complete or absent, never overwritten."""
+"""Writes a folder `config`, `config.1`, `config.2` ... per start of a run: complete or absent, never overwritten."""
 
 import shutil
 import tempfile
@@ -8,12 +8,9 @@ from pathlib import Path
 
 
 def write_config_folder(directory: Path, files: Mapping[str, str], taken: Collection[str]) -> Path:
-    """Write files into the first free folder below `directory` and return it.
+    """Write files, content by name, into the first free folder below `directory` and return it.
 
-    Args:
-        directory: made if it is missing.
-        files: name to content.
-        taken: folder names that are in use elsewhere (the run's artifacts, when another machine began it).
+    taken: folder names in use elsewhere, such as in the artifacts of a run that another machine began.
     """
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".config-", dir=directory))

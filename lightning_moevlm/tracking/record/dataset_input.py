@@ -1,4 +1,4 @@
-"""The data of a run, as MLflow's dataset input: which set of shards, by the digest of its manifest."""
+"""Logs a run's data as MLflow's dataset input: the set of shards by the digest of its manifest."""
 
 import json
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -13,21 +13,21 @@ DIGEST_TAG = "manifest_digest"
 
 @runtime_checkable
 class HasManifest(Protocol):
-    """A datamodule that knows which set of shards it reads. manifest_digest: sha256 as hexadecimal digits."""
+    """A datamodule that knows the set of shards that it reads."""
 
     @property
     def manifest_digest(self) -> str:
-        """The digest of the manifest's content."""
+        """The SHA-256 of the manifest's content, hexadecimal digits."""
         ...
 
     @property
     def manifest(self) -> object:
-        """The manifest as a record; its `name`, if it has one, names the set."""
+        """The manifest as a record; its `name`, if any, is the set's."""
         ...
 
 
 def dataset_input(source: HasManifest) -> "DatasetInput":
-    """Return the input of context `train`. MLflow has room for 36 characters of a digest."""
+    """Return the input of context `train`, with the 36 characters of a digest that MLflow takes."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     name = str(getattr(source.manifest, "name", "shards"))
@@ -41,10 +41,10 @@ def dataset_input(source: HasManifest) -> "DatasetInput":
 
 
 def log_dataset(client: "MlflowClient", run_id: str, source: HasManifest) -> None:
-    """Give a run its input of context `train`; runs that start at once may give the same one.
+    """Log a run's input of context `train`; several runs may log the same one at once.
 
-    MLflow looks a dataset up and inserts it where it finds none: of two runs between these two steps one fails on the
-    dataset's uniqueness. It finds the other's on the second try.
+    MLflow looks a dataset up, then inserts it: of two runs between these steps one fails, and finds the other's on its
+    second try.
     """
     from mlflow.exceptions import MlflowException
 

@@ -1,4 +1,4 @@
-"""Which code made a run: the git commit, whether it was edited since, the versions of what it stands on."""
+"""Identifies the code of a run: the git commit, edits since, and versions of the packages below."""
 
 import hashlib
 import platform
@@ -19,10 +19,11 @@ _PACKAGES = ("torch", "lightning", "mlflow")
 
 
 class Checkout(NamedTuple):
-    """A git checkout. dirty: files differ from the commit, or lie beside it unknown to git."""
+    """A git checkout."""
 
     commit: str
     dirty: bool
+    """Files differ from the commit, or git does not know them."""
 
 
 def checkout_of(directory: Path) -> Checkout | None:
@@ -34,9 +35,9 @@ def checkout_of(directory: Path) -> Checkout | None:
     return Checkout(commit, bool(changed))
 
 
-@cache  # this process, and its forks, go on with what was imported, whatever is committed since
+@cache  # this process and its forks keep what they have imported, whatever is committed since
 def code_checkout() -> Checkout | None:
-    """Return the checkout that this package runs from; if it is installed, the working directory's."""
+    """Return the checkout that this package runs from; of an installed package, the working directory's."""
     package = Path(__file__).parent
     if _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is not None:
         return checkout_of(package)
@@ -45,7 +46,7 @@ def code_checkout() -> Checkout | None:
 
 @cache
 def code_digest() -> str:
-    """Return a hash of this package's source, the same wherever it lies and whatever git knows of it."""
+    """Return a hash of this package's source, the same in every place and without git."""
     package = import_module(__name__.partition(".")[0])
     root = Path(next(iter(package.__path__)))
     digest = hashlib.sha256()

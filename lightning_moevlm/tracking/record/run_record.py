@@ -1,8 +1,8 @@
-"""What it takes to understand and repeat a run, recorded with it.
+"""Records with a run what is needed to understand and repeat it.
 
-The resolved configuration, the files and the command line it came from, what sets it apart from its base, the
-commit, the versions and the data. Lightning's own callback saves only the first, insists on a directory that
-its MLflow logger does not have, and refuses to resume where a config.yaml lies.
+That is the resolved configuration, its files and command line, its difference from its base, the commit, the versions
+and the data. Lightning's own callback saves only the first, needs a directory that its MLflow logger does not have, and
+refuses to resume where a config.yaml lies.
 """
 
 import os
@@ -37,17 +37,16 @@ _RECORDED = re.compile(r"^source\d+_")  # of a run that is resumed
 
 
 class RunRecord(SaveConfigCallback):
-    """For LightningCLI's `save_config_callback`; it acts on rank 0, and not at all under fast_dev_run or in predict.
+    """For LightningCLI's `save_config_callback`. Acts on rank 0 only, and not under fast_dev_run or in predict.
 
-    In the run's directory and among its artifacts appears `config/`: `config.yaml` (whole, with its references),
+    Writes `config/` into the run's directory and its artifacts: `config.yaml` (whole, with its references),
     `changed.yaml` (against the first -c file, or the defaults), `command.txt`, and the -c files as they were,
-    `source0_<name>` first. A run that is continued gets `config.1/`, and so on; nothing is overwritten.
-    Secrets are masked, see `masking`.
+    `source0_<name>` first. A resumed run gets `config.1/`, and so on; nothing is overwritten. Secrets are masked.
 
     Args:
         parser: of the subcommand.
-        config: what it parsed.
-        argv: the command line, which also tells the -c files; None = sys.argv.
+        config: its result.
+        argv: the command line, with the -c files; None = sys.argv.
         system_metrics: sample CPU, memory, disk, network and GPU during fit.
     """
 
@@ -72,7 +71,7 @@ class RunRecord(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config/` and all that MLflow holds beside it; Lightning calls this on rank 0 alone."""
+        """Write `config/`, params, tags and the data's digest; Lightning calls this on rank 0 only."""
         if stage == TrainerFn.PREDICTING:
             return  # nothing will be logged: there would be a run without content
         if not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger):
@@ -93,7 +92,7 @@ class RunRecord(SaveConfigCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to sample the machine."""
+        """Start to sample the machine."""
         logger = _run_logger(trainer)
         if logger is None or not self._system_metrics or not trainer.is_global_zero:
             return
@@ -110,7 +109,7 @@ class RunRecord(SaveConfigCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where everything is."""
+        """Print where checkpoints, configuration and MLflow are."""
         logger = _run_logger(trainer)
         if not trainer.is_global_zero:
             return
@@ -150,7 +149,7 @@ class RunRecord(SaveConfigCallback):
         return files
 
     def _changed(self, sources: Sequence[Path], resolved: Mapping[str, object]) -> str:
-        """Every key that the later files and the command line changed, with both values."""
+        """Return every key that the later files and the command line changed, with both values."""
         base, text = resolve_base(self.parser, sources)
         different = find_changes(flatten(base), flatten(resolved))
         rows = {key: {"base": change.base, "now": change.now} for key, change in different.items()}
@@ -167,7 +166,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def _run_logger(trainer: Trainer) -> RunLogger | None:
-    """The first of our loggers; under fast_dev_run Lightning has put a dummy in its place."""
+    """Return the first RunLogger; under fast_dev_run Lightning has replaced it."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 

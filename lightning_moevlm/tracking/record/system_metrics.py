@@ -1,8 +1,7 @@
-"""What the machine does while a run trains: CPU, memory, disk, network, GPU.
+"""Samples the machine while a run trains: CPU, memory, disk, network, GPU.
 
-MLflow's probes, but not MLflow's monitor: that one writes each sample on its own, reads the whole run back
-every ten seconds, and at the end waits minutes for a server that is gone. Here a thread samples and the run's
-logger writes.
+The probes are MLflow's. Its monitor is not used: it writes each sample on its own, reads the whole run back every ten
+seconds, and at the end waits minutes for a server that is gone. Here a thread samples and the run's logger writes.
 """
 
 import os
@@ -20,10 +19,10 @@ _DEFAULT_INTERVAL = 10.0  # seconds, MLflow's own
 
 
 class SystemSampler:
-    """Samples until it is stopped; the first sample at once, so that a short run has one.
+    """Samples at once, so that a short run has a sample, and until it is stopped.
 
-    Keys are MLflow's (`system/cpu_utilization_percentage` ...), steps are whole seconds since `start_ms`, so
-    that a resumed run goes on where it was.
+    Keys are MLflow's (`system/cpu_utilization_percentage` ...). Steps are whole seconds since `start_ms`, so that a
+    resumed run continues.
 
     Args:
         sink: takes the values and their step; called from the sampling thread.
@@ -43,11 +42,11 @@ class SystemSampler:
         self._thread = threading.Thread(target=self._run, name="SystemSampler", daemon=True)
 
     def start(self) -> None:
-        """Begin sampling."""
+        """Start sampling."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End sampling; returns when the thread has ended. May be called twice."""
+        """Stop sampling and wait for the thread's end. May be called twice."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -73,6 +72,6 @@ def _probes() -> "list[BaseMetricsMonitor]":
 
     probes: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     if find_spec("pynvml") is not None:
-        with suppress(RuntimeError):  # the probe's own way to say that this machine has no NVIDIA GPU
+        with suppress(RuntimeError):  # the probe raises it where the machine has no NVIDIA GPU
             probes.append(GPUMonitor())
     return probes

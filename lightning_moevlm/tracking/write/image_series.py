@@ -1,7 +1,7 @@
-"""The files of a picture in a series (MLflow's `log_image` with a step), without a store.
+"""Writes the files of an image in a series (MLflow's `log_image` with a step) without a store.
 
-MLflow draws a new random name whenever it is asked to log a picture, so a second attempt leaves a second picture. Files
-that are named once can be handed over twice.
+MLflow draws a new random name at each call, so a second attempt would leave a second image. Files that have their names
+can be uploaded twice.
 """
 
 import shutil
@@ -19,7 +19,7 @@ def write_series_image(directory: Path, image: "Image", key: str, step: int) -> 
     tags: dict[str, str] = {}
 
     class ToDirectory(MlflowClient):
-        """MLflow's own naming and shrinking; what it would send is kept."""
+        """Names and shrinks as MLflow does, and keeps the files here."""
 
         def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
             place = directory / (artifact_path or "")

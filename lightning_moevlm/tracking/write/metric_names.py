@@ -1,7 +1,7 @@
-"""Metric names that MLflow takes: letters, digits, `_ - . /` and space, at most 250 of them.
+"""Spells metric names as MLflow takes them: letters, digits, `_ - . /` and space, at most 250 characters.
 
-MLflow refuses `recall@1`; Lightning's logger drops the character and makes `recall1` of it, which reads as
-another name. Here it becomes `recall_at_1`. No two names ever become one.
+MLflow refuses `recall@1`; Lightning's logger makes `recall1` of it, which is another name. Here it becomes
+`recall_at_1`. Two names never become one.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def safe_name(name: str) -> str:
 
 
 class MetricNames:
-    """Remembers which safe name belongs to which name, so that the work is done once per name.
+    """Remembers the safe name of every name.
 
     A name whose safe spelling is taken by another one (`a@b` after `a_at_b`) gets a digest appended.
     """

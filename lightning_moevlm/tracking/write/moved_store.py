@@ -1,7 +1,7 @@
-"""A project folder that was moved or copied takes its artifacts along.
+"""Lets a project folder that was moved or copied keep its artifacts.
 
-MLflow writes absolute addresses of artifacts into its SQLite file, and so would make the old folder anew, or read from
-it. Where the file was made is told by the artifacts of its default experiment, which lie beside it.
+MLflow writes absolute addresses of artifacts into its SQLite file, so it would create the old folder again, or read
+from it. The artifacts of the default experiment lie beside the file and show where it was made.
 """
 
 import sqlite3
@@ -16,12 +16,9 @@ _ADDRESSES = (("experiments", "artifact_location"), ("runs", "artifact_uri"))
 
 
 def follow_move(path: Path) -> None:
-    """Have an SQLite file of MLflow name the artifacts that lie beside it, if it was made elsewhere.
+    """Have MLflow's SQLite file (absolute path) name the artifacts beside it, if it was made elsewhere.
 
-    Nothing is changed where the artifacts have stayed behind. Repeating it costs one query.
-
-    Args:
-        path: absolute, of a database that MLflow can open.
+    Nothing changes where the artifacts have stayed behind. Repeating it costs one query.
     """
     here = path.parent / "artifacts"
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS)) as store, store:

@@ -18,9 +18,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple
 
@@ -200,12 +199,10 @@ class OfflineLog:
         Raises:
             MlflowException, OSError: the store does not take it. What is left stays.
         """
-        for batch in _read_batches(_read_lines(self.journal, self._uploaded)):
-            self._write_batch(batch, writer)
-            self._uploaded = batch.end
-        in_memory = [(json.loads(line), 1) for line in self._in_memory]
-        for batch in _read_batches(in_memory):
-            self._write_batch(batch, writer)
+        in_memory = self._in_memory[:]
+        self._upload_lines(
+            chain(_read_lines(self.journal, self._uploaded), ((json.loads(line), 0) for line in in_memory)), writer
+        )
         with self._appending:
             del self._in_memory[: len(in_memory)]
         for folder in sorted(self._files.iterdir()):
@@ -223,13 +220,26 @@ class OfflineLog:
         lines = [entry for entry, _ in _read_lines(self.journal, self._uploaded)]
         return PendingCount(sum(len(entry.get("metrics", ())) for entry in lines), len(_list_files(self._files)))
 
-    def _write_batch(self, batch: "_Batch", writer: RunWriter) -> None:
-        writer.write_params(batch.params)
-        writer.write_points(batch.points)
-        writer.write_tags(batch.tags)
-        if batch.rewind is not None:
-            writer.rewind(batch.rewind)
-        self._ending = batch.ending or self._ending
+    def _upload_lines(self, lines: Iterable[tuple[Mapping[str, Any], int]], writer: RunWriter) -> None:
+        points: list[Point] = []
+        end = 0
+        for entry, end in lines:
+            for key, value in entry.get("metrics", {}).items():
+                points.append(Point(key, entry["step"], float(value), entry["time_ms"]))
+            if "params" in entry:
+                writer.write_params(entry["params"])
+            if "tags" in entry:
+                writer.write_tags(entry["tags"])
+            if "status" in entry:
+                self._ending = entry["status"], entry["end_ms"]
+            if "rewind" in entry or len(points) >= METRICS_PER_WRITE:
+                writer.write_points(points)
+                points = []
+                if "rewind" in entry:
+                    writer.rewind(entry["rewind"])
+                self._uploaded = max(end, self._uploaded)
+        writer.write_points(points)
+        self._uploaded = max(end, self._uploaded)
 
     def _write(self) -> OSError | None:
         """Move lines from memory to the disk, all of them or none."""
@@ -262,50 +272,9 @@ class OfflineLog:
             self._uploaded = self._start
 
 
-@dataclass
-class _Batch:
-    """Lines that are written at once."""
-
-    points: list[Point] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
-    params: dict[str, str] = field(default_factory=dict)
-    rewind: int | None = None
-    """Step to go back to after the points."""
-    ending: tuple[str, int] | None = None
-    end: int = 0
-    """Where the lines end in the journal, in bytes."""
-
-    def add(self, entry: Mapping[str, Any], end: int) -> None:
-        """Take the next line."""
-        for key, value in entry.get("metrics", {}).items():
-            self.points.append(Point(key, entry["step"], float(value), entry["time_ms"]))
-        self.tags |= entry.get("tags", {})
-        self.params |= entry.get("params", {})
-        self.rewind = entry.get("rewind")
-        if "status" in entry:
-            self.ending = entry["status"], entry["end_ms"]
-        self.end = end
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the next line belongs to another batch."""
-        return len(self.points) >= METRICS_PER_WRITE or self.rewind is not None
-
-
 def find_offline_logs(folder: Path) -> list[OfflineLog]:
     """Return the logs in a folder and in all below it, those of a run in the order in which they were begun."""
     return [OfflineLog(journal.parent) for journal in sorted(folder.rglob(JOURNAL))]
-
-
-def _read_batches(lines: Iterable[tuple[Mapping[str, Any], int]]) -> Iterator[_Batch]:
-    batch = _Batch()
-    for entry, end in lines:
-        batch.add(entry, end)
-        if batch.is_full:
-            yield batch
-            batch = _Batch()
-    if batch.end:
-        yield batch
 
 
 def _read_lines(journal: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:

@@ -1,4 +1,4 @@
-"""Open a run in MLflow: create it, and its experiment if need be, or continue one that exists."""
+"""Opens a run in MLflow: creates it, and its experiment if need be, or continues one that exists."""
 
 import os
 from collections.abc import Mapping
@@ -19,12 +19,14 @@ NONFINITE_TAG = "nonfinite/"
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run to write to. params: those that it has. nonfinite: metrics that a tag calls not finite."""
+    """A run to write to."""
 
     run_id: str
     experiment_id: str
     params: Mapping[str, str]
+    """Those that it has."""
     nonfinite: frozenset[str]
+    """Metrics that have a tag `nonfinite/`."""
 
 
 def create_run(
@@ -34,10 +36,10 @@ def create_run(
     run_name: str | None,
     tags: Mapping[str, str],
 ) -> OpenRun:
-    """Create a run; tags of the user and the source are added, as MLflow's own `start_run` does.
+    """Create a run, with tags of the user and the source as MLflow's own `start_run` sets them.
 
-    A run without a name gets its local start time as one. The names that MLflow invents come from `random`, which a
-    fixed seed has set: every run would be called the same.
+    A run without a name is called after its local start time. MLflow's invented names come from `random`, which a fixed
+    seed has set: every run would have the same.
 
     Raises:
         UserError: the experiment was deleted.
@@ -53,10 +55,10 @@ def create_run(
 
 
 def experiment_of_environment(client: "MlflowClient") -> str | None:
-    """Return the name of the experiment that MLFLOW_EXPERIMENT_ID names, or None.
+    """Return the name of the experiment of MLFLOW_EXPERIMENT_ID; None where that is not set.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such experiment.
     """
     from mlflow.exceptions import MlflowException
 
@@ -73,7 +75,7 @@ def experiment_of_environment(client: "MlflowClient") -> str | None:
 
 
 def find_or_create_experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:
-    """Return the id of an experiment. Several processes may ask for the same new one at once.
+    """Return the id of an experiment. Several processes may create the same one at once.
 
     Raises:
         UserError: the experiment was deleted.

@@ -1,7 +1,7 @@
-"""A run that is resumed before its last point: what it logged beyond makes way, so that no step has two points.
+"""Drops the points beyond a step for a run that is resumed there, so that no step has two points.
 
-MLflow can forget no point. In its SQLite file the rows can be removed; a server keeps them, and then what a resumed run
-logs again for the same steps is left out: equal values, unless its options have changed.
+MLflow cannot delete a point. The rows can be removed from its SQLite file. A server keeps them, so a resumed run's
+points for the same steps are left out: they are equal, unless its options have changed.
 """
 
 import sqlite3
@@ -27,16 +27,10 @@ _NEWEST = (
 
 
 def drop_points(client: "MlflowClient", uri: str, run_id: str, step: int) -> Mapping[str, int]:
-    """Remove the points of a run beyond an optimiser step, and its tags that tell of such.
-
-    Args:
-        client: of the store.
-        uri: as `resolve_tracking_uri` returns it.
-        run_id: the run.
-        step: the last one to keep.
+    """Remove the points of a run beyond an optimiser step, the last to keep, and their tags `nonfinite/`.
 
     Returns:
-        Where the store keeps its points, the last step of every metric that has some beyond.
+        For a server, which keeps its points, the last step of every metric that has some beyond.
 
     Raises:
         MlflowException: the store does not answer, or is busy for too long.

@@ -27,7 +27,14 @@ from typing_extensions import override
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.tracking.store import describe_cause, prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
+from lightning_moevlm.tracking.store import (
+    describe_cause,
+    open_client,
+    prepare_store,
+    resolve_tracking_uri,
+    runs_dir,
+    sqlite_path,
+)
 from lightning_moevlm.tracking.write.image_series import write_series_image
 from lightning_moevlm.tracking.write.metric_names import LONGEST_NAME, MetricNames
 from lightning_moevlm.tracking.write.offline_log import Address, OfflineLog, find_offline_logs
@@ -141,7 +148,7 @@ class RunLogger(MLFlowLogger):
 
     @property
     def run_dir(self) -> Path:
-        """This run's local directory: checkpoints, configurations, what was not delivered. Rank 0 only."""
+        """This run's local directory: checkpoints, configurations, offline logs. Rank 0 only."""
         assert self.experiment_id is not None and self.run_id is not None
         return Path(self.save_dir) / self.experiment_id / self.run_id
 
@@ -280,11 +287,10 @@ class RunLogger(MLFlowLogger):
     def _connect(self) -> "MlflowClient":
         """Return the client; the first time, open the run in MLflow and begin to log."""
         if self._client is None:
-            from mlflow import MlflowClient
             from mlflow.exceptions import MlflowException
 
             prepare_store(self._tracking_uri)
-            client = MlflowClient(self._tracking_uri)
+            client = open_client(self._tracking_uri)
             try:
                 run = self._open_run(client)
             except MlflowException as error:

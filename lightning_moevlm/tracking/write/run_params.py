@@ -1,4 +1,4 @@
-"""Hyperparameters as MLflow's params: text, flat, immutable, at most 6,000 characters."""
+"""Prepares hyperparameters as MLflow's params: text, flat, immutable, at most 6,000 characters."""
 
 import os
 from argparse import Namespace
@@ -11,29 +11,23 @@ from lightning_moevlm.common.secret_masking import mask_secrets
 from lightning_moevlm.tracking.write.metric_names import safe_name
 
 CHANGED_TAG = "changed_param/"
-"""Beginning of the tags that tell what a resume changed; MLflow's params stay as they were first."""
+"""Prefix of the tags of params that a resume changed; MLflow's params stay as they were first."""
 LONGEST_VALUE = 6000  # characters; MLflow cuts beyond. Lightning's logger cuts at 250.
 
 
 class SortedParams(NamedTuple):
-    """Params by what can be done with them, all flat and masked.
-
-    new: not in the run yet. changed: in the run with another value. too_long: whole values of those that were
-        cut.
-    """
+    """Params, flat and masked."""
 
     new: dict[str, str]
+    """Not in the run yet."""
     changed: dict[str, str]
+    """In the run with another value."""
     too_long: dict[str, str]
+    """Whole values of those that are cut."""
 
 
 def sort_params(params: Mapping[str, Any] | Namespace, existing: Mapping[str, str]) -> SortedParams:
-    """Compare params with those that the run has.
-
-    Args:
-        params: nested as they come: mappings, lists, namespaces and dataclasses.
-        existing: the run's params as MLflow returns them.
-    """
+    """Compare params (nested mappings, lists, namespaces and dataclasses) with the run's, as MLflow returns them."""
     whole = {safe_name(key): value for key, value in flatten(_masked_tree(params)).items()}
     cut = {key: value[:LONGEST_VALUE] for key, value in whole.items()}
     return SortedParams(
@@ -50,7 +44,7 @@ def _masked_tree(params: Mapping[str, Any] | Namespace) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """Mappings, lists and scalars only; dataclasses and namespaces become mappings."""
+    """Return mappings, lists and scalars only; dataclasses and namespaces become mappings."""
     if isinstance(value, Namespace):
         value = vars(value)
     elif is_dataclass(value) and not isinstance(value, type):

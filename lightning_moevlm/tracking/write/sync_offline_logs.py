@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.secret_masking import MASK, mask_url_secrets
+from lightning_moevlm.tracking.store import open_client
 from lightning_moevlm.tracking.write.offline_log import OfflineLog, PendingCount
 from lightning_moevlm.tracking.write.run_writer import RunWriter
 from lightning_moevlm.tracking.write.store_outage import OutageGuard
@@ -49,20 +50,16 @@ def sync_offline_logs(logs: Sequence[OfflineLog], uri: str) -> list[SyncResult]:
 
 def _upload(log: OfflineLog, store: str, run_id: str) -> str:
     """Upload and remove a log; return why the store does not take it, or nothing."""
-    from mlflow import MlflowClient
-
     guard = OutageGuard(store, tell=lambda line: None, meanwhile="")
-    writer = RunWriter(MlflowClient(store), store, run_id, warn=lambda line: None)
+    writer = RunWriter(open_client(store), store, run_id, warn=lambda line: None)
     if guard.attempt(lambda: log.upload(writer, has_ended=True)):
         log.remove()
     return guard.reason
 
 
 def _answers(store: str) -> bool:
-    from mlflow import MlflowClient
-
     guard = OutageGuard(store, tell=lambda line: None, meanwhile="")
-    return guard.attempt(lambda: MlflowClient(store).search_experiments(max_results=1))
+    return guard.attempt(lambda: open_client(store).search_experiments(max_results=1))
 
 
 def _find_store(log: OfflineLog, uri: str) -> str:

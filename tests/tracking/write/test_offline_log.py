@@ -77,8 +77,8 @@ def filled(folder: Path) -> OfflineLog:
 
 EVERYTHING = [
     {"dim": "8"},
-    [("a", 0, 0.5), ("a", 1, 0.5)],
     {"t": "1"},
+    [("a", 0, 0.5), ("a", 1, 0.5)],
     "rewind 0",
     [("a", 1, 0.7)],
     ("notes/late.txt", "late"),
@@ -162,7 +162,7 @@ def test_uploaded_lines_leave_the_disk(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(offline_log, "_COMPACT_BYTES", 100)
 
     class Meanwhile(Remembering):
-        def write_tags(self, tags: dict[str, str]) -> None:
+        def write_points(self, points: list[Point]) -> None:
             log_point(log, 100)
 
     for step in range(10):
@@ -209,7 +209,7 @@ def test_a_full_disk_keeps_lines_in_memory_and_whole(tmp_path: Path, monkeypatch
         assert (log.count(), log.num_in_memory) == (PendingCount(1, 0), 2)
         writer = Remembering()
         log.upload(writer, has_ended=False)  # a store on another disk takes them
-        assert writer.written == [[("a", 0, 0.5)], [("a", 1, 0.5), ("a", 2, 0.5)]]
+        assert writer.written == [[("a", 0, 0.5), ("a", 1, 0.5), ("a", 2, 0.5)]]
         assert log.is_empty
         log_point(log, 3)
     assert log.sync() is None  # there is room again

@@ -84,7 +84,7 @@ def test_points_are_sent_after_a_while_and_tags_at_once(tmp_path: Path) -> None:
         sender.log.append(tags={"a": "b"})
         sender.notice()
         wait_until(lambda: len(store.written) == 2)
-        assert store.written == [[("a", 0, 0.5)], {"a": "b"}]
+        assert store.written == [{"a": "b"}, [("a", 0, 0.5)]]
 
 
 def test_with_no_seconds_to_wait_every_call_is_sent(tmp_path: Path) -> None:
