@@ -62,6 +62,8 @@ VQA_ACCURACY = MetricKey("{stage}/vqa_accuracy/{kind}", "VQA accuracy by kind of
 VQA_MAJORITY = MetricKey(
     "{stage}/vqa_majority/{kind}", "VQA accuracy of the best constant answer", "fraction", "neither"
 )
+CAPTION_SCORE = MetricKey("{stage}/caption/{score}", "score of generated captions", "", "higher")
+CAPTION_CHANCE = MetricKey("{stage}/caption_chance/{score}", "score of another image's caption", "", "neither")
 
 EXPERT_LOAD = MetricKey(
     "load/block{block}/{modality}/expert{expert}", "expert load", "fraction of kept pairs", "neither"

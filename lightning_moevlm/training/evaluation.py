@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -128,3 +130,12 @@ def report_batch_dependence(backbone: Backbone, stage: str) -> None:
     subject = "Features" if stage == "predict" else "Metrics"
     for cause in batch_dependence(backbone):
         rank_zero_info(f"{subject} of a sample depend on its batch, so data.batch_size changes them: {cause}")
+
+
+def log_values(pl_module: LightningModule, values: Mapping[str, Tensor]) -> None:
+    """Log at the optimiser step. Outside of `fit` Lightning logs, because it returns the logged values."""
+    numbers = {key: float(value) for key, value in values.items()}
+    is_fit = pl_module.trainer.state.fn == TrainerFn.FITTING
+    for logger in pl_module.loggers if is_fit else ():
+        logger.log_metrics(numbers, step=pl_module.global_step)
+    pl_module.log_dict(numbers, logger=not is_fit, rank_zero_only=False, sync_dist=False)

@@ -38,7 +38,7 @@ from lightning_moevlm.training.checkpoints.partial_step import (
 from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
 from lightning_moevlm.training.checks.optimizer_checks import refuse_unsuited_optimizer, refuse_vanishing_eps
 from lightning_moevlm.training.checks.trainer_checks import refuse_uneven_steps, refuse_unsuited_trainer
-from lightning_moevlm.training.evaluation import Evaluation, report_batch_dependence
+from lightning_moevlm.training.evaluation import Evaluation, log_values, report_batch_dependence
 from lightning_moevlm.training.features import pool_features
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.optim import (
@@ -258,7 +258,7 @@ class VisionLanguageModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch. Lightning's sanity check measures the untrained model: step 0 of a curve."""
-        self._log_evaluation(self.val_evaluation)
+        log_values(self, self.val_evaluation.compute(self.current_weights))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch."""
@@ -266,7 +266,7 @@ class VisionLanguageModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the epoch."""
-        self._log_evaluation(self.test_evaluation)
+        log_values(self, self.test_evaluation.compute(self.current_weights))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return features averaged over real positions, (B, D) each: `image`, `text` and `pair`, as the data allows."""
@@ -375,11 +375,3 @@ class VisionLanguageModule(LightningModule):
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(counts, reduce_op="sum")
-
-    def _log_evaluation(self, evaluation: Evaluation) -> None:
-        """Log at the optimiser step. Outside of `fit` Lightning logs, because it returns the logged values."""
-        values = {key: float(value) for key, value in evaluation.compute(self.current_weights).items()}
-        is_fit = self.trainer.state.fn == TrainerFn.FITTING
-        for logger in self.loggers if is_fit else ():
-            logger.log_metrics(values, step=self.global_step)
-        self.log_dict(values, logger=not is_fit, rank_zero_only=False, sync_dist=False)

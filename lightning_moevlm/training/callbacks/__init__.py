@@ -1,5 +1,6 @@
 """Callbacks: telemetry, proofs of switches, stops, checkpoints."""
 
+from lightning_moevlm.training.callbacks.caption_scores import CaptionScores
 from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.training.callbacks.float8_training import Float8Training
 from lightning_moevlm.training.callbacks.liveness import Liveness
@@ -13,6 +14,7 @@ from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySi
 from lightning_moevlm.training.callbacks.telemetry import Telemetry
 
 __all__ = [
+    "CaptionScores",
     "DivergenceGuard",
     "FeatureWriter",
     "Float8Training",

@@ -1,0 +1,140 @@
+"""Generates captions of held-out images and scores them against all captions of the image."""
+
+from hashlib import blake2b
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.data.datamodule import ShardDataModule
+from lightning_moevlm.model.generation import Decoding, generate
+from lightning_moevlm.model.metrics.caption_scores import score_captions
+from lightning_moevlm.model.objectives import NextToken
+from lightning_moevlm.training.evaluation import log_values
+from lightning_moevlm.training.vision_language_module import VisionLanguageModule
+
+_Captions = dict[str, tuple[str, ...]]
+
+
+class CaptionScores(Callback):
+    """Logs BLEU-4, ROUGE-L, chrF and, with the extra `captioning`, CIDEr of generated captions.
+
+    Equal images are one image, and all of their captions are its references. Beside each score stands that of another
+    image's caption, which a model that ignores images could give.
+
+    Args:
+        decoding: how captions are generated.
+        share: of the images that are captioned, chosen by their content; generation takes far longer than the loss.
+
+    Raises:
+        UserError: a share outside (0, 1], or an objective without NextToken.
+    """
+
+    def __init__(self, decoding: Decoding = Decoding(), share: float = 1.0) -> None:
+        check_number("share of CaptionScores", share, above=0, most=1)
+        self.decoding = decoding
+        self.share = share
+        self._generated: dict[str, str] = {}
+        self._references: _Captions = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a model that cannot continue texts."""
+        if stage != "predict":
+            _objective_of(pl_module)
+            if not isinstance(_data_of(trainer), ShardDataModule):
+                raise UserError("CaptionScores reads texts by the set's tokenizer: give the trainer a ShardDataModule")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Caption the images of a batch."""
+        self._add(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Caption the images of a batch."""
+        self._add(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score."""
+        self._log(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score."""
+        self._log(pl_module, "test")
+
+    def _add(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
+        pairs = batch.first(batch.pairs)
+        if pairs.images_BRYX is None or pairs.text_BL is None or pairs.text_mask_BL is None:
+            return
+        assert isinstance(pl_module, VisionLanguageModule)
+        data = _data_of(trainer)
+        assert isinstance(data, ShardDataModule)
+        tokenizer, backbone = data.tokenizer, pl_module.backbone
+        images = [blake2b(each.numpy().tobytes(), digest_size=8).hexdigest() for each in pairs.images_BRYX.cpu()]
+        for image, text_L in zip(images, pairs.text_BL.tolist(), strict=True):
+            self._references[image] = (*self._references.get(image, ()), tokenizer.decode(text_L))
+        chosen = [row for row, image in enumerate(images) if int(image, 16) < self.share * 2**64]
+        rows = [row for row in chosen if images[row] not in self._generated]
+        if not rows:
+            return
+        start = slice(0, 1)  # [BOS]
+        with trainer.precision_plugin.val_step_context():
+            found = generate(
+                backbone,
+                lambda features_MD: _objective_of(pl_module).logits(backbone, features_MD),
+                pairs.images_BRYX[rows],
+                pairs.text_BL[rows, start],
+                pairs.text_mask_BL[rows, start],
+                self.decoding,
+                [pairs.keys[row] for row in rows],
+            )
+        self._generated |= {
+            images[row]: tokenizer.decode(ids) for row, ids in zip(rows, found.text_BN.tolist(), strict=True)
+        }
+
+    def _log(self, pl_module: LightningModule, stage: str) -> None:
+        everyone = [(self._generated, self._references)]
+        if dist.is_available() and dist.is_initialized():
+            everyone = everyone * dist.get_world_size()
+            dist.all_gather_object(everyone, (self._generated, self._references))
+        self._generated, self._references = {}, {}
+        generated: dict[str, str] = {}
+        references: _Captions = {}
+        for of_rank, given in everyone:
+            generated = of_rank | generated
+            references |= {image: (*references.get(image, ()), *texts) for image, texts in given.items()}
+        if not generated:
+            return
+        images = sorted(generated)
+        of_another = {
+            image: references[other][0] for image, other in zip(images, [*images[1:], images[0]], strict=True)
+        }
+        values = {
+            family.key(stage=stage, score=name): torch.tensor(value)
+            for family, captions in ((metric_keys.CAPTION_SCORE, generated), (metric_keys.CAPTION_CHANCE, of_another))
+            for name, value in score_captions(captions, references).items()
+        }
+        log_values(pl_module, values)
+
+
+def _objective_of(pl_module: LightningModule) -> NextToken:
+    assert isinstance(pl_module, VisionLanguageModule)
+    found = next((module for module in pl_module.objective.modules() if isinstance(module, NextToken)), None)
+    if found is None:
+        raise UserError(
+            f"CaptionScores generates captions, but {type(pl_module.objective).__name__} is not trained to: choose "
+            "NextToken, or a Joint with it"
+        )
+    return found
+
+
+def _data_of(trainer: Trainer) -> object:
+    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets, but declares it not
