@@ -46,9 +46,10 @@ def run(
         file: Study file, e.g. ablations/quickstart.yaml.
         jobs: Runs at once; by default one per GPU, or one per core without a GPU; on a cluster no limit.
         retry: Run failed runs again, from zero; one that --timeout_minutes ended resumes from its last checkpoint.
-        only: Runs to run, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
+        only: Runs to train, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
         engine: Engine of the runs: local, slurm or ray, with its own options, e.g. --engine.num_gpus 1.
-        timeout_minutes: End a run that takes longer, not counting the time that it waits for a cluster; it has failed.
+        timeout_minutes: Longest time of a run in minutes, without its wait for a cluster; a longer run is ended and has
+            failed; null: no limit.
         reuse: Take the results of finished runs that another study has made with the same configuration, seed, budget,
             data and code; with false every run is trained here.
     """
