@@ -28,7 +28,7 @@ from lightning_moevlm.study.declare.design import REFERENCE, Design
 from lightning_moevlm.study.declare.factors import read_described_changes, read_factors
 from lightning_moevlm.study.declare.read_design import read_design
 from lightning_moevlm.study.declare.study_keys import DivergedKeys, GuardKeys, PrimaryKeys, StudyFile
-from lightning_moevlm.study.declare.yaml_nodes import YamlNode, read_yaml
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode, compose_yaml
 
 _MAY_STOP = ("one_in", "leave_one_out")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*", re.IGNORECASE)
@@ -64,7 +64,7 @@ def read_study(file: Path) -> Study:
     Raises:
         UserError: one line with file, line, key and what is allowed.
     """
-    root = read_yaml(file)
+    root = compose_yaml(file)
     refuse_bad_name(file)
     keys = decode(root, StudyFile)
     check_budget(keys.budget, root.child("budget"))

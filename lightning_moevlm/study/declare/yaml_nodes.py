@@ -1,6 +1,6 @@
 """Reads YAML with places, so that an error names file, line, key and the nearest valid name.
 
-`read_yaml(file)` composes the node tree of a YAML file (plain data only: no tags, no objects); `YamlNode` walks it.
+`compose_yaml(file)` composes the node tree of a YAML file (plain data only: no tags, no objects); `YamlNode` walks it.
 Every error is one line: `ablations/x.yaml:12: arms.no_z: ...`.
 """
 
@@ -147,7 +147,7 @@ class YamlNode:
         return "nothing" if self.is_null else repr(self.node.value)
 
 
-def read_yaml(file: Path) -> YamlNode:
+def compose_yaml(file: Path) -> YamlNode:
     """Return the root of a YAML file.
 
     Raises:

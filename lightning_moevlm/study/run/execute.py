@@ -17,12 +17,9 @@ from lightning_moevlm.study.run.engines import Engine
 from lightning_moevlm.study.run.ledger import read_state
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.study.run.outcome import MOST_STARTS
-from lightning_moevlm.study.run.processes.overrides_file import QuotingDumper
 from lightning_moevlm.study.run.processes.stop_signals import catch_stop_signals
 from lightning_moevlm.study.run.runs_at_work import UNREACHABLE, Command, RefusedError, RunsAtWork, Watcher
 from lightning_moevlm.study.run.store_retries import StoreRetries, StoreUnreachableError
-
-QuotingDumper.add_representer(str, QuotingDumper.represent_text)
 
 
 @dataclass(frozen=True)

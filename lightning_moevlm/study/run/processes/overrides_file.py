@@ -8,18 +8,18 @@ from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.study.plan.planned_run import PlannedRun
 
 OVERRIDES_FILE = "overrides.yaml"
+_TEXT = "tag:yaml.org,2002:str"
 
 
-class QuotingDumper(yaml.SafeDumper):
+class _QuotingDumper(yaml.SafeDumper):
     """YAML with every text in quotes: unquoted, the digest 632471343e91 is a number to the command line's parser."""
 
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Quote the text."""
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+_QuotingDumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(_TEXT, text, style='"'))
 
 
 def write_overrides(run: PlannedRun, folder: Path) -> Path:
-    """Write what goes over the base, as the command line reads it back unchanged; return the file."""
+    """Write the overrides of a run so that the command line reads them back unchanged; return the file."""
     file = folder / OVERRIDES_FILE
-    write_atomically(file, yaml.dump(run.overrides, Dumper=QuotingDumper, sort_keys=False, width=10_000))
+    write_atomically(file, yaml.dump(run.overrides, Dumper=_QuotingDumper, sort_keys=False, width=10_000))
     return file
