@@ -63,7 +63,7 @@ class FutilityStop(Record, frozen=True):
 
 
 class Decision(Record, frozen=True):
-    """How verdicts are reached."""
+    """The rule for verdicts."""
 
     alpha: Annotated[ErrorRate, doc("Two-sided error rate. Intervals cover 1 - alpha.", "0.05")] = 0.05
     test: Annotated[Test, doc("Paired test that decides.", "t")] = "t"

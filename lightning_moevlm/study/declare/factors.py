@@ -26,7 +26,7 @@ from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 OFF, ON = "off", "on"
 _CHANGES = "mapping of configuration keys, dotted or nested, to values"
 Changes = Annotated[YamlNode, kind(_CHANGES)]
-Description = Annotated[str, doc("What it is, for the report.", "Router logits may grow freely.")]
+Description = Annotated[str, doc("Description for the report.", "Router logits may grow freely.")]
 
 
 class FactorKeys(Record, frozen=True):
@@ -35,13 +35,11 @@ class FactorKeys(Record, frozen=True):
     description: Description = ""
     on: Annotated[
         YamlNode | None,
-        doc(
-            "What the switch changes where it is on.", "{model.losses.router_z: {weight: 1.0e-3}}", _CHANGES, "the base"
-        ),
+        doc("Changes if the switch is on.", "{model.losses.router_z: {weight: 1.0e-3}}", _CHANGES, "the base"),
     ] = None
     off: Annotated[
         YamlNode | None,
-        doc("What the switch changes where it is off.", "{model.losses.router_z: null}", _CHANGES, "the base"),
+        doc("Changes if the switch is off.", "{model.losses.router_z: null}", _CHANGES, "the base"),
     ] = None
     levels: Annotated[
         YamlNode | None,

@@ -54,7 +54,7 @@ Seed = Annotated[int, kind("whole number from 0 to 2**32 - 1", _read_seed)]
 Amount = Annotated[float, kind("number >= 0", ge=0)]
 BetterDirection = Annotated[
     Direction | None,
-    doc("Which way is better.", "lower", default="as the metric is declared; required where it declares none"),
+    doc("Direction of improvement.", "lower", default="as the metric is declared; required where it declares none"),
 ]
 
 
@@ -74,9 +74,7 @@ class PrimaryKeys(Record, frozen=True):
 class GuardKeys(PrimaryKeys, frozen=True, kw_only=True):
     """A metric that may not get worse."""
 
-    at_most: Annotated[
-        Amount, doc("How much worse than the baseline the metric may get on average, in its unit.", "0.05")
-    ]
+    at_most: Annotated[Amount, doc("Largest average worsening against the baseline, in the metric's unit.", "0.05")]
 
 
 class DivergedKeys(Record, frozen=True):
@@ -107,12 +105,12 @@ class StudyFile(Record, frozen=True, kw_only=True):
     """The file. Its name without .yaml is the study's name."""
 
     question: Annotated[
-        str, doc("What the study asks. The report's headline.", "Does the router z-loss matter at this size?")
+        str, doc("Question of the study, and headline of its report.", "Does the router z-loss matter at this size?")
     ]
     hypothesis: Annotated[
-        str, doc("What you expect, written before the runs.", "It makes no difference that three seeds can show.")
+        str, doc("Expected result, written before the runs.", "It makes no difference that three seeds can show.")
     ] = ""
-    source: Annotated[str, doc("Where the question comes from.", "ST-MoE (arXiv 2202.08906)")] = ""
+    source: Annotated[str, doc("Origin of the question.", "ST-MoE (arXiv 2202.08906)")] = ""
     base: Annotated[
         tuple[ConfigFile, ...],
         doc("Configurations of one run, as `moevlm fit -c` takes them. Later files win.", "[conf/quickstart.yaml]"),
@@ -128,7 +126,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
     arms: Annotated[
         YamlNode | None,
         doc(
-            "What is compared: each arm's changes over the base. One arm changes nothing, the baseline. Give either "
+            "Arms by name: each arm's changes over the base. One arm changes nothing, the baseline. Give either "
             "`arms` or `factors` with a `design`.",
             "\n  baseline: {description: As the base says.}\n  no_router_z: {description: Router logits may grow "
             "freely., model.losses.router_z: null}",
@@ -139,7 +137,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
     factors: Annotated[
         YamlNode | None,
         doc(
-            "What a design varies. See `factors.NAME`.",
+            "Factors that the design varies. See `factors.NAME`.",
             "\n  router_z: {off: {model.losses.router_z: null}}\n  qk_norm: "
             "{off: {model.backbone.init_args.stabilisers.qk_norm: false}}",
             "mapping of names to factors",
@@ -148,7 +146,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
     design: Annotated[
         YamlNode | None,
         doc(
-            "Which combinations of the factors are arms. See `moevlm list designs`.",
+            "Combinations of the factors that become arms. See `moevlm list designs`.",
             "factorial",
             "name of a design, or {NAME: options}",
         ),
@@ -169,7 +167,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
         tuple[Seed, ...],
         doc("Repetitions of every arm. Arms share a seed's initial weights, masks and data order.", "[0, 1, 2]"),
     ]
-    budget: Annotated[Budget, doc("What each run may spend. See `budget`.", "{max_steps: 60}", "mapping")]
+    budget: Annotated[Budget, doc("Budget of each run. See `budget`.", "{max_steps: 60}", "mapping")]
     match: Annotated[
         Literal["active_flops"] | None,
         doc("Refuse arms that differ from the baseline in this by more than 1 %.", "active_flops"),
@@ -191,7 +189,10 @@ class StudyFile(Record, frozen=True, kw_only=True):
     diverged: Annotated[
         DivergedKeys,
         doc(
-            "When a run counts as diverged. See `diverged`.", "{times_untrained: 1.0}", "mapping", "as described there"
+            "Rule by which a run counts as diverged. See `diverged`.",
+            "{times_untrained: 1.0}",
+            "mapping",
+            "as described there",
         ),
     ] = DivergedKeys()
     futility_stop: Annotated[
@@ -199,7 +200,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
         doc("Withdraw arms that are far behind early. See `futility_stop`.", "{at_step: 30, worse_by: 0.5}", "mapping"),
     ] = None
     decide: Annotated[
-        Decision, doc("How verdicts are reached. See `decide`.", "{alpha: 0.05}", "mapping", "as described there")
+        Decision, doc("Rule for verdicts. See `decide`.", "{alpha: 0.05}", "mapping", "as described there")
     ] = Decision()
 
 
