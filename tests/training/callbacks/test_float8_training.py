@@ -70,8 +70,8 @@ def fit(callback: Float8Training, precision: str = "bf16-mixed") -> VisionLangua
     return module
 
 
-def test_a_cpu_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UserError, match=r"needs a CUDA GPU, the Trainer runs on cpu: simulate fp8 instead"):
+def test_a_cpu_is_refused_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"needs a CUDA GPU, but the Trainer runs on cpu: simulate fp8 instead"):
         fit(Float8Training())
 
 
