@@ -30,14 +30,16 @@ while os.getppid() == int(sys.argv[1]):  # ends with its parent, however that en
 """
 _STEPPER = "from lightning_moevlm.bench.busy_machine import serve_steps; serve_steps({threads})"
 Stepper = Callable[[int], float]
-"""Trains so many steps and returns the mean seconds of one."""
+"""Trains a number of steps and returns the mean seconds of one."""
 
 
 class LoadTimes(NamedTuple):
     """Times of a step, quiet and beside busy processes.
 
-    seconds: one per round, by name of the row. busy: busy threads beside, by name of the row. threads: of torch. cores:
-    that may be used.
+    seconds: one per round, by name of the row.
+    busy: number of busy threads, by name of the row.
+    threads: threads of torch.
+    cores: usable cores.
     """
 
     seconds: Seconds
@@ -50,7 +52,7 @@ class LoadTimes(NamedTuple):
         return min(self.threads, self.cores * self.threads / (self.threads + self.busy[name]))
 
     def over_fair_share(self, name: str) -> float:
-        """Return the time of a row over that of the faster quiet row on as many cores as are fair."""
+        """Return the time of a row over that of the faster quiet row, scaled to the fair cores."""
         quiet = min((each for each, busy in self.busy.items() if not busy), key=lambda each: best(self.seconds[each]))
         fair_slowdown = self.fair_cores(quiet) / self.fair_cores(name)
         return ratio(self.seconds, name, quiet).fairest / fair_slowdown
@@ -76,7 +78,7 @@ class LoadTimes(NamedTuple):
 def measure_load(
     steppers: Mapping[str, Stepper], threads: int, busy: int, rounds: int, tick: Callable[[], None]
 ) -> LoadTimes:
-    """Time every stepper quiet and beside so many busy processes, in each round; tick after each time."""
+    """Time every stepper quiet and beside busy processes, in each round; tick after each time."""
     order = random.Random(0)
     number_busy = {_row(wait, each): each for each in (0, busy) for wait in steppers}
     seconds: dict[str, list[float]] = {name: [] for name in number_busy}
@@ -95,7 +97,7 @@ def _row(wait: str, busy: int) -> str:
 
 @contextmanager
 def busy_processes(number: int) -> Iterator[list[int]]:
-    """Run so many processes of one busy thread each, and give their ids; they end with this one."""
+    """Run processes of one busy thread each, and give their ids; they end with this process."""
     with ExitStack() as stack:
         started = []
         for _ in range(number):
@@ -111,7 +113,7 @@ def busy_processes(number: int) -> Iterator[list[int]]:
 
 @contextmanager
 def stepper_processes(threads: int) -> Iterator[dict[str, Stepper]]:
-    """Start a process per way to wait; each is ready to train, and idle until it is called."""
+    """Start a process per wait policy; each is ready to train, and idle until it is called."""
     ours = {**os.environ, **wait_policy(os.environ)}
     default = {name: value for name, value in os.environ.items() if name not in wait_policy({})}
     with ExitStack() as stack:
@@ -140,7 +142,7 @@ def _stepper(threads: int, env: dict[str, str]) -> Iterator[Stepper]:
 
 
 def serve_steps(threads: int) -> None:
-    """Train as many steps as each line of standard input says, and answer the mean seconds of one."""
+    """Train the number of steps in each line of standard input, and answer the mean seconds of one."""
     import torch
 
     from lightning_moevlm.bench.training_step import bare_step, pair_batch, quickstart_module

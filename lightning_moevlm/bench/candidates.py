@@ -1,7 +1,7 @@
-"""What is compared with what: one step, forward and backward, of each way to compute a layer.
+"""Candidates of the layer bench: one step, forward and backward, of each way to compute a layer.
 
-Every candidate has the same tokens and gradient, frees its gradients first, and ends with all of them: of the tokens,
-of the weights, and of the router where it has one.
+Every candidate has the same tokens and output gradient, frees its gradients first, and computes all of them: of the
+tokens, of the weights, and of the router if it has one.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,11 @@ DENSE, GEMM, OURS = "dense", "expert GEMMs", "auto"
 
 
 class Candidate(NamedTuple):
-    """name: as in tables and records. step: one forward and backward pass. release: frees its gradients; None for the
-    ceiling, which allocates nothing.
+    """A way to compute a layer.
+
+    name: as in tables and records.
+    step: one forward and backward pass.
+    release: frees its gradients; None for the ceiling, which allocates nothing.
     """
 
     name: str
@@ -76,7 +79,7 @@ class Layer(nn.Module):
 
 
 def training(name: str, module: nn.Module, tokens: Tokens, shape_of_input: tuple[int, ...] | None = None) -> Candidate:
-    """Return a module from tokens to tokens (or to a tuple that begins with them) as a candidate."""
+    """Make a candidate of a module from tokens to tokens (or to a tuple that begins with them)."""
     gradient = tokens.gradient_TD if shape_of_input is None else tokens.gradient_TD.view(shape_of_input)
 
     def release() -> None:
@@ -93,7 +96,7 @@ def training(name: str, module: nn.Module, tokens: Tokens, shape_of_input: tuple
 
 
 def expert_gemms(case: Case, tokens: Tokens) -> Callable[[], object]:
-    """Return the ceiling: only the experts' matrix products, forward and backward, into buffers that are there."""
+    """Return the ceiling: only the experts' matrix products, forward and backward, into existing buffers."""
     shape = case.shape
     lengths = torch.bincount(tokens.expert_TK.flatten(), minlength=shape.E).tolist()
     rows = shape.T * shape.k
@@ -124,7 +127,7 @@ def expert_gemms(case: Case, tokens: Tokens) -> Callable[[], object]:
 
 
 def own_candidates(case: Case, tokens: Tokens) -> list[Candidate]:
-    """Return the dense twin, the ceiling, and every dispatcher of ours that is meant to be fast."""
+    """Return the dense twin, the ceiling, and each of our fast dispatchers."""
     ours: dict[str, Dispatcher] = {
         OURS: AutoDispatcher(),
         "segments": SegmentDispatcher(),

@@ -1,7 +1,7 @@
-"""What is timed: shapes, and tokens whose routing is known beforehand.
+"""Cases of the layer bench: shapes, and tokens whose routing is known beforehand.
 
-Routers are real and their time counts, yet every candidate must route alike. So router rows are orthonormal and each
-token is made of the rows of the experts that it is to visit: whatever router multiplies the two chooses those.
+Routers are real and their time counts, yet every candidate must route alike. So router rows are orthonormal, and each
+token is made of the rows of the experts that it visits: any router that multiplies the two chooses those.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ class Shape:
     act: Act = "swiglu"
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Describe the shape."""
         return f"T={self.T} d={self.d} f={self.f} E={self.E} k={self.k} {self.act}"
 
 
@@ -47,10 +47,10 @@ LAYER_CASES: tuple[Case, ...] = (
 
 
 def select(cases: tuple[Case, ...], only: str | None) -> tuple[Case, ...]:
-    """Return the cases that agree with "E=8" or "E=8,act=gelu,skew=zipf".
+    """Return the cases that match "E=8" or "E=8,act=gelu,skew=zipf".
 
     Raises:
-        UserError: a name that no case has, or no case left.
+        UserError: no case matches.
     """
     wanted = dict(part.partition("=")[::2] for part in (only or "").split(",") if part)
     left = tuple(
@@ -59,13 +59,19 @@ def select(cases: tuple[Case, ...], only: str | None) -> tuple[Case, ...]:
         if all(str({**asdict(case.shape), "skew": case.skew}.get(name)) == value for name, value in wanted.items())
     )
     if not left:
-        told = "; ".join(f"{case.shape} {case.skew}" for case in cases)
-        raise UserError(f"--only {only} fits no case: name values of T, d, f, E, k, act or skew of one of: {told}")
+        known = "; ".join(f"{case.shape} {case.skew}" for case in cases)
+        raise UserError(f"--only {only} matches no case: give values of T, d, f, E, k, act or skew of one of: {known}")
     return left
 
 
 class Tokens(NamedTuple):
-    """tokens_TD: to route. router_ED: orthonormal rows. gradient_TD: of the output. expert_TK: where tokens go."""
+    """Tokens with a known routing.
+
+    tokens_TD: tokens to route.
+    router_ED: orthonormal rows of the router.
+    gradient_TD: gradient of the output.
+    expert_TK: experts of the tokens.
+    """
 
     tokens_TD: Tensor
     router_ED: Tensor
@@ -74,7 +80,7 @@ class Tokens(NamedTuple):
 
 
 def make_tokens(case: Case, seed: int = 0) -> Tokens:
-    """Make tokens that a linear router sends where the skew wants them.
+    """Make tokens that a linear router sends to experts by the skew.
 
     Balanced: every expert gets T k / E pairs, as near as numbers allow. Zipf: expert i is drawn with weight
     1 / (i + 1), without replacement within a token; of 8 experts the busiest then has about 2.5 times the mean load.

@@ -1,13 +1,13 @@
-"""`moevlm bench data`: what reading, parsing, decoding and the whole loader give, beside the ceiling and a peer.
+"""`moevlm bench data`: rates of reading, parsing, decoding and the whole loader, beside a ceiling and a peer.
 
-Ceiling: nothing but decoding, from JPEG bytes in memory to pictures of the model's size, in as many processes as the
-loader decodes in. Whatever else a loader does (reading, hashing, parsing, shuffling, tokenising, carrying batches from
-process to process) takes it away from there. Rates are of the steady state: from the first batch of an epoch to its
-last, without the start of workers. What runs in this process alone (stages, 0 workers) is timed by its CPU time, which
-other processes cannot take from; what runs in workers, by the clock on the wall.
+Ceiling: decoding alone, from JPEG bytes in memory to images of the model's size, in as many processes as the loader
+uses. Reading, hashing, parsing, shuffling, tokenising and the transport between processes reduce the loader's rate.
+Rates are of the steady state, from the first batch of an epoch to its last, without the start of workers. Work in this
+process alone (stages, 0 workers) is timed by its CPU time, which other processes do not change; workers by the wall
+clock.
 
-Fed: a consumer computes for a fixed time on each batch; its rate with the loader over its rate on one batch that is
-there already. Waiting time would hide that workers take cores from the training.
+Fed: a consumer computes for a fixed time on each batch. The figure is its rate with the loader over its rate on one
+fixed batch, so that it shows the cores that workers take from the training.
 """
 
 import multiprocessing
@@ -44,7 +44,7 @@ CONSUMER_SECONDS = 0.1  # per batch of 64: the pace of a small model on a CPU
 STORED_SIZE = 256
 _NUM_SCENES = 1700  # 1360 of them for training
 _MAX_TEXT_LEN = 48
-_SHUFFLE_BUFFER = 16  # small, so that filling and draining it is no part of the rates
+_SHUFFLE_BUFFER = 16  # small, so that filling and draining it does not affect the rates
 _NUM_STAGED = 512
 _NUM_BATCHES, _NUM_CONSUMED = 20, 10  # timed, at most
 _ANY_VOCABULARY = 2**31
@@ -55,7 +55,7 @@ CEILING, LOADER, PLAIN, FED, FIXED = "decode only", "loader", "webdataset + Pill
 
 
 class DataSet(NamedTuple):
-    """The set that is read, and some of its training samples in memory."""
+    """The set to read, and some of its training samples in memory."""
 
     root: Path
     manifest: Manifest
@@ -69,7 +69,7 @@ class DataSet(NamedTuple):
 
 
 class DataTimes(NamedTuple):
-    """Seconds per sample, by what was done, one per round, rounds in the same order for all."""
+    """Seconds per sample by name, one per round, rounds in the same order for all."""
 
     seconds: Seconds
 
@@ -82,7 +82,7 @@ class DataTimes(NamedTuple):
         return 1 / ratio(self.seconds, name, of).fairest
 
     def records(self) -> list[dict[str, object]]:
-        """Return one record per thing done, as `--json` writes them."""
+        """Return one record per name, as `--json` writes them."""
         return [
             {
                 "bench": "data",
@@ -99,13 +99,13 @@ class DataTimes(NamedTuple):
         return round(self.share(name, f"{CEILING}, {where}"), 3) if what in (LOADER, PLAIN) else None
 
 
-def at(what: str, size: int, workers: int | None = None) -> str:
-    """Name what is done at a picture size, with a number of workers."""
+def name_timed(what: str, size: int, workers: int | None = None) -> str:
+    """Name a measurement at an image size, with a number of workers."""
     return f"{what}, {size} px" + ("" if workers is None else f", {workers} workers")
 
 
 def build_set(root: Path) -> None:
-    """Build the set that is measured: scenes from the installed art, JPEG, quality 90."""
+    """Build the set to measure: scenes from the installed art, JPEG, quality 90."""
     build_scenes(root, _NUM_SCENES, STORED_SIZE, "jpg", 64, seed=0, samples_per_shard=340, vocab_size=640, force=False)
 
 
@@ -113,14 +113,13 @@ def open_set(root: Path) -> DataSet:
     """Open a set of JPEGs with captions.
 
     Raises:
-        UserError: if there is no set, it has no JPEGs or captions, or too few samples or shards to time.
-
+        UserError: the set is missing, has no JPEGs or captions, or too few samples or shards.
     """
     manifest = read_manifest(root)
     if not {"jpg", "txt"} <= set(manifest.members) or manifest.layout != PLAIN_LAYOUT:
         raise UserError(
-            f"--root {root} has members {', '.join(manifest.members)}; the bench reads sets of jpg and txt, kept as "
-            "they are called in the tars"
+            f"--root {root} has members {', '.join(manifest.members)}; the bench reads sets whose "
+            "members are called jpg and txt"
         )
     if manifest.num_samples("train") < 8 * BATCH_SIZE or len(manifest.splits["train"]) < max(WORKERS):
         raise UserError(
@@ -133,7 +132,7 @@ def open_set(root: Path) -> DataSet:
 
 
 def list_timed(data: DataSet, sizes: Sequence[int]) -> list["Timed"]:
-    """Return all that is timed: stages, ceilings, loaders, the peer, consumers."""
+    """Return all measurements: stages, ceilings, loaders, the peer, consumers."""
     by_size = [each for size in sizes for each in (*_sized(data, size), *_loaders(data, size))]
     return [*_stages(data), *by_size, *_consumers(data, sizes[0])]
 
@@ -150,7 +149,11 @@ def measure(timed: Sequence["Timed"], rounds: int, tick: Callable[[], None]) -> 
 
 
 class Timed(NamedTuple):
-    """name: as in tables. seconds_per_sample: does it once and says how long it took."""
+    """A measurement.
+
+    name: as in tables.
+    seconds_per_sample: does the work once and returns its time.
+    """
 
     name: str
     seconds_per_sample: Callable[[], float]
@@ -166,7 +169,7 @@ def _stage(name: str, num_samples: int, work: Callable[[], object]) -> Timed:
 
 
 def _stages(data: DataSet) -> list[Timed]:
-    """What does not depend on the size of pictures."""
+    """Return the stages that do not depend on the size of images."""
     num_samples = data.manifest.num_samples("train")
     wanted = frozenset({"jpg", "txt"})
 
@@ -193,7 +196,7 @@ def _stages(data: DataSet) -> list[Timed]:
 
 
 def _sized(data: DataSet, size: int) -> list[Timed]:
-    """Decoding, alone and with what follows, of samples in memory."""
+    """Return decoding, alone and with the stages after it, of samples in memory."""
     jpegs = [sample.members["jpg"] for sample in data.samples]
     decoded = simplejpeg.decode_jpeg(jpegs[0], "RGB", **jpeg_scaling(size))
     row_RYX = image_rows(1, size)[0]
@@ -212,10 +215,10 @@ def _sized(data: DataSet, size: int) -> list[Timed]:
             collate(data.samples[start : start + BATCH_SIZE])
 
     return [
-        _stage(at(DECODE, size), len(jpegs), decode),
-        _stage(at(RESIZE, size), len(jpegs), resize),
-        _stage(at(COLLATE, size), len(jpegs), whole),
-        *(Timed(at(CEILING, size, workers), partial(_ceiling, jpegs, size, workers)) for workers in WORKERS),
+        _stage(name_timed(DECODE, size), len(jpegs), decode),
+        _stage(name_timed(RESIZE, size), len(jpegs), resize),
+        _stage(name_timed(COLLATE, size), len(jpegs), whole),
+        *(Timed(name_timed(CEILING, size, workers), partial(_ceiling, jpegs, size, workers)) for workers in WORKERS),
     ]
 
 
@@ -226,10 +229,10 @@ def _decode_all(jpegs: Sequence[bytes], size: int) -> None:
 
 
 def _ceiling(jpegs: Sequence[bytes], size: int, num_workers: int) -> float:
-    """Return seconds per picture; several processes begin together, and the last one to finish counts."""
+    """Return seconds per image; several processes begin together, and the last one to finish counts."""
     if num_workers == 0:
         return _stage("", len(jpegs), lambda: _decode_all(jpegs, size)).seconds_per_sample()
-    context = multiprocessing.get_context("fork")  # what is decoded is inherited, as in a loader's workers
+    context = multiprocessing.get_context("fork")  # workers inherit the bytes, as in a loader
     begin, end = (context.Barrier(num_workers + 1) for _ in range(2))
 
     def work() -> None:
@@ -252,7 +255,7 @@ def _ceiling(jpegs: Sequence[bytes], size: int, num_workers: int) -> float:
 
 
 def _loaders(data: DataSet, size: int) -> list[Timed]:
-    """Whole epochs, ours and the peer's."""
+    """Return whole epochs, ours and the peer's."""
 
     def ours(workers: int) -> float:
         return _steady(_loader(data, size, workers), _NUM_BATCHES, clock=_clock(workers))
@@ -264,8 +267,8 @@ def _loaders(data: DataSet, size: int) -> list[Timed]:
         return _steady(batches, _NUM_BATCHES, clock=_clock(workers))
 
     return [
-        *(Timed(at(LOADER, size, workers), partial(ours, workers)) for workers in WORKERS),
-        *(Timed(at(PLAIN, size, workers), partial(plain, workers)) for workers in WORKERS),
+        *(Timed(name_timed(LOADER, size, workers), partial(ours, workers)) for workers in WORKERS),
+        *(Timed(name_timed(PLAIN, size, workers), partial(plain, workers)) for workers in WORKERS),
     ]
 
 
@@ -291,7 +294,7 @@ def _steady(
     work: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return seconds per sample from the first batch to the last; `work` is done on each but the first."""
+    """Return seconds per sample from the first batch to the last; `work` runs on each but the first."""
     iterator = iter(batches)
     next(iterator)
     start, number = clock(), 0
@@ -303,7 +306,7 @@ def _steady(
 
 
 def _consumers(data: DataSet, size: int) -> list[Timed]:
-    """A consumer of a fixed amount of work per batch: on one batch again and again, and fed by the loader."""
+    """Return a consumer of a fixed amount of work per batch: on one fixed batch, and fed by the loader."""
     work = fixed_work(CONSUMER_SECONDS)
 
     def fixed() -> float:
@@ -312,11 +315,11 @@ def _consumers(data: DataSet, size: int) -> list[Timed]:
     def fed(workers: int) -> float:
         return _steady(_loader(data, size, workers), _NUM_CONSUMED, work)
 
-    return [Timed(FIXED, fixed), *(Timed(at(FED, size, workers), partial(fed, workers)) for workers in WORKERS)]
+    return [Timed(FIXED, fixed), *(Timed(name_timed(FED, size, workers), partial(fed, workers)) for workers in WORKERS)]
 
 
 def fixed_work(seconds: float) -> Callable[[], object]:
-    """Return matrix products that take about so long on this machine now, and the same amount of work ever after."""
+    """Return matrix products that take about so long on this machine now; later calls do the same amount of work."""
     matrix = torch.randn(192, 192) / 192**0.5
 
     def products(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Routing and dispatch without any expert work: router, sort, gather, combine, forward and backward."""
+"""Times routing and dispatch without expert work: router, sort, gather, combine, forward and backward."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,10 +20,10 @@ class IdentityExperts(ExpertStack):
     """Experts that return their rows."""
 
     def __init__(self, num_experts: int) -> None:
-        super().__init__(dim=1, num_experts=num_experts, hidden_dim=1)  # of no matrix
+        super().__init__(dim=1, num_experts=num_experts, hidden_dim=1)
 
     def stacks(self) -> tuple[Tensor, ...]:
-        """None."""
+        """Return no stack."""
         return ()
 
     def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
@@ -31,7 +31,7 @@ class IdentityExperts(ExpertStack):
         return rows_ND
 
     def forward_flops_per_row(self) -> int:
-        """Nothing."""
+        """Return 0."""
         return 0
 
 
@@ -86,7 +86,7 @@ def growth_shapes() -> dict[str, Shape]:
 
 
 def measure_growth(rounds: int, tick: Callable[[], None]) -> Growth:
-    """Time dispatch alone over growing T and E, and the dense FFN beside."""
+    """Time dispatch alone over growing T and E, and the dense FFN."""
     shapes = growth_shapes()
     dense_case = Case(Shape(2048, 256, 1024, 8, act="gelu"), "balanced")
     candidates = [training(DENSE, DenseTwin(dense_case.shape), make_tokens(dense_case))]

@@ -1,4 +1,4 @@
-"""Measure the dispatchers over a grid of cases, so that trainings need not do it."""
+"""Measures the dispatchers over a grid of cases, so that trainings need not."""
 
 import torch
 

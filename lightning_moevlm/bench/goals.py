@@ -1,6 +1,6 @@
-"""The goals of the benchmarks, and whether a run meets them. Fixed beforehand; a miss is reported.
+"""Goals of the benchmarks, set beforehand, and the verdicts of a run on them.
 
-A time goal is missed if both the best ratio and the median ratio miss it, because neither is worth more than 5 %.
+A time goal is missed if both the best ratio and the median ratio miss it, because each is accurate to about 5 %.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lightning_moevlm.bench.busy_machine import MOEVLM_WAIT, LoadTimes
 from lightning_moevlm.bench.candidates import DENSE, GEMM, OURS
-from lightning_moevlm.bench.data_loading import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, at
+from lightning_moevlm.bench.data_loading import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, name_timed
 from lightning_moevlm.bench.dispatch_scaling import Growth
 from lightning_moevlm.bench.layer import LayerResult
 from lightning_moevlm.bench.peers import TRANSFORMERS_EAGER, TRANSFORMERS_GROUPED
@@ -33,14 +33,19 @@ _EXPERTS = 2.0  # E = 128 over E = 4
 _ADDED_MS = 2.5  # per step, by Lightning with all telemetry and MLflow, logging every 50
 _SPARSE_OVER_DENSE = 1.03  # a whole training step
 _OVER_FAIR_SHARE = 1.2  # time of a step, quiet and beside busy processes
-_OF_CEILING = {64: 0.60, 224: 0.75}  # samples/s of the loader over decoding alone, by picture size
+_OF_CEILING = {64: 0.60, 224: 0.75}  # samples/s of the loader over decoding alone, by image size
 _OF_CEILING_BEYOND = 0.85
 _OVER_PLAIN = 2.0  # samples/s over WebDataset with Pillow
 _FED = 0.95  # of a consumer's rate on a fixed batch
 
 
 class Verdict(NamedTuple):
-    """what: the goal in words. figure: what was measured. goal: at most this, or at least."""
+    """A goal and its figure.
+
+    what: text of the goal.
+    figure: measured value.
+    goal: upper bound, or lower bound with at_least.
+    """
 
     what: str
     figure: float
@@ -49,13 +54,13 @@ class Verdict(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the figure, rounded to what is shown, is within the goal."""
+        """True if the figure, rounded as it is shown, is within the goal."""
         shown = round(self.figure, 2)
         return shown >= self.goal if self.at_least else shown <= self.goal
 
 
 def layer_verdicts(results: Sequence[LayerResult]) -> list[Verdict]:
-    """Hold every result against the goals that concern it."""
+    """Check every result against its goals."""
     verdicts: list[Verdict] = []
     for result in results:
         shape, where = result.case.shape, f"{result.case.shape} {result.case.skew}"
@@ -77,7 +82,7 @@ def layer_verdicts(results: Sequence[LayerResult]) -> list[Verdict]:
 
 
 def dispatch_verdicts(growth: Growth) -> list[Verdict]:
-    """Hold dispatch alone against its goals."""
+    """Check dispatch alone against its goals."""
     return [
         Verdict("dispatch alone over the dense FFN, T=2048 E=8", growth.over_dense, _DISPATCH_OVER_DENSE),
         Verdict("time per token, T=32768 over T=2048", growth.tokens_ratio, _LINEAR),
@@ -86,7 +91,7 @@ def dispatch_verdicts(growth: Growth) -> list[Verdict]:
 
 
 def step_verdicts(times: StepTimes, sparsity: Ratio) -> list[Verdict]:
-    """Hold whole steps against their goals."""
+    """Check whole steps against their goals."""
     return [
         Verdict("ms that Lightning, telemetry and MLflow add to a step", times.added, _ADDED_MS),
         Verdict("sparse step over dense step", sparsity.fairest, _SPARSE_OVER_DENSE),
@@ -94,7 +99,7 @@ def step_verdicts(times: StepTimes, sparsity: Ratio) -> list[Verdict]:
 
 
 def load_verdicts(times: LoadTimes) -> list[Verdict]:
-    """Hold a step, quiet and beside busy processes, against its goal."""
+    """Check a step, quiet and beside busy processes, against its goal."""
     return [
         Verdict(f"time over fair share, {name}", times.over_fair_share(name), _OVER_FAIR_SHARE)
         for name in times.seconds
@@ -103,17 +108,17 @@ def load_verdicts(times: LoadTimes) -> list[Verdict]:
 
 
 def data_verdicts(times: DataTimes, sizes: Sequence[int], num_workers: Sequence[int]) -> list[Verdict]:
-    """Hold the loader against its goals; those of the fixed batch by the best number of workers."""
+    """Check the loader against its goals; that of the fixed batch with the best number of workers."""
     verdicts: list[Verdict] = []
     for size in sizes:
         for workers in num_workers:
-            ours, where = at(LOADER, size, workers), f"{size} px, {workers} workers"
-            share = times.share(ours, at(CEILING, size, workers))
+            ours, where = name_timed(LOADER, size, workers), f"{size} px, {workers} workers"
+            share = times.share(ours, name_timed(CEILING, size, workers))
             if size in _OF_CEILING:
                 verdicts.append(Verdict(f"share of decoding alone, {where}", share, _OF_CEILING[size], at_least=True))
             verdicts.append(Verdict(f"the same, goal beyond, {where}", share, _OF_CEILING_BEYOND, at_least=True))
-            over = times.share(ours, at(PLAIN, size, workers))
+            over = times.share(ours, name_timed(PLAIN, size, workers))
             verdicts.append(Verdict(f"samples/s over {PLAIN}, {where}", over, _OVER_PLAIN, at_least=True))
-    fed = max(times.share(at(FED, sizes[0], workers), FIXED) for workers in num_workers)
+    fed = max(times.share(name_timed(FED, sizes[0], workers), FIXED) for workers in num_workers)
     verdicts.append(Verdict(f"consumer fed, over a fixed batch, {sizes[0]} px", fed, _FED, at_least=True))
     return verdicts

@@ -1,4 +1,4 @@
-"""`moevlm bench layer`: whole layers, forward and backward, ours beside dense twin, ceiling and peers."""
+"""`moevlm bench layer`: times whole layers, forward and backward: ours, the dense twin, the ceiling and peers."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from lightning_moevlm.bench.timing import Seconds, interleave, peak_mib
 
 
 class LayerResult(NamedTuple):
-    """A case, every candidate's times, its peak memory in MiB where it allocates any, and where it ran."""
+    """Times and peak memory (MiB, of candidates that allocate) of a case on a device."""
 
     case: Case
     seconds: Seconds
@@ -43,7 +43,7 @@ class LayerResult(NamedTuple):
 
 
 def make_candidates(case: Case, peers: Peers, device: str = "cpu") -> list[Candidate]:
-    """Return every candidate that can run the case, on a device."""
+    """Make every candidate that can run the case, on a device."""
     tokens = Tokens(*(each.to(device) for each in make_tokens(case)))
     with torch.device(device):
         return [*own_candidates(case, tokens), *peer_candidates(case, tokens, peers)]
@@ -52,6 +52,6 @@ def make_candidates(case: Case, peers: Peers, device: str = "cpu") -> list[Candi
 def run_case(
     case: Case, rounds: int, candidates: Sequence[Candidate], tick: Callable[[], None], device: str = "cpu"
 ) -> LayerResult:
-    """Time all candidates of a case together; tick after each step. device: where they are."""
+    """Time all candidates of a case together; tick after each step. device: device of the candidates."""
     peaks = {each.name: peak_mib(each.step, each.release, device) for each in candidates if each.release is not None}
     return LayerResult(case, interleave(candidates, rounds, tick), peaks, device)

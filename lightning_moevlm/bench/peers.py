@@ -1,4 +1,4 @@
-"""Layers of other packages, where they are installed (extra `peers`), with the same router rows and tokens."""
+"""Layers of other packages, if they are installed (extra `peers`), with the same router rows and tokens."""
 
 from importlib.util import find_spec
 from typing import Literal
@@ -16,7 +16,7 @@ _ST_MOE_GROUPS = 8  # samples; its capacity is per sample
 
 
 def peer_candidates(case: Case, tokens: Tokens, peers: Peers) -> list[Candidate]:
-    """Return the candidates of the packages that are asked for, there, and able to run the case."""
+    """Return the candidates of the chosen packages that are installed and can run the case."""
     found: list[Candidate] = []
     if case.shape.act != "swiglu":
         return found  # both are gated
@@ -33,7 +33,7 @@ def peer_candidates(case: Case, tokens: Tokens, peers: Peers) -> list[Candidate]
 
 
 def missing_peers(peers: Peers) -> list[str]:
-    """Return the packages that were asked for and are not installed."""
+    """Return the chosen packages that are not installed."""
     wanted = {"transformers": ("all", "transformers"), "st_moe_pytorch": ("all", "st-moe")}
     return [package for package, asked in wanted.items() if peers in asked and not find_spec(package)]
 

@@ -1,4 +1,4 @@
-"""The peer of the data bench: the same shards as most people read them, with WebDataset and Pillow."""
+"""The peer of the data bench: the same shards read with plain WebDataset and Pillow."""
 
 from collections.abc import Iterable
 from pathlib import Path

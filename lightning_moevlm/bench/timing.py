@@ -1,8 +1,8 @@
-"""Fair timing on a machine that is never quiet: candidates interleaved, in random order each round, compared in ratios.
+"""Times candidates fairly on a busy machine: interleaved, in random order each round, compared by ratios.
 
-best ratio: of the second-smallest times. median ratio: median over rounds of the ratio within a round, so that a slow
-spell counts for both. Neither is worth more than about 5 %. With one thread and no GPU a step is timed by CPU time of
-the process, which other processes cannot take from; with more, by the clock on the wall, because threads wait.
+best ratio: ratio of the second-smallest times. median ratio: median over rounds of the ratio within a round, so that a
+slow spell affects both. Each is accurate to about 5 %. With one thread and no GPU a step is timed by the CPU time of
+the process, which other processes do not change; with more by the wall clock, because threads wait.
 """
 
 import random
@@ -21,7 +21,7 @@ Seconds = Mapping[str, Sequence[float]]
 
 
 class Ratio(NamedTuple):
-    """How much longer one takes than another, twice."""
+    """Two estimates of the ratio of two times."""
 
     best: float
     median: float
@@ -49,7 +49,7 @@ def interleave(
 
 
 def ratio(seconds: Seconds, name: str, over: str) -> Ratio:
-    """Return how much longer `name` takes than `over`."""
+    """Return the time of `name` over that of `over`."""
     in_round = [mine / theirs for mine, theirs in zip(seconds[name], seconds[over], strict=True)]
     return Ratio(best(seconds[name]) / best(seconds[over]), statistics.median(in_round))
 
@@ -60,7 +60,7 @@ def best(times: Sequence[float]) -> float:
 
 
 def wall_clock() -> bool:
-    """Say whether steps are timed by the clock on the wall."""
+    """Say whether steps are timed by the wall clock."""
     return torch.cuda.is_available() or torch.get_num_threads() > 1
 
 
@@ -80,8 +80,8 @@ def peak_mib(step: Callable[[], object], release: Callable[[], None], device: st
 
     Args:
         step: forward and backward.
-        release: frees what a former step left, so that the peak is above the weights alone.
-        device: whose memory is meant.
+        release: frees the gradients of a former step, so that the peak excludes the weights alone.
+        device: device of the memory.
     """
     step()
     release()

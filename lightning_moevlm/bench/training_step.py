@@ -1,12 +1,12 @@
-"""`moevlm bench step`: what Lightning, telemetry and MLflow add to a training step, and what sparsity adds to it.
+"""`moevlm bench step`: the cost of Lightning, telemetry and MLflow in a training step, and that of sparsity.
 
     overhead   one model on the same batches: the bare loop of PyTorch (losses, backward, clip, update, schedule)
                against `Trainer.fit` with the callbacks of `moevlm fit` and MLflow on SQLite, logging every 50 steps;
                in turns of ten steps
     sparsity   the bare loop of a sparse model against that of its dense twin at equal active FLOPs
 
-Steps that log and steps that ask for receipts are in the mean, in the share that they have of all steps; what is done
-once, before the first step and at the last ones, is not.
+Steps that log and steps that write receipts count by their share of all steps. Work before the first step and after
+the last ones does not count.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class StepTimes(NamedTuple):
 
     @property
     def added(self) -> float:
-        """What the trainer adds to a step, in ms: median over rounds."""
+        """Time that the trainer adds to a step, in ms: median over rounds."""
         return statistics.median(whole - bare for bare, whole in zip(self.bare, self.whole, strict=True))
 
     def records(self) -> list[dict[str, object]]:
@@ -74,8 +74,8 @@ class StepTimes(NamedTuple):
 def measure_overhead(rounds: int, tick: Callable[[], None], device: str = "cpu") -> StepTimes:
     """Train a small VL-MoE for `NUM_STEPS` steps in each way and round; tick after each round.
 
-    The ways take turns of `TURN` steps, so that a machine whose clock drifts slows both. One thread: what is added
-    runs on one, and a small step on several is mostly waiting.
+    The ways take turns of `TURN` steps, so that a slow spell affects both. One thread, because the added work runs on
+    one, and a small step on several threads mostly waits.
     """
     batches = [pair_batch(2, seed, device) for seed in range(8)]
     times = StepTimes([], [])
@@ -92,7 +92,7 @@ def measure_overhead(rounds: int, tick: Callable[[], None], device: str = "cpu")
 
 
 def bare_step(module: VisionLanguageModule, batches: Sequence[Batch]) -> Callable[[], None]:
-    """Return a function that trains one step, as anybody would write it without a framework."""
+    """Return a function that trains one step without a framework."""
     module.train()
     optimizer = module.optimizer_factory(parameter_groups(module.named_parameters()))
     schedule = WarmupCosine(optimizer, total_steps=WARM_UP + NUM_STEPS)
@@ -113,7 +113,7 @@ def bare_step(module: VisionLanguageModule, batches: Sequence[Batch]) -> Callabl
 def milliseconds_in_turns(
     by_hand: VisionLanguageModule, by_trainer: VisionLanguageModule, batches: Sequence[Batch], uri: str, folder: str
 ) -> tuple[float, float]:
-    """Return the mean time of a step of the bare loop, and of `Trainer.fit` with all that `moevlm fit` brings."""
+    """Return the mean time of a step of the bare loop, and of `Trainer.fit` with the callbacks of `moevlm fit`."""
     turns = _Turns(bare_step(by_hand, batches))
     trainer = Trainer(
         accelerator="gpu" if by_hand.device.type == "cuda" else "cpu",
@@ -197,7 +197,7 @@ def _wide_module(is_sparse: bool) -> VisionLanguageModule:
 
 
 def pair_batch(num_samples: int, seed: int, device: str = "cpu") -> Batch:
-    """Return random pictures with texts of full length, on a device."""
+    """Return random images with texts of full length, on a device."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (num_samples, 3, _IMAGE, _IMAGE), generator=generator, dtype=torch.uint8)
     text = torch.randint(10, _VOCABULARY, (num_samples, _TEXT), generator=generator)
@@ -206,7 +206,7 @@ def pair_batch(num_samples: int, seed: int, device: str = "cpu") -> Batch:
 
 
 class _Repeated(Dataset[Batch]):
-    """The batches, again and again."""
+    """The batches, repeated."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
@@ -247,7 +247,7 @@ class _Turns(Callback):
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread; whatever happens, give the others back."""
+    """Compute on one thread, and restore their number at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -258,7 +258,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the trainers' notices, bars and links out of the table's way; what is an error is still raised."""
+    """Hide the notices, bars and links of the trainers."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

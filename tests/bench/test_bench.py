@@ -1,4 +1,4 @@
-"""Benchmarks: what they time is what they say, and goals are held against the figures as printed."""
+"""Benchmarks: they time what they name, and goals are checked against the figures as printed."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def test_peak_memory_is_exact() -> None:
     assert peak_mib(step, lambda: None) == 2.0
 
 
-def test_interleaving_times_everybody_in_every_round() -> None:
+def test_interleaving_times_each_candidate_in_every_round() -> None:
     calls: list[str] = []
     candidates = [Candidate(name, partial(calls.append, name)) for name in "abc"]
     ticks: list[int] = []
@@ -138,11 +138,11 @@ def test_cases_are_selected_by_name() -> None:
     assert {case.shape.E for case in select(LAYER_CASES, "E=8")} == {8}
     assert [case.skew for case in select(LAYER_CASES, "E=8,act=gelu,skew=zipf")] == ["zipf"]
     assert select(LAYER_CASES, None) == LAYER_CASES
-    with pytest.raises(UserError, match="--only E=9 fits no case"):
+    with pytest.raises(UserError, match="--only E=9 matches no case"):
         select(LAYER_CASES, "E=9")
 
 
-def test_commands_write_what_they_say(
+def test_commands_write_their_records(
     moevlm: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from lightning_moevlm.bench import cases, dispatcher_timings

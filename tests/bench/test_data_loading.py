@@ -43,8 +43,8 @@ def test_rates_and_shares_by_hand() -> None:
 
 
 def test_the_records_have_shares_of_the_ceiling_of_the_same_size_and_processes() -> None:
-    names = [bench.at(each, 64, 2) for each in (bench.LOADER, bench.CEILING, bench.PLAIN)]
-    seconds = {names[0]: [0.002], names[1]: [0.001], names[2]: [0.008], bench.at(bench.CEILING, 64, 0): [0.1]}
+    names = [bench.name_timed(each, 64, 2) for each in (bench.LOADER, bench.CEILING, bench.PLAIN)]
+    seconds = {names[0]: [0.002], names[1]: [0.001], names[2]: [0.008], bench.name_timed(bench.CEILING, 64, 0): [0.1]}
     shares = {str(each["impl"]): each["share_of_ceiling"] for each in bench.DataTimes(seconds).records()}
     assert shares == {names[0]: 0.5, names[1]: None, names[2]: 0.125, "decode only, 64 px, 0 workers": None}
 
@@ -53,11 +53,11 @@ def test_goals_are_met_and_missed() -> None:
     seconds = {}
     for size, loader in ((64, 0.0016), (224, 0.0016)):
         for workers in bench.WORKERS:
-            seconds[bench.at(bench.CEILING, size, workers)] = [0.001]
-            seconds[bench.at(bench.LOADER, size, workers)] = [loader]
-            seconds[bench.at(bench.PLAIN, size, workers)] = [0.003]
+            seconds[bench.name_timed(bench.CEILING, size, workers)] = [0.001]
+            seconds[bench.name_timed(bench.LOADER, size, workers)] = [loader]
+            seconds[bench.name_timed(bench.PLAIN, size, workers)] = [0.003]
     seconds[bench.FIXED] = [0.0095]
-    seconds |= {bench.at(bench.FED, 64, workers): [0.01 + workers] for workers in bench.WORKERS}
+    seconds |= {bench.name_timed(bench.FED, 64, workers): [0.01 + workers] for workers in bench.WORKERS}
     verdicts = data_verdicts(bench.DataTimes(seconds), (64, 224), bench.WORKERS)
     # 1 / 1.6 = 0.63: 0.60 at 64 px, not 0.75 at 224, not 0.85; 3 / 1.6 = 1.88 < 2; the best consumer 9.5 / 10 = 0.95
     met = {each.what: each.met for each in verdicts}
@@ -80,7 +80,7 @@ def test_everything_is_timed_in_every_round(root: Path) -> None:
     assert min(min(each) for each in times.seconds.values()) > 0
 
 
-def test_the_peer_reads_the_same_pictures_and_texts(root: Path) -> None:
+def test_the_peer_reads_the_same_images_and_texts(root: Path) -> None:
     data = bench.open_set(root)
     images, texts = next(iter(plain_batches(data.shards, data.tokenizer, 32, 24, 16, 1, num_workers=0)))
     assert images.shape == (16, 3, 32, 32) and images.dtype == torch.uint8
@@ -104,7 +104,7 @@ def test_sets_that_cannot_be_timed_are_refused(scenes_root: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command_writes_what_it_says(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_its_records(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "data.json"
     assert main(["bench", "data", "--rounds", "1", "--root", str(root), "--json", str(written)]) == 0
     records = json.loads(written.read_text())

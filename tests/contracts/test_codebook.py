@@ -67,7 +67,7 @@ def test_fit_save_load(scenes_root: Path, tmp_path: Path) -> None:
     assert nearest_codes(grey_BRYX, loaded.centroids_CQ, loaded.patch_size).unique().tolist() == [0]
 
 
-def test_codes_describe_pictures_better_than_one_centre_would(scenes_root: Path) -> None:
+def test_codes_describe_images_better_than_one_centre(scenes_root: Path) -> None:
     from lightning_moevlm.data.datamodule import ShardDataModule
 
     codebook = fit_codebook(ShardStorage(str(scenes_root)), 64, 8, seed=0, max_samples=200)

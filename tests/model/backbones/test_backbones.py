@@ -107,7 +107,7 @@ def test_causal_outputs_do_not_know_later_words(name: str, switch: str, capacity
         # an expert's matrix product may round differently with other rows beside; a leak is ten thousand times larger
         torch.testing.assert_close(other[:, :seen], base[:, :seen], rtol=0, atol=2e-6)
         assert not torch.allclose(other[:, seen], base[:, seen])
-    # words see the picture, and the picture no word
+    # words see the image, and the image no word
     other_image = model(pair_batch(1, seed=1).images_BRYX, batch.text_BL, batch.text_mask_BL).tokens_BSD
     assert not torch.allclose(other_image[:, 4:], base[:, 4:])
 

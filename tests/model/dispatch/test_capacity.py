@@ -132,7 +132,7 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "text"),
     [
         ({"train_factor": 0.0}, "train_factor is 0.0"),
         ({"eval_factor": ModalityFactors(-1.0, 1.0)}, "eval_factor is -1.0"),
@@ -140,12 +140,12 @@ def test_no_tokens() -> None:
         ({"multiple_of": 0}, "multiple_of is 0"),
     ],
 )
-def test_what_has_no_meaning_is_refused(options: dict[str, object], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_values_out_of_range_are_refused(options: dict[str, object], text: str) -> None:
+    with pytest.raises(UserError, match=text):
         Capacity(**options)  # type: ignore[arg-type]
 
 
-def test_who_can_displace_earlier_positions() -> None:
+def test_priorities_that_displace_earlier_positions() -> None:
     assert [Capacity(priority=each).competes for each in ("position", "gate", "probability")] == [False, True, True]
 
 

@@ -1,4 +1,4 @@
-"""`torch.compile` takes a whole model into one graph, whatever dispatches, and gives what is computed without it."""
+"""`torch.compile` takes a whole model into one graph with every dispatcher, and gives the results of eager mode."""
 
 from collections.abc import Callable, Iterator
 from itertools import product

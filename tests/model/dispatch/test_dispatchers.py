@@ -82,7 +82,7 @@ def test_one_expert_by_hand(dispatcher: Dispatcher) -> None:
 def test_padding_and_dropped_pairs_come_out_as_zeros(dispatcher: Dispatcher) -> None:
     experts = MLPExperts(16, 4, 32)
     initialise(experts, seed=0, std=0.3)
-    logits_TE = torch.zeros(10, 4).index_fill(1, torch.tensor([2]), 9.0)  # everybody wants expert 2
+    logits_TE = torch.zeros(10, 4).index_fill(1, torch.tensor([2]), 9.0)  # all tokens choose expert 2
     plan = top_1_plan(logits_TE, valid_T=torch.arange(10) < 8)
     some = limited(plan, 1.0)  # capacity ceil(1.0 * 8 / 4) = 2
     out_TD = dispatcher(some, torch.randn(10, 16, generator=torch.Generator().manual_seed(0)), experts)

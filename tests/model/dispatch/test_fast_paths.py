@@ -31,7 +31,7 @@ def name(dispatcher: Dispatcher) -> str:
 
 
 class BiasedExperts(ExpertStack):
-    """Somebody else's stack: an activation of three stages, a bias, so that a row of zeros gives no zeros."""
+    """A stack of another package: an activation of three stages, a bias, so that a row of zeros gives no zeros."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts, hidden_dim=24)

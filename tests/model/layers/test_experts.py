@@ -109,7 +109,7 @@ def test_routed_experts_start_alike_with_and_without_shared_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "told"),
+    ("build", "text"),
     [
         (lambda: MLPExperts(16, 4, dropout=1.0), "expert dropout is 1.0"),
         (lambda: GatedExperts(16, 4, dropout=-0.1), "expert dropout is -0.1"),
@@ -117,6 +117,6 @@ def test_routed_experts_start_alike_with_and_without_shared_ones() -> None:
         (lambda: MoEFFN(16, 4, shared=MLPExperts, num_shared=0), "num_shared is 0"),
     ],
 )
-def test_what_has_no_meaning_is_refused(build: object, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_values_out_of_range_are_refused(build: object, text: str) -> None:
+    with pytest.raises(UserError, match=text):
         build()  # type: ignore[operator]

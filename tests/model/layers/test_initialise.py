@@ -70,7 +70,7 @@ def vl_moe() -> VLMoE:
 
 
 class OwnRouter(TopKRouter):
-    """A router of somebody else's, with a parameter of its own."""
+    """A router of another package, with a parameter of its own."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__(dim, num_experts)

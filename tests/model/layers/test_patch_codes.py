@@ -37,8 +37,8 @@ def test_a_codebook_gives_its_nearest_centre(tmp_path: Path) -> None:
     ramp_Q = (ramp_Q - ramp_Q.mean()) / ramp_Q.std(correction=0)
     save_codebook(Codebook(torch.stack([ramp_Q, -ramp_Q]), 8, "digest"), tmp_path / "book.safetensors")
     codes = PatchCodes(8, codebook=str(tmp_path / "book.safetensors"))
-    picture = (torch.arange(16).repeat(16, 1) * 10).to(torch.uint8).expand(1, 3, 16, 16)
-    assert codes(picture, None).tolist() == [[0, 0, 0, 0]]
-    assert codes(picture.flip(-1), None).tolist() == [[1, 1, 1, 1]]
+    image = (torch.arange(16).repeat(16, 1) * 10).to(torch.uint8).expand(1, 3, 16, 16)
+    assert codes(image, None).tolist() == [[0, 0, 0, 0]]
+    assert codes(image.flip(-1), None).tolist() == [[1, 1, 1, 1]]
     with pytest.raises(UserError, match="for patches of 8 px, the model's have 4"):
         PatchCodes(4, codebook=str(tmp_path / "book.safetensors"))

@@ -1,4 +1,4 @@
-"""Losses on routing from elsewhere: in the set as our own are, under names that can be told apart."""
+"""Routing losses of other packages stand in the set beside our own, under distinct names."""
 
 from dataclasses import dataclass
 from typing import get_args, get_type_hints
@@ -48,9 +48,9 @@ def test_it_is_averaged_over_plans_beside_our_own() -> None:
     assert not losses.balancing
 
 
-def test_of_our_own_seven_balance() -> None:
+def test_seven_own_losses_balance() -> None:
     kinds = {name: get_args(hint)[0] for name, hint in get_type_hints(AuxiliaryLosses).items() if name in OWN_LOSSES}
-    everyone = AuxiliaryLosses(**{name: kind() for name, kind in kinds.items()})
+    losses = AuxiliaryLosses(**{name: kind() for name, kind in kinds.items()})
     balancing = {
         "load_balance",
         "importance",
@@ -60,7 +60,7 @@ def test_of_our_own_seven_balance() -> None:
         "global_entropy",
         "mutual_information",
     }
-    assert everyone.balancing == balancing and everyone.enabled.keys() == set(OWN_LOSSES)
+    assert losses.balancing == balancing and losses.enabled.keys() == set(OWN_LOSSES)
 
 
 def test_it_may_refuse_a_router() -> None:

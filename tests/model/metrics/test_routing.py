@@ -59,7 +59,7 @@ def test_majority_accuracy_over_batches() -> None:
     assert float(metric.compute()) == pytest.approx(3 / 5)
 
 
-def test_counts_are_exact_whatever_the_default_dtype() -> None:
+def test_counts_are_exact_under_every_default_dtype() -> None:
     # 257 of 600 tokens at expert 0: bf16 has no 257
     logits_TE = torch.where(torch.arange(600).unsqueeze(-1) < 257, torch.tensor([1.0, 0]), torch.tensor([0.0, 1]))
     torch.set_default_dtype(torch.bfloat16)

@@ -66,7 +66,7 @@ def test_a_shared_mixture_routes_images_and_texts_at_once() -> None:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_evaluation_is_over_the_whole_set_whatever_the_batch_size(kind: Kind) -> None:
+def test_evaluation_is_over_the_whole_set_for_every_batch_size(kind: Kind) -> None:
     module = VisionLanguageModule(small_limoe(), partial(Contrastive, kind=kind), init_std=0.3)
     whole = uneven_batch(25)
     expected = measured(module, [whole])

@@ -1,4 +1,4 @@
-"""Random choices of a sample are its own, whoever stands beside it."""
+"""Random choices of a sample do not depend on the samples beside it."""
 
 from hashlib import blake2b
 

@@ -64,7 +64,7 @@ def test_pairs_and_texts_alone_are_terms_of_their_own() -> None:
     assert size.passes["text"].tokens_A.tolist() == [0, 6 + 7]
 
 
-def test_sizes_name_the_same_terms_whatever_the_batch_holds() -> None:
+def test_sizes_name_the_same_terms_for_every_batch() -> None:
     objective = NextToken(small_limoe().spec)
     sizes = [objective.size(batch) for batch in (mixed(), pair_batch(2), mixed(0, 2)._replace(images_BRYX=None))]
     assert len({(tuple(size.predictions), tuple(size.passes)) for size in sizes}) == 1

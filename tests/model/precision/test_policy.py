@@ -37,7 +37,7 @@ def test_null_follows_the_trunk_and_the_trunk_the_trainer() -> None:
         ({"optimizer_state": "bfloat16"}, r"optimizer_state is bfloat16.*dtype of the parameters.*simulate"),
     ],
 )
-def test_what_no_region_can_compute_in_is_refused(options: dict[str, str], message: str) -> None:
+def test_dtypes_that_no_region_computes_in_are_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         PrecisionPolicy(**options)
     PrecisionPolicy(**options, simulate=Simulation())

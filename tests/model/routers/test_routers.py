@@ -109,7 +109,7 @@ def test_plan_is_well_formed(router: Router, training: bool, dtype: torch.dtype)
     assert bool(plan.weight_N.isfinite().all())
     assert bool((plan.weight_N >= 0).all())
     sums_T = plan.probs_TE.sum(dim=-1)
-    torch.testing.assert_close(sums_T[sums_T > 0], torch.ones_like(sums_T[sums_T > 0]))  # ReLU may choose nobody
+    torch.testing.assert_close(sums_T[sums_T > 0], torch.ones_like(sums_T[sums_T > 0]))  # ReLU may choose no expert
     pairs = torch.stack([plan.token_N, plan.expert_N])[:, plan.chosen_N]
     assert pairs.unique(dim=1).shape == pairs.shape, "a token chose an expert twice"
 
@@ -250,7 +250,7 @@ def test_state_round_trip(name: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("priority", ["position", "gate", "probability"])
 def test_nothing_is_read_from_the_device(router: Router, priority: Priority, training: bool) -> None:
-    # tensors on "meta" have shapes and no values: whoever asks for one, and so waits for a GPU, fails
+    # tensors on "meta" have shapes and no values: reading one, which would wait for a GPU, fails
     inputs = RoutingInput(*(x.to("meta") if isinstance(x, Tensor) else x for x in routing_input(40, 16, num_padding=7)))
     plan = router.train(training).to("meta")(inputs)
     some = apply_capacity(plan, Capacity(1.0, ModalityFactors(1.0, None), priority, group_size=2), training)
@@ -284,7 +284,7 @@ def test_fast_dispatch_equals_the_loop(
     for each in (LoopDispatcher(), dispatcher):
         router.zero_grad()
         experts.zero_grad()
-        torch.manual_seed(0)  # whatever noise the router draws
+        torch.manual_seed(0)  # for the noise that the router draws
         plan = router(inputs)
         out_TD = each(plan, inputs.tokens_TD, experts)
         (out_TD * torch.linspace(-1, 1, 16).to(dtype)).sum().backward()

@@ -81,7 +81,7 @@ def test_padded_runs_where_the_loads_are_even_enough(tmp_path: Path) -> None:
         "GroupedDispatcher",
     ]
     assert auto.in_use() == ("GroupedDispatcher", "PaddedDispatcher")
-    # and what is told of the case does not depend on which load came
+    # and the record does not depend on the load
     other = AutoDispatcher(auto.table)
     assert chosen(other, beyond)[1] == auto.record()
     never = AutoDispatcher(table(tmp_path / "slow.json", (case(), FAST | {"PaddedDispatcher": 1.01})))
@@ -102,7 +102,7 @@ def test_padded_runs_where_the_loads_are_even_enough(tmp_path: Path) -> None:
         (16, 1.02, 1.0, 0.5, "SegmentDispatcher, PaddedDispatcher up to 1.94 of the mean load"),
     ],
 )
-def test_of_times_within_3_percent_the_least_memory_runs(
+def test_the_least_memory_runs_of_times_within_3_percent(
     rows: int, segments: float, grouped: float, padded: float, expected: str, tmp_path: Path
 ) -> None:
     times = {"SegmentDispatcher": segments, "GroupedDispatcher": grouped, "PaddedDispatcher": padded}
@@ -122,7 +122,7 @@ def test_the_loads_are_those_of_the_pairs_that_run(tmp_path: Path) -> None:
     assert auto.choose(limited(plan, 1.0), tokens_TD, experts) == "PaddedDispatcher"
 
 
-def test_who_cannot_run_a_case_is_passed_over_by_name(tmp_path: Path) -> None:
+def test_dispatchers_that_cannot_run_a_case_are_named(tmp_path: Path) -> None:
     auto = AutoDispatcher(table(tmp_path / "t.json", (case(), FAST | {"PaddedDispatcher": 1.0})))
     name, why = chosen(auto, width=6)
     assert name == "SegmentDispatcher"
@@ -251,7 +251,7 @@ def test_a_choice_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert len(caplog.records) == 1
 
 
-def test_no_table_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="moevlm bench dispatch"):
         AutoDispatcher(str(tmp_path / "none.json"))
     (tmp_path / "bad.json").write_text(json.dumps({"rows": [{"case": {}}]}))
