@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, count
@@ -200,9 +200,7 @@ class OfflineLog:
             MlflowException, OSError: the store does not take it. What is left stays.
         """
         in_memory = self._in_memory[:]
-        self._upload_lines(
-            chain(_read_lines(self.journal, self._uploaded), ((json.loads(line), 0) for line in in_memory)), writer
-        )
+        self._upload_lines(in_memory, writer)
         with self._appending:
             del self._in_memory[: len(in_memory)]
         for folder in sorted(self._files.iterdir()):
@@ -220,10 +218,12 @@ class OfflineLog:
         lines = [entry for entry, _ in _read_lines(self.journal, self._uploaded)]
         return PendingCount(sum(len(entry.get("metrics", ())) for entry in lines), len(_list_files(self._files)))
 
-    def _upload_lines(self, lines: Iterable[tuple[Mapping[str, Any], int]], writer: RunWriter) -> None:
+    def _upload_lines(self, in_memory: Sequence[bytes], writer: RunWriter) -> None:
+        """Write the journal's pending lines, then those in memory."""
         points: list[Point] = []
-        end = 0
-        for entry, end in lines:
+        end = self._uploaded
+        lines = _read_lines(self.journal, self._uploaded)
+        for entry, end in chain(lines, ((json.loads(line), self._end) for line in in_memory)):
             for key, value in entry.get("metrics", {}).items():
                 points.append(Point(key, entry["step"], float(value), entry["time_ms"]))
             if "params" in entry:
@@ -237,9 +237,9 @@ class OfflineLog:
                 points = []
                 if "rewind" in entry:
                     writer.rewind(entry["rewind"])
-                self._uploaded = max(end, self._uploaded)
+                self._uploaded = end
         writer.write_points(points)
-        self._uploaded = max(end, self._uploaded)
+        self._uploaded = end
 
     def _write(self) -> OSError | None:
         """Move lines from memory to the disk, all of them or none."""
