@@ -311,9 +311,7 @@ def _run(out: Path, run: "Callable[[], Converted]", title: str = "left out") -> 
         raise
     if converted.left_out:
         _show(converted.left_out, title)
-    manifest = converted.manifest
-    counts = {split: manifest.num_samples(split) for split in manifest.splits}
-    print_built(str(out), "converted" if converted.built else None, manifest.digest, counts)
+    print_built(str(out), "converted" if converted.built else None, converted.manifest)
     if converted.built:
         num_bad = sum(count.num_rows for count in converted.left_out)
         counted = f"{converted.num_rows:,} rows read, {converted.num_rows - num_bad:,} of them good, {num_bad:,} bad"

@@ -1,14 +1,17 @@
-"""`moevlm data`: build, convert, check, show and prepare sets of shards.
+"""`moevlm data`: builds, converts, checks, shows and prepares sets of shards.
 
-Plain typed functions; the command line makes options of their arguments and help of their docstrings. What
-they need is imported when they run, so that `moevlm --help` stays quick.
+Commands are typed functions: their arguments are the options, and their docstrings the help. They import what they need
+when they run, so that `moevlm --help` stays quick.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
 from lightning_moevlm.cli import convert
 from lightning_moevlm.cli.output import print_built
@@ -16,16 +19,8 @@ from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from typing import TYPE_CHECKING
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
-if TYPE_CHECKING:
     from lightning_moevlm.data.inspect.check import CheckReport
+    from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
 
 def build_openmoji(
@@ -47,7 +42,6 @@ def build_openmoji(
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
         force: Replace a set that was built with other arguments.
-
     """
     from lightning_moevlm.data.write.demo import openmoji
 
@@ -55,12 +49,7 @@ def build_openmoji(
         manifest, built = openmoji.build_openmoji(
             Path(out), image_size, image_format, skin_tones, samples_per_shard, vocab_size, force
         )
-    print_built(
-        out,
-        "built" if built else None,
-        manifest.digest,
-        {split: manifest.num_samples(split) for split in manifest.splits},
-    )
+    print_built(out, "built" if built else None, manifest)
 
 
 def build_scenes(
@@ -74,7 +63,7 @@ def build_scenes(
     vocab_size: int = 1024,
     force: bool = False,
 ) -> None:
-    """Build the set `scenes`: 1-4 images on tinted grounds, with captions, questions and scene graphs.
+    """Build the set `scenes`: 1-4 drawings on tinted grounds, with captions, questions and scene graphs.
 
     Args:
         out: Folder of the set.
@@ -86,7 +75,6 @@ def build_scenes(
         samples_per_shard: Samples per tar file.
         vocab_size: Largest number of token ids, at least 260.
         force: Replace a set that was built with other arguments.
-
     """
     from lightning_moevlm.data.write.demo import scenes
 
@@ -102,12 +90,7 @@ def build_scenes(
             vocab_size,
             force,
         )
-    print_built(
-        out,
-        "built" if built else None,
-        manifest.digest,
-        {split: manifest.num_samples(split) for split in manifest.splits},
-    )
+    print_built(out, "built" if built else None, manifest)
 
 
 def check(path: str, json: str | None = None) -> None:
@@ -116,7 +99,6 @@ def check(path: str, json: str | None = None) -> None:
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         json: Write one record per split to this file instead of the table; - is standard output.
-
     """
     from lightning_moevlm.cli import output
     from lightning_moevlm.data.inspect.check import check_set
@@ -129,13 +111,11 @@ def check(path: str, json: str | None = None) -> None:
         for problem in report.problems:
             Console(stderr=True, soft_wrap=True, highlight=False).print(problem, markup=False)
         if report.faults:
-            Console(stderr=True).print(faults_of(report))
-        raise UserError(
-            f"{storage} is not in order: {len(report.problems)} problem(s), the first: {report.problems[0]}"
-        )
+            Console(stderr=True).print(tabulate_faults(report))
+        raise UserError(f"{storage} has {len(report.problems)} problem(s), the first: {report.problems[0]}")
     about = {"set": manifest.name, "licence": manifest.licence, "manifest_digest": manifest.digest}
     with explain_write_errors(json or "the card"):
-        output.show(card_of(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
+        output.show(tabulate_card(report, str(storage)), [{**about, **card._asdict()} for card in report.cards], json)
 
 
 def show(
@@ -153,7 +133,6 @@ def show(
         split: Split to show.
         num_samples: Largest number of samples to show.
         containing: Only samples whose key, caption or json member contains this text, in upper or lower case.
-
     """
     from lightning_moevlm.data.inspect.html_page import write_page
     from lightning_moevlm.data.storage.local import local_target
@@ -188,7 +167,6 @@ def codebook(
         seed: Seed of the k-means.
         max_samples: Use at most this many training images.
         out: File to write; by default codebook-CODESxPATCH.safetensors in the set's folder.
-
     """
     from lightning_moevlm.contracts.codebook import codebook_file, save_codebook
     from lightning_moevlm.data.fit_codebook import fit_codebook
@@ -236,7 +214,7 @@ def answers(path: str, num_answers: int | None = None, out: str | None = None) -
 
 def _local(storage: "ShardStorage") -> Path:
     if storage.folder is None:
-        raise UserError(f"{storage} is on a server, where nothing is written; say with --out which file to write")
+        raise UserError(f"{storage} is on a server, where nothing is written; name a file with --out")
     return storage.folder
 
 
@@ -254,8 +232,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 _SIZES_SHOWN = 4
 
 
-def card_of(report: "CheckReport", path: str) -> Group:
-    """Return the card of a set that is in order."""
+def tabulate_card(report: "CheckReport", path: str) -> Group:
+    """Return the card of a valid set."""
     manifest = report.manifest
     modality = report.cards[0].modality
     total = sum(card.num_samples for card in report.cards)
@@ -274,11 +252,13 @@ def card_of(report: "CheckReport", path: str) -> Group:
     if modality != "images":
         columns.append("tokens")
         for card in report.cards:
-            rows[card.split].append(_range(card.caption_min, card.caption_median, card.caption_p95, card.caption_max))
+            rows[card.split].append(
+                _format_range(card.caption_min, card.caption_median, card.caption_p95, card.caption_max)
+            )
     if modality != "texts":
         columns.append("pixels")
         for card in report.cards:
-            rows[card.split].append(_range(card.side_min, card.side_median, card.side_p95, card.side_max))
+            rows[card.split].append(_format_range(card.side_min, card.side_median, card.side_p95, card.side_max))
     if any(card.num_questions for card in report.cards):
         columns.append("questions")
         for card in report.cards:
@@ -291,11 +271,11 @@ def card_of(report: "CheckReport", path: str) -> Group:
         table.add_column(column, justify="right")
     for split, cells in rows.items():
         table.add_row(split, *cells)
-    return Group(*(Text(line) for line in lines), table, *(Text(line) for line in _notes(report)))
+    return Group(*(Text(line) for line in lines), table, *(Text(line) for line in _write_notes(report)))
 
 
-def faults_of(report: "CheckReport") -> Table:
-    """Return the table of samples that cannot be used, by cause."""
+def tabulate_faults(report: "CheckReport") -> Table:
+    """Return a table of the samples that cannot be used, by cause."""
     table = Table("cause", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("samples", justify="right")
     for cause, num_samples in report.faults.items():
@@ -303,11 +283,11 @@ def faults_of(report: "CheckReport") -> Table:
     return table
 
 
-def _range(*quantiles: int) -> str:
+def _format_range(*quantiles: int) -> str:
     return " / ".join(f"{number:,}" for number in quantiles)
 
 
-def _notes(report: "CheckReport") -> list[str]:
+def _write_notes(report: "CheckReport") -> list[str]:
     notes = ["tokens, pixels of the shorter side: min / median / 95 % / max (pixels: the longest side)"]
     if report.sizes:
         shown = ", ".join(f"{width}x{height} ({num:,})" for (width, height), num in report.sizes[:_SIZES_SHOWN])
@@ -322,13 +302,11 @@ def _notes(report: "CheckReport") -> list[str]:
         }
         shares = "; ".join(f"{limit}: {share:.1%}" for limit, share in cut.items() if share)
         notes.append(
-            f"captions that lose their end, by data.max_text_len: {shares + '; ' if shares else ''}"
+            f"captions that are cut, by data.max_text_len: {shares + '; ' if shares else ''}"
             f"{longest + 2} and more: none"
         )
     across = sum(card.duplicates_across for card in report.cards)
     if across:
         what = "captions" if report.cards[0].modality == "texts" else "images"
-        notes.append(
-            f"{across:,} {what} of an earlier split occur again in a later one: what is measured there is known"
-        )
+        notes.append(f"{across:,} {what} of an earlier split occur again in a later one, so results on it are too good")
     return notes

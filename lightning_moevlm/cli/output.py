@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from lightning_moevlm.data.format.manifest import Split
+    from lightning_moevlm.data.format.manifest import Manifest
 
 
 def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: str | None) -> None:
@@ -43,11 +43,10 @@ def console() -> "Console":
     return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120)
 
 
-def print_built(out: str, verb: str | None, digest: str, counts: Mapping["Split", int]) -> None:
+def print_built(out: str, verb: str | None, manifest: "Manifest") -> None:
     """Print one line on a set: the verb (None: it was there already), samples by split, the manifest's digest."""
     from rich.console import Console
 
-    sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    Console(soft_wrap=True, highlight=False).print(
-        f"{verb or 'already built, nothing to do:'} {out} ({sizes} samples; manifest {digest[:12]})", markup=False
-    )
+    sizes = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    line = f"{verb or 'already built, nothing to do:'} {out} ({sizes} samples; manifest {manifest.digest[:12]})"
+    Console(soft_wrap=True, highlight=False).print(line, markup=False)

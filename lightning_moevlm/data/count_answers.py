@@ -12,17 +12,17 @@ from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION
 
 
 def count_answers(storage: ShardStorage, num_answers: int | None) -> tuple[AnswerList, Coverage]:
-    """Return the most frequent answers, all with `num_answers` None, and how many questions they cover.
+    """Return the most frequent answers and the questions that they cover; all answers if `num_answers` is None.
 
-    A question counts once for each different answer it was given; equal counts stand in alphabetical order.
+    A question counts once for each of its different answers. Equal counts are in alphabetical order.
 
     Raises:
-        UserError: the set is not in order, or its samples hold no answers.
+        UserError: if the set is invalid, or its samples have no answers.
     """
     manifest = storage.read_manifest()
     if ANNOTATION_EXTENSION not in manifest.members:
         raise UserError(
-            f"samples of {storage} have no json member that could hold answers; `moevlm data convert questions SET` "
+            f"samples of {storage} have no json member with answers; `moevlm data convert questions SET` "
             "makes a set of the questions of another"
         )
     collate = Collate((), storage.read_tokenizer(manifest.tokenizer), 0, 2, reads_answers=True)

@@ -1,13 +1,13 @@
-"""Sets of shards as a LightningDataModule: `data.root` names the set, everything else how it is read.
+"""Loads sets of shards: a LightningDataModule over one set (`data.root`) or a mixture of several (`data.sources`).
 
-Training reads in a new order every epoch and resumes to the batch; validation, testing and prediction (on the test
-split) read every sample once, in fixed order. Where `trainer.accumulate_grad_batches` does not divide the batches of an
+Training reads in a new order every epoch and resumes to the batch. Validation, testing and prediction (on the test
+split) read every sample once, in fixed order. If `trainer.accumulate_grad_batches` does not divide the batches of an
 epoch, an epoch of the trainer has as many batches as make whole optimiser steps, and the rest comes in the next.
-`num_workers` 0 is the fastest on two cores for small models: workers take a core from the arithmetic.
+`num_workers` 0 is the fastest on two cores for small models, because workers take a core from the arithmetic.
 
-`data.sources` in place of `data.root` mixes several sets. Texts of all of them are told apart by the tokenizer of the
-first (a byte-level one, which can spell any text). What is validated on does not depend on weights, so that mixtures
-can be compared: the sources that are read as pairs, one after the other; all of them where none is.
+In a mixture, the tokenizer of the first source with texts encodes all texts (byte-level BPE can spell any). Validation
+does not depend on weights, so that mixtures can be compared. It reads the sources that are used as pairs, one after the
+other, or all sources if there are none.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ _HASHED_BEFOREHAND_BYTES = 256 * 2**20
 
 
 class MixedManifest(NamedTuple):
-    """What a mixture is called."""
+    """The name of a mixture."""
 
     name: str
 
@@ -75,7 +75,7 @@ class ShardDataModule(LightningDataModule):
             rank (extra `gpu-decode`).
         max_pixels: Largest image accepted, in pixels (width x height). Larger ones count as lost and are never decoded.
         augment: Crops and flips of training images, on the device; null turns them off. Evaluation has none.
-        annotation: What is read beside images and texts: `answers`, where texts are questions; null for nothing.
+        annotation: `answers` reads those of texts that are questions; null reads images and texts alone.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
     """
 
@@ -149,25 +149,24 @@ class ShardDataModule(LightningDataModule):
 
     @cached_property
     def sets(self) -> dict[str, OpenSet]:
-        """The sets by name of their source; that of `root` has its own name.
+        """The sets by name of their source; the set of `root` has its own name.
 
         Raises:
-            UserError: if there is no set, with the command that builds one; if its manifest is broken; or if it lacks
-                what the source should give.
-
+            UserError: if there is no set (with the command that builds one), its manifest is broken, or it lacks the
+                modality of the source.
         """
         opened = [open_set(source, self.storages[name]) for name, source in self.sources.items()]
         return {name or found.metric_name: found for name, found in zip(self.sources, opened, strict=True)}
 
     @property
     def manifest(self) -> Manifest | MixedManifest:
-        """What the set holds; of a mixture, what it is called."""
+        """The manifest of the set; of a mixture, its name."""
         found = [opened.manifest for opened in self.sets.values()]
         return found[0] if self._is_alone else MixedManifest("+".join(manifest.name for manifest in found))
 
     @property
     def manifest_digest(self) -> str:
-        """The hash that names the exact data; of a mixture, a hash of names, digests and what is read of each."""
+        """Hash of the exact data; of a mixture, of the sources' names, digests and members read."""
         if self._is_alone:
             return next(iter(self.sets.values())).manifest.digest
         parts = [[name, opened.manifest.digest, *opened.members] for name, opened in self.sets.items()]
@@ -175,11 +174,10 @@ class ShardDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> CaptionTokenizer:
-        """The set's tokenizer; of a mixture, that of the first source with texts.
+        """The tokenizer of the set; of a mixture, of the first source with texts.
 
         Raises:
             UserError: if it is missing, altered, or has more ids than the model.
-
         """
         found = list(self.sets.values())
         opened = next((one for one in found if one.has_texts), found[0])
@@ -193,13 +191,13 @@ class ShardDataModule(LightningDataModule):
         return opened.storage.read_tokenizer(entry)
 
     def prepare_data(self) -> None:
-        """Fail before anything is written if the sets are not in order: manifest, tokenizer, every shard.
+        """Check manifests, tokenizer and shards, before anything is written.
 
-        Shards are hashed here when a whole set is small; those of a large set have their size checked here and are
-        hashed when a process first opens them. Those of a remote set are downloaded, and verified, when they are
-        opened. Where losses are tolerated, shards are left to the reader.
+        The shards of a small set are hashed. Those of a large set have their size checked, and are hashed when a
+        process first opens them. Those of a remote set are downloaded and verified when they are opened. If losses are
+        tolerated, the reader checks shards.
         """
-        assert self.tokenizer.vocab_size <= self.vocab_size  # the property refuses, with the remedy
+        assert self.tokenizer.vocab_size <= self.vocab_size  # the property raises otherwise
         for opened in self.sets.values():
             self._refuse_other_than_jpegs(opened)
             folder = opened.storage.folder
@@ -214,9 +212,9 @@ class ShardDataModule(LightningDataModule):
                     check_shard_size(folder, shard)
 
     def setup(self, stage: str) -> None:
-        """Refuse a limit on the batches of an epoch that would make its last optimiser step smaller than the others.
+        """Refuse a limit on batches that would make an epoch's last optimiser step smaller than the others.
 
-        Say where epochs of the trainer are not those of the data.
+        Report if epochs of the trainer differ from those of the data.
         """
         trainer: Any = self.trainer
         if stage != "fit" or trainer is None or trainer.overfit_batches > 0 or trainer.fast_dev_run:
@@ -227,11 +225,11 @@ class ShardDataModule(LightningDataModule):
         if self._whole_steps != self._batches_per_pass > 0:
             rank_zero_info(
                 f"{self._batches_per_pass} batches do not make whole steps of {self._batches_per_step}: an epoch of "
-                f"the trainer has {self._whole_steps}, and data are read on over its end"
+                f"the trainer has {self._whole_steps} batches, and the rest comes in the next one"
             )
 
     def train_dataloader(self) -> ShardLoader:
-        """Whole batches in a new order every epoch; in fixed order while overfitting a few batches."""
+        """Return whole batches in a new order every epoch; in fixed order under `overfit_batches`."""
         trainer = self.trainer
         opened = self._open("train", self.sets)
         if trainer is not None and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
@@ -263,11 +261,11 @@ class ShardDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> ShardLoader:
-        """Every validation sample once, in fixed order."""
+        """Return every validation sample once, in fixed order."""
         return self._fixed(self._open("val", self._evaluated))
 
     def test_dataloader(self) -> ShardLoader:
-        """Every test sample once, in fixed order."""
+        """Return every test sample once, in fixed order."""
         return self._fixed(self._open("test", self._evaluated))
 
     def predict_dataloader(self) -> ShardLoader:
@@ -275,15 +273,15 @@ class ShardDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def state_dict(self) -> LoaderState | dict[str, Any]:  # type: ignore[override]
-        """Return the place in the training data; Lightning puts it into every checkpoint.
+        """Return the place in the training data; Lightning saves it in every checkpoint.
 
-        Lightning saves the loader's own state as well, but restores it only from checkpoints inside an epoch:
-        from one at the end of an epoch, the data would begin anew.
+        Lightning saves the loader's own state too, but restores it only from checkpoints within an epoch. After one at
+        the end of an epoch, the data would begin anew.
         """
         return {} if self.train_loader is None else self.train_loader.state_dict()
 
     def load_state_dict(self, state_dict: LoaderState) -> None:  # type: ignore[override]
-        """Remember the place; it is taken when the training loader is made."""
+        """Keep the place for the training loader."""
         self._resume_from = state_dict or None
 
     @property
@@ -323,8 +321,8 @@ class ShardDataModule(LightningDataModule):
             return False
         if ANNOTATION_EXTENSION not in opened.manifest.members:
             raise UserError(
-                f"data.annotation is answers, but samples of {opened.storage} have no json member that could hold "
-                "them; `moevlm data convert questions SET` makes a set of the questions of another"
+                f"data.annotation is answers, but samples of {opened.storage} have no json member with "
+                "answers; `moevlm data convert questions SET` makes a set of the questions of another"
             )
         return True
 
@@ -333,12 +331,12 @@ class ShardDataModule(LightningDataModule):
         if self.decode == "device" and others:
             kinds = "PNG images" if others == ["png"] else "images of several formats"
             raise UserError(
-                f"data.decode is device, but {opened.storage} has {kinds}, and a device decodes JPEGs alone; "
+                f"data.decode is device, but {opened.storage} has {kinds}, and the device decodes JPEGs only; "
                 "set data.decode cpu, or build or convert the set with --image_format jpg"
             )
 
     def _stage(self, augment: Augment | None, fills: bool) -> DeviceStage | None:
-        """Return what happens to batches in this process; None where every option of it is off."""
+        """Return the stage that prepares batches in this process; None if all of its options are off."""
         if self.decode == "cpu" and augment is None and self.prefetch is None:
             return None
         return DeviceStage(
@@ -348,15 +346,15 @@ class ShardDataModule(LightningDataModule):
 
     @cached_property
     def _device(self) -> torch.device:
-        """Where the model is; told once, where options ask for a GPU and there is none."""
+        """The model's device. Warns once if options need a GPU and there is none."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         in_vain = [f"data.decode {self.decode}"] * (self.decode == "device")
         in_vain += [f"data.prefetch {self.prefetch}"] * (self.prefetch is not None)
         if in_vain and device.type != "cuda" and self._rank.index == 0:
             warnings.warn(
-                f"{' and '.join(in_vain)}: only a CUDA device saves time by it, and this run is on {device.type}; the "
-                "training process does the work, with the same result; set data.decode cpu and data.prefetch null here",
-                stacklevel=3,  # beyond the property's own machinery
+                f"{' and '.join(in_vain)}: this saves time on CUDA devices only, and this run is on {device.type}. The "
+                "training process does the work, with the same result. Set data.decode cpu and data.prefetch null here",
+                stacklevel=3,  # outside cached_property
             )
         return device
 
@@ -368,22 +366,22 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def _batches_per_step(self) -> int:
-        """Batches that make an optimiser step; also of a fast_dev_run, which is the beginning of the real run."""
+        """Batches per optimiser step; also in a fast_dev_run, which is the beginning of the real run."""
         return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
 
     @property
     def _whole_steps(self) -> int:
-        """Training batches of an epoch of the trainer."""
+        """Training batches per epoch of the trainer."""
         return whole_steps(self._batches_per_pass, self._batches_per_step)
 
     @property
     def _batches_per_pass(self) -> int:
-        """Training batches once through the data."""
+        """Training batches in one pass through the data."""
         num_samples = sum(shard.num_samples for one in self.sets.values() for shard in one.manifest.splits["train"])
         return train_batches(num_samples, self.batch_size, self._rank.world_size)
 
     def _train_limit(self, num_batches: int) -> int | None:
-        """Where the trainer's limit_train_batches (a count or a share) ends an epoch."""
+        """Return the end of an epoch by the trainer's limit_train_batches (a count or a fraction)."""
         if self.trainer is None:
             return None
         limit = self.trainer.limit_train_batches

@@ -1,10 +1,11 @@
-"""Fitting a patch codebook: mini-batch k-means over the training shards of a set."""
+"""Fits a patch codebook: mini-batch k-means over the training shards of a set."""
 
 import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.contracts.codebook import Codebook, standardise_patches
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
@@ -17,25 +18,23 @@ from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
 BATCH_SIZE = 256
 FLAT = 0.5
-"""Standardised patches deviate by 1; one that deviates by less than this was a single grey."""
+"""Standardised patches have a deviation of 1; patches with less than this were uniform grey."""
 
 
 def fit_codebook(storage: ShardStorage, num_codes: int, patch_size: int, seed: int, max_samples: int) -> Codebook:
     """Fit `num_codes` centres on the patches of up to `max_samples` training images.
 
-    The same set and seed give the same codebook on one machine. Patches of a single grey all standardise to
-    zero; they get one centre of their own, the zero vector (code 0), instead of crowding out the others.
+    The same set and seed give the same codebook on one machine. Uniform grey patches standardise to zero. They get one
+    centre, the zero vector (code 0), so that they do not crowd out the others.
 
     Raises:
-        UserError: if the set is not in order, or has too few patches for so many codes.
-
+        UserError: if the set is invalid, or has too few patches for so many codes.
     """
-    if num_codes < 2:
-        raise UserError(f"num_codes is {num_codes}, but a codebook needs at least 2")
+    check_number("num_codes", num_codes, least=2)
     manifest = storage.read_manifest()
     images = [member for member in manifest.members if member in IMAGE_EXTENSIONS]
     if not images:
-        raise UserError(f"{storage} holds no images, so there are no patches to make a codebook of")
+        raise UserError(f"{storage} has no images, so there are no patches for a codebook")
     collate = Collate(images, storage.read_tokenizer(manifest.tokenizer), manifest.image_size, max_text_len=2)
     source = OpenSource(manifest.name, storage, manifest.splits["train"], collate, manifest.layout)
     reader = FixedReader((source,), BATCH_SIZE, Rank(0, 1), num_streams=1, tolerant=False)

@@ -33,7 +33,7 @@ TERMS = ("--licence", "CC BY 4.0", "--vocab_size", "400", "--jobs", "1")
 
 
 def test_the_kinds_that_there_are() -> None:
-    assert set(COMMANDS) == {"csv", "jsonl", "coco_captions", "coco_vqa", "img2dataset"}
+    assert set(COMMANDS) == {"csv", "jsonl", "coco_captions", "coco_vqa", "img2dataset", "questions"}
 
 
 def source_of(kind: str, folder: Path) -> list[str]:

@@ -23,10 +23,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_commands_that_the_issue_names() -> None:
+def test_the_commands() -> None:
     build = COMMANDS["build"]
     assert isinstance(build, dict) and set(build) == {"openmoji", "scenes"}
-    assert set(COMMANDS) == {"build", "check", "codebook", "convert", "show"}
+    assert set(COMMANDS) == {"answers", "build", "check", "codebook", "convert", "show"}
 
 
 def test_build_twice_says_that_nothing_is_to_do(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +67,7 @@ def test_check_prints_a_card_and_writes_records(built: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     manifest = read_manifest(built)
     assert "CC BY-SA 4.0" in printed and manifest.digest[:12] in printed and "train" in printed
-    assert "captions that lose their end, by data.max_text_len: " in " ".join(printed.split())
+    assert "captions that are cut, by data.max_text_len: " in " ".join(printed.split())
     assert main(["data", "check", str(built), "--json", "-"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert [record["split"] for record in records] == ["train", "val", "test"]

@@ -91,7 +91,7 @@ MISTAKES = {
     ),
     "a value that a nullable part refuses": (
         ("fit", *SMALL, *budget(1), "--data.augment.flip=2"),
-        "data.augment.flip is 2.0, but must be a chance from 0 to 1",
+        "data.augment.flip is 2.0: choose a value from 0 up to 1",
     ),
     "a value that a part of a dictionary refuses": (
         (

@@ -97,5 +97,5 @@ def test_mistakes_are_explained(scenes_root: Path, tmp_path: Path) -> None:
         fit_codebook(ShardStorage(str(scenes_root)), 8, 7, 0, 100)
     with pytest.raises(UserError, match="too few"):
         fit_codebook(ShardStorage(str(scenes_root)), 5000, 8, 0, 100)
-    with pytest.raises(UserError, match="at least 2"):
+    with pytest.raises(UserError, match="num_codes is 1: choose 2 or more"):
         fit_codebook(ShardStorage(str(scenes_root)), 1, 8, 0, 100)

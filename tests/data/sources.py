@@ -1,4 +1,4 @@
-"""Small folders of images with their tables, as people have them before they convert."""
+"""Small folders of images with their tables, before a conversion."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Captions that are longer than the model's texts lose their end, and whoever looks is told how many."""
+"""Captions that are longer than the model's texts are cut, and runs and checks report how many."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from lightning_moevlm.cli.data import card_of
+from lightning_moevlm.cli.data import tabulate_card
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
@@ -44,7 +44,7 @@ def _lengths(root: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_counts_them_and_goes_on_counting_after_a_resume(scenes_root: Path, num_workers: int) -> None:
+def test_a_loader_counts_them_across_a_resume(scenes_root: Path, num_workers: int) -> None:
     lengths = _lengths(scenes_root)
     limit = sorted(lengths)[len(lengths) // 2]
     expected = sum(length > limit for length in lengths)
@@ -62,7 +62,7 @@ def test_a_loader_counts_them_and_goes_on_counting_after_a_resume(scenes_root: P
     assert sum(1 for _ in longest) == 15 and longest.num_cut == 0
 
 
-def test_a_run_tells_and_logs_the_share(scenes_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_prints_and_logs_the_share(scenes_root: Path, caplog: pytest.LogCaptureFixture) -> None:
     limit = min(_lengths(scenes_root)) - 1
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, limit) == [(step, 1.0) for step in (1, 2, 3)]
@@ -110,7 +110,7 @@ def _fit(root: Path, max_text_len: int) -> list[tuple[int, float]]:
     return memory.points["data/cut_captions"]
 
 
-def test_a_check_tells_the_share_for_every_usual_length(tmp_path: Path) -> None:
+def test_a_check_prints_the_share_for_every_usual_length(tmp_path: Path) -> None:
     captions = [" ".join(["word"] * (30 if number % 2 else 3)) + f" {number}" for number in range(60)]
     table = write_csv(tmp_path / "t.csv", ["caption"], [[caption] for caption in captions])
     source = CsvSource(table, None, None, Columns(None, "caption", None, None))
@@ -126,7 +126,7 @@ def test_a_check_tells_the_share_for_every_usual_length(tmp_path: Path) -> None:
         assert card.cut[40] == card.cut[64] == card.cut[128] == 0
     assert sum(card.cut[24] * card.num_samples for card in report.cards) == pytest.approx(30)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(card_of(report, "set"))
+    console.print(tabulate_card(report, "set"))
     longest = max(card.caption_max for card in report.cards)
-    told = f"captions that lose their end, by data.max_text_len: 24: 50.0%; {longest + 2} and more: none"
+    told = f"captions that are cut, by data.max_text_len: 24: 50.0%; {longest + 2} and more: none"
     assert told in console.export_text()

@@ -79,7 +79,7 @@ def test_validation_is_whole_and_prediction_reads_the_test_split(scenes_root: Pa
         assert sum(batch.num_samples for batch in loader) == data.manifest.num_samples("test")
 
 
-def test_what_it_tells_about_the_set(scenes_root: Path) -> None:
+def test_it_describes_the_set(scenes_root: Path) -> None:
     data = _data(scenes_root)
     assert data.manifest.name == "scenes"
     assert data.manifest_digest == data.manifest.digest
@@ -87,7 +87,7 @@ def test_what_it_tells_about_the_set(scenes_root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["scenes", "openmoji"])
-def test_a_missing_set_tells_the_exact_command(tmp_path: Path, name: str) -> None:
+def test_a_missing_set_names_the_exact_command(tmp_path: Path, name: str) -> None:
     root = tmp_path / name
     with pytest.raises(UserError, match=f"moevlm data build {name} --out {root}`"):
         _data(root).prepare_data()
@@ -109,7 +109,7 @@ def test_a_missing_set_tells_the_exact_command(tmp_path: Path, name: str) -> Non
         ({"root": "s3://x/set", "cache_gib": 0}, "data.cache_gib is 0"),
     ],
 )
-def test_bad_arguments_are_told_before_training(scenes_root: Path, options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused_before_training(scenes_root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _data(**{"root": scenes_root, **options}).prepare_data()
 
@@ -122,5 +122,5 @@ def test_images_of_another_size_are_scaled(scenes_root: Path) -> None:
 def test_an_altered_tokenizer_is_refused(scenes_copy: Path) -> None:
     path = scenes_copy / "tokenizer.json"
     path.write_text(path.read_text().replace("[MASK]", "[BLOT]"))
-    with pytest.raises(UserError, match="not the one its manifest names"):
+    with pytest.raises(UserError, match="not the one of its manifest"):
         _data(scenes_copy).prepare_data()

@@ -24,7 +24,6 @@ def convert_record(content: object, kind: type[T], place: str) -> T:
 
     Raises:
         UserError: if a field is missing or has the wrong type or value.
-
     """
     try:
         return msgspec.convert(content, kind)

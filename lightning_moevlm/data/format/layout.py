@@ -19,7 +19,6 @@ class Layout:
             name as extension.
         caption_field: Field of the json member that holds a caption or a list of them; "" for the txt member.
         keys_repeat: Whether keys are unique within a tar only. Samples are then named TAR/KEY.
-
     """
 
     stored_as: Mapping[str, tuple[str, ...]]

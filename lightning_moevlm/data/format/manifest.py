@@ -1,9 +1,8 @@
-"""A set's manifest: everything that can be known about its shards without opening them.
+"""Describes a set's shards, so that they need not be opened: the manifest.
 
-`manifest.json` lies beside the shards and says which files each split has, how many samples and bytes they
-hold and what they hash to, under which licence the set stands and with which arguments it was built.
-Readers trust nothing else: a shard that is not what its manifest says is refused. The manifest's `digest`
-names the exact data of a run.
+`manifest.json` lies beside the shards. It lists the files of each split with their samples, bytes and hashes, the
+licence, and the arguments that the set was built with. Readers refuse a shard that differs from its manifest. The
+manifest's `digest` names the exact data of a run.
 """
 
 import hashlib
@@ -32,20 +31,12 @@ OTHER_SPELLINGS = {"jpeg": "jpg"}
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file of a set.
+    """One tar file of a set."""
 
-    Attributes:
-        file: Its name in the set's folder.
-        num_samples: Samples in it.
-        num_bytes: Its size.
-        sha256: Hash of its bytes, in hex.
-
-    """
-
-    file: str
+    file: str  # name in the set's folder
     num_samples: Count
     num_bytes: Count
-    sha256: str
+    sha256: str  # of its bytes, in hex
 
     def __post_init__(self) -> None:
         _check_file_name(self.file)
@@ -53,18 +44,11 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer of a set.
+    """The tokenizer file of a set."""
 
-    Attributes:
-        file: Its name in the set's folder.
-        sha256: Hash of its bytes, in hex.
-        vocab_size: Number of ids.
-
-    """
-
-    file: str
-    sha256: str
-    vocab_size: Count
+    file: str  # name in the set's folder
+    sha256: str  # of its bytes, in hex
+    vocab_size: Count  # number of ids
 
     def __post_init__(self) -> None:
         _check_file_name(self.file)
@@ -78,49 +62,33 @@ def _check_file_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a set.
-
-    Attributes:
-        name: Name of the set.
-        version: Version of the recipe that built it.
-        licence: Name of its licence.
-        licence_url: Address of the licence text.
-        attribution: Sentence that the licence requires.
-        image_size: Pixels per side of the images. If they differ, half of them reach this size. 0 without images.
-        members: File extensions that every sample has.
-        build: Arguments that it was built with.
-        sources: Versions of the packages that its images come from.
-        tokenizer: Its tokenizer file.
-        splits: Shards by split.
-        layout: Position of members in the tars.
-
-    """
+    """The content of a set."""
 
     name: str
-    version: Count
+    version: Count  # of the recipe that built it
     licence: str
     licence_url: str
-    attribution: str
-    image_size: Count
-    members: tuple[str, ...]
-    build: dict[str, Scalar]
-    sources: dict[str, str]
+    attribution: str  # the sentence that the licence requires
+    image_size: Count  # pixels per side; if images differ, half of them reach it; 0 without images
+    members: tuple[str, ...]  # file extensions that every sample has
+    build: dict[str, Scalar]  # arguments that it was built with
+    sources: dict[str, str]  # versions of the packages that its images come from
     tokenizer: TokenizerEntry
     splits: dict[Split, tuple[ShardEntry, ...]]
-    layout: Layout = PLAIN_LAYOUT
+    layout: Layout = PLAIN_LAYOUT  # names of members in the tars
 
     @property
     def digest(self) -> str:
-        """Sha256, in hex, of the canonical form (sorted keys, no blanks)."""
+        """Hash of the content: sha256, in hex, of the canonical form (sorted keys, no blanks)."""
         canonical = json.dumps(self._as_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def num_samples(self, split: Split) -> int:
-        """Samples of one split."""
+        """Return the number of samples of a split."""
         return sum(shard.num_samples for shard in self.splits[split])
 
     def write(self, root: Path) -> None:
-        """Write `manifest.json` into `root`, whole or not at all."""
+        """Write `root/manifest.json`, whole or not at all."""
         unfinished = root / f".{MANIFEST_FILE}.unfinished"
         unfinished.write_text(json.dumps(self._as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.replace(root / MANIFEST_FILE)
@@ -154,8 +122,7 @@ def read_manifest(root: Path) -> Manifest:
     """Read and validate `root/manifest.json`.
 
     Raises:
-        UserError: if it is missing, is not JSON (with the line), or a field is missing or of the wrong kind.
-
+        UserError: if it is missing or is not JSON, or a field is missing or has the wrong type.
     """
     path = root / MANIFEST_FILE
     try:
@@ -164,15 +131,15 @@ def read_manifest(root: Path) -> Manifest:
         raise missing_set_error(root) from None
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); give the folder and its files to this user"
+            f"{path} cannot be read ({error.strerror}); let this user read the folder and its files"
         ) from None
 
 
 def missing_set_error(root: Path) -> UserError:
-    """Return the error for a place without `manifest.json`: what is there instead, and which command makes a set."""
+    """Return the error for a place without `manifest.json`: its content, and the command that makes a set."""
     if any(mark in str(root) for mark in "{*?") or root.suffix == ".tar":
         return UserError(
-            f"{root} does not name a set: give the folder of its shards, which holds a {MANIFEST_FILE} too"
+            f"{root} is not the folder of a set: give the folder that holds its shards and {MANIFEST_FILE}"
         )
     recipe = "openmoji" if "openmoji" in root.name else "scenes"
     build = f"`moevlm data build {recipe} --out {root}`"
@@ -182,8 +149,8 @@ def missing_set_error(root: Path) -> UserError:
         return UserError(f"{root} is a file; give the folder of a set of shards")
     if any(root.glob("*.tar")):
         return UserError(
-            f"{root} holds tars, but no {MANIFEST_FILE} that says what is in them; make one beside them, which leaves "
-            f"them as they are, with `moevlm data convert img2dataset {root} --out {root} --licence LICENCE`"
+            f"{root} holds tars, but no {MANIFEST_FILE} that describes them. Make one beside them, and leave them "
+            f"unchanged, with `moevlm data convert img2dataset {root} --out {root} --licence LICENCE`"
         )
     return UserError(
         f"there is no set of shards in {root}; build one with {build}, or make one of your own data with `moevlm data "
@@ -192,15 +159,10 @@ def missing_set_error(root: Path) -> UserError:
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
-    """Decode the bytes of a manifest.
-
-    Args:
-        data: The bytes.
-        place: The file or address that they came from, for messages.
+    """Decode the bytes of a manifest. place: their file or address, for messages.
 
     Raises:
         UserError: if they are not JSON (with the line), or a field is missing or has the wrong type.
-
     """
     try:
         content = json.loads(data.decode("utf-8"))
@@ -220,11 +182,10 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 
 
 def check_shard_size(root: Path, shard: ShardEntry) -> Path:
-    """Return the shard's path if it exists with the size that the manifest says (one `stat`, no reading).
+    """Return the shard's path if its size is the manifest's (one `stat`, no reading).
 
     Raises:
         ShardFault: if it is missing or has another size.
-
     """
     path = root / shard.file
     if not path.is_file():
@@ -234,11 +195,10 @@ def check_shard_size(root: Path, shard: ShardEntry) -> Path:
 
 
 def check_size(num_bytes: int, shard: ShardEntry, place: str) -> None:
-    """Compare a size with the manifest's; `place` names the shard in the complaint.
+    """Compare a shard's size with the manifest. place: of the shard, for messages.
 
     Raises:
         ShardFault: if it differs.
-
     """
     if num_bytes != shard.num_bytes:
         short = num_bytes < shard.num_bytes
@@ -250,17 +210,16 @@ def check_size(num_bytes: int, shard: ShardEntry, place: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Sha256 of a file's bytes, in hex."""
+    """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_shard(root: Path, shard: ShardEntry) -> Path:
-    """Return the shard's path if its size and its sha256 are those of the manifest (reads the file once).
+    """Return the shard's path if size and sha256 are the manifest's (reads the file once).
 
     Raises:
         ShardFault: if it is missing, or size or hash differ.
-
     """
     path = check_shard_size(root, shard)
     check_sha256(file_sha256(path), shard, str(path))
@@ -268,15 +227,14 @@ def check_shard(root: Path, shard: ShardEntry) -> Path:
 
 
 def check_sha256(found: str, shard: ShardEntry, place: str) -> None:
-    """Compare a hash with the manifest's; `place` names the shard in the complaint.
+    """Compare a shard's sha256 with the manifest. place: of the shard, for messages.
 
     Raises:
         ShardFault: if it differs.
-
     """
     if found != shard.sha256:
         raise ShardFault(
             "shard_altered",
-            f"shard {place} is not the one its manifest names: sha256 {found[:12]}..., "
+            f"shard {place} is not the one of its manifest: sha256 {found[:12]}..., "
             f"expected {shard.sha256[:12]}...; restore it or rebuild the set with --force true",
         )

@@ -4,8 +4,8 @@ The rule is WebDataset's (`webdataset.tariterators`: `base_plus_ext`, `group_by_
 first dot of the file name, so its folder belongs to it: `cat/0001.jpg` and `dog/0001.txt` are two samples. Members of
 one sample stand side by side. An extension that comes again begins another sample of the same key.
 
-Files whose name begins with a dot are passed over. macOS puts them into archives (`._0001.jpg`, `.DS_Store`), and they
-would cut samples in two.
+Files whose name begins with a dot are ignored. macOS puts them into archives (`._0001.jpg`, `.DS_Store`), where they
+would split samples in two.
 """
 
 import re
@@ -17,12 +17,12 @@ from lightning_moevlm.data.format.manifest import OTHER_SPELLINGS
 from lightning_moevlm.data.format.tar_members import Member, TarBreak
 
 _META = re.compile(r"__[^/]*__($|/)")
-"""Names that WebDataset passes over."""
+"""Names that WebDataset ignores."""
 
 
-@lru_cache(maxsize=1)  # asked twice of every name in turn: is it wanted, and whose is it
+@lru_cache(maxsize=1)  # called twice in a row for every name: is it wanted, and to which sample does it belong
 def key_and_extension(name: str) -> tuple[str, str]:
-    """Return the key and the extension of a member's name; two empty strings if it belongs to no sample.
+    """Return the key and the extension of a member's name; two empty texts if it does not belong to a sample.
 
     Extensions are in lower case and the usual spelling: `KEY.JPEG` is the member `jpg`.
     """
@@ -35,14 +35,11 @@ def key_and_extension(name: str) -> tuple[str, str]:
 
 
 class Group(NamedTuple):
-    """Members of one key that follow each other, by extension.
-
-    cut: the tar broke here, more may have belonged to it.
-    """
+    """Consecutive members of one key."""
 
     key: str
-    members: dict[str, Member]
-    cut: bool
+    members: dict[str, Member]  # by extension
+    cut: bool  # the tar broke here, so members may be missing
 
 
 def sample_groups(members: Iterator[Member]) -> Iterator[Group]:
@@ -50,7 +47,6 @@ def sample_groups(members: Iterator[Member]) -> Iterator[Group]:
 
     Raises:
         TarBreak: after the last group, if the tar breaks.
-
     """
     key: str | None = None
     found: dict[str, Member] = {}

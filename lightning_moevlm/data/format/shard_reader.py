@@ -1,10 +1,9 @@
-"""One shard, read with care: every sample that the manifest promises comes out, as itself or as a loss.
+"""Reads one shard: every sample that the manifest promises is yielded, or a loss with its cause.
 
-A shard is verified before it is opened (size, then sha256: about a millisecond per megabyte, which warms the
-page cache for the parsing; not again by the same process, unless the file was touched), and the end of its tar
-is compared with what was promised, so a set whose manifest was made of broken files is found out as well.
-Samples are named and grouped as WebDataset does it (`sample_groups`), so a whole shard gives exactly the samples that
-WebDataset gives. Only members with wanted extensions are read; nothing is unpickled.
+A shard is verified before it is opened: its size, then its sha256 (about a millisecond per megabyte, which also warms
+the page cache for parsing). The same process verifies it again only if the file was touched. The number of samples is
+compared with the manifest, so sets whose manifest was made of broken files are found out too. Samples are named and
+grouped as in WebDataset (`sample_groups`). Only members with wanted extensions are read, and nothing is unpickled.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,36 +18,34 @@ from lightning_moevlm.data.format.tar_members import TarBreak, tar_members
 
 
 class ShardOpener(Protocol):
-    """What shards are taken from: a set's storage, or something before it that opens them ahead."""
+    """Opens shards: a set's storage, or a prefetcher in front of it."""
 
     def place(self, file: str) -> str:
-        """Return where a file of the set lies, without credentials, for messages."""
+        """Return the path or address of a file, without credentials, for messages."""
         ...
 
     def open(self, entry: ShardEntry) -> BinaryIO:
         """Open the verified shard for reading.
 
         Raises:
-            ShardFault: if nothing of it can be used.
-
+            ShardFault: if it cannot be used.
         """
         ...
 
 
 class RawSample(NamedTuple):
-    """An undecoded sample. shard: file it came from. members: bytes by file extension, every one that was wanted."""
+    """An undecoded sample."""
 
     key: str
-    shard: str
-    members: Mapping[str, bytes]
+    shard: str  # file that it came from
+    members: Mapping[str, bytes]  # all wanted ones, by file extension
 
 
 def require_all(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
-    """Pass samples on, for those who tolerate no loss.
+    """Yield the samples, without tolerance for losses.
 
     Raises:
         UserError: at the first loss, with its message.
-
     """
     for sample in samples:
         if isinstance(sample, Lost):
@@ -59,17 +56,21 @@ def require_all(samples: Iterable[RawSample | Lost]) -> Iterator[RawSample]:
 def read_shard(
     opener: ShardOpener, entry: ShardEntry, wanted: frozenset[str], layout: Layout = PLAIN_LAYOUT
 ) -> Iterator[RawSample | Lost]:
-    """Yield a shard's samples in order, each with its wanted members, and what is lost.
+    """Yield a shard's samples in order, each with its wanted members, and its losses.
 
-    wanted: members of the set. layout: where they lie in the tar.
-
-    The samples and the `num_samples` of the losses add up to `entry.num_samples`, the same at every reading. Bad
-    data raise nothing:
+    Samples and the `num_samples` of losses add up to `entry.num_samples`, the same at every reading. Bad data raise
+    nothing:
 
     - a shard that is missing, unreachable, truncated or altered is lost as a whole;
-    - where a tar breaks (possible only if the manifest was made of the broken file), all that follows is lost;
-    - of two samples with one key the second is lost, and so is a sample that lacks a wanted member;
-    - samples beyond the manifest's number are left out, and a loss of 0 samples says so at the end.
+    - if a tar breaks (possible only if the manifest was made of the broken file), all that follows is lost;
+    - the second of two samples with one key is lost, and so is a sample without a wanted member;
+    - samples beyond the manifest's number are left out, and a loss of 0 samples reports them at the end.
+
+    Args:
+        opener: Opens the shard.
+        entry: The shard.
+        wanted: Members of the set to read.
+        layout: Names of these members in the tar.
     """
     place = opener.place(entry.file)
     try:
@@ -82,11 +83,11 @@ def read_shard(
 
 
 class _Found(NamedTuple):
-    """A group with the wanted members that it has, by their names in the set. cut: more may have belonged to it."""
+    """The wanted members of a group."""
 
     key: str
-    members: dict[str, bytes]
-    cut: bool
+    members: dict[str, bytes]  # by their names in the set
+    cut: bool  # the tar broke here, so members may be missing
 
 
 def _name_members(
@@ -105,14 +106,14 @@ def _name_members(
 def _account(
     groups: Iterator[_Found], entry: ShardEntry, wanted: frozenset[str], place: str
 ) -> Iterator[RawSample | Lost]:
-    """Give every group one of the promised places; the places that are left over go to what ended the shard."""
+    """Count every group as a promised sample; the remaining ones are lost to the cause that ended the shard."""
     num_found, num_useless, seen = 0, 0, set[str]()
     broken: TarBreak | None = None
     try:
         for key, members, cut in groups:
             lacking = sorted(wanted - members.keys()) if len(members) < len(wanted) else []
             if wanted and not members:
-                num_useless += 1  # a sample without anything of use, or no sample at all: the count will tell
+                num_useless += 1  # a sample without wanted members, or a stray file: the final count decides
                 continue
             if lacking and cut:
                 continue  # lost with all that follows
@@ -134,7 +135,7 @@ def _account(
     except TarBreak as error:
         broken = error
     except OSError as error:
-        broken = TarBreak("shard_unreachable", f"cannot be read on ({error})")
+        broken = TarBreak("shard_unreachable", f"cannot be read further ({error})")
     left = entry.num_samples - num_found
     if not left:
         return

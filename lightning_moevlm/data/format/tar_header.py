@@ -1,8 +1,8 @@
-"""The common tar header, read fast: a regular file, its name and its size, and nothing out of the ordinary.
+"""Parses plain tar headers fast: a regular file, its name and its size.
 
-`tarfile` makes an object with thirty fields of every header, which costs more than decoding a small image. What is
-recognised here means the same to `tarfile` (owner, mode and time are not looked at); of everything else (directories,
-links, extended headers, sizes in base 256, a wrong checksum, the end) this says nothing, and `tarfile` is asked.
+`tarfile` makes an object with thirty fields of every header, which costs more than decoding a small image. A header
+that passes here means the same to `tarfile` (owner, mode and time are ignored). Directories, links, extended headers,
+sizes in base 256, wrong checksums and the end of the tar are left to `tarfile`.
 """
 
 import struct
@@ -12,14 +12,14 @@ from typing import NamedTuple
 BLOCK_BYTES = 512
 _REGULAR = (b"0", b"\0")
 _FIELDS = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")
-"""Name, size, checksum, kind, prefix: what is looked at of a header."""
+"""Fields of a header that matter: name, size, checksum, kind, prefix."""
 
 
 class PlainHeader(NamedTuple):
-    """name: with its prefix, decoded as `tarfile` does. num_bytes: of the data that begin right after the header."""
+    """The header of a regular file."""
 
-    name: str
-    num_bytes: int
+    name: str  # with its prefix, decoded as in `tarfile`
+    num_bytes: int  # of the data, which begin right after the header
 
     @property
     def padded_bytes(self) -> int:
@@ -28,18 +28,18 @@ class PlainHeader(NamedTuple):
 
 
 def parse_plain_header(block: bytes) -> PlainHeader | None:
-    """Return what a header block says if it is a plain one, else None."""
+    """Return a header block as a plain header; None if it is not one."""
     if len(block) != BLOCK_BYTES:
         return None
     name_field, size_field, checksum_field, kind, prefix_field = _FIELDS.unpack(block)
     if kind not in _REGULAR:
         return None
     num_bytes, checksum = _octal(size_field), _octal(checksum_field)
-    # the checksum is that of the block with blanks in the place of the checksum
+    # the checksum counts its own field as blanks
     if num_bytes is None or checksum != _sum(block) - sum(checksum_field) + 8 * ord(" "):
         return None
     name = _text(name_field)
-    if not name or name.endswith("/"):  # a directory of old
+    if not name or name.endswith("/"):  # a directory of old tars
         return None
     if prefix_field[0]:
         name = f"{_text(prefix_field)}/{name}"
@@ -47,7 +47,7 @@ def parse_plain_header(block: bytes) -> PlainHeader | None:
 
 
 def _sum(block: bytes) -> int:
-    """Sum of a block's bytes; the low half of an Adler checksum is 1 + the sum, exactly so for 256 bytes."""
+    """Return the sum of a block's bytes. The low half of an Adler checksum is 1 + the sum, exact for 256 bytes."""
     return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
 
 

@@ -1,11 +1,10 @@
-"""The members of a tar, and how it ended: a tar that breaks off is never taken for one that is over.
+"""Iterates over the members of a tar, and raises if it breaks off before its end.
 
-A tar reader stops without a word where the next header is no header: at a zeroed block, a flipped bit, the end
-of half a file (WebDataset and Python's `tarfile` alike). Here only a proper end is silent. Headers are
-`tarfile`'s business (ustar, GNU and pax names), except plain ones, because it is slow; the walk from one to the
-next is guarded, so that no file can make it jump backwards, unpack anything or ask for memory without end. Sparse
-members are no data and compressed tars are no tars: both would unpack to any size. Names stay names: nothing is
-written anywhere.
+WebDataset and Python's `tarfile` stop silently at an invalid header: a zeroed block, a flipped bit, the end of half a
+file. Here only a proper end is silent. `tarfile` parses headers (ustar, GNU and pax names), except plain ones, because
+it is slow. The walk from header to header is guarded: no file can make it jump backwards, unpack anything or ask for
+unbounded memory. Sparse members and compressed tars are refused, because both could unpack to any size. Names are never
+used as paths: nothing is written.
 """
 
 import os
@@ -13,44 +12,35 @@ import tarfile
 from collections.abc import Callable, Generator, Iterator
 from typing import BinaryIO, NamedTuple
 
-from lightning_moevlm.data.format.faults import Cause
+from lightning_moevlm.data.format.faults import DataFault
 from lightning_moevlm.data.format.tar_header import BLOCK_BYTES, parse_plain_header
 
 _CHUNK_BYTES = 2**20
 _LONGEST_HEADER_BYTES = 2**14
-"""Of an extended header, which holds names; Python before 3.11.10 takes time with the square of its length."""
-# all that tarfile's parsing of a header can raise: some of its fields are read without a check (IndexError, KeyError),
-# and a chain of extended headers is followed by recursion
+"""Largest extended header, which holds names. Before 3.11.10 Python's parsing time is quadratic in its length."""
+# raised by tarfile's parsing of headers: some fields are read without a check (IndexError, KeyError), and chains of
+# extended headers are followed by recursion
 _NO_HEADER = (tarfile.TarError, ValueError, IndexError, KeyError, OverflowError, RecursionError)
 
 
 class Member(NamedTuple):
-    """A regular file in a tar.
+    """A regular file in a tar."""
 
-    name: printable; other characters are escaped. data: None if it was not wanted. offset, num_bytes: where its bytes
-    lie in the tar.
-    """
-
-    name: str
-    data: bytes | None
-    offset: int
+    name: str  # printable; other characters are escaped
+    data: bytes | None  # None if it was not wanted
+    offset: int  # of its first byte in the tar
     num_bytes: int
 
 
-class TarBreak(Exception):  # noqa: N818 - an end of data
-    """A tar that ends where no whole tar does; the message goes on from "the shard ...": where and how."""
-
-    def __init__(self, cause: Cause, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
+class TarBreak(DataFault):
+    """A tar ends before its proper end. The message continues "the shard ..."."""
 
 
 def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Member]:
     """Yield the regular files of a plain tar in their order, with the bytes of those whose name is wanted.
 
     Raises:
-        TarBreak: after the last good member, if anything but the end of a whole tar follows it.
-
+        TarBreak: after the last good member, unless the proper end of a tar follows it.
     """
     num_bytes = os.fstat(stream.fileno()).st_size
     if num_bytes == 0:
@@ -76,7 +66,7 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
         tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header
         if end > num_bytes:
             raise TarBreak("shard_truncated", f"ends within {_escape(info.name)}")
-        if not tar.pax_headers:  # headers that change what later ones mean
+        if not tar.pax_headers:  # otherwise these change the meaning of later headers
             end = tar.offset = yield from _plain_members(stream, end, num_bytes, wanted)
         try:
             info = tar.next()
@@ -87,7 +77,7 @@ def tar_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Mem
 
 
 class _HeaderFile:
-    """What `tarfile` reads headers from: it cannot ask for more than a header may have."""
+    """A file for `tarfile` to read headers from, in bounded pieces."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.seek = stream.seek
@@ -103,7 +93,7 @@ class _HeaderFile:
 def _plain_members(
     stream: BinaryIO, start: int, num_bytes: int, wanted: Callable[[str], bool]
 ) -> Generator[Member, None, int]:
-    """Yield the members from `start` on whose headers are plain and whose data is whole; return where they end."""
+    """Yield members with plain headers and whole data from `start` on; return the offset after the last."""
     seek, read = stream.seek, stream.read
     while True:
         seek(start)
@@ -119,19 +109,19 @@ def _plain_members(
 
 
 def _escape(name: str) -> str:
-    """Escape what could harm a terminal, or cannot be encoded again: names come from strangers."""
+    """Escape characters that could harm a terminal or cannot be encoded: names are untrusted."""
     return name if name.isprintable() else name.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def _explain_break(offset: int, read_to: int, num_bytes: int) -> TarBreak:
-    """Say why there is no header at `offset`, where there is no end of a tar either; `read_to`: searched so far."""
+    """Return the reason for an invalid header at `offset`. read_to: end of the bytes that were searched."""
     if num_bytes - offset < tarfile.BLOCKSIZE or read_to >= max(num_bytes, offset + tarfile.BLOCKSIZE + 1):
         return TarBreak("shard_truncated", f"ends at byte {num_bytes} without the end mark of a tar")
     return TarBreak("shard_corrupt", f"is not a valid tar from byte {offset} on")
 
 
 def _holds_only_zeros(stream: BinaryIO, offset: int) -> bool:
-    """Tell whether at least one byte, and nothing but zeros, follows."""
+    """Return whether at least one byte follows, and only zeros."""
     stream.seek(offset)
     chunk = stream.read(_CHUNK_BYTES)
     if not chunk:

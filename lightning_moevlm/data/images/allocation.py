@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Allocate = Callable[[int], Tensor]
-"""From a number of bytes to that many, uint8, of any content."""
+"""Returns so many bytes, uint8, of any content."""
 
 
 def private_bytes(num_bytes: int) -> Tensor:
@@ -15,6 +15,6 @@ def private_bytes(num_bytes: int) -> Tensor:
 
 
 def shared_bytes(num_bytes: int) -> Tensor:
-    """Return fresh shared memory, all zeros: what torch sends to another process without copying it."""
+    """Return new shared memory, all zeros; torch sends it to another process without a copy."""
     storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")  # as torch's own collate function does
     return torch.empty(0, dtype=torch.uint8).set_(storage)

@@ -1,14 +1,12 @@
-"""From encoded bytes to pixels: JPEG by simplejpeg, others by Pillow.
+"""Decodes images to pixels: JPEG by simplejpeg, other formats by Pillow.
 
-Pixels stay uint8 (a quarter of the memory and of the transfer); whoever computes with them scales them. In memory they
-lie by row, column, channel, as decoders write them and as torch's antialiased resize of bytes is fastest; shapes are
-(3, R, X) all the same. The header is read before anything is decoded: an image of absurd size costs nothing. One of
-absurd shape is cut to its middle before it is resized, so memory is bounded for any. Images are set upright.
+Pixels stay uint8, a quarter of the memory and of the transfer; the model scales them. Shapes are (3, R, X), but memory
+is ordered by row, column, channel, as decoders write it and as torch's antialiased resize of bytes is fastest. The
+header is read first, so images with too many pixels cost nothing. Very long images are cropped before they are resized,
+so memory is bounded. Images are set upright.
 """
 
-import io
 import struct
-import zlib
 
 import numpy as np
 import simplejpeg
@@ -18,47 +16,40 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lightning_moevlm.data.format.faults import MAX_PIXELS, MAX_SIDE
+from lightning_moevlm.data.format.faults import MAX_PIXELS
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
+from lightning_moevlm.data.images.open_image import IMAGE_FORMATS, check_pixels, open_image
 from lightning_moevlm.data.images.orientation import FLIPPED_ACROSS, FLIPPED_DOWN, TRANSPOSED, UPRIGHT, orientation
 
 IMAGE_EXTENSIONS = ("jpg", "png", "image")
-"""Members that are images; `image` may have any of `IMAGE_FORMATS`, sample by sample, whatever their names say."""
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Members with images; those of `image` may have any of `IMAGE_FORMATS`, independent of their names in tars."""
 
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
-"""What Pillow raises on broken files; OSError includes UnidentifiedImageError."""
 _ROWS_AT_ONCE = 512
 _LONGEST = 4
-"""A longer image, in units of its shorter side, is cut to its middle before it is resized; common shapes are not."""
-
-
-class ImageTooLargeError(ValueError):
-    """An image whose header promises more pixels than allowed."""
+"""Longest side in units of the shorter one; longer images are cropped to their middle before they are resized."""
 
 
 def decode_image(
     data: bytes, extension: str, size: int, max_pixels: int = MAX_PIXELS, into: Tensor | None = None
 ) -> Tensor:
-    """Decode to uint8 RGB of shape (3, size, size), upright; transparent pixels are laid on white.
+    """Decode to uint8 RGB of shape (3, size, size), upright, transparent pixels on white.
 
-    An image of another size is scaled (antialiased, bilinear) until its shorter side fits and cut to its middle. A
-    JPEG at least twice as large is scaled while it is decoded, as far as possible but never below the wanted size.
+    An image of another size is scaled (antialiased, bilinear) until its shorter side fits, and cropped to its middle. A
+    JPEG at least twice as large is scaled while it is decoded, as far as possible but never below `size`.
 
     Args:
-        data: the encoded image.
-        extension: "jpg" or "png", and another format is no image; or "image", for any of `IMAGE_FORMATS`.
-        size: pixels per side.
-        max_pixels: pixels that the encoded image may have; `MAX_SIDE` limits each side.
-        into: a row of `image_rows`; decoding straight into it saves a copy. It is what is returned.
+        data: Encoded image.
+        extension: "jpg" or "png" for that format alone, "image" for any of `IMAGE_FORMATS`.
+        size: Pixels per side.
+        max_pixels: Largest number of pixels of the encoded image; `MAX_SIDE` limits each side.
+        into: A row of `image_rows`, which is returned; decoding into it saves a copy.
 
     Raises:
         ImageTooLargeError: if the image has more than `max_pixels`, or too long a side; nothing was decoded.
-        ValueError: if the bytes are no such image.
-
+        ValueError: if the bytes are not such an image.
     """
     row_RYX = image_rows(1, size)[0] if into is None else into
     if extension == "jpg" or (extension == "image" and data.startswith(_JPEG_START)):
@@ -70,48 +61,47 @@ def decode_image(
 
 
 def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
-    """Look at the beginning and the end of a JPEG without decoding anything.
+    """Check the beginning and the end of a JPEG, without decoding it.
 
     Raises:
         ImageTooLargeError: if the image has more than `max_pixels`, or too long a side.
         ValueError: if the bytes do not begin as a JPEG does, or are cut short.
-
     """
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     check_pixels(height, width, max_pixels)
-    # markers do not occur within pixels; an end before the last scan is that of a preview in the header
+    # markers do not occur within pixels; an end before the last scan belongs to a preview in the header
     end = data.rfind(_JPEG_END)
     if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
         raise ValueError("Premature end of JPEG file")
 
 
 def image_rows(num_images: int, size: int, allocate: Allocate = private_bytes) -> Tensor:
-    """Return room for images: (B, 3, size, size), uint8, each image contiguous by row, column, channel."""
+    """Allocate images: (B, 3, size, size), uint8, each contiguous by row, column, channel."""
     return allocate(num_images * image_bytes(size)).view(num_images, size, size, 3).permute(0, 3, 1, 2)
 
 
 def image_bytes(size: int) -> int:
-    """Return the bytes of a decoded image."""
+    """Return the number of bytes of a decoded image."""
     return size * size * 3
 
 
 def jpeg_scaling(size: int) -> dict[str, int]:
-    """Return how simplejpeg is told to scale while it decodes: by a factor of at least 2, never below `size`.
+    """Return simplejpeg's options to scale while decoding: by a factor of at least 2, never below `size`.
 
-    A smaller factor, such as 8/7, is no shortcut: it takes twice as long as decoding the whole image.
+    A smaller factor, such as 8/7, takes twice as long as decoding the whole image.
     """
     return {"min_height": size, "min_width": size, "min_factor": 2}
 
 
 def middle_slices(height: int, width: int) -> tuple[slice, slice]:
-    """Return the rows and columns of an image that are resized: all of it, or the middle of a very long one."""
+    """Return the rows and columns to resize: the whole image, or the middle of a very long one."""
     rows, columns = min(height, _LONGEST * width), min(width, _LONGEST * height)
     top, left = (height - rows) // 2, (width - columns) // 2
     return slice(top, top + rows), slice(left, left + columns)
 
 
 def turn_pixels(image_RYX: Tensor, turn: int) -> Tensor:
-    """Return the pixels (..., Y, X) as they are shown. turn: the orientation they are stored in."""
+    """Set pixels (..., Y, X) upright. turn: their EXIF orientation."""
     stored = image_RYX.mT if turn in TRANSPOSED else image_RYX
     axes = [-2] * (turn in FLIPPED_DOWN) + [-1] * (turn in FLIPPED_ACROSS)
     return stored.flip(axes) if axes else stored
@@ -120,7 +110,7 @@ def turn_pixels(image_RYX: Tensor, turn: int) -> Tensor:
 def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor, turn: int = UPRIGHT) -> None:
     """Scale (H, W, 3) pixels until the shorter side has `size`, and write their middle into a row of `image_rows`.
 
-    turn: the orientation that the pixels are stored in.
+    turn: the EXIF orientation of the pixels.
     """
     stored_YXR = torch.from_numpy(pixels_YXR[middle_slices(*pixels_YXR.shape[:2])])
     image_BRYX = turn_pixels(stored_YXR.permute(2, 0, 1), turn)[None]
@@ -130,26 +120,13 @@ def fit(pixels_YXR: NDArray[np.uint8], size: int, row_RYX: Tensor, turn: int = U
     if target == [height, width]:
         scaled_BRYX = image_BRYX
     elif target == [size, size]:
-        # F.interpolate has no `out`, and an image of its own would have to be copied
+        # F.interpolate has no `out`, so its result would have to be copied
         torch.ops.aten._upsample_bilinear2d_aa.out(image_BRYX, target, False, None, None, out=row_RYX[None])
         return
     else:
         scaled_BRYX = F.interpolate(image_BRYX, size=target, mode="bilinear", antialias=True)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     row_RYX.copy_(scaled_BRYX[0, :, top : top + size, left : left + size])
-
-
-def check_pixels(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse an image by its size.
-
-    Raises:
-        ImageTooLargeError: if it has more than `max_pixels`, or a side of more than `MAX_SIDE`.
-
-    """
-    if height * width > max_pixels:
-        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {max_pixels}")
-    if max(height, width) > MAX_SIDE:
-        raise ImageTooLargeError(f"it has {width} x {height} pixels, allowed are {MAX_SIDE} per side")
 
 
 def _decode_jpeg(data: bytes, size: int, max_pixels: int, row_RYX: Tensor) -> None:
@@ -172,26 +149,18 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int, formats: tuple[str, ...] = IMAGE_FORMATS) -> NDArray[np.uint8]:
-    """Return the pixels as they are stored; of a very long image, of its middle."""
-    try:
-        with Image.open(io.BytesIO(data), formats=formats) as whole:
-            check_pixels(whole.height, whole.width, max_pixels)
-            rows, columns = middle_slices(whole.height, whole.width)
-            seen = (columns.start, rows.start, columns.stop, rows.stop)
-            image = whole if seen == (0, 0, *whole.size) else whole.crop(seen)
-            if image.mode == "RGB" and "transparency" not in image.info:
-                return np.array(image)
-            return _lay_on_white(image)
-    except ImageTooLargeError:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, should ours be set above it
-        raise ImageTooLargeError(str(error)) from error
-    except PILLOW_ERRORS as error:
-        raise ValueError(str(error)) from error
+    """Return the pixels as stored; of a very long image, its middle."""
+    with open_image(data, formats, max_pixels) as whole:
+        rows, columns = middle_slices(whole.height, whole.width)
+        seen = (columns.start, rows.start, columns.stop, rows.stop)
+        image = whole if seen == (0, 0, *whole.size) else whole.crop(seen)
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return np.array(image)
+        return _lay_on_white(image)
 
 
 def _lay_on_white(image: Image.Image) -> NDArray[np.uint8]:
-    """Return (H, W, 3) pixels; some rows after the other, since a large image takes several copies on the way."""
+    """Return (H, W, 3) pixels. Some rows at a time, because conversion takes several copies."""
     pixels_YXR = np.empty((image.height, image.width, 3), dtype=np.uint8)
     for top in range(0, image.height, _ROWS_AT_ONCE):
         bottom = min(image.height, top + _ROWS_AT_ONCE)

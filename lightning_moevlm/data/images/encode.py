@@ -1,4 +1,4 @@
-"""From pixels to encoded bytes: JPEG by simplejpeg, PNG by Pillow; the same pixels always become the same bytes."""
+"""Encodes pixels: JPEG by simplejpeg, PNG by Pillow. The same pixels always become the same bytes."""
 
 import io
 from typing import Literal
@@ -16,16 +16,16 @@ _ROWS_AT_ONCE = 512
 def lay_on(ground_YXR: NDArray[np.uint8], image_YXA: NDArray[np.uint8], left: int, top: int) -> None:
     """Blend an RGBA image into an RGB ground, in place, with its upper left corner at (left, top)."""
     height, width = image_YXA.shape[:2]
-    for row in range(0, height, _ROWS_AT_ONCE):  # a large image would take several copies of itself
+    for row in range(0, height, _ROWS_AT_ONCE):  # some rows at a time, because blending takes several copies
         rows = slice(row, row + _ROWS_AT_ONCE)
         ground = ground_YXR[top : top + height, left : left + width][rows]
         alpha = image_YXA[rows, :, 3:].astype(np.uint16)
         blended = image_YXA[rows, :, :3] * alpha + ground.astype(np.uint16) * (255 - alpha)
-        ground[:] = ((blended + 127) // 255).astype(np.uint8)  # whole numbers: the same on every machine
+        ground[:] = ((blended + 127) // 255).astype(np.uint8)  # integers: the same on every machine
 
 
 def encode(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
-    """Encode RGB or RGBA pixels; for jpg, transparent art is laid on white first."""
+    """Encode RGB or RGBA pixels. For jpg, transparent pixels are laid on white."""
     if image_format == "png":
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "png")

@@ -1,12 +1,10 @@
-"""JPEG bytes travel, pixels are made on the device: a tenth of the transfer, and no decoding in the loader's processes.
+"""Decodes the JPEGs of a batch on the device: a tenth of the transfer, and no decoding in the loader's processes.
 
-On a CUDA device torchcodec decodes a whole batch in one call (extra `gpu-decode`), and the images are resized there.
-Where there is no such device, or torchcodec is missing or does not load, the CPU decodes as it always does. The two
-differ by what decoders differ in: nvJPEG does not scale while it decodes, and resizing there is in floating point.
-torchcodec sets images upright by their EXIF orientation, by the rule of `orientation`.
+On a CUDA device torchcodec decodes a whole batch in one call (extra `gpu-decode`), and images are resized there. The
+CPU decodes if there is no such device or no torchcodec. Results differ slightly: nvJPEG does not scale while it
+decodes, and resizing is in floating point. torchcodec sets images upright by the same rule as `orientation`.
 
-What is no image for the CPU's decoder is none here either: if the device refuses a batch, which it does as a whole,
-the CPU decodes it and says which images it cannot decode.
+The device refuses a batch as a whole. Then the CPU decodes it and finds the images that cannot be decoded.
 """
 
 import warnings
@@ -26,20 +24,20 @@ DecodeJpegs = Callable[..., list[Tensor]]
 
 
 class Pixels(NamedTuple):
-    """Decoded images. images_BRYX: uint8, RGB. faults: of those that are none, by place; their pixels say nothing."""
+    """Decoded images."""
 
-    images_BRYX: Tensor
-    faults: Mapping[int, ValueError]
+    images_BRYX: Tensor  # uint8, RGB; undefined at the places of faults
+    faults: Mapping[int, ValueError]  # of images that cannot be decoded, by place in the batch
 
 
 def decode_batch(images: JpegBatch, size: int, device: torch.device, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decode JPEGs to (B, 3, size, size), uint8 RGB, on the device; scaled and cut as `decode_image` does it."""
+    """Decode JPEGs to (B, 3, size, size), uint8 RGB, on the device; scaled and cropped as in `decode_image`."""
     decode = _torchcodec() if device.type == "cuda" else None
     if decode is not None:
         try:
             return Pixels(fit_all(decode(list(images.split()), mode="RGB", device=device), size), {})
         except RuntimeError:
-            pass  # no partial result, and no word on which one it was: below they are told apart, and none is let pass
+            pass  # torchcodec does not name the image; the CPU finds it below
     images_BRYX = image_rows(images.num_images, size)
     faults: dict[int, ValueError] = {}
     for place, (jpeg, row_RYX) in enumerate(zip(images.split(), images_BRYX, strict=True)):
@@ -51,7 +49,7 @@ def decode_batch(images: JpegBatch, size: int, device: torch.device, max_pixels:
 
 
 def fit_all(images: Sequence[Tensor], size: int) -> Tensor:
-    """Resize images (3, H, W), uint8, so that their shorter sides have `size`, and cut out their middles.
+    """Resize images (3, H, W), uint8, until their shorter sides have `size`, and crop them to their middles.
 
     The ends of a very long image (`middle_slices`) are left out. Images of one shape are resized together: antialiased,
     bilinear, rounded to the nearest.
@@ -75,7 +73,7 @@ def fit_all(images: Sequence[Tensor], size: int) -> Tensor:
 
 @cache
 def _torchcodec() -> DecodeJpegs | None:
-    """Return torchcodec's decoder; None, with one warning per process, where it is missing or does not load."""
+    """Return torchcodec's decoder; None, with one warning per process, if it is missing or does not load."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError) as error:  # the last two: built for another torch or CUDA

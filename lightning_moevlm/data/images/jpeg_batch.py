@@ -1,7 +1,7 @@
-"""The JPEGs of a batch on their way from a loader's process to the device: one tensor of bytes, and where each begins.
+"""Packs the JPEGs of a batch into one tensor of bytes, on their way from a loader's process to the device.
 
-A worker hands two tensors in shared memory on, however many images there are, and one copy pins them for the GPU.
-Each image keeps its name, since it may turn out to be none only after it has left the shard behind.
+A worker sends two tensors in shared memory for any number of images, and one copy pins them for the GPU. Each image
+keeps its name, because the device may find it broken long after its shard was read.
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,24 @@ from lightning_moevlm.data.images.allocation import private_bytes, shared_bytes
 
 
 class Jpeg(NamedTuple):
-    """An encoded image. name: where it was found, as messages tell it."""
+    """An encoded image."""
 
     data: bytes
-    name: str
+    name: str  # its member and shard, for messages
 
 
 class JpegBatch(NamedTuple):
-    """Encoded images of a batch, in its order, on the CPU.
+    """Encoded images of a batch, in its order, on the CPU."""
 
-    bytes_N: uint8, one JPEG after another. offsets_M: int64, where each of the M - 1 begins, and where the last ends.
-    names: where each was found. parts: how many follow each other from one source. fresh: whether an image is read for
-    the first time in its epoch; one that fills up for a lost sample is not.
-    """
-
-    bytes_N: Tensor
-    offsets_M: Tensor
-    names: tuple[str, ...]
-    parts: tuple[int, ...]
-    fresh: tuple[bool, ...]
+    bytes_N: Tensor  # uint8, one JPEG after another
+    offsets_M: Tensor  # int64, beginning of each of the M - 1 images, and end of the last
+    names: tuple[str, ...]  # member and shard of each
+    parts: tuple[int, ...]  # numbers of consecutive images from one source
+    fresh: tuple[bool, ...]  # False for images that replace lost ones: they were read before in this epoch
 
     @classmethod
     def pack(cls, jpegs: Sequence[Jpeg], num_fresh: int | None = None) -> "JpegBatch":
-        """Put the JPEGs of one source together; in a worker, in shared memory. num_fresh: the first so many, or all."""
+        """Pack the JPEGs of one source; a worker uses shared memory. num_fresh: fresh ones, at the beginning."""
         offsets = np.cumsum([0, *(len(jpeg.data) for jpeg in jpegs)])
         bytes_N = _allocate(int(offsets[-1]))
         target = bytes_N.numpy()
@@ -51,7 +46,7 @@ class JpegBatch(NamedTuple):
 
     @classmethod
     def join(cls, several: Sequence["JpegBatch"]) -> "JpegBatch | None":
-        """Put those of several sources together, one after the other; None for none."""
+        """Join the batches of several sources, one after the other; None for none."""
         if len(several) <= 1:
             return several[0] if several else None
         ends = np.cumsum([0, *(len(each.bytes_N) for each in several)])
@@ -66,15 +61,15 @@ class JpegBatch(NamedTuple):
 
     @property
     def num_images(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.names)
 
     def split(self) -> tuple[Tensor, ...]:
-        """Return the bytes of every JPEG, without copying them."""
+        """Return the bytes of each JPEG, as views."""
         return tuple(self.bytes_N[start:stop] for start, stop in pairwise(self.offsets_M.tolist()))
 
     def pin(self) -> "JpegBatch":
-        """Return the same in memory that a GPU can read from."""
+        """Return the same images in pinned memory."""
         return self._replace(bytes_N=self.bytes_N.pin_memory())
 
 

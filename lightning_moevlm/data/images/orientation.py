@@ -1,8 +1,8 @@
-"""Which way up an image is shown: the EXIF orientation, by one rule for every reader.
+"""Reads the EXIF orientation of images, by one rule for all readers.
 
-Cameras store pixels as the sensor lies and note how to turn them. The note is looked up in the bytes themselves, since
-decoders that make pixels know nothing of it. It stands in a JPEG's first Exif segment, a PNG's `eXIf` chunk or a WebP's
-`EXIF` chunk; without one, or with a broken one, an image is upright. XMP has no say, as in browsers and torchcodec.
+Cameras store pixels in the order of the sensor, with a note on how to rotate them. Decoders ignore the note, so it is
+read from the bytes: a JPEG's first Exif segment, a PNG's `eXIf` chunk or a WebP's `EXIF` chunk. Without a valid note an
+image is upright. XMP is ignored, as in browsers and torchcodec.
 Source: Exif 2.32 (CIPA DC-008), 4.6.4 A, tag Orientation; TIFF 6.0 for the layout.
 """
 
@@ -15,7 +15,7 @@ _TAG = 0x0112
 _EXIF = b"Exif\0\0"
 _EXIF_SEGMENT, _STARTS_OF_PIXELS = 0xE1, (0xDA, 0xD9)
 TRANSPOSED, FLIPPED_DOWN, FLIPPED_ACROSS = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)
-"""Orientations stored with rows and columns exchanged; and, once that is undone, upside down, or left for right."""
+"""Orientations with rows and columns exchanged; and, after that is undone, upside down or mirrored."""
 _METHODS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,23 +36,23 @@ def orientation(data: bytes) -> int:
             return _read_orientation_tag(_find_png_exif(data))
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _read_orientation_tag(_find_webp_exif(data))
-    except struct.error:  # an offset leads out of the bytes
+    except struct.error:  # an offset points outside the bytes
         pass
     return UPRIGHT
 
 
 def turn_image(image: Image.Image, turn: int) -> Image.Image:
-    """Return a Pillow image as it is shown. turn: the orientation it is stored in."""
+    """Set a Pillow image upright. turn: its EXIF orientation."""
     return image if turn == UPRIGHT else image.transpose(_METHODS[turn])
 
 
 def upright_size(size: tuple[int, int], turn: int) -> tuple[int, int]:
-    """Return (width, height) as shown. turn: the orientation they are stored in."""
+    """Return (width, height) upright. turn: the EXIF orientation."""
     return (size[1], size[0]) if turn in TRANSPOSED else size
 
 
 def _find_jpeg_exif(data: bytes) -> bytes:
-    """Return the TIFF structure of the first Exif segment, nothing if there is none before the pixels."""
+    """Return the TIFF structure of the first Exif segment before the pixels; empty if there is none."""
     place = 2
     while data[place : place + 1] == b"\xff":
         _, marker, length = struct.unpack_from(">BBH", data, place)
@@ -71,7 +71,7 @@ def _find_png_exif(data: bytes) -> bytes:
         length, name = struct.unpack_from(">I4s", data, place)
         if name == b"eXIf":
             return data[place + 8 : place + 8 + length]
-        place += 12 + length  # a check sum follows
+        place += 12 + length  # plus a checksum
     return b""
 
 

@@ -1,7 +1,7 @@
-"""Checking a set from end to end: every shard against the manifest, every sample by decoding it.
+"""Checks a set from end to end: every shard against the manifest, every sample by decoding it.
 
-Unlike a reader, which stops at the first mistake, a check goes on and lists all that it finds. On the way it gathers
-the set's card: counts, sizes, lengths, and images that occur more than once.
+A reader stops at the first fault; a check continues and lists all of them. It also collects the set's card: counts,
+sizes, lengths, and images that occur more than once.
 """
 
 import hashlib
@@ -14,14 +14,11 @@ import numpy as np
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.progress import track
-from lightning_moevlm.data.format.faults import Cause, Lost, decode_fault
+from lightning_moevlm.data.format.faults import Cause, Lost, SampleFault, decode_fault
 from lightning_moevlm.data.format.manifest import SPLITS, Manifest, Split
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
-from lightning_moevlm.data.images.decode import (
-    IMAGE_EXTENSIONS,
-    ImageTooLargeError,
-    decode_image,
-)
+from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, decode_image
+from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.inspect.thumbnails import modality_of, read_image_size
 from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -29,67 +26,50 @@ from lightning_moevlm.data.text.captions import CAPTION_EXTENSION, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 QUANTILES = (0.0, 0.5, 0.95, 1.0)
-_DECODED_SIZE = 8  # pixels; small, since only whether it can be decoded matters
+_DECODED_SIZE = 8  # pixels; small, because pixels are not used
 TEXT_LENGTHS = (24, 40, 64, 128)
-"""Of `data.max_text_len`: those of the shipped configurations, and more; a check tells how many captions each cuts."""
+"""Values of `data.max_text_len`, those of the shipped configurations among them; a check counts the captions cut."""
 _FRAME = 2  # [BOS] and [EOS]
-_DIGEST_BYTES = 16  # of sha256, kept per image: enough to tell any number of images apart
+_DIGEST_BYTES = 16  # of sha256, kept per image
 
 
 class SplitCard(NamedTuple):
-    """One row of a set's card, over samples without problems.
-
-    caption_*: tokens of a sample's longest caption, without [BOS] and [EOS]; 0 in a set without captions. cut: share of
-    the samples of which a caption loses its end, by `data.max_text_len`. side_*: pixels, min, median and 95 % of the
-    shorter side and the largest longer side; 0 in a set without images. duplicates_within: samples whose image (in
-    a set of texts: caption) is byte for byte one that occurred before in the split; duplicates_across: not in this
-    split, but in one before it.
-    """
+    """One row of a set's card, over samples without problems."""
 
     split: Split
     num_shards: int
     num_samples: int
     num_bytes: int
-    modality: str
-    caption_min: int
+    modality: str  # pairs, images or texts
+    caption_min: int  # tokens of a sample's longest caption, without [BOS] and [EOS]; 0 without captions
     caption_median: int
     caption_p95: int
     caption_max: int
-    cut: dict[int, float]
-    side_min: int
+    cut: dict[int, float]  # fraction of samples with a caption that is cut, by `data.max_text_len`
+    side_min: int  # pixels of the shorter side; 0 without images
     side_median: int
     side_p95: int
-    side_max: int
+    side_max: int  # pixels of the longer side
     num_questions: int
-    duplicates_within: int
-    duplicates_across: int
+    duplicates_within: int  # samples whose image (in a set of texts: caption) occurred before in the split
+    duplicates_across: int  # samples whose image occurred in an earlier split, not in this one
 
 
 class CheckReport(NamedTuple):
-    """What a check found.
-
-    cards: one per split that has a sample without problems. sizes: how many images have which (width, height), the
-    most frequent first. faults: lost samples by cause. problems: one line each; empty if all is well.
-    """
+    """The result of a check."""
 
     manifest: Manifest
-    cards: tuple[SplitCard, ...]
-    sizes: tuple[tuple[tuple[int, int], int], ...]
-    faults: dict[Cause, int]
-    problems: tuple[str, ...]
-
-
-class _ProblemError(Exception):
-    def __init__(self, cause: Cause, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
+    cards: tuple[SplitCard, ...]  # of splits with a sample without problems
+    sizes: tuple[tuple[tuple[int, int], int], ...]  # ((width, height), number of images), the most frequent first
+    faults: dict[Cause, int]  # lost samples
+    problems: tuple[str, ...]  # one line each
 
 
 class _Found(NamedTuple):
-    """What is in one good sample. size: (width, height). num_tokens, size: None where the set has no such member."""
+    """The content of one good sample."""
 
-    num_tokens: int | None
-    size: tuple[int, int] | None
+    num_tokens: int | None  # None in a set without captions
+    size: tuple[int, int] | None  # width, height; None in a set without images
     num_questions: int
 
 
@@ -97,8 +77,7 @@ def check_set(storage: ShardStorage) -> CheckReport:
     """Verify shards (size, hash, count), samples (unique keys, every member decodes) and the tokenizer.
 
     Raises:
-        UserError: if the manifest itself cannot be read; everything else is listed in the report.
-
+        UserError: if the manifest cannot be read; the report lists everything else.
     """
     manifest = storage.read_manifest()
     try:
@@ -116,7 +95,7 @@ def check_set(storage: ShardStorage) -> CheckReport:
 
 
 class _Check:
-    """A check on its way through the splits, and what it has met so far."""
+    """Checks split after split, and collects the results."""
 
     def __init__(self, storage: ShardStorage, manifest: Manifest, tokenizer: CaptionTokenizer) -> None:
         self._storage = storage
@@ -129,7 +108,7 @@ class _Check:
         self.problems: list[str] = []
 
     def split(self, split: Split) -> SplitCard | None:
-        """Check one split; None if it has no good sample."""
+        """Check a split and return its card; None if it has no good sample."""
         shards, wanted = self._manifest.splits[split], frozenset(self._manifest.members)
         found: list[_Found] = []
         within, across = 0, 0
@@ -139,8 +118,8 @@ class _Check:
                 continue
             try:
                 found.append(self._sample(sample))
-            except _ProblemError as problem:
-                self._report(problem.cause, str(problem))
+            except SampleFault as fault:
+                self._report(fault.cause, str(fault))
                 continue
             splits = self._shown.setdefault(self._identity(sample), set())
             within += split in splits
@@ -168,16 +147,16 @@ class _Check:
 
     def _samples(self, split: Split, wanted: frozenset[str]) -> Iterator[RawSample | Lost]:
         shards = self._manifest.splits[split]
-        with ShardPrefetcher(self._storage, shards) as ahead:
+        with ShardPrefetcher(self._storage, shards) as prefetcher:
             for shard in track(shards, len(shards), f"checking {split}"):
-                yield from read_shard(ahead, shard, wanted, self._manifest.layout)
+                yield from read_shard(prefetcher, shard, wanted, self._manifest.layout)
 
     def _report(self, cause: Cause, message: str, num_samples: int = 1) -> None:
         self.faults[cause] += num_samples
         self.problems.append(message)
 
     def _identity(self, sample: RawSample) -> bytes:
-        """Digest of the image's bytes, of the captions where there is no image."""
+        """Return the digest of the image's bytes, or of the captions in a set of texts."""
         captions = find_captions(self._manifest.members, self._manifest.layout.caption_field)
         shown = next((sample.members[member] for member in IMAGE_EXTENSIONS if member in sample.members), None)
         if shown is None and captions is not None:
@@ -189,17 +168,16 @@ class _Check:
 
         Raises:
             _ComplaintError: if one is missing or cannot be decoded, or the key is not new.
-
         """
         where = f"{sample.key} in shard {sample.shard}"
         if sample.key in self._keys:
-            raise _ProblemError("duplicate_key", f"{where} occurs twice in the set")
+            raise SampleFault("duplicate_key", f"{where} occurs twice in the set")
         self._keys.add(sample.key)
         num_tokens, size, num_questions = None, None, 0
         captions = find_captions(self._manifest.members, self._manifest.layout.caption_field)
         for extension in self._manifest.members:
             if extension not in sample.members:
-                raise _ProblemError("member_missing", f"{where} has no .{extension} member")
+                raise SampleFault("member_missing", f"{where} has no .{extension} member")
             data = sample.members[extension]
             try:
                 if extension in IMAGE_EXTENSIONS:
@@ -208,14 +186,14 @@ class _Check:
                 if captions is not None and extension == captions.member:
                     texts = captions.read(data)
                     if not texts:
-                        raise _ProblemError("caption_empty", f"{where} has an empty caption")
+                        raise SampleFault("caption_empty", f"{where} has an empty caption")
                     num_tokens = max(len(self._tokenizer.ids(text)) for text in texts)
                 if extension == "json":
                     num_questions += _num_questions(json.loads(data))
             except ValueError as error:
                 cause = _choose_cause(extension, error)
                 where = f"{sample.key}.{extension} in shard {sample.shard}"
-                raise _ProblemError(cause, str(decode_fault(cause, where, error))) from error
+                raise decode_fault(cause, where, error) from error
         return _Found(num_tokens, size, num_questions)
 
 
@@ -237,7 +215,7 @@ def _share_above(limit: int, counts: list[int]) -> float:
 
 
 def _quantiles(counts: list[int]) -> tuple[int, int, int, int]:
-    """Return min, median, 95 % and max; zeros of nothing."""
+    """Return min, median, 95 % and max; zeros for an empty list."""
     if not counts:
         return 0, 0, 0, 0
     least, median, p95, most = (int(q) for q in np.quantile(counts, QUANTILES, method="higher"))

@@ -1,7 +1,6 @@
-"""Samples of a set as one HTML page to browse: images, captions as the tokenizer cuts them, questions, annotations.
+"""Writes samples of a set as one HTML page: images, captions with their tokens, questions, annotations.
 
-The page is a single file without scripts, so it can be sent to anybody and opened anywhere. Everything that comes from
-the data is text to it: whatever a caption holds, it is shown and never run.
+The page is one file without scripts that opens anywhere. Content of the data is always shown as text, never run.
 """
 
 import base64
@@ -16,15 +15,17 @@ from typing import NamedTuple
 from PIL import Image
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.faults import Lost
 from lightning_moevlm.data.format.manifest import Manifest, Split
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
+from lightning_moevlm.data.images.open_image import format_of, open_image
 from lightning_moevlm.data.images.orientation import UPRIGHT, orientation
 from lightning_moevlm.data.inspect.thumbnails import (
+    FORMATS,
     image_extension,
     modality_of,
-    open_image,
     read_image_size,
     thumbnail,
 )
@@ -33,22 +34,22 @@ from lightning_moevlm.data.text.captions import CAPTION_EXTENSION, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 SHOWN_SIDE = 320
-"""Pixels; larger images, and turned ones, are encoded anew, others shown as the bytes that they are."""
+"""Pixels; larger and rotated images are encoded anew, others are embedded unchanged."""
 _TEMPLATES = Path(__file__).parent / "templates"
 _LOSSES_SHOWN = 10
 _FLAT_LIST = re.compile(r"\[(\n[^\[\]{}]*)\]")
-_LONG_TEXT = 2000  # signs of a caption that are shown and cut into tokens
+_LONG_TEXT = 2000  # characters of a caption that are shown and tokenised
 
 
 class ShownImage(NamedTuple):
-    """An image in the page. size: "640 x 480 px, 83.1 kB" as stored."""
+    """An image in the page."""
 
     data_uri: str
-    size: str
+    size: str  # as stored: "640 x 480 px, 83.1 kB"
 
 
 class ShownSample(NamedTuple):
-    """A sample in the page. fault: why a part of it cannot be shown. annotation: indented JSON, "" for none."""
+    """A sample in the page."""
 
     key: str
     shard: str
@@ -56,34 +57,32 @@ class ShownSample(NamedTuple):
     caption: str
     tokens: tuple[str, ...]
     questions: tuple[dict[str, str], ...]
-    annotation: str
-    faults: tuple[str, ...]
+    annotation: str  # indented JSON; "" without a json member
+    faults: tuple[str, ...]  # reasons why parts cannot be shown
 
 
 class Page(NamedTuple):
-    """All that the page shows. lost: samples of shards that cannot be read, as sentences."""
+    """The content of the page."""
 
     manifest: Manifest
     split: Split
-    modality: str
+    modality: str  # pairs, images or texts
     num_in_split: int
     containing: str | None
     samples: tuple[ShownSample, ...]
-    lost: tuple[str, ...]
+    lost: tuple[str, ...]  # messages of samples that cannot be read
 
 
 def write_page(storage: ShardStorage, split: Split, num_samples: int, containing: str | None, path: Path) -> Page:
-    """Write the first samples of a split (those that contain a text, if one is given) to an HTML file.
+    """Write the first samples of a split to an HTML file.
 
-    containing: what the key, the caption or the json member must hold, in upper or lower case.
+    containing: Only samples whose key, caption or json member contains this text, in upper or lower case.
 
     Raises:
-        UserError: if the set's manifest or tokenizer is not in order, or nothing is to be shown. What is wrong with
-            single samples and shards is shown in the page.
-
+        UserError: if the set's manifest or tokenizer is invalid, or no sample matches. The page shows faults of samples
+            and shards.
     """
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}, but a page shows at least 1")
+    check_number("num_samples", num_samples, least=1)
     manifest = storage.read_manifest()
     tokenizer = storage.read_tokenizer(manifest.tokenizer)
     lost: list[Lost] = []
@@ -92,7 +91,9 @@ def write_page(storage: ShardStorage, split: Split, num_samples: int, containing
         raise UserError(
             f"no sample of the {split} split of {storage} contains {containing!r}; try another --containing or --split"
         )
-    samples = tuple(_shown(sample, manifest, tokenizer) for sample in track(chosen, len(chosen), "showing samples"))
+    samples = tuple(
+        _show_sample(sample, manifest, tokenizer) for sample in track(chosen, len(chosen), "showing samples")
+    )
     page = Page(
         manifest, split, modality_of(manifest), manifest.num_samples(split), containing, samples, _describe_losses(lost)
     )
@@ -116,10 +117,10 @@ def _choose(
 
 
 def _describe_losses(lost: list[Lost]) -> tuple[str, ...]:
-    told = [f"{loss.cause}: {loss.message}" for loss in lost[:_LOSSES_SHOWN]]
+    messages = [f"{loss.cause}: {loss.message}" for loss in lost[:_LOSSES_SHOWN]]
     if len(lost) > _LOSSES_SHOWN:
-        told.append(f"and {len(lost) - _LOSSES_SHOWN:,} more")
-    return tuple(told)
+        messages.append(f"and {len(lost) - _LOSSES_SHOWN:,} more")
+    return tuple(messages)
 
 
 def _search_text(sample: RawSample) -> str:
@@ -127,7 +128,7 @@ def _search_text(sample: RawSample) -> str:
     return "\n".join([sample.key, *(data.decode("utf-8", "replace") for data in texts)]).casefold()
 
 
-def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -> ShownSample:
+def _show_sample(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -> ShownSample:
     faults: list[str] = []
     image, caption, annotation = None, "", None
     extension, captions = image_extension(manifest), find_captions(manifest.members, manifest.layout.caption_field)
@@ -138,7 +139,7 @@ def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -
         data = sample.members[member]
         try:
             if member == extension:
-                image = _image(data, member)
+                image = _show_image(data, member)
             if captions is not None and member == captions.member:
                 caption = next(iter(captions.read(data)), "")[:_LONG_TEXT]
             if member == "json":
@@ -157,13 +158,13 @@ def _shown(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -
     )
 
 
-def _image(data: bytes, extension: str) -> ShownImage:
+def _show_image(data: bytes, extension: str) -> ShownImage:
     width, height = read_image_size(data, extension)
     size = f"{width} x {height} px, {len(data) / 1e3:,.1f} kB"
-    small = thumbnail(data, extension, SHOWN_SIDE)  # also finds out whether it can be decoded
-    with open_image(data, extension) as image:
-        mime = Image.MIME["JPEG" if image.format == "MPO" else str(image.format)]  # MPO: a JPEG with others behind it
-    if max(width, height) > SHOWN_SIDE or orientation(data) != UPRIGHT:  # not all that shows pages turns PNGs
+    small = thumbnail(data, extension, SHOWN_SIDE)  # raises if it cannot be decoded
+    with open_image(data, FORMATS[extension]) as image:
+        mime = Image.MIME[format_of(image)]
+    if max(width, height) > SHOWN_SIDE or orientation(data) != UPRIGHT:  # not every browser rotates PNGs
         out = io.BytesIO()
         small.save(out, "JPEG", quality=85)
         data, mime = out.getvalue(), "image/jpeg"
@@ -171,7 +172,7 @@ def _image(data: bytes, extension: str) -> ShownImage:
 
 
 def _questions(annotation: object) -> tuple[dict[str, str], ...]:
-    """Return the questions of an annotation in the layout of `scenes`: kind, question, answer."""
+    """Return the questions of an annotation, as in `scenes`: kind, question, answer."""
     found = annotation.get("questions") if isinstance(annotation, dict) else None
     if not isinstance(found, list):
         return ()
@@ -180,9 +181,9 @@ def _questions(annotation: object) -> tuple[dict[str, str], ...]:
 
 
 def _indent(annotation: object) -> str:
-    """Return indented JSON; lists that hold no lists or objects (boxes, mostly) stand on one line."""
+    """Return indented JSON, with flat lists (mostly boxes) on one line."""
     text = json.dumps(annotation, indent=1, ensure_ascii=False)
-    # a line break is never part of a JSON string, so only the indentation changes
+    # JSON strings contain no line breaks, so only the indentation changes
     return _FLAT_LIST.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]).strip() + "]", text)
 
 

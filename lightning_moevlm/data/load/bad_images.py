@@ -1,12 +1,12 @@
-"""What becomes of a batch when the device finds that some of its images are none.
+"""Handles images that fail to decode on the device, after their batch has been assembled.
 
-Beginning and end were checked in the loader's process, where a bad sample is replaced by the next of its stream; what
-is broken in between shows when the pixels are made, and then the stream has gone on. A run that tolerates no loss ends.
-Otherwise the sample is counted as lost, for the same cause as if the CPU had decoded it, and
+The loader's process checks the beginning and the end of an image, and replaces a bad one by the next of its stream.
+Damage in between appears on the device, when the stream has gone on. A run without tolerance for losses ends.
+Otherwise the sample counts as lost, for the same cause as if the CPU had decoded it.
 
-- in training its place goes to a copy of a neighbour, image, text and key, from the same source if there is one, else
-  of the same kind (pairs, or images alone), so that every rank keeps its number of samples and every text its image;
-- in evaluation it is left out, as every sample counts once.
+- In training, a copy of a neighbour (image, text and key) takes its place. It comes from the same source if possible,
+  else it is of the same kind (pair or image alone). Every rank keeps its number of samples, every text its image.
+- In evaluation it is left out, because every sample counts once.
 """
 
 from collections import Counter
@@ -14,34 +14,33 @@ from collections.abc import Sequence
 
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause, Lost, decode_fault, lost_batch_error, lost_sample_error
-from lightning_moevlm.data.images.decode import ImageTooLargeError
 from lightning_moevlm.data.images.gpu_decode import Pixels
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
+from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.read.reader import Delivery, Failure
 
 
 def insert_pixels(
     delivery: Delivery, images: JpegBatch, pixels: Pixels, tolerant: bool, fills: bool
 ) -> Delivery | Failure:
-    """Put decoded images into their batch, and account for those that are none.
+    """Put decoded images into their batch, and account for those that failed.
 
     Args:
-        delivery: the batch, with what was lost on the way to it.
-        images: its images as they came.
-        pixels: as they are now.
-        tolerant: whether samples may be lost.
-        fills: whether lost samples are replaced, or left out.
-
+        delivery: The batch with its losses so far.
+        images: Its encoded images.
+        pixels: Its decoded images.
+        tolerant: Whether samples may be lost.
+        fills: Whether lost samples are replaced; otherwise they are left out.
     """
     delivery = delivery._replace(batch=delivery.batch._replace(images_BRYX=pixels.images_BRYX), jpegs=None)
     if not pixels.faults:
         return delivery
-    lost = {place: _lost(images.names[place], error) for place, error in pixels.faults.items()}
+    lost = {place: _make_lost(images.names[place], error) for place, error in pixels.faults.items()}
     last = lost[max(lost)]
     if not tolerant:
         return Failure(str(lost_sample_error(lost[min(lost)])))
     good = [place for place in range(images.num_images) if place not in lost]
-    kept = _neighbours(good, images.parts, delivery.batch.pairs) if fills else good
+    kept = _find_neighbours(good, images.parts, delivery.batch.pairs) if fills else good
     if not kept and not fills:
         return Failure(str(lost_batch_error(images.num_images, last.message)))
     if not kept:
@@ -51,16 +50,16 @@ def insert_pixels(
         )
     counted = Counter[Cause](delivery.lost)
     counted.update(each.cause for place, each in lost.items() if images.fresh[place])
-    return delivery._replace(batch=_rows(delivery.batch, kept), lost=dict(counted), last_error=last.message)
+    return delivery._replace(batch=_choose_rows(delivery.batch, kept), lost=dict(counted), last_error=last.message)
 
 
-def _lost(name: str, error: ValueError) -> Lost:
+def _make_lost(name: str, error: ValueError) -> Lost:
     cause: Cause = "image_too_large" if isinstance(error, ImageTooLargeError) else "image_undecodable"
     return Lost(1, cause, str(decode_fault(cause, name, error)))
 
 
-def _neighbours(good: Sequence[int], parts: Sequence[int], pairs: int) -> list[int]:
-    """Return for every image the nearest good one of its kind, its own source first; nothing if a kind has none."""
+def _find_neighbours(good: Sequence[int], parts: Sequence[int], pairs: int) -> list[int]:
+    """Return the nearest good image of its kind for each image, its own source first; empty if a kind has none."""
     source = [k for k, part in enumerate(parts) for _ in range(part)]
     found: list[int] = []
     for place in range(len(source)):
@@ -71,8 +70,8 @@ def _neighbours(good: Sequence[int], parts: Sequence[int], pairs: int) -> list[i
     return found
 
 
-def _rows(batch: Batch, kept: Sequence[int]) -> Batch:
-    """Return a batch with the samples of these images, and its texts without images as they were."""
+def _choose_rows(batch: Batch, kept: Sequence[int]) -> Batch:
+    """Return a batch of the samples of these images, and of all its texts without images."""
     assert batch.images_BRYX is not None
     num_images, pairs = len(batch.images_BRYX), batch.pairs
     left_out = num_images - len(kept)
@@ -86,7 +85,7 @@ def _rows(batch: Batch, kept: Sequence[int]) -> Batch:
         text_mask_BL,
         (*(batch.keys[place] for place in kept), *batch.keys[num_images:]),
         sum(place < pairs for place in kept),
-        # samples are left out in evaluation only, where a batch is of one source
+        # only evaluation leaves samples out, and its batches are of one source
         tuple(samples and samples - left_out for samples in batch.per_source),
         batch.num_cut,
         answers=None if batch.answers is None else batch.answers.select([*kept, *range(num_images, batch.num_samples)]),

@@ -1,14 +1,14 @@
-"""Rooms for batches that are used again: the memory of a batch goes to a later one when nobody holds it any more.
+"""Reuses memory for batches: a buffer is free again when nothing refers to its batch.
 
-Fresh shared memory costs a page fault per 4 KiB on either side, about as much as decoding a third of the images that
-go into it; private memory of this size is handed back to the system and faulted in again as well. Here a loader has a
-few rooms for as long as it is iterated over. Nothing is ever copied out: a batch lies in its room, and stays whole for
-as long as it, or any view of it, is held. Who holds many batches uses the rooms up, and gets ordinary memory instead.
+New shared memory costs a page fault per 4 KiB on either side, about as much as decoding a third of its images. Private
+memory of this size goes back to the system, and faults again as well. Here a loader has a few buffers while it is
+iterated over. Nothing is copied out: a batch stays valid while it, or a view of it, is referred to. If many batches are
+kept and all buffers are in use, new batches get ordinary memory.
 
-A worker takes a room, fills it, and sends its number in place of the tensors (a `PooledBatch`): no file descriptor, no
-mapping, and no round trip from process to process per tensor, as torch's own way of sending has.
+A worker takes a buffer, fills it, and sends its number in place of the tensors (a `PooledBatch`): no file descriptor,
+mapping or round trip per tensor, as torch needs.
 
-Shared memory is torch's: it has no name once it is there, so whoever is killed leaves nothing behind.
+Shared memory is torch's. It has no name, so killed processes leave nothing behind.
 """
 
 import os
@@ -26,15 +26,18 @@ from lightning_moevlm.data.images.allocation import Allocate, private_bytes, sha
 from lightning_moevlm.data.read.tensor_slots import PooledBatch, TensorSlot
 
 _ALIGNMENT = 64
-"""Of every tensor in a room, in bytes: a cache line."""
+"""Of every tensor in a buffer, bytes: a cache line."""
 
 
 class BufferPool:
-    """A few rooms, each for `num_bytes` of tensors of a batch.
+    """A few buffers, each for the tensors of one batch.
 
-    Only one process takes rooms, and only one, which may be the same, lends them.
+    One process takes buffers, and one process, which may be the same, lends them.
 
-    allocate: what kind of memory they are in. It is used up only by rooms that are used: the first free one is taken.
+    Args:
+        num_buffers: Number of buffers.
+        num_bytes: Bytes of the tensors of a batch.
+        allocate: Allocates their memory. The first free buffer is taken, so unused ones cost nothing.
     """
 
     def __init__(self, num_buffers: int, num_bytes: int, allocate: Allocate) -> None:
@@ -43,7 +46,7 @@ class BufferPool:
         self._taken_K = allocate(num_buffers).zero_()
 
     def take(self) -> int | None:
-        """Take a free room; None if there is none."""
+        """Take a free buffer and return its number; None if all are in use."""
         free = np.flatnonzero(self._taken_K.numpy() == 0)
         if not len(free):
             return None
@@ -51,36 +54,36 @@ class BufferPool:
         return int(free[0])
 
     def view_buffer(self, buffer: int) -> Tensor:
-        """Return the bytes of a taken room, (num_bytes,), uint8, to be filled."""
+        """Return the bytes of a taken buffer, (num_bytes,), uint8, to fill."""
         return self._bytes_KN[buffer]
 
     def lend(self, buffer: int) -> Tensor:
-        """Return the bytes of a taken room, which is free again when nothing is left that shares their storage."""
-        # the storage of a tensor made of an array holds that very array; however many views, detached ones and arrays
-        # are made of the tensor, the array goes when the last of them goes. The count that tells so is atomic, which
-        # also keeps reads of the room before the mark that frees it.
+        """Return the bytes of a taken buffer. It is free again when nothing shares their storage."""
+        # the storage of a tensor made of an array holds that array, so the array is deleted with the last view or array
+        # made of the tensor. Its reference count is atomic, which also keeps reads of the buffer before
+        # the mark that frees it.
         array = self._bytes_KN[buffer].numpy()
         weakref.finalize(array, _free, self._taken_K.numpy(), buffer, os.getpid()).atexit = False
         return torch.from_numpy(array)
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Return bytes of a room, lent; ordinary memory if they do not fit into one, or none is free."""
+        """Lend a buffer and return its first bytes; ordinary memory if they do not fit or none is free."""
         buffer = self.take() if num_bytes <= self.num_bytes else None
         return private_bytes(num_bytes) if buffer is None else self.lend(buffer)[:num_bytes]
 
     @property
     def num_free(self) -> int:
-        """How many rooms could be taken."""
+        """Number of free buffers."""
         return int((self._taken_K == 0).sum())
 
 
 def _free(taken_K: NDArray[np.uint8], buffer: int, lender: int) -> None:
-    if os.getpid() == lender:  # a forked process has copies of the lender's objects, and drops them when it likes
+    if os.getpid() == lender:  # a forked process has copies of the lender's objects, and deletes them at any time
         taken_K[buffer] = 0
 
 
 class BatchPacker:
-    """What a worker puts its batches into."""
+    """Packs a worker's batches into buffers."""
 
     def __init__(self, pool: BufferPool, worker: int) -> None:
         self._pool = pool
@@ -88,9 +91,9 @@ class BatchPacker:
         self._buffer: int | None = None
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Return the beginning of a room; shared memory if none is free, or it is too small.
+        """Return the beginning of a buffer; shared memory if none is free or it is too small.
 
-        Of several parts of one batch, which are joined to another tensor, only the first lies in a room.
+        If a batch is joined from several parts, only the first lies in a buffer.
         """
         if self._buffer is not None:
             return private_bytes(num_bytes)
@@ -98,10 +101,10 @@ class BatchPacker:
         return shared_bytes(num_bytes) if self._buffer is None else self._pool.view_buffer(self._buffer)[:num_bytes]
 
     def pack(self, batch: Batch) -> tuple[Batch, PooledBatch | None]:
-        """Put the tensors of a batch into its room, and return what is left to be sent as it is.
+        """Move the tensors of a batch into its buffer, and return the batch without them.
 
-        What lies in the room already stays where it is. Without a free room, and where it is full, tensors stay in
-        the batch.
+        Tensors that lie in the buffer already are not moved. Tensors stay in the batch if no buffer is free or it is
+        full.
         """
         buffer, self._buffer = self._pool.take() if self._buffer is None else self._buffer, None
         if buffer is None:
@@ -121,15 +124,15 @@ class BatchPacker:
         return batch._replace(**sent), PooledBatch(self._worker, buffer, slots)
 
 
-def unpack(batch: Batch, pooled: PooledBatch, pool: Sequence[BufferPool]) -> Batch:
-    """Return a batch with the tensors of its parcel, where they lie. rooms: of every worker."""
-    bytes_N = pool[pooled.worker].lend(pooled.buffer)
+def unpack(batch: Batch, pooled: PooledBatch, pools: Sequence[BufferPool]) -> Batch:
+    """Return a batch with its tensors, as views of the buffer. pools: one of each worker."""
+    bytes_N = pools[pooled.worker].lend(pooled.buffer)
     tensors: dict[str, Any] = {name: slot.view(bytes_N) for name, slot in pooled.slots.items()}
     return batch._replace(**tensors)
 
 
 def _make_slot(tensor: Tensor, start: int) -> TensorSlot:
-    dense = torch.empty_like(tensor, device="meta")  # has the strides of a tensor without gaps in the same order
+    dense = torch.empty_like(tensor, device="meta")  # its strides are those of a tensor without gaps, in the same order
     return TensorSlot(start, tuple(tensor.shape), dense.stride(), tensor.dtype)
 
 

@@ -1,8 +1,8 @@
-"""The last stage before the model, in the training process: a batch goes to the device, is decoded and augmented there.
+"""Moves batches to the device, and decodes and augments them there: the last stage before the model.
 
-It runs between the loader's processes and the loader's own count of what it has handed out, so that whatever is
-prepared ahead is no part of its place. What it makes of a batch follows from the batch, the seed, the rank, the epoch
-and the batch's number alone.
+It runs in the training process, between the loader's processes and the loader's own counts. So batches that are
+prepared in advance do not count as handed out. The result depends on the batch, the seed, the rank, the epoch and the
+batch number alone.
 """
 
 from collections.abc import Iterator
@@ -22,30 +22,25 @@ from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure
 
 @dataclass(frozen=True)
 class DeviceStage:
-    """Prepares a loader's batches for the model.
+    """Prepares a loader's batches for the model."""
 
-    device: where the model is. image_size, max_pixels: of images that are still encoded. augment: null augments
-    nothing. seed, rank: what draws depend on, besides the batch. num_ahead: batches prepared ahead. tolerant: whether
-    samples may be lost. fills: whether lost ones are replaced, as in training, or left out.
-    """
-
-    device: torch.device
-    image_size: int
-    max_pixels: int
-    augment: Augment | None
-    seed: int
+    device: torch.device  # of the model
+    image_size: int  # pixels per side, of images that are still encoded
+    max_pixels: int  # largest image accepted, of those that are still encoded
+    augment: Augment | None  # None augments nothing
+    seed: int  # of the augmentation
     rank: int
-    num_ahead: int
-    tolerant: bool
-    fills: bool
+    num_ahead: int  # batches prepared in advance
+    tolerant: bool  # whether samples may be lost
+    fills: bool  # whether lost samples are replaced, as in training; otherwise they are left out
 
     def __call__(self, arriving: Iterator[Delivery | Failure], start: Cursor) -> Iterator[Delivery | Failure]:
-        """Prepare what arrives from a place on."""
+        """Prepare the batches that arrive from a cursor on."""
         prepared = (self.prepare(item, start.epoch, number) for number, item in enumerate(arriving, start.batch))
         return prefetch(prepared, self.device, self.num_ahead)
 
     def prepare(self, item: Delivery | Failure, epoch: int, number: int) -> Delivery | Failure:
-        """Return a batch as the model gets it. number: in its epoch."""
+        """Return a batch as the model gets it. number: of the batch in its epoch."""
         if isinstance(item, Delivery) and item.jpegs is not None:
             pixels = decode_batch(item.jpegs, self.image_size, self.device, self.max_pixels)
             item = insert_pixels(item, item.jpegs, pixels, self.tolerant, self.fills)
@@ -59,7 +54,7 @@ class DeviceStage:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on the device; from pinned memory a copy does not hold up the CPU."""
+    """Move a batch's tensors to the device. Copies from pinned memory do not block the CPU."""
     pinned = device.type == "cuda"
     there: dict[str, Any] = {
         name: (value.pin_memory() if pinned and value.is_cpu else value).to(device, non_blocking=True)

@@ -1,8 +1,7 @@
-"""The next batches are on their way to the GPU while the model computes on this one.
+"""Prepares the next batches on the GPU while the model computes on the current one.
 
-Copies (and decoding, augmenting: whatever it takes to prepare a batch) run on a stream of their own; the stream of the
-model waits for them by an event, the CPU never does. What is ahead is no part of the loader's place, which moves, and
-counts, when a batch is handed out: a resume repeats and skips nothing, whatever the depth.
+Copies, decoding and augmentation run on a stream of their own. The model's stream waits for them by an event; the CPU
+never waits. The loader's place moves when a batch is handed out, so a resume repeats and skips nothing at any depth.
 """
 
 from collections import deque
@@ -16,19 +15,24 @@ from lightning_moevlm.data.read.reader import Delivery, Failure
 
 
 class _Prepared(NamedTuple):
-    """A prepared batch. ready: when its stream is done with it; None where there are no streams."""
+    """A prepared batch."""
 
     item: Delivery | Failure
-    ready: torch.cuda.Event | None
+    ready: torch.cuda.Event | None  # its stream is done with it; None on devices without streams
 
 
 def prefetch(
     prepared: Iterator[Delivery | Failure], device: torch.device, num_ahead: int
 ) -> Iterator[Delivery | Failure]:
-    """Hand out batches in their order, while the next `num_ahead` are prepared already.
+    """Hand out batches in their order, with the next `num_ahead` prepared in advance.
 
-    prepared: does the work when it is asked for the next one. On a device without streams the work is only done
-    earlier, not meanwhile. A failure is handed out when its turn comes, and nothing is asked for beyond it.
+    On a device without streams the work is done earlier, but not concurrently. A failure is handed out in its turn, and
+    nothing is read after it.
+
+    Args:
+        prepared: Prepares a batch in each `next`.
+        device: Device of the model.
+        num_ahead: Batches to prepare in advance.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" and num_ahead else None
     waiting: deque[_Prepared] = deque()
@@ -44,7 +48,7 @@ def prefetch(
 
 
 def _next(prepared: Iterator[Delivery | Failure], stream: torch.cuda.Stream | None) -> _Prepared | None:
-    with torch.cuda.stream(stream):  # None leaves it as it is
+    with torch.cuda.stream(stream):  # None changes nothing
         item = next(prepared, None)
     if item is None:
         return None
@@ -56,7 +60,7 @@ def _next(prepared: Iterator[Delivery | Failure], stream: torch.cuda.Stream | No
 
 
 def _hand_over(ahead: _Prepared, device: torch.device) -> Delivery | Failure:
-    """Let the stream of the model wait for a batch, and keep its memory until that stream is done with it."""
+    """Make the model's stream wait for a batch, and keep its memory until that stream is done with it."""
     if ahead.ready is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(ahead.ready)

@@ -1,17 +1,16 @@
-"""A loader that knows where it is: sized, resumable to the batch, in a new order every epoch.
+"""Loads batches with a known place: sized, resumable to the batch, in a new order every epoch.
 
-Its state lives in the main process: epoch, batches handed out, and where every logical stream stands in every source,
-which each batch brings along. Snapshots of workers (as torchdata's StatefulDataLoader takes) run ahead of the training
-by what is prefetched, are bound to the number of workers, and are gone when the workers are; here what is prefetched is
-simply not part of the state, and a run may go on with another number of workers. The same holds for what a device stage
-has prepared ahead: place and counts move when a batch is handed out, and not before. Lightning saves and restores it
-with the training state, because it offers `state_dict` and `load_state_dict` and has a length.
+The state is kept in the main process: epoch, batches handed out, and the place of each logical stream in each source,
+which comes with each batch. Snapshots of workers (torchdata's StatefulDataLoader) run ahead of training by the
+prefetched batches, are bound to the number of workers, and are lost with them. Here prefetched batches are not part of
+the state, so a run can resume with another number of workers. The same holds for batches that a device stage has
+prepared. Lightning saves and restores the state, because the loader has `state_dict`, `load_state_dict` and a length.
 
-Places differ between ranks once samples were lost, so the state holds those of all ranks, and saving is something that
-all ranks do (as they do in Lightning).
+Places differ between ranks after losses, so the state holds those of all ranks, and all ranks save together, as they do
+in Lightning.
 
-An iteration that hands out nothing does not count as an epoch, and a state saved after an epoch's last batch goes on
-with the next epoch.
+An iteration without a batch does not count as an epoch. A state saved after an epoch's last batch resumes with the next
+epoch.
 """
 
 import warnings
@@ -35,44 +34,44 @@ from lightning_moevlm.data.read.reader import BY_EPOCHS, READING, Cursor, Delive
 from lightning_moevlm.data.read.source_stream import Place
 
 _JUDGED_FROM = 1000
-"""Samples over which the first losses are judged, so that one bad sample at the start is not a share of one."""
+"""Samples that the first losses are compared with, so that one bad sample at the start is not 100 %."""
 
 _NUM_BUFFERS = 4
-"""Per worker: two batches that its loader has ordered ahead, the one that is used, and the one that comes after it."""
+"""Per worker: two batches that torch's loader requests in advance, the one in use, and the next one."""
 
 
 class RankState(TypedDict):
-    """What differs between ranks. places: (epoch, lap, taken) of every stream and source. lost: samples by cause."""
+    """The part of the state that differs between ranks."""
 
-    places: list[list[list[int]]]
-    lost: dict[str, int]
+    places: list[list[list[int]]]  # (epoch, lap, taken) by stream and source
+    lost: dict[str, int]  # samples by cause
 
 
 class LoaderState(TypedDict):
-    """Where a loader is, as plain values. order: all that the order of batches depends on.
-
-    samples: handed out so far on this rank, by source. texts: how many of them have one, and in how many it is cut.
-    ranks: by number of the rank.
-    """
+    """The place of a loader, as plain values."""
 
     epoch: int
-    batch: int
-    samples: list[int]
-    texts: list[int]
-    ranks: dict[int, RankState]
-    order: dict[str, object]
+    batch: int  # batches of the epoch handed out
+    samples: list[int]  # handed out so far on this rank, by source
+    texts: list[int]  # samples among them with a text, and those whose text was cut
+    ranks: dict[int, RankState]  # by number of the rank
+    order: dict[str, object]  # all that the order of batches depends on
 
 
 class ShardLoader:
-    """Iterates over a reader's batches, with `num_workers` processes or none.
+    """Iterates over a reader's batches.
 
-    digest: names the exact data. batches_per_epoch: where an epoch ends if the trainer uses fewer batches than there
-    are. max_lost_fraction: share of the samples read that may be lost. stage: what happens to batches in this process
-    before they are handed out; null hands them out as they come. per_step: batches that make an optimiser step, each of
-    which knows the others.
+    Args:
+        reader: Reads the batches.
+        num_workers: Processes that read; 0 reads in this process.
+        digest: Names the exact data.
+        batches_per_epoch: Length of the trainer's epochs, if it is shorter than the reader's.
+        max_lost_fraction: Fraction of the samples read that may be lost.
+        stage: Prepares batches in this process before they are handed out; None hands them out unchanged.
+        per_step: Batches per optimiser step, each of which knows the others.
 
     Raises:
-        UserError: if the streams cannot be shared out evenly among the workers.
+        UserError: if the workers cannot share the streams evenly.
     """
 
     def __init__(
@@ -101,17 +100,17 @@ class ShardLoader:
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """What `samples` counts."""
+        """Names of the sources that `samples` counts."""
         return tuple(source.name for source in self._reader.sources)
 
     @property
     def tolerates_losses(self) -> bool:
-        """Whether losses are counted and tolerated, within a limit."""
+        """Whether losses are counted and tolerated, up to a limit."""
         return self._max_lost_fraction > 0
 
     @property
     def source_epochs(self) -> tuple[float, ...]:
-        """How often each source has been read, over all ranks."""
+        """Epochs of each source, over all ranks."""
         world_size = self._reader.rank.world_size
         return tuple(
             samples * world_size / source.num_samples
@@ -119,15 +118,14 @@ class ShardLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of one epoch on this rank."""
+        """Return the batches of one epoch on this rank."""
         return self._reader.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         """Hand out the rest of a resumed epoch, else the next epoch.
 
         Raises:
-            UserError: if more samples are lost than may be.
-
+            UserError: if more samples are lost than `max_lost_fraction` allows.
         """
         self._cursor = self._next_start()
         self._resume_here = False
@@ -143,11 +141,11 @@ class ShardLoader:
             yield delivery.batch
 
     def _pools(self) -> list[BufferPool]:
-        """Return rooms for this process, or for each of its workers."""
+        """Return a pool for this process, or for each of its workers."""
         num_bytes = self._reader.bytes_per_batch
         if self._num_workers == 0:
             return [BufferPool(_NUM_BUFFERS, num_bytes, private_bytes)]
-        if self._pins:  # which torch's loader does with what it receives, and it cannot see into rooms
+        if self._pins:  # torch's loader pins what it receives, and cannot see into buffers
             return [BufferPool(0, num_bytes, private_bytes)] * self._num_workers
         return [BufferPool(_NUM_BUFFERS, num_bytes, shared_bytes) for _ in range(self._num_workers)]
 
@@ -167,7 +165,7 @@ class ShardLoader:
         return _unpack_all(loader, pools)
 
     def _take(self, delivery: Delivery) -> None:
-        """Move on to the place behind a batch, and count."""
+        """Move the place behind a batch, and count its samples."""
         batch, places = self._cursor.batch, self._cursor.places
         if places:
             stream = batch % self._reader.num_streams
@@ -194,7 +192,7 @@ class ShardLoader:
         return self._cursor
 
     def state_dict(self) -> LoaderState:
-        """Return the place, and all that the order of batches depends on; all ranks must ask together."""
+        """Return the place, and all that the order of batches depends on. All ranks must call this together."""
         places = [[list(place) for place in stream] for stream in self._cursor.places]
         own = RankState(places=places, lost={str(cause): count for cause, count in self.lost.items()})
         return LoaderState(
@@ -207,25 +205,24 @@ class ShardLoader:
         )
 
     def load_state_dict(self, state_dict: LoaderState) -> None:
-        """Go on from a saved place, with any number of workers.
+        """Continue from a saved place, with any number of workers.
 
         Raises:
-            UserError: if the order of batches would not be the one that the place was counted in.
-
+            UserError: if the order of batches differs from the one of the saved place.
         """
-        saved = {READING: BY_EPOCHS} | state_dict.get("order", {})  # older versions knew no other
+        saved = {READING: BY_EPOCHS} | state_dict.get("order", {})  # older versions had no other
         for name, now in self._order().items():
             then = saved.get(name)
             if then != now:
                 raise UserError(
-                    f"cannot resume the data: {name} was {then} in the checkpoint, now it is {now}, "
-                    "and batches would come in another order; restore it, or start from the weights alone"
+                    f"cannot resume the data: {name} was {then} in the checkpoint and is {now} now, so batches would "
+                    "come in another order; restore it, or start from the weights alone"
                 )
         rank = self._reader.rank.index
         if rank not in state_dict["ranks"]:
             raise UserError(
                 f"cannot resume the data: the checkpoint was saved by rank {', '.join(map(str, state_dict['ranks']))} "
-                f"alone and rank {rank} has no place in it; save with all ranks, or start from the weights alone"
+                f"alone, without the place of rank {rank}; save with all ranks, or start from the weights alone"
             )
         own = state_dict["ranks"][rank]
         places: Places = tuple(tuple(Place(*place) for place in stream) for stream in own["places"])
@@ -248,7 +245,7 @@ class ShardLoader:
 
 
 def refuse_uneven_workers(num_workers: int, num_streams: int) -> None:
-    """Refuse workers that cannot share out the streams evenly.
+    """Refuse workers that cannot share the streams evenly.
 
     Raises:
         UserError: with the numbers that can.
@@ -274,4 +271,4 @@ def _unpack_all(deliveries: Iterable[Delivery | Failure], pools: Sequence[Buffer
 
 
 def _keep(batch: Any) -> Any:
-    return batch  # the default would turn the tuple of keys into a list
+    return batch  # the default would convert the tuple of keys to a list

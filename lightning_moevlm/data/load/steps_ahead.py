@@ -1,6 +1,6 @@
-"""Looks ahead over the batches of an optimiser step, so that each of them knows how much the others hold.
+"""Looks ahead over the batches of an optimiser step, so that each of them knows the sizes of the others.
 
-Held batches keep their memory: as many as make a step are read before the first of them is handed out.
+All batches of a step are read before the first is handed out, and keep their memory until then.
 """
 
 from collections.abc import Iterable, Iterator, Sized
@@ -13,14 +13,14 @@ Item = TypeVar("Item")
 
 
 def look_ahead(arriving: Iterator[Delivery | Failure], first: int, per_step: int) -> Iterator[Delivery | Failure]:
-    """Hand on deliveries in their order, each batch with those of its step.
+    """Yield deliveries in their order, each batch with those of its step.
 
-    A step of which a part is done already knows the rest alone.
+    If a step is resumed in its middle, its batches know only the rest of it.
 
     Args:
-        arriving: what a loader reads.
-        first: number of the first batch in its epoch, which is of whole steps.
-        per_step: batches that make an optimiser step.
+        arriving: Deliveries of a loader.
+        first: Number of the first batch in its epoch, which consists of whole steps.
+        per_step: Batches per optimiser step.
     """
     for held in _steps(arriving, first, per_step):
         batches = [item.batch for item in held if isinstance(item, Delivery)]
@@ -30,11 +30,11 @@ def look_ahead(arriving: Iterator[Delivery | Failure], first: int, per_step: int
 
 
 class StepsAhead:
-    """A loader of one's own, of which each batch knows those of its step.
+    """Wraps any loader, so that each batch knows those of its step.
 
     Args:
-        loader: of whole steps.
-        per_step: batches that make an optimiser step: `accumulate_grad_batches`.
+        loader: Yields whole steps.
+        per_step: Batches per optimiser step: `accumulate_grad_batches`.
     """
 
     def __init__(self, loader: Iterable[Batch], per_step: int) -> None:
@@ -42,12 +42,12 @@ class StepsAhead:
         self._per_step = per_step
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the batches of an epoch."""
         assert isinstance(self._loader, Sized)
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Hand the loader's batches on."""
+        """Yield the loader's batches."""
         for held in _steps(iter(self._loader), 0, self._per_step):
             step = WholeStep(tuple(batch.without_pixels() for batch in held))
             yield from (batch._replace(step=step) for batch in held)

@@ -1,4 +1,4 @@
-"""What one loader worker runs: its streams of a reader, in turns."""
+"""Runs in a loader's worker: reads its logical streams in turns."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,9 +11,13 @@ from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure, Reader
 
 
 class WorkerStream(IterableDataset[Delivery | Failure]):
-    """A worker's batches, from the cursor on.
+    """A worker's batches, from a cursor on.
 
-    batches: where the epoch ends. rooms: for the batches of every worker, or of this process if there is none.
+    Args:
+        reader: Reads the batches.
+        start: Place of the first batch.
+        batches: Batches of the epoch.
+        pools: Memory for batches, one pool of each worker, or one of this process if there are no workers.
     """
 
     def __init__(self, reader: Reader, start: Cursor, batches: int, pools: Sequence[BufferPool]) -> None:
@@ -23,7 +27,7 @@ class WorkerStream(IterableDataset[Delivery | Failure]):
         self._pools = pools
 
     def __iter__(self) -> Iterator[Delivery | Failure]:
-        """Yield this worker's batches; a user's mistake ends the stream as a `Failure`."""
+        """Yield this worker's batches. A `UserError` ends them as a `Failure`."""
         worker = get_worker_info()
         try:
             if worker is None:
@@ -38,7 +42,7 @@ class WorkerStream(IterableDataset[Delivery | Failure]):
 
     def _deliveries(self, worker_id: int, num_workers: int, allocate: Allocate) -> Iterator[Delivery]:
         streams: dict[int, Iterator[Delivery]] = {}
-        # the loader asks worker 0 first: it must hold the stream that the next batch belongs to
+        # the loader asks worker 0 first, so that worker must have the stream of the next batch
         for batch in range(self._start.batch + worker_id, self._batches, num_workers):
             stream = batch % self._reader.num_streams
             if stream not in streams:

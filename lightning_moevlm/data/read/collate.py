@@ -1,7 +1,7 @@
-"""From raw samples to one `Batch`: decode each for itself, straight into the batch's memory; tokenise all together.
+"""Makes a `Batch` of raw samples: each is decoded into the batch's memory, and all texts are tokenised together.
 
-Images that are to be decoded on the device stay JPEGs: beginning and end are checked, and the batch has images of the
-meta device of torch, which have a shape and no pixels, until those are made.
+Images to be decoded on the device stay JPEGs. Their beginning and end are checked, and the batch gets images on torch's
+meta device, which have a shape and no pixels, until they are decoded.
 """
 
 import json
@@ -16,43 +16,39 @@ from lightning_moevlm.contracts.batch import Answers, Batch
 from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, decode_fault
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
-from lightning_moevlm.data.images.decode import (
-    IMAGE_EXTENSIONS,
-    ImageTooLargeError,
-    check_jpeg,
-    decode_image,
-    image_bytes,
-    image_rows,
-)
+from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, check_jpeg, decode_image, image_bytes, image_rows
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
+from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, draw_caption, find_captions
-from lightning_moevlm.data.text.json_texts import parse_texts
+from lightning_moevlm.data.text.texts import parse_texts
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 _BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
 
 
 class Decoded(NamedTuple):
-    """A decoded sample; what its set lacks is None. image_RYX: uint8, RGB. caption: without surrounding blanks.
-
-    jpeg: the image of a sample that is to be decoded on the device; image_RYX is then None.
-    """
+    """A decoded sample."""
 
     key: str
-    image_RYX: Tensor | None
-    caption: str | None
-    jpeg: Jpeg | None = None
-    answers: tuple[str, ...] = ()
+    image_RYX: Tensor | None  # uint8, RGB; None if the set has no images or they are decoded on the device
+    caption: str | None  # without surrounding blanks; None if the set has no captions
+    jpeg: Jpeg | None = None  # the image, if it is decoded on the device
+    answers: tuple[str, ...] = ()  # all answers given to a question
     question_kind: str = ""
 
 
 class Collate:
     """Makes a batch of raw samples.
 
-    image_size: pixels per side. max_text_len: ids per text, [BOS] and [EOS] included. max_pixels: that an encoded
-    image may have. keeps_jpegs: whether images, which must be JPEGs, are decoded later, on the device.
-    caption_field: field of the json member that captions are read from; "" for the txt member. reads_answers: whether
-    texts are questions, whose answers are in the json member.
+    Args:
+        members: Members to read.
+        tokenizer: Encodes captions.
+        image_size: Pixels per side.
+        max_text_len: Ids per text, [BOS] and [EOS] included.
+        max_pixels: Largest encoded image accepted.
+        keeps_jpegs: Whether images, which must be JPEGs, are decoded later, on the device.
+        caption_field: Field of the json member with captions; "" for the txt member.
+        reads_answers: Whether texts are questions with answers in the json member.
     """
 
     def __init__(
@@ -74,24 +70,23 @@ class Collate:
         self._max_text_len = max_text_len
         self._max_pixels = max_pixels
         self._keeps_jpegs = keeps_jpegs
-        assert not keeps_jpegs or self._image_extension in (None, "jpg"), "the data module refuses other images"
+        assert not keeps_jpegs or self._image_extension in (None, "jpg"), "the data module refuses other formats"
 
     @property
     def wanted(self) -> frozenset[str]:
-        """The file extensions that are read at all."""
+        """File extensions to read."""
         captions = () if self._captions is None else (self._captions.member,)
         answers = (ANNOTATION_EXTENSION,) if self._reads_answers else ()
         images = () if self._image_extension is None else (self._image_extension,)
         return frozenset((*images, *captions, *answers))
 
     def __call__(self, samples: Sequence[RawSample]) -> Batch:
-        """Decode and put together; the modality that the set lacks is None.
+        """Decode samples and make a batch of them; a modality that the set lacks is None.
 
         Raises:
             UserError: if a sample lacks a member or cannot be decoded.
-
         """
-        assert not self._keeps_jpegs, "a batch without pixels needs its JPEGs beside it"
+        assert not self._keeps_jpegs, "a batch without pixels needs its JPEGs"
         images_BRYX = self.image_rows(len(samples))
         rows: Sequence[Tensor | None] = [None] * len(samples) if images_BRYX is None else images_BRYX.unbind()
         try:
@@ -102,15 +97,15 @@ class Collate:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Of the tensors of a batch: its image, its ids and their mask."""
+        """Bytes of a sample in the tensors of a batch: image, ids and mask."""
         has_pixels = self._image_extension is not None and not self._keeps_jpegs
         image = image_bytes(self._image_size) if has_pixels else 0
         return image + (self._max_text_len * _BYTES_PER_ID if self._captions is not None else 0)
 
     def image_rows(self, num_samples: int, allocate: Allocate = private_bytes) -> Tensor | None:
-        """Return room for the images of a batch, (B, 3, S, S) uint8, or None if the set has none.
+        """Allocate the images of a batch, (B, 3, S, S) uint8; None if the set has none.
 
-        Where JPEGs are kept, it is of the meta device.
+        If JPEGs are kept, they are on the meta device.
         """
         if self._image_extension is None:
             return None
@@ -119,13 +114,15 @@ class Collate:
         return image_rows(num_samples, self._image_size, allocate)
 
     def decode(self, sample: RawSample, into: Tensor | None = None, draw: str = "") -> Decoded:
-        """Decode one sample. into: a row of `image_rows` for its image; after a fault it may be used again.
+        """Decode one sample.
 
-        draw: decides which of several captions is taken (`captions.draw_caption`).
+        Args:
+            sample: The sample.
+            into: A row of `image_rows` for its image; after a fault it can be used again.
+            draw: Seed of the choice among several captions (`captions.draw_caption`).
 
         Raises:
-            SampleFault: if a member is missing, an image is none or too large, or a text is empty or no UTF-8.
-
+            SampleFault: if a member is missing, an image is invalid or too large, or a text is empty or not UTF-8.
         """
         image_RYX, caption, jpeg = None, None, None
         if self._keeps_jpegs and self._image_extension is not None:
@@ -140,13 +137,13 @@ class Collate:
                 cause: Cause = "text_not_utf8" if isinstance(error, UnicodeError) else "json_malformed"
                 raise _fault(cause, sample, member, error) from error
             if not captions:
-                raise SampleFault("caption_empty", f"{_place(sample, member)} holds no caption; rebuild the set")
+                raise SampleFault("caption_empty", f"{_place(sample, member)} has no caption; rebuild the set")
             caption = draw_caption(captions, draw, sample.key)
         answers, kind = self._answers(sample) if self._reads_answers else ((), "")
         return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind)
 
     def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
-        """Tokenise the captions and put all together. images_BRYX: the rows that the samples were decoded into."""
+        """Tokenise captions and make a batch. images_BRYX: the rows that the samples were decoded into."""
         text_BL, text_mask_BL, num_cut = None, None, 0
         if self._captions is not None:
             captions = [each.caption or "" for each in decoded]
@@ -158,9 +155,9 @@ class Collate:
         return Batch(images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers)
 
     def pack_jpegs(self, decoded: Sequence[Decoded], num_fresh: int) -> JpegBatch | None:
-        """Put the JPEGs of a batch together; None where there are none, or they are decoded already.
+        """Pack the JPEGs of a batch; None if images are decoded already.
 
-        num_fresh: how many samples at the beginning are read for the first time in their epoch.
+        num_fresh: Samples at the beginning that are read for the first time in their epoch.
         """
         jpegs = [each.jpeg for each in decoded if each.jpeg is not None]
         return JpegBatch.pack(jpegs, num_fresh) if jpegs else None

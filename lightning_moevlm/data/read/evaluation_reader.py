@@ -18,10 +18,10 @@ from lightning_moevlm.data.read.source_stream import OpenSource
 
 @dataclass(frozen=True)
 class FixedReader(Reader):
-    """Every sample of every source once, unshuffled, source after source; a batch is of one source.
+    """Reads every sample of every source once, in order, source by source; a batch is of one source.
 
-    Every rank has equally many batches, all of nearly equal size (at most `batch_size`). Streams read neighbouring
-    samples, so with several streams batches alternate between as many places of the split.
+    Every rank has equally many batches of nearly equal size, at most `batch_size`. A stream reads consecutive samples,
+    so with several streams batches alternate between as many places of the split.
     """
 
     sources: tuple[OpenSource, ...]
@@ -33,12 +33,10 @@ class FixedReader(Reader):
     def __post_init__(self) -> None:
         for source, batches in zip(self.sources, self._batches, strict=True):
             if source.num_samples == 0:
-                raise UserError(
-                    f"the split of {source.name} to evaluate on is empty; make the set anew, with more samples"
-                )
+                raise UserError(f"the evaluation split of {source.name} is empty; make the set anew, with more samples")
             if batches == 0:
                 raise UserError(
-                    f"source {source.name} has {source.num_samples} samples to evaluate on, less than one for each of "
+                    f"source {source.name} has {source.num_samples} evaluation samples, less than one for each of "
                     f"{self.rank.world_size} ranks; use fewer ranks, or build a larger set"
                 )
 
@@ -59,7 +57,7 @@ class FixedReader(Reader):
         }
 
     def next_epoch(self, before: Cursor) -> Cursor:
-        """Start anew."""
+        """Return the beginning of the next epoch."""
         return Cursor(before.epoch + 1, 0)
 
     def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
@@ -67,7 +65,6 @@ class FixedReader(Reader):
 
         Raises:
             UserError: if a batch has lost all its samples: every rank has to evaluate equally many batches.
-
         """
         offset = 0
         for k, batches in enumerate(self._batches):

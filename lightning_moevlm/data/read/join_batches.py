@@ -1,4 +1,4 @@
-"""Joins the batches of several sources into one."""
+"""Joins batches of several sources to one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,12 @@ from lightning_moevlm.contracts.batch import Answers, Batch
 
 
 def order_sources(batches: Mapping[int, Batch]) -> list[int]:
-    """Return the numbers of the sources as their samples follow each other in a batch: pairs, images, texts."""
+    """Return the numbers of the sources in the order of a batch: pairs, images alone, texts alone."""
     return sorted(batches, key=lambda k: _kind(batches[k]))
 
 
 def join_batches(batches: Mapping[int, Batch], num_sources: int) -> Batch:
-    """Make one batch of the sources' batches, by number of the source: pairs, then images alone, then texts alone."""
+    """Join the sources' batches, given by number of the source: pairs, then images alone, then texts alone."""
     per_source = tuple(batches[k].num_samples if k in batches else 0 for k in range(num_sources))
     if not batches:
         return Batch(None, None, None, (), 0, per_source)
@@ -35,7 +35,7 @@ def join_batches(batches: Mapping[int, Batch], num_sources: int) -> Batch:
 
 
 def _join_answers(batches: Sequence[Batch]) -> Answers | None:
-    """Join those of all samples; where one source has none, its samples have no answer."""
+    """Join the answers of all samples; samples of a source without answers have empty ones."""
     if all(batch.answers is None for batch in batches):
         return None
     each = [batch.answers or Answers(((),) * batch.num_samples, ("",) * batch.num_samples) for batch in batches]

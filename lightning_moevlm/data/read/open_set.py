@@ -1,4 +1,4 @@
-"""A set of shards that a source of a mixture names, with what of it is read."""
+"""Opens the set of a source, and chooses the members to read."""
 
 import re
 from typing import NamedTuple
@@ -14,11 +14,11 @@ _NEEDED = {"pair": ("image", "text"), "image": ("image",), "text": ("text",)}
 
 
 class OpenSet(NamedTuple):
-    """members: extensions of the members that are read."""
+    """The set of a source."""
 
     storage: ShardStorage
     manifest: Manifest
-    members: tuple[str, ...]
+    members: tuple[str, ...]  # extensions of the members to read
 
     @property
     def has_texts(self) -> bool:
@@ -27,22 +27,21 @@ class OpenSet(NamedTuple):
 
     @property
     def gives_pairs(self) -> bool:
-        """Whether its samples are read as pairs."""
+        """Whether samples are read as pairs."""
         return self.has_texts and any(extension in self.members for extension in IMAGE_EXTENSIONS)
 
     @property
     def metric_name(self) -> str:
-        """The set's name, as it can stand in a metric key."""
+        """The set's name, with the characters of metric keys."""
         return re.sub(r"[^\w.-]", "_", self.manifest.name)
 
 
 def open_set(source: Source, storage: ShardStorage) -> OpenSet:
-    """Read the manifest of a source's set, which lies in `storage`, and choose what of it is read.
+    """Read the manifest of a source's set in `storage`, and choose its members.
 
     Raises:
-        UserError: if there is no set, with the command that builds one; if its manifest is broken; or if it lacks what
-            the source should give.
-
+        UserError: if there is no set (with the command that builds one), its manifest is broken, or it lacks the
+            modality of the source.
     """
     folder = storage.folder
     if folder is not None and not (folder / MANIFEST_FILE).is_file():

@@ -1,7 +1,7 @@
-"""Readers: from a place in an epoch to every batch that follows it, on one rank.
+"""Reads all batches of one rank from a place in an epoch on.
 
-A reader has no state: what it yields is a function of seed, epoch, rank, number of logical streams and the places it
-starts at, so an interrupted run goes on with exactly the batches that were to come, with whatever number of processes.
+A reader has no state. Its batches depend on seed, epoch, rank, number of logical streams and the starting places, so an
+interrupted run resumes with exactly the batches that were to come, with any number of processes.
 """
 
 from abc import ABC, abstractmethod
@@ -15,14 +15,12 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause, Lost, lost_sample_error
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
-from lightning_moevlm.data.read.sample_order import (
-    Rank,
-)
+from lightning_moevlm.data.read.sample_order import Rank
 from lightning_moevlm.data.read.source_stream import OpenSource, Place
 from lightning_moevlm.data.read.tensor_slots import PooledBatch
 
 Places = tuple[tuple[Place, ...], ...]
-"""Where every stream stands in every source."""
+"""Place of every stream in every source."""
 
 READING = "the reading of an epoch, set by trainer.accumulate_grad_batches,"
 BY_EPOCHS, OVER_EPOCHS = "up to its end", "over its end, as its batches make no whole steps"
@@ -30,29 +28,25 @@ BY_EPOCHS, OVER_EPOCHS = "up to its end", "over its end, as its batches make no 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the order: `batch` batches of epoch number `epoch` have been handed out on this rank."""
+    """A place in the order of a rank's batches."""
 
     epoch: int
-    batch: int
+    batch: int  # batches of this epoch handed out
     places: Places = ()
 
 
 class Delivery(NamedTuple):
-    """A batch on its way to the loader. places: of its stream after it. lost: what its stream met on the way to it.
-
-    jpegs: the images, where they are to be decoded on the device; those of the batch are on the meta device.
-    parcel: where the batch's tensors lie that it comes without.
-    """
+    """A batch on its way to the loader."""
 
     batch: Batch
-    places: tuple[Place, ...]
-    lost: dict[Cause, int]
-    last_error: str
-    jpegs: JpegBatch | None = None
-    pooled: PooledBatch | None = None
+    places: tuple[Place, ...]  # of its stream after it
+    lost: dict[Cause, int]  # samples that its stream lost before it
+    last_error: str  # message of the last loss
+    jpegs: JpegBatch | None = None  # images to decode on the device; those of the batch are on the meta device
+    pooled: PooledBatch | None = None  # tensors of the batch that lie in a buffer
 
     def pin_memory(self) -> "Delivery":
-        """Return the same in memory that a GPU can read from; torch's DataLoader asks for it."""
+        """Return the same in pinned memory; torch's DataLoader calls this."""
         tensors: dict[str, Any] = {
             name: value.pin_memory()
             for name, value in self.batch._asdict().items()
@@ -64,26 +58,23 @@ class Delivery(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """A user's mistake found in a worker; it travels as data, so that its one line arrives unharmed."""
+    """A `UserError` of a worker. It is sent as data, so that its message arrives unchanged."""
 
     message: str
 
 
 class Reader(ABC):
-    """Reads for one rank; each batch comes from the logical stream batch mod `num_streams`.
-
-    tolerant: whether samples may be lost; if not, the first ends the run.
-    """
+    """Reads for one rank; batch b comes from logical stream b mod `num_streams`."""
 
     sources: tuple[OpenSource, ...]
     rank: Rank
     num_streams: int
-    tolerant: bool
+    tolerant: bool  # whether samples may be lost; otherwise the first loss ends the run
     batch_size: int
 
     @property
     def bytes_per_batch(self) -> int:
-        """Of the tensors of a batch, at most."""
+        """Largest number of bytes of a batch's tensors."""
         return self.batch_size * max(source.collate.bytes_per_sample for source in self.sources)
 
     @property
@@ -98,15 +89,14 @@ class Reader(ABC):
 
     @abstractmethod
     def next_epoch(self, before: Cursor) -> Cursor:
-        """Return where the epoch after `before` starts."""
+        """Return the beginning of the epoch after `before`."""
 
     @abstractmethod
     def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
-        """Yield what one stream still has to give from `start` on. allocate: for the images of each batch.
+        """Yield one stream's batches from `start` on. allocate: allocates the images of each batch.
 
         Raises:
-            UserError: if samples are lost that may not be, or nothing is left.
-
+            UserError: if a sample is lost without tolerance, or no sample is left.
         """
 
     def _accept_loss(self, lost: Lost) -> Lost:

@@ -1,7 +1,7 @@
-"""One source as one stream of one rank reads it: a line of samples, from any place on, every loss accounted for.
+"""Reads one source for one stream of one rank: shuffled samples from any place on, with every loss counted.
 
-A line has no state: what it yields is a function of seed, epoch, stretch and the place it starts at. A lost sample
-takes its turn in the order like any other, so that a resumed run counts it once.
+A stream has no state. Its samples depend on seed, epoch, sample range and starting place. A lost sample takes its turn
+like any other, so a resumed run counts it once.
 """
 
 from collections.abc import Iterator
@@ -24,32 +24,29 @@ from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
 @dataclass(frozen=True)
 class OpenSource:
-    """One split of a set, and how its samples are decoded.
+    """One split of a set, with the decoder of its samples."""
 
-    name: in messages, in the log and in the state. layout: where members lie in its tars.
-    """
-
-    name: str
+    name: str  # in messages, in the log and in the state
     storage: ShardStorage
     shards: tuple[ShardEntry, ...]
     collate: Collate
-    layout: Layout = PLAIN_LAYOUT
+    layout: Layout = PLAIN_LAYOUT  # names of members in its tars
 
     @property
     def num_samples(self) -> int:
-        """Samples that the manifest promises."""
+        """Samples according to the manifest."""
         return sum(shard.num_samples for shard in self.shards)
 
     def split_by_shard(self, sample_range: SampleRange, permutation: tuple[int, ...]) -> tuple[ShardRange, ...]:
-        """Say which samples of which shards a stretch consists of."""
+        """Return the samples of each shard in a sample range."""
         return split_by_shard(sample_range, [shard.num_samples for shard in self.shards], permutation)
 
-    def read(self, line: tuple[ShardRange, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
-        """Read pieces in order, numbered, without samples that are gone; shards that are all gone stay closed."""
-        left = [shard_range for shard_range in line if not gone or not gone.issuperset(_numbers(shard_range))]
-        with ShardPrefetcher(self.storage, [self.shards[shard_range.shard] for shard_range in left]) as ahead:
+    def read(self, ranges: tuple[ShardRange, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
+        """Yield numbered samples in order. gone: numbers to leave out; shards without other samples stay closed."""
+        left = [shard_range for shard_range in ranges if not gone or not gone.issuperset(_numbers(shard_range))]
+        with ShardPrefetcher(self.storage, [self.shards[each.shard] for each in left]) as prefetcher:
             for shard_range in left:
-                read = read_shard(ahead, self.shards[shard_range.shard], self.collate.wanted, self.layout)
+                read = read_shard(prefetcher, self.shards[shard_range.shard], self.collate.wanted, self.layout)
                 found = _one_by_one(read)
                 for number, sample in zip(
                     _numbers(shard_range), islice(found, shard_range.start, shard_range.stop), strict=True
@@ -58,9 +55,9 @@ class OpenSource:
                         yield number, sample
 
     def decode(self, sample: RawSample | Lost, into: Tensor | None, draw: str = "") -> Decoded | Lost:
-        """Decode a sample, its image into a row of a batch; one that cannot be used is lost.
+        """Decode a sample, its image into a row of a batch; a fault makes it a loss.
 
-        draw: decides which of several captions is taken (`captions.draw_caption`).
+        draw: Seed of the choice among several captions (`captions.draw_caption`).
         """
         if isinstance(sample, Lost):
             return sample
@@ -71,34 +68,26 @@ class OpenSource:
 
 
 class Place(NamedTuple):
-    """Where a stream stands in a source.
+    """The place of a stream in a source."""
 
-    epoch: of the source. lap: how often the stream has been through its stretch in this epoch. taken: samples of the
-    stretch that have had their turn in this lap, lost ones included.
-    """
-
-    epoch: int
-    lap: int = 0
-    taken: int = 0
+    epoch: int  # of the source
+    lap: int = 0  # complete passes through the stream's range in this epoch
+    taken: int = 0  # samples of this lap that had their turn, lost ones included
 
 
 @dataclass(frozen=True)
 class SourceStream:
-    """A stretch of a source, read on and on in shuffled order.
-
-    runs_on: after the stretch comes the next epoch's; otherwise the same samples in another order, to fill up for lost
-    ones. reader: what tells this stream's generator from others'.
-    """
+    """Reads a range of a source without end, in shuffled order."""
 
     source: OpenSource
     sample_range: SampleRange
     shuffle_buffer: int
     seed: int
-    reader: str
-    runs_on: bool
+    reader: str  # makes this stream's generator different from others
+    runs_on: bool  # whether the next epoch follows; otherwise the same samples in another order, to replace lost ones
 
     def samples(self, place: Place) -> Iterator[tuple[Place, RawSample | Lost]]:
-        """Yield every sample from `place` on with the place after it, without end."""
+        """Yield samples from `place` on without end, each with the place after it."""
         while True:
             for sample in self._lap(place):
                 place = place._replace(taken=place.taken + 1)
@@ -106,7 +95,7 @@ class SourceStream:
             place = Place(place.epoch + 1) if self.runs_on else Place(place.epoch, place.lap + 1)
 
     def draw(self, place: Place) -> str:
-        """Return what decides which of a sample's captions is taken: another one in every epoch."""
+        """Return the seed of the choice among a sample's captions; it changes with the epoch."""
         return f"{self.seed}/{place.epoch}/{self.source.name}"
 
     def _lap(self, place: Place) -> Iterator[RawSample | Lost]:
@@ -128,7 +117,7 @@ def _numbers(shard_range: ShardRange) -> range:
 
 
 def _one_by_one(samples: Iterator[RawSample | Lost]) -> Iterator[RawSample | Lost]:
-    """Let every lost sample take its own place in the shard."""
+    """Yield a loss of several samples as single losses, so that each takes its place in the shard."""
     for sample in samples:
         if isinstance(sample, Lost):
             for _ in range(sample.num_samples):

@@ -8,26 +8,26 @@ from torch import Tensor
 
 
 class TensorSlot(NamedTuple):
-    """Where a tensor lies in a room. start: in bytes. Its elements fill a stretch without gaps, in some order."""
+    """The place of a tensor in a buffer. Its elements are contiguous, in any order."""
 
-    start: int
+    start: int  # bytes from the beginning of the buffer
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    stride: tuple[int, ...]  # elements
     dtype: torch.dtype
 
     @property
     def stop(self) -> int:
-        """The byte after the last."""
+        """Byte after the last."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize
 
     def view(self, bytes_N: Tensor) -> Tensor:
-        """Return the tensor that lies there in the bytes of a room."""
+        """Return the tensor as a view of a buffer's bytes."""
         return bytes_N[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class PooledBatch(NamedTuple):
-    """The tensors of a batch on their way from a worker. worker: whose room it is. spots: by field of the batch."""
+    """The tensors of a batch on their way from a worker."""
 
-    worker: int
-    buffer: int
-    slots: dict[str, TensorSlot]
+    worker: int  # owner of the buffer
+    buffer: int  # number of the buffer in the worker's pool
+    slots: dict[str, TensorSlot]  # by field of the batch

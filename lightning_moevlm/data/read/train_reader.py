@@ -1,4 +1,4 @@
-"""Reads training batches without end, in an order that the seed, the epoch and the rank decide."""
+"""Reads training batches without end; seed, epoch and rank decide the order."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,25 +22,23 @@ from lightning_moevlm.data.read.whole_steps import whole_steps
 
 @dataclass(frozen=True)
 class TrainReader(Reader):
-    """Whole batches in a new order every epoch, equally many on every rank.
+    """Reads whole batches in a new order every epoch, equally many on every rank.
 
-    One source is read in epochs: each of its samples at most once, less than a batch per rank left out, and lost
-    samples replaced from a second pass. Several sources run on over the ends of epochs, each with its own epoch; an
-    epoch of the mixture has as many samples as all of them. So does one source whose batches do not make whole
-    optimiser steps: an epoch is then of as many batches as do, and the rest comes in the next one.
-
-    batch_size: samples per rank and step. shuffle_buffer: samples per stream and source to choose the next one from.
+    One source is read in epochs: each sample at most once. Less than a batch per rank is left out, and lost samples are
+    replaced from a second pass. Several sources run on over the ends of epochs, each with its own epoch. An epoch of
+    the mixture has as many samples as all of them. One source runs on too if its batches do not make whole optimiser
+    steps: the rest of an epoch comes in the next one.
     """
 
     sources: tuple[OpenSource, ...]
     mixture: Mixture
-    batch_size: int
+    batch_size: int  # samples per rank and step
     rank: Rank
-    shuffle_buffer: int
+    shuffle_buffer: int  # samples per stream and source from which the next one is chosen
     seed: int
     num_streams: int
     clock: StepClock
-    tolerant: bool
+    tolerant: bool  # whether samples may be lost; otherwise the first loss ends the run
 
     def __post_init__(self) -> None:
         ranks, num_samples = self.rank.world_size, sum(source.num_samples for source in self.sources)
@@ -64,7 +62,7 @@ class TrainReader(Reader):
 
     @property
     def order(self) -> dict[str, object]:
-        """All that places depend on; weights may be changed, and count from the next batch on."""
+        """All that places depend on. Weights may change, and act from the next batch on."""
         order: dict[str, object] = {
             "sources": [source.name for source in self.sources],
             "num_samples": [source.num_samples for source in self.sources],
@@ -79,14 +77,14 @@ class TrainReader(Reader):
         return {**order, **asdict(self.clock)} if self.mixture.changes else order
 
     def next_epoch(self, before: Cursor) -> Cursor:
-        """Start anew with one source; several run on from where they are."""
+        """Start one source anew; let several continue from their places."""
         epoch = before.epoch + 1
         if self._runs_on and before.places:
             return Cursor(epoch, 0, before.places)
         return Cursor(epoch, 0, tuple(tuple(Place(epoch) for _ in self.sources) for _ in range(self.num_streams)))
 
     def stream(self, start: Cursor, stream: int, allocate: Allocate) -> Iterator[Delivery]:
-        """Yield the rest of a stream's batches of the epoch; `places` of the start say where in the sources."""
+        """Yield the rest of a stream's batches of the epoch, from the places of `start` on."""
         places = list(start.places[stream])
         takers = [
             _Taker(source_stream, place)
@@ -94,12 +92,12 @@ class TrainReader(Reader):
         ]
         first = start.batch + (stream - start.batch) % self.num_streams
         for number in range(first, self.num_batches, self.num_streams):
-            yield self._delivery(start.epoch, number, takers, places, allocate)  # a stream that waits holds no batch
+            yield self._delivery(start.epoch, number, takers, places, allocate)  # a waiting stream holds no batch
 
     def _delivery(
         self, epoch: int, number: int, takers: Sequence["_Taker"], places: list[Place], allocate: Allocate
     ) -> Delivery:
-        """Fill one batch of a stream, and move its places on."""
+        """Read one batch of a stream, and move its places."""
         lost: Counter[Cause] = Counter()
         last_error = ""
         batches: dict[int, Batch] = {}
@@ -117,7 +115,7 @@ class TrainReader(Reader):
                     samples.append(sample)
                     num_fresh += places[k].lap == 0
                     continue
-                # filling up meets the losses of the first pass again: they are counted already
+                # replacements meet the losses of the first pass again; these are counted already
                 lost[self._accept_loss(sample).cause] += 1 if places[k].lap == 0 else 0
                 last_error = sample.message
             batches[k] = collate.make_batch(samples, rows)
@@ -146,7 +144,7 @@ class TrainReader(Reader):
 
 
 class _Taker:
-    """Takes from a line and decodes, as long as there is something left that can be used."""
+    """Takes samples from a stream and decodes them, while any can be used."""
 
     def __init__(self, source_stream: SourceStream, start: Place) -> None:
         self._stream = source_stream
@@ -154,7 +152,7 @@ class _Taker:
         self._lost_in_a_row = 0
 
     def take(self, into: Tensor | None) -> tuple[Place, Decoded | Lost]:
-        """Return the next sample and the place after it. into: a row of a batch, for its image."""
+        """Return the next sample and the place after it. into: a row of a batch for its image."""
         place, raw = next(self._samples)
         sample = self._stream.source.decode(raw, into, self._stream.draw(place))
         if isinstance(sample, Decoded):
@@ -163,14 +161,14 @@ class _Taker:
         self._lost_in_a_row += 1
         if self._lost_in_a_row > len(self._stream.sample_range):
             raise UserError(
-                f"none of the {len(self._stream.sample_range)} samples that a stream should read of "
-                f"{self._stream.source.name} can be used: {sample.message}"
+                f"a stream cannot use any of its {len(self._stream.sample_range)} samples of "
+                f"{self._stream.source.name}: {sample.message}"
             )
         return place, sample
 
 
 def _join_jpegs(batches: dict[int, Batch], jpegs: dict[int, JpegBatch | None]) -> JpegBatch | None:
-    """Put the sources' JPEGs together in the order of the joined batch."""
+    """Join the sources' JPEGs in the order of the joined batch."""
     return JpegBatch.join([images for k in order_sources(batches) if (images := jpegs[k]) is not None])
 
 

@@ -1,27 +1,27 @@
-"""Epochs of whole optimiser steps, so that every step is made of equally many batches.
+"""Makes epochs of whole optimiser steps, so that every step has equally many batches.
 
-Lightning takes a step on the last batch of an epoch, however many batches have accumulated by then. Such a step is of
-fewer samples, weighs them more or less than others do, and arms of a study get unequal numbers of samples.
+Lightning takes a step on the last batch of an epoch, even if fewer batches have accumulated. Such a step has fewer
+samples, weighs them differently, and gives the arms of a study unequal numbers of samples.
 """
 
 from lightning_moevlm.common.errors import UserError
 
 
 def whole_steps(num_batches: int, per_step: int) -> int:
-    """Return the batches of an epoch of whole steps: as many as there are, rounded down, but at least one step."""
+    """Return the batches of an epoch of whole steps: those available, rounded down, but at least one step."""
     return max(per_step, num_batches - num_batches % per_step) if num_batches else 0
 
 
 def refuse_smaller_step(num_batches: float, per_step: int, option: str) -> None:
-    """Refuse epochs whose last step would be smaller than the others; infinite ones have no last step.
+    """Refuse epochs whose last step would be smaller than the others; infinite epochs have no last step.
 
     Args:
-        num_batches: of an epoch, per rank.
-        per_step: batches that make an optimiser step.
-        option: what sets the length of an epoch, with its value.
+        num_batches: Batches of an epoch, per rank.
+        per_step: Batches per optimiser step.
+        option: Option that sets the length of an epoch, with its value.
 
     Raises:
-        UserError: with the numbers that divide.
+        UserError: with numbers that divide.
     """
     if num_batches == float("inf") or num_batches % per_step == 0:
         return
@@ -30,7 +30,7 @@ def refuse_smaller_step(num_batches: float, per_step: int, option: str) -> None:
     divisors = [str(number) for number in range(1, batches + 1) if batches % number == 0]
     raise UserError(
         f"{option} makes epochs of {batches} batches, and trainer.accumulate_grad_batches is {per_step}: the last "
-        f"optimiser step of every epoch would be made of {batches % per_step}; let an epoch have "
+        f"optimiser step of every epoch would have {batches % per_step} batches. Give an epoch "
         f"{f'{down} or {up}' if down else up} batches, or accumulate over {_either(divisors)}"
     )
 

@@ -1,4 +1,4 @@
-"""Folders and files on this machine, where sets are made; an address is answered with the way round."""
+"""Refuses addresses where only local folders and files work, with a command that copies them."""
 
 import re
 from pathlib import Path
@@ -11,11 +11,10 @@ _COPIES = {"s3": "aws s3 sync {address} FOLDER", "gs": "gsutil -m rsync -r {addr
 
 
 def local_source(text: str, option: str) -> Path:
-    """Return the path of what is to be read.
+    """Return the path of an input.
 
     Raises:
-        UserError: if it is an address, with a command that copies what is there.
-
+        UserError: if it is an address, with a command that copies it.
     """
     address = _address(text)
     if address is None:
@@ -29,20 +28,19 @@ def local_source(text: str, option: str) -> Path:
 
 
 def local_target(text: str, option: str) -> Path:
-    """Return the path of what is to be written. A path that was an address is one too.
+    """Return the path of an output.
 
     Raises:
         UserError: if it is an address.
-
     """
     address = _address(text)
     if address is not None or text.startswith("pipe:"):
         shown = text if address is None else address[1]
-        raise UserError(f"{option} {shown} is an address, but this is written to local folders only; give a path")
+        raise UserError(f"{option} {shown} is an address, but outputs are written to local folders only; give a path")
     return Path(text)
 
 
 def _address(text: str) -> tuple[str, str] | None:
-    """Return scheme and whole of an address, without secrets; also of one that `Path` has taken a slash from."""
+    """Return an address's scheme and itself, without secrets; `Path` may have removed one of its slashes."""
     found = _ADDRESS.fullmatch(text)
     return None if found is None else (found[1].lower(), mask_url_secrets(f"{found[1]}://{found[2].lstrip('/')}"))

@@ -1,10 +1,9 @@
-"""The next shard of a stream is fetched while this one is read, so that a reader waits for its server only once.
+"""Fetches a stream's next shard while the current one is read, so that a reader waits for its server only once.
 
-A thread per stream (and source) opens one shard ahead, never two: it lies verified in the cache when its turn comes,
-and is held open, so that it can be read even if others have needed its room by then. What is read, and in which order,
-is the same as without. Nothing is fetched ahead of local sets, or where the cache cannot hold the shard being read
-beside the next one. Whatever goes wrong in the background is told when that shard's turn comes, not earlier: a server
-that did not answer is asked once more then, with all its tries.
+A thread per stream and source opens one shard in advance, never two. The shard is held open, so it can be read even if
+others have needed its room in the cache by then. Content and order do not change. Local sets are not prefetched, nor
+sets whose cache cannot hold two shards. An error in the background is raised when that shard's turn comes. A server
+that did not answer is asked once more then, with all retries.
 """
 
 import weakref
@@ -21,9 +20,9 @@ from lightning_moevlm.data.storage.stop_request import StopRequest
 
 
 class ShardPrefetcher:
-    """Opens shards in the order that they are going to be read in; a context manager.
+    """Opens shards in their reading order; a context manager.
 
-    After its end no thread runs and no half file is left: a transfer under way is broken off.
+    At its end a transfer is cancelled: no thread runs on and no partial file is left.
     """
 
     def __init__(self, storage: ShardStorage, shards: Sequence[ShardEntry]) -> None:
@@ -33,16 +32,15 @@ class ShardPrefetcher:
         self._fetch: _Fetch | None = None
 
     def place(self, file: str) -> str:
-        """Return where a file of the set lies, for messages."""
+        """Return the path or address of a file, without credentials, for messages."""
         return self._storage.place(file)
 
     def open(self, entry: ShardEntry) -> BinaryIO:
-        """Open the shard whose turn it is, and begin to fetch the one after it.
+        """Open the next shard, and start to fetch the one after it.
 
         Raises:
             ShardFault: if the shard is missing, unreachable, truncated or altered.
             UserError: if the cache cannot be written.
-
         """
         assert entry == self._next, "shards are opened in their order"
         fetch, self._fetch = self._fetch, None
@@ -74,19 +72,19 @@ class _Fetch:
         self._entry = entry
         self._found: Future[BinaryIO] = Future()
         stop = StopRequest()
-        # a daemon, so that a process that ends does not wait for a server; the finalizer, which runs at the end of
-        # the process too, lets it clear away what it has begun
+        # a daemon, so that an ending process does not wait for a server; the finalizer, which runs at the end of the
+        # process too, lets it remove its partial file
         thread = Thread(target=_open_into, args=(self._found, storage, entry, stop), name="shard-ahead", daemon=True)
         self.abandon = weakref.finalize(self, _abandon, self._found, stop, thread)
         thread.start()
 
     def result(self) -> BinaryIO:
-        """Return the shard, as soon as it is here."""
+        """Wait for the shard and return it."""
         try:
             stream = self._found.result()
         except ShardFault as fault:
             if fault.cause != "shard_unreachable":
-                raise  # asking again does not mend it
+                raise  # a retry would not help
             return self._storage.open(self._entry)
         self.abandon.detach()
         return stream
@@ -95,12 +93,12 @@ class _Fetch:
 def _open_into(found: "Future[BinaryIO]", storage: ShardStorage, entry: ShardEntry, stop: StopRequest) -> None:
     try:
         found.set_result(storage.open(entry, stop))
-    except BaseException as error:  # it is raised where the shard is asked for
+    except BaseException as error:  # raised again in `result`
         found.set_exception(error)
 
 
 def _abandon(found: "Future[BinaryIO]", stop: StopRequest, thread: Thread) -> None:
     stop.set()
     thread.join()
-    if found.done() and found.exception() is None:  # in a forked copy of the process the thread is not there
+    if found.done() and found.exception() is None:  # a forked copy of the process does not have the thread
         found.result().close()

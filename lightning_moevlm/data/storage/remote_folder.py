@@ -1,11 +1,10 @@
-"""Files of a set on a server: fetched through fsspec, tried again with growing pauses, resumed where they broke off.
+"""Fetches files of a set from a server through fsspec, with retries and resumed downloads.
 
-Drivers differ in what they raise, so at this border any error of theirs means that the storage did not answer; it
-is tried again unless the answer was a clear no. The pause before try n is drawn from [0, backoff * 2^n] ("full
-jitter"), so that many readers do not come back at once. Addresses are shown without credentials: neither the part
-before @ nor a query (signatures stand there) reaches a message, or what
-a driver logs. Keys and endpoints come from the environment, as
-each driver documents it (`AWS_*`, `FSSPEC_S3_*`, `GOOGLE_APPLICATION_CREDENTIALS`).
+Drivers raise different errors, so any error counts as "the storage did not answer". It is retried, unless the server
+refused. The pause before retry n is drawn from [0, backoff * 2^n] ("full jitter"), so that many readers do not return
+at once. Credentials never reach a message or a driver's log: neither the part of an address before @ nor its query,
+which holds signatures. Keys and endpoints come from the environment, as each driver documents it (`AWS_*`,
+`FSSPEC_S3_*`, `GOOGLE_APPLICATION_CREDENTIALS`).
 """
 
 import asyncio
@@ -33,20 +32,20 @@ _EXTRAS = {"s3": "s3", "gs": "gs"}
 _PIECE_BYTES = 8 * 2**20
 _LONGEST_PAUSE_S = 30.0
 _SILENCE_S = 60
-"""A server that sends nothing for so long is taken for gone."""
+"""A server that sends nothing for so long counts as gone."""
 _CANCEL_POLL_S = 0.1
-"""A transfer that is not wanted any more ends after so long at the latest, however silent its server."""
+"""A transfer ends at most so long after a request to stop, even if its server is silent."""
 _TRY_AGAIN = (408, 425, 429)
-_chance = random.SystemRandom()  # never the generators that a run seeds
+_chance = random.SystemRandom()  # not one of the generators that a run seeds
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder on a server. attempts: tries in a row without any progress. backoff_s: longest first pause, seconds."""
+    """A folder on a server."""
 
     url: str = field(repr=False)
-    attempts: int
-    backoff_s: float
+    attempts: int  # tries in a row without progress until the server counts as unreachable
+    backoff_s: float  # longest first pause, seconds
 
     @property
     def protocol(self) -> str:
@@ -64,19 +63,17 @@ class RemoteFolder:
 
         Raises:
             ShardFault: if it is missing or its storage does not answer.
-
         """
         system, path = self._open_system(file)
         return self._try(file, lambda: bytes(system.cat_file(path)), lambda: 0, StopRequest())
 
     def download(self, entry: ShardEntry, out: BinaryIO, stop: StopRequest) -> None:
-        """Write a shard to `out`, from its beginning; a connection that breaks is taken up where it broke.
+        """Write a shard to `out`, from its beginning; a broken download is resumed.
 
         Raises:
             ShardFault: if it is missing, its storage does not answer, or its size is not the manifest's.
             UserError: if `out` cannot be written.
             StoppedError: if asked to stop.
-
         """
         sink = _Sink(out, entry, self.place(entry.file))
         system, path = self._open_system(entry.file)
@@ -88,7 +85,7 @@ class RemoteFolder:
             self._try(entry.file, lambda: self._download_pieces(system, path, sink, stop), lambda: sink.furthest, stop)
 
     def _download_stream(self, system: Any, path: str, sink: "_Sink", stop: StopRequest) -> None:
-        """Go on from where the sink is; a server that ignores the range is read from the beginning."""
+        """Continue at the end of the sink; a server that ignores the range is read from the beginning."""
         if sink.tell() == sink.entry.num_bytes:
             return
         sink.expect_answer()
@@ -132,7 +129,7 @@ class RemoteFolder:
                 return action()
             except (UserError, StoppedError):
                 raise
-            except Exception as error:  # whatever a driver raises
+            except Exception as error:  # drivers raise anything
                 where, why = self.place(file), self._mask(f"{type(error).__name__}: {error}")
                 status = _status(error)
                 if isinstance(error, FileNotFoundError) and status in (None, 404, 410):
@@ -156,7 +153,7 @@ class RemoteFolder:
 
 
 class _UrlMask(logging.Filter):
-    """Masks addresses in what drivers log, which some do at the level DEBUG; errors with their traceback included."""
+    """Masks addresses in drivers' log records, their tracebacks included; some log them at the level DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = mask_url_secrets(record.getMessage()), ()
@@ -170,11 +167,11 @@ _DRIVERS = ("fsspec", "fsspec.http", "fsspec.asyn", "aiohttp.client", "aiohttp.i
 _URL_MASK = _UrlMask()
 
 _HTTP_HEADERS = {"Accept-Encoding": "identity"}
-"""A packed transfer could unpack to any size, and could not be resumed."""
+"""A compressed transfer could unpack to any size, and could not be resumed."""
 
 
 class _Sink:
-    """A file that is written from the beginning, never beyond its promised size; to fsspec it looks like a file."""
+    """Writes a file in order, never beyond its promised size; fsspec sees it as a file."""
 
     def __init__(self, out: BinaryIO, entry: ShardEntry, place: str) -> None:
         self._out = out
@@ -187,9 +184,9 @@ class _Sink:
         self.answer = Callback()
 
     def expect_answer(self) -> None:
-        """Before a request: how many bytes the server is going to send decides where they belong."""
+        """Prepare for a request: the announced number of bytes decides where they belong."""
         if self._lengthless:
-            self._at = 0  # it tells no sizes, so an answer to a range could not be told from the whole file
+            self._at = 0  # without sizes, the answer to a range looks like the whole file
         self.answer = Callback()
         self._unanswered = True
 
@@ -215,7 +212,7 @@ class _Sink:
         size = self.answer.size
         self._lengthless = size is None
         if self._at and self._lengthless:
-            raise ConnectionError("the server did not say how much it was going to send")
+            raise ConnectionError("the server did not announce a size")
         if self._at and size == self.entry.num_bytes - self._at:
             return
         self._at = 0  # the range was ignored: this is the file from its beginning
@@ -237,11 +234,11 @@ class _Sink:
 
 
 def _call(system: Any, method: str, stop: StopRequest, *arguments: Any, **options: Any) -> Any:
-    """Call a driver, and break its transfer off when asked to stop."""
+    """Call a driver; a request to stop cancels its transfer."""
     stop.check()
     if not system.async_impl:
         return getattr(system, method)(*arguments, **options)
-    # what fsspec's own `get_file` and so on do; those could not be woken while a server is silent
+    # fsspec's own `get_file` does the same, but cannot be interrupted while a server is silent
     return sync(system.loop, _run_transfer, getattr(system, f"_{method}")(*arguments, **options), stop)
 
 
@@ -265,7 +262,7 @@ def _timeouts() -> Any:
 
 def _status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error; 0 if there was no answer at all, None if nothing is known."""
-    # fsspec turns every error of a first contact into FileNotFoundError; what it really was is its cause
+    # fsspec turns every error of a first contact into FileNotFoundError; its cause is the real one
     for one in (error, error.__cause__):
         status = getattr(one, "status", None)  # aiohttp's; its `code` may be that of a broken transfer, always 400
         if isinstance(status, int):
@@ -277,7 +274,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_refusal(error: Exception, status: int | None) -> bool:
-    """Tell whether asking again is of no use: the server said no, or there are no credentials to ask with."""
+    """Return whether a retry is useless: the server refused, or there are no credentials."""
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return True
     return status is not None and 400 <= status < 500 and status not in _TRY_AGAIN

@@ -1,9 +1,9 @@
-"""Shards of a remote set on the local disk: whole files only, the least recently used go first.
+"""Keeps shards of remote sets on the local disk: whole files only; the least recently used are removed first.
 
-Several processes share the folder. Who needs a shard takes a lock that its name falls to, so one process downloads and
-the others wait. A download reserves its bytes at once (a sparse file of the full size), and is renamed when it is
-complete and verified; what a killed process has left is removed, never continued. Files are named by the hash of the
-full address (without credentials) and of the expected content, so sets never mix and a changed set is fetched anew.
+Processes share the folder. One takes a lock for a shard's name and downloads it while the others wait. A download
+reserves its bytes at once (a sparse file of the full size) and is renamed when it is complete and verified. Partial
+files of killed processes are removed, not continued. File names are hashes of the full address (without credentials)
+and of the expected content, so sets never mix and a changed set is fetched anew.
 """
 
 import hashlib
@@ -27,30 +27,27 @@ _POLL_S = 0.5
 
 
 def default_cache_dir() -> Path:
-    """Return the user's folder for things that can be fetched again."""
+    """Return the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lightning-moevlm" / "shards"
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder of downloaded shards. max_bytes: of all files together; None is not bounded."""
+    """A folder of downloaded shards."""
 
     folder: Path
-    max_bytes: int | None
+    max_bytes: int | None  # of all files together; None: no limit
 
     def path(
         self, address: str, entry: ShardEntry, download: Callable[[BinaryIO], None], stop: StopRequest | None = None
     ) -> Path:
-        """Return the verified shard, downloaded if it is not here yet.
-
-        Another process may remove it again before it is opened; then ask once more.
+        """Return the verified shard, downloaded if necessary. Another process may remove it before it is opened.
 
         Raises:
-            ShardFault: if `download` does, or what it brought is not what the manifest names.
+            ShardFault: if `download` raises it, or the file is not the one of the manifest.
             UserError: if the folder cannot be written.
             StoppedError: if asked to stop.
-
         """
         name = hashlib.sha256(f"{address}\n{entry.sha256}".encode()).hexdigest()
         path = self.folder / (name + _DONE)
@@ -59,7 +56,7 @@ class ShardCache:
                 return path
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._hold_lock(name, stop or StopRequest()):
-                if not self._is_good(path, entry):  # another process may just have brought it
+                if not self._is_good(path, entry):  # another process may just have downloaded it
                     self._download(path, entry, address, download)
         except OSError as error:
             raise UserError(
@@ -69,7 +66,7 @@ class ShardCache:
 
     @contextmanager
     def _hold_lock(self, name: str, stop: StopRequest) -> Iterator[None]:
-        """Hold the lock of a name; who waits for it may be asked to stop."""
+        """Hold the lock of a name; waiting for it can be stopped."""
         lock = self._lock(name)
         while True:
             try:
@@ -104,7 +101,7 @@ class ShardCache:
             partial.unlink(missing_ok=True)
 
     def _reserve(self, partial: Path, num_bytes: int) -> None:
-        """Make room for a file and make it, empty but of its full size, so that others count it."""
+        """Make room for a file, and create it sparse with its full size, so that other processes count it."""
         with FileLock(self.folder / "room.lock"):
             partial.unlink(missing_ok=True)
             if self.max_bytes is not None:
@@ -113,9 +110,9 @@ class ShardCache:
                 file.truncate(num_bytes)
 
     def _make_room(self, target_bytes: int) -> None:
-        """Remove what killed processes left, then shards, the least recently used first, down to a size.
+        """Remove partial files of killed processes, then the least recently used shards, down to a size.
 
-        Downloads under way stay, so a cache that is smaller than what its readers fetch at once grows beyond its bound.
+        Current downloads stay, so a cache that is smaller than its readers' simultaneous downloads exceeds its limit.
         """
         for partial in self.folder.glob("*" + _PARTIAL):
             self._remove_if_abandoned(partial)
@@ -141,7 +138,7 @@ class ShardCache:
             with lock.acquire(timeout=0):
                 partial.unlink(missing_ok=True)
         except Timeout:
-            return  # somebody is filling it
+            return  # another process is filling it
 
     def _lock(self, name: str) -> FileLock:
-        return FileLock(self.folder / f"{name[:2]}.lock")  # 256 of them: they are never removed
+        return FileLock(self.folder / f"{name[:2]}.lock")  # 256 files that are never removed

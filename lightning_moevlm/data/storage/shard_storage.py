@@ -1,8 +1,8 @@
-"""Where a set lies: a folder, or an address on a server; the one place that turns manifest entries into files.
+"""Opens a set in a folder or on a server; the one place that turns manifest entries into files.
 
-Folders are read in place. Shards of a remote set (http, https, s3, gs) are downloaded when they are opened and kept
-in a bounded cache; manifest and tokenizer, which are small, are read afresh by whoever starts. Either way a shard is
-handed out only with the size and the sha256 of the manifest. There is no way from an address to a shell.
+Folders are read in place. Shards of a remote set (http, https, s3, gs) are downloaded when they are opened and kept in
+a bounded cache. Manifest and tokenizer are small and read anew by each process. A shard is returned only with the size
+and sha256 of the manifest. No address can reach a shell.
 """
 
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.data.format.faults import ShardFault
 from lightning_moevlm.data.format.manifest import (
     MANIFEST_FILE,
@@ -35,7 +36,7 @@ _BUFFER_BYTES = 2**16  # a sample or two per system call
 
 
 class _Version(NamedTuple):
-    """What tells a file from itself before: nobody can write to it without a new time of change."""
+    """Identifies a file's content: every write changes its times."""
 
     inode: int
     num_bytes: int
@@ -50,35 +51,28 @@ class _Version(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardStorage:
-    """A set's place.
-
-    root: its folder, or its address. cache_dir: where shards of a remote set are kept; null is the user's cache
-    folder. cache_gib: GiB to keep there; null is not bounded. allowed_protocols: schemes that `root` may have.
-    attempts: tries in a row without progress until a server counts as unreachable. backoff_s: the longest first pause
-    between them, which doubles.
-    """
+    """The folder or address of a set."""
 
     root: str = field(repr=False)
-    cache_dir: str | None = None
-    cache_gib: float | None = CACHE_GIB
-    allowed_protocols: tuple[str, ...] = PROTOCOLS
-    attempts: int = 8
-    backoff_s: float = 0.5
+    cache_dir: str | None = None  # folder for shards of a remote set; None: the user's cache folder
+    cache_gib: float | None = CACHE_GIB  # size limit of that folder, GiB; None: no limit
+    allowed_protocols: tuple[str, ...] = PROTOCOLS  # of `root`
+    attempts: int = 8  # tries in a row without progress until a server counts as unreachable
+    backoff_s: float = 0.5  # longest first pause between tries, seconds; it doubles
     _verified: dict[ShardEntry, _Version] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         protocol = self._protocol
         if protocol == "pipe":
-            raise UserError(f"data root is {self.root!r}, but data never reach a shell; give a folder or an address")
+            raise UserError(f"data root is {self.root!r}: data never reach a shell; give a folder or an address")
         if protocol not in self.allowed_protocols or (protocol != "file" and "::" in self.root):
             raise UserError(
                 f"data root {self} has the protocol {protocol!r}, but only {', '.join(self.allowed_protocols)} are "
                 "allowed, without chains (::); copy the set, or name the protocol in data.allowed_protocols"
             )
         if self.cache_gib is not None and self.cache_gib <= 0:
-            raise UserError(f"data.cache_gib is {self.cache_gib}, but must be above 0, or null for no bound")
-        if self.attempts < 1:
-            raise UserError(f"attempts is {self.attempts}, but must be at least 1")
+            raise UserError(f"data.cache_gib is {self.cache_gib}: choose a value above 0, or null for no limit")
+        check_number("attempts", self.attempts, least=1)
 
     def __str__(self) -> str:
         return str(self.folder) if self._protocol in ("file", "pipe") else self._remote.place()
@@ -91,7 +85,7 @@ class ShardStorage:
         return Path(self.root.removeprefix("file://"))
 
     def place(self, file: str) -> str:
-        """Return where a file of the set lies, without credentials, for messages."""
+        """Return the path or address of a file, without credentials, for messages."""
         return str(self.folder / file) if self.folder is not None else self._remote.place(file)
 
     def read_manifest(self) -> Manifest:
@@ -99,7 +93,6 @@ class ShardStorage:
 
         Raises:
             UserError: if it is missing, out of reach or broken.
-
         """
         if self.folder is not None:
             return read_manifest(self.folder)
@@ -110,27 +103,25 @@ class ShardStorage:
 
         Raises:
             UserError: if it is missing, out of reach, or not the one of the manifest.
-
         """
         if self.folder is not None:
             return load_tokenizer(self.folder, entry)
         return parse_tokenizer(self._remote.read(entry.file), entry, self.place(entry.file))
 
     def local_path(self, entry: ShardEntry, stop: StopRequest | None = None) -> Path:
-        """Return the shard as a local file that has the size and the sha256 of the manifest.
+        """Return the shard as a local file with the size and sha256 of the manifest.
 
-        A shard of a folder is read for that once per process, and again when the file has been touched.
+        A local shard is hashed once per process, and again if the file was touched.
 
         Raises:
             ShardFault: if the shard is missing, unreachable, truncated or altered.
             UserError: if the cache cannot be written.
             StoppedError: if asked to stop.
-
         """
         if self.folder is not None:
             try:
                 path = check_shard_size(self.folder, entry)
-                version = _Version.of(path)  # before the bytes are read: what is written meanwhile has another
+                version = _Version.of(path)  # before the bytes are read: a write meanwhile changes it
                 if self._verified.get(entry) != version:
                     check_shard(self.folder, entry)
                     self._verified[entry] = version
@@ -141,7 +132,7 @@ class ShardStorage:
         return self._cache.path(self.place(entry.file), entry, lambda out: remote.download(entry, out, stop), stop)
 
     def fits_beside(self, entry: ShardEntry, other: ShardEntry) -> bool:
-        """Tell whether there is a cache for the shard, with room for another one."""
+        """Return whether the set has a cache, with room for both shards."""
         if self.folder is not None:
             return False
         return self._cache.max_bytes is None or entry.num_bytes + other.num_bytes <= self._cache.max_bytes
@@ -153,14 +144,13 @@ class ShardStorage:
             ShardFault: if the shard is missing, unreachable, truncated or altered.
             UserError: if the cache cannot be written.
             StoppedError: if asked to stop.
-
         """
         for _ in range(_OPENINGS):
             path = self.local_path(entry, stop)
             try:
                 return path.open("rb", buffering=_BUFFER_BYTES)
             except FileNotFoundError:
-                continue  # another process needed its room in the cache: fetch it again
+                continue  # another process needed its room in the cache
             except OSError as error:
                 raise _read_fault(str(path), error) from None
         raise UserError(f"shards vanish from {self._cache.folder} before they are read; raise data.cache_gib")

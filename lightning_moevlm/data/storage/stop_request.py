@@ -11,11 +11,10 @@ class StopRequest(Event):
     """An event that long work checks: one thread sets it, another ends at its next check."""
 
     def check(self) -> None:
-        """Continue only if nobody has asked to stop.
+        """End the work if the event is set.
 
         Raises:
             StoppedError: if the event is set.
-
         """
         if self.is_set():
             raise StoppedError
@@ -25,7 +24,6 @@ class StopRequest(Event):
 
         Raises:
             StoppedError: if the event is set.
-
         """
         self.wait(seconds)
         self.check()

@@ -1,8 +1,8 @@
-"""The set's own tokenizer: byte-level BPE, learnt from its training captions.
+"""Encodes texts with the set's own tokenizer: byte-level BPE, trained on its training captions.
 
-Nothing is fetched from anywhere: the vocabulary is trained when the set is built, lies beside the shards,
-and its hash stands in the manifest. Being byte-level, it can spell every text, and no id for "unknown" is
-needed. Training takes no random decisions: the same captions give the same file.
+Nothing is downloaded. The vocabulary is trained when the set is built and lies beside the shards; its hash is in the
+manifest. Byte-level BPE can spell every text, so no id for "unknown" is needed. Training is deterministic: the same
+captions give the same file.
 """
 
 import hashlib
@@ -26,22 +26,22 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 
 class EncodedText(NamedTuple):
-    """text_BL: int64 ids, padded with PAD. text_mask_BL: bool, True on real tokens. num_cut: texts that were cut."""
+    """A batch of encoded texts."""
 
-    text_BL: Tensor
-    text_mask_BL: Tensor
-    num_cut: int
+    text_BL: Tensor  # int64 ids, padded with PAD
+    text_mask_BL: Tensor  # bool, True on real tokens
+    num_cut: int  # texts that were cut
 
 
 class CaptionTokenizer:
-    """Texts to ids and back: [BOS] ids [EOS], cut or padded to a fixed length.
+    """Converts texts to ids and back: [BOS] ids [EOS], cut or padded to a fixed length.
 
-    Texts never make control ids: `[PAD]` in a caption is a word like any other.
+    Texts never become control ids: `[PAD]` in a caption is an ordinary word.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # the same model without the tokens added to it (control tokens, now or later), which would be found in texts
+        # the same model without control tokens, which would be found in texts
         self._plain = Tokenizer(tokenizer.model)
         self._plain.normalizer, self._plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
 
@@ -52,12 +52,12 @@ class CaptionTokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text, without [BOS] and [EOS]."""
-        # one at a time on purpose: encode_batch starts threads, which a forked worker must not inherit, and without
-        # threads it is no faster
+        # one at a time on purpose: encode_batch starts threads, which a forked worker must not inherit, and it is not
+        # faster without them
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode(self, texts: Sequence[str], max_text_len: int) -> EncodedText:
-        """Encode texts to (B, max_text_len); a longer text loses its end but keeps its [EOS]."""
+        """Encode texts to (B, max_text_len). A longer text loses its end and keeps its [EOS]."""
         ids_BL = np.full((len(texts), max_text_len), PAD, dtype=np.int64)  # rows of numpy are filled faster
         num_cut = 0
         for row_L, text in zip(ids_BL, texts, strict=True):
@@ -69,7 +69,7 @@ class CaptionTokenizer:
         return EncodedText(text_BL, text_BL != PAD, num_cut)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, leaving out special tokens."""
+        """Return the text of ids, without special tokens."""
         return str(self._tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)]))
 
 
@@ -78,18 +78,16 @@ def check_vocab_size(vocab_size: int) -> None:
 
     Raises:
         UserError: if `vocab_size` leaves no room for special tokens and bytes.
-
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"vocab_size is {vocab_size}, but bytes and special tokens alone need {MIN_VOCAB_SIZE}")
+        raise UserError(f"vocab_size is {vocab_size}: bytes and special tokens alone need {MIN_VOCAB_SIZE}")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, root: Path) -> TokenizerEntry:
-    """Learn at most `vocab_size` ids from captions and write `root/tokenizer.json`.
+    """Train at most `vocab_size` ids on captions, and write `root/tokenizer.json`.
 
     Raises:
         UserError: if `vocab_size` leaves no room for special tokens and bytes.
-
     """
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -113,8 +111,7 @@ def copy_tokenizer(source: Path, root: Path) -> TokenizerEntry:
     """Copy the tokenizer of another set to `root/tokenizer.json`.
 
     Raises:
-        UserError: if the file is missing, or is no tokenizer.
-
+        UserError: if the file is missing or is not a tokenizer.
     """
     if not source.is_file():
         raise UserError(f"tokenizer {source} is missing; restore it or rebuild its set with --force true")
@@ -131,8 +128,7 @@ def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
     """Load a set's tokenizer from the set's folder.
 
     Raises:
-        UserError: if the file is missing, is not the one of the manifest, or is no tokenizer.
-
+        UserError: if the file is missing, differs from the manifest or is not a tokenizer.
     """
     path = root / entry.file
     if not path.is_file():
@@ -141,16 +137,15 @@ def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
 
 
 def parse_tokenizer(data: bytes, entry: TokenizerEntry, place: str) -> CaptionTokenizer:
-    """Make a tokenizer of the bytes of its file, which came from `place`.
+    """Make a tokenizer of the bytes of its file. place: of the file, for messages.
 
     Raises:
-        UserError: if the bytes are not those of the manifest, or are no tokenizer.
-
+        UserError: if the bytes differ from the manifest or are not a tokenizer.
     """
     found = hashlib.sha256(data).hexdigest()
     if found != entry.sha256:
         raise UserError(
-            f"tokenizer {place} is not the one its manifest names: sha256 {found[:12]}..., expected "
+            f"tokenizer {place} is not the one of its manifest: sha256 {found[:12]}..., expected "
             f"{entry.sha256[:12]}...; restore it or rebuild the set with --force true"
         )
     try:

@@ -1,19 +1,20 @@
-"""Building a set of shards: whole, once, or not at all.
+"""Builds a set of shards: whole, once, or not at all.
 
-A set is built in a folder beside its target and moved there when it is complete, so a killed build leaves
-no half set behind. Building again with the same arguments does nothing; with others it is refused unless
-forced.
+A set is built in a folder beside its target, and moved there when it is complete, so a killed build leaves no partial
+set. Building again with the same arguments does nothing. With other arguments it is refused unless forced.
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Manifest, Scalar, check_shard_size, read_manifest
 from lightning_moevlm.data.storage.local import local_target
@@ -21,58 +22,54 @@ from lightning_moevlm.data.text.tokenizer import train_tokenizer
 from lightning_moevlm.data.write.shard_writer import Sample, ShardWriter
 
 
-@dataclass(frozen=True)
-class SetPlan:
-    """What is to be built.
-
-    name: of the set. version: of the recipe, raised whenever the same arguments give other samples.
-    arguments: the recipe's arguments, compared with an existing set's. num_samples: for the progress bar.
-    """
+class Recipe(NamedTuple):
+    """Identifies a set."""
 
     name: str
     version: int
+    build: dict[str, Scalar]  # all arguments that determine its bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256, in hex, of the recipe."""
+        return hashlib.sha256(canonical_json(self).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """A set to build."""
+
+    name: str
+    version: int  # of the recipe, raised when the same arguments give other samples
     licence: str
     licence_url: str
     attribution: str
-    image_size: int
+    image_size: int  # pixels per side
     image_format: str
-    arguments: dict[str, Scalar]
-    sources: dict[str, str]
-    num_samples: int
+    arguments: dict[str, Scalar]  # of the recipe, compared with those of an existing set
+    sources: dict[str, str]  # versions of the packages that the images come from
+    num_samples: int  # for the progress bar
     samples_per_shard: int
     vocab_size: int
 
     @property
-    def build(self) -> dict[str, Scalar]:
-        """All arguments that decide about the set's bytes."""
-        return {
+    def recipe(self) -> Recipe:
+        """The recipe of the set."""
+        build = {
             **self.arguments,
             "image_size": self.image_size,
             "image_format": self.image_format,
             "samples_per_shard": self.samples_per_shard,
             "vocab_size": self.vocab_size,
         }
+        return Recipe(self.name, self.version, build)
 
 
-class Recipe(Protocol):
-    """What tells whether a set is the one asked for: its name, the version of its recipe, all its arguments."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def version(self) -> int: ...  # noqa: D102
-
-    @property
-    def build(self) -> dict[str, Scalar]: ...  # noqa: D102
-
-
-def find_existing_set(out: Path, plan: Recipe, force: bool) -> Manifest | None:
-    """Return the manifest if `out` already holds just this set; None if it is to be built.
+def find_existing_set(out: Path, recipe: Recipe, force: bool) -> Manifest | None:
+    """Return the manifest if `out` already holds exactly this set; None if it must be built.
 
     Raises:
-        UserError: if `out` holds another set and `force` is off, or holds something that is no set at all.
-
+        UserError: if `out` holds something else than a set, or another set and `force` is off.
     """
     local_target(str(out), "--out")
     if out.exists() and not out.is_dir():
@@ -80,15 +77,13 @@ def find_existing_set(out: Path, plan: Recipe, force: bool) -> Manifest | None:
     if not out.exists() or not any(out.iterdir()):
         return None
     if not (out / MANIFEST_FILE).is_file():
-        raise UserError(f"--out {out} is not empty and holds no set of shards; give another folder")
+        raise UserError(f"--out {out} is not empty and is not a set of shards; give another folder")
     if force:
         return None
     manifest = read_manifest(out)
-    wanted = (plan.name, plan.version, plan.build)
-    found = (manifest.name, manifest.version, manifest.build)
-    if wanted != found:
+    if recipe != (manifest.name, manifest.version, manifest.build):
         raise UserError(
-            f"{out} holds a set that was built differently ({_difference(manifest, plan)}); "
+            f"{out} holds a set that was built differently ({_difference(manifest, recipe)}); "
             "pass --force true to replace it, or another --out"
         )
     for shards in manifest.splits.values():
@@ -97,24 +92,22 @@ def find_existing_set(out: Path, plan: Recipe, force: bool) -> Manifest | None:
     return manifest
 
 
-def _difference(manifest: Manifest, plan: Recipe) -> str:
+def _difference(manifest: Manifest, recipe: Recipe) -> str:
     pairs: list[tuple[str, object, object]] = [
-        ("set", manifest.name, plan.name),
-        ("recipe version", manifest.version, plan.version),
-        *((key, manifest.build.get(key), plan.build.get(key)) for key in sorted({*manifest.build, *plan.build})),
+        ("set", manifest.name, recipe.name),
+        ("recipe version", manifest.version, recipe.version),
+        *((key, manifest.build.get(key), recipe.build.get(key)) for key in sorted({*manifest.build, *recipe.build})),
     ]
     return ", ".join(f"{key} {there} there, {here} asked" for key, there, here in pairs if there != here)
 
 
 def build_set(out: Path, plan: SetPlan, samples: Iterable[Sample]) -> Manifest:
-    """Write all shards, the tokenizer and the manifest, and put them in place of `out` at the very end.
+    """Write all shards, the tokenizer and the manifest, and move them to `out` at the end.
 
     Raises:
         UserError: if a split stays empty, or `vocab_size` is too small.
-
     """
-    if plan.samples_per_shard < 1:
-        raise UserError(f"samples_per_shard is {plan.samples_per_shard}, but a shard needs at least 1")
+    check_number("samples_per_shard", plan.samples_per_shard, least=1)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}.building-", dir=out.parent))
     try:
@@ -143,7 +136,7 @@ def _fill(root: Path, plan: SetPlan, samples: Iterable[Sample]) -> Manifest:
         attribution=plan.attribution,
         image_size=plan.image_size,
         members=tuple(sorted(("json", "txt", plan.image_format))),
-        build=plan.build,
+        build=plan.recipe.build,
         sources=plan.sources,
         tokenizer=train_tokenizer(captions, plan.vocab_size, root),
         splits=writer.entries,
@@ -154,7 +147,7 @@ def _fill(root: Path, plan: SetPlan, samples: Iterable[Sample]) -> Manifest:
 
 
 def put_in_place(building: Path, out: Path) -> None:
-    """Rename the finished folder to `out`; an older set is moved aside first and removed last."""
+    """Move the finished folder to `out`; an older set is moved aside first and deleted last."""
     if not out.exists():
         building.replace(out)
         return
@@ -163,11 +156,11 @@ def put_in_place(building: Path, out: Path) -> None:
     try:
         building.replace(out)
     except OSError:
-        aside.replace(out)  # the older set goes back: better that than none
+        aside.replace(out)  # restore the older set
         raise
     shutil.rmtree(aside)
 
 
 def canonical_json(content: object) -> str:
-    """One-line JSON with sorted keys, so that equal content is equal bytes."""
+    """Return one-line JSON with sorted keys, so that equal content has equal bytes."""
     return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

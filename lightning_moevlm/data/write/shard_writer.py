@@ -1,14 +1,14 @@
-"""Writing shards: the same samples always become the same bytes.
+"""Writes shards; the same samples always become the same bytes.
 
-A shard is a plain POSIX tar in WebDataset's layout (`KEY.jpg`, `KEY.json`, `KEY.txt`, one after the other).
-Times, owners and modes are fixed, so that a shard's hash depends on its samples alone. Every sample falls
-into its split by the hash of what it shows, so near-duplicates never straddle two splits and a larger set
-keeps the smaller one's split.
+A shard is a POSIX tar in WebDataset's layout (`KEY.jpg`, `KEY.json`, `KEY.txt`, one after the other). Times, owners and
+modes are fixed, so its hash depends on its samples alone. A sample's split follows from the hash of its content, so
+near-duplicates are never in two splits, and a larger set keeps the splits of a smaller one.
 """
 
 import hashlib
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,23 +21,18 @@ VAL_SHARE = 0.1
 
 
 class Sample(NamedTuple):
-    """One sample to be written.
+    """A sample to write."""
 
-    key: unique in the set, without dots or slashes. identity: what it shows; samples of one identity share
-    a split. image: encoded bytes. image_format: their file extension. caption: English. annotation: a JSON
-    text.
-    """
-
-    key: str
-    identity: str
-    image: bytes
-    image_format: str
-    caption: str
-    annotation: str
+    key: str  # unique in the set, without dots or slashes
+    identity: str  # of its content; samples of one identity share a split
+    image: bytes  # encoded
+    image_format: str  # file extension of the image
+    caption: str  # English
+    annotation: str  # JSON
 
 
 def choose_split(identity: str) -> Split:
-    """Return the split that everything of this identity belongs to (80 % train, 10 % val, 10 % test)."""
+    """Return the split of an identity (80 % train, 10 % val, 10 % test)."""
     position = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) / 2**64
     if position < TRAIN_SHARE:
         return "train"
@@ -50,7 +45,7 @@ def open_shard(path: Path) -> tarfile.TarFile:
 
 
 def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
-    """Append one sample, its members by file extension, with nothing in the headers that could differ next time."""
+    """Append a sample, given by file extension, with constant times and owners in the headers."""
     for extension in sorted(members):
         info = tarfile.TarInfo(f"{key}.{extension}")
         info.size = len(members[extension])
@@ -58,69 +53,40 @@ def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> 
         tar.addfile(info, io.BytesIO(members[extension]))
 
 
-class _SplitWriter:
-    """Fills the shards of one split, one after the other."""
-
-    def __init__(self, root: Path, split: Split, samples_per_shard: int) -> None:
-        self._root = root
-        self._split = split
-        self._samples_per_shard = samples_per_shard
-        self._tar: tarfile.TarFile | None = None
-        self._num_samples = 0
-        self.entries: list[ShardEntry] = []
-
-    @property
-    def _unfinished(self) -> Path:
-        return self._root / f".{self._split}.unfinished"
-
-    def write(self, sample: Sample) -> None:
-        if self._tar is None:
-            self._tar = open_shard(self._unfinished)
-        members = {
-            sample.image_format: sample.image,
-            "json": sample.annotation.encode(),
-            "txt": sample.caption.encode(),
-        }
-        add_sample(self._tar, sample.key, members)
-        self._num_samples += 1
-        if self._num_samples == self._samples_per_shard:
-            self.finish()
-
-    def finish(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        path = self._root / f"{self._split}-{len(self.entries):06d}.tar"
-        self._unfinished.replace(path)
-        self.entries.append(ShardEntry(path.name, self._num_samples, path.stat().st_size, file_sha256(path)))
-        self._tar, self._num_samples = None, 0
-
-    def abandon(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-        self._unfinished.unlink(missing_ok=True)
-
-
 class ShardWriter:
     """Writes samples into `root/{split}-{number}.tar`; a context manager.
 
-    After a clean exit `entries` lists the shards of every split; after an exception no unfinished file is
-    left.
+    After a clean exit `entries` lists the shards of every split. After an exception no partial file is left.
     """
 
     def __init__(self, root: Path, samples_per_shard: int) -> None:
-        self._splits = {split: _SplitWriter(root, split, samples_per_shard) for split in SPLITS}
+        self._root = root
+        self._samples_per_shard = samples_per_shard
+        self._tars: dict[Split, tarfile.TarFile] = {}
+        self._num_samples = Counter[Split]()  # in the open tars
+        self.entries: dict[Split, tuple[ShardEntry, ...]] = dict.fromkeys(SPLITS, ())
 
     def write(self, sample: Sample) -> Split:
-        """Append one sample to the split that its identity falls into, and say which that is."""
+        """Append a sample to the split of its identity, and return the split."""
         split = choose_split(sample.identity)
-        self._splits[split].write(sample)
+        if split not in self._tars:
+            self._tars[split] = open_shard(self._partial(split))
+        texts = {"json": sample.annotation.encode(), "txt": sample.caption.encode()}
+        add_sample(self._tars[split], sample.key, {sample.image_format: sample.image, **texts})
+        self._num_samples[split] += 1
+        if self._num_samples[split] == self._samples_per_shard:
+            self._finish(split)
         return split
 
-    @property
-    def entries(self) -> dict[Split, tuple[ShardEntry, ...]]:
-        """The finished shards of every split."""
-        return {split: tuple(writer.entries) for split, writer in self._splits.items()}
+    def _partial(self, split: Split) -> Path:
+        return self._root / f".{split}.unfinished"
+
+    def _finish(self, split: Split) -> None:
+        self._tars.pop(split).close()
+        path = self._root / f"{split}-{len(self.entries[split]):06d}.tar"
+        self._partial(split).replace(path)
+        entry = ShardEntry(path.name, self._num_samples.pop(split), path.stat().st_size, file_sha256(path))
+        self.entries[split] += (entry,)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -128,8 +94,9 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for writer in self._splits.values():
+        for split in list(self._tars):
             if kind is None:
-                writer.finish()
+                self._finish(split)
             else:
-                writer.abandon()
+                self._tars.pop(split).close()
+                self._partial(split).unlink()

@@ -23,7 +23,7 @@ def test_digest_names_the_data(scenes_root: Path) -> None:
     assert len(manifest.digest) == 64
 
 
-def test_missing_manifest_tells_the_command(tmp_path: Path) -> None:
+def test_a_missing_manifest_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="moevlm data build"):
         read_manifest(tmp_path)
 
@@ -82,7 +82,7 @@ def test_shards_are_verified(scenes_copy: Path) -> None:
     with pytest.raises(UserError, match=r"train-000000.tar is truncated: .* --force true"):
         check_shard(scenes_copy, shard)
     path.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])  # one bit
-    with pytest.raises(UserError, match="not the one its manifest names"):
+    with pytest.raises(UserError, match="not the one of its manifest"):
         check_shard(scenes_copy, shard)
     path.unlink()
     with pytest.raises(UserError, match="is missing"):

@@ -101,7 +101,7 @@ def test_a_whole_shard(tmp_path: Path) -> None:
         (_tar([*_files(3), ("README.md", b"hello"), ("noextension", b"x"), *_files()[9:]]), KEYS),
     ],
 )  # fmt: skip
-def test_what_is_lost_of_a_shard_that_its_manifest_agrees_with(
+def test_losses_of_a_broken_shard_with_a_matching_manifest(
     tmp_path: Path, data: bytes, expected: list[str | tuple[int, str]]
 ) -> None:
     found = _read(tmp_path, data)
@@ -121,8 +121,8 @@ def test_what_is_lost_of_a_shard_that_its_manifest_agrees_with(
         (lambda data: b"", "shard_truncated", "0 bytes, its manifest says"),
         (lambda data: data[:-512], "shard_truncated", "is truncated"),
         (lambda data: data + bytes(512), "shard_altered", "longer than it should be"),
-        (lambda data: _flipped(data, 3), "shard_altered", "not the one its manifest names"),
-        (lambda data: _flipped(data, 600), "shard_altered", "not the one its manifest names"),
+        (lambda data: _flipped(data, 3), "shard_altered", "not the one of its manifest"),
+        (lambda data: _flipped(data, 600), "shard_altered", "not the one of its manifest"),
     ],
 )
 def test_a_shard_that_is_not_the_manifests_is_lost_as_a_whole(
@@ -183,7 +183,7 @@ def test_headers_that_would_harm_a_trusting_reader(
     assert _shown(_read(tmp_path, data)) == expected
 
 
-def test_names_are_no_paths_and_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_never_paths_or_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_inside = tmp_path / "inside"
     resolve_inside.mkdir()
     monkeypatch.chdir(resolve_inside)
@@ -203,7 +203,7 @@ def test_names_are_no_paths_and_no_code(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_whole_shards_give_what_webdataset_gives(tmp_path: Path, format: int) -> None:
+def test_whole_shards_give_the_samples_of_webdataset(tmp_path: Path, format: int) -> None:
     long = "folder/" + "n" * 90 + "/" + "m" * 60
     files = [
         *_files(3), ("a.b.jpg", b"two dots"), ("a.txt", b"x"), (f"{long}.JPG", b"long"), (f"{long}.Txt", b"name"),

@@ -1,4 +1,4 @@
-"""What the fast path recognises means the same to `tarfile`; whatever it does not recognise is left to it."""
+"""The fast path agrees with `tarfile` on every header that it accepts, and leaves the others to it."""
 
 import io
 import random
@@ -115,7 +115,7 @@ def test_after_a_global_header_tarfile_reads_all(tmp_path: Path) -> None:
     assert [member.name for member in _walked(path)] == ["same.txt"] * 3
 
 
-def test_where_a_tar_is_cut_is_told_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_tar_gives_the_same_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _tar([(f"{i}.txt", b"t" * 700) for i in range(4)], tarfile.USTAR_FORMAT)
     path = tmp_path / "x.tar"
     told: list[list[tuple[str, str]]] = []

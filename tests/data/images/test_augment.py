@@ -71,7 +71,7 @@ def test_draws_follow_from_seed_rank_epoch_and_batch_alone() -> None:
         ({"flip": 1.5}, "flip is 1.5"),
     ],
 )
-def test_what_has_no_meaning_is_refused(options: dict, told: str) -> None:
+def test_invalid_options_are_refused(options: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         Augment(**options)
 

@@ -13,7 +13,8 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.special_tokens import BOS, EOS
 from lightning_moevlm.data.format.faults import SampleFault
 from lightning_moevlm.data.format.shard_reader import RawSample
-from lightning_moevlm.data.images.decode import ImageTooLargeError, check_jpeg, decode_image, image_rows
+from lightning_moevlm.data.images.decode import check_jpeg, decode_image, image_rows
+from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.text.tokenizer import load_tokenizer, train_tokenizer
 
@@ -87,7 +88,7 @@ def test_a_multiple_is_scaled_while_it_is_decoded() -> None:
 
 @pytest.mark.parametrize("side", [16, 24, 64])
 @pytest.mark.parametrize("encode", [_jpg, _png])
-def test_a_row_of_a_batch_gets_the_same_pixels_as_a_image_alone(encode, side: int) -> None:
+def test_a_row_of_a_batch_gets_the_same_pixels_as_an_image_alone(encode, side: int) -> None:
     data, extension = encode(_noise(side, side)), encode.__name__[1:]
     rows_BRYX = image_rows(3, 16)
     rows_BRYX.zero_()
@@ -116,7 +117,7 @@ def _bombs() -> list[tuple[str, bytes]]:
 
 @pytest.mark.parametrize(("extension", "data"), _bombs())
 def test_bombs_are_refused_by_their_header(extension: str, data: bytes) -> None:
-    with pytest.raises(ImageTooLargeError, match="it has 60000 x 60000 pixels, allowed are 67108864"):
+    with pytest.raises(ImageTooLargeError, match="it has 60000 x 60000 pixels, 67,108,864 are allowed"):
         decode_image(data, extension, 16)
 
 
@@ -124,7 +125,7 @@ def test_bombs_are_refused_by_their_header(extension: str, data: bytes) -> None:
 def test_the_limit_is_an_option(encode) -> None:
     data, extension = encode(_noise(16, 20)), encode.__name__[1:]
     assert decode_image(data, extension, 16, max_pixels=320).shape == (3, 16, 16)
-    with pytest.raises(ImageTooLargeError, match="20 x 16 pixels, allowed are 319"):
+    with pytest.raises(ImageTooLargeError, match="20 x 16 pixels, 319 are allowed"):
         decode_image(data, extension, 16, max_pixels=319)
 
 
@@ -160,7 +161,7 @@ def test_every_fault_of_a_sample_has_its_cause(tmp_path: Path) -> None:
         (good | {"jpg": b"no image"}, "image_undecodable", r"k.jpg in shard x.tar cannot be decoded \("),
         (good | {"jpg": _png(_noise(16, 16))}, "image_undecodable", "k.jpg"),  # another format than its name says
         (good | {"jpg": good["jpg"][:-200]}, "image_undecodable", "k.jpg"),
-        (good | {"jpg": _jpg(_noise(32, 32))}, "image_too_large", "k.jpg .*32 x 32 pixels, allowed are 1000"),
+        (good | {"jpg": _jpg(_noise(32, 32))}, "image_too_large", "k.jpg .*32 x 32 pixels, 1,000 are allowed"),
         (good | {"txt": b"caf\xe9"}, "text_not_utf8", "k.txt in shard x.tar"),
     ):
         with pytest.raises(SampleFault, match=told) as caught:
@@ -197,7 +198,7 @@ def test_rubbish_is_a_user_error_that_names_the_sample(extension: str, tmp_path)
         collate([RawSample("k1", "x.tar", {})])
 
 
-def test_a_batch_holds_what_the_set_has(tmp_path) -> None:
+def test_a_batch_holds_the_modalities_of_the_set(tmp_path) -> None:
     tokenizer = load_tokenizer(tmp_path, train_tokenizer(["a"], 260, tmp_path))
     jpg = simplejpeg.encode_jpeg(_halves(16, 16), 95, "RGB", "444")
     raw = [
@@ -218,7 +219,7 @@ def test_a_batch_holds_what_the_set_has(tmp_path) -> None:
     assert Collate(("txt",), tokenizer, 16, 4)(raw).images_BRYX is None
     only_images = Collate(("jpg",), tokenizer, 16, 4)(raw)
     assert only_images.text_BL is None and only_images.text_mask_BL is None
-    with pytest.raises(UserError, match=r"k3\.txt in shard x\.tar holds no caption"):
+    with pytest.raises(UserError, match=r"k3\.txt in shard x\.tar has no caption"):
         both([RawSample("k3", "x.tar", {"jpg": jpg, "txt": b" \n"})])
 
 
@@ -233,5 +234,5 @@ def test_a_jpeg_that_is_cut_short_is_found_out_without_decoding() -> None:
         for look in (check_jpeg, lambda data: decode_image(data, "jpg", 16)):
             with pytest.raises(ValueError, match="Premature end of JPEG file"):
                 look(cut)
-    with pytest.raises(ImageTooLargeError, match="16 x 16 pixels, allowed are 255"):
+    with pytest.raises(ImageTooLargeError, match="16 x 16 pixels, 255 are allowed"):
         check_jpeg(jpeg, max_pixels=255)

@@ -8,9 +8,10 @@ import simplejpeg
 import torch
 
 from lightning_moevlm.data.images import gpu_decode
-from lightning_moevlm.data.images.decode import ImageTooLargeError, decode_image
+from lightning_moevlm.data.images.decode import decode_image
 from lightning_moevlm.data.images.gpu_decode import decode_batch, fit_all
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
+from lightning_moevlm.data.images.open_image import ImageTooLargeError
 
 CPU = torch.device("cpu")
 SHAPES = ((32, 32), (40, 56), (32, 32), (24, 20))
@@ -54,14 +55,14 @@ def test_those_of_several_sources_are_one_after_the_other() -> None:
     assert JpegBatch.join([first]) is first and JpegBatch.join([]) is None
 
 
-def test_the_cpu_gives_what_the_loader_gives() -> None:
+def test_the_cpu_gives_the_pixels_of_the_loader() -> None:
     jpegs = _jpegs()
     decoded, faults = decode_batch(_encoded(jpegs), 16, CPU)
     assert not faults
     assert torch.equal(decoded, torch.stack([decode_image(jpeg, "jpg", 16) for jpeg in jpegs]))
 
 
-def test_faults_are_told_as_by_the_loader() -> None:
+def test_faults_are_those_of_the_loader() -> None:
     jpegs = _jpegs()
     decoded, faults = decode_batch(_encoded([jpegs[0], b"no image", jpegs[1], jpegs[2][:200]]), 16, CPU)
     assert set(faults) == {1, 3} and all("JPEG" in str(fault) for fault in faults.values())
@@ -97,7 +98,7 @@ def test_without_torchcodec_one_warning(error: Exception, monkeypatch: pytest.Mo
     assert "decoded on the CPU" in str(warning.message) and "lightning-moevlm[gpu-decode]" in str(warning.message)
 
 
-def test_what_a_device_refuses_as_a_whole_the_cpu_tells_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_finds_the_bad_images_of_a_batch_that_a_device_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(jpegs: list[torch.Tensor], mode: str, device: torch.device) -> list[torch.Tensor]:
         raise RuntimeError("nvjpegDecodeBatched failed: 5")
 

@@ -1,4 +1,4 @@
-"""Images of absurd shape cost no more memory than others, whoever reads them, and are refused by cause where at all."""
+"""Very long images need no more memory than others in any reader, and are refused by cause if at all."""
 
 import hashlib
 import io
@@ -15,9 +15,10 @@ from PIL import Image
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.faults import MAX_SIDE
-from lightning_moevlm.data.images.decode import ImageTooLargeError, _lay_on_white, decode_image
+from lightning_moevlm.data.images.decode import _lay_on_white, decode_image
 from lightning_moevlm.data.images.encode import lay_on
 from lightning_moevlm.data.images.gpu_decode import fit_all
+from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.inspect.thumbnails import read_image_size, thumbnail
@@ -87,7 +88,7 @@ def test_a_device_cuts_them_before_it_resizes_them() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 300), (300, 40), (64, 2_000), (33, 331)])
 @pytest.mark.parametrize("size", [24, 64])
-def test_what_is_cut_first_looks_as_if_all_had_been_resized(shape: tuple[int, int], size: int) -> None:
+def test_cropping_first_gives_the_pixels_of_resizing_the_whole(shape: tuple[int, int], size: int) -> None:
     rows, columns = np.mgrid[: shape[0], : shape[1]]
     pixels = np.stack([rows * 3 % 256, 128 + 100 * np.sin(columns / 9), rows + columns], axis=2).astype(np.uint8)
     pixels[..., 0] = pixels[..., 2] = pixels[..., 1]
@@ -128,10 +129,10 @@ def test_a_side_that_no_jpeg_can_have_is_refused_by_cause_everywhere() -> None:
         lambda data: read_image_size(data, "png"),
         lambda data: thumbnail(data, "png", 16),
     ):
-        with pytest.raises(ImageTooLargeError, match="1 x 65501 pixels, allowed are 65500 per side"):
+        with pytest.raises(ImageTooLargeError, match="1 x 65501 pixels, 65,500 are allowed per side"):
             read(data)
     for refused in (inspect_image, encode_for_shard):
-        with pytest.raises(RowError, match="1x65501 pixels, 65,500 allowed per side") as caught:
+        with pytest.raises(RowError, match="it has 1 x 65501 pixels, 65,500 are allowed per side") as caught:
             refused(data, ImageOptions("jpg", 64))
         assert caught.value.cause == "image_too_large"
     longest = _encoded(np.zeros((MAX_SIDE, 1, 3), np.uint8), "png")
@@ -156,7 +157,7 @@ def test_a_set_with_long_images_is_converted_checked_shown_and_trained_on(tmp_pa
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "split"], rows)
     source = CsvSource(table, tmp_path / "p", None, Columns("image", "caption", None, "split"))
     form, licence, root = SetOptions(ImageOptions(image_format, None), 6, 300), Licence("CC0", "", ""), tmp_path / "set"  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="1x70000 pixels, 65,500 allowed per side"):
+    with pytest.raises(UserError, match="it has 1 x 70000 pixels, 65,500 are allowed per side"):
         convert(source, root, licence, form, ConvertOptions(0, 1, False))
     left_out = convert(source, root, licence, form, ConvertOptions(1, 1, False)).left_out
     assert [count.cause for count in left_out] == ["image_too_large"]
@@ -168,7 +169,7 @@ def test_a_set_with_long_images_is_converted_checked_shown_and_trained_on(tmp_pa
         assert sum(batch.num_samples for batch in data.val_dataloader()) == 11
 
 
-def test_a_image_that_cannot_be_stored_is_not_said_to_have_changed(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_stored_is_not_reported_as_changed(tmp_path: Path) -> None:
     data = make_image(0, "png")[:-60]
     (tmp_path / "a.png").write_bytes(data)
     for sha256, told in (

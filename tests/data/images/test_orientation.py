@@ -144,12 +144,12 @@ def test_phone_images_are_upright_in_kept_tars_and_in_converted_tables(tmp_path:
         assert pixels.shape == (48, 32, 3) and pixels[12, 16, 0] > 180 and pixels[36, 16, 2] > 180
 
 
-def test_a_page_shows_turned_images_upright_whatever_opens_it(tmp_path: Path) -> None:
-    from lightning_moevlm.data.inspect.html_page import _image
+def test_a_page_shows_rotated_images_upright_in_any_browser(tmp_path: Path) -> None:
+    from lightning_moevlm.data.inspect.html_page import _show_image
 
-    shown = _image(_stored(_corner(), "png", _exif(6)), "png")
+    shown = _show_image(_stored(_corner(), "png", _exif(6)), "png")
     assert shown.size.startswith("24 x 40 px") and shown.data_uri.startswith("data:image/jpeg")
-    assert _image(_stored(_corner(), "png", b""), "png").data_uri.startswith("data:image/png")
+    assert _show_image(_stored(_corner(), "png", b""), "png").data_uri.startswith("data:image/png")
 
 
 @pytest.mark.gpu

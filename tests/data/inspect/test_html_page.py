@@ -130,7 +130,7 @@ def test_large_images_are_shown_small(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size < len(make_image(1, size=(1000, 600))) / 2
 
 
-def test_what_cannot_be_read_is_told_in_the_page(scenes_copy: Path, tmp_path: Path) -> None:
+def test_the_page_shows_faults(scenes_copy: Path, tmp_path: Path) -> None:
     shard = scenes_copy / "val-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-600])
     page = write_page(ShardStorage(str(scenes_copy)), "val", 40, None, tmp_path / "page.html")

@@ -1,4 +1,4 @@
-"""Rooms used again: never while anything of a batch is held, whoever takes, sends, forks or dies."""
+"""Buffers are reused, but never while a part of their batch is referred to, in any process."""
 
 import gc
 import multiprocessing
@@ -21,7 +21,7 @@ from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.data.load.worker_stream import WorkerStream
 from lightning_moevlm.data.read.reader import Cursor, Delivery
 
-NUM_BATCHES = 20  # of 6 in an epoch of 120 samples; more than there are rooms
+NUM_BATCHES = 20  # of 6 in an epoch of 120 samples; more than there are buffers
 
 
 def _pool(num_buffers: int = 2, num_bytes: int = 1000) -> BufferPool:
@@ -56,7 +56,7 @@ def test_a_room_is_free_again_when_the_last_view_of_it_is_gone() -> None:
         gc.collect()
         assert pool.num_free == 1, "still held"
     held[:] = 7
-    assert pool.view_buffer(0)[10:26].tolist() == 16 * [7], "a view of the room, not a copy"
+    assert pool.view_buffer(0)[10:26].tolist() == 16 * [7], "a view of the buffer, not a copy"
     del held
     assert pool.num_free == 2 and pool.take() == 0
 
@@ -66,12 +66,12 @@ def test_without_a_free_room_there_is_ordinary_memory() -> None:
     held = [pool.allocate(100).fill_(number) for number in range(4)]
     assert pool.num_free == 0
     assert [int(each.sum()) for each in held] == [0, 100, 200, 300]
-    assert len(pool.allocate(5000)) == 5000, "larger than a room"
+    assert len(pool.allocate(5000)) == 5000, "larger than a buffer"
     del held
     assert pool.num_free == 2
 
 
-def test_what_a_forked_process_drops_stays_held() -> None:
+def test_a_forked_process_does_not_free_buffers() -> None:
     pool = BufferPool(1, 10, shared_bytes)
     held = [pool.allocate(10)]
     process = multiprocessing.get_context("fork").Process(target=held.clear)
@@ -100,29 +100,29 @@ def test_a_parcel_holds_the_batch_that_was_packed(in_room: bool) -> None:
     assert pool.num_free == 2
 
 
-def test_what_does_not_fit_travels_as_it_is() -> None:
+def test_a_batch_that_does_not_fit_is_sent_unchanged() -> None:
     pool = _pool(1, 100)
     packer = BatchPacker(pool, 0)
     large = Batch(torch.ones(2, 3, 16, 16, dtype=torch.uint8), torch.arange(10).view(2, 5), None, ("a", "b"))
     left, pooled = packer.pack(large)
     assert pooled is not None and list(pooled.slots) == ["text_BL"] and left.images_BRYX is large.images_BRYX
-    assert packer.pack(large) == (large, None), "no room is free"
+    assert packer.pack(large) == (large, None), "no buffer is free"
     assert packer.allocate(10).is_shared()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_whoever_keeps_batches_keeps_them_whole(scenes_root: Path, num_workers: int) -> None:
+def test_kept_batches_stay_whole(scenes_root: Path, num_workers: int) -> None:
     copies = [batch._replace(images_BRYX=_tensors(batch)[0].clone()) for batch in _loader(scenes_root, 0)]
     loader = _loader(scenes_root, num_workers)
     _assert_same(list(loader), copies)
     kept = [batch for number, batch in enumerate(_loader(scenes_root, num_workers)) if number % 3 == 0]
-    next(iter(loader))  # another epoch begins in other rooms
+    next(iter(loader))  # another epoch begins in other buffers
     _assert_same(kept, copies[::3])
     assert len(copies) == NUM_BATCHES
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_whoever_drops_batches_gets_the_same_rooms_again(scenes_root: Path, num_workers: int) -> None:
+def test_buffers_of_dropped_batches_are_reused(scenes_root: Path, num_workers: int) -> None:
     places = {_tensors(batch)[0].data_ptr() for batch in _loader(scenes_root, num_workers)}
     assert len(places) <= 4 * max(1, num_workers)  # of 20 batches
 
@@ -147,7 +147,7 @@ def test_workers_however_started_fill_the_rooms(scenes_root: Path, method: str) 
     )
     batches: list[Batch] = []
     for delivery in arriving:
-        assert (delivery.pooled is not None) == (len(batches) < 4), "as long as there are rooms"
+        assert (delivery.pooled is not None) == (len(batches) < 4), "as long as there are buffers"
         assert delivery.pooled is None or set(delivery.pooled.slots) == {"images_BRYX", "text_BL", "text_mask_BL"}
         batches.append(unpack(delivery.batch, delivery.pooled, pool) if delivery.pooled else delivery.batch)
     _assert_same(batches, list(loader))

@@ -115,7 +115,7 @@ def test_pngs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
         data.prepare_data()
 
 
-def test_where_there_is_no_gpu_it_is_said_once(scenes_root: Path, tmp_path: Path) -> None:
+def test_a_missing_gpu_is_reported_once(scenes_root: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = quiet_trainer(tmp_path, max_steps=20, enable_checkpointing=False, val_check_interval=5)
@@ -155,7 +155,7 @@ def _keys(loader: ShardLoader) -> list[tuple[str, ...]]:
         ({"max_pixels": 1000}, None, "image_too_large"),
     ],
 )
-def test_what_beginning_and_end_tell_is_lost_as_on_the_cpu(
+def test_images_with_a_bad_beginning_or_end_are_lost_as_on_the_cpu(
     scenes_copy: Path, options: dict[str, Any], change: Callable[[bytes], bytes] | None, cause: str
 ) -> None:
     if change is not None:
@@ -163,7 +163,7 @@ def test_what_beginning_and_end_tell_is_lost_as_on_the_cpu(
     loaders = [_data(scenes_copy, max_lost_fraction=0.9, decode=decode, **options) for decode in ("cpu", "device")]
     if cause == "image_too_large":  # 32 x 32 = 1024 pixels each, so that all are
         for data in loaders:
-            with pytest.raises(UserError, match=r"none of the 32 samples .*\(it has 32 x 32 pixels, allowed are 1000"):
+            with pytest.raises(UserError, match=r"any of its 32 samples .*\(it has 32 x 32 pixels, 1,000 are allowed"):
                 _keys(data.train_dataloader())
         return
     on_cpu, on_device = (data.train_dataloader() for data in loaders)
@@ -173,7 +173,9 @@ def test_what_beginning_and_end_tell_is_lost_as_on_the_cpu(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_what_only_decoding_tells_is_lost_for_the_same_cause_and_replaced(scenes_copy: Path, num_workers: int) -> None:
+def test_images_that_fail_to_decode_are_lost_for_the_same_cause_and_replaced(
+    scenes_copy: Path, num_workers: int
+) -> None:
     originals = {key: batch for batch in _data(scenes_copy).train_dataloader() for key in batch.keys}
     _spoilt(scenes_copy, _broken, ("3.jpg", "5.jpg"))
     data = _data(scenes_copy, max_lost_fraction=0.5, num_workers=num_workers, decode="device", prefetch=3)
@@ -238,7 +240,7 @@ def test_more_than_allowed_end_the_run(scenes_copy: Path) -> None:
         _keys(data.train_dataloader())
 
 
-def test_evaluation_leaves_out_what_is_none(scenes_copy: Path) -> None:
+def test_evaluation_leaves_out_bad_images(scenes_copy: Path) -> None:
     whole = [key for keys in _keys(_data(scenes_copy).val_dataloader()) for key in keys]
     rewrite_shard(scenes_copy, "val", 0, lambda name, data: _broken(data) if name == f"{whole[2]}.jpg" else data)
     loader = _data(scenes_copy, decode="device", max_lost_fraction=0.5).val_dataloader()
@@ -273,7 +275,7 @@ def test_a_mixed_batch_by_hand() -> None:
     assert filled.lost == {"text_not_utf8": 1, "image_undecodable": 1} and filled.jpegs is None
 
 
-def test_another_source_of_the_kind_helps_out_and_where_there_is_none_the_run_ends() -> None:
+def test_a_neighbour_of_another_source_replaces_an_image_or_the_run_ends() -> None:
     delivery, images = _delivery()
     images = images._replace(parts=(1, 1, 3))  # a and b are pairs of two sources
     filled = insert_pixels(delivery, images, Pixels(torch.zeros(5, 3, 1, 1), {0: ValueError()}), True, True)
@@ -288,4 +290,4 @@ def test_the_overlay_runs_without_a_gpu_and_says_so(moevlm: Callable[..., str], 
     assert f"-c {overlay}" in (PROJECT / overlay).read_text(encoding="utf-8")
     with pytest.warns(UserWarning) as caught:
         moevlm("fit", *SMALL, "-c", overlay, "--trainer.fast_dev_run=true", f"--data.root={scenes_root}")
-    assert sum("only a CUDA device saves time" in str(each.message) for each in caught) == 1
+    assert sum("this saves time on CUDA devices only" in str(each.message) for each in caught) == 1

@@ -91,7 +91,7 @@ class _Events:
         )
 
 
-def test_the_model_waits_for_the_side_stream_and_keeps_what_it_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_waits_for_the_side_stream_and_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     events = _Events(monkeypatch)
 
     def prepared() -> Iterator[Delivery | Failure]:

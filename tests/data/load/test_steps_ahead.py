@@ -41,7 +41,7 @@ def test_amid_a_step_the_rest_is_known() -> None:
     assert [len(keys_of(batch)) for batch in found] == [2, 2, 4, 4, 4, 4]
 
 
-def test_a_failure_comes_after_what_was_read_before_it() -> None:
+def test_a_failure_comes_after_the_batches_before_it() -> None:
     def arriving() -> Iterator[Delivery | Failure]:
         yield Delivery(pair_batch(1), (), {}, "")
         yield Failure("gone")

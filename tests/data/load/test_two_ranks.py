@@ -55,7 +55,7 @@ def test_ranks_have_equally_many_whole_batches_and_share_no_sample_of_an_epoch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
-def test_every_rank_goes_on_where_it_was(found: dict[str, list[dict[str, Keys]]], case: str) -> None:
+def test_every_rank_resumes_at_its_place(found: dict[str, list[dict[str, Keys]]], case: str) -> None:
     # ranks have lost different samples by then, so one rank's place is not the other's
     for rank in found[case]:
         assert rank["first"] == rank["whole"][:STOP]
@@ -64,7 +64,7 @@ def test_every_rank_goes_on_where_it_was(found: dict[str, list[dict[str, Keys]]]
 
 
 @pytest.mark.slow
-def test_what_is_prepared_ahead_changes_pixels_and_no_order(found: dict[str, list[dict[str, Keys]]]) -> None:
+def test_preparing_ahead_changes_pixels_but_not_the_order(found: dict[str, list[dict[str, Keys]]]) -> None:
     for plain, ahead in (("alone", "ahead"), ("mixed", "mixed_ahead")):
         for rank, other in zip(found[plain], found[ahead], strict=True):
             assert rank["whole"] == other["whole"] and rank["validated"] == other["validated"]

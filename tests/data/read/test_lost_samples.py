@@ -77,14 +77,14 @@ def test_a_resumed_run_counts_every_loss_once(scenes_copy: Path) -> None:
         assert resumed.lost == whole.lost and resumed.samples == whole.samples
 
 
-def test_nothing_left_is_told(scenes_copy: Path) -> None:
+def test_a_stream_without_a_usable_sample_ends_the_run(scenes_copy: Path) -> None:
     for shard in _train_shards(scenes_copy):
         shard.unlink()
-    with pytest.raises(UserError, match="none of the 32 samples that a stream should read of scenes can be used"):
+    with pytest.raises(UserError, match="a stream cannot use any of its 32 samples of scenes"):
         _keys(_data(scenes_copy, 0.99).train_dataloader())
 
 
-def test_bytes_that_are_no_image_are_lost_one_by_one(scenes_copy: Path) -> None:
+def test_invalid_images_are_lost_one_by_one(scenes_copy: Path) -> None:
     rewrite_shard(scenes_copy, "train", 0, lambda name, data: b"no image" if name.endswith("3.jpg") else data)
     loader = _data(scenes_copy, 0.5).train_dataloader()
     with pytest.warns(UserWarning, match="image_undecodable"):
@@ -93,7 +93,7 @@ def test_bytes_that_are_no_image_are_lost_one_by_one(scenes_copy: Path) -> None:
     assert set(loader.lost) == {"image_undecodable"} and 0 < loader.lost["image_undecodable"] <= 16
 
 
-def test_validation_counts_losses_and_goes_on(scenes_copy: Path) -> None:
+def test_validation_counts_losses_and_continues(scenes_copy: Path) -> None:
     data = _data(scenes_copy, 0.5)
     before = sum(map(len, _keys(data.val_dataloader())))
     victims: list[str] = []

@@ -1,4 +1,4 @@
-"""Two ranks of Lightning evaluate a set of which one rank loses a whole batch: both end, neither waits."""
+"""Two ranks of Lightning evaluate a set, and one loses a whole batch: both end, neither waits."""
 
 import hashlib
 import os

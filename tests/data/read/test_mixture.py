@@ -101,7 +101,7 @@ def test_bad_sources_are_refused(scenes_root: Path, tmp_path: Path) -> None:
         Source("a", -1.0)
     with pytest.raises(UserError, match="begin of a pause is -1"):
         Pause(-1, 3)
-    with pytest.raises(UserError, match="name is of letters"):
+    with pytest.raises(UserError, match="use letters, digits"):
         _data({"a/b": Source(str(scenes_root))})
     with pytest.raises(UserError, match="null as root"):
         ShardDataModule(str(scenes_root), 8, 32, 16, 400, sources={"a": Source(str(scenes_root))})
@@ -137,7 +137,7 @@ def test_joined_by_hand() -> None:
     assert found.first(1).keys == ("p4",) and found.first(1).pairs == 1
 
 
-def test_batches_hold_what_the_weights_say(scenes_root: Path, drawings_root: Path) -> None:
+def test_batches_follow_the_weights(scenes_root: Path, drawings_root: Path) -> None:
     data = _data(_three(scenes_root, drawings_root))
     loader = data.train_dataloader()
     num_texts, num_pairs, num_images = (opened.manifest.num_samples("train") for opened in data.sets.values())
@@ -205,7 +205,7 @@ def test_the_next_thousand_keys_after_a_resume(
         assert _keys(resumed, num_batches) == expected[350 : 350 + 10 * num_batches]
 
 
-def test_validation_reads_pairs_once_whatever_the_weights(scenes_root: Path, drawings_root: Path) -> None:
+def test_validation_reads_pairs_once_with_any_weights(scenes_root: Path, drawings_root: Path) -> None:
     data = _data(_three(scenes_root, drawings_root))
     seen = Counter(key for batch in data.val_dataloader() for key in batch.keys)
     assert set(seen.values()) == {1}

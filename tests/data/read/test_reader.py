@@ -141,7 +141,7 @@ def test_resumed_batches_have_the_same_content(scenes_root: Path) -> None:
     assert (last.images_BRYX == whole[-1].images_BRYX).all() and (last.text_BL == whole[-1].text_BL).all()
 
 
-def test_state_at_the_end_of_an_epoch_goes_on_with_the_next(scenes_root: Path) -> None:
+def test_state_at_the_end_of_an_epoch_resumes_with_the_next(scenes_root: Path) -> None:
     whole = ShardLoader(_reader(scenes_root), 0)
     epochs = [_keys(whole), _keys(whole)]
     saved = ShardLoader(_reader(scenes_root), 0)
@@ -169,7 +169,7 @@ def test_an_epoch_cut_short_counts_but_an_untouched_iterator_does_not(scenes_roo
 def test_resume_with_another_order_is_refused(scenes_root: Path) -> None:
     state = ShardLoader(_reader(scenes_root), 2).state_dict()
     for loader, name in (
-        (ShardLoader(_reader(scenes_root, num_streams=2), 0), "num_streams was 4 in the checkpoint, now it is 2"),
+        (ShardLoader(_reader(scenes_root, num_streams=2), 0), "num_streams was 4 in the checkpoint and is 2 now"),
         (ShardLoader(_reader(scenes_root), 0, digest="another"), "manifest_digest"),
         (ShardLoader(_reader(scenes_root, batch_size=4), 2), "batch_size"),
         (ShardLoader(_reader(scenes_root, seed=9), 2), "seed"),
@@ -198,7 +198,7 @@ def test_missing_and_altered_shards(scenes_copy: Path) -> None:
     path = scenes_copy / "train-000001.tar"
     data = path.read_bytes()
     path.write_bytes(data[:3000] + bytes([data[3000] ^ 255]) + data[3001:])
-    with pytest.raises(UserError, match=r"train-000001\.tar is not the one its manifest names"):
+    with pytest.raises(UserError, match=r"train-000001\.tar is not the one of its manifest"):
         _keys(ShardLoader(_reader(scenes_copy), 0))
     path.unlink()
     with pytest.raises(UserError, match=r"train-000001\.tar is missing"):
@@ -212,7 +212,7 @@ def test_a_manifest_that_miscounts_is_found_at_the_end_of_the_shard(scenes_root:
         _samples(scenes_root, wrong)
 
 
-def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar(tmp_path: Path) -> None:
     from lightning_moevlm.data.format.manifest import file_sha256
 
     path = tmp_path / "x.tar"

@@ -21,7 +21,7 @@ def test_whole_steps_by_hand() -> None:
 def test_epochs_without_an_end_have_no_last_step() -> None:
     refuse_smaller_step(float("inf"), 4, "a stream")
     refuse_smaller_step(8, 4, "a loader")
-    with pytest.raises(UserError, match=r"^a loader makes epochs of 75 batches, .* have 50 or 100 .* 25 or 75$"):
+    with pytest.raises(UserError, match=r"^a loader makes epochs of 75 batches, .* 50 or 100 batches, .* 25 or 75$"):
         refuse_smaller_step(75, 50, "a loader")
 
 
@@ -37,6 +37,6 @@ def test_every_sample_is_read_although_steps_do_not_divide_an_epoch(scenes_root:
     seen = Counter(key for epoch in epochs for batch in epoch for key in batch)
     stored = _stored(scenes_root, "train")
     times = sum(seen.values()) / len(stored)
-    # of each stream's stretch every sample comes once a lap; what the streams do not share out evenly is left out
+    # of each stream's range every sample comes once a lap; what the streams do not share evenly is left out
     assert len(seen) > len(stored) - whole.num_streams
     assert max(seen.values()) <= times + 2 and min(seen.values()) >= times - 3

@@ -97,7 +97,7 @@ def test_a_set_in_a_bucket_is_read_as_from_a_folder(
     assert any(asked_range.startswith("bytes=") for _, asked_range in bucket.asked)
 
 
-def test_what_is_missing_in_a_bucket_is_lost_and_told(bucket: Bucket, scenes_copy: Path, tmp_path: Path) -> None:
+def test_a_missing_object_is_lost_and_named(bucket: Bucket, scenes_copy: Path, tmp_path: Path) -> None:
     entry = read_manifest(scenes_copy).splits["train"][0]
     bucket.folder = scenes_copy
     (scenes_copy / entry.file).unlink()

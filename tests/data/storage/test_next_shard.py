@@ -102,11 +102,11 @@ def test_a_shard_that_others_push_out_of_the_cache_is_read_all_the_same(scenes_r
     assert all(isinstance(sample, RawSample) for sample in found)
 
 
-def test_what_goes_wrong_is_told_when_its_turn_comes(scenes_copy: Path, tmp_path: Path) -> None:
+def test_an_error_is_raised_when_the_turn_of_its_shard_comes(scenes_copy: Path, tmp_path: Path) -> None:
     (scenes_copy / "train-000001.tar").unlink()
     with serve(Unsteady(scenes_copy)) as server:
         found = [sample for _, sample in _read(_source(scenes_copy, server.url, tmp_path))]
-        assert _asked(server).count("/train-000001.tar") == 1, "asking again does not mend it"
+        assert _asked(server).count("/train-000001.tar") == 1, "a retry would not help"
     lost = [place for place, sample in enumerate(found) if isinstance(sample, Lost)]
     assert lost == list(range(PER_SHARD, 2 * PER_SHARD))
     assert {sample.cause for sample in found if isinstance(sample, Lost)} == {"shard_missing"}
@@ -171,7 +171,7 @@ while not list(cache.glob("*.partial")):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_epoch_goes_on_exactly(scenes_root: Path, tmp_path: Path, num_workers: int) -> None:
+def test_a_resumed_epoch_continues_exactly(scenes_root: Path, tmp_path: Path, num_workers: int) -> None:
     def data(root: str) -> ShardDataModule:
         return ShardDataModule(
             root, 4, 32, 16, 400, num_workers=num_workers, shuffle_buffer=5, num_streams=2, cache_dir=str(tmp_path)

@@ -74,7 +74,7 @@ def test_large_shards_come_in_pieces(
     assert storage.local_path(entry).read_bytes() == (scenes_root / entry.file).read_bytes()
 
 
-def test_what_is_wrong_in_a_bucket(bucket: str, scenes_root: Path, tmp_path: Path) -> None:
+def test_faults_in_a_bucket(bucket: str, scenes_root: Path, tmp_path: Path) -> None:
     storage = ShardStorage(bucket, str(tmp_path), attempts=2, backoff_s=0.001)
     entries = storage.read_manifest().splits["train"]
     client = boto3.client("s3")

@@ -30,7 +30,7 @@ def test_a_set_is_checked_and_shown_where_it_is(
             capfd.readouterr()
             assert main(["data", command, root]) == 2
             told = capfd.readouterr().err
-            assert "is on a server, where nothing is written; say with --out" in " ".join(told.split())
+            assert "is on a server, where nothing is written; name a file with --out" in " ".join(told.split())
         assert (
             main(["data", "codebook", root, "--num_codes", "8", "--patch_size", "8", "--out", "codes.safetensors"]) == 0
         )
@@ -39,7 +39,7 @@ def test_a_set_is_checked_and_shown_where_it_is(
     assert "s3cr3t" not in told and "s1gnature" not in told
 
 
-def test_what_is_wrong_with_it_is_told(scenes_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_its_faults_are_reported(scenes_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (scenes_copy / "val-000000.tar").unlink()
     with serve(Unsteady(scenes_copy)) as server:
         assert main(["data", "check", server.url]) == 2

@@ -24,7 +24,7 @@ def _refuse_secrets(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_on_a_signed_address_tells_nobody(
+def test_a_run_on_a_signed_address_keeps_the_signature_secret(
     scenes_root: Path,
     workplace: Path,
     moevlm: Callable[..., str],

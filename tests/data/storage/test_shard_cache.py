@@ -96,7 +96,7 @@ def test_nothing_half_written_stays(tmp_path: Path) -> None:
     with pytest.raises(ShardFault, match="gone"):
         cache.path("http://h/x", entry, breaks)
     assert _files(cache) == []
-    with pytest.raises(ShardFault, match="not the one its manifest names"):
+    with pytest.raises(ShardFault, match="not the one of its manifest"):
         cache.path("http://h/x", entry, _writes(b"y" * 1000, []))
     assert _files(cache) == []
 
@@ -110,7 +110,7 @@ def _dies_in_the_middle(folder: Path, entry: ShardEntry) -> None:
     ShardCache(folder, 2500).path("http://h/x", entry, dies)
 
 
-def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_process_are_neither_used_nor_kept(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 2500)
     entry = _entry(tmp_path, "x", b"x" * 1000)
     for _ in range(2):

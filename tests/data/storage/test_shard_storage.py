@@ -1,4 +1,4 @@
-"""Sets on real servers that misbehave: every shard arrives whole, or is lost by its cause, and no secret is told."""
+"""Sets on real servers that misbehave: every shard arrives whole or is lost by its cause, and no secret is shown."""
 
 import logging
 import os
@@ -60,7 +60,7 @@ def test_a_shard_in_a_folder_is_hashed_once_and_again_when_it_was_touched(
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times would leave it
     for _ in range(2):
-        with pytest.raises(ShardFault, match="is not the one its manifest names") as caught:
+        with pytest.raises(ShardFault, match="is not the one of its manifest") as caught:
             storage.open(entry)
         assert caught.value.cause == "shard_altered"
     data[600] ^= 1
@@ -94,7 +94,7 @@ def test_a_set_on_a_web_server_is_read_as_from_a_folder(
         assert server.drops == server.busy == 0, "the server did not misbehave as it should"
 
 
-def test_a_download_goes_on_where_the_connection_broke(scenes_root: Path, tmp_path: Path) -> None:
+def test_a_download_resumes_where_the_connection_broke(scenes_root: Path, tmp_path: Path) -> None:
     entry = read_manifest(scenes_root).splits["train"][0]
     size = entry.num_bytes
     assert size > 30_000
@@ -139,7 +139,7 @@ def test_a_bad_shard_on_a_server_is_lost_by_its_cause_and_not_kept(
     cache = tmp_path / "cache"
     with serve(Unsteady(scenes_copy)) as server:
         (lost,) = read_shard(_storage(server.url, cache), entry, WANTED)
-        assert len(server.find_downloads(FIRST)) == 1, "asking again does not mend it"
+        assert len(server.find_downloads(FIRST)) == 1, "a retry would not help"
     assert isinstance(lost, Lost)
     assert lost[:2] == (entry.num_samples, cause)
     assert f"{server.url}/{FIRST}" in lost.message
@@ -182,7 +182,7 @@ def test_credentials_reach_the_server_but_no_message_and_no_file_name(
         ("zip://set.zip::http://x.org", "without chains"),
     ],
 )
-def test_what_is_no_storage_is_refused(root: str, message: str) -> None:
+def test_invalid_storages_are_refused(root: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ShardStorage(root)
 
@@ -208,7 +208,7 @@ def test_a_missing_driver_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
         _storage("gs://bucket/set", tmp_path).read_manifest()
 
 
-def test_an_unreadable_disk_is_no_missing_shard(scenes_root: Path, tmp_path: Path) -> None:
+def test_an_unreadable_disk_is_not_a_missing_shard(scenes_root: Path, tmp_path: Path) -> None:
     entry = replace(read_manifest(scenes_root).splits["train"][0], file="x" * 300)  # longer than any file system takes
     (lost,) = read_shard(ShardStorage(str(scenes_root)), entry, WANTED)
     assert isinstance(lost, Lost) and lost.num_samples == entry.num_samples
@@ -231,7 +231,7 @@ def test_a_remote_tokenizer_is_verified(scenes_copy: Path, tmp_path: Path) -> No
     path.write_text(path.read_text().replace("[MASK]", "[BLOT]"))
     with serve(Unsteady(scenes_copy)) as server:
         storage = _storage(server.url, tmp_path)
-        with pytest.raises(UserError, match="not the one its manifest names"):
+        with pytest.raises(UserError, match="not the one of its manifest"):
             storage.read_tokenizer(storage.read_manifest().tokenizer)
         path.unlink()
         with pytest.raises(UserError, match=r"tokenizer.json is missing"):

@@ -28,7 +28,7 @@ COLUMNS = Columns("image", "caption", None, None)
 
 
 @pytest.mark.parametrize("text", ["a cat", f"{MARK}a cat", f" {MARK} a cat\r\n", f"{MARK}\na cat"])
-def test_a_mark_and_blanks_around_a_text_are_no_part_of_it(text: str) -> None:
+def test_a_mark_and_blanks_around_a_text_are_stripped(text: str) -> None:
     assert strip_text(text) == "a cat"
     assert strip_text(f"a{MARK}cat") == f"a{MARK}cat"  # within a text it is a character
 

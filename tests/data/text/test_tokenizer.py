@@ -80,7 +80,7 @@ def test_too_small_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_missing_or_altered_tokenizer(scenes_copy: Path) -> None:
     entry = read_manifest(scenes_copy).tokenizer
-    with pytest.raises(UserError, match="not the one its manifest names"):
+    with pytest.raises(UserError, match="not the one of its manifest"):
         load_tokenizer(scenes_copy, replace(entry, sha256="0" * 64))
     (scenes_copy / entry.file).unlink()
     with pytest.raises(UserError, match=r"tokenizer .*tokenizer.json is missing"):

@@ -14,7 +14,7 @@ import pytest
         ("build", "scenes", "--num_samples", "40", "--out", "FILE/scenes"),
     ],
 )
-def test_a_target_below_a_file_is_told_in_one_line(
+def test_a_target_below_a_file_is_refused_in_one_line(
     workplace: Path, moevlm: Callable[..., str], scenes_root: Path, command: tuple[str, ...]
 ) -> None:
     (workplace / "FILE").write_text("no folder")

@@ -1,1 +1,1 @@
-"""Sets of shards from images and captions that lie in other forms."""
+"""Converts images and captions in other forms to sets of shards."""

@@ -1,4 +1,4 @@
-"""Rows that give no sample: counted by cause, the first of each kept to be shown."""
+"""Counts rows that give no sample by cause, and keeps the first of each."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ from lightning_moevlm.data.write.convert.sources.row_source import BAD_CAUSES, B
 
 _OF_SINGLE_ROWS: tuple[BadCause, ...] = ("caption_empty", "question_unanswered", "image_undecodable", "image_too_large")
 _MANY = 10
-"""One row in so many, bad for another cause, is no accident."""
+"""If one row in so many is bad for another cause, the source is misread."""
 _NONE: Mapping[BadCause, str] = {}
 
 
 class BadCount(NamedTuple):
-    """One line of the table of bad rows. first: the first row of this cause."""
+    """One line of the table of bad rows."""
 
     cause: BadCause
     num_rows: int
-    first: BadRow
+    first: BadRow  # of this cause
 
 
 class TooManyBadError(UserError):
-    """More bad rows than allowed; `counts` is the table to show beside the message."""
+    """More rows are bad than allowed. `counts` is the table to show with the message."""
 
     def __init__(self, message: str, counts: tuple[BadCount, ...]) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class TooManyBadError(UserError):
 
 
 class BadRows:
-    """Collects bad rows in the source's order. remedies: what to do where many are bad for one cause."""
+    """Collects bad rows in the source's order. remedies: advice by cause, if many rows are bad."""
 
     def __init__(self, remedies: Mapping[BadCause, str] = _NONE) -> None:
         self._remedies = remedies
@@ -38,23 +38,22 @@ class BadRows:
         self._first: dict[BadCause, BadRow] = {}
 
     def add(self, row: BadRow) -> None:
-        """Count one."""
+        """Count a row."""
         self._num[row.cause] += 1
         self._first.setdefault(row.cause, row)
 
     def counts(self) -> tuple[BadCount, ...]:
-        """Every cause that occurred, in the order of their declaration."""
+        """Return all causes that occurred, in the order of their declaration."""
         return tuple(BadCount(c, self._num[c], self._first[c]) for c in BAD_CAUSES if c in self._num)
 
     def refuse_beyond(self, max_bad: int, num_rows: int) -> None:
-        """Go on only if there are few enough. num_rows: of the source, bad ones included.
+        """Refuse more than `max_bad` bad rows. num_rows: of the source, bad ones included.
 
-        Leaving rows out is advised where they are broken one by one. Where a tenth of all is bad for a cause that comes
-        from how the source is named or read, it would throw good data away.
+        Single broken rows can be left out. If a tenth of all rows is bad because the source is misnamed or misread,
+        that would lose good data, so another remedy is advised.
 
         Raises:
-            TooManyBadError: if there are more than `max_bad`, with the place of the first.
-
+            TooManyBadError: with the place of the first bad row.
         """
         found = self._num.total()
         if found <= max_bad:
@@ -63,16 +62,16 @@ class BadRows:
         rows = "1 row is" if found == 1 else f"{found:,} rows are"
         raise TooManyBadError(
             f"{rows} bad, {max_bad} allowed; the first: {first.place}: {first.message} ({first.cause}); "
-            f"{self._advice(num_rows)}",
+            f"{self._advise(num_rows)}",
             self.counts(),
         )
 
-    def _advice(self, num_rows: int) -> str:
+    def _advise(self, num_rows: int) -> str:
         found = self._num.total()
         misread = {cause: num for cause, num in self._num.items() if cause not in _OF_SINGLE_ROWS}
         worst = max(misread, key=misread.__getitem__, default=None)
         remedy = "" if worst is None else self._remedies.get(worst, "")
         if worst is not None and _MANY * sum(misread.values()) > num_rows:
             share = f"{sum(misread.values()):,} of {num_rows:,} are bad because of how the source is written or read"
-            return f"{share}: {remedy or 'look at the first, and mend the source'}"
-        return f"mend them{f' ({remedy})' if remedy else ''}, or leave them out with --max_bad {found}"
+            return f"{share}: {remedy or 'look at the first, and correct the source'}"
+        return f"correct them{f' ({remedy})' if remedy else ''}, or leave them out with --max_bad {found}"

@@ -1,14 +1,14 @@
-"""From a source's rows to a set of shards: look first, then write.
+"""Converts a source's rows to a set of shards: inspects all images first, then writes.
 
-    1. rows       the table is read; bad rows are told before an image is opened
-    2. look       every image is decoded and hashed, by several processes
-    3. plan       the hash of what a sample shows gives its split; within a split samples are mixed by the hash of
-                  their keys, since tables are often sorted; every shard is then a list of samples
-    4. write      every shard is a task of its own, by several processes
-    5. finish     tokenizer, licence, manifest; the folder is moved to its place
+    1. rows       read the table; bad rows are found before an image is opened
+    2. inspect    decode and hash every image, in several processes
+    3. plan       the hash of a sample's content gives its split; within a split samples are ordered by the hash of
+                  their keys, because tables are often sorted; a shard is a list of samples
+    4. write      write every shard as a task of its own, in several processes
+    5. finish     write tokenizer, licence and manifest, and move the folder to its place
 
-Each step is a function of the ones before it, so the number of processes and earlier attempts do not show in the
-bytes. Rows lie on disk (`row_table`), and images are read twice: where a sample belongs is known when all are seen.
+Each step is a function of the steps before it, so the bytes depend neither on the number of processes nor on earlier
+attempts. Rows are kept on disk (`row_table`). Images are read twice, because places are known when all are inspected.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.manifest import SPLITS, Manifest, ShardEntry, Split
 from lightning_moevlm.data.text.tokenizer import check_vocab_size
-from lightning_moevlm.data.write.build_set import find_existing_set, put_in_place
+from lightning_moevlm.data.write.build_set import Recipe, find_existing_set, put_in_place
 from lightning_moevlm.data.write.convert.bad_rows import BadCount, BadRows
 from lightning_moevlm.data.write.convert.finish_set import (
     Contents,
-    ConvertRecipe,
     Licence,
     finish_set,
     refuse_empty,
@@ -54,57 +54,49 @@ _Images = tuple[InspectedImage, ...]
 
 @dataclass(frozen=True)
 class SetOptions:
-    """What decides about the set's bytes beside its source."""
+    """Options that determine the set's bytes, besides the source and the licence."""
 
     image_options: ImageOptions
     samples_per_shard: int
     vocab_size: int
 
     def __post_init__(self) -> None:
-        """Refuse what no set can have, before anything is read."""
-        if self.samples_per_shard < 1:
-            raise UserError(f"samples_per_shard is {self.samples_per_shard}, but a shard needs at least 1")
-        max_side = self.image_options.max_side
-        if max_side is not None and max_side < 8:
-            raise UserError(f"max_side is {max_side}, but must be at least 8 pixels, or null to keep sizes")
+        """Refuse invalid values before anything is read."""
+        check_number("samples_per_shard", self.samples_per_shard, least=1)
+        if self.image_options.max_side is not None:
+            check_number("max_side", self.image_options.max_side, least=8, advice=" pixels, or null to keep sizes")
         check_vocab_size(self.vocab_size)
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What does not decide about the bytes: bad rows to bear, processes, whether to replace another set."""
+    """Options that do not change the set's bytes."""
 
-    max_bad: int
-    num_jobs: int
-    force: bool
+    max_bad: int  # bad rows to leave out at most
+    num_jobs: int  # processes
+    force: bool  # replace another set
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing, before anything is read."""
-        if self.max_bad < 0:
-            raise UserError(f"max_bad is {self.max_bad}, but cannot be less than 0")
-        if self.num_jobs < 1:
-            raise UserError(f"jobs is {self.num_jobs}, but at least 1 process has to work")
+        """Refuse invalid values before anything is read."""
+        check_number("max_bad", self.max_bad, least=0)
+        check_number("jobs", self.num_jobs, least=1)
 
 
 class Converted(NamedTuple):
-    """The set, whether anything had to be done for it, and what was left out.
-
-    num_rows: of the source, bad ones included. notes: sentences to tell.
-    """
+    """The result of a conversion."""
 
     manifest: Manifest
-    built: bool
+    built: bool  # False if the set existed already
     left_out: tuple[BadCount, ...]
-    num_rows: int = 0
-    notes: tuple[str, ...] = ()
+    num_rows: int = 0  # of the source, bad ones included
+    notes: tuple[str, ...] = ()  # sentences to print
 
 
 def convert(source: Source, out: Path, licence: Licence, set_options: SetOptions, effort: ConvertOptions) -> Converted:
-    """Convert a source into a set of shards at `out`; the same arguments go on with a conversion that was killed.
+    """Convert a source to a set of shards at `out`; the same arguments resume a killed conversion.
 
     Raises:
         UserError: if `out` holds something else, more rows are bad than allowed, or a split stays empty.
-
     """
     recipe, image_options = make_recipe(source, licence, set_options), set_options.image_options
     found = find_existing_set(out, recipe, effort.force)
@@ -116,8 +108,8 @@ def convert(source: Source, out: Path, licence: Licence, set_options: SetOptions
         num_rows = _fill(table, source, bad)
         bad.refuse_beyond(effort.max_bad, num_rows)
         if not table.num_rows:
-            bad.refuse_beyond(0, num_rows)  # every row is bad, however many may be
-            raise UserError(f"{source.name} has no rows to make samples of")
+            bad.refuse_beyond(0, num_rows)  # every row is bad
+            raise UserError(f"{source.name} has no rows")
         _inspect_all(source, table, image_options, effort.num_jobs, work, bad)
         bad.refuse_beyond(effort.max_bad, num_rows)
         num_samples = table.sort()
@@ -136,8 +128,8 @@ def convert(source: Source, out: Path, licence: Licence, set_options: SetOptions
     return Converted(manifest, True, bad.counts(), num_rows, tuple(source.notes))
 
 
-def make_recipe(source: Source, licence: Licence, set_options: SetOptions) -> ConvertRecipe:
-    """Return everything that decides about the bytes of a set."""
+def make_recipe(source: Source, licence: Licence, set_options: SetOptions) -> Recipe:
+    """Return everything that determines the bytes of a set."""
     arguments = {
         **source.arguments,
         **licence.as_arguments(),
@@ -146,11 +138,11 @@ def make_recipe(source: Source, licence: Licence, set_options: SetOptions) -> Co
         "samples_per_shard": set_options.samples_per_shard,
         "vocab_size": set_options.vocab_size,
     }
-    return ConvertRecipe(source.name, VERSION, arguments)
+    return Recipe(source.name, VERSION, arguments)
 
 
 def _fill(table: RowTable, source: Source, bad: BadRows) -> int:
-    """Take the rows that are good so far; all of them will have the same members. Return how many there were in all."""
+    """Add good rows to the table, all with the same members; return the number of all rows."""
     num_rows = 0
     for row in source.rows():
         num_rows += 1
@@ -169,7 +161,7 @@ def _fill(table: RowTable, source: Source, bad: BadRows) -> int:
 def _inspect_all(
     source: Source, table: RowTable, image_options: ImageOptions, num_jobs: int, work: WorkFolder, bad: BadRows
 ) -> None:
-    """Note what every row's image is, and leave out the rows whose images cannot be used."""
+    """Inspect every row's image, and drop rows with invalid images."""
     num_chunks = -(-table.num_rows // INSPECTED_AT_ONCE)
     has_images = next(table.chunks(1))[0].image is not None
     todo = {i for i in range(num_chunks) if work.recall(_task_name(i), _Images) is None} if has_images else set()
@@ -187,7 +179,7 @@ def _inspect_all(
             assert found is not None and len(found) == len(rows)
             good = [(row, saw) for row, saw in zip(rows, found, strict=True) if not isinstance(saw, Fault)]
             if number in todo and len(good) == len(rows):
-                work.remember(_task_name(number), found)  # a bad image may be mended, and is looked at again
+                work.remember(_task_name(number), found)  # bad images are inspected again: they may be corrected
             table.record([row for row, _ in good], [saw for _, saw in good])
             faulty = [(row, saw) for row, saw in zip(rows, found, strict=True) if isinstance(saw, Fault)]
             table.drop([row for row, _ in faulty])
@@ -200,7 +192,7 @@ def _task_name(number: int) -> str:
 
 
 def _members(sample: PlannedSample, image_options: ImageOptions) -> tuple[str, ...]:
-    """Every sample of a source has the same members."""
+    """Return the members of a sample; all samples of a source have the same."""
     found = (
         ("json", sample.annotation is not None),
         ("txt", sample.caption is not None),

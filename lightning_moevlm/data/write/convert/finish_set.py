@@ -1,6 +1,5 @@
-"""What makes a folder of shards a set: tokenizer, licence and, last of all, the manifest."""
+"""Makes a set of a folder of shards: writes the tokenizer, the licence and, last of all, the manifest."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,29 +11,19 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 from lightning_moevlm.data.format.manifest import Manifest, Scalar, ShardEntry, Split
 from lightning_moevlm.data.text.tokenizer import copy_tokenizer, train_tokenizer
-from lightning_moevlm.data.write.build_set import canonical_json
+from lightning_moevlm.data.write.build_set import Recipe
 
 MAX_LEARNT_TEXTS = 1_000_000
-"""The tokenizer learns from so many training texts at most: more change little, and all of them are in memory."""
+"""Training texts of the tokenizer at most: more change little, and all of them are in memory."""
 
 
 @dataclass(frozen=True)
 class Licence:
-    """The licence of the images and texts, as it stands in the set's manifest and in LICENCE.txt.
+    """The licence of images and texts, for the manifest and LICENCE.txt. A missing name raises a `UserError`."""
 
-    Attributes:
-        name: such as "CC BY 4.0".
-        url: address of its text, or "".
-        attribution: the sentence that it requires, or "".
-
-    Raises:
-        UserError: if the name is missing.
-
-    """
-
-    name: str | None
-    url: str
-    attribution: str
+    name: str | None  # such as "CC BY 4.0"
+    url: str  # address of its text, or ""
+    attribution: str  # sentence that it requires, or ""
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -46,43 +35,26 @@ class Licence:
         return (self.name or "").strip()
 
     def as_arguments(self) -> dict[str, Scalar]:
-        """Return it as a part of the set's recipe: under another licence it is another set."""
+        """Return the licence as a part of the set's recipe."""
         return {"licence": self.text, "licence_url": self.url, "attribution": self.attribution}
 
 
-class ConvertRecipe(NamedTuple):
-    """Tells whether a set is the one asked for (`build.Recipe`)."""
-
-    name: str
-    version: int
-    build: dict[str, Scalar]
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256, in hex, of everything that decides about the set."""
-        return hashlib.sha256(canonical_json(self).encode()).hexdigest()
-
-
 class Contents(NamedTuple):
-    """What the shards hold. image_size: pixels (`Manifest.image_size`). texts: of the training split, in order.
+    """The content of the shards."""
 
-    tokenizer_file: of another set, whose ids this one shares; None learns a tokenizer from the texts.
-    """
-
-    image_size: int
+    image_size: int  # pixels (`Manifest.image_size`)
     members: tuple[str, ...]
-    texts: Iterable[str]
+    texts: Iterable[str]  # of the training split, in order
     splits: dict[Split, tuple[ShardEntry, ...]]
     layout: Layout = PLAIN_LAYOUT
-    tokenizer_file: Path | None = None
+    tokenizer_file: Path | None = None  # of another set, to share its ids; None trains one on the texts
 
 
-def finish_set(folder: Path, recipe: ConvertRecipe, licence: Licence, contents: Contents, vocab_size: int) -> Manifest:
+def finish_set(folder: Path, recipe: Recipe, licence: Licence, contents: Contents, vocab_size: int) -> Manifest:
     """Write `tokenizer.json`, `LICENCE.txt` and `manifest.json` into a folder of shards.
 
     Raises:
         UserError: if `vocab_size` is too small.
-
     """
     manifest = Manifest(
         name=recipe.name,
@@ -109,27 +81,25 @@ def finish_set(folder: Path, recipe: ConvertRecipe, licence: Licence, contents: 
 
 
 def refuse_empty(num_samples: Mapping[Split, int]) -> None:
-    """Go on only if every split has a sample.
+    """Refuse a set with an empty split.
 
     Raises:
-        UserError: if one has none.
-
+        UserError: with the empty split.
     """
     for split, num in num_samples.items():
         if not num:
             raise UserError(
-                f"{sum(num_samples.values())} samples leave the {split} split empty; give more of them, or say which "
-                "split each belongs to (--split_column of a table)"
+                f"{sum(num_samples.values())} samples leave the {split} split empty; give more samples, or name their "
+                "splits (--split_column of a table)"
             )
 
 
 def typical_size(sides: Mapping[int, int]) -> int:
-    """Return a square size for the set: the largest multiple of 32 that half of the shorter sides reach.
+    """Return the default size of the set's images: the largest multiple of 32 that half of the shorter sides reach.
 
-    sides: how many images have which.
+    Codebooks use it. Sets of smaller images get a multiple of 8, sets without images 0.
 
-    It is what images are scaled to where nobody says otherwise (codebooks, contact sheets). Sets of smaller images
-    get a multiple of 8, sets without images 0.
+    sides: number of images by shorter side, pixels.
     """
     if not sides:
         return 0

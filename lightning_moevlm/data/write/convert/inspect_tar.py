@@ -1,6 +1,6 @@
-"""One of img2dataset's tars, read from end to end: what it holds and what is wrong with it.
+"""Reads one of img2dataset's tars from end to end, and reports its content and its faults.
 
-Worker processes run this, so nothing heavy is imported here.
+Worker processes import this, so it imports nothing heavy.
 """
 
 from collections import Counter
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_moevlm.data.format.manifest import ShardEntry, file_sha256
-from lightning_moevlm.data.write.convert.shard_image import ImageOptions, format_of, inspect_image
+from lightning_moevlm.data.write.convert.shard_image import ImageOptions, inspect_image, read_format
 from lightning_moevlm.data.write.convert.sources.img2dataset import Download, read_samples
 from lightning_moevlm.data.write.convert.sources.member_names import MemberNames
 from lightning_moevlm.data.write.convert.sources.row_source import BadRow, RowError, parse_json_object
@@ -17,30 +17,23 @@ from lightning_moevlm.data.write.convert.unread_texts import UnreadTexts
 
 @dataclass(frozen=True)
 class TarReport:
-    """What one tar holds.
-
-    choices: how many good samples have just these members: the extensions "json" and that of the text, sorted, with a
-    blank between. images: how many good samples have an image of this extension and format ("jpg JPEG"). captions: of
-    good samples. sides: the shorter one of every good image. keys: of all samples. bad: one per sample that cannot be
-    used. unread: a complaint about texts that nothing reads, "" if there are none.
-    """
+    """The content of one tar."""
 
     entry: ShardEntry
-    choices: dict[str, int]
-    images: dict[str, int]
-    captions: list[str]
-    sides: list[int]
-    keys: list[str]
-    bad: list[BadRow]
-    unread: str
+    choices: dict[str, int]  # good samples by their members: "json" and the text's extension, sorted, with a blank
+    images: dict[str, int]  # good samples by extension and format of their image ("jpg JPEG")
+    captions: list[str]  # of good samples
+    sides: list[int]  # shorter side of every good image, pixels
+    keys: list[str]  # of all samples
+    bad: list[BadRow]  # one per sample that cannot be used
+    unread: str  # a message on texts that nothing would read, or ""
 
 
 def inspect_tar(download: Download, folder: Path, names: MemberNames) -> TarReport:
-    """Read one tar from end to end and look at every sample.
+    """Read one tar from end to end and inspect every sample.
 
     Raises:
-        UserError: if it is no tar, or not whole.
-
+        UserError: if it is not a whole tar.
     """
     path = folder / download.file
     choices, images, captions, sides = Counter[str](), Counter[str](), list[str](), list[int]()
@@ -57,7 +50,7 @@ def inspect_tar(download: Download, folder: Path, names: MemberNames) -> TarRepo
             keys[key] = None
             extension = names.find_image(found)
             data = found[extension].data or b""
-            side, image_format = inspect_image(data, ImageOptions("jpg", None)).side, format_of(data)
+            side, image_format = inspect_image(data, ImageOptions("jpg", None)).side, read_format(data)
             if "json" in found:
                 parse_json_object(found["json"].data or b"")
             if names.text is not None and names.text in found:

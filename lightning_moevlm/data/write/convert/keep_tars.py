@@ -1,10 +1,9 @@
-"""img2dataset's tars as a set just as they are: only the manifest, the tokenizer and the licence are written.
+"""Makes a set of img2dataset's tars without changing them: writes only manifest, tokenizer and licence.
 
-The tars are linked into the set (copied where links are not possible), or the set is made in their own folder.
-What is left as it is cannot be dealt out by image: whole tars fall into the splits, every tenth into validation and
-into test, by the hash of their bytes. The same image may so be in two splits; `moevlm data check` counts them, and
-writing the samples anew (`--keep_tars false`) prevents it. Bad samples that are borne stay in their tars, where the
-loader meets them: `data.max_lost_fraction` must bear them too. Tars without a good sample are left out.
+The tars are linked into the set (or copied), or the set is made in their own folder. Whole tars fall into the splits by
+the hash of their bytes: every tenth into validation and every tenth into test. So an image can be in two splits.
+`moevlm data check` counts such images, and writing samples anew (`--keep_tars false`) prevents them. Bad samples that
+are tolerated stay in their tars, so `data.max_lost_fraction` must allow them. Tars without a good sample are left out.
 """
 
 import os
@@ -21,10 +20,10 @@ from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.layout import Layout
 from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Scalar, Split
 from lightning_moevlm.data.text.tokenizer import TOKENIZER_FILE, check_vocab_size
-from lightning_moevlm.data.write.build_set import find_existing_set, put_in_place
+from lightning_moevlm.data.write.build_set import Recipe, find_existing_set, put_in_place
 from lightning_moevlm.data.write.convert.bad_rows import BadRows
 from lightning_moevlm.data.write.convert.convert import VERSION, Converted, ConvertOptions
-from lightning_moevlm.data.write.convert.finish_set import Contents, ConvertRecipe, Licence, finish_set, typical_size
+from lightning_moevlm.data.write.convert.finish_set import Contents, Licence, finish_set, typical_size
 from lightning_moevlm.data.write.convert.inspect_tar import TarReport, inspect_tar
 from lightning_moevlm.data.write.convert.process_pool import map_in_order
 from lightning_moevlm.data.write.convert.sources.img2dataset import REMEDIES, Download, find_downloads, fingerprint
@@ -44,12 +43,11 @@ def keep_tars(
     effort: ConvertOptions,
     names: MemberNames = DEFAULT_NAMES,
 ) -> Converted:
-    """Make a set of a folder that img2dataset has filled; `out` may be that folder itself.
+    """Make a set of a folder of img2dataset's tars; `out` may be that folder itself.
 
     Raises:
-        UserError: if tars are not finished or not whole, there are fewer than three, more samples are bad than allowed,
-            or `out` holds something else.
-
+        UserError: if tars are unfinished or broken, there are fewer than three, more samples are bad than allowed, or
+            `out` holds something else.
     """
     check_vocab_size(vocab_size)
     found = find_downloads(folder)
@@ -60,9 +58,7 @@ def keep_tars(
         "vocab_size": vocab_size,
         **names.as_arguments(),
     }
-    recipe = ConvertRecipe(
-        make_set_name(name or folder.resolve().name), VERSION, {**arguments, **licence.as_arguments()}
-    )
+    recipe = Recipe(make_set_name(name or folder.resolve().name), VERSION, {**arguments, **licence.as_arguments()})
     in_place = out.resolve() == folder.resolve()
     if not in_place or (out / MANIFEST_FILE).is_file():
         there = find_existing_set(out, recipe, effort.force)
@@ -81,7 +77,7 @@ def keep_tars(
         num_samples = sum(report.entry.num_samples for report in reports)
         bad.refuse_beyond(effort.max_bad, num_samples)
         if not any(report.choices for report in reports):
-            raise UserError(f"none of the samples in {folder} can be used, so there is nothing to make a set of")
+            raise UserError(f"no sample in {folder} can be used")
         full = [
             report for report in reports if any(chosen.required <= set(choice.split()) for choice in report.choices)
         ]
@@ -124,9 +120,9 @@ def _inspect_all(
     with closing(
         map_in_order(partial(inspect_tar, folder=folder, names=names), todo, min(num_jobs, len(todo)))
     ) as fresh:
-        for download, earlier in zip(found, track(known, len(known), "looking at tars"), strict=True):
+        for download, earlier in zip(found, track(known, len(known), "inspecting tars"), strict=True):
             report = next(fresh) if earlier is None else earlier
-            if earlier is None and not report.bad:  # a bad sample may be mended, and is looked at again
+            if earlier is None and not report.bad:  # bad samples are inspected again: they may be corrected
                 work.remember(f"tar-{download.file}", report)
             if report.unread and not any(before.captions for before in reports):
                 raise UserError(f"{folder / download.file}: {report.unread}")
@@ -135,18 +131,18 @@ def _inspect_all(
 
 
 class _SetMembers(NamedTuple):
-    """Members that the set promises, and where they lie. required: extensions that good samples must have."""
+    """The members that the set promises."""
 
     members: tuple[str, ...]
     layout: Layout
-    required: frozenset[str]
+    required: frozenset[str]  # extensions that good samples must have
 
 
 def _choose_members(reports: list[TarReport], names: MemberNames) -> _SetMembers:
-    """Say what the set promises of what was found in good samples.
+    """Choose the members that the set promises, from those of good samples.
 
-    Images are the member jpg or png if all of them are of that format, by their bytes, else the member image. Texts are
-    promised if any sample has one. Annotations, which training does not read, are promised if all have one.
+    Images are the member jpg or png if all have that format, by their bytes; otherwise the member image. Texts are
+    promised if any sample has one. Annotations, which training does not read, are promised if all samples have one.
     """
     choices = Counter[frozenset[str]]()
     images = Counter[str]()
@@ -171,7 +167,7 @@ def _choose_members(reports: list[TarReport], names: MemberNames) -> _SetMembers
 
 
 def _find_lacking(report: TarReport, chosen: _SetMembers) -> Iterator[BadRow]:
-    """Yield one bad row per good sample that lacks what the set promises; all good ones have an image."""
+    """Yield a bad row per sample without a promised member."""
     for choice, num in report.choices.items():
         lacks = ", ".join(f".{extension}" for extension in sorted(chosen.required - set(choice.split())))
         if lacks:
@@ -182,7 +178,7 @@ def _find_lacking(report: TarReport, chosen: _SetMembers) -> Iterator[BadRow]:
 
 
 def _deal(reports: list[TarReport]) -> dict[Split, list[TarReport]]:
-    """Deal three or more tars out, by the hash of their bytes; within a split they keep the order of their names."""
+    """Assign three or more tars to splits by the hash of their bytes; each split is ordered by name."""
     mixed = sorted(reports, key=lambda report: report.entry.sha256)
     num_held_out = max(1, round(len(reports) * _HELD_OUT_SHARE))
     splits: dict[Split, list[TarReport]] = {
@@ -194,9 +190,9 @@ def _deal(reports: list[TarReport]) -> dict[Split, list[TarReport]]:
 
 
 def _link(tar: Path, target: Path) -> None:
-    """Give a tar a second name; where the file system cannot, copy it."""
+    """Link a tar; copy it if the file system has no links."""
     if target.exists():
-        return  # an earlier attempt has linked it; a copy only gets its name when it is whole
+        return  # an earlier attempt has linked or completely copied it
     try:
         os.link(tar.resolve(), target)
     except OSError:

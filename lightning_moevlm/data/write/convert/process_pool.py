@@ -1,4 +1,4 @@
-"""Tasks done by several processes, their results in order: who was faster does not show."""
+"""Runs tasks in several processes, and yields their results in order."""
 
 import multiprocessing
 import os
@@ -15,11 +15,11 @@ from lightning_moevlm.common.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 _WAITING_PER_JOB = 4
-"""Tasks handed out ahead, so that a slow one at the front does not stop the others, and memory stays bounded."""
+"""Tasks submitted in advance: a slow task does not stop the others, and memory stays bounded."""
 
 
 class WorkerDiedError(UserError):
-    """A process ended that nobody had asked to; what was finished before is as good as ever."""
+    """A process died. Results of finished tasks are still valid."""
 
 
 def map_in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) -> Generator[R]:
@@ -27,7 +27,6 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) 
 
     Raises:
         WorkerDiedError: if a process died.
-
     """
     if num_jobs <= 1:
         yield from map(function, tasks)
@@ -45,8 +44,8 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) 
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise WorkerDiedError(
-                "a process that converted died (was it killed for memory?); run the command again, it resumes where "
-                "it was, with fewer --jobs if memory was short"
+                "a process of the conversion died (was it killed for memory?); run the same command to resume, with "
+                "fewer --jobs if memory was short"
             ) from None
         finally:
             for future in waiting:
@@ -54,8 +53,8 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], num_jobs: int) 
 
 
 def _end_with_parent() -> None:
-    """Leave when the parent does, even by kill -9: the pool alone would wait for its next task forever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; the parent decides
+    """End with the parent, even after kill -9; the pool alone would wait for its next task forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
 

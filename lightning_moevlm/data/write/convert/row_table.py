@@ -1,7 +1,7 @@
-"""The rows of a conversion on disk: gone through in the source's order, then in that of the shards.
+"""Keeps the rows of a conversion on disk: read in the source's order, then in the order of the shards.
 
-Millions of rows do not fit into memory, and shards have another order than their table. So rows lie in an SQLite file
-in the workshop, which sorts them without holding them all; it is made anew by every attempt, and removed at its end.
+Millions of rows do not fit into memory, and shards have another order than their table. An SQLite file in the work
+folder sorts them without holding all of them. Each attempt makes it anew and removes it at its end.
 """
 
 import hashlib
@@ -31,21 +31,21 @@ create table rows (
 );
 begin;
 """
-"""The file is never read by anybody else, so nothing is kept to undo or to recover."""
+"""No other process reads the file, so no journal is kept."""
 
 
 class TableRow(NamedTuple):
-    """What looking at a row takes. number: in the source's order. identity: what it shows, where it is no image."""
+    """The part of a row that inspection needs."""
 
-    number: int
+    number: int  # in the source's order
     place: str
     image: ImageLocation | None
-    identity: str
+    identity: str  # of its content, if it has no image
     split: Split | None
 
 
 class RowTable:
-    """Good rows, and what was seen of their images. num_captioned: how many have captions."""
+    """Good rows and the results of their inspection. num_captioned: rows with captions."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._db = database
@@ -54,7 +54,7 @@ class RowTable:
         self.num_captioned = 0
 
     def add(self, row: Row) -> str | None:
-        """Take a row; if another one has its key, return that one's place."""
+        """Add a row; if another row has its key, return that row's place."""
         annotation = None if row.annotation is None else canonical_json(row.annotation)
         content = json.dumps([row.place, row.image, row.caption, annotation, row.extra_texts, row.split])
         captioned = row.caption is not None
@@ -78,7 +78,7 @@ class RowTable:
         self._db.execute("delete from rows where not captioned")
 
     def chunks(self, length: int) -> Iterator[list[TableRow]]:
-        """Yield all rows in their order, so many at once; rows already yielded may be removed meanwhile."""
+        """Yield all rows in order, `length` at a time; rows already yielded may be removed meanwhile."""
         last = -1
         while found := self._db.execute(
             "select number, key, content from rows where number > ? order by number limit ?", (last, length)
@@ -87,7 +87,7 @@ class RowTable:
             yield [_parse_row(*values) for values in found]
 
     def record(self, rows: Sequence[TableRow], seen: Sequence[InspectedImage | None]) -> None:
-        """Note what rows show, and so which split they fall into."""
+        """Record the images of rows, and so their splits."""
         self._db.executemany(
             "update rows set split = ?, sha256 = ?, side = ? where number = ?",
             [
@@ -102,11 +102,11 @@ class RowTable:
         )
 
     def drop(self, rows: Sequence[TableRow]) -> None:
-        """Remove rows whose images cannot be used."""
+        """Remove rows."""
         self._db.executemany("delete from rows where number = ?", [(row.number,) for row in rows])
 
     def sort(self) -> dict[Split, int]:
-        """Bring all rows into the order of the shards; return how many each split has."""
+        """Sort all rows into the order of the shards; return the number of rows of each split."""
         self._db.create_function("turn", 1, lambda key: hashlib.sha256(key.encode()).digest(), deterministic=True)
         self._db.execute("update rows set turn = turn(key)")
         self._db.execute("create index by_turn on rows (split, turn)")
@@ -114,7 +114,7 @@ class RowTable:
         return {split: found.get(split, 0) for split in SPLITS}
 
     def sides(self) -> Counter[int]:
-        """Return how many images have which shorter side."""
+        """Return the number of images by shorter side, pixels."""
         found = self._db.execute("select side, count(*) from rows where side is not null group by side")
         return Counter(dict(found))
 
@@ -128,7 +128,7 @@ class RowTable:
             yield PlannedSample(key, place, image and ImageLocation(*image), sha256, caption, annotation)
 
     def texts(self, split: Split) -> Iterator[str]:
-        """Yield what a tokenizer learns from a split, in the order of its samples."""
+        """Yield a split's texts for the tokenizer, in the order of its samples."""
         for (content,) in self._db.execute("select content from rows where split = ? order by turn", (split,)):
             _, _, caption, _, extra_texts, _ = json.loads(content)
             yield from (*(() if caption is None else (caption,)), *extra_texts)
@@ -139,7 +139,7 @@ def row_table(path: Path) -> Iterator[RowTable]:
     """Make an empty table in a file, and remove the file at the end."""
     path.unlink(missing_ok=True)
     try:
-        # tokenizers asks for texts in a thread of its own, while this one waits
+        # tokenizers reads texts in a thread of its own, while this one waits
         with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as database:
             database.executescript(_SETTINGS)
             yield RowTable(database)

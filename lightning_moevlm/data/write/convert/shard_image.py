@@ -1,12 +1,11 @@
-"""Images on their way into a shard: looked at with suspicion, kept byte for byte where that is possible.
+"""Inspects images of a source, and prepares them for a shard; they are kept byte for byte if possible.
 
-An image is kept as it is if it has the set's format, is small enough, stands upright and has plain colours.
-Otherwise it is decoded, set upright (EXIF orientation), scaled and encoded anew. What a reader of shards could not
-decode is found here, before a shard is written: every image is decoded, JPEG at an eighth of its size.
+An image is kept if it has the set's format, is small enough, is upright and has plain colours. Otherwise it is decoded,
+set upright (EXIF orientation), scaled and encoded anew. Every image is decoded before a shard is written, JPEG at an
+eighth of its size, so that readers of shards find no broken ones.
 """
 
 import hashlib
-import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,36 +16,34 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from lightning_moevlm.data.format.faults import MAX_PIXELS, MAX_SIDE
 from lightning_moevlm.data.images.encode import ImageFormat, encode
+from lightning_moevlm.data.images.open_image import ImageTooLargeError, format_of, open_image
 from lightning_moevlm.data.images.orientation import UPRIGHT, orientation, turn_image
 from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, RowError, resolve_inside
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _PLAIN_MODES = {"jpg": ("RGB", "L"), "png": ("RGB", "RGBA", "L", "LA", "P", "1")}
 _DECODABLE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 class ImageOptions(NamedTuple):
-    """How images are to be stored. max_side: pixels of the longer side at most; None keeps every size."""
+    """The form of stored images."""
 
     image_format: ImageFormat
-    max_side: int | None
+    max_side: int | None  # largest longer side, pixels; None keeps all sizes
 
 
 class InspectedImage(NamedTuple):
-    """A good image. sha256: of its bytes as found, in hex. side: the shorter one, in pixels, as it will be stored."""
+    """A good image."""
 
-    sha256: str
-    side: int
+    sha256: str  # of its original bytes, in hex
+    side: int  # shorter side as stored, pixels
 
 
 def read_image(folder: Path, image: ImageLocation) -> bytes:
     """Return an image's bytes.
 
     Raises:
-        RowError: if it lies outside of the folder, or is not there.
-
+        RowError: if it is outside of the folder or does not exist.
     """
     path = resolve_inside(folder, image.file)
     try:
@@ -58,11 +55,10 @@ def read_image(folder: Path, image: ImageLocation) -> bytes:
 
 
 def inspect_image(data: bytes, image_options: ImageOptions) -> InspectedImage:
-    """Decode an image to see that it is one.
+    """Decode an image to check it.
 
     Raises:
-        RowError: if it is none, is cut short, or has too many pixels.
-
+        RowError: if it is invalid, truncated or too large.
     """
     with _open(data) as image:
         if image.format == "JPEG":
@@ -71,27 +67,25 @@ def inspect_image(data: bytes, image_options: ImageOptions) -> InspectedImage:
             image.load()
         side = min(image.size)
         if image_options.max_side is not None and max(image.size) > image_options.max_side:
-            side = min(_scaled(image.size, image_options.max_side))
+            side = min(_scale_size(image.size, image_options.max_side))
     return InspectedImage(hashlib.sha256(data).hexdigest(), side)
 
 
-def format_of(data: bytes) -> str:
-    """Return the format of an image by its bytes, one of `FORMATS`.
+def read_format(data: bytes) -> str:
+    """Return the format of an image by its bytes, one of `IMAGE_FORMATS`.
 
     Raises:
-        RowError: if it is no image.
-
+        RowError: if it is not an image.
     """
     with _open(data) as image:
-        return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with others behind it
+        return format_of(image)
 
 
 def encode_for_shard(data: bytes, image_options: ImageOptions) -> bytes:
-    """Return the bytes that go into the shard: the same ones, or the image encoded anew.
+    """Return the bytes for the shard: unchanged, or encoded anew.
 
     Raises:
-        RowError: as `inspect_image`.
-
+        RowError: as in `inspect_image`.
     """
     with _open(data) as image:
         turn = orientation(data)
@@ -101,7 +95,7 @@ def encode_for_shard(data: bytes, image_options: ImageOptions) -> bytes:
         mode = "RGBA" if transparent else "RGB"
         image = image if image.mode == mode else image.convert(mode)
         if image_options.max_side is not None and max(image.size) > image_options.max_side:
-            image = image.resize(_scaled(image.size, image_options.max_side), Image.Resampling.LANCZOS)
+            image = image.resize(_scale_size(image.size, image_options.max_side), Image.Resampling.LANCZOS)
         return encode(np.asarray(turn_image(image, turn)), image_options.image_format)
 
 
@@ -113,7 +107,7 @@ def _fits(image: Image.Image, image_options: ImageOptions) -> bool:
     )
 
 
-def _scaled(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+def _scale_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     width, height = size
     longer = max(size)
     return max(1, round(width * max_side / longer)), max(1, round(height * max_side / longer))
@@ -123,20 +117,12 @@ def _scaled(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 def _open(data: bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large and of odd images; both are decided here
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise RowError("image_too_large", f"{image.width}x{image.height} pixels, {MAX_PIXELS:,} allowed")
-                if max(image.size) > MAX_SIDE:
-                    said = f"{image.width}x{image.height} pixels, {MAX_SIDE:,} allowed per side"
-                    raise RowError("image_too_large", said)
+            warnings.simplefilter("ignore")  # Pillow warns of large and of odd images; both are checked here
+            with open_image(data) as image:
                 if image.mode not in _DECODABLE_MODES:
                     raise RowError("image_undecodable", f"pixels of mode {image.mode}, which has no plain RGB")
                 yield image
-    except Image.DecompressionBombError:
-        raise RowError("image_too_large", f"far more pixels than the {MAX_PIXELS:,} allowed") from None
-    except Image.UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise RowError("image_undecodable", f"the bytes are not an image of a known format ({known})") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow and simplejpeg raise for broken bytes
+    except ImageTooLargeError as error:
+        raise RowError("image_too_large", str(error)) from None
+    except ValueError as error:
         raise RowError("image_undecodable", f"the image is broken ({error})") from None

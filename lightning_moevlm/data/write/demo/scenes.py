@@ -1,12 +1,11 @@
-"""The set `scenes`: compositional scenes that know what they show.
+"""Builds the set `scenes`: compositional scenes with known content.
 
-One to four OpenMoji drawings on a tinted ground, with a caption, questions and answers, true and false
-statements and the scene graph. Who is drawn, where, and what is said of it follow from (seed, sample
-number) alone: a larger set begins with the samples of a smaller one, and the same arguments give the same
-bytes.
+One to four OpenMoji drawings on a tinted ground, with a caption, questions and answers, true and false statements and
+the scene graph. Content, places and sentences follow from (seed, sample number) alone. A larger set begins with the
+samples of a smaller one, and the same arguments give the same bytes.
 
-Layout: the image is parted into 1, 2 or 4 cells, every drawing gets a cell, a size and a place in it, so
-drawings never overlap and most pairs stand clearly left or right, above or below.
+Layout: the image is divided into 1, 2 or 4 cells. Every drawing gets a cell, a size and a place in it, so drawings
+never overlap, and most pairs are clearly left or right, above or below each other.
 """
 
 from functools import cache
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.encode import ImageFormat, encode, lay_on
 from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, find_existing_set
@@ -28,7 +28,7 @@ from lightning_moevlm.data.write.shard_writer import Sample
 
 VERSION = 2  # 2: relations are objects, so that every field of the json has one type
 MIN_ALPHA = 16
-"""Fainter edge pixels (of 255) are cut off before the box is taken."""
+"""Alpha (of 255); fainter edge pixels are outside the box."""
 
 
 def build_scenes(
@@ -42,16 +42,14 @@ def build_scenes(
     vocab_size: int,
     force: bool,
 ) -> tuple[Manifest, bool]:
-    """Build the set into `out`; return its manifest and whether anything had to be built.
+    """Build the set in `out`; return its manifest and whether it was built now.
 
     Raises:
         UserError: if `out` holds something else, or an argument is out of range.
-
     """
     if not 32 <= image_size <= 1024:
         raise UserError(f"image_size is {image_size}, allowed are 32 to 1024 pixels")
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}, but a set needs at least 1")
+    check_number("num_samples", num_samples, least=1)
     world = first_drawings(num_drawings)
     plan = SetPlan(
         name="scenes",
@@ -61,13 +59,13 @@ def build_scenes(
         attribution=attribution("The drawings were rendered to pixels, scaled and arranged on tinted grounds."),
         image_size=image_size,
         image_format=image_format,
-        arguments={"num_samples": num_samples, "num_pictures": num_drawings, "seed": seed},
+        arguments={"num_samples": num_samples, "num_pictures": num_drawings, "seed": seed},  # as in sets built before
         sources=source_versions(),
         num_samples=num_samples,
         samples_per_shard=samples_per_shard,
         vocab_size=vocab_size,
     )
-    found = find_existing_set(out, plan, force)
+    found = find_existing_set(out, plan.recipe, force)
     if found is not None:
         return found, False
     painter = Painter(image_size)
@@ -76,23 +74,23 @@ def build_scenes(
 
 
 class Painter:
-    """Draws scenes of one size; every drawing is rasterised once per size and kept."""
+    """Draws scenes of one size, and keeps each rasterised drawing."""
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
         self._stamps: dict[tuple[str, int], NDArray[np.uint8]] = {}
 
     def stamp(self, drawing: Drawing, extent: int) -> NDArray[np.uint8]:
-        """Return the drawing as RGBA, cut tightly, its longer side about `extent` pixels."""
+        """Return the drawing as RGBA, cropped tightly, its longer side about `extent` pixels."""
         key = (drawing.code, extent)
         if key not in self._stamps:
-            # the drawing fills only a part of OpenMoji's square: draw the square so much larger
-            canvas = max(1, round(extent / _filled_share(drawing.code)))
+            # the drawing fills only a part of OpenMoji's square, so the square must be larger
+            canvas = max(1, round(extent / _measure_filled_share(drawing.code)))
             self._stamps[key] = _cut_tight(rasterise(drawing.code, canvas))
         return self._stamps[key]
 
     def paint(self, scene: Scene, extents: tuple[tuple[int, ...], ...]) -> NDArray[np.uint8]:
-        """Return the scene's RGB pixels; extents: the stamp size of every box, by group."""
+        """Return the scene's RGB pixels. extents: stamp size of every box, by group."""
         pixels = np.empty((self.image_size, self.image_size, 3), dtype=np.uint8)
         pixels[:] = GROUNDS[scene.ground]
         for group, sizes in zip(scene.groups, extents, strict=True):
@@ -104,7 +102,7 @@ class Painter:
 def make_sample(
     index: int, world: tuple[Drawing, ...], painter: Painter, image_format: ImageFormat, seed: int
 ) -> Sample:
-    """Make sample number `index` of the world's scenes under this seed."""
+    """Make sample number `index` of the world's scenes for this seed."""
     random = Random(f"scene/{seed}/{index}")
     scene, extents = draw_scene(world, painter, random)
     said = caption(scene)
@@ -161,7 +159,7 @@ def draw_scene(
 
 
 def _group_counts(num_drawings: int, random: Random) -> tuple[int, ...]:
-    """Part the drawings into groups of one to three."""
+    """Divide the drawings into groups of one to three."""
     parts = {
         1: ((1,),),
         2: ((1, 1), (1, 1), (2,)),
@@ -172,7 +170,7 @@ def _group_counts(num_drawings: int, random: Random) -> tuple[int, ...]:
 
 
 def _cells(num_drawings: int, size: int, random: Random) -> list[Box]:
-    """Return a cell for every drawing; consecutive cells touch, so copies of a drawing stand together."""
+    """Return a cell for each drawing; consecutive cells touch, so copies of a drawing are neighbours."""
     half = size // 2
     if num_drawings == 1:
         side = random.randint(half, round(size * 0.9))
@@ -185,7 +183,7 @@ def _cells(num_drawings: int, size: int, random: Random) -> list[Box]:
         else:
             pair = [Box(offset, 0, offset + half, half), Box(size - half - offset, half, size - offset, size)]
         return pair if random.random() < 0.5 else pair[::-1]
-    # the four quarters in a ring, begun anywhere and walked either way
+    # the four quarters as a ring, from a random start in a random direction
     ring = [
         Box(0, 0, half, half),
         Box(half, 0, size, half),
@@ -198,8 +196,8 @@ def _cells(num_drawings: int, size: int, random: Random) -> list[Box]:
 
 
 @cache
-def _filled_share(code: str) -> float:
-    """Longer side of the painted part over the side of OpenMoji's square."""
+def _measure_filled_share(code: str) -> float:
+    """Return the longer side of the painted part over the side of OpenMoji's square."""
     size = 144
     height, width = _cut_tight(rasterise(code, size)).shape[:2]
     return max(height, width) / size

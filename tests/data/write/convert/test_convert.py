@@ -1,4 +1,4 @@
-"""Converting: what becomes of a row, and what never happens whatever a table says."""
+"""Rows become samples or bad rows, and no table can lead a conversion out of its folder."""
 
 import hashlib
 import io
@@ -180,7 +180,7 @@ def test_again_does_nothing_and_another_way_is_refused(tmp_path: Path) -> None:
         run(CsvSource(table, tmp_path / "images", None, PLAIN), tmp_path / "set")
 
 
-def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = csv_source(tmp_path, 200)
     source = CsvSource(table, tmp_path / "images", None, PLAIN)
     written: list[str] = []
@@ -219,7 +219,10 @@ def test_two_conversions_of_one_set_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies_takes_nothing_along(tmp_path: Path) -> None:
-    with pytest.raises(WorkerDiedError, match=r"it resumes where it was"), open_work_folder(tmp_path / "set", "f" * 64):
+    with (
+        pytest.raises(WorkerDiedError, match=r"run the same command to resume"),
+        open_work_folder(tmp_path / "set", "f" * 64),
+    ):
         list(map_in_order(os._exit, [1, 1], num_jobs=2))
     assert len(list(tmp_path.glob(".set.converting-*"))) == 1
 
@@ -229,8 +232,8 @@ BAD_ROWS = {
     "caption_empty": (["0.jpg", "  ", ""], "caption is empty"),
     "image_missing": (["none.jpg", "words", ""], "'none.jpg' cannot be found"),
     "image_undecodable": (["text.jpg", "words", ""], "not an image of a known format"),
-    "text_not_utf8": (["0.jpg", "caf\udce9", ""], "no UTF-8 at sign 4"),
-    "image_too_large": (["bomb.png", "words", ""], "9000x9000 pixels"),
+    "text_not_utf8": (["0.jpg", "caf\udce9", ""], "invalid UTF-8 at character 4"),
+    "image_too_large": (["bomb.png", "words", ""], "9000 x 9000 pixels"),
 }
 
 
@@ -314,7 +317,7 @@ def test_keys_are_unique_and_plain(tmp_path: Path) -> None:
     assert {count.cause: count.num_rows for count in caught.value.counts} == {"key_malformed": 3, "duplicate_key": 1}
 
 
-def test_a_image_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = csv_source(tmp_path, 60)
     write_all = convert_module._write_all
 
@@ -337,13 +340,13 @@ def test_a_image_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: 
         ("image,caption\n", "no rows"),
     ],
 )
-def test_a_table_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_table(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         run(CsvSource(tmp_path / "t.csv", None, None, PLAIN), tmp_path / "set")
 
 
-def test_coco_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_coco(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     for text, message in (
         ('{"images": [],\n "annotations": [}', r"c.json is not JSON \(line 2"),

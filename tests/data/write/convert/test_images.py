@@ -1,4 +1,4 @@
-"""What becomes of an image that is converted: scaled, upright, and never one that cannot be read again."""
+"""Images that are converted are scaled, upright, and always readable."""
 
 import io
 
@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lightning_moevlm.data.images import decode
+from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions, encode_for_shard, inspect_image
 from lightning_moevlm.data.write.convert.sources.row_source import RowError
 from tests.data.sources import make_image
@@ -21,14 +22,14 @@ def _grey(width: int, height: int, image_format: str) -> bytes:
 
 
 @pytest.mark.parametrize(("image_format", "extension"), [("PNG", "png"), ("JPEG", "jpg")])
-def test_a_image_that_is_too_large_to_be_read_is_not_stored_either(image_format: str, extension: str) -> None:
+def test_an_image_too_large_to_be_read_is_not_stored(image_format: str, extension: str) -> None:
     # 2^13 x 2^13 = 2^26 pixels are allowed; this is one column more
     data = _grey(8193, 8192, image_format)
     for refused in (inspect_image, encode_for_shard):
-        with pytest.raises(RowError, match="8193x8192 pixels, 67,108,864 allowed") as conversion:
+        with pytest.raises(RowError, match="8193 x 8192 pixels, 67,108,864 are allowed") as conversion:
             refused(data, ImageOptions("jpg", None))
         assert conversion.value.cause == "image_too_large"
-    with pytest.raises(decode.ImageTooLargeError, match="8193 x 8192 pixels, allowed are 67108864"):
+    with pytest.raises(ImageTooLargeError, match="8193 x 8192 pixels, 67,108,864 are allowed"):
         decode.decode_image(data, extension, 64)
 
 
@@ -61,7 +62,7 @@ def test_images_are_set_upright_and_laid_on_white() -> None:
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
-def test_a_image_cut_short_is_found_before_it_is_written(extension: str) -> None:
+def test_a_truncated_image_is_found_before_it_is_written(extension: str) -> None:
     data = make_image(0, extension)
     inspect_image(data, AS_IT_IS)
     with pytest.raises(RowError) as caught:

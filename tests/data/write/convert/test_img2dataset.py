@@ -86,7 +86,7 @@ def test_samples_are_written_anew(tmp_path: Path) -> None:
     assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
 
 
-def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_unfinished_or_truncated_tars_are_refused(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 3, 6)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"holds no tars of WebDataset or img2dataset"):
@@ -97,12 +97,12 @@ def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
         keep(folder, tmp_path / "set")
     stats = json.loads((tmp_path / "stats").read_text())
     (folder / "00001_stats.json").write_text(json.dumps(stats | {"successes": 7}))
-    with pytest.raises(UserError, match=r"00001.tar holds 6 samples, its statistics tell 7"):
+    with pytest.raises(UserError, match=r"00001.tar holds 6 samples, but 7 by its statistics"):
         keep(folder, tmp_path / "set")
     (tmp_path / "stats").rename(folder / "00001_stats.json")
     data = (folder / "00001.tar").read_bytes()
     (folder / "00001.tar").write_bytes(data[:2000])  # within an image
-    with pytest.raises(UserError, match=r"00001.tar is cut short, or no tar"):
+    with pytest.raises(UserError, match=r"00001.tar is truncated or not a tar"):
         keep(folder, tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -126,7 +126,7 @@ def test_too_few_tars_to_deal_out(tmp_path: Path) -> None:
         keep(img2dataset_source(tmp_path / "in", 2, 6), tmp_path / "set")
 
 
-def test_bad_samples_are_told_and_may_stay(tmp_path: Path) -> None:
+def test_bad_samples_are_reported_and_may_stay(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 3, 6)
     tar = folder / "00001.tar"
     data = tar.read_bytes()
@@ -168,7 +168,7 @@ def test_other_spellings_of_jpg_are_read_as_it(tmp_path: Path, spelling: str) ->
     assert members(tmp_path / "anew")["web-000000000.jpg"] == make_image(0)
 
 
-def test_images_are_what_their_bytes_say(tmp_path: Path) -> None:
+def test_bytes_decide_the_format_of_images(tmp_path: Path) -> None:
     # img2dataset's --disable_all_reencoding calls everything .jpg
     folder = img2dataset_source(tmp_path / "in", 3, 30, "png", "jpg")
     manifest = keep(folder, tmp_path / "set").manifest
@@ -194,7 +194,7 @@ def test_a_sample_without_a_member_is_one_bad_sample(tmp_path: Path) -> None:
     assert check_set(ShardStorage(str(tmp_path / "set"))).faults == {"member_missing": 2}
 
 
-def test_a_folder_of_tars_without_a_manifest_is_told_the_way(tmp_path: Path) -> None:
+def test_a_folder_of_tars_without_a_manifest_names_the_command(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 3, 6)
     for read in (
         lambda: check_set(ShardStorage(str(folder))),
@@ -203,7 +203,7 @@ def test_a_folder_of_tars_without_a_manifest_is_told_the_way(tmp_path: Path) -> 
         with pytest.raises(UserError, match=r"holds tars, but no manifest\.json.*convert img2dataset"):
             read()
     for pattern in (folder / "{00000..00002}.tar", folder / "00000.tar", folder / "*.tar"):
-        with pytest.raises(UserError, match="give the folder of its shards"):
+        with pytest.raises(UserError, match="give the folder that holds its shards"):
             check_set(ShardStorage(str(pattern)))
 
 

@@ -69,7 +69,7 @@ def test_tables_are_divided_by_other_signs(tmp_path: Path, delimiter: str, sign:
         CsvFormat('"')
 
 
-def test_wrong_delimiters_and_encodings_are_told_in_printable_signs(tmp_path: Path) -> None:
+def test_wrong_delimiters_and_encodings_are_reported_in_printable_characters(tmp_path: Path) -> None:
     for text, remedy in (
         (b"image;caption\n", "add --delimiter ';'"),
         (b"image\tcaption\n", r"add --delimiter '\\t'"),
@@ -90,7 +90,7 @@ def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
         list(CsvSource(table, None, None, COLUMNS).rows())
 
 
-def test_when_all_rows_are_bad_that_is_what_is_told(tmp_path: Path) -> None:
+def test_a_source_with_bad_rows_alone_reports_them(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes(b"image,caption\n1.jpg,caf\xe9\n")
     source = CsvSource(table, None, None, COLUMNS)
@@ -107,7 +107,7 @@ def test_when_all_rows_are_bad_that_is_what_is_told(tmp_path: Path) -> None:
 def test_a_table_of_windows_is_read_in_its_encoding(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes("image;caption\r\nsub\\1.jpg;café\r\n".encode("cp1252"))
-    with pytest.raises(TooManyBadError, match=r"name how the table is encoded, as with --encoding cp1252"):
+    with pytest.raises(TooManyBadError, match=r"name the encoding of the table, as with --encoding cp1252"):
         run(CsvSource(table, None, None, COLUMNS, CsvFormat(";")), tmp_path / "set")
     write_images(tmp_path, ["sub/1.jpg"])
     (row,) = CsvSource(table, None, None, COLUMNS, CsvFormat(";", "cp1252")).rows()
@@ -141,7 +141,7 @@ def test_quotes_that_are_signs_like_any_other_swallow_no_rows(tmp_path: Path) ->
         list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t")).rows())
 
 
-def test_captions_of_several_lines_are_told(tmp_path: Path) -> None:
+def test_captions_of_several_lines_are_counted(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text('image,caption\n1.jpg,"one, two\nthree, four"\n2.jpg,five\n')
     source = CsvSource(table, None, None, COLUMNS)
@@ -160,7 +160,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_another_file_in_place_of_a_table_is_told_with_its_remedy(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused_with_a_remedy(tmp_path: Path, kind: str) -> None:
     data, message = OTHERS[kind]
     (tmp_path / "t.csv").write_bytes(data)
     with pytest.raises(UserError, match=message):
@@ -170,7 +170,7 @@ def test_another_file_in_place_of_a_table_is_told_with_its_remedy(tmp_path: Path
             JsonlSource(tmp_path / "t.csv", None, None, COLUMNS)
 
 
-def test_what_is_no_file_of_objects_is_told(tmp_path: Path) -> None:
+def test_a_file_without_json_objects_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("image,caption\n1.jpg,a\n")
     with pytest.raises(UserError, match=r"does not begin with a JSON object; .* data convert csv"):
         JsonlSource(tmp_path / "t", None, None, COLUMNS)
@@ -214,7 +214,7 @@ def test_a_quote_over_two_lines_swallows_no_row(tmp_path: Path) -> None:
         list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t")).rows())
 
 
-def test_one_of_a_images_captions_is_drawn(tmp_path: Path) -> None:
+def test_one_of_an_images_captions_is_drawn(tmp_path: Path) -> None:
     manifest = run(CocoCaptions(coco_source(tmp_path, 50), tmp_path, "coco", "draw"), tmp_path / "set").manifest
     assert manifest.members == ("jpg", "json", "txt") and manifest.layout.caption_field == "captions"
     assert sum(manifest.num_samples(split) for split in SPLITS) == 50

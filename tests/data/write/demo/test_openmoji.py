@@ -67,7 +67,7 @@ def test_drawings_that_look_alike_are_one() -> None:
     assert first_twins(entries) == {"1F1F9-1F1E9": "1F1F7-1F1F4", "1F1F7-1F1F4": "1F1F7-1F1F4", "1F34E": "1F34E"}
 
 
-def test_transparent_art_goes_on_white() -> None:
+def test_transparent_art_is_laid_on_white() -> None:
     red = rasterise("1F34E", 64)
     assert red.shape == (64, 64, 4) and red[0, 0, 3] == 0
     for image_format in ("jpg", "png"):

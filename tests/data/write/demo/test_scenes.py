@@ -1,4 +1,4 @@
-"""What is said of a scene, held against boxes and pixels by code that shares nothing with the writer's."""
+"""Sentences on scenes, compared with boxes and pixels by code that shares nothing with the writer's."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def test_captions_are_true_of_the_boxes(samples: list[tuple[Sample, dict, np.nda
     assert all(relations[relation] > 10 for relation in ("left of", "right of", "above", "below")), relations
 
 
-def test_drawings_lie_in_their_boxes_on_the_said_ground(
+def test_drawings_lie_in_their_boxes_on_the_stated_ground(
     samples: list[tuple[Sample, dict, np.ndarray]],
 ) -> None:
     for _, annotation, pixels in samples:
@@ -278,7 +278,7 @@ def test_building_again(tmp_path: Path) -> None:
 
 def test_building_over_something_else_is_refused_even_with_force(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds no set"):
+    with pytest.raises(UserError, match="is not a set of shards"):
         _build(tmp_path, force=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

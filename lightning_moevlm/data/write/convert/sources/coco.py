@@ -1,8 +1,8 @@
-"""Rows from COCO's annotation files: captions (COCO 2014, 2017) and questions with answers (VQA v1, v2).
+"""Reads rows from COCO's annotation files: captions (COCO 2014, 2017), and questions with answers (VQA v1, v2).
 
-Both name images by number and say things of them one by one; a sample here is an image with all that is
-said of it, so that an image is stored once and never stands in two splits. Formats: cocodataset.org, "Data
-format", 4. Image Captioning; visualqa.org, "VQA Annotations Download".
+Their entries refer to images by number. A sample here is an image with all of its entries, so an image is stored once
+and is never in two splits. Formats: cocodataset.org, "Data format", 4. Image Captioning; visualqa.org, "VQA Annotations
+Download".
 """
 
 import json
@@ -31,18 +31,17 @@ Take = Literal["first", "each", "draw"]
 
 
 class _ImageCaptions(NamedTuple):
-    """The captions of one image, in the order of their ids."""
+    """The captions of one image."""
 
     file_name: str
-    captions: tuple[tuple[str, str], ...]  # (place, text)
+    captions: tuple[tuple[str, str], ...]  # (place, text), in the order of their ids
 
 
 class CocoCaptions(Source):
-    """A `captions_*.json`.
+    """A `captions_*.json`. The json member of a sample holds all captions of its image.
 
-    take: `first` gives one sample per image, its caption the one of lowest id; `each` one sample per caption, with
-    a copy of the image in each; `draw` one sample per image, of whose captions training draws one per epoch. All
-    captions of the image stand in the json member.
+    take: `first` gives one sample per image, with the caption of lowest id; `each` gives one sample per caption, with a
+    copy of the image; `draw` gives one sample per image, and training draws one of its captions per epoch.
     """
 
     def __init__(self, annotations: Path, images: Path, name: str | None, take: Take) -> None:
@@ -69,24 +68,18 @@ class CocoCaptions(Source):
             for number, (where, text) in enumerate(about.captions[: None if self.take == "each" else 1]):
                 key = f"{self.name}-{image_id:012d}" + (f"-{number}" if self.take == "each" else "")
                 try:
-                    yield Row(
-                        where,
-                        key,
-                        ImageLocation(about.file_name),
-                        clean_caption(text),
-                        annotation,
-                        extra_texts=extra_texts,
-                    )
+                    image, words = ImageLocation(about.file_name), clean_caption(text)
+                    yield Row(where, key, image, words, annotation, extra_texts=extra_texts)
                 except RowError as fault:
                     yield fault.to_bad_row(where)
 
 
 class CocoQuestions(Source):
-    """A `*_questions.json` with its `*_annotations.json`, and captions of the same images if there are any.
+    """A `*_questions.json` with its `*_annotations.json`, and optionally captions of the same images.
 
     The json member holds `questions`, a list of {kind, question, answer, answers}: kind is the answer's type (yes/no,
-    number, other), answer the one most often given, answers all that were given. image_name: how images are called,
-    as in COCO_train2014_{image_id:012d}.jpg; by default after the `data_subtype` of the questions.
+    number, other), answer the most frequent one, answers all of them. image_name: pattern of the images' names, such as
+    COCO_train2014_{image_id:012d}.jpg; by default it follows from the `data_subtype` of the questions.
     """
 
     def __init__(
@@ -114,7 +107,7 @@ class CocoQuestions(Source):
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield images in the order of their ids, each with its questions in the order of theirs."""
         content = _read_object(self.questions)
-        naming = self.image_name or self._naming(content)
+        naming = self.image_name or self._guess_naming(content)
         answers, bad = self._answers()
         yield from bad
         said: dict[int, _ImageCaptions] = {}
@@ -134,7 +127,7 @@ class CocoQuestions(Source):
         for image_id, questions in sorted(asked.items()):
             found = [_question(text, answers[i]) for i, text in sorted(questions) if i in answers]
             if not found:
-                continue  # each of its questions was told of above
+                continue  # its questions are bad rows above
             place = f"{self.questions.name} image {image_id}"
             caption = None
             try:
@@ -154,7 +147,7 @@ class CocoQuestions(Source):
             except RowError as fault:
                 yield fault.to_bad_row(place)
 
-    def _naming(self, content: dict[str, object]) -> str:
+    def _guess_naming(self, content: dict[str, object]) -> str:
         subtype = content.get("data_subtype")
         if not isinstance(subtype, str) or "{" in subtype:
             raise UserError(
@@ -183,7 +176,7 @@ class CocoQuestions(Source):
 def _list_answers(entry: dict[str, object]) -> list[object]:
     given = entry.get("answers", [])
     if not isinstance(given, list):
-        raise RowError("row_malformed", "answers are no list")
+        raise RowError("row_malformed", "answers are not a list")
     return given
 
 
@@ -201,11 +194,10 @@ def _fill_name(naming: str, image_id: int) -> str:
 
 
 def read_captions(path: Path) -> tuple[dict[int, _ImageCaptions], list[BadRow]]:
-    """Return what is said of each image, by its id, and the entries that are none.
+    """Return the captions of each image, by its id, and the bad entries.
 
     Raises:
-        UserError: if the file is no COCO annotation file.
-
+        UserError: if the file is not a COCO annotation file.
     """
     content = _read_object(path)
     names: dict[int, str] = {}
@@ -218,7 +210,7 @@ def read_captions(path: Path) -> tuple[dict[int, _ImageCaptions], list[BadRow]]:
             if image_id in names:
                 raise RowError("duplicate_key", f"image {image_id} occurs twice")
             names[image_id] = _field(entry, "file_name")
-            check_text(names[image_id])  # it goes into the json member too
+            check_text(names[image_id])  # it is stored in the json member too
         except RowError as fault:
             bad.append(fault.to_bad_row(place))
     for number, entry in enumerate(_list(content, "annotations", path)):
@@ -231,11 +223,11 @@ def read_captions(path: Path) -> tuple[dict[int, _ImageCaptions], list[BadRow]]:
             captions.setdefault(image_id, []).append(said)
         except RowError as fault:
             bad.append(fault.to_bad_row(place))
-    told = {
+    found = {
         image_id: _ImageCaptions(name, tuple((place, text) for _, place, text in sorted(captions.get(image_id, []))))
         for image_id, name in names.items()
     }
-    return told, bad
+    return found, bad
 
 
 def _read_object(path: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""How a CSV file is written: what divides fields, how text is encoded, what quotes mean; signs that it is otherwise."""
+"""Describes the format of a CSV file (delimiter, encoding, quotes), and detects signs of another one."""
 
 import codecs
 import csv
@@ -12,30 +12,26 @@ from lightning_moevlm.data.format.manifest import Scalar
 
 _DELIMITERS = (",", ";", "\t", "|")
 _FILE_NAME = re.compile(r"\S+\.[A-Za-z]{2,5}")
-NO_QUOTES = "if quotes are signs like any other in this table, add --quotes false"
+NO_QUOTES = "if quotes are ordinary characters in this table, add --quotes false"
 
 
 @dataclass(frozen=True)
 class CsvFormat:
-    """How a file is read.
-
-    encoding: as Python names it. quotes: whether fields may be quoted; None reads them so, and refuses where that looks
-    wrong.
-    """
+    """The format of a CSV file."""
 
     delimiter: str = ","
-    encoding: str = "utf-8"
-    quotes: bool | None = None
+    encoding: str = "utf-8"  # a name that Python knows
+    quotes: bool | None = None  # whether fields may be quoted; None allows it, and refuses quotes that look wrong
 
     def __post_init__(self) -> None:
-        """Refuse what no table can have."""
+        """Refuse invalid values."""
         if len(self.delimiter) != 1 or self.delimiter in '\r\n"':
-            raise UserError(f"delimiter is {self.delimiter!r}, but must be a single character, as ; or \\t")
+            raise UserError(f"delimiter is {self.delimiter!r}: give a single character, such as ; or \\t")
         try:
             codecs.lookup(self.encoding)
         except LookupError:
             raise UserError(
-                f"encoding is {self.encoding!r}, which Python does not know; give utf-8, cp1252 or so"
+                f"encoding is {self.encoding!r}, which Python does not know; give utf-8 or cp1252, for example"
             ) from None
 
     @property
@@ -45,13 +41,13 @@ class CsvFormat:
 
     @property
     def quoting(self) -> Literal[0, 3]:
-        """What `csv.reader` makes of quotes."""
+        """The option `quoting` of `csv.reader`."""
         if self.quotes is False:
             return csv.QUOTE_NONE
         return csv.QUOTE_MINIMAL
 
     def as_arguments(self) -> dict[str, Scalar]:
-        """Return what decides about the rows; what is as usual is left out, the delimiter apart."""
+        """Return the options that determine the rows; defaults except the delimiter are left out."""
         arguments: dict[str, Scalar] = {"delimiter": self.delimiter}
         if not self.is_utf_8:
             arguments["encoding"] = self.encoding
@@ -59,7 +55,7 @@ class CsvFormat:
 
 
 def other_delimiter(header: Sequence[str], named: Sequence[str], delimiter: str) -> str | None:
-    """Return what divides the header so that the named columns come out; None if nothing does."""
+    """Return a delimiter that gives the header all named columns; None if there is none."""
     line = delimiter.join(header)
     for other in _DELIMITERS:
         if other != delimiter and set(named) <= set(next(csv.reader([line], delimiter=other), [])):
@@ -68,10 +64,10 @@ def other_delimiter(header: Sequence[str], named: Sequence[str], delimiter: str)
 
 
 def holds_rows(cells: Sequence[str], header: Sequence[str], image: str | None, delimiter: str) -> bool:
-    """Tell whether lines within a quoted field look like rows of the table.
+    """Return whether lines within a quoted field look like rows of the table.
 
-    A line between the first and the last does if it has all fields, and an image where one is due. The first and the
-    last, of which the rest stands outside of the quotes, do if they have the fields that are due, and an image.
+    A line between the first and the last looks so if it has all fields, and an image in the image column. The first and
+    the last, which continue outside of the quotes, look so if they have the remaining fields, and an image.
     """
     place = None if image is None else header.index(image)
     for column, cell in enumerate(cells):

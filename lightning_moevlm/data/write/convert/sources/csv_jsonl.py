@@ -1,4 +1,4 @@
-"""Rows from a table: a CSV file with a header, or a file of JSON objects, one per line."""
+"""Reads rows from a CSV file with a header, or from a file of JSON objects, one per line."""
 
 import csv
 import json
@@ -33,24 +33,20 @@ DEFAULT_FORMAT = CsvFormat()
 
 
 class Columns(NamedTuple):
-    """Which column (or JSON field) holds what; None for nothing of the kind.
+    """Names of columns (or JSON fields) with a meaning; other columns go into the json member."""
 
-    image: an image's path within the folder of images. key: of the sample; None numbers the rows. split: train,
-    val or test; None leaves it to the hash. Whatever other columns there are goes into the json member.
-    """
+    image: str | None  # path within the folder of images; None for a set of texts
+    caption: str | None  # None for a set of images
+    key: str | None  # of the sample; None numbers the rows
+    split: str | None  # train, val or test; None lets the hash decide
 
-    image: str | None
-    caption: str | None
-    key: str | None
-    split: str | None
-
-    def named(self) -> tuple[str, ...]:
-        """The columns that have a meaning."""
+    def given(self) -> tuple[str, ...]:
+        """Return the names given."""
         return tuple(column for column in self if column is not None)
 
 
 class _Table(Source):
-    """What both kinds of tables share: from named fields to a row."""
+    """Makes rows of named fields."""
 
     kind: TableKind
 
@@ -58,7 +54,7 @@ class _Table(Source):
         require_file(table, "table")
         refuse_other_than_table(table, self.kind)
         if columns.image is None and columns.caption is None:
-            raise UserError("neither images nor captions are named: a set needs one of them or both")
+            raise UserError("neither images nor captions are named: a set needs images, captions or both")
         folder = require_folder(table.parent if images is None else images, "--images")
         arguments = {f"{role}_column": column or "" for role, column in columns._asdict().items()}
         super().__init__(
@@ -77,13 +73,13 @@ class _Table(Source):
 
     def _row(self, fields: Mapping[str, object], number: int, place: str) -> Row:
         columns = self.columns
-        for column in columns.named():
+        for column in columns.given():
             if column not in fields:
                 raise RowError("row_malformed", f"there is no {column!r}")
         image = None
         if columns.image is not None:
             image = ImageLocation(_text(fields, columns.image))
-        annotation = {name: value for name, value in fields.items() if name not in columns.named()}
+        annotation = {name: value for name, value in fields.items() if name not in columns.given()}
         several: tuple[str, ...] = ()
         if self.layout.caption_field:
             annotation[self.layout.caption_field] = fields[self.layout.caption_field]
@@ -117,14 +113,14 @@ class CsvSource(_Table):
         self._encoding = guess_encoding(table) if form.is_utf_8 else None
         self.remedies = {
             **self.remedies,
-            "row_malformed": f"say with --delimiter how fields are divided; {NO_QUOTES}",
-            "text_not_utf8": f"name how the table is encoded, as with --encoding {self._encoding or 'cp1252'}",
+            "row_malformed": f"give the --delimiter of fields; {NO_QUOTES}",
+            "text_not_utf8": f"name the encoding of the table, as with --encoding {self._encoding or 'cp1252'}",
         }
         if self._encoding is not None and self._encoding.startswith("utf-16"):
             raise UserError(f"table {table} is in UTF-16: add --encoding {self._encoding}")
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield one row per line of the table that is not blank; quoted fields may hold line breaks."""
+        """Yield the rows of the table, without blank lines; quoted fields may hold line breaks."""
         try:
             yield from self._rows()
         except UnicodeDecodeError as error:
@@ -134,7 +130,7 @@ class CsvSource(_Table):
 
     def _rows(self) -> Iterator[Row | BadRow]:
         form, num_spanning, spanning = self.form, 0, ""
-        # bytes that are no UTF-8 become lone surrogates here and are refused row by row
+        # invalid UTF-8 becomes lone surrogates here and is refused row by row
         encoding, errors = ("utf-8-sig", "surrogateescape") if form.is_utf_8 else (form.encoding, "strict")
         with self.table.open(encoding=encoding, errors=errors, newline="") as file:
             reader = csv.reader(file, delimiter=form.delimiter, quoting=form.quoting, strict=True)
@@ -148,7 +144,7 @@ class CsvSource(_Table):
                     cells = next(reader, None)
                 except csv.Error as error:
                     self._refuse_quote(place, first, reader.line_num, str(error))
-                    yield BadRow(place, "row_malformed", f"this is no row of a CSV file ({error})")
+                    yield BadRow(place, "row_malformed", f"this is not a row of a CSV file ({error})")
                     continue
                 if cells is None:
                     break
@@ -173,22 +169,22 @@ class CsvSource(_Table):
             )
 
     def _refuse_quote(self, place: str, first: int, last: int, error: str) -> None:
-        """Refuse a row that cannot be read and goes over several lines: any number of rows may be in it."""
+        """Refuse an invalid row over several lines: it may have swallowed any number of rows."""
         if "unexpected end of data" in error:
             raise UserError(f"{place}: a quote is opened here or later, and never closed; close it, or, {NO_QUOTES}")
         if last > first:
             raise UserError(
                 f"{place}: a quote is opened here or later, and the row that it makes ends wrongly on line {last} "
-                f"({error}); mend it, or, {NO_QUOTES}"
+                f"({error}); correct it, or, {NO_QUOTES}"
             )
 
     def _header(self, reader: Iterator[list[str]]) -> list[str]:
         try:
             header = next(reader, list[str]())
         except csv.Error as error:
-            raise UserError(f"{self.table} line 1 is no row of a CSV file ({error})") from None
+            raise UserError(f"{self.table} line 1 is not a row of a CSV file ({error})") from None
         header = [strip_text(name) for name in header]
-        for column in self.columns.named():
+        for column in self.columns.given():
             if column not in header:
                 raise UserError(
                     f"{self.table} has no column {column!r} (it has: {_list_columns(header)}); "
@@ -199,25 +195,25 @@ class CsvSource(_Table):
         return header
 
     def _header_remedy(self, header: list[str]) -> str:
-        delimiter = other_delimiter(header, self.columns.named(), self.form.delimiter)
+        delimiter = other_delimiter(header, self.columns.given(), self.form.delimiter)
         if delimiter is not None:
             shown = r"\t" if delimiter == "\t" else delimiter
-            return f"its fields are divided otherwise: add --delimiter '{shown}'"
+            return f"its fields have another delimiter: add --delimiter '{shown}'"
         if self._encoding is not None:
-            return f"it is not in UTF-8: name how it is encoded, as with --encoding {self._encoding}"
+            return f"it is not in UTF-8: name its encoding, as with --encoding {self._encoding}"
         return (
             "name the right one, or null for none, with --image_column, --caption_column, --key_column, "
-            "--split_column; if names are cut wrongly, say how fields are divided with --delimiter"
+            "--split_column; if names are cut wrongly, give the --delimiter of fields"
         )
 
 
 class JsonlSource(_Table):
-    """A file of JSON objects in UTF-8, one per line. If the first line has a list of captions, all may have."""
+    """A file of JSON objects in UTF-8, one per line. If the first line has a list of captions, all lines may."""
 
     kind: TableKind = "jsonl"
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield one row per line that is not blank."""
+        """Yield a row per line, without blank lines."""
         is_first = True
         with self.table.open("rb") as file:
             for number, line in enumerate(file):

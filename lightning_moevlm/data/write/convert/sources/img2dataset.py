@@ -1,9 +1,9 @@
-"""What img2dataset writes (`output_format webdataset`): NNNNN.tar, each with NNNNN_stats.json beside it.
+"""Reads img2dataset's output (`output_format webdataset`): NNNNN.tar, each with NNNNN_stats.json beside it.
 
-Its tars are WebDataset shards already: KEY.jpg, KEY.txt (where there were captions), KEY.json. A tar without its
-statistics was never finished, and one that holds fewer samples than they tell was cut short; both are refused. A folder
-without any statistics is one of plain WebDataset shards, under any name: what they hold is what their set has. Members
-are grouped into samples as readers of shards do it (`sample_groups`).
+The tars are WebDataset shards: KEY.jpg, KEY.txt (if there were captions), KEY.json. A tar without statistics was never
+finished, and one with fewer samples than its statistics was truncated; both are refused. A folder without any
+statistics holds plain WebDataset shards, under any name. Members are grouped to samples as in readers of shards
+(`sample_groups`).
 Format: the README of github.com/rom1504/img2dataset, "Output format".
 """
 
@@ -43,21 +43,21 @@ _STATISTICS = "_stats.json"
 REMEDIES: dict[BadCause, str] = {
     "member_missing": "members of a sample stand side by side and have one path up to the first dot of the file name, "
     "folders included; name other members with --image_member, --caption_member or --caption_field",
-    "duplicate_key": "samples of one tar need different keys; pack them into a tar each, or give them other names",
-    "row_malformed": "its json members are not as asked; name another field with --caption_field",
+    "duplicate_key": "samples of one tar need different keys; pack them into several tars, or rename them",
+    "row_malformed": "its json members do not have the form expected; name another field with --caption_field",
     "text_not_utf8": "its texts are in another encoding; write them in UTF-8",
 }
-"""What to do where many samples are bad for one cause."""
+"""Advice by cause, if many samples are bad."""
 _SHOWN = 4
 _KEPT_KEY_SIGNS = 40
-"""Of a key that had to be changed; a hash of the whole follows."""
+"""Characters kept of an invalid key; a hash of the whole key follows."""
 
 
 class Download(NamedTuple):
-    """One tar that is finished. num_samples: as its statistics tell; None where the folder has none."""
+    """A finished tar."""
 
     file: str
-    num_samples: int | None
+    num_samples: int | None  # by its statistics; None if the folder has no statistics
     num_bytes: int
 
 
@@ -69,8 +69,7 @@ def find_downloads(folder: Path) -> tuple[Download, ...]:
     """Return the finished tars of a folder, by name.
 
     Raises:
-        UserError: if there are none, or one is not finished.
-
+        UserError: if there are no tars, or one is unfinished.
     """
     require_folder(folder, "folder")
     if any(folder.glob(f"*{_STATISTICS}")):
@@ -80,8 +79,8 @@ def find_downloads(folder: Path) -> tuple[Download, ...]:
     below = sorted({path.parent.name for path in folder.glob("*/*.tar")}) if not found else []
     if below:
         raise UserError(
-            f"{folder} itself holds no tars, but folders in it do ({', '.join(below[:_SHOWN])}): convert each to a set "
-            "and mix them with data.sources, or link all their tars into one folder"
+            f"{folder} holds no tars, but folders in it do ({', '.join(below[:_SHOWN])}): convert each to a set and "
+            "mix them with data.sources, or link all their tars into one folder"
         )
     if not found:
         raise UserError(
@@ -110,28 +109,27 @@ def _check_finished(path: Path) -> Download:
 
 
 def fingerprint(found: tuple[Download, ...]) -> str:
-    """Sha256, in hex, of the tars' names, sizes and counts: what can be told of them without reading them."""
+    """Return the sha256, in hex, of the tars' names, sizes and counts, which are known without reading them."""
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 class TarSample(NamedTuple):
-    """A sample of a tar. members: by extension; those that were not wanted have no data."""
+    """A sample of a tar."""
 
     key: str
-    members: dict[str, Member]
+    members: dict[str, Member]  # by extension; unwanted ones have no data
 
 
 def read_samples(
     folder: Path, download: Download, known: frozenset[str], wanted: Callable[[str], bool]
 ) -> Iterator[TarSample]:
-    """Yield every sample of a tar as readers find it. wanted: extensions whose bytes are read.
+    """Yield every sample of a tar as in readers of shards. wanted: extensions whose bytes are read.
 
-    Groups without any known extension and without an image (`README.md`) are no samples.
+    Groups without a known extension and without an image (`README.md`) are ignored.
 
     Raises:
-        UserError: if it is no tar or not whole, if members of one sample do not stand side by side, or if it holds
-            another number of samples than its statistics tell.
-
+        UserError: if it is not a whole tar, members of a sample are not adjacent, or the number of samples differs from
+            its statistics.
     """
     remedy = "download it again, or move it and its statistics away"
     num_samples = 0
@@ -149,26 +147,26 @@ def read_samples(
     except RowError as error:
         raise UserError(f"{folder / download.file}: {error}") from None
     except TarBreak as error:
-        raise UserError(f"{folder / download.file} is cut short, or no tar: it {error}; {remedy}") from None
+        raise UserError(f"{folder / download.file} is truncated or not a tar: it {error}; {remedy}") from None
     if download.num_samples is not None and num_samples != download.num_samples:
         raise UserError(
-            f"{folder / download.file} holds {num_samples} samples, its statistics tell {download.num_samples}; "
+            f"{folder / download.file} holds {num_samples} samples, but {download.num_samples} by its statistics; "
             f"{remedy}"
         )
 
 
 def _refuse_scattered(tar: Path, key: str, before: set[str], found: dict[str, Member]) -> None:
-    """Refuse members of one key that others stand between: a reader would take them for two samples, each lacking."""
+    """Refuse members of one key with others between: readers would make two incomplete samples of them."""
     if before and not before & found.keys():
         raise UserError(
-            f"{tar}: members of {key} do not stand side by side (.{', .'.join(sorted(before))} first, "
-            f".{', .'.join(sorted(found))} later), as readers of shards need them; sort the tar: unpack it into an "
+            f"{tar}: members of {key} are not adjacent (.{', .'.join(sorted(before))} first, "
+            f".{', .'.join(sorted(found))} later), but readers of shards need them so; sort the tar: unpack it into an "
             f"empty folder and pack it with `tar --sort=name -cf {tar.name} -C FOLDER .`"
         )
 
 
 class Img2datasetSource(Source):
-    """img2dataset's samples as rows, for writing them anew: in new shards, mixed, split by image, scaled."""
+    """img2dataset's samples as rows, to write them anew: mixed, split by image, scaled."""
 
     def __init__(self, folder: Path, name: str | None, names: MemberNames = DEFAULT_NAMES) -> None:
         self.found = find_downloads(folder)
@@ -181,7 +179,7 @@ class Img2datasetSource(Source):
         self.remedies = REMEDIES
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the samples of every tar, by name; images are not read."""
+        """Yield the samples of all tars, in the order of names; images are not read."""
         names, unread = self.names, UnreadTexts(self.names)
         wanted = {"json", names.text}
         for download in self.found:
@@ -201,7 +199,7 @@ class Img2datasetSource(Source):
         image, about = members[names.find_image(members)], members.get("json")
         text = None if names.text is None else members.get(names.text)
         if text is None and names.caption_field is not None:
-            raise RowError("member_missing", f"no .json that holds its captions, only .{', .'.join(members)}")
+            raise RowError("member_missing", f"no .json with captions, only .{', .'.join(members)}")
         captions = () if text is None else names.read_captions(text.data or b"")
         return Row(
             place=place,
@@ -213,7 +211,7 @@ class Img2datasetSource(Source):
         )
 
     def _key(self, key: str, download: Download) -> str:
-        """Return a key that is unique in the set: img2dataset numbers samples, others begin anew in every tar."""
+        """Return a key that is unique in the set; plain WebDataset shards may repeat keys from tar to tar."""
         whole = key if download.num_samples is not None else f"{Path(download.file).stem}-{key}"
         signs = re.sub(r"[^A-Za-z0-9_-]+", "-", whole)
         if signs != whole or len(f"{self.name}-{whole}") > LONGEST_KEY:

@@ -1,8 +1,8 @@
-"""Takes the questions of a set as rows: one sample per question, so that each is trained on and asked in evaluation.
+"""Reads the questions of a set as rows: one sample per question, for training and evaluation on each.
 
-The json member of the other set holds `questions`, a list of {kind, question, answer} and perhaps `answers`, as
-`scenes` and `coco_vqa` have it. Every question keeps the split of its image, whose bytes are copied, and the set keeps
-the other one's tokenizer, so that a model that was trained on its captions can go on with its questions.
+The json member of the other set holds `questions`, a list of {kind, question, answer} and optionally `answers`, as in
+`scenes` and `coco_vqa`. Every question keeps the split of its image, whose bytes are copied. The new set keeps the
+tokenizer, so that a model trained on the captions can continue with the questions.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ class SetQuestions(Source):
         self.manifest: Manifest = self.storage.read_manifest()
         if ANNOTATION_EXTENSION not in self.manifest.members:
             raise UserError(
-                f"samples of {folder} have no json member that could hold questions: they have "
+                f"samples of {folder} have no json member with questions: they have "
                 f"{', '.join(self.manifest.members)}; choose a set such as scenes, or one that `moevlm data convert "
                 "coco_vqa` made"
             )
@@ -67,12 +67,12 @@ class SetQuestions(Source):
         self.tokenizer_file = folder / self.manifest.tokenizer.file
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the questions of every sample, split by split, in the order of the tars."""
+        """Yield the questions of all samples, split by split, in the order of the tars."""
         for split, entries in self.manifest.splits.items():
             for entry in entries:
-                yield from self._rows_of(_Place(split, entry))
+                yield from self._read_tar(_Place(split, entry))
 
-    def _rows_of(self, place: _Place) -> Iterator[Row | BadRow]:
+    def _read_tar(self, place: _Place) -> Iterator[Row | BadRow]:
         path = self.storage.local_path(place.entry)
         layout = self.manifest.layout
         texts = layout.extensions_of(ANNOTATION_EXTENSION)
@@ -82,7 +82,7 @@ class SetQuestions(Source):
                 for key, found, _ in sample_groups(members):
                     yield from self._questions(key, found, place)
         except TarBreak as error:
-            raise UserError(f"{path} is cut short, or no tar: it {error}; build the set anew") from None
+            raise UserError(f"{path} is truncated or not a tar: it {error}; build the set anew") from None
 
     def _questions(self, key: str, found: dict[str, Member], place: _Place) -> Iterator[Row | BadRow]:
         where = f"{place.entry.file} {key[:100]}"

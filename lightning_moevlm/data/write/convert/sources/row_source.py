@@ -1,7 +1,7 @@
-"""What every kind of source comes down to: rows, each one sample that is to be, or the reason why it cannot be.
+"""Defines sources of a conversion: rows that each become a sample, or the reason why they cannot.
 
-A source only reads its table. Its images are named, not opened: they are looked at later, by several
-processes, and never outside the folder that the source names.
+A source reads only its table and names its images. Images are inspected later, by several processes, and never outside
+of the source's folder.
 """
 
 import json
@@ -18,14 +18,14 @@ from lightning_moevlm.data.format.manifest import SPLITS, Scalar, Split
 from lightning_moevlm.data.text.texts import strip_text
 
 BadCause = Literal[
-    "row_malformed",  # no row of its table: fields missing, not JSON, of another kind
+    "row_malformed",  # not a row of its table: fields missing, not JSON, of another type
     "text_not_utf8",
     "caption_empty",
     "question_unanswered",
-    "key_malformed",  # dots, slashes or other signs that a member's name cannot hold
+    "key_malformed",  # dots, slashes or other characters that a member's name cannot hold
     "duplicate_key",
     "split_unknown",
-    "path_outside",  # an absolute path, `..`, or a link that leads out of the source's folder
+    "path_outside",  # an absolute path, `..`, or a link out of the source's folder
     "image_missing",
     "image_undecodable",
     "image_too_large",
@@ -34,21 +34,21 @@ BadCause = Literal[
 BAD_CAUSES: tuple[BadCause, ...] = get_args(BadCause)
 
 LONGEST_KEY = 80
-"""Signs; they leave room for extension and header in a tar."""
+"""Characters; they leave room for the extension in a tar header."""
 _KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_KEY}}}")
-"""Whatever reads tars takes the first dot for the end of the key."""
+"""Without dots: readers of tars end the key at the first dot."""
 
 
 class BadRow(NamedTuple):
-    """A row that gives no sample. place: where it stands in the source. cause: one word. message: what is wrong."""
+    """A row that gives no sample."""
 
-    place: str
+    place: str  # in the source
     cause: BadCause
     message: str
 
 
 class RowError(Exception):
-    """Raised inside a source or while looking at an image; whoever goes through rows makes a `BadRow` of it."""
+    """A row or its image is bad; readers of rows turn this into a `BadRow`."""
 
     def __init__(self, cause: BadCause, message: str) -> None:
         super().__init__(message)
@@ -56,66 +56,61 @@ class RowError(Exception):
         self.message = message
 
     def to_bad_row(self, place: str) -> BadRow:
-        """Return the bad row that this is."""
+        """Return this as a bad row."""
         return BadRow(place, self.cause, self.message)
 
 
 class ImageLocation(NamedTuple):
-    """Where an image's bytes lie: a file below the source's folder, or a part of one (num_bytes not None)."""
+    """The place of an image's bytes."""
 
-    file: str
+    file: str  # path within the source's folder
     offset: int = 0
-    num_bytes: int | None = None
+    num_bytes: int | None = None  # None: up to the end of the file
 
 
 class Row(NamedTuple):
-    """One sample to be.
+    """A row that becomes a sample."""
 
-    place: where the row stands, for messages. annotation: content of the json member, None for no such member.
-    split: None where the hash of what it shows decides. words: texts beside the caption for the tokenizer to learn.
-    """
-
-    place: str
+    place: str  # in the source, for messages
     key: str
     image: ImageLocation | None
     caption: str | None
-    annotation: dict[str, object] | None
-    split: Split | None = None
-    extra_texts: tuple[str, ...] = ()
+    annotation: dict[str, object] | None  # content of the json member; None: no such member
+    split: Split | None = None  # None: the hash of the content decides
+    extra_texts: tuple[str, ...] = ()  # for the tokenizer, besides the caption
 
 
 class Source(ABC):
-    """A table of rows and the folder that their images lie in.
+    """A table of rows and the folder of their images.
 
-    name: of the set to be, and the beginning of its keys. arguments: everything that decides about the rows, the
-    hash of the table's bytes included; never a path, so that the same table gives the same set anywhere. layout: where
-    captions lie in the samples that its rows become, known when the rows are read. tokenizer_file: what spells the
-    texts already; None learns a tokenizer from them. remedies: what to do where many
-    rows are bad for one cause. notes: sentences to tell when the rows are read.
+    Args:
+        name: Name of the set, and prefix of its keys.
+        folder: Folder of the images.
+        arguments: All that determines the rows, with the hash of the table. Paths are left out, so that the same table
+            gives the same set anywhere.
     """
 
-    layout: Layout = PLAIN_LAYOUT
-    tokenizer_file: Path | None = None
+    layout: Layout = PLAIN_LAYOUT  # place of captions in the samples; known after the rows are read
+    tokenizer_file: Path | None = None  # encodes the texts; None trains a tokenizer on them
     remedies: Mapping[BadCause, str] = {"image_missing": "name the folder of the images with --images"}
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:
         self.name = name
         self.folder = folder
         self.arguments = arguments
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # sentences to print after the rows are read
 
     @abstractmethod
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield every row in the source's order.
+        """Yield all rows in the source's order.
 
         Raises:
             UserError: if the table as a whole cannot be read.
-
         """
 
 
 def make_set_name(text: str) -> str:
-    """Return a name made of signs that a key may have."""
+    """Return a name of characters that keys may have."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:48] or "set"
 
 
@@ -123,8 +118,7 @@ def check_key(key: str) -> str:
     """Return the key.
 
     Raises:
-        RowError: if a tar's member could not be named by it.
-
+        RowError: if a member of a tar cannot have this key.
     """
     if _KEY.fullmatch(key) is None:
         raise RowError("key_malformed", f"key {key[:100]!r} is not 1 to 80 letters, digits, - and _")
@@ -135,8 +129,7 @@ def parse_split(text: str) -> Split:
     """Return the split that a table names.
 
     Raises:
-        RowError: if it is none.
-
+        RowError: if it is not a split.
     """
     for split in SPLITS:
         if strip_text(text) == split:
@@ -148,8 +141,7 @@ def clean_caption(text: object) -> str:
     """Return the caption without surrounding blanks and without a byte-order mark.
 
     Raises:
-        RowError: if it is no text, an empty one, or one that UTF-8 cannot hold.
-
+        RowError: if it is not a text, is empty, or is not valid UTF-8.
     """
     if not isinstance(text, str):
         raise RowError("row_malformed", f"caption is {type(text).__name__}, not a text")
@@ -160,31 +152,29 @@ def clean_caption(text: object) -> str:
 
 
 def check_text(text: str) -> None:
-    """Refuse what cannot be written as UTF-8.
+    """Refuse a text that UTF-8 cannot encode.
 
     Raises:
-        RowError: if the text holds half a character (a lone surrogate, or bytes that were no UTF-8).
-
+        RowError: if it holds half a character (a lone surrogate, or bytes of invalid UTF-8).
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError("text_not_utf8", f"bytes or escapes that are no UTF-8 at sign {error.start + 1}") from None
+        raise RowError("text_not_utf8", f"invalid UTF-8 at character {error.start + 1}") from None
 
 
 def parse_json_object(data: bytes) -> dict[str, object]:
-    """Return the object that a line or a member holds.
+    """Parse a JSON object.
 
-    NaN and Infinity, which many programs write and JSON does not know, become null.
+    NaN and Infinity, which many programs write although JSON lacks them, become null.
 
     Raises:
-        RowError: if it is no JSON object in UTF-8.
-
+        RowError: if it is not a JSON object in UTF-8.
     """
     try:
         content = json.loads(data.decode("utf-8-sig"), parse_constant=_null)
     except UnicodeDecodeError as error:
-        raise RowError("text_not_utf8", f"bytes that are no UTF-8 at byte {error.start + 1}") from None
+        raise RowError("text_not_utf8", f"invalid UTF-8 at byte {error.start + 1}") from None
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise RowError("row_malformed", f"this is not JSON ({reason})") from None
@@ -194,15 +184,14 @@ def parse_json_object(data: bytes) -> dict[str, object]:
 
 
 def _null(name: str) -> None:
-    """Take the place of a constant that JSON does not know."""
+    """Replace a constant that JSON lacks."""
 
 
 def resolve_inside(folder: Path, file: str) -> Path:
     """Return the real path of a file that a table names.
 
     Raises:
-        RowError: if the name leads out of the folder, by its words or by a link, or there is no such regular file.
-
+        RowError: if the name or a link leads out of the folder, or there is no such regular file.
     """
     name = PurePath(file.replace("\\", "/"))  # tables from Windows
     if name.is_absolute() or PureWindowsPath(file).is_absolute() or ".." in name.parts:
@@ -215,7 +204,7 @@ def resolve_inside(folder: Path, file: str) -> Path:
     except UnicodeEncodeError:
         raise RowError("image_missing", f"image {file[:200]!r} is not a file name: it is not UTF-8") from None
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "a ring of links"
+        reason = getattr(error, "strerror", None) or "a cycle of links"
         raise RowError("image_missing", f"image {file[:200]!r} cannot be found ({reason})") from None
     if not path.is_relative_to(folder.resolve()):
         raise RowError("path_outside", f"image {file[:200]!r} is a link that leads out of the folder of images")
@@ -229,7 +218,6 @@ def require_file(path: Path, option: str) -> Path:
 
     Raises:
         UserError: if no such file exists.
-
     """
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; give a file in it")
@@ -243,7 +231,6 @@ def require_folder(path: Path, option: str) -> Path:
 
     Raises:
         UserError: if no such folder exists.
-
     """
     if path.is_file():
         raise UserError(f"{option} {path} is a file; give the folder that it is in")

@@ -1,4 +1,4 @@
-"""Tells a table from what people give in its place: a folder, a Parquet file, a compressed one, JSON for CSV."""
+"""Refuses files that are not a table of the given kind (Parquet, compressed, JSON for CSV), with a remedy."""
 
 import codecs
 import shlex
@@ -9,7 +9,7 @@ from lightning_moevlm.common.errors import UserError
 
 TableKind = Literal["csv", "jsonl"]
 _LOOKED_AT = 2**16
-"""Bytes at the beginning of a file."""
+"""Bytes at the beginning of a file to inspect."""
 _OTHERS = {
     b"PAR1": ("a Parquet file", ""),
     b"\x1f\x8b": ("compressed (gzip)", "gunzip {file}"),
@@ -27,11 +27,10 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def refuse_other_than_table(path: Path, kind: TableKind) -> None:
-    """Look at the beginning of a file.
+    """Inspect the beginning of a file.
 
     Raises:
-        UserError: if it is no text, or one of another kind, with what to do.
-
+        UserError: if it is not a table of this kind, with a remedy.
     """
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT)
@@ -75,7 +74,7 @@ def _json_remedy(path: Path, text: bytes) -> str:
 
 
 def _is_document(text: bytes) -> bool:
-    """Tell whether an object that begins here goes on over the next lines, or is COCO's."""
+    """Return whether an object spans several lines, or is COCO's."""
     return text.partition(b"\n")[0].rstrip().endswith((b",", b"{", b"[")) or _is_coco(text)
 
 
@@ -84,7 +83,7 @@ def _is_coco(text: bytes) -> bool:
 
 
 def guess_encoding(path: Path) -> str | None:
-    """Return how a text that is no UTF-8 seems to be encoded; None if its beginning is UTF-8."""
+    """Guess the encoding of a text; None if its beginning is UTF-8."""
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT)
         if start.startswith(_UTF_16):
@@ -97,5 +96,5 @@ def guess_encoding(path: Path) -> str | None:
                 decoder.decode(start)
                 start = file.read(_LOOKED_AT)
         except UnicodeDecodeError:
-            return "cp1252"  # by far the most frequent of what is left: Windows, western languages
+            return "cp1252"  # the most frequent other encoding: Windows, western languages
     return None

@@ -1,7 +1,7 @@
-"""Compressed tars, unpacked before they are converted: readers of shards jump within a tar, which a stream cannot.
+"""Unpacks compressed tars before a conversion, because readers of shards seek within a tar.
 
-`00000.tar` that is gzip by its bytes, `00000.tar.gz` and `00000.tgz` become plain tars in a hidden folder beside the
-set. What is unpacked already is kept there until the conversion is done.
+`00000.tar` with gzip content, `00000.tar.gz` and `00000.tgz` become plain tars in a hidden folder beside the set. Tars
+already unpacked stay there until the conversion is done.
 """
 
 import bz2
@@ -22,43 +22,41 @@ _NAMES = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz")
 
 
 def detect_compression(path: Path) -> str | None:
-    """Return how a file is compressed, by its bytes; None if it is not."""
+    """Return the compression of a file, by its bytes; None if it has none."""
     with path.open("rb") as file:
         start = file.read(6)
     return next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
 
 
 def find_compressed_tars(folder: Path) -> list[Path]:
-    """Return the compressed tars of a folder, under whatever name."""
+    """Return the compressed tars of a folder, under any usual name."""
     found = {path for pattern in _NAMES for path in folder.glob(pattern) if not path.name.startswith(".")}
     return sorted(path for path in found if path.is_file() and detect_compression(path) is not None)
 
 
 def refuse_compressed(folder: Path) -> None:
-    """Go on only with a folder of plain tars.
+    """Refuse a folder with compressed tars.
 
     Raises:
-        UserError: if one is compressed, with the remedy.
-
+        UserError: with the remedy.
     """
     found = find_compressed_tars(folder)
     if found:
         raise UserError(
-            f"{found[0]} is {detect_compression(found[0])}, and a compressed tar is no tar to readers of shards "
-            f"({len(found)} of them): unpack it, or let --recompress true do it for the set"
+            f"{found[0]} is compressed ({detect_compression(found[0])}), and readers of shards need plain tars "
+            f"({len(found)} are compressed): unpack them, or add --recompress true"
         )
 
 
 @contextmanager
 def unpack_tars(folder: Path, out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` with the same tars and statistics, all of them plain, and remove it at the end.
+    """Yield a folder beside `out` with the same tars, unpacked, and their statistics; remove it at the end.
 
     Raises:
         UserError: if a tar is broken, or `out` is the folder itself.
-
     """
     if out.resolve() == folder.resolve():
-        raise UserError(f"--out is {folder} itself, but unpacked tars need another folder; give one with --out")
+        raise UserError(f"--out is {folder} itself, but unpacked tars need another folder; give another --out")
     target = out.parent / f".{out.name}.unpacked"
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -69,7 +67,7 @@ def unpack_tars(folder: Path, out: Path) -> Iterator[Path]:
             _link(path, target / path.name)
         yield target
     except UserError:
-        shutil.rmtree(target)  # what is to be mended may be a tar
+        shutil.rmtree(target)  # a tar may have to be corrected
         raise
     shutil.rmtree(target)
 
@@ -82,7 +80,7 @@ def _unpack(path: Path, target: Path) -> None:
         with _open(path) as packed, unfinished.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is broken ({error}); get it again, or move it away") from None
+        raise UserError(f"{path} is broken ({error}); download it again, or move it away") from None
     unfinished.replace(target)
 
 
