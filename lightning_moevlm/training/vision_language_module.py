@@ -26,6 +26,7 @@ from lightning_moevlm.training.actions import Action, ActionRunner, Actions, bui
 from lightning_moevlm.training.actions.loss_weights import LossWeights
 from lightning_moevlm.training.checkpoints.configured_options import ConfiguredOptions
 from lightning_moevlm.training.checkpoints.epoch_position import restore_epoch_position
+from lightning_moevlm.training.checkpoints.init_from import InitFrom, start_from
 from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups
 from lightning_moevlm.training.checkpoints.partial_step import (
     PartialStep,
@@ -78,6 +79,7 @@ class VisionLanguageModule(LightningModule):
         init_std: standard deviation of initial matrices.
         precision: dtype per region, for the backbone, the objective, the losses and the optimiser's state.
         actions: changes to the model after each optimiser step.
+        init_from: weights of another run that training starts from; null starts anew.
 
     Raises:
         UserError: an action or loss that does not fit the backbone or the objective, or a negative init_std.
@@ -96,6 +98,7 @@ class VisionLanguageModule(LightningModule):
         init_std: float = 0.02,
         precision: PrecisionPolicy = PrecisionPolicy(),
         actions: Actions = Actions(),
+        init_from: InitFrom | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -108,6 +111,7 @@ class VisionLanguageModule(LightningModule):
         self.seed = seed
         self.init_std = init_std
         self.actions = actions
+        self.init_from = init_from
         self.precision = precision
         set_precision(self, precision)
         check_number("init_std", init_std, least=0)
@@ -147,6 +151,8 @@ class VisionLanguageModule(LightningModule):
         """Refuse an unsuited trainer; keep pinned regions in fp32, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
             refuse_unsuited_trainer(self.trainer)
+        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+            start_from(self, self.init_from)
         keep_pinned_regions(self.trainer, self.precision)
         report_batch_dependence(self.backbone, stage)
 

@@ -51,6 +51,18 @@ def inspect_checkpoint(path: str | None, subcommand: str, root: Path) -> Mapping
     return None if path in ("last", "hpc") or "://" in local else _read(Path(local), subcommand == "fit")
 
 
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Return the content of a checkpoint whose weights are wanted, its tensors mapped from the disk.
+
+    Raises:
+        UserError: the file is missing, not a whole checkpoint, or would run code.
+    """
+    checkpoint = _read(path, resumes=False)
+    if checkpoint is None:
+        raise UserError(f"the checkpoint {path} has sharded weights, which cannot be read here; give a .ckpt file")
+    return checkpoint
+
+
 def find_best_checkpoint(last: Path) -> Path | None:
     """Return the best checkpoint of the first `ModelCheckpoint`, in the folder of the last one; None without one.
 

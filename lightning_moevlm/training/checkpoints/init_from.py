@@ -1,0 +1,236 @@
+"""Starts training from the weights of another run: whole, by parts, or a dense model's in a mixture of experts.
+
+Sparse upcycling (arXiv 2212.05055, section 3): every expert starts as a copy of the dense feed-forward in its place, or
+of the only expert there, and routers start anew. Drop-Upcycling (arXiv 2502.19261, section 3.2): in each expert a share
+of the hidden units, drawn for it alone, starts from normal numbers of the mean and standard deviation of the units that
+they replace.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.nearest_name import suggest
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.sequence_layout import Layout, Span
+from lightning_moevlm.model.initial_weights import derive_seed
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.tracking import RunLogger
+from lightning_moevlm.training.checkpoints.checkpoint_file import read_checkpoint
+
+_DENSE_OF = {"experts.up_EDF": "up.weight", "experts.down_EFD": "down.weight"}
+_HIDDEN_AXIS = {"experts.up_EDF": 2, "experts.down_EFD": 1}
+_GROUP_DEPTH = 2  # parts of a name that the report groups by, such as backbone.blocks
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """How experts start from a dense feed-forward.
+
+    Args:
+        noise: standard deviation of what is added to each expert, over that of the dense matrix; 0 leaves copies alike
+            until routing tells them apart.
+        reinitialised: share of each expert's hidden units that start anew (Drop-Upcycling uses 0.5).
+        seed: of both.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    noise: float = 0.0
+    reinitialised: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_number("upcycle.noise", self.noise, least=0)
+        check_number("upcycle.reinitialised", self.reinitialised, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """Weights that training starts from.
+
+    Args:
+        checkpoint: file of another run.
+        parts: beginnings of names that are taken, such as backbone.patches; null takes all that both models have.
+        upcycle: lets experts start from dense feed-forwards; null takes experts from experts alone.
+    """
+
+    checkpoint: str
+    parts: tuple[str, ...] | None = None
+    upcycle: Upcycle | None = None
+
+
+class Loaded(NamedTuple):
+    """Names of tensors by what became of them."""
+
+    taken: tuple[str, ...]  # as they were
+    upcycled: tuple[str, ...]  # experts that started from dense matrices
+    new: tuple[str, ...]  # of this model, with its own initial weights
+    left: tuple[str, ...]  # of the checkpoint, unused
+
+    def describe(self) -> str:
+        """Return a table as text: tensors by group of names."""
+        columns = {name: Counter(_group(each) for each in names) for name, names in self._asdict().items()}
+        groups = sorted({group for counts in columns.values() for group in counts})
+        width = max(map(len, groups))
+        lines = [f"{'part':<{width}}  " + "  ".join(f"{name:>8}" for name in columns)]
+        lines += [
+            f"{group:<{width}}  " + "  ".join(f"{counts[group] or '':>8}" for counts in columns.values())
+            for group in groups
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def start_from(module: LightningModule, options: InitFrom) -> None:
+    """Set the weights of a module from another run's checkpoint; print a table, and log every name as init_from.txt."""
+    loaded = load_initial_weights(module, options)
+    table = loaded.describe()
+    rank_zero_info(f"initial weights from {options.checkpoint} (tensors):\n{table}")
+    differences = measure_upcycling(module, loaded)
+    if differences:
+        worst = max(differences.values())
+        rank_zero_info(f"{len(differences)} upcycled mixtures differ from their dense start by at most {worst:.2g}")
+    names = [f"{kind} {name}" for kind, each in loaded._asdict().items() for name in each]
+    receipt = [f"{path} differs from its dense start by {value:.3g}" for path, value in differences.items()]
+    text = "\n".join([options.checkpoint, "", table, "", *receipt, "", *names]) + "\n"
+    for logger in module.loggers:
+        if isinstance(logger, RunLogger):
+            logger.log_artifact_text("init_from.txt", text)
+
+
+def load_initial_weights(module: nn.Module, options: InitFrom) -> Loaded:
+    """Set the weights of a module from another run's checkpoint.
+
+    Raises:
+        UserError: the file cannot be used, a shape differs, or a part is in one of the two models alone.
+    """
+    path = options.checkpoint
+    there: Mapping[str, Tensor] = read_checkpoint(Path(path))["state_dict"]
+    here = module.state_dict()
+    wanted = _select(options, here, there)
+    taken = {name: there[name] for name in wanted if name in there}
+    upcycled: dict[str, Tensor] = {}
+    used = set(taken)
+    for name in wanted if options.upcycle is not None else ():
+        dense = _find_dense(name, there)
+        if dense and options.upcycle is not None:
+            upcycled[name] = _make_experts(name, there[dense], here[name].shape[0], options.upcycle)
+            taken.pop(name, None)
+            used.add(dense)
+    layers = _layers_of(upcycled)
+    taken = {name: value for name, value in taken.items() if not any(_is_in(name, f"{path}.router") for path in layers)}
+    used = {name for name in used if name in taken or name not in here or name in upcycled}
+    for name, value in (taken | upcycled).items():
+        if value.shape != here[name].shape:
+            widths = "experts of equal hidden_dim" if name in upcycled else "the models equal widths"
+            raise UserError(
+                f"model.init_from: {name} is {tuple(value.shape)} from {path} and {tuple(here[name].shape)} in this "
+                f"model: give {widths}, or name the parts to take in init_from.parts"
+            )
+    if not used:
+        raise UserError(f"model.init_from: {path} and this model have no tensor in common; give a run of a like model")
+    with torch.no_grad():
+        for name, value in (taken | upcycled).items():
+            here[name].copy_(value)
+    new = tuple(name for name in here if name not in taken and name not in upcycled)
+    left = tuple(name for name in there if name not in used)
+    return Loaded(tuple(taken), tuple(upcycled), new, left)
+
+
+def _select(options: InitFrom, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of this model that are to be set."""
+    if options.parts is None:
+        return list(here)
+    for part in options.parts:
+        if not any(_is_in(name, part) for name in here):
+            known = sorted({name.rsplit(".", depth)[0] for name in here for depth in range(name.count(".") + 1)})
+            raise UserError(
+                f"model.init_from.parts: this model has no {part}; {suggest(part, known)}name one of its parts"
+            )
+        found = [name for name in here if _is_in(name, part)]
+        if not any(name in there or (options.upcycle is not None and _find_dense(name, there)) for name in found):
+            raise UserError(f"model.init_from.parts: {options.checkpoint} has nothing for {part}; name another part")
+    return [name for name in here if any(_is_in(name, part) for part in options.parts)]
+
+
+def _layers_of(upcycled: Iterable[str]) -> list[str]:
+    """Return the paths of the mixtures that these stacks belong to."""
+    return list(dict.fromkeys(name.rpartition(".experts.")[0] for name in upcycled))
+
+
+def _is_in(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+def _find_dense(name: str, there: Mapping[str, Tensor]) -> str:
+    """Return the checkpoint's matrix that an expert stack may start from: dense, or of an only expert; else ""."""
+    stack = next((stack for stack in _DENSE_OF if name.endswith(f".{stack}")), None)
+    if stack is None:
+        return ""
+    if name in there:
+        return name if there[name].shape[0] == 1 else ""
+    dense = name.removesuffix(stack) + _DENSE_OF[stack]
+    return dense if dense in there else ""
+
+
+def _make_experts(name: str, dense: Tensor, num_experts: int, options: Upcycle) -> Tensor:
+    """Return the stack of experts that starts from a dense matrix, in fp32; up and down draw the same units."""
+    stack = next(stack for stack in _DENSE_OF if name.endswith(f".{stack}"))
+    matrix = dense.float()[0] if dense.ndim == 3 else dense.float().T  # (D, F) or (F, D), as experts hold theirs
+    experts = matrix.expand(num_experts, *matrix.shape).clone()
+    layer = name.removesuffix(f".{stack}")
+    if options.noise:
+        generator = torch.Generator().manual_seed(derive_seed(options.seed, "noise", name))
+        experts += options.noise * matrix.std() * torch.randn(experts.shape, generator=generator)
+    num_new = round(options.reinitialised * experts.shape[_HIDDEN_AXIS[stack]])
+    if num_new:
+        for index, expert in enumerate(experts):
+            units = _draw_units(options.seed, layer, index, experts.shape[_HIDDEN_AXIS[stack]], num_new)
+            values = torch.Generator().manual_seed(derive_seed(options.seed, "values", name, index))
+            replaced = expert.index_select(_HIDDEN_AXIS[stack] - 1, units)
+            fresh = replaced.mean() + replaced.std() * torch.randn(replaced.shape, generator=values)
+            expert.index_copy_(_HIDDEN_AXIS[stack] - 1, units, fresh)
+    return experts
+
+
+def _draw_units(seed: int, layer: str, expert: int, num_units: int, num_drawn: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "units", layer, expert))
+    return torch.randperm(num_units, generator=generator)[:num_drawn]
+
+
+def _group(name: str) -> str:
+    return ".".join(name.split(".")[:_GROUP_DEPTH])
+
+
+@torch.no_grad()
+def measure_upcycling(module: nn.Module, loaded: Loaded, num_tokens: int = 64) -> dict[str, float]:
+    """Return by layer the largest difference of an upcycled mixture to its first expert alone, over that one's output.
+
+    It is 0 to rounding if all experts are copies and the weights of a token's choices add up to 1.
+    """
+    found: dict[str, float] = {}
+    for path in _layers_of(loaded.upcycled):
+        layer = module.get_submodule(path)
+        assert isinstance(layer, MoEFFN)
+        generator = torch.Generator().manual_seed(0)
+        tokens_TD = torch.randn(num_tokens, layer.dim, generator=generator).to(layer.experts.stacks()[0])
+        layout = Layout((Span(Modality.TEXT, 0, num_tokens),), torch.ones(1, num_tokens, dtype=torch.bool))
+        was_training = layer.training
+        mixed_TD = layer.eval()(tokens_TD.unsqueeze(0), layout).tokens_BSD[0]
+        layer.train(was_training)
+        up_DF, down_FD = (stack[0] for stack in layer.experts.stacks())
+        alone_TD = F.gelu(tokens_TD @ up_DF) @ down_FD
+        found[path] = float((mixed_TD - alone_TD).abs().max() / alone_TD.abs().max())
+    return found
