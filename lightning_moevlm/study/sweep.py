@@ -5,7 +5,7 @@ Resolving configurations, building models and opening data need folders above th
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -88,7 +88,7 @@ def list_plan(planned: Plan, builders: Callable[[], Builders], probe: bool) -> L
     statuses = {run.folder: str(state.status) for run, state in read_ledger(planned)}
     probes = _probe(planned, builders()) if probe else {}
     known = _look_for_known_runs(planned, builders())
-    records = [asdict(record) for record in plan_records(planned, statuses, probes, known)]
+    records = plan_records(planned, statuses, probes, known)
     return (arms_table(planned, probes), plan_table(planned, statuses, known)), records
 
 
@@ -148,7 +148,7 @@ def list_states(planned: Plan) -> Listing:
 
     _upload_offline_logs(planned)
     ledger = read_ledger(planned)
-    return (status_table(planned, ledger),), [asdict(record) for record in status_records(planned, ledger)]
+    return (status_table(planned, ledger),), status_records(planned, ledger)
 
 
 def report(planned: Plan, terminal: "Console", unfair: bool, full: bool) -> None:

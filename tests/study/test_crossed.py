@@ -57,9 +57,9 @@ def test_a_grid_answers_by_factor(tmp_path):
     assert [row[0] for row in first.rows] == list(effects)
     told = describe_findings(result)
     assert starts(told) == list(effects)
-    assert "speed fast: helps. Validation task loss -2.50" in told[1] and "against speed slow" in told[1]
-    assert "skew: hurts. Validation task loss +0.83" in told[2] and "on against off" in told[2]
-    assert "added to the effect of speed fast by skew" in told[4]
+    assert "speed fast: helps. Compared with speed slow, validation task loss changes by -2.50" in told[1]
+    assert "skew: hurts. Turning it on changes validation task loss by +0.83" in told[2]
+    assert "skew changes the effect of speed fast on validation task loss by" in told[4]
     record = make_records(result)["factors"][1]
     assert record["contrasts"] == [{"factor": "speed", "level": "fast", "other": "slow"}]
     picture, matrix, *_ = draw_all(result)

@@ -10,21 +10,20 @@ from lightning_moevlm.study.statistics.equal_budget import compute_step_cost
 
 @dataclass(frozen=True)
 class ArmCost:
-    """One arm over its seeds.
-
-    seconds: of one optimiser step. memory: peak, MiB. more_time, more_memory: by how much of the baseline's the arm's
-    is above it, a fraction per seed; None for the baseline and where no seed has both.
-    """
+    """One arm over its seeds; None if unknown."""
 
     arm: str
     seconds: Mean | None
+    """Of one optimiser step."""
     memory: Mean | None
+    """Peak, MiB."""
     more_time: Mean | None
+    """Fraction of the baseline's, above it, of the seeds that have both; None for the baseline."""
     more_memory: Mean | None
 
 
 def compute_costs(result: StudyResult) -> tuple[ArmCost, ...]:
-    """Return every arm's, in order."""
+    """Return the costs of every arm, in order."""
     base = result.baseline
     return tuple(
         ArmCost(

@@ -1,6 +1,6 @@
-"""From runs to results: series out of the tracker, gathered by arm and compared with the baseline.
+"""Collects the metrics of runs from MLflow, groups them by arm and compares the arms with the baseline.
 
-Only runs with a result (finished or diverged) enter comparisons; runs that still go on are drawn, not counted.
+Only runs with a result (finished or diverged) enter comparisons. Unfinished runs are drawn, not counted.
 """
 
 import math
@@ -62,10 +62,10 @@ if TYPE_CHECKING:  # it lies beside the models, which import torch
 
 
 def collect_results(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) -> StudyResult:
-    """Fetch every series of every run that has been started, and compare the arms.
+    """Fetch every series of every started run, and compare the arms.
 
     Raises:
-        MlflowException: the store cannot be read.
+        MlflowException: The store cannot be read.
     """
     ids = [state.run_id for _, state in ledger if state.run_id is not None]
     series = metric_series(uri, ids)
@@ -80,16 +80,16 @@ def collect_results(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], u
 def to_result(
     run: PlannedRun, state: RunState, series: Mapping[str, Series], tags: Mapping[str, str] = MappingProxyType({})
 ) -> RunResult:
-    """Return what became of a planned run."""
+    """Return the result of a planned run."""
     return RunResult(run.arm, run.seed, run.resolved, run.max_steps, state, series, tags)
 
 
 def compare_arms(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> StudyResult:
-    """Gather runs into arms and compare every arm with the baseline, paired by seed.
+    """Group runs by arm and compare every arm with the baseline, paired by seed.
 
     Args:
         study: Arms, seeds and rules.
-        cards: Model card by arm, None where it is not known.
+        cards: Model card by arm; None if unknown.
         results: Every run, at most one per arm and seed.
     """
     withdrawn = _find_withdrawn(study, results)
@@ -98,7 +98,7 @@ def compare_arms(study: Comparison, cards: "Cards", results: Sequence[RunResult]
     base = by_arm[study.baseline]
     rule = make_rule(study)
     effects = {name: _effect(study, rule, runs, base) for name, runs in by_arm.items() if name != study.baseline}
-    effects |= {name: withhold_verdict(study.seeds, rule, told) for name, told in withdrawn.items()}
+    effects |= {name: withhold_verdict(study.seeds, rule, reason) for name, reason in withdrawn.items()}
     judged = judge_family(effects, rule)
     done = [r for r in results if r.state.status.has_result]
     costs = [_cost(cards, r) for r in done]
@@ -125,7 +125,7 @@ def compare_arms(study: Comparison, cards: "Cards", results: Sequence[RunResult]
 
 
 def _find_withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str]:
-    """Return why arms are withdrawn: by the rule now, or by one that stopped a run of theirs when it ran."""
+    """Return the reason of each withdrawn arm: the rule now, or the one that stopped one of its runs."""
     now = find_withdrawals(study, ((r.arm, r.seed, r.series.get(study.primary.metric)) for r in results))
     before = {
         r.arm: f"stopped by rule: {r.tags.get(STOPPED_RULE, 'not logged')}"
@@ -136,7 +136,7 @@ def _find_withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str
 
 
 def _mark_stopped(result: RunResult) -> RunResult:
-    """Return a run of a withdrawn arm: where it went to its end all the same, that is no result."""
+    """Return a run of a withdrawn arm as stopped, also if it reached its end."""
     if result.state.status is not Status.FINISHED:
         return result
     return replace(result, state=structs.replace(result.state, status=Status.STOPPED))
@@ -175,7 +175,7 @@ def _arm_result(
         stability=summarise_stability(
             [measure_stability(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
             _count(runs, Status.DIVERGED),
-            # of a withdrawn arm the runs that diverged are left, and those that did not are stopped: no sample
+            # a withdrawn arm has a result only of runs that diverged: not a sample
             None if arm.name == study.baseline or is_withdrawn else (stable, total),
         ),
         equal=equal,
@@ -241,7 +241,7 @@ def _cost(cards: "Cards", result: RunResult) -> StepCost:
 
 
 def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[str, dict[str, Mean]]:
-    """Return what the runs of each arm had reached with every budget."""
+    """Return the results of each arm with every budget."""
     arms: dict[str, dict[str, Mean]] = {}
     for budget in budgets:
         for arm in dict.fromkeys(r.arm for r in done):
@@ -268,12 +268,12 @@ def _subject(study: Comparison, cards: "Cards", result: RunResult) -> Subject:
 
 
 def _compute(base: "ModelCard | None", card: "ModelCard | None") -> str:
-    """Return an arm's active FLOPs against the baseline's; within the tolerance of `match` they are the same."""
+    """Return an arm's active FLOPs relative to the baseline's; equal within the tolerance of `match`."""
     if base is None or card is None:
         return ""
     more = card.active_flops_per_sample / base.active_flops_per_sample - 1
-    told = format_count(base.active_flops_per_sample)
-    return told if abs(more) <= FLOPS_TOLERANCE else f"{100 * more:+.1f} % of {told}"
+    text = format_count(base.active_flops_per_sample)
+    return text if abs(more) <= FLOPS_TOLERANCE else f"{100 * more:+.1f} % of {text}"
 
 
 def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[RunResult]]) -> LadderResult:
@@ -293,7 +293,7 @@ def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[Run
         {rate: mean_of([r.last(primary) for r in runs.values()]) for rate, runs in done.items()},
         stable,
         total,
-        # of a rate whose runs all crashed, or are still to come, nobody knows: what is stable ends below it
+        # a rate whose runs all crashed, or are still to come, is unknown: what is stable ends below it
         largest_stable({rate: 0 < total[rate] == stable[rate] for rate in done}),
         {arm: seeds for rate, arm in ladder.rungs.items() if (seeds := _missing(study.seeds, done[rate]))},
     )
@@ -317,7 +317,7 @@ def _ended(results: Sequence[RunResult]) -> set[int]:
 
 
 def _lost(results: Sequence[RunResult], paired: Set[int]) -> Lost:
-    """Return the runs that were lost. paired: the seeds for which the other side has a run that ended, too."""
+    """Return the lost runs. paired: seeds for which the other side has an ended run, too."""
     unpaired = [r for r in results if r.seed not in paired]
     counted = (_count(results, Status.DIVERGED), _count(results, Status.FAILED))
     return Lost(*counted, unpaired=_count(unpaired, Status.DIVERGED) + _count(unpaired, Status.FAILED))

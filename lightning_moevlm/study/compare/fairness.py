@@ -1,11 +1,10 @@
-"""Are the runs comparable? What must be the same in all of them, and what was not.
+"""Checks that runs may be compared, and lists their differences.
 
-Within a seed all arms must have seen the same data in the same order, in the same number of equal steps, at the same
-part of their schedule, and be judged on the same samples: a difference in these biases the comparison, and it is
-refused. Differences in code, kernels, dtypes and versions move results a little and speed a lot; they are told as a
-warning, since a commit between two starts of one sweep is the usual case. So is a difference in active FLOPs by more
-than 1 %: what an arm gains may be what it computes more. A difference that the study file itself
-declares in an arm is the arm's own matter, told and not refused.
+Within a seed all arms must see the same data in the same order, in the same number of equal steps, at the same part of
+their schedule, and be validated on the same samples. A difference in these biases the comparison and is refused.
+Differences in code, kernels, dtypes and versions change results a little and speed a lot. They are a warning, since a
+commit between two starts of a sweep is common. So are active FLOPs more than 1 % apart: an arm may gain by computing
+more. A difference that the study file declares in an arm is listed and not refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ _COSMETIC = frozenset(cosmetic.name for cosmetic in COSMETIC_KEYS)
 
 
 class Weight(StrEnum):
-    """What a difference amounts to."""
+    """The consequence of a difference."""
 
     BIASES = "biases"
     WARNS = "warns"
@@ -34,44 +33,45 @@ class Weight(StrEnum):
 
 @dataclass(frozen=True)
 class Subject:
-    """One run with a result, as this check sees it.
-
-    changes: what its arm declares, dotted. resolved: its whole config. tags: what it logged of code, versions, data
-    and kernels. steps: of the optimiser; None where the run diverged, which may end it early, or logged nothing.
-    budget_in_steps: False where the study gives every arm the same of something else, and so its own number of steps.
-    compute: the active FLOPs of a sample in words, the same words for what is alike; empty where they are not known.
-    """
+    """One run with a result."""
 
     arm: str
     seed: int
     changes: Mapping[str, Any]
+    """Declared by its arm, dotted."""
     resolved: Mapping[str, Any]
+    """Whole config."""
     tags: Mapping[str, str]
+    """Code, versions, data and kernels."""
     steps: int | None
+    """Of the optimiser; None if the run diverged, which may end it early, or logged nothing."""
     budget_in_steps: bool = True
+    """False if the study equalises something else, so that each arm has its own number of steps."""
     compute: str = ""
+    """Active FLOPs of a sample in words, the same for equal ones; empty if unknown."""
 
 
 class Aspect(NamedTuple):
-    """One thing that must be the same. keys: config keys that decide it; read: value by name, nothing where unknown."""
+    """One thing that must be the same."""
 
     name: str
     biases: bool
     keys: tuple[str, ...]
+    """Config keys that decide it."""
     read: Callable[[Subject], Mapping[str, str]]
+    """Returns value by name; unknown ones are absent."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that was not the same.
-
-    values: what it was -> the runs, by arm and seed, that had it so. keys: config keys that decide it.
-    """
+    """One thing that was not the same."""
 
     name: str
     weight: Weight
     values: Mapping[str, tuple[str, ...]]
+    """Runs, by arm and seed, of each value."""
     keys: tuple[str, ...] = ()
+    """Config keys that decide it."""
 
     @property
     def text(self) -> str:
@@ -80,38 +80,38 @@ class Difference:
 
 
 def find_differences(subjects: Sequence[Subject]) -> tuple[Difference, ...]:
-    """Return everything in which the runs of a study are not alike, what biases first."""
+    """Return the differences between runs, those that bias first."""
     found = [one for aspect in ASPECTS for one in _compare_aspect(aspect, subjects)]
     order = list(Weight)
     return tuple(sorted(found, key=lambda one: order.index(one.weight)))
 
 
 def refuse_biased(name: str, found: Sequence[Difference], remedy: str) -> None:
-    """Refuse to compare runs that differ in what biases a comparison.
+    """Refuse to compare runs with a difference that biases.
 
     Args:
-        name: Of what is compared.
-        found: As `find_differences` returns it.
-        remedy: What to do about it.
+        name: Of the comparison.
+        found: From `find_differences`.
+        remedy: Sentence that ends the message.
 
     Raises:
-        UserError: names what differs and which runs.
+        UserError: Names the differences and the runs.
     """
     biased = [one for one in found if one.weight is Weight.BIASES]
     if biased:
-        told = "; ".join(f"{one.name}: {one.text}" for one in biased)
-        raise UserError(f"{name}: these runs cannot be compared, they differ in {told}. {remedy}")
+        text = "; ".join(f"{one.name}: {one.text}" for one in biased)
+        raise UserError(f"{name}: these runs cannot be compared, they differ in {text}. {remedy}")
 
 
 def _compare_aspect(aspect: Aspect, subjects: Sequence[Subject]) -> list[Difference]:
-    """Compare every part of an aspect among the runs that know it."""
+    """Compare every part of an aspect among the runs in which it is known."""
     read = [(subject, aspect.read(subject)) for subject in subjects]
     parts = dict.fromkeys(part for _, values in read for part in values)
     return [one for part in parts if (one := _compare_part(aspect, part, [(s, v[part]) for s, v in read if part in v]))]
 
 
 def _compare_part(aspect: Aspect, part: str, known: list[tuple[Subject, str]]) -> Difference | None:
-    """Compare one part; the runs whose arm declares it are set aside first."""
+    """Compare one part, first without the runs whose arm declares it."""
     weight = Weight.BIASES if aspect.biases else Weight.WARNS
     plain = [(subject, value) for subject, value in known if not _declares(subject, aspect)]
     if len({value for _, value in plain}) <= 1:
@@ -127,7 +127,7 @@ def _compare_part(aspect: Aspect, part: str, known: list[tuple[Subject, str]]) -
 
 
 def _names(having: list[Subject], all_known: list[tuple[Subject, str]]) -> tuple[str, ...]:
-    """Return the names of whole arms where all their runs are meant, else of runs."""
+    """Return the names of arms all of whose runs are given, else of runs."""
     names: list[str] = []
     for arm in dict.fromkeys(subject.arm for subject in having):
         mine = [subject for subject in having if subject.arm == arm]
@@ -154,14 +154,14 @@ def _steps(subject: Subject) -> dict[str, str]:
 
 
 def _batch(subject: Subject) -> dict[str, str]:
-    """How many, and in how many batches: each is of a stream of its own, so 4 of 8 are not the samples of one of 32."""
+    """Samples and batches of a step: each batch is of a stream of its own, so 4 of 8 differ from one of 32."""
     samples = samples_per_step(subject.resolved)
     batches = (subject.resolved.get("trainer") or {}).get("accumulate_grad_batches") or 1
     return _one(samples if samples is None or batches == 1 else f"{samples} in {batches} batches")
 
 
 def _schedule(subject: Subject) -> dict[str, str]:
-    """The part of the schedule that the steps are, and its warm-up."""
+    """The share of the schedule's steps that the run makes."""
     leaves = flatten_values(subject.resolved)
     total, steps = leaves.get("model.schedule.init_args.total_steps"), leaves.get("trainer.max_steps")
     if not isinstance(total, int) or not isinstance(steps, int) or total <= 0:
@@ -174,7 +174,7 @@ def _manifest(subject: Subject) -> dict[str, str]:
 
 
 def _order(subject: Subject) -> dict[str, str]:
-    """Everything of the data's config but its seed, which is compared within a seed, and `_batch`."""
+    """The data's config without batch size; its seed is compared within a seed."""
     data = subject.resolved.get("data")
     leaves = flatten_values(data) if isinstance(data, Mapping) else {}
     named = {name: str(value) for name, value in leaves.items() if name not in ("seed", "batch_size")}
@@ -183,9 +183,9 @@ def _order(subject: Subject) -> dict[str, str]:
 
 
 def _held_out(subject: Subject) -> dict[str, str]:
-    """How much of the validation set every validation reads: a loss on other samples is another number.
+    """The part of the validation set that every validation reads.
 
-    A limit is in batches, so it is of other samples where batches are of another size.
+    A limit is in batches, so it means other samples if batches have another size.
     """
     trainer, data = subject.resolved.get("trainer"), subject.resolved.get("data")
     if not isinstance(trainer, Mapping) or "limit_val_batches" not in trainer:
@@ -193,17 +193,17 @@ def _held_out(subject: Subject) -> dict[str, str]:
     size = data.get("batch_size") if isinstance(data, Mapping) else None
     of = "" if size is None else f" of {size} samples"
 
-    def told(limit: object) -> str:
+    def describe(limit: object) -> str:
         if limit in (None, -1) or (isinstance(limit, float) and limit == 1.0):
             return "all"
         return f"{limit:g} of all batches{of}" if isinstance(limit, float) else f"{limit} batches{of}"
 
     at_start = trainer.get("num_sanity_val_steps", -1)
-    return {"": told(trainer["limit_val_batches"]), "of the untrained model": told(at_start)}
+    return {"": describe(trainer["limit_val_batches"]), "of the untrained model": describe(at_start)}
 
 
 def _resumed(subject: Subject) -> dict[str, str]:
-    """What a resume set otherwise than the run began with: MLflow's params, and so the config, tell the beginning."""
+    """Values that a resume changed: MLflow's params, and so the config, are those of the beginning."""
     changed = {tag.removeprefix(CHANGED_TAG): text for tag, text in subject.tags.items() if tag.startswith(CHANGED_TAG)}
     counted = (key for key in sorted(changed) if key.startswith(_LEARNT_FROM) and key not in _COSMETIC)
     return _one(", ".join(f"{key} to {changed[key]}" for key in counted) or "nothing")
@@ -219,13 +219,13 @@ def _commit(subject: Subject) -> dict[str, str]:
 
 
 def _trained_for(subject: Subject) -> dict[str, str]:
-    """The study that a run was taken from: its speed is that of the machine as it was then."""
+    """The study that a run was taken from, on whose machine its speed was measured."""
     origin = subject.tags.get(TAKEN_FROM, "").partition("/")[0]
     return _one(origin or "this one")
 
 
 def _kernels(subject: Subject) -> dict[str, str]:
-    """The dispatcher of each layer, without the measured reasons; a layer that another arm lacks is not compared."""
+    """The dispatcher of each layer, without its reasons; a layer that another arm lacks is not compared."""
     prefix = "dispatch/"
     return {
         tag.removeprefix(prefix): text.split(" ")[0] for tag, text in subject.tags.items() if tag.startswith(prefix)

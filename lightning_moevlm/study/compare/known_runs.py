@@ -1,12 +1,12 @@
-"""Runs that another study of the same store has made already: found by what they are, and taken up instead of trained.
+"""Finds runs that another study of the same store has finished, and reuses them instead of training.
 
-A run is the same where all of this agrees: the digest of the whole resolved configuration (model, data, seed, budget),
-the digest of the data's manifest, the digest of this package's code, and the versions that it stands on. It must have
-finished, never have been resumed with other values, and name no code and no file whose content no digest holds. A
-budget of minutes gives another run each time, so such runs are never taken.
+Two runs are the same if all of this agrees: the digest of the whole resolved configuration (model, data, seed, budget),
+the digest of the data's manifest, the digest of this package's code, and the versions of its dependencies. The run
+must have finished, without a resume that changed values, and without code or files that no digest covers. A budget of
+minutes gives another run each time, so such runs are never reused.
 
-What is taken is copied into a run of the study's own: points, params and tags, with a tag that says where it is from.
-So the study stays whole when the other one is deleted. Its verdict is reached anew, by this study's rules.
+Points, params and tags are copied into a run of the study's own, with a tag that names the origin. So the study stays
+whole if the other one is deleted. Its verdict is reached anew, by this study's rules.
 """
 
 from collections import Counter
@@ -32,27 +32,30 @@ _PARTS = ("model", "data", "trainer")  # sections whose texts may name code or f
 
 @dataclass(frozen=True)
 class Known:
-    """A run that another study has made. name: of the run there."""
+    """A finished run of another study."""
 
     study: str
     name: str
+    """Of the run there."""
     run_id: str
 
     @property
     def text(self) -> str:
-        """Where it is, in words."""
+        """Study, name and id."""
         return f"{self.study}/{self.name} ({self.run_id})"
 
 
 @dataclass(frozen=True)
 class KnownRuns:
-    """What was found. taken: by folder of the planned run; refused: why the runs of others were not taken, counted."""
+    """Runs of other studies with the digests of planned ones."""
 
     taken: Mapping[str, Known] = field(default_factory=dict)
+    """Those to reuse, by folder of the planned run."""
     refused: Mapping[str, int] = field(default_factory=dict)
+    """Number of planned runs by reason for not reusing another study's."""
 
     def describe(self, total: int) -> tuple[str, ...]:
-        """Return one line per study that has some of the planned runs, and per reason."""
+        """Return one line per study that has planned runs, and one per reason for refusing."""
         counts = Counter(known.study for known in self.taken.values())
         return (
             *(f"{count} of {total} known from study {study}" for study, count in counts.items()),
@@ -64,7 +67,7 @@ class KnownRuns:
 
 
 def find_known(plan: Plan, uri: str, data_digest: Callable[[Mapping[str, Any]], str]) -> KnownRuns:
-    """Find the runs of a plan that have not been started and that another study has made.
+    """Find the runs of a plan that have not been started here, and that another study has finished.
 
     Args:
         plan: All runs.
@@ -72,7 +75,7 @@ def find_known(plan: Plan, uri: str, data_digest: Callable[[Mapping[str, Any]], 
         data_digest: Returns the digest of the manifest that a data configuration reads; may raise UserError.
 
     Raises:
-        MlflowException: the store cannot be read.
+        MlflowException: The store cannot be read.
     """
     waiting = [run for run in plan.runs if run.max_steps is not None and _is_untouched(plan, run)]
     found = tags_of_runs_with(uri, "digest", {run.digest for run in waiting})
@@ -102,10 +105,10 @@ def find_known(plan: Plan, uri: str, data_digest: Callable[[Mapping[str, Any]], 
 def take_known(plan: Plan, experiment: StudyRuns, known: KnownRuns) -> list[PlannedRun]:
     """Copy known runs into the study's experiment, judge them by its rules and write the ledger; return them.
 
-    Call it holding the study. A run that the study's own experiment has a result of is left for `find_waiting_runs`.
+    The caller holds the study. A run with a result in the study's own experiment is left for `find_waiting_runs`.
 
     Raises:
-        MlflowException: the store does not answer.
+        MlflowException: The store does not answer.
     """
     taken = []
     for run in plan.runs:
@@ -143,7 +146,7 @@ def _is_of_another(tags: Mapping[str, str], plan: Plan) -> bool:
 
 
 def _identity(run: PlannedRun, data_digest: Callable[[Mapping[str, Any]], str]) -> dict[str, tuple[str, str]]:
-    """Return what a run made here would be tagged with, by tag, and what that is in words."""
+    """Return the tags that a run made here would have, each with the reason if another run's differs."""
     data = {name: value for name, value in run.resolved.get("data", {}).items() if name != "seed"}
     return {
         DIGEST_TAG: (data_digest(data), "the data has changed since"),
@@ -153,7 +156,7 @@ def _identity(run: PlannedRun, data_digest: Callable[[Mapping[str, Any]], str]) 
 
 
 def _why_not(tags: Mapping[str, str], here: Mapping[str, tuple[str, str]], run: PlannedRun) -> str:
-    """Return why a run of another study is not the one that would be made here, or ""."""
+    """Return why a run of another study differs from the one that would be made here; empty if it does not."""
     if tags.get(OUTCOME) != Status.FINISHED:
         return f"there it has {tags.get(OUTCOME, 'not ended')}"
     if any(tag.startswith(CHANGED_TAG) for tag in tags):
@@ -171,7 +174,7 @@ def _why_not(tags: Mapping[str, str], here: Mapping[str, tuple[str, str]], run: 
 
 
 def _is_foreign_code(text: str) -> bool:
-    """Whether a text of a configuration names a class or a function outside of the packages that are compared."""
+    """Whether a text of a configuration names a class or function outside of the compared packages."""
     words = text.split(".")
     is_path = len(words) > 1 and all(word.isidentifier() for word in words)
     return is_path and words[0] not in _OWN_PACKAGES and not Path(text).exists()

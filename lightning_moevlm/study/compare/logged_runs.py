@@ -1,7 +1,7 @@
-"""Any runs in the tracker as a comparison: which arm and seed each is of, and where it stands.
+"""Makes a comparison of any runs in MLflow: the arm, seed and state of each.
 
-An arm is what a run's tag `arm` says; where runs have none, all that were configured alike but for the seed; or, asked
-for, all that agree in the keys that arms are meant to differ in. The seed is the tag `seed`, else `seed_everything`.
+Runs with the same tag `arm` form an arm. Without the tag, runs with equal configurations do, seeds aside; or, if keys
+are named, runs that agree in these. The seed is the tag `seed`, else `seed_everything`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -43,18 +43,18 @@ _STATUSES = {"RUNNING": Status.RUNNING, "SCHEDULED": Status.PLANNED, "FINISHED":
 
 @dataclass(frozen=True)
 class Rules:
-    """What is asked of the runs. direction: None for what keys.py declares. by: config keys or tags that make arms.
-
-    guard: metrics that may not get worse, by how much they may. The others are those of a `Comparison`.
-    """
+    """The rules of a comparison; fields without a comment are those of `Comparison`."""
 
     metric: str
     direction: Direction | None = None
+    """None: the metric's declared direction."""
     within: float | None = None
     baseline: str | None = None
     by: tuple[str, ...] = ()
+    """Config keys or tags that define the arms."""
     also: tuple[str, ...] = ()
     guard: tuple[tuple[str, float], ...] = ()
+    """Metric, and by how much it may get worse."""
     correction: Correction = "holm"
 
 
@@ -78,7 +78,7 @@ def read_runs(rows: Sequence[RunRow]) -> list[NamedRun]:
 
 
 def refuse_unchecked(runs: Sequence[NamedRun]) -> None:
-    """Refuse runs of which nobody can tell whether they are alike.
+    """Refuse runs without a configuration, whose fairness cannot be checked.
 
     Raises:
         UserError: A run has logged no configuration.
@@ -87,7 +87,7 @@ def refuse_unchecked(runs: Sequence[NamedRun]) -> None:
         if not {"data", "trainer"} <= one.config.keys():
             raise UserError(
                 f"run {name_run(one.row)} has logged no configuration (params like trainer.max_steps and "
-                "data.batch_size), so it cannot be checked for fairness; leave it out, or compare it all the same: "
+                "data.batch_size), so its fairness cannot be checked. Leave it out, or compare it anyway: "
                 "--unfair=true"
             )
 
@@ -95,16 +95,16 @@ def refuse_unchecked(runs: Sequence[NamedRun]) -> None:
 def comparison_of_runs(
     runs: Sequence[NamedRun], series: Mapping[str, Mapping[str, Series]], rules: Rules
 ) -> tuple[Comparison, list[RunResult]]:
-    """Return what is compared, and every run of it.
+    """Return the comparison, and every run of it.
 
     Args:
         runs: The first one's arm is the baseline, unless the rules name another.
         series: By run id and key.
-        rules: What is asked of them.
+        rules: Of the comparison.
 
     Raises:
-        UserError: The runs make no two arms, or two of one arm and seed, or an arm of unlike runs; there is no such
-            baseline, or a rule stopped it; a run that has ended has not logged the metric.
+        UserError: The runs make fewer than two arms, or two runs are of one arm and seed, or one arm's runs are unlike;
+            the baseline is missing, or a rule stopped it; an ended run has not logged the metric.
     """
     arms = name_arms(runs, rules.by)
     logged = {key for one in runs for key in series[one.row.run_id]}
@@ -114,7 +114,7 @@ def comparison_of_runs(
         if key not in logged:
             raise UserError(f"no run has logged {key}; {suggest(key, logged)}leave it out or take another")
     baseline = _baseline(arms, rules)
-    # A loss that ends above the untrained model's is a divergence; of other metrics nobody could say so.
+    # A loss that ends above the untrained model's is a divergence; other metrics have no such rule.
     rule = Divergence(_TASK_LOSS, times_untrained=1.0)
     results = [
         RunResult(
@@ -126,7 +126,9 @@ def comparison_of_runs(
     ]  # fmt: skip
     _refuse_without(rules.metric, runs, results)
     if any(r.state.status is Status.STOPPED for r in results if r.arm == baseline):
-        raise UserError(f"arm {baseline!r} was stopped early by its study's rule: it is no baseline; name another one")
+        raise UserError(
+            f"arm {baseline!r} was stopped early by its study's rule, so it cannot be the baseline. Name another."
+        )
     title, _ = name_and_unit(rules.metric)
     return (
         Comparison(
@@ -150,7 +152,7 @@ def comparison_of_runs(
 
 
 def describe_changes(result: StudyResult) -> dict[str, dict[str, str]]:
-    """Return what sets each arm's configuration apart from the baseline's, by arm and key."""
+    """Return the differences of each arm's configuration from the baseline's, by arm and key."""
     first = {arm.arm.name: arm.runs[0].resolved for arm in result.arms}
     base = first[result.comparison.baseline]
     return {name: key_difference(base, config) for name, config in first.items()}
@@ -205,7 +207,7 @@ def _baseline(arms: Mapping[str, Sequence[NamedRun]], rules: Rules) -> str:
 
 
 def _read_declared(run: NamedRun, by: Sequence[str]) -> dict[str, Any]:
-    """Return what an arm is meant to differ in, in the words of the one who asks."""
+    """Return the values of the keys that define the arms."""
     return {key: run.value(key) for key in by if run.has_config(key)}
 
 
@@ -215,7 +217,7 @@ def _max_steps(config: Mapping[str, Any]) -> int | None:
 
 
 def _state(row: RunRow, series: Mapping[str, Series], rule: Divergence) -> RunState:
-    """Tell where a run stands: as its study has judged it, else from MLflow and from its points."""
+    """Return a run's state: its study's judgement, else from MLflow and from its points."""
     ended = None if row.end_ms is None else row.end_ms / 1000
     state = RunState(_STATUSES.get(row.status, Status.FAILED), row.run_id, started=row.start_ms / 1000, ended=ended)
     judged = row.tags.get(OUTCOME)
@@ -248,5 +250,5 @@ def _refuse_without(metric: str, runs: Sequence[NamedRun], results: Sequence[Run
 def _spends(results: Sequence[RunResult]) -> str:
     steps = sorted({r.max_steps for r in results if r.max_steps is not None})
     if not steps:
-        return "steps that no configuration tells"
+        return "an unknown number of steps"
     return f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"

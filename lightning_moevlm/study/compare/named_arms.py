@@ -1,4 +1,4 @@
-"""Runs grouped into arms, and a name for each."""
+"""Groups runs into arms and names the arms."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,11 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class NamedRun:
-    """A run of the tracker. config: nested, as its params tell it; empty where it has logged none."""
+    """A run of MLflow."""
 
     row: RunRow
     config: Mapping[str, Any]
+    """Nested, from its params; empty without any."""
     seed: int
 
     def has_config(self, key: str) -> bool:
@@ -31,7 +32,7 @@ class NamedRun:
         return _found(self.config, key) is not _MISSING
 
     def value(self, key: str) -> Any:
-        """Return what its config has under a dotted key, a part of the tree or one value; else its tag of that name.
+        """Return the subtree or value of its config at a dotted key, else its tag of that name.
 
         Raises:
             UserError: It has neither.
@@ -53,8 +54,8 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
 
     Args:
         runs: At least one.
-        by: Config keys or tags; runs that agree in them are of one arm. Without any the tag `arm` decides or, for runs
-            that have none, the whole config but for seeds and what is cosmetic.
+        by: Config keys or tags; runs that agree in them are of one arm. Without any the tag `arm` decides; for runs
+            without the tag, the whole config without seeds and cosmetic keys.
 
     Raises:
         UserError: Two runs are of one arm and seed, or one arm's runs are configured differently.
@@ -84,7 +85,7 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
 
 
 def key_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys in which a config differs from another but for seeds and what is cosmetic, with its values."""
+    """Return the keys in which a config differs from another, with its values; without seeds and cosmetic keys."""
     now = flatten_without_seeds(config)
     different = find_changes(flatten_without_seeds(base), now)
     apart: dict[str, str] = {}
@@ -97,7 +98,7 @@ def key_difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
 
 
 def _name(run: NamedRun, by: Sequence[str], several_sweeps: bool) -> str | None:
-    """Return the name of a run's arm, or None where its whole config decides."""
+    """Return the name of a run's arm; None if its whole config decides."""
     if by:
         return ", ".join(f"{key.split('.')[-1]}={_short(run.value(key))}" for key in by)
     arm = run.row.tags.get("arm")
@@ -107,7 +108,7 @@ def _name(run: NamedRun, by: Sequence[str], several_sweeps: bool) -> str | None:
 
 
 def _name_by_difference(run: NamedRun, first: NamedRun) -> str:
-    """Return a name for an arm that has none: what sets it apart from the first run, whose arm is named after it."""
+    """Return a name for an arm without one: its differences from the first run, whose arm is named after that."""
     if "arm" not in first.row.tags and (
         run is first or flatten_without_seeds(run.config) == flatten_without_seeds(first.config)
     ):
@@ -121,7 +122,7 @@ def _name_by_difference(run: NamedRun, first: NamedRun) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value, or a part of a config by its class and its leaves, in few letters."""
+    """Return a short text of a value, or of a part of a config by its class and leaves."""
     if isinstance(value, Mapping):
         leaves = flatten(value)
         class_path = leaves.pop("class_path", "").rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Records of what a study gave: runs, arms over their seeds, the whole; tables and figures are made of them."""
+"""Holds the results of runs, of arms over their seeds, and of a whole study; reports are made of them."""
 
 import math
 import statistics
@@ -32,19 +32,19 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: of which arm and seed, where it stands, what it logged (by metric key), and its tags in the tracker.
-
-    resolved: its whole config, nested, for reading only. max_steps: optimiser steps that it was to make, None where the
-    clock ends it.
-    """
+    """One run."""
 
     arm: str
     seed: int
     resolved: Mapping[str, Any]
+    """Whole config, nested, read-only."""
     max_steps: int | None
+    """Optimiser steps planned; None if the clock ends the run."""
     state: RunState
     series: Mapping[str, Series]
+    """By metric key."""
     tags: Mapping[str, str] = field(default_factory=dict)
+    """In MLflow."""
 
     @property
     def name(self) -> str:
@@ -52,12 +52,12 @@ class RunResult:
         return f"{self.arm}-seed{self.seed}"
 
     def first(self, key: str) -> float | None:
-        """First value of a metric; of validation metrics the untrained model's, None where that was not validated."""
+        """First value of a metric; for validation metrics the untrained model's, None if that was not validated."""
         series = self.series.get(key)
         return series.values[0] if series and metric_keys.is_untrained(key, series.steps[0]) else None
 
     def last(self, key: str) -> float | None:
-        """Last value of a metric; NaN where the training loss was no number after it: that model is gone."""
+        """Last value of a metric; NaN if the training loss was not finite after it: that model is lost."""
         series, guard = self.series.get(key), self.series.get(NONFINITE_STEP)
         if series is None:
             return None
@@ -66,38 +66,42 @@ class RunResult:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm over its seeds.
-
-    card: None where its model is not known.
-    final, untrained: the primary metric's last and first value. learned: in how many seeds the last value is
-    ahead of the first. accuracy, majority: by term of the objective, masked accuracy and that of the constant answer,
-    both at the end. also: last values of the study's other metrics. stability: of the runs with a result. equal: the
-    primary metric where all runs have spent the same, by what they spent. samples_per_second: median after warm-up.
-    seconds: wall time of a run. finished, diverged, failed, planned: numbers of runs; planned is the study's.
-    """
+    """One arm over its seeds; means are over runs with a result."""
 
     arm: Arm
     card: "ModelCard | None"
+    """None if its model cannot be built."""
     runs: tuple[RunResult, ...]
     final: Mean | None
+    """Last value of the primary metric."""
     untrained: Mean | None
+    """First value of the primary metric."""
     learned: int
+    """Seeds whose last value is ahead of the first."""
     effect: Effect | None
+    """None for the baseline."""
     accuracy: Mapping[str, Mean]
+    """Final masked accuracy by term of the objective, a fraction."""
     majority: Mapping[str, Mean]
+    """Accuracy of the constant answer, likewise."""
     also: Mapping[str, Mean]
+    """Last values of the study's further metrics."""
     stability: ArmStability
     equal: Mapping[str, Mean]
+    """The primary metric at equal cost, by kind of cost."""
     samples_per_second: Mean | None
+    """Median after warm-up."""
     seconds: Mean | None
+    """Wall time of a run."""
     finished: int
+    """Number of runs, as the next three."""
     diverged: int
     failed: int
     planned: int
 
     @property
     def verdict(self) -> Verdict:
-        """The word for this arm."""
+        """The verdict on this arm."""
         return self.effect.verdict if self.effect else Verdict.BASELINE
 
 
@@ -121,18 +125,18 @@ class LadderResult:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What was compared and what it gave, arms in the order of their declaration.
-
-    unlike: in what the runs were not alike. budgets: what all finished runs have spent, by what was spent. ladders:
-    arms that differ in the learning rate alone. factors: main effects and interactions of a factorial design.
-    """
+    """The results of a comparison, arms in the order of their declaration."""
 
     comparison: Comparison
     arms: tuple[ArmResult, ...]
     unlike: tuple[Difference, ...] = ()
+    """Differences between the runs that may bias the comparison."""
     budgets: Mapping[str, float] = field(default_factory=dict)
+    """The cost that all finished runs have spent, by kind."""
     ladders: tuple[LadderResult, ...] = ()
+    """Arms that differ in the learning rate alone."""
     factors: tuple[FactorEffect, ...] = ()
+    """Main effects and interactions of a design that crosses factors."""
 
     @property
     def complete(self) -> bool:
@@ -152,7 +156,7 @@ def make_rule(comparison: Comparison) -> Rule:
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:
-    """Return mean and deviation of the finite values, or None where there is none."""
+    """Return mean and deviation of the finite values; None without any."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if not finite:
         return None
@@ -166,7 +170,7 @@ def read_finals(runs: Sequence[RunResult], key: str) -> dict[int, float]:
 
 
 def peak_memory_of_run(run: RunResult) -> float | None:
-    """Return a run's peak memory in MiB: on the device where that was logged, else of the process."""
+    """Return a run's peak memory in MiB: of the device if it was logged, else of the process."""
     for key in (metric_keys.PEAK_DEVICE_MEMORY.key(), metric_keys.PEAK_PROCESS_MEMORY.key()):
         if key in run.series:
             return max(run.series[key].values)  # a resumed run is a second process, which counts anew

@@ -1,11 +1,8 @@
-"""The report of a study: terminal table, one self-contained HTML file, Markdown, pictures and records.
-
-Everything is written to a folder beside and then moved over, so a reader never meets half a report.
-"""
+"""Computes a report: sentences, tables and figures; `write_report` writes them as HTML, Markdown and records."""
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -24,7 +21,7 @@ from lightning_moevlm.study.report.sentences import (
 )
 from lightning_moevlm.study.report.tables.effect_tables import answer_table
 from lightning_moevlm.study.report.tables.report_tables import report_tables
-from lightning_moevlm.study.report.tables.table import Table
+from lightning_moevlm.study.report.tables.table import Table, format_changes
 from lightning_moevlm.study.report.terminal import print_tables
 
 _PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
@@ -32,13 +29,16 @@ _PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
 
 @dataclass(frozen=True)
 class ArmStory:
-    """What the report says of an arm besides numbers. changes: over what it is held against; commands: one per seed."""
+    """An arm in words."""
 
     name: str
     description: str
     changes: tuple[str, ...]
+    """`key: value`, over what the arm is compared with."""
     commands: tuple[str, ...]
+    """To train each seed by hand."""
     log_tails: tuple[str, ...]
+    """Of crashed runs."""
 
 
 @dataclass(frozen=True)
@@ -62,33 +62,32 @@ class Origin:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole report before it is written.
-
-    count: one sentence on how many verdicts there are of each kind, empty where they are few; finding: one per factor
-    of a design that crosses them, else per arm; learned: one on the untrained models; undrawn: one on arms that no
-    picture shows.
-    """
+    """A whole report before it is written."""
 
     result: StudyResult
     count: str
+    """The number of verdicts of each kind; empty for a few."""
     finding: tuple[str, ...]
+    """One per factor of a design that crosses them, else one per arm."""
     learned: str
+    """Comparison with the untrained models."""
     tables: tuple[Table, ...]
     figures: tuple[ReportFigure, ...]
     undrawn: str
+    """Arms that no figure shows; empty if all are shown."""
     origin: Origin
     versions: str
     written: str
 
     @property
     def rest(self) -> tuple[Table, ...]:
-        """The tables that no picture draws."""
-        drawn = {picture.name for picture in self.figures}
+        """The tables that no figure draws."""
+        drawn = {figure.name for figure in self.figures}
         return tuple(table for table in self.tables if table.figure not in drawn)
 
 
 def make_report(origin: Origin, result: StudyResult) -> Report:
-    """Compute everything that the report shows."""
+    """Compute all sentences, tables and figures."""
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return Report(
         result=result,
@@ -105,19 +104,19 @@ def make_report(origin: Origin, result: StudyResult) -> Report:
 
 
 def describe_origin(plan: Plan, result: StudyResult, mlflow: tuple[str, ...] = ()) -> Origin:
-    """Return where the report of a study comes from."""
+    """Return the origin of a study's report."""
     return Origin(
         kind="Ablation study",
         compared_with=_base_of(plan),
         rerun=shlex.join(["moevlm", "sweep", "run", str(plan.study.file)]),
-        rerun_effect="goes on where it was",
+        rerun_effect="resumes them",
         arms=tuple(_story(plan, arm) for arm in result.arms),
         mlflow=mlflow,
     )
 
 
 def print_answer(console: Console, result: StudyResult, full: bool, before: Sequence[Table] = ()) -> None:
-    """Print what was found, first in sentences, then in one table; full: then every other table too."""
+    """Print the findings as sentences, then as one table; full: then every other table too."""
     for line in describe_answer(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
@@ -128,9 +127,7 @@ def print_answer(console: Console, result: StudyResult, full: bool, before: Sequ
 
 
 def _base_of(plan: Plan) -> str:
-    shared = ", ".join(
-        f"{key}: {'null' if value is None else value}" for key, value in flatten_values(plan.study.all_arms).items()
-    )
+    shared = ", ".join(format_changes(flatten_values(plan.study.all_arms)))
     return f"the base with {shared} (all_arms)" if shared else "the base"
 
 
@@ -141,10 +138,7 @@ def _story(plan: Plan, arm: ArmResult) -> ArmStory:
         for run in plan.runs
         if run.arm == arm.arm.name
     ]
-    changes = _changes(arm.arm.changes)
     tails = tuple(f"{r.name}: {r.state.reason}\n" + "\n".join(r.state.log_tail) for r in arm.runs if r.state.log_tail)
-    return ArmStory(arm.arm.name, arm.arm.description, changes, tuple(commands), tails)
-
-
-def _changes(config: Mapping[str, object]) -> tuple[str, ...]:
-    return tuple(f"{key}: {'null' if value is None else value}" for key, value in flatten_values(config).items())
+    return ArmStory(
+        arm.arm.name, arm.arm.description, format_changes(flatten_values(arm.arm.changes)), tuple(commands), tails
+    )

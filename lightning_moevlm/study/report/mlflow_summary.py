@@ -1,7 +1,7 @@
-"""The report in MLflow: one flat summary run per study, used again when the report is written again.
+"""Logs the report to MLflow, on one summary run per study, which is used again for a new report.
 
-MLflow's chart view cannot draw tables, nor what lies in artifacts of many runs, so the study's own report hangs on a
-run of its own (tag role=summary) with the verdicts as its description, tables and pictures as its artifacts.
+MLflow's charts cannot show tables or artifacts of many runs. So the report hangs on a run of its own (tag
+role=summary): verdicts are its description, tables and figures its artifacts.
 """
 
 import json
@@ -20,12 +20,12 @@ _MANY_FINDINGS = 20  # MLflow cuts a description off at 8,000 characters
 
 
 def log_summary(experiment: StudyRuns, report: Report, folder: Path) -> str:
-    """Put the written report and its verdicts on the summary run and return that run's id.
+    """Log the written report and its verdicts to the summary run; return that run's id.
 
     Args:
-        experiment: The study's.
-        report: What was written.
-        folder: Where it was written.
+        experiment: The study's runs.
+        report: The report.
+        folder: The folder that it was written to.
     """
     from mlflow import MlflowClient
 

@@ -14,13 +14,13 @@ _WIDE = Console(width=10_000)
 
 
 def print_tables(console: Console, tables: Sequence[Table]) -> None:
-    """Print tables for people, each with its notes."""
+    """Print tables, each with its notes."""
     for table in tables:
         console.print(rich_table(table, console.width))
 
 
 def rich_table(table: Table, width: int) -> Group:
-    """Return a table with its notes for a terminal of that width; verdicts are coloured where it has colours."""
+    """Return a table with its notes for a terminal of that width, verdicts in colour."""
     shown, notes = _rich_columns(table, len(table.columns)), list(table.notes)
     wanted = Measurement.get(_WIDE, _WIDE.options, shown).maximum
     if table.essential and wanted > width:

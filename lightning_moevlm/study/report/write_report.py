@@ -22,15 +22,16 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write HTML, Markdown, pictures and records into a folder, replacing what was there; return the HTML file.
+    """Write HTML, Markdown, figures and records into a folder, replacing it; return the HTML file.
 
-    The folder is taken away with all that is in it: where a user names it, ask `refuse_other_folder` first.
+    All is written to a folder beside and then moved over, so no reader finds half a report. A folder that a user
+    names is checked by `refuse_other_folder` before.
     """
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    for picture in report.figures:
-        (beside / f"{picture.name}.png").write_bytes(picture.png)
+    for figure in report.figures:
+        (beside / f"{figure.name}.png").write_bytes(figure.png)
     (beside / HTML_FILE).write_text(_render("report.html.j2", report), encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(_render("report.md.j2", report), encoding="utf-8")
     (beside / TABLES_FOLDER).mkdir()
@@ -44,10 +45,10 @@ def write_report(report: Report, folder: Path) -> Path:
 
 
 def refuse_other_folder(folder: Path) -> None:
-    """Refuse to put a report in the place of anything but a report.
+    """Refuse to replace anything but a report.
 
     Raises:
-        UserError: the folder holds something else, or it is a file.
+        UserError: The folder holds something else, or it is a file.
     """
     if not folder.exists():
         return
@@ -56,13 +57,13 @@ def refuse_other_folder(folder: Path) -> None:
     others = others or [entry.name for entry in folder.iterdir() if entry.name not in own and entry.suffix != ".png"]
     if others:
         raise UserError(
-            f"{folder} holds {sorted(others)[0]!r}, which is no part of a report, and a report takes the place of its "
-            "folder; name a new folder"
+            f"{folder} holds {sorted(others)[0]!r}, which is not part of a report. A report replaces its folder. "
+            "Name a new folder"
         )
 
 
 def table_file(table: Table) -> str:
-    """Return where in the report's folder a table lies as JSON of columns and rows, which MLflow shows as a table."""
+    """Return the table's file in the report's folder: JSON of columns and rows, which MLflow shows as a table."""
     name = re.sub(r"[^a-z0-9]+", "_", table.title.lower()).strip("_")
     return f"{TABLES_FOLDER}/{name}.json"
 
@@ -72,7 +73,7 @@ def _as_columns(table: Table) -> dict[str, object]:
 
 
 def _breakable(name: str) -> "Markup":
-    """Return a name as HTML that may be broken after each _ and / that it has; what is copied is the name."""
+    """Return a name as HTML that may be broken after _ and /; copying it gives the plain name."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"(?<=[_/])(?=[^_/])", "<wbr>", str(escape(name))))

@@ -1,8 +1,8 @@
-"""How steadily an arm trained: its runs side by side, and against the baseline's.
+"""Summarises the stability of an arm's runs, and compares it with the baseline's.
 
-A run is stable where it went to its end and did not diverge by the study's rule. Crashes are no instability: they are
-not counted here. Stable runs of all are compared with the baseline's by Fisher's exact test, which with few seeds can
-show little: 0 of 3 against 3 of 3 has p = 0.1.
+A run is stable if it reached its end and did not diverge by the study's rule. Crashes are not counted. The share of
+stable runs is compared with the baseline's by Fisher's exact test, which shows little with few seeds: 0 of 3 against 3
+of 3 has p = 0.1.
 """
 
 import math
@@ -15,11 +15,13 @@ from lightning_moevlm.study.statistics.stability import Stability
 
 @dataclass(frozen=True)
 class ArmStability:
-    """The runs of an arm that have a result. runs: in the order of seeds. p: Fisher's, None for the baseline."""
+    """The stability of an arm."""
 
     runs: tuple[Stability, ...]
+    """Those with a result, in the order of seeds."""
     stable: int
     p: float | None
+    """Fisher's; None for the baseline."""
 
     @property
     def total(self) -> int:
@@ -32,7 +34,7 @@ class ArmStability:
         return min((run.diverged_at for run in self.runs if run.diverged_at is not None), default=None)
 
     def mean(self, read: Callable[[Stability], float | None]) -> float | None:
-        """Return the mean of one number over the runs that have it, infinite where one is."""
+        """Return the mean of one number over the runs that have it; infinite if one of them is."""
         known = self._known(read)
         return sum(known) / len(known) if known else None
 
@@ -45,11 +47,11 @@ class ArmStability:
 
 
 def summarise_stability(runs: Sequence[Stability], diverged: int, baseline: tuple[int, int] | None) -> ArmStability:
-    """Return an arm's record.
+    """Return the stability of an arm.
 
     Args:
         runs: Those with a result.
-        diverged: How many of them diverged.
+        diverged: The number of them that diverged.
         baseline: Stable and total runs of the baseline; None for the baseline itself.
     """
     stable = len(runs) - diverged

@@ -1,10 +1,14 @@
-"""When a run counts as diverged. A divergence is a result of the run, not a failure of the job.
+"""Decides whether a run has diverged. A divergence is a result of the run, not a failure of the job.
 
-Diverged is: the training loss was not finite at some step (the run's guard logs the first one); or the rule's metric
-was not finite at some point; or it lay above `times_untrained` x its first value, which is the untrained model's, for
-`in_a_row` points in a row; or it ended above it. All but the last can be told in the middle, and end a run there.
-A run that was first validated after some training does not tell the untrained model's value, and is not held against
-what is none.
+A run has diverged if one of this holds:
+
+- the training loss was not finite at some step (the run's guard logs the first one);
+- the rule's metric was not finite at some point;
+- the metric was above `times_untrained` x the untrained model's value for `in_a_row` points in a row;
+- it ended above that value.
+
+All but the last can be found during training, and end the run. The untrained model's value is the first one; a run that
+was first validated after some training has none, and the last two do not apply.
 """
 
 import math
@@ -19,11 +23,11 @@ NONFINITE_STEP = metric_keys.FIRST_NONFINITE_STEP.key()
 
 
 def explain_divergence(points: Sequence[Point], rule: Divergence) -> str:
-    """Return why a run that has ended counts as diverged, or an empty text.
+    """Return why a run that has ended counts as diverged; empty if it does not.
 
     Args:
-        points: Of the rule's metric and of `NONFINITE_STEP`, by key, then step; other keys are passed over.
-        rule: As the study declares it.
+        points: Of the rule's metric and of `NONFINITE_STEP`, by key, then step; other keys are ignored.
+        rule: The study's.
     """
     early = explain_early_divergence(points, rule)
     if early:
@@ -35,7 +39,7 @@ def explain_divergence(points: Sequence[Point], rule: Divergence) -> str:
 
 
 def explain_early_divergence(points: Sequence[Point], rule: Divergence) -> str:
-    """Return why a run has diverged by now, whatever it will log yet, or an empty text; see `explain_divergence`."""
+    """Return why a running run has diverged already; empty if it has not. See `explain_divergence`."""
     guard = [point for point in points if point.key == NONFINITE_STEP]
     if guard:
         return f"the training loss was not finite at step {guard[0].value:.0f}"

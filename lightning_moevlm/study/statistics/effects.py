@@ -1,10 +1,10 @@
-"""Effects paired by seed: how much an arm differs from the baseline, how sure that is, and the word for it.
+"""Computes effects paired by seed: an arm's difference from the baseline, its interval, p values and verdict.
 
-Runs of one seed share data order and, where shapes agree, initial weights, so the difference d_i = arm_i - baseline_i
-within a seed is what carries the information. Of these n differences: the mean, the interval that decides
-(`intervals`), the p values (`paired_tests`), the share of seeds that got better, the seeds it would take (`power`), and
-the word (`verdict`). A bootstrap of three numbers covers far less than it promises, so of t and bootstrap **the wider
-interval decides**. Pure functions of numbers.
+Runs of one seed share data order and, if shapes agree, initial weights. So the difference d_i = arm_i - baseline_i
+within a seed carries the information. Of these n differences: the mean, the interval that decides (`intervals`), p
+values (`paired_tests`), the share of better seeds, the number of seeds needed (`power`) and the verdict (`verdict`). A
+bootstrap of three numbers covers far less than it promises, so of t and bootstrap the wider interval decides. Pure
+functions of numbers.
 """
 
 import dataclasses
@@ -32,68 +32,74 @@ _LEAST_PAIRS = 2  # of one no test has a p
 
 
 class Lost(NamedTuple):
-    """Runs of an arm that gave no sound result, by kind. unpaired: how many of them the other side has no run for."""
+    """Runs of an arm without a sound result."""
 
     diverged: int = 0
     crashed: int = 0
     unpaired: int = 0
+    """Of both, those of seeds for which the other side has no run."""
 
     @property
     def against(self) -> int:
-        """Those that speak against the arm: an arm with more seeds than the other has more to lose."""
+        """Lost runs that count against the arm; an arm with more seeds than the other has more to lose."""
         return self.diverged + self.crashed - self.unpaired
 
 
 @dataclass(frozen=True)
 class Effect:
-    """An arm against the baseline; differences are arm minus baseline, in the metric's unit.
-
-    seeds: those compared. left_out: seeds of the study that have no difference (crashed, diverged to a non-finite value
-    or not yet run, in either arm). centre: what the deciding interval is of, by the rule's test: the mean, for ranks
-    the Hodges-Lehmann estimate, for signs the median; one seed may pull a mean out of an interval of these. bootstrap,
-    t: the two intervals of the mean; interval: the one that decides. p_t, p_sign, p_wilcoxon: two-sided; the last two
-    None where n is too small for them at alpha. p_value: of the rule's test. p_outside: of "differs by at least the
-    rule's `within`". p_adjusted, p_outside_adjusted: of the two within the family; without a correction they are the
-    plain ones. share_better: fraction of compared seeds in which the arm is ahead. seeds_needed: for 80 % power of a
-    t-test at this effect and spread, one comparison; None where it cannot be told (fewer than 3 seeds) or is beyond
-    1,000. losses: what to know of missing seeds. limit: what limits the verdict. sides: of a contrast that is not arm
-    against baseline.
-    """
+    """An arm compared with the baseline; differences are arm minus baseline, in the metric's unit."""
 
     seeds: tuple[int, ...]
+    """Those compared."""
     left_out: tuple[int, ...]
+    """Seeds of the study without a difference: crashed, non-finite or not yet run, in either arm."""
     differences: tuple[float, ...]
     mean: float | None
     centre: float | None
+    """Estimate of the rule's test: the mean; for ranks the Hodges-Lehmann estimate; for signs the median."""
     bootstrap: Interval | None
+    """Of the mean."""
     t: Interval | None
+    """Of the mean."""
     interval: Interval | None
+    """The one that decides, around the centre."""
     p_t: float | None
+    """Two-sided, as the next two."""
     p_sign: float | None
+    """None if n is too small to reach alpha, as the next."""
     p_wilcoxon: float | None
     p_value: float | None
+    """Of the rule's test."""
     p_adjusted: float | None
+    """Corrected within the family; without a correction equal to p_value."""
     p_outside: float | None
+    """Of "differs by at least the rule's `within`"."""
     p_outside_adjusted: float | None
     share_better: float | None
+    """Fraction of compared seeds in which the arm is ahead."""
     seeds_needed: int | None
+    """For 80 % power of one t-test at this effect and spread; None: fewer than 3 seeds, or more than 1,000."""
     more_lost: int
+    """Lost runs of the arm, minus those of the baseline."""
     losses: tuple[str, ...]
+    """Reasons for missing seeds, in words."""
     guards: tuple[GuardResult, ...]
     verdict: Verdict
     limit: str
+    """Reason or limit of the verdict, in words."""
     within: float | None = None
     sides: Sides | None = None
+    """Names of a contrast's sides, if they are not arm and baseline."""
 
     @property
     def note(self) -> str:
-        """All that a reader must know of the verdict."""
+        """Limits of the verdict, guards and lost runs, in words."""
         guards = [guard.text for guard in self.guards if guard.text]
         return "; ".join([*([self.limit] if self.limit else []), *guards, *self.losses])
 
     @property
     def text(self) -> str:
-        """The verdict as it is shown, with the margin where it speaks of one."""
+        """The verdict, with its margin if it has one."""
         return f"{self.verdict} within {self.within:g}" if self.verdict is Verdict.NO_DIFFERENCE else str(self.verdict)
 
 
@@ -107,18 +113,18 @@ def compare_paired(
     guards: tuple[GuardResult, ...] = (),
     sides: Sides | None = None,
 ) -> Effect:
-    """Compare an arm with the baseline, as the only comparison; `judge_family` judges it among others.
+    """Compare an arm with the baseline as a single comparison; `judge_family` corrects for the others.
 
     Args:
         arm: Final value of the metric by seed; a seed without a result is absent, a diverged one may be non-finite.
         baseline: The same of the baseline.
         seeds: All seeds of the study.
         rule: How the verdict is reached.
-        arm_lost: Runs of the arm that diverged or crashed. Where they are more than of the baseline, no mean over the
-            survivors may say that the arm helps; where they are fewer, none may say that it hurts.
+        arm_lost: Runs of the arm that diverged or crashed. If the arm lost more than the baseline, a mean over the
+            survivors cannot show that it helps; if it lost fewer, none can show that it hurts.
         baseline_lost: The same of the baseline.
-        guards: What became of the metrics that may not get worse.
-        sides: What arm and baseline are called where they are something else.
+        guards: Results of the guard metrics.
+        sides: Names for arm and baseline, if they are something else.
     """
     arm_lost, baseline_lost = arm_lost or Lost(), baseline_lost or Lost()
     paired = pair_differences(arm, baseline, seeds)
@@ -160,11 +166,11 @@ def compare_paired(
 
 
 def judge_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
-    """Judge the comparisons of one study together: with Holm's correction, if that is the rule's.
+    """Judge the comparisons of one study together, with Holm's correction if the rule asks for it.
 
-    "No difference" and "differs by at least `within`" are two families: of one arm only one of the two can be true. An
-    arm that was stopped early, or has too few seeds for a p, yet or for good, counts in both with p = 1: no other arm's
-    p gets smaller by its absence, and no verdict of a study that still runs is taken back by the arms to come.
+    "No difference" and "differs by at least `within`" are two families, since only one of them can be true of an arm.
+    An arm without a p (stopped early, or too few seeds so far) counts in both with p = 1. So no other arm's p gets
+    smaller by its absence, and arms to come take back no verdict of a running study.
     """
     if rule.correction == "none":
         return dict(effects)
@@ -192,10 +198,10 @@ def check_guard(
     alpha: float,
     compared: tuple[int, ...] = (),
 ) -> GuardResult:
-    """Return what became of a metric that may get worse by `at_most`.
+    """Return the result of a guard: a metric that may get worse by `at_most`.
 
-    arm, baseline: final values by seed. compared: seeds in which the primary metric is compared; where one of them has
-    no finite value of this one in both arms, nobody can say that it held.
+    arm, baseline: final values by seed. compared: seeds in which the primary metric is compared. The guard cannot hold
+    if one of them lacks a finite value in either arm.
     """
     sign = 1.0 if direction == "lower" else -1.0
     paired = pair_differences(arm, baseline, seeds)
@@ -208,7 +214,7 @@ def check_guard(
 def pair_differences(
     arm: Mapping[int, float], baseline: Mapping[int, float], seeds: tuple[int, ...]
 ) -> dict[int, float]:
-    """Return arm - baseline of every seed that has a finite one, in the study's order."""
+    """Return the finite differences arm - baseline by seed, in the study's order."""
     paired = {s: arm[s] - baseline[s] for s in seeds if s in arm and s in baseline}
     return {s: d for s, d in paired.items() if math.isfinite(d)}
 
@@ -233,16 +239,16 @@ def _judge(effect: Effect, rule: Rule) -> Effect:
 def _explain_losses(
     left_out: tuple[int, ...], seeds: tuple[int, ...], arm: Lost, baseline: Lost, sides: Sides | None
 ) -> list[str]:
-    """Return what a reader must know of the seeds that are missing from a comparison."""
-    told = []
+    """Return one phrase per reason for which seeds are missing from a comparison."""
+    phrases = []
     if left_out:
-        told.append(f"{len(left_out)} of {len(seeds)} seeds left out")
+        phrases.append(f"{len(left_out)} of {len(seeds)} seeds left out")
     for whose, lost in zip(sides or ("this arm", "the baseline"), (arm, baseline), strict=True):
         for count, what in ((lost.diverged, "diverged"), (lost.crashed, "crashed")):
             if count and sides is not None:
-                told.append(f"{count} of the {whose} {what}")
+                phrases.append(f"{count} of the {whose} {what}")
             elif count == len(seeds):
-                told.append(f"every run of {whose} {what}")
+                phrases.append(f"every run of {whose} {what}")
             elif count:
-                told.append(f"{count} {'run' if count == 1 else 'runs'} of {whose} {what}")
-    return told
+                phrases.append(f"{count} {'run' if count == 1 else 'runs'} of {whose} {what}")
+    return phrases

@@ -1,9 +1,9 @@
-"""The primary metric of every run where all have spent the same: tokens, active FLOPs, or training time.
+"""Reads the primary metric of every run at equal cost: equal tokens, active FLOPs or training time.
 
-Arms of one study make the same number of steps, yet a step may cost more in one than in another. So the least that any
-finished run spent is the common budget, and every run is read where it had spent just that, on the straight line
-between the points that it logged. Time is that of training at the run's median throughput, without start-up and
-validation; tokens and FLOPs follow from samples per step, so all three are the same for arms whose steps cost the same.
+Arms of one study make the same number of steps, but a step may cost more in one of them. The common budget is the least
+that any finished run spent. Every run is read where it had spent it, interpolated between the points that it logged.
+Time is that of training at the run's median throughput, without start-up and validation. Tokens and FLOPs follow from
+samples per step.
 """
 
 import math
@@ -23,35 +23,35 @@ _WARM_UP_POINTS = 1
 
 
 class StepCost(NamedTuple):
-    """What one optimiser step of a run takes; None where it cannot be told. flops: active, of the forward pass."""
+    """The cost of one optimiser step of a run; None if it is unknown."""
 
     tokens: float | None
     flops: float | None
+    """Active, of the forward pass."""
     seconds: float | None
 
 
 @dataclass(frozen=True)
 class EqualBudget:
-    """One common budget and what the runs had reached with it.
-
-    what: "tokens", "active FLOPs" or "seconds". spent: by every run. values: of the primary metric, by run, in
-    the order given; None where a run was not sound there.
-    """
+    """One common budget, and the runs' results with it."""
 
     what: str
+    """"tokens", "active FLOPs" or "seconds"."""
     spent: float
+    """By every run."""
     values: tuple[float | None, ...]
+    """The primary metric of each run, in the order given; None if it was not finite there."""
 
 
 def compute_step_cost(
     resolved: Mapping[str, Any], series: Mapping[str, Series], flops_per_sample: float | None
 ) -> StepCost:
-    """Return what a step takes.
+    """Return the cost of a step.
 
     Args:
         resolved: The run's whole config.
-        series: What it logged.
-        flops_per_sample: Active, of the forward pass; None where they are not known.
+        series: Its metrics.
+        flops_per_sample: Active, of the forward pass; None if unknown.
     """
     samples = samples_per_step(resolved)
     per_second = median_after_warm_up(series.get(THROUGHPUT))
@@ -64,9 +64,9 @@ def compute_step_cost(
 
 
 def _tokens_per_sample(series: Mapping[str, Series]) -> float | None:
-    """Return the mean over logged intervals: of each the quotient of both rates, in which its seconds cancel out.
+    """Return the mean over logged intervals of the quotient of both rates, in which the seconds cancel out.
 
-    A quotient of two medians would be of two intervals, and which ones these are the clock decides.
+    Medians could be of two different intervals, which depend on the clock.
     """
     rates = [series.get(key) for key in (metric_keys.TOKENS_PER_SECOND.key(), THROUGHPUT)]
     tokens, samples = (dict(zip(*one, strict=True)) if one else {} for one in rates)
@@ -83,11 +83,11 @@ def median_after_warm_up(series: Series | None) -> float | None:
 
 
 def find_equal_budgets(runs: Sequence[tuple[StepCost, Series]], finished: Sequence[bool]) -> tuple[EqualBudget, ...]:
-    """Return each budget that every finished run knows its cost in.
+    """Return one budget per kind of cost that is known for every finished run.
 
     Args:
         runs: Cost of a step and the primary metric, of all runs with a result.
-        finished: Which of them went to the end; a run that diverged and stopped does not shorten the budget.
+        finished: Whether each reached its end; a run that diverged and stopped does not shorten the budget.
     """
     budgets = []
     for what, place in (("tokens", 0), ("active FLOPs", 1), ("seconds", 2)):

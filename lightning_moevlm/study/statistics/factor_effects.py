@@ -1,17 +1,16 @@
-"""Main effects and two-way interactions of a study whose arms are combinations of factor levels.
+"""Computes main effects and two-way interactions of a study whose arms are combinations of factor levels.
 
-A contrast holds one level of a factor against another: of a switch on against off, of other factors each level against
-the first. Per seed, from the values y of the arms that stand at one of the two levels:
+A contrast compares one level of a factor with another: on with off for a switch, each level with the first for other
+factors. Per seed, from the values y of the arms at one of the two levels:
 
     main effect of A       = mean of y at A's level - mean of y at A's other level
     interaction of A and B = effect of A at B's level - effect of A at B's other level, averaged over the other factors
                            = 2 (mean of y where A and B agree - mean of y where they do not)
 
-so an interaction of 0 means that the factors add up. Differences of one seed are paired, as everywhere; over seeds
-they get the interval, p and word of `effects`, as one family. In a fractional factorial the same contrasts hold the
-effects that the design aliases with them. Where a part of a design varies one factor at a time, a contrast of one of
-them takes the arms in which the others are at the reference. A level that lost more runs is not the better one, as an
-arm is not.
+so an interaction of 0 means that the effects add up. Differences are paired by seed. Over seeds they get interval, p
+and verdict as in `effects`, as one family. In a fractional factorial a contrast contains the effects that are aliased
+with it. If a part of a design varies one factor at a time, a contrast of one of its factors takes the arms with the
+others at the reference. A level that lost more runs cannot be the better one, like an arm.
 Source: Box, Hunter and Hunter, Statistics for Experimenters, chapter 5.
 """
 
@@ -33,7 +32,7 @@ _ALONE = ("one_in", "leave_one_out")  # designs that vary one factor at a time
 
 
 class Contrast(NamedTuple):
-    """A level of a factor against another one, by names."""
+    """A level of a factor compared with another one, by names."""
 
     factor: str
     level: str
@@ -41,30 +40,31 @@ class Contrast(NamedTuple):
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on against off."""
+        """Whether it compares on with off."""
         return (self.level, self.other) == (ON, OFF)
 
     @property
     def name(self) -> str:
-        """A switch by its name, another factor with the level."""
+        """The name of a switch; another factor's with the level."""
         return self.factor if self.is_switch else f"{self.factor} {self.level}"
 
     @property
     def other_text(self) -> str:
-        """The other level, with its factor where that is no switch."""
+        """The other level, with its factor unless that is a switch."""
         return self.other if self.is_switch else f"{self.factor} {self.other}"
 
     def sign(self, levels: Mapping[str, str]) -> int:
-        """Return +1 for an arm at the level, -1 for one at the other, 0 for any further one."""
+        """Return +1 for an arm at the level, -1 for one at the other, 0 for one at a further level."""
         return {self.level: 1, self.other: -1}.get(levels[self.factor], 0)
 
 
 @dataclass(frozen=True)
 class FactorEffect:
-    """A main effect (one contrast) or an interaction (two); effect: in the metric's unit, level minus other."""
+    """A main effect (one contrast) or an interaction (two)."""
 
     contrasts: tuple[Contrast, ...]
     effect: Effect
+    """Level minus other, in the metric's unit."""
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -79,25 +79,25 @@ class FactorEffect:
 
 @dataclass(frozen=True)
 class Crossing:
-    """What a design answers by factor. contrasts: one or more per factor, in order.
-
-    levels: where every arm stands, by arm and factor. alone: groups of factors that never leave their reference
-    together. reference: level of every factor at the design's first point.
-    """
+    """The contrasts of a design, and the level of each factor in each arm."""
 
     contrasts: tuple[Contrast, ...]
+    """One or more per factor, in order."""
     levels: Levels
+    """By arm and factor."""
     alone: tuple[frozenset[str], ...] = ()
+    """Groups of factors of which at most one leaves its reference at a time."""
     reference: Mapping[str, str] = field(default_factory=dict)
+    """Level of every factor at the design's first point."""
 
     def terms(self) -> list[tuple[Contrast, ...]]:
-        """Return every main effect, then every two-way interaction that the design can tell."""
+        """Return every main effect, then every two-way interaction that the design can estimate."""
         pairs = [(a, b) for a, b in combinations(self.contrasts, 2) if a.factor != b.factor]
         crossed = [(a, b) for a, b in pairs if not any({a.factor, b.factor} <= group for group in self.alone)]
         return [*((contrast,) for contrast in self.contrasts), *crossed]
 
     def signs(self, term: tuple[Contrast, ...]) -> dict[str, int]:
-        """Return on which side of a term every arm is that has one: +1 or -1."""
+        """Return the side of a term, +1 or -1, of each arm that has one."""
         mine = {contrast.factor for contrast in term}
         still = {factor for group in self.alone if group & mine for factor in group - mine}
         signs = {
@@ -109,11 +109,11 @@ class Crossing:
 
 
 def find_crossing(design: Design | None, arms: Mapping[str, Sequence[FactorLevel]]) -> Crossing | None:
-    """Return what a design answers by factor; None where it crosses none.
+    """Return the contrasts of a design; None if it crosses no factors.
 
     Args:
-        design: What made the arms, None where they were listed.
-        arms: Where every arm stands.
+        design: The design that made the arms; None if they were listed.
+        arms: The levels of every arm.
     """
     if design is None or design.kind in _ALONE or len(design.factors) < 2:
         return None
@@ -144,15 +144,15 @@ def factor_effects(
     """Return every main effect, then every two-way interaction.
 
     Args:
-        values: Final value of the metric by arm and seed. A seed in which an arm of a contrast has no finite value is
-            left out of it: it would not be balanced.
-        crossing: Which arms stand where.
+        values: Final value of the metric by arm and seed. A contrast leaves out a seed in which one of its arms has no
+            finite value: it would not be balanced.
+        crossing: Contrasts and levels.
         seeds: All seeds of the study.
         rule: How verdicts are reached.
         lost: Runs that diverged or crashed, by arm; none of an arm that is absent.
 
     Raises:
-        ValueError: an arm lacks a factor, or a factor never changes.
+        ValueError: An arm lacks a factor, or a factor never changes.
     """
     _refuse_holes(crossing)
     effects = {}

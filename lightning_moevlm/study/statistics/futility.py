@@ -1,20 +1,19 @@
-"""`futility_stop`: an arm that is far behind at one step, named beforehand, is stopped there. Off unless declared.
+"""Stops an arm that is far behind at one step, if the study declares `futility_stop`.
 
     futility_stop: {at_step: 500, worse_by: 0.5}     # in the primary metric's unit
 
-The rule. Once a run's primary metric at `at_step` is worse than the baseline's at that step and of that seed by more
-than `worse_by`, its **arm** is withdrawn: every seed of it is stopped at `at_step`, also those yet to come, and it gets
-no verdict. Where an arm stands is read from the points alone, so that it does not matter which run came first or was
-already over. The baseline is never stopped.
+The rule. If a run's primary metric at `at_step` is worse than the baseline's of that step and seed by more than
+`worse_by`, its arm is withdrawn: every seed of it is stopped at `at_step`, also those to come, and it gets no verdict.
+Only logged points decide, so the order of runs does not matter. The baseline is never stopped.
 
-Why it does not bias the paired test. One look at one step, for futility alone, as in group sequential trials (Jennison
-and Turnbull, Group Sequential Methods, 2000): a withdrawn arm can only lose its verdict, and no seed of it is left out
-of a comparison while another stays in. In the correction over the family it still counts, with p = 1, so no other arm's
-adjusted p gets smaller. Hence whatever is shown to help or hurt with the rule would be shown without it too, and the
-family-wise error can only fall. Rules that rank single runs (successive halving, arXiv 1502.07943; the median rule of
-Vizier) give up the pairing, and with it the test.
+Why it does not bias the paired test. There is one look at one step, for futility alone, as in group sequential trials
+(Jennison and Turnbull, Group Sequential Methods, 2000). A withdrawn arm can only lose its verdict, and loses all seeds
+at once. In the correction over the family it still counts, with p = 1, so no other arm's adjusted p gets smaller. Hence
+an effect that is shown with the rule would be shown without it, and the family-wise error can only fall. Rules that
+rank single runs (successive halving, arXiv 1502.07943; the median rule of Vizier) give up the pairing, and with it the
+test.
 
-Of a withdrawn arm the report tells the differences at `at_step` over all seeds: a description, no test.
+The report shows a withdrawn arm's differences at `at_step` over all seeds as a description, without a test.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ STOPPED_RULE = "stopped_early/rule"
 
 
 class Decision(NamedTuple):
-    """Why an arm is withdrawn: the first seed, in the study's order, that meets the rule, with both values."""
+    """The reason for a withdrawal: the first seed, in the study's order, that meets the rule, with both values."""
 
     seed: int
     step: int
@@ -41,16 +40,17 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """An arm that is withdrawn. differences: arm minus baseline at the rule's step, by seed."""
+    """A withdrawn arm."""
 
     rule: FutilityStop
     metric: str
     decision: Decision
     differences: Mapping[int, float]
+    """Arm minus baseline at the rule's step, by seed."""
 
     @property
     def why(self) -> str:
-        """The rule and the values that met it."""
+        """The values that met the rule, in words."""
         seed, step, value, baseline = self.decision
         return (
             f"{self.metric} at step {step} is {value:.4g} with seed {seed}, worse than the baseline's {baseline:.4g} "
@@ -59,7 +59,7 @@ class Withdrawal:
 
     @property
     def text(self) -> str:
-        """What the report says in place of a verdict's evidence."""
+        """The text that the report shows in place of a verdict's evidence."""
         values = self.differences.values()
         mean = sum(values) / len(values)
         return (
@@ -90,10 +90,10 @@ def check_futility(
     """Return why an arm is withdrawn, or None.
 
     Args:
-        rule: As the study declares it.
+        rule: The study's.
         primary: The metric of the values.
-        arm: Its value at the rule's step by seed; seeds that have not come so far are absent. A value that is not
-            finite is a divergence, which is another rule's business.
+        arm: Its value at the rule's step by seed; seeds that have not reached it are absent. A non-finite value is a
+            divergence, which another rule handles.
         baseline: The same of the baseline.
         seeds: All of the study.
     """
@@ -106,19 +106,19 @@ def check_futility(
     return None
 
 
-def withhold_verdict(seeds: tuple[int, ...], rule: Rule, told: str) -> Effect:
-    """Return the effect of a withdrawn arm: none, and why, in words."""
+def withhold_verdict(seeds: tuple[int, ...], rule: Rule, reason: str) -> Effect:
+    """Return an effect without numbers for a withdrawn arm, with the reason."""
     empty = compare_paired({}, {}, seeds, rule)
-    return dataclasses.replace(empty, left_out=(), losses=(), verdict=Verdict.STOPPED_EARLY, limit=told)
+    return dataclasses.replace(empty, left_out=(), losses=(), verdict=Verdict.STOPPED_EARLY, limit=reason)
 
 
 def find_withdrawals(
     comparison: Comparison, primaries: Iterable[tuple[str, int, Series | None]]
 ) -> dict[str, Withdrawal]:
-    """Return the arms that the rule withdraws, whether their runs were stopped in time or not.
+    """Return the arms that the rule withdraws, also if their runs were not stopped in time.
 
     Args:
-        comparison: Whose rule; without one no arm is withdrawn.
+        comparison: Holds the rule; without one no arm is withdrawn.
         primaries: Arm, seed and primary metric of every run.
     """
     rule = comparison.futility_stop

@@ -1,14 +1,14 @@
-"""Intervals of paired differences: one for each test, by inverting it, and the bootstrap's.
+"""Computes intervals of paired differences: the one of each test, by inverting it, and the bootstrap's.
 
 - t: mean +- t_{n-1, 1-alpha/2} s / sqrt(n).
-- bootstrap: BCa, of the mean (Efron 1987). Of three numbers a resample never leaves their range, so it covers far less
-  than it promises; it may widen a t interval of skewed differences, never stand alone.
+- bootstrap: BCa, of the mean (Efron 1987). A resample of three numbers never leaves their range, so it covers far less
+  than it promises. It may widen a t interval of skewed differences, and never stands alone.
 - wilcoxon: from the (k+1)-th least to the (k+1)-th greatest of the n(n+1)/2 means of pairs (Walsh averages), k the
   largest rank sum with 2 P(T <= k) <= alpha (Hodges and Lehmann 1963); for the centre of a symmetric distribution.
 - sign: from the (k+1)-th least to the (k+1)-th greatest difference, k the largest with 2 P(Binomial(n, 1/2) <= k) <=
   alpha; for the median, whatever the distribution.
 
-The two rank intervals are exact and have no length where n is too small for them: n >= 6 at alpha = 0.05.
+The two rank intervals are exact. They need n >= 6 at alpha = 0.05.
 """
 
 import itertools
@@ -28,11 +28,12 @@ _ROUNDING = 1e-13  # relative, of differences in fp64
 
 @dataclass(frozen=True)
 class Interval:
-    """A two-sided interval in the metric's unit. method: "t", "bootstrap", "wilcoxon" or "sign"."""
+    """A two-sided interval in the metric's unit."""
 
     low: float
     high: float
     method: str
+    """"t", "bootstrap", "wilcoxon" or "sign"."""
 
     @property
     def width(self) -> float:
@@ -41,7 +42,7 @@ class Interval:
 
 
 def interval_of(test: Test, differences: tuple[float, ...], alpha: float) -> Interval | None:
-    """Return the interval that decides under a test: of t and bootstrap the wider, else the test's own."""
+    """Return the interval that decides: for the t-test the wider of t and bootstrap, else the test's own."""
     if test == "wilcoxon":
         return wilcoxon_interval(differences, alpha)
     if test == "sign":
@@ -51,7 +52,7 @@ def interval_of(test: Test, differences: tuple[float, ...], alpha: float) -> Int
 
 
 def centre_of(test: Test, differences: tuple[float, ...]) -> float | None:
-    """Return the estimate whose interval decides: mean, median of the means of pairs (Hodges-Lehmann), or median."""
+    """Return the estimate inside that interval: mean, Hodges-Lehmann (median of the means of pairs), or median."""
     if not differences:
         return None
     if test == "t":
@@ -72,9 +73,9 @@ def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
 
 
 def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
-    """Return the BCa bootstrap interval of the mean; None for fewer than three numbers, or where BCa gives none.
+    """Return the BCa bootstrap interval of the mean; None for fewer than three numbers, or if BCa gives none.
 
-    The generator is fixed and draws from the sorted differences: the same ones, in any order, give the same interval.
+    The generator is fixed and draws from sorted differences, so their order does not matter.
     """
     if len(differences) < _BOOTSTRAP_LEAST:
         return None
@@ -93,7 +94,7 @@ def bootstrap_interval(differences: tuple[float, ...], alpha: float) -> Interval
 
 
 def wilcoxon_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
-    """Return the exact interval of the centre, or None where no rank sum is as rare as alpha (n < 6 at 0.05)."""
+    """Return the exact interval of the centre; None if no rank sum is as rare as alpha (n < 6 at 0.05)."""
     n = len(differences)
     cumulated = np.cumsum(sign_patterns(range(1, n + 1))) / 2.0**n
     skipped = int(np.searchsorted(cumulated, alpha / 2, side="right"))  # k + 1 of the sums 0 .. k
@@ -104,7 +105,7 @@ def wilcoxon_interval(differences: tuple[float, ...], alpha: float) -> Interval 
 
 
 def sign_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
-    """Return the exact interval of the median, or None where even n equal signs are likelier than alpha."""
+    """Return the exact interval of the median; None if even n equal signs are likelier than alpha."""
     n = len(differences)
     cumulated = stats.binom.cdf(np.arange(n), n, 0.5)
     skipped = int(np.searchsorted(cumulated, alpha / 2, side="right"))
@@ -115,7 +116,7 @@ def sign_interval(differences: tuple[float, ...], alpha: float) -> Interval | No
 
 
 def is_constant(differences: tuple[float, ...]) -> bool:
-    """Whether nothing varies but by rounding; a computed deviation may be 1e-17 where it ought to be 0."""
+    """Whether differences vary by rounding alone; a deviation of 0 may be computed as 1e-17."""
     size = max(abs(difference) for difference in differences)
     return max(differences) - min(differences) <= _ROUNDING * size
 
@@ -125,7 +126,7 @@ def _walsh_averages(differences: tuple[float, ...]) -> list[float]:
 
 
 def sign_patterns(ranks: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return how many of the 2^n patterns of signs give each sum 0 .. sum(ranks) of the positive ranks."""
+    """Return the number of the 2^n sign patterns that give each sum 0 .. sum(ranks) of the positive ranks."""
     counts = np.zeros(int(sum(ranks)) + 1)
     counts[0] = 1.0
     for rank in ranks:

@@ -1,10 +1,10 @@
-"""How much it matters which learning rate one takes. Source: Wortsman et al. 2023 (arXiv 2309.14322), section 2.
+"""Computes the sensitivity to the learning rate. Source: Wortsman et al. 2023 (arXiv 2309.14322), section 2.
 
     sensitivity = mean over eta of ( min(loss(eta), loss_0) - loss* )
 
 over the learning rates eta of a ladder, loss_0 the untrained model's loss, loss* the best of the ladder. Lower is
-better; in the unit of the loss. A model that never learns has sensitivity 0, and one whose best learning rate lies
-outside of the ladder is not measured by it: read it with the losses beside.
+better, in the unit of the loss. A model that never learns has sensitivity 0, and the best learning rate may lie outside
+of the ladder, so read it beside the losses.
 """
 
 import math
@@ -29,7 +29,7 @@ class Ladder:
 
     @property
     def name(self) -> str:
-        """The arms' common name: what their names share at the start, else the first arm's."""
+        """The common start of the arms' names, else the first arm's name."""
         names = list(self.rungs.values())
         common = "".join(a for a, *rest in zip(*names, strict=False) if all(a == b for b in rest))
         cut = next((i for i, (a, *rest) in enumerate(zip(*names, strict=False)) if any(a != b for b in rest)), None)
@@ -37,7 +37,7 @@ class Ladder:
 
 
 def find_ladders(configs: Mapping[str, Mapping[str, object]]) -> tuple[Ladder, ...]:
-    """Return every group of at least two arms whose configs, seeds aside, differ in the learning rate alone.
+    """Return every group of at least two arms whose configs differ in the learning rate alone, seeds aside.
 
     Args:
         configs: The resolved config of one run of each arm.
@@ -61,7 +61,7 @@ def sensitivity(losses: Mapping[float, float], untrained: float) -> float | None
     """Return the learning-rate sensitivity of one seed.
 
     Args:
-        losses: Final loss by learning rate; not finite where the run diverged, which counts as the untrained loss.
+        losses: Final loss by learning rate; a non-finite one (the run diverged) counts as the untrained loss.
         untrained: loss_0.
     """
     capped = [min(loss, untrained) if math.isfinite(loss) else untrained for loss in losses.values()]
@@ -71,7 +71,7 @@ def sensitivity(losses: Mapping[float, float], untrained: float) -> float | None
 
 
 def largest_stable(stable: Mapping[float, bool]) -> float | None:
-    """Return the largest learning rate up to which, from the least, every run was stable; None where none was."""
+    """Return the largest learning rate up to which every run was stable; None if the least one was not."""
     largest = None
     for rate in sorted(stable):
         if not stable[rate]:
@@ -81,7 +81,7 @@ def largest_stable(stable: Mapping[float, bool]) -> float | None:
 
 
 def _without_rate(resolved: Mapping[str, object]) -> tuple[float | None, dict[str, object]]:
-    """Return a config's learning rate and the config without it; the given one is left alone."""
+    """Return a config's learning rate, and a copy of the config without it."""
     rest: dict[str, object] = dict(resolved)
     here = rest
     for part in LEARNING_RATE[:-1]:

@@ -1,10 +1,9 @@
-"""p values of paired differences: is their centre 0 (two-sided), and does it lie within +- x (two one-sided tests).
+"""Computes p values of paired differences: centre 0 (two-sided), and centre within +- x (two one-sided tests).
 
-t asks for the mean, Wilcoxon's signed ranks for the centre of a symmetric distribution, the sign test for the median.
-Where even the most extreme outcome of n seeds has p > alpha, the two exact tests cannot decide: they need n >= 6 at
-alpha = 0.05 (2 / 2^5 = 0.0625). Both leave out seeds without a difference. Equal sizes share the mean of their ranks,
-and Wilcoxon's p is exact all the same, over the 2^n patterns of signs: with ties the normal approximation tells 0.014
-of six equal differences, whose p is 2 / 2^6 = 0.031.
+The t-test is of the mean, Wilcoxon's signed ranks of the centre of a symmetric distribution, the sign test of the
+median. The two exact tests need n >= 6 at alpha = 0.05 (2 / 2^5 = 0.0625), and leave out differences of 0. Equal sizes
+share the mean of their ranks. Wilcoxon's p stays exact with ties, over the 2^n sign patterns: the normal approximation
+gives 0.014 for six equal differences, whose p is 2 / 2^6 = 0.031.
 
 Holm's step-down keeps the chance of any false alarm among m comparisons at alpha, whatever their dependence: of the
 sorted p values p_(1) <= ... <= p_(m) the adjusted ones are max_{j <= i} min(1, (m - j + 1) p_(j)). Source: Holm 1979.
@@ -23,7 +22,7 @@ _EXACT_MOST = 50  # seeds; beyond, SciPy's normal approximation
 
 
 def two_sided_p(test: Test, differences: tuple[float, ...]) -> float | None:
-    """Return the two-sided p of "the centre is 0"; None where n < 2 or, for t, nothing varies."""
+    """Return the two-sided p of "the centre is 0"; None if n < 2 or, for t, nothing varies."""
     if len(differences) < 2:
         return None
     if test == "t":
@@ -33,13 +32,13 @@ def two_sided_p(test: Test, differences: tuple[float, ...]) -> float | None:
 
 
 def paired_p(differences: tuple[float, ...]) -> float | None:
-    """Return the p of the two-sided paired t-test, or None where n < 2 or nothing varies."""
+    """Return the p of the two-sided paired t-test; None if n < 2 or nothing varies."""
     statistic = _t(differences)
     return None if statistic is None else float(2 * stats.t.sf(abs(statistic), len(differences) - 1))
 
 
 def p_above(test: Test, differences: tuple[float, ...]) -> float | None:
-    """Return the one-sided p of "the centre is 0 or below"; None where it cannot be told."""
+    """Return the one-sided p of "the centre is 0 or below"; None if it is undefined."""
     n = len(differences)
     if test == "t":
         statistic = _t(differences)
@@ -66,17 +65,17 @@ def p_outside(test: Test, differences: tuple[float, ...], within: float) -> floa
 
 
 def least_seeds(test: Test, alpha: float) -> int:
-    """Return how many seeds a two-sided test needs before any outcome at all can reach alpha."""
+    """Return the least number of seeds with which any outcome of a two-sided test can reach alpha."""
     return 2 if test == "t" else math.ceil(1 - math.log2(alpha))
 
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return the adjusted p of each comparison; those without a p have none and do not count."""
-    told = sorted(((p, name) for name, p in p_values.items() if p is not None))
+    """Return the adjusted p of each comparison; those without a p do not count."""
+    known = sorted(((p, name) for name, p in p_values.items() if p is not None))
     adjusted: dict[str, float | None] = dict.fromkeys(p_values)
     highest = 0.0
-    for place, (p, name) in enumerate(told):
-        highest = max(highest, min(1.0, (len(told) - place) * p))
+    for place, (p, name) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - place) * p))
         adjusted[name] = highest
     return adjusted
 

@@ -1,4 +1,4 @@
-"""How many seeds an effect takes: the power of the two-sided paired t-test."""
+"""Computes the power of the two-sided paired t-test, and the number of seeds that an effect needs."""
 
 import math
 
@@ -16,7 +16,7 @@ def seeds_needed(differences: tuple[float, ...], alpha: float) -> int | None:
     """Return the least n whose two-sided paired t-test finds this mean at this spread with 80 % power.
 
     With d = |mean| / s the test statistic is noncentral t with n - 1 degrees of freedom and noncentrality d sqrt(n).
-    None where n < 3 or nothing varies (too little to tell the spread), the mean is 0, or more than 1,000 are needed.
+    None if n < 3 or nothing varies (the spread is unknown), if the mean is 0, or if more than 1,000 are needed.
     """
     if len(differences) < _SPREAD_LEAST or is_constant(differences):
         return None

@@ -1,15 +1,15 @@
-"""How steadily one run trained, from what it logged. Pure functions; NaN and infinities are data.
+"""Measures the stability of one run from its metrics. Pure functions; NaN and infinities are data.
 
-- Divergence: the step at which the run was no longer sound.
+- Divergence: the first step at which the loss was not finite.
 - Spike score: the share of points at least 7 standard deviations away from the mean of the last 1,000 points before
-  them, of task loss, gradient norm and update norm. Source: OLMo 2 (arXiv 2501.00656). A point is judged once 10 finite
-  ones lie before it, so a run of fewer logged points has no score; a point that is not finite is a spike and enters no
-  mean. Points are those logged: with `trainer.log_every_n_steps` above 1, spikes between them are not seen.
-- Recovery: the longest time from the start of a spike of the task loss until it is back at most one deviation above the
+  them, of task loss, gradient norm and update norm. Source: OLMo 2 (arXiv 2501.00656). A point is judged if 10 finite
+  ones lie before it, so a run of fewer points has no score. A non-finite point is a spike and enters no mean. Spikes
+  between logged points (`trainer.log_every_n_steps` above 1) are not seen.
+- Recovery: the longest time from the start of a spike of the task loss until it is at most one deviation above the
   mean from before the spike.
-- Largest attention and router logits, and largest |log Z| of the output softmax: growth that runs ahead of a
-  divergence (arXiv 2309.14322, section 3).
-- Dead experts: the share of logged steps at which some layer had an expert without a token; MaxVio: mean over logged
+- Largest attention and router logits, and largest |log Z| of the output softmax: they grow before a divergence
+  (arXiv 2309.14322, section 3).
+- Dead experts: the share of logged steps at which some layer had an expert without a token. MaxVio: mean over logged
   steps and layers of max load / mean load - 1 (arXiv 2408.15664).
 - R_g: the share of the routers' gradient that comes from balance losses, mean over the steps on which the callback
   `Liveness` measured it (arXiv 2509.01322 watches such a ratio).
@@ -36,49 +36,53 @@ _LEAST_WINDOW = 10  # points: the deviation of fewer is too rough to call seven 
 
 
 class Spikes(NamedTuple):
-    """Which points of a series are spikes. judged: how many points had enough others before them."""
+    """The spikes of a series."""
 
     is_spike: tuple[bool, ...]
+    """By point."""
     judged: int
+    """Number of points with enough others before them."""
 
     @property
     def score(self) -> float | None:
-        """Share of judged points that are spikes, or None where there were too few points to judge any."""
+        """Share of judged points that are spikes; None without judged points."""
         return sum(self.is_spike) / self.judged if self.judged else None
 
 
 @dataclass(frozen=True)
 class Stability:
-    """One run; None where it was not logged or there were too few points.
-
-    diverged_at: optimiser step. spikes_*: shares of points. recovery_steps: optimiser steps of the longest recovery,
-    0 without a spike, infinite where the loss never came back; recovery_tokens: the same in tokens of the batches.
-    largest_*: over steps, blocks and modalities. dead_share, max_violation, balance_share (R_g): see above.
-    """
+    """The stability of one run; None if a metric was not logged or has too few points."""
 
     diverged_at: int | None
+    """Optimiser step."""
     spikes_loss: float | None
+    """Share of points, as the next two."""
     spikes_gradient: float | None
     spikes_update: float | None
     recovered: bool | None
+    """Whether the loss came back from every spike."""
     recovery_steps: float | None
+    """Optimiser steps of the longest recovery; 0 without a spike, infinite if the loss never came back."""
     recovery_tokens: float | None
+    """The same in tokens of the batches."""
     largest_attention_logit: float | None
+    """Over steps, blocks and modalities, as the next two."""
     largest_router_logit: float | None
     largest_log_partition: float | None
     dead_share: float | None
     max_violation: float | None
     balance_share: float | None
+    """R_g."""
 
 
 def measure_stability(
     series: Mapping[str, Series], has_diverged: bool, tokens_per_step: float | None = None
 ) -> Stability:
-    """Return how steadily a run trained.
+    """Return the stability of a run.
 
     Args:
-        series: What it logged, by metric key.
-        has_diverged: By the study's rule; says whether there is a step to look for.
+        series: By metric key.
+        has_diverged: By the study's rule; only then is the step looked for.
         tokens_per_step: Tokens of one optimiser step, over all ranks and micro-batches.
     """
     steps = recovery(series.get(TRAIN_LOSS))
@@ -100,7 +104,7 @@ def measure_stability(
 
 
 def divergence_step(series: Mapping[str, Series]) -> int | None:
-    """Return the first step at which a loss was not finite; without one, the last step of a run that ended too high."""
+    """Return the first step at which a loss was not finite; without one, the last step."""
     guard = series.get(NONFINITE_STEP)
     if guard:
         return int(guard.values[0])
@@ -110,9 +114,9 @@ def divergence_step(series: Mapping[str, Series]) -> int | None:
 
 
 def spikes(values: tuple[float, ...], window: int = SPIKE_WINDOW, deviations: float = SPIKE_DEVIATIONS) -> Spikes:
-    """Return which points lie `deviations` or more from the mean of the up to `window` points before them.
+    """Find the points that lie `deviations` or more from the mean of the up to `window` points before them.
 
-    Standard deviations are the population's. Before a point without any spread, every other value is a spike.
+    Standard deviations are the population's. After points without spread, every other value is a spike.
     """
     means, spreads = _before([value for value in values if math.isfinite(value)], window)
     is_spike, judged, known = [], 0, 0  # known: finite points so far
@@ -130,7 +134,7 @@ def spikes(values: tuple[float, ...], window: int = SPIKE_WINDOW, deviations: fl
 def _before(values: list[float], window: int) -> tuple[list[float], list[float]]:
     """Return mean and deviation of the up to `window` values before each, and before the end; 0 before the first.
 
-    While the window still grows they are updated (Welford 1962), which is exact for values that are all the same.
+    While the window grows they are updated (Welford 1962), which is exact for equal values.
     """
     means, spreads, mean, squares = [0.0], [0.0], 0.0, 0.0
     for count, value in enumerate(values[:window], start=1):
@@ -147,7 +151,7 @@ def _before(values: list[float], window: int) -> tuple[list[float], list[float]]
 
 
 def recovery(loss: Series | None) -> float | None:
-    """Return the steps of the longest recovery from an upward spike; infinite where it never came back."""
+    """Return the steps of the longest recovery from an upward spike; infinite if it never came back."""
     if loss is None or (found := spikes(loss.values)).judged == 0:
         return None
     longest, i = 0.0, 0
@@ -175,7 +179,7 @@ def dead_share(families: Iterable[Series]) -> float | None:
 
 
 def value_at(series: Series, step: float) -> float | None:
-    """Return a metric at a step, on the straight line between its points; None outside of them or where not finite."""
+    """Return a metric at a step, interpolated between its points; None outside of them or if not finite."""
     steps, values = series
     if not steps or not steps[0] <= step <= steps[-1]:
         return None
@@ -201,7 +205,7 @@ def _finite(families: Iterable[Series]) -> list[float]:
 
 
 def _largest(families: Iterable[Series]) -> float | None:
-    """Return the largest value; an infinite logit is the largest, one that is not a number says nothing."""
+    """Return the largest value; an infinite one counts, NaN does not."""
     return max((v for one in families for v in one.values if not math.isnan(v)), default=None)
 
 

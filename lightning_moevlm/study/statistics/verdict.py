@@ -1,13 +1,13 @@
-"""From evidence to a word. An arm helps or hurts where all of this holds:
+"""Decides the verdict on an arm from evidence. An arm helps or hurts if all of this holds:
 
-- the deciding interval of the differences does not hold 0;
-- the p of the declared test, adjusted for the family of comparisons where the study says so, is at most alpha;
-- runs that were lost do not speak against it: no mean over survivors makes the arm with more losses the better one;
-- and, to help, no guard is broken: no metric that may not get worse did so by more than it may, on average over seeds.
+- the deciding interval of the differences excludes 0;
+- the p of the declared test, corrected for the family of comparisons if the study asks for it, is at most alpha;
+- the better side has not lost more runs, so that no mean over survivors decides;
+- and, to help, no guard is broken: no guard metric got worse by more than it may, on average over seeds.
 
-Where the study says which difference matters (`within`), an arm whose whole interval lies inside of it makes no
-difference, also where the interval does not hold 0; corrected for the family by two one-sided tests (TOST). Everything
-else is inconclusive, which is no proof that there is no effect.
+If the study names the difference that matters (`within`), an arm whose whole interval lies inside makes no difference,
+even if the interval excludes 0. Two one-sided tests (TOST) correct this for the family. Everything else is
+inconclusive, which does not prove that there is no effect.
 """
 
 import math
@@ -21,98 +21,92 @@ from lightning_moevlm.study.statistics.paired_tests import format_p, least_seeds
 
 
 class Verdict(StrEnum):
-    """The word for a comparison. BASELINE marks the row that the others are compared with.
+    """The result of a comparison."""
 
-    STOPPED_EARLY is the word for none: the arm was withdrawn by the study's rule, see `futility`.
-    """
-
-    BASELINE = "baseline"
+    BASELINE = "baseline"  # the arm that the others are compared with
     HELPS = "helps"
     HURTS = "hurts"
     NO_DIFFERENCE = "no difference"
     BREAKS_GUARD = "breaks guard"
     INCONCLUSIVE = "inconclusive"
-    STOPPED_EARLY = "stopped early"
+    STOPPED_EARLY = "stopped early"  # no verdict: the study's rule withdrew the arm, see `futility`
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How verdicts are reached.
-
-    direction: which way is progress. alpha: two-sided error rate; intervals cover 1 - alpha. test: whose p decides.
-    correction: over the study's comparisons. within: the difference that matters, in the metric's unit; None = any.
-    """
+    """How verdicts are reached."""
 
     direction: Direction
+    """Of improvement."""
     alpha: float
+    """Two-sided error rate; intervals cover 1 - alpha."""
     test: Test = "t"
     correction: Correction = "none"
+    """Over the study's comparisons."""
     within: float | None = None
+    """The smallest difference that matters, in the metric's unit; None: any difference matters."""
 
 
 class Sides(NamedTuple):
-    """What the two sides of a contrast are called that is not arm against baseline."""
+    """The names of a contrast's two sides, if they are not arm and baseline."""
 
     mine: str
     theirs: str
 
 
 class Evidence(NamedTuple):
-    """What a verdict is read from.
-
-    p: of "no difference", p_outside: of "a difference of at least `within`", both adjusted for the family; None where
-    they cannot be told. more_lost: diverged and crashed runs of the arm, minus those of the baseline. is_constant:
-    whether all differences are the same. sides: None for arm and baseline.
-    """
+    """The numbers that decide a verdict."""
 
     interval: Interval | None
     num_pairs: int
     more_lost: int = 0
+    """Diverged and crashed runs of the arm, minus those of the baseline."""
     p: float | None = None
+    """Of "no difference", corrected for the family; None if unknown."""
     p_outside: float | None = None
+    """Of "a difference of at least `within`", corrected for the family; None if unknown."""
     is_constant: bool = False
+    """Whether all differences are the same."""
     sides: Sides | None = None
 
 
 @dataclass(frozen=True)
 class GuardResult:
-    """One guard metric of one arm.
-
-    worse: by how much it got worse on average over paired seeds, in the metric's unit, negative where it got better;
-    None where no seed has it in both arms. at_most: by how much it may. missing: how many of the seeds in which the
-    primary metric is compared do not have it in both arms, in finite numbers.
-    """
+    """One guard metric of one arm, in the metric's unit."""
 
     metric: str
     at_most: float
+    """By how much it may get worse."""
     worse: float | None
+    """By how much it got worse, mean over paired seeds; negative: better; None: no seed has it in both arms."""
     interval: Interval | None
     missing: int = 0
+    """Seeds in which the primary metric is compared, but this one is not finite in both arms."""
 
     @property
     def is_broken(self) -> bool:
-        """Whether it got worse by more than it may; 1.05 - 1 is no more than 0.05, whatever fp64 makes of it."""
+        """Whether it got worse by more than it may; rounding is allowed for: 1.05 - 1 is not more than 0.05."""
         if self.worse is None or math.isclose(self.worse, self.at_most, rel_tol=1e-9, abs_tol=1e-12):
             return False
         return self.worse > self.at_most
 
     @property
     def text(self) -> str:
-        """What a reader must know of it; empty where it held."""
+        """The failure in words; empty if the guard held."""
         if self.worse is None:
             return f"guard {self.metric} could not be compared: no seed has it in both arms"
         if not self.is_broken:
             missing = (
-                f"guard {self.metric} could not be compared in {self.missing} of the seeds: no number in both arms"
+                f"guard {self.metric} could not be compared in {self.missing} of the seeds: not finite in both arms"
             )
             return missing if self.missing else ""
         sure = self.interval is not None and self.interval.low > self.at_most
-        doubt = "" if sure else ", although its interval does not exclude less"
-        return f"{self.metric} is worse by {self.worse:.4g}, more than the {self.at_most:g} it may be{doubt}"
+        doubt = "" if sure else ", but its interval includes less"
+        return f"{self.metric} is worse by {self.worse:.4g}, and {self.at_most:g} is allowed{doubt}"
 
 
 def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
-    """Return the word for the primary metric, before guards, and what limits it."""
+    """Return the verdict on the primary metric, before guards, and its reason or limit in words."""
     interval, n = evidence.interval, evidence.num_pairs
     least = least_seeds(rule.test, rule.alpha)
     if n < least:
@@ -131,12 +125,12 @@ def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
         return Verdict.INCONCLUSIVE, ""
     if evidence.p is not None and evidence.p > rule.alpha:
         family = " over the study's comparisons" if rule.correction == "holm" else ""
-        return Verdict.INCONCLUSIVE, f"its interval does not hold 0, but p = {format_p(evidence.p, rule.alpha)}{family}"
+        return Verdict.INCONCLUSIVE, f"its interval excludes 0, but p = {format_p(evidence.p, rule.alpha)}{family}"
     return (Verdict.HELPS if ahead else Verdict.HURTS), ""
 
 
 def apply_guards(verdict: Verdict, guards: tuple[GuardResult, ...]) -> Verdict:
-    """Return the word after the guards: only "helps" can be lost to them."""
+    """Return the verdict after the guards, which can only take away "helps"."""
     if verdict is not Verdict.HELPS:
         return verdict
     if any(guard.is_broken for guard in guards):
@@ -145,7 +139,7 @@ def apply_guards(verdict: Verdict, guards: tuple[GuardResult, ...]) -> Verdict:
 
 
 def _is_small(evidence: Evidence, interval: Interval, rule: Rule) -> bool:
-    """Whether the effect is shown to be smaller than what matters; runs lost on one side alone speak against it."""
+    """Whether the effect is shown to be smaller than what matters; not if one side lost more runs."""
     if rule.within is None or evidence.more_lost or not -rule.within < interval.low <= interval.high < rule.within:
         return False
     return evidence.p_outside is None or evidence.p_outside <= rule.alpha
@@ -158,14 +152,11 @@ def _explain_constant(n: int, interval: Interval | None) -> str:
 
 
 def _explain_survivors(more_lost: int, sides: Sides | None) -> str:
-    """Return why a mean over the survivors says nothing, where the side that looks better has lost more runs."""
-    count = abs(more_lost)
-    if sides is not None:
-        word, (lost, kept) = ("ahead", sides) if more_lost > 0 else ("behind", (sides.theirs, sides.mine))
-        return f"{word} where all runs of a seed survive, but {lost} lost {count} more than {kept}"
-    if more_lost > 0:
-        return f"ahead where it survives, but it lost {count} more than the baseline"
-    return f"behind where the baseline survives, but that lost {count} more than this arm"
+    """Explain that a mean over survivors decides nothing if the better side has lost more runs."""
+    word, count = ("ahead" if more_lost > 0 else "behind"), abs(more_lost)
+    mine, theirs = sides or ("this arm", "the baseline")
+    lost, kept = (mine, theirs) if more_lost > 0 else (theirs, mine)
+    return f"{word} in the seeds that survive, but {lost} lost {count} more than {kept}"
 
 
 def _count_seeds(n: int) -> str:

@@ -68,7 +68,7 @@ def test_what_another_study_has_run_is_named_in_the_plan(uri: str, tmp_path: Pat
     assert known.describe(4) == ("4 of 4 known from study tiny",)
     table = plan_table(plan, dict.fromkeys((run.folder for run in plan.runs), "planned"), known)
     assert {row[2] for row in table.rows} == {"known from tiny"}
-    assert any("with --reuse=false it trains them again" in note for note in table.notes)
+    assert any("With --reuse=false it trains them again" in note for note in table.notes)
     assert not plan.folder.exists()  # nothing is written by looking
 
 
@@ -93,7 +93,7 @@ def test_what_is_taken_is_a_run_of_the_study_that_says_where_it_is_from(uri: str
 
     result = collect_results(plan, ledger, uri)
     assert [arm.finished for arm in result.arms] == [2, 2]
-    assert "4 of 4 runs were trained for study tiny and taken from there" in " ".join(models_table(result).notes)
+    assert "4 of 4 runs were taken from study tiny." in " ".join(models_table(result).notes)
     assert result.unlike == ()  # all of them are from there
     assert look(plan, uri) == KnownRuns()  # nothing is left to take
     third = dataclasses.replace(plan, folder=tmp_path / "third")

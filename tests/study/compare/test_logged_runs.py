@@ -244,7 +244,7 @@ def test_states_come_from_the_study_or_from_the_points() -> None:
     assert stopped.verdict is Verdict.STOPPED_EARLY
     assert stopped.finished == 0  # its other seed went to the end, which is no result of a withdrawn arm
     assert "stopped by rule: far behind" in stopped.effect.note
-    with pytest.raises(UserError, match="it is no baseline"):
+    with pytest.raises(UserError, match="it cannot be the baseline"):
         compared(judged, ENDS, Rules(METRIC, baseline="dim=4"))
 
 
@@ -257,7 +257,7 @@ def test_runs_lost_in_seeds_that_only_one_arm_has_are_not_held_against_it() -> N
     assert effect.more_lost == 1
     assert (effect.verdict, effect.limit) == (
         Verdict.INCONCLUSIVE,
-        "ahead where it survives, but it lost 1 more than the baseline",
+        "ahead in the seeds that survive, but this arm lost 1 more than the baseline",
     )
 
 
@@ -302,5 +302,5 @@ def test_a_report_takes_the_place_of_a_report_alone(filled: tuple[Plan, str], tm
     write_report(make_report(describe_origin(plan, result), result), folder)
     refuse_other_folder(folder)
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"'notes\.txt', which is no part of a report"):
+    with pytest.raises(UserError, match=r"'notes\.txt', which is not part of a report"):
         refuse_other_folder(folder)

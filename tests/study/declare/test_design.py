@@ -264,9 +264,9 @@ def test_a_plan_tells_levels_and_aliases(tmp_path):
     plan = plan_of(file)
     assert {run.arm for run in plan.runs} == {"baseline", "fast__late", "skewed__late", "fast__skewed"}
     statuses = {run.folder: "waiting" for run in plan.runs}
-    records = {record.arm: record for record in plan_records(plan, statuses)}
-    assert records["fast__late"].levels == {"fast": "on", "skewed": "off", "late": "on"}
-    assert records["fast__late"].changes == {"model.speed": 0.9, "model.validate_every": 2}
+    records = {record["arm"]: record for record in plan_records(plan, statuses)}
+    assert records["fast__late"]["levels"] == {"fast": "on", "skewed": "off", "late": "on"}
+    assert records["fast__late"]["changes"] == {"model.speed": 0.9, "model.validate_every": 2}
     notes = plan_table(plan, statuses).notes
     assert "4 of 8 combinations, resolution III; defining relation I = -fast*skewed*late" in notes
     assert "aliased: fast = -skewed*late" in notes

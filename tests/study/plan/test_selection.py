@@ -32,7 +32,7 @@ def test_tables_and_records_of_a_part_without_the_baseline(tmp_path):
     statuses = {run.folder: "planned" for run in selected.runs}
     assert [row[0] for row in arms_table(selected, {}).rows] == ["fast"]
     assert len(plan_table(selected, statuses).rows) == 1
-    assert [(record.arm, record.seed) for record in plan_records(selected, statuses)] == [("fast", 1)]
+    assert [(record["arm"], record["seed"]) for record in plan_records(selected, statuses)] == [("fast", 1)]
     assert [row[0] for row in status_table(selected, read_ledger(selected)).rows] == ["fast-seed1"]
 
 

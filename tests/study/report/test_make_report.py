@@ -189,7 +189,9 @@ def test_pictures_are_drawn_and_described(result, tmp_path):
 
 
 def test_finding_is_a_sentence(result):
-    assert describe_arm(result, result.arms[1]).startswith("slow: hurts. Validation task loss +")
+    assert describe_arm(result, result.arms[1]).startswith(
+        "slow: hurts. Compared with baseline, validation task loss changes by +"
+    )
 
 
 def figures_of(monkeypatch, module, draw, result):

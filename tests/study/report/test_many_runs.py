@@ -47,7 +47,7 @@ def test_500_runs(migrated_database: Path, tmp_path: Path) -> None:
         f"CPU), peak {peak / 1e6:.0f} MB, page {page_size / 1e6:.2f} MB"
     )
     html = (tmp_path / "report" / "report.html").read_text()
-    assert "Pictures show 20 of 100 arms" in html
+    assert "Figures show 20 of 100 arms" in html
     assert all(f">skew_<wbr>{i}</th>" in html for i in range(99))
     assert peak < _BYTES
     assert cpu < _SECONDS  # wall time depends on what else the machine does

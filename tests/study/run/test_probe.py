@@ -55,13 +55,13 @@ def test_a_run_by_hand(plan):
     assert Probe(start=4.0, validation=2.0, step=0.5).run_seconds(run, None) == 4 + 2 * 2 + 10 * 0.5
     probes = {"baseline": Probe(4.0, 2.0, 0.5), "fast": Probe(4.0, 2.0, 1.0)}
     records = plan_records(plan, {run.folder: "planned" for run in plan.runs}, probes)
-    assert [record.estimated_seconds for record in records] == [13.0, 13.0, 18.0, 18.0]
+    assert [record["estimated_seconds"] for record in records] == [13.0, 13.0, 18.0, 18.0]
     table = arms_table(plan, probes)
     assert [row[4:6] for row in table.rows] == [("500 ms", "13 s"), ("1000 ms", "18 s")]
-    assert table.notes[0].startswith("estimated: 62 s for all 4 runs, one at a time on this machine")
+    assert table.notes[0].startswith("estimate: 62 s for all 4 runs, one at a time on this machine")
     assert arms_table(plan).notes == ()
     assert all(
-        record.estimated_seconds is None
+        record["estimated_seconds"] is None
         for record in plan_records(plan, dict.fromkeys([run.folder for run in plan.runs], "planned"))
     )
 

@@ -161,7 +161,7 @@ def test_survivors_alone_do_not_make_an_arm_help():
     effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1))
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == (
-        "ahead where it survives, but it lost 1 more than the baseline; 1 of 3 seeds left out; "
+        "ahead in the seeds that survive, but this arm lost 1 more than the baseline; 1 of 3 seeds left out; "
         "1 run of this arm diverged"
     )
 
@@ -172,7 +172,7 @@ def test_survivors_of_the_baseline_do_not_make_an_arm_hurt(lost, what):
     assert compare_paired(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HURTS
     effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, baseline_lost=lost)
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert "that lost 1 more than this arm" in effect.note
+    assert "behind in the seeds that survive, but the baseline lost 1 more than this arm" in effect.note
     assert effect.note.endswith(f"1 of 3 seeds left out; 1 run of the baseline {what}")
 
 
@@ -288,7 +288,7 @@ def test_losses_count_where_both_sides_had_a_run():
     effect = compare_paired(arm, baseline, tuple(range(10)), LOWER, *lost)
     assert effect.more_lost == 1
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert effect.note.startswith("ahead where it survives, but it lost 1 more than the baseline")
+    assert effect.note.startswith("ahead in the seeds that survive, but this arm lost 1 more than the baseline")
     assert effect.note.endswith("1 run of this arm diverged; 2 runs of the baseline diverged")
 
 
@@ -326,7 +326,7 @@ def test_the_family_takes_a_verdict_back():
     assert judged["arm"].p_value == pytest.approx(0.0305, abs=1e-4)
     assert judged["arm"].p_adjusted == pytest.approx(0.0609, abs=1e-4)
     assert judged["arm"].verdict is Verdict.INCONCLUSIVE
-    assert judged["arm"].note == "its interval does not hold 0, but p = 0.0609 over the study's comparisons"
+    assert judged["arm"].note == "its interval excludes 0, but p = 0.0609 over the study's comparisons"
     assert judge_family(effects, LOWER) == effects
     # An arm whose seeds are still to come, or all lost, counts as it will: no verdict stands until it is there alone.
     for seeds in ((), (0,)):

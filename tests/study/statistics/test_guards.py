@@ -16,9 +16,9 @@ def test_guards():
     guard = check_guard("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.1, 0.05)
     assert guard.worse == pytest.approx(0.22)
     assert guard.is_broken
-    assert guard.text == "drop_rate is worse by 0.22, more than the 0.1 it may be"
+    assert guard.text == "drop_rate is worse by 0.22, and 0.1 is allowed"
     doubtful = check_guard("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.15, 0.05)
-    assert doubtful.text.endswith("0.15 it may be, although its interval does not exclude less")
+    assert doubtful.text.endswith("0.15 is allowed, but its interval includes less")
     assert not check_guard("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.25, 0.05).is_broken
     assert check_guard("accuracy", arm, baseline, (0, 1, 2), "higher", 0.0, 0.05).worse == pytest.approx(-0.22)
 
@@ -34,7 +34,7 @@ def test_a_guard_that_is_no_number_in_a_seed_has_not_held():
     arm, baseline = {0: 0.1, 1: math.inf, 2: 0.1}, dict.fromkeys(range(3), 0.1)
     guard = check_guard("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.05, 0.05, compared=(0, 1, 2))
     assert (guard.worse, guard.is_broken, guard.missing) == (0.0, False, 1)
-    assert guard.text == "guard drop_rate could not be compared in 1 of the seeds: no number in both arms"
+    assert guard.text == "guard drop_rate could not be compared in 1 of the seeds: not finite in both arms"
     assert apply_guards(Verdict.HELPS, (guard,)) is Verdict.INCONCLUSIVE
     # A seed that the primary metric lacks, too, is told of already.
     assert check_guard("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.05, 0.05, compared=(0, 2)).missing == 0
@@ -45,7 +45,7 @@ def test_an_arm_that_breaks_a_guard_does_not_help():
     broken, held = GuardResult("drop_rate", 0.1, 0.22, None), GuardResult("max_violation", 0.1, -1.0, None)
     effect = compare_paired(arm, zero, (0, 1, 2), LOWER, guards=(held, broken))
     assert effect.verdict is Verdict.BREAKS_GUARD
-    assert effect.note.startswith("drop_rate is worse by 0.22, more than the 0.1 it may be")
+    assert effect.note.startswith("drop_rate is worse by 0.22, and 0.1 is allowed")
     assert compare_paired(arm, zero, (0, 1, 2), LOWER, guards=(held,)).verdict is Verdict.HELPS
     unknown = compare_paired(arm, zero, (0, 1, 2), LOWER, guards=(GuardResult("drop_rate", 0.1, None, None),))
     assert unknown.verdict is Verdict.INCONCLUSIVE

@@ -1,4 +1,4 @@
-"""The report's pictures, each with the sentence and the table that say the same."""
+"""Draws the report's figures, each with a sentence and a table of the same content."""
 
 import dataclasses
 import math
@@ -36,10 +36,10 @@ MANY_ARMS = 20
 
 
 def draw_all(result: StudyResult) -> list[ReportFigure]:
-    """Draw every picture that the study has data for, of so many arms as are legible."""
+    """Draw every figure that the study has data for, with as many arms as are legible."""
     few = select_legible(result)
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-        return [picture for drawer in _DRAWERS if (picture := drawer(few)) is not None]
+        return [figure for drawer in _DRAWERS if (figure := drawer(few)) is not None]
 
 
 def select_legible(result: StudyResult) -> StudyResult:

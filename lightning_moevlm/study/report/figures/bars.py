@@ -1,4 +1,4 @@
-"""Bars by arm: throughput and wall time, and masked accuracy beside the accuracy of the constant answer."""
+"""Draws bars by arm: throughput and wall time; masked accuracy beside the accuracy of the constant answer."""
 
 from matplotlib.axes import Axes
 
@@ -39,7 +39,7 @@ def draw_throughput(result: StudyResult) -> ReportFigure | None:
 
 
 def draw_accuracy(result: StudyResult) -> ReportFigure | None:
-    """Draw masked accuracy of every term with the majority baseline as a mark; None where no term predicts classes."""
+    """Draw masked accuracy of every term, with the majority class as a mark; None if no term predicts classes."""
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
     if not terms:
         return None

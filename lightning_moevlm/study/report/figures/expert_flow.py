@@ -1,7 +1,7 @@
-"""Expert-modality flow at the end of training: bands from each modality to the experts that took its tokens.
+"""Draws bands from each modality to the experts that took its tokens at the end of training.
 
-A band is as wide as the share of the modality's kept pairs. Where modalities share one mixture, their bands meet at the
-same expert; where each has its own, experts stand apart. As in the heatmaps, the first seed with data is shown.
+A band is as wide as its share of the modality's kept pairs. If modalities share one mixture, their bands meet at the
+same expert; else each has its own experts. As in the heatmaps, the first seed with data is shown.
 """
 
 import re
@@ -34,7 +34,7 @@ Flow = Mapping[str, tuple[float, ...]]
 
 
 def draw_expert_flow(result: StudyResult) -> ReportFigure | None:
-    """Draw it; None where no arm has experts."""
+    """Draw the flow; None if no arm has experts."""
     shown = [(arm, run) for arm in result.arms if (run := find_run_with_load(arm)) is not None]
     blocks = sorted({block for _, run in shown for block in read_flows(run)})
     if not blocks:
@@ -69,7 +69,7 @@ def draw_expert_flow(result: StudyResult) -> ReportFigure | None:
 
 
 def read_flows(run: RunResult) -> dict[int, Flow]:
-    """Return, by block, the shares at the last logged step."""
+    """Return the shares at the last logged step, by block."""
     flows: dict[int, dict[str, tuple[float, ...]]] = {}
     for (block, modality), (_, load) in sorted(read_loads(run).items()):
         flows.setdefault(block, {})[modality] = tuple(float(share) for share in np.nan_to_num(load[:, -1]))
@@ -77,7 +77,7 @@ def read_flows(run: RunResult) -> dict[int, Flow]:
 
 
 def shares_experts(tags: Mapping[str, str], block: int) -> bool:
-    """Return whether the modalities share a block's experts: its run has tagged one mixture in it, not one for each."""
+    """Return whether modalities share a block's experts: its run has tagged one mixture in it, not several."""
     layers = [tag for tag in tags if tag.startswith(_DISPATCH) and re.search(rf"(^|\.){block}\.", tag)]
     return len(layers) == 1
 
@@ -135,8 +135,8 @@ def _sentence(arm: ArmResult, run: RunResult) -> str:
     for block, flow in read_flows(run).items():
         for modality, shares in flow.items():
             fullest = sorted(range(len(shares)), key=lambda expert: -shares[expert])[:_LARGEST]
-            told = ", ".join(f"expert {expert} {format_percent(shares[expert])}" for expert in fullest)
-            parts.append(f"block {block} {modality} most to {told}")
+            experts = ", ".join(f"expert {expert} {format_percent(shares[expert])}" for expert in fullest)
+            parts.append(f"block {block} {modality} most to {experts}")
     return f"{arm.arm.name}: {'; '.join(parts)}."
 
 

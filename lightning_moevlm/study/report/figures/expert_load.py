@@ -1,4 +1,4 @@
-"""Expert load over training: one heatmap (experts x steps) per arm, block and modality, all on one colour scale.
+"""Draws expert load over training: one heatmap (experts x steps) per arm, block and modality, on one colour scale.
 
 Experts have no identity across seeds, so seeds are not averaged: the first seed with data is shown.
 """
@@ -21,10 +21,11 @@ Layer = tuple[int, str]  # block, modality
 
 
 class Load(NamedTuple):
-    """Load of one layer over time. shares: experts x steps, fraction of kept pairs."""
+    """Load of one layer over time."""
 
     steps: tuple[int, ...]
     shares: np.ndarray
+    """Experts x steps, fraction of kept pairs."""
 
 
 _MANY_TICKS = 8
@@ -35,7 +36,7 @@ _TITLE_INCHES = 0.45
 
 
 def draw_expert_load(result: StudyResult) -> ReportFigure | None:
-    """Draw it; None where no arm has experts."""
+    """Draw the heatmaps; None if no arm has experts."""
     shown = [(arm, run) for arm in result.arms if (run := find_run_with_load(arm)) is not None]
     layers = sorted({layer for _, run in shown for layer in read_loads(run)})
     if not layers:
@@ -86,9 +87,9 @@ def draw_expert_load(result: StudyResult) -> ReportFigure | None:
 
 
 def _heading(arm: ArmResult, run: RunResult) -> str:
-    """Return what stands above an arm's panels: its name, which run is shown, and what the arm has lost."""
-    told = [f"({words})" for words in describe_lost_runs(arm)]
-    return "\n".join([wrap(arm.arm.name, _LETTERS_ABOVE), f"seed {run.seed}", *told])
+    """Return the heading of an arm's panels: its name, the seed that is shown, and its lost runs."""
+    lost = [f"({text})" for text in describe_lost_runs(arm)]
+    return "\n".join([wrap(arm.arm.name, _LETTERS_ABOVE), f"seed {run.seed}", *lost])
 
 
 def _missing(result: StudyResult, shown: list[tuple[ArmResult, RunResult]]) -> list[str]:
@@ -134,7 +135,7 @@ def read_loads(run: RunResult) -> dict[Layer, Load]:
 
 
 def _relative(loads: dict[Layer, Load]) -> dict[Layer, Load]:
-    """Return loads as multiples of the even share, so that layers of different width can be compared."""
+    """Return loads as multiples of the even share, so that layers of different widths can be compared."""
     return {layer: Load(steps, shares * len(shares)) for layer, (steps, shares) in loads.items()}
 
 
@@ -150,7 +151,7 @@ def _draw(axes: Axes, steps: tuple[int, ...], load: np.ndarray, norm: TwoSlopeNo
 
 
 def find_run_with_load(arm: ArmResult) -> RunResult | None:
-    """Return the first run with load, one with a result before one that crashed or still goes on."""
+    """Return the first run with load; runs with a result come first."""
     loaded = [run for run in arm.runs if any(metric_keys.EXPERT_LOAD.match(key) for key in run.series)]
     return min(loaded, key=lambda run: (not run.state.status.has_result, run.seed), default=None)
 

@@ -1,4 +1,4 @@
-"""Forest plot: every effect, of arms or of factors, its deciding interval, and the seeds it is made of."""
+"""Draws a forest plot: the effect of every arm or factor, its deciding interval and its single seeds."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,16 +34,17 @@ _CENTRES: dict[Test, str] = {"t": "mean", "wilcoxon": "centre (Hodges-Lehmann)",
 
 
 class Row(NamedTuple):
-    """One row: its name, its effect, how it is drawn, and what was lost on the way to it."""
+    """One row."""
 
     name: str
     effect: Effect
     look: Look
     lost: tuple[str, ...] = ()
+    """Lost runs, in words."""
 
 
 def draw_forest(result: StudyResult) -> ReportFigure | None:
-    """Draw the arms; None where no arm has been compared yet."""
+    """Draw the arms; None if no arm has been compared yet."""
     study = result.comparison
     look = choose_looks(tuple(arm.arm.name for arm in result.arms), study.baseline)
     rows = [
@@ -52,31 +53,31 @@ def draw_forest(result: StudyResult) -> ReportFigure | None:
         if arm.effect is not None
     ]
     title, _ = name_and_unit(study.primary.metric)
-    told = (f"Effect on {title}", "effect of each arm", f"arm minus {study.baseline}")
-    return _draw_rows(result, rows, "effects", told, effects_table(result).title)
+    texts = (f"Effect on {title}", "effect of each arm", f"arm minus {study.baseline}")
+    return _draw_rows(result, rows, "effects", texts, effects_table(result).title)
 
 
 def draw_factor_forest(result: StudyResult) -> ReportFigure | None:
-    """Draw main effects and interactions; None where the design crosses no factors or nothing is compared yet."""
+    """Draw main effects and interactions; None if the design crosses no factors or nothing is compared yet."""
     names = tuple(one.name for one in result.factors)
     look = choose_looks(("", *names), "")
     rows = [Row(one.name, one.effect, look[one.name]) for one in result.factors]
     title, _ = name_and_unit(result.comparison.primary.metric)
-    told = (
+    texts = (
         f"Effect of factors on {title}",
         "effect of each factor and interaction",
         "on minus off, or level minus first",
     )
-    return _draw_rows(result, rows, "factors", told, told[0])
+    return _draw_rows(result, rows, "factors", texts, texts[0])
 
 
 def _draw_rows(
-    result: StudyResult, rows: Sequence[Row], name: str, told: tuple[str, str, str], of_table: str
+    result: StudyResult, rows: Sequence[Row], name: str, texts: tuple[str, str, str], of_table: str
 ) -> ReportFigure | None:
-    """Draw rows. told: title, what is drawn, what is subtracted from what."""
+    """Draw rows. texts: the title, the content, and the difference that is drawn."""
     if not any(row.effect.differences for row in rows):
         return None
-    heading, what, difference = told
+    heading, what, difference = texts
     study = result.comparison
     title, unit = name_and_unit(study.primary.metric)
     figure = new_figure(1.5 + 0.55 * len(rows))
@@ -122,7 +123,7 @@ def _sentence(row: Row) -> str:
 
 
 def _table(rows: Sequence[Row], seeds: Sequence[int], title: str) -> Table:
-    """Return the differences seed by seed; means and intervals stand in the main table."""
+    """Return the differences by seed; the main table has means and intervals."""
     cells = []
     for row in rows:
         by_seed = dict(zip(row.effect.seeds, row.effect.differences, strict=True))

@@ -1,4 +1,4 @@
-"""Final value over the learning rate, one curve per ladder: where each is best, and how far it stays stable."""
+"""Draws the final value over the learning rate, one curve per ladder, with best rate and divergences."""
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
@@ -20,7 +20,7 @@ _FAR = 2.0  # times the height of the curves
 
 
 def draw_learning_rates(result: StudyResult) -> ReportFigure | None:
-    """Draw it; None where no ladder has rates enough with a result."""
+    """Draw the curves; None if no ladder has results at enough rates."""
     shown = [one for one in result.ladders if _num_rates(one) >= _FEWEST_RATES and any(one.finals.values())]
     if not shown:
         return None
@@ -50,7 +50,7 @@ def draw_learning_rates(result: StudyResult) -> ReportFigure | None:
 
 
 def find_best_rate(result: StudyResult, one: LadderResult) -> float | None:
-    """Return the learning rate with the best mean; of rates with a diverged run none is the best."""
+    """Return the learning rate with the best mean; one with a diverged run is never the best."""
     sound = {rate: mean.mean for rate, mean in one.finals.items() if mean and one.stable[rate] == one.total[rate]}
     if not sound:
         return None
@@ -59,7 +59,7 @@ def find_best_rate(result: StudyResult, one: LadderResult) -> float | None:
 
 
 def _num_rates(one: LadderResult) -> int:
-    """Return at how many rates a run has a result; a divergence is one."""
+    """Return the number of rates with a result; a divergence is a result."""
     return sum(total > 0 for total in one.total.values())
 
 
@@ -92,7 +92,7 @@ def _draw(axes: Axes, result: StudyResult, one: LadderResult, look: Look) -> Non
 
 
 def _draw_untrained(axes: Axes, untrained: float) -> None:
-    """Draw the untrained model's value; where it would flatten the curves, the legend alone tells it."""
+    """Draw the untrained model's value; if it would flatten the curves, the legend alone states it."""
     lowest, highest = axes.get_ylim()
     above, below = max(0.0, untrained - highest), max(0.0, lowest - untrained)
     if max(above, below) > _FAR * (highest - lowest):
@@ -100,7 +100,7 @@ def _draw_untrained(axes: Axes, untrained: float) -> None:
             [],
             [],
             linestyle="none",
-            label=f"untrained model: {untrained:.4g}, {'above' if above else 'below'} the picture",
+            label=f"untrained model: {untrained:.4g}, {'above' if above else 'below'} the figure",
         )
         return
     axes.axhline(untrained, color=INK, linewidth=1, linestyle=":", label="untrained model")
@@ -110,7 +110,7 @@ def _draw_untrained(axes: Axes, untrained: float) -> None:
 
 
 def _mark_divergences(axes: Axes, shown: list[LadderResult], look: dict[str, Look]) -> None:
-    """Put a cross at the top for every rate with a diverged run; ladders stand beside each other."""
+    """Put a cross at the top for every rate with a diverged run, one ladder beside the other."""
     for place, one in enumerate(shown):
         for rate in one.ladder.rungs:
             if one.stable[rate] < one.total[rate]:

@@ -1,4 +1,4 @@
-"""What became of an arm's runs that did not finish, in the words that every picture says it in."""
+"""Describes an arm's unfinished runs, in the same words for every figure."""
 
 from lightning_moevlm.study.compare.results import ArmResult
 from lightning_moevlm.study.report.figures.report_figure import LETTERS_OF_ROW, wrap
@@ -6,7 +6,7 @@ from lightning_moevlm.study.statistics.verdict import Verdict
 
 
 def describe_lost_runs(arm: ArmResult) -> tuple[str, ...]:
-    """Return e.g. ("2 of 5 diverged", "1 of 5 failed"); of an arm that the study's rule has withdrawn, that alone."""
+    """Return e.g. ("2 of 5 diverged", "1 of 5 failed"), or ("stopped early",) for a withdrawn arm."""
     if arm.verdict is Verdict.STOPPED_EARLY:
         return (str(arm.verdict),)
     return tuple(
@@ -17,6 +17,5 @@ def describe_lost_runs(arm: ArmResult) -> tuple[str, ...]:
 
 
 def row_label(arm: ArmResult) -> str:
-    """Return an arm's name as it stands beside a row, with what it has lost below."""
-    told = [f"({words})" for words in describe_lost_runs(arm)]
-    return "\n".join([wrap(arm.arm.name, LETTERS_OF_ROW), *told])
+    """Return the label of an arm's row: its name, and its lost runs below."""
+    return "\n".join([wrap(arm.arm.name, LETTERS_OF_ROW), *(f"({text})" for text in describe_lost_runs(arm))])

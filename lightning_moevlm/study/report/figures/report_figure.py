@@ -1,7 +1,7 @@
-"""A picture that can be read three ways: as an image, as a sentence, as the table of its numbers.
+"""Renders a figure as an image, as a sentence and as the table of its numbers; chooses the arms' colours.
 
-Figures are drawn once, black on white. As SVG everything black becomes the ink and everything white the ground of the
-reader's colour scheme, so that one picture serves a light and a dark page; as PNG it stays as it was drawn.
+Figures are drawn once, black on white. In the SVG, black becomes the ink and white the ground of the reader's colour
+scheme, so that one figure serves a light and a dark page. The PNG stays as it was drawn.
 """
 
 import io
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from lightning_moevlm.study.report.tables.table import Table
 
-# Okabe and Ito (2008): told apart with any of the common colour deficiencies; its yellow is too pale for lines. All are
-# 3 : 1 or more against both grounds but the pale two, which markers tell apart as well.
+# Okabe and Ito (2008): distinguishable with any of the common colour deficiencies; its yellow is too pale for lines.
+# All but the pale two have a contrast of 3 : 1 or more with both grounds. Markers differ, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 INK = "#000000"
 GROUND = "#ffffff"
@@ -37,29 +37,31 @@ _SCHEMES = (
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A drawn figure. name: file name without ending; alt: the sentence; table: the numbers behind it.
-
-    svg: for the page, in light and dark; png: for where SVG is not shown, on white.
-    """
+    """A drawn figure."""
 
     name: str
+    """File name without ending."""
     title: str
     alt: str
+    """Its content as sentences."""
     svg: bytes
+    """For the page, in light and dark."""
     png: bytes
+    """On white, for viewers without SVG."""
     table: Table
+    """Its numbers."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm is drawn everywhere."""
+    """The colour and marker of an arm in every figure."""
 
     colour: str
     marker: str
 
 
 def choose_looks(arms: tuple[str, ...], baseline: str) -> dict[str, Look]:
-    """Return a look for every arm: the baseline is of ink, the others go through colours, then markers."""
+    """Return a look for every arm: the baseline in ink, the others in turn through colours, then markers."""
     others = [arm for arm in arms if arm != baseline]
     chosen = {}
     for i, arm in enumerate(others):
@@ -69,13 +71,13 @@ def choose_looks(arms: tuple[str, ...], baseline: str) -> dict[str, Look]:
 
 
 def legend_columns(names: Sequence[str]) -> int:
-    """Return how many columns of a legend below a figure its width has room for, at most 5."""
+    """Return the number of columns that fit in a legend below a figure, at most 5."""
     longest = max(map(len, names), default=0)
     return max(1, min(5, len(names), _LETTERS_BESIDE // (longest + _LETTERS_OF_MARK)))
 
 
 def wrap(name: str, letters: int) -> str:
-    """Return a name broken after _, / and spaces into lines of at most so many letters, where its parts allow that."""
+    """Break a name after _, / and spaces into lines of at most so many letters, if its parts allow that."""
     lines = [""]
     for part in re.findall(r"[^_/ ]*[_/ ]*", name):
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > letters:
@@ -92,7 +94,7 @@ def new_figure(height_inches: float) -> Figure:
 
 
 def render_figure(figure: Figure, name: str, title: str, alt: str, table: Table) -> ReportFigure:
-    """Draw a figure."""
+    """Render a drawn figure as SVG and PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     figure.set_layout_engine("none")  # where everything is has just been found; finding it takes most of the time

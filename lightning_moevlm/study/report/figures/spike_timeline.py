@@ -1,5 +1,4 @@
-"""When runs were unsteady: a row per run, marks where loss, gradient or update spiked, a cross where it diverged,
-a bar where the study's rule stopped it."""
+"""Draws unsteady runs over time: a row per run with spikes of loss, gradient and update, and its divergence or stop."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +17,7 @@ _MANY_STEPS = 8  # so many does a cell of the table name
 
 
 class Mark(NamedTuple):
-    """How something that happened at a step is drawn; `markersize` and `markeredgewidth` in points."""
+    """The drawing of an event; size and edge in points."""
 
     name: str
     marker: str
@@ -28,11 +27,12 @@ class Mark(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """What can spike. offset: of its mark within the row, so that marks of one step do not hide each other."""
+    """A metric that can spike."""
 
     mark: Mark
     key: str
     offset: float
+    """Of its mark within the row, so that marks of one step do not hide each other."""
 
 
 _SIGNALS = (
@@ -45,16 +45,16 @@ _STOPPED = Mark("stopped early", "|", INK, 10.0, 3.0)
 
 
 class Timeline(NamedTuple):
-    """One run. last: last logged step; spiked: steps by signal, None where too few points were logged to judge any.
-
-    stopped: whether the study's futility rule ended it.
-    """
+    """One run."""
 
     name: str
     last: int
+    """Last logged step."""
     diverged_at: int | None
     spiked: tuple[tuple[int, ...] | None, ...]
+    """Steps by signal; None with too few points."""
     stopped: bool = False
+    """By the study's rule `futility_stop`."""
 
     @property
     def is_steady(self) -> bool:
@@ -63,7 +63,7 @@ class Timeline(NamedTuple):
 
 
 def draw_spikes(result: StudyResult) -> ReportFigure | None:
-    """Draw it; None where every run was steady, or logged too few points to tell: the table of stability says which."""
+    """Draw the timelines; None if every run was steady or logged too few points."""
     lines = [line for arm in result.arms for run in arm.runs if (line := build_timeline(run)) is not None]
     if all(line.is_steady for line in lines):
         return None
@@ -104,7 +104,7 @@ def _draw(axes: Axes, mark: Mark, steps: Sequence[int], height: float, in_legend
 
 
 def build_timeline(run: RunResult) -> Timeline | None:
-    """Return a run's; None for one that has logged nothing."""
+    """Return a run's timeline; None for a run without points."""
     ends = [run.series[signal.key].steps[-1] for signal in _SIGNALS if signal.key in run.series]
     if not ends:
         return None
@@ -128,9 +128,9 @@ def _find_spiked(run: RunResult, key: str) -> tuple[int, ...] | None:
 
 def _sentence(lines: list[Timeline]) -> str:
     unsteady = [line for line in lines if not line.is_steady]
-    told = [f"{line.name}: {'; '.join(_describe(line))}." for line in unsteady[:_MANY_RUNS]]
+    texts = [f"{line.name}: {'; '.join(_describe(line))}." for line in unsteady[:_MANY_RUNS]]
     rest = f"{len(lines) - len(unsteady)} of {len(lines)} runs had no spike, did not diverge and were not stopped."
-    return " ".join(["Timeline of spikes, one row per run over optimiser steps.", *told, rest])
+    return " ".join(["Timeline of spikes, one row per run over optimiser steps.", *texts, rest])
 
 
 def _describe(line: Timeline) -> list[str]:
@@ -145,7 +145,7 @@ def _describe(line: Timeline) -> list[str]:
 
 
 def _table(lines: list[Timeline]) -> Table:
-    """Return every run with something to see."""
+    """Return every unsteady run."""
     unsteady = [line for line in lines if not line.is_steady]
     rows = tuple(
         (

@@ -1,7 +1,7 @@
-"""The ledger of costs: what an arm takes more than the baseline, in time per step and in memory, beside what it buys.
+"""Builds the table of costs: an arm's time per step and memory compared with the baseline's, beside its effect.
 
-Paired by seed, as effects are; time per step is that of training at the run's median throughput. Runs of one study
-share a machine, so the spread of the baseline's own time over seeds is the noise that an overhead has to stand out of.
+Costs are paired by seed, as effects are. Time per step is that of training at the run's median throughput. Runs of one
+study share a machine, so the spread of the baseline's own time over seeds is the noise of an overhead.
 """
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
@@ -11,7 +11,7 @@ from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_me
 
 
 def costs_table(result: StudyResult) -> Table | None:
-    """Return overhead beside effect, or None where no run has logged its speed."""
+    """Return overhead beside effect; None if no run has logged its speed or memory."""
     costs = compute_costs(result)
     if not any(cost.seconds or cost.memory for cost in costs):
         return None
@@ -21,11 +21,11 @@ def costs_table(result: StudyResult) -> Table | None:
     rows = tuple(_row(arm, cost) for arm, cost in zip(result.arms, costs, strict=True))
     base = next(cost for cost in costs if cost.arm == result.comparison.baseline)
     notes = [
-        f"more: of {base.arm}'s, paired by seed, mean ± standard deviation; effect: on {title}, arm minus {base.arm}.",
+        f"more: relative to {base.arm}, paired by seed, mean ± standard deviation. effect: on {title}, arm minus "
+        f"{base.arm}.",
         *_noise("time per step", base.seconds),
         *_noise("peak memory", base.memory),
-        "peak memory: of tensors on the GPU since training began; without a GPU of the whole process, libraries "
-        "included.",
+        "peak memory: of tensors on the GPU since training began. Without a GPU: of the process, with libraries.",
     ]
     return Table("Costs beside effects", columns, rows, tuple(notes), essential=5, figure="pareto")
 
@@ -51,7 +51,7 @@ def _noise(what: str, mean: Mean | None) -> list[str]:
     if mean is None or mean.deviation is None or not mean.mean:
         return []
     share = format_percent(mean.deviation / mean.mean)
-    return [f"noise: over seeds the baseline's own {what} varies by {share} (standard deviation / mean)."]
+    return [f"noise: the baseline's own {what} varies by {share} over seeds (standard deviation / mean)."]
 
 
 def _signed(mean: Mean | None) -> str:

@@ -1,4 +1,4 @@
-"""The numbers of a study as tables of text.
+"""Builds the tables of effects, learning, further metrics and models.
 
 One builder serves the terminal, Markdown and HTML, so that they cannot say different things.
 """
@@ -19,29 +19,23 @@ from lightning_moevlm.study.report.tables.table import (
     format_seed_count,
     format_signed,
 )
-from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.statistics.effects import Effect
 from lightning_moevlm.study.statistics.paired_tests import format_p
 from lightning_moevlm.study.statistics.verdict import Verdict
 
 _DECIDING: dict[Test, str] = {
-    "t": "the wider of the t and the bootstrap interval of the mean decides, with the paired t-test's p",
-    "wilcoxon": "Wilcoxon's signed ranks decide; effect and interval are of the centre (Hodges-Lehmann)",
-    "sign": "the sign test decides; effect and interval are of the median",
+    "t": "The wider of the t and the bootstrap interval of the mean decides, with the p of the paired t-test.",
+    "wilcoxon": "Wilcoxon's signed-rank test decides. Effect and interval are of the centre (Hodges-Lehmann).",
+    "sign": "The sign test decides. Effect and interval are of the median.",
 }
 _CORRECTED: dict[Correction, str] = {
-    "none": "one comparison each, not corrected for their number",
-    "holm": "p is corrected for the number of comparisons (Holm), intervals are not",
+    "none": "Neither p nor intervals are corrected for the number of comparisons.",
+    "holm": "p is corrected for the number of comparisons (Holm). Intervals are not.",
 }
-
-
-def _why(state: RunState) -> str:
-    origin = state.taken_from.partition(" ")[0]  # without the id, which is a tag of the run
-    return "; ".join(filter(None, (state.reason, f"taken from {origin}" if origin else "")))
 
 
 def effects_table(result: StudyResult) -> Table:
-    """Return what the study found: final value, effect with interval, verdict."""
+    """Return final value, effect with interval, and verdict of each arm."""
     study = result.comparison
     title, unit = name_and_unit(study.primary.metric)
     interval = f"{100 * (1 - study.decide.alpha):g} % interval"
@@ -51,15 +45,15 @@ def effects_table(result: StudyResult) -> Table:
     rows = tuple(_effect_row(arm, rule.alpha) for arm in result.arms)
     notes = [
         f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
-        "standard deviation over seeds, (k of n): over k of n.",
-        f"effect: arm minus {study.baseline}, paired by seed; {_DECIDING[rule.test]}; {_CORRECTED[rule.correction]}.",
-        "seeds needed: for 80 % power of a single comparison by t, if effect and spread are as seen here; "
-        "told from 3 seeds on, up to 1,000.",
+        "standard deviation over seeds. (k of n): over k of the n seeds.",
+        f"effect: arm minus {study.baseline}, paired by seed. {_DECIDING[rule.test]} {_CORRECTED[rule.correction]}",
+        "seeds needed: for 80 % power of one t-test at this effect and spread. It is estimated from 3 seeds on, up to "
+        "1,000.",
     ]
     if rule.within is not None:
-        notes.append(f"no difference: the whole interval lies within ±{rule.within:g}, below which none matters here.")
+        notes.append(f"no difference: the whole interval lies within ±{rule.within:g}, the study's `within`.")
     notes += [
-        f"guard: {guard.metric}, {guard.direction} is better, may get worse by at most {guard.at_most:g} on average."
+        f"guard: {guard.metric} ({guard.direction} is better) may get worse by at most {guard.at_most:g} on average."
         for guard in study.guard
     ]
     notes += [f"{arm.arm.name}: {arm.effect.note}." for arm in result.arms if arm.effect and arm.effect.note]
@@ -67,7 +61,7 @@ def effects_table(result: StudyResult) -> Table:
 
 
 def factors_table(result: StudyResult) -> Table | None:
-    """Return main effects and two-way interactions, or None where the design has none."""
+    """Return main effects and two-way interactions; None if the design crosses no factors."""
     if not result.factors:
         return None
     rule = make_rule(result.comparison)
@@ -79,28 +73,28 @@ def factors_table(result: StudyResult) -> Table | None:
     notes = []
     if any(contrast.is_switch for contrast in mains):
         notes.append(
-            "a switch: mean over arms with it on minus mean with it off, by seed; the verdict is on turning it on."
+            "a switch: mean over arms with it on minus mean with it off, by seed. The verdict is on turning it on."
         )
     levels = dict.fromkeys(contrast.other_text for contrast in mains if not contrast.is_switch)
     if levels:
-        notes.append(f"a level: mean over arms at it minus mean over arms at {' or '.join(levels)}, by seed.")
-    notes.append("A x B: effect of A with B minus effect of A without it; 0 where the two add up.")
+        notes.append(f"a level: mean over its arms minus mean over arms at {' or '.join(levels)}, paired by seed.")
+    notes.append("A x B: effect of A with B minus effect of A without it. It is 0 if the two effects add up.")
     for fraction in result.comparison.design.fractions if result.comparison.design else ():
         notes.append(
-            f"a fraction of all combinations: {len(fraction.runs())} runs; effects that share an alias add up."
+            f"a fraction of all combinations: {len(fraction.runs())} runs. Aliased effects cannot be told apart."
         )
         notes += [f"{line}." for line in fraction.describe()[1:]]
-    told: dict[str, list[str]] = {}  # names by note: a seed that is left out is so in every contrast
+    by_note: dict[str, list[str]] = {}  # a seed that is left out is so in every contrast
     for one in result.factors:
-        told.setdefault(one.effect.note, []).append(one.name)
-    notes += [f"{', '.join(names)}: {note}." for note, names in told.items() if note]
+        by_note.setdefault(one.effect.note, []).append(one.name)
+    notes += [f"{', '.join(names)}: {note}." for note, names in by_note.items() if note]
     return Table(
         f"Main effects and interactions on {title}", columns, rows, tuple(notes), essential=4, figure="factors"
     )
 
 
 def learning_table(result: StudyResult) -> Table:
-    """Return what each arm learned, beside both baselines: the untrained model and the constant answer."""
+    """Return final values and accuracies beside those of the untrained model and of the constant answer."""
     title, _ = name_and_unit(result.comparison.primary.metric)
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
     columns = (
@@ -121,14 +115,14 @@ def learning_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        f"untrained, final: {title}, mean over seeds. learned: in how many seeds final is ahead of untrained.",
-        "accuracy: at masked positions of held-out data; in brackets what always answering the commonest class gets.",
+        f"untrained, final: {title}, mean over seeds. learned: seeds in which final is ahead of untrained.",
+        "accuracy: at masked positions of held-out data. In brackets: that of always answering the commonest class.",
     )
     return Table("Has anything been learned?", columns, rows, notes, figure="accuracy")
 
 
 def models_table(result: StudyResult) -> Table:
-    """Return what the arms are and cost: size, compute, speed, runs."""
+    """Return size, compute, speed and number of runs of each arm."""
     columns = (
         "arm",
         "parameters",
@@ -153,16 +147,20 @@ def models_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        "active FLOPs: forward, per sample. parameters and FLOPs are the backbone's, without heads.",
-        "samples/s and time depend on what else ran on the machine; runs of one sweep share it.",
+        "active FLOPs: forward, per sample. Parameters and FLOPs are the backbone's, without heads.",
+        "samples/s and time depend on other load of the machine. Runs of one sweep share a machine.",
         *_notes_on_taken(result),
-        *(f"{arm.arm.name}: its runs tell no model that can be built here." for arm in result.arms if not arm.card),
+        *(
+            f"{arm.arm.name}: unknown, because this version cannot build its model."
+            for arm in result.arms
+            if not arm.card
+        ),
     )
     return Table("Models and cost", columns, rows, notes, figure="pareto")
 
 
 def also_table(result: StudyResult) -> Table | None:
-    """Return the last values of the study's other metrics, or None where it names none."""
+    """Return the last values of the study's other metrics; None without any."""
     if not result.comparison.also:
         return None
     units = {key: name_and_unit(key)[1] for key in result.comparison.also}
@@ -172,17 +170,17 @@ def also_table(result: StudyResult) -> Table | None:
 
 
 def answer_table(result: StudyResult) -> Table:
-    """Return the one table that answers: of factors where the design crosses them, else of arms."""
+    """Return the table of factors if the design crosses them, else that of arms."""
     return factors_table(result) or effects_table(result)
 
 
 def _notes_on_taken(result: StudyResult) -> tuple[str, ...]:
-    """Return which runs were not trained for this study."""
+    """Return one note per study that runs were taken from."""
     origins = [run.state.taken_from for arm in result.arms for run in arm.runs if run.state.taken_from]
     total = sum(len(arm.runs) for arm in result.arms)
     counts = Counter(origin.partition("/")[0] for origin in origins)
     return tuple(
-        f"{count} of {total} runs were trained for study {study} and taken from there; their times are of then."
+        f"{count} of {total} runs were taken from study {study}. Their times were measured there."
         for study, count in counts.items()
     )
 
@@ -207,16 +205,14 @@ def _effect_row(arm: ArmResult, alpha: float) -> tuple[str, ...]:
     return (
         arm.arm.name,
         final,
-        NOTHING if effect.centre is None else format_signed(effect.centre),
-        NOTHING if effect.interval is None else format_interval(effect.interval),
-        effect.text,
-        NOTHING if effect.p_adjusted is None else format_p(effect.p_adjusted, alpha),
+        *_contrast_cells(effect, alpha),
         NOTHING if better is None else f"{better} of {len(effect.seeds)}",
         NOTHING if effect.seeds_needed is None else str(effect.seeds_needed),
     )
 
 
 def _contrast_cells(effect: Effect, alpha: float) -> tuple[str, ...]:
+    """Return effect, interval, verdict and p."""
     return (
         NOTHING if effect.centre is None else format_signed(effect.centre),
         NOTHING if effect.interval is None else format_interval(effect.interval),

@@ -7,7 +7,7 @@ from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS
 
 
 def runs_table(result: StudyResult) -> Table:
-    """Return which runs make the arms and what sets these apart from the baseline."""
+    """Return the runs of each arm, and how its configuration differs from the baseline's."""
     changes = describe_changes(result)
     rows = tuple(
         (
@@ -18,4 +18,4 @@ def runs_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     columns = ("arm", "seed: run", f"difference from {result.comparison.baseline}")
-    return Table("What is compared", columns, rows, ("from the configurations that the runs have logged.",))
+    return Table("Compared runs", columns, rows, ("Read from the configurations that the runs have logged.",))

@@ -10,14 +10,13 @@ from lightning_moevlm.study.compare.known_runs import KnownRuns
 from lightning_moevlm.study.declare.fraction import Fraction
 from lightning_moevlm.study.plan.baseline_pin import baseline_digest
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
-from lightning_moevlm.study.report.tables.effect_tables import _why
-from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_count
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_changes, format_count
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.run.probe import NUM_STEPS, Probe
 
 
 def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> Table:
-    """Return where every run stands, on a cluster by the cluster's name of its job too."""
+    """Return the state of every run, with its job if it runs on a cluster."""
     on_cluster = any(state.job for _, state in ledger)
     rows = tuple(
         (
@@ -27,7 +26,7 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
             str(state.attempts),
             state.run_id or NOTHING,
             *((state.job or NOTHING,) if on_cluster else ()),
-            _why(state) or NOTHING,
+            _explain(state) or NOTHING,
         )
         for run, state in ledger
     )
@@ -39,14 +38,14 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
 
 
 def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -> Table:
-    """Return the arms with their differences from the base, the size of their models and, probed, their times."""
+    """Return each arm's differences from the base, the size of its model and, if probed, its times."""
     first = {run.arm: run for run in reversed(plan.runs)}
     minutes = plan.study.budget.minutes
     rows = []
     for arm in plan.comparison.arms:
         card = plan.cards[arm.name]
         sizes = (card.total_parameters, card.active_parameters, card.active_flops_per_sample)
-        changes = "\n".join(f"{key}: {_format_value(value)}" for key, value in flatten_values(arm.changes).items())
+        changes = "\n".join(format_changes(flatten_values(arm.changes)))
         times: tuple[str, ...] = ()
         if probes:
             probe = probes[arm.name]
@@ -54,30 +53,30 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
         rows.append((arm.name, *(format_count(size) for size in sizes), *times, changes or NOTHING))
     timed = ("time/step", "time/run") if probes else ()
     columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
-    shared = ", ".join(f"{key}: {_format_value(value)}" for key, value in flatten_values(plan.study.all_arms).items())
-    notes: tuple[str, ...] = (f"all arms, over the base: {shared}.",) if shared else ()
+    shared = ", ".join(format_changes(flatten_values(plan.study.all_arms)))
+    notes: tuple[str, ...] = (f"all_arms, over the base: {shared}.",) if shared else ()
     if probes:
         total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
         notes += (
-            f"estimated: {format_duration(total)} for all {len(plan.runs)} runs, one at a time on this machine; from "
-            f"{NUM_STEPS} steps of each arm, without tracking and checkpoints.",
+            f"estimate: {format_duration(total)} for all {len(plan.runs)} runs, one at a time on this machine, "
+            f"from {NUM_STEPS} steps of each arm, without tracking and checkpoints.",
         )
     return Table(f"{plan.comparison.name}: {plan.comparison.question}", columns, tuple(rows), notes)
 
 
 def plan_table(plan: Plan, statuses: dict[str, str], known: KnownRuns | None = None) -> Table:
-    """Return every planned run with its identity. statuses: by run folder; known: runs in other studies."""
+    """Return every planned run with its digest. statuses: by run folder. known: runs in other studies."""
     taken = known.taken if known else {}
     known_as = {folder: f"known from {one.study}" for folder, one in taken.items()}
     shown = statuses | known_as
     rows = tuple((run.name, run.digest, shown[run.folder], str(plan.run_folder(run))) for run in plan.runs)
     study = plan.comparison
     notes = (
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each; decided by "
-        f"{study.primary.metric}, {study.primary.direction} is better.",
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each. "
+        f"{study.primary.metric} decides, {study.primary.direction} is better.",
         f"diverged: {study.diverged.text}.",
         *(f"{line}." for line in (known.describe(len(plan.runs)) if known else ())),
-        *(("`sweep run` takes the results of known runs; with --reuse=false it trains them again.",) if taken else ()),
+        *(("`sweep run` takes the results of known runs. With --reuse=false it trains them again.",) if taken else ()),
         *_notes_on_baseline(plan),
         *_notes_on_length(plan),
         *(line for fraction in _fractions(plan) for line in fraction.describe()),
@@ -91,14 +90,14 @@ def _notes_on_baseline(plan: Plan) -> tuple[str, ...]:
         return ()
     if plan.study.pin is not None:
         return (f"baseline: {digest}, pinned.",)
-    return (f"baseline: {digest}; with `baseline_digest: '{digest}'` a study file refuses one that has changed.",)
+    return (f"baseline: {digest}. `baseline_digest: '{digest}'` in the study file refuses a changed baseline.",)
 
 
 def _notes_on_length(plan: Plan) -> tuple[str, ...]:
-    """Return what a reader must know where runs are not of one number of steps."""
+    """Return a note on the number of steps if the budget does not fix it."""
     steps = {run.arm: run.max_steps for run in plan.runs}
     if None in steps.values():
-        return ("the clock ends the runs: they stop at different steps, and what they reach depends on the machine.",)
+        return ("The clock ends the runs. Their number of steps, and so their result, depends on the machine.",)
     if len(set(steps.values())) == 1:
         return () if plan.study.budget.max_steps is not None else (f"{next(iter(steps.values()))} steps each.",)
     return (f"steps: {', '.join(f'{arm} {count}' for arm, count in steps.items())}.",)
@@ -108,5 +107,6 @@ def _fractions(plan: Plan) -> tuple[Fraction, ...]:
     return plan.comparison.design.fractions if plan.comparison.design else ()
 
 
-def _format_value(value: object) -> str:
-    return "null" if value is None else str(value)
+def _explain(state: RunState) -> str:
+    origin = state.taken_from.partition(" ")[0]  # without the id, which is a tag of the run
+    return "; ".join(filter(None, (state.reason, f"taken from {origin}" if origin else "")))

@@ -1,4 +1,4 @@
-"""Tables on trust: how steadily each arm trained, learning rates, equal budgets, and whether all runs were alike."""
+"""Builds the tables of stability, learning rates, equal budgets and fairness."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _BUDGET_UNITS = {"tokens": "tokens", "active FLOPs": "forward FLOPs", "seconds":
 
 
 def stability_table(result: StudyResult) -> Table:
-    """Return stable runs of all, spikes, and the way back from them."""
+    """Return stable runs, spikes and recovery of each arm."""
     columns = ("arm", "stable", "p", "diverged at", "spikes: loss", "gradient", "update", "recovery")
     alpha = result.comparison.decide.alpha
     rows = tuple(
@@ -31,17 +31,17 @@ def stability_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        "stable: runs with a result that did not diverge; p: Fisher's exact test against the baseline; diverged at: "
-        "the step at which the first one did.",
+        "stable: runs with a result that did not diverge. p: Fisher's exact test against the baseline. diverged at: "
+        "step of the first divergence.",
         "spikes: share of logged points at least 7 deviations from the mean of the 1,000 points before them, mean over "
-        "seeds (a run needs 11 points); recovery: longest way back of the loss, in optimiser steps and the tokens "
-        "of their batches.",
+        "seeds. A run needs 11 points. recovery: longest recovery of the loss, in optimiser steps and in tokens of "
+        "their batches.",
     )
     return Table("Stability", columns, rows, notes, essential=5, figure="spikes")
 
 
 def signs_table(result: StudyResult) -> Table:
-    """Return what announces a divergence or a collapse of the routing."""
+    """Return the numbers that grow before a divergence or a collapse of the routing."""
     columns = ("arm", "attention logit", "router logit", "|log Z|", "dead experts", "MaxVio", "R_g")
     rows = tuple(
         (
@@ -54,15 +54,15 @@ def signs_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        "attention logit, router logit, |log Z| of the outputs: largest over steps, blocks and seeds; dead experts: "
-        "share of logged steps with one; MaxVio: max load / mean load - 1, mean over steps and layers; R_g: gradient "
+        "attention logit, router logit, |log Z| of the outputs: largest over steps, blocks and seeds. dead experts: "
+        "share of logged steps with one. MaxVio: max load / mean load - 1, mean over steps and layers. R_g: gradient "
         "of balance losses / whole gradient, on router weights, mean over the steps with receipts and over seeds.",
     )
     return Table("Signs of trouble: logits and routing", columns, rows, notes, figure="expert_load")
 
 
 def equal_budget_table(result: StudyResult) -> Table | None:
-    """Return the primary metric where every run had spent the same; None where no cost of a step is known."""
+    """Return the primary metric at equal cost; None if no cost of a step is known."""
     if not result.budgets:
         return None
     title, _ = name_and_unit(result.comparison.primary.metric)
@@ -78,15 +78,15 @@ def equal_budget_table(result: StudyResult) -> Table | None:
         for arm in result.arms
     )
     notes = (
-        "each budget is the least that any finished run spent; between two validations values lie on a straight line; "
-        "time is that of training at the run's median throughput. Mean ± standard deviation over seeds; (k of n): "
-        "over k of n, the others were not sound there or have no result.",
+        "Each budget is the least that any finished run spent. Values between two validations are interpolated. Time "
+        "is that of training at the run's median throughput. Mean ± standard deviation over seeds. (k of n): the other "
+        "runs have no finite value there, or no result.",
     )
     return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes, figure="pareto")
 
 
 def sensitivity_table(result: StudyResult) -> Table | None:
-    """Return how much the learning rate matters; None where no arms differ in it alone."""
+    """Return the sensitivity to the learning rate; None if no arms differ in it alone."""
     if not result.ladders:
         return None
     rates = tuple(dict.fromkeys(rate for one in result.ladders for rate in one.ladder.rungs))
@@ -102,9 +102,9 @@ def sensitivity_table(result: StudyResult) -> Table | None:
     )
     title, _ = name_and_unit(result.comparison.primary.metric)
     notes = (
-        f"sensitivity: mean over learning rates of min({title}, untrained) - best of the ladder; lower is better "
-        "(arXiv 2309.14322), mean over seeds; (k of n): over the k of n that have a result at every rate. largest "
-        "stable: up to it no run diverged. lr: mean final value, stable/all runs.",
+        f"sensitivity: mean over learning rates of min({title}, untrained) - best of the ladder (arXiv 2309.14322). "
+        "Lower is better. Mean over seeds. (k of n): over the k seeds with a result at every rate. largest stable: up "
+        "to this rate no run diverged. lr: mean final value, stable/all runs.",
         *(note for one in result.ladders for note in _notes_on_ladder(one)),
     )
     return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3, figure="learning_rates")
@@ -123,15 +123,14 @@ def _notes_on_ladder(one: LadderResult) -> list[str]:
 
 
 def fairness_table(result: StudyResult) -> Table:
-    """Return in what the runs were not alike."""
+    """Return the differences between the runs."""
     runs = sum(arm.finished + arm.diverged for arm in result.arms)
     aspects = ", ".join(aspect.name.removesuffix(" of") for aspect in ASPECTS)
     alike = (("everything compared", "alike", f"{runs} runs: {aspects}"),)
     rows = tuple((one.name, str(one.weight), one.text) for one in result.unlike) or alike
     notes = (
-        "steps, schedule, batch, data, their order and validation samples must be the same: a difference biases the "
-        "comparison. Active FLOPs (over 1 % apart), commit, kernels, dtypes, devices and versions: a warning. "
-        "declared: the study file asks for it in an arm.",
+        "biases: steps, schedule, batch, data, data order and validation samples must be the same. warns: active FLOPs "
+        "more than 1 % apart, commit, kernels, dtypes, devices, versions. declared: an arm of the study file sets it.",
     )
     return Table("Fairness: what was not the same in all runs", ("what", "weight", "values"), rows, notes)
 

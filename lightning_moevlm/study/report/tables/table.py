@@ -1,5 +1,6 @@
-"""A table of text: what terminal, Markdown and HTML show, and the words that its cells are written in."""
+"""Holds a table of text, as terminal, Markdown and HTML show it, and formats its cells."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_moevlm.study.compare.results import Mean
@@ -11,18 +12,17 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The first column names the row.
-
-    notes: what a reader must know to read it. essential: how many columns, from the left, a narrow terminal shows;
-    0 = all. picture: name of the one that draws these numbers, under which the page folds the table.
-    """
+    """A table of text. The first column names the row."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    """Sentences that explain the columns."""
     essential: int = 0
+    """Number of columns, from the left, that a narrow terminal shows; 0: all."""
     figure: str = ""
+    """Name of the figure that draws these numbers; the page folds the table below it."""
 
 
 def format_mean(mean: Mean | None, decimals: int) -> str:
@@ -34,12 +34,12 @@ def format_mean(mean: Mean | None, decimals: int) -> str:
 
 
 def format_seed_count(mean: Mean | None, num_seeds: int) -> str:
-    """Return how many seeds a mean is over, where they are not all: a mean of survivors is to be seen as one."""
+    """Return ` (k of n)` for a mean over some of the seeds, so that a mean over survivors is seen as one."""
     return f" ({mean.n} of {num_seeds})" if mean is not None and mean.n < num_seeds else ""
 
 
 def format_signed(difference: float) -> str:
-    """Return a difference with its sign and four decimals, or as many as a small one takes to be told from 0."""
+    """Return a difference with its sign and four decimals, or with more if it would be printed as 0."""
     if 0 < abs(difference) < 1e-3:
         return f"{difference:+.2g}"
     return f"{difference:+.4f}" if abs(difference) < 1e6 else f"{difference:+.4g}"
@@ -51,7 +51,7 @@ def format_interval(interval: Interval) -> str:
 
 
 def format_count(number: float) -> str:
-    """Return a count with three digits and a k, M, G or T."""
+    """Return a count with three digits and k, M, G or T."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}"
@@ -59,8 +59,13 @@ def format_count(number: float) -> str:
 
 
 def format_percent(fraction: float) -> str:
-    """Return a fraction as percent."""
+    """Return a fraction as a percentage."""
     return f"{100 * fraction:.1f} %"
+
+
+def format_changes(changes: Mapping[str, object]) -> tuple[str, ...]:
+    """Return `key: value` for each dotted key."""
+    return tuple(f"{key}: {'null' if value is None else value}" for key, value in changes.items())
 
 
 STYLES: dict[str, str] = {
@@ -74,5 +79,5 @@ STYLES: dict[str, str] = {
 
 
 def find_verdict(cell: str) -> str:
-    """Return the verdict that a cell of a table shows, or an empty text."""
+    """Return the verdict that a cell shows, or an empty text."""
     return next((str(verdict) for verdict in STYLES if cell == verdict or cell.startswith(f"{verdict} within ")), "")
