@@ -80,7 +80,7 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
         ),
         ("optim/grad_norm has no better direction", *alike, "--guard", "optim/grad_norm=1"),
         ("there is no store at", *alike, "--tracking_uri", "sqlite:///none.db"),
-        ("which is no part of a report", *alike, "--report", "conf"),
+        ("which is not part of a report", *alike, "--report", "conf"),
         ("could not be written (Not a directory)", *alike, "--report", "line.yaml/report"),
         ("did you mean --metric?", *alike, "--metrc", "val/task_loss"),
         ("arms: baseline, no_router_z", *alike, "--baseline", "no_router"),

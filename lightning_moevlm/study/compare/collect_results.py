@@ -7,12 +7,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from msgspec import structs
 
 from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.study.compare.fairness import Subject, find_differences
 from lightning_moevlm.study.compare.results import (
     ArmResult,
@@ -55,10 +55,7 @@ from lightning_moevlm.study.statistics.verdict import GuardResult, Rule, Verdict
 from lightning_moevlm.tracking.read.runs import tags_of_runs
 from lightning_moevlm.tracking.read.series import Series, metric_series
 
-if TYPE_CHECKING:  # it lies beside the models, which import torch
-    from lightning_moevlm.contracts.model_card import ModelCard
-
-    Cards = Mapping[str, ModelCard | None]
+Cards = Mapping[str, ModelCard | None]
 
 
 def collect_results(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) -> StudyResult:
@@ -84,7 +81,7 @@ def to_result(
     return RunResult(run.arm, run.seed, run.resolved, run.max_steps, state, series, tags)
 
 
-def compare_arms(study: Comparison, cards: "Cards", results: Sequence[RunResult]) -> StudyResult:
+def compare_arms(study: Comparison, cards: Cards, results: Sequence[RunResult]) -> StudyResult:
     """Group runs by arm and compare every arm with the baseline, paired by seed.
 
     Args:
@@ -149,7 +146,7 @@ def measure_throughput(result: RunResult) -> float | None:
 
 def _arm_result(
     study: Comparison,
-    cards: "Cards",
+    cards: Cards,
     arm: Arm,
     runs: tuple[RunResult, ...],
     base: tuple[RunResult, ...],
@@ -235,7 +232,7 @@ def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResu
     )
 
 
-def _cost(cards: "Cards", result: RunResult) -> StepCost:
+def _cost(cards: Cards, result: RunResult) -> StepCost:
     card = cards[result.arm]
     return compute_step_cost(result.resolved, result.series, card.active_flops_per_sample if card else None)
 
@@ -251,7 +248,7 @@ def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[s
     return arms
 
 
-def _subject(study: Comparison, cards: "Cards", result: RunResult) -> Subject:
+def _subject(study: Comparison, cards: Cards, result: RunResult) -> Subject:
     arm = next(arm for arm in study.arms if arm.name == result.arm)
     logged = [result.series[key].steps[-1] for key in (TRAIN_LOSS, study.primary.metric) if key in result.series]
     finished = result.state.status is Status.FINISHED
@@ -267,7 +264,7 @@ def _subject(study: Comparison, cards: "Cards", result: RunResult) -> Subject:
     )
 
 
-def _compute(base: "ModelCard | None", card: "ModelCard | None") -> str:
+def _compute(base: ModelCard | None, card: ModelCard | None) -> str:
     """Return an arm's active FLOPs relative to the baseline's; equal within the tolerance of `match`."""
     if base is None or card is None:
         return ""

@@ -61,24 +61,16 @@ def name_arms(runs: Sequence[NamedRun], by: Sequence[str]) -> dict[str, list[Nam
         UserError: Two runs are of one arm and seed, or one arm's runs are configured differently.
     """
     sweeps = {one.row.tags.get("sweep") for one in runs if "arm" in one.row.tags}
-    arms: dict[str, list[NamedRun]] = {}
-    unnamed: dict[str, list[NamedRun]] = {}
-    order: list[tuple[dict[str, list[NamedRun]], str]] = []
+    groups: dict[tuple[str | None, str], list[NamedRun]] = {}
     for one in runs:
         name = _name(one, by, several_sweeps=len(sweeps) > 1)
-        group, key = (unnamed, str(flatten_without_seeds(one.config))) if name is None else (arms, name)
-        if key not in group:
-            group[key] = []
-            order.append((group, key))
-        group[key].append(one)
+        groups.setdefault((name, str(flatten_without_seeds(one.config)) if name is None else ""), []).append(one)
     named: dict[str, list[NamedRun]] = {}
-    for group, key in order:
-        mine = group[key]
-        name = key if group is arms else _name_by_difference(mine[0], runs[0])
+    for (given, _), mine in groups.items():
+        name = _name_by_difference(mine[0], runs[0]) if given is None else given
         while name in named:
             name = f"{name}'"
         named[name] = mine
-    for name, mine in named.items():
         _refuse_unlike(name, mine)
         _refuse_twins(name, mine)
     return named

@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.study.compare.fairness import Difference
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.run.ledger import RunState
@@ -17,9 +18,6 @@ from lightning_moevlm.study.statistics.factor_effects import FactorEffect
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
 from lightning_moevlm.tracking.read.series import Series
-
-if TYPE_CHECKING:
-    from lightning_moevlm.contracts.model_card import ModelCard
 
 
 class Mean(NamedTuple):
@@ -69,7 +67,7 @@ class ArmResult:
     """One arm over its seeds; means are over runs with a result."""
 
     arm: Arm
-    card: "ModelCard | None"
+    card: ModelCard | None
     """None if its model cannot be built."""
     runs: tuple[RunResult, ...]
     final: Mean | None

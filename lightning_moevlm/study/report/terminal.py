@@ -33,12 +33,7 @@ def rich_table(table: Table, width: int) -> Group:
 
 def _rich_columns(table: Table, count: int) -> RichTable:
     shown = RichTable(
-        title=table.title,
-        title_justify="left",
-        title_style="bold",
-        header_style="",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
+        title=table.title, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD, pad_edge=False
     )
     for i, column in enumerate(table.columns[:count]):
         shown.add_column(column, overflow="fold", no_wrap=i == 0)

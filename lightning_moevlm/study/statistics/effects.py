@@ -180,10 +180,7 @@ def judge_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]
     return {
         name: effect
         if name in absent
-        else _judge(
-            dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]),
-            rule,
-        )
+        else _judge(dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]), rule)
         for name, effect in effects.items()
     }
 

@@ -17,7 +17,7 @@ from lightning_moevlm.study.report.figures.pareto import draw_pareto
 from lightning_moevlm.study.report.figures.report_figure import ReportFigure
 from lightning_moevlm.study.report.figures.spike_timeline import draw_spikes
 
-__all__ = ["MANY_ARMS", "Picture", "draw_all", "legible"]
+__all__ = ["MANY_ARMS", "ReportFigure", "draw_all", "select_legible"]
 
 _DRAWERS = (
     draw_factor_forest,

@@ -21,12 +21,7 @@ from lightning_moevlm.study.report.figures.report_figure import (
     wrap,
 )
 from lightning_moevlm.study.report.tables.effect_tables import effects_table
-from lightning_moevlm.study.report.tables.table import (
-    NOTHING,
-    Table,
-    format_interval,
-    format_signed,
-)
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_interval, format_signed
 from lightning_moevlm.study.statistics.effects import Effect
 
 _LETTERS_BELOW = 50

@@ -11,12 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.figures.report_figure import INK, ReportFigure, new_figure, render_figure, wrap
-from lightning_moevlm.study.report.tables.table import (
-    NOTHING,
-    Table,
-    format_interval,
-    format_signed,
-)
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_interval, format_signed
 from lightning_moevlm.study.statistics.effects import Effect
 
 _DARK, _LIGHT = "#111111", "#fafafa"  # letters on a coloured cell: the same whatever the page's scheme

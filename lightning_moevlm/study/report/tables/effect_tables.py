@@ -97,13 +97,7 @@ def learning_table(result: StudyResult) -> Table:
     """Return final values and accuracies beside those of the untrained model and of the constant answer."""
     title, _ = name_and_unit(result.comparison.primary.metric)
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
-    columns = (
-        "arm",
-        "untrained",
-        "final",
-        *(f"accuracy {term} (majority)" for term in terms),
-        "learned",
-    )
+    columns = ("arm", "untrained", "final", *(f"accuracy {term} (majority)" for term in terms), "learned")
     rows = tuple(
         (
             arm.arm.name,
@@ -123,17 +117,7 @@ def learning_table(result: StudyResult) -> Table:
 
 def models_table(result: StudyResult) -> Table:
     """Return size, compute, speed and number of runs of each arm."""
-    columns = (
-        "arm",
-        "parameters",
-        "active",
-        "active FLOPs",
-        "samples/s",
-        "time/run",
-        "finished",
-        "diverged",
-        "failed",
-    )
+    columns = ("arm", "parameters", "active", "active FLOPs", "samples/s", "time/run", "finished", "diverged", "failed")
     rows = tuple(
         (
             arm.arm.name,
