@@ -1,4 +1,4 @@
-"""Studies that cross factors answer by factor first: in sentences, tables, pictures and records."""
+"""Studies that cross factors answer by factor first: in sentences, tables, figures and records."""
 
 import pytest
 import yaml
@@ -57,14 +57,14 @@ def test_a_grid_answers_by_factor(tmp_path):
     assert [row[0] for row in first.rows] == list(effects)
     told = describe_findings(result)
     assert starts(told) == list(effects)
-    assert "speed fast: helps. Compared with speed slow, validation task loss changes by -2.50" in told[1]
-    assert "skew: hurts. Turning it on changes validation task loss by +0.83" in told[2]
-    assert "skew changes the effect of speed fast on validation task loss by" in told[4]
+    assert "speed fast: helps. Compared with speed slow, validation task loss changed by -2.50" in told[1]
+    assert "skew: hurts. Turning it on changed validation task loss by +0.83" in told[2]
+    assert "skew changed the effect of speed fast on validation task loss by" in told[4]
     record = make_records(result)["factors"][1]
     assert record["contrasts"] == [{"factor": "speed", "level": "fast", "other": "slow"}]
-    picture, matrix, *_ = draw_all(result)
-    assert [row[0] for row in picture.table.rows] == list(effects)
-    assert (picture.name, matrix.name) == ("factors", "interactions")
+    figure, matrix, *_ = draw_all(result)
+    assert [row[0] for row in figure.table.rows] == list(effects)
+    assert (figure.name, matrix.name) == ("factors", "interactions")
 
 
 @pytest.mark.parametrize("kind", ["product", "size_ladder", "lr_sensitivity"])

@@ -53,7 +53,7 @@ def describe_arm(result: StudyResult, arm: ArmResult) -> str:
     """Return the verdict on an arm, with its effect."""
     assert arm.effect is not None
     title, _ = name_and_unit(result.comparison.primary.metric)
-    return _sentence(result, arm.arm.name, arm.effect, f"Compared with {result.comparison.baseline}, {title} changes")
+    return _sentence(result, arm.arm.name, arm.effect, f"Compared with {result.comparison.baseline}, {title} changed")
 
 
 def describe_factor(result: StudyResult, one: FactorEffect) -> str:
@@ -61,11 +61,11 @@ def describe_factor(result: StudyResult, one: FactorEffect) -> str:
     first, *rest = one.contrasts
     title, _ = name_and_unit(result.comparison.primary.metric)
     if rest:
-        start = f"{rest[0].name} changes the effect of {first.name} on {title}"
+        start = f"{rest[0].name} changed the effect of {first.name} on {title}"
     elif first.is_switch:
-        start = f"Turning it on changes {title}"
+        start = f"Turning it on changed {title}"
     else:
-        start = f"Compared with {first.other_text}, {title} changes"
+        start = f"Compared with {first.other_text}, {title} changed"
     return _sentence(result, one.name, one.effect, start)
 
 

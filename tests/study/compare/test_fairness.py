@@ -43,7 +43,7 @@ def test_all_batches_are_all_however_they_are_written():
     assert find_differences([subject("a"), configured(subject("b"), "trainer", limit_val_batches=1.0)]) == ()
 
 
-def test_other_compute_is_told_and_not_called_alike():
+def test_other_compute_is_listed_and_not_called_alike():
     base, more = (
         dataclasses.replace(subject(arm), compute=told) for arm, told in (("a", "19 M"), ("b", "+14.2 % of 19 M"))
     )
@@ -81,7 +81,7 @@ def test_equal_runs_differ_in_nothing():
         (tagged(subject("b"), **{"changed_param__trainer.max_steps": "80"}), "changed by a resume"),
     ],
 )
-def test_what_biases_is_refused_and_named(other: Subject, name: str):
+def test_a_bias_is_refused_and_named(other: Subject, name: str):
     [found] = find_differences([subject("a"), other])
     assert (found.name, found.weight) == (name, Weight.BIASES)
     with pytest.raises(UserError, match=rf"they differ in {name}: .*\(a\); .*\(b\).*--unfair=true"):
@@ -100,14 +100,14 @@ def test_what_biases_is_refused_and_named(other: Subject, name: str):
         (configured(subject("b"), "trainer", accelerator="gpu"), "device accelerator"),
     ],
 )
-def test_what_only_warns_is_not_refused(other: Subject, name: str | None):
+def test_a_warning_is_not_refused(other: Subject, name: str | None):
     found = find_differences([subject("a"), other])
     # A layer that the other arm does not have is no difference of kernels.
     assert [(one.name, one.weight) for one in found] == ([] if name is None else [(name, Weight.WARNS)])
     refuse_biased("study", found, "Run them again, or --unfair=true")
 
 
-def test_what_the_study_file_asks_for_is_told_and_not_refused():
+def test_a_declared_difference_is_listed_and_not_refused():
     other = dataclasses.replace(configured(subject("b"), "data", batch_size=16), changes={"data.batch_size": 16})
     [found] = find_differences([subject("a"), other])
     assert (found.name, found.weight) == ("samples per step", Weight.DECLARED)
@@ -119,7 +119,7 @@ def test_what_the_study_file_asks_for_is_told_and_not_refused():
     assert found.values == {"8": ("a",), "4": ("c",)}
 
 
-def test_runs_are_named_where_an_arm_is_not_meant_as_a_whole():
+def test_runs_are_named_if_not_all_of_an_arm_differ():
     runs = [subject("a", 0), tagged(subject("a", 1), commit="b" * 40), subject("b", 0)]
     [found] = find_differences(runs)
     assert found.text == "aaaaaaaaaaaa (a-seed0, b); bbbbbbbbbbbb (a-seed1)"
@@ -129,6 +129,6 @@ def test_a_run_that_diverged_may_have_ended_early():
     assert find_differences([subject("a"), dataclasses.replace(subject("b"), steps=None)]) == ()
 
 
-def test_what_biases_comes_first():
+def test_biases_come_first():
     other = tagged(dataclasses.replace(subject("b"), steps=30), commit="b" * 40)
     assert [one.weight for one in find_differences([subject("a"), other])] == [Weight.BIASES, Weight.WARNS]

@@ -62,7 +62,7 @@ def taken_up(plan: Plan, uri: str) -> StudyRuns:
     return experiment
 
 
-def test_what_another_study_has_run_is_named_in_the_plan(uri: str, tmp_path: Path) -> None:
+def test_the_plan_names_runs_of_another_study(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri)
     known = look(plan, uri)
     assert known.describe(4) == ("4 of 4 known from study tiny",)
@@ -72,7 +72,7 @@ def test_what_another_study_has_run_is_named_in_the_plan(uri: str, tmp_path: Pat
     assert not plan.folder.exists()  # nothing is written by looking
 
 
-def test_what_is_taken_is_a_run_of_the_study_that_says_where_it_is_from(uri: str, tmp_path: Path) -> None:
+def test_a_taken_run_belongs_to_the_study_and_names_its_origin(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri)
     experiment = taken_up(plan, uri)
     assert find_waiting_runs(plan, experiment, engine_of(), retry=False) == []
@@ -121,7 +121,7 @@ def test_the_rule_of_the_study_that_takes_decides(uri: str, tmp_path: Path) -> N
     assert {state.status for _, state in read_ledger(plan)} == {Status.DIVERGED}
 
 
-def test_values_that_are_no_numbers_are_taken_as_they_are(uri: str, tmp_path: Path) -> None:
+def test_non_finite_values_are_taken_as_they_are(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri)
     known = next(iter(look(plan, uri).taken.values()))
     MlflowClient(uri).log_metric(known.run_id, "odd", math.nan, step=1)
@@ -144,7 +144,7 @@ def test_values_that_are_no_numbers_are_taken_as_they_are(uri: str, tmp_path: Pa
         ({"changed_param/model.speed": "0.6"}, "it was resumed with other values"),
     ],
 )
-def test_what_is_not_the_same_is_not_taken_and_told(
+def test_a_different_run_is_not_taken_and_the_reason_is_given(
     uri: str, tmp_path: Path, tags: dict[str, str | None], why: str
 ) -> None:
     for row in find_runs(uri, "tiny", {"role": "arm", "arm": "fast"}):
@@ -170,7 +170,7 @@ def test_another_configuration_seed_or_budget_is_another_run(uri: str, tmp_path:
     assert look(other_study(tmp_path, uri, **changes), uri) == KnownRuns()
 
 
-def test_runs_that_do_not_reach_what_decides_here_are_not_taken(uri: str, tmp_path: Path) -> None:
+def test_runs_without_the_deciding_metric_are_not_taken(uri: str, tmp_path: Path) -> None:
     plan = other_study(tmp_path, uri, primary={"metric": "val/accuracy_image"})
     assert "logged no val/accuracy_image" in look(plan, uri).describe(4)[0]
 

@@ -138,7 +138,7 @@ def test_runs_are_chosen_by_name_id_and_tags(filled: tuple[Plan, str]) -> None:
         "skewed", "baseline", "fast",
     ]  # fmt: skip
     for words, told in (
-        ("0000", "means 9 runs"),
+        ("0000", "names 9 runs"),
         ("fast-sed1", "there are fast-seed1"),
         ("beef", "no run in"),
         ("sweep=tny", "has sweep=tny; there are tiny"),
@@ -153,7 +153,7 @@ def test_runs_are_chosen_by_name_id_and_tags(filled: tuple[Plan, str]) -> None:
         choose_runs(uri.replace("mlflow.db", "none.db"), ["x"])
 
 
-def test_arms_without_names_are_told_apart_by_what_they_set() -> None:
+def test_arms_without_names_are_named_by_their_differences() -> None:
     result = compared(two_by_two(model__losses__router_z=None), ENDS)
     base, other = result.arms
     assert (base.arm.name, other.arm.name) == ("plain", "router_z=null")
@@ -248,7 +248,7 @@ def test_states_come_from_the_study_or_from_the_points() -> None:
         compared(judged, ENDS, Rules(METRIC, baseline="dim=4"))
 
 
-def test_runs_lost_in_seeds_that_only_one_arm_has_are_not_held_against_it() -> None:
+def test_runs_lost_in_seeds_of_one_arm_alone_do_not_count_against_it() -> None:
     # Seeds 0 to 2 are in both: there the arm lost one. The baseline lost its seed 3, which the arm never ran.
     lost = series_of(math.nan)
     runs = [row(s, config(s)) for s in range(4)] + [row(10 + s, config(s, model__dim=4)) for s in range(3)]
@@ -273,14 +273,14 @@ def test_runs_lost_in_seeds_that_only_one_arm_has_are_not_held_against_it() -> N
         (lambda runs: runs, Rules("val/accuracy_text"), "has logged no val/accuracy_text"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_compared_is_refused(change: Any, rules: Rules, told: str) -> None:
+def test_runs_that_cannot_be_compared_are_refused(change: Any, rules: Rules, told: str) -> None:
     runs = change(two_by_two(model__dim=4))
     with pytest.raises(UserError) as refused:
         compared(runs, ENDS[: len(runs)], rules)
     assert told in str(refused.value)
 
 
-def test_a_run_without_configuration_is_refused_unless_told() -> None:
+def test_a_run_without_configuration_is_refused_unless_unfair() -> None:
     with pytest.raises(UserError, match="has logged no configuration"):
         refuse_unchecked(read_runs([row(1, {}, seed="0", arm="a")]))
 

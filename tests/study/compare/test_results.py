@@ -93,7 +93,7 @@ def test_learning_rates_of_a_study(tmp_path):
     assert any(table.title == "Sensitivity to the learning rate" for table in report_tables(result))
 
 
-def test_nobody_knows_whether_a_rate_is_stable_whose_runs_crashed(tmp_path):
+def test_stability_of_a_rate_whose_runs_crashed_is_unknown(tmp_path):
     rates = {"low": 0.001, "middle": 0.01, "high": 0.1}
     arms = {"baseline": None} | {name: {"model.optimizer.init_args.lr": rate} for name, rate in rates.items()}
     for gone, largest in (("high", 0.01), ("middle", 0.001), ("low", None)):
@@ -124,7 +124,7 @@ def test_guard_correction_and_margin_of_the_study_file(tmp_path):
     assert any("±0.2" in note for note in effects.notes)
 
 
-def test_what_was_logged_before_the_loss_was_no_number_is_no_final_value(tmp_path):
+def test_values_from_before_a_non_finite_loss_are_not_final(tmp_path):
     # Seed 2 of the arm was at 2.0 when it was last validated, at step 2; from step 3 on its loss was no number.
     study = {"arms": {"baseline": None, "fast": {"model.speed": 0.9}}, "also": ["drop_rate/block1/text"]}
     gone = {
@@ -149,7 +149,7 @@ def test_what_was_logged_before_the_loss_was_no_number_is_no_final_value(tmp_pat
     assert [row[1] for row in rows] == ["6.0000 ± 1.0000", "4.5010 ± 0.7227 (2 of 3)"]
 
 
-def test_a_mean_of_survivors_tells_of_how_many(tmp_path):
+def test_a_mean_of_survivors_shows_their_number(tmp_path):
     rates = {"baseline": None, "lr_low": {"model.optimizer.init_args.lr": 0.1}}
     rates["lr_high"] = {"model.optimizer.init_args.lr": 1.0}
     study = {"arms": rates}
@@ -183,7 +183,7 @@ def test_runs_that_never_validated_the_untrained_model(tmp_path):
 
 
 def test_a_withdrawn_arm_has_no_share_of_stable_runs(tmp_path):
-    # Seed 0 diverged before the rule stopped the arm; what the other two would have done nobody knows.
+    # Seed 0 diverged before the rule stopped the arm; the other two might have done anything.
     study = {
         "arms": {"baseline": None, "worse": {"model.speed": 0.9}},
         "futility_stop": {"at_step": 2, "worse_by": 0.5},
@@ -215,7 +215,7 @@ def test_seeds_are_asked_for_only_where_more_would_help(tmp_path):
     assert "seeds would show" not in describe_arm(result, result.arms[1])
 
 
-def test_the_report_of_a_fraction_tells_its_aliases(tmp_path):
+def test_the_report_of_a_fraction_lists_its_aliases(tmp_path):
     third = {"third": {"on": {"model.seconds_per_step": 0.0}}}
     design = {"fractional_factorial": {"generators": {"third": ["skew", "speed"]}}}
     study = {"arms": None, "factors": FACTORS | third, "design": design}
@@ -228,7 +228,7 @@ def test_the_report_of_a_fraction_tells_its_aliases(tmp_path):
     ("difference", "text"),
     [(0.0, "+0.0000"), (-0.25, "-0.2500"), (-3.2e-5, "-3.2e-05"), (4.4e-4, "+0.00044"), (1.5e30, "+1.5e+30")],
 )
-def test_a_small_difference_is_not_told_as_nothing(difference, text):
+def test_a_small_difference_is_not_printed_as_0(difference, text):
     assert format_signed(difference) == text
 
 

@@ -1,4 +1,4 @@
-"""From a real sweep to tables, pictures, one self-contained page and the summary run."""
+"""From a real sweep to tables, figures, one self-contained page and the summary run."""
 
 import base64
 import dataclasses
@@ -39,7 +39,7 @@ ARMS = {
     "explode": {"model.nan_at": 3},
     "crash": {"model.crash_at": 1},
 }
-PICTURES = ["effects", "curves", "accuracy", "expert_load", "expert_flow", "pareto", "throughput"]
+FIGURES = ["effects", "curves", "accuracy", "expert_load", "expert_flow", "pareto", "throughput"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_load_of_experts(result):
     assert shares[:, 0] == pytest.approx([0.25] * 4)
 
 
-def test_tables_say_what_the_records_say(result):
+def test_tables_agree_with_the_records(result):
     effects, learning, also, stability, signs, models, fairness = report_tables(result)
     assert [row[0] for row in effects.rows] == list(ARMS)
     assert effects.rows[1][4] == "hurts"
@@ -169,28 +169,28 @@ def test_terminal_tables_fit(result, width):
     assert ("more columns need a terminal of " in text) is (width == 80)
 
 
-def test_pictures_are_drawn_and_described(result, tmp_path):
-    pictures = {picture.name: picture for picture in draw_all(result)}
-    assert list(pictures) == PICTURES
-    for picture in pictures.values():
-        file = tmp_path / f"{picture.name}.png"
-        file.write_bytes(picture.png)
+def test_figures_are_drawn_and_described(result, tmp_path):
+    figures = {figure.name: figure for figure in draw_all(result)}
+    assert list(figures) == FIGURES
+    for figure in figures.values():
+        file = tmp_path / f"{figure.name}.png"
+        file.write_bytes(figure.png)
         with Image.open(file) as image:
             assert image.width == 1040
             assert image.height > 250
             assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 50  # not empty
-        assert len(picture.alt) > 60
-        assert picture.table.rows
-    assert "slow goes from" in pictures["curves"].alt
-    assert "hurts" in pictures["effects"].alt
-    curve = pictures["curves"].table
+        assert len(figure.alt) > 60
+        assert figure.table.rows
+    assert "slow goes from" in figures["curves"].alt
+    assert "hurts" in figures["effects"].alt
+    curve = figures["curves"].table
     assert curve.columns[-1] == "step 4"
     assert (curve.rows[0][0], curve.rows[0][-1]) == ("baseline", f"{result.arms[0].final.mean:.4f}")
 
 
 def test_finding_is_a_sentence(result):
     assert describe_arm(result, result.arms[1]).startswith(
-        "slow: hurts. Compared with baseline, validation task loss changes by +"
+        "slow: hurts. Compared with baseline, validation task loss changed by +"
     )
 
 
@@ -243,7 +243,7 @@ def test_many_arms_go_below_each_other(result, monkeypatch):
     assert (grid.nrows, grid.ncols) == (2 * num_layers, 2)
 
 
-def test_nothing_to_draw_is_no_picture(swept):
+def test_without_data_there_is_no_figure(swept):
     plan, experiment = swept
     from lightning_moevlm.study.run.ledger import RunState, Status
 
@@ -288,18 +288,18 @@ def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
     assert page.scripts == 0
     assert "url(" not in html
     assert "@import" not in html
-    assert len(page.images) == len(PICTURES)
+    assert len(page.images) == len(FIGURES)
     for image in page.images:
         kind, data = image["src"].split(",", 1)
         assert kind == "data:image/svg+xml;base64"
         assert base64.b64decode(data).startswith(b"<svg")
         assert image["alt"]
-    # the rules, a table behind each picture, every table of the report, a log behind each crash
-    assert html.count("<details>") == 1 + len(PICTURES) + len(report_tables(result)) + 3
+    # the rules, a table behind each figure, every table of the report, a log behind each crash
+    assert html.count("<details>") == 1 + len(FIGURES) + len(report_tables(result)) + 3
     answer, rest = html.split('<nav aria-labelledby="contents">')
-    assert answer.count("<img ") == 1 and "slow: hurts. " in answer  # the finding and its picture stand first
+    assert answer.count("<img ") == 1 and "slow: hurts. " in answer  # the finding and its figure stand first
     curves = rest.partition('id="accuracy"')[2].partition("</figure>")[0]
-    assert "Has anything been learned?" in curves  # a table folds under the picture that it belongs to
+    assert "Has anything been learned?" in curves  # a table folds under the figure that it belongs to
     assert "Learns &lt;slowly&gt;." in html
     assert "the tiny training was told to crash" in html
     assert "prefers-color-scheme: dark" in html

@@ -108,15 +108,15 @@ def renamed(report: Report) -> Report:
         dataclasses.replace(table, rows=tuple((UNTRUSTED, *row[1:]) for row in table.rows), notes=(UNTRUSTED,))
         for table in report.tables
     )
-    pictures = tuple(dataclasses.replace(picture, alt=f'"{UNTRUSTED}') for picture in report.figures)
+    figures = tuple(dataclasses.replace(figure, alt=f'"{UNTRUSTED}') for figure in report.figures)
     result = dataclasses.replace(report.result, arms=(report.result.arms[0], *arms[1:]))
     origin = dataclasses.replace(report.origin, arms=stories)
-    return dataclasses.replace(report, result=result, origin=origin, tables=tables, figures=pictures)
+    return dataclasses.replace(report, result=result, origin=origin, tables=tables, figures=figures)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """A factorial study with costs, loads, spikes and a divergence, so that nearly every picture is there."""
+    """A factorial study with costs, loads, spikes and a divergence, so that nearly every figure is there."""
     folder = tmp_path_factory.mktemp("page")
 
     def series(run: Any) -> dict[str, Series] | None:

@@ -111,7 +111,7 @@ def test_rank_intervals_cover_at_least(n: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 5, 10])
-def test_verdicts_of_a_family_err_as_rarely_as_they_say(n: int) -> None:
+def test_verdicts_of_a_family_keep_their_error_rate(n: int) -> None:
     """Whole verdicts, not p values alone: at least one "helps" or "hurts" among five arms that do nothing."""
     rule, seeds, alarms = Rule("lower", 0.05, "t", "holm"), tuple(range(n)), 0
     zero = dict.fromkeys(seeds, 0.0)
@@ -126,7 +126,7 @@ def test_verdicts_of_a_family_err_as_rarely_as_they_say(n: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("draw", ["normal", "heavy"])
-def test_p_values_err_as_rarely_as_they_say(draw: str) -> None:
+def test_p_values_keep_their_error_rate(draw: str) -> None:
     drawn = DRAWS[draw](np.random.default_rng(3), (4_000, 10))
     for name, p in (("t", paired_p), ("sign", two_sided_p), ("wilcoxon", two_sided_p)):
         found = [p(tuple(d)) if p is paired_p else p(name, tuple(d)) for d in drawn]

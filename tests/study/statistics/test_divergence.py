@@ -30,7 +30,7 @@ def points(*values: float) -> list[Point]:
         ((), 1, ""),
     ],
 )
-def test_what_can_be_told_in_the_middle(values: tuple[float, ...], in_a_row: int | None, early: str) -> None:
+def test_divergences_found_during_training(values: tuple[float, ...], in_a_row: int | None, early: str) -> None:
     rule = Divergence(LOSS, times_untrained=1.0, in_a_row=in_a_row)
     assert explain_early_divergence(points(*values), rule) == early
     # What was told in the middle is what is told at the end: a run is not stopped for what would not count.

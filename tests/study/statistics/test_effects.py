@@ -176,7 +176,7 @@ def test_survivors_of_the_baseline_do_not_make_an_arm_hurt(lost, what):
     assert effect.note.endswith(f"1 of 3 seeds left out; 1 run of the baseline {what}")
 
 
-def test_losses_are_told_although_they_do_not_limit_the_verdict():
+def test_losses_are_noted_even_if_they_do_not_limit_the_verdict():
     arm, baseline = {0: 1.0, 1: 1.02, 2: math.nan}, {0: 2.0, 1: 2.01}
     effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1), Lost(crashed=1))
     assert effect.verdict is Verdict.HELPS
@@ -266,7 +266,7 @@ def test_ties_of_a_rank_test_are_no_repetitions():
     assert effect.note == "all 6 seeds give exactly the same difference, as repetitions would"
 
 
-def test_an_arm_that_changes_nothing_is_told_from_repetitions():
+def test_an_arm_that_changes_nothing_differs_from_repetitions():
     same = {0: 1.0, 1: 2.0, 2: 3.0}
     effect = compare_paired(same, same, (0, 1, 2), LOWER)
     assert effect.verdict is Verdict.INCONCLUSIVE
@@ -353,7 +353,7 @@ def test_no_difference_needs_the_whole_interval_within_the_margin():
     assert lost.verdict is Verdict.INCONCLUSIVE
 
 
-def test_a_difference_too_small_to_matter_is_none():
+def test_a_difference_too_small_to_matter_is_no_difference():
     arm, zero = {0: -0.010, 1: -0.011, 2: -0.012}, dict.fromkeys(range(3), 0.0)
     effect = compare_paired(arm, zero, (0, 1, 2), Rule("lower", 0.05, within=0.1))
     assert (effect.verdict, effect.note) == (Verdict.NO_DIFFERENCE, "not 0, but too small to matter")
@@ -361,7 +361,7 @@ def test_a_difference_too_small_to_matter_is_none():
 
 
 @pytest.mark.parametrize(("test", "centre"), [("t", 0.7), ("wilcoxon", -0.5), ("sign", -0.5)])
-def test_the_effect_is_what_its_interval_is_of(test, centre):
+def test_the_effect_is_the_centre_of_its_interval(test, centre):
     # Nine seeds, one with a spike: the mean is (-0.2 - 0.3 - ... - 0.9 + 10.7) / 9 = 6.3 / 9, the fifth is -0.5. Of the
     # 45 means of pairs the 9 with the spike lie above all others, and the 23rd of the rest from below is -0.5: of -0.9,
     # -0.85, ... -0.55 there are 1 + 1 + 2 + 2 + 3 + 3 + 4 + 4 = 20, of -0.5 four.

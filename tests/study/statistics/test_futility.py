@@ -1,4 +1,4 @@
-"""`futility_stop`: whom the rule withdraws, what becomes of them, and that nobody's verdict gets easier by it."""
+"""`futility_stop`: the withdrawn arms, their runs, and that no other verdict gets easier by it."""
 
 import math
 from pathlib import Path

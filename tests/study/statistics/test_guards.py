@@ -30,7 +30,7 @@ def test_a_guard_is_not_broken_by_rounding():
     assert not check_guard("x", {0: 0.3 - 0.1}, {0: 0.2}, (0,), "higher", 0.0, 0.05).is_broken
 
 
-def test_a_guard_that_is_no_number_in_a_seed_has_not_held():
+def test_a_guard_that_is_not_finite_in_a_seed_does_not_hold():
     arm, baseline = {0: 0.1, 1: math.inf, 2: 0.1}, dict.fromkeys(range(3), 0.1)
     guard = check_guard("drop_rate", arm, baseline, (0, 1, 2), "lower", 0.05, 0.05, compared=(0, 1, 2))
     assert (guard.worse, guard.is_broken, guard.missing) == (0.0, False, 1)

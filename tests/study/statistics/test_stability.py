@@ -54,7 +54,7 @@ def test_too_few_points_have_no_score():
     assert measure_stability({}, has_diverged=False).spikes_loss is None
 
 
-def test_a_point_that_is_no_number_is_a_spike_and_enters_no_mean():
+def test_a_non_finite_point_is_a_spike_and_enters_no_mean():
     found = spikes((math.nan, *EVEN * 5, math.inf, 6.0))
     assert found.is_spike == (False, *(False,) * 10, True, False)  # the first had nothing before it
     assert found.score == pytest.approx(1 / 2)

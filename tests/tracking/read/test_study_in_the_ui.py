@@ -83,7 +83,7 @@ def test_study_through_the_rest_interface(mlflow_server: str, told: str) -> None
     note = tags(summary)["mlflow.note.content"]
     assert "**Does a faster model learn faster?**" in note
     assert re.search(
-        r"- fast: (helps|inconclusive)\. Compared with baseline, validation task loss changes by -\d", note
+        r"- fast: (helps|inconclusive)\. Compared with baseline, validation task loss changed by -\d", note
     )
     run_id = summary["info"]["run_id"]
     files = {file["path"] for file in ask("artifacts/list", run_id=run_id, path="report")["files"]}

@@ -1,4 +1,4 @@
-"""Pictures of costs, learning rates, factors, flow and spikes, from results whose numbers are given."""
+"""Figures of costs, learning rates, factors, flow and spikes, from results whose numbers are given."""
 
 import dataclasses
 import io
@@ -61,14 +61,14 @@ def ended_at(final, **more):
     return {"val/task_loss": Series((0, 4), (7.0, final))} | others
 
 
-def is_drawn(picture):
-    """Say whether a picture has a sentence, a table, and more than a ground as PNG and as SVG."""
-    with Image.open(io.BytesIO(picture.png)) as image:
+def is_drawn(figure):
+    """Say whether a figure has a sentence, a table, and more than a ground as PNG and as SVG."""
+    with Image.open(io.BytesIO(figure.png)) as image:
         colours = len(image.convert("RGB").getcolors(maxcolors=2**24))
-    return colours > 20 and picture.svg.count(b"<path") > 5 and len(picture.alt) > 60 and bool(picture.table.rows)
+    return colours > 20 and figure.svg.count(b"<path") > 5 and len(figure.alt) > 60 and bool(figure.table.rows)
 
 
-def test_front_holds_what_is_shown_to_be_better_than_all_that_is_cheaper():
+def test_front_holds_arms_shown_to_be_better_than_all_cheaper_ones():
     # b is shown better than a. c is better than b on average, yet not shown to be. d costs as much as a and is worse.
     costs = {"e": 9.0, "d": 1.0, "a": 1.0, "b": 2.0, "c": 3.0}
     finals = {"a": 5.0, "b": 4.0, "c": 3.9, "d": 6.0, "e": 3.0}
@@ -85,27 +85,27 @@ def test_points_within_noise_of_each_other_are_not_both_ringed(tmp_path):
     def series(run):
         return ended_at(5.0 + noise[run.arm][run.seed], memory__peak_device=100.0 + len(run.arm))
 
-    picture = draw_pareto(to_result(tmp_path, FAST, series))
-    assert "Over peak memory the front is fast." in picture.alt
-    assert [row[-1] for row in picture.table.rows] == ["108.0 ± 0.0", "104.0 ± 0.0, on the front"]
+    figure = draw_pareto(to_result(tmp_path, FAST, series))
+    assert "Over peak memory the front is fast." in figure.alt
+    assert [row[-1] for row in figure.table.rows] == ["108.0 ± 0.0", "104.0 ± 0.0, on the front"]
 
 
 def test_curves_have_paired_differences(tmp_path):
     """Differences at step 4 are 0.1, 0.3, 0.5: mean 0.3, s 0.2, half width 4.303 * 0.2 / sqrt(3) = 0.4968."""
-    picture = draw_curves(
+    figure = draw_curves(
         to_result(tmp_path, FAST, lambda run: ended_at(5.0 + (run.arm == "fast") * (0.1 + 0.2 * run.seed)))
     )
-    assert picture.table.rows == (
+    assert figure.table.rows == (
         ("baseline", "7.0000", "5.0000"),
         ("fast", "7.0000", "5.3000"),
         ("fast minus baseline", "+0.0000 [+0.0000, +0.0000]", "+0.3000 [-0.1968, +0.7968]"),
     )
-    assert "Below, differences from baseline, paired by seed, with 95 % intervals." in picture.alt
-    assert "fast ends at +0.3000 [-0.1968, +0.7968]." in picture.alt
+    assert "Below, differences from baseline, paired by seed, with 95 % intervals." in figure.alt
+    assert "fast ends at +0.3000 [-0.1968, +0.7968]." in figure.alt
 
 
 def test_costs_are_paired_by_seed(tmp_path):
-    # Without a batch size nobody knows the samples of a step, so that only memory can be compared here.
+    # Without a batch size the samples of a step are unknown, so only memory can be compared here.
     peaks = {"baseline": (100.0, 200.0, 400.0), "fast": (110.0, 210.0, 440.0)}
     result = to_result(
         tmp_path, FAST, lambda run: ended_at(5.0 + run.seed, memory__peak_process=peaks[run.arm][run.seed])
@@ -138,12 +138,12 @@ def test_pareto_leaves_out_survivors(tmp_path):
             return None
         return ended_at({"baseline": 5.0, "fast": 4.0, "wild": 1.0}[run.arm], memory__peak_device=100.0 + len(run.arm))
 
-    picture = draw_pareto(to_result(tmp_path, {"arms": arms}, series))
-    assert is_drawn(picture)
+    figure = draw_pareto(to_result(tmp_path, {"arms": arms}, series))
+    assert is_drawn(figure)
     # All take 11 s on average and compute the same; memory is 108 MiB of the baseline and 104 MiB of the better arm.
-    assert "Over peak memory the front is fast." in picture.alt
-    assert "Wall time is the same in all arms." in picture.alt
-    assert [row[-1] for row in picture.table.rows] == ["108.0 ± 0.0", "104.0 ± 0.0, on the front", "–"]
+    assert "Over peak memory the front is fast." in figure.alt
+    assert "Wall time is the same in all arms." in figure.alt
+    assert [row[-1] for row in figure.table.rows] == ["108.0 ± 0.0", "104.0 ± 0.0, on the front", "–"]
 
 
 def test_learning_rates(tmp_path):
@@ -153,13 +153,13 @@ def test_learning_rates(tmp_path):
     ends = {"baseline": 6.0, "lr_0": 5.0, "lr_1": 4.0, "lr_2": None, "more_0": 5.5, "more_1": 5.0, "more_2": 4.5}
     result = to_result(tmp_path, {"arms": arms}, lambda run: None if ends[run.arm] is None else ended_at(ends[run.arm]))
     assert [find_best_rate(result, one) for one in result.ladders] == [0.1, 1.0]
-    picture = draw_learning_rates(result)
-    assert is_drawn(picture)
+    figure = draw_learning_rates(result)
+    assert is_drawn(figure)
     # Untrained 7: (5 + 4 + 7) / 3 - 4 = 4 / 3; (5.5 + 5 + 4.5) / 3 - 4.5 = 0.5
-    assert "lr: sensitivity 1.3333 ± 0.0000, stable up to 0.1; best at 0.1 with 4.0000." in picture.alt
-    assert "more: sensitivity 0.5000 ± 0.0000, stable up to 1; best at 1 with 4.5000." in picture.alt
-    assert [row[0] for row in picture.table.rows] == list(arms)[1:]
-    assert picture.table.rows[2][3:] == ("–", "0/3", "")
+    assert "lr: sensitivity 1.3333 ± 0.0000, stable up to 0.1; best at 0.1 with 4.0000." in figure.alt
+    assert "more: sensitivity 0.5000 ± 0.0000, stable up to 1; best at 1 with 4.5000." in figure.alt
+    assert [row[0] for row in figure.table.rows] == list(arms)[1:]
+    assert figure.table.rows[2][3:] == ("–", "0/3", "")
 
 
 def test_a_ladder_of_two_rates_is_no_curve(tmp_path):
@@ -176,20 +176,20 @@ def test_interactions(tmp_path):
         skewed, fast = (run.resolved["model"][name] == 0.9 for name in FACTORS)
         return ended_at(5.0 + run.seed - 1.0 * fast + 0.5 * skewed - 0.25 * (fast and skewed))
 
-    picture = draw_interactions(to_result(tmp_path, {"arms": None, "factors": factors, "design": "factorial"}, series))
-    assert is_drawn(picture)
+    figure = draw_interactions(to_result(tmp_path, {"arms": None, "factors": factors, "design": "factorial"}, series))
+    assert is_drawn(figure)
     # skew: +0.5 with speed off, +0.25 with it on; speed: -1 and -1.25; the difference of either is -0.25.
     cells = {
-        (name, column): cell for name, *row in picture.table.rows for column, cell in zip(FACTORS, row, strict=True)
+        (name, column): cell for name, *row in figure.table.rows for column, cell in zip(FACTORS, row, strict=True)
     }
     assert cells["skew", "skew"].startswith("+0.3750 [")
     assert cells["speed", "speed"].startswith("-1.1250 [")
     assert cells["skew", "speed"] == cells["speed", "skew"]
     assert cells["skew", "speed"].startswith("-0.2500 [")
-    assert picture.alt.endswith("Coloured, since the interval excludes 0: skew, speed, skew x speed.")
+    assert figure.alt.endswith("Coloured, since the interval excludes 0: skew, speed, skew x speed.")
 
 
-def test_an_interaction_that_may_be_none_has_no_colour(tmp_path, monkeypatch):
+def test_an_interaction_whose_interval_contains_0_has_no_colour(tmp_path, monkeypatch):
     factors = {name: {"on": {f"model.{name}": 0.9}} for name in FACTORS}
 
     def series(run):
@@ -198,8 +198,8 @@ def test_an_interaction_that_may_be_none_has_no_colour(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(drawing, "_render_svg", lambda figure: figures.append(figure) or b"<svg/>")
-    picture = draw_interactions(to_result(tmp_path, {"arms": None, "factors": factors, "design": "factorial"}, series))
-    assert picture.alt.endswith("Coloured, since the interval excludes 0: speed.")
+    figure = draw_interactions(to_result(tmp_path, {"arms": None, "factors": factors, "design": "factorial"}, series))
+    assert figure.alt.endswith("Coloured, since the interval excludes 0: speed.")
     [image] = figures[0].axes[0].images
     assert np.ma.getmaskarray(image.get_array()).tolist() == [[True, True], [True, False]]
     assert image.norm.vmax == pytest.approx(1.0)  # speed, -1 in every seed, reaches further than skew's 0.25
@@ -220,10 +220,10 @@ def test_flow_of_modalities_to_experts(tmp_path):
     tags = {"dispatch/backbone.blocks.1.ffn": "x"}
     result = to_result(tmp_path, FAST, lambda run: ended_at(5.0) | loads(shares), lambda run: tags)
     assert read_flows(result.arms[0].runs[0]) == {1: shares}
-    picture = draw_expert_flow(result)
-    assert is_drawn(picture)
-    assert "block 1 text most to expert 1 90.0 %, expert 0 10.0 %" in picture.alt
-    assert picture.table.rows[0] == ("baseline", "seed 0", "block 1", "image", "shared", "75.0 %", "25.0 %")
+    figure = draw_expert_flow(result)
+    assert is_drawn(figure)
+    assert "block 1 text most to expert 1 90.0 %, expert 0 10.0 %" in figure.alt
+    assert figure.table.rows[0] == ("baseline", "seed 0", "block 1", "image", "shared", "75.0 %", "25.0 %")
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_spikes_over_time(tmp_path):
     assert lines["fast-seed1"].spiked == ((20,), None, None)
     assert lines["fast-seed2"].diverged_at == 3
     assert lines["baseline-seed0"].is_steady
-    picture = draw_spikes(result)
-    assert is_drawn(picture)
-    assert "fast-seed1: 1 of task loss, first at step 20." in picture.alt
-    assert picture.table.rows == (
+    figure = draw_spikes(result)
+    assert is_drawn(figure)
+    assert "fast-seed1: 1 of task loss, first at step 20." in figure.alt
+    assert figure.table.rows == (
         ("fast-seed1", "20", "too few points", "too few points", "–", "–"),
         ("fast-seed2", "too few points", "too few points", "too few points", "step 3", "–"),
     )
@@ -290,21 +290,21 @@ def test_many_arms_become_few(tmp_path):
     assert len(kept) == MANY_ARMS == 20
     assert kept == ["baseline", *(f"arm_{i}" for i in range(5, 24))]  # the effects grow with i
     assert select_legible(select_legible(result)).arms == select_legible(result).arms
-    assert all(is_drawn(picture) for picture in draw_all(result))
+    assert all(is_drawn(figure) for figure in draw_all(result))
 
 
 def test_svg_follows_the_scheme_of_the_page(tmp_path):
-    pictures = draw_all(to_result(tmp_path, FAST, lambda run: ended_at(5.0 + run.seed, memory__peak_process=9.0)))
-    assert [picture.name for picture in pictures] == ["effects", "curves", "throughput"]
-    for picture in pictures:
-        text = picture.svg.decode()
+    figures = draw_all(to_result(tmp_path, FAST, lambda run: ended_at(5.0 + run.seed, memory__peak_process=9.0)))
+    assert [figure.name for figure in figures] == ["effects", "curves", "throughput"]
+    for figure in figures:
+        text = figure.svg.decode()
         assert "prefers-color-scheme:dark" in text
         assert "var(--ink)" in text
         assert not re.search(r"(fill|stroke): ?#(000000|ffffff)", text, re.IGNORECASE)
         assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", text)  # nothing from outside
 
 
-def test_runs_that_did_not_finish_are_marked_in_every_picture(tmp_path, monkeypatch):
+def test_unfinished_runs_are_marked_in_every_figure(tmp_path, monkeypatch):
     """Of three seeds one of `fast` diverges; `slow` is withdrawn as a whole at step 2."""
     arms = FAST["arms"] | {"slow": {"model.speed": 0.01}}
     even = loads({"text": (0.5, 0.5)})
