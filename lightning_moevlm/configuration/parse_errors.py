@@ -35,8 +35,8 @@ _NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import 
 _OTHER_CLASS = re.compile(r"Expected '(\S+)' to be (?:a subclass of|a function that returns) ")
 _OTHER_RECORD = re.compile(r"Subclasses are disabled for (\w+), thus '([^']+)' is not accepted")
 _NO_VALUE = re.compile(r"argument --([\w.]+): expected one argument")
-_NO_OPTION = re.compile(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'")
-_UNKNOWN = re.compile(r"(?:[Uu]nrecognized arguments: --|Subcommand '\w+' does not accept option ')([\w.-]+)")
+_NO_OPTION = re.compile(r"^(?:Group '([^']+)' does not accept option|Option) '([^']+)'")
+_UNKNOWN = re.compile(r"()(?:[Uu]nrecognized arguments: --|Subcommand '\w+' does not accept option ')([\w.-]+)")
 _NO_SUBCOMMAND = re.compile(
     r'expected "(?:(\w+(?:\.\w+)*)\.)?subcommand" to be one of \{(.*)\}, but it was not provided'
 )
@@ -88,7 +88,6 @@ def short_message(message: str, types: Types | None = None) -> str:
     text = (
         _explain_option(complaints, where, known)
         or _explain_record(complaints, where)
-        or _explain_module(complaints, where)
         or _explain_class(complaints, where, known)
         or _explain_value(complaints, where, known)
     )
@@ -160,24 +159,25 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def _find(complaints: Sequence[_Complaint], *patterns: re.Pattern[str]) -> tuple[_Complaint, re.Match[str]] | None:
+    """Return the first complaint that a pattern fits, with its match."""
+    pairs = ((each, pattern) for each in complaints for pattern in patterns)
+    return next(((each, match) for each, pattern in pairs if (match := pattern.search(each.text))), None)
+
+
 def _explain_option(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
     """Explain an unknown option: the nearest, or all."""
-    for each in complaints:
-        unknown, refused = _UNKNOWN.search(each.text), _NO_OPTION.match(each.text)
-        if unknown or refused:
-            break
-    else:
+    found = _find(complaints, _NO_OPTION, _UNKNOWN)
+    if found is None:
         return None
-    if refused:
-        option = ".".join(part for part in (refused["group"], refused["option"]) if part)
-    else:
-        assert unknown is not None
-        option = unknown[1]
-    records = [other.holder for other in complaints if other.holder and _NO_OPTION.match(other.text)]
+    each, refused = found
+    option = ".".join(part for part in refused.groups() if part)
+    records = [other.holder for other in complaints if other.holder and _NO_OPTION.search(other.text)]
     annotation = _annotation(each, types)
     if len(records) > 1 and annotation is not None:
         names = [name for record in records for name in list_options(record)]
-        return f"{where}: {_none_of(records)} takes {option!r}; {_hint(option, names)}give {describe_type(annotation)}"
+        neither = " nor ".join(record.__name__ for record in records)
+        return f"{where}: neither {neither} takes {option!r}; {_hint(option, names)}give {describe_type(annotation)}"
     if each.holder is not None and where:
         path, part, name = _first_unknown(each.holder, option)
         names = list_options(part)
@@ -191,56 +191,48 @@ def _explain_option(complaints: Sequence[_Complaint], where: str, types: Types) 
     above, name, names = _first_unknown_key(option, types)
     near = find_nearest(name, names)
     hint = f"did you mean --{above}{near}? " if near else ""
-    came = each.text if each.text.lower().startswith("unrecognized") else f"there is no option {option}"
-    return f"{came}; {hint}--help lists the options"
+    return f"there is no option --{option}; {hint}--help lists the options"
 
 
 def _explain_record(complaints: Sequence[_Complaint], where: str) -> str | None:
     """Explain a class that was named for a record, which takes only options."""
-    for each in complaints:
-        refused = _OTHER_RECORD.search(each.text)
-        if refused:
-            named = find_imported_class(refused[2])
-            if named and any(other.holder is named and _MISSING.search(other.text) for other in complaints):
-                return None  # another alternative takes it, and lacks options
-            return (
-                f"{where}: {refused[2]} is not allowed here; {refused[1]} is set by its options, not by another class: "
-                f"`moevlm describe {refused[1]}` lists them, CONTRIBUTING.md explains how to add one"
-            )
-    return None
-
-
-def _explain_module(complaints: Sequence[_Complaint], where: str) -> str | None:
-    """Explain a class_path whose module is missing."""
-    missing = next((found for each in complaints if (found := _NO_MODULE.search(each.text))), None)
-    return f"{where}: {explain_missing_module(missing[1])}" if missing else None
+    found = _find(complaints, _OTHER_RECORD)
+    if found is None:
+        return None
+    record, path = found[1].groups()
+    named = find_imported_class(path)
+    if named and any(other.holder is named and _MISSING.search(other.text) for other in complaints):
+        return None  # another alternative takes it, and lacks options
+    return (
+        f"{where}: {path} is not allowed here; {record} is set by its options, not by another class: "
+        f"`moevlm describe {record}` lists them, CONTRIBUTING.md explains how to add one"
+    )
 
 
 def _explain_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
-    """Explain a missing class, or one of another kind: the nearest of the right kind, or all if they are few."""
-    for each in complaints:
-        missing, other = _NO_CLASS.search(each.text), _OTHER_CLASS.search(each.text)
-        if missing or other:
-            break
-    else:
+    """Explain a missing module or class, or a class of another kind: the nearest of the right kind, or all if few."""
+    if found := _find(complaints, _NO_MODULE):
+        return f"{where}: {explain_missing_module(found[1][1])}"
+    found = _find(complaints, _NO_CLASS, _OTHER_CLASS)
+    if found is None:
         return None
-    annotation = _annotation(each, types)
+    given = found[1][1]
+    annotation = _annotation(found[0], types)
     below = [list_subclasses(base) for base in classes_of(annotation)]
     own = [name for names, _ in below for name in names]
     foreign = [name for _, names in below for name in names]
     choice = join_if_few(own)
     others = ", one of torch or Lightning" if foreign else ""
     advice = f"choose {choice}{others}, or give a class_path" if choice else "`moevlm list` shows the choices"
-    if missing is None:
-        assert other is not None
-        return f"{where}: {other[1]} is not {describe_type(annotation)}; {advice}"
+    if found[1].re is _OTHER_CLASS:
+        return f"{where}: {given} is not {describe_type(annotation)}; {advice}"
     if below and all(is_record(base) for base in classes_of(annotation)):  # not a class but a value is needed
-        return f"{where}: {missing[1]} is not a valid value; give {describe_type(annotation)}"
-    near = find_nearest(missing[1], own)
-    if near is None or missing[1].lower() not in near.lower():  # prefer ours
-        near = find_nearest(missing[1], [*own, *foreign])
+        return f"{where}: {given} is not a valid value; give {describe_type(annotation)}"
+    near = find_nearest(given, own)
+    if near is None or given.lower() not in near.lower():  # prefer ours
+        near = find_nearest(given, [*own, *foreign])
     hint = f"did you mean {near}? " if near else ""
-    return f"{where}: there is no class {missing[1]}; {hint}{advice}"
+    return f"{where}: there is no class {given}; {hint}{advice}"
 
 
 def _explain_value(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
@@ -254,12 +246,8 @@ def _explain_value(complaints: Sequence[_Complaint], where: str, types: Types) -
     if not where or annotation is None or not re.match("Expected a|Not a valid subclass", first.text):
         return None
     choice = join_if_few([name for base in classes_of(annotation) for name in list_subclasses(base)[0]])
-    if (
-        first.given
-        and first.given.startswith("{")
-        and "'class_path'" not in first.given.split("'init_args'")[0]
-        and choice
-    ):
+    is_mapping = first.given is not None and first.given.startswith("{")
+    if choice and is_mapping and "'class_path'" not in str(first.given).split("'init_args'")[0]:
         return f"{where}: options without a class; give the class_path of {choice}, or first a configuration with it"
     if first.given is None or _RAW.match(first.given):
         return f"{where}: give {describe_type(annotation)}"
@@ -311,10 +299,6 @@ def _first_unknown_key(option: str, types: Types) -> tuple[str, str, list[str]]:
             return above, name, names
         above += f"{name}."
     return above, "", []
-
-
-def _none_of(records: Sequence[type]) -> str:
-    return f"neither {' nor '.join(record.__name__ for record in records)}"
 
 
 def _hint(name: str, names: Sequence[str]) -> str:
