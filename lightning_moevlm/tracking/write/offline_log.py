@@ -62,6 +62,7 @@ class OfflineLog:
         self.journal = self.folder / JOURNAL
         self._files = self.folder / "files"
         self._numbers = count()
+        self._num_added = self._num_uploaded = 0  # folders of files
         self._lock: IO[bytes] | None = None
         self._stream: IO[bytes] | None = None  # to append to
         self._appending = threading.Lock()
@@ -105,7 +106,7 @@ class OfflineLog:
     @property
     def is_empty(self) -> bool:
         """Whether MLflow has all that this process has appended."""
-        return self._end == self._uploaded and not self._in_memory and not any(self._files.iterdir())
+        return self._end == self._uploaded and not self._in_memory and self._num_added == self._num_uploaded
 
     @property
     def num_in_memory(self) -> int:
@@ -174,6 +175,7 @@ class OfflineLog:
                 unfinished.mkdir()
                 yield unfinished
                 unfinished.rename(self._files / number)
+                self._num_added += 1
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -208,6 +210,7 @@ class OfflineLog:
                 writer.write_file(path, path.relative_to(folder).as_posix())
                 path.unlink()
             shutil.rmtree(folder)
+            self._num_uploaded += 1
         if self._ending is not None and has_ended:
             writer.end(*self._ending)
         if self._stream is not None:

@@ -61,25 +61,24 @@ _DIVERGED = metric_keys.FIRST_NONFINITE_STEP.key()
 
 
 class RunLogger(MLFlowLogger):
-    """Logs one run; nothing is created before the first access to `experiment`, and only on rank 0.
+    """Logs one run, on rank 0 only. Nothing is created before its first use.
 
-    Points that are not finite are kept: NaN as NaN, infinities as MLflow keeps them (the largest float;
-    `runs` reads them back as infinities). The first of each metric is also a tag, `nonfinite/<metric>`, for
-    searches to find.
+    NaN is kept as NaN, infinities as MLflow keeps them (the largest float; `runs` reads infinities back). The first of
+    each metric is also a tag, `nonfinite/<metric>`, for searches.
 
     Args:
-        experiment_name: the experiment to log to, made if there is none; None = that of MLFLOW_EXPERIMENT_NAME or
+        experiment_name: Experiment to log to, created if missing; null takes that of MLFLOW_EXPERIMENT_NAME or
             MLFLOW_EXPERIMENT_ID, else `moevlm`. Ignored when `run_id` is given.
-        run_name: shown in the UI; None = the local time of its start. Ignored when `run_id` is given.
-        tracking_uri: see `resolve_tracking_uri`.
-        tags: tags of the run.
-        run_id: continue this run; None = that of MLFLOW_RUN_ID, for the first logger of the process, unless an
-            experiment is named. Params that differ from its own become tags `changed_param/<key>`, since params are
-            immutable.
-        artifact_location: where a new experiment keeps its files; None = `artifacts/<experiment>` beside the
-            SQLite file, or a server's own choice.
-        flush_points: write when this many points wait.
-        flush_seconds: write when the last write is this many seconds ago.
+        run_name: Name in the UI; null takes the local time of its start. Ignored when `run_id` is given.
+        tracking_uri: MLflow's address, sqlite:///PATH or http(s)://HOST:PORT; null takes MLFLOW_TRACKING_URI, else
+            sqlite:///runs/mlflow.db.
+        tags: Tags of the run.
+        run_id: Run to continue; null takes that of MLFLOW_RUN_ID, for the first logger of the process, unless an
+            experiment is named. Params that differ become tags `changed_param/<key>`: params are immutable.
+        artifact_location: Where a new experiment keeps its files; null is `artifacts/<experiment>` beside the SQLite
+            file, or a server's own choice.
+        flush_points: Number of pending points that starts an upload.
+        flush_seconds: Seconds between uploads of pending points; 0 uploads at every call.
 
     Raises:
         UserError: the tracking URI cannot be used; on first access what `prepare_store`, `create_run` and
@@ -97,8 +96,8 @@ class RunLogger(MLFlowLogger):
         flush_points: int = 500,
         flush_seconds: float = 5.0,
     ) -> None:
-        # Not MLFlowLogger's own: it opens the store at once and on every rank, which creates a database for a
-        # fast_dev_run that logs nothing and races on a fresh one.
+        # Not MLFlowLogger's own: it opens the store at once and on every rank. That creates a database for a
+        # fast_dev_run, which logs nothing, and races on a fresh one.
         Logger.__init__(self)
         if flush_points < 1:
             raise UserError(f"flush_points is {flush_points}: give at least 1")
@@ -281,8 +280,8 @@ class RunLogger(MLFlowLogger):
     def _report(self, error: OSError | None) -> None:
         """Warn once of a disk that does not take the log; it stays in memory, and training continues."""
         if error is not None and not self._has_full_disk:
+            self._has_full_disk = True
             _warn(f"the log of run {self.run_id} cannot be kept in {self.run_dir} ({error.strerror}): make room")
-        self._has_full_disk = error is not None
 
     def _connect(self) -> "MlflowClient":
         """Return the client; the first time, open the run in MLflow and begin to log."""
@@ -302,7 +301,11 @@ class RunLogger(MLFlowLogger):
             self._run_id, self._experiment_id = run.run_id, run.experiment_id
             self._params, self._nonfinite_seen = dict(run.params), set(run.nonfinite)
             self._client = client
-            self._open()
+            try:
+                self._open()
+            except UserError:  # its folder cannot be written
+                client.set_terminated(run.run_id, "FAILED")
+                raise
             if self._resumed:
                 self.log_tags(self._run_tags)
         return self._client

@@ -337,6 +337,7 @@ def test_a_folder_of_runs_that_cannot_be_written_is_one_line(uri: str) -> None:
     folder.touch()
     with pytest.raises(UserError, match=r"could not be written \(Not a directory\); make room or let the folder be"):
         logger.flush()
+    assert [run.status for run in find_runs(uri, "moevlm")] == ["FAILED"]
 
 
 def test_a_database_that_another_process_has_locked_is_waited_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
