@@ -10,11 +10,9 @@ That process is `lightning_moevlm.cli.fork_server`. Engine and server speak over
 Python 3.12 it skips exit handlers, which upload what a run has logged. Its runs outlive a killed server or sweep.
 """
 
-import math
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -68,13 +66,12 @@ class ForkServer:
             with suppress(psutil.NoSuchProcess):
                 psutil.Process(self.started[ticket][0]).send_signal(number)
 
-    def read_news(self, seconds: float = 0.0) -> None:
-        """Read what the server reports; wait at most so long for the first tuple."""
+    def read_news(self) -> None:
+        """Read the server's reports so far."""
         while not self.is_gone:
             is_dead = self._process.poll() is not None  # before the pipe is read: then nothing can follow
             try:
-                if self._pipe.poll(seconds):
-                    seconds = 0.0
+                if self._pipe.poll():
                     ticket, pid, number = self._pipe.recv()
                     if pid is None:
                         self._codes[ticket] = number
@@ -132,27 +129,15 @@ class Fork:
         """Whether the server ended by itself before it started the run."""
         return self.server.is_gone and self.pid is None and self._signal is None
 
-    def poll(self, seconds: float = 0.0) -> int | None:
-        """Return its exit code, waiting so long for news; None while it runs or waits for the server's imports."""
-        self.server.read_news(seconds)
+    def poll(self) -> int | None:
+        """Return its exit code; None while it runs or waits for the server's imports."""
+        self.server.read_news()
         if self.pid is None:
             return -(self._signal or signal.SIGKILL) if self.server.is_gone else None
         if self._signal is not None:
             self.server.send_signal(self.ticket, self._signal)
             self._signal = None
         return self.server.exit_code(self.ticket)
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end and return its exit code.
-
-        Raises:
-            subprocess.TimeoutExpired: It still runs.
-        """
-        ends = time.monotonic() + (math.inf if timeout is None else timeout)
-        while (code := self.poll(max(0.0, min(ends - time.monotonic(), 1.0)))) is None:
-            if time.monotonic() >= ends:
-                raise subprocess.TimeoutExpired(self.ticket, timeout or 0.0)
-        return code
 
     def terminate(self) -> None:
         """Ask it to end."""

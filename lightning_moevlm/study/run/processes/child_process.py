@@ -6,6 +6,7 @@ sweep is killed, the system ends them (Linux); elsewhere the next `sweep run` do
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -58,13 +59,6 @@ class Process(Protocol):
 
     def poll(self) -> int | None:
         """Return its exit code, or None while it runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait at most `timeout` seconds for its end and return its exit code.
-
-        Raises:
-            subprocess.TimeoutExpired: It still runs.
-        """
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -123,14 +117,19 @@ def end_children(children: Sequence[Child]) -> None:
     below = [process for child in living for process in _find_descendants(child.pid)]
     for process in living:
         process.terminate()
-    patience_ends = time.monotonic() + PATIENCE_SECONDS
-    for process in living:
-        try:
-            process.wait(max(0.0, patience_ends - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    deaf = _wait_for_ends(living, PATIENCE_SECONDS)
+    for process in deaf:
+        process.kill()
+    _wait_for_ends(deaf, math.inf)
     _kill_and_wait(below)
+
+
+def _wait_for_ends(processes: Sequence[Process], seconds: float) -> Sequence[Process]:
+    """Wait at most so long for our own processes; return those that still run."""
+    ends = time.monotonic() + seconds
+    while (living := [each for each in processes if each.poll() is None]) and time.monotonic() < ends:
+        time.sleep(_LOOK_SECONDS)
+    return living
 
 
 def _find_descendants(pid: int | None) -> list[psutil.Process]:

@@ -60,8 +60,12 @@ def begun(engine: LocalEngine, folder: Path, *tickets: str) -> list[psutil.Proce
     """Submit runs that sleep; return their processes."""
     for ticket in tickets:
         engine.submit(run(folder, ticket, SLEEP))
-    wait_for(lambda: len(server_of(engine).children()) == len(tickets))
+    wait_until_reported(engine, *tickets)
     return server_of(engine).children()
+
+
+def wait_until_reported(engine: LocalEngine, *tickets: str) -> None:
+    wait_for(lambda: engine._server.read_news() or set(tickets) <= engine._server.started.keys())
 
 
 def test_exit_codes_output_and_surroundings(engine: LocalEngine, tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_the_end_of_a_server_is_seen_though_another_process_holds_its_pipe(
 ) -> None:
     engine = served_by("os.fork() or (time.sleep(20), os._exit(0))\nserve_and_run()", tmp_path, monkeypatch)
     engine.submit(run(tmp_path, "a", SLEEP))
-    wait_for(lambda: len(server_of(engine).children()) == 2)
+    wait_until_reported(engine, "a")
     holder = min(server_of(engine).children(), key=lambda child: child.create_time())
     server_of(engine).kill()
     assert end_of(engine, "a").code == -signal.SIGKILL
