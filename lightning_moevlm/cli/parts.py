@@ -71,7 +71,6 @@ def describe(name: str, json: str | None = None) -> None:
     from rich.text import Text
 
     from lightning_moevlm.cli.output import show
-    from lightning_moevlm.common.errors import UserError
     from lightning_moevlm.common.nearest_name import find_nearest
 
     page = page_of(name)
@@ -107,7 +106,6 @@ def _imported(path: str) -> type | None:
     """Return the class of a dotted path; None for a name without dots."""
     from importlib import import_module
 
-    from lightning_moevlm.common.errors import UserError
     from lightning_moevlm.configuration.parse_errors import explain_missing_module
 
     module, _, name = path.rpartition(".")
@@ -143,6 +141,7 @@ def _parts() -> dict[str, list[type]]:
     from torch.optim import AdamW, Optimizer
 
     import lightning_moevlm.training.callbacks as callbacks
+    import lightning_moevlm.training.optim as optim
     from lightning_moevlm.configuration.plugins import load_plugins
     from lightning_moevlm.contracts.schedules import Ramp
     from lightning_moevlm.model.backbones import Backbone
@@ -156,17 +155,6 @@ def _parts() -> dict[str, list[type]]:
     from lightning_moevlm.model.precision import PrecisionPolicy
     from lightning_moevlm.model.routers import Gate, Router
     from lightning_moevlm.training import Actions
-    from lightning_moevlm.training.optim import (
-        AdaGC,
-        GradientStabilisers,
-        GroupOptions,
-        Lion,
-        MuonAdamW,
-        SkipSpikes,
-        StableAdamW,
-        WarmupSchedule,
-        ZClip,
-    )
 
     load_plugins()
     hints, action_hints = get_type_hints(AuxiliaryLosses), get_type_hints(Actions)
@@ -186,7 +174,7 @@ def _parts() -> dict[str, list[type]]:
             Capacity,
             ExpertInit,
             Gate,
-            GroupOptions,
+            optim.GroupOptions,
             MaskRatios,
             ModalityFactors,
             ModelStabilisers,
@@ -194,9 +182,9 @@ def _parts() -> dict[str, list[type]]:
             Ramp,
             TermWeights,
         ],
-        "optimizers": [AdamW, Lion, MuonAdamW, StableAdamW, *_offered(Optimizer)],
-        "stabilisers": [AdaGC, GradientStabilisers, SkipSpikes, ZClip],
-        "schedules": _leaves(WarmupSchedule),
+        "optimizers": [AdamW, optim.Lion, optim.MuonAdamW, optim.StableAdamW, *_offered(Optimizer)],
+        "stabilisers": [optim.AdaGC, optim.GradientStabilisers, optim.SkipSpikes, optim.ZClip],
+        "schedules": _leaves(optim.WarmupSchedule),
         "callbacks": [*(getattr(callbacks, name) for name in callbacks.__all__), *_offered(Callback)],
     }
 
