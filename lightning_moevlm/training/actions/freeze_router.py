@@ -16,7 +16,7 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 @dataclass(frozen=True)
 class FreezeRouter:
-    """Freezes routers after a number of steps.
+    """Freezes routers after a number of optimiser steps.
 
     Args:
         after_steps: optimiser steps before the freeze; 0 keeps the initial routers.

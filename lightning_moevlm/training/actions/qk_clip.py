@@ -25,7 +25,7 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 @dataclass(frozen=True)
 class QKClip:
-    """Clip of query and key weights.
+    """Shrinks query and key weights of heads whose attention logits exceed a threshold.
 
     Args:
         threshold: largest logit without clipping; 100 in Kimi K2.

@@ -31,7 +31,7 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 @dataclass(frozen=True)
 class ReviveDeadExperts:
-    """Restart of experts without tokens.
+    """Restarts experts without tokens as noisy copies of busy ones.
 
     Args:
         idle_steps: optimiser steps in a row without a chosen token, on any rank, that make an expert dead.

@@ -29,7 +29,7 @@ from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 @dataclass(frozen=True)
 class Rollback:
-    """Schedule of snapshots and rule for rollbacks.
+    """Restores an earlier state after a loss spike or a loss that is not finite.
 
     Args:
         every_n_steps: optimiser steps between snapshots; one more is taken before the first step.

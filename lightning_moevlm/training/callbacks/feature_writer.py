@@ -15,9 +15,9 @@ from lightning_moevlm.model.layers import batch_dependence
 
 
 class FeatureWriter(BasePredictionWriter):
-    """Writes `features-RRRR-BBBBBB.safetensors` (rank, batch) per batch: tensors (B, D), metadata `keys`, one a line.
+    """Writes the features of `moevlm predict` as safetensors, one file per batch.
 
-    Files of an earlier prediction in the folder are removed first. If features of a sample depend on its batch, the
+    `features-RRRR-BBBBBB.safetensors` (rank, batch) holds tensors (B, D) and the metadata `keys`, one a line. Files of an earlier prediction in the folder are removed first. If features of a sample depend on its batch, the
     metadata `depends_on_batch` says why.
 
     Args:

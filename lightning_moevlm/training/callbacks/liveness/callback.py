@@ -33,7 +33,7 @@ from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
 
 class Liveness(Callback):
-    """Asks every enabled switch for its proof and writes the receipts.
+    """Asks every enabled switch to prove that it acts, and writes the receipts.
 
     Training is the same, bit for bit, with and without it. Nothing is asked while the loss is not finite, nor under
     strategies that shard weights, because no rank can run a layer alone.

@@ -36,7 +36,7 @@ class NormAverages(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaGC:
-    """Clipping per tensor.
+    """Clips each tensor's gradient by its own past norms.
 
     Args:
         relative: largest norm, as a multiple of the average.

@@ -40,7 +40,7 @@ class SpikeWindow(NamedTuple):
 
 @dataclass(frozen=True)
 class SkipSpikes:
-    """Skipping of steps.
+    """Skips steps whose loss or gradient norm is an outlier or not finite.
 
     Args:
         sigma: standard deviations above the mean that make a spike; OLMo-core uses 6.

@@ -37,7 +37,7 @@ class NormStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class ZClip:
-    """Clipping of outliers.
+    """Clips the gradient if its norm is an outlier of its own past.
 
     Args:
         z: standard deviations above the mean from which norms are clipped.

@@ -23,7 +23,7 @@ from lightning_moevlm.training.optim.optimizers.optimizer_step import (
 
 
 class Lion(Optimizer):
-    """Lion.
+    """Momentum decides the sign of each coordinate's step, which has the size of the learning rate.
 
     Args:
         params: parameters, or groups of them.
