@@ -17,8 +17,9 @@ from lightning_moevlm.model.layers import batch_dependence
 class FeatureWriter(BasePredictionWriter):
     """Writes the features of `moevlm predict` as safetensors, one file per batch.
 
-    `features-RRRR-BBBBBB.safetensors` (rank, batch) holds tensors (B, D) and the metadata `keys`, one a line. Files of an earlier prediction in the folder are removed first. If features of a sample depend on its batch, the
-    metadata `depends_on_batch` says why.
+    `features-RRRR-BBBBBB.safetensors` (rank, batch) holds tensors (B, D) and the metadata `keys`, one a line. Files
+    of an earlier prediction are removed first. If features depend on the batch, the metadata `depends_on_batch` says
+    why.
 
     Args:
         folder: target folder; created if missing.
