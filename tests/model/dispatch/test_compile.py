@@ -96,6 +96,7 @@ def test_the_default_back_end_gives_the_same(name: str, limit: str, training: bo
     assert_the_same(DISPATCHERS[name](), CAPACITIES[limit], training, "inductor")
 
 
+@pytest.mark.slow  # compiles C++, half a minute each
 @pytest.mark.parametrize("limit", ["capacity", "by modality"])
 def test_the_default_back_end_counts_what_an_expert_may_take(limit: str) -> None:
     """Adding floating-point numbers into one element by index fails there on CPUs; a batch is one pool of places."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.model.objectives import Contrastive, Draws
 from lightning_moevlm.model.objectives.contrastive import sigmoid_contrast, softmax_contrast
 from lightning_moevlm.training import VisionLanguageModule
@@ -57,6 +58,16 @@ def test_image_and_text_of_a_pair_do_not_see_each_other(build: type, causal: boo
     assert torch.allclose(own.tokens_BSD[:, num_patches:], exchanged.tokens_BSD[:, num_patches:], atol=1e-6)
     assert not torch.allclose(own.tokens_BSD[:, num_patches:], together.tokens_BSD[:, num_patches:], atol=1e-3)
     assert {plan.source for plan in own.plans} == {"pair"}
+
+
+@pytest.mark.parametrize("build", [small_limoe, small_vl_moe])
+def test_a_pair_apart_is_an_image_alone_and_a_text_alone(build: type) -> None:
+    backbone, batch = build().eval(), uneven_batch(5)
+    with torch.no_grad():
+        pair = backbone(*batch[:3], separate=True)
+        image, text = backbone(batch.images_BRYX), backbone(None, batch.text_BL, batch.text_mask_BL)
+    assert torch.allclose(pair.pooled(Modality.IMAGE), image.pooled(Modality.IMAGE), atol=1e-5)
+    assert torch.allclose(pair.pooled(Modality.TEXT), text.pooled(Modality.TEXT), atol=1e-5)
 
 
 def test_a_shared_mixture_routes_images_and_texts_at_once() -> None:

@@ -32,7 +32,7 @@ class MultiwayFFN(FeedForward):
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Split by span, run each branch, join."""
-        if self.pair is not None and len(layout.spans) > 1:
+        if self.pair is not None and len(layout.spans) > 1 and not layout.separate:
             output: FFNOutput = self.pair(tokens_BSD, layout)
             return output
         outputs: list[FFNOutput] = [
