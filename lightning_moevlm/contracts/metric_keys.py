@@ -39,7 +39,7 @@ class MetricKey:
         return _compiled(self.pattern)
 
 
-@cache  # a report asks for each of thousands of series
+@cache  # called for each of thousands of series
 def _compiled(pattern: str) -> re.Pattern[str]:
     literal = re.split(r"\{(\w+)\}", pattern)
     parts = [re.escape(p) if i % 2 == 0 else f"(?P<{p}>[^/]+)" for i, p in enumerate(literal)]
@@ -107,7 +107,7 @@ QK_CLIPPED_HEADS = MetricKey(
     "action/qk_clipped_heads", "heads clipped since the last logging step", "heads x steps", "neither"
 )
 REVIVED_EXPERTS = MetricKey("action/revived_experts/{layer}", "experts revived", "experts", "neither")
-ROUTER_FROZEN = MetricKey("action/router_frozen", "routers stand still from here on", "", "neither")
+ROUTER_FROZEN = MetricKey("action/router_frozen", "routers frozen from here on", "", "neither")
 ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after step", "optimiser steps", "neither")
 
 LIVENESS = MetricKey("liveness/{switch}", "by how much a switch acts", "switch's own", "neither")

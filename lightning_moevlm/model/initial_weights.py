@@ -6,7 +6,7 @@ and shape share its initial value: arms of a study start from the same point.
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
 Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. A module that `HasScales`
 gives its matrices their own (layers/init_scheme.py); one with an `initial_std` or an `initial_value` has its own, and
-the `ExpertInit` of an expert stack may ask for a scale per fan-in, or for experts that start alike.
+the `ExpertInit` of an expert stack may set a scale per fan-in, or equal experts.
 """
 
 import hashlib
@@ -30,7 +30,12 @@ _is_part: ContextVar[bool] = ContextVar("is_part", default=False)  # of what is 
 
 
 class InitialScale(NamedTuple):
-    """std: before the cut. cut: in std. value_factor: on the value rows of an attention's fused matrix."""
+    """The initial scale of a matrix.
+
+    std: standard deviation before the cut.
+    cut: bound of the values, in std.
+    value_factor: factor on the value rows of an attention's fused matrix.
+    """
 
     std: float
     cut: float = 2.0
@@ -44,7 +49,7 @@ class ExpertInit:
     Args:
         scale: s of std = sqrt(s / inputs of the matrix); Switch found 0.1 more stable than 1.0 (arXiv 2101.03961,
             section 2.4). null takes the model's own std.
-        same: every expert starts as a copy of the first, and differs from then on by what it is given alone.
+        same: every expert starts as a copy of the first.
 
     Raises:
         UserError: a scale below 0.
@@ -54,7 +59,7 @@ class ExpertInit:
     same: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Check ranges."""
         if self.scale is not None:
             check_number("the initial scale of experts", self.scale, least=0, advice=", 0.1 as in Switch, or null")
 

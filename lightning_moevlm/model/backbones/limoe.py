@@ -30,7 +30,7 @@ class LIMoE(Trunk):
         moe: factory (dim) -> MoEFFN for the sparse blocks; top-1 by default, as in the paper.
         moe_every: every n-th block is sparse; the paper uses 2.
         is_sparse: false is the dense twin: sparse blocks get a dense feed-forward of equal active FLOPs.
-        stabilisers: switches of the trunk.
+        stabilisers: switches that keep training stable.
         causal: text sees patches and earlier text alone, and patches see patches.
         patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
 

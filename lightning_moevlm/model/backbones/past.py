@@ -11,7 +11,7 @@ class Past:
     """What the next positions of a batch of texts need of those before.
 
     key_values: of every block. layout: of the whole sequence so far. length_B: tokens of each text so far; one that
-    began shorter than others has padding in its midst, which nobody attends to.
+    began shorter than others has padding in the middle, which is masked.
     """
 
     def __init__(self, key_values: list[KeyValues]) -> None:

@@ -40,7 +40,7 @@ class VLMoE(Trunk):
         sparse_top: count every n-th block of the top F too; only the feed-forwards of single modalities become sparse
             there, the one for pairs stays dense. BASE with 32 experts then has 1.96 B parameters, as published (about
             2.0 B); without, 1.66 B.
-        stabilisers: switches of the trunk.
+        stabilisers: switches that keep training stable.
         causal: text sees patches and earlier text alone, and patches see patches.
         patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
 

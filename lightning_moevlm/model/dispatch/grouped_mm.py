@@ -1,9 +1,9 @@
 """Sort by expert, then `torch.nn.functional.grouped_mm` over all segments at once: no host synchronisation.
 
-What torch 2.13 asks of `grouped_mm`: fp32, bf16 or fp16; row strides in multiples of 16 bytes; contiguous gradients;
-int32 offsets. It ignores autocast and leaves rows behind the last offset uninitialised. On CUDA its own kernel is for
-bf16 on compute capability 9.0 and later; elsewhere torch runs one product per expert and waits for the device.
-Widths and dtypes that it cannot run are refused with the remedy; there is no silent fallback.
+Requirements of `grouped_mm` in torch 2.13: fp32, bf16 or fp16; row strides in multiples of 16 bytes; contiguous
+gradients; int32 offsets. It ignores autocast and leaves rows behind the last offset uninitialised. On CUDA its own
+kernel is for bf16 on compute capability 9.0 and later; elsewhere torch runs one product per expert and waits.
+Widths and dtypes that it cannot run are refused with the remedy.
 """
 
 import torch

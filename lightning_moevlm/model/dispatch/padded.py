@@ -94,7 +94,7 @@ class PaddedDispatcher(Dispatcher):
 
 
 def _slots(plan: PairPlan, pairs: SortedPairs, places: int) -> tuple[Tensor, Tensor]:
-    """Return each row's slot and each slot's row; who has none points behind the last."""
+    """Return each row's slot and each slot's row; a row or slot without one points behind the last."""
     num_rows, num_slots = pairs.pair_M.shape[0], plan.num_experts * places
     start_E = pairs.load_E.cumsum(0) - pairs.load_E
     expert_M = plan.expert_N[pairs.pair_M]

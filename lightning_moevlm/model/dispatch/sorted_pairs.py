@@ -1,4 +1,4 @@
-"""Pairs in the order that experts want (sorted by expert) and in the order that tokens want (a bag of rows per token).
+"""Sorts pairs by expert, to run them, and by token, to sum them (a bag of rows per token).
 
 Both ways are gathers, forward and backward: a token's rows are read where they lie and summed, in plan order, so equal
 plans give equal sums on every device, and nothing is added into place by index.
@@ -17,9 +17,12 @@ from lightning_moevlm.contracts.routing_plan import PairPlan
 class SortedPairs(NamedTuple):
     """M rows sorted by expert, and the way back to tokens.
 
-    pair_M: int64, which pair of the plan a row is. token_M: int64, its token. load_E: int64, kept pairs per expert.
-    bag_M: int64, rows ordered by token. offset_T: int64, where a token's bag begins in it. lengths: load_E on the host,
-    where it was waited for: then the rows are the kept pairs; else they are all N pairs, those not kept last.
+    pair_M: int64, pair of the plan of each row.
+    token_M: int64, token of each row.
+    load_E: int64, kept pairs per expert.
+    bag_M: int64, rows ordered by token.
+    offset_T: int64, start of each token's bag in bag_M.
+    lengths: load_E on the host, and the rows are the kept pairs; None: the rows are all N pairs, those not kept last.
     """
 
     pair_M: Tensor
@@ -34,9 +37,9 @@ def sort_by_expert(plan: PairPlan, *, wait: bool) -> SortedPairs:
     """Sort stably, so that equal plans give equal sums.
 
     Args:
-        plan: what to sort.
-        wait: read the loads on the host and leave out pairs that are not kept. Free on CPUs; elsewhere the host waits
-            for the device.
+        plan: plan to sort.
+        wait: read the loads on the host and leave out pairs that are not kept. Off the CPU the host waits for the
+            device.
     """
     num_pairs, device = plan.token_N.shape[0], plan.token_N.device
     bucket_N = torch.where(plan.kept_N, plan.expert_N, plan.num_experts)

@@ -12,7 +12,7 @@ and two more tensors of shape (B, H, S, S) for the backward pass, where the fuse
 sub-norm: a norm between the heads' outputs and W_out (Magneto, arXiv 2210.06423, section 2.2).
 
 The largest logit of a head is the early warning of divergence (arXiv 2309.14322, section 3.1) and what QK-clip acts on.
-It is computed where a caller asks for it, returned beside the tokens, and stored nowhere.
+It is computed with `measure`, returned beside the tokens, and stored nowhere.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,10 @@ _QK_NORM: NormKind = "rms"
 
 
 class AttentionOutput(NamedTuple):
-    """tokens_BSD: as the input. logit_max_H: fp32, the largest logit of each head before any cap, if it was asked for.
+    """The result of attention.
+
+    tokens_BSD: same shape as the input.
+    logit_max_H: fp32, the largest logit of each head before any cap; None without `measure`.
 
     Logits of padding, and those that a mask forbids, do not count; the maximum carries no gradient.
     """
@@ -102,7 +105,7 @@ class Attention(Module):
         Args:
             tokens_BSD: all positions of the layout; with `past`, the last ones alone.
             layout: of the whole sequence.
-            measure: asks for the largest logit of each head, at the price of computing all of them once.
+            measure: also return the largest logit of each head, which computes all logits once more.
             past: of the positions before; it is extended.
         """
         query, key, value = self.query_key_value(tokens_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)

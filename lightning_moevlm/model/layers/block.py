@@ -30,7 +30,12 @@ from lightning_moevlm.model.precision import PrecisionPolicy, region
 
 
 class BlockOutput(NamedTuple):
-    """tokens_BSD: as the input. plans: of the MoEs inside. logit_max_H: see `AttentionOutput`."""
+    """The result of a block.
+
+    tokens_BSD: same shape as the input.
+    plans: plans of the MoEs inside.
+    logit_max_H: see `AttentionOutput`.
+    """
 
     tokens_BSD: Tensor
     plans: tuple[RoutedPlan, ...]
@@ -78,7 +83,7 @@ class Block(Module):
     def forward(
         self, tokens_BSD: Tensor, layout: Layout, measure: bool = False, past: KeyValues | None = None
     ) -> BlockOutput:
-        """Return tokens of the same shape, the plans of the MoEs inside and, if asked, the largest attention logits.
+        """Return tokens of the same shape, plans of the MoEs inside and, with `measure`, the largest attention logits.
 
         With `past`, the tokens are the last positions of the layout; see `Attention`.
         """

@@ -58,12 +58,12 @@ def join_embeddings(parts: Sequence[Embeddings]) -> Embeddings:
 
 
 def gather_embeddings(own: Sequence[Embeddings]) -> Embeddings | None:
-    """Return those of all ranks, None where no rank has any; all ranks must ask together."""
-    everyone = [list(own)]
+    """Return the embeddings of all ranks, or None; all ranks must call it together."""
+    all_ranks = [list(own)]
     if dist.is_available() and dist.is_initialized():
-        everyone = [[]] * dist.get_world_size()
-        dist.all_gather_object(everyone, list(own))
-    parts = [part for of_rank in everyone for part in of_rank]
+        all_ranks = [[]] * dist.get_world_size()
+        dist.all_gather_object(all_ranks, list(own))
+    parts = [part for of_rank in all_ranks for part in of_rank]
     return join_embeddings(parts) if parts else None
 
 

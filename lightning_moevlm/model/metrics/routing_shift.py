@@ -52,7 +52,7 @@ def routing_shift(
 
 
 def chosen_experts(plan: PairPlan) -> Tensor:
-    """Return (T, E) bool: which experts the router asked for, before capacity."""
+    """Return the router's choices before capacity, bool (T, E)."""
     pair_N = plan.token_N * plan.num_experts + plan.expert_N
     count = torch.bincount(pair_N[plan.chosen_N], minlength=plan.num_tokens * plan.num_experts)
     return count.reshape(plan.num_tokens, plan.num_experts) > 0

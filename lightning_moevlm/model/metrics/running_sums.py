@@ -27,7 +27,7 @@ class RunningSums(Generic[Name]):
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
     def totals(self) -> dict[Name, Tensor]:
-        """Return the sums over all ranks by name, on the CPU; all ranks must ask together."""
+        """Return the sums over all ranks by name, on the CPU; all ranks must call it together."""
         own = {name: values.cpu() for name, values in self._sums.items()}
         all_ranks: list[Mapping[Name, Tensor]] = [own]
         if dist.is_available() and dist.is_initialized():

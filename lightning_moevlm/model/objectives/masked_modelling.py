@@ -174,7 +174,7 @@ class MaskedModelling(Objective):
             return self.text_head.logits(cast(features_MD), cast(embedding_VD))
 
     def image_output(self, features_MD: Tensor) -> Tensor:
-        """Return what the image targets ask for, per patch."""
+        """Return the image targets, per patch."""
         with region(self.precision, "heads", features_MD.device.type) as cast:
             output_MO: Tensor = self.image_head(cast(features_MD))
             return output_MO

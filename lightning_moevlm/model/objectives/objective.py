@@ -39,9 +39,9 @@ class Objective(Module):
         """Compute the terms; every random choice is taken from `draws`, so it follows from the sample and the step."""
 
     def size(self, batch: Batch) -> BatchSize | None:
-        """Return what the means of `forward` are over, of a batch that may lack its pixels; None: not known beforehand.
+        """Return what the means of `forward` are over, of a batch that may lack its pixels; None: unknown beforehand.
 
-        It names the same terms and sources whatever the batch holds. With it, the gradient over micro-batches and ranks
+        It names the same terms and sources for every batch. With it, the gradient over micro-batches and ranks
         is that of their joined batch; without, all of them count alike.
         """
         return None

@@ -1,7 +1,7 @@
 """Arithmetic of a narrower format, computed in fp32: every operand and every result is rounded.
 
-A mode of torch functions, so layers, dispatchers and routers are written once and know nothing of it. It is to rounding
-what autocast is to casting: the functions below are caught, everything between them (sums, residuals, softmax of a
+A mode of torch functions, so layers, dispatchers and routers need no code for it. It rounds as autocast casts: the
+functions below are caught, everything between them (sums, residuals, softmax of a
 router) stays fp32. The gradient of a custom autograd function is that function's own and is not rounded.
 """
 

@@ -24,7 +24,11 @@ class RoutedPlan(NamedTuple):
 
 
 class FFNOutput(NamedTuple):
-    """tokens_BSD: same shape and dtype as the input. plans: of every MoE that ran, none for a dense layer."""
+    """The result of a feed-forward.
+
+    tokens_BSD: same shape and dtype as the input.
+    plans: one of every MoE that ran, none for a dense layer.
+    """
 
     tokens_BSD: Tensor
     plans: tuple[RoutedPlan, ...]

@@ -2,7 +2,7 @@
 
     loss = CV^2(I) = variance(I) / mean(I)^2,   I_e = sum over tokens of p_e
 
-Shazeer et al. 2017 (arXiv 1701.06538, equation 6), who sum the weights of the chosen; here p is over all experts and
+Shazeer et al. 2017 (arXiv 1701.06538, equation 6), which sums the weights of the chosen; here p is over all experts and
 without the router's noise, as in V-MoE (arXiv 2106.05974, appendix A). V-MoE and VL-MoE (arXiv 2303.07226, appendix)
 pair it with the load loss, each at half the weight.
 """

@@ -1,6 +1,6 @@
 """Entropy losses per modality: LIMoE (arXiv 2206.02770, section 2.2).
 
-    local_m  = mean over tokens of modality m of H(p_x)              each token should be sure
+    local_m  = mean over tokens of modality m of H(p_x)              each token should be certain
     global_m = max(0, tau_m - H(mean of p_x over modality m))        each modality should use at least e^tau_m experts
     loss     = sum over m of a_m local_m (or global_m) / number of m that occur
 
@@ -74,7 +74,7 @@ class GlobalEntropy(PlanLoss):
         weight: of the loss.
         image: factor a of image tokens; null leaves them out.
         text: factor a of text tokens; null leaves them out.
-        min_image_experts: e^tau, the number of experts that images should use at least; null asks for all of them.
+        min_image_experts: e^tau, least number of experts that images should use; null is all of them.
         min_text_experts: the same for text.
 
     Raises:
@@ -96,10 +96,10 @@ class GlobalEntropy(PlanLoss):
                 check_number(f"global_entropy.{name}", count, least=1, advice=" experts, or null for all of them")
 
     def check(self, layer: RoutedLayer) -> None:
-        """Refuse to ask for more experts than there are.
+        """Refuse a least number above the number of experts.
 
         Raises:
-            UserError: with how many there are.
+            UserError: with the number of experts.
         """
         for name in ("min_image_experts", "min_text_experts"):
             if (getattr(self, name) or 1) > layer.num_experts:

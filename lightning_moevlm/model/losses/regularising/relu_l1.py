@@ -66,7 +66,7 @@ class ReLUL1(PlanLoss):
         return torch.cat([load_1E, whole.sums(weight_TE.view_as(plan.probs_TE), plan)])
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:
-        """Return the mean over tokens of their weights' sum, by load if asked."""
+        """Return the mean over tokens of their weights' sum, by load if load_weighted."""
         load_E, weight_E = sums.unbind()
         if self.load_weighted:
             weight_E = weight_E * (len(load_E) * shares(load_E.unsqueeze(0), weight_E)[0])

@@ -20,7 +20,7 @@ class GroupLimitedRouter(LinearRouter):
         dim: model width D.
         num_experts: E, a multiple of the number of groups.
         top_k: experts per token, at most those of the best groups.
-        groups: how many there are, and how many a token may use.
+        groups: number of groups, and number that a token may use.
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:

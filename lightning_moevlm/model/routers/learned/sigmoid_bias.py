@@ -1,4 +1,4 @@
-"""Sigmoid scores with loss-free balancing: a bias steers who is chosen and never touches the weights.
+"""Sigmoid scores with loss-free balancing: a bias steers the choice of experts, not their weights.
 
     s = sigmoid(x W^T),   experts = top-k(s + b),   weight_e = s_e (divided by the sum of the chosen s)
     after each optimiser step:  b += u * sign(mean load - load)      or  b += u * (mean load - load) / mean load
