@@ -66,8 +66,8 @@ def test_a_pair_apart_is_an_image_alone_and_a_text_alone(build: type) -> None:
     with torch.no_grad():
         pair = backbone(*batch[:3], separate=True)
         image, text = backbone(batch.images_BRYX), backbone(None, batch.text_BL, batch.text_mask_BL)
-    assert torch.allclose(pair.pooled(Modality.IMAGE), image.pooled(Modality.IMAGE), atol=1e-5)
-    assert torch.allclose(pair.pooled(Modality.TEXT), text.pooled(Modality.TEXT), atol=1e-5)
+    assert torch.allclose(pair.pool(Modality.IMAGE), image.pool(Modality.IMAGE), atol=1e-5)
+    assert torch.allclose(pair.pool(Modality.TEXT), text.pool(Modality.TEXT), atol=1e-5)
 
 
 def test_a_shared_mixture_routes_images_and_texts_at_once() -> None:
