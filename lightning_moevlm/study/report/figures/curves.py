@@ -146,17 +146,11 @@ def _draw(axes: Axes, points: list[Point], look: Look, name: str, is_baseline: b
     steps = [point.step for point in points]
     # The baseline is thick and below, so that an arm that runs upon it shows as a line within a line.
     place, width = (2, 4.0) if is_baseline else (3, 1.6)
+    means = [point.mean for point in points]
     axes.plot(
-        steps,
-        [point.mean for point in points],
-        color=look.colour,
-        marker=look.marker,
-        markersize=5,
-        markevery=max(1, len(steps) // 10),
-        label=name,
-        linewidth=width,
-        zorder=place,
-    )
+        steps, means, color=look.colour, marker=look.marker, markersize=5, markevery=max(1, len(steps) // 10),
+        label=name, linewidth=width, zorder=place,
+    )  # fmt: skip
     if has_band:
         low, high = [point.low for point in points], [point.high for point in points]
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)

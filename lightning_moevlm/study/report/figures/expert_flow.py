@@ -114,20 +114,12 @@ def _draw(axes: Axes, flow: Flow, colours: Mapping[str, str], is_shared: bool) -
 
 def _band(left: tuple[float, float], right: tuple[float, float], colour: str) -> PathPatch:
     middle = (_LEFT + _RIGHT) / 2
-    path = Path(
-        [
-            (_LEFT, left[0]),
-            (middle, left[0]),
-            (middle, right[0]),
-            (_RIGHT, right[0]),
-            (_RIGHT, right[1]),
-            (middle, right[1]),
-            (middle, left[1]),
-            (_LEFT, left[1]),
-        ],
-        [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4, Path.LINETO, Path.CURVE4, Path.CURVE4, Path.CURVE4],
+    upper = [(_LEFT, left[0]), (middle, left[0]), (middle, right[0]), (_RIGHT, right[0])]
+    lower = [(_RIGHT, right[1]), (middle, right[1]), (middle, left[1]), (_LEFT, left[1])]
+    curve = [Path.CURVE4] * 3
+    return PathPatch(
+        Path(upper + lower, [Path.MOVETO, *curve, Path.LINETO, *curve]), facecolor=colour, alpha=0.45, lw=0
     )
-    return PathPatch(path, facecolor=colour, alpha=0.45, linewidth=0)
 
 
 def _sentence(arm: ArmResult, run: RunResult) -> str:

@@ -64,31 +64,16 @@ def _num_rates(one: LadderResult) -> int:
 
 
 def _draw(axes: Axes, result: StudyResult, one: LadderResult, look: Look) -> None:
-    points = [(rate, mean) for rate, mean in one.finals.items() if mean]
+    known = {rate: mean for rate, mean in one.finals.items() if mean}
+    means, bars = [mean.mean for mean in known.values()], [mean.deviation or 0.0 for mean in known.values()]
     axes.errorbar(
-        [rate for rate, _ in points],
-        [mean.mean for _, mean in points],
-        yerr=[mean.deviation or 0.0 for _, mean in points],
-        color=look.colour,
-        marker=look.marker,
-        markersize=6,
-        linewidth=1.8,
-        elinewidth=1.2,
-        capsize=3,
-        label=_label(one),
-    )
+        list(known), means, yerr=bars, color=look.colour, marker=look.marker, markersize=6, linewidth=1.8,
+        elinewidth=1.2, capsize=3, label=_label(one),
+    )  # fmt: skip
     best = find_best_rate(result, one)
-    if best is not None and (mean := one.finals[best]):
-        axes.plot(
-            [best],
-            [mean.mean],
-            marker="o",
-            markersize=15,
-            markerfacecolor="none",
-            markeredgewidth=2,
-            color=look.colour,
-            linestyle="none",
-        )
+    if best is not None:
+        ring = known[best].mean
+        axes.plot([best], [ring], "o", markersize=15, markerfacecolor="none", markeredgewidth=2, color=look.colour)
 
 
 def _draw_untrained(axes: Axes, untrained: float) -> None:
@@ -96,12 +81,8 @@ def _draw_untrained(axes: Axes, untrained: float) -> None:
     lowest, highest = axes.get_ylim()
     above, below = max(0.0, untrained - highest), max(0.0, lowest - untrained)
     if max(above, below) > _FAR * (highest - lowest):
-        axes.plot(
-            [],
-            [],
-            linestyle="none",
-            label=f"untrained model: {untrained:.4g}, {'above' if above else 'below'} the figure",
-        )
+        place = "above" if above else "below"
+        axes.plot([], [], linestyle="none", label=f"untrained model: {untrained:.4g}, {place} the figure")
         return
     axes.axhline(untrained, color=INK, linewidth=1, linestyle=":", label="untrained model")
     lowest, highest = axes.get_ylim()
@@ -115,16 +96,10 @@ def _mark_divergences(axes: Axes, shown: list[LadderResult], look: dict[str, Loo
         for rate in one.ladder.rungs:
             if one.stable[rate] < one.total[rate]:
                 axes.annotate(
-                    "x",
-                    (rate, 1.0),
-                    xycoords=("data", "axes fraction"),
-                    xytext=(9 * (place - (len(shown) - 1) / 2), -8),
-                    textcoords="offset points",
-                    ha="center",
-                    va="center",
-                    weight="bold",
+                    "x", (rate, 1.0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                    xytext=(9 * (place - (len(shown) - 1) / 2), -8), ha="center", va="center", weight="bold",
                     color=look[one.ladder.name].colour,
-                )
+                )  # fmt: skip
 
 
 def _label(one: LadderResult) -> str:

@@ -92,15 +92,9 @@ def draw_spikes(result: StudyResult) -> ReportFigure | None:
 
 def _draw(axes: Axes, mark: Mark, steps: Sequence[int], height: float, in_legend: bool) -> None:
     axes.plot(
-        steps,
-        [height] * len(steps),
-        linestyle="none",
-        marker=mark.marker,
-        markersize=mark.size,
-        markeredgewidth=mark.edge,
-        color=mark.colour,
+        steps, [height] * len(steps), mark.marker, markersize=mark.size, markeredgewidth=mark.edge, color=mark.colour,
         label=mark.name if in_legend else None,
-    )
+    )  # fmt: skip
 
 
 def build_timeline(run: RunResult) -> Timeline | None:
