@@ -90,19 +90,11 @@ class PairPlan(NamedTuple):
         """Index of each token's sample, int64."""
         return _sequence_T(self.valid_T, self.num_sequences)
 
-    def chosen_load(self, token_T: Tensor) -> Tensor:
-        """Count the chosen pairs of the selected tokens (bool) per expert: int64 (E,)."""
-        return self._count(self.chosen_N & token_T[self.token_N])
-
-    def kept_load(self, token_T: Tensor) -> Tensor:
-        """Count the kept pairs of the selected tokens (bool) per expert: int64 (E,)."""
-        return self._count(self.kept_N & token_T[self.token_N])
-
-    def chosen_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
-        """Count the chosen pairs per group of tokens and expert: int64 (num_groups, E)."""
+    def chosen_loads(self, group_T: Tensor | None = None, num_groups: int = 1) -> Tensor:
+        """Count the chosen pairs per group of tokens (None: one group) and expert: int64 (num_groups, E)."""
         return self._count_by(self.chosen_N, group_T, num_groups)
 
-    def kept_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
+    def kept_loads(self, group_T: Tensor | None = None, num_groups: int = 1) -> Tensor:
         """Count the kept pairs per group of tokens and expert: int64 (num_groups, E)."""
         return self._count_by(self.kept_N, group_T, num_groups)
 
@@ -116,15 +108,10 @@ class PairPlan(NamedTuple):
             noisy_logits_TE=None if self.noisy_logits_TE is None else self.noisy_logits_TE.detach(),
         )
 
-    def _count(self, pair_N: Tensor) -> Tensor:
+    def _count_by(self, pair_N: Tensor, group_T: Tensor | None, num_groups: int) -> Tensor:
         # no bincount: its output size would be read from the device
-        zero_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_N.device)
-        return zero_E.index_add(0, self.expert_N, pair_N.to(torch.int64))
-
-    def _count_by(self, pair_N: Tensor, group_T: Tensor, num_groups: int) -> Tensor:
-        size = num_groups * self.num_experts
-        zero = torch.zeros(size, dtype=torch.int64, device=self.expert_N.device)
-        cell_N = group_T[self.token_N] * self.num_experts + self.expert_N
+        zero = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=self.expert_N.device)
+        cell_N = self.expert_N if group_T is None else group_T[self.token_N] * self.num_experts + self.expert_N
         return zero.index_add(0, cell_N, pair_N.to(torch.int64)).view(num_groups, self.num_experts)
 
 
@@ -162,20 +149,13 @@ class MixPlan(NamedTuple):
         """Index of each token's sample, int64."""
         return _sequence_T(self.valid_T, self.num_sequences)
 
-    def chosen_load(self, token_T: Tensor) -> Tensor:
-        """Return the share of the selected tokens (bool) that each expert holds, in tokens: fp32 (E,), no gradient."""
-        return (self.probs_TE.detach() * token_T.unsqueeze(-1)).sum(dim=0)
-
-    def kept_load(self, token_T: Tensor) -> Tensor:
-        """Return the same as `chosen_load`: nothing is dropped."""
-        return self.chosen_load(token_T)
-
-    def chosen_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
+    def chosen_loads(self, group_T: Tensor | None = None, num_groups: int = 1) -> Tensor:
         """Return the share that each expert holds of each group's tokens: fp32 (num_groups, E), no gradient."""
+        group_T = torch.zeros_like(self.modality_T) if group_T is None else group_T
         probs_TE = self.probs_TE.detach() * self.valid_T.unsqueeze(-1)
         return probs_TE.new_zeros(num_groups, self.num_experts).index_add(0, group_T, probs_TE)
 
-    def kept_loads(self, group_T: Tensor, num_groups: int) -> Tensor:
+    def kept_loads(self, group_T: Tensor | None = None, num_groups: int = 1) -> Tensor:
         """Return the same as `chosen_loads`: nothing is dropped."""
         return self.chosen_loads(group_T, num_groups)
 

@@ -39,7 +39,7 @@ from tests.training.small_fit import NoTask, RouterFactory, build, fit, routers
 
 def total_load(plans: Sequence, layer: str) -> Tensor:
     mine = [named.plan for named in plans if named.layer == layer]
-    return torch.stack([plan.chosen_load(plan.valid_T) for plan in mine]).sum(dim=0)
+    return torch.stack([plan.chosen_loads()[0] for plan in mine]).sum(dim=0)
 
 
 def test_global_scope_sees_every_micro_batch_so_far_and_no_step_before() -> None:
@@ -179,7 +179,7 @@ def test_recomputation_routes_alike_and_counts_once() -> None:
         terms = AuxiliaryLosses(LoadBalance(0.5)).terms([LossInput(plan)])
         (output.tokens_BSD.square().sum() + torch.stack([term.weighted for term in terms.values()]).sum()).backward()
         assert runs == (2 if recompute else 1)
-        return [parameter.grad.clone() for parameter in ffn.parameters()], plan.chosen_load(plan.valid_T)
+        return [parameter.grad.clone() for parameter in ffn.parameters()], plan.chosen_loads()[0]
 
     (plain, load_E), (recomputed, load_again_E) = gradients(False), gradients(True)
     assert torch.equal(load_E, load_again_E) and int(load_E.sum()) == 2 * 6 * 2

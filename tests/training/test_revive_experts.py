@@ -88,7 +88,7 @@ def test_a_revived_expert_gets_tokens() -> None:
 
     def load() -> list[int]:
         plan = next(plan.plan for plan in backbone(batch.images_BRYX).plans if plan.layer == PATH)
-        return plan.chosen_load(plan.valid_T).tolist()
+        return plan.chosen_loads()[0].tolist()
 
     order = sorted(range(4), key=load().__getitem__)
     with torch.no_grad():  # no token likes this expert any more: its logit is the lowest of all

@@ -38,8 +38,8 @@ def routing_metrics(plans: Sequence[RoutingPlan], modality: Modality) -> Routing
     num_experts = plans[0].num_experts
     tokens = [plan.valid_T & (plan.modality_T == modality) for plan in plans]
     # fp32 from here on: a ratio of two integers would take torch's default dtype, which bf16-true sets to bf16
-    chosen_E = _total([plan.chosen_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)]).float()
-    kept_E = _total([plan.kept_load(token_T) for plan, token_T in zip(plans, tokens, strict=True)]).float()
+    chosen_E = _total([plan.chosen_loads(plan.modality_T, len(Modality))[modality] for plan in plans]).float()
+    kept_E = _total([plan.kept_loads(plan.modality_T, len(Modality))[modality] for plan in plans]).float()
     num_tokens = _total([token_T.sum() for token_T in tokens]).clamp(min=1)
     entropies = [(entropy(plan.probs_TE) * token_T).sum() for plan, token_T in zip(plans, tokens, strict=True)]
     largest = [_largest(plan.logits_TE, token_T) for plan, token_T in zip(plans, tokens, strict=True)]

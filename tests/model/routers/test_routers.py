@@ -254,7 +254,7 @@ def test_nothing_is_read_from_the_device(router: Router, priority: Priority, tra
     inputs = RoutingInput(*(x.to("meta") if isinstance(x, Tensor) else x for x in routing_input(40, 16, num_padding=7)))
     plan = router.train(training).to("meta")(inputs)
     some = apply_capacity(plan, Capacity(1.0, ModalityFactors(1.0, None), priority, group_size=2), training)
-    assert some.kept_N.is_meta and some.kept_load(some.valid_T).shape == (8,)
+    assert some.kept_N.is_meta and some.kept_loads()[0].shape == (8,)
     router.rebalance(some.chosen_loads(some.modality_T, 2))
 
 
@@ -291,8 +291,8 @@ def test_fast_dispatch_equals_the_loop(
         parameters = {**dict(router.named_parameters()), **dict(experts.named_parameters())}
         gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
         assert torch.equal(out_TD[33:], torch.zeros(7, 16, dtype=dtype))
-        load_E = plan.kept_load(plan.valid_T)
-        assert int(load_E.sum()) == int(plan.kept_N.sum()) and bool((load_E == plan.chosen_load(plan.valid_T)).all())
+        load_E = plan.kept_loads()[0]
+        assert int(load_E.sum()) == int(plan.kept_N.sum()) and bool((load_E == plan.chosen_loads()[0]).all())
         results.append((out_TD.detach(), gradients))
     (slow, slow_gradients), (fast, fast_gradients) = results
     # sums in another order: in bf16 some steps of 2^-8 apart, of the largest term of a sum

@@ -62,7 +62,7 @@ class ReLUL1(PlanLoss):
         weight_TE = torch.zeros_like(plan.probs_TE.flatten(), dtype=weight_N.dtype).index_add(
             0, plan.token_N * plan.num_experts + plan.expert_N, weight_N
         )
-        load_1E = plan.chosen_loads(whole.group_T(plan), 1).to(weight_N.dtype)
+        load_1E = plan.chosen_loads().to(weight_N.dtype)
         return torch.cat([load_1E, whole.sums(weight_TE.view_as(plan.probs_TE), plan)])
 
     def value(self, sums: Tensor, size: PlanSize) -> Tensor:

@@ -166,7 +166,7 @@ def _rebalance(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receip
         plan = call.output.plans[0].plan
         assert isinstance(plan, PairPlan)
         load_AE = torch.zeros_like(rehearsal.counts[layer.path].chosen_AE)
-        favourite = int(plan.chosen_load(plan.valid_T).argmax())
+        favourite = int(plan.chosen_loads()[0].argmax())
         load_AE[:, favourite] = plan.num_tokens
         router.rebalance(load_AE)
         moved = max(
@@ -181,7 +181,7 @@ def _rebalance(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receip
             for name, buffer in router.named_buffers():
                 buffer.copy_(before[name] + _FAR * (buffer - before[name]))
         turned = rehearsal.layer(f"{path}.router", router)
-        if bool(turned.chosen_load(plan.valid_T)[favourite] >= plan.chosen_load(plan.valid_T)[favourite]):
+        if bool(turned.chosen_loads()[0][favourite] >= plan.chosen_loads()[0][favourite]):
             return switch.dead(
                 f"{path}.router sends its busiest expert as many tokens as before, however far its state moves",
                 "let the router's choice use its balancing state",

@@ -81,7 +81,7 @@ def _capacity(rehearsal: Rehearsal, layers: dict[str, MoEFFN]) -> Receipt:
         plan = rehearsal.calls[path].output.plans[0].plan
         if not isinstance(plan, PairPlan):  # slots are never over it
             continue
-        chosen = int(plan.chosen_load(plan.valid_T).sum())
+        chosen = int(plan.chosen_loads()[0].sum())
         lost = chosen - int(plan.kept_N.sum())
         assert layer.capacity is not None
         if not lost:

@@ -36,7 +36,7 @@ def test_mixes_by_hand() -> None:
     torch.testing.assert_close(plan.combine_BSEZ[0, :, :, 0], share)
     torch.testing.assert_close(plan.probs_TE, share)
     # identity experts would give combine @ dispatch @ tokens
-    torch.testing.assert_close(plan.chosen_load(plan.valid_T), torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(plan.chosen_loads()[0], torch.tensor([1.0, 1.0]))
 
 
 def test_shares_sum_to_one_and_padding_has_none() -> None:
