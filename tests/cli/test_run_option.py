@@ -108,11 +108,11 @@ def test_an_invalid_run_is_one_line_with_the_remedy(moevlm: Moevlm, project: Pat
     (project / "empty").mkdir()
     for words, told in (
         (("--run", "my frist"), "no run in .* is named 'my frist' .*my first"),
-        (("--run", "empty"), "holds no record of a training"),
+        (("--run", "empty"), "has no record of a training"),
         (("--run",), "--run needs a value: --run RUN, an id, name or folder"),
         (("--run", "my first", "--ckpt_path", "none.ckpt"), "no checkpoint at none.ckpt"),
         (("--ckpt_path", f"{folder}/checkpoints/last.ckpt"), f"; give the checkpoint's run, --run {folder}$"),
-        ((*SMALL, "--ckpt_path", "best"), "give the file, or the run, --run RUN --ckpt_path best"),
+        ((*SMALL, "--ckpt_path", "best"), "give a file, or --run RUN --ckpt_path best"),
     ):
         (line,) = [line for line in moevlm("test", *words, code=2).splitlines() if line.startswith("moevlm: error")]
         assert re.search(told, line), line
@@ -123,6 +123,6 @@ def test_an_invalid_run_is_one_line_with_the_remedy(moevlm: Moevlm, project: Pat
     source.write_text(source.read_text() + "api_key: '***'\n")
     assert "masks api_key: give it again, --api_key VALUE" in moevlm("test", "--run", "my first", code=2)
     shutil.rmtree(folder / "checkpoints")
-    assert "has no such checkpoint: it has saved none" in moevlm("fit", "--run", str(folder), code=2)
+    assert "has no such checkpoint; it has saved no checkpoint" in moevlm("fit", "--run", str(folder), code=2)
     shutil.rmtree(folder)
-    assert "is not on this machine: copy it here and give it" in moevlm("fit", "--run", "my first", code=2)
+    assert "is not on this machine; copy it here and give --run FOLDER" in moevlm("fit", "--run", "my first", code=2)
