@@ -84,21 +84,25 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
         axes.set_xlabel("optimiser steps")
     grid[0][0].set_ylabel(f"{title}\n({unit})" if unit else title)
     level = f"{100 * (1 - alpha):g} %"
+    few = len(columns) <= _MANY_BANDS
     if apart:
-        grid[1][0].set_ylabel(f"arm minus {baseline}\n(mean, {level} interval)")
+        grid[1][0].set_ylabel(
+            f"arm minus {baseline}\n(mean, {level} interval)" if few else f"arm minus {baseline}\n(mean)"
+        )
     handles, names = grid[0][0].get_legend_handles_labels()
     for text, marker in _marks(result):
         handles.append(Line2D([], [], linestyle="none", marker=marker, markersize=10, markeredgewidth=2.5, color=INK))
         names.append(text)
     figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names), frameon=False)
-    bands = "bands" if len(columns) <= _MANY_BANDS else "the baseline's band"
+    bands = "bands" if few else "the baseline's band"
     alt = (
         f"Line plots over optimiser steps. Above, {title} of {len(columns)} arms: lines are means over "
         f"{len(result.comparison.seeds)} seeds, {bands} their range. "
         + " ".join(_sentence(name, column) for name, column in columns.items() if column)
     )
     if apart:
-        alt += f" Below, differences from {baseline}, paired by seed, with {level} intervals. " + " ".join(
+        around = f", with {level} intervals" if few else ""
+        alt += f" Below, differences from {baseline}, paired by seed{around}. " + " ".join(
             f"{name} ends at {_format_difference(column[max(column)], alpha)}." for name, column in apart.items()
         )
     heading = f"{title[0].upper()}{title[1:]} over training"

@@ -384,3 +384,14 @@ def test_legends_fit_the_width(longest, columns):
     box = legend.get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.width
+
+
+def test_many_arms_have_differences_without_bands_and_say_so(tmp_path, monkeypatch):
+    arms = {"baseline": None} | {f"arm_{i}": {"model.speed": 1.0 + i} for i in range(9)}
+    figures = []
+    monkeypatch.setattr(drawing, "_render_svg", lambda figure: figures.append(figure) or b"<svg/>")
+    figure = draw_curves(to_result(tmp_path, {"arms": arms}, lambda run: ended_at(5.0 + run.seed)))
+    above, below = figures[0].axes
+    assert (len(above.collections), len(below.collections)) == (1, 0)  # the baseline's band
+    assert below.get_ylabel() == "arm minus baseline\n(mean)"
+    assert "paired by seed. arm_0 ends at +0.0000" in figure.alt
