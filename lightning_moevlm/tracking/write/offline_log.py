@@ -218,7 +218,7 @@ class OfflineLog:
 
     def count(self) -> PendingCount:
         """Return how much MLflow does not have."""
-        lines = [entry for entry, _ in _read_lines(self.journal, self._uploaded)]
+        lines = [entry for entry, _ in _read_lines(self.journal, self._uploaded)] if self.journal.exists() else []
         return PendingCount(sum(len(entry.get("metrics", ())) for entry in lines), len(_list_files(self._files)))
 
     def _upload_lines(self, in_memory: Sequence[bytes], writer: RunWriter) -> None:

@@ -331,6 +331,16 @@ def test_a_full_disk_at_the_start_is_one_line(uri: str, capfd: pytest.CaptureFix
     logger.finalize()
 
 
+def test_a_log_that_is_deleted_ends_no_training(uri: str) -> None:
+    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
+    logger.log_metrics({"a": 1.0}, 0)
+    [log] = find_offline_logs(logger.run_dir)
+    shutil.rmtree(log.folder)
+    logger.log_metrics({"a": 1.0}, 1)
+    with pytest.warns(RuntimeWarning, match="0 points and 0 files of run .* were not uploaded"):
+        logger.finalize()
+
+
 def test_a_folder_of_runs_that_cannot_be_written_is_one_line(uri: str) -> None:
     logger = RunLogger(tracking_uri=uri)
     folder = Path(logger.save_dir) / "1"
