@@ -66,8 +66,8 @@ def test_a_run_prints_and_logs_the_share(scenes_root: Path, caplog: pytest.LogCa
     limit = min(_lengths(scenes_root)) - 1
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, limit) == [(step, 1.0) for step in (1, 2, 3)]
-    (told,) = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
-    assert told.startswith(f"100.0% of 24 captions are longer than data.max_text_len {limit} and lose their end")
+    (printed,) = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
+    assert printed.startswith(f"100.0% of 24 captions are longer than data.max_text_len {limit} and lose their end")
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, max(_lengths(scenes_root))) == [(step, 0.0) for step in (1, 2, 3)]
@@ -128,5 +128,5 @@ def test_a_check_prints_the_share_for_every_usual_length(tmp_path: Path) -> None
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(tabulate_card(report, "set"))
     longest = max(card.caption_max for card in report.cards)
-    told = f"captions that are cut, by data.max_text_len: 24: 50.0%; {longest + 2} and more: none"
-    assert told in console.export_text()
+    printed = f"captions that are cut, by data.max_text_len: 24: 50.0%; {longest + 2} and more: none"
+    assert printed in console.export_text()

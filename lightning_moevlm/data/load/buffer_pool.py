@@ -60,8 +60,7 @@ class BufferPool:
     def lend(self, buffer: int) -> Tensor:
         """Return the bytes of a taken buffer. It is free again when nothing shares their storage."""
         # the storage of a tensor made of an array holds that array, so the array is deleted with the last view or array
-        # made of the tensor. Its reference count is atomic, which also keeps reads of the buffer before
-        # the mark that frees it.
+        # made of the tensor. Its reference count is atomic, so reads of the buffer come before its mark as free
         array = self._bytes_KN[buffer].numpy()
         weakref.finalize(array, _free, self._taken_K.numpy(), buffer, os.getpid()).atexit = False
         return torch.from_numpy(array)

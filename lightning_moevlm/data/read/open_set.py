@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Manifest, missing_set_error
+from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -43,9 +43,6 @@ def open_set(source: Source, storage: ShardStorage) -> OpenSet:
         UserError: if there is no set (with the command that builds one), its manifest is broken, or it lacks the
             modality of the source.
     """
-    folder = storage.folder
-    if folder is not None and not (folder / MANIFEST_FILE).is_file():
-        raise missing_set_error(folder)
     manifest = storage.read_manifest()
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in manifest.members), None)
     captions = find_captions(manifest.members, manifest.layout.caption_field)

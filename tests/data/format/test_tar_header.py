@@ -118,16 +118,16 @@ def test_after_a_global_header_tarfile_reads_all(tmp_path: Path) -> None:
 def test_a_truncated_tar_gives_the_same_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _tar([(f"{i}.txt", b"t" * 700) for i in range(4)], tarfile.USTAR_FORMAT)
     path = tmp_path / "x.tar"
-    told: list[list[tuple[str, str]]] = []
+    printed: list[list[tuple[str, str]]] = []
     for slow in (False, True):
         if slow:
             monkeypatch.setattr("lightning_moevlm.data.format.tar_members.parse_plain_header", lambda block: None)
-        told.append([])
+        printed.append([])
         for length in range(1, len(whole), 97):
             path.write_bytes(whole[:length])
             try:
                 ending = f"{len(_walked(path))} members"
             except TarBreak as error:
                 ending = f"{error.cause}: {error}"
-            told[-1].append((str(length), ending))
-    assert told[0] == told[1]
+            printed[-1].append((str(length), ending))
+    assert printed[0] == printed[1]

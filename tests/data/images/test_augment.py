@@ -62,7 +62,7 @@ def test_draws_follow_from_seed_rank_epoch_and_batch_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "pattern"),
     [
         ({"crop_area": (0, 1)}, r"crop_area is \[0, 1\]"),
         ({"crop_area": (0.5, 0.2)}, "crop_area"),
@@ -71,8 +71,8 @@ def test_draws_follow_from_seed_rank_epoch_and_batch_alone() -> None:
         ({"flip": 1.5}, "flip is 1.5"),
     ],
 )
-def test_invalid_options_are_refused(options: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_options_are_refused(options: dict, pattern: str) -> None:
+    with pytest.raises(UserError, match=pattern):
         Augment(**options)
 
 

@@ -155,7 +155,7 @@ def _captioned(root: Path, extension: str = "jpg", **options: int) -> Collate:
 def test_every_fault_of_a_sample_has_its_cause(tmp_path: Path) -> None:
     good = {"jpg": _jpg(_noise(16, 16)), "txt": b"a"}
     collate = _captioned(tmp_path, max_pixels=1000)
-    for members, cause, told in (
+    for members, cause, pattern in (
         ({"txt": b"a"}, "member_missing", "k in shard x.tar has no .jpg"),
         ({"jpg": good["jpg"]}, "member_missing", "k in shard x.tar has no .txt"),
         (good | {"jpg": b"no image"}, "image_undecodable", r"k.jpg in shard x.tar cannot be decoded \("),
@@ -164,7 +164,7 @@ def test_every_fault_of_a_sample_has_its_cause(tmp_path: Path) -> None:
         (good | {"jpg": _jpg(_noise(32, 32))}, "image_too_large", "k.jpg .*32 x 32 pixels, 1,000 are allowed"),
         (good | {"txt": b"caf\xe9"}, "text_not_utf8", "k.txt in shard x.tar"),
     ):
-        with pytest.raises(SampleFault, match=told) as caught:
+        with pytest.raises(SampleFault, match=pattern) as caught:
             collate.decode(RawSample("k", "x.tar", members))
         assert caught.value.cause == cause
     assert collate.decode(RawSample("k", "x.tar", good)).caption == "a"

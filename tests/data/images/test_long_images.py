@@ -172,10 +172,10 @@ def test_a_set_with_long_images_is_converted_checked_shown_and_trained_on(tmp_pa
 def test_an_image_that_cannot_be_stored_is_not_reported_as_changed(tmp_path: Path) -> None:
     data = make_image(0, "png")[:-60]
     (tmp_path / "a.png").write_bytes(data)
-    for sha256, told in (
+    for sha256, pattern in (
         (hashlib.sha256(data).hexdigest(), "line 2: the image is broken .*fix or remove the image"),
         ("0" * 64, "line 2: the image has changed while the set was converted"),
     ):
         sample = PlannedSample("k", "t.csv line 2", ImageLocation("a.png"), sha256, None, None)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=pattern):
             write_shard(ShardTask(tmp_path, tmp_path / "s.tar", (sample,), ImageOptions("jpg", None)))

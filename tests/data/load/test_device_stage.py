@@ -123,8 +123,8 @@ def test_a_missing_gpu_is_reported_once(scenes_root: Path, tmp_path: Path) -> No
         quiet_trainer(tmp_path, max_steps=2, enable_checkpointing=False).fit(
             Recorder(), _data(scenes_root, augment=CROPS)
         )
-    (told,) = [str(each.message) for each in caught if "CUDA" in str(each.message)]
-    assert "data.decode device and data.prefetch 3" in told and "this run is on cpu" in told
+    (printed,) = [str(each.message) for each in caught if "CUDA" in str(each.message)]
+    assert "data.decode device and data.prefetch 3" in printed and "this run is on cpu" in printed
 
 
 # what is wrong with images

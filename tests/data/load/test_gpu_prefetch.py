@@ -58,21 +58,21 @@ class _Events:
     """Stands in for torch.cuda, and writes down who did what in which order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.on_side_stream = False
         events = self
 
         class Event:
             def __init__(self) -> None:
-                self.number = sum(told.startswith("ready") for told in events.told)
+                self.number = sum(calls.startswith("ready") for calls in events.calls)
 
             def record(self, stream: str) -> None:
                 assert stream == "side" and not events.on_side_stream
-                events.told.append(f"ready {self.number}")
+                events.calls.append(f"ready {self.number}")
 
         class Current:
             def wait_event(self, event: Event) -> None:
-                events.told.append(f"wait {event.number}")
+                events.calls.append(f"wait {event.number}")
 
         @contextmanager
         def stream(side: str) -> Iterator[None]:
@@ -87,7 +87,7 @@ class _Events:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
         monkeypatch.setattr(
-            torch.Tensor, "record_stream", lambda tensor, stream: self.told.append(f"keep {int(tensor[0])}")
+            torch.Tensor, "record_stream", lambda tensor, stream: self.calls.append(f"keep {int(tensor[0])}")
         )
 
 
@@ -101,8 +101,8 @@ def test_the_model_waits_for_the_side_stream_and_keeps_its_memory(monkeypatch: p
 
     for item in prefetch(prepared(), torch.device("cuda", 0), 1):
         assert isinstance(item, Delivery) and not events.on_side_stream
-        events.told.append(f"model {item.batch.keys[0]}")
-    assert events.told == [
+        events.calls.append(f"model {item.batch.keys[0]}")
+    assert events.calls == [
         "ready 0", "ready 1", "wait 0", "keep 0", "model 0",
         "ready 2", "wait 1", "keep 1", "model 1",
         "wait 2", "keep 2", "model 2",

@@ -20,8 +20,8 @@ def test_two_ranks_read_one_set(scenes_copy: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)]
     for process in ranks:
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 0, told.decode()[-3000:]
+        _, printed = process.communicate(timeout=120)
+        assert process.returncode == 0, printed.decode()[-3000:]
     found: list[dict[str, Any]] = [json.loads((tmp_path / f"{rank}.json").read_text("utf-8")) for rank in range(2)]
 
     # training: 120 samples are 15 whole batches on either rank, no sample on both

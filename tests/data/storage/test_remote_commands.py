@@ -29,21 +29,21 @@ def test_a_set_is_checked_and_shown_where_it_is(
         for command in ("show", "codebook"):
             capfd.readouterr()
             assert main(["data", command, root]) == 2
-            told = capfd.readouterr().err
-            assert "is on a server, where nothing is written; name a file with --out" in " ".join(told.split())
+            printed = capfd.readouterr().err
+            assert "is on a server, where nothing is written; name a file with --out" in " ".join(printed.split())
         assert (
             main(["data", "codebook", root, "--num_codes", "8", "--patch_size", "8", "--out", "codes.safetensors"]) == 0
         )
         assert Path("codes.safetensors").is_file()
-        told = "".join(capfd.readouterr())
-    assert "s3cr3t" not in told and "s1gnature" not in told
+        printed = "".join(capfd.readouterr())
+    assert "s3cr3t" not in printed and "s1gnature" not in printed
 
 
 def test_its_faults_are_reported(scenes_copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (scenes_copy / "val-000000.tar").unlink()
     with serve(Unsteady(scenes_copy)) as server:
         assert main(["data", "check", server.url]) == 2
-        told = capfd.readouterr().err
-        assert f"{server.url}/val-000000.tar is missing" in told.replace("\n", "")
+        printed = capfd.readouterr().err
+        assert f"{server.url}/val-000000.tar is missing" in printed.replace("\n", "")
     assert main(["data", "check", "pipe:cat x"]) == 2
     assert "never reach a shell" in " ".join(capfd.readouterr().err.split())

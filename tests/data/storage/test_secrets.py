@@ -36,8 +36,8 @@ def test_a_run_on_a_signed_address_keeps_the_signature_secret(
         root = f"{server.url.replace('://', f'://{LOGIN}@')}/?X-Amz-Signature={SIGNATURE}&t=1"
         cache = f"--data.cache_dir={workplace / 'cache'}"
         (workplace / "signed.yaml").write_text(f"data: {{root: '{root}'}}\n", encoding="utf-8")
-        told = moevlm("fit", *SMALL, *budget(2), cache, "-c", "signed.yaml")
-        told += moevlm("fit", *SMALL, *budget(2), cache, f"--data.root={root}")
+        printed = moevlm("fit", *SMALL, *budget(2), cache, "-c", "signed.yaml")
+        printed += moevlm("fit", *SMALL, *budget(2), cache, f"--data.root={root}")
         for wrong in (
             f"--data.root={root.replace('s3cr3t', 'wr0ng')}",
             f"--data.root={root.replace('http', 'ftp')}",
@@ -46,8 +46,8 @@ def test_a_run_on_a_signed_address_keeps_the_signature_secret(
             f"--data.sources={{a: {{root: '{root}'}}}}",
             f"--data.sources={{a: {{root: '{root}', weight: -1}}}}",
         ):
-            told += moevlm("fit", *SMALL, *budget(2), cache, "-c", "signed.yaml", wrong, code=2)
+            printed += moevlm("fit", *SMALL, *budget(2), cache, "-c", "signed.yaml", wrong, code=2)
     for secret in (*SECRETS, "wr0ng"):
-        assert secret not in told + caplog.text
+        assert secret not in printed + caplog.text
     assert _refuse_secrets(workplace / "runs") > 5
     assert _refuse_secrets(workplace / "cache") > 2

@@ -163,11 +163,11 @@ def test_credentials_reach_the_server_but_no_message_and_no_file_name(
         assert len(server.find_downloads("manifest.json?sig=s1gnature")) == 2, "a refusal is final"
         (lost,) = read_shard(bad, entry, WANTED)
     assert isinstance(lost, Lost) and lost.cause == "shard_unreachable"
-    told = [str(good), repr(good), str(bad), repr(bad), str(refusal.value), lost.message, caplog.text]
-    told += [str(path) for path in tmp_path.rglob("*")]
+    printed = [str(good), repr(good), str(bad), repr(bad), str(refusal.value), lost.message, caplog.text]
+    printed += [str(path) for path in tmp_path.rglob("*")]
     assert "train-000000.tar?***" in caplog.text, "the driver should have logged what it asks for"
     for secret in ("s3cr3t", "wr0ng", "anna", "s1gnature"):
-        assert not any(secret in text for text in told)
+        assert not any(secret in text for text in printed)
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ def test_the_bytes_are_those_of_always(tmp_path: Path, jobs: int) -> None:
         "val": [7],
         "test": [7, 4],
     }
-    told = json.dumps([[entry.file, entry.sha256] for entries in splits.values() for entry in entries])
-    assert hashlib.sha256(told.encode()).hexdigest() == GOLDEN
+    printed = json.dumps([[entry.file, entry.sha256] for entries in splits.values() for entry in entries])
+    assert hashlib.sha256(printed.encode()).hexdigest() == GOLDEN
     assert [(count.cause, count.first.place) for count in converted.left_out] == [
         ("duplicate_key", "rows.jsonl line 102"),
         ("image_missing", "rows.jsonl line 101"),

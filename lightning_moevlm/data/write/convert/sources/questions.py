@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Manifest, Scalar, ShardEntry, Split, missing_set_error
+from lightning_moevlm.data.format.manifest import Manifest, Scalar, ShardEntry, Split
 from lightning_moevlm.data.format.sample_groups import key_and_extension, sample_groups
 from lightning_moevlm.data.format.tar_members import Member, TarBreak, tar_members
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
@@ -52,8 +52,6 @@ class SetQuestions(Source):
     """The questions of a set of shards in a folder."""
 
     def __init__(self, folder: Path, name: str | None) -> None:
-        if not (folder / MANIFEST_FILE).is_file():
-            raise missing_set_error(folder)
         self.storage = ShardStorage(str(folder))
         self.manifest: Manifest = self.storage.read_manifest()
         if ANNOTATION_EXTENSION not in self.manifest.members:

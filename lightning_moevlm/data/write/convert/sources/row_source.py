@@ -214,11 +214,7 @@ def resolve_inside(folder: Path, file: str) -> Path:
 
 
 def require_file(path: Path, option: str) -> Path:
-    """Return the path.
-
-    Raises:
-        UserError: if no such file exists.
-    """
+    """Return the path, or raise a `UserError` if it is not a file."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; give a file in it")
     if not path.is_file():
@@ -227,11 +223,7 @@ def require_file(path: Path, option: str) -> Path:
 
 
 def require_folder(path: Path, option: str) -> Path:
-    """Return the path.
-
-    Raises:
-        UserError: if no such folder exists.
-    """
+    """Return the path, or raise a `UserError` if it is not a folder."""
     if path.is_file():
         raise UserError(f"{option} {path} is a file; give the folder that it is in")
     if not path.is_dir():
