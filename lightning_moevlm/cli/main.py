@@ -26,10 +26,12 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm sweep plan|status|report FILE              show the planned runs, their state, their results
   moevlm compare RUN RUN...                         compare any runs in MLflow; unfair comparisons are refused
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
-  moevlm data convert csv|jsonl|coco_captions|coco_vqa|img2dataset   make a set of your own images and captions
+  moevlm data convert KIND SOURCE                   make a set of your own: csv, jsonl, coco_captions, coco_vqa,
+                                                    img2dataset, questions
   moevlm data check DIR                             verify a set and print its card
   moevlm data show DIR                              write samples as a page to browse
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
+  moevlm data answers DIR                           list the answers that a model of questions chooses from
   moevlm sync [FOLDER]                              upload logs that runs kept locally while MLflow was unreachable
   moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
   moevlm list [KIND]                                list parts for configurations, designs, metrics

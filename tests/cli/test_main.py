@@ -231,6 +231,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
     assert "sweep run" in told and f"bench {'|'.join(COMMANDS['bench'])} " in told
+    assert all(f"moevlm data {name} " in told for name in COMMANDS["data"])
+    assert all(kind in told for kind in COMMANDS["data"]["convert"])
     assert main(["--version"]) == 0 and __version__ in capsys.readouterr().out
 
 
