@@ -182,12 +182,13 @@ def codebook(
     Console().print(f"wrote {target}: {fitted.num_codes} codes of {patch_size}x{patch_size} patches", highlight=False)
 
 
-def answers(path: str, num_answers: int | None = None, out: str | None = None) -> None:
-    """Count the answers to a set's training questions: the classes that a model of answers chooses from.
+def answers(path: str, num_answers: int | None = None, annotation: str = "answers", out: str | None = None) -> None:
+    """Count the answers to a set's training questions, or its classes: what a model chooses from.
 
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
         num_answers: Number of answers, the most frequent; null keeps all.
+        annotation: What is counted: answers, cls, or a field of the json member that names a class.
         out: File to write; by default answers.json in the set's folder.
 
     """
@@ -196,18 +197,19 @@ def answers(path: str, num_answers: int | None = None, out: str | None = None) -
     from lightning_moevlm.data.count_answers import count_answers
     from lightning_moevlm.data.storage.local import local_target
     from lightning_moevlm.data.storage.shard_storage import ShardStorage
+    from lightning_moevlm.data.text.annotations import Annotation
 
     if num_answers is not None:
         check_number("num_answers", num_answers, least=1)
     storage = ShardStorage(path)
     target = local_target(out, "--out") if out else _local(storage) / ANSWERS_FILE
-    counted, coverage = count_answers(storage, num_answers)
+    counted, coverage = count_answers(storage, num_answers, Annotation(annotation))
     with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_answers(counted, target)
     Console().print(
         f"wrote {target}: {len(counted.answers):,} answers, which cover {coverage.share:.1%} of "
-        f"{coverage.num_questions:,} training questions",
+        f"{coverage.num_questions:,} training samples",
         highlight=False,
     )
 

@@ -62,6 +62,10 @@ VQA_ACCURACY = MetricKey("{stage}/vqa_accuracy/{kind}", "VQA accuracy by kind of
 VQA_MAJORITY = MetricKey(
     "{stage}/vqa_majority/{kind}", "VQA accuracy of the best constant answer", "fraction", "neither"
 )
+ZERO_SHOT = MetricKey("{stage}/zero_shot/{score}", "zero-shot classification", "fraction", "higher")
+ZERO_SHOT_BASELINE = MetricKey(
+    "{stage}/zero_shot_baseline/{score}", "accuracy without looking at the image", "fraction", "neither"
+)
 CAPTION_SCORE = MetricKey("{stage}/caption/{score}", "score of generated captions", "", "higher")
 CAPTION_CHANCE = MetricKey("{stage}/caption_chance/{score}", "score of another image's caption", "", "neither")
 

@@ -39,6 +39,7 @@ from lightning_moevlm.data.read.source_stream import OpenSource
 from lightning_moevlm.data.read.train_reader import TrainReader
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step, whole_steps
 from lightning_moevlm.data.storage.shard_storage import CACHE_GIB, PROTOCOLS, ShardStorage
+from lightning_moevlm.data.text.annotations import Annotation
 from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
@@ -75,7 +76,8 @@ class ShardDataModule(LightningDataModule):
             rank (extra `gpu-decode`).
         max_pixels: Largest image accepted, in pixels (width x height). Larger ones count as lost and are never decoded.
         augment: Crops and flips of training images, on the device; null turns them off. Evaluation has none.
-        annotation: `answers` reads those of texts that are questions; null reads images and texts alone.
+        annotation: Read beside images and texts: `answers` where texts are questions, `cls` for the class member of
+            CLIP_benchmark's sets, or a field of the json member that names the class; null for nothing.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
     """
 
@@ -99,7 +101,7 @@ class ShardDataModule(LightningDataModule):
         max_pixels: int = MAX_PIXELS,
         augment: Augment | None = None,
         prefetch: int | None = None,
-        annotation: Literal["answers"] | None = None,
+        annotation: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -313,18 +315,19 @@ class ShardDataModule(LightningDataModule):
         keeps_jpegs = self.decode == "device"
         return Collate(
             opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
-            opened.manifest.layout.caption_field, reads_answers=self._reads_answers(opened),
+            opened.manifest.layout.caption_field, self._annotation_of(opened),
         )  # fmt: skip
 
-    def _reads_answers(self, opened: OpenSet) -> bool:
-        if self.annotation is None or not opened.has_texts:
-            return False
-        if ANNOTATION_EXTENSION not in opened.manifest.members:
+    def _annotation_of(self, opened: OpenSet) -> Annotation | None:
+        if self.annotation is None:
+            return None
+        annotation = Annotation(self.annotation)
+        if annotation.member == ANNOTATION_EXTENSION and ANNOTATION_EXTENSION not in opened.manifest.members:
             raise UserError(
-                f"data.annotation is answers, but samples of {opened.storage} have no json member with "
-                "answers; `moevlm data convert questions SET` makes a set of the questions of another"
+                f"data.annotation is {self.annotation}, but samples of {opened.storage} have no json member; "
+                f"{annotation.remedy}"
             )
-        return True
+        return annotation
 
     def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:
         others = [name for name in IMAGE_EXTENSIONS if name != "jpg" and name in opened.members]

@@ -343,6 +343,8 @@ class VisionLanguageModule(LightningModule):
         return output, self._loss_inputs(output.plans, training=stage == "train")
 
     def _evaluate(self, batch: Batch, stage: str, evaluation: Evaluation) -> None:
+        if not self.objective.can_use(batch):  # images alone may still be judged by callbacks
+            return
         output, inputs = self._run_objective(batch, stage)
         with region(self.precision, "losses", self.device.type):
             evaluation.update(output, inputs, batch.num_samples)

@@ -4,7 +4,6 @@ Images to be decoded on the device stay JPEGs. Their beginning and end are check
 meta device, which have a shape and no pixels, until they are decoded.
 """
 
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ from lightning_moevlm.data.images.allocation import Allocate, private_bytes
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, check_jpeg, decode_image, image_bytes, image_rows
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.images.open_image import ImageTooLargeError
-from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, draw_caption, find_captions
-from lightning_moevlm.data.text.texts import parse_texts
+from lightning_moevlm.data.text.annotations import Annotation
+from lightning_moevlm.data.text.captions import draw_caption, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 _BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
@@ -48,7 +47,7 @@ class Collate:
         max_pixels: Largest encoded image accepted.
         keeps_jpegs: Whether images, which must be JPEGs, are decoded later, on the device.
         caption_field: Field of the json member with captions; "" for the txt member.
-        reads_answers: Whether texts are questions with answers in the json member.
+        annotation: Read beside images and texts (`annotations.Annotation`); None for nothing.
     """
 
     def __init__(
@@ -60,11 +59,11 @@ class Collate:
         max_pixels: int = MAX_PIXELS,
         keeps_jpegs: bool = False,
         caption_field: str = "",
-        reads_answers: bool = False,
+        annotation: Annotation | None = None,
     ) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._captions = find_captions(members, caption_field)
-        self._reads_answers = reads_answers
+        self._annotation = annotation
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._max_text_len = max_text_len
@@ -76,7 +75,7 @@ class Collate:
     def wanted(self) -> frozenset[str]:
         """File extensions to read."""
         captions = () if self._captions is None else (self._captions.member,)
-        answers = (ANNOTATION_EXTENSION,) if self._reads_answers else ()
+        answers = () if self._annotation is None else (self._annotation.member,)
         images = () if self._image_extension is None else (self._image_extension,)
         return frozenset((*images, *captions, *answers))
 
@@ -139,7 +138,7 @@ class Collate:
             if not captions:
                 raise SampleFault("caption_empty", f"{_place(sample, member)} has no caption; rebuild the set")
             caption = draw_caption(captions, draw, sample.key)
-        answers, kind = self._answers(sample) if self._reads_answers else ((), "")
+        answers, kind = ((), "") if self._annotation is None else self._read_annotation(sample, self._annotation)
         return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind)
 
     def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
@@ -149,7 +148,7 @@ class Collate:
             captions = [each.caption or "" for each in decoded]
             text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len)
         answers = None
-        if self._reads_answers:
+        if self._annotation is not None:
             answers = Answers(tuple(each.answers for each in decoded), tuple(each.question_kind for each in decoded))
         keys = tuple(each.key for each in decoded)
         return Batch(images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers)
@@ -162,20 +161,17 @@ class Collate:
         jpegs = [each.jpeg for each in decoded if each.jpeg is not None]
         return JpegBatch.pack(jpegs, num_fresh) if jpegs else None
 
-    def _answers(self, sample: RawSample) -> tuple[tuple[str, ...], str]:
-        """Return the answers to a sample's question, and its kind."""
+    def _read_annotation(self, sample: RawSample, annotation: Annotation) -> tuple[tuple[str, ...], str]:
+        """Return the answers to a sample's question, or its class, and the kind of question."""
+        member = annotation.member
         try:
-            content = json.loads(_member(sample, ANNOTATION_EXTENSION).decode("utf-8-sig"))
-            answers = parse_texts(content.get("answers") if isinstance(content, dict) else None, "answers")
+            answers, kind = annotation.read(_member(sample, member))
         except ValueError as error:
-            raise _fault("json_malformed", sample, ANNOTATION_EXTENSION, error) from error
-        if not answers:
-            raise SampleFault(
-                "answer_missing",
-                f"{_place(sample, ANNOTATION_EXTENSION)} holds no answers; `moevlm data convert questions SET` makes a "
-                "set with a question and its answers per sample",
-            )
-        return answers, str(content.get("kind", ""))
+            raise _fault("json_malformed", sample, member, error) from error
+        if answers is None:
+            message = f"{_place(sample, member)} has no {annotation.what}; {annotation.remedy}"
+            raise SampleFault("answer_missing", message)
+        return answers, kind
 
     def _jpeg(self, sample: RawSample, extension: str) -> Jpeg:
         data = _member(sample, extension)

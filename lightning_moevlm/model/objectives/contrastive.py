@@ -85,8 +85,8 @@ class Contrastive(Objective):
             )
         pairs = batch.first(batch.pairs)
         output = backbone(*pairs[:3], separate=True)
-        image_BD = self._embed(output.pool(Modality.IMAGE), self.image_projection)
-        text_BD = self._embed(output.pool(Modality.TEXT), self.text_projection)
+        image_BD = self.embed_images(output.pool(Modality.IMAGE))
+        text_BD = self.embed_texts(output.pool(Modality.TEXT))
         loss = self.loss(image_BD, text_BD)
         return ObjectiveOutput(
             {TERM: Term(loss, self.weight, len(image_BD))},
@@ -105,6 +105,14 @@ class Contrastive(Objective):
         sequences_A = torch.stack([num_pairs, num_pairs])
         tokens = PlanSize(torch.stack([num_pairs * self.num_patches, words]), sequences_A, num_pairs)
         return BatchSize({TERM: num_pairs}, {"pair": tokens})
+
+    def embed_images(self, features_BD: Tensor) -> Tensor:
+        """Return pooled features of images in the common space, fp32, rows of length 1."""
+        return self._embed(features_BD, self.image_projection)
+
+    def embed_texts(self, features_BD: Tensor) -> Tensor:
+        """Return pooled features of texts in the common space, fp32, rows of length 1."""
+        return self._embed(features_BD, self.text_projection)
 
     def loss(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
         """Return the mean over this rank's pairs; in a training step the pairs of all ranks are the negatives."""

@@ -1,6 +1,5 @@
 """Callbacks: telemetry, proofs of switches, stops, checkpoints."""
 
-from lightning_moevlm.training.callbacks.caption_scores import CaptionScores
 from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.training.callbacks.float8_training import Float8Training
 from lightning_moevlm.training.callbacks.liveness import Liveness
@@ -11,6 +10,8 @@ from lightning_moevlm.training.callbacks.step_times import StepTimes
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
 from lightning_moevlm.training.callbacks.stopping.last_checkpoint import LastCheckpoint
 from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySignal
+from lightning_moevlm.training.callbacks.tasks.caption_scores import CaptionScores
+from lightning_moevlm.training.callbacks.tasks.zero_shot import ZeroShot
 from lightning_moevlm.training.callbacks.telemetry import Telemetry
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "StepTimes",
     "StopBySignal",
     "Telemetry",
+    "ZeroShot",
 ]

@@ -1,0 +1,1 @@
+"""Callbacks that judge a model by tasks on held-out data."""
