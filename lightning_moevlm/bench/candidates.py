@@ -16,11 +16,12 @@ from lightning_moevlm.contracts.routing_plan import RoutingInput
 from lightning_moevlm.model.dispatch import (
     AutoDispatcher,
     Dispatcher,
+    Experts,
     GroupedDispatcher,
     PaddedDispatcher,
     SegmentDispatcher,
 )
-from lightning_moevlm.model.experts import ExpertStack, GatedExperts, MLPExperts
+from lightning_moevlm.model.experts import GatedExperts, MLPExperts
 from lightning_moevlm.model.routers import TopKRouter
 
 DENSE, GEMM, OURS = "dense", "expert GEMMs", "auto"
@@ -62,7 +63,7 @@ class Layer(nn.Module):
         super().__init__()
         shape = case.shape
         self.router = TopKRouter(shape.d, shape.E, shape.k, renormalise=shape.k > 1)
-        self.experts: ExpertStack = (MLPExperts if shape.act == "gelu" else GatedExperts)(shape.d, shape.E, shape.f)
+        self.experts: Experts = (MLPExperts if shape.act == "gelu" else GatedExperts)(shape.d, shape.E, shape.f)
         self.dispatcher = dispatcher
         with torch.no_grad():
             self.router.weight_ED.copy_(tokens.router_ED)

@@ -4,23 +4,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_moevlm.bench.candidates import DENSE, Candidate, DenseTwin, Layer, training
 from lightning_moevlm.bench.cases import Case, Shape, make_tokens
 from lightning_moevlm.bench.timing import Seconds, interleave, ratio
 from lightning_moevlm.model.dispatch import Linear, SegmentDispatcher
-from lightning_moevlm.model.experts import ExpertStack
 
 _TOKENS = (512, 2048, 8192, 32768)
 _EXPERTS = (4, 8, 32, 128)
 
 
-class IdentityExperts(ExpertStack):
+class IdentityExperts(nn.Module):
     """Experts that return their rows."""
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(dim=1, num_experts=num_experts, hidden_dim=1)
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Return no stack."""
@@ -30,9 +26,9 @@ class IdentityExperts(ExpertStack):
         """Return the rows."""
         return rows_ND
 
-    def forward_flops_per_row(self) -> int:
-        """Return 0."""
-        return 0
+    def activation(self) -> None:
+        """Return None: nothing is between matrix stages."""
+        return
 
 
 class Growth(NamedTuple):
@@ -97,5 +93,5 @@ def measure_growth(rounds: int, tick: Callable[[], None]) -> Growth:
 def _alone(name: str, case: Case) -> Candidate:
     tokens = make_tokens(case)
     layer = Layer(case, tokens, SegmentDispatcher())
-    layer.experts = IdentityExperts(case.shape.E)
+    layer.experts = IdentityExperts()
     return training(name, layer, tokens)
