@@ -106,7 +106,7 @@ def _describe_models(results: Sequence[RunResult], describe: Callable[[], Descri
             text = (
                 f"arm {arm!r}: parameters and FLOPs are unknown, because this version cannot build its model: {error}"
             )
-            Console(stderr=True).print(f"{text}: {error}", markup=False, highlight=False, soft_wrap=True)
+            Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
     return cards
 
 

@@ -100,7 +100,7 @@ def test_a_new_study_plans_at_once(moevlm: Moevlm, workplace: Path) -> None:
     assert "mine/first.yaml exists already" in moevlm("sweep", "new", "mine/first.yaml", code=2)
     assert (workplace / "mine/first.yaml").read_text() == before
     assert "use letters, digits and _" in moevlm("sweep", "new", "my study.yaml", code=2)
-    assert "write mine.yaml" in moevlm("sweep", "new", "mine", code=2)
+    assert "give mine.yaml" in moevlm("sweep", "new", "mine", code=2)
     for name in ("study", "lr_sensitivity"):
         moevlm("describe", name, "--json", f"{name}.json")
         assert all(row["meaning"] for row in rows(workplace / f"{name}.json"))

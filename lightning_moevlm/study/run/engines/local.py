@@ -33,7 +33,9 @@ class LocalEngine(Engine):
     def __init__(self, num_gpus: int | None = None, fork: bool = True) -> None:
         require_at_least(0, num_gpus=num_gpus)
         if num_gpus and num_gpus > (visible := _visible_gpus()):
-            raise UserError(f"--engine.num_gpus is {num_gpus}, but {visible} GPUs are visible; give at most {visible}")
+            raise UserError(
+                f"--engine.num_gpus is {num_gpus}, but the number of visible GPUs is {visible}; give at most {visible}"
+            )
         self._num_gpus = num_gpus
         self._jobs = 0
         self._gpus = 0

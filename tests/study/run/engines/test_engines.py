@@ -322,7 +322,9 @@ def test_mistakes_are_one_line(monkeypatch):
         RayEngine(num_gpus=-1)
     monkeypatch.setattr("lightning_moevlm.study.run.engines.local._visible_gpus", lambda: 1)
     LocalEngine(num_gpus=1)
-    with pytest.raises(UserError, match=r"--engine\.num_gpus is 4, but 1 GPUs are visible; give at most 1"):
+    with pytest.raises(
+        UserError, match=r"--engine\.num_gpus is 4, but the number of visible GPUs is 1; give at most 1"
+    ):
         LocalEngine(num_gpus=4)
     with pytest.raises(UserError, match=r"--engine\.minutes is 0; give at least 1"):
         SlurmEngine(minutes=0, cluster="local")
