@@ -26,7 +26,7 @@ from tests.data.recording import Recorder, Seer, quiet_trainer
 from tests.data.rewrite import rewrite_shard
 from tests.small_run import SMALL
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*only a CUDA device saves time:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*this saves time on CUDA devices only:UserWarning")
 
 CROPS = Augment(crop_area=(0.3, 0.9), flip=0.5)
 EVERYTHING: dict[str, Any] = {"decode": "device", "augment": CROPS, "prefetch": 3}
