@@ -229,13 +229,17 @@ def test_steps_are_equal_over_the_ends_of_epochs_and_resumed(shards: Path, tmp_p
 @pytest.mark.parametrize(
     ("accumulate", "options", "told"),
     [
-        (4, {"limit_train_batches": 6}, r"limit_train_batches 6 makes epochs of 6 batches, .* made of 2; let an epoch"),
-        (4, {"limit_train_batches": 6}, r"have 4 or 8 batches, or accumulate over 1, 2, 3 or 6$"),
+        (
+            4,
+            {"limit_train_batches": 6},
+            r"limit_train_batches 6 makes epochs of 6 batches, .* would have 2 batches. Give an epoch",
+        ),
+        (4, {"limit_train_batches": 6}, r"Give an epoch 4 or 8 batches, or accumulate over 1, 2, 3 or 6$"),
         (2, {"limit_train_batches": 0.4}, r"limit_train_batches 0\.4 makes epochs of 3 batches"),
         (
             4,
             {"overfit_batches": 3},
-            r"overfit_batches 3 makes epochs of 3 batches, .* have 4 batches, or accum.* 1 or 3$",
+            r"overfit_batches 3 makes epochs of 3 batches, .*Give an epoch 4 batches, or accumulate over 1 or 3$",
         ),
     ],
 )
@@ -253,7 +257,8 @@ def test_a_last_step_of_fewer_batches_is_refused(
 def test_a_change_of_accumulation_that_changes_the_order_is_not_resumed(shards: Path, tmp_path: Path) -> None:
     Runs(shards, 3, 6, limited=False).run(1)[1].save_checkpoint(tmp_path / "over.ckpt")
     with pytest.raises(
-        UserError, match=r"set by trainer\.accumulate_grad_batches, was over its end.*, now it is up to"
+        UserError,
+        match=r"set by trainer\.accumulate_grad_batches, was over its end.*in the checkpoint and is up to its end now",
     ):
         Runs(shards, 2, 8, limited=False).run(4, resume=tmp_path / "over.ckpt")
 
