@@ -2,7 +2,7 @@
 
 A process of T threads on C cores beside N busy threads gets C T / (T + N) cores from a fair scheduler, at most T. Time
 beyond that is lost to threads that spin while they wait, at the end of every parallel region. So the step is timed in
-two processes: one waits as `moevlm` sets it (OMP_WAIT_POLICY), one as torch does by default.
+two processes: one waits as `moevlm` sets it (OMP_WAIT_POLICY, GOMP_SPINCOUNT), one as torch does by default.
 """
 
 import os
