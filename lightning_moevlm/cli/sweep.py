@@ -39,6 +39,7 @@ def run(
     engine: Callable[[], Engine] = LocalEngine,
     timeout_minutes: float | None = None,
     reuse: bool = True,
+    retrain: bool = False,
 ) -> int:
     """Train the missing runs of a study, then report. The same command resumes after any interruption.
 
@@ -52,6 +53,7 @@ def run(
             failed; null: no limit.
         reuse: Take the results of finished runs that another study has made with the same configuration, seed, budget,
             data and code; with false every run is trained here.
+        retrain: Train finished runs again whose code has changed since; MLflow keeps the old runs, marked as replaced.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; give how many runs may go at once, at least 1")
@@ -60,7 +62,16 @@ def run(
     chosen = _build(engine)
     planned = sweep.plan(file, _builders)
     return sweep.run(
-        planned, _builders, console(), chosen, jobs, timeout_minutes, only=only or (), retry=retry, reuse=reuse
+        planned,
+        _builders,
+        console(),
+        chosen,
+        jobs,
+        timeout_minutes,
+        only=only or (),
+        retry=retry,
+        reuse=reuse,
+        retrain=retrain,
     )
 
 

@@ -102,23 +102,28 @@ def run(
     only: Sequence[str] = (),
     retry: bool = False,
     reuse: bool = True,
+    retrain: bool = False,
 ) -> int:
     """Train what is missing, then report; return an exit code. `moevlm sweep run --help` explains the options.
 
     Raises:
         UserError: A mistake that is found before anything is written, or a ledger that cannot be written.
     """
+    from lightning_moevlm.study.compare.other_code import describe_other_code, find_other_code, replace_runs
     from lightning_moevlm.study.run.runs_at_work import UNREACHABLE
     from lightning_moevlm.study.run.to_do import find_waiting_runs
 
     file, selected = planned.study.file, select(planned, only)
-    if not all(state.status.is_settled for _, state in read_ledger(selected)):
+    if retrain or not all(state.status.is_settled for _, state in read_ledger(selected)):
         _check_data(selected, builders())
     uri = _open_store(planned)
     with hold_study(planned.folder):
         experiment = open_experiment(uri, planned.comparison.name)
         remember_store(planned.folder, uri)
         keep_baseline(planned)
+        found = find_other_code(selected, uri)
+        for line in replace_runs(experiment, found) if retrain else describe_other_code(selected, found):
+            _print(terminal, line)
         taken = _reuse_known_runs(selected, experiment, terminal, builders()) if reuse else 0
         waiting = find_waiting_runs(selected, experiment, engine, retry)
         if waiting:
@@ -148,7 +153,7 @@ def list_states(planned: Plan) -> Listing:
 
     _upload_offline_logs(planned)
     ledger = read_ledger(planned)
-    return (status_table(planned, ledger),), status_records(planned, ledger)
+    return (status_table(planned, ledger, _look_for_other_code(planned)),), status_records(planned, ledger)
 
 
 def report(planned: Plan, terminal: "Console", unfair: bool, full: bool) -> None:
@@ -231,8 +236,9 @@ def answer(
 
 def _advise_rerun(planned: Plan) -> str:
     return (
-        f"Run them again alike (remove their folders in {planned.folder}), or compare them all the same: `moevlm sweep "
-        "report ... --unfair=true`"
+        f"To train runs again, delete them in MLflow (`moevlm sweep status {planned.study.file}` shows their ids) and "
+        f"repeat `moevlm sweep run {planned.study.file}`. Or compare them all the same: `moevlm sweep report ... "
+        "--unfair=true`"
     )
 
 
@@ -322,14 +328,37 @@ def _look_for_known_runs(planned: Plan, builders: Builders) -> "KnownRuns | None
     from lightning_moevlm.study.compare.known_runs import find_known
 
     try:
-        uri = find_tracking_uri(planned)
-        path = sqlite_path(uri)
-        if path is not None and not path.exists():
-            return None
-        prepare_store(uri)
-        return find_known(planned, uri, _digest_once(builders))
+        uri = _find_store(planned)
+        return None if uri is None else find_known(planned, uri, _digest_once(builders))
     except UserError:  # `sweep run`, which needs both, reports it
         return None
+
+
+def _look_for_other_code(planned: Plan) -> tuple[str, ...]:
+    """Return the lines on runs that were trained with other code; none if the store cannot be read."""
+    from lightning_moevlm.study.compare.other_code import describe_other_code, find_other_code
+
+    if not any(state.status.is_settled for _, state in read_ledger(planned)):
+        return ()
+    try:
+        uri = _find_store(planned)
+    except UserError:
+        return ("MLflow cannot be read: the code of the runs was not compared with today's",)
+    return () if uri is None else describe_other_code(planned, find_other_code(planned, uri))
+
+
+def _find_store(planned: Plan) -> str | None:
+    """Return the tracking URI if there is a store; creates none.
+
+    Raises:
+        UserError: The store cannot be read.
+    """
+    uri = find_tracking_uri(planned)
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        return None
+    prepare_store(uri)
+    return uri
 
 
 def _reuse_known_runs(planned: Plan, experiment: StudyRuns, terminal: "Console", builders: Builders) -> int:

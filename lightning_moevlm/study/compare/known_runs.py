@@ -10,7 +10,7 @@ whole if the other one is deleted. Its verdict is reached anew, by this study's 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,9 @@ from lightning_moevlm.study.run.processes.overrides_file import write_overrides
 from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.read.runs import metric_histories, tags_of_runs_with
 from lightning_moevlm.tracking.record.dataset_input import DIGEST_TAG
+from lightning_moevlm.tracking.record.foreign_code import is_foreign_code, named_texts
 from lightning_moevlm.tracking.record.provenance import CODE_TAG, code_digest, versions
 from lightning_moevlm.tracking.write.run_params import CHANGED_TAG
-
-_OWN_PACKAGES = ("lightning_moevlm", "lightning", "torch")
-_PARTS = ("model", "data", "trainer")  # sections whose texts may name code or files
 
 
 @dataclass(frozen=True)
@@ -164,28 +162,12 @@ def _why_not(tags: Mapping[str, str], here: Mapping[str, tuple[str, str]], run: 
     for tag, (value, why) in here.items():
         if tags.get(tag) != value:
             return why if tag in tags else f"its {tag} is not known"
-    parts = {section: run.resolved.get(section, {}) for section in _PARTS}
-    for text in _texts(parts):
-        if _is_foreign_code(text):
+    for text in named_texts(run.resolved):
+        if is_foreign_code(text):
             return f"it uses {text}, whose code is not known to be the same"
         if Path(text).is_file():
             return f"it reads {text}, whose content is not known to be the same"
     return ""
-
-
-def _is_foreign_code(text: str) -> bool:
-    """Whether a text of a configuration names a class or function outside of the compared packages."""
-    words = text.split(".")
-    is_path = len(words) > 1 and all(word.isidentifier() for word in words)
-    return is_path and words[0] not in _OWN_PACKAGES and not Path(text).exists()
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping | list):
-        for below in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(below)
-    elif isinstance(value, str):
-        yield value
 
 
 def _lack(plan: Plan, run: PlannedRun, uri: str, run_id: str) -> str:

@@ -1,8 +1,8 @@
 """Checks `baseline_digest`: a study that pins its baseline is refused once the baseline resolves to something else.
 
 A study depends on base files, on defaults, and often on the baseline of an earlier study. Its pin is the digest of the
-baseline's resolved config without seeds, cosmetic keys and the keys that each study sets itself (budget, logger, output
-folder), so that studies of other lengths and seeds share it. `sweep plan` prints it. A baseline that has run is kept
+baseline's resolved config without nulls, seeds, cosmetic keys and the keys that each study sets itself (budget, logger,
+output folder). So studies of other lengths and seeds share it. `sweep plan` prints it. A baseline that has run is kept
 beside the study's runs under its digest; from there an error lists the keys that have changed since.
 """
 
@@ -59,7 +59,14 @@ def _baseline(plan: Plan) -> dict[str, str] | None:
     leaves = flatten_without_seeds(run.resolved)
     if leaves.get(_SCHEDULE_STEPS) == leaves.get("trainer.max_steps"):
         leaves.pop(_SCHEDULE_STEPS, None)
-    return {k: v for k, v in leaves.items() if not any(k == own or k.startswith(f"{own}.") for own in OWNED)}
+    return _drop_nulls(
+        {k: v for k, v in leaves.items() if not any(k == own or k.startswith(f"{own}.") for own in OWNED)}
+    )
+
+
+def _drop_nulls(leaves: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what is off: an option that is added later and off does not make another baseline."""
+    return {key: value for key, value in leaves.items() if value != "null"}
 
 
 def _digest(leaves: Mapping[str, str]) -> str:
@@ -74,9 +81,10 @@ def _describe_changes(plan: Plan, pinned: str, now: Mapping[str, str]) -> str:
             f"unknown (no study below {plan.folder.parent} has run with the pinned one); see the git history of "
             f"{files} and the package version"
         )
-    lines = [
-        f"{key} was {one.base or 'absent'}, is {one.now or 'absent'}" for key, one in find_changes(before, now).items()
-    ]
+    changes = find_changes(_drop_nulls(before), now)
+    if not changes:
+        return "none; the pin counted keys that are null, which are now left out"
+    lines = [f"{key} was {one.base or 'unset'}, is {one.now or 'unset'}" for key, one in changes.items()]
     more = f" and {len(lines) - _SHOWN_KEYS} more keys" if len(lines) > _SHOWN_KEYS else ""
     return "; ".join(lines[:_SHOWN_KEYS]) + more
 

@@ -30,6 +30,7 @@ from lightning_moevlm.tracking.store import sqlite_path
 
 STATE_FILE = "state.json"
 _STORE_FILE = "tracking.txt"
+_REMEDY = "remove the folder; a result in MLflow is then read back, without one the run is trained again"
 
 
 class Status(StrEnum):
@@ -107,12 +108,11 @@ def read_state(folder: Path) -> RunState:
     except FileNotFoundError:
         return RunState(Status.PLANNED)
     except OSError as error:
-        text = f"{file} cannot be read: {error.strerror}; correct that, or remove the folder to run this again"
-        raise UserError(text) from error
+        raise UserError(f"{file} cannot be read: {error.strerror}; correct that, or {_REMEDY}") from error
     except msgspec.ValidationError as error:
-        raise UserError(f"{file}: not a run's state ({error}); remove the folder to run this again") from error
+        raise UserError(f"{file}: not a run's state ({error}); {_REMEDY}") from error
     except ValueError as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); remove the folder to run this again") from error
+        raise UserError(f"{file}: not readable as JSON ({error}); {_REMEDY}") from error
     if state.status is Status.RUNNING and not state.is_elsewhere and find_process(state) is None:
         return replace(state, status=Status.INTERRUPTED)
     return state

@@ -25,6 +25,8 @@ _Item = TypeVar("_Item")
 
 ROLE = "role"
 ROLE_ARM = "arm"
+ROLE_REPLACED = "replaced"
+"""Of a run that was trained again: it stays in MLflow, and neither a sweep nor a report reads it."""
 OUTCOME = "outcome"
 TAKEN_FROM = "taken_from"
 """Tag of a run that was not trained for its study: "study/run (id)" of the one that was."""
@@ -105,6 +107,10 @@ class StudyRuns:
         client = open_client(self.uri)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
+
+    def replace(self, run_id: str, reason: str) -> None:
+        """Take a run out of the study, so that it is trained again; it stays in MLflow with the reason as a tag."""
+        self.tag(run_id, {"replaced_because": reason, ROLE: ROLE_REPLACED})  # in this order: the role decides
 
     def history(self, run_id: str, *keys: str) -> list[Point]:
         """Return the points of some metrics of one run, by key, then step."""

@@ -9,7 +9,7 @@ from lightning_moevlm.tracking.read.runs import RunRow, find_runs_anywhere
 
 _ID = re.compile(r"[0-9a-f]{4,32}")  # shorter beginnings would fit by chance
 _SAYABLE = re.compile(r"[^'\"`\\]+")  # MLflow's filter language has no escapes
-_ROLE, _ROLE_SUMMARY = "role", "summary"
+_ROLE, _ROLES_LEFT_OUT = "role", ("summary", "replaced")
 SHOWN_DIGITS = 8
 """Digits of a run's id in tables and messages."""
 
@@ -20,7 +20,7 @@ def choose_runs(uri: str, words: Sequence[str]) -> list[RunRow]:
     Args:
         uri: as `resolve_tracking_uri` returns it.
         words: a run's name, its id or at least 4 of its first digits, or `TAG=VALUE[,TAG=VALUE]` for all runs with
-            these tags except reports of studies.
+            these tags except reports of studies and runs that were trained again.
 
     Raises:
         UserError: a word names no run (the message names the nearest), or a name or an id names several.
@@ -68,7 +68,7 @@ def _by_tags(uri: str, word: str) -> list[RunRow]:
         if not equals or not tag:
             raise UserError(f"{word!r}: tags are written TAG=VALUE[,TAG=VALUE], e.g. sweep=quickstart,seed=0")
         tags[tag] = value
-    found = [row for row in find_runs_anywhere(uri, tags) if row.tags.get(_ROLE) != _ROLE_SUMMARY]
+    found = [row for row in find_runs_anywhere(uri, tags) if row.tags.get(_ROLE) not in _ROLES_LEFT_OUT]
     if not found:
         raise _no_such_tags(uri, word, tags)
     return found

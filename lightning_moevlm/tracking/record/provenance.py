@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -48,10 +49,15 @@ def code_checkout() -> Checkout | None:
 def code_digest() -> str:
     """Return a hash of this package's source, the same in every place and without git."""
     package = import_module(__name__.partition(".")[0])
-    root = Path(next(iter(package.__path__)))
+    return digest_sources([Path(next(iter(package.__path__)))])
+
+
+def digest_sources(places: Iterable[Path]) -> str:
+    """Return a hash of Python files, each given itself or by a folder above; the same wherever they lie."""
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    for place in places:
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{file.relative_to(place).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -29,6 +29,7 @@ from lightning_moevlm.tracking.record.closing_lines import checkpoint_lines, clo
 from lightning_moevlm.tracking.record.config_files import config_sources
 from lightning_moevlm.tracking.record.config_folder import write_config_folder
 from lightning_moevlm.tracking.record.dataset_input import DIGEST_TAG, HasManifest, log_dataset
+from lightning_moevlm.tracking.record.foreign_code import foreign_code_tags
 from lightning_moevlm.tracking.record.provenance import CODE_TAG, SLURM_JOB_TAG, code_checkout, code_digest, versions
 from lightning_moevlm.tracking.record.system_metrics import SystemSampler
 from lightning_moevlm.tracking.write.run_logger import RunLogger
@@ -87,7 +88,7 @@ class RunRecord(SaveConfigCallback):
         folder = write_config_folder(logger.run_dir, files, taken)
         logger.log_directory(folder, folder.name)
         logger.log_hyperparams(dict(resolved))
-        logger.log_tags(self._tags())
+        logger.log_tags(self._tags() | foreign_code_tags(resolved))
         _log_dataset(logger, trainer)
 
     @override

@@ -1,10 +1,12 @@
 """A study that pins its baseline: changes that move the digest, changes that do not, and the text of a refusal."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lightning_moevlm.common.digest import digest_text
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.declare.study_file import read_study
 from lightning_moevlm.study.plan.baseline_pin import baseline_digest, keep_baseline, refuse_other_baseline
@@ -56,6 +58,31 @@ def test_a_changed_baseline_is_refused_with_the_known_changes(tmp_path: Path) ->
     kept.write_text(kept.read_text().replace('"0.5"', '"0.4"'))  # it is no longer what its name says
     with pytest.raises(UserError, match=r"Changed keys: unknown \(no study below"):
         refuse_other_baseline(child)
+
+
+def test_an_option_that_is_off_leaves_the_baseline_as_it_was(tmp_path: Path) -> None:
+    before = planned(tmp_path)
+    digest = baseline_digest(before)
+    assert baseline_digest(planned(tmp_path, router_z=None, parts=[{"weight": 1.0, "ramp": None}])) == baseline_digest(
+        planned(tmp_path, parts=[{"weight": 1.0}])
+    )
+    assert baseline_digest(planned(tmp_path, router_z=None)) == digest
+    assert baseline_digest(planned(tmp_path, router_z="null")) != digest  # a text
+    on = planned(tmp_path, {"baseline_digest": digest}, router_z=0.1)
+    keep_baseline(before)
+    with pytest.raises(UserError, match=r"Changed keys: model.router_z was unset, is 0.1. To accept"):
+        refuse_other_baseline(on)
+
+
+def test_a_pin_that_counted_nulls_is_refused_once_with_the_reason(tmp_path: Path) -> None:
+    now = planned(tmp_path)
+    keep_baseline(now)
+    [kept] = now.folder.glob("baselines/*.json")
+    leaves = json.loads(kept.read_text()) | {"model.router_z": "null"}
+    old = digest_text(json.dumps(leaves, sort_keys=True))
+    kept.with_name(f"{old}.json").write_text(json.dumps(leaves))
+    with pytest.raises(UserError, match="Changed keys: none; the pin counted keys that are null"):
+        refuse_other_baseline(planned(tmp_path, {"baseline_digest": old}))
 
 
 def _dumped(pinned: dict[str, str | None]) -> str:

@@ -10,6 +10,7 @@ from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.declare.study_file import read_study
 from lightning_moevlm.study.plan.plan_study import plan_study
 from lightning_moevlm.study.plan.run_identity import COSMETIC_KEYS, compute_digest
+from lightning_moevlm.study.report.tables.plan_tables import plan_table
 from tests.study.tiny_study import describe, plan_of, resolve, write_project
 
 CONFIG = {
@@ -255,3 +256,23 @@ def test_logger_keys_are_checked_before_the_start(tmp_path):
 
     plan_study(read_study(write_project(tmp_path, "sqlite:///x.db")), watching, describe, tmp_path)
     assert all(keys >= {"experiment_name", "run_name", "tags"} for keys in seen)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "decide", "told"),
+    [
+        ([3], {}, "1 seed gives no interval and no verdict; at least 2 are needed: add to `seeds` in "),
+        ([3, 4], {}, None),
+        (
+            [3, 4],
+            {"test": "sign"},
+            "2 seeds give no interval and no verdict; at least 6 are needed: add to `seeds` in ",
+        ),
+    ],
+)
+def test_the_plan_says_that_seeds_are_too_few_for_a_verdict(tmp_path, seeds, decide, told):
+    file = write_project(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", {"seeds": seeds, "decide": decide})
+    plan = plan_of(file)
+    notes = plan_table(plan, dict.fromkeys((run.folder for run in plan.runs), "planned")).notes
+    found = [note for note in notes if "no interval" in note]
+    assert found == ([f"{told}{file}."] if told else [])

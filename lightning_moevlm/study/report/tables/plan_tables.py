@@ -13,10 +13,11 @@ from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_changes, format_count
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.run.probe import NUM_STEPS, Probe
+from lightning_moevlm.study.statistics.paired_tests import least_seeds
 
 
-def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> Table:
-    """Return the state of every run, with its job if it runs on a cluster."""
+def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], notes: Sequence[str] = ()) -> Table:
+    """Return the state of every run, with its job if it runs on a cluster; notes: added below."""
     on_cluster = any(state.job for _, state in ledger)
     rows = tuple(
         (
@@ -34,7 +35,7 @@ def status_table(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]]) -> T
     total = ", ".join(f"{count} {word}" for word, count in counts.items())
     job = ("job",) if on_cluster else ()
     columns = ("run", "status", "time", "attempts", "MLflow run", *job, "why")
-    return Table(plan.comparison.name, columns, rows, (total,))
+    return Table(plan.comparison.name, columns, rows, (total, *notes))
 
 
 def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -> Table:
@@ -74,6 +75,7 @@ def plan_table(plan: Plan, statuses: dict[str, str], known: KnownRuns | None = N
     notes = (
         f"{len(study.arms)} arms x {len(study.seeds)} seeds, {study.spends} each. "
         f"{study.primary.metric} decides, {study.primary.direction} is better.",
+        *_notes_on_seeds(plan),
         f"diverged: {study.diverged.text}.",
         *(f"{line}." for line in (known.describe(len(plan.runs)) if known else ())),
         *(("`sweep run` takes the results of known runs. With --reuse=false it trains them again.",) if taken else ()),
@@ -91,6 +93,16 @@ def _notes_on_baseline(plan: Plan) -> tuple[str, ...]:
     if plan.study.pin is not None:
         return (f"baseline: {digest}, pinned.",)
     return (f"baseline: {digest}. `baseline_digest: '{digest}'` in the study file refuses a changed baseline.",)
+
+
+def _notes_on_seeds(plan: Plan) -> tuple[str, ...]:
+    """Return a note if there are too few seeds for any verdict."""
+    seeds, decide = len(plan.comparison.seeds), plan.comparison.decide
+    least = least_seeds(decide.test, decide.alpha)
+    if seeds >= least:
+        return ()
+    count = "1 seed gives" if seeds == 1 else f"{seeds} seeds give"
+    return (f"{count} no interval and no verdict; at least {least} are needed: add to `seeds` in {plan.study.file}.",)
 
 
 def _notes_on_length(plan: Plan) -> tuple[str, ...]:
