@@ -5,6 +5,7 @@ have. Texts of other forms pass unchanged.
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ _NO_SUBCOMMAND = re.compile(
 )
 _NO_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)")
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
+_NO_ATTRIBUTE = re.compile(r"^module '([^']+)' has no attribute '([^']+)'")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _RAW = re.compile(r"(?:Namespace|NestedArg)\(")  # a value as only the parser knows it
 
@@ -97,8 +99,8 @@ def short_message(message: str, types: Types | None = None) -> str:
 def explain_missing_module(name: str) -> str:
     """Return the message for a missing module, with the places that are searched."""
     return (
-        f"there is no module {name}; to use your own set PYTHONPATH, as in `PYTHONPATH=. moevlm ...`, or install its "
-        "package"
+        f"there is no module {name}; if it is a module of your own, set PYTHONPATH, as in `PYTHONPATH=. moevlm ...`, "
+        "or install its package"
     )
 
 
@@ -213,6 +215,10 @@ def _explain_class(complaints: Sequence[_Complaint], where: str, types: Types) -
     """Explain a missing module or class, or a class of another kind: the nearest of the right kind, or all if few."""
     if found := _find(complaints, _NO_MODULE):
         return f"{where}: {explain_missing_module(found[1][1])}"
+    if found := _find(complaints, _NO_ATTRIBUTE):
+        module, name = found[1].groups()
+        classes = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
+        return f"{where}: module {module} has no class {name}; {_hint(name, classes)}".rstrip("; ")
     found = _find(complaints, _NO_CLASS, _OTHER_CLASS)
     if found is None:
         return None

@@ -112,15 +112,15 @@ MISTAKES = {
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
     "a part of a module that is not found": (
         ("describe", "my_package.MyRouter"),
-        "there is no module my_package; to use your own set PYTHONPATH, as in `PYTHONPATH=. moevlm ...`",
+        "there is no module my_package; if it is a module of your own, set PYTHONPATH, as in `PYTHONPATH=. moevlm ...`",
     ),
     "a router of a module that is not found": (
         ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router=my_package.MyRouter"),
-        "moe.router: there is no module my_package; to use your own set PYTHONPATH",
+        "moe.router: there is no module my_package; if it is a module of your own, set PYTHONPATH",
     ),
     "a callback of a module that is not found": (
         ("fit", *SMALL, "--trainer.callbacks+=my_package.MyCallback"),
-        "trainer.callbacks: there is no module my_package; to use your own set PYTHONPATH",
+        "trainer.callbacks: there is no module my_package; if it is a module of your own, set PYTHONPATH",
     ),
     "a class that its module lacks": (
         ("describe", "lightning_moevlm.model.routers.MyRouter"),

@@ -35,6 +35,16 @@ def resolver() -> ConfigResolver:
         ),
         (WEIGHT, "abc", f"{WEIGHT}: abc is not a valid value; give a number, {RAMP} or a ByOverflow"),
         (WEIGHT, {"start": 0, "num_steps": 10}, f"{WEIGHT}: Ramp needs stop too"),
+        (
+            ROUTER,
+            {"class_path": "tests.conftest.NoRouter"},
+            "model.backbone.moe.router: module tests.conftest has no class NoRouter",
+        ),
+        (
+            ROUTER,
+            {"class_path": "lightning_moevlm.model.routers.TopKRoute"},
+            "router: module lightning_moevlm.model.routers has no class TopKRoute; did you mean TopKRouter?",
+        ),
         (CAPACITY, {"start": 2.0}, "capacity.train_factor: Ramp needs stop, num_steps too"),
         (
             WEIGHT,
