@@ -14,6 +14,7 @@ from lightning_moevlm.configuration.signatures import (
     classes_of,
     describe_type,
     find_imported_class,
+    find_keys,
     get_option_type,
     is_record,
     join_if_few,
@@ -192,6 +193,8 @@ def _explain_option(complaints: Sequence[_Complaint], where: str, types: Types) 
         return f"{each.text}; --help lists the options"
     above, name, names = _first_unknown_key(option, types)
     near = find_nearest(name, names)
+    if near is None and "." not in option and (deeper := find_keys(types, option)):  # as in an arm, which has no dashes
+        return f"there is no key {option}; did you mean {' or '.join(deeper)}?"
     hint = f"did you mean --{above}{near}? " if near else ""
     return f"there is no option --{option}; {hint}--help lists the options"
 

@@ -6,7 +6,7 @@ advises less, but never fails.
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -20,6 +20,7 @@ _NAMES: dict[object, str] = {
     NoneType: "null",
 }
 _FOREIGN = ("torch", "lightning", "pytorch_lightning")
+_FEW_KEYS = 3
 _MANY = 8
 """Longest list in a message; `moevlm list` and `moevlm describe` show longer ones."""
 
@@ -91,6 +92,31 @@ def list_subclasses(base: type) -> tuple[list[str], list[str]]:
         if not inspect.isabstract(part) and not part.__name__.startswith("_"):
             (foreign if part.__module__.split(".")[0] in _FOREIGN else own).add(part.__name__)
     return sorted(own), sorted(foreign - own)
+
+
+def find_keys(types: Mapping[str, object], name: str) -> list[str]:
+    """Return the whole keys whose last part is `name`, shortest first; none if they are many. types: by known key."""
+    level, seen, found = list(types.items()), set[type](), dict[str, None]()
+    while level:
+        found |= dict.fromkeys(key for key, _ in level if key.split(".")[-1] == name)
+        below = []
+        for key, annotation in level:
+            for base in classes_of(annotation):
+                for part in sorted({base, *_own_subclasses(base)} - seen, key=lambda each: each.__name__):
+                    seen.add(part)
+                    inner = key if is_record(part) else f"{key}.init_args"
+                    below += [(f"{inner}.{option}", get_option_type(part, option)) for option in list_options(part)]
+        level = below
+    return list(found) if len(found) <= _FEW_KEYS else []
+
+
+def _own_subclasses(base: type) -> list[type]:
+    found: list[type] = []
+    child: type
+    for child in type.__subclasses__(base):
+        if child.__module__.split(".")[0] not in _FOREIGN:
+            found += [child, *_own_subclasses(child)]
+    return found
 
 
 def is_record(part: type) -> bool:

@@ -141,6 +141,8 @@ def test_mistakes_in_a_file_are_explained_at_their_place(
         ("trainer.max_step", "3", "there is no option --trainer.max_step; did you mean --trainer.max_steps?"),
         ("model.losses.load_balnce.weight", "1", "did you mean --model.losses.load_balance?"),
         ("trainer.callbacks", "[{class_path: Telemetri}]", "there is no class Telemetri; did you mean Telemetry?"),
+        ("router", "TopKRouter", f"there is no key router; did you mean model.precision.router or {ROUTER}?"),
+        ("no_such_key", "1", "there is no option --no_such_key; --help lists"),
         ("model.router_z", "null", "there is no option --model.router_z; --help lists"),
         ("model.los.router_z", "null", "did you mean --model.losses?"),
         (
