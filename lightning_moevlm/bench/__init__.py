@@ -1,1 +1,1 @@
-"""Benchmarks that a user can run on his own machine, peers beside."""
+"""Benchmarks to run on your own machine, compared with other packages."""

@@ -34,7 +34,7 @@ def layer(
     device: Device = "cpu",
     json: str | None = None,
 ) -> int:
-    """Time MoE layers, forward and backward, beside a dense twin, the pure expert products and other packages.
+    """Time MoE layers, forward and backward, beside a dense twin, the bare matrix products and other packages.
 
     Args:
         only: Filter of cases, e.g. E=8 or E=8,act=gelu,skew=zipf.
@@ -122,10 +122,10 @@ def step(
 
     Args:
         rounds: Interleaved rounds; each trains 110 steps of a small model in each way, and one step of a larger one.
-        beside: Number of busy processes; time a step of the quickstart's model quiet and beside them instead.
+        beside: Number of busy processes. If given, times a step of the quickstart model alone and while they run.
         threads: Threads of torch; by default one per core.
         device: Device of the models; goals are checked on the CPU only.
-        json: Write one record per way to train to this file instead of the tables; - is standard output.
+        json: Write one record per variant to this file instead of the tables; - is standard output.
     """
     if beside is not None:
         return _step_beside(beside, rounds, threads, device, json)
@@ -174,7 +174,7 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
     """Time reading, parsing, decoding and whole loaders, beside decoding alone and plain WebDataset with Pillow.
 
     Args:
-        rounds: Interleaved rounds; each does everything once.
+        rounds: Interleaved rounds; each measures every case once.
         root: Folder of a set with jpg and txt; by default one of 256 px images is drawn for the bench and removed.
         json: Write one record per thing timed to this file instead of the tables; - is standard output.
     """

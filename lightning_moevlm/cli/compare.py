@@ -41,11 +41,12 @@ def compare(
     Args:
         runs: The runs; the first one's arm is the baseline.
         metric: Metric that decides.
-        direction: Direction of improvement; by default that of the metric's declaration.
+        direction: Direction of improvement; by default as `moevlm list metrics` shows.
         by: Config key or tag that defines the arms, e.g. model.losses.router_z; may be repeated. Arms may then
             differ in it.
         baseline: Name of the baseline, as shown in the tables.
-        within: Largest difference that does not matter, in the metric's unit; null: no verdict says "no difference".
+        within: Largest difference that does not matter, in the metric's unit; without it the verdict "no difference" is
+            never given.
         guard: METRIC=AMOUNT, a metric that may not get worse by more than that; may be repeated. An arm that breaks it
             does not help.
         also: A further metric to report, without a verdict; may be repeated.

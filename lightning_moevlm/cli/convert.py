@@ -99,7 +99,7 @@ class _Shared(NamedTuple):
 
 @dataclass(frozen=True)
 class ConvertCsv(_Convert):
-    """Convert a CSV file and the folder of images that it names. Columns without a meaning go to the json member.
+    """Convert a CSV file and the folder of images that it names. All other columns go to the json member.
 
     Args:
         table: The CSV file; its first line names the columns.
@@ -110,7 +110,8 @@ class ConvertCsv(_Convert):
         split_column: Column with train, val or test; by default the hash of the image decides, 80, 10 and 10 %.
         delimiter: Character between fields.
         encoding: Encoding of the table, such as cp1252 for tables from Windows.
-        quotes: Whether fields may be quoted; null reads them so, and refuses a table if that seems to swallow rows.
+        quotes: Whether fields may be quoted; null reads them so, and refuses a table in which a
+            quoted field seems to contain whole rows.
     """
 
     table: str
@@ -139,7 +140,7 @@ class ConvertJsonl(_Convert):
     """Convert a file of JSON objects, one per line, and the folder of images that it names.
 
     Args:
-        table: The file, UTF-8. Fields without a meaning go to the json member.
+        table: The file, UTF-8. All other fields go to the json member.
         images: Folder that image paths are relative to; by default the table's own. Paths may not leave it.
         image_field: Field of image paths; null for a set of texts alone.
         caption_field: Field of captions; null for a set of images alone.
@@ -192,7 +193,7 @@ class ConvertCocoVqa(_Convert):
         annotations: The file with the answers.
         images: Folder of the images; by default the questions' own.
         image_name: Pattern of image names; by default COCO_SUBTYPE_{image_id:012d}.jpg.
-        captions: A COCO captions file of the same images, for captions as well and for the images' names.
+        captions: A COCO captions file of the same images; adds its captions and takes the image names from it.
     """
 
     questions: str
@@ -217,11 +218,12 @@ class ConvertImg2dataset(_Convert):
 
     The tars stay as they are: they are linked into the set or, if --out is their own folder, get a manifest beside
     them. Whole tars then fall into the splits. Bad samples stay in their tars, so training needs data.max_lost_fraction
-    above 0. --keep_tars false writes the good samples anew, mixed and split by image.
+    above 0. --keep_tars false writes the good samples again, mixed and split by image.
 
     Args:
         folder: The folder with 00000.tar, 00000_stats.json and so on; without any statistics, with tars of any name.
-        keep_tars: Whether the tars stay as they are. --image_format, --max_side and --samples_per_shard need false.
+        keep_tars: Whether the tars stay as they are. --image_format, --max_side and --samples_per_shard require
+            --keep_tars false.
         recompress: Whether compressed tars (gzip, bzip2, xz) are unpacked into the set; they are refused otherwise.
         image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
         caption_member: Extension of the captions; null for a set of images alone.
@@ -248,8 +250,8 @@ class ConvertImg2dataset(_Convert):
         members = MemberNames(self.image_member, self.caption_member, self.caption_field)
         if self.keep_tars and (self.image_format, self.max_side, self.samples_per_shard) != ("jpg", None, 1000):
             raise UserError(
-                "image_format, max_side and samples_per_shard are for samples that are written anew; add --keep_tars "
-                "false, or leave them out"
+                "--image_format, --max_side and --samples_per_shard require --keep_tars false: add it, or leave them "
+                "out"
             )
         tars = require_folder(local_source(self.folder, "folder"), "folder")
         name = make_set_name(self.name or tars.resolve().name)
@@ -267,7 +269,7 @@ class ConvertImg2dataset(_Convert):
 
 @dataclass(frozen=True)
 class ConvertQuestions(_Convert):
-    """Make a set of the questions of another (scenes, coco_vqa): one sample per question, with a copy of its image.
+    """Make a set with one sample per question of another set (scenes, coco_vqa), with a copy of its image.
 
     Splits and tokenizer are the other set's; --vocab_size is not used.
 

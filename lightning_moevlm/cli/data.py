@@ -69,7 +69,7 @@ def build_scenes(
         out: Folder of the set.
         num_samples: Scenes over all splits (80 % train, 10 % val, 10 % test).
         image_size: Pixels per side, 32 to 1024.
-        image_format: jpg, or png without losses.
+        image_format: jpg, or lossless png.
         num_drawings: Number of different drawings in the scenes, 8 to 84.
         seed: Seed of the scenes; a larger set begins with the scenes of a smaller one.
         samples_per_shard: Samples per tar file.
@@ -94,7 +94,7 @@ def build_scenes(
 
 
 def check(path: str, json: str | None = None) -> None:
-    """Verify every shard and sample of a set against its manifest, and print its card.
+    """Verify every shard and sample of a set against its manifest, and print a summary.
 
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.
@@ -183,7 +183,7 @@ def codebook(
 
 
 def answers(path: str, num_answers: int | None = None, annotation: str = "answers", out: str | None = None) -> None:
-    """Count the answers to a set's training questions, or its classes: what a model chooses from.
+    """Count the answers to a set's training questions, or its classes: the answer classes for AnswerClassification.
 
     Args:
         path: Folder of the set, or its address (http, https, s3, gs); its shards are kept in the cache.

@@ -1,4 +1,4 @@
-"""A process that imports what the runs of a sweep have in common, and becomes each of them by forking.
+"""A process that imports the package once and forks into each run of a sweep.
 
 A run then starts at once, not after seconds of imports. Forks share the memory of what was there before.
 `study/run/engines/forks.py` starts it and defines the messages:

@@ -32,14 +32,20 @@ Kind = Literal[
     "metrics",
 ]
 
+_PLACEHOLDERS = (
+    "stage: train, val or test. term: a loss term, as image or router_z. block: 0, 1, ... modality: image or text.\n"
+    "expert: 0, 1, ... switch: an option, such as losses.router_z. source: a name in data.sources."
+)
+
 
 def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
-    """List the parts that a configuration can name, plug-ins included, and the designs and metrics of studies.
+    """List parts for configurations, plug-ins included, and designs and metrics for studies: moevlm list [KIND].
 
     Args:
-        kind: Kind to list; null lists all.
+        kind: Kind to list; by default all.
         json: Write the rows to this file as JSON; - is standard output.
     """
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -56,7 +62,7 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
     table = Table("kind", "name", "what it is", title=None)
     for row in rows:
         table.add_row(row["kind"], row["name"], Text(row["summary"]))
-    show(table, rows, json)
+    show(Group(Text(_PLACEHOLDERS), table) if kind == "metrics" else table, rows, json)
 
 
 def describe(name: str, json: str | None = None) -> None:
@@ -82,7 +88,9 @@ def describe(name: str, json: str | None = None) -> None:
     part = part or _imported(name)
     if part is None:
         near = find_nearest(name, [*known, *names()])
-        hint = f"did you mean {near}?" if near else "`moevlm list` shows all"
+        hint = (
+            f"did you mean {near}?" if near else "`moevlm list` shows all, and a class of your own needs its full path"
+        )
         raise UserError(f"there is no part {name}: {hint}")
     rows = [
         {

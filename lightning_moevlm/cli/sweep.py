@@ -45,12 +45,13 @@ def run(
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml.
-        jobs: Runs at once; by default one per GPU, or one per core without a GPU; on a cluster no limit.
-        retry: Run failed runs again, from zero; one that --timeout_minutes ended resumes from its last checkpoint.
-        only: Runs to train, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
+        jobs: Runs at once; by default one per GPU, or one per core without a GPU; unlimited on a cluster.
+        retry: Run failed runs again, from step 0; one that --timeout_minutes ended resumes from its last checkpoint.
+        only: Runs to train, arm=NAME[,NAME] or seed=NUMBER. May be repeated; then only runs that match all of them
+            are selected.
         engine: Engine of the runs: local, slurm or ray, with its own options, e.g. --engine.num_gpus 1.
-        timeout_minutes: Longest time of a run in minutes, without its wait for a cluster; a longer run is ended and has
-            failed; null: no limit.
+        timeout_minutes: Longest time of a run in minutes, without its wait for a cluster; a run that takes longer is
+            stopped and counts as failed; null: no limit.
         reuse: Take the results of finished runs that another study has made with the same configuration, seed, budget,
             data and code; with false every run is trained here.
         retrain: Train finished runs again whose code has changed since; MLflow keeps the old runs, marked as replaced.
@@ -99,7 +100,8 @@ def report(
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write records to this file as JSON instead of the finding; - is standard output.
         records: Content of `json`: factors (main effects, interactions), arms (effects, stability, cost), learning
-            rates, or what was not alike. By default factors if the design crosses them, else arms.
+            rates, or differences between runs that may bias the result. By default
+            factors if the design crosses them, else arms.
         unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
         full: Also print every table of the report.
     """

@@ -10,6 +10,7 @@ def sync(folder: str | None = None, json: str | None = None, dry_run: bool = Fal
     """Upload metrics, tags and files that runs kept locally while MLflow was unreachable. Safe to repeat.
 
     A run in progress uploads by itself. `moevlm sweep run|status|report` uploads for the runs of a study.
+    `moevlm sync FOLDER` is short for --folder FOLDER.
 
     Args:
         folder: A run's folder or one above it; by default the folder of the current MLflow store, e.g. runs.

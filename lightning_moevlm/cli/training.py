@@ -1,4 +1,4 @@
-"""fit, validate, test, predict: LightningCLI without the faults that would harm an ablation.
+"""Runs fit, validate, test and predict through LightningCLI, with stricter checks.
 
 - Configurations are merged first and interpolated last (`parser_mode="omegaconf+"`), so a later file or flag changes
   everything that refers to it. Absolute references work although the subcommand is their root.
@@ -63,6 +63,17 @@ from lightning_moevlm.training.checks.trainer_checks import (
 )
 
 _INCOMPLETE = "the following arguments are required"
+_DESCRIPTIONS = {
+    "fit": "Train a model.",
+    "validate": "Evaluate a model on the validation split.",
+    "test": "Evaluate a model on the test split.",
+    "predict": "Run a model on the test split; callbacks such as FeatureWriter write what it returns.",
+}
+_HELP = {  # Lightning's texts describe what is refused here, or what it does itself
+    "ckpt_path": "Checkpoint to resume or to evaluate: a .ckpt file, or with --run RUN also `last` or `best`.",
+    "weights_only": "Read checkpoints without running code that they hold. `false` is refused.",
+    "trainer.logger": "Logger of the run; by default MLflow. `false` logs nothing.",
+}
 
 
 class CommandLine(LightningCLI):
@@ -93,9 +104,13 @@ class CommandLine(LightningCLI):
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Default to reading checkpoints without unpickling, and to our table of results."""
+        """Default to reading checkpoints without unpickling, and to our table of results; explain our rules."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
+        parser.description = _DESCRIPTIONS[subcommand]
+        for action in parser._actions:
+            if action.dest in _HELP:
+                action.help = _HELP[action.dest]
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # of Lightning's table; ResultTable prints ours
         return parser

@@ -1,1 +1,1 @@
-"""Errors, files, numbers and text: what every folder uses and none is about mixture-of-experts models."""
+"""Helpers without any knowledge of MoE: errors, files, numbers, text."""

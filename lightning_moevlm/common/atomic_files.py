@@ -27,14 +27,14 @@ def write_atomically(file: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise UserError(
-            f"{file} cannot be written: {error.strerror}; make room or let the folder be written, then give the same "
-            "command again: it resumes from there"
+            f"{file} cannot be written: {error.strerror}; free disk space or grant write permission, then repeat the "
+            "command: it resumes from there"
         ) from error
 
 
 @contextmanager
 def explain_write_errors(
-    target: Path | str, remedy: str = "make room or give rights, or name another"
+    target: Path | str, remedy: str = "free disk space, grant write permission, or name another path"
 ) -> Iterator[None]:
     """Turn an OSError within into a `UserError` that names the target and the remedy."""
     try:

@@ -1,4 +1,4 @@
-"""Shows only warnings of Lightning while a run is built, so that a user's mistake is the only line.
+"""Hides Lightning's notices, not its warnings, while a run is built, so that an error stands alone.
 
 "Seed set to 0", "GPU available: ..." and advertising are dropped. Warnings that name nothing the user could change are
 filtered.

@@ -41,10 +41,10 @@ def read_answers(path: Path) -> AnswerList:
         ) from None
     except msgspec.MsgspecError as error:
         raise UserError(
-            f"{path} is not a list of answers ({error}); write it anew with `moevlm data answers SET`"
+            f"{path} is not a list of answers ({error}); write it again with `moevlm data answers SET`"
         ) from None
     if not found.answers or len(set(found.answers)) < len(found.answers) or len(found.answers) != len(found.counts):
-        raise UserError(f"{path} names no answer, or one twice; write it anew with `moevlm data answers SET`")
+        raise UserError(f"{path} names no answer, or one twice; write it again with `moevlm data answers SET`")
     return found
 
 

@@ -6,6 +6,7 @@ The codebook is fitted on the training shards of a set, lies beside them, and ho
 Layout: patches are row-major over the image; within a patch the order is (channel, row, column).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def standardise_patches(images_BRYX: Tensor, patch_size: int) -> Tensor:
     """
     height, width = images_BRYX.shape[2:]
     if height % patch_size or width % patch_size:
-        raise UserError(f"patch_size is {patch_size}, but must divide the image size {height}x{width}")
+        raise UserError(
+            f"patch_size is {patch_size}, but must divide the image size {height}x{width}: choose a divisor of "
+            f"{math.gcd(height, width)}"
+        )
     pixels_BRYX = images_BRYX.to(torch.float32) / 255
     patches_BPQ = F.unfold(pixels_BRYX, patch_size, stride=patch_size).transpose(1, 2)
     centred_BPQ = patches_BPQ - patches_BPQ.mean(-1, keepdim=True)

@@ -48,10 +48,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 TASK_LOSS = MetricKey("{stage}/task_loss", "task loss", "sum of term losses", "lower")
 TOTAL_LOSS = MetricKey("{stage}/total_loss", "total loss", "sum of term losses", "lower")
-TERM_RAW = MetricKey("loss/{term}", "loss term, raw", "term's own", "lower")
-TERM_WEIGHTED = MetricKey("loss_weighted/{term}", "loss term, weighted", "term's own", "lower")
+TERM_RAW = MetricKey("loss/{term}", "loss term, raw", "unit of the term", "lower")
+TERM_WEIGHTED = MetricKey("loss_weighted/{term}", "loss term, weighted", "unit of the term", "lower")
 TERM_WEIGHT = MetricKey("loss_weight/{term}", "weight of a loss term", "", "neither")
-EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "term's own", "lower")
+EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "unit of the term", "lower")
 ACCURACY = MetricKey("{stage}/accuracy_{term}", "masked accuracy", "fraction", "higher")
 MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")
 RECALL = MetricKey("{stage}/recall_at_{k}/{direction}", "retrieval recall at k", "fraction", "higher")
@@ -114,7 +114,7 @@ REVIVED_EXPERTS = MetricKey("action/revived_experts/{layer}", "experts revived",
 ROUTER_FROZEN = MetricKey("action/router_frozen", "routers frozen from here on", "", "neither")
 ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after step", "optimiser steps", "neither")
 
-LIVENESS = MetricKey("liveness/{switch}", "by how much a switch acts", "switch's own", "neither")
+LIVENESS = MetricKey("liveness/{switch}", "by how much a switch acts", "unit of the switch", "neither")
 BALANCE_GRADIENT_SHARE = MetricKey(
     "balance_gradient_share/{weights}", "gradient of balance losses / whole gradient (R_g)", "", "lower"
 )

@@ -25,7 +25,7 @@ def count_answers(
     """
     manifest = storage.read_manifest()
     if annotation.member == ANNOTATION_EXTENSION and ANNOTATION_EXTENSION not in manifest.members:
-        raise UserError(f"samples of {storage} have no json member; {annotation.remedy}")
+        raise UserError(f"{storage} has no {annotation.what}: its samples have no json member; {annotation.remedy}")
     collate = Collate((), storage.read_tokenizer(manifest.tokenizer), 0, 2, annotation=annotation)
     counts: Counter[str] = Counter()
     questions: list[frozenset[str]] = []
@@ -40,7 +40,7 @@ def count_answers(
             if given:
                 questions.append(given)
     if not questions:
-        raise UserError(f"no training sample of {storage} has a {annotation.name}; {annotation.remedy}")
+        raise UserError(f"no training sample of {storage} has {annotation.what}; {annotation.remedy}")
     chosen = sorted(counts, key=lambda answer: (-counts[answer], answer))[:num_answers]
     covered = set(chosen)
     share = sum(not given.isdisjoint(covered) for given in questions) / len(questions)

@@ -122,8 +122,8 @@ class ShardDataModule(LightningDataModule):
         if (root is None) == (not mixed):
             shown = root and mask_url_secrets(root)
             raise UserError(
-                f"data.root is {shown} and data.sources names {len(mixed)} sets: give a folder as root and no sources, "
-                "or sources and null as root"
+                f"data.root is {shown} and data.sources names {len(mixed)} sets: set only one of data.root and "
+                "data.sources, the other to null"
             )
         refuse_invalid_names(list(mixed))
         self.sources = mixed or {"": Source(str(root))}

@@ -1,7 +1,8 @@
-"""Initial weights that belong to a name, not to an order; every module of ours has them once it is constructed.
+"""Initial weights drawn by parameter name, so the order of construction does not matter.
 
-Each parameter is drawn from a generator seeded with (seed, its full name). Two models that share a parameter's name
-and shape share its initial value: arms of a study start from the same point.
+Every module of ours has them once it is constructed. Each parameter is drawn from a generator seeded with (seed, its
+full name). Two models that share a parameter's name and shape share its initial value: arms of a study start from the
+same point.
 
 Rule: matrices, stacks and embeddings are normal with the given std, cut at two std (truncated normal, as in BEiT and
 Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. A module that `HasScales`

@@ -1,4 +1,4 @@
-"""Compares any runs in MLflow: choose them, name their arms, refuse what biases, print and write the report."""
+"""Compares any runs in MLflow: choose them, name their arms, refuse unfair comparisons, print and write the report."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence

@@ -107,7 +107,7 @@ def prepare_store(uri: str) -> None:
         follow_move(path)
     except sqlite3.Error as error:
         raise UserError(
-            f"{path} cannot be written ({error}): make room and let it be written, then run again"
+            f"{path} cannot be written ({error}): free disk space or grant write permission, then repeat the command"
         ) from error
 
 
@@ -169,13 +169,13 @@ def _create(path: Path) -> None:
                     shutil.rmtree(beside, ignore_errors=True)
     except Timeout as error:
         raise UserError(
-            f"another process has been creating {path} for {_LOCK_SECONDS:.0f} s: end it, then run again"
+            f"another process has been creating {path} for {_LOCK_SECONDS:.0f} s: end it, then repeat the command"
         ) from error
     except (OSError, SQLAlchemyError, MlflowException) as error:
         reason = getattr(error, "strerror", None) or describe_cause(error)
         raise UserError(
-            f"tracking database {path} cannot be created ({reason}): make room, or name a file in a "
-            "folder that can be written, in tracking_uri or MLFLOW_TRACKING_URI"
+            f"tracking database {path} cannot be created ({reason}): free disk space, or name a file in a writable "
+            "folder in tracking_uri or MLFLOW_TRACKING_URI"
         ) from error
 
 
@@ -202,7 +202,9 @@ def _revision(path: Path) -> str | None:
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is not an MLflow database ({error}): name another file in the tracking URI") from error
     if row is None:
-        raise UserError(f"{path} is a database of MLflow without a schema revision: move it away and run again")
+        raise UserError(
+            f"{path} has no MLflow schema version, so it may be incomplete: rename it and repeat the command"
+        )
     return str(row[0])
 
 

@@ -87,13 +87,12 @@ def keep_pinned_regions(trainer: Trainer, policy: PrecisionPolicy) -> None:
             f"precision.optimizer_state is float32 with trainer.precision {plugin.precision}: optimiser state has the "
             "dtype of the parameters; set trainer.precision to bf16-mixed, or precision.optimizer_state to null"
         )
-    other = {"bf16-true": "float16", "16-true": "bfloat16"}[plugin.precision]
+    own, other = ("bfloat16", "float16") if plugin.precision == "bf16-true" else ("float16", "bfloat16")
     mixed = [] if policy.simulate else [name for name in ("trunk", "heads") if policy.dtype_of(name) == other]
     if mixed:
         raise UserError(
-            f"precision.{mixed[0]} is {other} with trainer.precision {plugin.precision}: the weights are in the other "
-            f"half precision; set trainer.precision to {'16-true' if other == 'float16' else 'bf16-true'}, or "
-            f"precision.{mixed[0]} to float32 or null"
+            f"precision.{mixed[0]} is {other}, but weights under {plugin.precision} are {own}: set trainer.precision "
+            f"to {'16-true' if other == 'float16' else 'bf16-true'}, or precision.{mixed[0]} to float32 or null"
         )
     pinned = [name for name in _WEIGHTED if policy.dtype_of(name) == "float32"]
     if isinstance(plugin, HalfPrecision):

@@ -68,7 +68,7 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
     for expected, *words in (
         ("moevlm compare RUN RUN", "--metric", "val/task_loss"),
         ("there are baseline-seed0", "baselin-seed0", "sweep=line"),
-        ("is named '632471343e91'", "632471343e91"),  # reads as a number, and is a text
+        ("has the name '632471343e91'", "632471343e91"),  # reads as a number, and is a text
         ("--within is -1; give more than 0", *alike, "--within", "-1"),
         ("--guard val/task_loss: write METRIC=AMOUNT", *alike, "--guard", "val/task_loss"),
         ("--guard a=-1: write METRIC=AMOUNT", *alike, "--guard", "a=-1"),
@@ -78,7 +78,12 @@ def test_runs_of_a_store(moevlm: Callable[..., str], plan: Plan, workplace: Path
             "--also",
             "val/accuracy_txt",
         ),
-        ("optim/grad_norm has no better direction", *alike, "--guard", "optim/grad_norm=1"),
+        (
+            "it is not declared whether lower or higher optim/grad_norm is better",
+            *alike,
+            "--guard",
+            "optim/grad_norm=1",
+        ),
         ("there is no store at", *alike, "--tracking_uri", "sqlite:///none.db"),
         ("which is not part of a report", *alike, "--report", "conf"),
         ("could not be written (Not a directory)", *alike, "--report", "line.yaml/report"),

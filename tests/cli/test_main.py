@@ -26,7 +26,7 @@ MISTAKES = {
     "wrong type": (("fit", *SMALL, f"{BACKBONE}.dim=wide"), "wide"),
     "top_k beyond the experts": (
         ("fit", *SMALL, f"{BACKBONE}.moe.init_args.router.init_args.top_k=5"),
-        "top_k is 5 with num_experts 4: choose top_k between 1 and 4",
+        "router.top_k is 5: choose a number between 1 and 4, the num_experts",
     ),
     "unresolvable reference": (("fit", *SMALL, "--data.image_size=${nowhere.at_all}"), "nowhere"),
     "no such config": (

@@ -107,7 +107,7 @@ def test_an_invalid_run_is_one_line_with_the_remedy(moevlm: Moevlm, project: Pat
     before = sorted(path for path in project.rglob("*") if path.suffix != ".lock")
     (project / "empty").mkdir()
     for words, told in (
-        (("--run", "my frist"), "no run in .* is named 'my frist' .*my first"),
+        (("--run", "my frist"), "no run in .* has the name 'my frist' .*my first"),
         (("--run", "empty"), "has no record of a training"),
         (("--run",), "--run needs a value: --run RUN, an id, name or folder"),
         (("--run", "my first", "--ckpt_path", "none.ckpt"), "no checkpoint at none.ckpt"),

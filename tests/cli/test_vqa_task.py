@@ -59,4 +59,4 @@ def test_questions_become_samples_and_a_model_answers_them(
 def test_what_holds_no_questions_is_refused_in_one_line(moevlm: Callable[..., str]) -> None:
     assert "moevlm data build" in moevlm(*CONVERT[:3], "data/shards/nowhere", *CONVERT[4:], code=2)
     plain = ["fit", "-c", "conf/quickstart.yaml", "--data.annotation=answers", "--trainer.fast_dev_run=true", *SMALL]
-    assert "has no answers; `moevlm data convert questions SET` makes a set" in moevlm(*plain, code=2)
+    assert "has no answers; make a set of questions first, `moevlm data convert questions SET" in moevlm(*plain, code=2)

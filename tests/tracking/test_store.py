@@ -204,7 +204,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    with short_files(60_000), pytest.raises(UserError, match=r"runs/mlflow.db cannot be created \(.*\): make room, or"):
+    with (
+        short_files(60_000),
+        pytest.raises(UserError, match=r"runs/mlflow.db cannot be created \(.*\): free disk space, or"),
+    ):
         prepare_store(f"sqlite:///{tmp_path}/runs/mlflow.db")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mlflow.db.lock"]
     prepare_store(f"sqlite:///{tmp_path}/runs/mlflow.db")

@@ -50,7 +50,7 @@ def test_a_run_outside_mlflow_prints_its_folder(workplace: Path, capfd: pytest.C
     folder = "runs/lightning_logs/version_0"
     told = capfd.readouterr().out.splitlines()
     assert f"Checkpoints and configuration: {folder}" in told
-    assert f"Measure or resume: moevlm test --run {folder}, moevlm fit --run {folder}" in told
+    assert f"Evaluate or resume: moevlm test --run {folder}, moevlm fit --run {folder}" in told
     assert main(["fit", *SMALL, *budget(1), "--trainer.logger=false"]) == 0
     assert f"Checkpoints: {workplace / 'checkpoints'}" in capfd.readouterr().out.splitlines()
     few = "--trainer.limit_test_batches=1"

@@ -1,4 +1,4 @@
-"""Locates members in tars that were kept as they were found.
+"""Locates members in tars that a set uses unchanged.
 
 A set that this package has written does not need it: its members have their own extensions, and its keys are unique.
 """

@@ -88,7 +88,9 @@ def check_set(storage: ShardStorage) -> CheckReport:
     if tokenizer.vocab_size != manifest.tokenizer.vocab_size:
         check.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, not {manifest.tokenizer.vocab_size}")
     empty = [split for split in SPLITS if not manifest.num_samples(split)]
-    check.problems.extend(f"the {split} split of {storage} is empty; make the set anew" for split in empty)
+    check.problems.extend(
+        f"the {split} split of {storage} is empty; build the set again with more samples" for split in empty
+    )
     cards = tuple(card for split in SPLITS if (card := check.split(split)) is not None)
     sizes = tuple(sorted(check.sizes.items(), key=lambda entry: (-entry[1], entry[0])))
     return CheckReport(manifest, cards, sizes, dict(sorted(check.faults.items())), tuple(check.problems))

@@ -1,4 +1,4 @@
-"""Loads batches with a known place: sized, resumable to the batch, in a new order every epoch.
+"""Loads batches with a known position: sized, resumable to the batch, in a new order every epoch.
 
 The state is kept in the main process: epoch, batches handed out, and the place of each logical stream in each source,
 which comes with each batch. Snapshots of workers (torchdata's StatefulDataLoader) run ahead of training by the
@@ -216,13 +216,15 @@ class ShardLoader:
             if then != now:
                 raise UserError(
                     f"cannot resume the data: {name} was {then} in the checkpoint and is {now} now, so batches would "
-                    "come in another order; restore it, or start from the weights alone"
+                    "come in another order; restore it, or start a new run from its weights with "
+                    "--model.init_from.checkpoint FILE"
                 )
         rank = self._reader.rank.index
         if rank not in state_dict["ranks"]:
             raise UserError(
                 f"cannot resume the data: the checkpoint was saved by rank {', '.join(map(str, state_dict['ranks']))} "
-                f"alone, without the place of rank {rank}; save with all ranks, or start from the weights alone"
+                f"alone, without the position of rank {rank}; save with all ranks, or start a new run from its weights "
+                "with --model.init_from.checkpoint FILE"
             )
         own = state_dict["ranks"][rank]
         places: Places = tuple(tuple(Place(*place) for place in stream) for stream in own["places"])

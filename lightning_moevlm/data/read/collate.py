@@ -1,4 +1,4 @@
-"""Makes a `Batch` of raw samples: each is decoded into the batch's memory, and all texts are tokenised together.
+"""Makes a `Batch` from raw samples: each is decoded into the batch's memory, and all texts are tokenised together.
 
 Images to be decoded on the device stay JPEGs. Their beginning and end are checked, and the batch gets images on torch's
 meta device, which have a shape and no pixels, until they are decoded.

@@ -33,7 +33,9 @@ class FixedReader(Reader):
     def __post_init__(self) -> None:
         for source, batches in zip(self.sources, self._batches, strict=True):
             if source.num_samples == 0:
-                raise UserError(f"the evaluation split of {source.name} is empty; make the set anew, with more samples")
+                raise UserError(
+                    f"the evaluation split of {source.name} is empty; build the set again with more samples"
+                )
             if batches == 0:
                 raise UserError(
                     f"source {source.name} has {source.num_samples} evaluation samples, less than one for each of "

@@ -161,8 +161,8 @@ class _Taker:
         self._lost_in_a_row += 1
         if self._lost_in_a_row > len(self._stream.sample_range):
             raise UserError(
-                f"a stream cannot use any of its {len(self._stream.sample_range)} samples of "
-                f"{self._stream.source.name}: {sample.message}"
+                f"none of the {len(self._stream.sample_range)} samples that one of data.num_streams reads from "
+                f"{self._stream.source.name} is usable; the last error: {sample.message}"
             )
         return place, sample
 

@@ -1,7 +1,7 @@
 """Opens a set in a folder or on a server; the one place that turns manifest entries into files.
 
 Folders are read in place. Shards of a remote set (http, https, s3, gs) are downloaded when they are opened and kept in
-a bounded cache. Manifest and tokenizer are small and read anew by each process. A shard is returned only with the size
+a bounded cache. Manifest and tokenizer are small and read again by each process. A shard is returned only with the size
 and sha256 of the manifest. No address can reach a shell.
 """
 
@@ -64,7 +64,10 @@ class ShardStorage:
     def __post_init__(self) -> None:
         protocol = self._protocol
         if protocol == "pipe":
-            raise UserError(f"data root is {self.root!r}: data never reach a shell; give a folder or an address")
+            raise UserError(
+                f"data root is {self.root!r}: shell commands are not allowed; give a folder, or an address that begins "
+                f"with one of {', '.join(name for name in self.allowed_protocols if name != 'file')}"
+            )
         if protocol not in self.allowed_protocols or (protocol != "file" and "::" in self.root):
             raise UserError(
                 f"data root {self} has the protocol {protocol!r}, but only {', '.join(self.allowed_protocols)} are "
@@ -153,7 +156,11 @@ class ShardStorage:
                 continue  # another process needed its room in the cache
             except OSError as error:
                 raise _read_fault(str(path), error) from None
-        raise UserError(f"shards vanish from {self._cache.folder} before they are read; raise data.cache_gib")
+        limit = "null" if self.cache_gib is None else f"{self.cache_gib:g}"
+        raise UserError(
+            f"shards are removed from the cache {self._cache.folder} before they are read: it is too small for all "
+            f"processes that use it. Raise data.cache_gib in each of them (here {limit})"
+        )
 
     @property
     def _protocol(self) -> str:

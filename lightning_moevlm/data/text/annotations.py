@@ -30,7 +30,9 @@ class Annotation(NamedTuple):
     def remedy(self) -> str:
         """What to do where a sample lacks it."""
         if self.name == ANSWERS:
-            return "`moevlm data convert questions SET` makes a set with a question and its answers per sample"
+            return (
+                "make a set of questions first, `moevlm data convert questions SET --licence L --out DIR`, then use DIR"
+            )
         return "set data.annotation to a field of the json member that names the class, or to cls"
 
     def read(self, data: bytes) -> tuple[tuple[str, ...] | None, str]:

@@ -1,4 +1,4 @@
-"""Strips texts from outside: UTF-8 without a leading byte-order mark and without surrounding blanks.
+"""Cleans texts of users' files: UTF-8 without a leading byte-order mark and without surrounding blanks.
 
 Editors and exports write the mark (U+FEFF) before a file or a field. It is invisible, and would make another word of
 the first word. All readers and conversions use these functions.

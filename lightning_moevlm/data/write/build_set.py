@@ -127,7 +127,7 @@ def _fill(root: Path, plan: SetPlan, samples: Iterable[Sample]) -> Manifest:
                 captions.append(sample.caption)
     for split, shards in writer.entries.items():
         if not shards:
-            raise UserError(f"{plan.num_samples} samples leave the {split} split empty; ask for more samples")
+            raise UserError(f"num_samples {plan.num_samples} leaves the {split} split empty: raise it")
     manifest = Manifest(
         name=plan.name,
         version=plan.version,

@@ -1,4 +1,4 @@
-"""Keeps what a growing batch of texts needs of its earlier positions: keys, values, layout and lengths."""
+"""The key-value cache of generation: keys, values, layout and lengths of a batch's earlier positions."""
 
 import torch
 from torch import Tensor

@@ -211,7 +211,10 @@ def check_moe_every(moe_every: int, num_blocks: int | None) -> None:
     """
     check_number("moe_every", moe_every, least=1, advice="; 1 is every block")
     if num_blocks == 0:
-        raise UserError("num_vl_blocks leaves no block that can be sparse; lower it, or use the dense model")
+        raise UserError(
+            "num_vl_blocks equals num_blocks, which leaves no block for experts: lower it, or set sparse_modalities to "
+            "[] for a dense model"
+        )
     if num_blocks is not None and moe_every > num_blocks:
         raise UserError(
             f"moe_every = {moe_every} selects none of the {num_blocks} blocks that can be sparse; use 1 to "

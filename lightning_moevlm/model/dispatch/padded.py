@@ -41,22 +41,23 @@ class PaddedDispatcher(Dispatcher):
             return
         if isinstance(capacity.train_factor, ByDropRate):
             raise UserError(
-                f"factor of PaddedDispatcher is {self.factor} and capacity.train_factor follows the drop rate and has "
-                "no upper limit; set the dispatcher's factor to null"
+                f"dispatcher.factor is {self.factor}, but capacity.train_factor follows the drop rate without an upper "
+                "limit: set dispatcher.factor to null"
             )
         if capacity.train_factor is not None and capacity.eval_factor is None:
             raise UserError(
-                f"factor of PaddedDispatcher is {self.factor} and capacity.eval_factor is null: dropless evaluation "
-                "may give an expert more pairs than it has places for; set the dispatcher's factor to null, or give "
-                "capacity.eval_factor a limit up to it"
+                f"dispatcher.factor is {self.factor}, but capacity.eval_factor is null: in dropless evaluation an "
+                "expert may get more tokens than PaddedDispatcher has buffer rows for: set dispatcher.factor to null, "
+                f"or capacity.eval_factor to at most {self.factor}"
             )
         for name in ("train_factor", "eval_factor"):
             factors = list_factors(getattr(capacity, name))
             largest = max((factor for factor in factors if factor is not None), default=0.0)
             if self.factor < largest:
                 raise UserError(
-                    f"factor of PaddedDispatcher is {self.factor} and capacity.{name} {largest}: experts may get more "
-                    "pairs than it has places for; give it at least the capacity's factors, or null"
+                    f"dispatcher.factor is {self.factor} and capacity.{name} {largest}: an expert may get more tokens "
+                    "than PaddedDispatcher has buffer rows for: set dispatcher.factor to at least "
+                    f"{largest}, or to null"
                 )
 
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
@@ -84,11 +85,13 @@ class PaddedDispatcher(Dispatcher):
         places = math.ceil(self.factor * plan.token_N.shape[0] / plan.num_experts - 1e-9)
         largest = load_E.max()
         if load_E.device.type != "cpu" or torch.compiler.is_compiling():
-            torch._assert_async(largest <= places, f"an expert has more than the {places} places of PaddedDispatcher")
+            torch._assert_async(
+                largest <= places, f"an expert has more than the {places} buffer rows of PaddedDispatcher"
+            )
         elif int(largest) > places:
             raise UserError(
-                f"an expert has {int(largest)} pairs and PaddedDispatcher {places} places (factor {self.factor}): give "
-                "it at least the capacity's factor, or null"
+                f"an expert has {int(largest)} tokens and PaddedDispatcher {places} buffer rows per expert: set "
+                f"dispatcher.factor (now {self.factor}) to at least the capacity's factor, or to null"
             )
         return places
 

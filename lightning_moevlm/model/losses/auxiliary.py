@@ -60,16 +60,16 @@ class AuxiliaryLosses:
         load_balance: Switch load-balancing loss, over a sequence, a micro-batch or the whole optimiser step.
         router_z: ST-MoE router z-loss.
         output_z: PaLM z-loss on the output logits of heads that predict classes.
-        importance: equal total gate weight.
-        load: equal expected load; needs a router with noise.
-        gshard: GShard's balance of first choices.
-        sequence_balance: DeepSeek-V3, balance within each sequence.
-        local_entropy: LIMoE, every token sure of its expert, per modality.
-        global_entropy: LIMoE, every modality spread over experts.
-        mutual_information: large mutual information of tokens and experts.
-        relu_l1: ReMoE, few active experts per token under ReLU routing.
-        router_orthogonality: different directions of the rows of a router.
-        others: losses from elsewhere, each under a name of your choice.
+        importance: Importance loss: equal total gate weight of the experts.
+        load: Load loss: equal expected load of the experts; needs a router with noise.
+        gshard: GShard balance loss: over first choices alone.
+        sequence_balance: DeepSeek-V3 balance loss within each sequence.
+        local_entropy: LIMoE local entropy loss: each token's distribution over experts is sharp, per modality.
+        global_entropy: LIMoE global entropy loss: each modality is spread over experts.
+        mutual_information: Mutual information loss: raises the mutual information of tokens and experts.
+        relu_l1: ReMoE L1 loss: few active experts per token under ReLU routing.
+        router_orthogonality: Orthogonality loss: the rows of a router have different directions.
+        others: Losses from other packages, each under a name of your choice.
 
     Raises:
         UserError: a negative weight, or an invalid or used name.
@@ -94,7 +94,7 @@ class AuxiliaryLosses:
         for name in self.others or {}:
             if name in OWN_LOSSES or not _NAME.fullmatch(name):
                 raise UserError(
-                    f"losses.others.{name}: choose a name of small letters, digits and _ that is not one of "
+                    f"losses.others.{name}: choose a name of lower-case letters, digits and _ that is not one of "
                     f"{', '.join(OWN_LOSSES)}"
                 )
         for name, weight in self.weights.items():

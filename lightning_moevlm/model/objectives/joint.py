@@ -30,7 +30,7 @@ class Joint(Objective):
         weights: what the terms of a part are multiplied by, beside their own weights; 1 for a part without one.
 
     Raises:
-        UserError: no part, a name that is not made of small letters, digits and _, or a weight without its part.
+        UserError: no part, a name that is not made of lower-case letters, digits and _, or a weight without its part.
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class Joint(Objective):
         }
         comparing = [name for name, part in built.items() if type(part).terms_of_set is not Objective.terms_of_set]
         if len(comparing) > 1:
-            raise UserError(f"parts {comparing} of Joint all compare the samples of a set: keep one of them")
+            raise UserError(
+                f"parts {', '.join(comparing)} of Joint each compute retrieval over the whole evaluation set: keep one"
+            )
         self.comparing = comparing[0] if comparing else None
 
     def check_backbone(self, backbone: Backbone) -> None:
@@ -133,7 +135,10 @@ def _check(parts: Mapping[str, object], weights: Mapping[str, float]) -> None:
         )
     for name in parts:
         if not _NAME.fullmatch(name):
-            raise UserError(f"part {name!r} of Joint: choose a name of small letters, digits and _")
+            raise UserError(f"part {name!r} of Joint: choose a name of lower-case letters, digits and _")
     lacking = sorted(weights.keys() - parts.keys())
     if lacking:
-        raise UserError(f"weights of Joint name {lacking}, but its parts are {sorted(parts)}: change one of the two")
+        raise UserError(
+            f"weights of Joint has {', '.join(lacking)}, which is not a part: remove it, or name one of "
+            f"{', '.join(sorted(parts))}"
+        )

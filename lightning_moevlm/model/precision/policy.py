@@ -53,7 +53,7 @@ class PrecisionPolicy:
         norms: LayerNorm and RMSNorm of the trunk, those of queries and keys too.
         experts: stacked experts and the sum over a token's experts.
         heads: output heads of the objective, norms included.
-        losses: task losses; their reduction follows from it.
+        losses: task losses; their mean has the same dtype.
         optimizer_state: moments of the optimiser. torch keeps them in the dtype of the parameters, so a lower one needs
             `simulate`: they are rounded after each step.
         trunk: everything else: embeddings, projections of attention, dense feed-forwards.

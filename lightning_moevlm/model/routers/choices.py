@@ -43,14 +43,20 @@ def make_plan(
     )
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
+def check_top_k(top_k: int, most: int, key: str = "top_k", limit: str = "num_experts") -> None:
     """Refuse a number of choices that the experts cannot serve.
 
+    Args:
+        top_k: value of the router's option.
+        most: largest number that is allowed.
+        key: name of the option.
+        limit: meaning of `most`, for the message.
+
     Raises:
-        UserError: top_k outside 1..num_experts.
+        UserError: top_k outside 1..most.
     """
-    if not 1 <= top_k <= num_experts:
-        raise UserError(f"top_k is {top_k} with num_experts {num_experts}: choose top_k between 1 and {num_experts}")
+    if not 1 <= top_k <= most:
+        raise UserError(f"router.{key} is {top_k}: choose a number between 1 and {most}, the {limit}")
 
 
 def check_renormalise(renormalise: bool, top_k: int) -> None:
@@ -61,8 +67,8 @@ def check_renormalise(renormalise: bool, top_k: int) -> None:
     """
     if renormalise and top_k == 1:
         raise UserError(
-            "renormalise needs top_k >= 2: with top_k 1 every weight becomes 1 and the router gets no gradient "
-            "from the task; set renormalise to false or top_k to 2"
+            "router.renormalise needs router.top_k >= 2: with top_k 1 every weight becomes 1 and the router gets no "
+            "gradient from the task; set renormalise to false or top_k to 2"
         )
 
 

@@ -46,10 +46,12 @@ class GroupLimit:
         """
         if num_experts % self.num_groups:
             raise UserError(
-                f"num_experts {num_experts} is not a multiple of groups.num_groups {self.num_groups}: "
+                f"moe.num_experts {num_experts} is not a multiple of router.groups.num_groups {self.num_groups}: "
                 "change one of them"
             )
-        check_top_k(top_k, self.top_groups * (num_experts // self.num_groups))
+        check_top_k(
+            top_k, self.top_groups * (num_experts // self.num_groups), limit="experts of groups.top_groups groups"
+        )
 
     def limit_scores(self, scores_TE: Tensor) -> Tensor:
         """Return the scores with minus infinity for experts outside of a token's best groups: (T, E)."""

@@ -62,7 +62,7 @@ def read_runs(rows: Sequence[RunRow]) -> list[NamedRun]:
     """Return runs with their configs and seeds.
 
     Raises:
-        UserError: A run tells no seed.
+        UserError: A run has no seed.
     """
     read = []
     for row in rows:
@@ -70,8 +70,8 @@ def read_runs(rows: Sequence[RunRow]) -> list[NamedRun]:
         seed = row.tags.get("seed", str(config.get("seed_everything")))
         if not seed.isdigit():
             raise UserError(
-                f"run {name_run(row)} tells no seed: it has neither a tag `seed` nor a param `seed_everything` that is "
-                "a number; runs are paired by it. Set the tag in MLflow, or leave the run out"
+                f"run {name_run(row)} has no seed (a tag `seed` or a numeric param `seed_everything`), but runs are "
+                "paired by seed. Set the tag in MLflow, or leave the run out"
             )
         read.append(NamedRun(row, config, int(seed)))
     return read
@@ -188,8 +188,8 @@ def _direction(name: str, asked: Direction | None, logged: Collection[str]) -> D
     if word == "neither":
         hint = "" if name in logged else f"no run has logged it; {suggest(name, logged)}"
         raise UserError(
-            f"{name} has no better direction of its own; {hint}give --direction lower or --direction higher with it as "
-            "--metric, or guard another"
+            f"it is not declared whether lower or higher {name} is better; {hint}make it the --metric with --direction "
+            "lower or --direction higher, or guard another"
         )
     return "lower" if word == "lower" else "higher"
 
@@ -200,8 +200,8 @@ def _baseline(arms: Mapping[str, Sequence[NamedRun]], rules: Rules) -> str:
         raise UserError(f"--baseline {name}: there is no such arm; {suggest(name, arms)}arms: {', '.join(arms)}")
     if len(arms) < 2:
         raise UserError(
-            f"all {len(arms[name])} runs are of one arm, {name!r}: nothing to compare; name runs of another, or the "
-            "config key or tag that makes arms with --by KEY"
+            f"all {len(arms[name])} runs belong to arm {name!r}. Add runs of another arm, or name the key or tag that "
+            "distinguishes arms: --by KEY"
         )
     return name
 

@@ -138,9 +138,9 @@ def _refuse_twins(name: str, runs: Sequence[NamedRun]) -> None:
         twin = seen.setdefault(one.seed, one)
         if twin is not one:
             raise UserError(
-                f"runs {name_run(twin.row)} and {name_run(one.row)} are both seed {one.seed} of arm {name!r}; one of a "
-                "seed enters a comparison: leave one out (runs that a study started have the tag role=arm), or tell "
-                "them apart with --by KEY"
+                f"runs {name_run(twin.row)} and {name_run(one.row)} are both seed {one.seed} of arm {name!r}; an "
+                "arm may have one run per seed: leave one out (runs that a study started have the tag role=arm), or "
+                "split the arm with --by KEY"
             )
 
 
@@ -150,5 +150,5 @@ def _refuse_unlike(name: str, runs: Sequence[NamedRun]) -> None:
         if apart:
             raise UserError(
                 f"runs {name_run(runs[0].row)} and {name_run(one.row)} are both of arm {name!r} and yet differ in "
-                f"{', '.join(apart)}; leave one out, or make arms of what they differ in with --by KEY"
+                f"{', '.join(apart)}; leave one out, or split the arm with --by KEY"
             )

@@ -75,7 +75,7 @@ class ArmResult:
     untrained: Mean | None
     """First value of the primary metric."""
     learned: int
-    """Seeds whose last value is ahead of the first."""
+    """Seeds whose last value is better than the first."""
     effect: Effect | None
     """None for the baseline."""
     accuracy: Mapping[str, Mean]

@@ -72,7 +72,8 @@ def decode_value(node: YamlNode, type_: Any) -> Any:
     if type(None) in options:
         return None if node.is_null else decode_value(node, options[0])
     if get_origin(base) is tuple:
-        return tuple(decode_value(child, options[0]) for child in node.sequence())
+        example = next((meta.examples[0] for meta in metas if meta.examples), "")
+        return tuple(decode_value(child, options[0]) for child in node.sequence(example))
     if get_origin(base) is Literal:
         return node.choice(options)
     if base is str:

@@ -196,7 +196,8 @@ def _better(keys: PrimaryKeys | GuardKeys, node: YamlNode) -> Direction:
     word = keys.direction or (declared.better if declared else "neither")
     if word == "neither":
         raise node.child("metric").error(
-            f"{keys.metric} has no better direction of its own; add `direction: lower` or `direction: higher`"
+            f"it is not declared whether lower or higher {keys.metric} is better; add `direction: lower` or "
+            "`direction: higher`"
         )
     return "lower" if word == "lower" else "higher"
 

@@ -67,7 +67,7 @@ class ArmKeys(Record, frozen=True):
 class PrimaryKeys(Record, frozen=True):
     """The metric that decides."""
 
-    metric: Annotated[Metric, doc("The metric.", "val/task_loss")]
+    metric: Annotated[Metric, doc("Key of the metric; `moevlm list metrics` lists them.", "val/task_loss")]
     direction: BetterDirection = None
 
 
@@ -88,13 +88,14 @@ class DivergedKeys(Record, frozen=True):
             default="the primary one if lower is better, else val/task_loss",
         ),
     ] = None
-    times_untrained: Annotated[Positive, doc("Largest last value, as a multiple of the untrained model's.", "1.0")] = (
-        1.0
-    )
+    times_untrained: Annotated[
+        Positive,
+        doc("A run has diverged if its last value exceeds this multiple of the untrained model's value.", "1.0"),
+    ] = 1.0
     in_a_row: Annotated[
         Whole | None,
         doc(
-            "Stop a run after so many validations in a row above that.",
+            "Stop a run after this many validations in a row above `times_untrained`.",
             "null",
             default="none: the last value alone decides",
         ),
@@ -137,7 +138,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
     factors: Annotated[
         YamlNode | None,
         doc(
-            "Factors that the design varies. See `factors.NAME`.",
+            "Factors that the design varies. Their keys are below.",
             "\n  router_z: {off: {model.losses.router_z: null}}\n  qk_norm: "
             "{off: {model.backbone.init_args.stabilisers.qk_norm: false}}",
             "mapping of names to factors",
@@ -167,13 +168,13 @@ class StudyFile(Record, frozen=True, kw_only=True):
         tuple[Seed, ...],
         doc("Repetitions of every arm. Arms share a seed's initial weights, masks and data order.", "[0, 1, 2]"),
     ]
-    budget: Annotated[Budget, doc("Budget of each run. See `budget`.", "{max_steps: 60}", "mapping")]
+    budget: Annotated[Budget, doc("Budget of each run. Its keys are below.", "{max_steps: 60}", "mapping")]
     match: Annotated[
         Literal["active_flops"] | None,
         doc("Refuse arms that differ from the baseline in this by more than 1 %.", "active_flops"),
     ] = None
     primary: Annotated[
-        PrimaryKeys, doc("The metric that decides. See `primary`.", "{metric: val/task_loss}", "mapping")
+        PrimaryKeys, doc("The metric that decides. Its keys are below.", "{metric: val/task_loss}", "mapping")
     ]
     also: Annotated[
         tuple[Metric, ...], doc("Further metrics to report, without a verdict.", "[val/accuracy_text]")
@@ -181,7 +182,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
     guard: Annotated[
         tuple[GuardKeys, ...],
         doc(
-            "Metrics that may not get worse. See `guard`.",
+            "Metrics that may not get worse. Their keys are below.",
             "[{metric: drop_rate/block1/text, at_most: 0.05}]",
             "list of mappings",
         ),
@@ -189,18 +190,18 @@ class StudyFile(Record, frozen=True, kw_only=True):
     diverged: Annotated[
         DivergedKeys,
         doc(
-            "Rule by which a run counts as diverged. See `diverged`.",
+            "Rule by which a run counts as diverged. Its keys are below.",
             "{times_untrained: 1.0}",
             "mapping",
-            "as described there",
+            "see its keys",
         ),
     ] = DivergedKeys()
     futility_stop: Annotated[
         FutilityStop | None,
-        doc("Withdraw arms that are far behind early. See `futility_stop`.", "{at_step: 30, worse_by: 0.5}", "mapping"),
+        doc("Withdraw arms that are far behind early. Its keys are below.", "{at_step: 30, worse_by: 0.5}", "mapping"),
     ] = None
     decide: Annotated[
-        Decision, doc("Rule for verdicts. See `decide`.", "{alpha: 0.05}", "mapping", "as described there")
+        Decision, doc("Rule for verdicts. Its keys are below.", "{alpha: 0.05}", "mapping", "see its keys")
     ] = Decision()
 
 

@@ -109,10 +109,11 @@ class YamlNode:
                 raise self.error(f"the key {name!r} is missing; needed here: {', '.join(required)}{where}")
         return children
 
-    def sequence(self) -> list["YamlNode"]:
-        """Return the children of a non-empty list."""
+    def sequence(self, example: str = "") -> list["YamlNode"]:
+        """Return the children of a non-empty list. example: a valid list, for the error."""
         if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:
-            raise self.error(f"expected a list with at least one entry, got {self.describe()}")
+            hint = f"; write {self.key.rpartition('.')[2]}: {example}" if example else ""
+            raise self.error(f"expected a list with at least one entry, got {self.describe()}{hint}")
         return [
             YamlNode(self.file, f"{self.key}[{i}]", child, child.start_mark.line + 1)
             for i, child in enumerate(self.node.value)

@@ -71,8 +71,9 @@ def describe_factor(result: StudyResult, one: FactorEffect) -> str:
 
 def describe_learning(result: StudyResult) -> str:
     """Return one sentence that compares the trained models with the untrained ones."""
+    better = result.comparison.primary.direction
     behind = [
-        f"{arm.arm.name} (ahead in {arm.learned} of {done} seeds)"
+        f"{arm.arm.name} ({better} in {arm.learned} of {done} seeds)"
         for arm in result.arms
         if (done := arm.finished + arm.diverged) and arm.untrained and arm.learned < done
     ]
@@ -82,8 +83,8 @@ def describe_learning(result: StudyResult) -> str:
     if not any(arm.untrained for arm in result.arms):
         return f"No run has logged {title} of its untrained model, so learning cannot be judged."
     if behind:
-        return f"Some runs did not end ahead of their untrained model in {title}: {', '.join(behind)}."
-    return f"Every run with a result ended ahead of its untrained model in {title}."
+        return f"Some runs do not end with a {better} {title} than their untrained model: {', '.join(behind)}."
+    return f"Every run with a result ends with a {better} {title} than its untrained model."
 
 
 def describe_undrawn(result: StudyResult) -> str:

@@ -1,9 +1,10 @@
-"""Decides the verdict on an arm from evidence. An arm helps or hurts if all of this holds:
+"""Decides the verdict on an arm from evidence. An arm helps if all of this holds, and
+hurts if the first three do:
 
 - the deciding interval of the differences excludes 0;
 - the p of the declared test, corrected for the family of comparisons if the study asks for it, is at most alpha;
 - the better side has not lost more runs, so that no mean over survivors decides;
-- and, to help, no guard is broken: no guard metric got worse by more than it may, on average over seeds.
+- no guard is broken: no guard metric got worse by more than it may, on average over seeds.
 
 If the study names the difference that matters (`within`), an arm whose whole interval lies inside makes no difference,
 even if the interval excludes 0. Two one-sided tests (TOST) correct this for the family. Everything else is

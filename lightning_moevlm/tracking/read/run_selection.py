@@ -92,8 +92,8 @@ def _unknown(uri: str, word: str) -> UserError:
         return UserError(f"there are no runs in {uri}; name another store with --tracking_uri or MLFLOW_TRACKING_URI")
     hint = _nearest(word, {row.name for row in rows} | {row.run_id for row in rows if _ID.fullmatch(word)})
     return UserError(
-        f"no run in {uri} is named {word!r} or has an id that begins so; {hint}; several at once: TAG=VALUE, e.g. "
-        "sweep=quickstart"
+        f"no run in {uri} has the name {word!r} or an id that begins so; {hint}. To select several runs, write "
+        "TAG=VALUE, such as sweep=quickstart"
     )
 
 

@@ -20,7 +20,7 @@ def closing_lines(uri: str, experiment_id: str, run_id: str, run_dir: Path) -> t
         f"Checkpoints and configuration: {run_dir}",
         *(() if server is None else (f"MLflow: {server}",)),
         f"{'MLflow:' if server is None else '       '} {run_link(ui_address(uri), experiment_id, run_id)}",
-        f"Measure or resume: moevlm test --run {word}, moevlm fit --run {word}",
+        f"Evaluate or resume: moevlm test --run {word}, moevlm fit --run {word}",
     )
 
 
@@ -40,7 +40,7 @@ def checkpoint_lines(trainer: Trainer) -> tuple[str, ...]:
     word = shlex.quote(str(folder))
     return (
         f"Checkpoints and configuration: {folder}",
-        f"Measure or resume: moevlm test --run {word}, moevlm fit --run {word}",
+        f"Evaluate or resume: moevlm test --run {word}, moevlm fit --run {word}",
     )
 
 

@@ -78,7 +78,9 @@ class OfflineLog:
             UserError: the run's folder cannot be written.
         """
         log = cls(run_dir / f"offline-{time.time_ns() // 1_000_000}-{os.getpid()}")
-        with explain_write_errors(run_dir, "make room or let the folder be written, or name another in tracking_uri"):
+        with explain_write_errors(
+            run_dir, "free disk space or grant write permission, or name another store in tracking_uri"
+        ):
             log._files.mkdir(parents=True)
             log.hold()
             log._stream = log.journal.open("ab+", buffering=0)
@@ -99,8 +101,8 @@ class OfflineLog:
             return Address(first["store"], first["run_id"])
         except (StopIteration, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.journal}: its first line does not name a store and a run; restore it, or remove the file to "
-                "give up what it holds"
+                f"{self.journal}: its first line does not name a store and a run; restore it, or remove the file; "
+                "its unsent metrics are then lost"
             ) from error
 
     @property
@@ -171,7 +173,7 @@ class OfflineLog:
         number = f"{next(self._numbers):06}"
         unfinished = self.folder / number
         try:
-            with explain_write_errors(self.folder, "make room or let the folder be written, then resume the run"):
+            with explain_write_errors(self.folder, "free disk space or grant write permission, then resume the run"):
                 unfinished.mkdir()
                 yield unfinished
                 unfinished.rename(self._files / number)

@@ -281,7 +281,7 @@ class RunLogger(MLFlowLogger):
         """Warn once of a disk that does not take the log; it stays in memory, and training continues."""
         if error is not None and not self._has_full_disk:
             self._has_full_disk = True
-            _warn(f"the log of run {self.run_id} cannot be kept in {self.run_dir} ({error.strerror}): make room")
+            _warn(f"the log of run {self.run_id} cannot be kept in {self.run_dir} ({error.strerror}): free disk space")
 
     def _connect(self) -> "MlflowClient":
         """Return the client; the first time, open the run in MLflow and begin to log."""
@@ -295,8 +295,8 @@ class RunLogger(MLFlowLogger):
             except MlflowException as error:
                 uri = mask_url_secrets(self._tracking_uri)
                 raise UserError(
-                    f"MLflow at {uri} does not take the run ({describe_cause(error)}): make room for its database and "
-                    "let it be written, then give the same command again"
+                    f"MLflow at {uri} cannot create or resume the run ({describe_cause(error)}): free disk space or "
+                    "grant write permission for its database, then repeat the command"
                 ) from error
             self._run_id, self._experiment_id = run.run_id, run.experiment_id
             self._params, self._nonfinite_seen = dict(run.params), set(run.nonfinite)

@@ -70,6 +70,6 @@ def _find_store(log: OfflineLog, uri: str) -> str:
     if MASK in store:
         raise UserError(
             f"{log.journal} belongs to {store}, whose credentials are not kept on disk: set MLFLOW_TRACKING_URI to "
-            "the whole address"
+            "the address with user name and password"
         )
     return store

@@ -1,4 +1,4 @@
-"""Loss-free balancing: self-balancing routers get the counts of the step.
+"""Loss-free balancing: passes expert loads to routers with a balancing bias.
 
 `Router.rebalance` moves a router's state, such as the bias of `SigmoidBiasRouter` (arXiv 2408.15664, algorithm 1), by
 the counts of its own choices. It is on for every router with such state and needs no option.

@@ -221,7 +221,8 @@ class Telemetry(Callback):
         in_use = sorted({name for layer in layers.values() for name in layer.dispatcher.in_use()})
         if in_use != self._in_use:
             self._in_use = in_use
-            rank_zero_info(f"dispatch: {', '.join(in_use)} (why: the run's tags dispatch/*)")
+            is_tagged = any(isinstance(logger, TakesTags) for logger in trainer.loggers)
+            rank_zero_info(f"dispatch: {', '.join(in_use)}{' (reasons: MLflow tags dispatch/*)' if is_tagged else ''}")
         if new:
             self._tag(trainer, new)
 

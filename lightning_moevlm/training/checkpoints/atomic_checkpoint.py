@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         part = whole.with_name(f"{whole.name}.part")
         held = BytesIO()  # torch hides the file system's message behind an error of its own
         torch.save(checkpoint, held)
-        with explain_write_errors(whole, f"make room; what {whole.name} held before is still there"):
+        with explain_write_errors(whole, f"free disk space; an earlier {whole.name} is unchanged"):
             whole.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with part.open("wb") as stream:

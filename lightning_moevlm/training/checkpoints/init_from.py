@@ -140,7 +140,9 @@ def load_initial_weights(module: nn.Module, options: InitFrom) -> Loaded:
                 f"model: give {widths}, or name the parts to take in init_from.parts"
             )
     if not used:
-        raise UserError(f"model.init_from: {path} and this model have no tensor in common; give a run of a like model")
+        raise UserError(
+            f"model.init_from: {path} and this model have no tensor in common; give a checkpoint of a similar model"
+        )
     with torch.no_grad():
         for name, value in (taken | upcycled).items():
             here[name].copy_(value)

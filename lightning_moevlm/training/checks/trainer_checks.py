@@ -1,4 +1,4 @@
-"""Refuses combinations of parts that would fail later, or compute something else than their options say."""
+"""Refuses combinations of parts that would fail later, or compute something other than their options say."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -80,7 +80,9 @@ def test_a_resumed_run_counts_every_loss_once(scenes_copy: Path) -> None:
 def test_a_stream_without_a_usable_sample_ends_the_run(scenes_copy: Path) -> None:
     for shard in _train_shards(scenes_copy):
         shard.unlink()
-    with pytest.raises(UserError, match="a stream cannot use any of its 32 samples of scenes"):
+    with pytest.raises(
+        UserError, match=r"none of the 32 samples that one of data\.num_streams reads from scenes is usable"
+    ):
         _keys(_data(scenes_copy, 0.99).train_dataloader())
 
 

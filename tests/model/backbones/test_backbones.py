@@ -191,7 +191,7 @@ def test_a_model_without_a_sparse_block_is_refused_unless_it_is_dense_on_purpose
             UserError, match="moe_every = 3 selects none of the 2 blocks that can be sparse; use 1 to 2"
         ):
             build()
-    with pytest.raises(UserError, match="num_vl_blocks leaves no block that can be sparse; lower it"):
+    with pytest.raises(UserError, match="num_vl_blocks equals num_blocks, which leaves no block for experts: lower it"):
         vl_moe(num_vl_blocks=2)
     for build in (
         partial(limoe, moe_every=3, is_sparse=False),

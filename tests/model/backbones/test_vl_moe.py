@@ -121,7 +121,7 @@ def test_base_has_the_size_of_the_paper() -> None:
     ("options", "message"),
     [
         ({"num_vl_blocks": 5}, "num_vl_blocks is 5: choose between 0 and num_blocks 4"),
-        ({"top_k": 5}, "top_k is 5 with num_experts 4"),
+        ({"top_k": 5}, "top_k is 5: choose a number between 1 and 4, the num_experts"),
     ],
 )
 def test_impossible_shapes_are_refused(options: dict[str, int], message: str) -> None:

@@ -184,7 +184,9 @@ def test_a_fixed_buffer_is_never_too_small_in_silence() -> None:
     with pytest.raises(UserError, match="factor is 0"):
         PaddedDispatcher(0.0)
     for capacity in (Capacity(1.25, 1.0), Capacity(1.0, ModalityFactors(image=None, text=1.25))):
-        with pytest.raises(UserError, match=r"_factor 1\.25: experts may get more pairs than it has places for"):
+        with pytest.raises(
+            UserError, match=r"_factor 1\.25: an expert may get more tokens than PaddedDispatcher has buffer rows for"
+        ):
             MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.2))
         MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.25))
     with pytest.raises(UserError, match=r"eval_factor is null: dropless evaluation may give an expert more pairs"):

@@ -72,7 +72,7 @@ def test_it_may_refuse_a_router() -> None:
 @pytest.mark.parametrize("name", ["router_z", "Sure", "a.b", "", "1st"])
 def test_a_name_that_is_taken_or_none_is_refused(name: str) -> None:
     with pytest.raises(
-        UserError, match=r"choose a name of small letters, digits and _ that is not one of load_balance, "
+        UserError, match=r"choose a name of lower-case letters, digits and _ that is not one of load_balance, "
     ):
         AuxiliaryLosses(others={name: MostProbable()})
 

@@ -72,9 +72,17 @@ def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     ("parts", "weights", "match"),
     [
         ({}, None, "has no parts"),
-        ({"Big": MaskedModelling}, None, "small letters"),
-        ({"one": MaskedModelling}, {"two": 1.0}, "its parts are"),
-        ({"one": Contrastive, "two": Contrastive}, None, "keep one of them"),
+        ({"Big": MaskedModelling}, None, "lower-case letters"),
+        (
+            {"one": MaskedModelling},
+            {"two": 1.0},
+            "weights of Joint has two, which is not a part: remove it, or name one of one",
+        ),
+        (
+            {"one": Contrastive, "two": Contrastive},
+            None,
+            "parts one, two of Joint each compute retrieval over the whole evaluation set: keep one",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(parts: dict, weights: dict | None, match: str) -> None:

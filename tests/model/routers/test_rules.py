@@ -302,7 +302,7 @@ def test_hash_follows_the_identity_alone() -> None:
 
 
 def test_hash_without_identities_is_refused() -> None:
-    with pytest.raises(UserError, match="needs token ids and patch codes"):
+    with pytest.raises(UserError, match="routes by token ids and patch codes, which this backbone does not provide"):
         HashRouter(16, 8)(routing_input(4, 16)._replace(identity_T=None))
 
 
@@ -324,20 +324,26 @@ def test_competing_routers_say_so() -> None:
 
 REFUSED = {
     "top_k is 0": lambda: TopKRouter(16, 8, top_k=0),
-    "top_k is 9 with num_experts 8: choose top_k between 1 and 8": lambda: TopKRouter(16, 8, top_k=9),
-    "renormalise needs top_k >= 2": lambda: TopKRouter(16, 8, top_k=1, renormalise=True),
-    "renormalise needs top_k >= 2: with top_k 1": lambda: NoisyTopKRouter(16, 8, top_k=1, renormalise=True),
-    "top_k is 2 with num_experts 1": lambda: GShardRouter(16, 1),
+    "router.top_k is 9: choose a number between 1 and 8, the num_experts": lambda: TopKRouter(16, 8, top_k=9),
+    "renormalise needs router.top_k >= 2": lambda: TopKRouter(16, 8, top_k=1, renormalise=True),
+    "renormalise needs router.top_k >= 2: with top_k 1": lambda: NoisyTopKRouter(16, 8, top_k=1, renormalise=True),
+    "moe.num_experts is 1: GShardRouter needs at least 2": lambda: GShardRouter(16, 1),
     "threshold is 0": lambda: GShardRouter(16, 4, threshold=0),
-    "num_experts 8 is not a multiple of groups.num_groups 3": lambda: GroupLimitedRouter(16, 8, groups=GroupLimit(3)),
-    "num_experts 8 is not a multiple of groups.num_groups 5": lambda: SigmoidBiasRouter(16, 8, groups=GroupLimit(5)),
+    "num_experts 8 is not a multiple of router.groups.num_groups 3": lambda: GroupLimitedRouter(
+        16, 8, groups=GroupLimit(3)
+    ),
+    "num_experts 8 is not a multiple of router.groups.num_groups 5": lambda: SigmoidBiasRouter(
+        16, 8, groups=GroupLimit(5)
+    ),
     "groups.top_groups is 3": lambda: GroupLimit(2, 3),
     "groups.num_groups is 0": lambda: GroupLimit(0),
-    "top_k is 5 with num_experts 4": lambda: SigmoidBiasRouter(16, 8, top_k=5, groups=GroupLimit(2, 1)),
+    "top_k is 5: choose a number between 1 and 4, the experts of groups": lambda: SigmoidBiasRouter(
+        16, 8, top_k=5, groups=GroupLimit(2, 1)
+    ),
     "threshold is 1.5": lambda: TopPRouter(16, 8, threshold=1.5),
     "capacity_factor is 9": lambda: ExpertChoiceRouter(16, 8, capacity_factor=9),
-    "top_k is 5 with num_experts 4: choose": lambda: ModalityRouter(16, 8, top_k=5),
-    "num_experts is 1: ModalityRouter needs one": lambda: ModalityRouter(16, 1),
+    "top_k is 5: choose a number between 1 and 4, the num_experts per modality": lambda: ModalityRouter(16, 8, top_k=5),
+    "num_experts is 1: ModalityRouter needs at least 2 experts, one": lambda: ModalityRouter(16, 1),
     "slots_per_expert is 0": lambda: SoftRouter(16, 4, slots_per_expert=0),
     "gate.jitter is 1.0": lambda: Gate(jitter=1.0),
     "gate.dropout is -0.1": lambda: Gate(dropout=-0.1),

@@ -264,10 +264,10 @@ def test_runs_lost_in_seeds_of_one_arm_alone_do_not_count_against_it() -> None:
 @pytest.mark.parametrize(
     ("change", "rules", "told"),
     [
-        (lambda runs: [*runs[:3], dataclasses.replace(runs[3], params={})], Rules(METRIC), "tells no seed"),
+        (lambda runs: [*runs[:3], dataclasses.replace(runs[3], params={})], Rules(METRIC), "has no seed"),
         (lambda runs: [*runs[:3], dataclasses.replace(runs[1], run_id="f" * 32)], Rules(METRIC), "are both seed 0 of"),
         (lambda runs: [dataclasses.replace(one, tags={"arm": "a"}) for one in runs], Rules(METRIC), "in model.dim"),
-        (lambda runs: [runs[0], runs[2]], Rules(METRIC), "nothing to compare"),
+        (lambda runs: [runs[0], runs[2]], Rules(METRIC), "all 2 runs belong to arm 'plain'. Add runs of"),
         (lambda runs: runs, Rules(METRIC, baseline="dim=5"), "did you mean 'dim=4'"),
         (lambda runs: runs, Rules("val/tsk_loss"), "did you mean 'val/task_loss'"),
         (lambda runs: runs, Rules("val/accuracy_text"), "has logged no val/accuracy_text"),

@@ -113,6 +113,7 @@ def test_shipped_study_is_valid():
         ("seeds: [0, 1]\n", "", 1, ["'seeds' is missing"]),
         ("seeds: [0, 1]", "seeds: [0, 0]", 14, ["seed 0 occurs twice"]),
         ("seeds: [0, 1]", "seeds: []", 14, ["seeds: expected a list", "an empty list"]),
+        ("seeds: [0, 1]", "seeds: 2", 14, ["seeds: expected a list", "; write seeds: [0, 1, 2]"]),
         ("seeds: [0, 1]", "seeds: [0, -1]", 14, ["seeds[1]: expected a whole number >= 0, got '-1'"]),
         ("max_steps: 10", "max_step: 10", 15, ["budget.max_step", "did you mean 'max_steps'?"]),
         (

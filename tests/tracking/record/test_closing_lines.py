@@ -18,4 +18,4 @@ def test_four_lines_for_a_file_three_for_a_server(monkeypatch: pytest.MonkeyPatc
     assert remote[1].startswith("MLflow: https://***@host/")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host")
     again = closing_lines("https://me:secret@host", "1", "0123456789abcdef", Path("/home/me/runs/1/ab"))[2]
-    assert again == "Measure or resume: moevlm test --run 01234567, moevlm fit --run 01234567"
+    assert again == "Evaluate or resume: moevlm test --run 01234567, moevlm fit --run 01234567"

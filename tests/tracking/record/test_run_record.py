@@ -107,7 +107,7 @@ def test_a_fit_is_recorded_lightning_19441(command: Command, capsys: pytest.Capt
     assert where == f"Checkpoints and configuration: {run_dir}"
     assert server.startswith("MLflow: mlflow server --host 127.0.0.1 --port 5000")
     assert link.startswith(" ") and f"#/experiments/{run.experiment_id}/runs/{run.run_id}" in link
-    assert again == f"Measure or resume: moevlm test --run '{run_dir}', moevlm fit --run '{run_dir}'"
+    assert again == f"Evaluate or resume: moevlm test --run '{run_dir}', moevlm fit --run '{run_dir}'"
 
 
 def test_the_recorded_config_repeats_the_run(command: Command) -> None:

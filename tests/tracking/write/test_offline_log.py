@@ -232,14 +232,14 @@ class Full:
 
 def test_files_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     log = OfflineLog.begin(tmp_path, ADDRESS)
-    told = r"No space.*make room or let the folder be written, then resume"
+    told = r"No space.*free disk space or grant write permission, then resume"
     with pytest.raises(UserError, match=told), log.add_files() as files:
         (files / "half").write_text("ha")
         raise OSError(28, "No space left on device")
     assert log.count() == PendingCount(0, 0)
     assert sorted(path.name for path in log.folder.iterdir()) == ["files", JOURNAL, "lock"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file could not be written \(Not a directory\); make room or let"):
+    with pytest.raises(UserError, match=r"file could not be written \(Not a directory\); free disk space or grant"):
         OfflineLog.begin(tmp_path / "file", ADDRESS)
 
 

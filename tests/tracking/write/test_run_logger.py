@@ -296,7 +296,9 @@ def test_a_database_on_a_full_disk_stops_no_training(uri: str) -> None:
         logger.flush()
     lines = [str(warning.message) for warning in told]
     assert sum(line.startswith("MLflow at sqlite:///") and "is unavailable" in line for line in lines) == 1
-    assert sum("cannot be kept in" in line and "(No space left on device): make room" in line for line in lines) == 1
+    assert (
+        sum("cannot be kept in" in line and "(No space left on device): free disk space" in line for line in lines) == 1
+    )
     logger.log_metrics({"a": 1.0}, 200)  # there is room again
     logger.finalize()
     assert [step for step, _ in values(uri, str(logger.run_id), "a")] == list(range(201))
@@ -324,7 +326,7 @@ def test_a_disk_that_stays_full_to_the_end_keeps_what_it_took_and_says_what_is_l
 def test_a_full_disk_at_the_start_is_one_line(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
     logger = RunLogger(tracking_uri=uri)
     prepare_store(uri)
-    with short_files(4096), pytest.raises(UserError, match=r"does not take the run \(.*\): make room for its database"):
+    with short_files(4096), pytest.raises(UserError, match=r"cannot create or resume the run \(.*\): free disk space"):
         logger.flush()
     assert "Traceback" not in "".join(capfd.readouterr())
     logger.log_metrics({"a": 1.0}, 0)  # the same call works once there is room
@@ -345,7 +347,9 @@ def test_a_folder_of_runs_that_cannot_be_written_is_one_line(uri: str) -> None:
     logger = RunLogger(tracking_uri=uri)
     folder = Path(logger.save_dir) / "1"
     folder.touch()
-    with pytest.raises(UserError, match=r"could not be written \(Not a directory\); make room or let the folder be"):
+    with pytest.raises(
+        UserError, match=r"could not be written \(Not a directory\); free disk space or grant write permission"
+    ):
         logger.flush()
     assert [run.status for run in find_runs(uri, "moevlm")] == ["FAILED"]
 

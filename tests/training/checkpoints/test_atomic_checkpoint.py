@@ -27,7 +27,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"last\.ckpt could not be written .*; make room"):
+        with pytest.raises(UserError, match=r"last\.ckpt could not be written .*; free disk space"):
             io.save_checkpoint({"step": 2, "weights": torch.zeros(1_000_000)}, last)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -109,7 +109,7 @@ def convert(source: Source, out: Path, licence: Licence, set_options: SetOptions
         bad.refuse_beyond(effort.max_bad, num_rows)
         if not table.num_rows:
             bad.refuse_beyond(0, num_rows)  # every row is bad
-            raise UserError(f"{source.name} has no rows")
+            raise UserError(f"{source.name} has no rows: give a source with at least one sample")
         _inspect_all(source, table, image_options, effort.num_jobs, work, bad)
         bad.refuse_beyond(effort.max_bad, num_rows)
         num_samples = table.sort()

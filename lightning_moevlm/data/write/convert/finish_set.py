@@ -1,4 +1,4 @@
-"""Makes a set of a folder of shards: writes the tokenizer, the licence and, last of all, the manifest."""
+"""Turns a folder of shards into a set: writes the tokenizer, the licence and, last of all, the manifest."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

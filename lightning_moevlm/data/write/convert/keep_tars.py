@@ -2,7 +2,7 @@
 
 The tars are linked into the set (or copied), or the set is made in their own folder. Whole tars fall into the splits by
 the hash of their bytes: every tenth into validation and every tenth into test. So an image can be in two splits.
-`moevlm data check` counts such images, and writing samples anew (`--keep_tars false`) prevents them. Bad samples that
+`moevlm data check` counts such images, and writing samples again (`--keep_tars false`) prevents them. Bad samples that
 are tolerated stay in their tars, so `data.max_lost_fraction` must allow them. Tars without a good sample are left out.
 """
 
@@ -77,7 +77,10 @@ def keep_tars(
         num_samples = sum(report.entry.num_samples for report in reports)
         bad.refuse_beyond(effort.max_bad, num_samples)
         if not any(report.choices for report in reports):
-            raise UserError(f"no sample in {folder} can be used")
+            raise UserError(
+                f"no sample in {folder} can be used: name the extensions of images and captions with --image_member "
+                "and --caption_member, or download the tars again"
+            )
         full = [
             report for report in reports if any(chosen.required <= set(choice.split()) for choice in report.choices)
         ]
@@ -107,7 +110,7 @@ def _refuse_few(folder: Path, num_tars: int, which: str) -> None:
     if num_tars < 3:
         raise UserError(
             f"{folder} holds {num_tars} tars{which}, but training, validation and test need one each; write the "
-            "samples anew with --keep_tars false"
+            "samples again with --keep_tars false"
         )
 
 

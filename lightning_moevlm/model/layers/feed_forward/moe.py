@@ -58,9 +58,9 @@ class MoEFFN(FeedForward):
     ) -> None:
         super().__init__()
         if num_experts < 1:
-            raise UserError(f"num_experts is {num_experts}: a mixture needs at least 1 expert")
+            raise UserError(f"moe.num_experts is {num_experts}: a mixture needs at least 1 expert")
         if num_shared < 1:
-            raise UserError(f"num_shared is {num_shared}: choose at least 1, or leave `shared` null for none")
+            raise UserError(f"moe.num_shared is {num_shared}: choose at least 1, or leave moe.shared null for none")
         self.dim = dim
         self.num_experts = num_experts
         self.router = router(dim, num_experts)

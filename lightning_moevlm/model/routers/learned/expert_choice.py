@@ -38,8 +38,8 @@ class ExpertChoiceRouter(LinearRouter):
         super().__init__(dim, num_experts, gate)
         if not 0 < capacity_factor <= num_experts:
             raise UserError(
-                f"capacity_factor is {capacity_factor} with num_experts {num_experts}: choose above 0 and up to "
-                f"{num_experts} experts per token"
+                f"router.capacity_factor is {capacity_factor}: choose a number of experts per token above 0 and up to "
+                f"{num_experts}, the num_experts"
             )
         self.capacity_factor = capacity_factor
 

@@ -9,9 +9,10 @@ uses 0.2. Evaluation uses both experts.
 
 import torch
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, make_plan, renormalise_weights
+from lightning_moevlm.model.routers.choices import make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.router import LinearRouter
 
@@ -31,7 +32,8 @@ class GShardRouter(LinearRouter):
 
     def __init__(self, dim: int, num_experts: int, threshold: float = 0.5, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
-        check_top_k(2, num_experts)
+        if num_experts < 2:
+            raise UserError(f"moe.num_experts is {num_experts}: GShardRouter needs at least 2 experts")
         check_number("threshold", threshold, above=0, advice=", such as 0.5 (GShard) or 0.2 (ST-MoE)")
         self.threshold = threshold
 

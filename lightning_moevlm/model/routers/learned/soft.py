@@ -38,7 +38,7 @@ class SoftRouter(Router):
     def __init__(self, dim: int, num_experts: int, slots_per_expert: int = 2, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
         if slots_per_expert < 1:
-            raise UserError(f"slots_per_expert is {slots_per_expert}: choose 1 or more")
+            raise UserError(f"router.slots_per_expert is {slots_per_expert}: choose 1 or more")
         refuse_zero_start(gate, "SoftRouter", "a slot of length 0 has no direction")
         self.slots_per_expert = slots_per_expert
         self.slot_EZD = nn.Parameter(torch.empty(num_experts, slots_per_expert, dim))

@@ -30,9 +30,9 @@ class TopPRouter(LinearRouter):
 
     def __init__(self, dim: int, num_experts: int, threshold: float = 0.4, max_k: int = 4, gate: Gate = Gate()) -> None:
         super().__init__(dim, num_experts, gate)
-        check_top_k(max_k, num_experts)
+        check_top_k(max_k, num_experts, key="max_k")
         if not 0 < threshold <= 1:
-            raise UserError(f"threshold is {threshold}: choose a share above 0 and up to 1")
+            raise UserError(f"router.threshold is {threshold}: choose a share above 0 and up to 1")
         self.threshold = threshold
         self.max_k = max_k
 

@@ -30,8 +30,11 @@ class ModalityRouter(Router):
     def __init__(self, dim: int, num_experts: int, top_k: int = 1) -> None:
         super().__init__(dim, num_experts)
         if num_experts < len(Modality):
-            raise UserError(f"num_experts is {num_experts}: ModalityRouter needs one for each of {len(Modality)}")
-        check_top_k(top_k, num_experts // len(Modality))
+            raise UserError(
+                f"moe.num_experts is {num_experts}: ModalityRouter needs at least {len(Modality)} experts, "
+                "one per modality"
+            )
+        check_top_k(top_k, num_experts // len(Modality), limit="num_experts per modality")
         self.top_k = top_k
 
     @property

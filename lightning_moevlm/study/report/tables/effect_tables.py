@@ -81,7 +81,7 @@ def factors_table(result: StudyResult) -> Table | None:
     notes.append("A x B: effect of A with B minus effect of A without it. It is 0 if the two effects add up.")
     for fraction in result.comparison.design.fractions if result.comparison.design else ():
         notes.append(
-            f"a fraction of all combinations: {len(fraction.runs())} runs. Aliased effects cannot be told apart."
+            f"a fraction of all combinations: {len(fraction.runs())} runs. Aliased effects cannot be separated."
         )
         notes += [f"{line}." for line in fraction.describe()[1:]]
     by_note: dict[str, list[str]] = {}  # a seed that is left out is so in every contrast
@@ -109,7 +109,7 @@ def learning_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        f"untrained, final: {title}, mean over seeds. learned: seeds in which final is ahead of untrained.",
+        f"untrained, final: {title}, mean over seeds. learned: seeds in which final is better than untrained.",
         "accuracy: at masked positions of held-out data. In brackets: that of always answering the commonest class.",
     )
     return Table("Has anything been learned?", columns, rows, notes, figure="accuracy")

@@ -75,7 +75,12 @@ class RayEngine(Engine):
         except Exception as error:  # Ray raises plain ones too, e.g. where a busy machine is slow to start it
             ray.shutdown()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"no Ray cluster at {self._address or 'this machine'}: {reason}") from error
+            remedy = (
+                "start one with `ray start --head`, and give the address that it prints as --engine.address"
+                if self._address
+                else "repeat the command, or give the address of a running cluster as --engine.address"
+            )
+            raise UserError(f"no Ray cluster at {self._address or 'this machine'} ({reason}): {remedy}") from error
         room = ray.cluster_resources()
         at_once = int(room.get("CPU", 0) // self._num_cpus)
         if self._num_gpus:
@@ -147,7 +152,10 @@ def _check_address(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise UserError(f"no Ray cluster at {address}: {error}; `ray status` there shows its address") from error
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or give the address "
+            "that it prints as --engine.address"
+        ) from error
 
 
 def _own_threads() -> dict[str, str]:

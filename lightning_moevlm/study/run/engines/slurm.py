@@ -118,7 +118,9 @@ class SlurmEngine(Engine):
             if (
                 Tickets(self._folder).take(job.ticket, NO_OWNER) is None
             ):  # if it begins after all, it finds the ticket taken
-                raise UserError(f"sbatch refused the job: {_last_line(error)}") from error
+                raise UserError(
+                    f"sbatch refused the job ({_last_line(error)}): correct the --engine options that it names"
+                ) from error
             raise
         self._jobs[job.ticket] = submitted
         return Handle(job=str(submitted.job_id))

@@ -1,4 +1,4 @@
-"""Switches that are on prove that they act, in each run."""
+"""Checks in each run that every enabled switch has an effect."""
 
 from lightning_moevlm.training.callbacks.liveness.callback import Liveness
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt

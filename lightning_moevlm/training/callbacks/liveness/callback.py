@@ -31,6 +31,14 @@ from lightning_moevlm.training.callbacks.liveness.trunk_proofs import trunk_rece
 from lightning_moevlm.training.callbacks.telemetry import TakesTags
 from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
+_WORDS: dict[Verdict, str] = {
+    "alive": "act",
+    "idle": "not triggered yet",
+    "off": "off",
+    "unproven": "unproven",
+    "dead": "dead",
+}
+
 
 class Liveness(Callback):
     """Asks every enabled switch to prove that it acts, and writes the receipts.
@@ -132,7 +140,9 @@ class Liveness(Callback):
         self._write_tags(trainer, key=_verdict)
         if step == self._started_at and receipts:
             counts = {verdict: sum(one.verdict == verdict for one in receipts) for verdict in get_args(Verdict)}
-            rank_zero_info("liveness: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+            text = ", ".join(f"{count} {_WORDS[name]}" for name, count in counts.items() if count)
+            is_tagged = any(isinstance(logger, TakesTags) for logger in trainer.loggers)
+            rank_zero_info(f"liveness of switches: {text}{' (receipts: MLflow tags receipt/*)' if is_tagged else ''}")
 
     def _write_tags(self, trainer: Trainer, key: Callable[[str], str]) -> None:
         """Write the tags whose key differs from that of the tag last written."""

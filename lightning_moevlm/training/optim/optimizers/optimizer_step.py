@@ -1,4 +1,4 @@
-"""Common beginnings of optimiser steps, and checks of their options."""
+"""Code that all our optimisers share: the beginning of a step, and checks of options."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

@@ -350,8 +350,8 @@ def test_files_that_are_not_coco(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     for text, message in (
         ('{"images": [],\n "annotations": [}', r"c.json is not JSON \(line 2"),
-        ('{"images": []}', "no list 'annotations'"),
-        ("[]", "a JSON list, not the object"),
+        ('{"images": []}', "no list 'annotations': give the file of captions"),
+        ("[]", "holds a JSON list; COCO files hold an object"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""img2dataset's folders: tars that stay as they are, and samples that are written anew."""
+"""img2dataset's folders: tars that stay as they are, and samples that are written again."""
 
 import json
 import shutil

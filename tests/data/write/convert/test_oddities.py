@@ -86,7 +86,9 @@ def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
     table.write_text('image,caption\n1.jpg,"never closed\n' + "2.jpg,red\n" * 20)
     # 21 rows would be one bad row, and --max_bad 1 bear it
-    with pytest.raises(UserError, match=r"captions\.csv line 2: a quote is opened here or later, and never closed"):
+    with pytest.raises(
+        UserError, match=r"captions\.csv line 2: the quoted field that starts here or later is not closed"
+    ):
         list(CsvSource(table, None, None, COLUMNS).rows())
 
 

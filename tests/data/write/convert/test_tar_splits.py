@@ -47,8 +47,12 @@ def test_a_set_with_an_empty_split_is_refused(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "set")
     replace(manifest, splits={**manifest.splits, "val": ()}).write(tmp_path / "set")
     (problem,) = check_set(ShardStorage(str(tmp_path / "set"))).problems
-    assert problem.startswith("the val split of ") and problem.endswith("is empty; make the set anew")
-    with pytest.raises(UserError, match="the evaluation split of found is empty; make the set anew"):
+    assert problem.startswith("the val split of ") and problem.endswith(
+        "is empty; build the set again with more samples"
+    )
+    with pytest.raises(
+        UserError, match="the evaluation split of found is empty; build the set again with more samples"
+    ):
         read_set(tmp_path / "set").val_dataloader()
 
 

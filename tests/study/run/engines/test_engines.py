@@ -335,7 +335,7 @@ def test_mistakes_are_one_line(monkeypatch):
 
 @needs_ray
 def test_ray_without_a_listener(tmp_path):
-    with pytest.raises(UserError, match=r"no Ray cluster at 127\.0\.0\.1:9: .*refused"):
+    with pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:9 \(.*refused\): start one"):
         RayEngine("127.0.0.1:9").open(tmp_path, None, 1)
 
 

@@ -48,7 +48,10 @@ def test_a_cluster_that_takes_one_job_at_a_time(tmp_path, uri, cluster, monkeypa
 def test_a_cluster_that_refuses_every_job(tmp_path, uri, monkeypatch):
     monkeypatch.setenv(LIMIT, "0")
     file = write_project(tmp_path, uri, {"seeds": [0]})
-    with pytest.raises(UserError, match=r"^sbatch refused the job: sbatch: error: QOSMaxSubmitJobPerUserLimit$"):
+    with pytest.raises(
+        UserError,
+        match=r"^sbatch refused the job \(sbatch: error: QOSMaxSubmitJobPerUserLimit\): correct the --engine options",
+    ):
         sweep(file, engine=engine_of("fake_slurm"))
     assert [s.status for s in by_seed(plan_of(file))] == [Status.INTERRUPTED, Status.PLANNED]
 

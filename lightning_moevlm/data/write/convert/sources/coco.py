@@ -28,6 +28,11 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
 )
 
 Take = Literal["first", "each", "draw"]
+_FILES = {
+    "images": "COCO's captions file, such as captions_train2017.json",
+    "annotations": "the file of captions or answers, such as captions_train2017.json",
+    "questions": "the questions file, such as v2_OpenEnded_mscoco_train2014_questions.json",
+}
 
 
 class _ImageCaptions(NamedTuple):
@@ -237,14 +242,14 @@ def _read_object(path: Path) -> dict[str, object]:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{path} is not JSON ({where})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is a JSON {type(content).__name__}, not the object that COCO's files hold")
+        raise UserError(f"{path} holds a JSON {type(content).__name__}; COCO files hold an object")
     return content
 
 
 def _list(content: dict[str, object], key: str, path: Path) -> Sequence[dict[str, object]]:
     entries = content.get(key)
     if not isinstance(entries, list):
-        raise UserError(f"{path} has no list {key!r}: is it the right one of COCO's files?")
+        raise UserError(f"{path} has no list {key!r}: give {_FILES[key]}")
     return entries
 
 

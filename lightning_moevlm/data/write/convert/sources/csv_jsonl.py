@@ -154,8 +154,9 @@ class CsvSource(_Table):
                     num_spanning, spanning = num_spanning + 1, spanning or place
                     if form.quotes is None and holds_rows(cells, header, self.columns.image, form.delimiter):
                         raise UserError(
-                            f"{place}: a quote is opened here or later and closed on line {reader.line_num}, and lines "
-                            f"between look like rows; {NO_QUOTES}; if they belong to a field, add --quotes true"
+                            f"{place}: a quoted field that starts here or later is closed on line {reader.line_num}, "
+                            f"and lines between look like rows; {NO_QUOTES}; if they belong to the field, add "
+                            "--quotes true"
                         )
                 try:
                     if len(cells) != len(header):
@@ -171,11 +172,13 @@ class CsvSource(_Table):
     def _refuse_quote(self, place: str, first: int, last: int, error: str) -> None:
         """Refuse an invalid row over several lines: it may have swallowed any number of rows."""
         if "unexpected end of data" in error:
-            raise UserError(f"{place}: a quote is opened here or later, and never closed; close it, or, {NO_QUOTES}")
+            raise UserError(
+                f"{place}: the quoted field that starts here or later is not closed; close the quote, or, {NO_QUOTES}"
+            )
         if last > first:
             raise UserError(
-                f"{place}: a quote is opened here or later, and the row that it makes ends wrongly on line {last} "
-                f"({error}); correct it, or, {NO_QUOTES}"
+                f"{place}: a quoted field that starts here or later makes one row of lines {first} to {last}, which is "
+                f"invalid ({error}); correct the quotes, or, {NO_QUOTES}"
             )
 
     def _header(self, reader: Iterator[list[str]]) -> list[str]:

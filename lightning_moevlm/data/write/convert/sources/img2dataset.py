@@ -104,7 +104,10 @@ def _check_finished(path: Path) -> Download:
             "away"
         ) from None
     except msgspec.DecodeError as error:
-        raise UserError(f"{stats} does not state the number of successful downloads ({error})") from None
+        raise UserError(
+            f"{stats} does not state the number of successful downloads ({error}); run img2dataset again, or move "
+            "the file and its tar away"
+        ) from None
     return Download(path.name, successes, path.stat().st_size)
 
 
@@ -166,7 +169,7 @@ def _refuse_scattered(tar: Path, key: str, before: set[str], found: dict[str, Me
 
 
 class Img2datasetSource(Source):
-    """img2dataset's samples as rows, to write them anew: mixed, split by image, scaled."""
+    """img2dataset's samples as rows, to write them again: mixed, split by image, scaled."""
 
     def __init__(self, folder: Path, name: str | None, names: MemberNames = DEFAULT_NAMES) -> None:
         self.found = find_downloads(folder)

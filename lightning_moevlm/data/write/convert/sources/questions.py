@@ -80,7 +80,7 @@ class SetQuestions(Source):
                 for key, found, _ in sample_groups(members):
                     yield from self._questions(key, found, place)
         except TarBreak as error:
-            raise UserError(f"{path} is truncated or not a tar: it {error}; build the set anew") from None
+            raise UserError(f"{path} is truncated or not a tar: it {error}; build the set again") from None
 
     def _questions(self, key: str, found: dict[str, Member], place: _Place) -> Iterator[Row | BadRow]:
         where = f"{place.entry.file} {key[:100]}"
