@@ -179,7 +179,7 @@ def test_frozen_experts_let_the_tokens_gradient_through(dispatcher: Dispatcher) 
 def test_a_fixed_buffer_is_never_too_small_in_silence() -> None:
     # 48 tokens, all to one of 8 experts; factor 1: 6 places
     plan = top_1_plan(torch.zeros(48, 8))
-    with pytest.raises(UserError, match="an expert has 48 pairs and PaddedDispatcher 6 places"):
+    with pytest.raises(UserError, match="an expert has 48 tokens and PaddedDispatcher 6 buffer rows"):
         PaddedDispatcher(1.0)(plan, torch.ones(48, 16), MLPExperts(16, 8, 16))
     with pytest.raises(UserError, match="factor is 0"):
         PaddedDispatcher(0.0)
@@ -189,7 +189,9 @@ def test_a_fixed_buffer_is_never_too_small_in_silence() -> None:
         ):
             MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.2))
         MoEFFN(16, capacity=capacity, dispatcher=PaddedDispatcher(1.25))
-    with pytest.raises(UserError, match=r"eval_factor is null: dropless evaluation may give an expert more pairs"):
+    with pytest.raises(
+        UserError, match=r"eval_factor is null: in dropless evaluation an expert may get more tokens than"
+    ):
         MoEFFN(16, capacity=Capacity(1.25), dispatcher=PaddedDispatcher(1.25))
     MoEFFN(16, capacity=Capacity(1.25), dispatcher=PaddedDispatcher())
 

@@ -139,7 +139,9 @@ def test_quotes_that_are_signs_like_any_other_swallow_no_rows(tmp_path: Path) ->
     assert len(rows) == 100 and isinstance(rows[5], Row) and rows[5].caption == '"Open'
     assert len(list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t", quotes=True)).rows())) == 70
     table.write_text("\n".join([*TSV[:36], '35.jpg\t"closed" in the middle', *TSV[37:]]) + "\n")
-    with pytest.raises(UserError, match=r"line 7: .* ends wrongly on line 37 .*--quotes false"):
+    with pytest.raises(
+        UserError, match=r"line 7: .* makes one row of lines 7 to 37, which is invalid .*--quotes false"
+    ):
         list(CsvSource(table, None, None, COLUMNS, CsvFormat("\t")).rows())
 
 
