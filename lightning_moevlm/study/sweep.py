@@ -223,7 +223,7 @@ def answer(
     newest = max(source.stat().st_mtime for source in sources if source.exists())
     if redraw or not page.exists() or page.stat().st_mtime < newest:
         whole = make_report(describe_origin(planned, result, view), result)
-        with explain_write_errors(folder, "make room or give rights"):
+        with explain_write_errors(folder, "free disk space, or grant write permission"):
             write_report(whole, folder)
         log_summary(experiment, whole, folder)
         log_view(experiment, result)
