@@ -205,7 +205,9 @@ def test_fp32_optimiser_state_needs_fp32_parameters() -> None:
 @pytest.mark.parametrize("region", ["heads", "trunk"])
 def test_the_other_half_precision_is_refused(region: str) -> None:
     module = VisionLanguageModule(small_vl_moe(), precision=PrecisionPolicy(**{region: "float16"}))
-    with pytest.raises(UserError, match=rf"precision.{region} is float16 with trainer.precision bf16-true: .* 16-true"):
+    with pytest.raises(
+        UserError, match=rf"precision.{region} is float16, but weights under bf16-true are bfl.* 16-true"
+    ):
         trainer("bf16-true").fit(module, loader(1))
 
 

@@ -163,7 +163,7 @@ def test_images_with_a_bad_beginning_or_end_are_lost_as_on_the_cpu(
     loaders = [_data(scenes_copy, max_lost_fraction=0.9, decode=decode, **options) for decode in ("cpu", "device")]
     if cause == "image_too_large":  # 32 x 32 = 1024 pixels each, so that all are
         for data in loaders:
-            with pytest.raises(UserError, match=r"any of its 32 samples .*\(it has 32 x 32 pixels, 1,000 are allowed"):
+            with pytest.raises(UserError, match=r"none of the 32 samples .*\(it has 32 x 32 pixels, 1,000 are allowed"):
                 _keys(data.train_dataloader())
         return
     on_cpu, on_device = (data.train_dataloader() for data in loaders)

@@ -103,7 +103,7 @@ def test_bad_sources_are_refused(scenes_root: Path, tmp_path: Path) -> None:
         Pause(-1, 3)
     with pytest.raises(UserError, match="use letters, digits"):
         _data({"a/b": Source(str(scenes_root))})
-    with pytest.raises(UserError, match="null as root"):
+    with pytest.raises(UserError, match="the other to null"):
         ShardDataModule(str(scenes_root), 8, 32, 16, 400, sources={"a": Source(str(scenes_root))})
     with pytest.raises(UserError, match="sources names 0 sets"):
         _data({"a": None})
