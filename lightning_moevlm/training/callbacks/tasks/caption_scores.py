@@ -6,14 +6,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.generation import Decoding, generate
 from lightning_moevlm.model.metrics.caption_scores import score_captions
 from lightning_moevlm.model.objectives import NextToken
+from lightning_moevlm.training.callbacks.tasks.parts import find_data, find_objective
 from lightning_moevlm.training.evaluation import log_values
 from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
@@ -44,9 +43,8 @@ class CaptionScores(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a model that cannot continue texts."""
         if stage != "predict":
-            _objective_of(pl_module)
-            if not isinstance(_data_of(trainer), ShardDataModule):
-                raise UserError("CaptionScores reads texts by the set's tokenizer: give the trainer a ShardDataModule")
+            find_objective(pl_module, NextToken, "CaptionScores")
+            find_data(trainer, "CaptionScores")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int,
@@ -75,9 +73,8 @@ class CaptionScores(Callback):
         if pairs.images_BRYX is None or pairs.text_BL is None or pairs.text_mask_BL is None:
             return
         assert isinstance(pl_module, VisionLanguageModule)
-        data = _data_of(trainer)
-        assert isinstance(data, ShardDataModule)
-        tokenizer, backbone = data.tokenizer, pl_module.backbone
+        objective = find_objective(pl_module, NextToken, "CaptionScores")
+        tokenizer, backbone = find_data(trainer, "CaptionScores").tokenizer, pl_module.backbone
         images = [blake2b(each.numpy().tobytes(), digest_size=8).hexdigest() for each in pairs.images_BRYX.cpu()]
         for image, text_L in zip(images, pairs.text_BL.tolist(), strict=True):
             self._references[image] = (*self._references.get(image, ()), tokenizer.decode(text_L))
@@ -89,7 +86,7 @@ class CaptionScores(Callback):
         with trainer.precision_plugin.val_step_context():
             found = generate(
                 backbone,
-                lambda features_MD: _objective_of(pl_module).logits(backbone, features_MD),
+                lambda features_MD: objective.logits(backbone, features_MD),
                 pairs.images_BRYX[rows],
                 pairs.text_BL[rows, start],
                 pairs.text_mask_BL[rows, start],
@@ -123,18 +120,3 @@ class CaptionScores(Callback):
             for name, value in score_captions(captions, references).items()
         }
         log_values(pl_module, values)
-
-
-def _objective_of(pl_module: LightningModule) -> NextToken:
-    assert isinstance(pl_module, VisionLanguageModule)
-    found = next((module for module in pl_module.objective.modules() if isinstance(module, NextToken)), None)
-    if found is None:
-        raise UserError(
-            f"CaptionScores generates captions, but {type(pl_module.objective).__name__} is not trained to: choose "
-            "NextToken, or a Joint with it"
-        )
-    return found
-
-
-def _data_of(trainer: Trainer) -> object:
-    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets, but declares it not

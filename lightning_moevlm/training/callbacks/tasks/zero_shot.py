@@ -17,11 +17,11 @@ from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.answer_list import read_answers
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.routing_plan import Modality
-from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.metrics.running_sums import RunningSums
 from lightning_moevlm.model.objectives import Contrastive
+from lightning_moevlm.training.callbacks.tasks.parts import find_data, find_objective
 from lightning_moevlm.training.evaluation import log_values
 from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
@@ -58,9 +58,8 @@ class ZeroShot(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a model without a common space of images and texts, or data without classes."""
         if stage != "predict":
-            _objective_of(pl_module)
-            data = _data_of(trainer)
-            if not isinstance(data, ShardDataModule) or data.annotation is None:
+            find_objective(pl_module, Contrastive, "ZeroShot")
+            if find_data(trainer, "ZeroShot").annotation is None:
                 raise UserError(
                     "ZeroShot needs the class of each sample: set data.annotation to the field that names it"
                 )
@@ -85,11 +84,11 @@ class ZeroShot(Callback):
         if batch.images_BRYX is None or batch.answers is None:
             return
         assert isinstance(pl_module, VisionLanguageModule)
-        objective, backbone, data = _objective_of(pl_module), pl_module.backbone, _data_of(trainer)
-        assert isinstance(data, ShardDataModule)
+        objective, backbone = find_objective(pl_module, Contrastive, "ZeroShot"), pl_module.backbone
+        tokenizer = find_data(trainer, "ZeroShot").tokenizer
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             if self._class_CD is None:
-                self._class_CD = self._embed_classes(objective, backbone, data.tokenizer, pl_module.device)
+                self._class_CD = self._embed_classes(objective, backbone, tokenizer, pl_module.device)
             image_BD = objective.embed_images(backbone(batch.images_BRYX).pool(Modality.IMAGE))
         similarity_BC = image_BD @ self._class_CD.T
         top_BK = similarity_BC.topk(min(5, len(self.classes)), dim=1).indices.cpu()
@@ -137,21 +136,6 @@ class ZeroShot(Callback):
         values = {metric_keys.ZERO_SHOT.key(stage=stage, score=name): value for name, value in scores.items()}
         values |= {metric_keys.ZERO_SHOT_BASELINE.key(stage=stage, score=name): v for name, v in baselines.items()}
         log_values(pl_module, values)
-
-
-def _objective_of(pl_module: LightningModule) -> Contrastive:
-    assert isinstance(pl_module, VisionLanguageModule)
-    found = next((module for module in pl_module.objective.modules() if isinstance(module, Contrastive)), None)
-    if found is None:
-        raise UserError(
-            f"ZeroShot compares images with texts, which {type(pl_module.objective).__name__} is not trained to do: "
-            "choose Contrastive, or a Joint with it"
-        )
-    return found
-
-
-def _data_of(trainer: Trainer) -> object:
-    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets, but declares it not
 
 
 def _read_lines(path: str, what: str) -> tuple[str, ...]:
