@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moevlm.contracts.step_records import Embeddings
+from lightning_moevlm.model.metrics.gather import gather_objects
 
 AT = (1, 5, 10)
 _QUERIES = 1024  # at a time
@@ -59,11 +59,7 @@ def join_embeddings(parts: Sequence[Embeddings]) -> Embeddings:
 
 def gather_embeddings(own: Sequence[Embeddings]) -> Embeddings | None:
     """Return the embeddings of all ranks, or None; all ranks must call it together."""
-    all_ranks = [list(own)]
-    if dist.is_available() and dist.is_initialized():
-        all_ranks = [[]] * dist.get_world_size()
-        dist.all_gather_object(all_ranks, list(own))
-    parts = [part for of_rank in all_ranks for part in of_rank]
+    parts = [part for of_rank in gather_objects(list(own)) for part in of_rank]
     return join_embeddings(parts) if parts else None
 
 

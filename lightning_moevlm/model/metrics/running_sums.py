@@ -4,12 +4,12 @@ A mean of means depends on how samples fall into batches; a quotient of sums doe
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from lightning_moevlm.model.metrics.gather import gather_objects
 
 Name = TypeVar("Name")
 
@@ -29,12 +29,8 @@ class RunningSums(Generic[Name]):
     def totals(self) -> dict[Name, Tensor]:
         """Return the sums over all ranks by name, on the CPU; all ranks must call it together."""
         own = {name: values.cpu() for name, values in self._sums.items()}
-        all_ranks: list[Mapping[Name, Tensor]] = [own]
-        if dist.is_available() and dist.is_initialized():
-            all_ranks = [own] * dist.get_world_size()
-            dist.all_gather_object(all_ranks, own)
         found: dict[Name, list[Tensor]] = defaultdict(list)
-        for sums in all_ranks:
+        for sums in gather_objects(own):
             for name, values in sums.items():
                 found[name].append(values)
         return {name: torch.stack(of_ranks).sum(dim=0) for name, of_ranks in found.items()}

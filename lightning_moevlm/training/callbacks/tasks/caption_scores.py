@@ -3,7 +3,6 @@
 from hashlib import blake2b
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_moevlm.common.number_checks import check_number
@@ -11,6 +10,7 @@ from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.generation import Decoding, generate
 from lightning_moevlm.model.metrics.caption_scores import score_captions
+from lightning_moevlm.model.metrics.gather import gather_objects
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.training.callbacks.tasks.parts import find_data, find_objective
 from lightning_moevlm.training.evaluation import log_values
@@ -98,10 +98,7 @@ class CaptionScores(Callback):
         }
 
     def _log(self, pl_module: LightningModule, stage: str) -> None:
-        everyone = [(self._generated, self._references)]
-        if dist.is_available() and dist.is_initialized():
-            everyone = everyone * dist.get_world_size()
-            dist.all_gather_object(everyone, (self._generated, self._references))
+        everyone = gather_objects((self._generated, self._references))
         self._generated, self._references = {}, {}
         generated: dict[str, str] = {}
         references: _Captions = {}
