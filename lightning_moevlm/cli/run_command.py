@@ -7,7 +7,8 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, auto_cli
 
-from lightning_moevlm.cli import bench, compare, data, parts, sweep, sync
+from lightning_moevlm.cli import bench, compare, parts, sweep, sync
+from lightning_moevlm.cli.data import commands as data
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.parse_errors import short_message
 

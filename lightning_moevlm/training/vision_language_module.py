@@ -18,6 +18,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.step_records import BatchSize, LossReport, NamedPlan, ObjectiveOutput
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.backbones.features import pool_features
 from lightning_moevlm.model.initial_weights import derive_seed, initialise
 from lightning_moevlm.model.losses import AuxiliaryLosses, LayerCounts, LossInput
 from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
@@ -40,7 +41,6 @@ from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
 from lightning_moevlm.training.checks.optimizer_checks import refuse_unsuited_optimizer, refuse_vanishing_eps
 from lightning_moevlm.training.checks.trainer_checks import refuse_uneven_steps, refuse_unsuited_trainer
 from lightning_moevlm.training.evaluation import Evaluation, log_values, report_batch_dependence
-from lightning_moevlm.training.features import pool_features
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.optim import (
     GradientControl,

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lightning_moevlm.cli.convert import COMMANDS
+from lightning_moevlm.cli.data.convert import COMMANDS
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.study.run.processes.child_process import is_alive

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.cli.data import COMMANDS
+from lightning_moevlm.cli.data.commands import COMMANDS
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.contracts.codebook import load_codebook
 from lightning_moevlm.data.format.manifest import read_manifest
@@ -139,7 +139,7 @@ def test_the_command_line_itself_and_a_killed_build(tmp_path: Path) -> None:
 
 def test_importing_the_commands_is_cheap() -> None:
     code = (
-        "import sys, lightning_moevlm.cli.data; "
+        "import sys, lightning_moevlm.cli.data.commands; "
         "heavy = {'torch', 'lightning', 'mlflow', 'sklearn', 'matplotlib', 'numpy', 'emoji'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )

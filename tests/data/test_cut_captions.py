@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from lightning_moevlm.cli.data import tabulate_card
+from lightning_moevlm.cli.data.commands import tabulate_card
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.model.initial_weights import derive_seed
-from lightning_moevlm.model.random_bits import GOLDEN, mix_bits, shift_right
+from lightning_moevlm.model.routers.random_bits import GOLDEN, mix_bits, shift_right
 
 
 @dataclass(frozen=True)

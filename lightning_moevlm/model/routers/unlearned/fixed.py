@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.random_bits import scramble
 from lightning_moevlm.model.routers.choices import check_top_k, count_turns, even_plan
+from lightning_moevlm.model.routers.random_bits import scramble
 from lightning_moevlm.model.routers.router import Router
 
 

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from lightning_moevlm.cli import convert
+from lightning_moevlm.cli.data import convert
 from lightning_moevlm.cli.output import print_built
 from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError

@@ -1,0 +1,1 @@
+"""`moevlm data`: one file per group of its commands."""
