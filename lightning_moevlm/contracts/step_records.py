@@ -57,6 +57,15 @@ class PlanSize(NamedTuple):
     sequences_A: Tensor
     sequences: Tensor
 
+    @staticmethod
+    def of_pass(num_images: Tensor, text_mask_BL: Tensor | None, num_patches: int) -> "PlanSize":
+        """Return the size of a pass over so many images, a scalar, and texts; sequences of pairs hold both."""
+        num_texts, num_words = torch.zeros_like(num_images), torch.zeros_like(num_images)
+        if text_mask_BL is not None:
+            num_texts, num_words = text_mask_BL.any(dim=-1).sum(), text_mask_BL.sum()
+        sequences_A = torch.stack([num_images, num_texts])
+        return PlanSize(torch.stack([num_images * num_patches, num_words]), sequences_A, sequences_A.max())
+
     def select(self, modalities: Iterable[Modality]) -> "PlanSize":
         """Return the size of a plan with the tokens of these modalities alone."""
         among = set(modalities)

@@ -20,7 +20,9 @@ from lightning_moevlm.contracts.step_records import BatchSize, LossReport, Named
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.backbones.features import pool_features
 from lightning_moevlm.model.initial_weights import derive_seed, initialise
+from lightning_moevlm.model.layers import find_evaluation_limits
 from lightning_moevlm.model.losses import AuxiliaryLosses, LayerCounts, LossInput
+from lightning_moevlm.model.metrics import DropRates
 from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.model.precision import PrecisionPolicy, region, set_precision
 from lightning_moevlm.training.actions import Action, ActionRunner, Actions, build_actions
@@ -134,8 +136,10 @@ class VisionLanguageModule(LightningModule):
         self.action_runner = (
             ActionRunner(active_actions, backbone, seed, self._routing_counter) if active_actions else None
         )
-        evaluated = (self.objective.num_classes, losses, backbone, self.objective.terms_of_set)
-        self.val_evaluation, self.test_evaluation = Evaluation("val", *evaluated), Evaluation("test", *evaluated)
+        limits = find_evaluation_limits(backbone)
+        self.val_evaluation, self.test_evaluation = (
+            Evaluation(stage, [*self.objective.measures(), DropRates(limits)], losses) for stage in ("val", "test")
+        )
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> "VisionLanguageModule":

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_moevlm.contracts.routing_plan import Modality
-from lightning_moevlm.contracts.step_records import NamedPlan
+from lightning_moevlm.contracts.step_records import NamedPlan, ObjectiveOutput
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.dispatch import Capacity, ModalityFactors
 from lightning_moevlm.model.layers import batch_dependence
@@ -77,9 +77,13 @@ def test_drop_rates_by_hand() -> None:
     even = top_1_plan(torch.zeros(6, 2))._replace(expert_N=torch.tensor([0, 1] * 3))
     text = top_1_plan(torch.zeros(4, 2), modality=Modality.TEXT)
     rates = DropRates(["blocks.1.image", "blocks.1.text"])
-    rates.update([named("blocks.1.image", one), named("blocks.1.text", text), named("blocks.3.image", one)])
-    rates.update([named("blocks.1.image", limited(even, 0.5))])
-    assert rates.compute() == {(1, Modality.IMAGE): 0.5, (1, Modality.TEXT): 0.0}
+    passed_over = named("blocks.3.image", one)
+    for plans in (
+        [named("blocks.1.image", one), named("blocks.1.text", text), passed_over],
+        [named("blocks.1.image", limited(even, 0.5))],
+    ):
+        rates.update(ObjectiveOutput({}, {}, tuple(plans), 0))
+    assert rates.rates() == {(1, Modality.IMAGE): 0.5, (1, Modality.TEXT): 0.0}
 
 
 def named(layer: str, plan: object) -> NamedPlan:

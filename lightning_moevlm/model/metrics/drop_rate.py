@@ -3,15 +3,16 @@
 drop rate = 1 - kept pairs / chosen pairs
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.routing_plan import MixPlan, Modality
-from lightning_moevlm.contracts.step_records import NamedPlan
+from lightning_moevlm.contracts.step_records import ObjectiveOutput
+from lightning_moevlm.model.metrics.measure import Measure, Measured
+from lightning_moevlm.model.metrics.running_sums import RunningSums
 
 
 class Place(NamedTuple):
@@ -21,51 +22,43 @@ class Place(NamedTuple):
     modality: Modality
 
 
-class DropRates(Metric):
-    """Counts pairs of some layers.
+class DropRates(Measure):
+    """Counts pairs of some layers; those of other layers and of soft slots are passed over.
 
     Args:
-        layers: paths of MoE layers in the backbone, in the same order on every rank.
+        layers: paths of MoE layers in the backbone.
     """
 
-    higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
-    chosen_LA: Tensor
-    kept_LA: Tensor
-    block_L: Tensor
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._layers = frozenset(layers)
+        self._pairs = RunningSums[Place]()  # chosen, kept
 
-    def __init__(self, layers: Sequence[str]) -> None:
-        super().__init__()
-        self._layers = {path: index for index, path in enumerate(layers)}
-        counts_LA = torch.zeros(len(layers), len(Modality), dtype=torch.int64)
-        self.add_state("chosen_LA", default=counts_LA, dist_reduce_fx="sum")
-        self.add_state("kept_LA", default=counts_LA.clone(), dist_reduce_fx="sum")
-        # a state, because a rank whose samples had no text has not seen the plans of text layers
-        self.add_state("block_L", default=torch.full((len(layers),), -1), dist_reduce_fx="max")
-
-    def update(self, plans: Iterable[NamedPlan]) -> None:
-        """Add the plans of one batch; those of other layers and of soft slots are passed over."""
-        for named in plans:
-            layer, plan = self._layers.get(named.layer), named.plan
-            if layer is None or isinstance(plan, MixPlan):
+    def update(self, output: ObjectiveOutput) -> None:
+        """Add the plans of one batch."""
+        for named in output.plans:
+            plan = named.plan
+            if named.layer not in self._layers or isinstance(plan, MixPlan):
                 continue
-            self.chosen_LA[layer] += plan.chosen_loads(plan.modality_T, len(Modality)).sum(dim=1)
-            self.kept_LA[layer] += plan.kept_loads(plan.modality_T, len(Modality)).sum(dim=1)
-            self.block_L[layer] = named.block
+            chosen_A = plan.chosen_loads(plan.modality_T, len(Modality)).sum(dim=1)
+            kept_A = plan.kept_loads(plan.modality_T, len(Modality)).sum(dim=1)
+            for modality in Modality:
+                self._pairs.add(Place(named.block, modality), torch.stack([chosen_A[modality], kept_A[modality]]))
 
-    def compute(self) -> dict[Place, float]:
-        """Return the rate of every block and modality that had a pair."""
-        rates: dict[Place, float] = {}
-        blocks = self.block_L.tolist()
-        for block in sorted({block for block in blocks if block >= 0}):
-            here_L = self.block_L == block
-            for modality, chosen, kept in zip(
-                Modality,
-                self.chosen_LA[here_L].sum(dim=0).tolist(),
-                self.kept_LA[here_L].sum(dim=0).tolist(),
-                strict=True,
-            ):
-                if chosen:
-                    rates[Place(block, modality)] = 1 - kept / chosen
-        return rates
+    def rates(self) -> dict[Place, float]:
+        """Return the rate of every block and modality that had a pair; all ranks must ask together."""
+        counted = {place: numbers.tolist() for place, numbers in sorted(self._pairs.totals().items())}
+        return {place: 1 - kept / chosen for place, (chosen, kept) in counted.items() if chosen}
+
+    def compute(self, stage: str) -> Measured:
+        """Return the rates under their keys."""
+        family = metric_keys.EVAL_DROP_RATE
+        return Measured(
+            {
+                family.key(stage=stage, block=block, modality=modality.label): rate
+                for (block, modality), rate in self.rates().items()
+            }
+        )
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._pairs.reset()

@@ -20,6 +20,8 @@ from lightning_moevlm.contracts.batch import Answers, Batch
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.step_records import Answered, BatchSize, ObjectiveOutput, PlanSize, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.metrics.measure import Measure
+from lightning_moevlm.model.metrics.tasks.vqa import VQAAccuracy
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.precision import region
@@ -85,9 +87,11 @@ class AnswerClassification(Objective):
         """Return the number of questions, and tokens of their pass."""
         questions = batch.first(batch.pairs)
         number = torch.tensor(questions.num_samples, device=batch.device)
-        words = torch.zeros_like(number) if questions.text_mask_BL is None else questions.text_mask_BL.sum()
-        tokens = PlanSize(torch.stack([number * self.num_patches, words]), torch.stack([number, number]), number)
-        return BatchSize({TERM: number}, {"pair": tokens})
+        return BatchSize({TERM: number}, {"pair": PlanSize.of_pass(number, questions.text_mask_BL, self.num_patches)})
+
+    def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
+        """Add VQA accuracy."""
+        return [*super().measures(prefix, weight), VQAAccuracy()]
 
     def targets(self, answers: Answers, device: torch.device) -> Tensor:
         """Return the target of every answer of the list, fp32 (B, A)."""

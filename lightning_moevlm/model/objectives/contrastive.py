@@ -13,8 +13,6 @@ In evaluation the loss and the recalls are over the whole set, so they do not de
 """
 
 import math
-from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Literal
 
 import torch
@@ -29,6 +27,9 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, PlanSize, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.metrics.content_ids import content_ids
+from lightning_moevlm.model.metrics.measure import Measure
+from lightning_moevlm.model.metrics.tasks.retrieval import RetrievalRecalls
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.precision import region
@@ -101,10 +102,16 @@ class Contrastive(Objective):
         """Return the number of pairs, and tokens of their pass."""
         pairs = batch.first(batch.pairs)
         num_pairs = torch.tensor(pairs.num_samples, device=batch.device)
-        words = torch.zeros_like(num_pairs) if pairs.text_mask_BL is None else pairs.text_mask_BL.sum()
-        sequences_A = torch.stack([num_pairs, num_pairs])
-        tokens = PlanSize(torch.stack([num_pairs * self.num_patches, words]), sequences_A, num_pairs)
-        return BatchSize({TERM: num_pairs}, {"pair": tokens})
+        return BatchSize({TERM: num_pairs}, {"pair": PlanSize.of_pass(num_pairs, pairs.text_mask_BL, self.num_patches)})
+
+    def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
+        """Add retrieval, with the loss over the whole set."""
+
+        def terms(embeddings: Embeddings) -> dict[str, Term]:
+            of_set = Term(self.loss_of_set(embeddings), self.weight * weight, len(embeddings.keys))
+            return {prefix + TERM: of_set}
+
+        return [*super().measures(prefix, weight), RetrievalRecalls(terms)]
 
     def embed_images(self, features_BD: Tensor) -> Tensor:
         """Return pooled features of images in the common space, fp32, rows of length 1."""
@@ -124,15 +131,15 @@ class Contrastive(Objective):
             return self._rows_loss(image_BD, text_BD, image_ND, text_ND, first)
 
     @torch.no_grad()
-    def terms_of_set(self, embeddings: Embeddings) -> dict[str, Term]:
-        """Return the loss over all pairs of an evaluation."""
+    def loss_of_set(self, embeddings: Embeddings) -> Tensor:
+        """Return the loss over all pairs of an evaluation, fp64."""
         image_ND, text_ND = (each.to(self.log_scale.value.device) for each in (embeddings.image_ND, embeddings.text_ND))
         total = torch.zeros((), dtype=torch.float64)
         for start in range(0, len(image_ND), _ROWS):
             rows = slice(start, start + _ROWS)
             mean = self._rows_loss(image_ND[rows], text_ND[rows], image_ND, text_ND, start)
             total += mean.double().cpu() * len(image_ND[rows])
-        return {TERM: Term(total / len(image_ND), self.weight, len(image_ND))}
+        return total / len(image_ND)
 
     def _rows_loss(self, image_BD: Tensor, text_BD: Tensor, image_ND: Tensor, text_ND: Tensor, first: int) -> Tensor:
         if self.logit_bias is None:
@@ -199,11 +206,9 @@ def _embeddings(pairs: Batch, image_BD: Tensor, text_BD: Tensor) -> Embeddings:
     assert pairs.images_BRYX is not None and pairs.text_BL is not None and pairs.text_mask_BL is not None
     texts = [text_L[mask_L] for text_L, mask_L in zip(pairs.text_BL.cpu(), pairs.text_mask_BL.cpu(), strict=True)]
     return Embeddings(
-        pairs.keys, image_BD.detach().cpu(), text_BD.detach().cpu(), _digests(pairs.images_BRYX.cpu()), _digests(texts)
-    )
-
-
-def _digests(values: Sequence[Tensor] | Tensor) -> tuple[int, ...]:
-    return tuple(
-        int.from_bytes(blake2b(value.contiguous().numpy().tobytes(), digest_size=8).digest(), "big") for value in values
+        pairs.keys,
+        image_BD.detach().cpu(),
+        text_BD.detach().cpu(),
+        content_ids(pairs.images_BRYX.cpu()),
+        content_ids(texts),
     )

@@ -4,16 +4,17 @@ Every part makes its own passes over what it can use of a batch; `PART_TERM` nam
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, Term
+from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.metrics.measure import Measure
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.objective import Objective
 
@@ -49,12 +50,7 @@ class Joint(Objective):
         self.num_classes = {
             f"{name}_{term}": count for name, part in built.items() for term, count in part.num_classes.items()
         }
-        comparing = [name for name, part in built.items() if type(part).terms_of_set is not Objective.terms_of_set]
-        if len(comparing) > 1:
-            raise UserError(
-                f"parts {', '.join(comparing)} of Joint each compute retrieval over the whole evaluation set: keep one"
-            )
-        self.comparing = comparing[0] if comparing else None
+        _refuse_equal_measures(built)
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone that a part cannot train."""
@@ -95,8 +91,8 @@ class Joint(Objective):
                 for each in output.attention
             ),
             log_partitions=_prefixed({name: output.log_partitions for name, output in outputs.items()}),
+            embeddings=next((output.embeddings for output in outputs.values() if output.embeddings is not None), None),
             answered=next((output.answered for output in outputs.values() if output.answered is not None), None),
-            embeddings=outputs[self.comparing].embeddings if self.comparing in outputs else None,
         )
 
     def size(self, batch: Batch) -> BatchSize | None:
@@ -109,16 +105,13 @@ class Joint(Objective):
         passes = {f"{name}/{source}": one for name, size in known.items() for source, one in size.passes.items()}
         return BatchSize(predictions, passes)
 
-    @torch.no_grad()
-    def terms_of_set(self, embeddings: Embeddings) -> dict[str, Term]:
-        """Return those of the part that compares samples."""
-        if self.comparing is None:
-            return {}
-        terms = dict(self._named())[self.comparing].terms_of_set(embeddings)
-        weight = self.weights[self.comparing]
-        return {
-            f"{self.comparing}_{term}": value._replace(weight=value.weight * weight) for term, value in terms.items()
-        }
+    def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
+        """Return those of all parts."""
+        return [
+            measure
+            for name, part in self._named()
+            for measure in part.measures(f"{prefix}{name}_", weight * self.weights[name])
+        ]
 
     def _named(self) -> list[tuple[str, Objective]]:
         return [(name, part) for name, part in self.parts.items() if isinstance(part, Objective)]
@@ -126,6 +119,16 @@ class Joint(Objective):
 
 def _prefixed(of_parts: Mapping[str, Mapping[str, _T]]) -> dict[str, _T]:
     return {f"{name}_{term}": value for name, values in of_parts.items() for term, value in values.items()}
+
+
+def _refuse_equal_measures(parts: Mapping[str, Objective]) -> None:
+    measuring: dict[str, list[str]] = defaultdict(list)
+    for name, part in parts.items():
+        for what in {measure.alone for measure in part.measures() if measure.alone is not None}:
+            measuring[what].append(name)
+    for what, names in measuring.items():
+        if len(names) > 1:
+            raise UserError(f"parts {', '.join(names)} of Joint each compute {what}: keep one")
 
 
 def _check(parts: Mapping[str, object], weights: Mapping[str, float]) -> None:

@@ -148,10 +148,8 @@ class MaskedModelling(Objective):
         num_images = torch.tensor(len(batch.image_keys), device=device)
         num_hidden = _num_hidden_patches(self.spec.num_patches, self.ratios.image)
         words: dict[str, Tensor] = {}
-        tokens_B = torch.zeros(0, dtype=torch.int64, device=device)
         if batch.text_BL is not None and batch.text_mask_BL is not None:
             word_BL = batch.text_mask_BL & (batch.text_BL >= len(SPECIAL_TOKENS))
-            tokens_B = batch.text_mask_BL.sum(dim=-1)
             words = {
                 "text": _num_hidden_words(word_BL, self.ratios.text).sum(),
                 "pair_text": _num_hidden_words(word_BL[:pairs], self.ratios.pair_text).sum(),
@@ -161,9 +159,11 @@ class MaskedModelling(Objective):
         asked = [name for name, weight in vars(self.weights).items() if weight is not None]
         predictions = {name: (words | patches).get(name, none) for name in asked}
         passes = {
-            "text": _pass_size(none, tokens_B, self.spec.num_patches),
-            "image": _pass_size(num_images, tokens_B[:0], self.spec.num_patches),
-            "pair": _pass_size(torch.full_like(num_images, pairs), tokens_B[:pairs], self.spec.num_patches),
+            "text": PlanSize.of_pass(none, batch.text_mask_BL, self.spec.num_patches),
+            "image": PlanSize.of_pass(num_images, None, self.spec.num_patches),
+            "pair": PlanSize.of_pass(
+                torch.full_like(num_images, pairs), batch.first(pairs).text_mask_BL, self.spec.num_patches
+            ),
         }
         runs = {"text": "text" in asked, "image": "image" in asked, "pair": self._uses_pairs()}
         return BatchSize(predictions, {source: size for source, size in passes.items() if runs[source]})
@@ -268,10 +268,3 @@ def _num_hidden_words(word_BL: Tensor, ratio: float) -> Tensor:
 
 def _num_hidden_patches(num_patches: int, ratio: float) -> int:
     return max(1, round(ratio * num_patches))
-
-
-def _pass_size(num_images: Tensor, tokens_B: Tensor, num_patches: int) -> PlanSize:
-    """Return the size of the sequences of so many images and texts; those of pairs hold both."""
-    num_texts = (tokens_B > 0).sum()
-    sequences_A = torch.stack([num_images, num_texts])
-    return PlanSize(torch.stack([num_images * num_patches, tokens_B.sum()]), sequences_A, sequences_A.max())

@@ -105,14 +105,10 @@ class NextToken(Objective):
         parts = self._parts(batch)
         for name in self.weights:
             mask_BL = parts[name].text_mask_BL if name in parts else None
-            num_texts, words, predicted = none, none, none
-            if mask_BL is not None:
-                num_texts, words, predicted = none + len(mask_BL), mask_BL.sum(), mask_BL[:, 1:].sum()
-            num_images = num_texts if name == "caption" else none
-            predictions[name] = predicted
-            passes["pair" if name == "caption" else "text"] = PlanSize(
-                torch.stack([num_images * self.num_patches, words]), torch.stack([num_images, num_texts]), num_texts
-            )
+            predictions[name] = none if mask_BL is None else mask_BL[:, 1:].sum()
+            num_images = none if mask_BL is None or name == "text" else none + len(mask_BL)
+            size = PlanSize.of_pass(num_images, mask_BL, self.num_patches)
+            passes["pair" if name == "caption" else "text"] = size
         return BatchSize(predictions, passes)
 
     def _parts(self, batch: Batch) -> dict[str, Batch]:

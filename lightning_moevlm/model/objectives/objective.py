@@ -3,9 +3,11 @@
 from abc import abstractmethod
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, Term
+from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.initial_weights import Module
+from lightning_moevlm.model.metrics.measure import Measure
+from lightning_moevlm.model.metrics.tasks.accuracy import Accuracy
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.precision import PrecisionPolicy, Region
 
@@ -46,6 +48,11 @@ class Objective(Module):
         """
         return None
 
-    def terms_of_set(self, embeddings: Embeddings) -> dict[str, Term]:
-        """Return the terms that compare all samples of an evaluation; they replace the batches' own of that name."""
-        return {}
+    def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
+        """Return new measures of an evaluation, beside its losses: by default the accuracy of terms with classes.
+
+        Args:
+            prefix: of the names of terms, for a part of a joint objective.
+            weight: of that part.
+        """
+        return [Accuracy({prefix + term: count for term, count in self.num_classes.items()})]

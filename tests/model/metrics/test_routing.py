@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_moevlm.contracts.routing_plan import Modality
-from lightning_moevlm.model.metrics import MajorityAccuracy, routing_metrics
+from lightning_moevlm.model.metrics import routing_metrics
 from tests.routing import top_1_plan
 
 
@@ -52,24 +52,13 @@ def test_passes_of_one_layer_count_together() -> None:
     assert float(metrics.max_violation) == pytest.approx(2 / 1.5 - 1)  # chosen (1, 2): max 2, mean 1.5
 
 
-def test_majority_accuracy_over_batches() -> None:
-    metric = MajorityAccuracy(num_classes=4)
-    metric.update(torch.tensor([1, 1, 2]))
-    metric.update(torch.tensor([3, 1]))
-    assert float(metric.compute()) == pytest.approx(3 / 5)
-
-
 def test_counts_are_exact_under_every_default_dtype() -> None:
     # 257 of 600 tokens at expert 0: bf16 has no 257
     logits_TE = torch.where(torch.arange(600).unsqueeze(-1) < 257, torch.tensor([1.0, 0]), torch.tensor([0.0, 1]))
     torch.set_default_dtype(torch.bfloat16)
     try:
         metrics = routing_metrics([top_1_plan(logits_TE)], Modality.IMAGE)
-        majority = MajorityAccuracy(2)
-        majority.update(top_1_plan(logits_TE).expert_N)
-        share = majority.compute()
     finally:
         torch.set_default_dtype(torch.float32)
     assert metrics.load_E.tolist() == pytest.approx([257 / 600, 343 / 600], rel=1e-6)
     assert float(metrics.max_violation) == pytest.approx(343 * 2 / 600 - 1, rel=1e-6)
-    assert float(share) == pytest.approx(343 / 600, rel=1e-6)

@@ -1,7 +1,5 @@
 """Generates captions of held-out images and scores them against all captions of the image."""
 
-from hashlib import blake2b
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -9,14 +7,15 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.generation import Decoding, generate
-from lightning_moevlm.model.metrics.caption_scores import score_captions
+from lightning_moevlm.model.metrics.content_ids import content_ids
 from lightning_moevlm.model.metrics.gather import gather_objects
+from lightning_moevlm.model.metrics.tasks.caption_scores import score_captions
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.training.callbacks.tasks.parts import find_data, find_objective
 from lightning_moevlm.training.evaluation import log_values
 from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
-_Captions = dict[str, tuple[str, ...]]
+_Captions = dict[int, tuple[str, ...]]  # by the content of their image
 
 
 class CaptionScores(Callback):
@@ -37,7 +36,7 @@ class CaptionScores(Callback):
         check_number("share of CaptionScores", share, above=0, most=1)
         self.decoding = decoding
         self.share = share
-        self._generated: dict[str, str] = {}
+        self._generated: dict[int, str] = {}
         self._references: _Captions = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,10 +74,10 @@ class CaptionScores(Callback):
         assert isinstance(pl_module, VisionLanguageModule)
         objective = find_objective(pl_module, NextToken, "CaptionScores")
         tokenizer, backbone = find_data(trainer, "CaptionScores").tokenizer, pl_module.backbone
-        images = [blake2b(each.numpy().tobytes(), digest_size=8).hexdigest() for each in pairs.images_BRYX.cpu()]
+        images = content_ids(pairs.images_BRYX.cpu())
         for image, text_L in zip(images, pairs.text_BL.tolist(), strict=True):
             self._references[image] = (*self._references.get(image, ()), tokenizer.decode(text_L))
-        chosen = [row for row, image in enumerate(images) if int(image, 16) < self.share * 2**64]
+        chosen = [row for row, image in enumerate(images) if image < self.share * 2**64]
         rows = [row for row in chosen if images[row] not in self._generated]
         if not rows:
             return
@@ -100,7 +99,7 @@ class CaptionScores(Callback):
     def _log(self, pl_module: LightningModule, stage: str) -> None:
         everyone = gather_objects((self._generated, self._references))
         self._generated, self._references = {}, {}
-        generated: dict[str, str] = {}
+        generated: dict[int, str] = {}
         references: _Captions = {}
         for of_rank, given in everyone:
             generated = of_rank | generated

@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_moevlm.contracts.step_records import Answered
-from lightning_moevlm.model.metrics.vqa import VQAAccuracy, normalise_answer, vqa_accuracy
+from lightning_moevlm.model.metrics.tasks.vqa import VQAAccuracy, normalise_answer, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_answers_that_count_as_different(one: str, other: str) -> None:
 
 def test_means_are_over_questions_by_kind_and_beside_the_best_constant_answer() -> None:
     metric = VQAAccuracy()
-    metric.update(Answered(("yes", "no"), (("yes",), ("yes",)), ("is", "is")))
-    metric.update(Answered(("no", "2", "red"), (("no",), ("2",), ()), ("is", "count", "is")))
-    found = metric.compute()
+    metric.add(Answered(("yes", "no"), (("yes",), ("yes",)), ("is", "is")))
+    metric.add(Answered(("no", "2", "red"), (("no",), ("2",), ()), ("is", "count", "is")))
+    found = metric.scores()
     # is: yes right, no wrong, no right; the best constant, yes, is right twice; one question has no answers
     assert found["is"].accuracy == pytest.approx(2 / 3) and found["is"].majority == pytest.approx(2 / 3)
     assert found["count"].accuracy == found["count"].majority == 1.0
     assert found["all"].accuracy == pytest.approx(3 / 4) and found["all"].majority == pytest.approx(3 / 4)
     metric.reset()
-    assert metric.compute() == {}
+    assert metric.scores() == {}

@@ -8,15 +8,17 @@ compare values of one tool.
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torchmetrics.functional.text import bleu_score, chrf_score
 from torchmetrics.functional.text.rouge import rouge_score
 
+_Image = TypeVar("_Image", int, str)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
 
-def score_captions(predicted: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def score_captions(predicted: Mapping[_Image, str], references: Mapping[_Image, Sequence[str]]) -> dict[str, float]:
     """Return scores by name: bleu4, rouge_l and chrf in [0, 1], and cider (0 to 10) where pycocoevalcap is installed.
 
     Args:

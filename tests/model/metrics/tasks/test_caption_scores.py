@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_moevlm.model.metrics.caption_scores import score_captions
+from lightning_moevlm.model.metrics.tasks.caption_scores import score_captions
 
 
 def test_a_caption_that_someone_wrote_scores_1() -> None:

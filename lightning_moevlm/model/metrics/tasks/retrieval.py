@@ -7,14 +7,16 @@ before it, so features that are all alike recall nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_moevlm.contracts.step_records import Embeddings
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.step_records import Embeddings, ObjectiveOutput, Term
 from lightning_moevlm.model.metrics.gather import gather_objects
+from lightning_moevlm.model.metrics.measure import Measure, Measured
 
 AT = (1, 5, 10)
 _QUERIES = 1024  # at a time
@@ -27,6 +29,41 @@ class Recall(NamedTuple):
     at: int
     recall: float
     chance: float
+
+
+class RetrievalRecalls(Measure):
+    """Keeps the embeddings of an epoch and compares all of them.
+
+    Args:
+        terms: terms of the task over the whole set.
+    """
+
+    alone = "retrieval over the whole evaluation set"
+
+    def __init__(self, terms: Callable[[Embeddings], Mapping[str, Term]]) -> None:
+        self._terms = terms
+        self._own: list[Embeddings] = []
+
+    def update(self, output: ObjectiveOutput) -> None:
+        """Keep the embeddings of one batch."""
+        if output.embeddings is not None:
+            self._own.append(output.embeddings)
+
+    def compute(self, stage: str) -> Measured:
+        """Return the recalls beside chance, and the terms."""
+        embeddings = gather_embeddings(self._own)
+        if embeddings is None:
+            return Measured()
+        values: dict[str, float] = {}
+        for found in retrieval_recalls(embeddings):
+            where: dict[str, str | int] = {"stage": stage, "k": found.at, "direction": found.direction}
+            values[metric_keys.RECALL.key(**where)] = found.recall
+            values[metric_keys.CHANCE_RECALL.key(**where)] = found.chance
+        return Measured(values, self._terms(embeddings))
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._own = []
 
 
 def retrieval_recalls(embeddings: Embeddings, at: Sequence[int] = AT) -> list[Recall]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_moevlm.contracts.step_records import Embeddings
-from lightning_moevlm.model.metrics.retrieval import join_embeddings, retrieval_recalls
+from lightning_moevlm.model.metrics.tasks.retrieval import join_embeddings, retrieval_recalls
 
 
 def embeddings(

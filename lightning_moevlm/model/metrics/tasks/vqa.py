@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_moevlm.contracts.step_records import Answered
+from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.step_records import Answered, ObjectiveOutput
+from lightning_moevlm.model.metrics.measure import Measure, Measured
 from lightning_moevlm.model.metrics.running_sums import RunningSums
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -52,21 +54,37 @@ class Score(NamedTuple):
     num_questions: float
 
 
-class VQAAccuracy:
-    """Adds up scores over batches and ranks, by kind of question, with those of every constant answer."""
+class VQAAccuracy(Measure):
+    """Adds up scores by kind of question, with those of every constant answer."""
+
+    alone = "VQA accuracy"
 
     def __init__(self) -> None:
         self._sums = RunningSums[tuple[str, str | None]]()  # (kind, constant answer); None is the model
 
-    def update(self, answered: Answered) -> None:
-        """Add the questions of one batch; those without an answer are left out."""
+    def update(self, output: ObjectiveOutput) -> None:
+        """Add the questions of one batch."""
+        if output.answered is not None:
+            self.add(output.answered)
+
+    def add(self, answered: Answered) -> None:
+        """Add questions; those without an answer are left out."""
         for predicted, given, kind in zip(*answered, strict=True):
             if given:
                 self._sums.add((kind, None), torch.tensor([vqa_accuracy(predicted, given), 1.0]))
                 for answer in {normalise_answer(each) for each in given}:
                     self._sums.add((kind, answer), torch.tensor([vqa_accuracy(answer, given), 0.0]))
 
-    def compute(self) -> dict[str, Score]:
+    def compute(self, stage: str) -> Measured:
+        """Return the scores under their keys."""
+        values: dict[str, float] = {}
+        for kind, score in self.scores().items():
+            part = re.sub(r"[^\w.-]", "_", kind)  # as in yes/no
+            values[metric_keys.VQA_ACCURACY.key(stage=stage, kind=part)] = score.accuracy
+            values[metric_keys.VQA_MAJORITY.key(stage=stage, kind=part)] = score.majority
+        return Measured(values)
+
+    def scores(self) -> dict[str, Score]:
         """Return the scores by kind, all of them under `ALL`; {} without any. All ranks must ask together."""
         totals = self._sums.totals()
         found: dict[str, Score] = {}

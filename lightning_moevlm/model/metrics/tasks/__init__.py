@@ -1,0 +1,1 @@
+"""Scores of tasks on held-out data, each beside what needs no model."""
