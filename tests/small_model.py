@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.model.backbones import LIMoE, VLMoE
+from lightning_moevlm.model.backbones import LIMoE, MoMa, VLMoE
 from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.experts import MLPExperts
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN, initialise
@@ -73,6 +73,40 @@ def small_limoe(
         vocab_size=300,
         max_text_len=8,
         moe=small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher),
+        is_sparse=is_sparse,
+        stabilisers=stabilisers,
+        causal=causal,
+    )
+    initialise(model, seed)
+    return model
+
+
+def small_moma(
+    *,
+    top_k: int = 1,
+    num_blocks: int = 2,
+    num_experts: int = 4,
+    is_grouped: bool = True,
+    is_sparse: bool = True,
+    capacity: Capacity | None = None,
+    dispatcher: Dispatcher | None = None,
+    router: Callable[[int, int], Router] | None = None,
+    stabilisers: ModelStabilisers = ModelStabilisers(),
+    causal: bool = False,
+    seed: int = 0,
+) -> MoMa:
+    """The same widths, a group of experts per modality in both blocks."""
+    model = MoMa(
+        dim=32,
+        num_heads=2,
+        num_blocks=num_blocks,
+        hidden_dim=64,
+        image_size=16,
+        patch_size=8,
+        vocab_size=300,
+        max_text_len=8,
+        moe=small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher),
+        is_grouped=is_grouped,
         is_sparse=is_sparse,
         stabilisers=stabilisers,
         causal=causal,

@@ -4,6 +4,7 @@ from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.limoe import LIMoE
 from lightning_moevlm.model.backbones.model_costs import model_card
+from lightning_moevlm.model.backbones.moma import MoMa
 from lightning_moevlm.model.backbones.vl_moe import VLMoE
 
-__all__ = ["Backbone", "BackboneOutput", "BackboneSpec", "LIMoE", "ModelCard", "VLMoE", "model_card"]
+__all__ = ["Backbone", "BackboneOutput", "BackboneSpec", "LIMoE", "MoMa", "ModelCard", "VLMoE", "model_card"]

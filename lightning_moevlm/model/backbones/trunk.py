@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
@@ -197,26 +196,3 @@ class _Sequence(NamedTuple):
     tokens_BSD: Tensor
     layout: Layout
     source: str
-
-
-def check_moe_every(moe_every: int, num_blocks: int | None) -> None:
-    """Refuse a spacing that leaves no block sparse.
-
-    Args:
-        moe_every: every n-th block is sparse.
-        num_blocks: blocks that can be sparse; None for a dense model.
-
-    Raises:
-        UserError: moe_every below 1 or above num_blocks.
-    """
-    check_number("moe_every", moe_every, least=1, advice="; 1 is every block")
-    if num_blocks == 0:
-        raise UserError(
-            "num_vl_blocks equals num_blocks, which leaves no block for experts: lower it, or set sparse_modalities to "
-            "[] for a dense model"
-        )
-    if num_blocks is not None and moe_every > num_blocks:
-        raise UserError(
-            f"moe_every = {moe_every} selects none of the {num_blocks} blocks that can be sparse; use 1 to "
-            f"{num_blocks}, or the dense model"
-        )

@@ -16,7 +16,8 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.model.backbones.backbone import BackboneSpec
-from lightning_moevlm.model.backbones.trunk import Trunk, check_moe_every
+from lightning_moevlm.model.backbones.placement import Placement, place_experts
+from lightning_moevlm.model.backbones.trunk import Trunk
 from lightning_moevlm.model.layers import DenseFFN, FeedForward, ModelStabilisers, MoEFFN, MultiwayFFN, dense_twin
 
 
@@ -35,9 +36,11 @@ class VLMoE(Trunk):
         max_text_len: longest text L.
         moe: factory (dim) -> MoEFFN for the sparse blocks.
         moe_every: every n-th block below the top F is sparse; the paper uses 2.
+        moe_placement: which blocks below the top F are sparse in place of every n-th: all, first_half, second_half, or
+            {last: n}.
         sparse_modalities: modalities with experts; the others get the dense twin of equal active FLOPs in those blocks,
             so [] is the dense twin of the whole model.
-        sparse_top: count every n-th block of the top F too; only the feed-forwards of single modalities become sparse
+        sparse_top: the top F may be sparse too; only the feed-forwards of single modalities become sparse
             there, the one for pairs stays dense. BASE with 32 experts then has 1.96 B parameters, as published (about
             2.0 B); without, 1.66 B.
         stabilisers: switches that keep training stable.
@@ -61,6 +64,7 @@ class VLMoE(Trunk):
         max_text_len: int = 40,
         moe: Callable[[int], MoEFFN] = MoEFFN,
         moe_every: int = 2,
+        moe_placement: Placement = None,
         sparse_modalities: tuple[Literal["image", "text"], ...] = ("image", "text"),
         sparse_top: bool = False,
         stabilisers: ModelStabilisers = ModelStabilisers(),
@@ -71,7 +75,12 @@ class VLMoE(Trunk):
         if not 0 <= num_vl_blocks <= num_blocks:
             raise UserError(f"num_vl_blocks is {num_vl_blocks}: choose between 0 and num_blocks {num_blocks}")
         may_be_sparse = num_blocks if sparse_top else num_blocks - num_vl_blocks
-        check_moe_every(moe_every, may_be_sparse if sparse_modalities else None)
+        if not may_be_sparse and sparse_modalities:
+            raise UserError(
+                "num_vl_blocks equals num_blocks, which leaves no block for experts: lower it, or set "
+                "sparse_modalities to [] for a dense model"
+            )
+        sparse_blocks = place_experts(may_be_sparse, moe_every, moe_placement, is_dense=not sparse_modalities)
         if len(set(sparse_modalities)) < len(sparse_modalities):
             raise UserError(f"sparse_modalities is {list(sparse_modalities)}: name each modality once")
         spec = BackboneSpec(dim, image_size, patch_size, vocab_size, max_text_len)
@@ -81,11 +90,13 @@ class VLMoE(Trunk):
             if not is_sparse:
                 return DenseFFN(dim, hidden_dim)
             experts = moe(dim)
-            return experts if modality.label in sparse_modalities else dense_twin(experts, {modality: length[modality]})
+            if modality.label in sparse_modalities:
+                return experts
+            return dense_twin(experts, dim, {modality: length[modality]})
 
         def feed_forward(block: int) -> FeedForward:
             is_top = block >= num_blocks - num_vl_blocks
-            is_sparse = block % moe_every == moe_every - 1 and (sparse_top or not is_top)
+            is_sparse = block in sparse_blocks
             pair = DenseFFN(dim, hidden_dim) if is_top else None
             return MultiwayFFN(single(Modality.IMAGE, is_sparse), single(Modality.TEXT, is_sparse), pair)
 

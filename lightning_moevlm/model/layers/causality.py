@@ -9,7 +9,9 @@ capacity: causal means within a sequence.
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model import routers
 from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN
+from lightning_moevlm.model.routers import Router
 
 
 def check_causal(backbone: nn.Module) -> None:
@@ -24,12 +26,18 @@ def check_causal(backbone: nn.Module) -> None:
             _check_capacity(module)
 
 
+def list_causal_routers() -> list[str]:
+    """Return the names of our routers whose tokens do not compete."""
+    found = (getattr(routers, name) for name in routers.__all__)
+    return [each.__name__ for each in found if issubclass(each, Router) and each is not Router and not each.competes]
+
+
 def _check_router(layer: MoEFFN) -> None:
     if layer.router.competes:
         raise UserError(
             f"a causal model cannot use {type(layer.router).__name__}: its tokens compete for experts across "
-            "positions, so what an early token gets depends on later ones; use a router that decides token by token, "
-            "such as TopKRouter, or set causal to false"
+            "positions, so what an early token gets depends on later ones; use a router that decides token by token "
+            f"({', '.join(list_causal_routers())}), or an objective that is not causal"
         )
 
 

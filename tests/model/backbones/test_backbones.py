@@ -15,10 +15,15 @@ from lightning_moevlm.model.backbones import Backbone, model_card
 from lightning_moevlm.model.dispatch import Capacity, LoopDispatcher
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.model.routers import ExpertChoiceRouter, HashRouter, ReLURouter, SinkhornRouter, TopPRouter
-from tests.small_model import pair_batch, small_limoe, small_vl_moe
+from tests.small_model import pair_batch, small_limoe, small_moma, small_vl_moe
 
-BACKBONES = {"VLMoE": small_vl_moe, "LIMoE": small_limoe}
-TWINS: dict[str, dict[str, object]] = {"VLMoE": {"sparse_modalities": ()}, "LIMoE": {"is_sparse": False}}
+BACKBONES = {
+    "VLMoE": small_vl_moe,
+    "LIMoE": small_limoe,
+    "MoMa": small_moma,
+    "MoMa, mixed": partial(small_moma, is_grouped=False),
+}
+TWINS: dict[str, dict[str, object]] = {"VLMoE": {"sparse_modalities": ()}}
 SWITCHES = {
     "plain": ModelStabilisers(),
     "capped": ModelStabilisers(logit_cap=5.0, sub_norm=True),
@@ -51,7 +56,7 @@ def test_flops_agree_with_torch_and_with_the_twin(name: str, top_k: int, switch:
     batch = pair_batch()
     full = torch.ones_like(batch.text_mask_BL)  # padding would not be routed
     cards = []
-    for options in ({}, TWINS[name]):
+    for options in ({}, TWINS.get(name, {"is_sparse": False})):
         model = build(dispatcher=LoopDispatcher(), **options)
         # attention as plain matrix products: torch's counter knows no formula for the fused CPU kernel
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -115,7 +115,7 @@ def test_router_region_stays_fp32_inside_a_bf16_trunk() -> None:
 def test_twin_has_the_flops_of_the_moe() -> None:
     # MoE: router 2 * 16 * 4 = 128, experts 2 * (4 * 16 * 24) = 3072; dense: 4 * 16 * F, so F = 3200 / 64 = 50
     layer = moe()
-    twin = dense_twin(layer, {Modality.TEXT: 7})
+    twin = dense_twin(layer, layer.dim, {Modality.TEXT: 7})
     assert layer.forward_flops({Modality.TEXT: 1}) == 3200
     assert isinstance(twin.up, nn.Linear) and twin.up.out_features == 50
 

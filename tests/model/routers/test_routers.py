@@ -63,6 +63,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "Sinkhorn": lambda: SinkhornRouter(16, 8),
     "Sinkhorn top-2": lambda: SinkhornRouter(16, 8, top_k=2),
     "expert choice": lambda: ExpertChoiceRouter(16, 8, capacity_factor=1.5),
+    "expert choice by sigmoid": lambda: ExpertChoiceRouter(16, 8, score="sigmoid"),
     "ReLU": lambda: ReLURouter(16, 8),
     "random": lambda: FixedRouter(16, 8, "random"),
     "balanced": lambda: FixedRouter(16, 8, "balanced", top_k=2),

@@ -267,6 +267,16 @@ def test_expert_choice_gives_every_expert_the_same_load() -> None:
     assert load_E.tolist() == [11] * 5  # 1.1 * 50 / 5, which is a little above 11 in fp64
 
 
+def test_sigmoid_scores_of_an_expert_ignore_the_others() -> None:
+    # logits are the tokens: expert 0 likes tokens 0 and 2, expert 1 tokens 1 and 2; a softmax would rank 3 before 2
+    tokens = torch.tensor([[2.0, 0.0], [-1.0, 3.0], [1.0, 1.0], [0.0, -4.0]])
+    plan = route(identity(ExpertChoiceRouter(2, 2, score="sigmoid")), tokens)
+    assert plan.expert_N.tolist() == [0, 1, 0, 1] and plan.token_N.tolist() == [0, 1, 2, 2]
+    torch.testing.assert_close(plan.weight_N, torch.tensor([2.0, 3.0, 1.0, 1.0]).sigmoid())
+    torch.testing.assert_close(plan.probs_TE.sum(dim=-1), torch.ones(4))
+    assert route(identity(ExpertChoiceRouter(2, 2)), tokens).token_N.tolist() == [3, 1, 0, 2]
+
+
 def test_relu_uses_positive_scores_alone() -> None:
     plan = route(identity(ReLURouter(3, 3)), torch.tensor([[1.0, -2.0, 0.5]]))
     assert plan.expert_N[plan.chosen_N].tolist() == [0, 2]

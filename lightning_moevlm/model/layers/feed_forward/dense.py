@@ -1,4 +1,4 @@
-"""The dense feed-forward, and the twin that costs what a MoE costs."""
+"""The dense feed-forward, and the twin that costs what a sparse one costs."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,6 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput
-from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN
 from lightning_moevlm.model.layers.norms import NormKind, make_norm, normalise
 from lightning_moevlm.model.precision import PrecisionPolicy
 
@@ -47,12 +46,11 @@ class DenseFFN(FeedForward):
         return 4.0 * self.up.in_features * self.up.out_features * sum(num_tokens.values())
 
 
-def dense_twin(moe: MoEFFN, num_tokens: Mapping[Modality, int]) -> DenseFFN:
-    """Return the dense feed-forward whose FLOPs on such a sequence equal the MoE's active ones, router included.
+def dense_twin(sparse: FeedForward, dim: int, num_tokens: Mapping[Modality, int]) -> DenseFFN:
+    """Return the dense feed-forward whose FLOPs on such a sequence equal the active ones of a sparse one, with routers.
 
     Solves 4 D F T = active FLOPs on T tokens for the hidden width F, rounded to the nearest integer. Compared at equal
-    active FLOPs, not at equal parameters: the MoE's unused experts cost memory, not arithmetic.
+    active FLOPs, not at equal parameters: the unused experts cost memory, not arithmetic.
     """
     total = sum(num_tokens.values())
-    hidden_dim = max(1, round(moe.forward_flops(num_tokens) / (4 * moe.dim * total)))
-    return DenseFFN(moe.dim, hidden_dim)
+    return DenseFFN(dim, max(1, round(sparse.forward_flops(num_tokens) / (4 * dim * total))))

@@ -46,8 +46,8 @@ class HashRouter(Router):
         """Route T tokens to K experts each."""
         if inputs.identity_T is None:
             raise UserError(
-                "HashRouter routes by token ids and patch codes, which this backbone does not provide: choose VLMoE or "
-                "LIMoE, or a router that reads tokens, such as TopKRouter"
+                "HashRouter routes by token ids and patch codes, which this backbone does not provide: choose VLMoE, "
+                "LIMoE or MoMa, or a router that reads tokens, such as TopKRouter"
             )
         expert_E = torch.arange(self.num_experts, device=inputs.identity_T.device)
         draw_TE = scramble(inputs.identity_T.unsqueeze(-1) * self.num_experts + expert_E, self.seed)
