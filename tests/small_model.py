@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.model.backbones import LIMoE, MoMa, VLMoE
+from lightning_moevlm.model.backbones import ConnectorOptions, LIMoE, MoEDecoder, MoMa, VisionOptions, VLMoE
 from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.experts import MLPExperts
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN, initialise
@@ -110,6 +110,43 @@ def small_moma(
         is_sparse=is_sparse,
         stabilisers=stabilisers,
         causal=causal,
+    )
+    initialise(model, seed)
+    return model
+
+
+def small_decoder(
+    *,
+    top_k: int = 1,
+    num_blocks: int = 4,
+    num_experts: int = 4,
+    moe_every: int | None = 2,
+    is_sparse: bool = True,
+    sees_sparsely: bool = True,
+    capacity: Capacity | None = None,
+    dispatcher: Dispatcher | None = None,
+    router: Callable[[int, int], Router] | None = None,
+    stabilisers: ModelStabilisers = ModelStabilisers(),
+    causal: Literal[True] = True,
+    seed: int = 0,
+) -> MoEDecoder:
+    """The same widths, after a vision tower of width 24 and two blocks; with experts there and in the connector too."""
+    moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher)
+    model = MoEDecoder(
+        dim=32,
+        num_heads=2,
+        num_blocks=num_blocks,
+        hidden_dim=48,
+        image_size=16,
+        patch_size=8,
+        vocab_size=300,
+        max_text_len=8,
+        moe=moe,
+        moe_every=moe_every,
+        vision=VisionOptions(24, 2, 2, 48, moe if sees_sparsely else None),
+        connector=ConnectorOptions(48, moe if sees_sparsely else None),
+        is_sparse=is_sparse,
+        stabilisers=stabilisers,
     )
     initialise(model, seed)
     return model

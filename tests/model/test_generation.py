@@ -17,13 +17,14 @@ from lightning_moevlm.model.generation import Decoding, Generated, generate, sam
 from lightning_moevlm.model.layers import initialise
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import ExpertChoiceRouter, HashRouter
-from tests.small_model import pair_batch, small_limoe, small_vl_moe
+from tests.small_model import pair_batch, small_decoder, small_limoe, small_vl_moe
 
 BUILDERS = {
     "limoe": small_limoe,
     "vl_moe": small_vl_moe,
     "hash router": partial(small_limoe, router=HashRouter),
     "top-2": partial(small_limoe, top_k=2),
+    "decoder": partial(small_decoder, top_k=2),
 }
 
 
@@ -87,8 +88,9 @@ def test_greedy_generation_is_teacher_forcing_token_for_token(name: str, with_im
         assert float(found.log_prob_B[row]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_text_does_not_depend_on_its_neighbours() -> None:
-    backbone, logits = model(small_limoe)
+@pytest.mark.parametrize("build", [small_limoe, small_decoder])
+def test_a_text_does_not_depend_on_its_neighbours(build: Callable[..., Backbone]) -> None:
+    backbone, logits = model(build)
     batch = prompts()
     for options in ({}, {"method": "beam", "num_beams": 3}, {"method": "sample", "seed": 3}):
         together = run(backbone, logits, batch, max_new_tokens=4, **options)
@@ -139,9 +141,10 @@ def test_a_text_is_never_longer_than_the_backbone_embeds() -> None:
     assert all(int(length) <= 8 - (row + 1) for row, length in enumerate(lengths))
 
 
-def test_wide_beams_find_the_likeliest_text() -> None:
+@pytest.mark.parametrize("build", [small_vl_moe, small_decoder])
+def test_wide_beams_find_the_likeliest_text(build: Callable[..., Backbone]) -> None:
     """Against all texts of two tokens of a small vocabulary."""
-    backbone, logits = model(small_vl_moe)
+    backbone, logits = model(build)
     batch = prompts(2, at_most=1)
 
     def few(features_MD: Tensor) -> Tensor:
@@ -191,8 +194,9 @@ def test_what_cannot_be_generated_is_refused() -> None:
         Decoding(top_p=0.0)
 
 
-def test_the_past_is_what_one_pass_computes() -> None:
-    backbone, _ = model(small_vl_moe)
+@pytest.mark.parametrize("build", [small_vl_moe, small_decoder])
+def test_the_past_is_what_one_pass_computes(build: Callable[..., Backbone]) -> None:
+    backbone, _ = model(build)
     batch = pair_batch(3)
     with torch.no_grad():
         whole = backbone(*batch[:3], causal=True).tokens_BSD[:, 4:7]

@@ -20,7 +20,7 @@ from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Telemetry
 from lightning_moevlm.training.step.step_size import StepSizeMeter
 from tests.model.losses.every_loss import LOSSES
-from tests.small_model import small_limoe, small_vl_moe, uneven_batch
+from tests.small_model import small_decoder, small_limoe, small_vl_moe, uneven_batch
 from tests.training.small_fit import fit
 
 WHOLE = uneven_batch(10)
@@ -116,6 +116,14 @@ def test_losses_that_add_up_are_those_of_the_joined_batch(build: object, name: s
     module = InParts(build(top_k=2), losses=losses, init_std=0.3)  # type: ignore[operator]
     for whole, parts in (PAIRS, UNLIKE):
         assert_same(gradient(module, parts), gradient(module, [whole]))
+
+
+def test_a_decoder_takes_the_step_of_the_joined_batch() -> None:
+    losses = AuxiliaryLosses(load_balance=None, router_z=RouterZ(), sequence_balance=SequenceBalance())
+    module = InParts(small_decoder(top_k=2), NextToken, losses, init_std=0.3)
+    for whole, parts in (PAIRS, UNLIKE):
+        usable = [part for part in parts if module.objective.can_use(part)]
+        assert_same(gradient(module, usable), gradient(module, [whole]))
 
 
 def test_lightning_takes_the_step_of_the_joined_batch() -> None:

@@ -4,7 +4,21 @@ from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.limoe import LIMoE
 from lightning_moevlm.model.backbones.model_costs import model_card
+from lightning_moevlm.model.backbones.moe_decoder import MoEDecoder
 from lightning_moevlm.model.backbones.moma import MoMa
+from lightning_moevlm.model.backbones.vision_tower import ConnectorOptions, VisionOptions
 from lightning_moevlm.model.backbones.vl_moe import VLMoE
 
-__all__ = ["Backbone", "BackboneOutput", "BackboneSpec", "LIMoE", "MoMa", "ModelCard", "VLMoE", "model_card"]
+__all__ = [
+    "Backbone",
+    "BackboneOutput",
+    "BackboneSpec",
+    "ConnectorOptions",
+    "LIMoE",
+    "MoEDecoder",
+    "MoMa",
+    "ModelCard",
+    "VLMoE",
+    "VisionOptions",
+    "model_card",
+]

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
@@ -75,18 +76,30 @@ class BackboneOutput(NamedTuple):
         valid_BS1 = self.layout.valid_BS[:, span.start : span.stop].unsqueeze(-1)
         return (self.features(modality) * valid_BS1).sum(dim=1) / valid_BS1.sum(dim=1).clamp(min=1)
 
+    def read_text(self) -> Tensor:
+        """Return the position of each text that has seen all of it, (B, D): the first; if causal, the last real one."""
+        features_BLD = self.features(Modality.TEXT)
+        if not self.layout.causal:
+            return features_BLD[:, 0]
+        span = self.layout.spans[-1]
+        last_B = self.layout.valid_BS[:, span.start : span.stop].sum(dim=1) - 1
+        return features_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+
 
 class Backbone(Module):
     """A vision-language trunk for image-only, text-only and pair inputs.
 
     measure_attention: a mode like `training`, off at first. While on, outputs carry the largest attention logits, for
         one product of queries and keys per block.
+
+    causal: in every pass, text sees earlier text alone.
     """
 
     path_in_model = "backbone"
     spec: BackboneSpec
     precision = PrecisionPolicy()
     measure_attention: bool = False
+    causal: bool = False
 
     @abstractmethod
     def forward(

@@ -1,37 +1,37 @@
 """The shared trunk of the backbones: embed, concatenate the modalities, run the blocks, normalise.
 
-Backbones differ in the feed-forwards of their blocks, which they pass to the constructor.
+Backbones differ in the feed-forwards of their blocks, which they pass to the constructor, and in what an image passes
+before it meets the text: a patch embedding, or a vision tower with a connector.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
-from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.past import Past
+from lightning_moevlm.model.backbones.vision_tower import Connector, VisionTower
 from lightning_moevlm.model.layers import (
     HIDDEN,
-    Attention,
     Block,
-    Depth,
     FeedForward,
     KeyValues,
     ModelStabilisers,
     PatchCodes,
     PatchEmbedding,
+    StackOutput,
     TextEmbedding,
     check_causal,
     make_norm,
     name_layers,
     normalise,
     reads_identity,
+    run_blocks,
+    stack_blocks,
 )
 from lightning_moevlm.model.precision import region
 
@@ -47,6 +47,8 @@ class Trunk(Backbone):
         stabilisers: switches of the trunk.
         causal: text sees patches and earlier text alone, and patches see patches.
         patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
+        vision: encodes images before they meet the text; null embeds their patches alone.
+        connector: brings the vision tower's tokens to the trunk's width; given with it.
 
     Raises:
         UserError: dimensions that do not fit each other, or a causal model with a part that looks ahead.
@@ -62,21 +64,17 @@ class Trunk(Backbone):
         stabilisers: ModelStabilisers,
         causal: bool,
         patch_codebook: str | None,
+        vision: VisionTower | None = None,
+        connector: Connector | None = None,
     ) -> None:
         super().__init__()
-        check_number("num_blocks", num_blocks, least=1)
         self.spec = spec
-        self.patches = PatchEmbedding(spec.dim, spec.image_size, spec.patch_size, stabilisers.freeze_patches)
+        self.patches = None
+        if vision is None:
+            self.patches = PatchEmbedding(spec.dim, spec.image_size, spec.patch_size, stabilisers.freeze_patches)
+        self.vision, self.connector = vision, connector
         self.text = TextEmbedding(spec.dim, spec.vocab_size, spec.max_text_len)
-
-        def block(index: int) -> Block:
-            ffn = feed_forward(index)
-            if stabilisers.sub_norm:
-                ffn.add_hidden_norm(stabilisers.norm)
-            attention = Attention(spec.dim, num_heads, stabilisers)
-            return Block(spec.dim, attention, ffn, stabilisers, Depth(index, num_blocks))
-
-        self.blocks = nn.ModuleList(block(index) for index in range(num_blocks))
+        self.blocks = stack_blocks(spec.dim, num_heads, num_blocks, feed_forward, stabilisers)
         self.norm = make_norm(stabilisers.norm, spec.dim)
         self.causal = causal
         self.patch_codes = PatchCodes(spec.patch_size, codebook=patch_codebook) if reads_identity(self) else None
@@ -116,8 +114,7 @@ class Trunk(Backbone):
             position_B1 = past.length_B.clamp(max=self.spec.max_text_len - 1).unsqueeze(1)
             tokens_B1D = self.text(text_B.unsqueeze(1), position_B1)
         past.append(text_B)
-        for block, key_values in zip(self.blocks, past.key_values, strict=True):
-            tokens_B1D = block(tokens_B1D, past.layout, past=key_values).tokens_BSD
+        tokens_B1D = run_blocks(self.blocks, tokens_B1D, past.layout, "text", past=past.key_values).tokens_BSD
         return normalise(tokens_B1D, self.norm, self.precision).squeeze(1)
 
     def _encode(
@@ -128,52 +125,25 @@ class Trunk(Backbone):
         image_mask_BP: Tensor | None,
         separate: bool,
         causal: bool,
-        past: list[KeyValues] | None,
+        past: Sequence[KeyValues] | None,
     ) -> BackboneOutput:
-        tokens_BSD, layout, source = self._embed(
-            images_BRYX, text_BL, text_mask_BL, image_mask_BP, separate, self.causal or causal
+        assert images_BRYX is not None or text_BL is not None, "a forward pass needs images, text or both"
+        source = (
+            "pair" if images_BRYX is not None and text_BL is not None else "text" if images_BRYX is None else "image"
         )
-        plans: list[NamedPlan] = []
-        attention: list[AttentionLogits] = []
-        for index, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            tokens_BSD, routed, logit_max_H = block(
-                tokens_BSD, layout, self.measure_attention, None if past is None else past[index]
-            )
-            plans.extend(NamedPlan(source, index, *plan) for plan in routed)
-            if logit_max_H is not None:
-                attention.append(AttentionLogits(source, index, block.attention.path, logit_max_H))
-        tokens_BSD = normalise(tokens_BSD, self.norm, self.precision)
-        return BackboneOutput(tokens_BSD, layout, tuple(plans), tuple(attention))
-
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Active matrix FLOPs of one forward pass of one sample."""
-        embedding = self.patches.forward_flops() if num_tokens.get(Modality.IMAGE) else 0.0
-        return embedding + sum(block.forward_flops(num_tokens) for block in self.blocks if isinstance(block, Block))
-
-    def _embed(
-        self,
-        images_BRYX: Tensor | None,
-        text_BL: Tensor | None,
-        text_mask_BL: Tensor | None,
-        image_mask_BP: Tensor | None,
-        separate: bool,
-        causal: bool,
-    ) -> "_Sequence":
-        """Embed, patches first."""
         pieces: list[Tensor] = []
         valid: list[Tensor] = []
         spans: list[Span] = []
         identity: list[Tensor] = []
+        seen = None
         if images_BRYX is not None:
-            with region(self.precision, "trunk", images_BRYX.device.type):
-                patches_BPD = self.patches(images_BRYX, image_mask_BP)
-            spans.append(Span(Modality.IMAGE, 0, patches_BPD.shape[1]))
-            pieces.append(patches_BPD)
-            valid.append(torch.ones(patches_BPD.shape[:2], dtype=torch.bool, device=patches_BPD.device))
             if self.patch_codes is not None:
                 # codes start at HIDDEN, which must not be the last token's id
                 identity.append(self.spec.vocab_size - HIDDEN + self.patch_codes(images_BRYX, image_mask_BP))
+            seen = self._see(images_BRYX, image_mask_BP, identity[0] if identity else None, source)
+            spans.append(Span(Modality.IMAGE, 0, seen.tokens_BSD.shape[1]))
+            pieces.append(seen.tokens_BSD)
+            valid.append(torch.ones(seen.tokens_BSD.shape[:2], dtype=torch.bool, device=seen.tokens_BSD.device))
         if text_BL is not None:
             assert text_mask_BL is not None, "text comes with its mask"
             start = spans[-1].stop if spans else 0
@@ -183,16 +153,37 @@ class Trunk(Backbone):
             valid.append(text_mask_BL)
             if self.patch_codes is not None:
                 identity.append(text_BL)
-        assert spans, "a forward pass needs images, text or both"
-        source = "pair" if len(spans) > 1 else spans[0].modality.label
         identity_BS = torch.cat(identity, dim=1) if identity else None
-        layout = Layout(tuple(spans), torch.cat(valid, dim=1), identity_BS, causal, separate)
-        return _Sequence(torch.cat(pieces, dim=1), layout, source)
+        layout = Layout(tuple(spans), torch.cat(valid, dim=1), identity_BS, self.causal or causal, separate)
+        first = 0 if self.vision is None else self.vision.num_layers
+        output = run_blocks(self.blocks, torch.cat(pieces, dim=1), layout, source, first, self.measure_attention, past)
+        tokens_BSD = normalise(output.tokens_BSD, self.norm, self.precision)
+        before = StackOutput(tokens_BSD) if seen is None else seen
+        return BackboneOutput(tokens_BSD, layout, before.plans + output.plans, before.attention + output.attention)
 
+    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+        """Active matrix FLOPs of one forward pass of one sample."""
+        total = sum(block.forward_flops(num_tokens) for block in self.blocks if isinstance(block, Block))
+        if num_tokens.get(Modality.IMAGE):
+            parts = (self.patches, self.vision, self.connector)
+            total += sum(part.forward_flops() for part in parts if part is not None)
+        return total
 
-class _Sequence(NamedTuple):
-    """tokens_BSD: embedded. layout: where the modalities lie. source: "image", "text" or "pair"."""
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """Return how many plans `forward` makes of sequences of these modalities; text alone passes no vision tower."""
+        own = sum(block.ffn.num_plans(modalities) for block in self.blocks if isinstance(block, Block))
+        if self.vision is None or self.connector is None or Modality.IMAGE not in modalities:
+            return own
+        return own + self.vision.num_plans() + self.connector.num_plans()
 
-    tokens_BSD: Tensor
-    layout: Layout
-    source: str
+    def _see(
+        self, images_BRYX: Tensor, image_mask_BP: Tensor | None, identity_BP: Tensor | None, source: str
+    ) -> StackOutput:
+        """Turn images into tokens of the trunk's width."""
+        if self.patches is not None:
+            with region(self.precision, "trunk", images_BRYX.device.type):
+                return StackOutput(self.patches(images_BRYX, image_mask_BP))
+        assert self.vision is not None and self.connector is not None
+        seen: StackOutput = self.vision(images_BRYX, image_mask_BP, identity_BP, source, self.measure_attention)
+        joined: StackOutput = self.connector(seen.tokens_BSD, identity_BP, source, self.vision.num_layers - 1)
+        return joined._replace(plans=seen.plans + joined.plans, attention=seen.attention)

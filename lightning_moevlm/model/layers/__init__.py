@@ -3,7 +3,7 @@
 from lightning_moevlm.model.initial_weights import defer_initialisation, initialise
 from lightning_moevlm.model.layers.attention import Attention, AttentionOutput, KeyValues
 from lightning_moevlm.model.layers.batch_dependence import batch_dependence, find_evaluation_limits
-from lightning_moevlm.model.layers.block import Block, BlockOutput
+from lightning_moevlm.model.layers.block import Block, BlockOutput, StackOutput, run_blocks, stack_blocks
 from lightning_moevlm.model.layers.causality import check_causal
 from lightning_moevlm.model.layers.depth import Depth
 from lightning_moevlm.model.layers.embeddings import PatchEmbedding, TextEmbedding
@@ -32,6 +32,7 @@ __all__ = [
     "PatchCodes",
     "PatchEmbedding",
     "RoutedPlan",
+    "StackOutput",
     "TextEmbedding",
     "batch_dependence",
     "check_causal",
@@ -43,4 +44,6 @@ __all__ = [
     "name_layers",
     "normalise",
     "reads_identity",
+    "run_blocks",
+    "stack_blocks",
 ]

@@ -11,13 +11,15 @@ With n a norm and f a branch, `norm_placement` says where the norms stand:
 blocks (DeepNet, arXiv 2203.00555, section 4.1); its smaller start, beta, is in init_scheme.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
+from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
 from lightning_moevlm.model.initial_weights import InitialScale, Module
 from lightning_moevlm.model.layers.attention import Attention, KeyValues
 from lightning_moevlm.model.layers.depth import Depth, deepnorm_alpha
@@ -128,3 +130,78 @@ class Block(Module):
             tokens_BSD = tokens_BSD * self.residual_weight
         total_BSD = tokens_BSD + branch_BSD
         return normalise(total_BSD, norm, self.precision) if self.norms_sum else total_BSD
+
+
+class StackOutput(NamedTuple):
+    """The result of a stack of blocks.
+
+    tokens_BSD: same shape as the input.
+    plans: one of every MoE that ran.
+    attention: largest logits of every attention that ran, if they are measured.
+    """
+
+    tokens_BSD: Tensor
+    plans: tuple[NamedPlan, ...] = ()
+    attention: tuple[AttentionLogits, ...] = ()
+
+
+def stack_blocks(
+    dim: int,
+    num_heads: int,
+    num_blocks: int,
+    feed_forward: Callable[[int], FeedForward],
+    stabilisers: ModelStabilisers,
+) -> nn.ModuleList:
+    """Return blocks in a row.
+
+    Args:
+        dim: model width D.
+        num_heads: attention heads H.
+        num_blocks: how many.
+        feed_forward: index of a block -> its feed-forward.
+        stabilisers: switches.
+
+    Raises:
+        UserError: no block, or dimensions that do not fit each other.
+    """
+    check_number("num_blocks", num_blocks, least=1)
+
+    def block(index: int) -> Block:
+        ffn = feed_forward(index)
+        if stabilisers.sub_norm:
+            ffn.add_hidden_norm(stabilisers.norm)
+        return Block(dim, Attention(dim, num_heads, stabilisers), ffn, stabilisers, Depth(index, num_blocks))
+
+    return nn.ModuleList(block(index) for index in range(num_blocks))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    tokens_BSD: Tensor,
+    layout: Layout,
+    source: str,
+    first: int = 0,
+    measure: bool = False,
+    past: Sequence[KeyValues] | None = None,
+) -> StackOutput:
+    """Run blocks in a row.
+
+    Args:
+        blocks: from the lowest to the highest.
+        tokens_BSD: embedded tokens.
+        layout: of the sequence.
+        source: forward pass that the records name.
+        first: number of the lowest block in the model.
+        measure: also return the largest attention logits.
+        past: keys and values of every block, which are extended.
+    """
+    plans: list[NamedPlan] = []
+    attention: list[AttentionLogits] = []
+    for index, block in enumerate(blocks):
+        assert isinstance(block, Block)
+        output = block(tokens_BSD, layout, measure, None if past is None else past[index])
+        tokens_BSD = output.tokens_BSD
+        plans.extend(NamedPlan(source, first + index, *plan) for plan in output.plans)
+        if output.logit_max_H is not None:
+            attention.append(AttentionLogits(source, first + index, block.attention.path, output.logit_max_H))
+    return StackOutput(tokens_BSD, tuple(plans), tuple(attention))

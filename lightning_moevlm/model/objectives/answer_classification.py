@@ -3,8 +3,9 @@
     target of an answer = min(1, people who gave it / 3), 1 where a question has a single answer
     loss = binary cross-entropy of every answer with its target, summed over answers, mean over questions
 
-The head reads the first token of the question after both modalities have seen each other. Questions none of whose
-answers is in the list train nothing but lower logits, and count in evaluation as any other.
+The head reads the first token of the question after both modalities have seen each other; in a causal model the last
+token, which alone has seen the whole question. Questions none of whose answers is in the list train nothing but lower
+logits, and count in evaluation as any other.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.answer_list import read_answers
 from lightning_moevlm.contracts.batch import Answers, Batch
-from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.step_records import Answered, BatchSize, ObjectiveOutput, PlanSize, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.metrics.measure import Measure
@@ -69,8 +69,8 @@ class AnswerClassification(Objective):
             hidden_BP = torch.ones(len(questions.keys), self.num_patches, dtype=torch.bool, device=batch.device)
         output = backbone(*questions[:3], image_mask_BP=hidden_BP)
         with region(self.precision, "heads", output.tokens_BSD.device.type) as cast:
-            first_BD = cast(output.features(Modality.TEXT)[:, 0])
-            logits_BA = self.out(self.norm(F.gelu(self.hidden(first_BD))))
+            question_BD = cast(output.read_text())
+            logits_BA = self.out(self.norm(F.gelu(self.hidden(question_BD))))
         target_BA = self.targets(questions.answers, logits_BA.device)
         with region(self.precision, "losses", logits_BA.device.type) as cast:
             loss = F.binary_cross_entropy_with_logits(cast(logits_BA), target_BA, reduction="none").sum(dim=1).mean()

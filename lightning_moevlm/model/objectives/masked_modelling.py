@@ -100,6 +100,14 @@ class MaskedModelling(Objective):
         if self.image_targets.num_classes is not None:
             self.num_classes |= dict.fromkeys(("image", "pair_image"), self.image_targets.num_classes)
 
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse a causal backbone: patches do not see the text, and a hidden word would see half of its sentence."""
+        if backbone.causal:
+            raise UserError(
+                f"MaskedModelling cannot train a causal {type(backbone).__name__}, in which a hidden word does not see "
+                "the words after it: choose the objective NextToken, or a model that is not causal"
+            )
+
     def can_use(self, batch: Batch) -> bool:
         """Return whether a weighted term has its modality."""
         has_text, has_image = batch.text_BL is not None, batch.images_BRYX is not None

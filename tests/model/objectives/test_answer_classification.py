@@ -11,7 +11,7 @@ from lightning_moevlm.contracts.answer_list import AnswerList, write_answers
 from lightning_moevlm.contracts.batch import Answers, Batch
 from lightning_moevlm.model.objectives import AnswerClassification, Draws
 from lightning_moevlm.training import VisionLanguageModule
-from tests.small_model import cut, small_limoe, small_vl_moe, uneven_batch
+from tests.small_model import cut, small_decoder, small_limoe, small_vl_moe, uneven_batch
 from tests.training.test_evaluation import measured
 
 
@@ -34,7 +34,7 @@ def test_targets_by_hand(answers_file: str) -> None:
     assert torch.allclose(target, torch.tensor([[1, 0, 0], [0, 2 / 3, 1 / 3], [0, 0, 1], [0, 0, 0.0]]))
 
 
-@pytest.mark.parametrize("build", [small_vl_moe, small_limoe])
+@pytest.mark.parametrize("build", [small_vl_moe, small_limoe, small_decoder])
 def test_evaluation_does_not_depend_on_the_batch_size(build: type, answers_file: str) -> None:
     module = VisionLanguageModule(build(), partial(AnswerClassification, answers=answers_file), init_std=0.3)
     whole = asked(25)
@@ -47,8 +47,9 @@ def test_evaluation_does_not_depend_on_the_batch_size(build: type, answers_file:
     assert measured(module, parts) == pytest.approx(expected, rel=2e-5)
 
 
-def test_a_blind_model_does_not_see_the_image(answers_file: str) -> None:
-    backbone, batch = small_limoe().eval(), asked()
+@pytest.mark.parametrize("build", [small_limoe, small_decoder])
+def test_a_blind_model_does_not_see_the_image(build: type, answers_file: str) -> None:
+    backbone, batch = build().eval(), asked()
     darker = batch._replace(images_BRYX=255 - batch.images_BRYX)  # type: ignore[operator]
     for sees, is_equal in ((True, False), (False, True)):
         objective = AnswerClassification(backbone.spec, answers_file, sees_images=sees).eval()
@@ -56,8 +57,9 @@ def test_a_blind_model_does_not_see_the_image(answers_file: str) -> None:
         assert torch.equal(*losses) == is_equal
 
 
-def test_one_batch_is_learnt(answers_file: str) -> None:
-    module = VisionLanguageModule(small_vl_moe(), partial(AnswerClassification, answers=answers_file))
+@pytest.mark.parametrize("build", [small_vl_moe, small_decoder])
+def test_one_batch_is_learnt(build: type, answers_file: str) -> None:
+    module = VisionLanguageModule(build(), partial(AnswerClassification, answers=answers_file))
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     batch = asked(8)
     for step in range(60):

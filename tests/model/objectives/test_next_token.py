@@ -11,7 +11,7 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.objectives import Draws, NextToken
 from lightning_moevlm.model.routers import ExpertChoiceRouter
 from lightning_moevlm.training import VisionLanguageModule
-from tests.small_model import cut, pair_batch, small_limoe, small_vl_moe, uneven_batch
+from tests.small_model import cut, pair_batch, small_decoder, small_limoe, small_vl_moe, uneven_batch
 from tests.training.test_evaluation import measured
 
 
@@ -22,7 +22,7 @@ def mixed(num_pairs: int = 3, num_texts: int = 2) -> Batch:
     return batch._replace(images_BRYX=batch.images_BRYX[:num_pairs], num_pairs=num_pairs)
 
 
-@pytest.mark.parametrize("build", [small_limoe, small_vl_moe])
+@pytest.mark.parametrize("build", [small_limoe, small_vl_moe, small_decoder])
 def test_the_loss_by_hand(build: type) -> None:
     backbone, batch = build().eval(), pair_batch(3)
     objective = NextToken(backbone.spec).eval()
@@ -39,7 +39,7 @@ def test_the_loss_by_hand(build: type) -> None:
     assert "text" not in output.terms
 
 
-@pytest.mark.parametrize("build", [small_limoe, small_vl_moe])
+@pytest.mark.parametrize("build", [small_limoe, small_vl_moe, small_decoder])
 def test_a_token_is_predicted_from_its_image_and_the_tokens_before_it(build: type) -> None:
     backbone, batch = build().eval(), pair_batch(2)
     changed = batch.text_BL.clone()
