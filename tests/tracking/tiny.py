@@ -1,4 +1,4 @@
-"""The smallest module that trains: one weight, one loss, logged each step."""
+"""The smallest module that trains: one weight, one loss, logged each step; and the points that a store then has."""
 
 import resource
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_moevlm.tracking import metric_history
 
 
 class TinyModule(pl.LightningModule):
@@ -85,3 +87,7 @@ def tiny_trainer(
         enable_model_summary=False,
         log_every_n_steps=1,
     )
+
+
+def values(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in metric_history(uri, run_id, [key])]

@@ -1,36 +1,23 @@
+"""Everything that a training logs is in the store: by points, by time, after a crash, in a resumed run."""
+
 import math
 import pickle
-import shutil
-import sqlite3
 import subprocess
 import sys
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
-from threading import Barrier
 
-import mlflow
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from mlflow import MlflowClient
-from PIL import Image
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.tracking import RunLogger, find_runs, metric_history, prepare_store
+from lightning_moevlm.tracking import RunLogger, find_runs, metric_history
 from lightning_moevlm.tracking.write.offline_log import find_offline_logs
-from lightning_moevlm.tracking.write.open_run import find_or_create_experiment
-from lightning_moevlm.tracking.write.run_params import LONGEST_VALUE
-from lightning_moevlm.tracking.write.sync_offline_logs import sync_offline_logs
-from tests.tracking.tiny import TinyData, TinyModule, short_files, tiny_trainer
+from tests.tracking.tiny import TinyData, TinyModule, tiny_trainer, values
 from tests.tracking.write.test_sender import wait_until
-
-
-def values(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in metric_history(uri, run_id, [key])]
 
 
 def test_every_point_of_a_training_is_in_the_store(uri: str, tmp_path: Path) -> None:
@@ -129,128 +116,6 @@ def test_more_points_than_one_batch_may_hold(uri: str) -> None:
     assert sorted(point.value for point in points) == [float(i) for i in range(2345)]
 
 
-def test_default_uri_is_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    """`MLFlowLogger()` names a file store, which MLflow refuses, and reads the environment at import."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    shutil.copyfile(uri.removeprefix("sqlite:///"), tmp_path / "runs" / "mlflow.db")
-    logger = RunLogger()
-    assert logger.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    logger.log_metrics({"a": 1.0}, 0)
-    logger.finalize("success")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert RunLogger().tracking_uri == uri
-
-
-def test_the_global_tracking_uri_stays(uri: str, tmp_path: Path) -> None:
-    """Lightning's `logger.experiment` moves it, and a later search reads another store."""
-    before = mlflow.get_tracking_uri()
-    logger = RunLogger(tracking_uri=uri)
-    logger.log_metrics({"a": 1.0}, 0)
-    logger.log_artifact_text("note.txt", "text")
-    logger.finalize("success")
-    assert mlflow.get_tracking_uri() == before
-    assert mlflow.active_run() is None
-
-
-def test_artifacts_lie_beside_the_database_whatever_the_directory(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLflow puts artifacts of SQLite runs in ./mlruns of the directory that the experiment was made in."""
-    monkeypatch.chdir(tmp_path)
-    logger = RunLogger(experiment_name="a/b c", tracking_uri=uri)
-    logger.log_artifact_text("notes/first.txt", "größe")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots()
-    axes.plot([0, 1], [0, 1])
-    logger.log_figure("figures/line.png", figure)
-    plt.close(figure)
-    logger.log_image("val/picture", Image.new("RGB", (8, 8), "red"), step=3)
-    logger.finalize("success")
-
-    folder = Path(logger.save_dir) / "artifacts" / "a_b c" / str(logger.run_id) / "artifacts"
-    assert (folder / "notes" / "first.txt").read_text(encoding="utf-8") == "größe"
-    assert Image.open(folder / "figures" / "line.png").size[0] > 100
-    assert list((folder / "images").glob("*.png"))
-    assert not (tmp_path / "mlruns").exists()
-
-
-def test_save_dir_is_given_lightning_19441(uri: str, tmp_path: Path) -> None:
-    """Lightning #19441, #20273: on SQLite its logger has no save_dir; what needs `trainer.log_dir` fails."""
-    logger = RunLogger(tracking_uri=uri)
-    trainer = tiny_trainer(logger, tmp_path)
-    assert trainer.log_dir == logger.save_dir == str(Path(uri.removeprefix("sqlite:///")).parent)
-
-
-def test_resume_with_changed_params(uri: str) -> None:
-    """Params are immutable: a resume with one changed value raised `Changing param values ...`."""
-    first = RunLogger(tracking_uri=uri)
-    first.log_hyperparams({"model": {"dim": 8, "top_k": 1}})
-    first.log_metrics({"a": 1.0}, 0)
-    first.finalize("failed")
-    second = RunLogger(tracking_uri=uri, run_id=first.run_id, tags={"attempt": "2"})
-    second.log_hyperparams({"model": {"dim": 8, "top_k": 2}, "trainer": {"max_steps": 5}})
-    second.log_metrics({"a": 2.0}, 1)
-    (run,) = find_runs(uri, "moevlm")
-    assert run.status == "RUNNING"
-    second.finalize("success")
-
-    (run,) = find_runs(uri, "moevlm")
-    assert run.status == "FINISHED"
-    assert run.params == {"model.dim": "8", "model.top_k": "1", "trainer.max_steps": "5"}
-    assert run.tags["changed_param/model.top_k"] == "2"
-    assert run.tags["attempt"] == "2"
-    assert "changed_param/model.dim" not in run.tags
-    assert values(uri, run.run_id, "a") == [(0, 1.0), (1, 2.0)]
-
-
-def test_long_params_are_whole(uri: str) -> None:
-    """Lightning's logger cuts params at 250 characters."""
-    logger = RunLogger(tracking_uri=uri)
-    logger.log_hyperparams({"note": "x" * 4000, "vocabulary": "y" * 7000} | {f"p{i}": i for i in range(250)})
-    logger.finalize()
-    (run,) = find_runs(uri, "moevlm")
-    assert run.params["note"] == "x" * 4000
-    assert run.params["vocabulary"] == "y" * LONGEST_VALUE
-    assert len(run.params) == 252
-    artifact = MlflowClient(uri).download_artifacts(run.run_id, "params/vocabulary.txt")
-    assert Path(artifact).read_text() == "y" * 7000
-
-
-def test_secrets_are_masked_in_params(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HUB_TOKEN", "tok-123456789")
-    logger = RunLogger(tracking_uri=uri)
-    logger.log_hyperparams({"hub": {"api_key": "k-1"}, "path": "s3://x?tok-123456789", "num_tokens": 7})
-    assert "tok-123456789" not in "".join(log.journal.read_text() for log in find_offline_logs(logger.run_dir))
-    logger.finalize()
-    (run,) = find_runs(uri, "moevlm")
-    assert run.params == {"hub.api_key": "***", "path": "s3://x?***", "num_tokens": "7"}
-
-
-def test_nothing_is_created_before_the_first_use(tmp_path: Path) -> None:
-    """Lightning's logger opens the store when it is built, on every rank and for a fast_dev_run."""
-    logger = RunLogger(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
-    trainer = tiny_trainer(logger, tmp_path)
-    assert trainer.logger is logger
-    logger.finalize("success")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_run_and_deleted_things_are_told(uri: str) -> None:
-    with pytest.raises(UserError, match="no run 'f00'"):
-        RunLogger(tracking_uri=uri, run_id="f00").flush()
-    logger = RunLogger(experiment_name="gone", tracking_uri=uri)
-    run_id, client = str(logger.run_id), logger.experiment
-    client.delete_run(run_id)
-    with pytest.raises(UserError, match="restore --run-id"):
-        RunLogger(tracking_uri=uri, run_id=run_id).flush()
-    client.delete_experiment(logger.experiment_id)
-    with pytest.raises(UserError, match="'gone' was deleted"):
-        RunLogger(experiment_name="gone", tracking_uri=uri).flush()
-
-
 @pytest.mark.parametrize("arguments", [{"flush_points": 0}, {"flush_seconds": -1.0}])
 def test_nonsense_is_refused(uri: str, arguments: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(arguments))):
@@ -263,111 +128,6 @@ def test_a_text_is_no_metric(uri: str) -> None:
         logger.log_metrics({"a": "x", "b": torch.tensor(2.0)}, 0)  # type: ignore[dict-item]
     logger.finalize("success")
     assert [point.key for point in metric_history(uri, str(logger.run_id))] == ["b"]
-
-
-def test_points_wait_for_a_database_that_is_away(uri: str) -> None:
-    """The database file is moved away and back."""
-    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
-    logger.log_metrics({"a": 0.0}, 0)
-    logger.flush()
-    path = Path(uri.removeprefix("sqlite:///"))
-    away = path.with_name("away.db")
-    logger.experiment._tracking_client.store.engine.dispose()
-    path.rename(away)
-    logger.log_metrics({"a": 1.0}, 1)
-    with pytest.warns(RuntimeWarning, match="is unavailable; training continues, its log is kept on disk"):
-        logger.flush()
-    logger.experiment._tracking_client.store.engine.dispose()
-    path.unlink(missing_ok=True)
-    away.rename(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        logger.log_metrics({"a": 2.0}, 2)
-        logger.finalize("success")
-    assert values(uri, str(logger.run_id), "a") == [(0, 0.0), (1, 1.0), (2, 2.0)]
-
-
-def test_a_database_on_a_full_disk_stops_no_training(uri: str) -> None:
-    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
-    logger.flush()
-    with pytest.warns(RuntimeWarning) as told, short_files(4096):
-        for step in range(200):
-            logger.log_metrics({"a": 1.0}, step)
-        logger.flush()
-    lines = [str(warning.message) for warning in told]
-    assert sum(line.startswith("MLflow at sqlite:///") and "is unavailable" in line for line in lines) == 1
-    assert (
-        sum("cannot be kept in" in line and "(No space left on device): free disk space" in line for line in lines) == 1
-    )
-    logger.log_metrics({"a": 1.0}, 200)  # there is room again
-    logger.finalize()
-    assert [step for step, _ in values(uri, str(logger.run_id), "a")] == list(range(201))
-    assert list(logger.run_dir.iterdir()) == []
-
-
-def test_a_disk_that_stays_full_to_the_end_keeps_what_it_took_and_says_what_is_lost(uri: str) -> None:
-    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
-    logger.flush()
-    with (
-        pytest.warns(RuntimeWarning, match=r"\d+ points and 0 files .* \d+ more lines found no room"),
-        short_files(4096),
-    ):
-        for step in range(200):
-            logger.log_metrics({"a": 1.0}, step)
-        logger.finalize()
-    [log] = find_offline_logs(logger.run_dir)
-    kept = log.count().points
-    assert 0 < kept < 200
-    [result] = sync_offline_logs([log], uri)
-    assert result.reason == ""
-    assert [step for step, _ in values(uri, str(logger.run_id), "a")] == list(range(kept))
-
-
-def test_a_full_disk_at_the_start_is_one_line(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
-    logger = RunLogger(tracking_uri=uri)
-    prepare_store(uri)
-    with short_files(4096), pytest.raises(UserError, match=r"cannot create or resume the run \(.*\): free disk space"):
-        logger.flush()
-    assert "Traceback" not in "".join(capfd.readouterr())
-    logger.log_metrics({"a": 1.0}, 0)  # the same call works once there is room
-    logger.finalize()
-
-
-def test_a_log_that_is_deleted_ends_no_training(uri: str) -> None:
-    logger = RunLogger(tracking_uri=uri, flush_points=10_000, flush_seconds=3600)
-    logger.log_metrics({"a": 1.0}, 0)
-    [log] = find_offline_logs(logger.run_dir)
-    shutil.rmtree(log.folder)
-    logger.log_metrics({"a": 1.0}, 1)
-    with pytest.warns(RuntimeWarning, match="0 points and 0 files of run .* were not uploaded"):
-        logger.finalize()
-
-
-def test_a_folder_of_runs_that_cannot_be_written_is_one_line(uri: str) -> None:
-    logger = RunLogger(tracking_uri=uri)
-    folder = Path(logger.save_dir) / "1"
-    folder.touch()
-    with pytest.raises(
-        UserError, match=r"could not be written \(Not a directory\); free disk space or grant write permission"
-    ):
-        logger.flush()
-    assert [run.status for run in find_runs(uri, "moevlm")] == ["FAILED"]
-
-
-def test_a_database_that_another_process_has_locked_is_waited_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the sender: no call of the training waits."""
-    logger = RunLogger(tracking_uri=uri, flush_points=1, flush_seconds=0.01)
-    logger.flush()
-    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        start = time.perf_counter()
-        for step in range(20):
-            logger.log_metrics({"a": 1.0}, step)
-            logger.log_tags({"step": str(step)})
-        assert time.perf_counter() - start < 2.0
-        other.rollback()
-    logger.finalize()
-    assert [step for step, _ in values(uri, str(logger.run_id), "a")] == list(range(20))
 
 
 def test_what_is_logged_after_the_end_is_sent_too(uri: str) -> None:
@@ -414,50 +174,6 @@ def test_a_call_costs_little(uri: str) -> None:
         logger.log_metrics(metrics, step)
     assert (time.thread_time() - start) / 200 < 0.5e-3
     logger.finalize()
-
-
-def test_arms_that_start_together_share_one_new_experiment(uri: str) -> None:
-    client = MlflowClient(uri)
-    together = Barrier(4)
-
-    def start(_: int) -> str:
-        together.wait()
-        return find_or_create_experiment(client, "new", None)
-
-    with ThreadPoolExecutor(4) as pool:
-        ids = set(pool.map(start, range(4)))
-    assert len(ids) == 1
-    assert [found.name for found in client.search_experiments()].count("new") == 1
-
-
-def test_the_environment_names_experiment_and_run_and_options_win(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the environment")
-    first = RunLogger(tracking_uri=uri)
-    first.log_metrics({"a": 1.0}, 0)
-    first.finalize()
-    named = RunLogger(tracking_uri=uri, experiment_name="of the option")
-    named.log_metrics({"a": 1.0}, 0)
-    named.flush()
-    assert [len(find_runs(uri, name)) for name in ("of the environment", "of the option", "moevlm")] == [1, 1, 0]
-
-    monkeypatch.setenv("MLFLOW_RUN_ID", str(first.run_id))
-    explicit = RunLogger(tracking_uri=uri, run_id=named.run_id)
-    assert explicit.run_id == named.run_id
-    again = RunLogger(tracking_uri=uri)
-    again.log_metrics({"a": 2.0}, 1)
-    again.finalize()
-    assert values(uri, str(first.run_id), "a") == [(0, 1.0), (1, 2.0)]
-    another = RunLogger(tracking_uri=uri)  # as in MLflow, the run of the environment is taken up once
-    another.log_metrics({"a": 2.0}, 1)
-    assert another.run_id not in (first.run_id, None)
-
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", str(first.experiment_id))
-    by_id = RunLogger(tracking_uri=uri)
-    assert by_id.experiment is not None and by_id.experiment_id == first.experiment_id
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
-    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_ID is '4711', and there is no such experiment: unset it"):
-        RunLogger(tracking_uri=uri).flush()
 
 
 def test_a_resumed_run_forgets_what_lies_beyond_its_checkpoint(uri: str) -> None:
