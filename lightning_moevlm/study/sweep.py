@@ -110,7 +110,7 @@ def run(
         UserError: A mistake that is found before anything is written, or a ledger that cannot be written.
     """
     from lightning_moevlm.study.compare.other_code import describe_other_code, find_other_code, replace_runs
-    from lightning_moevlm.study.run.runs_at_work import UNREACHABLE
+    from lightning_moevlm.study.run.active_runs import UNREACHABLE
     from lightning_moevlm.study.run.to_do import find_waiting_runs
 
     file, selected = planned.study.file, select(planned, only)

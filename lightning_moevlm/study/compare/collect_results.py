@@ -164,7 +164,7 @@ def _arm_result(
         runs=runs,
         final=mean_of([r.last(primary) for r in done]),
         untrained=mean_of([r.first(primary) for r in done]),
-        learned=sum(_ahead(r, primary, sign) for r in done),
+        learned=sum(_has_improved(r, primary, sign) for r in done),
         effect=effect,
         accuracy=_by_term(done, metric_keys.ACCURACY),
         majority=_by_term(done, metric_keys.MAJORITY_ACCURACY),
@@ -185,7 +185,7 @@ def _arm_result(
     )
 
 
-def _ahead(result: RunResult, key: str, sign: int) -> bool:
+def _has_improved(result: RunResult, key: str, sign: int) -> bool:
     first, last = result.first(key), result.last(key)
     return first is not None and last is not None and sign * last < sign * first
 

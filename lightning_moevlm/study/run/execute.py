@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
+from lightning_moevlm.study.run.active_runs import UNREACHABLE, ActiveRuns, Command, RefusedError, Watcher
 from lightning_moevlm.study.run.early_stop import EarlyStop
 from lightning_moevlm.study.run.engines import Engine
 from lightning_moevlm.study.run.ledger import read_state
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.study.run.outcome import MOST_STARTS
 from lightning_moevlm.study.run.processes.stop_signals import catch_stop_signals
-from lightning_moevlm.study.run.runs_at_work import UNREACHABLE, Command, RefusedError, RunsAtWork, Watcher
 from lightning_moevlm.study.run.store_retries import StoreRetries, StoreUnreachableError
 
 
@@ -59,7 +59,7 @@ def execute(
     """
     queue = deque(waiting)
     store, early = StoreRetries(experiment.uri, watcher.show), EarlyStop(plan, experiment)
-    at_work = RunsAtWork(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store, early)
+    active = ActiveRuns(plan, experiment, command, engine, timeout_minutes and 60 * timeout_minutes, store, early)
     starts: Counter[str] = Counter()
 
     def may_repeat(run: PlannedRun) -> bool:
@@ -67,33 +67,33 @@ def execute(
 
     with catch_stop_signals() as stop:
         try:
-            while (queue or at_work.runs or at_work.ended) and not stop.name:
-                if queue and len(at_work.runs) < jobs and store.is_ready:
+            while (queue or active.runs or active.ended) and not stop.name:
+                if queue and len(active.runs) < jobs and store.is_ready:
                     run = queue.popleft()
                     try:
-                        starts[run.name] += at_work.begin(run)
+                        starts[run.name] += active.begin(run)
                     except StoreUnreachableError:
                         queue.appendleft(run)
                         continue
                     except RefusedError:
-                        if not at_work.runs:
+                        if not active.runs:
                             raise
-                        jobs = len(at_work.runs)  # a cluster takes only so many from one user
+                        jobs = len(active.runs)  # a cluster takes only so many from one user
                         queue.appendleft(run)
                         continue
                     watcher.run_started(run, read_state(plan.run_folder(run)))
                     continue
-                at_work.stop_early()
-                queue.extend(at_work.collect(may_repeat))
-                if queue and len(at_work.runs) < jobs and store.is_ready:
+                active.stop_early()
+                queue.extend(active.collect(may_repeat))
+                if queue and len(active.runs) < jobs and store.is_ready:
                     continue  # the next run begins before the last one is judged: no slot stays idle
-                queue.extend(at_work.judge(watcher, may_repeat))
-                if store.outage_seconds > silence_seconds and not at_work.runs:
+                queue.extend(active.judge(watcher, may_repeat))
+                if store.outage_seconds > silence_seconds and not active.runs:
                     stop.name = UNREACHABLE
                 watcher.tick()
                 time.sleep(engine.poll_seconds)
-            at_work.collect(lambda run: True)  # a run that ended just before the signal has ended
-            at_work.judge(watcher, lambda run: True)
+            active.collect(lambda run: True)  # a run that ended just before the signal has ended
+            active.judge(watcher, lambda run: True)
         finally:
-            at_work.stop()
+            active.stop()
     return Tally(len(+starts), stop.name)

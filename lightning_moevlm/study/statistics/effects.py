@@ -76,7 +76,7 @@ class Effect:
     """Of "differs by at least the rule's `within`"."""
     p_outside_adjusted: float | None
     share_better: float | None
-    """Fraction of compared seeds in which the arm is ahead."""
+    """Fraction of compared seeds in which the arm is better."""
     seeds_needed: int | None
     """For 80 % power of one t-test at this effect and spread; None: fewer than 3 seeds, or more than 1,000."""
     more_lost: int

@@ -116,18 +116,18 @@ def decide(evidence: Evidence, rule: Rule) -> tuple[Verdict, str]:
     if interval is None or evidence.is_constant or (interval.width == 0 and rule.test == "t"):
         return Verdict.INCONCLUSIVE, _explain_constant(n, interval)
     low, high = interval.low, interval.high
-    ahead = high < 0 if rule.direction == "lower" else low > 0
-    behind = low > 0 if rule.direction == "lower" else high < 0
+    is_better = high < 0 if rule.direction == "lower" else low > 0
+    is_worse = low > 0 if rule.direction == "lower" else high < 0
     if _is_small(evidence, interval, rule):
-        return Verdict.NO_DIFFERENCE, "not 0, but too small to matter" if ahead or behind else ""
-    if (ahead and evidence.more_lost > 0) or (behind and evidence.more_lost < 0):
+        return Verdict.NO_DIFFERENCE, "not 0, but too small to matter" if is_better or is_worse else ""
+    if (is_better and evidence.more_lost > 0) or (is_worse and evidence.more_lost < 0):
         return Verdict.INCONCLUSIVE, _explain_survivors(evidence.more_lost, evidence.sides)
-    if not (ahead or behind):
+    if not (is_better or is_worse):
         return Verdict.INCONCLUSIVE, ""
     if evidence.p is not None and evidence.p > rule.alpha:
         family = " over the study's comparisons" if rule.correction == "holm" else ""
         return Verdict.INCONCLUSIVE, f"its interval excludes 0, but p = {format_p(evidence.p, rule.alpha)}{family}"
-    return (Verdict.HELPS if ahead else Verdict.HURTS), ""
+    return (Verdict.HELPS if is_better else Verdict.HURTS), ""
 
 
 def apply_guards(verdict: Verdict, guards: tuple[GuardResult, ...]) -> Verdict:
@@ -154,10 +154,10 @@ def _explain_constant(n: int, interval: Interval | None) -> str:
 
 def _explain_survivors(more_lost: int, sides: Sides | None) -> str:
     """Explain that a mean over survivors decides nothing if the better side has lost more runs."""
-    word, count = ("ahead" if more_lost > 0 else "behind"), abs(more_lost)
+    word, count = ("better" if more_lost > 0 else "worse"), abs(more_lost)
     mine, theirs = sides or ("this arm", "the baseline")
     lost, kept = (mine, theirs) if more_lost > 0 else (theirs, mine)
-    return f"{word} in the seeds that survive, but {lost} lost {count} more than {kept}"
+    return f"{word} in the seeds that finished, but {lost} lost {count} more than {kept}"
 
 
 def _count_seeds(n: int) -> str:

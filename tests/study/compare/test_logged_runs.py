@@ -257,7 +257,7 @@ def test_runs_lost_in_seeds_of_one_arm_alone_do_not_count_against_it() -> None:
     assert effect.more_lost == 1
     assert (effect.verdict, effect.limit) == (
         Verdict.INCONCLUSIVE,
-        "ahead in the seeds that survive, but this arm lost 1 more than the baseline",
+        "better in the seeds that finished, but this arm lost 1 more than the baseline",
     )
 
 

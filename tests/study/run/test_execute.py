@@ -151,10 +151,10 @@ def test_a_run_that_is_stopped_again_and_again_has_failed_and_a_retry_resumes_it
 
 def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):
     """Resumed from its checkpoint it would pass the crash and have a result."""
-    from lightning_moevlm.study.run import runs_at_work
+    from lightning_moevlm.study.run import active_runs
 
     file = write_project(tmp_path, uri, {"arms": {"baseline": None, "crash": {"model.crash_at": 2}}, "seeds": [0]})
-    real, busy = runs_at_work.record_outcome, ["crash"]
+    real, busy = active_runs.record_outcome, ["crash"]
 
     def record_outcome(plan, run, *rest):
         if run.arm in busy:
@@ -162,7 +162,7 @@ def test_a_busy_store_does_not_make_a_crash_go_on(tmp_path, uri, monkeypatch):
             raise OSError("database is locked")
         real(plan, run, *rest)
 
-    monkeypatch.setattr(runs_at_work, "record_outcome", record_outcome)
+    monkeypatch.setattr(active_runs, "record_outcome", record_outcome)
     plan, _, tally, _ = sweep(file)
     states = {run.arm: (state.status, state.attempts) for run, state in read_ledger(plan)}
     assert tally.started == 2

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moevlm.study.run.active_runs import UNREACHABLE
 from lightning_moevlm.study.run.ledger import Status, read_ledger
-from lightning_moevlm.study.run.runs_at_work import UNREACHABLE
 from lightning_moevlm.study.run.store_retries import StoreRetries
 from tests.mlflow_server import MlflowServer
 from tests.study.run.test_execute import assert_each_once, wait_for

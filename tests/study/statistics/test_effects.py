@@ -161,7 +161,7 @@ def test_survivors_alone_do_not_make_an_arm_help():
     effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, Lost(diverged=1))
     assert effect.verdict is Verdict.INCONCLUSIVE
     assert effect.note == (
-        "ahead in the seeds that survive, but this arm lost 1 more than the baseline; 1 of 3 seeds left out; "
+        "better in the seeds that finished, but this arm lost 1 more than the baseline; 1 of 3 seeds left out; "
         "1 run of this arm diverged"
     )
 
@@ -172,7 +172,7 @@ def test_survivors_of_the_baseline_do_not_make_an_arm_hurt(lost, what):
     assert compare_paired(arm, baseline, (0, 1, 2), LOWER).verdict is Verdict.HURTS
     effect = compare_paired(arm, baseline, (0, 1, 2), LOWER, baseline_lost=lost)
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert "behind in the seeds that survive, but the baseline lost 1 more than this arm" in effect.note
+    assert "worse in the seeds that finished, but the baseline lost 1 more than this arm" in effect.note
     assert effect.note.endswith(f"1 of 3 seeds left out; 1 run of the baseline {what}")
 
 
@@ -288,7 +288,7 @@ def test_losses_count_where_both_sides_had_a_run():
     effect = compare_paired(arm, baseline, tuple(range(10)), LOWER, *lost)
     assert effect.more_lost == 1
     assert effect.verdict is Verdict.INCONCLUSIVE
-    assert effect.note.startswith("ahead in the seeds that survive, but this arm lost 1 more than the baseline")
+    assert effect.note.startswith("better in the seeds that finished, but this arm lost 1 more than the baseline")
     assert effect.note.endswith("1 run of this arm diverged; 2 runs of the baseline diverged")
 
 

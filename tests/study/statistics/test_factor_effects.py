@@ -100,14 +100,14 @@ def test_survivors_alone_make_no_factor_help():
     assert factor_effects(cells, CELLS, (0, 1, 2, 3), RULE)[0].effect.verdict is Verdict.HELPS
     assert judged["a"].verdict is Verdict.INCONCLUSIVE
     assert judged["a"].note == (
-        "ahead in the seeds that survive, but runs with it on lost 3 more than runs with it off; "
+        "better in the seeds that finished, but runs with it on lost 3 more than runs with it off; "
         "2 of 4 seeds left out; 3 of the runs with it on diverged"
     )
     # b lost fewer with it on (1) than with it off (2), and it is ahead: nothing speaks against it.
     assert judged["b"].verdict is Verdict.HELPS
     higher = factor_effects(cells, CELLS, (0, 1, 2, 3), Rule("higher", 0.05), lost)
     assert higher[1].effect.limit == (
-        "behind in the seeds that survive, but runs with it off lost 1 more than runs with it on"
+        "worse in the seeds that finished, but runs with it off lost 1 more than runs with it on"
     )
 
 

@@ -3,7 +3,6 @@
 from matplotlib.axes import Axes
 
 from lightning_moevlm.study.compare.results import Mean, StudyResult
-from lightning_moevlm.study.report.figures.lost_runs import row_label
 from lightning_moevlm.study.report.figures.report_figure import (
     GROUND,
     INK,
@@ -12,6 +11,7 @@ from lightning_moevlm.study.report.figures.report_figure import (
     new_figure,
     render_figure,
 )
+from lightning_moevlm.study.report.figures.unfinished_runs import row_label
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_mean, format_percent
 
 _MIDDLE = "#8c8c8c"  # seen on bars of every colour, and on either ground

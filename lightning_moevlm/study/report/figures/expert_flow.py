@@ -14,8 +14,8 @@ from matplotlib.path import Path
 
 from lightning_moevlm.study.compare.results import ArmResult, RunResult, StudyResult
 from lightning_moevlm.study.report.figures.expert_load import find_run_with_load, read_loads
-from lightning_moevlm.study.report.figures.lost_runs import describe_lost_runs
 from lightning_moevlm.study.report.figures.report_figure import INK, ReportFigure, new_figure, render_figure, wrap
+from lightning_moevlm.study.report.figures.unfinished_runs import describe_unfinished_runs
 from lightning_moevlm.study.report.tables.table import Table, format_percent
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -51,7 +51,7 @@ def draw_expert_flow(result: StudyResult) -> ReportFigure | None:
     for place, (arm, run) in enumerate(shown):
         flows = read_flows(run)
         row, left = divmod(place, beside)
-        heading = "\n".join([wrap(arm.arm.name, letters), *(f"({words})" for words in describe_lost_runs(arm))])
+        heading = "\n".join([wrap(arm.arm.name, letters), *(f"({words})" for words in describe_unfinished_runs(arm))])
         for column, block in enumerate(blocks):
             axes = grid[row][left * len(blocks) + column]
             axes.set_axis_off()

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.compare.results import ArmResult, RunResult, StudyResult
-from lightning_moevlm.study.report.figures.lost_runs import describe_lost_runs
 from lightning_moevlm.study.report.figures.report_figure import ReportFigure, new_figure, render_figure, wrap
+from lightning_moevlm.study.report.figures.unfinished_runs import describe_unfinished_runs
 from lightning_moevlm.study.report.tables.table import Table, format_percent
 
 Layer = tuple[int, str]  # block, modality
@@ -88,7 +88,7 @@ def draw_expert_load(result: StudyResult) -> ReportFigure | None:
 
 def _heading(arm: ArmResult, run: RunResult) -> str:
     """Return the heading of an arm's panels: its name, the seed that is shown, and its lost runs."""
-    lost = [f"({text})" for text in describe_lost_runs(arm)]
+    lost = [f"({text})" for text in describe_unfinished_runs(arm)]
     return "\n".join([wrap(arm.arm.name, _LETTERS_ABOVE), f"seed {run.seed}", *lost])
 
 

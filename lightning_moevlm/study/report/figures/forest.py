@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.declare.comparison import Test
-from lightning_moevlm.study.report.figures.lost_runs import describe_lost_runs
 from lightning_moevlm.study.report.figures.report_figure import (
     GROUND,
     INK,
@@ -20,6 +19,7 @@ from lightning_moevlm.study.report.figures.report_figure import (
     render_figure,
     wrap,
 )
+from lightning_moevlm.study.report.figures.unfinished_runs import describe_unfinished_runs
 from lightning_moevlm.study.report.tables.effect_tables import effects_table
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_interval, format_signed
 from lightning_moevlm.study.statistics.effects import Effect
@@ -43,7 +43,7 @@ def draw_forest(result: StudyResult) -> ReportFigure | None:
     study = result.comparison
     look = choose_looks(tuple(arm.arm.name for arm in result.arms), study.baseline)
     rows = [
-        Row(arm.arm.name, arm.effect, look[arm.arm.name], describe_lost_runs(arm))
+        Row(arm.arm.name, arm.effect, look[arm.arm.name], describe_unfinished_runs(arm))
         for arm in result.arms
         if arm.effect is not None
     ]

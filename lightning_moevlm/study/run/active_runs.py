@@ -51,7 +51,7 @@ class RefusedError(UserError):
 
 
 @dataclass
-class RunsAtWork:
+class ActiveRuns:
     """The runs that the engine has, by ticket, with their entries in the ledger and in MLflow."""
 
     plan: Plan

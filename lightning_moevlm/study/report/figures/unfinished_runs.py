@@ -5,7 +5,7 @@ from lightning_moevlm.study.report.figures.report_figure import LETTERS_OF_ROW, 
 from lightning_moevlm.study.statistics.verdict import Verdict
 
 
-def describe_lost_runs(arm: ArmResult) -> tuple[str, ...]:
+def describe_unfinished_runs(arm: ArmResult) -> tuple[str, ...]:
     """Return e.g. ("2 of 5 diverged", "1 of 5 failed"), or ("stopped early",) for a withdrawn arm."""
     if arm.verdict is Verdict.STOPPED_EARLY:
         return (str(arm.verdict),)
@@ -18,4 +18,4 @@ def describe_lost_runs(arm: ArmResult) -> tuple[str, ...]:
 
 def row_label(arm: ArmResult) -> str:
     """Return the label of an arm's row: its name, and its lost runs below."""
-    return "\n".join([wrap(arm.arm.name, LETTERS_OF_ROW), *(f"({text})" for text in describe_lost_runs(arm))])
+    return "\n".join([wrap(arm.arm.name, LETTERS_OF_ROW), *(f"({text})" for text in describe_unfinished_runs(arm))])
