@@ -33,7 +33,8 @@ class Batch(NamedTuple):
     per_source: samples from each source of the data, in the sources' order.
     num_cut: texts read for the batch that were cut at the end.
     step: the batches of the whole optimiser step; None if the loader does not look ahead.
-    answers: of the texts, which then are questions; None if they are not read.
+    answers: of the texts, which then are questions or statements; None if they are not read.
+    second_images_BRYX: like images_BRYX, the other image of samples with two; None if it is not read.
     """
 
     images_BRYX: Tensor | None
@@ -45,6 +46,7 @@ class Batch(NamedTuple):
     num_cut: int = 0
     step: "WholeStep | None" = None
     answers: Answers | None = None
+    second_images_BRYX: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -81,6 +83,7 @@ class Batch(NamedTuple):
         pairs = min(num_samples, self.pairs)
         num_images = 0 if images_BRYX is None else min(num_samples, len(images_BRYX))
         num_texts = num_samples - num_images + pairs
+        second = self.second_images_BRYX
         return Batch(
             images_BRYX[:num_images] if images_BRYX is not None and num_images else None,
             text_BL[:num_texts] if text_BL is not None and num_texts else None,
@@ -88,12 +91,15 @@ class Batch(NamedTuple):
             self.keys[:num_samples],
             pairs,
             answers=None if self.answers is None else self.answers.select(range(num_samples)),
+            second_images_BRYX=second[:num_images] if second is not None and num_images else None,
         )
 
     def without_pixels(self) -> "Batch":
         """Return the batch with images on "meta": a shape without values."""
-        images = self.images_BRYX
-        return self._replace(images_BRYX=None if images is None else images.to("meta"), step=None)
+        first, second = (
+            None if images is None else images.to("meta") for images in (self.images_BRYX, self.second_images_BRYX)
+        )
+        return self._replace(images_BRYX=first, second_images_BRYX=second, step=None)
 
 
 class WholeStep:

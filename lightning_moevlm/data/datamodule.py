@@ -33,14 +33,12 @@ from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, re
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
 from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_invalid_names
-from lightning_moevlm.data.read.open_set import OpenSet, open_set
+from lightning_moevlm.data.read.open_set import OpenSet, find_annotation, find_second_image, open_set
 from lightning_moevlm.data.read.sample_order import Rank, train_batches
 from lightning_moevlm.data.read.source_stream import OpenSource
 from lightning_moevlm.data.read.train_reader import TrainReader
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step, whole_steps
 from lightning_moevlm.data.storage.shard_storage import CACHE_GIB, PROTOCOLS, ShardStorage
-from lightning_moevlm.data.text.annotations import Annotation
-from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 _HASHED_BEFOREHAND_BYTES = 256 * 2**20
@@ -78,6 +76,8 @@ class ShardDataModule(LightningDataModule):
         augment: Crops and flips of training images, on the device; null turns them off. Evaluation has none.
         annotation: Read beside images and texts: `answers` where texts are questions, `cls` for the class member of
             CLIP_benchmark's sets, or a field of the json member that names the class; null for nothing.
+        second_image: Read beside the image of each sample: `right`, the other image of statements about two; null for
+            none.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
     """
 
@@ -102,6 +102,7 @@ class ShardDataModule(LightningDataModule):
         augment: Augment | None = None,
         prefetch: int | None = None,
         annotation: str | None = None,
+        second_image: Literal["right"] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -146,6 +147,12 @@ class ShardDataModule(LightningDataModule):
         self.augment = augment
         self.prefetch = prefetch
         self.annotation = annotation
+        self.second_image = second_image
+        if second_image is not None and decode == "device":
+            raise UserError(
+                f"data.decode is device and data.second_image is {second_image}: the device decodes one image of each "
+                "sample; set data.decode cpu"
+            )
         self.train_loader: ShardLoader | None = None
         self._resume_from: LoaderState | None = None
 
@@ -315,19 +322,9 @@ class ShardDataModule(LightningDataModule):
         keeps_jpegs = self.decode == "device"
         return Collate(
             opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
-            opened.manifest.layout.caption_field, self._annotation_of(opened),
+            opened.manifest.layout.caption_field, find_annotation(opened, self.annotation),
+            find_second_image(opened, self.second_image),
         )  # fmt: skip
-
-    def _annotation_of(self, opened: OpenSet) -> Annotation | None:
-        if self.annotation is None:
-            return None
-        annotation = Annotation(self.annotation)
-        if annotation.member == ANNOTATION_EXTENSION and ANNOTATION_EXTENSION not in opened.manifest.members:
-            raise UserError(
-                f"data.annotation is {self.annotation}, but samples of {opened.storage} have no json member; "
-                f"{annotation.remedy}"
-            )
-        return annotation
 
     def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:
         others = [name for name in IMAGE_EXTENSIONS if name != "jpg" and name in opened.members]

@@ -280,9 +280,32 @@ class ConvertQuestions(_Convert):
     folder: str
 
     def _source(self) -> "Source":
-        from lightning_moevlm.data.write.convert.sources.questions import SetQuestions
+        from lightning_moevlm.data.write.convert.sources.sets.questions import SetQuestions
 
         return SetQuestions(local_source(self.folder, "folder"), self.name)
+
+
+@dataclass(frozen=True)
+class ConvertStatements(_Convert):
+    """Make a set of true and false statements about pairs of images of a set of scenes, with copies of both.
+
+    Every text comes twice, once true and once false of its images. Splits and tokenizer are the other set's;
+    --vocab_size is not used.
+
+    Args:
+        folder: Folder of the set of scenes.
+        per_image: Statements for each image of the set, on average.
+        seed: Other seeds give other pairs and texts.
+    """
+
+    folder: str
+    per_image: float = 1.0
+    seed: int = 0
+
+    def _source(self) -> "Source":
+        from lightning_moevlm.data.write.convert.sources.sets.statements import SetStatements
+
+        return SetStatements(local_source(self.folder, "folder"), self.name, self.per_image, self.seed)
 
 
 COMMANDS: dict[str, Callable[..., object]] = {
@@ -292,6 +315,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "coco_vqa": ConvertCocoVqa,
     "img2dataset": ConvertImg2dataset,
     "questions": ConvertQuestions,
+    "statements": ConvertStatements,
 }
 
 

@@ -23,6 +23,8 @@ from lightning_moevlm.data.images.orientation import FLIPPED_ACROSS, FLIPPED_DOW
 
 IMAGE_EXTENSIONS = ("jpg", "png", "image")
 """Members with images; those of `image` may have any of `IMAGE_FORMATS`, independent of their names in tars."""
+SECOND_IMAGES = tuple(f"right.{extension}" for extension in IMAGE_EXTENSIONS)
+"""Members with the second image of samples about two images."""
 
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_START = b"\xff\xd8\xff"
@@ -58,6 +60,11 @@ def decode_image(
         pixels_YXR = _decode_png(data, max_pixels) if extension == "png" else _decode_with_pillow(data, max_pixels)
         fit(pixels_YXR, size, row_RYX, orientation(data))
     return row_RYX
+
+
+def image_kind(member: str) -> str | None:
+    """Return the extension that says how an image is encoded; None if the member is not an image."""
+    return member.rpartition(".")[2] if member in (*IMAGE_EXTENSIONS, *SECOND_IMAGES) else None
 
 
 def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> None:

@@ -17,7 +17,7 @@ from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.faults import Cause, Lost, SampleFault, decode_fault
 from lightning_moevlm.data.format.manifest import SPLITS, Manifest, Split
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
-from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, decode_image
+from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, decode_image, image_kind
 from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.inspect.thumbnails import modality_of, read_image_size
 from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
@@ -182,9 +182,9 @@ class _Check:
                 raise SampleFault("member_missing", f"{where} has no .{extension} member")
             data = sample.members[extension]
             try:
-                if extension in IMAGE_EXTENSIONS:
-                    size = read_image_size(data, extension)
-                    decode_image(data, extension, _DECODED_SIZE)
+                if (kind := image_kind(extension)) is not None:
+                    size = read_image_size(data, kind)
+                    decode_image(data, kind, _DECODED_SIZE)
                 if captions is not None and extension == captions.member:
                     texts = captions.read(data)
                     if not texts:
@@ -202,7 +202,7 @@ class _Check:
 def _choose_cause(extension: str, error: ValueError) -> Cause:
     if isinstance(error, ImageTooLargeError):
         return "image_too_large"
-    if extension in IMAGE_EXTENSIONS:
+    if image_kind(extension) is not None:
         return "image_undecodable"
     return "text_not_utf8" if extension == CAPTION_EXTENSION else "json_malformed"
 

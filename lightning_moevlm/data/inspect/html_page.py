@@ -20,11 +20,11 @@ from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.faults import Lost
 from lightning_moevlm.data.format.manifest import Manifest, Split
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
+from lightning_moevlm.data.images.decode import image_kind
 from lightning_moevlm.data.images.open_image import format_of, open_image
 from lightning_moevlm.data.images.orientation import UPRIGHT, orientation
 from lightning_moevlm.data.inspect.thumbnails import (
     FORMATS,
-    image_extension,
     modality_of,
     read_image_size,
     thumbnail,
@@ -53,7 +53,7 @@ class ShownSample(NamedTuple):
 
     key: str
     shard: str
-    image: ShownImage | None
+    images: tuple[ShownImage, ...]  # two of a sample about two images
     caption: str
     tokens: tuple[str, ...]
     questions: tuple[dict[str, str], ...]
@@ -130,16 +130,17 @@ def _search_text(sample: RawSample) -> str:
 
 def _show_sample(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -> ShownSample:
     faults: list[str] = []
-    image, caption, annotation = None, "", None
-    extension, captions = image_extension(manifest), find_captions(manifest.members, manifest.layout.caption_field)
+    images: list[ShownImage] = []
+    caption, annotation = "", None
+    captions = find_captions(manifest.members, manifest.layout.caption_field)
     for member in manifest.members:
         if member not in sample.members:
             faults.append(f"there is no .{member} member")
             continue
         data = sample.members[member]
         try:
-            if member == extension:
-                image = _show_image(data, member)
+            if (kind := image_kind(member)) is not None:
+                images.append(_show_image(data, kind))
             if captions is not None and member == captions.member:
                 caption = next(iter(captions.read(data)), "")[:_LONG_TEXT]
             if member == "json":
@@ -149,7 +150,7 @@ def _show_sample(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokeni
     return ShownSample(
         key=sample.key,
         shard=sample.shard,
-        image=image,
+        images=tuple(images),
         caption=caption,
         tokens=tuple(tokenizer.decode([i]) for i in tokenizer.ids(caption)),
         questions=_questions(annotation),

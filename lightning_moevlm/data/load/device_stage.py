@@ -7,6 +7,7 @@ batch number alone.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,9 +48,12 @@ class DeviceStage:
         if isinstance(item, Failure):
             return item
         batch = to_device(item.batch, self.device)
-        if self.augment is not None and batch.images_BRYX is not None:
-            images_BRYX = self.augment(batch.images_BRYX, self.seed, self.rank, epoch, number)
-            batch = batch._replace(images_BRYX=images_BRYX)
+        if self.augment is not None:
+            augment = partial(self.augment, seed=self.seed, rank=self.rank, epoch=epoch, batch=number)
+            first, second = (
+                None if images is None else augment(images) for images in (batch.images_BRYX, batch.second_images_BRYX)
+            )  # both images of a sample alike
+            batch = batch._replace(images_BRYX=first, second_images_BRYX=second)
         return item._replace(batch=batch)
 
 

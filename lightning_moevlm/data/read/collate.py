@@ -15,7 +15,14 @@ from lightning_moevlm.contracts.batch import Answers, Batch
 from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, decode_fault
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
-from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, check_jpeg, decode_image, image_bytes, image_rows
+from lightning_moevlm.data.images.decode import (
+    IMAGE_EXTENSIONS,
+    check_jpeg,
+    decode_image,
+    image_bytes,
+    image_kind,
+    image_rows,
+)
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.text.annotations import Annotation
@@ -34,6 +41,7 @@ class Decoded(NamedTuple):
     jpeg: Jpeg | None = None  # the image, if it is decoded on the device
     answers: tuple[str, ...] = ()  # all answers given to a question
     question_kind: str = ""
+    second_RYX: Tensor | None = None  # as image_RYX, of samples with two images
 
 
 class Collate:
@@ -48,6 +56,7 @@ class Collate:
         keeps_jpegs: Whether images, which must be JPEGs, are decoded later, on the device.
         caption_field: Field of the json member with captions; "" for the txt member.
         annotation: Read beside images and texts (`annotations.Annotation`); None for nothing.
+        second_image: Member with the second image of each sample; None reads one image.
     """
 
     def __init__(
@@ -60,10 +69,12 @@ class Collate:
         keeps_jpegs: bool = False,
         caption_field: str = "",
         annotation: Annotation | None = None,
+        second_image: str | None = None,
     ) -> None:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._captions = find_captions(members, caption_field)
         self._annotation = annotation
+        self._second_image = second_image
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._max_text_len = max_text_len
@@ -76,7 +87,7 @@ class Collate:
         """File extensions to read."""
         captions = () if self._captions is None else (self._captions.member,)
         answers = () if self._annotation is None else (self._annotation.member,)
-        images = () if self._image_extension is None else (self._image_extension,)
+        images = {self._image_extension, self._second_image} - {None}
         return frozenset((*images, *captions, *answers))
 
     def __call__(self, samples: Sequence[RawSample]) -> Batch:
@@ -98,8 +109,10 @@ class Collate:
     def bytes_per_sample(self) -> int:
         """Bytes of a sample in the tensors of a batch: image, ids and mask."""
         has_pixels = self._image_extension is not None and not self._keeps_jpegs
-        image = image_bytes(self._image_size) if has_pixels else 0
-        return image + (self._max_text_len * _BYTES_PER_ID if self._captions is not None else 0)
+        num_images = has_pixels + (self._second_image is not None)
+        return num_images * image_bytes(self._image_size) + (
+            self._max_text_len * _BYTES_PER_ID if self._captions is not None else 0
+        )
 
     def image_rows(self, num_samples: int, allocate: Allocate = private_bytes) -> Tensor | None:
         """Allocate the images of a batch, (B, 3, S, S) uint8; None if the set has none.
@@ -139,7 +152,8 @@ class Collate:
                 raise SampleFault("caption_empty", f"{_place(sample, member)} has no caption; rebuild the set")
             caption = draw_caption(captions, draw, sample.key)
         answers, kind = ((), "") if self._annotation is None else self._read_annotation(sample, self._annotation)
-        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind)
+        second_RYX = None if self._second_image is None else self._image(sample, self._second_image, None)
+        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind, second_RYX)
 
     def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise captions and make a batch. images_BRYX: the rows that the samples were decoded into."""
@@ -150,8 +164,16 @@ class Collate:
         answers = None
         if self._annotation is not None:
             answers = Answers(tuple(each.answers for each in decoded), tuple(each.question_kind for each in decoded))
+        second_BRYX = None
+        if self._second_image is not None:
+            second_BRYX = image_rows(len(decoded), self._image_size)
+            for row_RYX, each in zip(second_BRYX, decoded, strict=True):
+                assert each.second_RYX is not None
+                row_RYX.copy_(each.second_RYX)
         keys = tuple(each.key for each in decoded)
-        return Batch(images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers)
+        return Batch(
+            images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers, second_images_BRYX=second_BRYX
+        )
 
     def pack_jpegs(self, decoded: Sequence[Decoded], num_fresh: int) -> JpegBatch | None:
         """Pack the JPEGs of a batch; None if images are decoded already.
@@ -184,8 +206,10 @@ class Collate:
         return Jpeg(data, _place(sample, extension))
 
     def _image(self, sample: RawSample, extension: str, into: Tensor | None) -> Tensor:
+        kind = image_kind(extension)
+        assert kind is not None
         try:
-            return decode_image(_member(sample, extension), extension, self._image_size, self._max_pixels, into)
+            return decode_image(_member(sample, extension), kind, self._image_size, self._max_pixels, into)
         except ImageTooLargeError as error:
             raise _fault("image_too_large", sample, extension, error) from error
         except ValueError as error:

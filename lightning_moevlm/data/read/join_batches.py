@@ -31,6 +31,7 @@ def join_batches(batches: Mapping[int, Batch], num_sources: int) -> Batch:
         per_source,
         sum(batch.num_cut for batch in ordered),
         answers=_join_answers(ordered),
+        second_images_BRYX=_concatenate([batch.second_images_BRYX for batch in ordered]),
     )
 
 

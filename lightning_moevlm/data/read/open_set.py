@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import Manifest
-from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
+from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, SECOND_IMAGES
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.text.captions import find_captions
+from lightning_moevlm.data.text.annotations import Annotation
+from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, find_captions
 
 _NEEDED = {"pair": ("image", "text"), "image": ("image",), "text": ("text",)}
 
@@ -55,3 +56,38 @@ def open_set(source: Source, storage: ShardStorage) -> OpenSet:
             f"they have {', '.join(manifest.members)}; choose another modality or another set"
         )
     return OpenSet(storage, manifest, tuple(member for kind in wanted if (member := there[kind]) is not None))
+
+
+def find_annotation(opened: OpenSet, name: str | None) -> Annotation | None:
+    """Return what is read beside images and texts. name: of `data.annotation`.
+
+    Raises:
+        UserError: if samples of the set lack its member.
+    """
+    if name is None:
+        return None
+    annotation = Annotation(name)
+    if annotation.member == ANNOTATION_EXTENSION and ANNOTATION_EXTENSION not in opened.manifest.members:
+        raise UserError(
+            f"data.annotation is {name}, but samples of {opened.storage} have no json member; {annotation.remedy}"
+        )
+    return annotation
+
+
+def find_second_image(opened: OpenSet, name: str | None) -> str | None:
+    """Return the member with the second image of each sample. name: of `data.second_image`.
+
+    Raises:
+        UserError: if samples of the set have one image.
+    """
+    if name is None:
+        return None
+    members = opened.manifest.members
+    found = next((member for member in SECOND_IMAGES if member.startswith(f"{name}.") and member in members), None)
+    if found is None:
+        raise UserError(
+            f"data.second_image is {name}, but samples of {opened.storage} have one image: they have "
+            f"{', '.join(members)}; make a set of statements about two images with `moevlm data convert statements` or "
+            "`nlvr2`, or set data.second_image to null"
+        )
+    return found

@@ -126,7 +126,8 @@ def test_large_images_are_shown_small(tmp_path: Path) -> None:
     )
     page = write_page(ShardStorage(str(tmp_path / "set")), "val", 9, None, tmp_path / "page.html")
     (sample,) = page.samples
-    assert sample.image is not None and sample.image.size.startswith("1000 x 600 px")
+    (image,) = sample.images
+    assert image.size.startswith("1000 x 600 px")
     assert (tmp_path / "page.html").stat().st_size < len(make_image(1, size=(1000, 600))) / 2
 
 

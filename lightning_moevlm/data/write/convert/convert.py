@@ -41,6 +41,7 @@ from lightning_moevlm.data.write.convert.tasks import (
     InspectTask,
     PlannedSample,
     ShardTask,
+    image_members,
     inspect_images,
     write_shard,
 )
@@ -163,28 +164,32 @@ def _inspect_all(
 ) -> None:
     """Inspect every row's image, and drop rows with invalid images."""
     num_chunks = -(-table.num_rows // INSPECTED_AT_ONCE)
-    has_images = next(table.chunks(1))[0].image is not None
+    per_row = len(next(table.chunks(1))[0].images)  # the same for all rows
+    has_images = per_row > 0
     todo = {i for i in range(num_chunks) if work.recall(_task_name(i), _Images) is None} if has_images else set()
     tasks = (
-        InspectTask(source.folder, tuple(row.image for row in rows if row.image is not None), image_options)
+        InspectTask(source.folder, tuple(image for row in rows for image in row.images), image_options)
         for number, rows in enumerate(table.chunks(INSPECTED_AT_ONCE))
         if number in todo
     )
     with closing(map_in_order(inspect_images, tasks, min(num_jobs, len(todo)))) as fresh:
         for number, rows in enumerate(track(table.chunks(INSPECTED_AT_ONCE), num_chunks, "inspecting images")):
             if not has_images:
-                table.record(rows, [None] * len(rows))
+                table.record(rows, [()] * len(rows))
                 continue
             found = next(fresh) if number in todo else work.recall(_task_name(number), _Images)
-            assert found is not None and len(found) == len(rows)
-            good = [(row, saw) for row, saw in zip(rows, found, strict=True) if not isinstance(saw, Fault)]
+            assert found is not None and len(found) == len(rows) * per_row
+            by_row = [(row, found[i * per_row : (i + 1) * per_row]) for i, row in enumerate(rows)]
+            whole = [(row, [each for each in saw if not isinstance(each, Fault)]) for row, saw in by_row]
+            good = [(row, seen) for row, seen in whole if len(seen) == per_row]
             if number in todo and len(good) == len(rows):
                 work.remember(_task_name(number), found)  # bad images are inspected again: they may be corrected
-            table.record([row for row, _ in good], [saw for _, saw in good])
-            faulty = [(row, saw) for row, saw in zip(rows, found, strict=True) if isinstance(saw, Fault)]
-            table.drop([row for row, _ in faulty])
-            for row, fault in faulty:
-                bad.add(BadRow(row.place, fault.cause, fault.message))
+            table.record([row for row, _ in good], [seen for _, seen in good])
+            for row, saw in by_row:
+                fault = next((each for each in saw if isinstance(each, Fault)), None)
+                if fault is not None:
+                    table.drop([row])
+                    bad.add(BadRow(row.place, fault.cause, fault.message))
 
 
 def _task_name(number: int) -> str:
@@ -193,12 +198,9 @@ def _task_name(number: int) -> str:
 
 def _members(sample: PlannedSample, image_options: ImageOptions) -> tuple[str, ...]:
     """Return the members of a sample; all samples of a source have the same."""
-    found = (
-        ("json", sample.annotation is not None),
-        ("txt", sample.caption is not None),
-        (image_options.image_format, sample.image is not None),
-    )
-    return tuple(sorted(extension for extension, there in found if there))
+    texts = (("json", sample.annotation), ("txt", sample.caption))
+    found = [extension for extension, content in texts if content is not None]
+    return tuple(sorted([*found, *image_members(len(sample.images), image_options.image_format)]))
 
 
 def _write_all(

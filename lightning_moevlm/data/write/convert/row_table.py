@@ -17,7 +17,7 @@ from lightning_moevlm.data.format.manifest import SPLITS, Split
 from lightning_moevlm.data.write.build_set import canonical_json
 from lightning_moevlm.data.write.convert.shard_image import InspectedImage
 from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, Row
-from lightning_moevlm.data.write.convert.tasks import PlannedSample
+from lightning_moevlm.data.write.convert.tasks import PlannedImage, PlannedSample
 from lightning_moevlm.data.write.shard_writer import choose_split
 
 _SETTINGS = """
@@ -39,7 +39,7 @@ class TableRow(NamedTuple):
 
     number: int  # in the source's order
     place: str
-    image: ImageLocation | None
+    images: tuple[ImageLocation, ...]
     identity: str  # of its content, if it has no image
     split: Split | None
 
@@ -56,7 +56,7 @@ class RowTable:
     def add(self, row: Row) -> str | None:
         """Add a row; if another row has its key, return that row's place."""
         annotation = None if row.annotation is None else canonical_json(row.annotation)
-        content = json.dumps([row.place, row.image, row.caption, annotation, row.extra_texts, row.split])
+        content = json.dumps([row.place, row.images, row.caption, annotation, row.extra_texts, row.split])
         captioned = row.caption is not None
         values = (self.num_rows, row.key, captioned, content)
         found = self._db.execute(
@@ -86,15 +86,15 @@ class RowTable:
             last = found[-1][0]
             yield [_parse_row(*values) for values in found]
 
-    def record(self, rows: Sequence[TableRow], seen: Sequence[InspectedImage | None]) -> None:
-        """Record the images of rows, and so their splits."""
+    def record(self, rows: Sequence[TableRow], seen: Sequence[Sequence[InspectedImage]]) -> None:
+        """Record the images of rows; the first of a row decides the split, unless the source has named it."""
         self._db.executemany(
             "update rows set split = ?, sha256 = ?, side = ? where number = ?",
             [
                 (
-                    row.split or choose_split(row.identity if saw is None else saw.sha256),
-                    "" if saw is None else saw.sha256,
-                    None if saw is None else saw.side,
+                    row.split or choose_split(saw[0].sha256 if saw else row.identity),
+                    " ".join(image.sha256 for image in saw),
+                    saw[0].side if saw else None,
                     row.number,
                 )
                 for row, saw in zip(rows, seen, strict=True)
@@ -122,10 +122,14 @@ class RowTable:
         """Yield a split's samples in the order of its shards."""
         query = "select key, content, sha256 from rows where split = ? order by turn"
         for key, content, sha256 in self._db.execute(query, (split,)):
-            place, image, caption, annotation, _, _ = json.loads(content)
+            place, images, caption, annotation, _, _ = json.loads(content)
             if annotation is None and self._has_annotations:
                 annotation = canonical_json({})  # all samples of a set have the same members
-            yield PlannedSample(key, place, image and ImageLocation(*image), sha256, caption, annotation)
+            planned = tuple(
+                PlannedImage(ImageLocation(*image), digest)
+                for image, digest in zip(images, sha256.split(), strict=True)
+            )
+            yield PlannedSample(key, place, planned, caption, annotation)
 
     def texts(self, split: Split) -> Iterator[str]:
         """Yield a split's texts for the tokenizer, in the order of its samples."""
@@ -148,5 +152,6 @@ def row_table(path: Path) -> Iterator[RowTable]:
 
 
 def _parse_row(number: int, key: str, content: str) -> TableRow:
-    place, image, caption, _, extra_texts, split = json.loads(content)
-    return TableRow(number, place, image and ImageLocation(*image), caption or "\n".join(extra_texts) or key, split)
+    place, images, caption, _, extra_texts, split = json.loads(content)
+    located = tuple(ImageLocation(*image) for image in images)
+    return TableRow(number, place, located, caption or "\n".join(extra_texts) or key, split)

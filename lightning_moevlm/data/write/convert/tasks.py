@@ -36,13 +36,19 @@ class InspectTask(NamedTuple):
     image_options: ImageOptions
 
 
+class PlannedImage(NamedTuple):
+    """An image of a sample to write."""
+
+    location: ImageLocation
+    sha256: str  # of its bytes at inspection
+
+
 class PlannedSample(NamedTuple):
     """A sample to write."""
 
     key: str
     place: str  # in the source, for messages
-    image: ImageLocation | None
-    sha256: str  # of the image's bytes at inspection; "" without an image
+    images: tuple[PlannedImage, ...]  # none to two
     caption: str | None
     annotation: str | None
 
@@ -83,10 +89,15 @@ def write_shard(task: ShardTask) -> ShardEntry:
     return entry
 
 
-def _image(place: str, image: ImageLocation, sha256: str, task: ShardTask) -> bytes:
+def image_members(num_images: int, image_format: str) -> tuple[str, ...]:
+    """Return the members of a sample's images, in their order."""
+    return (image_format, f"right.{image_format}")[:num_images]
+
+
+def _image(place: str, image: PlannedImage, task: ShardTask) -> bytes:
     try:
-        data = read_image(task.folder, image)
-        if hashlib.sha256(data).hexdigest() != sha256:
+        data = read_image(task.folder, image.location)
+        if hashlib.sha256(data).hexdigest() != image.sha256:
             raise RowError("image_undecodable", "it holds other bytes than a moment ago")
     except RowError as fault:
         raise UserError(
@@ -101,8 +112,9 @@ def _image(place: str, image: ImageLocation, sha256: str, task: ShardTask) -> by
 
 def _members(sample: PlannedSample, task: ShardTask) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
-    if sample.image is not None:
-        members[task.image_options.image_format] = _image(sample.place, sample.image, sample.sha256, task)
+    names = image_members(len(sample.images), task.image_options.image_format)
+    for name, image in zip(names, sample.images, strict=True):
+        members[name] = _image(sample.place, image, task)
     if sample.caption is not None:
         members["txt"] = sample.caption.encode("utf-8")
     if sample.annotation is not None:

@@ -39,7 +39,7 @@ class Statement(NamedTuple):
 
 def phrase(group: Group) -> str:
     """Return "a star", "an umbrella" or "two stars"."""
-    return _count_phrase(group.drawing, group.num_copies)
+    return count_phrase(group.drawing, group.num_copies)
 
 
 def caption(scene: Scene) -> str:
@@ -62,8 +62,8 @@ def questions(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tuple
     group = random.choice(groups)
     counted = random.choice(groups)
     asked = [
-        Question("existence", f"is there {_count_phrase(group.drawing, 1)}?", "yes"),
-        Question("existence", f"is there {_count_phrase(absent, 1)}?", "no"),
+        Question("existence", f"is there {count_phrase(group.drawing, 1)}?", "yes"),
+        Question("existence", f"is there {count_phrase(absent, 1)}?", "no"),
         Question("count", f"how many {counted.drawing.plural} are there?", NUMBERS[counted.num_copies]),
         Question("colour", "what colour is the ground?", scene.ground),
     ]
@@ -99,7 +99,7 @@ def statements(scene: Scene, world: tuple[Drawing, ...], random: Random) -> tupl
         Statement(_exactly(group.drawing, group.num_copies), True),
         Statement(_exactly(group.drawing, miscounted), False),
         Statement(f"there is no {absent.name}", True),
-        Statement(f"there is {_count_phrase(absent, 1)}", False),
+        Statement(f"there is {count_phrase(absent, 1)}", False),
         Statement(f"the ground is {scene.ground}", True),
         Statement(f"the ground is {other_ground}", False),
     ]
@@ -134,7 +134,8 @@ def _exactly(drawing: Drawing, count: int) -> str:
     return f"there {'is' if count == 1 else 'are'} exactly {NUMBERS[count]} {_noun(drawing, count)}"
 
 
-def _count_phrase(drawing: Drawing, count: int) -> str:
+def count_phrase(drawing: Drawing, count: int) -> str:
+    """Return "a star", "an umbrella" or "two stars"."""
     if count == 1:
         return f"{_article(drawing.name)} {drawing.name}"
     return f"{NUMBERS[count]} {drawing.plural}"

@@ -78,6 +78,12 @@ class Row(NamedTuple):
     annotation: dict[str, object] | None  # content of the json member; None: no such member
     split: Split | None = None  # None: the hash of the content decides
     extra_texts: tuple[str, ...] = ()  # for the tokenizer, besides the caption
+    second_image: ImageLocation | None = None  # of samples with two images
+
+    @property
+    def images(self) -> tuple[ImageLocation, ...]:
+        """The images of the sample, none to two."""
+        return tuple(image for image in (self.image, self.second_image) if image is not None)
 
 
 class Source(ABC):
