@@ -1,15 +1,15 @@
 """Objectives: (backbone, batch) -> loss terms. They own their heads, because targets decide what a head predicts."""
 
 from lightning_moevlm.model.objectives.answer_classification import AnswerClassification
-from lightning_moevlm.model.objectives.codebook_targets import CodebookTargets
 from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
-from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets
 from lightning_moevlm.model.objectives.joint import Joint
 from lightning_moevlm.model.objectives.masked_modelling import MaskedModelling
 from lightning_moevlm.model.objectives.next_token import NextToken
 from lightning_moevlm.model.objectives.objective import Objective
-from lightning_moevlm.model.objectives.vq_targets import VQCheckpointTargets
+from lightning_moevlm.model.objectives.targets.codebook_targets import CodebookTargets
+from lightning_moevlm.model.objectives.targets.image_targets import ImageTargets, PixelTargets
+from lightning_moevlm.model.objectives.targets.vq_targets import VQCheckpointTargets
 
 __all__ = [
     "AnswerClassification",

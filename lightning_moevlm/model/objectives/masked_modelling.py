@@ -31,8 +31,13 @@ from lightning_moevlm.contracts.step_records import (
 )
 from lightning_moevlm.model.backbones import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.objectives.draws import Draws
-from lightning_moevlm.model.objectives.image_targets import ImageTargets, PixelTargets, TargetLoss, cross_entropy
 from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.objectives.targets.image_targets import (
+    ImageTargets,
+    PixelTargets,
+    TargetLoss,
+    cross_entropy,
+)
 from lightning_moevlm.model.objectives.text_head import TextHead
 from lightning_moevlm.model.precision import region
 

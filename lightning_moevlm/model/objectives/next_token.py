@@ -26,8 +26,8 @@ from lightning_moevlm.contracts.step_records import (
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.layers import check_causal
 from lightning_moevlm.model.objectives.draws import Draws
-from lightning_moevlm.model.objectives.image_targets import cross_entropy
 from lightning_moevlm.model.objectives.objective import Objective
+from lightning_moevlm.model.objectives.targets.image_targets import cross_entropy
 from lightning_moevlm.model.objectives.text_head import TextHead
 from lightning_moevlm.model.precision import region
 

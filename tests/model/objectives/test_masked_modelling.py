@@ -12,8 +12,8 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.layers import initialise
 from lightning_moevlm.model.layers.embeddings import patchify
 from lightning_moevlm.model.objectives import Draws, MaskedModelling, PixelTargets, VQCheckpointTargets
-from lightning_moevlm.model.objectives.image_targets import cross_entropy, standardise
 from lightning_moevlm.model.objectives.masked_modelling import MaskRatios, TermWeights, mask_patches, mask_text
+from lightning_moevlm.model.objectives.targets.image_targets import cross_entropy, standardise
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_vl_moe
 

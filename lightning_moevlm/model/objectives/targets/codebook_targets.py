@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.codebook import load_codebook, nearest_codes
 from lightning_moevlm.model.backbones import BackboneSpec
-from lightning_moevlm.model.objectives.image_targets import Codes
+from lightning_moevlm.model.objectives.targets.image_targets import Codes
 
 
 class CodebookTargets(Codes):

@@ -1,0 +1,1 @@
+"""What the image terms of masked modelling predict."""
