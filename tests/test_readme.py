@@ -55,7 +55,7 @@ def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) ->
 
 
 def test_its_python_runs_as_written(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (program,) = re.findall(r"^```python\n(.*?)^```", CODE, flags=re.MULTILINE | re.DOTALL)
+    program, _ = re.findall(r"^```python\n(.*?)^```", CODE, flags=re.MULTILINE | re.DOTALL)
     found: dict[str, Any] = {}
     exec(program.replace("max_steps=20", "max_steps=2"), found)
     features, trained = found["features"], found["trainer"].lightning_module

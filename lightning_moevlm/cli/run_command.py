@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, auto_cli
 
-from lightning_moevlm.cli import bench, compare, parts, sweep, sync
+from lightning_moevlm.cli import bench, compare, export, parts, sweep, sync
 from lightning_moevlm.cli.data import commands as data
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.parse_errors import short_message
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Any] = {
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
     "compare": compare.compare,
+    "export": export.export,
     "sync": sync.sync,
     "list": parts.list_parts,
     "describe": parts.describe,

@@ -52,6 +52,7 @@ from lightning_moevlm.tracking.record.provenance import code_checkout
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.callbacks import DivergenceGuard, LastCheckpoint, StopBySignal
 from lightning_moevlm.training.callbacks.result_table import WRITE_FEATURES, prediction_writers
+from lightning_moevlm.training.checkpoints.atomic_checkpoint import save_atomically
 from lightning_moevlm.training.checkpoints.checkpoint_file import inspect_checkpoint, refuse_other_model
 from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups, refuse_other_state
 from lightning_moevlm.training.checks.optimizer_checks import refuse_vanishing_eps
@@ -70,7 +71,8 @@ _DESCRIPTIONS = {
     "predict": "Run a model on the test split; callbacks such as FeatureWriter write what it returns.",
 }
 _HELP = {  # Lightning's texts describe what is refused here, or what it does itself
-    "ckpt_path": "Checkpoint to resume or to evaluate: a .ckpt file, or with --run RUN also `last` or `best`.",
+    "ckpt_path": "Checkpoint to resume or to evaluate: a .ckpt file, or with --run RUN also `last` or `best`. "
+    "An exported model can be evaluated.",
     "weights_only": "Read checkpoints without running code that they hold. `false` is refused.",
     "trainer.logger": "Logger of the run; by default MLflow. `false` logs nothing.",
 }
@@ -182,6 +184,7 @@ class CommandLine(LightningCLI):
             _warn("no checkpoint is given, so the model is untrained; give --run RUN or --ckpt_path FILE")
         if self.subcommand == "predict" and not prediction_writers(self.trainer):
             _warn(f"the predictions are not saved; to write them to files add {WRITE_FEATURES}")
+        save_atomically(self.trainer)
         if self._checkpoint is not None:
             refuse_other_model(self._checkpoint, config.ckpt_path, self.model)
         if self.subcommand == "fit":

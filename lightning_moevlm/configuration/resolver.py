@@ -6,6 +6,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ActionConfigFile
@@ -116,6 +117,14 @@ def _model_parser() -> LightningArgumentParser:
     return parser
 
 
+class LoadedRun(NamedTuple):
+    """A run's model, and what it was loaded from."""
+
+    module: VisionLanguageModule  # with the weights of the checkpoint, in evaluation mode
+    resolved: Mapping[str, Any]  # the run's configuration with every default
+    checkpoint: Mapping[str, Any]
+
+
 def load_module(checkpoint: Path | str, config: Path | str | None = None) -> VisionLanguageModule:
     """Return the model of a run with the weights of a checkpoint, in evaluation mode.
 
@@ -126,6 +135,11 @@ def load_module(checkpoint: Path | str, config: Path | str | None = None) -> Vis
     Raises:
         UserError: one of them is missing, or they do not belong together.
     """
+    return load_run(checkpoint, config).module
+
+
+def load_run(checkpoint: Path | str, config: Path | str | None = None) -> LoadedRun:
+    """Return what `load_module` returns, with the configuration and the checkpoint that it was loaded from."""
     path = Path(checkpoint)
     file = path.parent.parent / "config" / "config.yaml" if config is None else Path(config)
     if not file.is_file():
@@ -135,14 +149,14 @@ def load_module(checkpoint: Path | str, config: Path | str | None = None) -> Vis
         raise UserError(f"{path} is not a checkpoint in one local file: give one such as RUN/checkpoints/last.ckpt")
     recorded = read_yaml(file.read_text(encoding="utf-8"))
     sections = {name: recorded[name] for name in (*SECTIONS, "seed_everything") if name in recorded}
-    model = ConfigResolver()([], sections)["model"]
+    resolved = ConfigResolver()([], sections)
     parser = _model_parser()
     with user_errors():
-        module = parser.instantiate(parser.parse_object({"model": model})).model
+        module = parser.instantiate(parser.parse_object({"model": deepcopy(resolved["model"])})).model
     assert isinstance(module, VisionLanguageModule)
     refuse_other_model(saved, str(path), module)
     module.load_state_dict(saved["state_dict"])
-    return module.eval()
+    return LoadedRun(module.eval(), resolved, saved)
 
 
 def build_data(resolved: Mapping[str, object]) -> ShardDataModule:

@@ -50,6 +50,10 @@ class CaptionTokenizer:
         """Number of ids, special tokens included."""
         return int(self._tokenizer.get_vocab_size())
 
+    def to_json(self) -> str:
+        """Return the content of its file."""
+        return str(self._tokenizer.to_str())
+
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text, without [BOS] and [EOS]."""
         # one at a time on purpose: encode_batch starts threads, which a forked worker must not inherit, and it is not
@@ -134,6 +138,20 @@ def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
     if not path.is_file():
         raise UserError(f"tokenizer {path} is missing; restore it or rebuild the set with --force true")
     return parse_tokenizer(path.read_bytes(), entry, str(path))
+
+
+def read_tokenizer(path: Path | str) -> CaptionTokenizer:
+    """Read a tokenizer that belongs to no set, such as that of an exported model.
+
+    Raises:
+        UserError: if the file is missing or is not a tokenizer.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}); name a tokenizer.json") from None
+    return parse_tokenizer(data, TokenizerEntry(TOKENIZER_FILE, hashlib.sha256(data).hexdigest(), 0), str(path))
 
 
 def parse_tokenizer(data: bytes, entry: TokenizerEntry, place: str) -> CaptionTokenizer:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.backbones.backbone import Backbone
 
 
 def pool_features(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Writes a checkpoint beside the old one and renames it, so that one of the two is always whole.
+"""Writes a checkpoint beside the old one and renames it, so that one of the two is always whole; reads exports too.
 
 Lightning writes into the folder for temporary files and moves the file. If that is another disk, as often on clusters,
 moving copies onto the old file: a full disk or a killed process leaves a partial checkpoint and nothing to resume.
@@ -15,10 +15,19 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from lightning_moevlm.common.atomic_files import explain_write_errors
+from lightning_moevlm.contracts.exported_model import is_exported
+from lightning_moevlm.training.checkpoints.checkpoint_file import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint input and output, with atomic writes of local files."""
+    """Lightning's checkpoint input and output, with atomic writes of local files; reads exported models."""
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint, or the folder of an exported model."""
+        if "://" not in str(path) and is_exported(Path(path)):
+            return dict(read_checkpoint(Path(path)))
+        return super().load_checkpoint(path, *args, **options)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -47,6 +56,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_atomically(trainer: Trainer) -> None:
-    """Write every checkpoint of a trainer atomically, unless a plugin or strategy writes its own."""
+    """Read and write a trainer's checkpoints as above, unless a plugin or strategy has its own way."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()

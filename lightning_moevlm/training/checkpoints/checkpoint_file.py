@@ -1,7 +1,8 @@
 """Inspects a checkpoint before anything is built from it or written; no code in it runs.
 
 torch reads it with `weights_only`: tensors, numbers, texts and containers. A pickle that calls anything else is
-refused. The tensors stay on disk until Lightning loads them, so the inspection takes milliseconds.
+refused. The tensors stay on disk until Lightning loads them, so the inspection takes milliseconds. The folder of an
+exported model counts as a checkpoint of weights alone.
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,12 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
+import lightning
 import torch
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.exported_model import is_exported, read_exported_config, read_exported_weights
 
 HOLDS_CODE = (
     "holds more than tensors, numbers and texts, possibly code that runs when it is read; give one that `moevlm fit` "
@@ -94,10 +97,20 @@ def refuse_other_model(checkpoint: Mapping[str, Any], path: str, module: nn.Modu
 
 
 def _read(path: Path, resumes: bool) -> Mapping[str, Any] | None:
+    if is_exported(path):
+        if resumes:
+            raise UserError(
+                f"{path} is an exported model, which has no state of training to resume from: start a new run from its "
+                f"weights with --model.init_from.checkpoint {path}"
+            )
+        return _as_checkpoint(path)
     if path.is_dir():
         if any((path / name).exists() for name in _SHARDED):
             return None
-        raise UserError(f"the checkpoint {path} is a folder: give a .ckpt file, such as {path}/last.ckpt")
+        raise UserError(
+            f"the checkpoint {path} is a folder: give a .ckpt file, such as {path}/last.ckpt, or the folder of an "
+            "exported model"
+        )
     if not path.exists():
         last = "; or last, which resumes from the run's own checkpoint if there is one" if resumes else ""
         raise UserError(f"no checkpoint at {path}: give a .ckpt file{last}")
@@ -119,6 +132,17 @@ def _read(path: Path, resumes: bool) -> Mapping[str, Any] | None:
         )
     assert isinstance(checkpoint, dict)
     return checkpoint
+
+
+def _as_checkpoint(folder: Path) -> Mapping[str, Any]:
+    """Return an exported model as Lightning expects a checkpoint of weights alone."""
+    config = read_exported_config(folder)
+    return {
+        "state_dict": read_exported_weights(folder),
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": config.source.step,
+    }
 
 
 def _lacks(checkpoint: object, key: str) -> bool:

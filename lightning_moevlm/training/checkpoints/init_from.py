@@ -62,7 +62,7 @@ class InitFrom:
     """Weights that training starts from.
 
     Args:
-        checkpoint: file of another run.
+        checkpoint: file of another run, or folder of an exported model.
         parts: beginnings of names that are taken, such as backbone.patches; null takes all that both models have.
         upcycle: lets experts start from dense feed-forwards; null takes experts from experts alone.
     """
