@@ -62,6 +62,16 @@ VQA_ACCURACY = MetricKey("{stage}/vqa_accuracy/{kind}", "VQA accuracy by kind of
 VQA_MAJORITY = MetricKey(
     "{stage}/vqa_majority/{kind}", "VQA accuracy of the best constant answer", "fraction", "neither"
 )
+STATEMENT_ACCURACY = MetricKey(
+    "{stage}/statement_accuracy/{kind}", "accuracy of true-or-false statements", "fraction", "higher"
+)
+STATEMENT_MAJORITY = MetricKey(
+    "{stage}/statement_majority/{kind}", "accuracy of the more frequent truth", "fraction", "neither"
+)
+CONSISTENCY = MetricKey(
+    "{stage}/statement_consistency", "texts all of whose statements are judged rightly", "fraction", "higher"
+)
+CHANCE_CONSISTENCY = MetricKey("{stage}/chance_statement_consistency", "consistency of a coin", "fraction", "neither")
 ZERO_SHOT = MetricKey("{stage}/zero_shot/{score}", "zero-shot classification", "fraction", "higher")
 ZERO_SHOT_BASELINE = MetricKey(
     "{stage}/zero_shot_baseline/{score}", "accuracy without looking at the image", "fraction", "neither"

@@ -190,6 +190,15 @@ class Answered(NamedTuple):
     kinds: tuple[str, ...]
 
 
+class Judged(NamedTuple):
+    """Statements of a batch with what the model says of them and their truth."""
+
+    said: tuple[bool, ...]
+    truth: tuple[bool, ...]
+    kinds: tuple[str, ...]
+    text_ids: tuple[int, ...]  # equal where the texts are equal
+
+
 class ObjectiveOutput(NamedTuple):
     """The result of an objective on a batch.
 
@@ -201,6 +210,7 @@ class ObjectiveOutput(NamedTuple):
     log_partitions: logsumexp of the logits at each masked position, (M,), for every term that predicts classes.
     embeddings: in evaluation, for an objective that compares samples with each other.
     answered: in evaluation, for an objective that answers questions.
+    judged: in evaluation, for an objective that judges statements.
     """
 
     terms: dict[str, Term]
@@ -211,3 +221,4 @@ class ObjectiveOutput(NamedTuple):
     log_partitions: Mapping[str, Tensor] = MappingProxyType({})
     embeddings: Embeddings | None = None
     answered: Answered | None = None
+    judged: Judged | None = None

@@ -10,6 +10,7 @@ from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.objectives.targets.codebook_targets import CodebookTargets
 from lightning_moevlm.model.objectives.targets.image_targets import ImageTargets, PixelTargets
 from lightning_moevlm.model.objectives.targets.vq_targets import VQCheckpointTargets
+from lightning_moevlm.model.objectives.visual_reasoning import VisualReasoning
 
 __all__ = [
     "AnswerClassification",
@@ -23,4 +24,5 @@ __all__ = [
     "Objective",
     "PixelTargets",
     "VQCheckpointTargets",
+    "VisualReasoning",
 ]
