@@ -52,6 +52,7 @@ from lightning_moevlm.training.optim import (
     build_optimizer,
     round_state,
 )
+from lightning_moevlm.training.optim.named_parts import refuse_unreached, train_only
 from lightning_moevlm.training.optim.schedules.schedule_length import build_schedule, report_short_run, steps_of_run
 from lightning_moevlm.training.step.logging_steps import is_logging_step
 from lightning_moevlm.training.step.routing_counts import RoutingCounter, loss_inputs
@@ -82,9 +83,12 @@ class VisionLanguageModule(LightningModule):
         precision: dtype per region, for the backbone, the objective, the losses and the optimiser's state.
         actions: changes to the model after each optimiser step.
         init_from: weights of another run that training starts from; null starts anew.
+        trainable: beginnings of the names of parts that are trained, such as backbone.connector; * stands for a number.
+            The others stay as they start; null trains all.
 
     Raises:
-        UserError: an action or loss that does not fit the backbone or the objective, or a negative init_std.
+        UserError: an action or loss that does not fit the backbone or the objective, an unknown part, or a negative
+            init_std.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class VisionLanguageModule(LightningModule):
         precision: PrecisionPolicy = PrecisionPolicy(),
         actions: Actions = Actions(),
         init_from: InitFrom | None = None,
+        trainable: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -113,11 +118,13 @@ class VisionLanguageModule(LightningModule):
         self.seed = seed
         self.init_std = init_std
         self.actions = actions
-        self.init_from = init_from
+        self.init_from, self.trainable = init_from, trainable
         self.precision = precision
         set_precision(self, precision)
         check_number("init_std", init_std, least=0)
         initialise(self, seed, init_std)
+        if trainable is not None:
+            train_only(self, trainable)
         refuse_unsuited_losses(losses, backbone, self.objective)
         self._gradient_control: GradientControl | None = None
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
@@ -167,6 +174,7 @@ class VisionLanguageModule(LightningModule):
         self.objective.spans_ranks = self.trainer.world_size > 1
         output, report = self.compute_losses(batch, self.global_step, self._measure_step(batch))
         self.backbone.measure_attention = self.objective.spans_ranks = False
+        refuse_unreached(report.differentiated, self.trainable)
         self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
             loss=report.differentiated,

@@ -21,6 +21,7 @@ from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.layers import Attention
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
+from lightning_moevlm.training.optim.named_parts import is_frozen
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,21 @@ class QKClip:
         """Refuse a model on which it cannot act.
 
         Raises:
-            UserError: an attention with qk-norm.
+            UserError: an attention with qk-norm, or none that is trained.
         """
-        for module in backbone.modules():
-            if isinstance(module, Attention) and module.query_norm is not None:
+        attentions = [module for module in backbone.modules() if isinstance(module, Attention)]
+        for module in attentions:
+            if module.query_norm is not None:
                 raise UserError(
                     "actions.qk_clip cannot act on a model with qk_norm, which is on by default: the norm removes the "
                     "scale of query and key weights, and bounds the logits itself; set "
                     "model.backbone.init_args.stabilisers.qk_norm to false, or model.actions.qk_clip to null"
                 )
+        if attentions and is_frozen(*attentions):
+            raise UserError(
+                "actions.qk_clip cannot act, because model.trainable keeps every attention still: set "
+                "model.actions.qk_clip to null, or name parts with attention in model.trainable"
+            )
 
 
 class QKClipper(Action):
@@ -68,10 +75,12 @@ class QKClipper(Action):
         self._clipped: Tensor | None = None  # int64, on the device; heads since the last logging step
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Clip every attention."""
+        """Clip every attention that is trained."""
         for path, logit_max_H in facts.attention.items():
             attention = training.backbone.get_submodule(path)
             assert isinstance(attention, Attention)
+            if is_frozen(attention):
+                continue
             clipped = (clip_heads(attention, logit_max_H, self._options.threshold) < 1).sum()
             self._clipped = clipped if self._clipped is None else self._clipped.to(clipped.device) + clipped
         return {}

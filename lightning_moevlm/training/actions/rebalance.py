@@ -10,6 +10,7 @@ from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
+from lightning_moevlm.training.optim.named_parts import is_frozen
 
 
 class Rebalancer(Action):
@@ -25,11 +26,13 @@ class Rebalancer(Action):
         self._last_step = last_step
 
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
-        """Rebalance each router; its state stays if the update was undone."""
+        """Rebalance each router; its state stays if it is frozen or the update was undone."""
         if self._last_step is None or facts.step <= self._last_step:
             for path, load_AE in facts.load.items():
                 layer = training.backbone.get_submodule(path)
                 assert isinstance(layer, MoEFFN)
+                if is_frozen(layer.router):
+                    continue
                 before = {name: buffer.clone() for name, buffer in layer.router.named_buffers()}
                 layer.router.rebalance(load_AE)
                 for name, buffer in layer.router.named_buffers():

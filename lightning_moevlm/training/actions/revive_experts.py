@@ -27,6 +27,7 @@ from lightning_moevlm.model.initial_weights import derive_seed
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.routers import ExpertAxis
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
+from lightning_moevlm.training.optim.named_parts import is_frozen
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class ReviveDeadExperts:
         """Refuse routers whose experts cannot die, or cannot be revived.
 
         Raises:
-            UserError: a router that gives all experts the same work, or has no learned row per expert.
+            UserError: a router that gives all experts the same work, or has no learned row per expert; no layer whose
+                router and experts are trained.
         """
-        for module in backbone.modules():
-            if not isinstance(module, MoEFFN):
-                continue
+        layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
+        for module in layers:
             if module.router.never_starves:
                 raise UserError(
                     f"actions.revive_dead_experts has no effect with {type(module.router).__name__}, which gives every "
@@ -76,6 +77,11 @@ class ReviveDeadExperts:
                     "row per expert to copy, so a revived expert would get no token: set actions.revive_dead_experts "
                     "to null, or choose a learned router"
                 )
+        if layers and all(is_frozen(layer.router) or is_frozen(layer.experts) for layer in layers):
+            raise UserError(
+                "actions.revive_dead_experts cannot act, because model.trainable keeps routers or experts still: set "
+                "actions.revive_dead_experts to null, or name both in model.trainable"
+            )
 
 
 class ExpertReviver(Action):
@@ -124,6 +130,8 @@ class ExpertReviver(Action):
     def _revive(self, training: Training, facts: StepFacts, path: str, dead: Sequence[int]) -> int:
         layer = training.backbone.get_submodule(path)
         assert isinstance(layer, MoEFFN)
+        if is_frozen(layer.router) or is_frozen(layer.experts):
+            return 0
         load_E = facts.load[path].sum(dim=0)
         busy = load_E.argsort(descending=True, stable=True)[: int((load_E > 0).sum())].tolist()
         if not busy:

@@ -33,6 +33,7 @@ from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.callbacks.peak_memory import peak_memory, reset_peak
 from lightning_moevlm.training.callbacks.step_losses import losses_of_step
 from lightning_moevlm.training.callbacks.stopping.monitors import refuse_unknown_monitors
+from lightning_moevlm.training.optim.named_parts import count_trained
 from lightning_moevlm.training.step.logging_steps import is_logging_step
 
 _SCALARS = {
@@ -94,9 +95,11 @@ class Telemetry(Callback):
         backbone = pl_module.backbone
         assert isinstance(backbone, Backbone)
         card = model_card(backbone)
+        trained = count_trained(backbone.parameters())
+        frozen = f"{trained / 1e6:.2f} M trained, " if trained < card.total_parameters else ""
         rank_zero_info(
             f"{type(backbone).__name__}: {card.total_parameters / 1e6:.2f} M parameters, "
-            f"{card.active_parameters / 1e6:.2f} M active, "
+            f"{card.active_parameters / 1e6:.2f} M active, {frozen}"
             f"{card.active_flops_per_sample / 1e6:.1f} MFLOP forward per pair"
         )
         if trainer.ckpt_path is not None:

@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
@@ -27,6 +26,7 @@ from lightning_moevlm.model.initial_weights import derive_seed
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.tracking import RunLogger
 from lightning_moevlm.training.checkpoints.checkpoint_file import read_checkpoint
+from lightning_moevlm.training.optim.named_parts import is_in, refuse_unknown_part
 
 _DENSE_OF = {"experts.up_EDF": "up.weight", "experts.down_EFD": "down.weight"}
 _HIDDEN_AXIS = {"experts.up_EDF": 2, "experts.down_EFD": 1}
@@ -63,7 +63,8 @@ class InitFrom:
 
     Args:
         checkpoint: file of another run, or folder of an exported model.
-        parts: beginnings of names that are taken, such as backbone.patches; null takes all that both models have.
+        parts: beginnings of names that are taken, such as backbone.patches; * stands for a number, null takes all that
+            both models have.
         upcycle: lets experts start from dense feed-forwards; null takes experts from experts alone.
     """
 
@@ -130,7 +131,7 @@ def load_initial_weights(module: nn.Module, options: InitFrom) -> Loaded:
             taken.pop(name, None)
             used.add(dense)
     layers = _layers_of(upcycled)
-    taken = {name: value for name, value in taken.items() if not any(_is_in(name, f"{path}.router") for path in layers)}
+    taken = {name: value for name, value in taken.items() if not any(is_in(name, f"{path}.router") for path in layers)}
     used = {name for name in used if name in taken or name not in here or name in upcycled}
     for name, value in (taken | upcycled).items():
         if value.shape != here[name].shape:
@@ -156,24 +157,16 @@ def _select(options: InitFrom, here: Mapping[str, Tensor], there: Mapping[str, T
     if options.parts is None:
         return list(here)
     for part in options.parts:
-        if not any(_is_in(name, part) for name in here):
-            known = sorted({name.rsplit(".", depth)[0] for name in here for depth in range(name.count(".") + 1)})
-            raise UserError(
-                f"model.init_from.parts: this model has no {part}; {suggest(part, known)}name one of its parts"
-            )
-        found = [name for name in here if _is_in(name, part)]
+        refuse_unknown_part(part, list(here), "model.init_from.parts")
+        found = [name for name in here if is_in(name, part)]
         if not any(name in there or (options.upcycle is not None and _find_dense(name, there)) for name in found):
             raise UserError(f"model.init_from.parts: {options.checkpoint} has nothing for {part}; name another part")
-    return [name for name in here if any(_is_in(name, part) for part in options.parts)]
+    return [name for name in here if any(is_in(name, part) for part in options.parts)]
 
 
 def _layers_of(upcycled: Iterable[str]) -> list[str]:
     """Return the paths of the mixtures that these stacks belong to."""
     return list(dict.fromkeys(name.rpartition(".experts.")[0] for name in upcycled))
-
-
-def _is_in(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
 
 
 def _find_dense(name: str, there: Mapping[str, Tensor]) -> str:

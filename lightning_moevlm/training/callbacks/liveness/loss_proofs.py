@@ -100,6 +100,8 @@ class _Proof:
             return self.switch.is_("off", "its weight is 0 at this step" if scheduled else "its weight is 0", 0.0)
         if self.on_routing and not any(isinstance(layer, MoEFFN) for layer in self.module.backbone.modules()):
             return self.switch.is_("off", "a dense model has no routers")
+        if self.module.trainable is not None and self.every and not any(p.requires_grad for p in self.every):
+            return self.switch.is_("off", f"model.trainable keeps {self.target} still")
         freeze = self.module.actions.freeze_router
         if self.on_routing and freeze is not None and self.module.global_step >= freeze.after_steps:
             return self.switch.is_("off", f"actions.freeze_router keeps routers still after step {freeze.after_steps}")
