@@ -69,7 +69,7 @@ INTERFACES = {
     "training/vision_language_module.py": {"_trainer": "lightning.pytorch:LightningModule"},
 }
 
-# Parts of texts, by the module that prints them, that `configuration/parse_errors.py` reads.
+# Parts of texts, by the module that prints them, that `configuration/messages/` reads.
 PARSED = {
     "jsonargparse._typehints": (
         'Parser key "',

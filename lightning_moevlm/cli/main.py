@@ -80,7 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
         training.run(arguments)
         return 0
     from lightning_moevlm.cli.run_command import COMMANDS, run_command
-    from lightning_moevlm.configuration.parse_errors import explain_unknown_command
+    from lightning_moevlm.configuration.messages.parse_errors import explain_unknown_command
 
     if arguments[0] not in COMMANDS:
         raise UserError(explain_unknown_command(arguments[0], (*_TRAINING, *COMMANDS)))

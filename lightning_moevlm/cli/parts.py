@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -85,6 +86,8 @@ def describe(name: str, json: str | None = None) -> None:
         return
     known = {part.__name__: part for parts in _parts().values() for part in parts}
     part = known.get(name) or next((part for part in known.values() if class_path(part) == name), None)
+    if part is None and name.split(".")[0] in ("data", "model", "trainer"):
+        raise UserError(_explain_key(name, list(known)))
     part = part or _imported(name)
     if part is None:
         near = find_nearest(name, [*known, *names()])
@@ -110,11 +113,18 @@ def describe(name: str, json: str | None = None) -> None:
     show(Group(Text("\n\n".join(text for text in texts if text)), Text(""), table), rows, json)
 
 
+def _explain_key(key: str, names: Sequence[str]) -> str:
+    last = key.rpartition(".")[2].replace("_", "").lower()
+    part = next((each for each in names if each.lower() == last), None)
+    advice = f"`moevlm describe {part}` describes it" if part else "`moevlm fit --help` describes keys"
+    return f"{key} is a key, not a class; {advice}"
+
+
 def _imported(path: str) -> type | None:
     """Return the class of a dotted path; None for a name without dots."""
     from importlib import import_module
 
-    from lightning_moevlm.configuration.parse_errors import explain_missing_module
+    from lightning_moevlm.configuration.messages.parse_errors import explain_missing_module
 
     module, _, name = path.rpartition(".")
     if not module:

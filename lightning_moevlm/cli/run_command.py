@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, auto_cli
 from lightning_moevlm.cli import bench, compare, export, parts, sweep, sync
 from lightning_moevlm.cli.data import commands as data
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.configuration.parse_errors import short_message
+from lightning_moevlm.configuration.messages.parse_errors import short_message
 
 COMMANDS: dict[str, Any] = {
     "bench": bench.COMMANDS,

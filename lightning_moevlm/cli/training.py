@@ -28,8 +28,9 @@ from lightning_moevlm.common.errors import Diverged, Stopped, UserError
 from lightning_moevlm.common.process_tuning import collect_normally
 from lightning_moevlm.common.shipped_files import find_config
 from lightning_moevlm.configuration.lightning_notices import quiet_lightning
+from lightning_moevlm.configuration.messages.parse_errors import short_message
+from lightning_moevlm.configuration.messages.signatures import find_imported_class
 from lightning_moevlm.configuration.overlays import NamesMerger, move_nulls_to_files
-from lightning_moevlm.configuration.parse_errors import short_message
 from lightning_moevlm.configuration.parsers import (
     DEFAULTS,
     PARSER_OPTIONS,
@@ -41,7 +42,6 @@ from lightning_moevlm.configuration.parsers import (
 from lightning_moevlm.configuration.reference_parser import ReferenceParser, References
 from lightning_moevlm.configuration.report_once import report_once
 from lightning_moevlm.configuration.run_option import RUN, expand_run_option, find_run_of_checkpoint
-from lightning_moevlm.configuration.signatures import find_imported_class
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.initial_weights import defer_initialisation
 from lightning_moevlm.tracking import RunRecord

@@ -23,8 +23,8 @@ import lightning_moevlm.model.objectives  # noqa: F401 - imported parts can be s
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.yaml_text import FastSafeDumper
 from lightning_moevlm.configuration.lightning_notices import filter_warnings
-from lightning_moevlm.configuration.lightning_refusals import find_refusal, is_raised_by
-from lightning_moevlm.configuration.parse_errors import short_message
+from lightning_moevlm.configuration.messages.lightning_refusals import find_refusal, is_raised_by
+from lightning_moevlm.configuration.messages.parse_errors import short_message
 from lightning_moevlm.configuration.part_checks import refuse_unbuildable
 from lightning_moevlm.configuration.plugins import load_plugins
 from lightning_moevlm.data.datamodule import ShardDataModule

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.configuration.signatures import (
+from lightning_moevlm.configuration.messages.signatures import (
     classes_of,
     describe_type,
     find_imported_class,

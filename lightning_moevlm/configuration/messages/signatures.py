@@ -95,13 +95,19 @@ def list_subclasses(base: type) -> tuple[list[str], list[str]]:
 
 
 def find_keys(types: Mapping[str, object], name: str) -> list[str]:
-    """Return the whole keys whose last part is `name`, shortest first; none if they are many. types: by known key."""
+    """Return the whole keys whose last part is `name`, shortest first; none if they are many.
+
+    Args:
+        types: annotations by known key. Items of a list have no key.
+        name: the last part.
+    """
     level, seen, found = list(types.items()), set[type](), dict[str, None]()
     while level:
         found |= dict.fromkeys(key for key, _ in level if key.split(".")[-1] == name)
         below = []
         for key, annotation in level:
-            for base in classes_of(annotation):
+            is_list = any(get_origin(part) is list for part in get_args(annotation))
+            for base in () if is_list else classes_of(annotation):
                 for part in sorted({base, *_own_subclasses(base)} - seen, key=lambda each: each.__name__):
                     seen.add(part)
                     inner = key if is_record(part) else f"{key}.init_args"

@@ -1,16 +1,17 @@
 """Shortens the parser's errors to one line: the whole key, the mistake, the allowed values.
 
-jsonargparse wraps a mistake in one indented line per level above it, and repeats it for every type that a value may
-have. Texts of other forms pass unchanged.
+Texts of other forms pass unchanged.
 """
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from ast import literal_eval
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from lightning_moevlm.common.nearest_name import find_nearest
-from lightning_moevlm.configuration.signatures import (
+from lightning_moevlm.configuration.messages.complaints import RAW, Complaint, read_complaints
+from lightning_moevlm.configuration.messages.signatures import (
     classes_of,
     describe_type,
     find_imported_class,
@@ -23,17 +24,8 @@ from lightning_moevlm.configuration.signatures import (
     literals_of,
 )
 
-_KEY = re.compile(r'(?:Parser key|argument) "([^"]+)": ?')
-_CLASS = re.compile(r"Problem with given class_path '([^']+)': ?")
-_FACTORY = re.compile(r"Type \S.*?\b([\w.]+)\](?: \| None|\])? expects a function or a callable class: ")
-_PATH = re.compile(r"- Expected a path but .* either not accessible or invalid")
-_UNION = "Does not validate against any of the Union subtypes"
-_GIVEN = re.compile(r"Given value: (.*)")
-_RAW_GOT = re.compile(r"\.? Got value: (?:Namespace|NestedArg)\(.*")  # all options of the part, after the mistaken one
-_KINDS = re.compile(r" Subclass types expect one of: .*")  # of how a part may be given
-_GOT = re.compile(r"\.? Got value: (.*)")
-_REJECTED_CLASS = re.compile(r"class_path='([^']+)'")
 _NO_CLASS = re.compile(r"(?:Expected a dot import path string|Unexpected import path format): (\S+?)\.?(?: |$)")
+_CLASS_NAME = re.compile(r"[A-Z]\w*|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 _OTHER_CLASS = re.compile(r"Expected '(\S+)' to be (?:a subclass of|a function that returns) ")
 _OTHER_RECORD = re.compile(r"Subclasses are disabled for (\w+), thus '([^']+)' is not accepted")
 _NO_VALUE = re.compile(r"argument --([\w.]+): expected one argument")
@@ -46,20 +38,9 @@ _NO_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)' \(choo
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
 _NO_ATTRIBUTE = re.compile(r"^module '([^']+)' has no attribute '([^']+)'")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
-_RAW = re.compile(r"(?:Namespace|NestedArg)\(")  # a value as only the parser knows it
 
 Types = Mapping[str, object]
 """The annotation of every option by its whole key, `trainer.max_steps`; None for a group of options."""
-
-
-class _Complaint(NamedTuple):
-    """One complaint about a value."""
-
-    keys: tuple[str, ...]
-    owner: type | None  # the class that has the last key as an option
-    holder: type | None  # the class that the parser tried for the value
-    text: str
-    given: str | None
 
 
 def short_message(message: str, types: Types | None = None) -> str:
@@ -70,22 +51,16 @@ def short_message(message: str, types: Types | None = None) -> str:
         types: of the parser's options.
     """
     known = types or {}
-    command = _NO_COMMAND.search(message)
-    if command:
+    if command := _NO_COMMAND.search(message):
         return explain_unknown_command(command[1], re.findall(r"[\w-]+", command[2]))
-    parent = _NO_SUBCOMMAND.search(message)
-    if parent:
+    if parent := _NO_SUBCOMMAND.search(message):
         return f"moevlm {(parent[1] or '').replace('.', ' ')} needs a command; choose {parent[2].replace(',', ', ')}"
-    lonely = _NO_VALUE.fullmatch(message.strip())
-    if lonely:
+    if lonely := _NO_VALUE.fullmatch(message.strip()):
         return (
             f"--{lonely[1]} needs a value; for help on an option inside it, give the configuration first: "
             f"-c FILE --{lonely[1]}.help"
         )
-    lines = [line for line in message.splitlines() if line.strip() and not _PATH.match(line.strip())]
-    complaints = list(_complaints(lines, _Complaint((), None, None, "", None)))
-    depth = max(len(each.keys) for each in complaints)
-    complaints = [each for each in complaints if len(each.keys) == depth]
+    complaints = read_complaints(message)
     first = complaints[0]
     where = ".".join(first.keys)
     text = (
@@ -110,65 +85,13 @@ def explain_unknown_command(name: str, commands: Sequence[str]) -> str:
     return f"there is no command {name}; {_hint(name, commands)}choose {', '.join(commands)}"
 
 
-def _complaints(lines: Sequence[str], above: _Complaint) -> Iterator[_Complaint]:
-    """Yield the leaves of the parser's tree; a line's depth is its indent."""
-    keys, owner, holder, _, given = above
-    rest = list(lines)
-    text = rest.pop(0).strip().removeprefix("- ") if rest else ""
-    while True:
-        if match := _KEY.match(text):
-            keys, owner, holder = (*keys, match[1]), holder, None
-        elif match := _CLASS.match(text):
-            holder = find_imported_class(match[1])
-        elif match := _FACTORY.match(text):
-            base = find_imported_class(match[1])
-            named = [find_imported_class(path) for path in _REJECTED_CLASS.findall(text)]
-            holder = next((part for part in named if part and base and issubclass(part, base)), base)
-        elif not text and rest:
-            text = rest.pop(0).strip().removeprefix("- ")
-            continue
-        else:
-            break
-        text = text[match.end() :]
-    titles = [line.strip() for line in rest]
-    if text == _UNION and "Errors:" in titles:
-        behind = [found[1] for title in titles if (found := _GIVEN.match(title))]
-        here = _Complaint(keys, owner, holder, "", behind[-1] if behind else given)
-        for alternative in _alternatives(rest[titles.index("Errors:") + 1 :]):
-            yield from _complaints(alternative, here)
-        return
-    whole = _RAW_GOT.sub("", _KINDS.sub("", " ".join(" ".join([text, *rest]).split())))
-    got = _GOT.search(whole)
-    yield _Complaint(
-        keys, owner, holder, _GOT.sub("", whole) if got and _RAW.match(got[1]) else whole, got[1] if got else given
-    )
-
-
-def _alternatives(lines: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the lines of each item of the list that they begin with."""
-    indent = _indent(lines[0])
-    item: list[str] = []
-    for line in lines:
-        if _indent(line) < indent:
-            break
-        if _indent(line) == indent and item:
-            yield item
-            item = []
-        item.append(line)
-    yield item
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def _find(complaints: Sequence[_Complaint], *patterns: re.Pattern[str]) -> tuple[_Complaint, re.Match[str]] | None:
+def _find(complaints: Sequence[Complaint], *patterns: re.Pattern[str]) -> tuple[Complaint, re.Match[str]] | None:
     """Return the first complaint that a pattern fits, with its match."""
     pairs = ((each, pattern) for each in complaints for pattern in patterns)
     return next(((each, match) for each, pattern in pairs if (match := pattern.search(each.text))), None)
 
 
-def _explain_option(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
+def _explain_option(complaints: Sequence[Complaint], where: str, types: Types) -> str | None:
     """Explain an unknown option: the nearest, or all."""
     found = _find(complaints, _NO_OPTION, _UNKNOWN)
     if found is None:
@@ -186,20 +109,21 @@ def _explain_option(complaints: Sequence[_Complaint], where: str, types: Types) 
         names = list_options(part)
         known = join_if_few(names)
         advice = f"it takes {known}" if known else f"`moevlm describe {part.__name__}` lists its options"
-        return f"{'.'.join((where, *path))}: {part.__name__} takes no {name!r}; {_hint(name, names)}{advice}"
+        hint = _hint(name, names) or _hint_deeper({key: get_option_type(part, key) for key in names}, name)
+        return f"{'.'.join((where, *path))}: {part.__name__} takes no {name!r}; {hint}{advice}"
     if where:
         return None
     if not types:
         return f"{each.text}; --help lists the options"
+    if not any("." in key for key in types):
+        return f"there is no option --{option}; {_hint(option, list(types), '--')}--help lists the options"
     above, name, names = _first_unknown_key(option, types)
     near = find_nearest(name, names)
-    if near is None and "." not in option and (deeper := find_keys(types, option)):  # as in an arm, which has no dashes
-        return f"there is no key {option}; did you mean {' or '.join(deeper)}?"
-    hint = f"did you mean --{above}{near}? " if near else ""
-    return f"there is no option --{option}; {hint}--help lists the options"
+    hint = f"did you mean {above}{near}? " if near else _hint_deeper(types, option.rpartition(".")[2])
+    return f"there is no key {option}; {hint}`moevlm fit --help` lists the keys"
 
 
-def _explain_record(complaints: Sequence[_Complaint], where: str) -> str | None:
+def _explain_record(complaints: Sequence[Complaint], where: str) -> str | None:
     """Explain a class that was named for a record, which takes only options."""
     found = _find(complaints, _OTHER_RECORD)
     if found is None:
@@ -214,7 +138,7 @@ def _explain_record(complaints: Sequence[_Complaint], where: str) -> str | None:
     )
 
 
-def _explain_class(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
+def _explain_class(complaints: Sequence[Complaint], where: str, types: Types) -> str | None:
     """Explain a missing module or class, or a class of another kind: the nearest of the right kind, or all if few."""
     if found := _find(complaints, _NO_MODULE):
         return f"{where}: {explain_missing_module(found[1][1])}"
@@ -232,19 +156,21 @@ def _explain_class(complaints: Sequence[_Complaint], where: str, types: Types) -
     foreign = [name for _, names in below for name in names]
     choice = join_if_few(own)
     others = ", one of torch or Lightning" if foreign else ""
-    advice = f"choose {choice}{others}, or give a class_path" if choice else "`moevlm list` shows the choices"
+    advice = f"choose {choice}{others}" if choice else "`moevlm list` shows the choices"
     if found[1].re is _OTHER_CLASS:
         return f"{where}: {given} is not {describe_type(annotation)}; {advice}"
-    if below and all(is_record(base) for base in classes_of(annotation)):  # not a class but a value is needed
-        return f"{where}: {given} is not a valid value; give {describe_type(annotation)}"
     near = find_nearest(given, own)
     if near is None or given.lower() not in near.lower():  # prefer ours
         near = find_nearest(given, [*own, *foreign])
-    hint = f"did you mean {near}? " if near else ""
-    return f"{where}: there is no class {given}; {hint}{advice}"
+    is_name = _CLASS_NAME.fullmatch(given) is not None
+    if below and (all(is_record(base) for base in classes_of(annotation)) or not (near or is_name)):
+        return f"{where}: {given} is not a valid value; give {describe_type(annotation)}"
+    if near:
+        return f"{where}: there is no class {given}; did you mean {near}? {advice}"
+    return f"{where}: there is no class {given}; {advice}, or give the full path of your own, my_package.{given}"
 
 
-def _explain_value(complaints: Sequence[_Complaint], where: str, types: Types) -> str | None:
+def _explain_value(complaints: Sequence[Complaint], where: str, types: Types) -> str | None:
     """Explain a value of the wrong type: the allowed ones."""
     first = complaints[0]
     for each in complaints:
@@ -256,15 +182,20 @@ def _explain_value(complaints: Sequence[_Complaint], where: str, types: Types) -
         return None
     choice = join_if_few([name for base in classes_of(annotation) for name in list_subclasses(base)[0]])
     is_mapping = first.given is not None and first.given.startswith("{")
+    if is_mapping and (loose := _beside_init_args(str(first.given))):
+        return (
+            f"{where}: options are given with and without init_args; write {where}.init_args.{loose} in place of "
+            f"{where}.{loose}"
+        )
     if choice and is_mapping and "'class_path'" not in str(first.given).split("'init_args'")[0]:
         return f"{where}: options without a class; give the class_path of {choice}, or first a configuration with it"
-    if first.given is None or _RAW.match(first.given):
+    if first.given is None or RAW.match(first.given):
         return f"{where}: give {describe_type(annotation)}"
     hint = _hint(first.given, literals_of(annotation))
     return f"{where}: {first.given} is not a valid value; {hint}give {describe_type(annotation)}"
 
 
-def _explain_part(complaints: Sequence[_Complaint]) -> str | None:
+def _explain_part(complaints: Sequence[Complaint]) -> str | None:
     """Return the part's own message, among complaints about other types that its option may have."""
     own = [each for each in complaints if not re.match("Expected a|Not a valid subclass", each.text)]
     if len(complaints) == 1 or not own:
@@ -272,7 +203,7 @@ def _explain_part(complaints: Sequence[_Complaint]) -> str | None:
     return f"{own[0].holder.__name__}: {own[0].text}" if own[0].holder else own[0].text
 
 
-def _annotation(complaint: _Complaint, types: Types) -> object:
+def _annotation(complaint: Complaint, types: Types) -> object:
     """Return the type of the last key's option; None if unknown."""
     if len(complaint.keys) == 1:
         return types.get(complaint.keys[0])
@@ -310,6 +241,21 @@ def _first_unknown_key(option: str, types: Types) -> tuple[str, str, list[str]]:
     return above, "", []
 
 
-def _hint(name: str, names: Sequence[str]) -> str:
+def _beside_init_args(given: str) -> str | None:
+    """Return the first option that stands beside `init_args` in a value, and not within."""
+    with suppress(ValueError, SyntaxError):
+        value = literal_eval(given)
+        if "init_args" in value:
+            return next((key for key in value if key not in ("class_path", "init_args")), None)
+    return None
+
+
+def _hint(name: str, names: Sequence[str], prefix: str = "") -> str:
     near = find_nearest(name, names)
-    return f"did you mean {near}? " if near else ""
+    return f"did you mean {prefix}{near}? " if near else ""
+
+
+def _hint_deeper(types: Types, name: str) -> str:
+    """Name the options of that name further down, which are written with all keys above them."""
+    deeper = find_keys(types, name)
+    return f"did you mean {' or '.join(deeper)}? " if deeper else ""

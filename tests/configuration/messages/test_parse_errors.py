@@ -8,7 +8,7 @@ from lightning import Trainer
 
 from lightning_moevlm.cli.run_command import run_command
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.configuration.parse_errors import short_message
+from lightning_moevlm.configuration.messages.parse_errors import short_message
 from lightning_moevlm.configuration.parsers import user_errors
 from lightning_moevlm.configuration.resolver import ConfigResolver
 from tests.conftest import PROJECT
@@ -112,9 +112,44 @@ def resolver() -> ConfigResolver:
             "model.backbone.stabilisers: ModelStabilisers takes no 'qknorm'; did you mean qk_norm? `moevlm describe "
             "ModelStabilisers` lists its options",
         ),
-        ("trainer.max_step", 3, "no option --trainer.max_step; did you mean --trainer.max_steps? --help lists"),
-        ("model.losses.load_balnce.weight", 1, "did you mean --model.losses.load_balance?"),
-        ("modle.seed", 1, "did you mean --model?"),
+        (
+            "trainer.max_step",
+            3,
+            "there is no key trainer.max_step; did you mean trainer.max_steps? `moevlm fit --help` lists the keys",
+        ),
+        ("model.losses.load_balnce.weight", 1, "did you mean model.losses.load_balance?"),
+        ("modle.seed", 1, "did you mean model?"),
+        (
+            "model.router_z",
+            1,
+            "there is no key model.router_z; did you mean model.losses.router_z? `moevlm fit --help` lists the keys",
+        ),
+        (
+            "model.backbone.router",
+            "TopPRouter",
+            "model.backbone: VLMoE takes no 'router'; did you mean moe.init_args.router? `moevlm describe VLMoE`",
+        ),
+        (
+            f"{ROUTER}.init_args.top_k",
+            "high",
+            "model.backbone.moe.router.top_k: high is not a valid value; give a whole number",
+        ),
+        (
+            "model.losses.others",
+            {"sure": {"class_path": "tests.model.losses.test_others.MostProbable", "init_args": {"weight": "high"}}},
+            f"model.losses.others.weight: high is not a valid value; give a number, {RAMP} or an AdaptiveWeight",
+        ),
+        (
+            "model.losses.others",
+            {"sure": "Trustful"},
+            "there is no class Trustful; choose MostProbable, or give the full path of your own, my_package.Trustful",
+        ),
+        (
+            "model.backbone",
+            {"moe": {"router": "TopPRouter"}, "init_args": {"num_blocks": 3}},
+            "model.backbone: options are given with and without init_args; write model.backbone.init_args.moe in place "
+            "of model.backbone.moe",
+        ),
     ],
 )
 def test_mistakes_in_a_file_are_explained_at_their_place(
@@ -138,13 +173,13 @@ def test_mistakes_in_a_file_are_explained_at_their_place(
         (ROUTER, "TopK", "there is no class TopK; did you mean TopKRouter?"),
         (f"{ROUTER}.gate.jiter", "1", "moe.router.gate: Gate takes no 'jiter'; did you mean jitter?"),
         ("model.backbone.init_args.stabilisers.qknorm", "false", "takes no 'qknorm'; did you mean qk_norm?"),
-        ("trainer.max_step", "3", "there is no option --trainer.max_step; did you mean --trainer.max_steps?"),
-        ("model.losses.load_balnce.weight", "1", "did you mean --model.losses.load_balance?"),
+        ("trainer.max_step", "3", "there is no key trainer.max_step; did you mean trainer.max_steps?"),
+        ("model.losses.load_balnce.weight", "1", "did you mean model.losses.load_balance?"),
         ("trainer.callbacks", "[{class_path: Telemetri}]", "there is no class Telemetri; did you mean Telemetry?"),
         ("router", "TopKRouter", f"there is no key router; did you mean model.precision.router or {ROUTER}?"),
-        ("no_such_key", "1", "there is no option --no_such_key; --help lists"),
-        ("model.router_z", "null", "there is no option --model.router_z; --help lists"),
-        ("model.los.router_z", "null", "did you mean --model.losses?"),
+        ("no_such_key", "1", "there is no key no_such_key; `moevlm fit --help` lists"),
+        ("model.router_z", "null", "there is no key model.router_z; did you mean model.losses.router_z?"),
+        ("model.los.router_z", "null", "did you mean model.losses?"),
         (
             "model.losses.importance",
             "0.01",
@@ -189,6 +224,8 @@ def test_mistakes_in_options_are_explained_at_their_place(
         (["data", "build", "scenes", "--num-sample", "3"], "did you mean --num_samples?"),
         (["data", "build", "scenes", "--image-format", "gif"], "gif is not a valid value; give jpg or png"),
         (["sweep", "run", "x.yaml", "--jobs", "2x"], "jobs: 2x is not a valid value; give a whole number or null"),
+        (["describe", "model.losses.router_z"], "is a key, not a class; `moevlm describe RouterZ` describes it"),
+        (["describe", "model.seed"], "model.seed is a key, not a class; `moevlm fit --help` describes keys"),
         (["sweep", "rum"], "there is no command rum; did you mean run? choose new, plan, run, status, report"),
     ],
 )
@@ -204,7 +241,8 @@ def test_mistakes_in_commands_name_the_allowed_values(
 
 def test_an_overlay_alone_asks_for_the_configuration_below_it(resolver: ConfigResolver) -> None:
     with pytest.raises(
-        UserError, match=r"model.backbone: options without a class; give the class_path of LIMoE or VLMoE"
+        UserError,
+        match=r"model.backbone: options without a class; give the class_path of LIMoE, MoEDecoder, MoMa or VLMoE",
     ):
         resolver([PROJECT / "conf/routers/relu.yaml"], {})
 
