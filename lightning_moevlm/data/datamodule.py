@@ -5,13 +5,11 @@ split) read every sample once, in fixed order. If `trainer.accumulate_grad_batch
 epoch, an epoch of the trainer has as many batches as make whole optimiser steps, and the rest comes in the next.
 `num_workers` 0 is the fastest on two cores for small models, because workers take a core from the arithmetic.
 
-In a mixture, the tokenizer of the first source with texts encodes all texts (byte-level BPE can spell any). Validation
-does not depend on weights, so that mixtures can be compared. It reads the sources that are used as pairs, one after the
-other, or all sources if there are none.
+In a mixture, the tokenizer of the first source with texts encodes all texts (byte-level BPE can spell any), unless
+`data.tokenizer` names another. Validation does not depend on weights, so that mixtures can be compared. It reads the
+sources that are used as pairs, one after the other, or all sources if there are none.
 """
 
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
@@ -33,7 +31,14 @@ from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, re
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
 from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_invalid_names
-from lightning_moevlm.data.read.open_set import OpenSet, find_annotation, find_second_image, open_set
+from lightning_moevlm.data.read.open_set import (
+    OpenSet,
+    choose_tokenizer,
+    digest_sets,
+    find_annotation,
+    find_second_image,
+    open_set,
+)
 from lightning_moevlm.data.read.sample_order import Rank, train_batches
 from lightning_moevlm.data.read.source_stream import OpenSource
 from lightning_moevlm.data.read.train_reader import TrainReader
@@ -78,6 +83,7 @@ class ShardDataModule(LightningDataModule):
             CLIP_benchmark's sets, or a field of the json member that names the class; null for nothing.
         second_image: Read beside the image of each sample: `right`, the other image of statements about two; null for
             none.
+        tokenizer: A tokenizer.json of the tokenizers library in place of the set's; null uses the set's.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
     """
 
@@ -103,6 +109,7 @@ class ShardDataModule(LightningDataModule):
         prefetch: int | None = None,
         annotation: str | None = None,
         second_image: Literal["right"] | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -147,6 +154,7 @@ class ShardDataModule(LightningDataModule):
         self.augment = augment
         self.prefetch = prefetch
         self.annotation = annotation
+        self.tokenizer_file = tokenizer
         self.second_image = second_image
         if second_image is not None and decode == "device":
             raise UserError(
@@ -175,29 +183,17 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def manifest_digest(self) -> str:
-        """Hash of the exact data; of a mixture, of the sources' names, digests and members read."""
-        if self._is_alone:
-            return next(iter(self.sets.values())).manifest.digest
-        parts = [[name, opened.manifest.digest, *opened.members] for name, opened in self.sets.items()]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """Hash of the exact data, and of a tokenizer that is not theirs."""
+        return digest_sets(self.sets, self.tokenizer if self.tokenizer_file is not None else None)
 
     @cached_property
     def tokenizer(self) -> CaptionTokenizer:
-        """The tokenizer of the set; of a mixture, of the first source with texts.
+        """The tokenizer of the option, else of the set; of a mixture, of the first source with texts.
 
         Raises:
             UserError: if it is missing, altered, or has more ids than the model.
         """
-        found = list(self.sets.values())
-        opened = next((one for one in found if one.has_texts), found[0])
-        entry = opened.manifest.tokenizer
-        if entry.vocab_size > self.vocab_size:
-            raise UserError(
-                f"the tokenizer of {opened.storage} has {entry.vocab_size} ids, "
-                f"data.vocab_size is {self.vocab_size}; "
-                f"raise it to {entry.vocab_size} or more, or build the set with a smaller --vocab_size"
-            )
-        return opened.storage.read_tokenizer(entry)
+        return choose_tokenizer(list(self.sets.values()), self.tokenizer_file, self.vocab_size)
 
     def prepare_data(self) -> None:
         """Check manifests, tokenizer and shards, before anything is written.
@@ -207,6 +203,8 @@ class ShardDataModule(LightningDataModule):
         tolerated, the reader checks shards.
         """
         assert self.tokenizer.vocab_size <= self.vocab_size  # the property raises otherwise
+        if self.tokenizer_file is not None:
+            rank_zero_info(f"data.tokenizer {self.tokenizer_file}: {self.tokenizer.control.describe()}")
         for opened in self.sets.values():
             self._refuse_other_than_jpegs(opened)
             folder = opened.storage.folder

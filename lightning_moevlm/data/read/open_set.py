@@ -1,6 +1,9 @@
-"""Opens the set of a source, and chooses the members to read."""
+"""Opens the set of a source, and chooses the members to read and the tokenizer of its texts."""
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
@@ -10,6 +13,7 @@ from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.annotations import Annotation
 from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, find_captions
+from lightning_moevlm.data.text.tokenizer import CaptionTokenizer, read_tokenizer
 
 _NEEDED = {"pair": ("image", "text"), "image": ("image",), "text": ("text",)}
 
@@ -91,3 +95,44 @@ def find_second_image(opened: OpenSet, name: str | None) -> str | None:
             "`nlvr2`, or set data.second_image to null"
         )
     return found
+
+
+def choose_tokenizer(sets: Sequence[OpenSet], file: str | None, vocab_size: int) -> CaptionTokenizer:
+    """Read a user's tokenizer, else that of the first set with texts.
+
+    Raises:
+        UserError: if it is missing, altered, or has more ids than the model's `vocab_size`.
+    """
+    if file is not None:
+        tokenizer = read_tokenizer(file)
+        added = f" ({', '.join(tokenizer.control.lacking)} included)" if tokenizer.control.lacking else ""
+        refuse_more_ids(
+            f"data.tokenizer {file}", f"{tokenizer.vocab_size} ids{added}", tokenizer.vocab_size, vocab_size
+        )
+        return tokenizer
+    opened = next((one for one in sets if one.has_texts), sets[0])
+    entry = opened.manifest.tokenizer
+    remedy = ", or build the set with a smaller --vocab_size"
+    what = f"the tokenizer of {opened.storage}"
+    refuse_more_ids(what, f"{entry.vocab_size} ids", entry.vocab_size, vocab_size, remedy)
+    return opened.storage.read_tokenizer(entry)
+
+
+def refuse_more_ids(what: str, ids: str, num_ids: int, vocab_size: int, remedy: str = "") -> None:
+    """Refuse a tokenizer with more ids than the model embeds."""
+    if num_ids > vocab_size:
+        raise UserError(f"{what} has {ids}, data.vocab_size is {vocab_size}; raise it to {num_ids} or more{remedy}")
+
+
+def digest_sets(sets: Mapping[str, OpenSet], tokenizer: CaptionTokenizer | None) -> str:
+    """Return a hash of the exact data: a set's digest; of a mixture, of the sources' names, digests and members read.
+
+    tokenizer: one that is not the sets' own, which then counts too.
+    """
+    digest = next(iter(sets.values())).manifest.digest
+    if len(sets) > 1:
+        parts = [[name, opened.manifest.digest, *opened.members] for name, opened in sets.items()]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if tokenizer is None:
+        return digest
+    return hashlib.sha256(f"{digest}\n{tokenizer.to_json()}".encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Encodes texts with the set's own tokenizer: byte-level BPE, trained on its training captions.
+"""Encodes texts with the set's own tokenizer, byte-level BPE trained on its training captions, or with a user's file.
 
 Nothing is downloaded. The vocabulary is trained when the set is built and lies beside the shards; its hash is in the
 manifest. Byte-level BPE can spell every text, so no id for "unknown" is needed. Training is deterministic: the same
-captions give the same file.
+captions give the same file. Any `tokenizer.json` of the tokenizers library serves as well.
 """
 
 import hashlib
@@ -19,8 +19,10 @@ from torch import Tensor
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.special_tokens import BOS, EOS, MASK, PAD, SPECIAL_TOKENS
 from lightning_moevlm.data.format.manifest import TokenizerEntry, file_sha256
+from lightning_moevlm.data.text.control_ids import number_ids
 
 TOKENIZER_FILE = "tokenizer.json"
+_PROBE = "A dog, 2 × 3 cats 漢字 🙂"
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 """Special tokens and one token per byte."""
 
@@ -37,18 +39,21 @@ class CaptionTokenizer:
     """Converts texts to ids and back: [BOS] ids [EOS], cut or padded to a fixed length.
 
     Texts never become control ids: `[PAD]` in a caption is an ordinary word.
+
+    control: how the file's ids are numbered here.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.control = number_ids(tokenizer)
         self._tokenizer = tokenizer
-        # the same model without control tokens, which would be found in texts
+        # the same model without added tokens, which would be found in texts, and without padding and truncation
         self._plain = Tokenizer(tokenizer.model)
         self._plain.normalizer, self._plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return int(self._tokenizer.get_vocab_size())
+        return self.control.vocab_size
 
     def to_json(self) -> str:
         """Return the content of its file."""
@@ -58,7 +63,9 @@ class CaptionTokenizer:
         """Return the ids of a text, without [BOS] and [EOS]."""
         # one at a time on purpose: encode_batch starts threads, which a forked worker must not inherit, and it is not
         # faster without them
-        return self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        to_model = self.control.to_model
+        return ids if to_model is None else [to_model[id_] for id_ in ids if id_ in to_model]
 
     def encode(self, texts: Sequence[str], max_text_len: int) -> EncodedText:
         """Encode texts to (B, max_text_len). A longer text loses its end and keeps its [EOS]."""
@@ -74,7 +81,10 @@ class CaptionTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
-        return str(self._tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)]))
+        ids = [i for i in ids if i >= len(SPECIAL_TOKENS)]
+        if self.control.to_model is not None:
+            ids = [self.control.to_file[i - len(SPECIAL_TOKENS)] for i in ids if i < self.vocab_size]
+        return str(self._tokenizer.decode(ids))
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -141,17 +151,33 @@ def load_tokenizer(root: Path, entry: TokenizerEntry) -> CaptionTokenizer:
 
 
 def read_tokenizer(path: Path | str) -> CaptionTokenizer:
-    """Read a tokenizer that belongs to no set, such as that of an exported model.
+    """Read a tokenizer that belongs to no set: a user's own, or that of an exported model.
 
     Raises:
-        UserError: if the file is missing or is not a tokenizer.
+        UserError: if the file is missing, is not a tokenizer of the tokenizers library, or cannot spell texts.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}); name a tokenizer.json") from None
-    return parse_tokenizer(data, TokenizerEntry(TOKENIZER_FILE, hashlib.sha256(data).hexdigest(), 0), str(path))
+        inside = f", such as {path / TOKENIZER_FILE}" if (path / TOKENIZER_FILE).is_file() else ""
+        raise UserError(f"tokenizer {path} cannot be read ({error.strerror}); name a tokenizer.json{inside}") from None
+    try:
+        tokenizer = CaptionTokenizer(Tokenizer.from_buffer(data))
+    except ValueError as error:
+        raise UserError(
+            f"tokenizer {path} is not a file of the tokenizers library ({error}); write one with "
+            "`Tokenizer.save('tokenizer.json')`, or with `save_pretrained` of a fast tokenizer of transformers"
+        ) from None
+    try:
+        spelled = tokenizer.ids(_PROBE)
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(
+            f"tokenizer {path} cannot spell every text ({error}): train it with an unknown token, or at byte level"
+        ) from None
+    if not spelled:
+        raise UserError(f"tokenizer {path} makes no ids of {_PROBE!r}: name a tokenizer that was trained")
+    return tokenizer
 
 
 def parse_tokenizer(data: bytes, entry: TokenizerEntry, place: str) -> CaptionTokenizer:
