@@ -16,6 +16,7 @@ from lightning_moevlm.cli.main import main
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.study.run.processes.child_process import is_alive
 from tests.conftest import PROJECT
+from tests.data.benchmarks import SOURCES, karpathy_source
 from tests.data.sources import (
     caption,
     coco_source,
@@ -33,7 +34,9 @@ TERMS = ("--licence", "CC BY 4.0", "--vocab_size", "400", "--jobs", "1")
 
 
 def test_the_kinds_that_there_are() -> None:
-    assert set(COMMANDS) == {"csv", "jsonl", "coco_captions", "coco_vqa", "img2dataset", "questions"}
+    own, tables = {"questions", "statements"}, {"csv", "jsonl", "img2dataset"}
+    benchmarks = {"coco_captions", "karpathy", "coco_vqa", "gqa", "okvqa", "textvqa", "nlvr2"}
+    assert set(COMMANDS) == own | tables | benchmarks
 
 
 def source_of(kind: str, folder: Path) -> list[str]:
@@ -44,11 +47,16 @@ def source_of(kind: str, folder: Path) -> list[str]:
         return [str(jsonl_source(folder, 60))]
     if kind == "coco_captions":
         return [str(coco_source(folder, 60)), "--captions", "each"]
+    if kind in SOURCES:
+        SOURCES[kind](folder)
+        return [str(folder)]
+    if kind == "karpathy":
+        return [str(karpathy_source(folder))]
     coco_source(folder, 60)
     return [str(path) for path in vqa_source(folder, 60)]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "coco_captions", "coco_vqa"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "coco_captions", "coco_vqa", "karpathy", *SOURCES])
 def test_every_kind_trains_a_step(kind: str, moevlm: Callable[..., str], workplace: Path) -> None:
     folder = workplace / "mine"
     folder.mkdir()

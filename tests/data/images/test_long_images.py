@@ -28,7 +28,7 @@ from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions, encode_for_shard, inspect_image
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
 from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, RowError
-from lightning_moevlm.data.write.convert.tasks import PlannedSample, ShardTask, write_shard
+from lightning_moevlm.data.write.convert.tasks import PlannedImage, PlannedSample, ShardTask, write_shard
 from tests.data.sources import make_image, write_csv
 
 LONG = 60_000
@@ -176,6 +176,6 @@ def test_an_image_that_cannot_be_stored_is_not_reported_as_changed(tmp_path: Pat
         (hashlib.sha256(data).hexdigest(), "line 2: the image is broken .*fix or remove the image"),
         ("0" * 64, "line 2: the image has changed while the set was converted"),
     ):
-        sample = PlannedSample("k", "t.csv line 2", ImageLocation("a.png"), sha256, None, None)
+        sample = PlannedSample("k", "t.csv line 2", (PlannedImage(ImageLocation("a.png"), sha256),), None, None)
         with pytest.raises(UserError, match=pattern):
             write_shard(ShardTask(tmp_path, tmp_path / "s.tar", (sample,), ImageOptions("jpg", None)))

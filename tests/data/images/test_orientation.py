@@ -138,8 +138,9 @@ def test_phone_images_are_upright_in_kept_tars_and_in_converted_tables(tmp_path:
         assert {size for size, _ in check_set(ShardStorage(str(root))).sizes} == {(32, 48)}
         assert read_manifest(root).image_size == 32
         page = write_page(ShardStorage(str(root)), "val", 1, None, tmp_path / "page.html")
-        assert page.samples[0].image is not None and page.samples[0].image.size.startswith("32 x 48 px")
-        shown = base64.b64decode(page.samples[0].image.data_uri.partition(",")[2])
+        (image,) = page.samples[0].images
+        assert image.size.startswith("32 x 48 px")
+        shown = base64.b64decode(image.data_uri.partition(",")[2])
         pixels = np.asarray(Image.open(io.BytesIO(shown)).convert("RGB"))
         assert pixels.shape == (48, 32, 3) and pixels[12, 16, 0] > 180 and pixels[36, 16, 2] > 180
 

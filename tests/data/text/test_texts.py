@@ -17,7 +17,7 @@ from lightning_moevlm.data.text.texts import strip_text
 from lightning_moevlm.data.write.convert.convert import ConvertOptions
 from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
-from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions
+from lightning_moevlm.data.write.convert.sources.benchmarks.coco_captions import CocoCaptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
 from lightning_moevlm.data.write.convert.sources.row_source import Row

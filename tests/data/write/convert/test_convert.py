@@ -18,7 +18,8 @@ from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
 from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
 from lightning_moevlm.data.write.convert.process_pool import WorkerDiedError, map_in_order
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions
-from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions, CocoQuestions
+from lightning_moevlm.data.write.convert.sources.benchmarks.coco_captions import CocoCaptions
+from lightning_moevlm.data.write.convert.sources.benchmarks.coco_questions import CocoQuestions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
 from lightning_moevlm.data.write.convert.sources.row_source import Source
 from lightning_moevlm.data.write.convert.tasks import ShardTask, write_shard
@@ -350,8 +351,8 @@ def test_files_that_are_not_coco(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     for text, message in (
         ('{"images": [],\n "annotations": [}', r"c.json is not JSON \(line 2"),
-        ('{"images": []}', "no list 'annotations': give the file of captions"),
-        ("[]", "holds a JSON list; COCO files hold an object"),
+        ('{"images": []}', "no list 'annotations': give COCO's captions file, such as"),
+        ("[]", "holds a JSON list; such files hold an object"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

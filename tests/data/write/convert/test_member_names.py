@@ -107,5 +107,6 @@ def test_images_of_several_formats_are_shown(tmp_path: Path) -> None:
         (sample, *_) = write_page(storage, split, 1, None, tmp_path / "page.html").samples
         kind = kinds[int(manifest.splits[split][0].file[5])]
         mime = f"image/{'jpeg' if kind == 'jpg' else kind}"
-        assert sample.faults == () and sample.image is not None
-        assert sample.image.data_uri == f"data:{mime};base64,{base64.b64encode(make_image(0, kind)).decode()}"
+        (image,) = sample.images
+        assert sample.faults == ()
+        assert image.data_uri == f"data:{mime};base64,{base64.b64encode(make_image(0, kind)).decode()}"

@@ -14,7 +14,8 @@ from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
 from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions, read_image
-from lightning_moevlm.data.write.convert.sources.coco import CocoCaptions, CocoQuestions
+from lightning_moevlm.data.write.convert.sources.benchmarks.coco_captions import CocoCaptions
+from lightning_moevlm.data.write.convert.sources.benchmarks.coco_questions import CocoQuestions
 from lightning_moevlm.data.write.convert.sources.csv_format import CsvFormat
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
 from lightning_moevlm.data.write.convert.sources.row_source import BadRow, ImageLocation, Row, RowError, Source

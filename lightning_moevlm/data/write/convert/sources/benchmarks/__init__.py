@@ -1,0 +1,1 @@
+"""Reads the published files of benchmarks: captions, questions with answers, statements about two images."""
