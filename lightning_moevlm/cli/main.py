@@ -37,6 +37,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
   moevlm list [KIND]                                list parts for configurations, designs, metrics
   moevlm describe NAME|study                        explain one part and its options, or the keys of a study file
+  moevlm describe -c FILE                           count parameters, FLOPs and activations of a configuration
 
 Every command takes --help. MOEVLM_TRACEBACK=1 shows where an error was raised."""
 

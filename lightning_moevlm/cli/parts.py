@@ -66,13 +66,57 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
     show(Group(Text(_PLACEHOLDERS), table) if kind == "metrics" else table, rows, json)
 
 
-def describe(name: str, json: str | None = None) -> None:
-    """Describe one part: its effect, its source, its options. `study` describes the keys of a study file.
+def describe(name: str | None = None, configs: list[str] | None = None, json: str | None = None) -> None:
+    """Describe one part, or the costs of a configuration: moevlm describe NAME, moevlm describe -c FILE.
 
     Args:
-        name: Class name or design as in `moevlm list`, the full path of a class, or study.
-        json: Write the options to this file as JSON; - is standard output.
+        name: Class name or design as in `moevlm list`, the full path of a class, or study for the keys of a study file.
+        configs: -c FILE, a configuration as of `moevlm fit -c` whose parameters, FLOPs and activations are counted;
+            may be repeated.
+        json: Write the rows to this file as JSON; - is standard output.
     """
+    if (name is None) == (not configs):
+        raise UserError("moevlm describe takes either a NAME or configurations, -c FILE; see --help")
+    if name is None:
+        _describe_costs(configs or [], json)
+    else:
+        _describe_part(name, json)
+
+
+def expand_shorthand(words: Sequence[str]) -> list[str]:
+    """Return a command line of `describe` in which -c stands for --configs and may be repeated."""
+    full: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        full.append(f"--configs+{equals}{value}" if option in ("-c", "--config", "--configs") else word)
+    return full
+
+
+def _describe_costs(files: Sequence[str], json: str | None) -> None:
+    from rich.table import Table
+
+    from lightning_moevlm.cli.output import show
+    from lightning_moevlm.configuration.resolver import ConfigResolver, build_without_memory
+    from lightning_moevlm.study.report.tables.table import NOTHING, format_count
+    from lightning_moevlm.training.step.step_costs import compute_step_costs, list_costs
+
+    resolved = ConfigResolver()([Path(file) for file in files], {})
+    module = build_without_memory(resolved, complete=True)
+    trainer, data = resolved["trainer"], resolved["data"]
+    assert isinstance(trainer, dict) and isinstance(data, dict)
+    precision = str(trainer.get("precision") or "32-true")
+    spec, pairs = module.backbone.spec, data["batch_size"]
+    rows = list_costs(compute_step_costs(module.backbone, module.objective, pairs, precision))
+    names = f"{type(module.backbone).__name__} with {type(module.objective).__name__}"
+    sizes = f"pairs of {spec.num_patches} patches and {spec.max_text_len} tokens, {pairs} in a batch, {precision}"
+    table = Table("cost", "value", "unit", "per token", "what is counted", title=f"{names}: {sizes}")
+    for row in rows:
+        counts = [NOTHING if number is None else format_count(number) for number in (row.value, row.per_token)]
+        table.add_row(row.cost, counts[0], row.unit, counts[1], row.meaning)
+    show(table, [row._asdict() for row in rows], json)
+
+
+def _describe_part(name: str, json: str | None) -> None:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

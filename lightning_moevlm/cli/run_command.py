@@ -23,7 +23,7 @@ COMMANDS: dict[str, Any] = {
     "describe": parts.describe,
 }
 # Options in their signatures, because they may be left out; but people type `moevlm list routers`.
-_FIRST = {"list": "--kind", "sync": "--folder"}
+_FIRST = {"list": "--kind", "describe": "--name", "sync": "--folder"}
 
 
 _GROUPS = {
@@ -46,6 +46,8 @@ def run_command(arguments: Sequence[str]) -> int:
         words.insert(1, _FIRST[words[0]])
     if words[0] == "sweep":
         words = sweep.expand_shorthand(words)
+    if words[0] == "describe":
+        words = parts.expand_shorthand(words)
     if words[0] == "compare":
         words = compare.expand_shorthand(words)
     try:

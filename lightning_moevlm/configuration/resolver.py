@@ -88,7 +88,6 @@ class ModelDescriber:
     """
 
     def __init__(self, complete: bool = False) -> None:
-        prepare_parsers()
         self._complete = complete
         self._cards: dict[str, ModelCard] = {}
 
@@ -96,17 +95,29 @@ class ModelDescriber:
         """Describe one configuration's model."""
         model = repr(resolved["model"])
         if model not in self._cards:
-            parser = _model_parser()
-            with user_errors(), torch.device("meta"):
-                # a copy: the parser replaces values in mappings of names by the parts that it builds
-                parsed = parser.parse_object({"model": deepcopy(resolved["model"])}, defaults=not self._complete)
-                module = parser.instantiate(parsed).model
-                data = resolved.get("data")
-                if isinstance(data, Mapping):
-                    refuse_other_sizes(module.backbone.spec, data)
-                try_schedule(module)
-                self._cards[model] = model_card(module.backbone)
+            self._cards[model] = model_card(build_without_memory(resolved, self._complete).backbone)
         return self._cards[model]
+
+
+def build_without_memory(resolved: Mapping[str, object], complete: bool = False) -> VisionLanguageModule:
+    """Return the module of a resolved configuration, its weights on "meta"; errors are those of `describe_model`.
+
+    Args:
+        resolved: the configuration.
+        complete: whether it holds every default.
+    """
+    prepare_parsers()
+    parser = _model_parser()
+    with user_errors(), torch.device("meta"):
+        # a copy: the parser replaces values in mappings of names by the parts that it builds
+        parsed = parser.parse_object({"model": deepcopy(resolved["model"])}, defaults=not complete)
+        module = parser.instantiate(parsed).model
+        assert isinstance(module, VisionLanguageModule)
+        data = resolved.get("data")
+        if isinstance(data, Mapping):
+            refuse_other_sizes(module.backbone.spec, data)
+        try_schedule(module)
+    return module
 
 
 @cache

@@ -109,6 +109,8 @@ MISTAKES = {
         ("sweep", "plan"),
         "moevlm sweep plan needs FILE; `moevlm sweep plan --help` explains it",
     ),
+    "no part and no configuration": (("describe",), "takes either a NAME or configurations, -c FILE; see --help"),
+    "no such configuration": (("describe", "-c", "conf/quickstar.yaml"), "did you mean conf/quickstart.yaml?"),
     "no such part": (("describe", "TopKRooter"), "did you mean TopKRouter?"),
     "a part of a module that is not found": (
         ("describe", "my_package.MyRouter"),
@@ -248,6 +250,19 @@ def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None
     options = {row["option"]: row["default"] for row in json.loads((workplace / "options.json").read_text())}
     assert options.pop("gate").startswith("Gate(jitter=0.0")
     assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
+
+
+def test_a_configuration_is_described_by_its_costs(moevlm: Moevlm, workplace: Path) -> None:
+    import json
+
+    moevlm("describe", "-c", "conf/quickstart.yaml", "-c", "conf/tasks/captioning.yaml", "--json", "costs.json")
+    rows = {row["cost"]: row for row in json.loads((workplace / "costs.json").read_text())}
+    parts = [row["value"] for cost, row in rows.items() if cost.startswith("forward, ")]
+    assert (
+        len(parts) == 6 and sum(parts) == rows["forward"]["value"] > rows["one pass over a pair"]["value"] == 18980864
+    )
+    assert rows["parameters"]["value"] > rows["active parameters"]["value"] > rows["active parameters, image"]["value"]
+    assert rows["activations"]["unit"] == "bytes" and rows["forward"]["per_token"] == rows["forward"]["value"] / 40
 
 
 def test_types_are_described_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

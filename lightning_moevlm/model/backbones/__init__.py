@@ -3,7 +3,7 @@
 from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.limoe import LIMoE
-from lightning_moevlm.model.backbones.model_costs import model_card
+from lightning_moevlm.model.backbones.model_costs import model_card, pair_costs
 from lightning_moevlm.model.backbones.moe_decoder import MoEDecoder
 from lightning_moevlm.model.backbones.moma import MoMa
 from lightning_moevlm.model.backbones.vision_tower import ConnectorOptions, VisionOptions
@@ -21,4 +21,5 @@ __all__ = [
     "VLMoE",
     "VisionOptions",
     "model_card",
+    "pair_costs",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
@@ -142,8 +143,17 @@ class Backbone(Module):
         """Token embedding matrix, for heads that share it."""
 
     @abstractmethod
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Return the active matrix FLOPs of one forward pass of one sample with so many tokens per modality."""
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """Return the costs of one forward pass of one sample with so many tokens per modality.
+
+        Args:
+            num_tokens: at least 1 of each modality that it names.
+            separate: as in `forward`.
+        """
+
+    @abstractmethod
+    def active_parameters(self, modalities: Collection[Modality], separate: bool = False) -> float:
+        """Return how many parameters work on samples of these modalities; of experts, those that a token visits."""
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """Return how many plans `forward` makes of sequences of these modalities: those of its feed-forwards."""

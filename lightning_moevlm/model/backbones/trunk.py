@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_moevlm.contracts.model_card import Costs, add_costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
@@ -26,6 +27,8 @@ from lightning_moevlm.model.layers import (
     StackOutput,
     TextEmbedding,
     check_causal,
+    count_parameters,
+    idle_in_blocks,
     make_norm,
     name_layers,
     normalise,
@@ -161,13 +164,27 @@ class Trunk(Backbone):
         before = StackOutput(tokens_BSD) if seen is None else seen
         return BackboneOutput(tokens_BSD, layout, before.plans + output.plans, before.attention + output.attention)
 
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Active matrix FLOPs of one forward pass of one sample."""
-        total = sum(block.forward_flops(num_tokens) for block in self.blocks if isinstance(block, Block))
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """Sum over what embeds images, the blocks and the last norm."""
+        seeing: list[Costs] = []
         if num_tokens.get(Modality.IMAGE):
             parts = (self.patches, self.vision, self.connector)
-            total += sum(part.forward_flops() for part in parts if part is not None)
-        return total
+            seeing = [part.costs() for part in parts if part is not None]
+            if self.patch_codes is not None:
+                seeing.append(self.patch_codes.costs(self.spec.num_patches))
+        blocks = [block.costs(num_tokens, separate) for block in self.blocks if isinstance(block, Block)]
+        norm = Costs(kept_by_norms=float(sum(num_tokens.values()) * self.spec.dim))
+        return add_costs([*seeing, *blocks, norm])
+
+    def active_parameters(self, modalities: Collection[Modality], separate: bool = False) -> float:
+        """All but what embeds the other modality and what feed-forwards leave out."""
+        active = count_parameters(self) - idle_in_blocks(self.blocks, modalities, separate)
+        if Modality.TEXT not in modalities:
+            active -= count_parameters(self.text)
+        for part in (self.patches, self.vision, self.connector):
+            if part is not None:
+                active -= part.idle_parameters() if Modality.IMAGE in modalities else count_parameters(part)
+        return active
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """Return how many plans `forward` makes of sequences of these modalities; text alone passes no vision tower."""

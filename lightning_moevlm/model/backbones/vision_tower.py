@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_moevlm.contracts.model_card import Costs, add_costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.contracts.step_records import NamedPlan
@@ -25,6 +26,8 @@ from lightning_moevlm.model.layers import (
     MoEFFN,
     PatchEmbedding,
     StackOutput,
+    count_parameters,
+    idle_in_blocks,
     make_norm,
     normalise,
     run_blocks,
@@ -92,6 +95,7 @@ class VisionTower(Module):
         stabilisers: ModelStabilisers,
     ) -> None:
         super().__init__()
+        self.dim = options.dim
         self.patches = PatchEmbedding(options.dim, image_size, patch_size, stabilisers.freeze_patches)
         self.blocks = stack_blocks(options.dim, options.num_heads, options.num_blocks, feed_forward, stabilisers)
         self.norm = make_norm(stabilisers.norm, options.dim)
@@ -121,11 +125,15 @@ class VisionTower(Module):
         output = run_blocks(self.blocks, patches_BPD, layout, source, 0, measure)
         return output._replace(tokens_BSD=normalise(output.tokens_BSD, self.norm, self.precision))
 
-    def forward_flops(self) -> float:
-        """Active matrix FLOPs for one image."""
+    def costs(self) -> Costs:
+        """Costs of one image."""
         patches = {Modality.IMAGE: self.patches.num_patches}
-        blocks = [block for block in self.blocks if isinstance(block, Block)]
-        return self.patches.forward_flops() + sum(block.forward_flops(patches) for block in blocks)
+        blocks = add_costs(block.costs(patches) for block in self.blocks if isinstance(block, Block))
+        return self.patches.costs() + blocks + Costs(kept_by_norms=float(self.patches.num_patches * self.dim))
+
+    def idle_parameters(self) -> float:
+        """Return the parameters that no image needs: experts that a patch does not visit."""
+        return idle_in_blocks(self.blocks, (Modality.IMAGE,))
 
     def num_plans(self) -> int:
         """Return how many plans an image makes."""
@@ -158,10 +166,15 @@ class Connector(Module):
             tokens_BPD = projected_BPD + output.tokens_BSD
         return StackOutput(tokens_BPD, tuple(NamedPlan(source, block, *plan) for plan in output.plans))
 
-    def forward_flops(self) -> float:
-        """Active matrix FLOPs for one image."""
-        project = 2.0 * self.num_patches * self.project.in_features * self.project.out_features
-        return project + self.ffn.forward_flops({Modality.IMAGE: self.num_patches})
+    def costs(self) -> Costs:
+        """Costs of one image; the projection counts as embedding."""
+        values = self.num_patches * self.project.in_features
+        project = Costs(embeddings=2.0 * values * self.project.out_features, kept_by_products=float(values))
+        return project + self.ffn.costs({Modality.IMAGE: self.num_patches})
+
+    def idle_parameters(self) -> float:
+        """Return the parameters that no image needs: experts that a patch does not visit."""
+        return count_parameters(self.ffn) - self.ffn.active_parameters((Modality.IMAGE,))
 
     def num_plans(self) -> int:
         """Return how many plans an image makes."""

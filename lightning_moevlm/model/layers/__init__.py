@@ -3,12 +3,24 @@
 from lightning_moevlm.model.initial_weights import defer_initialisation, initialise
 from lightning_moevlm.model.layers.attention import Attention, AttentionOutput, KeyValues
 from lightning_moevlm.model.layers.batch_dependence import batch_dependence, find_evaluation_limits
-from lightning_moevlm.model.layers.block import Block, BlockOutput, StackOutput, run_blocks, stack_blocks
+from lightning_moevlm.model.layers.block import (
+    Block,
+    BlockOutput,
+    StackOutput,
+    idle_in_blocks,
+    run_blocks,
+    stack_blocks,
+)
 from lightning_moevlm.model.layers.causality import check_causal
 from lightning_moevlm.model.layers.depth import Depth
 from lightning_moevlm.model.layers.embeddings import PatchEmbedding, TextEmbedding
 from lightning_moevlm.model.layers.feed_forward.dense import DenseFFN, dense_twin
-from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan
+from lightning_moevlm.model.layers.feed_forward.feed_forward import (
+    FeedForward,
+    FFNOutput,
+    RoutedPlan,
+    count_parameters,
+)
 from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN, name_layers, reads_identity
 from lightning_moevlm.model.layers.feed_forward.multiway import MultiwayFFN
 from lightning_moevlm.model.layers.norms import make_norm, normalise
@@ -36,9 +48,11 @@ __all__ = [
     "TextEmbedding",
     "batch_dependence",
     "check_causal",
+    "count_parameters",
     "defer_initialisation",
     "dense_twin",
     "find_evaluation_limits",
+    "idle_in_blocks",
     "initialise",
     "make_norm",
     "name_layers",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.initial_weights import Module
@@ -128,9 +129,20 @@ class Attention(Module):
         heads_BSD = attended_BHSW.to(value.dtype).transpose(1, 2).flatten(2)
         return AttentionOutput(self.out(normalise(heads_BSD, self.out_norm, self.precision)), logit_max_H)
 
-    def forward_flops(self, num_tokens: int) -> float:
-        """8 S D^2 for the projections and 4 S^2 D for scores and values, for one sequence of S tokens."""
-        return 8.0 * num_tokens * self.dim**2 + 4.0 * num_tokens**2 * self.dim
+    def costs(self, num_tokens: int) -> Costs:
+        """8 S D^2 FLOPs for the projections and 4 S^2 D for scores and values, for one sequence of S tokens.
+
+        Kept of each token: the input, query, key and value, the heads' outputs and its row of the mask; with qk-norm
+        queries and keys before and after the scale, with sub-norm its input; with a logit cap three tensors (H, S, S).
+        """
+        values = num_tokens * self.dim
+        has_qk_norm, has_out_norm = self.query_norm is not None, self.out_norm is not None
+        maps = 1 if self.logit_cap is None else 3 * self.num_heads
+        return Costs(
+            attention=8.0 * values * self.dim + 4.0 * values * num_tokens,
+            kept_by_norms=float(values * (2 * has_qk_norm + has_out_norm)),
+            kept_by_products=float(values * (5 + 2 * has_qk_norm) + maps * num_tokens**2),
+        )
 
 
 def allowed_keys(layout: Layout) -> Tensor:

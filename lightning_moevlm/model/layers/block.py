@@ -11,19 +11,20 @@ With n a norm and f a branch, `norm_placement` says where the norms stand:
 blocks (DeepNet, arXiv 2203.00555, section 4.1); its smaller start, beta, is in init_scheme.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
 from lightning_moevlm.model.initial_weights import InitialScale, Module
 from lightning_moevlm.model.layers.attention import Attention, KeyValues
 from lightning_moevlm.model.layers.depth import Depth, deepnorm_alpha
-from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan
+from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan, count_parameters
 from lightning_moevlm.model.layers.init_scheme import scales_in_block
 from lightning_moevlm.model.layers.layer_scale import LayerScale
 from lightning_moevlm.model.layers.norms import make_norm, normalise
@@ -104,9 +105,12 @@ class Block(Module):
         tokens_BSD = self._add(tokens_BSD, output.tokens_BSD, self.ffn_out_norm, self.ffn_scale, self.ffn_norm)
         return BlockOutput(tokens_BSD, output.plans, attended.logit_max_H)
 
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Active matrix FLOPs of one sequence."""
-        return self.attention.forward_flops(sum(num_tokens.values())) + self.ffn.forward_flops(num_tokens)
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """Costs of one sequence; of each token the inputs of the norms are kept."""
+        norms = (self.attention_norm, self.attention_out_norm, self.ffn_norm, self.ffn_out_norm)
+        kept = sum(norm is not None for norm in norms) * sum(num_tokens.values()) * self.attention.dim
+        attention = self.attention.costs(sum(num_tokens.values()))
+        return attention + self.ffn.costs(num_tokens, separate) + Costs(kept_by_norms=float(kept))
 
     def initial_scales(self, std: float) -> dict[str, InitialScale]:
         """Return the scale of every matrix inside, by its name in the block."""
@@ -205,3 +209,9 @@ def run_blocks(
         if output.logit_max_H is not None:
             attention.append(AttentionLogits(source, first + index, block.attention.path, output.logit_max_H))
     return StackOutput(tokens_BSD, tuple(plans), tuple(attention))
+
+
+def idle_in_blocks(blocks: Iterable[nn.Module], modalities: Collection[Modality], separate: bool = False) -> float:
+    """Return how many parameters of the feed-forwards do not work on a sequence of these modalities."""
+    ffns = [block.ffn for block in blocks if isinstance(block, Block)]
+    return sum(count_parameters(ffn) - ffn.active_parameters(modalities, separate) for ffn in ffns)

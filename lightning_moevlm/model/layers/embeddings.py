@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.model.initial_weights import Module
 
 
@@ -38,9 +39,14 @@ class PatchEmbedding(Module):
             patches_BPD = torch.where(mask_BP.unsqueeze(-1), self.mask_D.to(patches_BPD.dtype), patches_BPD)
         return patches_BPD + self.position_PD + self.modality_D
 
-    def forward_flops(self) -> float:
-        """Matrix FLOPs for one image."""
-        return 2.0 * self.num_patches * self.project.in_features * self.project.out_features
+    def idle_parameters(self) -> float:
+        """None."""
+        return 0.0
+
+    def costs(self) -> Costs:
+        """Costs of one image."""
+        pixels = self.num_patches * self.project.in_features
+        return Costs(embeddings=2.0 * pixels * self.project.out_features, kept_by_products=float(pixels))
 
 
 class _RandomLinear(nn.Linear):

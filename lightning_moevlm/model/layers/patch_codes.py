@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.codebook import load_codebook, nearest_codes, standardise_patches
+from lightning_moevlm.contracts.model_card import Costs
 
 HIDDEN = -1
 
@@ -45,6 +46,13 @@ class PatchCodes(nn.Module):
         generator = torch.Generator("cpu").manual_seed(0)
         projection_QN = torch.randn(3 * patch_size**2, num_bits, generator=generator, dtype=torch.float32, device="cpu")
         self.register_buffer("projection_QN", projection_QN, persistent=False)
+
+    def costs(self, num_patches: int) -> Costs:
+        """Products of patches with projections or centres; they count as routing, and nothing is kept."""
+        pixels, bits = self.projection_QN.shape
+        return Costs(
+            router=2.0 * num_patches * pixels * (bits if self.codebook is None else len(self.codebook.centroids_CQ))
+        )
 
     @torch.no_grad()
     def forward(self, images_BRYX: Tensor, hidden_BP: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ token, which alone has seen the whole question. Questions none of whose answers 
 logits, and count in evaluation as any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.answer_list import read_answers
 from lightning_moevlm.contracts.batch import Answers, Batch
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.step_records import Answered, BatchSize, ObjectiveOutput, PlanSize, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.metrics.measure import Measure
@@ -92,6 +93,15 @@ class AnswerClassification(Objective):
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
         """Add VQA accuracy."""
         return [*super().measures(prefix, weight), VQAAccuracy()]
+
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs:
+        """4 D^2 + 4 D A FLOPs for each question."""
+        questions, dim, answers = sum(predictions.values()), self.hidden.in_features, len(self.answers)
+        return Costs(
+            heads=4.0 * questions * dim * (dim + answers),
+            kept_by_norms=2.0 * questions * (dim + answers),
+            kept_by_products=5.0 * questions * dim,
+        )
 
     def targets(self, answers: Answers, device: torch.device) -> Tensor:
         """Return the target of every answer of the list, fp32 (B, A)."""

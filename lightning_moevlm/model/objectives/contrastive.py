@@ -13,6 +13,7 @@ In evaluation the loss and the recalls are over the whole set, so they do not de
 """
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.nn.functional import all_gather
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, PlanSize, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
@@ -53,6 +55,8 @@ class Contrastive(Objective):
     Raises:
         UserError: an embedding_dim below 1.
     """
+
+    separate_passes = frozenset({"pair"})
 
     def __init__(
         self, spec: BackboneSpec, kind: Kind = "softmax", embedding_dim: int | None = None, weight: float = 1.0
@@ -112,6 +116,16 @@ class Contrastive(Objective):
             return {prefix + TERM: of_set}
 
         return [*super().measures(prefix, weight), RetrievalRecalls(terms)]
+
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs:
+        """4 D W FLOPs for the projections of a pair, and its products with all others of the batch of one rank."""
+        pairs, width = sum(predictions.values()), self.image_projection.out_features
+        matrices = 2 if self.kind == "softmax" else 1
+        return Costs(
+            heads=4.0 * pairs * width * self.image_projection.in_features + 2.0 * matrices * pairs**2 * width,
+            kept_by_norms=float(matrices * pairs**2 + 4 * pairs * width),
+            kept_by_products=2.0 * pairs * self.image_projection.in_features,
+        )
 
     def embed_images(self, features_BD: Tensor) -> Tensor:
         """Return pooled features of images in the common space, fp32, rows of length 1."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.model_card import Costs, add_costs
 from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.metrics.measure import Measure
@@ -105,6 +106,12 @@ class Joint(Objective):
         predictions = _prefixed({name: size.predictions for name, size in known.items()})
         passes = {f"{name}/{source}": one for name, size in known.items() for source, one in size.passes.items()}
         return BatchSize(predictions, passes)
+
+    def costs(self, backbone: Backbone, batch: Batch) -> Costs | None:
+        """Return the sum over the parts; None where one does not know its own."""
+        costs = [part.costs(backbone, batch) for _, part in self._named()]
+        known = [each for each in costs if each is not None]
+        return add_costs(known) if len(known) == len(costs) else None
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
         """Return those of all parts."""

@@ -9,7 +9,7 @@ Pairs are used three times: as images, as texts and as pairs. Images and texts t
 Each term is the mean over its masked positions, in nats for classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.special_tokens import MASK, SPECIAL_TOKENS
 from lightning_moevlm.contracts.step_records import (
@@ -180,6 +181,18 @@ class MaskedModelling(Objective):
         }
         runs = {"text": "text" in asked, "image": "image" in asked, "pair": self._uses_pairs()}
         return BatchSize(predictions, {source: size for source, size in passes.items() if runs[source]})
+
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs:
+        """Those of both heads; a patch keeps its features, its output and its target."""
+        words = sum(number for name, number in predictions.items() if name in ("text", "pair_text"))
+        patches = sum(predictions.values()) - words
+        width, out = self.image_head.in_features, self.image_head.out_features
+        image = Costs(
+            heads=2.0 * patches * width * out,
+            kept_by_norms=2.0 * patches * out,
+            kept_by_products=float(patches * width),
+        )
+        return self.text_head.costs(words) + image
 
     def text_logits(self, features_MD: Tensor, embedding_VD: Tensor) -> Tensor:
         """Return logits over the vocabulary, sharing the embedding matrix."""

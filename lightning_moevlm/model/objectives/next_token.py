@@ -8,11 +8,14 @@ Each term is the mean over predicted tokens, [EOS] included, in nats. The backbo
 that of this pass. Its routers must not look ahead all the same.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.step_records import (
     AttentionLogits,
@@ -110,6 +113,10 @@ class NextToken(Objective):
             size = PlanSize.of_pass(num_images, mask_BL, self.num_patches)
             passes["pair" if name == "caption" else "text"] = size
         return BatchSize(predictions, passes)
+
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs:
+        """Those of the text head."""
+        return self.text_head.costs(sum(predictions.values()))
 
     def _parts(self, batch: Batch) -> dict[str, Batch]:
         """Return what each term is computed on, where there is any: the pairs, and the texts that come alone."""

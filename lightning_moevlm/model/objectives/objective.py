@@ -1,9 +1,12 @@
 """The objective contract."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput
+from lightning_moevlm.contracts.model_card import Costs, add_costs
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput, PlanSize
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.initial_weights import Module
 from lightning_moevlm.model.metrics.measure import Measure
@@ -19,12 +22,15 @@ class Objective(Module):
 
     spans_ranks: a mode like `training`, on while several ranks run the same step: only then may one wait for another.
 
+    separate_passes: sources of `size` whose images and texts do not attend to each other.
+
     pairs_reach_all: whether every batch of pairs gives a gradient to every part of the backbone and of the objective.
     """
 
     path_in_model = "objective"
     num_classes: dict[str, int]
     pairs_reach_all: bool = False
+    separate_passes: frozenset[str] = frozenset()
     spans_ranks: bool = False
     region: Region = "heads"
     precision = PrecisionPolicy()
@@ -48,6 +54,25 @@ class Objective(Module):
         """
         return None
 
+    def costs(self, backbone: Backbone, batch: Batch) -> Costs | None:
+        """Return the costs of `forward` on a batch without padding, which may lack its pixels.
+
+        Networks that make the targets are not counted. None: unknown, because `size` or `head_costs` is.
+        """
+        size = self.size(batch)
+        if size is None:
+            return None
+        heads = self.head_costs({name: int(number) for name, number in size.predictions.items()})
+        if heads is None:
+            return None
+        return heads + add_costs(
+            _pass_costs(backbone, one, source in self.separate_passes) for source, one in size.passes.items()
+        )
+
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs | None:
+        """Return the costs of the heads for so many predictions of each term of `size`; None: unknown."""
+        return None
+
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
         """Return new measures of an evaluation, beside its losses: by default the accuracy of terms with classes.
 
@@ -56,3 +81,12 @@ class Objective(Module):
             weight: of that part.
         """
         return [Accuracy({prefix + term: count for term, count in self.num_classes.items()})]
+
+
+def _pass_costs(backbone: Backbone, size: PlanSize, separate: bool) -> Costs:
+    """Return the costs of the sequences of a pass, all of which are as long as their mean."""
+    sequences = int(size.sequences)
+    if not sequences:
+        return Costs()
+    tokens = {modality: int(size.tokens_A[modality]) // sequences for modality in Modality}
+    return backbone.costs({modality: count for modality, count in tokens.items() if count}, separate) * sequences

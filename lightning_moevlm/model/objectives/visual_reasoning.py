@@ -7,12 +7,15 @@ The token is the first of the statement, or the last in a causal model. Both pai
 other before the head.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Answers, Batch
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.step_records import BatchSize, Judged, ObjectiveOutput, PlanSize, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.metrics.content_ids import content_ids
@@ -89,6 +92,15 @@ class VisualReasoning(Objective):
         mask_BL = statements.text_mask_BL
         twice = None if mask_BL is None else mask_BL.repeat(2, 1)
         return BatchSize({TERM: number}, {"pair": PlanSize.of_pass(2 * number, twice, self.num_patches)})
+
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs:
+        """8 D^2 + 8 D FLOPs for each statement."""
+        statements, width = sum(predictions.values()), self.hidden.in_features
+        return Costs(
+            heads=2.0 * statements * width * (width + self.out.out_features),
+            kept_by_norms=float(statements * width),
+            kept_by_products=3.0 * statements * width,
+        )
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
         """Add accuracy and consistency."""

@@ -99,8 +99,8 @@ def test_shared_experts_see_every_token_and_no_padding() -> None:
 
 def test_shared_experts_count_in_flops() -> None:
     # two shared experts of width 8: 2 x 4 x 16 x 8 = 1024 per token
-    more = layer(shared=partial(MLPExperts, hidden_dim=8), num_shared=2).forward_flops({Modality.IMAGE: 10})
-    assert more - layer().forward_flops({Modality.IMAGE: 10}) == 10 * 1024
+    more = layer(shared=partial(MLPExperts, hidden_dim=8), num_shared=2).costs({Modality.IMAGE: 10}).experts
+    assert more - layer().costs({Modality.IMAGE: 10}).experts == 10 * 1024
 
 
 def test_routed_experts_start_alike_with_and_without_shared_ones() -> None:

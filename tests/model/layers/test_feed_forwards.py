@@ -1,5 +1,6 @@
 """Dense, MoE and multiway feed-forwards: who sees which token."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.model.dispatch import Capacity
@@ -17,6 +19,7 @@ from lightning_moevlm.model.precision import PrecisionPolicy, set_precision
 from lightning_moevlm.model.routers import TopKRouter
 
 PAIR = (Span(Modality.IMAGE, 0, 2), Span(Modality.TEXT, 2, 5))
+LENGTHS = {Modality.IMAGE: 2, Modality.TEXT: 3}
 
 
 def layout(spans: tuple[Span, ...], num_padding: int = 0) -> Layout:
@@ -37,8 +40,8 @@ class AddConstant(FeedForward):
     def add_hidden_norm(self, kind: NormKind) -> None:
         raise AssertionError("no hidden units")
 
-    def forward_flops(self, num_tokens: dict[Modality, int]) -> float:
-        return self.value * sum(num_tokens.values())
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        return Costs(feed_forward=self.value * sum(num_tokens.values()))
 
 
 def branches(ffn: MultiwayFFN, spans: tuple[Span, ...]) -> list[float]:
@@ -49,7 +52,7 @@ def branches(ffn: MultiwayFFN, spans: tuple[Span, ...]) -> list[float]:
 def test_every_modality_takes_its_own_branch() -> None:
     ffn = MultiwayFFN(AddConstant(1), AddConstant(2))
     assert branches(ffn, PAIR) == [1, 1, 2, 2, 2]
-    assert ffn.forward_flops({Modality.IMAGE: 2, Modality.TEXT: 3}) == 2 * 1 + 3 * 2
+    assert ffn.costs(LENGTHS).flops == 2 * 1 + 3 * 2
 
 
 def test_pairs_take_the_pair_branch_and_single_modalities_do_not() -> None:
@@ -57,8 +60,9 @@ def test_pairs_take_the_pair_branch_and_single_modalities_do_not() -> None:
     assert branches(ffn, PAIR) == [3] * 5
     assert branches(ffn, (Span(Modality.IMAGE, 0, 2),)) == [1, 1]
     assert branches(ffn, (Span(Modality.TEXT, 0, 3),)) == [2, 2, 2]
-    assert ffn.forward_flops({Modality.IMAGE: 2, Modality.TEXT: 3}) == 5 * 3
-    assert ffn.forward_flops({Modality.TEXT: 3}) == 3 * 2
+    assert ffn.costs(LENGTHS).flops == 5 * 3
+    assert ffn.costs(LENGTHS, separate=True).flops == 2 * 1 + 3 * 2
+    assert ffn.costs({Modality.TEXT: 3}).flops == 3 * 2
 
 
 def moe(capacity: Capacity | None = None, precision: PrecisionPolicy | None = None) -> MoEFFN:
@@ -116,7 +120,7 @@ def test_twin_has_the_flops_of_the_moe() -> None:
     # MoE: router 2 * 16 * 4 = 128, experts 2 * (4 * 16 * 24) = 3072; dense: 4 * 16 * F, so F = 3200 / 64 = 50
     layer = moe()
     twin = dense_twin(layer, layer.dim, {Modality.TEXT: 7})
-    assert layer.forward_flops({Modality.TEXT: 1}) == 3200
+    assert layer.costs({Modality.TEXT: 1}).flops == 3200
     assert isinstance(twin.up, nn.Linear) and twin.up.out_features == 50
 
 

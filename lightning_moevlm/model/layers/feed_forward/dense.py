@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput
@@ -41,9 +42,14 @@ class DenseFFN(FeedForward):
         """Apply to every position; the layout does not matter."""
         return FFNOutput(self.down(normalise(F.gelu(self.up(tokens_BSD)), self.hidden_norm, self.precision)), ())
 
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """4 D F per token."""
-        return 4.0 * self.up.in_features * self.up.out_features * sum(num_tokens.values())
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """4 D F FLOPs per token; its input and the hidden units before and after GELU are kept."""
+        total, dim, hidden_dim = sum(num_tokens.values()), self.up.in_features, self.up.out_features
+        return Costs(
+            feed_forward=4.0 * dim * hidden_dim * total,
+            kept_by_norms=float(total * hidden_dim * (self.hidden_norm is not None)),
+            kept_by_products=float(total * (dim + 2 * hidden_dim)),
+        )
 
 
 def dense_twin(sparse: FeedForward, dim: int, num_tokens: Mapping[Modality, int]) -> DenseFFN:
@@ -53,4 +59,4 @@ def dense_twin(sparse: FeedForward, dim: int, num_tokens: Mapping[Modality, int]
     active FLOPs, not at equal parameters: the unused experts cost memory, not arithmetic.
     """
     total = sum(num_tokens.values())
-    return DenseFFN(dim, max(1, round(sparse.forward_flops(num_tokens) / (4 * dim * total))))
+    return DenseFFN(dim, max(1, round(sparse.costs(num_tokens).flops / (4 * dim * total))))

@@ -7,8 +7,9 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality, RoutingPlan
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.initial_weights import Module
@@ -46,9 +47,20 @@ class FeedForward(Module):
         """Normalise the hidden units before the last matrix (Sub-LN, Magneto, arXiv 2210.06423, section 2.2)."""
 
     @abstractmethod
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Return active matrix FLOPs (multiply and add counted apart) of one forward pass over so many tokens."""
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """Return the costs of one forward pass over a sequence of so many tokens; separate: as in its layout."""
+
+    def active_parameters(self, modalities: Collection[Modality], separate: bool = False) -> float:
+        """Return how many parameters work on a sequence of these modalities; of experts, those that a token visits."""
+        parts = [part for part in self.children() if isinstance(part, FeedForward)]
+        own = count_parameters(self) - sum(count_parameters(part) for part in parts)
+        return own + sum(part.active_parameters(modalities, separate) for part in parts)
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """Return how many plans `forward` makes of sequences of these modalities: here those of its parts."""
         return sum(part.num_plans(modalities) for part in self.children() if isinstance(part, FeedForward))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

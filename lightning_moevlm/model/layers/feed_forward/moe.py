@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput, RoutingPlan
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.dispatch import (
@@ -18,7 +19,7 @@ from lightning_moevlm.model.dispatch import (
 )
 from lightning_moevlm.model.experts import ExpertStack, MLPExperts
 from lightning_moevlm.model.layers.attention import Attention
-from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan
+from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan, count_parameters
 from lightning_moevlm.model.layers.feed_forward.sub_norm import SubNormedExperts
 from lightning_moevlm.model.layers.norms import NormKind, make_norm
 from lightning_moevlm.model.precision import PrecisionPolicy, region
@@ -101,13 +102,33 @@ class MoEFFN(FeedForward):
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
 
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
-        """Router plus the experts that run, of one sequence; nothing is counted as dropped."""
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """Router plus the experts that run, of one sequence; nothing is counted as dropped.
+
+        Kept of each token: the input and the router's logits and probabilities; of each row of an expert: its input
+        and output, and the hidden units before and after the activation function.
+        """
         total = sum(num_tokens.values())
-        experts = self.router.expert_rows(total) * self.experts.forward_flops_per_row()
+        rows = self.router.expert_rows(total)
+        experts, kept = rows * self.experts.forward_flops_per_row(), rows * _kept_per_row(self.experts)
         if self.shared is not None:
-            experts += total * self.shared.num_experts * self.shared.forward_flops_per_row()
-        return self.router.forward_flops_per_token() * total + experts
+            rows = total * self.shared.num_experts
+            experts += rows * self.shared.forward_flops_per_row()
+            kept += rows * _kept_per_row(self.shared)
+        return Costs(
+            router=float(self.router.forward_flops_per_token() * total),
+            experts=float(experts),
+            kept_by_norms=2.0 * total * self.num_experts,
+            kept_by_products=float(total * self.dim + kept),
+        )
+
+    def active_parameters(self, modalities: Collection[Modality], separate: bool = False) -> float:
+        """All but the experts that a token does not visit."""
+        return count_parameters(self) - self.idle_parameters()
+
+    def idle_parameters(self) -> float:
+        """Parameters of the experts that a token does not visit."""
+        return count_parameters(self.experts) * (1 - min(1.0, self.router.experts_per_token / self.num_experts))
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """One."""
@@ -128,6 +149,11 @@ class MoEFFN(FeedForward):
 
     def _add_norm(self, experts: ExpertStack, norm: nn.Module | None) -> Experts:
         return experts if norm is None else SubNormedExperts(experts, norm, self.precision)
+
+
+def _kept_per_row(experts: ExpertStack) -> int:
+    *inner, last = experts.stacks()
+    return 2 * experts.dim + (len(inner) + 1) * last.shape[1]
 
 
 def name_layers(backbone: nn.Module) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from lightning_moevlm.contracts.model_card import Costs, add_costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput
@@ -49,11 +50,17 @@ class MultiwayFFN(FeedForward):
             if branch is not None:
                 branch.add_hidden_norm(kind)
 
-    def forward_flops(self, num_tokens: Mapping[Modality, int]) -> float:
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
         """Sum over the branches that these tokens take."""
-        if self.pair is not None and len(num_tokens) > 1:
-            return self.pair.forward_flops(num_tokens)
-        return sum(self.branch(modality).forward_flops({modality: count}) for modality, count in num_tokens.items())
+        if self.pair is not None and len(num_tokens) > 1 and not separate:
+            return self.pair.costs(num_tokens)
+        return add_costs(self.branch(modality).costs({modality: count}) for modality, count in num_tokens.items())
+
+    def active_parameters(self, modalities: Collection[Modality], separate: bool = False) -> float:
+        """Sum over the branches that these modalities take."""
+        if self.pair is not None and len(modalities) > 1 and not separate:
+            return self.pair.active_parameters(modalities)
+        return sum(self.branch(modality).active_parameters((modality,)) for modality in modalities)
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """Sum over the branches that these modalities take."""
