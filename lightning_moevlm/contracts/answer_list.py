@@ -1,4 +1,7 @@
-"""The answers that a model chooses from, as a JSON file: one class per answer, the most frequent first."""
+"""The answers or classes that a model chooses from: a JSON file of `moevlm data answers`, or lines of names.
+
+The JSON file has one class per answer, the most frequent first. Lines are those of CLIP_benchmark's classnames.txt.
+"""
 
 import json
 from pathlib import Path
@@ -45,6 +48,64 @@ def read_answers(path: Path) -> AnswerList:
         ) from None
     if not found.answers or len(set(found.answers)) < len(found.answers) or len(found.answers) != len(found.counts):
         raise UserError(f"{path} names no answer, or one twice; write it again with `moevlm data answers SET`")
+    return found
+
+
+class ClassNames(NamedTuple):
+    """Classes, in the order of their numbers.
+
+    names: as texts call them.
+    path: the file, for messages.
+    """
+
+    names: tuple[str, ...]
+    path: Path
+
+    def number(self, label: str) -> int:
+        """Return the number of a sample's class: a name, or the number from 0 of its line.
+
+        Raises:
+            UserError: it is neither, or a name that could be both.
+        """
+        by_name = [index for index, name in enumerate(self.names) if name == label]
+        by_number = [int(label)] if label.isdecimal() and int(label) < len(self.names) else []
+        found = set(by_name) if self.path.suffix == ".json" else {*by_name, *by_number}
+        if len(found) == 1:
+            return found.pop()
+        if found:
+            raise UserError(
+                f"a sample has the class {label!r}, which {self.path} gives to lines {sorted(found)} (from 0): give a "
+                "list of names that differ from each other and from numbers"
+            )
+        raise UserError(
+            f"a sample has the class {label!r}, which is not one of the {len(self.names)} names in {self.path}, nor "
+            "the number of one; give the list of this set"
+        )
+
+
+def read_classes(path: Path) -> ClassNames:
+    """Read a list of classes: a JSON file of `moevlm data answers`, or a text file with a name per line.
+
+    Raises:
+        UserError: the file is missing or empty, or holds something else.
+    """
+    names = read_answers(path).answers if path.suffix == ".json" else read_lines(path, "classes")
+    return ClassNames(names, path)
+
+
+def read_lines(path: Path, what: str) -> tuple[str, ...]:
+    """Read a text file with an entry per line; empty lines are left out.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8; it is called by `what`.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{what} {path} cannot be read ({error}); give a text file, one per line") from None
+    found = tuple(line for line in lines if line)
+    if not found:
+        raise UserError(f"{what} {path} is empty; give one per line")
     return found
 
 

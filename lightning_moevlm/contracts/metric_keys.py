@@ -76,6 +76,15 @@ ZERO_SHOT = MetricKey("{stage}/zero_shot/{score}", "zero-shot classification", "
 ZERO_SHOT_BASELINE = MetricKey(
     "{stage}/zero_shot_baseline/{score}", "accuracy without looking at the image", "fraction", "neither"
 )
+LINEAR_PROBE = MetricKey("{stage}/linear_probe/{score}", "linear probe on image features", "fraction", "higher")
+KNN = MetricKey("{stage}/knn/{score}", "nearest neighbours of image features", "fraction", "higher")
+PROBE_BASELINE = MetricKey(
+    "{stage}/probe_baseline/{score}", "accuracy without looking at the image", "fraction", "neither"
+)
+PERPLEXITY = MetricKey("{stage}/perplexity/{term}", "perplexity per token", "", "lower")
+UNIGRAM_PERPLEXITY = MetricKey(
+    "{stage}/unigram_perplexity/{term}", "perplexity of training frequencies alone", "", "neither"
+)
 CAPTION_SCORE = MetricKey("{stage}/caption/{score}", "score of generated captions", "", "higher")
 CAPTION_CHANCE = MetricKey("{stage}/caption_chance/{score}", "score of another image's caption", "", "neither")
 

@@ -202,7 +202,7 @@ class ShardDataModule(LightningDataModule):
         process first opens them. Those of a remote set are downloaded and verified when they are opened. If losses are
         tolerated, the reader checks shards.
         """
-        assert self.tokenizer.vocab_size <= self.vocab_size  # the property raises otherwise
+        _ = self.tokenizer  # the property raises what is wrong with it
         if self.tokenizer_file is not None:
             rank_zero_info(f"data.tokenizer {self.tokenizer_file}: {self.tokenizer.control.describe()}")
         for opened in self.sets.values():
@@ -266,6 +266,10 @@ class ShardDataModule(LightningDataModule):
             self._resume_from = None
         self.train_loader = loader
         return loader
+
+    def ordered_train_dataloader(self) -> ShardLoader:
+        """Return every training sample once, in fixed order, for tasks that fit something to them."""
+        return self._fixed(self._open("train", self._evaluated))
 
     def val_dataloader(self) -> ShardLoader:
         """Return every validation sample once, in fixed order."""

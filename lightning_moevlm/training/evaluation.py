@@ -57,12 +57,12 @@ class Evaluation:
         task = {name: (sums[:2] / sums[2]).tolist() for name, sums in self._task.totals().items() if sums[2]}
         task |= {name: [float(t.raw), float(t.weighted)] for each in measured for name, t in each.terms.items()}
         auxiliary = self._losses.means(self._routing.totals(), weights)
-        task_loss = sum(weighted for _, weighted in task.values())
-        values = {
-            metric_keys.TASK_LOSS.key(stage=self.stage): task_loss,
-            metric_keys.TOTAL_LOSS.key(stage=self.stage): task_loss
-            + sum(float(t.weighted) for t in auxiliary.values()),
-        }
+        values: dict[str, float] = {}
+        if task:  # a model may be judged by callbacks alone, on data that its objective cannot use
+            task_loss = sum(weighted for _, weighted in task.values())
+            auxiliary_loss = sum(float(term.weighted) for term in auxiliary.values())
+            values[metric_keys.TASK_LOSS.key(stage=self.stage)] = task_loss
+            values[metric_keys.TOTAL_LOSS.key(stage=self.stage)] = task_loss + auxiliary_loss
         raw = {name: mean for name, (mean, _) in task.items()} | {name: float(t.raw) for name, t in auxiliary.items()}
         values |= {metric_keys.EVAL_TERM.key(stage=self.stage, term=name): value for name, value in raw.items()}
         for each in measured:

@@ -101,7 +101,7 @@ def choose_tokenizer(sets: Sequence[OpenSet], file: str | None, vocab_size: int)
     """Read a user's tokenizer, else that of the first set with texts.
 
     Raises:
-        UserError: if it is missing, altered, or has more ids than the model's `vocab_size`.
+        UserError: if it is missing, altered, or has more ids than the model's `vocab_size` and texts are read.
     """
     if file is not None:
         tokenizer = read_tokenizer(file)
@@ -114,7 +114,8 @@ def choose_tokenizer(sets: Sequence[OpenSet], file: str | None, vocab_size: int)
     entry = opened.manifest.tokenizer
     remedy = ", or build the set with a smaller --vocab_size"
     what = f"the tokenizer of {opened.storage}"
-    refuse_more_ids(what, f"{entry.vocab_size} ids", entry.vocab_size, vocab_size, remedy)
+    if opened.has_texts:
+        refuse_more_ids(what, f"{entry.vocab_size} ids", entry.vocab_size, vocab_size, remedy)
     return opened.storage.read_tokenizer(entry)
 
 

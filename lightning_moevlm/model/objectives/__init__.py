@@ -1,6 +1,7 @@
 """Objectives: (backbone, batch) -> loss terms. They own their heads, because targets decide what a head predicts."""
 
 from lightning_moevlm.model.objectives.answer_classification import AnswerClassification
+from lightning_moevlm.model.objectives.classification import Classification
 from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.joint import Joint
@@ -14,6 +15,7 @@ from lightning_moevlm.model.objectives.visual_reasoning import VisualReasoning
 
 __all__ = [
     "AnswerClassification",
+    "Classification",
     "CodebookTargets",
     "Contrastive",
     "Draws",

@@ -28,6 +28,8 @@ from lightning_moevlm.contracts.step_records import (
 )
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.layers import check_causal
+from lightning_moevlm.model.metrics.measure import Measure
+from lightning_moevlm.model.metrics.tasks.perplexity import Perplexity
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.objectives.targets.image_targets import cross_entropy
@@ -117,6 +119,10 @@ class NextToken(Objective):
     def head_costs(self, predictions: Mapping[str, int]) -> Costs:
         """Those of the text head."""
         return self.text_head.costs(sum(predictions.values()))
+
+    def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
+        """Add perplexity."""
+        return [*super().measures(prefix, weight), Perplexity(f"{prefix}{name}" for name in self.weights)]
 
     def _parts(self, batch: Batch) -> dict[str, Batch]:
         """Return what each term is computed on, where there is any: the pairs, and the texts that come alone."""

@@ -11,6 +11,8 @@ from lightning_moevlm.training.callbacks.stopping.divergence_guard import Diverg
 from lightning_moevlm.training.callbacks.stopping.last_checkpoint import LastCheckpoint
 from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySignal
 from lightning_moevlm.training.callbacks.tasks.caption_scores import CaptionScores
+from lightning_moevlm.training.callbacks.tasks.label_probes import LabelProbes
+from lightning_moevlm.training.callbacks.tasks.unigram_perplexity import UnigramPerplexity
 from lightning_moevlm.training.callbacks.tasks.zero_shot import ZeroShot
 from lightning_moevlm.training.callbacks.telemetry import Telemetry
 
@@ -19,6 +21,7 @@ __all__ = [
     "DivergenceGuard",
     "FeatureWriter",
     "Float8Training",
+    "LabelProbes",
     "LastCheckpoint",
     "Liveness",
     "PrecisionShadow",
@@ -27,5 +30,6 @@ __all__ = [
     "StepTimes",
     "StopBySignal",
     "Telemetry",
+    "UnigramPerplexity",
     "ZeroShot",
 ]

@@ -74,7 +74,12 @@ def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     module = VisionLanguageModule(small_limoe(), NextToken, init_std=0.3)
     whole = uneven_batch(25)
     expected = measured(module, [whole])
-    assert {"val_loss/caption", "val/accuracy_caption", "val/majority_caption"} <= expected.keys()
+    assert {
+        "val_loss/caption",
+        "val/accuracy_caption",
+        "val/majority_caption",
+        "val/perplexity/caption",
+    } <= expected.keys()
     assert measured(module, cut(whole, 4)) == pytest.approx(expected, rel=2e-5)
 
 

@@ -16,6 +16,7 @@ from lightning_moevlm.data.text.annotations import Annotation
 from lightning_moevlm.model.objectives import Contrastive, MaskedModelling
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import ZeroShot
+from lightning_moevlm.training.callbacks.tasks.zero_shot import TEMPLATES
 from tests.training.callbacks.test_caption_scores import captioner
 
 
@@ -46,7 +47,7 @@ def test_scores_by_hand_and_for_every_batch_size(scenes_root: Path, grounds: str
     module.eval()
     data.trainer = None
     class_CD = []
-    for name in callback.classes:
+    for name in callback.classes.names:
         texts = [name, f"a {name}", f"a picture of a {name}"]
         text_BL, mask_BL, _ = data.tokenizer.encode(texts, 24)
         with torch.no_grad():
@@ -60,7 +61,7 @@ def test_scores_by_hand_and_for_every_batch_size(scenes_root: Path, grounds: str
             image_BD = module.objective.embed_images(module.backbone(batch.images_BRYX).pool(Modality.IMAGE))
         for image_D, (label,) in zip(image_BD, batch.answers.given, strict=True):
             scores = [float(image_D @ each / each.norm()) for each in class_CD]
-            ranked = sorted(callback.classes, key=lambda name: -scores[callback.classes.index(name)])
+            ranked = [name for _, name in sorted(zip(scores, callback.classes.names, strict=True), reverse=True)]
             hits.setdefault(label, []).append(float(ranked[0] == label))
             top5.append(float(label in ranked[:5]))
     every = [hit for of_class in hits.values() for hit in of_class]
@@ -68,18 +69,19 @@ def test_scores_by_hand_and_for_every_batch_size(scenes_root: Path, grounds: str
     assert found["val/zero_shot/top5"] == pytest.approx(sum(top5) / len(top5))
     per_class = [sum(of_class) / len(of_class) for of_class in hits.values()]
     assert found["val/zero_shot/mean_per_class"] == pytest.approx(sum(per_class) / len(per_class))
-    assert found["val/zero_shot_baseline/chance"] == pytest.approx(1 / len(callback.classes))
+    assert found["val/zero_shot_baseline/chance"] == pytest.approx(1 / len(callback.classes.names))
     assert found["val/zero_shot_baseline/majority"] == pytest.approx(max(map(len, hits.values())) / len(every))
     assert validated(scenes_root, 4, callback)[0] == pytest.approx(found)
 
 
-def test_classes_may_be_lines_and_labels_their_numbers(tmp_path: Path) -> None:
+def test_a_folder_of_clip_benchmark_gives_classes_and_templates(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    (tmp_path / "templates.txt").write_text("a photo of a {c}.\n{c}\n")
-    callback = ZeroShot(str(tmp_path / "classnames.txt"), str(tmp_path / "templates.txt"))
-    assert (callback._find("dog"), callback._find("0")) == (1, 0)
-    with pytest.raises(UserError, match="nor the number of one"):
-        callback._find("2")
+    assert ZeroShot(str(tmp_path)).templates == TEMPLATES
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n{c}\n")
+    (tmp_path / "own.txt").write_text("my {c}\n")
+    callback = ZeroShot(str(tmp_path))
+    assert (callback.classes.names, callback.templates) == (("cat", "dog"), ("a photo of a {c}.", "{c}"))
+    assert ZeroShot(str(tmp_path), str(tmp_path / "own.txt")).templates == ("my {c}",)
 
 
 def test_what_cannot_be_classified_is_refused(scenes_root: Path, grounds: str, tmp_path: Path) -> None:
@@ -89,9 +91,6 @@ def test_what_cannot_be_classified_is_refused(scenes_root: Path, grounds: str, t
         validated(scenes_root, 32, ZeroShot(grounds), annotation=None)
     with pytest.raises(UserError, match="has no class in planet"):
         validated(scenes_root, 32, ZeroShot(grounds), annotation="planet")
-    (tmp_path / "twice.txt").write_text("cat\ncat\n")
-    with pytest.raises(UserError, match="has a line twice"):
-        ZeroShot(str(tmp_path / "twice.txt"))
     (tmp_path / "templates.txt").write_text("a photo\n")
     with pytest.raises(UserError, match=r"has no \{c\}"):
         ZeroShot(grounds, str(tmp_path / "templates.txt"))

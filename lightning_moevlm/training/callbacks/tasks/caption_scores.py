@@ -1,7 +1,6 @@
 """Generates captions of held-out images and scores them against all captions of the image."""
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
@@ -11,14 +10,13 @@ from lightning_moevlm.model.metrics.content_ids import content_ids
 from lightning_moevlm.model.metrics.gather import gather_objects
 from lightning_moevlm.model.metrics.tasks.caption_scores import score_captions
 from lightning_moevlm.model.objectives import NextToken
-from lightning_moevlm.training.callbacks.tasks.parts import find_data, find_objective
-from lightning_moevlm.training.evaluation import log_values
+from lightning_moevlm.training.callbacks.tasks.parts import HeldOutTask, find_data, find_objective
 from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
 _Captions = dict[int, tuple[str, ...]]  # by the content of their image
 
 
-class CaptionScores(Callback):
+class CaptionScores(HeldOutTask):
     """Logs BLEU-4, ROUGE-L, chrF and, with the extra `captioning`, CIDEr of generated captions.
 
     Equal images are one image, and all of their captions are its references. Beside each score stands that of another
@@ -39,41 +37,18 @@ class CaptionScores(Callback):
         self._generated: dict[int, str] = {}
         self._references: _Captions = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def check(self, trainer: Trainer, module: VisionLanguageModule) -> None:
         """Refuse a model that cannot continue texts."""
-        if stage != "predict":
-            find_objective(pl_module, NextToken, "CaptionScores")
-            find_data(trainer, "CaptionScores")
+        find_objective(module, NextToken, "CaptionScores")
+        find_data(trainer, "CaptionScores")
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+    def add(self, trainer: Trainer, module: VisionLanguageModule, batch: Batch) -> None:
         """Caption the images of a batch."""
-        self._add(trainer, pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """Caption the images of a batch."""
-        self._add(trainer, pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score."""
-        self._log(pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score."""
-        self._log(pl_module, "test")
-
-    def _add(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
         pairs = batch.first(batch.pairs)
         if pairs.images_BRYX is None or pairs.text_BL is None or pairs.text_mask_BL is None:
             return
-        assert isinstance(pl_module, VisionLanguageModule)
-        objective = find_objective(pl_module, NextToken, "CaptionScores")
-        tokenizer, backbone = find_data(trainer, "CaptionScores").tokenizer, pl_module.backbone
+        objective = find_objective(module, NextToken, "CaptionScores")
+        tokenizer, backbone = find_data(trainer, "CaptionScores").tokenizer, module.backbone
         images = content_ids(pairs.images_BRYX.cpu())
         for image, text_L in zip(images, pairs.text_BL.tolist(), strict=True):
             self._references[image] = (*self._references.get(image, ()), tokenizer.decode(text_L))
@@ -96,7 +71,8 @@ class CaptionScores(Callback):
             images[row]: tokenizer.decode(ids) for row, ids in zip(rows, found.text_BN.tolist(), strict=True)
         }
 
-    def _log(self, pl_module: LightningModule, stage: str) -> None:
+    def compute(self, trainer: Trainer, module: VisionLanguageModule, stage: str) -> dict[str, float]:
+        """Score."""
         everyone = gather_objects((self._generated, self._references))
         self._generated, self._references = {}, {}
         generated: dict[int, str] = {}
@@ -105,14 +81,13 @@ class CaptionScores(Callback):
             generated = of_rank | generated
             references |= {image: (*references.get(image, ()), *texts) for image, texts in given.items()}
         if not generated:
-            return
+            return {}
         images = sorted(generated)
         of_another = {
             image: references[other][0] for image, other in zip(images, [*images[1:], images[0]], strict=True)
         }
-        values = {
-            family.key(stage=stage, score=name): torch.tensor(value)
+        return {
+            family.key(stage=stage, score=name): value
             for family, captions in ((metric_keys.CAPTION_SCORE, generated), (metric_keys.CAPTION_CHANCE, of_another))
             for name, value in score_captions(captions, references).items()
         }
-        log_values(pl_module, values)
