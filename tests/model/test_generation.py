@@ -17,7 +17,7 @@ from lightning_moevlm.model.generation import Decoding, Generated, generate, sam
 from lightning_moevlm.model.layers import initialise
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import ExpertChoiceRouter, HashRouter
-from tests.small_model import pair_batch, small_decoder, small_limoe, small_vl_moe
+from tests.small_model import pair_batch, small_decoder, small_limoe, small_moma, small_vl_moe
 
 BUILDERS = {
     "limoe": small_limoe,
@@ -25,6 +25,7 @@ BUILDERS = {
     "hash router": partial(small_limoe, router=HashRouter),
     "top-2": partial(small_limoe, top_k=2),
     "decoder": partial(small_decoder, top_k=2),
+    "moma": small_moma,
 }
 
 

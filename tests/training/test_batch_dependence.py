@@ -19,7 +19,7 @@ from lightning_moevlm.model.metrics import DropRates
 from lightning_moevlm.model.routers import ExpertChoiceRouter, SoftRouter, TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.routing import limited, top_1_plan
-from tests.small_model import pair_batch, small_limoe, small_vl_moe
+from tests.small_model import pair_batch, small_limoe, small_moma, small_vl_moe
 from tests.small_run import BACKBONE, SMALL
 
 CAPACITY = f"{BACKBONE}.moe.init_args.capacity"
@@ -50,7 +50,7 @@ def largest_difference(backbone: Backbone) -> float:
     return max(float((few[name] - many[name]).abs().max()) for name in few)
 
 
-@pytest.mark.parametrize("build", [small_vl_moe, small_limoe])
+@pytest.mark.parametrize("build", [small_vl_moe, small_limoe, small_moma])
 def test_features_do_not_depend_on_the_batch_size_by_default(build: Callable[..., Backbone]) -> None:
     assert largest_difference(build(capacity=Capacity())) < 1e-4
     assert largest_difference(build(capacity=Capacity(0.5, 0.5))) > 1e-2  # so that this test could see it

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
+from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
 from lightning_moevlm.model.objectives import Draws, MaskedModelling
+from lightning_moevlm.model.routers import ExpertChoiceRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.optim import (
     AdaGC,
@@ -21,21 +23,26 @@ from lightning_moevlm.training.optim import (
     ZClip,
     parameter_groups,
 )
-from tests.small_model import pair_batch, small_vl_moe
+from tests.small_model import pair_batch, small_limoe, small_moma, small_vl_moe
+
+EXPERTS_CHOOSE = partial(small_moma, router=partial(ExpertChoiceRouter, score="sigmoid"))
 
 
 @pytest.mark.parametrize(
-    "dispatcher",
+    ("build", "dispatcher"),
     [
-        SegmentDispatcher(),
+        (small_vl_moe, SegmentDispatcher()),
+        # seconds each; test_contrastive.py and test_next_token.py learn a batch by LIMoE
+        pytest.param(small_limoe, SegmentDispatcher(), marks=pytest.mark.slow),
+        pytest.param(EXPERTS_CHOOSE, SegmentDispatcher(), marks=pytest.mark.slow),
         # whose gradients are held against each other in tests/dispatch
-        pytest.param(LoopDispatcher(), marks=pytest.mark.slow),
-        pytest.param(GroupedDispatcher(), marks=pytest.mark.slow),
+        pytest.param(small_vl_moe, LoopDispatcher(), marks=pytest.mark.slow),
+        pytest.param(small_vl_moe, GroupedDispatcher(), marks=pytest.mark.slow),
     ],
-    ids=lambda d: type(d).__name__,
+    ids=lambda part: type(part).__name__ if isinstance(part, Dispatcher) else type(part()).__name__,
 )
-def test_one_batch_is_learnt_by_heart(dispatcher: Dispatcher) -> None:
-    module = VisionLanguageModule(small_vl_moe(dispatcher=dispatcher), MaskedModelling, init_std=0.1)
+def test_one_batch_is_learnt_by_heart(build: Callable[..., Backbone], dispatcher: Dispatcher) -> None:
+    module = VisionLanguageModule(build(dispatcher=dispatcher), MaskedModelling, init_std=0.1)
     batch = pair_batch(2)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     for step in range(150):

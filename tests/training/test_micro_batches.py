@@ -20,7 +20,7 @@ from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Telemetry
 from lightning_moevlm.training.step.step_size import StepSizeMeter
 from tests.model.losses.every_loss import LOSSES
-from tests.small_model import small_decoder, small_limoe, small_vl_moe, uneven_batch
+from tests.small_model import small_decoder, small_limoe, small_moma, small_vl_moe, uneven_batch
 from tests.training.small_fit import fit
 
 WHOLE = uneven_batch(10)
@@ -91,7 +91,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert float((found[name] - value).norm()) <= 2e-5 * size + 1e-9, name
 
 
-@pytest.mark.parametrize("build", [small_vl_moe, small_limoe])
+@pytest.mark.parametrize("build", [small_vl_moe, small_limoe, small_moma])
 @pytest.mark.parametrize("objective", [MaskedModelling, MASKED_AND_CAPTION], ids=["masked", "joint"])
 @pytest.mark.parametrize("whole, parts", [PAIRS, UNLIKE], ids=["unequal texts", "unlike modalities"])
 def test_terms_of_the_task_are_those_of_the_joined_batch(

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.model.backbones import BackboneSpec
+from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.losses import AuxiliaryLosses
 from lightning_moevlm.model.objectives import Contrastive, Joint, MaskedModelling, NextToken, Objective
 from lightning_moevlm.model.objectives.masked_modelling import TermWeights
 from lightning_moevlm.training import VisionLanguageModule
-from tests.small_model import pair_batch, small_vl_moe
+from tests.small_model import pair_batch, small_limoe, small_moma, small_vl_moe
 from tests.training.small_fit import fit
 
 PAIRS = pair_batch(8)
 IMAGES = PAIRS._replace(text_BL=None, text_mask_BL=None, num_pairs=0)
 TEXTS = PAIRS._replace(images_BRYX=None, num_pairs=0)
 BOTH_ALONE = PAIRS._replace(num_pairs=0, keys=tuple(f"alone{index}" for index in range(16)))
+FAMILIES: dict[str, Callable[[], Backbone]] = {"LIMoE": small_limoe, "MoMa": small_moma}  # others are VLMoE
 CASES: dict[str, tuple[list[Batch], Callable[[BackboneSpec], Objective]]] = {
     "texts alone": ([TEXTS] * 3, MaskedModelling),
     "images alone": ([IMAGES] * 3, MaskedModelling),
@@ -34,6 +35,8 @@ CASES: dict[str, tuple[list[Batch], Callable[[BackboneSpec], Objective]]] = {
     ),
     "contrast by softmax": ([PAIRS] * 3, Contrastive),
     "contrast by sigmoid": ([PAIRS] * 3, partial(Contrastive, kind="sigmoid")),
+    "LIMoE: texts alone": ([TEXTS] * 3, MaskedModelling),
+    "MoMa: next tokens of pairs and texts": ([PAIRS, TEXTS, PAIRS], NextToken),
 }
 
 
@@ -46,7 +49,7 @@ def trained(case: str, batches: list[Batch], *, steps: int = 3, **options: objec
     """Return the weights after so many steps of plain SGD."""
     objective = CASES[case][1] if case in CASES else MaskedModelling
     module = VisionLanguageModule(
-        small_vl_moe(),
+        FAMILIES.get(case.partition(":")[0], small_vl_moe)(),
         objective,
         AuxiliaryLosses(None, None),  # the balance loss of a batch is not the mean of those of its parts
         optimizer=partial(torch.optim.SGD, lr=0.1),

@@ -20,15 +20,16 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.write.demo.scenes import build_scenes
+from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.dispatch import Capacity
 from lightning_moevlm.model.layers import ModelStabilisers
 from lightning_moevlm.model.losses import AuxiliaryLosses, ByOverflow, LoadBalance
-from lightning_moevlm.model.routers import SigmoidBiasRouter
+from lightning_moevlm.model.routers import ExpertChoiceRouter, SigmoidBiasRouter
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
 from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
 from lightning_moevlm.training.checkpoints.partial_step import restore_gradients
 from lightning_moevlm.training.optim import GradientStabilisers, SkipSpikes
-from tests.small_model import small_vl_moe
+from tests.small_model import small_limoe, small_moma, small_vl_moe
 from tests.training.small_fit import tiny_module
 
 NUM_EPOCHS = 2
@@ -308,8 +309,12 @@ def test_an_optimiser_of_other_parameter_groups_is_refused(shards: Path, tmp_pat
         runs.run(2, resume=path)
 
 
-def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path) -> None:
-    runs = Runs(shards, 2, 4)
+EXPERTS_CHOOSE = partial(small_moma, router=partial(ExpertChoiceRouter, score="sigmoid"))
+
+
+@pytest.mark.parametrize("build", [small_vl_moe, small_limoe, EXPERTS_CHOOSE], ids=["VLMoE", "LIMoE", "MoMa"])
+def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path, build: Callable[[], Backbone]) -> None:
+    runs = Runs(shards, 2, 4, module=lambda: VisionLanguageModule(build(), init_std=0.1))
     whole, _ = runs.run(4)
     seen, resume = [], None
     for step in range(1, 5):
