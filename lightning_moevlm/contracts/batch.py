@@ -1,6 +1,6 @@
 """One batch of image-text pairs, the input of every model."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,12 @@ class Batch(NamedTuple):
     text_mask_BL: bool, True on real tokens.
     keys: the samples' WebDataset keys, in order.
     num_pairs: how many leading images and texts belong together; None if every image has its text.
-    per_source: samples from each source of the data, in the sources' order.
+    sources: name of each sample's source (`data.sources`), in order; empty if no loader made the batch.
     num_cut: texts read for the batch that were cut at the end.
     step: the batches of the whole optimiser step; None if the loader does not look ahead.
     answers: of the texts, which then are questions or statements; None if they are not read.
-    second_images_BRYX: like images_BRYX, the other image of samples with two; None if it is not read.
+    second_images_BRYX: like images_BRYX, the other image of samples with two, black where a sample has one; None if not
+        read.
     """
 
     images_BRYX: Tensor | None
@@ -42,7 +43,7 @@ class Batch(NamedTuple):
     text_mask_BL: Tensor | None
     keys: tuple[str, ...]
     num_pairs: int | None = None
-    per_source: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
     num_cut: int = 0
     step: "WholeStep | None" = None
     answers: Answers | None = None
@@ -77,7 +78,7 @@ class Batch(NamedTuple):
         return () if self.text_BL is None else self.keys[: self.pairs] + self.keys[len(self.image_keys) :]
 
     def first(self, num_samples: int) -> "Batch":
-        """Return the first samples, without the counts by source."""
+        """Return the first samples."""
         images_BRYX, text_BL, text_mask_BL = self.images_BRYX, self.text_BL, self.text_mask_BL
         num_samples = min(num_samples, self.num_samples)
         pairs = min(num_samples, self.pairs)
@@ -90,9 +91,32 @@ class Batch(NamedTuple):
             text_mask_BL[:num_texts] if text_mask_BL is not None and num_texts else None,
             self.keys[:num_samples],
             pairs,
+            self.sources[:num_samples],
             answers=None if self.answers is None else self.answers.select(range(num_samples)),
             second_images_BRYX=second[:num_images] if second is not None and num_images else None,
         )
+
+    def select(self, rows: Sequence[int]) -> "Batch":
+        """Return some samples. rows: their numbers, those of pairs first, then of images alone, then of texts alone."""
+        pairs, num_images = self.pairs, len(self.image_keys)
+        images = [row for row in rows if row < num_images]
+        texts = [row if row < pairs else row - num_images + pairs for row in rows if not pairs <= row < num_images]
+        return Batch(
+            self.images_BRYX[images] if self.images_BRYX is not None and images else None,
+            self.text_BL[texts] if self.text_BL is not None and texts else None,
+            self.text_mask_BL[texts] if self.text_mask_BL is not None and texts else None,
+            tuple(self.keys[row] for row in rows),
+            sum(row < pairs for row in rows),
+            tuple(self.sources[row] for row in rows) if self.sources else (),
+            answers=None if self.answers is None else self.answers.select(rows),
+            second_images_BRYX=None
+            if self.second_images_BRYX is None or not images
+            else self.second_images_BRYX[images],
+        )
+
+    def of_sources(self, names: Collection[str]) -> "Batch":
+        """Return the samples of some sources."""
+        return self.select([row for row, name in enumerate(self.sources) if name in names])
 
     def without_pixels(self) -> "Batch":
         """Return the batch with images on "meta": a shape without values."""

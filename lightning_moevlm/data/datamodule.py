@@ -80,7 +80,8 @@ class ShardDataModule(LightningDataModule):
         max_pixels: Largest image accepted, in pixels (width x height). Larger ones count as lost and are never decoded.
         augment: Crops and flips of training images, on the device; null turns them off. Evaluation has none.
         annotation: Read beside images and texts: `answers` where texts are questions, `cls` for the class member of
-            CLIP_benchmark's sets, or a field of the json member that names the class; null for nothing.
+            CLIP_benchmark's sets, or a field of the json member that names the class; null for nothing. Sources may
+            name their own, as with second_image.
         second_image: Read beside the image of each sample: `right`, the other image of statements about two; null for
             none.
         tokenizer: A tokenizer.json of the tokenizers library in place of the set's; null uses the set's.
@@ -156,9 +157,10 @@ class ShardDataModule(LightningDataModule):
         self.annotation = annotation
         self.tokenizer_file = tokenizer
         self.second_image = second_image
-        if second_image is not None and decode == "device":
+        second = next((each.second_image for each in self.sources.values() if each.second_image), second_image)
+        if second is not None and decode == "device":
             raise UserError(
-                f"data.decode is device and data.second_image is {second_image}: the device decodes one image of each "
+                f"data.decode is device and second_image is {second}: the device decodes one image of each "
                 "sample; set data.decode cpu"
             )
         self.train_loader: ShardLoader | None = None
@@ -172,7 +174,10 @@ class ShardDataModule(LightningDataModule):
             UserError: if there is no set (with the command that builds one), its manifest is broken, or it lacks the
                 modality of the source.
         """
-        opened = [open_set(source, self.storages[name]) for name, source in self.sources.items()]
+        opened = [
+            open_set(source, self.storages[name], self.annotation, self.second_image)
+            for name, source in self.sources.items()
+        ]
         return {name or found.metric_name: found for name, found in zip(self.sources, opened, strict=True)}
 
     @property
@@ -324,8 +329,8 @@ class ShardDataModule(LightningDataModule):
         keeps_jpegs = self.decode == "device"
         return Collate(
             opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
-            opened.manifest.layout.caption_field, find_annotation(opened, self.annotation),
-            find_second_image(opened, self.second_image),
+            opened.manifest.layout.caption_field, find_annotation(opened),
+            find_second_image(opened),
         )  # fmt: skip
 
     def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:

@@ -17,6 +17,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.step_records import BatchSize, LossReport, NamedPlan, ObjectiveOutput
+from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.backbones.features import pool_features
 from lightning_moevlm.model.initial_weights import derive_seed, initialise
@@ -164,6 +165,9 @@ class VisionLanguageModule(LightningModule):
             refuse_unsuited_trainer(self.trainer)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             start_from(self, self.init_from)
+        data: object = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets, but declares it not
+        if isinstance(data, ShardDataModule):
+            self.objective.check_sources(data.sources)
         keep_pinned_regions(self.trainer, self.precision)
         report_batch_dependence(self.backbone, stage)
 

@@ -12,7 +12,6 @@ Otherwise the sample counts as lost, for the same cause as if the CPU had decode
 from collections import Counter
 from collections.abc import Sequence
 
-from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause, Lost, decode_fault, lost_batch_error, lost_sample_error
 from lightning_moevlm.data.images.gpu_decode import Pixels
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
@@ -50,7 +49,10 @@ def insert_pixels(
         )
     counted = Counter[Cause](delivery.lost)
     counted.update(each.cause for place, each in lost.items() if images.fresh[place])
-    return delivery._replace(batch=_choose_rows(delivery.batch, kept), lost=dict(counted), last_error=last.message)
+    batch = delivery.batch
+    rows = [*kept, *range(images.num_images, batch.num_samples)]  # texts alone are not touched
+    batch = batch.select(rows)._replace(num_cut=batch.num_cut)
+    return delivery._replace(batch=batch, lost=dict(counted), last_error=last.message)
 
 
 def _make_lost(name: str, error: ValueError) -> Lost:
@@ -68,25 +70,3 @@ def _find_neighbours(good: Sequence[int], parts: Sequence[int], pairs: int) -> l
             return []
         found.append(min(alike, key=lambda other: (source[other] != source[place], abs(other - place))))
     return found
-
-
-def _choose_rows(batch: Batch, kept: Sequence[int]) -> Batch:
-    """Return a batch of the samples of these images, and of all its texts without images."""
-    assert batch.images_BRYX is not None
-    num_images, pairs = len(batch.images_BRYX), batch.pairs
-    left_out = num_images - len(kept)
-    text_BL, text_mask_BL = batch.text_BL, batch.text_mask_BL
-    if text_BL is not None and text_mask_BL is not None:
-        texts = [*(place for place in kept if place < pairs), *range(pairs, len(text_BL))]
-        text_BL, text_mask_BL = text_BL[texts], text_mask_BL[texts]
-    return Batch(
-        batch.images_BRYX[list(kept)],
-        text_BL,
-        text_mask_BL,
-        (*(batch.keys[place] for place in kept), *batch.keys[num_images:]),
-        sum(place < pairs for place in kept),
-        # only evaluation leaves samples out, and its batches are of one source
-        tuple(samples and samples - left_out for samples in batch.per_source),
-        batch.num_cut,
-        answers=None if batch.answers is None else batch.answers.select([*kept, *range(num_images, batch.num_samples)]),
-    )

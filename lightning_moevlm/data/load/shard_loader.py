@@ -171,7 +171,10 @@ class ShardLoader:
             stream = batch % self._reader.num_streams
             places = (*places[:stream], delivery.places, *places[stream + 1 :])
         self._cursor = replace(self._cursor, batch=batch + 1, places=places)
-        self.samples = [before + more for before, more in zip(self.samples, delivery.batch.per_source, strict=True)]
+        counts = Counter(delivery.batch.sources)
+        self.samples = [
+            before + counts[source.name] for before, source in zip(self.samples, self._reader.sources, strict=True)
+        ]
         self.num_texts += len(delivery.batch.text_keys)
         self.num_cut += delivery.batch.num_cut
         if not delivery.lost:

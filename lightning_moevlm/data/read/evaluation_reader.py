@@ -103,7 +103,8 @@ class FixedReader(Reader):
             raise lost_batch_error(num_samples, last_error)
         batch = source.collate.make_batch(samples, None if rows is None else rows[: len(samples)])
         images = source.collate.pack_jpegs(samples, len(samples))
-        return Delivery(join_batches({k: batch}, len(self.sources)), (), dict(causes), last_error, images)
+        batch = join_batches({k: batch}, [each.name for each in self.sources])
+        return Delivery(batch, (), dict(causes), last_error, images)
 
     @property
     def _batches(self) -> tuple[int, ...]:

@@ -13,14 +13,17 @@ def order_sources(batches: Mapping[int, Batch]) -> list[int]:
     return sorted(batches, key=lambda k: _kind(batches[k]))
 
 
-def join_batches(batches: Mapping[int, Batch], num_sources: int) -> Batch:
-    """Join the sources' batches, given by number of the source: pairs, then images alone, then texts alone."""
-    per_source = tuple(batches[k].num_samples if k in batches else 0 for k in range(num_sources))
+def join_batches(batches: Mapping[int, Batch], names: Sequence[str]) -> Batch:
+    """Join the sources' batches, given by number of the source: pairs, then images alone, then texts alone.
+
+    names: names of all sources.
+    """
     if not batches:
-        return Batch(None, None, None, (), 0, per_source)
+        return Batch(None, None, None, (), 0)
+    sources = tuple(name for k in order_sources(batches) for name in (names[k],) * batches[k].num_samples)
     if len(batches) == 1:
         (only,) = batches.values()
-        return only._replace(num_pairs=only.pairs, per_source=per_source)
+        return only._replace(num_pairs=only.pairs, sources=sources)
     ordered = [batches[k] for k in order_sources(batches)]
     return Batch(
         _concatenate([batch.images_BRYX for batch in ordered]),
@@ -28,10 +31,10 @@ def join_batches(batches: Mapping[int, Batch], num_sources: int) -> Batch:
         _concatenate([batch.text_mask_BL for batch in ordered]),
         tuple(key for batch in ordered for key in batch.keys),
         sum(batch.pairs for batch in ordered),
-        per_source,
+        sources,
         sum(batch.num_cut for batch in ordered),
         answers=_join_answers(ordered),
-        second_images_BRYX=_concatenate([batch.second_images_BRYX for batch in ordered]),
+        second_images_BRYX=_join_second_images(ordered),
     )
 
 
@@ -43,6 +46,21 @@ def _join_answers(batches: Sequence[Batch]) -> Answers | None:
     return Answers(
         tuple(given for answers in each for given in answers.given),
         tuple(kind for answers in each for kind in answers.kinds),
+    )
+
+
+def _join_second_images(batches: Sequence[Batch]) -> Tensor | None:
+    """Join the second images of all samples with images; those of a source without second images are black."""
+    if all(batch.second_images_BRYX is None for batch in batches):
+        return None
+    with_images = [batch for batch in batches if batch.images_BRYX is not None]
+    return _concatenate(
+        [
+            torch.zeros_like(batch.images_BRYX)
+            if batch.second_images_BRYX is None and batch.images_BRYX is not None
+            else batch.second_images_BRYX
+            for batch in with_images
+        ]
     )
 
 

@@ -51,12 +51,16 @@ class Source:
         weight: Share of the samples relative to the other weights: 0 or more, or a ramp over optimiser steps.
         modality: `pair`, `image` (its images alone) or `text` (its texts alone); null takes all that the set has.
         pause: Optimiser steps during which it gives no samples; null is off.
+        annotation: As data.annotation, which null takes.
+        second_image: As data.second_image, which null takes.
     """
 
     root: str
     weight: Schedule = 1.0
     modality: Modality | None = None
     pause: Pause | None = None
+    annotation: str | None = None
+    second_image: str | None = None
 
     def __post_init__(self) -> None:
         ends = (self.weight.start, self.weight.stop) if isinstance(self.weight, Ramp) else (self.weight,)

@@ -24,6 +24,8 @@ class OpenSet(NamedTuple):
     storage: ShardStorage
     manifest: Manifest
     members: tuple[str, ...]  # extensions of the members to read
+    annotation: str | None = None  # as `data.annotation`
+    second_image: str | None = None  # as `data.second_image`
 
     @property
     def has_texts(self) -> bool:
@@ -41,8 +43,12 @@ class OpenSet(NamedTuple):
         return re.sub(r"[^\w.-]", "_", self.manifest.name)
 
 
-def open_set(source: Source, storage: ShardStorage) -> OpenSet:
+def open_set(
+    source: Source, storage: ShardStorage, annotation: str | None = None, second_image: str | None = None
+) -> OpenSet:
     """Read the manifest of a source's set in `storage`, and choose its members.
+
+    annotation, second_image: those of the data, for a source that names none.
 
     Raises:
         UserError: if there is no set (with the command that builds one), its manifest is broken, or it lacks the
@@ -59,40 +65,43 @@ def open_set(source: Source, storage: ShardStorage) -> OpenSet:
             f"source {storage} has modality {source.modality!r}, but its samples have no {' and no '.join(lacking)}: "
             f"they have {', '.join(manifest.members)}; choose another modality or another set"
         )
-    return OpenSet(storage, manifest, tuple(member for kind in wanted if (member := there[kind]) is not None))
+    members = tuple(member for kind in wanted if (member := there[kind]) is not None)
+    return OpenSet(storage, manifest, members, source.annotation or annotation, source.second_image or second_image)
 
 
-def find_annotation(opened: OpenSet, name: str | None) -> Annotation | None:
-    """Return what is read beside images and texts. name: of `data.annotation`.
+def find_annotation(opened: OpenSet) -> Annotation | None:
+    """Return what is read beside images and texts.
 
     Raises:
         UserError: if samples of the set lack its member.
     """
-    if name is None:
+    if opened.annotation is None:
         return None
-    annotation = Annotation(name)
+    annotation = Annotation(opened.annotation)
     if annotation.member == ANNOTATION_EXTENSION and ANNOTATION_EXTENSION not in opened.manifest.members:
         raise UserError(
-            f"data.annotation is {name}, but samples of {opened.storage} have no json member; {annotation.remedy}"
+            f"the annotation of {opened.storage} is {opened.annotation}, but its samples have no json member; "
+            f"{annotation.remedy}"
         )
     return annotation
 
 
-def find_second_image(opened: OpenSet, name: str | None) -> str | None:
-    """Return the member with the second image of each sample. name: of `data.second_image`.
+def find_second_image(opened: OpenSet) -> str | None:
+    """Return the member with the second image of each sample.
 
     Raises:
         UserError: if samples of the set have one image.
     """
+    name = opened.second_image
     if name is None:
         return None
     members = opened.manifest.members
     found = next((member for member in SECOND_IMAGES if member.startswith(f"{name}.") and member in members), None)
     if found is None:
         raise UserError(
-            f"data.second_image is {name}, but samples of {opened.storage} have one image: they have "
+            f"second_image of {opened.storage} is {name}, but its samples have one image: they have "
             f"{', '.join(members)}; make a set of statements about two images with `moevlm data convert statements` or "
-            "`nlvr2`, or set data.second_image to null"
+            "`nlvr2`, or set second_image to null"
         )
     return found
 

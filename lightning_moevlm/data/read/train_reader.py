@@ -120,7 +120,7 @@ class TrainReader(Reader):
                 last_error = sample.message
             batches[k] = collate.make_batch(samples, rows)
             jpegs[k] = collate.pack_jpegs(samples, num_fresh)
-        batch, images = join_batches(batches, len(self.sources)), _join_jpegs(batches, jpegs)
+        batch, images = join_batches(batches, [source.name for source in self.sources]), _join_jpegs(batches, jpegs)
         return Delivery(batch, tuple(places), dict(+lost), last_error, images)
 
     @property

@@ -5,7 +5,7 @@ Every part makes its own passes over what it can use of a batch; `PART_TERM` nam
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -30,9 +30,11 @@ class Joint(Objective):
         spec: the backbone's dimensions.
         parts: objectives, each under a name of your choice.
         weights: what the terms of a part are multiplied by, beside their own weights; 1 for a part without one.
+        sources: names of the sources (`data.sources`) that a part trains on; all for a part without any.
 
     Raises:
-        UserError: no part, a name that is not made of lower-case letters, digits and _, or a weight without its part.
+        UserError: no part, a name that is not made of lower-case letters, digits and _, or a weight or sources without
+            their part.
     """
 
     def __init__(
@@ -40,14 +42,16 @@ class Joint(Objective):
         spec: BackboneSpec,
         parts: Mapping[str, Callable[[BackboneSpec], Objective]],
         weights: Mapping[str, float] | None = None,
+        sources: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
-        weights = weights or {}
-        _check(parts, weights)
+        weights, sources = weights or {}, sources or {}
+        _check(parts, {"weights": weights, "sources": sources})
         built = {name: factory(spec) for name, factory in parts.items()}
         self.parts = nn.ModuleDict(built)
         self.weights = {name: weights.get(name, 1.0) for name in parts}
-        self.pairs_reach_all = all(part.pairs_reach_all for part in built.values())
+        self.sources = {name: tuple(chosen) for name, chosen in sources.items()}
+        self.pairs_reach_all = not self.sources and all(part.pairs_reach_all for part in built.values())
         self.num_classes = {
             f"{name}_{term}": count for name, part in built.items() for term, count in part.num_classes.items()
         }
@@ -60,15 +64,27 @@ class Joint(Objective):
 
     def can_use(self, batch: Batch) -> bool:
         """Return whether any part has something to learn from a batch."""
-        return any(part.can_use(batch) for _, part in self._named())
+        return any(part.can_use(self._own(name, batch)) for name, part in self._named())
+
+    def check_sources(self, names: Collection[str]) -> None:
+        """Refuse data that lack a source of a part."""
+        for part, chosen in self.sources.items():
+            lacking = sorted(set(chosen) - set(names))
+            if lacking or not chosen:
+                there = ", ".join(sorted(names)) or "none"
+                raise UserError(
+                    f"sources of Joint gives {part} {', '.join(lacking) or 'no source'}, and data.sources has {there}: "
+                    "name one of these, or leave the part out of sources to train it on all"
+                )
 
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Run every part that can use the batch."""
         outputs: dict[str, ObjectiveOutput] = {}
         for name, part in self._named():
-            if part.can_use(batch):
+            own = self._own(name, batch)
+            if part.can_use(own):
                 part.spans_ranks = self.spans_ranks
-                outputs[name] = part(backbone, batch, draws)
+                outputs[name] = part(backbone, own, draws)
         if not outputs:
             raise UserError(
                 f"no part of Joint ({', '.join(self.parts)}) can use this batch: add one that fits the data"
@@ -99,7 +115,7 @@ class Joint(Objective):
 
     def size(self, batch: Batch) -> BatchSize | None:
         """Return the sizes of all parts; None where one does not know its own."""
-        sizes = {name: part.size(batch) for name, part in self._named()}
+        sizes = {name: part.size(self._own(name, batch)) for name, part in self._named()}
         known = {name: size for name, size in sizes.items() if size is not None}
         if len(known) < len(sizes):
             return None
@@ -121,6 +137,10 @@ class Joint(Objective):
             for measure in part.measures(f"{prefix}{name}_", weight * self.weights[name])
         ]
 
+    def _own(self, name: str, batch: Batch) -> Batch:
+        """Return the samples that a part uses."""
+        return batch.of_sources(self.sources[name]) if name in self.sources else batch
+
     def _named(self) -> list[tuple[str, Objective]]:
         return [(name, part) for name, part in self.parts.items() if isinstance(part, Objective)]
 
@@ -139,7 +159,7 @@ def _refuse_equal_measures(parts: Mapping[str, Objective]) -> None:
             raise UserError(f"parts {', '.join(names)} of Joint each compute {what}: keep one")
 
 
-def _check(parts: Mapping[str, object], weights: Mapping[str, float]) -> None:
+def _check(parts: Mapping[str, object], options: Mapping[str, Mapping[str, object]]) -> None:
     if not parts:
         raise UserError(
             "Joint has no parts: give it at least one objective, such as masked: {class_path: MaskedModelling}"
@@ -147,9 +167,10 @@ def _check(parts: Mapping[str, object], weights: Mapping[str, float]) -> None:
     for name in parts:
         if not _NAME.fullmatch(name):
             raise UserError(f"part {name!r} of Joint: choose a name of lower-case letters, digits and _")
-    lacking = sorted(weights.keys() - parts.keys())
-    if lacking:
-        raise UserError(
-            f"weights of Joint has {', '.join(lacking)}, which is not a part: remove it, or name one of "
-            f"{', '.join(sorted(parts))}"
-        )
+    for option, by_part in options.items():
+        lacking = sorted(by_part.keys() - parts.keys())
+        if lacking:
+            raise UserError(
+                f"{option} of Joint has {', '.join(lacking)}, which is not a part: remove it, or name one of "
+                f"{', '.join(sorted(parts))}"
+            )

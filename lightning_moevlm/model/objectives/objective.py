@@ -1,7 +1,7 @@
 """The objective contract."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.model_card import Costs, add_costs
@@ -41,6 +41,9 @@ class Objective(Module):
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Refuse a backbone that this objective cannot train, with a UserError."""
+
+    def check_sources(self, names: Collection[str]) -> None:
+        """Refuse data whose sources of these names lack one that this objective trains on, with a UserError."""
 
     @abstractmethod
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:

@@ -41,7 +41,7 @@ def _tensors(batch: Batch) -> list[Tensor]:
 def _assert_same(some: list[Batch], others: list[Batch]) -> None:
     assert [batch.keys for batch in some] == [batch.keys for batch in others]
     for one, other in zip(some, others, strict=True):
-        assert (one.num_pairs, one.per_source) == (other.num_pairs, other.per_source)
+        assert (one.num_pairs, one.sources) == (other.num_pairs, other.sources)
         for tensor, twin in zip(_tensors(one), _tensors(other), strict=True):
             assert torch.equal(tensor, twin) and tensor.dtype == twin.dtype and tensor.stride() == twin.stride()
 

@@ -254,7 +254,7 @@ def test_evaluation_leaves_out_bad_images(scenes_copy: Path) -> None:
 def _delivery() -> tuple[Delivery, JpegBatch]:
     """Pairs a b, images alone c d e, texts alone f, of sources 2, 1 and 0."""
     texts = torch.arange(3)[:, None]
-    batch = Batch(torch.empty(5, 3, 1, 1, device="meta"), texts, texts >= 0, tuple("abcdef"), 2, (1, 3, 2))
+    batch = Batch(torch.empty(5, 3, 1, 1, device="meta"), texts, texts >= 0, tuple("abcdef"), 2, tuple("ppiiit"))
     jpegs = [Jpeg(b"", name) for name in "abcde"]
     images = JpegBatch.join([JpegBatch.pack(jpegs[:2], 2), JpegBatch.pack(jpegs[2:], 1)])
     assert images is not None
@@ -270,7 +270,7 @@ def test_a_mixed_batch_by_hand() -> None:
     assert filled.batch.keys == tuple("aacddf")
     assert filled.batch.images_BRYX.flatten().tolist() == [0, 0, 2, 3, 3]
     assert filled.batch.text_BL.flatten().tolist() == [0, 0, 2]
-    assert (filled.batch.num_pairs, filled.batch.per_source) == (2, (1, 3, 2))
+    assert (filled.batch.num_pairs, filled.batch.sources) == (2, tuple("ppiiit"))
     # e filled up for another lost sample: it was counted when it was met first
     assert filled.lost == {"text_not_utf8": 1, "image_undecodable": 1} and filled.jpegs is None
 

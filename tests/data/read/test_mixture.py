@@ -122,19 +122,30 @@ def test_joined_by_hand() -> None:
         {
             0: Batch(None, texts(1, 2), texts(1, 1) > 0, ("t1", "t2")),
             2: Batch(images(3), None, None, ("i3",)),
-            3: Batch(images(4, 5), texts(4, 5), texts(1, 1) > 0, ("p4", "p5")),
+            3: Batch(images(4, 5), texts(4, 5), texts(1, 1) > 0, ("p4", "p5"), second_images_BRYX=images(6, 7)),
         },
-        num_sources=4,
+        ["texts", "none", "images", "pairs"],
     )
     assert found.images_BRYX is not None and found.images_BRYX.flatten().tolist() == [4, 5, 3]
     assert found.text_BL is not None and found.text_BL.flatten().tolist() == [4, 5, 1, 2]
-    assert (found.keys, found.pairs, found.per_source) == (("p4", "p5", "i3", "t1", "t2"), 2, (2, 0, 1, 2))
+    assert (found.keys, found.pairs) == (("p4", "p5", "i3", "t1", "t2"), 2)
+    assert found.sources == ("pairs", "pairs", "images", "texts", "texts")
     # the first four: both pairs, the image, one text
     first = found.first(4)
     assert first.images_BRYX is not None and first.images_BRYX.flatten().tolist() == [4, 5, 3]
     assert first.text_BL is not None and first.text_BL.flatten().tolist() == [4, 5, 1]
     assert (first.keys, first.pairs) == (("p4", "p5", "i3", "t1"), 2)
     assert found.first(1).keys == ("p4",) and found.first(1).pairs == 1
+    assert found.second_images_BRYX is not None and found.second_images_BRYX.flatten().tolist() == [6, 7, 0]
+    # some of each kind, and those of two sources
+    some = found.select([1, 2, 4])
+    assert some.images_BRYX is not None and some.images_BRYX.flatten().tolist() == [5, 3]
+    assert some.text_BL is not None and some.text_BL.flatten().tolist() == [5, 2]
+    assert some.second_images_BRYX is not None and some.second_images_BRYX.flatten().tolist() == [7, 0]
+    assert (some.keys, some.pairs, some.sources) == (("p5", "i3", "t2"), 1, ("pairs", "images", "texts"))
+    texts_and_images = found.of_sources(("images", "texts"))
+    assert (texts_and_images.keys, texts_and_images.pairs) == (("i3", "t1", "t2"), 0)
+    assert found.of_sources(("texts",)).images_BRYX is None and found.of_sources(()).num_samples == 0
 
 
 def test_batches_follow_the_weights(scenes_root: Path, drawings_root: Path) -> None:
@@ -146,7 +157,11 @@ def test_batches_follow_the_weights(scenes_root: Path, drawings_root: Path) -> N
     # an epoch of the mixture has as many samples as its sources together
     assert len(batches) == len(loader) == (2 * num_texts + num_pairs) // 10
     for batch in batches:
-        assert batch.per_source == (2, 5, 3) and batch.pairs == 5  # 10 x (0.2, 0.5, 0.3)
+        assert [batch.sources.count(name) for name in data.sources] == [
+            2,
+            5,
+            3,
+        ] and batch.pairs == 5  # 10 x (0.2, 0.5, 0.3)
         assert batch.images_BRYX is not None and batch.images_BRYX.shape == (8, 3, 32, 32)
         assert batch.text_BL is not None and batch.text_BL.shape == (7, 16)
     assert loader.samples == [2 * len(batches), 5 * len(batches), 3 * len(batches)]
@@ -234,7 +249,7 @@ def test_a_resume_with_other_sources_is_refused_but_weights_may_change(scenes_ro
         _data({**sources, "images": None}).train_dataloader().load_state_dict(loader.state_dict())
     changed = _data({**sources, "pairs": Source(str(scenes_root), 0.0)}).train_dataloader()
     changed.load_state_dict(loader.state_dict())
-    assert next(iter(changed)).per_source == (4, 0, 6)  # 0.2 : 0.3
+    assert [next(iter(changed)).sources.count(name) for name in sources] == [4, 0, 6]  # 0.2 : 0.3
 
 
 def test_a_source_too_small_for_ranks_and_streams_is_refused(scenes_root: Path, drawings_root: Path) -> None:

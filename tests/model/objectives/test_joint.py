@@ -52,6 +52,34 @@ def test_sizes_are_those_of_the_parts() -> None:
     }
 
 
+def test_a_part_trains_on_its_own_sources() -> None:
+    backbone, batch = small_vl_moe(), pair_batch(6)._replace(sources=("a", "b", "a", "b", "b", "c"))
+    joint = Joint(backbone.spec, PARTS, sources={"contrast": ["a"], "caption": ["b", "c"]})
+    output = joint(backbone, batch, Draws(3))
+    size = joint.size(batch)
+    assert size is not None
+    for name, rows in {"contrast": [0, 2], "caption": [1, 3, 4, 5], "masked": [0, 1, 2, 3, 4, 5]}.items():
+        alone = joint.get_submodule(f"parts.{name}")(backbone, batch.select(rows), Draws(3))
+        for term, value in alone.terms.items():
+            assert torch.equal(output.terms[f"{name}_{term}"].raw, value.raw)
+            assert int(size.predictions[f"{name}_{term}"]) == value.num_predictions
+    of_b = batch.of_sources(("b",))
+    assert not any(term.startswith("contrast") for term in joint(backbone, of_b, Draws(3)).terms)
+    lacking = joint.size(of_b)
+    assert lacking is not None and int(lacking.predictions["contrast_contrastive"]) == 0
+
+
+def test_sources_that_the_data_lack_are_refused() -> None:
+    joint = Joint(small_vl_moe().spec, PARTS, sources={"contrast": ["scenes"]})
+    joint.check_sources(("scenes", "other"))
+    with pytest.raises(UserError, match=r"gives contrast scenes, and data\.sources has other: name one of these"):
+        joint.check_sources(("other",))
+    with pytest.raises(UserError, match="gives masked no source"):
+        Joint(small_vl_moe().spec, PARTS, sources={"masked": []}).check_sources(("scenes",))
+    with pytest.raises(UserError, match="sources of Joint has two, which is not a part"):
+        Joint(small_vl_moe().spec, PARTS, sources={"two": ["scenes"]})
+
+
 def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     module = VisionLanguageModule(small_limoe(), partial(Joint, parts=PARTS, weights={"contrast": 2.0}), init_std=0.3)
     whole = uneven_batch(25)

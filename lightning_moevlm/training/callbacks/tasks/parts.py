@@ -93,6 +93,6 @@ def require_labels(trainer: Trainer, callback: str) -> ShardDataModule:
         UserError: they do not; callback: the name of the one that needs the classes.
     """
     data = find_data(trainer, callback)
-    if data.annotation is None:
+    if all(one.annotation is None for one in data.sets.values()):
         raise UserError(f"{callback} needs the class of each sample: set data.annotation to the field that names it")
     return data
