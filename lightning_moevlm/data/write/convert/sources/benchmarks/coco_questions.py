@@ -27,6 +27,7 @@ from lightning_moevlm.data.write.convert.sources.benchmarks.questions_by_image i
 from lightning_moevlm.data.write.convert.sources.row_source import (
     BadRow,
     RowError,
+    check_text,
     clean_caption,
     make_set_name,
     require_file,
@@ -168,8 +169,9 @@ def _read_answers(path: Path, kind_field: str) -> tuple[dict[int, _Answer], list
             question_id = number_field(entry, "question_id")
             given = [text_field(answer, "answer") for answer in list_field(entry, "answers")]
             kind = str(entry.get(kind_field) or "other")
-            answer, answers = answers_of(given, entry.get("multiple_choice_answer"))
-            found[question_id] = _Answer(str(names.get(kind, kind)), answer, answers)
+            kind = str(names.get(kind, kind))
+            check_text(kind)
+            found[question_id] = _Answer(kind, *answers_of(given, entry.get("multiple_choice_answer")))
         except RowError as fault:
             bad.append(fault.to_bad_row(f"{path.name} annotations[{number}]"))
     return found, bad
