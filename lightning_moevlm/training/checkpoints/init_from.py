@@ -1,9 +1,9 @@
 """Starts training from the weights of another run: whole, by parts, or a dense model's in a mixture of experts.
 
 Sparse upcycling (arXiv 2212.05055, section 3): every expert starts as a copy of the dense feed-forward in its place, or
-of the only expert there, and routers start anew. Drop-Upcycling (arXiv 2502.19261, section 3.2): in each expert a share
-of the hidden units, drawn for it alone, starts from normal numbers of the mean and standard deviation of the units that
-they replace.
+of the only expert there (MoMa, arXiv 2407.21770, section 2.5), and routers start anew. Drop-Upcycling (2502.19261,
+section 3.2): in each expert a share of the hidden units, drawn for it alone, starts from normal numbers of the mean and
+standard deviation of the units that they replace.
 """
 
 from collections import Counter
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from lightning_moevlm.tracking import RunLogger
 from lightning_moevlm.training.checkpoints.checkpoint_file import read_checkpoint
 from lightning_moevlm.training.optim.named_parts import is_in, refuse_unknown_part
 
-_DENSE_OF = {"experts.up_EDF": "up.weight", "experts.down_EFD": "down.weight"}
-_HIDDEN_AXIS = {"experts.up_EDF": 2, "experts.down_EFD": 1}
+_DENSE_OF = {"experts.gate_EDF": "gate.weight", "experts.up_EDF": "up.weight", "experts.down_EFD": "down.weight"}
+_HIDDEN_AXIS = {"experts.gate_EDF": 2, "experts.up_EDF": 2, "experts.down_EFD": 1}
 _GROUP_DEPTH = 2  # parts of a name that the report groups by, such as backbone.blocks
 
 
@@ -131,6 +130,12 @@ def load_initial_weights(module: nn.Module, options: InitFrom) -> Loaded:
             taken.pop(name, None)
             used.add(dense)
     layers = _layers_of(upcycled)
+    for name in wanted:
+        if name not in upcycled and any(is_in(name, f"{layer}.experts") for layer in layers):
+            raise UserError(
+                f"model.init_from.upcycle: {name} has no counterpart in {path}, whose feed-forward is of another kind; "
+                "choose experts of its kind: MLPExperts for a dense feed-forward"
+            )
     taken = {name: value for name, value in taken.items() if not any(is_in(name, f"{path}.router") for path in layers)}
     used = {name for name in used if name in taken or name not in here or name in upcycled}
     for name, value in (taken | upcycled).items():
@@ -224,8 +229,8 @@ def measure_upcycling(module: nn.Module, loaded: Loaded, num_tokens: int = 64) -
         layout = Layout((Span(Modality.TEXT, 0, num_tokens),), torch.ones(1, num_tokens, dtype=torch.bool))
         was_training = layer.training
         mixed_TD = layer.eval()(tokens_TD.unsqueeze(0), layout).tokens_BSD[0]
+        first = tuple(stack[0] for stack in layer.experts.stacks())
+        alone_TD = layer.experts.run(tokens_TD, first, torch.matmul)
         layer.train(was_training)
-        up_DF, down_FD = (stack[0] for stack in layer.experts.stacks())
-        alone_TD = F.gelu(tokens_TD @ up_DF) @ down_FD
         found[path] = float((mixed_TD - alone_TD).abs().max() / alone_TD.abs().max())
     return found

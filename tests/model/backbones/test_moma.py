@@ -1,6 +1,8 @@
 """MoMa: groups of experts by modality, expert choice inside them, causal training."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +13,17 @@ from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.step_records import NamedPlan
 from lightning_moevlm.model import routers
 from lightning_moevlm.model.backbones import MoMa
+from lightning_moevlm.model.experts import ExpertStack, GatedExperts, MLPExperts
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import ExpertChoiceRouter, Router, TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.checkpoints.init_from import InitFrom, Upcycle, load_initial_weights, measure_upcycling
 from tests.small_model import pair_batch, small_moe, small_moma, uneven_batch
+from tests.training.small_fit import fit
 
 CHOICE = partial(ExpertChoiceRouter, score="sigmoid")
+SMALL = partial(MoMa, dim=32, num_heads=2, image_size=16, patch_size=8, vocab_size=300, max_text_len=8)
 
 
 def plans(model: MoMa, batch: Batch) -> tuple[NamedPlan, ...]:
@@ -62,14 +68,32 @@ def test_one_expert_takes_every_token_and_its_router_learns() -> None:
 
 
 def test_groups_may_differ_in_size() -> None:
-    build = partial(
-        MoMa, dim=32, num_heads=2, num_blocks=1, image_size=16, patch_size=8, vocab_size=300, max_text_len=8
-    )
     one, seven = (small_moe(number, TopKRouter, None, None) for number in (1, 7))
-    model = build(moe=one, text_moe=seven)
+    model = SMALL(num_blocks=1, moe=one, text_moe=seven)
     assert [module.num_experts for module in model.modules() if isinstance(module, MoEFFN)] == [1, 7]
     with pytest.raises(UserError, match="text_moe describes the text experts of a grouped MoMa"):
-        build(moe=one, text_moe=seven, is_grouped=False)
+        SMALL(num_blocks=1, moe=one, text_moe=seven, is_grouped=False)
+
+
+def test_a_group_grows_from_its_only_expert(tmp_path: Path) -> None:
+    # section 2.5 of the paper: 1t1i is trained first, then each of its experts is copied
+    def module(
+        num_experts: int, experts: type[ExpertStack], router: Callable[[int, int], Router]
+    ) -> VisionLanguageModule:
+        moe = partial(MoEFFN, num_experts=num_experts, router=router, experts=partial(experts, hidden_dim=24))
+        return VisionLanguageModule(SMALL(num_blocks=1, moe=moe), seed=num_experts, init_std=0.1)
+
+    path = tmp_path / "1t1i.ckpt"
+    one = module(1, GatedExperts, TopKRouter)
+    fit(one, 1, save_to=path)
+    four = module(4, GatedExperts, partial(TopKRouter, top_k=2, renormalise=True))
+    loaded = load_initial_weights(four, InitFrom(str(path), upcycle=Upcycle()))
+    assert len(loaded.upcycled) == 6 and max(measure_upcycling(four, loaded).values()) < 1e-5  # three stacks a modality
+    for expert in four.backbone.blocks[0].ffn.text.experts.gate_EDF:  # type: ignore[union-attr]
+        assert torch.equal(expert, one.backbone.blocks[0].ffn.text.experts.gate_EDF[0])  # type: ignore[union-attr]
+    fit(module(1, MLPExperts, TopKRouter), 1, save_to=path)
+    with pytest.raises(UserError, match=r"image\.experts\.gate_EDF has no counterpart .* choose experts of its kind"):
+        load_initial_weights(four, InitFrom(str(path), upcycle=Upcycle()))
 
 
 def test_a_causal_objective_refuses_expert_choice_and_names_the_routers_that_it_takes() -> None:
