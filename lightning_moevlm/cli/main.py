@@ -28,6 +28,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
   moevlm data convert KIND SOURCE                   make a set of your own: csv, jsonl, coco_captions, coco_vqa,
                                                     img2dataset, questions
+  moevlm data index URLS --out DIR                  list tars where they are, so that reading them is exact
   moevlm data check DIR                             verify a set and print its card
   moevlm data show DIR                              write samples as a page to browse
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets

@@ -212,10 +212,10 @@ class ShardDataModule(LightningDataModule):
             rank_zero_info(f"data.tokenizer {self.tokenizer_file}: {self.tokenizer.control.describe()}")
         for opened in self.sets.values():
             self._refuse_other_than_jpegs(opened)
-            folder = opened.storage.folder
+            shards = [shard for split in opened.manifest.splits.values() for shard in split]
+            folder = opened.storage.home_of(shards[0]).folder if shards else None
             if folder is None or self.max_lost_fraction > 0:
                 continue
-            shards = [shard for split in opened.manifest.splits.values() for shard in split]
             small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
             for shard in shards:
                 if small:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_moevlm.cli.data import convert
+from lightning_moevlm.cli.data.index import index
 from lightning_moevlm.cli.output import print_built
 from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
@@ -224,6 +225,7 @@ Command = Callable[..., object]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "build": {"openmoji": build_openmoji, "scenes": build_scenes},
     "convert": convert.COMMANDS,
+    "index": index,
     "check": check,
     "codebook": codebook,
     "answers": answers,

@@ -19,7 +19,7 @@ from lightning_moevlm.data.format.faults import ShardFault
 from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 
 MANIFEST_FILE = "manifest.json"
-FORMAT, FORMAT_WITH_LAYOUT = "moevlm-shards/1", "moevlm-shards/2"
+FORMAT, FORMAT_WITH_LAYOUT, FORMAT_ELSEWHERE = "moevlm-shards/1", "moevlm-shards/2", "moevlm-shards/3"
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -37,6 +37,7 @@ class ShardEntry:
     num_samples: Count
     num_bytes: Count
     sha256: str  # of its bytes, in hex
+    at: str = ""  # its folder or address, set by the manifest; "": beside the manifest
 
     def __post_init__(self) -> None:
         _check_file_name(self.file)
@@ -76,11 +77,16 @@ class Manifest:
     tokenizer: TokenizerEntry
     splits: dict[Split, tuple[ShardEntry, ...]]
     layout: Layout = PLAIN_LAYOUT  # names of members in the tars
+    shards_at: str = ""  # folder or address of the tars, if they are not beside the manifest
 
     @property
     def digest(self) -> str:
-        """Hash of the content: sha256, in hex, of the canonical form (sorted keys, no blanks)."""
-        canonical = json.dumps(self._as_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """Hash of the content: sha256, in hex, of the canonical form (sorted keys, no blanks).
+
+        The tars may be moved: their place does not count.
+        """
+        content = {name: value for name, value in self._as_json().items() if name != "shards_at"}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def num_samples(self, split: Split) -> int:
@@ -94,9 +100,16 @@ class Manifest:
         unfinished.replace(root / MANIFEST_FILE)
 
     def _as_json(self) -> dict[str, object]:
-        content = {"format": FORMAT if self.layout == PLAIN_LAYOUT else FORMAT_WITH_LAYOUT, **asdict(self)}
-        if self.layout == PLAIN_LAYOUT:
-            del content["layout"]  # as it always was, so that digests stay
+        is_plain = self.layout == PLAIN_LAYOUT and not self.shards_at
+        known = FORMAT if is_plain else FORMAT_WITH_LAYOUT if not self.shards_at else FORMAT_ELSEWHERE
+        content = {"format": known, **asdict(self)}
+        for shards in content["splits"].values():
+            for shard in shards:
+                del shard["at"]
+        if not self.shards_at:
+            del content["shards_at"]  # as it always was, so that digests stay
+        if is_plain:
+            del content["layout"]
         return content
 
 
@@ -116,6 +129,10 @@ class _Splits(msgspec.Struct):
 
 class _Layout(msgspec.Struct):
     layout: Layout
+
+
+class _Elsewhere(msgspec.Struct):
+    shards_at: str
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -170,15 +187,18 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{place} is not JSON ({where}); restore it or rebuild the set with --force true") from None
     version = convert_record(content, _Version, place).format
-    if version not in (FORMAT, FORMAT_WITH_LAYOUT):
-        raise UserError(
-            f"{place}: format is {version!r}, but only {FORMAT!r} and {FORMAT_WITH_LAYOUT!r} are known; rebuild the set"
-        )
+    known = (FORMAT, FORMAT_WITH_LAYOUT, FORMAT_ELSEWHERE)
+    if version not in known:
+        raise UserError(f"{place}: format is {version!r}, but only {', '.join(known)} are known; rebuild the set")
     splits = convert_record(content, _Splits, place).splits  # a record, so that errors name the split
-    layout = convert_record(content, _Layout, place).layout if version == FORMAT_WITH_LAYOUT else PLAIN_LAYOUT
-    about = {key: value for key, value in content.items() if key != "layout"}
+    layout = convert_record(content, _Layout, place).layout if version != FORMAT else PLAIN_LAYOUT
+    shards_at = convert_record(content, _Elsewhere, place).shards_at if version == FORMAT_ELSEWHERE else ""
+    if "://" in place and shards_at and ("://" not in shards_at or shards_at.lower().startswith("file:")):
+        raise UserError(f"{place} names {shards_at!r}, a local folder, for its shards: index the tars by their address")
+    about = {key: value for key, value in content.items() if key not in ("layout", "shards_at")}
     found = convert_record({**about, "splits": {}}, Manifest, place)
-    return replace(found, splits={split: getattr(splits, split) for split in SPLITS}, layout=layout)
+    shards = {split: tuple(replace(shard, at=shards_at) for shard in getattr(splits, split)) for split in SPLITS}
+    return replace(found, splits=shards, layout=layout, shards_at=shards_at)
 
 
 def check_shard_size(root: Path, shard: ShardEntry) -> Path:

@@ -20,8 +20,8 @@ from lightning_moevlm.data.format.tar_members import TarBreak, tar_members
 class ShardOpener(Protocol):
     """Opens shards: a set's storage, or a prefetcher in front of it."""
 
-    def place(self, file: str) -> str:
-        """Return the path or address of a file, without credentials, for messages."""
+    def place(self, file: ShardEntry) -> str:
+        """Return the path or address of a shard, without credentials, for messages."""
         ...
 
     def open(self, entry: ShardEntry) -> BinaryIO:
@@ -72,7 +72,7 @@ def read_shard(
         wanted: Members of the set to read.
         layout: Names of these members in the tar.
     """
-    place = opener.place(entry.file)
+    place = opener.place(entry)
     try:
         with opener.open(entry) as stream:
             extensions = frozenset(extension for member in wanted for extension in layout.extensions_of(member))

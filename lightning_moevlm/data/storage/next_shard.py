@@ -31,8 +31,8 @@ class ShardPrefetcher:
         self._next = next(self._shards, None)
         self._fetch: _Fetch | None = None
 
-    def place(self, file: str) -> str:
-        """Return the path or address of a file, without credentials, for messages."""
+    def place(self, file: ShardEntry) -> str:
+        """Return the path or address of a shard, without credentials, for messages."""
         return self._storage.place(file)
 
     def open(self, entry: ShardEntry) -> BinaryIO:

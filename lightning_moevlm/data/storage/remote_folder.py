@@ -12,8 +12,10 @@ import logging
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from io import BufferedReader, RawIOBase
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import fsspec
 from fsspec.asyn import sync
@@ -30,6 +32,7 @@ T = TypeVar("T")
 HTTP = ("http", "https")
 _EXTRAS = {"s3": "s3", "gs": "gs"}
 _PIECE_BYTES = 8 * 2**20
+_STREAMED_BYTES = 2**20
 _LONGEST_PAUSE_S = 30.0
 _SILENCE_S = 60
 """A server that sends nothing for so long counts as gone."""
@@ -66,6 +69,27 @@ class RemoteFolder:
         """
         system, path = self._open_system(file)
         return self._try(file, lambda: bytes(system.cat_file(path)), lambda: 0, StopRequest())
+
+    def files(self, pattern: str) -> list[str]:
+        """Return the names of the folder's files that match a pattern, sorted.
+
+        Raises:
+            ShardFault: if the folder is missing, its storage does not answer, or does not list it.
+        """
+        system, path = self._open_system("")
+        listed = self._try("", lambda: system.ls(path, detail=False), lambda: 0, StopRequest())
+        names = (unquote(urlsplit(str(each)).path.rpartition("/")[2]) for each in listed)
+        return sorted({name for name in names if fnmatchcase(name, pattern) and not name.startswith(".")})
+
+    def stream(self, file: str) -> BinaryIO:
+        """Open a file for reading from its beginning on; a broken transfer is resumed.
+
+        Raises:
+            ShardFault: if it is missing or its storage does not answer, here or at a later read.
+        """
+        stream = _Stream(self, file)
+        stream.begin()
+        return BufferedReader(stream, _STREAMED_BYTES)
 
     def download(self, entry: ShardEntry, out: BinaryIO, stop: StopRequest) -> None:
         """Write a shard to `out`, from its beginning; a broken download is resumed.
@@ -145,6 +169,12 @@ class RemoteFolder:
                     ) from None
             stop.pause(_chance.uniform(0, min(_LONGEST_PAUSE_S, self.backoff_s * 2**failures)))
 
+    def _open_stream(self, file: str) -> Any:
+        system, path = self._open_system(file)
+        if self.protocol in HTTP:  # one answer, read as it comes: blocks need a server that knows ranges and sizes
+            return system.open(path, "rb", block_size=0, size=1, headers=_HTTP_HEADERS)
+        return system.open(path, "rb")
+
     def _mask(self, text: str) -> str:
         parts = urlsplit(self.url)
         for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query):
@@ -168,6 +198,57 @@ _URL_MASK = _UrlMask()
 
 _HTTP_HEADERS = {"Accept-Encoding": "identity"}
 """A compressed transfer could unpack to any size, and could not be resumed."""
+
+
+class _Stream(RawIOBase):
+    """Reads a remote file in order. After a break it is opened again, and what was read is passed over."""
+
+    def __init__(self, folder: RemoteFolder, file: str) -> None:
+        self._folder = folder
+        self._file = file
+        self._source: Any = None
+        self._position = 0
+
+    def begin(self) -> None:
+        """Open the file, so that a missing one is told at once."""
+        self._retry(self._open)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._retry(lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if self._source is not None:
+            self._source.close()
+        super().close()
+
+    def _retry(self, action: Callable[[], T]) -> T:
+        return self._folder._try(self._file, action, lambda: self._position, StopRequest())
+
+    def _open(self) -> None:
+        source = self._folder._open_stream(self._file)
+        left = self._position
+        while left:
+            passed = len(source.read(min(left, _STREAMED_BYTES)))
+            if not passed:
+                raise ConnectionError(f"the file has become shorter than {self._position} bytes")
+            left -= passed
+        self._source = source
+
+    def _read(self, size: int) -> bytes:
+        if self._source is None:
+            self._open()
+        try:
+            data = bytes(self._source.read(size))
+        except Exception:
+            self._source = None
+            raise
+        self._position += len(data)
+        return data
 
 
 class _Sink:

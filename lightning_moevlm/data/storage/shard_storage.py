@@ -6,7 +6,7 @@ and sha256 of the manifest. No address can reach a shell.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -87,9 +87,50 @@ class ShardStorage:
             return None
         return Path(self.root.removeprefix("file://"))
 
-    def place(self, file: str) -> str:
-        """Return the path or address of a file, without credentials, for messages."""
+    def place(self, file: str | ShardEntry) -> str:
+        """Return the path or address of a file or shard, without credentials, for messages."""
+        if isinstance(file, ShardEntry):
+            return self.home_of(file).place(file.file)
         return str(self.folder / file) if self.folder is not None else self._remote.place(file)
+
+    def home_of(self, entry: ShardEntry) -> "ShardStorage":
+        """Return the storage that holds a shard: this one, unless the manifest names another place.
+
+        Raises:
+            UserError: if the protocol of that place is not allowed.
+        """
+        if not entry.at or entry.at == self.root:
+            return self
+        home = replace(self, root=entry.at)
+        object.__setattr__(home, "_verified", self._verified)
+        return home
+
+    def files(self, pattern: str) -> list[str]:
+        """Return the names of the folder's files that match a pattern, sorted.
+
+        Raises:
+            UserError: if the folder is missing, out of reach, or cannot be listed.
+        """
+        if self.folder is None:
+            return self._remote.files(pattern)
+        if not self.folder.is_dir():
+            raise UserError(f"there is no folder {self.folder}; give the folder of the tars, or their names")
+        return sorted(path.name for path in self.folder.glob(pattern) if not path.name.startswith("."))
+
+    def stream(self, file: str) -> BinaryIO:
+        """Open a file of any content for reading from its beginning on; a broken transfer is resumed.
+
+        Raises:
+            ShardFault: if it is missing or out of reach, here or at a later read.
+        """
+        if self.folder is None:
+            return self._remote.stream(file)
+        try:
+            return (self.folder / file).open("rb", buffering=_BUFFER_BYTES)
+        except FileNotFoundError:
+            raise ShardFault("shard_missing", f"{self.folder / file} is missing; restore it, or leave it out") from None
+        except OSError as error:
+            raise _read_fault(self.place(file), error) from None
 
     def read_manifest(self) -> Manifest:
         """Read the set's manifest.
@@ -121,22 +162,23 @@ class ShardStorage:
             UserError: if the cache cannot be written.
             StoppedError: if asked to stop.
         """
-        if self.folder is not None:
+        home = self.home_of(entry)
+        if home.folder is not None:
             try:
-                path = check_shard_size(self.folder, entry)
+                path = check_shard_size(home.folder, entry)
                 version = _Version.of(path)  # before the bytes are read: a write meanwhile changes it
                 if self._verified.get(entry) != version:
-                    check_shard(self.folder, entry)
+                    check_shard(home.folder, entry)
                     self._verified[entry] = version
                 return path
             except OSError as error:
-                raise _read_fault(self.place(entry.file), error) from None
-        remote, stop = self._remote, stop or StopRequest()
-        return self._cache.path(self.place(entry.file), entry, lambda out: remote.download(entry, out, stop), stop)
+                raise _read_fault(self.place(entry), error) from None
+        remote, stop = home._remote, stop or StopRequest()
+        return self._cache.path(self.place(entry), entry, lambda out: remote.download(entry, out, stop), stop)
 
     def fits_beside(self, entry: ShardEntry, other: ShardEntry) -> bool:
         """Return whether the set has a cache, with room for both shards."""
-        if self.folder is not None:
+        if self.home_of(entry).folder is not None:
             return False
         return self._cache.max_bytes is None or entry.num_bytes + other.num_bytes <= self._cache.max_bytes
 

@@ -87,7 +87,7 @@ def find_existing_set(out: Path, recipe: Recipe, force: bool) -> Manifest | None
             "pass --force true to replace it, or another --out"
         )
     for shards in manifest.splits.values():
-        for shard in shards:
+        for shard in shards if not manifest.shards_at else ():
             check_shard_size(out, shard)
     return manifest
 

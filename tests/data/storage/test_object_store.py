@@ -12,7 +12,11 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.faults import Lost
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
+from lightning_moevlm.data.storage.find_tars import find_tars
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
+from lightning_moevlm.data.write.convert.convert import ConvertOptions
+from lightning_moevlm.data.write.convert.finish_set import Licence
+from lightning_moevlm.data.write.index_tars import IndexOptions, index_tars
 
 s3fs = pytest.importorskip("s3fs", reason="needs the extra s3")
 boto3 = pytest.importorskip("boto3", reason="needs moto[server], of the extra dev")
@@ -72,6 +76,23 @@ def test_large_shards_come_in_pieces(
     storage = ShardStorage(bucket, str(tmp_path))
     entry = storage.read_manifest().splits["train"][0]
     assert storage.local_path(entry).read_bytes() == (scenes_root / entry.file).read_bytes()
+
+
+def test_tars_in_a_bucket_are_found_and_indexed(bucket: str, scenes_root: Path, tmp_path: Path) -> None:
+    named = [path.name for path in sorted(scenes_root.glob("train-*.tar"))]
+    for urls in (f"{bucket}/train-*.tar", f"{bucket}/train-{{000000..{len(named) - 1:06d}}}.tar"):
+        assert [tar.file for tar in find_tars(urls)] == named
+    assert len(find_tars(bucket)) == len(list(scenes_root.glob("*.tar")))
+    converted = index_tars(
+        find_tars(f"{bucket}/train-*.tar"), tmp_path / "set", IndexOptions(None, Licence("CC0", "", ""), 400),
+        ConvertOptions(0, 1, False),
+    )  # fmt: skip
+    assert converted.num_rows == 120 and converted.manifest.shards_at == bucket
+    remote = ShardDataModule(str(tmp_path / "set"), 8, 32, 16, 400, cache_dir=str(tmp_path / "cache"))
+    remote.prepare_data()
+    assert sum(batch.num_samples for batch in remote.val_dataloader()) > 0
+    with pytest.raises(UserError, match=rf"{bucket}/none.tar is missing"):
+        find_tars(f"{bucket}/none.tar")[0].storage.stream("none.tar")
 
 
 def test_faults_in_a_bucket(bucket: str, scenes_root: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Turns a folder of shards into a set: writes the tokenizer, the licence and, last of all, the manifest."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate, islice
 from pathlib import Path
@@ -48,6 +48,7 @@ class Contents(NamedTuple):
     splits: dict[Split, tuple[ShardEntry, ...]]
     layout: Layout = PLAIN_LAYOUT
     tokenizer_file: Path | None = None  # of another set, to share its ids; None trains one on the texts
+    shards_at: str = ""  # place of the tars, if they are not beside the manifest
 
 
 def finish_set(folder: Path, recipe: Recipe, licence: Licence, contents: Contents, vocab_size: int) -> Manifest:
@@ -71,8 +72,12 @@ def finish_set(folder: Path, recipe: Recipe, licence: Licence, contents: Content
             if contents.tokenizer_file is None
             else copy_tokenizer(contents.tokenizer_file, folder)
         ),
-        splits=contents.splits,
+        splits={
+            split: tuple(replace(entry, at=contents.shards_at) for entry in entries)
+            for split, entries in contents.splits.items()
+        },
         layout=contents.layout,
+        shards_at=contents.shards_at,
     )
     said = "\n".join(line for line in (licence.attribution, licence.text, licence.url) if line)
     (folder / "LICENCE.txt").write_text(said + "\n", encoding="utf-8")

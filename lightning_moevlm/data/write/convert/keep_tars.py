@@ -9,11 +9,11 @@ are tolerated stay in their tars, so `data.max_lost_fraction` must allow them. T
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.progress import track
@@ -26,11 +26,12 @@ from lightning_moevlm.data.write.convert.convert import VERSION, Converted, Conv
 from lightning_moevlm.data.write.convert.finish_set import Contents, Licence, finish_set, typical_size
 from lightning_moevlm.data.write.convert.inspect_tar import TarReport, inspect_tar
 from lightning_moevlm.data.write.convert.process_pool import map_in_order
-from lightning_moevlm.data.write.convert.sources.img2dataset import REMEDIES, Download, find_downloads, fingerprint
+from lightning_moevlm.data.write.convert.sources.img2dataset import REMEDIES, find_downloads, fingerprint
 from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_NAMES, MemberNames
 from lightning_moevlm.data.write.convert.sources.row_source import BadRow, make_set_name
 from lightning_moevlm.data.write.convert.work_folder import WorkFolder, open_work_folder
 
+T = TypeVar("T")
 _HELD_OUT_SHARE = 0.1
 
 
@@ -64,73 +65,114 @@ def keep_tars(
         there = find_existing_set(out, recipe, effort.force)
         if there is not None:
             return Converted(there, False, ())
-    _refuse_few(folder, len(found), "")
+    refuse_few(str(folder), len(found))
     out.parent.mkdir(parents=True, exist_ok=True)
     with open_work_folder(out, recipe.fingerprint) as work:
-        reports = _inspect_all(folder, found, names, effort.num_jobs, work)
-        chosen, bad = _choose_members(reports, names), BadRows(REMEDIES)
-        for row in (row for report in reports for row in report.bad):
-            bad.add(row)
-        for report in reports:
-            for row in _find_lacking(report, chosen):
-                bad.add(row)
-        num_samples = sum(report.entry.num_samples for report in reports)
-        bad.refuse_beyond(effort.max_bad, num_samples)
-        if not any(report.choices for report in reports):
-            raise UserError(
-                f"no sample in {folder} can be used: name the extensions of images and captions with --image_member "
-                "and --caption_member, or download the tars again"
-            )
-        full = [
-            report for report in reports if any(chosen.required <= set(choice.split()) for choice in report.choices)
-        ]
-        _refuse_few(folder, len(full), " with a sample that can be used")
-        splits = _deal(full)
-        contents = Contents(
-            image_size=typical_size(Counter(side for report in reports for side in report.sides)),
-            members=chosen.members,
-            texts=(caption for report in splits["train"] for caption in report.captions),
-            splits={split: tuple(report.entry for report in some) for split, some in splits.items()},
-            layout=chosen.layout,
-        )
+        keys = {download: f"tar-{download.file}" for download in found}
+        inspect = partial(inspect_tar, folder=folder, names=names)
+        reports = inspect_all(keys, inspect, lambda download: str(folder / download.file), effort.num_jobs, work)
+        contents, bad = describe(reports, names, effort.max_bad, str(folder))
         manifest = finish_set(work.folder, recipe, licence, contents, vocab_size)
         if in_place:
             for file in (TOKENIZER_FILE, "LICENCE.txt", MANIFEST_FILE):
                 (work.folder / file).replace(out / file)
             shutil.rmtree(work.folder)
         else:
-            for report in track(full, len(full), "linking tars"):
-                _link(folder / report.entry.file, work.folder / report.entry.file)
+            entries = [entry for some in contents.splits.values() for entry in some]
+            for entry in track(entries, len(entries), "linking tars"):
+                _link(folder / entry.file, work.folder / entry.file)
             work.tidy()
             put_in_place(work.folder, out)
-    return Converted(manifest, True, bad.counts(), num_samples)
+    return Converted(manifest, True, bad.counts(), sum(report.entry.num_samples for report in reports))
 
 
-def _refuse_few(folder: Path, num_tars: int, which: str) -> None:
+def refuse_few(place: str, num_tars: int, which: str = "", remedy: str = "--keep_tars false") -> None:
+    """Refuse fewer tars than splits. which: what was counted, after a blank."""
     if num_tars < 3:
         raise UserError(
-            f"{folder} holds {num_tars} tars{which}, but training, validation and test need one each; write the "
-            "samples again with --keep_tars false"
+            f"{place} holds {num_tars} tars{which}, but training, validation and test need one each; write the "
+            f"samples again with {remedy}"
         )
 
 
-def _inspect_all(
-    folder: Path, found: tuple[Download, ...], names: MemberNames, num_jobs: int, work: WorkFolder
+def inspect_all(
+    found: Mapping[T, str],
+    inspect: Callable[[T], TarReport],
+    place: Callable[[T], str],
+    num_jobs: int,
+    work: WorkFolder,
 ) -> list[TarReport]:
-    known = [work.recall(f"tar-{download.file}", TarReport) for download in found]
-    todo = [download for download, report in zip(found, known, strict=True) if report is None]
+    """Inspect tars in several processes; reports of earlier attempts are kept.
+
+    Args:
+        found: the tars, with the names of their reports in the work folder.
+        inspect: returns the report of a tar; it runs in another process.
+        place: path or address of a tar, for messages.
+        num_jobs: processes.
+        work: keeps reports.
+
+    Raises:
+        UserError: a tar is broken, or has texts that nothing would read.
+    """
+    known = [work.recall(name, TarReport) for name in found.values()]
+    todo = [tar for tar, report in zip(found, known, strict=True) if report is None]
     reports: list[TarReport] = []
-    with closing(
-        map_in_order(partial(inspect_tar, folder=folder, names=names), todo, min(num_jobs, len(todo)))
-    ) as fresh:
-        for download, earlier in zip(found, track(known, len(known), "inspecting tars"), strict=True):
+    with closing(map_in_order(inspect, todo, min(num_jobs, len(todo)))) as fresh:
+        for (tar, name), earlier in zip(found.items(), track(known, len(known), "inspecting tars"), strict=True):
             report = next(fresh) if earlier is None else earlier
             if earlier is None and not report.bad:  # bad samples are inspected again: they may be corrected
-                work.remember(f"tar-{download.file}", report)
+                work.remember(name, report)
             if report.unread and not any(before.captions for before in reports):
-                raise UserError(f"{folder / download.file}: {report.unread}")
+                raise UserError(f"{place(tar)}: {report.unread}")
             reports.append(report)
     return reports
+
+
+class Described(NamedTuple):
+    """A set's content, and its bad samples."""
+
+    contents: Contents
+    bad: BadRows
+
+
+def describe(
+    reports: list[TarReport], names: MemberNames, max_bad: int, place: str, remedy: str = "--keep_tars false"
+) -> Described:
+    """Return the content of a set that consists of tars.
+
+    Args:
+        reports: of its tars.
+        names: of their members.
+        max_bad: bad samples allowed.
+        place: of the tars, for messages.
+        remedy: the command or option that writes samples again.
+
+    Raises:
+        UserError: more samples are bad, none can be used, or too few tars have good ones.
+    """
+    chosen, bad = _choose_members(reports, names), BadRows(REMEDIES)
+    for row in (row for report in reports for row in report.bad):
+        bad.add(row)
+    for report in reports:
+        for row in _find_lacking(report, chosen):
+            bad.add(row)
+    bad.refuse_beyond(max_bad, sum(report.entry.num_samples for report in reports))
+    if not any(report.choices for report in reports):
+        raise UserError(
+            f"no sample in {place} can be used: name the extensions of images and captions with --image_member and "
+            "--caption_member, or download the tars again"
+        )
+    full = [report for report in reports if any(chosen.required <= set(choice.split()) for choice in report.choices)]
+    refuse_few(place, len(full), " with a sample that can be used", remedy)
+    splits = _deal(full)
+    contents = Contents(
+        image_size=typical_size(Counter(side for report in reports for side in report.sides)),
+        members=chosen.members,
+        texts=(caption for report in splits["train"] for caption in report.captions),
+        splits={split: tuple(report.entry for report in some) for split, some in splits.items()},
+        layout=chosen.layout,
+    )
+    return Described(contents, bad)
 
 
 class _SetMembers(NamedTuple):

@@ -59,8 +59,8 @@ class WorkFolder:
 
 
 @contextmanager
-def open_work_folder(out: Path, fingerprint: str) -> Iterator[WorkFolder]:
-    """Open the folder for a set at `out`. A `UserError` removes it, a kill does not.
+def open_work_folder(out: Path, fingerprint: str, keeps: bool = False) -> Iterator[WorkFolder]:
+    """Open the folder for a set at `out`. A `UserError` removes it, unless `keeps` is set; a kill does not.
 
     Raises:
         UserError: if another process converts the same set.
@@ -79,7 +79,8 @@ def open_work_folder(out: Path, fingerprint: str) -> Iterator[WorkFolder]:
     except WorkerDiedError:
         raise  # the data may be right: finished tasks stay
     except UserError:
-        shutil.rmtree(folder, ignore_errors=True)  # corrected data must be inspected again
+        if not keeps:
+            shutil.rmtree(folder, ignore_errors=True)  # corrected data must be inspected again
         raise
     finally:
         lock.release()
