@@ -1,4 +1,4 @@
-"""Merges `data.sources` and `model.losses.others` entry by entry across configuration files.
+"""Merges mappings of names, such as `data.sources`, entry by entry across configuration files.
 
 jsonargparse alone keeps only the last file's mapping, so an arm that sets one weight would silently lose the other
 sources or losses. Nulls that the parser cannot read from the command line are moved to files here too.
@@ -12,7 +12,12 @@ from pathlib import Path
 from lightning_moevlm.common.yaml_text import read_yaml, write_yaml
 
 _REFERENCE = re.compile(r"\$\{[\w.]+\}")
-_NAMED = (("data", "sources"), ("model", "losses", "others"))
+_JOINT = ("model", "objective", "init_args")
+_NAMED = (
+    ("data", "sources"),
+    ("model", "losses", "others"),
+    *((*_JOINT, name) for name in ("parts", "weights", "sources")),
+)
 
 
 class NamesMerger:
@@ -37,6 +42,8 @@ class NamesMerger:
             group = content
             for part in outer:
                 group = group.get(part) if isinstance(group, Mapping) else None
+                if isinstance(group, Mapping) and "class_path" in group:
+                    self._known[path] = {}  # a file that names the class gives all of its names
             if not isinstance(group, Mapping) or last not in group:
                 continue
             named = group[last]
@@ -45,7 +52,7 @@ class NamesMerger:
                 continue
             merged = _over(self._known[path], named)
             if self._known[path]:
-                whole = self._folder / f"{last}{self._num_seen}.yaml"
+                whole = self._folder / f"{'.'.join(path)}{self._num_seen}.yaml"
                 whole.write_text(write_yaml(_nested(path, merged)), encoding="utf-8")
                 result.append(whole)
             self._known[path] = merged

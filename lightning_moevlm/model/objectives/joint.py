@@ -77,6 +77,10 @@ class Joint(Objective):
                     "name one of these, or leave the part out of sources to train it on all"
                 )
 
+    def samples_of(self, part: Objective, batch: Batch) -> Batch:
+        """Return those of the part's sources."""
+        return next((self._own(name, batch) for name, each in self._named() if each is part), batch)
+
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Run every part that can use the batch."""
         outputs: dict[str, ObjectiveOutput] = {}

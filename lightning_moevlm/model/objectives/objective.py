@@ -45,6 +45,10 @@ class Objective(Module):
     def check_sources(self, names: Collection[str]) -> None:
         """Refuse data whose sources of these names lack one that this objective trains on, with a UserError."""
 
+    def samples_of(self, part: "Objective", batch: Batch) -> Batch:
+        """Return the samples of a batch that a part of this objective uses."""
+        return batch
+
     @abstractmethod
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
         """Compute the terms; every random choice is taken from `draws`, so it follows from the sample and the step."""

@@ -63,6 +63,7 @@ def test_a_part_trains_on_its_own_sources() -> None:
         for term, value in alone.terms.items():
             assert torch.equal(output.terms[f"{name}_{term}"].raw, value.raw)
             assert int(size.predictions[f"{name}_{term}"]) == value.num_predictions
+        assert joint.samples_of(joint.get_submodule(f"parts.{name}"), batch).keys == batch.select(rows).keys
     of_b = batch.of_sources(("b",))
     assert not any(term.startswith("contrast") for term in joint(backbone, of_b, Draws(3)).terms)
     lacking = joint.size(of_b)

@@ -44,10 +44,11 @@ class CaptionScores(HeldOutTask):
 
     def add(self, trainer: Trainer, module: VisionLanguageModule, batch: Batch) -> None:
         """Caption the images of a batch."""
-        pairs = batch.first(batch.pairs)
+        objective = find_objective(module, NextToken, "CaptionScores")
+        captioned = module.objective.samples_of(objective, batch)
+        pairs = captioned.first(captioned.pairs)
         if pairs.images_BRYX is None or pairs.text_BL is None or pairs.text_mask_BL is None:
             return
-        objective = find_objective(module, NextToken, "CaptionScores")
         tokenizer, backbone = find_data(trainer, "CaptionScores").tokenizer, module.backbone
         images = content_ids(pairs.images_BRYX.cpu())
         for image, text_L in zip(images, pairs.text_BL.tolist(), strict=True):
