@@ -61,8 +61,12 @@ def test_flops_of_a_shipped_configuration_are_those_that_torch_counts(
 ) -> None:
     answers = tmp_path / "answers.json"
     write_answers(AnswerList(("true", "two"), (3, 1), "0" * 64), answers)
-    option = {"vqa.yaml": "answers", "classification.yaml": "classes"}.get(Path(files[-1]).name)
-    overrides = {"model": {"objective": {"init_args": {option: str(answers)}}}} if option else {}
+    options: dict[str, object] = {
+        "vqa.yaml": {"answers": str(answers)},
+        "classification.yaml": {"classes": str(answers)},
+        "multitask.yaml": {"parts": {"answer": {"init_args": {"answers": str(answers)}}}},
+    }
+    overrides = {"model": {"objective": {"init_args": options.get(Path(files[-1]).name, {})}}}
     module = build_without_memory(resolver([PROJECT / file for file in files], overrides), complete=True).eval()
     backbone, objective = module.backbone, module.objective
     costs = compute_step_costs(backbone, objective, 2)

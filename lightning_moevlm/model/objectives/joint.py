@@ -142,8 +142,8 @@ class Joint(Objective):
         ]
 
     def _own(self, name: str, batch: Batch) -> Batch:
-        """Return the samples that a part uses."""
-        return batch.of_sources(self.sources[name]) if name in self.sources else batch
+        """Return the samples that a part uses: all of a batch that no loader made."""
+        return batch.of_sources(self.sources[name]) if batch.sources and name in self.sources else batch
 
     def _named(self) -> list[tuple[str, Objective]]:
         return [(name, part) for name, part in self.parts.items() if isinstance(part, Objective)]
