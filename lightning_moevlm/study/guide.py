@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from textwrap import wrap
 
+from lightning_moevlm.study.declare.comparison import Solve
 from lightning_moevlm.study.declare.decode import KeyRow, Record, describe_keys
 from lightning_moevlm.study.declare.design_keys import DESIGNS, DesignPage
 from lightning_moevlm.study.declare.study_keys import RECORDS, StudyFile
@@ -42,7 +43,7 @@ def skeleton(name: str) -> str:
         "# More on keys: moevlm describe study, moevlm list designs, moevlm list metrics\n"
         "# A line that begins with # and no space is an optional key: remove the # to set it.\n"
     ]
-    records = {path.split(".")[0].removesuffix("[]"): record for path, record in RECORDS.items()}
+    records = {path.split(".")[0].removesuffix("[]"): record for path, record in RECORDS.items() if record is not Solve}
     for key in describe_keys(StudyFile):
         lines = [*_comment(_describe_key(key)), *_comment_keys(records.get(key.key))]
         text = f"{key.key}:\n  {key.example}" if "\n" in key.example else f"{key.key}: {key.example}"

@@ -13,15 +13,27 @@ Correction = Literal["none", "holm"]
 ErrorRate = Annotated[float, kind("number between 0 and 1", gt=0, lt=1)]
 
 
+class Solve(Record, frozen=True):
+    """The option that makes an arm cost as much as the baseline. Needs `match: active_flops`."""
+
+    key: Annotated[
+        str, doc("Option of the arm that is a whole number, such as a width.", "model.backbone.init_args.hidden_dim")
+    ]
+    multiple_of: Annotated[Whole, doc("The number is a multiple of this.", "8")] = 8
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train."""
 
     name: str  # in tables and folders
     description: str  # for the report
-    changes: dict[str, Any] = field(default_factory=dict)  # nested config over the base; empty for a listed baseline
+    # nested config over the base, in a plan with the solved number; empty for a listed baseline
+    changes: dict[str, Any] = field(default_factory=dict)
     line: int = field(default=0, compare=False)  # line in the study file, from 1; for messages only
     levels: tuple[FactorLevel, ...] = ()  # the arm's level of each factor, in a designed study
+    solve: Solve | None = None  # the option that a plan finds a number for
+    solved: int | None = None  # the number, which is among the changes
 
 
 @dataclass(frozen=True)

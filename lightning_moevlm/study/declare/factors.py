@@ -148,21 +148,25 @@ def _level(name: str, node: YamlNode) -> Level:
     _check_name(name, "a level", node)
     if node.is_null:
         return Level(name, "", ())
-    description, changes = read_described_changes(node)
+    description, solve, changes = read_described_changes(node)
+    if solve is not None:
+        raise solve.error(
+            "`solve` belongs to an arm of `arms`, and levels make several; list the arms, or set a number"
+        )
     return Level(name, description, changes)
 
 
-def read_described_changes(node: YamlNode) -> tuple[str, tuple[Change, ...]]:
-    """Read the description and the changes of an arm or of a level.
+def read_described_changes(node: YamlNode) -> tuple[str, YamlNode | None, tuple[Change, ...]]:
+    """Read the description, what is solved (None: nothing) and the changes of an arm or of a level.
 
     Raises:
         UserError: The changes contradict each other, or one of them is not allowed.
     """
     children = dict(node.items())
-    described = children.pop("description", None)
+    described, solve = children.pop("description", None), children.pop("solve", None)
     changes = tuple(change for name, child in children.items() for change in read_changes(name, child))
     merge(changes)  # refuses contradictions
-    return "" if described is None else described.text(), changes
+    return "" if described is None else described.text(), solve, changes
 
 
 def _check_name(name: str, what: str, node: YamlNode) -> None:

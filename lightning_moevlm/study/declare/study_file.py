@@ -5,6 +5,7 @@ writes a file to start from. Arms may not change keys that the study sets itself
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.study.declare.arm_changes import merge, read_changes
+from lightning_moevlm.study.declare.arm_changes import Change, merge, read_changes
 from lightning_moevlm.study.declare.budget import Budget, check_budget
 from lightning_moevlm.study.declare.comparison import (
     Arm,
@@ -22,6 +23,7 @@ from lightning_moevlm.study.declare.comparison import (
     FutilityStop,
     Guard,
     Primary,
+    Solve,
 )
 from lightning_moevlm.study.declare.decode import decode
 from lightning_moevlm.study.declare.design import REFERENCE, Design
@@ -144,8 +146,17 @@ def _arm(name: str, node: YamlNode) -> Arm:
         raise node.error(f"an arm's name has at most {_LONGEST_NAME} characters, this one has {len(name)}; shorten it")
     if node.is_null:
         return Arm(name, "", line=node.line)
-    description, changes = read_described_changes(node)
-    return Arm(name, description, merge(changes), node.line)
+    description, solve, changes = read_described_changes(node)
+    return Arm(name, description, merge(changes), node.line, solve=None if solve is None else _solve(solve, changes))
+
+
+def _solve(node: YamlNode, changes: Sequence[Change]) -> Solve:
+    solve = decode(node, Solve)
+    for change in changes:
+        if change.key.replace(".init_args", "") == solve.key.replace(".init_args", ""):
+            place = f"{change.key!r} in line {change.node.line}"
+            raise node.child("key").error(f"the arm sets {place}; remove it, or do not solve it")
+    return solve
 
 
 def _designed_arms(design: Design, node: YamlNode) -> tuple[Arm, ...]:
@@ -174,6 +185,14 @@ def _baseline(root: YamlNode, keys: StudyFile, arms: tuple[Arm, ...]) -> str:
         raise keys.arms.child(name).error(
             "the baseline changes nothing over the base; move its changes to a base file or another arm"
         )
+    for arm in arms:
+        if arm.solve is None or keys.arms is None:
+            continue
+        place = keys.arms.child(arm.name).child("solve")
+        if arm.name == name:
+            raise place.error("the baseline is what the others are matched with; remove `solve` from it")
+        if keys.match is None:
+            raise place.error("nothing says what to match; add `match: active_flops` to the study")
     return name
 
 

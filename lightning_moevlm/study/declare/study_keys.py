@@ -11,7 +11,7 @@ from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.common.shipped_files import describe_missing_file, find_file
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.budget import Budget
-from lightning_moevlm.study.declare.comparison import Decision, Direction, FutilityStop
+from lightning_moevlm.study.declare.comparison import Decision, Direction, FutilityStop, Solve
 from lightning_moevlm.study.declare.decode import Positive, Record, Whole, doc, kind
 from lightning_moevlm.study.declare.factors import Changes, Description, FactorKeys
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
@@ -62,6 +62,14 @@ class ArmKeys(Record, frozen=True):
     """One arm: its description and any keys of a configuration."""
 
     description: Description = ""
+    solve: Annotated[
+        Solve | None,
+        doc(
+            "Find the number of one option at which the arm has the baseline's active FLOPs. Its keys are below.",
+            "{key: model.backbone.init_args.hidden_dim}",
+            "mapping",
+        ),
+    ] = None
 
 
 class PrimaryKeys(Record, frozen=True):
@@ -171,7 +179,10 @@ class StudyFile(Record, frozen=True, kw_only=True):
     budget: Annotated[Budget, doc("Budget of each run. Its keys are below.", "{max_steps: 60}", "mapping")]
     match: Annotated[
         Literal["active_flops"] | None,
-        doc("Refuse arms that differ from the baseline in this by more than 1 %.", "active_flops"),
+        doc(
+            "Refuse arms that differ from the baseline in this by more than 1 %; `solve` of an arm reaches it.",
+            "active_flops",
+        ),
     ] = None
     primary: Annotated[
         PrimaryKeys, doc("The metric that decides. Its keys are below.", "{metric: val/task_loss}", "mapping")
@@ -208,6 +219,7 @@ class StudyFile(Record, frozen=True, kw_only=True):
 RECORDS: dict[str, type[Record]] = {
     "": StudyFile,
     "arms.NAME": ArmKeys,
+    "arms.NAME.solve": Solve,
     "factors.NAME": FactorKeys,
     "budget": Budget,
     "primary": PrimaryKeys,

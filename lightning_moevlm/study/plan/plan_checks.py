@@ -53,8 +53,8 @@ def refuse_unequal_flops(study: Study, cards: "Mapping[str, ModelCard]") -> None
             raise UserError(
                 f"{study.file}:{arm.line}: arm {arm.name!r} has {flops:,} active FLOPs per sample, "
                 f"{100 * (flops / wanted - 1):+.3g} % against the {wanted:,} of {baseline!r}, and `match: "
-                "active_flops` allows 1 %; change hidden_dim, top_k or the number of blocks of one of them, or remove "
-                "`match`"
+                "active_flops` allows 1 %; change hidden_dim, top_k or the number of blocks of one of them, let "
+                "`solve` find a number, or remove `match`"
             )
 
 

@@ -28,6 +28,7 @@ from lightning_moevlm.study.plan.plan_checks import (
 )
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun, tracker_tags
 from lightning_moevlm.study.plan.run_identity import compute_digest
+from lightning_moevlm.study.plan.solve_arms import solve_arms
 
 if TYPE_CHECKING:
     from lightning_moevlm.contracts.model_card import ModelCard
@@ -50,9 +51,10 @@ def plan_study(study: Study, resolve: Resolve, describe: Describe, sweeps: Path 
         sweeps: Folder that holds one folder per study.
 
     Raises:
-        UserError: A run does not resolve (names the arm), two arms are the same, seeds change nothing, or an arm has
-            other active FLOPs than `match` allows.
+        UserError: A run does not resolve (names the arm), two arms are the same, seeds change nothing, an arm has
+            other active FLOPs than `match` allows, or no number solves it.
     """
+    study = solve_arms(study, resolve, describe)
     arms, folder = study.comparison.arms, sweeps / study.comparison.name
     steps = {arm.name: _steps(study, arm, resolve, describe, folder) for arm in arms}
     runs = _plan_runs(study, steps, resolve, folder)

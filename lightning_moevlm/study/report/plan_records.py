@@ -1,11 +1,13 @@
 """Lists the runs of a study as flat records: `sweep plan --json` and `sweep status --json` write them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.compare.known_runs import KnownRuns
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
+from lightning_moevlm.study.plan.solve_arms import list_solved
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.run.probe import Probe
 
@@ -25,6 +27,7 @@ def plan_records(
         known: Runs in other studies.
     """
     taken = known.taken if known else {}
+    solved = list_solved(plan.comparison, plan.cards)
     minutes = plan.study.budget.minutes
     changes = {arm.name: flatten_values(arm.changes) for arm in plan.comparison.arms}
     levels = {arm.name: {here.factor: here.level for here in arm.levels} for arm in plan.comparison.arms}
@@ -34,6 +37,7 @@ def plan_records(
             "status": statuses[run.folder],
             "known_from": taken[run.folder].text if run.folder in taken else "",  # what `sweep run` would take
             "changes": changes[run.arm],  # over the base
+            "solved": dataclasses.asdict(solved[run.arm]) if run.arm in solved else None,  # among the changes
             "levels": levels[run.arm],  # by factor, in a designed study
             "max_steps": run.max_steps,  # None: the clock ends the run
             **plan.cards[run.arm]._asdict(),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
+from lightning_moevlm.study.plan.solve_arms import list_solved
 
 Records = Literal["arms", "factors", "learning_rates", "fairness"]
 RECORDS_FILES: dict[Records, str] = {
@@ -23,8 +24,9 @@ RECORDS_FILES: dict[Records, str] = {
 def make_records(result: StudyResult) -> dict[Records, list[dict[str, Any]]]:
     """Return the records of each kind: arms, factors and interactions, ladders of learning rates, unlike runs."""
     study = {"study": result.comparison.name, "metric": result.comparison.primary.metric}
+    solved = list_solved(result.comparison, {arm.arm.name: arm.card for arm in result.arms})
     return {
-        "arms": [study | _arm_record(arm) for arm in result.arms],
+        "arms": [study | _arm_record(arm) | {"solved": _to_json(solved.get(arm.arm.name))} for arm in result.arms],
         "factors": [study | {"name": one.name, "note": one.effect.note} | _to_json(one) for one in result.factors],
         "learning_rates": [study | {"name": one.ladder.name} | _to_json(one) for one in result.ladders],
         "fairness": [study | _to_json(one) for one in result.unlike],

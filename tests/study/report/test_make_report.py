@@ -134,7 +134,7 @@ def test_schema_of_the_records(result):
             "effect",
         ),
         *("accuracy", "majority", "also", "stability", "equal", "samples_per_second", "seconds"),
-        *("finished", "diverged", "failed", "planned"),
+        *("finished", "diverged", "failed", "planned", "solved"),
     ]
     assert list(records[1]["final"]) == ["mean", "deviation", "n"]
     assert list(records[1]["card"]) == ["total_parameters", "active_parameters", "active_flops_per_sample"]

@@ -9,6 +9,7 @@ from lightning_moevlm.common.durations import format_duration
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult, make_rule
 from lightning_moevlm.study.declare.comparison import Correction, Test
+from lightning_moevlm.study.plan.solve_arms import describe_solved
 from lightning_moevlm.study.report.tables.table import (
     NOTHING,
     Table,
@@ -133,6 +134,7 @@ def models_table(result: StudyResult) -> Table:
     notes = (
         "active FLOPs: forward, per sample. Parameters and FLOPs are the backbone's, without heads.",
         "samples/s and time depend on other load of the machine. Runs of one sweep share a machine.",
+        *describe_solved(result.comparison, {arm.arm.name: arm.card for arm in result.arms}),
         *_notes_on_taken(result),
         *(
             f"{arm.arm.name}: unknown, because this version cannot build its model."

@@ -10,6 +10,7 @@ from lightning_moevlm.study.compare.known_runs import KnownRuns
 from lightning_moevlm.study.declare.fraction import Fraction
 from lightning_moevlm.study.plan.baseline_pin import baseline_digest
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
+from lightning_moevlm.study.plan.solve_arms import describe_solved
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_changes, format_count
 from lightning_moevlm.study.run.ledger import RunState
 from lightning_moevlm.study.run.probe import NUM_STEPS, Probe
@@ -56,6 +57,7 @@ def arms_table(plan: Plan, probes: Mapping[str, Probe] = MappingProxyType({})) -
     columns = ("arm", "parameters", "active", "active FLOPs/sample", *timed, "difference from the base")
     shared = ", ".join(format_changes(flatten_values(plan.study.all_arms)))
     notes: tuple[str, ...] = (f"all_arms, over the base: {shared}.",) if shared else ()
+    notes += describe_solved(plan.comparison, plan.cards)
     if probes:
         total = sum(probes[run.arm].run_seconds(run, minutes) for run in plan.runs)
         notes += (
