@@ -26,7 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands() -> None:
     build = COMMANDS["build"]
     assert isinstance(build, dict) and set(build) == {"openmoji", "scenes"}
-    assert set(COMMANDS) == {"answers", "build", "check", "codebook", "convert", "show"}
+    assert set(COMMANDS) == {"answers", "build", "check", "codebook", "convert", "index", "show"}
 
 
 def test_build_twice_says_that_nothing_is_to_do(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
