@@ -25,7 +25,7 @@ def test_nothing_is_unpickled_and_no_shell_is_called() -> None:
     for path in SOURCES:
         text = path.read_text("utf-8")
         for forbidden in ("pickle.load", "Unpickler(", "shell=True", "os.system", "weights_only=False", "eval("):
-            assert forbidden not in text.replace(".eval(", ""), f"{path}: {forbidden}"
+            assert forbidden not in text.replace(".eval(", "").replace("literal_eval(", ""), f"{path}: {forbidden}"
 
 
 def test_mlflow_is_imported_where_it_is_used() -> None:

@@ -17,7 +17,6 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.step_records import BatchSize, LossReport, NamedPlan, ObjectiveOutput
-from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.backbones.features import pool_features
 from lightning_moevlm.model.initial_weights import derive_seed, initialise
@@ -40,9 +39,9 @@ from lightning_moevlm.training.checkpoints.partial_step import (
     restore_gradients,
     select_rank,
 )
+from lightning_moevlm.training.checks import trainer_checks
 from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
 from lightning_moevlm.training.checks.optimizer_checks import refuse_unsuited_optimizer, refuse_vanishing_eps
-from lightning_moevlm.training.checks.trainer_checks import refuse_uneven_steps, refuse_unsuited_trainer
 from lightning_moevlm.training.evaluation import Evaluation, log_values, report_batch_dependence
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.optim import (
@@ -162,12 +161,10 @@ class VisionLanguageModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse an unsuited trainer; keep pinned regions in fp32, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
-            refuse_unsuited_trainer(self.trainer)
+            trainer_checks.refuse_unsuited_trainer(self.trainer)
         if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
             start_from(self, self.init_from)
-        data: object = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets, but declares it not
-        if isinstance(data, ShardDataModule):
-            self.objective.check_sources(data.sources)
+        trainer_checks.refuse_other_sources(self.trainer, self.objective)
         keep_pinned_regions(self.trainer, self.precision)
         report_batch_dependence(self.backbone, stage)
 
@@ -192,7 +189,7 @@ class VisionLanguageModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Resume in the right epoch and step, with the options of this run in place of the checkpoint's."""
-        refuse_uneven_steps(self.trainer)
+        trainer_checks.refuse_uneven_steps(self.trainer)
         restore_epoch_position(self.trainer)
         partial_step, self._partial_step = self._partial_step, None
         if partial_step is not None:

@@ -11,11 +11,20 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_moevlm.common.atomic_files import check_writable
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step
 from lightning_moevlm.model.backbones import BackboneSpec
+from lightning_moevlm.model.objectives import Objective
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 """Strategies whose ranks hold parts of a gradient."""
+
+
+def refuse_other_sources(trainer: Trainer, objective: Objective) -> None:
+    """Refuse data that lack a source on which a part of the objective trains."""
+    data: object = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets, but declares it not
+    if isinstance(data, ShardDataModule):
+        objective.check_sources(data.sources)
 
 
 def refuse_unsuited_trainer(trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
+from lightning_moevlm.contracts.answer_list import AnswerList, write_answers
 from lightning_moevlm.study.declare.study_file import read_study
 from lightning_moevlm.study.plan.plan_study import plan_study
 from lightning_moevlm.study.plan.planned_run import Plan
@@ -28,8 +29,15 @@ def resolver() -> ConfigResolver:
 @pytest.mark.parametrize(
     "study", [study if study in IN_EVERY_RUN else pytest.param(study, marks=pytest.mark.slow) for study in STUDIES]
 )
-def test_plan_is_the_golden_one(study: str, resolver: ConfigResolver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
+def test_plan_is_the_golden_one(
+    study: str, resolver: ConfigResolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("conf", "ablations"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
+    answers = tmp_path / "data/shards/scenes-20k-questions/answers.json"
+    answers.parent.mkdir(parents=True)
+    write_answers(AnswerList(tuple(f"answer {n}" for n in range(41)), (1,) * 41, "0" * 64), answers)
+    monkeypatch.chdir(tmp_path)
     declared = read_study(Path(f"ablations/{study}.yaml"))
     if study != "quickstart":  # seeds differ in the seed alone, and resolving takes half a second per run
         one_seed = replace(declared.comparison, seeds=declared.comparison.seeds[:1])
