@@ -62,6 +62,11 @@ VQA_ACCURACY = MetricKey("{stage}/vqa_accuracy/{kind}", "VQA accuracy by kind of
 VQA_MAJORITY = MetricKey(
     "{stage}/vqa_majority/{kind}", "VQA accuracy of the best constant answer", "fraction", "neither"
 )
+MATCHING_ACCURACY = MetricKey("{stage}/matching_accuracy", "accuracy of image-text matching", "fraction", "higher")
+MATCHING_MAJORITY = MetricKey(
+    "{stage}/matching_majority", "accuracy of saying that nothing matches", "fraction", "neither"
+)
+MATCHING_AUC = MetricKey("{stage}/matching_auc", "AUC of image-text matching, 0.5 by chance", "fraction", "higher")
 STATEMENT_ACCURACY = MetricKey(
     "{stage}/statement_accuracy/{kind}", "accuracy of true-or-false statements", "fraction", "higher"
 )

@@ -1,12 +1,13 @@
 """Records of one step that model, training and callbacks exchange."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.routing_plan import Modality, RoutingPlan
 
 
@@ -199,6 +200,17 @@ class Judged(NamedTuple):
     text_ids: tuple[int, ...]  # equal where the texts are equal
 
 
+Match = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Images, texts and their masks, on any device -> the logit that each image and text belong together (B,)."""
+
+
+class Matchable(NamedTuple):
+    """Pairs of a batch, and how the model judges any image with any text."""
+
+    pairs: Batch
+    match: Match
+
+
 class ObjectiveOutput(NamedTuple):
     """The result of an objective on a batch.
 
@@ -211,6 +223,7 @@ class ObjectiveOutput(NamedTuple):
     embeddings: in evaluation, for an objective that compares samples with each other.
     answered: in evaluation, for an objective that answers questions.
     judged: in evaluation, for an objective that judges statements.
+    matchable: in evaluation, for an objective that matches images with texts; of the samples of the embeddings.
     """
 
     terms: dict[str, Term]
@@ -222,3 +235,4 @@ class ObjectiveOutput(NamedTuple):
     embeddings: Embeddings | None = None
     answered: Answered | None = None
     judged: Judged | None = None
+    matchable: Matchable | None = None

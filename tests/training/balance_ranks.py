@@ -25,9 +25,10 @@ from lightning_moevlm.model.losses import (
     RouterZ,
     SequenceBalance,
 )
+from lightning_moevlm.model.objectives import Matching
 from lightning_moevlm.model.routers import ReLURouter, SigmoidBiasRouter
 from lightning_moevlm.training import VisionLanguageModule
-from tests.small_model import pair_batch, uneven_batch
+from tests.small_model import pair_batch, small_limoe, uneven_batch
 from tests.training.small_fit import NoTask, build, fit, routers
 
 SUMS = AuxiliaryLosses(
@@ -105,6 +106,7 @@ def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
         "sums": routers(trained(small(SUMS), mine)),
         "uneven": dict(trained(build(SUMS, lr=0.1), uneven).named_parameters()),
         "evaluation": evaluated(build(EVALUATED), rank, ranks),
+        "matching": evaluated(VisionLanguageModule(small_limoe(), partial(Matching, num_evaluated=4)), rank, ranks),
         "others": routers(trained(small(OTHERS), same)),
         "relu": trained(relu, mine)._loss_weights.state_dict(),
         "overflow": trained(overflow, same)._loss_weights.state_dict(),

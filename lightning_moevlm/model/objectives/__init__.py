@@ -6,6 +6,7 @@ from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.joint import Joint
 from lightning_moevlm.model.objectives.masked_modelling import MaskedModelling
+from lightning_moevlm.model.objectives.matching import Matching
 from lightning_moevlm.model.objectives.next_token import NextToken
 from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.objectives.targets.codebook_targets import CodebookTargets
@@ -22,6 +23,7 @@ __all__ = [
     "ImageTargets",
     "Joint",
     "MaskedModelling",
+    "Matching",
     "NextToken",
     "Objective",
     "PixelTargets",

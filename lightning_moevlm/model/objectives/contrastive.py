@@ -14,7 +14,7 @@ In evaluation the loss and the recalls are over the whole set, so they do not de
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,14 @@ TERM = "contrastive"
 _LARGEST_SCALE = 100.0  # CLIP, section 2.5
 _START = {"softmax": (1 / 0.07, 0.0), "sigmoid": (10.0, -10.0)}  # scale and bias; CLIP section 2.5, SigLIP section 3.2
 _ROWS = 1024  # of the similarity matrix at a time, so memory does not grow with the square of the set
+
+
+class Compared(NamedTuple):
+    """Contrasted pairs."""
+
+    output: ObjectiveOutput
+    image_BD: Tensor  # fp32, rows of length 1
+    text_BD: Tensor  # likewise
 
 
 class Contrastive(Objective):
@@ -88,12 +96,15 @@ class Contrastive(Objective):
                 "Contrastive needs images with their texts, and this batch has none: choose a set of pairs, or "
                 "MaskedModelling for images or texts alone"
             )
-        pairs = batch.first(batch.pairs)
+        return self.compare(backbone, batch.first(batch.pairs)).output
+
+    def compare(self, backbone: Backbone, pairs: Batch) -> "Compared":
+        """Encode pairs and contrast them; a batch that holds nothing else."""
         output = backbone(*pairs[:3], separate=True)
         image_BD = self.embed_images(output.pool(Modality.IMAGE))
         text_BD = self.embed_texts(output.pool(Modality.TEXT))
         loss = self.loss(image_BD, text_BD)
-        return ObjectiveOutput(
+        terms = ObjectiveOutput(
             {TERM: Term(loss, self.weight, len(image_BD))},
             {},
             output.plans,
@@ -101,6 +112,7 @@ class Contrastive(Objective):
             output.attention,
             embeddings=None if self.training else _embeddings(pairs, image_BD, text_BD),
         )
+        return Compared(terms, image_BD, text_BD)
 
     def size(self, batch: Batch) -> BatchSize:
         """Return the number of pairs, and tokens of their pass."""

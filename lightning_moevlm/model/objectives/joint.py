@@ -114,6 +114,7 @@ class Joint(Objective):
             log_partitions=_prefixed({name: output.log_partitions for name, output in outputs.items()}),
             embeddings=next((output.embeddings for output in outputs.values() if output.embeddings is not None), None),
             answered=next((output.answered for output in outputs.values() if output.answered is not None), None),
+            matchable=next((output.matchable for output in outputs.values() if output.matchable is not None), None),
             judged=next((output.judged for output in outputs.values() if output.judged is not None), None),
         )
 
