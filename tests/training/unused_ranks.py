@@ -11,9 +11,18 @@ from torch import Tensor
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.losses import AuxiliaryLosses
-from lightning_moevlm.model.objectives import Contrastive, Joint, MaskedModelling, NextToken, Objective
+from lightning_moevlm.model.objectives import (
+    Contrastive,
+    Joint,
+    MaskedModelling,
+    Matching,
+    NextToken,
+    Objective,
+    VisualReasoning,
+)
 from lightning_moevlm.model.objectives.masked_modelling import TermWeights
 from lightning_moevlm.training import VisionLanguageModule
+from tests.model.objectives.two_images import statement_batch
 from tests.small_model import pair_batch, small_limoe, small_moma, small_vl_moe
 from tests.training.small_fit import fit
 
@@ -35,9 +44,13 @@ CASES: dict[str, tuple[list[Batch], Callable[[BackboneSpec], Objective]]] = {
     ),
     "contrast by softmax": ([PAIRS] * 3, Contrastive),
     "contrast by sigmoid": ([PAIRS] * 3, partial(Contrastive, kind="sigmoid")),
+    "statements about two images": ([statement_batch(8)] * 3, VisualReasoning),
+    "matching": ([PAIRS] * 3, Matching),
     "LIMoE: texts alone": ([TEXTS] * 3, MaskedModelling),
     "MoMa: next tokens of pairs and texts": ([PAIRS, TEXTS, PAIRS], NextToken),
 }
+OF_ONE_RANK = ("matching",)
+"""Cases whose ranks do not add up to one process: negatives are those of a rank."""
 
 
 def joined(case: str) -> list[Batch]:
@@ -67,6 +80,8 @@ def part_of(batch: Batch, rank: int) -> Batch:
         gone = {"images_BRYX": None} if rank else {"text_BL": None, "text_mask_BL": None}
         return batch._replace(keys=of_rank, **gone)  # type: ignore[arg-type]
     part = slice(4 * rank, 4 * rank + 4)
+    answers = None if batch.answers is None else batch.answers.select(range(part.start, part.stop))
+    batch = batch._replace(answers=answers)
     return batch._replace(
         **{name: value[part] for name, value in batch._asdict().items() if isinstance(value, Tensor) or name == "keys"}
     )
