@@ -10,15 +10,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from lightning_moevlm.cli.main import main
-from lightning_moevlm.data.write.demo.scenes import build_scenes
-from lightning_moevlm.model.dispatch.auto.own_table import GIVEN
-from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED
-from lightning_moevlm.tracking.store import prepare_store
-from tests.mlflow_server import MlflowServer
+
+if TYPE_CHECKING:
+    from tests.mlflow_server import MlflowServer
 
 PROJECT = Path(__file__).parent.parent
 _INHERITED = (
@@ -37,7 +37,7 @@ _INHERITED += ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_", "PL_"
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Let the tests run alike on every machine: what they would inherit from terminal, shell and scheduler is set here.
 
     Orphans stay zombies until these tests are over, as in a container whose process 1 reaps none.
@@ -50,12 +50,23 @@ def pytest_configure() -> None:
         tempfile.mkdtemp()
     )  # not what the user has cached, nor a home that is read-only
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    os.environ[GIVEN] = str(SHIPPED)  # tests measure no dispatchers, and choose alike everywhere
     os.umask(0o022)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and by `nohup`
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if not config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        _prepare_tests()
+
+
+def _prepare_tests() -> None:
+    """Prepare a process that runs tests; one that only hands them to workers does not wait for torch."""
+    from lightning_moevlm.model.dispatch.auto.own_table import GIVEN
+    from lightning_moevlm.model.dispatch.auto.timings_table import SHIPPED
+    from tests import fast_parser
+
+    os.environ[GIVEN] = str(SHIPPED)  # tests measure no dispatchers, and choose alike everywhere
+    fast_parser.install()
 
 
 def pytest_collection_finish() -> None:
@@ -64,20 +75,35 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a path that the first worker makes for all of them; nobody writes there later."""
+    base = factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    path, done = shared / name, shared / f"made-{name}"
+    with FileLock(shared / f"making-{name}.lock"):
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
+
+
 @pytest.fixture(scope="session")
 def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 scenes of 32 pixels in shards of 16, jpg."""
-    root = tmp_path_factory.mktemp("sets") / "scenes"
-    build_scenes(root, 150, 32, "jpg", 16, seed=3, samples_per_shard=16, vocab_size=400, force=False)
-    return root
+    from lightning_moevlm.data.write.demo.scenes import build_scenes
+
+    def build(root: Path) -> None:
+        build_scenes(root, 150, 32, "jpg", 16, seed=3, samples_per_shard=16, vocab_size=400, force=False)
+
+    return make_once(tmp_path_factory, "scenes", build)
 
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database of MLflow; making one takes seconds, copying it milliseconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    prepare_store(f"sqlite:///{path}")
-    return path
+    from lightning_moevlm.tracking.store import prepare_store
+
+    return make_once(tmp_path_factory, "mlflow.db", lambda path: prepare_store(f"sqlite:///{path}"))
 
 
 @pytest.fixture
@@ -113,8 +139,10 @@ def moevlm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., 
 
 
 @pytest.fixture
-def mortal_server(migrated_database: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+def mortal_server(migrated_database: Path, tmp_path: Path) -> Iterator["MlflowServer"]:
     """A server of the test's own, to be killed."""
+    from tests.mlflow_server import MlflowServer
+
     directory = tmp_path / "server"
     directory.mkdir()
     shutil.copyfile(migrated_database, directory / "mlflow.db")

@@ -5,11 +5,13 @@ Texts of other forms pass unchanged.
 
 import re
 import sys
-from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from yaml import YAMLError
+
 from lightning_moevlm.common.nearest_name import find_nearest
+from lightning_moevlm.common.yaml_text import read_yaml
 from lightning_moevlm.configuration.messages.complaints import RAW, Complaint, read_complaints
 from lightning_moevlm.configuration.messages.signatures import (
     classes_of,
@@ -243,9 +245,9 @@ def _first_unknown_key(option: str, types: Types) -> tuple[str, str, list[str]]:
 
 def _beside_init_args(given: str) -> str | None:
     """Return the first option that stands beside `init_args` in a value, and not within."""
-    with suppress(ValueError, SyntaxError):
-        value = literal_eval(given)
-        if "init_args" in value:
+    with suppress(YAMLError):
+        value = read_yaml(given)
+        if isinstance(value, dict) and "init_args" in value:
             return next((key for key in value if key not in ("class_path", "init_args")), None)
     return None
 

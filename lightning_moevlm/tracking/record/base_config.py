@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -18,17 +19,25 @@ from lightning_moevlm.common.secret_masking import mask_secrets
 from lightning_moevlm.common.yaml_text import read_yaml
 
 
+class Trees(NamedTuple):
+    """A parsed configuration as plain values, every default filled in and secrets masked."""
+
+    written: dict[str, object]  # with references such as `${trainer.max_steps}`
+    resolved: dict[str, object]
+
+
 @dataclass(frozen=True)
 class _Alone:
-    """A file by its text and that of the files it names, so that a changed one is read again.
+    """A file by its name, its text and that of the files it names, so that a changed one is read again.
 
     All parsers of a subcommand are alike.
     """
 
-    source: Path
+    name: str
     text: bytes
     named: tuple[bytes, ...]
     subcommand: str
+    source: Path = field(compare=False)
     parser: LightningArgumentParser = field(compare=False, repr=False)
 
 
@@ -39,27 +48,21 @@ def resolve_base(parser: LightningArgumentParser, sources: Sequence[Path]) -> tu
     source = sources[0].absolute()
     text = source.read_bytes()
     named = tuple(file.read_bytes() for file in _named_files(read_yaml(text.decode()), source.parent))
-    return _resolved_alone(_Alone(source, text, named, parser.prog, parser))
+    return _resolved_alone(_Alone(source.name, text, named, parser.prog, source, parser))
 
 
-def to_masked_tree(
-    parser: LightningArgumentParser, config: Namespace, *, keep_references: bool = False
-) -> dict[str, object]:
-    """Return a parsed configuration as plain values, every default filled in and secrets masked.
+def to_masked_trees(parser: LightningArgumentParser, config: Namespace) -> Trees:
+    """Return what a parser has parsed, with its references and with their values.
 
     Args:
         parser: of the subcommand.
         config: its result.
-        keep_references: keep `${trainer.max_steps}` instead of the number.
     """
     dumped = parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True)
-    tree = read_yaml(dumped) or {}
-    tree.pop("config", None)  # the files' names; their content is recorded
-    if not keep_references and "${" in dumped:
-        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    clean = mask_secrets(tree, os.environ)
-    assert isinstance(clean, dict)
-    return clean
+    written = read_yaml(dumped) or {}
+    written.pop("config", None)  # the files' names; their content is recorded
+    resolved = OmegaConf.to_container(OmegaConf.create(written), resolve=True) if "${" in dumped else written
+    return Trees(*(dict(mask_secrets(tree, os.environ)) for tree in (written, resolved)))  # type: ignore[call-overload]
 
 
 @cache
@@ -70,14 +73,14 @@ def _resolved_alone(alone: _Alone) -> tuple[dict[str, object], str]:
         base = parser.parse_args(["--config", str(alone.source)])
     except (ArgumentError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
-        return _defaults(parser), f"against the defaults: {alone.source.name} is not complete alone ({reason})"
+        return _defaults(parser), f"against the defaults: {alone.name} is not complete alone ({reason})"
     finally:
         parser.exit_on_error = exits
-    return to_masked_tree(parser, base), f"against {alone.source.name} alone"
+    return to_masked_trees(parser, base).resolved, f"against {alone.name} alone"
 
 
 def _defaults(parser: LightningArgumentParser) -> dict[str, object]:
-    return to_masked_tree(parser, parser.get_defaults(skip_validation=True))
+    return to_masked_trees(parser, parser.get_defaults(skip_validation=True)).resolved
 
 
 def _named_files(node: object, folder: Path) -> list[Path]:

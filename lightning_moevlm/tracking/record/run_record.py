@@ -24,7 +24,7 @@ from typing_extensions import override
 from lightning_moevlm.common.flat_config import find_changes, flatten
 from lightning_moevlm.common.secret_masking import mask_argv, mask_yaml
 from lightning_moevlm.common.yaml_text import write_yaml
-from lightning_moevlm.tracking.record.base_config import resolve_base, to_masked_tree
+from lightning_moevlm.tracking.record.base_config import Trees, resolve_base, to_masked_trees
 from lightning_moevlm.tracking.record.closing_lines import checkpoint_lines, closing_lines
 from lightning_moevlm.tracking.record.config_files import config_sources
 from lightning_moevlm.tracking.record.config_folder import write_config_folder
@@ -77,8 +77,8 @@ class RunRecord(SaveConfigCallback):
             return  # nothing will be logged: there would be a run without content
         if not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger):
             return
-        resolved = to_masked_tree(self.parser, self.config)
-        files = self._files(resolved)
+        trees = to_masked_trees(self.parser, self.config)
+        files = self._files(trees)
         logger = _run_logger(trainer)
         if logger is None:
             if self._log_dir is not None:
@@ -87,8 +87,8 @@ class RunRecord(SaveConfigCallback):
         taken = [info.path for info in logger.experiment.list_artifacts(logger.run_id)]
         folder = write_config_folder(logger.run_dir, files, taken)
         logger.log_directory(folder, folder.name)
-        logger.log_hyperparams(dict(resolved))
-        logger.log_tags(self._tags() | foreign_code_tags(resolved))
+        logger.log_hyperparams(trees.resolved)
+        logger.log_tags(self._tags() | foreign_code_tags(trees.resolved))
         _log_dataset(logger, trainer)
 
     @override
@@ -137,11 +137,11 @@ class RunRecord(SaveConfigCallback):
             self._sampler.stop()
             self._sampler = None
 
-    def _files(self, resolved: Mapping[str, object]) -> dict[str, str]:
+    def _files(self, trees: Trees) -> dict[str, str]:
         sources = config_sources(self._argv)
         files = {
-            "config.yaml": write_yaml(to_masked_tree(self.parser, self.config, keep_references=True)),
-            "changed.yaml": self._changed(sources, resolved),
+            "config.yaml": write_yaml(trees.written),
+            "changed.yaml": self._changed(sources, trees.resolved),
             "command.txt": shlex.join(mask_argv(self._argv, os.environ)) + "\n",
         }
         for index, path in enumerate(sources):
