@@ -82,6 +82,8 @@ class ShardDataModule(LightningDataModule):
         annotation: Read beside images and texts: `answers` where texts are questions, `cls` for the class member of
             CLIP_benchmark's sets, or a field of the json member that names the class; null for nothing. Sources may
             name their own, as with second_image.
+        append_answer: Whether an answer follows the question in its text, after [EOS]: one of those given, drawn anew
+            in every epoch, and in evaluation the most frequent. Needs the annotation answers.
         second_image: Read beside the image of each sample: `right`, the other image of statements about two; null for
             none.
         tokenizer: A tokenizer.json of the tokenizers library in place of the set's; null uses the set's.
@@ -109,6 +111,7 @@ class ShardDataModule(LightningDataModule):
         augment: Augment | None = None,
         prefetch: int | None = None,
         annotation: str | None = None,
+        append_answer: bool = False,
         second_image: Literal["right"] | None = None,
         tokenizer: str | None = None,
     ) -> None:
@@ -154,9 +157,11 @@ class ShardDataModule(LightningDataModule):
         self.max_pixels = max_pixels
         self.augment = augment
         self.prefetch = prefetch
-        self.annotation = annotation
+        self.annotation, self.append_answer = annotation, append_answer
         self.tokenizer_file = tokenizer
         self.second_image = second_image
+        if append_answer and not any((each.annotation or annotation) == "answers" for each in self.sources.values()):
+            raise UserError("data.append_answer is true, and no answers are read: set data.annotation to answers")
         second = next((each.second_image for each in self.sources.values() if each.second_image), second_image)
         if second is not None and decode == "device":
             raise UserError(
@@ -329,7 +334,7 @@ class ShardDataModule(LightningDataModule):
         keeps_jpegs = self.decode == "device"
         return Collate(
             opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
-            opened.manifest.layout.caption_field, find_annotation(opened),
+            opened.manifest.layout.caption_field, find_annotation(opened, self.append_answer),
             find_second_image(opened),
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ from tests.counting import count_flops, kept_bytes, materialise
 from tests.small_model import small_limoe, small_vl_moe
 
 QUICK, LIMOE = "conf/quickstart.yaml", "conf/limoe_quickstart.yaml"
-WHOLE = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").glob("*.yaml"))
+WHOLE = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").rglob("*quickstart.yaml"))
 ABOVE = sorted(path for folder in ("tasks", "routers") for path in (PROJECT / "conf" / folder).glob("*.yaml"))
 FAST = (QUICK, "conf/tasks/joint.yaml", "conf/routers/hash.yaml")
 SLOW = pytest.mark.slow(reason="a configuration of a size or kind that faster ones stand for")
@@ -31,6 +31,8 @@ def stacks() -> list[object]:
     """Every shipped configuration of a model, and every task and router above one that it names."""
     files = [[name] for name in WHOLE]
     for path in ABOVE:
+        if path.stem == "vqa_as_text":  # a full batch has no answers, whose length the data decide
+            continue
         text, name = path.read_text(encoding="utf-8"), path.relative_to(PROJECT).as_posix()
         files.append(
             [next(base for base in sorted(WHOLE, key=len, reverse=True) if f"-c {base} -c {name}" in text), name]

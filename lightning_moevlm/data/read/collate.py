@@ -25,7 +25,7 @@ from lightning_moevlm.data.images.decode import (
 )
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.images.open_image import ImageTooLargeError
-from lightning_moevlm.data.text.annotations import Annotation
+from lightning_moevlm.data.text.annotations import Annotation, choose_answer
 from lightning_moevlm.data.text.captions import draw_caption, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
@@ -42,6 +42,7 @@ class Decoded(NamedTuple):
     answers: tuple[str, ...] = ()  # all answers given to a question
     question_kind: str = ""
     second_RYX: Tensor | None = None  # as image_RYX, of samples with two images
+    appended: str = ""  # the answer that follows the question
 
 
 class Collate:
@@ -74,6 +75,7 @@ class Collate:
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._captions = find_captions(members, caption_field)
         self._annotation = annotation
+        self._appends = annotation is not None and annotation.is_appended
         self._second_image = second_image
         self._tokenizer = tokenizer
         self._image_size = image_size
@@ -131,7 +133,7 @@ class Collate:
         Args:
             sample: The sample.
             into: A row of `image_rows` for its image; after a fault it can be used again.
-            draw: Seed of the choice among several captions (`captions.draw_caption`).
+            draw: Seed of the choice among several captions, or answers to append (`captions.draw_caption`).
 
         Raises:
             SampleFault: if a member is missing, an image is invalid or too large, or a text is empty or not UTF-8.
@@ -153,14 +155,16 @@ class Collate:
             caption = draw_caption(captions, draw, sample.key)
         answers, kind = ((), "") if self._annotation is None else self._read_annotation(sample, self._annotation)
         second_RYX = None if self._second_image is None else self._image(sample, self._second_image, None)
-        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind, second_RYX)
+        appended = choose_answer(answers, draw, sample.key) if self._appends else ""
+        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind, second_RYX, appended)
 
     def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise captions and make a batch. images_BRYX: the rows that the samples were decoded into."""
         text_BL, text_mask_BL, num_cut = None, None, 0
         if self._captions is not None:
             captions = [each.caption or "" for each in decoded]
-            text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len)
+            appended = [each.appended for each in decoded] if self._appends else []
+            text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len, appended)
         answers = None
         if self._annotation is not None:
             answers = Answers(tuple(each.answers for each in decoded), tuple(each.question_kind for each in decoded))

@@ -11,7 +11,7 @@ from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, SECOND_IMAGES
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.text.annotations import Annotation
+from lightning_moevlm.data.text.annotations import ANSWERS, Annotation
 from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer, read_tokenizer
 
@@ -69,15 +69,15 @@ def open_set(
     return OpenSet(storage, manifest, members, source.annotation or annotation, source.second_image or second_image)
 
 
-def find_annotation(opened: OpenSet) -> Annotation | None:
-    """Return what is read beside images and texts.
+def find_annotation(opened: OpenSet, appends_answers: bool = False) -> Annotation | None:
+    """Return what is read beside images and texts; answers may follow their questions, `data.append_answer`.
 
     Raises:
         UserError: if samples of the set lack its member.
     """
     if opened.annotation is None:
         return None
-    annotation = Annotation(opened.annotation)
+    annotation = Annotation(opened.annotation, appends_answers and opened.annotation == ANSWERS)
     if annotation.member == ANNOTATION_EXTENSION and ANNOTATION_EXTENSION not in opened.manifest.members:
         raise UserError(
             f"the annotation of {opened.storage} is {opened.annotation}, but its samples have no json member; "

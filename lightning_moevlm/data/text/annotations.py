@@ -1,9 +1,10 @@
 """Reads what stands beside the image and text of a sample: answers to a question, or the name of a class."""
 
 import json
+from collections import Counter
 from typing import NamedTuple
 
-from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION
+from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, draw_caption
 from lightning_moevlm.data.text.texts import decode_text, parse_texts
 
 ANSWERS = "answers"
@@ -15,6 +16,7 @@ class Annotation(NamedTuple):
     """A part of a member."""
 
     name: str  # `answers`, `cls`, or a field of the json member that names a class
+    is_appended: bool = False  # whether an answer follows the text
 
     @property
     def member(self) -> str:
@@ -52,3 +54,10 @@ class Annotation(NamedTuple):
         texts = parse_texts(fields.get(self.name), self.name)
         may_be_null = self.name != ANSWERS and self.name in fields
         return (texts if texts or may_be_null else None), kind
+
+
+def choose_answer(answers: tuple[str, ...], draw: str, key: str) -> str:
+    """Return an answer to append. draw: the seed of the choice among all given; "" takes the most frequent."""
+    if not answers:
+        return ""
+    return draw_caption(answers, draw, key) if draw else Counter(answers).most_common(1)[0][0]

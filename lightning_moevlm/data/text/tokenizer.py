@@ -67,14 +67,18 @@ class CaptionTokenizer:
         to_model = self.control.to_model
         return ids if to_model is None else [to_model[id_] for id_ in ids if id_ in to_model]
 
-    def encode(self, texts: Sequence[str], max_text_len: int) -> EncodedText:
-        """Encode texts to (B, max_text_len). A longer text loses its end and keeps its [EOS]."""
+    def encode(self, texts: Sequence[str], max_text_len: int, answers: Sequence[str] = ()) -> EncodedText:
+        """Encode texts to (B, max_text_len). A longer text loses its end and keeps its [EOS].
+
+        With answers, one for each text, [BOS] text [EOS] answer [EOS]; the text is cut, so that the answer has room.
+        """
         ids_BL = np.full((len(texts), max_text_len), PAD, dtype=np.int64)  # rows of numpy are filled faster
         num_cut = 0
-        for row_L, text in zip(ids_BL, texts, strict=True):
-            ids = self.ids(text)
-            num_cut += len(ids) > max_text_len - 2
-            framed = [BOS, *ids[: max_text_len - 2], EOS]
+        tails = [[*self.ids(answer)[: max_text_len - 3], EOS] for answer in answers] or [[]] * len(texts)
+        for row_L, text, tail in zip(ids_BL, texts, tails, strict=True):
+            ids, room = self.ids(text), max_text_len - 2 - len(tail)
+            num_cut += len(ids) > room
+            framed = [BOS, *ids[:room], EOS, *tail]
             row_L[: len(framed)] = framed
         text_BL = torch.from_numpy(ids_BL)
         return EncodedText(text_BL, text_BL != PAD, num_cut)

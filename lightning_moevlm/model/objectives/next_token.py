@@ -4,6 +4,9 @@
               SimVLM, arXiv 2108.10904, section 3.1: patches see patches, text sees patches and earlier text)
     text      every token of a text without an image, from the tokens before it
 
+With `answers_only`, a text is a question, [EOS] and its answer (`data.append_answer`), and what follows the first [EOS]
+alone is predicted (LLaVA, arXiv 2304.08485, section 4.2).
+
 Each term is the mean over predicted tokens, [EOS] included, in nats. The backbone needs no `causal: true`: the mask is
 that of this pass. Its routers must not look ahead all the same.
 """
@@ -17,6 +20,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.special_tokens import EOS, PAD
 from lightning_moevlm.contracts.step_records import (
     AttentionLogits,
     BatchSize,
@@ -44,17 +48,25 @@ class NextToken(Objective):
         spec: the backbone's dimensions.
         caption_weight: of the term in the task loss; null leaves it and its forward pass out.
         text_weight: likewise.
+        answers_only: predict what follows the first [EOS] of a text alone.
 
     Raises:
         UserError: no term has a weight.
     """
 
-    def __init__(self, spec: BackboneSpec, caption_weight: float | None = 1.0, text_weight: float | None = 1.0) -> None:
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        caption_weight: float | None = 1.0,
+        text_weight: float | None = 1.0,
+        answers_only: bool = False,
+    ) -> None:
         super().__init__()
         weights = {"caption": caption_weight, "text": text_weight}
         self.weights = {name: weight for name, weight in weights.items() if weight is not None}
         if not self.weights:
             raise UserError("both weights of NextToken are null: set caption_weight or text_weight to a number")
+        self.answers_only = answers_only
         self.num_patches = spec.num_patches
         self.text_head = TextHead(spec.dim, spec.vocab_size)
         self.num_classes = dict.fromkeys(self.weights, spec.vocab_size)
@@ -78,9 +90,14 @@ class NextToken(Objective):
         for name, part in self._parts(batch).items():
             assert part.text_BL is not None and part.text_mask_BL is not None
             output = backbone(*part[:3], causal=True)
-            predicted_BL = part.text_mask_BL[:, 1:]
+            predicted_BL = self._predicted(part)
             target_M = part.text_BL[:, 1:][predicted_BL]
             features_MD = output.features(Modality.TEXT)[:, :-1][predicted_BL]
+            if not len(target_M):
+                raise UserError(
+                    "NextToken predicts answers only, and no text of this batch has one: set data.append_answer to "
+                    "true, and data.annotation to answers; or set answers_only to false"
+                )
             logits_MV = self.logits(backbone, features_MD)
             with region(self.precision, "losses", logits_MV.device.type) as cast:
                 loss = cross_entropy(cast(logits_MV), target_M)
@@ -110,7 +127,7 @@ class NextToken(Objective):
         parts = self._parts(batch)
         for name in self.weights:
             mask_BL = parts[name].text_mask_BL if name in parts else None
-            predictions[name] = none if mask_BL is None else mask_BL[:, 1:].sum()
+            predictions[name] = self._predicted(parts[name]).sum() if name in parts else none
             num_images = none if mask_BL is None or name == "text" else none + len(mask_BL)
             size = PlanSize.of_pass(num_images, mask_BL, self.num_patches)
             passes["pair" if name == "caption" else "text"] = size
@@ -123,6 +140,22 @@ class NextToken(Objective):
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
         """Add perplexity."""
         return [*super().measures(prefix, weight), Perplexity(f"{prefix}{name}" for name in self.weights)]
+
+    def prompts(self, text_BL: Tensor, text_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the beginnings that are given, with their mask: [BOS], or the whole question."""
+        if not self.answers_only:
+            return text_BL[:, :1], text_mask_BL[:, :1]
+        is_end_BL = text_BL == EOS
+        given_BL = text_mask_BL & (is_end_BL.cumsum(dim=1) - is_end_BL.long() == 0)
+        return torch.where(given_BL, text_BL, PAD), given_BL
+
+    def _predicted(self, part: Batch) -> Tensor:
+        """Return which tokens after the first are predicted, bool (B, L - 1)."""
+        assert part.text_BL is not None and part.text_mask_BL is not None
+        after_first_BL = part.text_mask_BL[:, 1:]
+        if not self.answers_only:
+            return after_first_BL
+        return after_first_BL & ~self.prompts(part.text_BL, part.text_mask_BL)[1][:, 1:]
 
     def _parts(self, batch: Batch) -> dict[str, Batch]:
         """Return what each term is computed on, where there is any: the pairs, and the texts that come alone."""

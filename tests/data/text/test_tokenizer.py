@@ -41,6 +41,17 @@ def test_encode_frames_cuts_and_pads(tmp_path: Path) -> None:
     assert text_mask_BL.tolist() == [[True] * 6, [True] * 3 + [False] * 3]
 
 
+def test_an_answer_follows_its_question_and_keeps_its_room(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path, train_tokenizer(CAPTIONS, 300, tmp_path))
+    question, answer = tokenizer.ids("a red apple left of a cat face"), tokenizer.ids("cat")
+    whole = [BOS, *question, EOS, *answer, EOS]
+    found = tokenizer.encode(["a red apple left of a cat face"], len(whole) + 1, ["cat"])
+    assert found.text_BL.tolist() == [[*whole, PAD]] and found.num_cut == 0
+    found = tokenizer.encode(["a red apple left of a cat face"], len(whole) - 2, ["cat"])
+    assert found.text_BL.tolist() == [[BOS, *question[:-2], EOS, *answer, EOS]] and found.num_cut == 1
+    assert tokenizer.encode(["a"], 3, ["cat"]).text_BL.tolist() == [[BOS, EOS, EOS]]
+
+
 def test_control_words_in_a_caption_make_no_control_ids(tmp_path: Path) -> None:
     captions = ["a [PAD] b [MASK] c [EOS][BOS] d", "[PAD][PAD]", "[EOS]"]
     for name, learnt in (("foreign", CAPTIONS), ("learnt", captions * 5)):  # the vocabulary may know the words

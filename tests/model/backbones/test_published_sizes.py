@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_moevlm.model.backbones import Backbone, LIMoE, ModelCard, MoMa, VLMoE, model_card
+from lightning_moevlm.model.backbones import Backbone, LIMoE, ModelCard, MoEDecoder, MoMa, VLMoE, model_card
 from lightning_moevlm.model.backbones.placement import LastBlocks
 from lightning_moevlm.model.experts import GatedExperts, MLPExperts
 from lightning_moevlm.model.layers import MoEFFN
-from lightning_moevlm.model.routers import ExpertChoiceRouter
+from lightning_moevlm.model.routers import ExpertChoiceRouter, TopKRouter
 
 BASE = partial(VLMoE, sparse_top=True)
 LARGE = partial(VLMoE, dim=1024, num_heads=16, num_blocks=24, num_vl_blocks=3, hidden_dim=4096, sparse_top=True)
@@ -79,3 +79,20 @@ def test_moma_has_the_published_sizes(dim: int, num_heads: int, num_blocks: int,
         assert card.total_parameters + output == pytest.approx(sparse, rel=0.05)
     twin = count(partial(build, moe=moe, is_grouped=is_grouped, is_sparse=False))
     assert twin.total_parameters + output == pytest.approx(dense, rel=0.06)
+
+
+def test_moe_llava_has_the_published_size() -> None:
+    # arXiv 2401.15947, table 1: 5.3 B, 3.6 B active. That is the language model: Phi-2 has 2.78 B, and three more
+    # experts in each of 16 blocks have 48 x 52.4 M. Phi-2 has an output matrix beside the embedding
+    moe = partial(
+        MoEFFN, num_experts=4, router=partial(TopKRouter, top_k=2), experts=partial(MLPExperts, hidden_dim=10_240)
+    )
+    with torch.device("meta"):
+        model = MoEDecoder(moe=moe)
+    assert model.vision is not None and model.connector is not None
+    seeing = sum(parameter.numel() for part in (model.vision, model.connector) for parameter in part.parameters())
+    assert seeing == pytest.approx(303e6 + 2560 * (1024 + 2 * 2560), rel=0.01)  # ViT-L/14, then the connector
+    card = model_card(model)
+    for output in (0, 51_200 * 2560):
+        assert card.total_parameters - seeing + output == pytest.approx(5.3e9, rel=0.05)
+        assert card.active_parameters - seeing + output == pytest.approx(3.6e9, rel=0.05)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.special_tokens import EOS, PAD
+from lightning_moevlm.model.generation import generate
 from lightning_moevlm.model.objectives import Draws, NextToken
 from lightning_moevlm.model.routers import ExpertChoiceRouter
 from lightning_moevlm.training import VisionLanguageModule
@@ -62,6 +64,53 @@ def test_pairs_and_texts_alone_are_terms_of_their_own() -> None:
     assert {name: int(number) for name, number in size.predictions.items()} == {"caption": 9, "text": 11}
     assert size.passes["pair"].tokens_A.tolist() == [3 * 4, 3 + 4 + 5]
     assert size.passes["text"].tokens_A.tolist() == [0, 6 + 7]
+
+
+def asked(num_samples: int = 4) -> Batch:
+    """Questions of 2 words with answers of 1: [BOS] q q [EOS] a [EOS], two positions of padding."""
+    batch = pair_batch(num_samples)
+    text_BL = batch.text_BL.clone()
+    text_BL[:, 3], text_BL[:, 5], text_BL[:, 6:] = EOS, EOS, PAD
+    return batch._replace(text_BL=text_BL, text_mask_BL=text_BL != PAD)
+
+
+def test_answers_alone_are_predicted_by_hand() -> None:
+    backbone, batch = small_decoder().eval(), asked(2)
+    objective = NextToken(backbone.spec, answers_only=True).eval()
+    output = objective(backbone, batch, Draws(0))
+    features = backbone(*batch[:3], causal=True).tokens_BSD[:, 4:]
+    losses = []
+    for row in range(2):
+        for position in (3, 4):  # the question's [EOS] predicts the answer, the answer its own [EOS]
+            logits = objective.logits(backbone, features[row, position : position + 1])[0]
+            losses.append(F.cross_entropy(logits, batch.text_BL[row, position + 1]))
+    term = output.terms["caption"]
+    assert term.num_predictions == int(objective.size(batch).predictions["caption"]) == 4
+    assert float(term.raw) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert objective.prompts(batch.text_BL, batch.text_mask_BL)[0].tolist() == [
+        [*row[:4], PAD, PAD, PAD, PAD] for row in batch.text_BL.tolist()
+    ]
+
+
+def test_answers_that_were_learnt_are_generated_after_their_questions() -> None:
+    module, batch = VisionLanguageModule(small_decoder(), partial(NextToken, answers_only=True)), asked()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    for step in range(60):
+        _, report = module.train().compute_losses(batch, step)
+        optimizer.zero_grad()
+        report.total_loss.backward()
+        optimizer.step()
+    backbone, objective = module.backbone.eval(), module.objective
+    assert isinstance(objective, NextToken)
+    prompts = objective.prompts(batch.text_BL, batch.text_mask_BL)
+    found = generate(backbone, partial(objective.logits, backbone), batch.images_BRYX, *prompts)
+    assert torch.equal(found.text_BN[:, :2], batch.text_BL[:, 4:6])
+
+
+def test_texts_without_an_answer_are_refused() -> None:
+    objective = NextToken(small_decoder().spec, answers_only=True)
+    with pytest.raises(UserError, match=r"set data\.append_answer to true"):
+        objective(small_decoder(), pair_batch(2), Draws(0))
 
 
 def test_sizes_name_the_same_terms_for_every_batch() -> None:

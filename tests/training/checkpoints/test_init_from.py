@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones import LIMoE
-from lightning_moevlm.model.objectives import Contrastive, MaskedModelling
+from lightning_moevlm.model.objectives import Contrastive, MaskedModelling, NextToken
 from lightning_moevlm.model.routers import TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.checkpoints.init_from import (
@@ -19,7 +19,7 @@ from lightning_moevlm.training.checkpoints.init_from import (
     load_initial_weights,
     measure_upcycling,
 )
-from tests.small_model import pair_batch, small_limoe, small_moe
+from tests.small_model import pair_batch, small_decoder, small_limoe, small_moe
 
 RENORMALISED = partial(TopKRouter, top_k=2, renormalise=True)
 
@@ -125,6 +125,20 @@ def test_a_dense_feed_forward_becomes_experts(tmp_path: Path) -> None:
     up_DF = twin.backbone.blocks[1].ffn.up.weight.T  # type: ignore[union-attr]
     for expert in module.backbone.blocks[1].ffn.experts.up_EDF:  # type: ignore[union-attr]
         assert torch.equal(expert, up_DF)
+
+
+def test_experts_of_every_part_of_a_decoder_start_from_the_dense_one(tmp_path: Path) -> None:
+    other = VisionLanguageModule(small_decoder(moe_every=None, sees_sparsely=False), NextToken, seed=5, init_std=0.1)
+    module = VisionLanguageModule(small_decoder(router=RENORMALISED), NextToken)
+    loaded = load_initial_weights(module, InitFrom(saved(other, tmp_path), upcycle=Upcycle()))
+    found = measure_upcycling(module, loaded)
+    assert found.keys() == {
+        f"backbone.{layer}" for layer in ("vision.blocks.1.ffn", "connector.ffn", "blocks.1.ffn", "blocks.3.ffn")
+    }
+    assert max(found.values()) < 1e-5 and all(".router." in name for name in loaded.new) and not loaded.left
+    with torch.no_grad():
+        one, two = (each.backbone.eval()(*pair_batch(3)[:3]).tokens_BSD for each in (other, module))
+    assert torch.allclose(one[:, :-1], two[:, :-1], atol=1e-5)  # experts leave padding alone
 
 
 def test_drop_upcycling_starts_a_share_of_the_units_anew(dense: tuple[VisionLanguageModule, str]) -> None:
