@@ -10,6 +10,7 @@ from lightning_moevlm.training.callbacks.step_times import StepTimes
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
 from lightning_moevlm.training.callbacks.stopping.last_checkpoint import LastCheckpoint
 from lightning_moevlm.training.callbacks.stopping.stop_by_signal import StopBySignal
+from lightning_moevlm.training.callbacks.tasks.answer_scores import AnswerScores
 from lightning_moevlm.training.callbacks.tasks.caption_scores import CaptionScores
 from lightning_moevlm.training.callbacks.tasks.label_probes import LabelProbes
 from lightning_moevlm.training.callbacks.tasks.unigram_perplexity import UnigramPerplexity
@@ -17,6 +18,7 @@ from lightning_moevlm.training.callbacks.tasks.zero_shot import ZeroShot
 from lightning_moevlm.training.callbacks.telemetry import Telemetry
 
 __all__ = [
+    "AnswerScores",
     "CaptionScores",
     "DivergenceGuard",
     "FeatureWriter",

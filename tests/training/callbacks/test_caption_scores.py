@@ -17,9 +17,10 @@ from lightning_moevlm.training.callbacks import CaptionScores
 from tests.small_model import small_moe
 
 
-def captioner(objective: object = NextToken) -> VisionLanguageModule:
+def captioner(objective: object = NextToken, max_text_len: int = 24) -> VisionLanguageModule:
     backbone = LIMoE(
-        dim=32, num_heads=2, num_blocks=2, hidden_dim=64, image_size=32, patch_size=16, vocab_size=400, max_text_len=24,
+        dim=32, num_heads=2, num_blocks=2, hidden_dim=64, image_size=32, patch_size=16, vocab_size=400,
+        max_text_len=max_text_len,
         moe=small_moe(4, TopKRouter, None, None),
     )  # fmt: skip
     return VisionLanguageModule(backbone, objective, init_std=0.3)  # type: ignore[arg-type]
