@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 
 import lightning_moevlm.model.routers as routers_module
 from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
+from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.model.layers import ModelStabilisers
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.study.plan.run_identity import compute_digest
@@ -43,6 +44,7 @@ DATA = sorted(  # of folders; tests/data/storage/test_object_store.py trains fro
     if "root: data/shards/" in path.read_text(encoding="utf-8")
 )
 CALLBACKS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/callbacks").glob("*.yaml"))
+LIKE_BASE = ("conf/vl_moe/large.yaml", "conf/limoe/small.yaml", "conf/moma/small.yaml")
 BACKBONE = "--model.backbone.init_args"
 Resolve = Callable[..., dict[str, Any]]
 
@@ -58,7 +60,17 @@ def resolve(resolver: ConfigResolver) -> Resolve:
     return functools.cache(lambda *files: resolver([PROJECT / file for file in files], {}))
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.fixture(scope="module")
+def describe(resolve: Resolve) -> Callable[..., ModelCard]:
+    """Counts the model of each list of files once."""
+    return functools.cache(lambda *files: describe_model(resolve(*files)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    # a large or small model differs in values alone from its family's base, which runs
+    [pytest.param(each, marks=pytest.mark.slow) if each in LIKE_BASE else each for each in CONFIGS],
+)
 def test_fast_dev_run(config: str, moevlm: Callable[..., str], scenes_root: Path) -> None:
     # widths and lengths that a laptop can hold; everything else is as shipped
     tower = [f"{BACKBONE}.vision={{dim: 16, num_heads: 2, num_blocks: 2, hidden_dim: 32}}"] * ("decoder" in config)
@@ -200,8 +212,8 @@ def test_every_switch_and_action_has_an_arm() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_model_costs_what_the_guide_says(config: str, resolve: Resolve) -> None:
-    card = describe_model(resolve(config))
+def test_a_model_costs_what_the_guide_says(config: str, describe: Callable[..., ModelCard]) -> None:
+    card = describe(config)
     assert 0 < card.active_parameters < card.total_parameters
     costs = (spell(card.total_parameters), spell(card.active_parameters), f"{card.active_flops_per_sample / 1e9:.3g}")
     rows = (PROJECT / "conf/README.md").read_text(encoding="utf-8").splitlines()
@@ -215,11 +227,11 @@ def spell(number: int) -> str:
 
 
 @pytest.mark.parametrize("config", VARIANTS)
-def test_a_variant_of_a_family_costs_what_its_model_costs(config: str, resolve: Resolve) -> None:
+def test_a_variant_of_a_family_costs_what_its_model_costs(config: str, describe: Callable[..., ModelCard]) -> None:
     text = (PROJECT / config).read_text(encoding="utf-8")
     base, named = re.findall(r"moevlm fit -c (\S+) -c (\S+)", text)[0]
     assert named == config
-    model, variant = (describe_model(resolve(*files)) for files in ([base], [base, config]))
+    model, variant = describe(base), describe(base, config)
     assert variant.active_flops_per_sample == pytest.approx(model.active_flops_per_sample, rel=0.01)
     is_dense = variant.active_parameters == variant.total_parameters
     assert is_dense is (Path(config).stem in ("dense", "1t1i"))
@@ -243,9 +255,10 @@ def test_evaluation_is_dropless_as_shipped(config: str, resolve: Resolve) -> Non
         ("conf/moma/base.yaml", 1.9e9, 65_536 * 1024),  # arXiv 2407.21770, table 1, with an output matrix
     ],
 )
-def test_base_is_the_published_model(config: str, published: float, rest: int, resolve: Resolve) -> None:
-    card = describe_model(resolve(config))
-    assert card.total_parameters + rest == pytest.approx(published, rel=0.03)
+def test_base_is_the_published_model(
+    config: str, published: float, rest: int, describe: Callable[..., ModelCard]
+) -> None:
+    assert describe(config).total_parameters + rest == pytest.approx(published, rel=0.03)
 
 
 def test_later_files_and_flags_move_what_refers_to_them(resolver: ConfigResolver) -> None:

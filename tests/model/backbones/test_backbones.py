@@ -17,12 +17,7 @@ from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN
 from lightning_moevlm.model.routers import ExpertChoiceRouter, HashRouter, ReLURouter, SinkhornRouter, TopPRouter
 from tests.small_model import pair_batch, small_decoder, small_limoe, small_moma, small_vl_moe
 
-BACKBONES = {
-    "VLMoE": small_vl_moe,
-    "LIMoE": small_limoe,
-    "MoMa": small_moma,
-    "MoMa, mixed": partial(small_moma, is_grouped=False),
-}
+BACKBONES = {"VLMoE": small_vl_moe, "LIMoE": small_limoe, "MoMa": small_moma}
 CAUSAL = BACKBONES | {"MoEDecoder": small_decoder}
 TWINS: dict[str, dict[str, object]] = {"VLMoE": {"sparse_modalities": ()}}
 SWITCHES = {

@@ -29,7 +29,7 @@ from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
 from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
 from lightning_moevlm.training.checkpoints.partial_step import restore_gradients
 from lightning_moevlm.training.optim import GradientStabilisers, SkipSpikes
-from tests.small_model import small_limoe, small_moma, small_vl_moe
+from tests.small_model import small_moma, small_vl_moe
 from tests.training.small_fit import tiny_module
 
 NUM_EPOCHS = 2
@@ -312,7 +312,7 @@ def test_an_optimiser_of_other_parameter_groups_is_refused(shards: Path, tmp_pat
 EXPERTS_CHOOSE = partial(small_moma, router=partial(ExpertChoiceRouter, score="sigmoid"))
 
 
-@pytest.mark.parametrize("build", [small_vl_moe, small_limoe, EXPERTS_CHOOSE], ids=["VLMoE", "LIMoE", "MoMa"])
+@pytest.mark.parametrize("build", [small_vl_moe, EXPERTS_CHOOSE], ids=["VLMoE", "MoMa"])
 def test_a_run_may_be_resumed_again_and_again(shards: Path, tmp_path: Path, build: Callable[[], Backbone]) -> None:
     runs = Runs(shards, 2, 4, module=lambda: VisionLanguageModule(build(), init_std=0.1))
     whole, _ = runs.run(4)
