@@ -9,7 +9,7 @@ import torch
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.backbones import ConnectorOptions, LIMoE, MoEDecoder, MoMa, VisionOptions, VLMoE
 from lightning_moevlm.model.dispatch import Capacity, Dispatcher
-from lightning_moevlm.model.experts import MLPExperts
+from lightning_moevlm.model.experts import GatedExperts, MLPExperts
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN, initialise
 from lightning_moevlm.model.routers import Router, TopKRouter
 
@@ -123,6 +123,7 @@ def small_decoder(
     moe_every: int | None = 2,
     is_sparse: bool = True,
     sees_sparsely: bool = True,
+    is_gated: bool = False,
     capacity: Capacity | None = None,
     dispatcher: Dispatcher | None = None,
     router: Callable[[int, int], Router] | None = None,
@@ -132,6 +133,7 @@ def small_decoder(
 ) -> MoEDecoder:
     """The same widths, after a vision tower of width 24 and two blocks; with experts there and in the connector too."""
     moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher)
+    gated: Callable[[int], MoEFFN] = partial(moe, experts=partial(GatedExperts, hidden_dim=48))
     model = MoEDecoder(
         dim=32,
         num_heads=2,
@@ -141,10 +143,11 @@ def small_decoder(
         patch_size=8,
         vocab_size=300,
         max_text_len=8,
-        moe=moe,
+        moe=gated if is_gated else moe,
         moe_every=moe_every,
         vision=VisionOptions(24, 2, 2, 48, moe if sees_sparsely else None),
         connector=ConnectorOptions(48, moe if sees_sparsely else None),
+        is_gated=is_gated,
         is_sparse=is_sparse,
         stabilisers=stabilisers,
     )

@@ -40,6 +40,7 @@ class MoEDecoder(Trunk):
         moe_placement: which blocks are sparse in place of every n-th: all, first_half, second_half, or {last: n}.
         vision: shape of the vision tower.
         connector: feed-forward of the connector.
+        is_gated: the dense feed-forwards of the language model are SwiGLU, as in Llama and Mistral; for `GatedExperts`.
         is_sparse: false is the dense twin: every mixture becomes a dense feed-forward of equal active FLOPs.
         stabilisers: switches of the trunk, in the vision tower too.
         patch_codebook: file of `moevlm data codebook` for routers that hash patches; null hashes random projections.
@@ -63,6 +64,7 @@ class MoEDecoder(Trunk):
         moe_placement: Placement = None,
         vision: VisionOptions = VisionOptions(),
         connector: ConnectorOptions = ConnectorOptions(),
+        is_gated: bool = False,
         is_sparse: bool = True,
         stabilisers: ModelStabilisers = ModelStabilisers(),
         patch_codebook: str | None = None,
@@ -90,7 +92,7 @@ class MoEDecoder(Trunk):
 
         def of_language(block: int) -> FeedForward:
             if block not in sparse:
-                return DenseFFN(dim, hidden_dim)
+                return DenseFFN(dim, hidden_dim, is_gated)
             return mixture(moe(dim), patches | {Modality.TEXT: max_text_len})
 
         between = DenseFFN(dim, connector.hidden_dim) if connector.moe is None else mixture(connector.moe(dim), patches)

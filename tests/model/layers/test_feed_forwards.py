@@ -12,7 +12,7 @@ from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.model.dispatch import Capacity
-from lightning_moevlm.model.experts import MLPExperts
+from lightning_moevlm.model.experts import GatedExperts, MLPExperts
 from lightning_moevlm.model.layers import DenseFFN, FeedForward, FFNOutput, MoEFFN, MultiwayFFN, dense_twin, initialise
 from lightning_moevlm.model.layers.norms import NormKind
 from lightning_moevlm.model.precision import PrecisionPolicy, set_precision
@@ -114,6 +114,19 @@ def test_router_region_stays_fp32_inside_a_bf16_trunk() -> None:
     assert torch.equal(pinned, expected)
     assert not torch.equal(free, expected)
     assert free.dtype == torch.float32
+
+
+def test_a_gated_feed_forward_is_one_gated_expert() -> None:
+    tokens_BSD = torch.randn(3, 3, 16, generator=torch.Generator().manual_seed(0))
+    experts, dense = GatedExperts(16, 1, 24), DenseFFN(16, 24, is_gated=True)
+    with torch.no_grad():
+        for linear, stack in zip((dense.gate, dense.up, dense.down), experts.stacks(), strict=True):
+            linear.weight.copy_(stack[0].T)  # type: ignore[union-attr]
+    one = experts.run(tokens_BSD, tuple(stack[0] for stack in experts.stacks()), torch.matmul)
+    found = dense(tokens_BSD, layout((Span(Modality.TEXT, 0, 3),))).tokens_BSD
+    assert torch.allclose(found, one, atol=1e-6)
+    # per token 3 products of 2 x 16 x 24 FLOPs
+    assert dense.costs({Modality.TEXT: 3}).flops == 3 * 3 * 2 * 16 * 24
 
 
 def test_twin_has_the_flops_of_the_moe() -> None:

@@ -127,9 +127,11 @@ def test_a_dense_feed_forward_becomes_experts(tmp_path: Path) -> None:
         assert torch.equal(expert, up_DF)
 
 
-def test_experts_of_every_part_of_a_decoder_start_from_the_dense_one(tmp_path: Path) -> None:
-    other = VisionLanguageModule(small_decoder(moe_every=None, sees_sparsely=False), NextToken, seed=5, init_std=0.1)
-    module = VisionLanguageModule(small_decoder(router=RENORMALISED), NextToken)
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_experts_of_every_part_of_a_decoder_start_from_the_dense_one(is_gated: bool, tmp_path: Path) -> None:
+    dense = small_decoder(moe_every=None, sees_sparsely=False, is_gated=is_gated)
+    other = VisionLanguageModule(dense, NextToken, seed=5, init_std=0.1)
+    module = VisionLanguageModule(small_decoder(router=RENORMALISED, is_gated=is_gated), NextToken)
     loaded = load_initial_weights(module, InitFrom(saved(other, tmp_path), upcycle=Upcycle()))
     found = measure_upcycling(module, loaded)
     assert found.keys() == {

@@ -15,11 +15,12 @@ from lightning_moevlm.model.precision import PrecisionPolicy
 
 
 class DenseFFN(FeedForward):
-    """GELU(x W_up) W_down without bias.
+    """GELU(x W_up) W_down without bias, or gated: (SiLU(x W_gate) * x W_up) W_down (SwiGLU, arXiv 2002.05202).
 
     Args:
         dim: model width D.
         hidden_dim: hidden width F.
+        is_gated: SwiGLU, from which `GatedExperts` can start.
 
     Raises:
         UserError: no hidden unit.
@@ -27,9 +28,10 @@ class DenseFFN(FeedForward):
 
     precision = PrecisionPolicy()
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, is_gated: bool = False) -> None:
         super().__init__()
         check_number("hidden_dim", hidden_dim, least=1)
+        self.gate = nn.Linear(dim, hidden_dim, bias=False) if is_gated else None
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
         self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
@@ -40,15 +42,17 @@ class DenseFFN(FeedForward):
 
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Apply to every position; the layout does not matter."""
-        return FFNOutput(self.down(normalise(F.gelu(self.up(tokens_BSD)), self.hidden_norm, self.precision)), ())
+        hidden_BSF = self.up(tokens_BSD)
+        hidden_BSF = F.gelu(hidden_BSF) if self.gate is None else F.silu(self.gate(tokens_BSD)) * hidden_BSF
+        return FFNOutput(self.down(normalise(hidden_BSF, self.hidden_norm, self.precision)), ())
 
     def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
-        """4 D F FLOPs per token; its input and the hidden units before and after GELU are kept."""
+        """4 D F FLOPs per token, gated 6 D F; its input is kept, and the hidden units before and after each step."""
         total, dim, hidden_dim = sum(num_tokens.values()), self.up.in_features, self.up.out_features
         return Costs(
-            feed_forward=4.0 * dim * hidden_dim * total,
+            feed_forward=(4.0 if self.gate is None else 6.0) * dim * hidden_dim * total,
             kept_by_norms=float(total * hidden_dim * (self.hidden_norm is not None)),
-            kept_by_products=float(total * (dim + 2 * hidden_dim)),
+            kept_by_products=float(total * (dim + (2 if self.gate is None else 4) * hidden_dim)),
         )
 
 
