@@ -10,10 +10,12 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.backbones import ConnectorOptions, LIMoE, MoEDecoder, MoMa, VisionOptions, VLMoE
 from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.experts import GatedExperts, MLPExperts
+from lightning_moevlm.model.initial_weights import defer_initialisation
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN, initialise
 from lightning_moevlm.model.routers import Router, TopKRouter
 
 
+@defer_initialisation()  # its weights are drawn once, by the seed
 def small_vl_moe(
     *,
     top_k: int = 1,
@@ -49,6 +51,7 @@ def small_vl_moe(
     return model
 
 
+@defer_initialisation()  # its weights are drawn once, by the seed
 def small_limoe(
     *,
     top_k: int = 1,
@@ -81,6 +84,7 @@ def small_limoe(
     return model
 
 
+@defer_initialisation()  # its weights are drawn once, by the seed
 def small_moma(
     *,
     top_k: int = 1,
@@ -115,6 +119,7 @@ def small_moma(
     return model
 
 
+@defer_initialisation()  # its weights are drawn once, by the seed
 def small_decoder(
     *,
     top_k: int = 1,

@@ -31,6 +31,9 @@ from lightning_moevlm.training import VisionLanguageModule, try_schedule
 from lightning_moevlm.training.checkpoints.checkpoint_file import inspect_checkpoint, refuse_other_model
 from lightning_moevlm.training.checks.trainer_checks import refuse_other_sizes
 
+_SIZES = ("image_size", "vocab_size", "max_text_len")
+"""Options of the data that the model has to fit."""
+
 
 class ConfigResolver:
     """Resolves the configuration of `moevlm fit -c FILE ...`, with every default; builds nothing."""
@@ -76,7 +79,7 @@ def describe_model(resolved: Mapping[str, object]) -> ModelCard:
         UserError: options out of range, or parts that do not fit each other, as `moevlm fit` refuses them when it
             builds the model, its optimiser and its schedule.
     """
-    return ModelDescriber()(resolved)
+    return _common_describer()(resolved)
 
 
 class ModelDescriber:
@@ -93,10 +96,17 @@ class ModelDescriber:
 
     def __call__(self, resolved: Mapping[str, object]) -> ModelCard:
         """Describe one configuration's model."""
-        model = repr(resolved["model"])
+        data = resolved.get("data")
+        sizes = [data.get(name) for name in _SIZES] if isinstance(data, Mapping) else None
+        model = repr((resolved["model"], sizes))
         if model not in self._cards:
             self._cards[model] = model_card(build_without_memory(resolved, self._complete).backbone)
         return self._cards[model]
+
+
+@cache
+def _common_describer() -> ModelDescriber:
+    return ModelDescriber()
 
 
 def build_without_memory(resolved: Mapping[str, object], complete: bool = False) -> VisionLanguageModule:

@@ -25,19 +25,20 @@ from lightning_moevlm.training.optim import (
 )
 from tests.small_model import pair_batch, small_limoe, small_moma, small_vl_moe
 
+VL_MOE = partial(small_vl_moe, num_blocks=3)
 EXPERTS_CHOOSE = partial(small_moma, router=partial(ExpertChoiceRouter, score="sigmoid"))
 
 
 @pytest.mark.parametrize(
     ("build", "dispatcher"),
     [
-        (small_vl_moe, SegmentDispatcher()),
+        (VL_MOE, SegmentDispatcher()),
         # seconds each; test_contrastive.py and test_next_token.py learn a batch by LIMoE
         pytest.param(small_limoe, SegmentDispatcher(), marks=pytest.mark.slow),
         pytest.param(EXPERTS_CHOOSE, SegmentDispatcher(), marks=pytest.mark.slow),
         # whose gradients are held against each other in tests/dispatch
-        pytest.param(small_vl_moe, LoopDispatcher(), marks=pytest.mark.slow),
-        pytest.param(small_vl_moe, GroupedDispatcher(), marks=pytest.mark.slow),
+        pytest.param(VL_MOE, LoopDispatcher(), marks=pytest.mark.slow),
+        pytest.param(VL_MOE, GroupedDispatcher(), marks=pytest.mark.slow),
     ],
     ids=lambda part: type(part).__name__ if isinstance(part, Dispatcher) else type(part()).__name__,
 )

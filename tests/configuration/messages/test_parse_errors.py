@@ -212,7 +212,7 @@ def test_mistakes_in_options_are_explained_at_their_place(
         (["sweep"], "moevlm sweep needs a command; choose new, plan, run, status, report"),
         (
             ["data", "convert"],
-            "moevlm data convert needs a command; choose csv, jsonl, coco_captions, coco_vqa, img2dataset",
+            "moevlm data convert needs a command; choose csv, jsonl, img2dataset, coco_captions, karpathy, ",
         ),
         (
             ["list", "routres"],
