@@ -13,7 +13,7 @@ Evaluation takes the same pairs of the set at any batch size: those whose keys h
 are drawn among all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +23,26 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.model_card import Costs
-from lightning_moevlm.contracts.step_records import Embeddings, Matchable, NamedPlan, ObjectiveOutput, PlanSize, Term
+from lightning_moevlm.contracts.step_records import (
+    BatchSize,
+    Embeddings,
+    Matchable,
+    NamedPlan,
+    ObjectiveOutput,
+    PlanSize,
+    Term,
+)
 from lightning_moevlm.model.backbones import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.metrics.measure import Measure
 from lightning_moevlm.model.metrics.tasks.matching import MatchingScores
+from lightning_moevlm.model.objectives.contrastive import TERM as CONTRASTIVE
 from lightning_moevlm.model.objectives.contrastive import Contrastive
 from lightning_moevlm.model.objectives.draws import Draws
-from lightning_moevlm.model.objectives.objective import Objective, pass_costs
+from lightning_moevlm.model.objectives.objective import Objective
 from lightning_moevlm.model.precision import region
 
 TERM = "matching"
+_CONTRAST, _FUSED = "contrastive/pair", "matching/pair"  # sources of the two passes
 _HELD_OUT = Draws(0)
 
 
@@ -48,6 +58,8 @@ class Matching(Objective):
     Raises:
         UserError: fewer than 2 pairs to evaluate.
     """
+
+    separate_passes = frozenset({_CONTRAST})
 
     def __init__(
         self,
@@ -78,7 +90,7 @@ class Matching(Objective):
             )
         pairs = batch.first(batch.pairs)
         contrast = self.contrast.compare(backbone, pairs)
-        output = contrast.output._replace(plans=_named("contrastive", contrast.output.plans))
+        output = contrast.output._replace(plans=_named(_CONTRAST, contrast.output.plans))
         if not self.training:
 
             def match(images_BRYX: Tensor, text_BL: Tensor, text_mask_BL: Tensor) -> Tensor:
@@ -106,20 +118,24 @@ class Matching(Objective):
             loss = matching_loss(cast(logits_3B).view(3, -1), has_negative_B)
         return output._replace(
             terms={**output.terms, TERM: Term(loss, self.weight, len(has_negative_B))},
-            plans=(*output.plans, *_named(TERM, fused.plans)),
+            plans=(*output.plans, *_named(_FUSED, fused.plans)),
             num_tokens=output.num_tokens + fused.tokens_BSD.shape[0] * fused.tokens_BSD.shape[1],
             attention=(*output.attention, *fused.attention),
         )
 
-    def costs(self, backbone: Backbone, batch: Batch) -> Costs | None:
-        """Return those of the contrast, and of three passes over pairs."""
-        contrast, pairs = self.contrast.costs(backbone, batch), batch.first(batch.pairs)
-        if contrast is None or pairs.text_mask_BL is None:
-            return contrast
-        number, dim = 3 * pairs.num_samples, self.head.in_features
-        size = PlanSize.of_pass(torch.tensor(number), pairs.text_mask_BL.repeat(3, 1), self.contrast.num_patches)
-        head = Costs(heads=2.0 * number * dim, kept_by_norms=float(number), kept_by_products=float(number * dim))
-        return contrast + pass_costs(backbone, size) + head
+    def size(self, batch: Batch) -> BatchSize:
+        """Return the number of pairs, and tokens of both passes; negative texts count as long as the batch's own."""
+        pairs, contrast = batch.first(batch.pairs), self.contrast.size(batch)
+        number, mask_BL = contrast.predictions[CONTRASTIVE], pairs.text_mask_BL
+        thrice = None if mask_BL is None else mask_BL.repeat(3, 1)
+        fused = PlanSize.of_pass(3 * number, thrice, self.contrast.num_patches)
+        return BatchSize({CONTRASTIVE: number, TERM: number}, {_CONTRAST: contrast.passes["pair"], _FUSED: fused})
+
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs:
+        """2 D FLOPs for each of three decisions about a pair, and those of the contrast."""
+        decisions, dim = 3.0 * predictions[TERM], self.head.in_features
+        head = Costs(heads=2 * decisions * dim, kept_by_norms=decisions, kept_by_products=decisions * dim)
+        return head + self.contrast.head_costs({CONTRASTIVE: predictions[CONTRASTIVE]})
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
         """Add retrieval, and accuracy of matching with the loss over the evaluated pairs."""
@@ -195,5 +211,5 @@ def _numbered(ids: Sequence[int]) -> Tensor:
     return torch.tensor([number[each] for each in ids])
 
 
-def _named(name: str, plans: Sequence[NamedPlan]) -> tuple[NamedPlan, ...]:
-    return tuple(plan._replace(source=f"{name}/{plan.source}") for plan in plans)
+def _named(source: str, plans: Sequence[NamedPlan]) -> tuple[NamedPlan, ...]:
+    return tuple(plan._replace(source=source) for plan in plans)

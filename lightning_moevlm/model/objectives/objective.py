@@ -73,7 +73,7 @@ class Objective(Module):
         if heads is None:
             return None
         return heads + add_costs(
-            pass_costs(backbone, one, source in self.separate_passes) for source, one in size.passes.items()
+            _pass_costs(backbone, one, source in self.separate_passes) for source, one in size.passes.items()
         )
 
     def head_costs(self, predictions: Mapping[str, int]) -> Costs | None:
@@ -90,7 +90,7 @@ class Objective(Module):
         return [Accuracy({prefix + term: count for term, count in self.num_classes.items()})]
 
 
-def pass_costs(backbone: Backbone, size: PlanSize, separate: bool = False) -> Costs:
+def _pass_costs(backbone: Backbone, size: PlanSize, separate: bool) -> Costs:
     """Return the costs of the sequences of a pass, all of which are as long as their mean."""
     sequences = int(size.sequences)
     if not sequences:

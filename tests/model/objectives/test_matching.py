@@ -156,6 +156,20 @@ def test_it_is_a_part_of_a_joint_objective() -> None:
         Joint(small_limoe().spec, {"match": SMALL, "contrast": Contrastive})
 
 
+def test_the_size_of_a_step_is_known_beforehand() -> None:
+    module, batch = VisionLanguageModule(small_limoe(), Matching), pair_batch(5)  # texts of one length
+    size = module.objective.size(batch.without_pixels())
+    assert size is not None
+    output = module.objective.train()(module.backbone, batch, Draws(0))
+    assert {name: term.num_predictions for name, term in output.terms.items()} == {
+        name: int(number) for name, number in size.predictions.items()
+    }
+    for source, one in size.passes.items():
+        plans = [named.plan for named in output.plans if named.source == source]
+        assert plans and all(int(plan.valid_T.sum()) == int(one.tokens_A.sum()) for plan in plans)
+        assert int(one.sequences) == (5 if source.startswith("contrastive") else 15)
+
+
 def test_what_it_lacks_is_told() -> None:
     images = pair_batch(3)._replace(text_BL=None, text_mask_BL=None, num_pairs=0)
     with pytest.raises(UserError, match="Matching needs images with their texts"):
