@@ -79,7 +79,7 @@ class ClassNames(NamedTuple):
             )
         raise UserError(
             f"a sample has the class {label!r}, which is not one of the {len(self.names)} names in {self.path}, nor "
-            "the number of one; give the list of this set"
+            "the number of one; give the list of this set, as `moevlm data answers SET --annotation FIELD` writes it"
         )
 
 

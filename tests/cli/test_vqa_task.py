@@ -54,6 +54,8 @@ def test_questions_become_samples_and_a_model_answers_them(
     fit = ["-c", "conf/quickstart.yaml", "-c", "conf/tasks/vqa.yaml", *SMALL]
     moevlm("fit", *fit, "--trainer.fast_dev_run=true")
     moevlm("fit", *fit, "--trainer.fast_dev_run=true", "--data.num_workers=2")  # answers cross processes
+    unmeasured = moevlm("test", *fit, "--trainer.fast_dev_run=true", "--data.annotation=null", code=2)
+    assert "nothing was measured: model.objective AnswerClassification can use no sample of this data" in unmeasured
     as_text = ["fit", "-c", "conf/decoder/quickstart.yaml", "-c", "conf/tasks/vqa_as_text.yaml", *SMALL]
     moevlm(*as_text, "--trainer.fast_dev_run=true")
     lacking = moevlm(*as_text, "--trainer.fast_dev_run=true", "--data.annotation=null", code=2)

@@ -11,16 +11,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
+from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
 WRITE_FEATURES = "--trainer.callbacks+=lightning_moevlm.training.callbacks.FeatureWriter"
 """The option that saves predictions."""
 
 
 class ResultTable(Callback):
-    """Prints a table of metrics after validate and test (not inside fit), and the folder of predictions."""
+    """Prints a table of metrics after validate and test (not inside fit), and the folder of predictions.
+
+    Raises:
+        UserError: a validation or test that measured nothing.
+    """
 
     def __init__(self) -> None:
         self._num_batches = 0  # predicted on this rank
@@ -28,10 +34,12 @@ class ResultTable(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, unless this is a validation of fit."""
         if trainer.state.fn == TrainerFn.VALIDATING:
+            _refuse_no_result(trainer, pl_module)
             _print_table(trainer, "validate")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
+        _refuse_no_result(trainer, pl_module)
         _print_table(trainer, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,6 +86,15 @@ def prediction_writers(trainer: Trainer) -> list[BasePredictionWriter]:
     """Return the callbacks that save predictions."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets, but declares it not
     return [callback for callback in callbacks if isinstance(callback, BasePredictionWriter)]
+
+
+def _refuse_no_result(trainer: Trainer, pl_module: LightningModule) -> None:
+    if not trainer.callback_metrics and isinstance(pl_module, VisionLanguageModule):
+        raise UserError(
+            f"nothing was measured: model.objective {type(pl_module.objective).__name__} can use no sample of this "
+            "data, and no callback judges it; choose data of its kind (data.root, data.annotation), or add a task "
+            "such as -c conf/tasks/linear_probe.yaml"
+        )
 
 
 @rank_zero_only

@@ -84,11 +84,12 @@ class CaptionScores(HeldOutTask):
         if not generated:
             return {}
         images = sorted(generated)
-        of_another = {
-            image: references[other][0] for image, other in zip(images, [*images[1:], images[0]], strict=True)
-        }
+        scored = {metric_keys.CAPTION_SCORE: generated}
+        if len(images) > 1:
+            others = zip(images, [*images[1:], images[0]], strict=True)
+            scored[metric_keys.CAPTION_CHANCE] = {image: references[other][0] for image, other in others}
         return {
             family.key(stage=stage, score=name): value
-            for family, captions in ((metric_keys.CAPTION_SCORE, generated), (metric_keys.CAPTION_CHANCE, of_another))
+            for family, captions in scored.items()
             for name, value in score_captions(captions, references).items()
         }

@@ -1,0 +1,70 @@
+"""Every shipped task trains a model over the configuration that it names, and judges runs."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.cli.main import main
+from lightning_moevlm.contracts.answer_list import write_answers
+from lightning_moevlm.data.count_answers import count_answers
+from lightning_moevlm.data.storage.shard_storage import ShardStorage
+from lightning_moevlm.data.text.annotations import Annotation
+from tests.conftest import PROJECT
+from tests.small_run import SMALL, budget
+
+TASKS = sorted(path.stem for path in (PROJECT / "conf/tasks").glob("*.yaml"))
+OF_OTHER_TESTS = ["multitask", "nlvr2", "vqa", "vqa_as_text"]  # they make their sets
+TINY = [
+    "--data.batch_size=4", "--data.image_size=32", "--model.backbone.init_args.dim=16",
+    "--model.backbone.init_args.num_heads=2", "--model.backbone.init_args.hidden_dim=32",
+]  # fmt: skip
+OF_GROUNDS = "--data.annotation=ground"  # scenes stand for emojis, and colours of grounds for their groups
+
+
+@pytest.fixture
+def furnished(workplace: Path, scenes_root: Path) -> Path:
+    """The workplace, with a set of classes."""
+    openmoji = shutil.copytree(scenes_root, workplace / "data/shards/openmoji")
+    classes, _ = count_answers(ShardStorage(str(openmoji)), None, Annotation("ground"))
+    write_answers(classes, openmoji / "answers.json")
+    return workplace
+
+
+def metrics(*command: str, capfd: pytest.CaptureFixture[str]) -> set[str]:
+    """Test, and return the keys of the table that is printed."""
+    assert main(["test", *command]) == 0
+    return set(re.findall(r"^ +(test/\S+)", capfd.readouterr().out, re.M))
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in OF_OTHER_TESTS])
+def test_a_task_trains_over_the_file_that_it_names(task: str, moevlm: Callable[..., str], furnished: Path) -> None:
+    text = (PROJECT / f"conf/tasks/{task}.yaml").read_text(encoding="utf-8")
+    (base,) = re.findall(rf"moevlm fit -c (\S+) -c conf/tasks/{task}\.yaml", text)
+    of_classes = [OF_GROUNDS] if "openmoji" in text else []
+    moevlm("fit", "-c", base, "-c", f"conf/tasks/{task}.yaml", *TINY, "--trainer.fast_dev_run=true", *of_classes)
+
+
+def test_the_others_have_tests_of_their_own() -> None:
+    files = ("test_multitask.py", "test_nlvr2_task.py", "test_vqa_task.py")
+    texts = [(PROJECT / "tests/cli" / file).read_text(encoding="utf-8") for file in files]
+    assert all(any(f"conf/tasks/{task}.yaml" in text for text in texts) for task in OF_OTHER_TESTS)
+    assert set(OF_OTHER_TESTS) < set(TASKS)
+
+
+def test_a_run_is_judged_by_its_own_task_and_by_others(
+    moevlm: Callable[..., str], furnished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = [*SMALL, "-c", "conf/tasks/captioning.yaml", "--trainer.limit_test_batches=2"]
+    moevlm("fit", *own, *budget(1))
+    (checkpoint,) = furnished.glob("runs/*/*/checkpoints/last.ckpt")
+    by_run = f"--run={checkpoint.parents[1]}"
+    assert "test/perplexity/caption" in metrics(*own, f"--ckpt_path={checkpoint}", capfd=capfd)
+    language = metrics(by_run, "-c", "conf/tasks/perplexity.yaml", capfd=capfd)
+    assert language >= {"test/perplexity/text", "test/unigram_perplexity/text"}
+    probes = metrics(by_run, "-c", "conf/tasks/linear_probe.yaml", OF_GROUNDS, capfd=capfd)
+    assert probes >= {"test/linear_probe/top1", "test/knn/top1", "test/probe_baseline/majority"}
+    refused = moevlm("test", by_run, "-c", "conf/tasks/contrastive.yaml", code=2)
+    assert "is of another model: objective.image_projection.weight is missing in it" in refused
