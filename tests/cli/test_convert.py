@@ -47,22 +47,27 @@ def source_of(kind: str, folder: Path) -> list[str]:
         return [str(jsonl_source(folder, 60))]
     if kind == "coco_captions":
         return [str(coco_source(folder, 60)), "--captions", "each"]
-    if kind in SOURCES:
-        SOURCES[kind](folder)
-        return [str(folder)]
     if kind == "karpathy":
         return [str(karpathy_source(folder))]
     coco_source(folder, 60)
     return [str(path) for path in vqa_source(folder, 60)]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "coco_captions", "coco_vqa", "karpathy", *SOURCES])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "coco_captions", "coco_vqa", "karpathy"])
 def test_every_kind_trains_a_step(kind: str, moevlm: Callable[..., str], workplace: Path) -> None:
     folder = workplace / "mine"
     folder.mkdir()
     moevlm("data", "convert", kind, *source_of(kind, folder), *TERMS, "--out=set")
     moevlm("data", "check", "set")
     moevlm("fit", *SMALL, "--trainer.fast_dev_run=true", "--data.root=set", "--data.batch_size=4")
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_folder_of_a_benchmark_is_read(kind: str, tmp_path: Path) -> None:
+    SOURCES[kind](tmp_path)
+    out = str(tmp_path / "set")
+    assert main(["data", "convert", kind, str(tmp_path), *TERMS, "--out", out]) == 0
+    assert main(["data", "check", out]) == 0
 
 
 def test_img2dataset_trains_a_step_with_its_configuration(moevlm: Callable[..., str], workplace: Path) -> None:

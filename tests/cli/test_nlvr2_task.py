@@ -14,7 +14,6 @@ SMALL = [
 def test_statements_are_made_and_judged(moevlm: Callable[..., str], workplace: Path) -> None:
     moevlm(*CONVERT, "--out", "data/shards/scenes-statements")
     moevlm("fit", *TASK, *SMALL, "--trainer.fast_dev_run=true")
-    moevlm("fit", *TASK, *SMALL, "--trainer.fast_dev_run=true", "--data.num_workers=2")  # both images cross processes
     single = moevlm("fit", *TASK, *SMALL, "--trainer.fast_dev_run=true", "--data.second_image=null", code=2)
     assert "set data.second_image to right" in single
     single = moevlm("fit", *TASK, *SMALL, "--trainer.fast_dev_run=true", "--data.root=data/shards/scenes", code=2)
