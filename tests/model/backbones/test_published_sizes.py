@@ -78,7 +78,7 @@ def test_moma_has_the_published_sizes(dim: int, num_heads: int, num_blocks: int,
         card = count(partial(build, moe=moe, is_grouped=is_grouped))
         assert card.total_parameters + output == pytest.approx(sparse, rel=0.05)
     twin = count(partial(build, moe=moe, is_grouped=is_grouped, is_sparse=False))
-    assert twin.total_parameters + output == pytest.approx(dense, rel=0.06)
+    assert twin.total_parameters + output == pytest.approx(dense, rel=0.06)  # 1.48 B where they print 1.4 B
 
 
 def test_moe_llava_has_the_published_size() -> None:
