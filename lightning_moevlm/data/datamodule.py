@@ -83,7 +83,7 @@ class ShardDataModule(LightningDataModule):
             CLIP_benchmark's sets, or a field of the json member that names the class; null for nothing. Sources may
             name their own, as with second_image.
         append_answer: Whether an answer follows the question in its text, after [EOS]: one of those given, drawn anew
-            in every epoch, and in evaluation the most frequent. Needs the annotation answers.
+            in every epoch, and in evaluation the most frequent. Needs the annotation answers; null appends none.
         second_image: Read beside the image of each sample: `right`, the other image of statements about two; null for
             none.
         tokenizer: A tokenizer.json of the tokenizers library in place of the set's; null uses the set's.
@@ -111,7 +111,7 @@ class ShardDataModule(LightningDataModule):
         augment: Augment | None = None,
         prefetch: int | None = None,
         annotation: str | None = None,
-        append_answer: bool = False,
+        append_answer: bool | None = None,
         second_image: Literal["right"] | None = None,
         tokenizer: str | None = None,
     ) -> None:
@@ -157,7 +157,7 @@ class ShardDataModule(LightningDataModule):
         self.max_pixels = max_pixels
         self.augment = augment
         self.prefetch = prefetch
-        self.annotation, self.append_answer = annotation, append_answer
+        self.annotation, self.append_answer = annotation, bool(append_answer)
         self.tokenizer_file = tokenizer
         self.second_image = second_image
         if append_answer and not any((each.annotation or annotation) == "answers" for each in self.sources.values()):

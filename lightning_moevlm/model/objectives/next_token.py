@@ -48,7 +48,7 @@ class NextToken(Objective):
         spec: the backbone's dimensions.
         caption_weight: of the term in the task loss; null leaves it and its forward pass out.
         text_weight: likewise.
-        answers_only: predict what follows the first [EOS] of a text alone.
+        answers_only: predict what follows the first [EOS] of a text alone; null predicts the whole text.
 
     Raises:
         UserError: no term has a weight.
@@ -59,14 +59,14 @@ class NextToken(Objective):
         spec: BackboneSpec,
         caption_weight: float | None = 1.0,
         text_weight: float | None = 1.0,
-        answers_only: bool = False,
+        answers_only: bool | None = None,
     ) -> None:
         super().__init__()
         weights = {"caption": caption_weight, "text": text_weight}
         self.weights = {name: weight for name, weight in weights.items() if weight is not None}
         if not self.weights:
             raise UserError("both weights of NextToken are null: set caption_weight or text_weight to a number")
-        self.answers_only = answers_only
+        self.answers_only = bool(answers_only)
         self.num_patches = spec.num_patches
         self.text_head = TextHead(spec.dim, spec.vocab_size)
         self.num_classes = dict.fromkeys(self.weights, spec.vocab_size)
@@ -96,7 +96,7 @@ class NextToken(Objective):
             if not len(target_M):
                 raise UserError(
                     "NextToken predicts answers only, and no text of this batch has one: set data.append_answer to "
-                    "true, and data.annotation to answers; or set answers_only to false"
+                    "true, and data.annotation to answers; or set answers_only to null"
                 )
             logits_MV = self.logits(backbone, features_MD)
             with region(self.precision, "losses", logits_MV.device.type) as cast:
