@@ -28,7 +28,7 @@ _FIRST = {"list": "--kind", "describe": "--name", "sync": "--folder"}
 
 _GROUPS = {
     "bench": "Time dispatchers, layers, steps and data on this machine.",
-    "data": "Make, convert, check and show data sets.",
+    "data": "Make, convert, check and show sets of shards.",
     "data build": "Draw a demo set.",
     "data convert": "Make a set of your own images and captions.",
     "sweep": "Plan, run and report studies.",

@@ -30,10 +30,10 @@ class ConvertCommand:
 
     Args:
         out: Folder of the set; by default data/shards/NAME.
-        licence: Licence of the data, such as "CC BY 4.0". Required.
+        licence: Licence of the data, such as "CC BY 4.0"; nothing is converted without one.
         licence_url: Address of the licence text.
         attribution: Attribution that the licence requires.
-        name: Name of the set and prefix of its keys; by default that of the source.
+        name: Name of the set and prefix of its keys; by default that of the input.
         image_format: Images of this format are kept byte for byte, others are re-encoded.
         max_side: Largest longer side of an image, in pixels; larger ones are scaled. null keeps the size.
         samples_per_shard: Samples per tar file.
@@ -57,7 +57,7 @@ class ConvertCommand:
     force: bool = False
 
     def __call__(self) -> None:
-        """Convert; the options are checked before the source is read."""
+        """Convert; the options are checked before the input is read."""
         shared = self._collect()
         source = self._source()
         self._convert(source, self._target(source.name), shared)
