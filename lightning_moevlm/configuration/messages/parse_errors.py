@@ -180,7 +180,7 @@ def _explain_value(complaints: Sequence[Complaint], where: str, types: Types) ->
         if missing and each.holder is not None:
             return f"{where}: {each.holder.__name__} needs {missing[1]} too"
     annotation = _annotation(first, types)
-    if not where or annotation is None or not re.match("Expected a|Not a valid subclass", first.text):
+    if not where or annotation is None or not re.match("Expected a(?! tuple)|Not a valid subclass", first.text):
         return None
     choice = join_if_few([name for base in classes_of(annotation) for name in list_subclasses(base)[0]])
     is_mapping = first.given is not None and first.given.startswith("{")
