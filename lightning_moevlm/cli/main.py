@@ -26,8 +26,9 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm sweep plan|status|report FILE              show the planned runs, their state, their results
   moevlm compare RUN RUN...                         compare any runs in MLflow; unfair comparisons are refused
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
-  moevlm data convert KIND SOURCE                   make a set of your own: csv, jsonl, coco_captions, coco_vqa,
-                                                    img2dataset, questions
+  moevlm data convert KIND INPUT                    make a set of your own: csv, jsonl, img2dataset, coco_captions,
+                                                    karpathy, coco_vqa, gqa, okvqa, textvqa, nlvr2,
+                                                    questions, statements
   moevlm data index URLS --out DIR                  list tars where they are, so that reading them is exact
   moevlm data check DIR                             verify a set and print its card
   moevlm data show DIR                              write samples as a page to browse
