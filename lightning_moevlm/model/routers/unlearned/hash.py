@@ -47,7 +47,7 @@ class HashRouter(Router):
         if inputs.identity_T is None:
             raise UserError(
                 "HashRouter routes by token ids and patch codes, which this backbone does not provide: choose VLMoE, "
-                "LIMoE or MoMa, or a router that reads tokens, such as TopKRouter"
+                "LIMoE, MoMa or MoEDecoder, or a router that reads tokens, such as TopKRouter"
             )
         expert_E = torch.arange(self.num_experts, device=inputs.identity_T.device)
         draw_TE = scramble(inputs.identity_T.unsqueeze(-1) * self.num_experts + expert_E, self.seed)
