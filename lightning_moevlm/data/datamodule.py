@@ -10,7 +10,6 @@ In a mixture, the tokenizer of the first source with texts encodes all texts (by
 sources that are used as pairs, one after the other, or all sources if there are none.
 """
 
-import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -23,30 +22,33 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.data.format.faults import MAX_PIXELS
-from lightning_moevlm.data.format.manifest import Manifest, Split, check_shard_size
+from lightning_moevlm.data.format.manifest import Manifest, Split
 from lightning_moevlm.data.images.augment import Augment
-from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
-from lightning_moevlm.data.load.device_stage import DeviceStage
+from lightning_moevlm.data.load.device_stage import DeviceStage, warn_without_gpu
 from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, refuse_uneven_workers
+from lightning_moevlm.data.plain.draw_reader import DrawReader
+from lightning_moevlm.data.plain.options import WebDatasetOptions
+from lightning_moevlm.data.plain.plain_tars import PlainTars
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
 from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_invalid_names
 from lightning_moevlm.data.read.open_set import (
     OpenSet,
+    check_local_shards,
     choose_tokenizer,
     digest_sets,
     find_annotation,
     find_second_image,
     open_set,
+    refuse_other_than_jpegs,
 )
+from lightning_moevlm.data.read.reader import Reader
 from lightning_moevlm.data.read.sample_order import Rank, train_batches
-from lightning_moevlm.data.read.source_stream import OpenSource
+from lightning_moevlm.data.read.source_stream import OpenSource, ReadSource
 from lightning_moevlm.data.read.train_reader import TrainReader
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step, whole_steps
 from lightning_moevlm.data.storage.shard_storage import CACHE_GIB, PROTOCOLS, ShardStorage
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
-
-_HASHED_BEFOREHAND_BYTES = 256 * 2**20
 
 
 class MixedManifest(NamedTuple):
@@ -87,6 +89,8 @@ class ShardDataModule(LightningDataModule):
         second_image: Read beside the image of each sample: `right`, the other image of statements about two; null for
             none.
         tokenizer: A tokenizer.json of the tokenizers library in place of the set's; null uses the set's.
+        urls: Tars without a manifest in place of `root`: `s3://bucket/name-{0000..0331}.tar`, a folder, or a list.
+        webdataset: Reading of `urls`: members, decoding, a function for samples, tars held out.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
     """
 
@@ -114,6 +118,8 @@ class ShardDataModule(LightningDataModule):
         append_answer: bool | None = None,
         second_image: Literal["right"] | None = None,
         tokenizer: str | None = None,
+        urls: list[str] | str | None = None,
+        webdataset: WebDatasetOptions | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -131,17 +137,25 @@ class ShardDataModule(LightningDataModule):
         refuse_uneven_workers(num_workers, num_streams)
         check_number("data.max_lost_fraction", max_lost_fraction, least=0, below=1)
         mixed = {name: source for name, source in (sources or {}).items() if source is not None}
-        if (root is None) == (not mixed):
+        if urls is not None and (root is not None or mixed):
+            raise UserError(
+                "data.urls names tars: set data.root to null and leave data.sources out, or data.urls to null"
+            )
+        if urls is None and (root is None) == (not mixed):
             shown = root and mask_url_secrets(root)
             raise UserError(
                 f"data.root is {shown} and data.sources names {len(mixed)} sets: set only one of data.root and "
                 "data.sources, the other to null"
             )
         refuse_invalid_names(list(mixed))
+        protocols, tolerant = tuple(allowed_protocols), max_lost_fraction > 0
+        self.plain = None
+        if urls is not None:
+            reading = webdataset or WebDatasetOptions()
+            self.plain = PlainTars(urls, reading, protocols, cache_dir, vocab_size, tokenizer is None, tolerant)
         self.sources = mixed or {"": Source(str(root))}
         self.storages = {
-            name: ShardStorage(source.root, cache_dir, cache_gib, tuple(allowed_protocols))
-            for name, source in self.sources.items()
+            name: ShardStorage(source.root, cache_dir, cache_gib, protocols) for name, source in self.sources.items()
         }
         self.mixture = Mixture(tuple(self.sources.values()))
         self.batch_size = batch_size
@@ -179,6 +193,8 @@ class ShardDataModule(LightningDataModule):
             UserError: if there is no set (with the command that builds one), its manifest is broken, or it lacks the
                 modality of the source.
         """
+        if self.plain is not None:
+            return {"urls": self.plain.open_set(self.annotation, self.second_image)}
         opened = [
             open_set(source, self.storages[name], self.annotation, self.second_image)
             for name, source in self.sources.items()
@@ -194,7 +210,8 @@ class ShardDataModule(LightningDataModule):
     @property
     def manifest_digest(self) -> str:
         """Hash of the exact data, and of a tokenizer that is not theirs."""
-        return digest_sets(self.sets, self.tokenizer if self.tokenizer_file is not None else None)
+        is_foreign = self.tokenizer_file is not None or self.plain is not None
+        return digest_sets(self.sets, self.tokenizer if is_foreign else None)
 
     @cached_property
     def tokenizer(self) -> CaptionTokenizer:
@@ -203,7 +220,8 @@ class ShardDataModule(LightningDataModule):
         Raises:
             UserError: if it is missing, altered, or has more ids than the model.
         """
-        return choose_tokenizer(list(self.sets.values()), self.tokenizer_file, self.vocab_size)
+        fitted = None if self.plain is None or self.tokenizer_file is not None else self.plain.tokenizer_file
+        return choose_tokenizer(list(self.sets.values()), self.tokenizer_file or fitted, self.vocab_size)
 
     def prepare_data(self) -> None:
         """Check manifests, tokenizer and shards, before anything is written.
@@ -215,18 +233,14 @@ class ShardDataModule(LightningDataModule):
         _ = self.tokenizer  # the property raises what is wrong with it
         if self.tokenizer_file is not None:
             rank_zero_info(f"data.tokenizer {self.tokenizer_file}: {self.tokenizer.control.describe()}")
+        if self.plain is not None:
+            rank_zero_info(self.plain.promise)
+            return
         for opened in self.sets.values():
-            self._refuse_other_than_jpegs(opened)
-            shards = [shard for split in opened.manifest.splits.values() for shard in split]
-            folder = opened.storage.home_of(shards[0]).folder if shards else None
-            if folder is None or self.max_lost_fraction > 0:
-                continue
-            small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
-            for shard in shards:
-                if small:
-                    opened.storage.local_path(shard)
-                else:
-                    check_shard_size(folder, shard)
+            if self.decode == "device":
+                refuse_other_than_jpegs(opened)
+            if self.max_lost_fraction == 0:
+                check_local_shards(opened)
 
     def setup(self, stage: str) -> None:
         """Refuse a limit on batches that would make an epoch's last optimiser step smaller than the others.
@@ -256,17 +270,18 @@ class ShardDataModule(LightningDataModule):
             per_step, whole = self._batches_per_step, self._whole_steps
             limit = self._train_limit(whole)
             clock = StepClock(limit or whole, per_step)
-            reader = TrainReader(
-                opened,
-                self.mixture,
-                self.batch_size,
-                rank,
-                self.shuffle_buffer,
-                self.seed,
-                self.num_streams,
-                clock,
-                tolerant=self.max_lost_fraction > 0,
-            )
+            tolerant = self.max_lost_fraction > 0
+            reader: Reader
+            if self.plain is not None:
+                (source,) = opened
+                reader = DrawReader(
+                    source, self.batch_size, rank, self.num_streams, tolerant, self.shuffle_buffer, self.seed, whole
+                )
+            else:
+                reader = TrainReader(
+                    opened, self.mixture, self.batch_size, rank, self.shuffle_buffer, self.seed, self.num_streams,
+                    clock, tolerant,
+                )  # fmt: skip
             stage = self._stage(self.augment, fills=True)
             loader = ShardLoader(
                 reader, self.num_workers, self.manifest_digest, limit, self.max_lost_fraction, stage, per_step
@@ -317,7 +332,11 @@ class ShardDataModule(LightningDataModule):
     def _evaluated(self) -> dict[str, OpenSet]:
         return {name: opened for name, opened in self.sets.items() if opened.gives_pairs} or self.sets
 
-    def _open(self, split: Split, sets: Mapping[str, OpenSet]) -> tuple[OpenSource, ...]:
+    def _open(self, split: Split, sets: Mapping[str, OpenSet]) -> tuple[Any, ...]:
+        """Return the split of each set: `OpenSource`, or `PlainSource` of tars without a manifest."""
+        if self.plain is not None:
+            (opened,) = sets.values()
+            return (self.plain.source("urls", opened, split, self._collate(opened)),)
         return tuple(
             OpenSource(
                 name,
@@ -330,22 +349,14 @@ class ShardDataModule(LightningDataModule):
         )
 
     def _collate(self, opened: OpenSet) -> Collate:
-        self._refuse_other_than_jpegs(opened)
         keeps_jpegs = self.decode == "device"
+        if keeps_jpegs:
+            refuse_other_than_jpegs(opened)
         return Collate(
             opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
             opened.manifest.layout.caption_field, find_annotation(opened, self.append_answer),
             find_second_image(opened),
         )  # fmt: skip
-
-    def _refuse_other_than_jpegs(self, opened: OpenSet) -> None:
-        others = [name for name in IMAGE_EXTENSIONS if name != "jpg" and name in opened.members]
-        if self.decode == "device" and others:
-            kinds = "PNG images" if others == ["png"] else "images of several formats"
-            raise UserError(
-                f"data.decode is device, but {opened.storage} has {kinds}, and the device decodes JPEGs only; "
-                "set data.decode cpu, or build or convert the set with --image_format jpg"
-            )
 
     def _stage(self, augment: Augment | None, fills: bool) -> DeviceStage | None:
         """Return the stage that prepares batches in this process; None if all of its options are off."""
@@ -360,17 +371,11 @@ class ShardDataModule(LightningDataModule):
     def _device(self) -> torch.device:
         """The model's device. Warns once if options need a GPU and there is none."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        in_vain = [f"data.decode {self.decode}"] * (self.decode == "device")
-        in_vain += [f"data.prefetch {self.prefetch}"] * (self.prefetch is not None)
-        if in_vain and device.type != "cuda" and self._rank.index == 0:
-            warnings.warn(
-                f"{' and '.join(in_vain)}: this saves time on CUDA devices only, and this run is on {device.type}. The "
-                "training process does the work, with the same result. Set data.decode cpu and data.prefetch null here",
-                stacklevel=3,  # outside cached_property
-            )
+        if self._rank.index == 0:
+            warn_without_gpu(device, self.decode, self.prefetch)
         return device
 
-    def _fixed(self, opened: tuple[OpenSource, ...]) -> ShardLoader:
+    def _fixed(self, opened: tuple[ReadSource, ...]) -> ShardLoader:
         tolerant = self.max_lost_fraction > 0
         reader = FixedReader(opened, self.batch_size, self._rank, self.num_streams, tolerant)
         stage = self._stage(augment=None, fills=False)

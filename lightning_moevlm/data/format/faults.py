@@ -19,6 +19,7 @@ Cause = Literal[
     "caption_empty",
     "json_malformed",  # a json member that captions or answers are read from
     "answer_missing",
+    "map_failed",  # a user's own function for samples
 ]
 MAX_PIXELS = 2**26
 """Largest image: 67 million pixels, 192 MiB decoded. Cameras have fewer, decompression bombs more."""

@@ -5,6 +5,7 @@ prepared in advance do not count as handed out. The result depends on the batch,
 batch number alone.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -66,3 +67,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         if isinstance(value, Tensor)
     }
     return batch._replace(**there)
+
+
+def warn_without_gpu(device: torch.device, decode: str, prefetch: int | None) -> None:
+    """Warn of options that save time on a GPU alone, on another device."""
+    in_vain = [f"data.decode {decode}"] * (decode == "device")
+    in_vain += [f"data.prefetch {prefetch}"] * (prefetch is not None)
+    if in_vain and device.type != "cuda":
+        warnings.warn(
+            f"{' and '.join(in_vain)}: this saves time on CUDA devices only, and this run is on {device.type}. The "
+            "training process does the work, with the same result. Set data.decode cpu and data.prefetch null here",
+            stacklevel=4,  # outside cached_property
+        )

@@ -13,7 +13,7 @@ from lightning_moevlm.data.read.collate import Decoded
 from lightning_moevlm.data.read.join_batches import join_batches
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Reader
 from lightning_moevlm.data.read.sample_order import Rank, SampleRange, fixed_batches, fixed_number, fixed_range
-from lightning_moevlm.data.read.source_stream import OpenSource
+from lightning_moevlm.data.read.source_stream import ReadSource
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FixedReader(Reader):
     so with several streams batches alternate between as many places of the split.
     """
 
-    sources: tuple[OpenSource, ...]
+    sources: tuple[ReadSource, ...]
     batch_size: int
     rank: Rank
     num_streams: int

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.data.format.manifest import Manifest
+from lightning_moevlm.data.format.manifest import Manifest, check_shard_size
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, SECOND_IMAGES
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -15,6 +15,7 @@ from lightning_moevlm.data.text.annotations import ANSWERS, Annotation
 from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer, read_tokenizer
 
+_HASHED_BEFOREHAND_BYTES = 256 * 2**20
 _NEEDED = {"pair": ("image", "text"), "image": ("image",), "text": ("text",)}
 
 
@@ -146,3 +147,36 @@ def digest_sets(sets: Mapping[str, OpenSet], tokenizer: CaptionTokenizer | None)
     if tokenizer is None:
         return digest
     return hashlib.sha256(f"{digest}\n{tokenizer.to_json()}".encode()).hexdigest()
+
+
+def refuse_other_than_jpegs(opened: OpenSet) -> None:
+    """Refuse images that the device cannot decode.
+
+    Raises:
+        UserError: the set has others than JPEGs.
+    """
+    others = [name for name in IMAGE_EXTENSIONS if name != "jpg" and name in opened.members]
+    if others:
+        kinds = "PNG images" if others == ["png"] else "images of several formats"
+        raise UserError(
+            f"data.decode is device, but {opened.storage} has {kinds}, and the device decodes JPEGs only; "
+            "set data.decode cpu, or build or convert the set with --image_format jpg"
+        )
+
+
+def check_local_shards(opened: OpenSet) -> None:
+    """Hash the shards of a small set, and check the sizes of a large one's; do nothing if they are on a server.
+
+    Raises:
+        ShardFault: a shard is missing or differs from the manifest.
+    """
+    shards = [shard for split in opened.manifest.splits.values() for shard in split]
+    folder = opened.storage.home_of(shards[0]).folder if shards else None
+    if folder is None:
+        return
+    small = sum(shard.num_bytes for shard in shards) <= _HASHED_BEFOREHAND_BYTES
+    for shard in shards:
+        if small:
+            opened.storage.local_path(shard)
+        else:
+            check_shard_size(folder, shard)

@@ -16,7 +16,7 @@ from lightning_moevlm.data.format.faults import Cause, Lost, lost_sample_error
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.sample_order import Rank
-from lightning_moevlm.data.read.source_stream import OpenSource, Place
+from lightning_moevlm.data.read.source_stream import Place, ReadSource
 from lightning_moevlm.data.read.tensor_slots import PooledBatch
 
 Places = tuple[tuple[Place, ...], ...]
@@ -66,7 +66,7 @@ class Failure:
 class Reader(ABC):
     """Reads for one rank; batch b comes from logical stream b mod `num_streams`."""
 
-    sources: tuple[OpenSource, ...]
+    sources: tuple[ReadSource, ...]
     rank: Rank
     num_streams: int
     tolerant: bool  # whether samples may be lost; otherwise the first loss ends the run

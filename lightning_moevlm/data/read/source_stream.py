@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,42 @@ from lightning_moevlm.data.read.collate import Collate, Decoded
 from lightning_moevlm.data.read.sample_order import SampleRange, ShardRange, shard_permutation, shuffle, split_by_shard
 from lightning_moevlm.data.storage.next_shard import ShardPrefetcher
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
+
+
+class ReadSource(Protocol):
+    """One split of any data, with the decoder of its samples."""
+
+    @property
+    def name(self) -> str:
+        """Name in messages, in the log and in the state."""
+        ...
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """Its tars."""
+        ...
+
+    @property
+    def collate(self) -> Collate:
+        """Makes batches of its samples."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        ...
+
+    def split_by_shard(self, sample_range: SampleRange, permutation: tuple[int, ...]) -> tuple[ShardRange, ...]:
+        """Return the samples of each shard in a sample range."""
+        ...
+
+    def read(self, ranges: tuple[ShardRange, ...], gone: set[int]) -> Iterator[tuple[int, RawSample | Lost]]:
+        """Yield numbered samples in order, without those in `gone`."""
+        ...
+
+    def decode(self, sample: RawSample | Lost, into: Tensor | None, draw: str = "") -> Decoded | Lost:
+        """Decode a sample, its image into a row of a batch."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Tars without a manifest, read through the webdataset library: training at once, with fewer promises."""
