@@ -158,6 +158,8 @@ def write_exported(
                 (unfinished / name).write_bytes(content)
             text = json.dumps(msgspec.to_builtins(config), indent=1, ensure_ascii=False)
             (unfinished / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            # safetensors writes for this user alone; an export is for others too
+            (unfinished / WEIGHTS_FILE).chmod((unfinished / CONFIG_FILE).stat().st_mode)
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)

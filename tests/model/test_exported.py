@@ -81,6 +81,7 @@ def test_the_folder_says_what_it_holds(place: Path) -> None:
     assert sorted(path.name for path in (place / "exported").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
+    assert len({path.stat().st_mode for path in (place / "exported").iterdir()}) == 1  # all for others to read
     saved = torch.load(checkpoint_in(place), weights_only=True)["state_dict"]
     written = load_file(place / "exported/model.safetensors")
     assert saved.keys() == written.keys() and all(torch.equal(saved[name], written[name]) for name in saved)

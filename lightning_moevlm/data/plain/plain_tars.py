@@ -86,9 +86,10 @@ class PlainTars:
     def promise(self) -> str:
         """What cannot be promised of them, as a line."""
         tars, opened = self.tars, self.open_set(None, None)
+        num_tars = f"{len(tars['train'])} tar{'' if len(tars['train']) == 1 else 's'}"
         held_out = ", ".join(Path(tar.file).name for tar in tars["val"][:3]) + (", ..." if len(tars["val"]) > 3 else "")
         return (
-            f"data.urls: {len(tars['train'])} tars without a manifest, {held_out} held out. An epoch is "
+            f"data.urls: {num_tars} without a manifest, {held_out} held out. An epoch is "
             f"{opened.manifest.num_samples('train'):,} samples from tars that are drawn, not each sample once; a "
             "resumed run draws other samples than an uninterrupted one; the order changes with the number of ranks. "
             "`moevlm data index` makes a set that promises all three"

@@ -91,6 +91,9 @@ def test_tars_in_a_bucket_are_found_and_indexed(bucket: str, scenes_root: Path, 
     remote = ShardDataModule(str(tmp_path / "set"), 8, 32, 16, 400, cache_dir=str(tmp_path / "cache"))
     remote.prepare_data()
     assert sum(batch.num_samples for batch in remote.val_dataloader()) > 0
+    plain = ShardDataModule(None, 8, 32, 16, 400, cache_dir=str(tmp_path / "plain"), urls=f"{bucket}/train-*.tar")
+    plain.prepare_data()
+    assert next(iter(plain.train_dataloader())).pairs == 8
     with pytest.raises(UserError, match=rf"{bucket}/none.tar is missing"):
         find_tars(f"{bucket}/none.tar")[0].storage.stream("none.tar")
 
