@@ -138,9 +138,7 @@ class ShardDataModule(LightningDataModule):
         check_number("data.max_lost_fraction", max_lost_fraction, least=0, below=1)
         mixed = {name: source for name, source in (sources or {}).items() if source is not None}
         if urls is not None and (root is not None or mixed):
-            raise UserError(
-                "data.urls names tars: set data.root to null and leave data.sources out, or data.urls to null"
-            )
+            raise UserError("data.urls names tars: set data.root to null and leave data.sources out")
         if urls is None and (root is None) == (not mixed):
             shown = root and mask_url_secrets(root)
             raise UserError(
@@ -158,14 +156,9 @@ class ShardDataModule(LightningDataModule):
             name: ShardStorage(source.root, cache_dir, cache_gib, protocols) for name, source in self.sources.items()
         }
         self.mixture = Mixture(tuple(self.sources.values()))
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.max_text_len = max_text_len
-        self.vocab_size = vocab_size
-        self.num_workers = num_workers
-        self.shuffle_buffer = shuffle_buffer
-        self.seed = seed
-        self.num_streams = num_streams
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.image_size, self.max_text_len, self.vocab_size = image_size, max_text_len, vocab_size
+        self.shuffle_buffer, self.seed, self.num_streams = shuffle_buffer, seed, num_streams
         self.max_lost_fraction = max_lost_fraction
         self.decode = decode
         self.max_pixels = max_pixels
