@@ -33,7 +33,7 @@ EXPERTS_CHOOSE = partial(small_moma, router=partial(ExpertChoiceRouter, score="s
     ("build", "dispatcher"),
     [
         (VL_MOE, SegmentDispatcher()),
-        # seconds each; test_contrastive.py and test_next_token.py learn a batch by LIMoE
+        # seconds each; test_grid.py learns a batch by LIMoE
         pytest.param(small_limoe, SegmentDispatcher(), marks=pytest.mark.slow),
         pytest.param(EXPERTS_CHOOSE, SegmentDispatcher(), marks=pytest.mark.slow),
         # whose gradients are held against each other in tests/dispatch

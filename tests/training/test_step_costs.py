@@ -1,5 +1,6 @@
 """Costs of every shipped configuration are those that torch counts, and activations those that autograd keeps."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,23 +22,36 @@ from tests.counting import count_flops, kept_bytes, materialise
 from tests.small_model import small_limoe, small_vl_moe
 
 QUICK, LIMOE = "conf/quickstart.yaml", "conf/limoe_quickstart.yaml"
-WHOLE = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf").rglob("*quickstart.yaml"))
-ABOVE = sorted(path for folder in ("tasks", "routers") for path in (PROJECT / "conf" / folder).glob("*.yaml"))
+OF_RUNS = ("callbacks", "data", "overlays")  # change no model
+CONFIGS = [
+    path
+    for path in (PROJECT / "conf").rglob("*.yaml")
+    # a full batch has no answers as text, whose length the data decide
+    if path.parent.name not in OF_RUNS and path.stem != "vqa_as_text"
+]
 FAST = (QUICK, "conf/tasks/joint.yaml", "conf/routers/hash.yaml")
 SLOW = pytest.mark.slow(reason="a configuration of a size or kind that faster ones stand for")
 
 
 def stacks() -> list[object]:
-    """Every shipped configuration of a model, and every task and router above one that it names."""
-    files = [[name] for name in WHOLE]
-    for path in ABOVE:
-        if path.stem == "vqa_as_text":  # a full batch has no answers, whose length the data decide
-            continue
+    """Every shipped configuration of a model, router or task, with the files that it names as those below it."""
+    stacked = []
+    for path in sorted(CONFIGS):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(PROJECT).as_posix()
-        files.append(
-            [next(base for base in sorted(WHOLE, key=len, reverse=True) if f"-c {base} -c {name}" in text), name]
-        )
-    return [pytest.param(each, id=each[-1], marks=() if each[-1] in FAST else SLOW) for each in files]
+        commands = [re.findall(r"-c (\S+)", line) for line in re.findall(r"moevlm fit (.*)", text)]
+        files = next((files for files in commands if files and files[-1] == name), [name])
+        stacked.append(pytest.param(files, id=name, marks=() if name in FAST else SLOW))
+    return stacked
+
+
+def with_files(part: object, answers: str) -> object:
+    """Return options with a list of answers that exists."""
+    if isinstance(part, dict):
+        return {
+            key: answers if key in ("answers", "classes") and isinstance(value, str) else with_files(value, answers)
+            for key, value in part.items()
+        }
+    return part
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +77,9 @@ def test_flops_of_a_shipped_configuration_are_those_that_torch_counts(
 ) -> None:
     answers = tmp_path / "answers.json"
     write_answers(AnswerList(("true", "two"), (3, 1), "0" * 64), answers)
-    options: dict[str, object] = {
-        "vqa.yaml": {"answers": str(answers)},
-        "classification.yaml": {"classes": str(answers)},
-        "multitask.yaml": {"parts": {"answer": {"init_args": {"answers": str(answers)}}}},
-    }
-    overrides = {"model": {"objective": {"init_args": options.get(Path(files[-1]).name, {})}}}
-    module = build_without_memory(resolver([PROJECT / file for file in files], overrides), complete=True).eval()
+    resolved = resolver([PROJECT / file for file in files], {})
+    resolved["model"] = with_files(resolved["model"], str(answers))
+    module = build_without_memory(resolved, complete=True).eval()
     backbone, objective = module.backbone, module.objective.train()  # Matching runs all of its passes in training alone
     costs = compute_step_costs(backbone, objective, 2)
     assert costs.step is not None

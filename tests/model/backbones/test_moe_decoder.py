@@ -72,17 +72,11 @@ def test_a_dense_model_has_the_names_that_experts_start_from() -> None:
     assert all(dense[name].shape == value.shape for name, value in sparse.items() if name in dense)
 
 
-def test_one_batch_is_learnt() -> None:
-    module, batch = VisionLanguageModule(small_decoder(num_blocks=2), NextToken), pair_batch(2)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    for step in range(30):
-        _, report = module.train().compute_losses(batch, step)
-        optimizer.zero_grad()
-        report.total_loss.backward()
-        optimizer.step()
-    assert float(report.task["caption"].raw.detach()) < 0.3
-    unreached = {name for name, each in module.named_parameters() if each.grad is None}
-    assert unreached == {"backbone.vision.patches.mask_D"}
+def test_next_tokens_reach_every_parameter_but_that_of_hidden_patches() -> None:
+    module = VisionLanguageModule(small_decoder(), NextToken)
+    _, report = module.train().compute_losses(pair_batch(), 0)
+    report.total_loss.backward()
+    assert {name for name, each in module.named_parameters() if each.grad is None} == {"backbone.vision.patches.mask_D"}
 
 
 def test_objectives_are_joined_on_it() -> None:
@@ -93,10 +87,9 @@ def test_objectives_are_joined_on_it() -> None:
     assert {name for name, each in module.named_parameters() if each.grad is None} == {"backbone.vision.patches.mask_D"}
 
 
-def test_masked_modelling_is_refused() -> None:
-    for objective in (MaskedModelling, partial(Joint, parts={"masked": MaskedModelling})):
-        with pytest.raises(UserError, match=r"cannot train a causal MoEDecoder.*choose the objective NextToken"):
-            VisionLanguageModule(small_decoder(), objective)
+def test_a_sum_with_masked_modelling_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot train a causal MoEDecoder.*choose the objective NextToken"):
+        VisionLanguageModule(small_decoder(), partial(Joint, parts={"masked": MaskedModelling}))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -57,21 +57,6 @@ def test_a_blind_model_does_not_see_the_image(build: type, answers_file: str) ->
         assert torch.equal(*losses) == is_equal
 
 
-@pytest.mark.parametrize("build", [small_vl_moe, small_decoder])
-def test_one_batch_is_learnt(build: type, answers_file: str) -> None:
-    module = VisionLanguageModule(build(), partial(AnswerClassification, answers=answers_file))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
-    batch = asked(8)
-    for step in range(60):
-        _, report = module.train().compute_losses(batch, step)
-        optimizer.zero_grad()
-        report.total_loss.backward()
-        optimizer.step()
-    answered = module.objective.eval()(module.backbone.eval(), batch, Draws(0)).answered
-    expected = ("yes", "no", "two")
-    assert [answered.predicted[row] for row in (0, 1, 2, 4, 5, 6)] == [*expected, *expected]
-
-
 def test_what_it_lacks_is_told(answers_file: str, tmp_path: Path) -> None:
     objective = AnswerClassification(small_vl_moe().spec, answers_file)
     with pytest.raises(UserError, match=r"set data\.annotation to answers"):

@@ -69,16 +69,3 @@ def test_what_has_no_class_is_refused(classes: str) -> None:
         objective(small_limoe(), pair_batch(2), Draws(0))
     with pytest.raises(UserError, match="has the class 'bird', which is not one of the 3 names"):
         objective(small_limoe(), labelled("bird"), Draws(0))
-
-
-def test_one_batch_is_learnt(classes: str) -> None:
-    module = VisionLanguageModule(small_limoe(), partial(Classification, classes=classes))
-    module.train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
-    batch = labelled("cat", "dog", "car", "car", "dog", "cat")
-    for step in range(40):
-        _, report = module.compute_losses(batch, step)
-        optimizer.zero_grad()
-        report.total_loss.backward()
-        optimizer.step()
-    assert float(report.task_loss.detach()) < 0.1
