@@ -14,11 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_moevlm.model.dispatch import LoopDispatcher
 from lightning_moevlm.model.layers import MoEFFN
 
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default}
+_POINTWISE = {
+    *(_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.mul.Scalar, _ATEN.div.Tensor, _ATEN.where.self, _ATEN.clone.default),
+    *(_ATEN.gelu.default, _ATEN._softmax.default, _ATEN._log_softmax.default, _ATEN.native_layer_norm.default),
+}
+_LARGE = 2**20  # elements, of a tensor that is neither computed nor kept
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Return torch's count; products give zeros of their shape, all else is computed."""
+    """Return torch's count; products and what is large give zeros of their shape, all else is computed."""
     # attention as plain matrix products: torch's counter knows no formula for the fused CPU kernel
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _SkipProducts(), FlopCounterMode(display=False) as counter:
         run()
@@ -42,10 +48,18 @@ class _SkipProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func not in _PRODUCTS:
+        is_large = any(isinstance(each, Tensor) and each.numel() > _LARGE for each in args)
+        if func not in _PRODUCTS and not (func in _POINTWISE and is_large):
             return func(*args, **(kwargs or {}))
-        shape = func(*tree_map_only(Tensor, lambda each: torch.empty_like(each, device="meta"), args)).shape
-        return torch.zeros(shape)
+        shapes = func(*tree_map_only(Tensor, lambda each: torch.empty_like(each, device="meta"), args))
+        return tree_map_only(Tensor, _zeros, shapes)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Return zeros; many of them take no memory, but cannot be written to."""
+    if like.numel() <= _LARGE:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    return torch.zeros((), dtype=like.dtype).expand(like.shape)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ OBJECTIVES: dict[str, Trained] = {
     "MaskedModelling": Trained(
         MaskedModelling,
         [PAIRS, IMAGES, TEXTS],
-        {"text": 0.01, "pair_text": 0.01, "image": 0.5, "pair_image": 0.5},
+        {"text": 0.05, "pair_text": 0.05, "image": 0.5, "pair_image": 0.5},
     ),
     "Contrastive": Trained(Contrastive, [PAIRS] * 3, {"contrastive": 0.05}),
     "Contrastive by sigmoid": Trained(partial(Contrastive, kind="sigmoid"), [PAIRS] * 3, {"contrastive": 0.1}),

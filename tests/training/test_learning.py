@@ -23,7 +23,7 @@ from lightning_moevlm.training.optim import (
     ZClip,
     parameter_groups,
 )
-from tests.small_model import pair_batch, small_limoe, small_moma, small_vl_moe
+from tests.small_model import pair_batch, small_moma, small_vl_moe
 
 VL_MOE = partial(small_vl_moe, num_blocks=3)
 EXPERTS_CHOOSE = partial(small_moma, router=partial(ExpertChoiceRouter, score="sigmoid"))
@@ -33,8 +33,6 @@ EXPERTS_CHOOSE = partial(small_moma, router=partial(ExpertChoiceRouter, score="s
     ("build", "dispatcher"),
     [
         (VL_MOE, SegmentDispatcher()),
-        # seconds each; test_grid.py learns a batch by LIMoE
-        pytest.param(small_limoe, SegmentDispatcher(), marks=pytest.mark.slow),
         pytest.param(EXPERTS_CHOOSE, SegmentDispatcher(), marks=pytest.mark.slow),
         # whose gradients are held against each other in tests/dispatch
         pytest.param(VL_MOE, LoopDispatcher(), marks=pytest.mark.slow),

@@ -39,7 +39,7 @@ def stacks() -> list[object]:
     for path in sorted(CONFIGS):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(PROJECT).as_posix()
         commands = [re.findall(r"-c (\S+)", line) for line in re.findall(r"moevlm fit (.*)", text)]
-        files = next((files for files in commands if files and files[-1] == name), [name])
+        files = next((files[: files.index(name) + 1] for files in commands if name in files), [name])
         stacked.append(pytest.param(files, id=name, marks=() if name in FAST else SLOW))
     return stacked
 
@@ -81,14 +81,15 @@ def test_flops_of_a_shipped_configuration_are_those_that_torch_counts(
     resolved["model"] = with_files(resolved["model"], str(answers))
     module = build_without_memory(resolved, complete=True).eval()
     backbone, objective = module.backbone, module.objective.train()  # Matching runs all of its passes in training alone
-    costs = compute_step_costs(backbone, objective, 2)
+    pairs = 2 if backbone.spec.num_patches < 100 else 1  # one of a large model takes seconds
+    costs = compute_step_costs(backbone, objective, pairs)
     assert costs.step is not None
     materialise(module)
-    batch = with_values(full_batch(backbone.spec, 2))
+    batch = with_values(full_batch(backbone.spec, pairs))
     if not files[-1].endswith("relu.yaml"):  # how many experts it takes is learned
         assert costs.step.flops == pytest.approx(count_flops(lambda: objective(backbone, batch, Draws(0))), rel=0.01)
         pair = count_flops(lambda: backbone(batch.images_BRYX, batch.text_BL, batch.text_mask_BL))
-        assert costs.card.active_flops_per_sample == pytest.approx(pair / 2, rel=0.01)
+        assert costs.card.active_flops_per_sample == pytest.approx(pair / pairs, rel=0.01)
     assert costs.pair.flops == pytest.approx(costs.card.active_flops_per_sample)
     assert all(costs.active_parameters[name] < costs.active_parameters["pair"] for name in ("image", "text"))
 
