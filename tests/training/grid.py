@@ -62,7 +62,7 @@ def truths() -> str:
 
 
 class Trained(NamedTuple):
-    """An objective, the batches of its steps, and the most that is left of each term's loss once PAIRS are learnt."""
+    """An objective, the batches of its steps, and the most that is left of each loss once four pairs are learnt."""
 
     objective: Callable[[BackboneSpec], Objective]
     batches: list[Batch]

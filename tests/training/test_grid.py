@@ -71,7 +71,7 @@ def test_one_batch_is_learnt_by_heart(family: str, name: str) -> None:
     trained = OBJECTIVES[name]
     module = build(family, trained.objective).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
-    batch = PAIRS
+    batch = PAIRS.first(4)
     seen: list[dict[str, float]] = []
     for _ in range(100):
         terms = module.objective(module.backbone, batch, Draws(0)).terms  # the same masks every time
