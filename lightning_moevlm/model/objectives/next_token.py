@@ -133,8 +133,10 @@ class NextToken(Objective):
             passes["pair" if name == "caption" else "text"] = size
         return BatchSize(predictions, passes)
 
-    def head_costs(self, predictions: Mapping[str, int]) -> Costs:
-        """Those of the text head."""
+    def head_costs(self, predictions: Mapping[str, int]) -> Costs | None:
+        """Those of the text head; unknown for answers of a batch that has none, because data decide their length."""
+        if self.answers_only and not any(predictions.values()):
+            return None
         return self.text_head.costs(sum(predictions.values()))
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
