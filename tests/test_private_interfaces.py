@@ -38,6 +38,7 @@ INTERFACES = {
         "lightning.pytorch.loggers:MLFlowLogger",
     ),
     "training/callbacks/liveness/loss_proofs.py": {"_foreach_norm": "torch"},
+    "training/callbacks/recording/flight_recorder.py": {"_get_scale_async": "torch.amp:GradScaler"},
     "training/callbacks/stopping/last_checkpoint.py": {
         "_last_global_step_saved": "lightning.pytorch.callbacks:ModelCheckpoint",
         "_monitor_candidates": "lightning.pytorch.callbacks:ModelCheckpoint",
@@ -52,6 +53,7 @@ INTERFACES = {
     "training/checks/optimizer_checks.py": {"_step_supports_amp_scaling": "torch.amp:GradScaler"},
     "training/optim/gradients/clip_update.py": {"_foreach_sub": "torch"},
     "training/optim/gradients/gradient_control.py": {"_foreach_mul_": "torch"},
+    "training/optim/gradients/gradient_norms.py": {"_foreach_norm": "torch"},
     "training/optim/gradients/undoable_step.py": {"_step_supports_amp_scaling": "torch.amp:GradScaler"},
     "training/optim/optimizers/lion.py": dict.fromkeys(
         ("_foreach_add_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_sign_"), "torch"

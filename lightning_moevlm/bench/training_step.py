@@ -40,7 +40,7 @@ from lightning_moevlm.model.routers import TopKRouter
 from lightning_moevlm.tracking import RunLogger
 from lightning_moevlm.tracking.store import prepare_store
 from lightning_moevlm.training import VisionLanguageModule
-from lightning_moevlm.training.callbacks import DivergenceGuard, Liveness, StepProgress, Telemetry
+from lightning_moevlm.training.callbacks import DivergenceGuard, FlightRecorder, Liveness, StepProgress, Telemetry
 from lightning_moevlm.training.optim import GradientStabilisers, WarmupCosine, parameter_groups
 
 TURN = 10
@@ -126,7 +126,7 @@ def milliseconds_in_turns(
         enable_checkpointing=False,
         enable_model_summary=False,
         logger=RunLogger(experiment_name="bench", tracking_uri=uri),
-        callbacks=[Telemetry(), Liveness(), DivergenceGuard(), StepProgress(), turns],
+        callbacks=[Telemetry(), Liveness(), DivergenceGuard(), StepProgress(), FlightRecorder(), turns],
         default_root_dir=folder,
     )
     trainer.fit(by_trainer, DataLoader(_Repeated(batches), batch_size=None))

@@ -50,7 +50,7 @@ from lightning_moevlm.tracking.record.closing_lines import resume_line
 from lightning_moevlm.tracking.record.config_files import config_sources
 from lightning_moevlm.tracking.record.provenance import code_checkout
 from lightning_moevlm.training import VisionLanguageModule, try_schedule
-from lightning_moevlm.training.callbacks import DivergenceGuard, LastCheckpoint, StopBySignal
+from lightning_moevlm.training.callbacks import DivergenceGuard, FlightRecorder, LastCheckpoint, StopBySignal
 from lightning_moevlm.training.callbacks.result_table import WRITE_FEATURES, prediction_writers
 from lightning_moevlm.training.checkpoints.atomic_checkpoint import save_atomically
 from lightning_moevlm.training.checkpoints.checkpoint_file import inspect_checkpoint, refuse_other_model
@@ -160,6 +160,8 @@ class CommandLine(LightningCLI):
         config.weights_only = True  # Lightning's default, null, unpickles checkpoints from servers
         root = Path(config.trainer.default_root_dir or ".")
         self._checkpoint = inspect_checkpoint(config.get("ckpt_path"), self._asked, root)
+        if self.subcommand == "fit" and not _lists(config.trainer, FlightRecorder):
+            self.trainer_defaults["callbacks"].append(FlightRecorder())
         if _saves(config.trainer) and self.subcommand == "fit":
             self.trainer_defaults["callbacks"].append(LastCheckpoint(self._stop))
         if config.trainer.enable_progress_bar is False and isinstance(config.trainer.callbacks, list):
@@ -316,6 +318,12 @@ def _saves(trainer: Namespace) -> bool:
         trainer.callbacks = [each for each in callbacks if each is not None and each not in saving]
         return False
     return all(each.init_args.get("save_last") is not False for each in saving) and not trainer.fast_dev_run
+
+
+def _lists(trainer: Namespace, wanted: type[Callback]) -> bool:
+    """Return whether the configuration names this callback."""
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    return any(each is not None and find_imported_class(each.class_path) is wanted for each in callbacks)
 
 
 def _is_checkpoint(class_path: str) -> bool:

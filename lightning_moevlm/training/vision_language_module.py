@@ -47,6 +47,7 @@ from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.optim import (
     GradientControl,
     GradientEvents,
+    GradientNorms,
     GradientStabilisers,
     GroupOptions,
     build_optimizer,
@@ -127,6 +128,7 @@ class VisionLanguageModule(LightningModule):
             train_only(self, trainable)
         refuse_unsuited_losses(losses, backbone, self.objective)
         self._gradient_control: GradientControl | None = None
+        self.gradient_norms = GradientNorms()
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
         self._micro_losses: list[Tensor] = []  # of the current step
         self._step_sizes = StepSizeMeter(self.objective)
@@ -134,9 +136,8 @@ class VisionLanguageModule(LightningModule):
         self._configured_options: ConfiguredOptions | None = None
         self._needs_attention = actions.qk_clip is not None
         self._loss_weights = LossWeights(losses)
-        active_actions = build_actions(actions, backbone) | (
-            {"loss_weights": self._loss_weights} if losses.adapts else {}
-        )
+        of_losses = {"loss_weights": self._loss_weights} if losses.adapts else {}
+        active_actions = build_actions(actions, backbone) | of_losses
         self._counts_routing = losses.reads_counts or any("load" in action.needs for action in active_actions.values())
         self._routing_counter = RoutingCounter(backbone)
         self.active_actions: Mapping[str, Action] = active_actions
@@ -171,7 +172,7 @@ class VisionLanguageModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and the values that callbacks measure."""
         self.seed_noise(self.micro_step(batch_idx))
-        self.backbone.measure_attention = self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
+        self.backbone.measure_attention |= self._needs_attention or is_logging_step(self.trainer, self.global_step + 1)
         self.objective.spans_ranks = self.trainer.world_size > 1
         output, report = self.compute_losses(batch, self.global_step, self._measure_step(batch))
         self.backbone.measure_attention = self.objective.spans_ranks = False
@@ -211,6 +212,7 @@ class VisionLanguageModule(LightningModule):
         """Run the gradient stabilisers on unscaled gradients, once per step; if all are off, Lightning clips."""
         losses, self._micro_losses = self._micro_losses, []
         if self._gradient_control is None:
+            self.gradient_norms.measure_if_asked(self.parameters())
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         loss = torch.stack(losses).mean()
@@ -307,7 +309,7 @@ class VisionLanguageModule(LightningModule):
         round_state(optimizer, self.precision)
         if self.gradient.any_on:
             refuse_unsuited_optimizer(self.trainer, optimizer)
-            self._gradient_control = GradientControl(self.gradient, optimizer)
+            self._gradient_control = GradientControl(self.gradient, optimizer, self.gradient_norms)
             self._gradient_control.load_state_dict(self._gradient_memory)
             if self.action_runner is not None:
                 self.action_runner.gradient_control = self._gradient_control

@@ -235,6 +235,12 @@ class RunLogger(MLFlowLogger):
         with self._add_files() as folder:
             shutil.copytree(directory, folder / artifact_path)
 
+    @rank_zero_only
+    def log_file(self, file: Path, artifact_path: str) -> None:
+        """Keep a file, which stays, as an artifact under `artifact_path`; one of the same name is replaced."""
+        with self._add_files() as folder:
+            shutil.copyfile(file, _place(folder / artifact_path / file.name))
+
     @override
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Do nothing: the offline log lies beside the checkpoint and has every point from before it."""

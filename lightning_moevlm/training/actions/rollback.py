@@ -91,6 +91,11 @@ class SnapshotRing(Action):
         return self._done < self._options.max_rollbacks
 
     @property
+    def num_rollbacks(self) -> int:
+        """Rollbacks done."""
+        return self._done
+
+    @property
     def snapshots(self) -> tuple[int, ...]:
         """The steps of the snapshots, oldest first."""
         return tuple(snapshot.step for snapshot in self._ring)

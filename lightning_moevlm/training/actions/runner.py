@@ -49,6 +49,11 @@ class ActionRunner(Callback):
         ring = self._ring
         return ring is not None and ring.can_roll_back
 
+    @property
+    def num_rollbacks(self) -> int:
+        """Rollbacks done since the start of training."""
+        return 0 if self._ring is None else self._ring.num_rollbacks
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the first step, and prepare it."""
         self._steps_done = trainer.global_step

@@ -4,6 +4,7 @@ from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.training.callbacks.float8_training import Float8Training
 from lightning_moevlm.training.callbacks.liveness import Liveness
 from lightning_moevlm.training.callbacks.precision_shadow import PrecisionShadow
+from lightning_moevlm.training.callbacks.recording.flight_recorder import FlightRecorder
 from lightning_moevlm.training.callbacks.result_table import ResultTable
 from lightning_moevlm.training.callbacks.step_progress import StepProgress
 from lightning_moevlm.training.callbacks.step_times import StepTimes
@@ -22,6 +23,7 @@ __all__ = [
     "CaptionScores",
     "DivergenceGuard",
     "FeatureWriter",
+    "FlightRecorder",
     "Float8Training",
     "LabelProbes",
     "LastCheckpoint",

@@ -31,10 +31,10 @@ from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.callbacks.peak_memory import peak_memory, reset_peak
-from lightning_moevlm.training.callbacks.step_losses import losses_of_step
 from lightning_moevlm.training.callbacks.stopping.monitors import refuse_unknown_monitors
 from lightning_moevlm.training.optim.named_parts import count_trained
 from lightning_moevlm.training.step.logging_steps import is_logging_step
+from lightning_moevlm.training.step.step_losses import losses_of_step
 
 _SCALARS = {
     "load_entropy": metric_keys.LOAD_ENTROPY,
@@ -67,7 +67,7 @@ class Telemetry(Callback):
     def __init__(self, update_norm: bool = True) -> None:
         self._measures_update = update_norm
         self._before: list[Tensor] = []
-        self._gradient_norm: float | None = None
+        self._has_asked = False  # for the norm of the gradient
         self._learning_rate = 0.0
         self._step_seen = 0
         self._reports: list[LossReport] = []  # of the current step
@@ -141,10 +141,11 @@ class Telemetry(Callback):
         self._resumed_at = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure the gradient before it is clipped."""
+        """Have the gradient measured before it is clipped."""
         if is_logging_step(trainer, trainer.global_step + 1):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._gradient_norm = float(get_total_norm(gradients))
+            assert isinstance(pl_module, VisionLanguageModule)
+            pl_module.gradient_norms.ask()
+            self._has_asked = True
             self._learning_rate = float(optimizer.param_groups[0]["lr"])  # the one that this step is made with
             if self._measures_update:
                 self._before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
@@ -168,9 +169,6 @@ class Telemetry(Callback):
         values |= attention_values(outputs["attention"]) | log_partition_values(outputs["log_partitions"])
         values[metric_keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
         values[metric_keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds
-        if self._gradient_norm is not None:
-            values[metric_keys.GRAD_NORM.key()] = self._gradient_norm
-            values[metric_keys.LEARNING_RATE.key()] = self._learning_rate
         values |= self._step_values(pl_module) | data_values(trainer) | peak_memory(pl_module.device)
         self._write(trainer, values)
         if trainer.global_step == self._first_step:
@@ -199,6 +197,11 @@ class Telemetry(Callback):
         """Return the size of the update and the effects of gradient stabilisers, by key."""
         assert isinstance(pl_module, VisionLanguageModule)
         values: dict[str, float] = {}
+        norm = pl_module.gradient_norms.total
+        if self._has_asked and norm is not None:
+            self._has_asked = False
+            values[metric_keys.GRAD_NORM.key()] = float(norm)
+            values[metric_keys.LEARNING_RATE.key()] = self._learning_rate
         if self._before:
             optimizer = pl_module.optimizers(use_pl_optimizer=False)
             assert isinstance(optimizer, Optimizer)

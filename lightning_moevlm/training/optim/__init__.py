@@ -2,6 +2,7 @@
 
 from lightning_moevlm.training.optim.gradients.ada_gc import AdaGC
 from lightning_moevlm.training.optim.gradients.gradient_control import GradientControl, GradientEvents
+from lightning_moevlm.training.optim.gradients.gradient_norms import GradientNorms
 from lightning_moevlm.training.optim.gradients.gradient_stabilisers import GradientStabilisers
 from lightning_moevlm.training.optim.gradients.skip_spikes import SkipSpikes
 from lightning_moevlm.training.optim.gradients.z_clip import ZClip
@@ -24,6 +25,7 @@ __all__ = [
     "AdaGC",
     "GradientControl",
     "GradientEvents",
+    "GradientNorms",
     "GradientStabilisers",
     "GroupOptions",
     "Lion",

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.training.optim.gradients.ada_gc import AdaGC, NormAverages
 from lightning_moevlm.training.optim.gradients.clip_update import clip_update_
+from lightning_moevlm.training.optim.gradients.gradient_norms import GradientNorms
 from lightning_moevlm.training.optim.gradients.gradient_stabilisers import GradientStabilisers
 from lightning_moevlm.training.optim.gradients.skip_spikes import SpikeWindow
 from lightning_moevlm.training.optim.gradients.undoable_step import UndoableStep
@@ -43,10 +44,12 @@ class GradientControl:
     Args:
         options: the enabled stabilisers.
         optimizer: over groups of `parameter_groups`, or any.
+        norms: keeps the norms of the gradients for others; None if nobody reads them.
     """
 
-    def __init__(self, options: GradientStabilisers, optimizer: Optimizer) -> None:
+    def __init__(self, options: GradientStabilisers, optimizer: Optimizer, norms: GradientNorms | None = None) -> None:
         self.options = options
+        self._norms = GradientNorms() if norms is None else norms
         self.events: GradientEvents | None = None
         self._optimizer = optimizer
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -68,7 +71,7 @@ class GradientControl:
         """
         options = self.options
         gradients = [p.grad for p in self._params if p.grad is not None]
-        norm = clipped = get_total_norm(gradients).float()
+        norm = clipped = self._norms.measure(self._params).float()
         statistics, averages = self._statistics, self._averages
         skip, shortened = None, {}
         if options.skip_spikes is not None:

@@ -1,0 +1,1 @@
+"""Explains spikes from recordings: what moved first, and the illnesses whose signs it shows."""

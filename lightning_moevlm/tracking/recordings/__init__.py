@@ -1,0 +1,1 @@
+"""Recordings of the steps around a spike: their format, and those of a run."""

@@ -1,0 +1,62 @@
+"""Spikes, losses that are not finite and skipped steps are declared once each."""
+
+import math
+
+import pytest
+
+from lightning_moevlm.tracking.recordings.recording import RecordedStep
+from lightning_moevlm.training.callbacks.recording.watch import LEAST, Watch
+
+
+def judge(losses: list[float], threshold: float | None = 6.0, term: str = "text") -> list[tuple[int, str]]:
+    watch = Watch(threshold)
+    steps = [
+        RecordedStep(number, {"total_loss": loss, f"loss/{term}": loss}, {}) for number, loss in enumerate(losses, 1)
+    ]
+    return [(event.step, event.kind) for step in steps for event in watch.judge(step)]
+
+
+# median 2, MAD 0.1: one deviation is 0.148, six are 0.89
+CALM = [1.9, 2.0, 2.1, 2.0] * (LEAST // 4)
+
+
+def test_a_spike_lies_above_six_deviations() -> None:
+    deviations = 1.4826 * 0.05  # half of the values are 2.0 and half are 0.1 away, so MAD is 0.05
+    assert judge([*CALM, 2.0 + 6.1 * deviations]) == [(LEAST + 1, "spike")]
+    assert judge([*CALM, 2.0 + 5.9 * deviations]) == []
+    assert judge([*CALM, 2.0 + 6.1 * deviations], threshold=None) == []
+    assert judge([*CALM, 2.0 - 50 * deviations]) == []  # a better loss is no spike
+
+
+def test_few_steps_are_not_judged() -> None:
+    assert judge([*CALM[: LEAST - 1], 90.0]) == []
+
+
+def test_a_long_spike_is_declared_once_and_again_after_a_pause() -> None:
+    assert judge([*CALM, 9.0, 9.0, 9.0, 2.0, 9.0]) == [(LEAST + 1, "spike"), (LEAST + 5, "spike")]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_declared_from_the_first_step(wrong: float) -> None:
+    assert judge([2.0, wrong, wrong, 2.0]) == [(2, "not finite")]
+
+
+def test_the_terms_that_are_not_finite_are_named() -> None:
+    values = {"total_loss": math.nan, "loss/text": 1.0, "loss/image": math.nan}
+    (event,) = Watch(6.0).judge(RecordedStep(1, values, {}))
+    assert event.detail == "image"
+
+
+def test_batches_of_one_modality_have_a_past_of_their_own() -> None:
+    watch = Watch(6.0)
+    for number, loss in enumerate(CALM):
+        assert watch.judge(RecordedStep(number, {"total_loss": loss, "loss/text": loss}, {})) == []
+    assert watch.judge(RecordedStep(90, {"total_loss": 9.0, "loss/image": 9.0}, {})) == []
+    assert [event.kind for event in watch.judge(RecordedStep(91, {"total_loss": 9.0, "loss/text": 9.0}, {}))] == [
+        "spike"
+    ]
+
+
+def test_a_skipped_step_is_declared() -> None:
+    (event,) = Watch(None).judge(RecordedStep(4, {"total_loss": 1.0, "skipped": 1.0}, {}))
+    assert (event.step, event.kind) == (4, "skipped")
