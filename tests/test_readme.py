@@ -44,7 +44,15 @@ def test_every_command_is_one_that_runs_here_or_is_a_target() -> None:
             assert re.search(rf"^{first}:", MAKEFILE, flags=re.MULTILINE), command
 
 
-def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) -> None:
+SHORT = {  # by subcommand: added to its commands, so that all of them take seconds
+    "build": ("--num_samples", "300"),
+    "fit": ("--trainer.max_steps=2", "--trainer.num_sanity_val_steps=1", "--trainer.limit_val_batches=1"),
+    "test": ("--trainer.limit_test_batches=1",),
+}
+
+
+@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "as written"])
+def test_commands_run_as_written(short: bool, moevlm: Callable[..., str], workplace: Path) -> None:
     (workplace / "data/shards/scenes").unlink()  # the first command builds the real set
     table = csv_source(workplace, 60)  # the reader's own captions.csv and images/
     header, *rows = table.read_text("utf-8").splitlines()
@@ -53,7 +61,8 @@ def test_commands_run_as_written(moevlm: Callable[..., str], workplace: Path) ->
     for command in COMMANDS:
         tool, *arguments = shlex.split(command)
         if tool == "moevlm" and command != SLOW:
-            moevlm(*arguments)
+            more = [word for name, words in SHORT.items() if short and name in arguments[:2] for word in words]
+            moevlm(*arguments, *more)
     assert (workplace / "data/shards/scenes/manifest.json").is_file()
 
 
