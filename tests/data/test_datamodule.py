@@ -17,20 +17,25 @@ def _data(root: Path, **options: Any) -> ShardDataModule:
     return ShardDataModule(**{**given, **options})
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "estimate steps"])
+def whole(request: pytest.FixtureRequest, scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+    """32 steps that nothing interrupts."""
+    whole = Recorder(request.param)
+    data = _data(scenes_root)  # the order is the same for any number of workers
+    quiet_trainer(tmp_path_factory.mktemp("whole"), max_steps=32, enable_checkpointing=False).fit(whole, data)
+    assert len(set(whole.seen)) == 32
+    assert len(data.train_dataloader()) == 15
+    return whole
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [5, 15, 18])
-@pytest.mark.parametrize("estimate_steps", [False, True])
 def test_resumed_training_sees_the_batches_of_an_uninterrupted_run(
-    scenes_root: Path, tmp_path: Path, num_workers: int, stop: int, estimate_steps: bool
+    scenes_root: Path, tmp_path: Path, num_workers: int, stop: int, whole: Recorder
 ) -> None:
     # 120 samples, 15 batches per epoch: stop in the first epoch, at its end, and in the second.
     # estimate_steps: asking for it makes loaders before the state is restored (Lightning 20550)
-    whole = Recorder(estimate_steps)
-    data = _data(scenes_root)  # the order is the same for any number of workers
-    quiet_trainer(tmp_path, max_steps=32, enable_checkpointing=False).fit(whole, data)
-    assert len(set(whole.seen)) == 32
-    assert len(data.train_dataloader()) == 15
-
+    estimate_steps = whole.estimate_steps
     saver = ModelCheckpoint(tmp_path, "at", every_n_train_steps=stop, save_top_k=-1, enable_version_counter=False)
     first = Recorder(estimate_steps)
     quiet_trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(first, _data(scenes_root, num_workers=num_workers))
