@@ -79,7 +79,7 @@ class ArmResult:
     effect: Effect | None
     """None for the baseline."""
     accuracy: Mapping[str, Mean]
-    """Final masked accuracy by term of the objective, a fraction."""
+    """Final accuracy by term of the objective that predicts classes, a fraction."""
     majority: Mapping[str, Mean]
     """Accuracy of the constant answer, likewise."""
     also: Mapping[str, Mean]

@@ -31,7 +31,7 @@ def test_a_row_has_value_unit_and_meaning() -> None:
     assert title == "validate"
     assert [re.split(r"\s{2,}", line) for line in lines if not line.startswith("──")] == [
         ["own", "nan"],
-        ["val/accuracy_text", "0", "fraction", "masked accuracy"],
+        ["val/accuracy_text", "0", "fraction", "accuracy of predicted classes"],
         ["val/task_loss", "12.5000", "sum of term losses", "task loss"],
         ["val/total_loss", "1.25e-07", "sum of term losses", "total loss"],
     ]
@@ -43,7 +43,7 @@ def test_an_evaluation_shows_its_metrics_once(command: str, stage: str, capfd: p
     out, _ = run(capfd, command, *SMALL, ALONE, "--trainer.logger=false", "--trainer.limit_test_batches=1")
     assert out.count(f"{stage}/task_loss ") == 1
     assert out.count(f"{stage}/accuracy_pair_text ") == 1
-    assert "masked accuracy" in out
+    assert "accuracy of predicted" in " ".join(out.split())
 
 
 @pytest.mark.usefixtures("workplace")

@@ -1,4 +1,4 @@
-"""Draws bars by arm: throughput and wall time; masked accuracy beside the accuracy of the constant answer."""
+"""Draws bars by arm: throughput and wall time; accuracy beside the accuracy of the constant answer."""
 
 from matplotlib.axes import Axes
 
@@ -39,7 +39,7 @@ def draw_throughput(result: StudyResult) -> ReportFigure | None:
 
 
 def draw_accuracy(result: StudyResult) -> ReportFigure | None:
-    """Draw masked accuracy of every term, with the majority class as a mark; None if no term predicts classes."""
+    """Draw the accuracy of every term, with the majority class as a mark; None if no term predicts classes."""
     terms = tuple(sorted({term for arm in result.arms for term in arm.accuracy}))
     if not terms:
         return None
@@ -55,7 +55,7 @@ def draw_accuracy(result: StudyResult) -> ReportFigure | None:
                 edges = [row - 0.42, row + 0.42]
                 axes.plot([place, place], edges, color=GROUND, linewidth=5)  # keeps the mark apart from a dark bar
                 axes.plot([place, place], edges, color=INK, linewidth=2, label=label)
-        axes.set_xlabel(f"masked accuracy,\n{term} (%)")
+        axes.set_xlabel(f"accuracy,\n{term} (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
     columns = ("arm", *(f"{term}, {what}" for term in terms for what in ("accuracy", "majority")))
@@ -69,9 +69,7 @@ def draw_accuracy(result: StudyResult) -> ReportFigure | None:
         for arm in result.arms
         for term in terms
     ]
-    alt = "Bar charts of masked accuracy by arm, with the accuracy of the commonest class marked. " + " ".join(
-        sentences
-    )
+    alt = "Bar charts of accuracy by arm, with the accuracy of the commonest class marked. " + " ".join(sentences)
     return render_figure(figure, "accuracy", "Masked accuracy against the majority class", alt, table)
 
 
