@@ -80,7 +80,7 @@ def test_the_balance_gradient_reaches_the_router(name: str, loss: Any) -> None:
     loss(LossInput(router(routing_input(40, 16)))).backward()
     rows = router.rows()
     assert rows is not None and rows.grad is not None
-    if name == "expert choice" and loss == LoadBalance():
+    if name.startswith("expert choice") and loss == LoadBalance():
         # loads are even whatever the scores are: the loss is the constant 1, and `Liveness` ends a run that has it
         assert float(rows.grad.abs().sum()) < 1e-5
     else:
