@@ -112,8 +112,6 @@ DRAWINGS: tuple[Drawing, ...] = (
     _row("1F383", "pumpkin", "vegetable", "orange"),
 )
 
-CATEGORIES: tuple[str, ...] = tuple(sorted({drawing.category for drawing in DRAWINGS}))
-
 
 def first_drawings(count: int) -> tuple[Drawing, ...]:
     """Return the first `count` drawings.

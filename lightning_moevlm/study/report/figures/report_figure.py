@@ -23,7 +23,6 @@ GROUND = "#ffffff"
 _MARKERS = "osD^vPX"
 WIDTH_INCHES = 8.0
 _DOTS_PER_INCH = 130
-FONT_POINTS = 10.0
 LETTERS_OF_ROW = 28
 """Of an arm's name beside a row of a figure; a longer one is broken."""
 _LETTERS_BESIDE = 90  # of that size in a row of a figure
