@@ -50,8 +50,18 @@ def test_a_dtype_that_a_layer_ignores_is_dead() -> None:
     refused(module, "precision.router", "changes no bit of these samples, nor does float8_e5m2 on a trial")
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
-@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize(
+    ("precision", "scale"),
+    [
+        ("32-true", True),
+        ("32-true", False),
+        ("bf16-true", True),
+        ("16-true", True),
+        # scale and precision meet above, each with every format
+        pytest.param("bf16-true", False, marks=pytest.mark.slow),
+        pytest.param("16-true", False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 def test_rounded_state_of_every_format_is_alive(dtype: Any, scale: bool, precision: str) -> None:
     # scaled by 448 / peak, rounded and scaled back, a number of fp8 may differ from itself in the last bit of fp32
