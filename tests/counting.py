@@ -16,10 +16,8 @@ from lightning_moevlm.model.layers import MoEFFN
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default}
-_POINTWISE = {
-    *(_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.mul.Scalar, _ATEN.div.Tensor, _ATEN.where.self, _ATEN.clone.default),
-    *(_ATEN.gelu.default, _ATEN._softmax.default, _ATEN._log_softmax.default, _ATEN.native_layer_norm.default),
-}
+_OF_VALUES = {_ATEN.index.Tensor, _ATEN.nonzero.default, _ATEN.masked_select.default, _ATEN._local_scalar_dense.default}
+_TO_WRITE_TO = ("empty", "zeros", "ones", "full", "new_", "rand")  # how the names of ops begin that make tensors
 _LARGE = 2**20  # elements, of a tensor that is neither computed nor kept
 
 
@@ -48,11 +46,19 @@ class _SkipProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        is_large = any(isinstance(each, Tensor) and each.numel() > _LARGE for each in args)
-        if func not in _PRODUCTS and not (func in _POINTWISE and is_large):
+        if func not in _PRODUCTS and not _is_skipped(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
-        shapes = func(*tree_map_only(Tensor, lambda each: torch.empty_like(each, device="meta"), args))
+        on_meta = tree_map_only(Tensor, lambda each: torch.empty_like(each, device="meta"), (args, kwargs or {}))
+        shapes = func(*on_meta[0], **on_meta[1])
         return tree_map_only(Tensor, _zeros, shapes)
+
+
+def _is_skipped(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an op reads a large tensor and its result is neither a view nor written to later."""
+    is_large = any(isinstance(each, Tensor) and each.numel() > _LARGE for each in args)
+    is_plain = all(argument.alias_info is None for argument in func._schema.arguments)
+    is_new = func._schema.name.partition("::")[2].startswith(_TO_WRITE_TO)
+    return is_large and is_plain and not is_new and func not in _OF_VALUES and kwargs.get("device") is None
 
 
 def _zeros(like: Tensor) -> Tensor:
