@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_moevlm.common.atomic_files import write_atomically
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -28,11 +30,7 @@ def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: st
     if json == "-":
         sys.stdout.write(text)
         return
-    target = Path(json)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    write_atomically(Path(json), text)
 
 
 def console() -> "Console":

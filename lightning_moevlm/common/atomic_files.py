@@ -12,12 +12,17 @@ from lightning_moevlm.common.errors import UserError
 def write_atomically(file: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part.
 
+    A device or pipe, such as /dev/null, is written to and not replaced.
+
     Raises:
         UserError: the disk is full, or the folder cannot be written; the old text is still there.
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")
+            return
         with beside.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from lightning_moevlm.common.atomic_files import write_atomically
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.progress import track
@@ -97,10 +98,7 @@ def write_page(storage: ShardStorage, split: Split, num_samples: int, containing
     page = Page(
         manifest, split, modality_of(manifest), manifest.num_samples(split), containing, samples, _describe_losses(lost)
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(_render(page), encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, _render(page))
     return page
 
 

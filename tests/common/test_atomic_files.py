@@ -1,0 +1,26 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_moevlm.common.atomic_files import write_atomically
+from lightning_moevlm.common.errors import UserError
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As root, a rename over /dev/null would make a file of it, for every program of the machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)  # so that nobody waits for anybody
+    try:
+        write_atomically(pipe, "text")
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_folder_is_refused_and_stays(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        write_atomically(tmp_path, "text")
+    assert list(tmp_path.iterdir()) == []
