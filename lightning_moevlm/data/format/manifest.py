@@ -156,7 +156,8 @@ def missing_set_error(root: Path) -> UserError:
     """Return the error for a place without `manifest.json`: its content, and the command that makes a set."""
     if any(mark in str(root) for mark in "{*?") or root.suffix == ".tar":
         return UserError(
-            f"{root} is not the folder of a set: give the folder that holds its shards and {MANIFEST_FILE}"
+            f"{root} is not the folder of a set: give the folder that holds its shards and {MANIFEST_FILE}, or name "
+            "tars in data.urls"
         )
     recipe = "openmoji" if "openmoji" in root.name else "scenes"
     build = f"`moevlm data build {recipe} --out {root}`"
@@ -167,7 +168,8 @@ def missing_set_error(root: Path) -> UserError:
     if any(root.glob("*.tar")):
         return UserError(
             f"{root} holds tars, but no {MANIFEST_FILE} that describes them. Make one beside them, and leave them "
-            f"unchanged, with `moevlm data convert img2dataset {root} --out {root} --licence LICENCE`"
+            f"unchanged, with `moevlm data convert img2dataset {root} --out {root} --licence LICENCE`, or train "
+            f"without one: --data.root null --data.urls {root}"
         )
     return UserError(
         f"there is no set of shards in {root}; build one with {build}, or make one of your own data with `moevlm data "

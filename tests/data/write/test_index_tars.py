@@ -5,7 +5,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,18 @@ def test_tars_of_a_server_are_read_once_and_go_on_after_an_error(server: Unstead
     keep(tars, tmp_path / "linked")
     assert batches(tmp_path / "set", tmp_path / "cache") == batches(tmp_path / "linked", tmp_path)
     assert not list((tmp_path / "set").glob("*.tar")) and not list(tmp_path.glob(".set.*"))
+
+
+def test_a_folder_of_a_web_server_is_listed(tars: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tars.parent))  # it lists folders as pages of links
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/web"
+        for urls in (url, f"{url}/", f"{url}/part-*.tar"):
+            assert [tar.place for tar in find_tars(urls)] == [f"{url}/part-{number}.tar" for number in range(3)]
+        with pytest.raises(UserError, match=rf"{url}/none.* is missing"):
+            find_tars(f"{url}/none")
+        server.shutdown()
 
 
 def test_an_index_that_is_killed_goes_on(server: Unsteady, tmp_path: Path) -> None:
