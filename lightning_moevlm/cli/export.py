@@ -26,13 +26,20 @@ def export(
         force: Replace an exported model.
     """
     from lightning_moevlm.configuration.resolver import load_run
-    from lightning_moevlm.contracts.exported_model import CONFIG_FILE, WEIGHTS_FILE, DataFacts, SourceRun
+    from lightning_moevlm.contracts.exported_model import (
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        DataFacts,
+        SourceRun,
+        refuse_occupied,
+    )
     from lightning_moevlm.data.storage.local import local_target
     from lightning_moevlm.data.text.tokenizer import read_tokenizer
     from lightning_moevlm.training.checkpoints.export import export_model
 
     path = Path(checkpoint)
     target = local_target(str(path.with_suffix("")) if out is None else out, "--out")
+    refuse_occupied(target, force)
     run = load_run(path, config)
     read = _tokenizer_of(run.resolved["data"], run.checkpoint) if tokenizer is None else read_tokenizer(tokenizer)
     spec = run.module.backbone.spec

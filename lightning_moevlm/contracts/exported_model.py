@@ -127,6 +127,20 @@ def refuse_other_weights(folder: Path, weights: Mapping[str, Tensor], expected: 
         )
 
 
+def refuse_occupied(folder: Path, replace: bool) -> None:
+    """Refuse a target that holds something.
+
+    Raises:
+        UserError: it is not an exported model, or one that may not be replaced.
+    """
+    if not folder.exists():
+        return
+    if not (folder.is_dir() and (is_exported(folder) or not any(folder.iterdir()))):
+        raise UserError(f"{folder} exists and is not an exported model: give --out another folder")
+    if is_exported(folder) and not replace:
+        raise UserError(f"{folder} holds an exported model: give --out another folder, or --force true to replace it")
+
+
 def write_exported(
     folder: Path, config: ExportedConfig, weights: Mapping[str, Tensor], files: Mapping[str, bytes], replace: bool
 ) -> None:
@@ -142,13 +156,7 @@ def write_exported(
     Raises:
         UserError: the folder holds something, or cannot be written.
     """
-    if folder.exists():
-        if not (folder.is_dir() and (is_exported(folder) or not any(folder.iterdir()))):
-            raise UserError(f"{folder} exists and is not an exported model: give --out another folder")
-        if is_exported(folder) and not replace:
-            raise UserError(
-                f"{folder} holds an exported model: give --out another folder, or --force true to replace it"
-            )
+    refuse_occupied(folder, replace)
     unfinished = folder.with_name(f".{folder.name}.exporting-{os.getpid()}")
     with explain_write_errors(folder):
         try:

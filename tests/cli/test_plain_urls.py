@@ -14,5 +14,3 @@ def test_tars_train_and_are_exported_with_their_tokenizer(moevlm: Callable[..., 
     (checkpoint,) = workplace.glob("runs/**/last.ckpt")
     moevlm("export", str(checkpoint), "--out", "exported")
     assert (workplace / "exported/tokenizer.json").is_file()
-    told = moevlm("fit", *SMALL, *PLAIN[:2], "--data.webdataset.caption=text", code=2)
-    assert "has no .text, only .jpg, .json, .txt; name the members in data.webdataset.caption" in told
