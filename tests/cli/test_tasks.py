@@ -1,7 +1,10 @@
 """Every shipped task trains a model over the configuration that it names, and judges runs."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +71,25 @@ def test_a_run_is_judged_by_its_own_task_and_by_others(
     assert probes >= {"test/linear_probe/top1", "test/knn/top1", "test/probe_baseline/majority"}
     refused = moevlm("test", by_run, "-c", "conf/tasks/contrastive.yaml", code=2)
     assert "is of another model: objective.image_projection.weight is missing in it" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task", ["captioning", "classification", "contrastive", "linear_probe", "perplexity", "zero_shot"]
+)
+def test_metrics_do_not_depend_on_the_number_of_processes(task: str, furnished: Path) -> None:
+    text = (PROJECT / f"conf/tasks/{task}.yaml").read_text(encoding="utf-8")
+    of_classes = [OF_GROUNDS] if "openmoji" in text else []
+    base = re.findall(rf"moevlm fit -c (\S+) -c conf/tasks/{task}\.yaml", text)[0]
+    options = ["test", "-c", base, "-c", f"conf/tasks/{task}.yaml", *TINY, *of_classes, "--trainer.accelerator=cpu"]
+    tables = []
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "lightning_moevlm", *options, f"--trainer.devices={ranks}"]
+        command += ["--trainer.strategy=ddp"] if ranks > 1 else []
+        environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        done = subprocess.run(command, cwd=furnished, env=environment, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = re.findall(r"^ +(test\S*/\S+) +(\S+)", done.stdout, re.M)
+        tables.append({key: float(value) for key, value in found})
+    assert tables[0].keys() == tables[1].keys() and len(tables[0]) > 3
+    assert tables[1] == pytest.approx(tables[0], rel=1e-3, abs=2e-4)  # as printed
