@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +72,7 @@ class Page(NamedTuple):
     containing: str | None
     samples: tuple[ShownSample, ...]
     lost: tuple[str, ...]  # messages of samples that cannot be read
+    title: str = ""  # in place of the set and the split
 
 
 def write_page(storage: ShardStorage, split: Split, num_samples: int, containing: str | None, path: Path) -> Page:
@@ -98,6 +99,32 @@ def write_page(storage: ShardStorage, split: Split, num_samples: int, containing
     page = Page(
         manifest, split, modality_of(manifest), manifest.num_samples(split), containing, samples, _describe_losses(lost)
     )
+    write_atomically(path, _render(page))
+    return page
+
+
+def write_page_of(storage: ShardStorage, keys: Sequence[str], title: str, path: Path) -> Page:
+    """Write the training samples with these keys to an HTML file, in the order of the keys.
+
+    Raises:
+        UserError: if the set's manifest or tokenizer is invalid, or it has none of the samples.
+    """
+    manifest = storage.read_manifest()
+    tokenizer = storage.read_tokenizer(manifest.tokenizer)
+    place = {key: number for number, key in enumerate(keys)}
+    lost: list[Lost] = []
+    found: dict[str, RawSample] = {}
+    for sample in _choose(storage, manifest, "train", None, lost):
+        if sample.key in place:
+            found[sample.key] = sample
+            if len(found) == len(place):
+                break
+    if not found:
+        raise UserError(f"the training split of {storage} has none of the samples, such as {keys[0]}")
+    chosen = [found[key] for key in place if key in found]
+    samples = tuple(_show_sample(sample, manifest, tokenizer) for sample in chosen)
+    number = manifest.num_samples("train")
+    page = Page(manifest, "train", modality_of(manifest), number, None, samples, _describe_losses(lost), title)
     write_atomically(path, _render(page))
     return page
 

@@ -41,7 +41,7 @@ from lightning_moevlm.training.callbacks.recording.step_values import (
     fixed_weights,
     to_shares,
 )
-from lightning_moevlm.training.callbacks.recording.watch import LEAST, Watch
+from lightning_moevlm.training.callbacks.recording.watch import WINDOW, Watch
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
 from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
@@ -88,7 +88,7 @@ class FlightRecorder(Callback):
         attention_every: int | None = 50,
         max_recordings: int = 8,
     ) -> None:
-        check_number("keep of FlightRecorder", keep, least=2 * LEAST)
+        check_number("keep of FlightRecorder", keep, least=2 * WINDOW)
         check_number("every_n_steps of FlightRecorder", every_n_steps, least=1)
         check_number("max_recordings of FlightRecorder", max_recordings, least=0)
         if threshold is not None:

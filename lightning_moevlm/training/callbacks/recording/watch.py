@@ -2,7 +2,8 @@
 
     not finite   a loss is NaN or infinite
     skipped      the step was not taken (`model.gradient.skip_spikes`)
-    spike        the total loss has a robust z-score above the threshold against the last steps with the same loss terms
+    spike        the total loss, less its trend, has a robust z-score above the threshold against the last steps with
+                 the same loss terms
 
 A spike that lasts several steps is declared once, and does not enter the past that later steps are judged by. Batches
 of one modality have other losses than pairs, so they have a past of their own.
@@ -11,11 +12,34 @@ of one modality have other losses than pairs, so they have a past of their own.
 import math
 from collections import defaultdict, deque
 
-from lightning_moevlm.study.forensics.deviation import robust_score
+from lightning_moevlm.study.forensics.deviation import find_level, robust_score
 from lightning_moevlm.tracking.recordings.recording import Event, RecordedStep
 
-WINDOW, LEAST = 32, 16
-"""Steps of the past, and those that must be known before a step is judged."""
+WINDOW, LEAST = 32, 12
+"""Differences from the trend in the past, and those that must be known before a step is judged."""
+_FLOOR = 0.01  # of the loss: least standard deviation
+
+
+class _Past:
+    """The steps with the same loss terms."""
+
+    def __init__(self) -> None:
+        self.losses = deque[float](maxlen=WINDOW)
+        self.differences = deque[float](maxlen=WINDOW)
+
+    def judge(self, loss: float) -> float:
+        """Return the score of a loss; 0 while too little is known."""
+        level = find_level([*self.losses])
+        if level is None or len(self.differences) < LEAST:
+            return 0.0
+        return robust_score(loss - level, self.differences, _FLOOR * abs(level))
+
+    def add(self, loss: float) -> None:
+        """Add a loss that was no spike."""
+        level = find_level([*self.losses])
+        if level is not None:
+            self.differences.append(loss - level)
+        self.losses.append(loss)
 
 
 class Watch:
@@ -27,7 +51,7 @@ class Watch:
 
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
-        self._past: defaultdict[tuple[str, ...], deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._past = defaultdict[tuple[str, ...], _Past](_Past)
         self._before: set[str] = set()  # kinds that the step before had
 
     def judge(self, step: RecordedStep) -> list[Event]:
@@ -47,11 +71,11 @@ class Watch:
         if wrong or not math.isfinite(total):
             return [*events, Event(step.step, "not finite", ", ".join(wrong) or "total loss")]
         past = self._past[tuple(losses)]
-        score = robust_score(total, past) if len(past) >= LEAST else 0.0
+        score = past.judge(total)
         if self._threshold is not None and score > self._threshold:
             return [
                 *events,
                 Event(step.step, "spike", f"total loss {total:.4g}, {score:.1f} deviations above its past"),
             ]
-        past.append(total)
+        past.add(total)
         return events

@@ -42,7 +42,7 @@ class Reference(Callback):
 
 def record(folder: Path, module: VisionLanguageModule, steps: int, *others: Callback, **options: Any) -> Fit:
     batches = [pair_batch(seed=seed) for seed in range(steps * options.get("accumulate", 1))]
-    recorder = FlightRecorder(keep=32, every_n_steps=4, attention_every=5)
+    recorder = FlightRecorder(keep=64, every_n_steps=4, attention_every=5)
     return fit(module, steps, batches=batches, callbacks=[*others, recorder], default_root_dir=folder, **options)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lightning_moevlm.tracking.recordings.recording import RecordedStep
-from lightning_moevlm.training.callbacks.recording.watch import LEAST, Watch
+from lightning_moevlm.training.callbacks.recording.watch import Watch
 
 
 def judge(losses: list[float], threshold: float | None = 6.0, term: str = "text") -> list[tuple[int, str]]:
@@ -16,8 +16,8 @@ def judge(losses: list[float], threshold: float | None = 6.0, term: str = "text"
     return [(event.step, event.kind) for step in steps for event in watch.judge(step)]
 
 
-# median 2, MAD 0.1: one deviation is 0.148, six are 0.89
-CALM = [1.9, 2.0, 2.1, 2.0] * (LEAST // 4)
+LEAST = 16  # the first four steps have no level before them, and 12 differences from it are needed
+CALM = [1.9, 2.0, 2.1, 2.0] * (LEAST // 4)  # the level is always 2.0
 
 
 def test_a_spike_lies_above_six_deviations() -> None:
@@ -26,6 +26,13 @@ def test_a_spike_lies_above_six_deviations() -> None:
     assert judge([*CALM, 2.0 + 5.9 * deviations]) == []
     assert judge([*CALM, 2.0 + 6.1 * deviations], threshold=None) == []
     assert judge([*CALM, 2.0 - 50 * deviations]) == []  # a better loss is no spike
+
+
+def test_a_steep_fall_hides_no_spike() -> None:
+    """From 20 down by 0.5 a step, with 0.1 of noise: without the trend 12.0 lies within the past."""
+    falling = [20.0 - 0.5 * step + 0.1 * (step % 2) for step in range(24)]
+    assert judge([*falling, 12.0]) == [(25, "spike")]
+    assert judge([*falling, 8.0]) == []
 
 
 def test_few_steps_are_not_judged() -> None:
