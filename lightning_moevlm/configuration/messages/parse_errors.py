@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import get_args
 
 from yaml import YAMLError
 
@@ -164,8 +165,9 @@ def _explain_class(complaints: Sequence[Complaint], where: str, types: Types) ->
     near = find_nearest(given, own)
     if near is None or given.lower() not in near.lower():  # prefer ours
         near = find_nearest(given, [*own, *foreign])
-    is_name = _CLASS_NAME.fullmatch(given) is not None
-    if below and (all(is_record(base) for base in classes_of(annotation)) or not (near or is_name)):
+    takes_numbers = any(kind in get_args(annotation) for kind in (float, int, bool))
+    is_value = takes_numbers and near is None and not _CLASS_NAME.fullmatch(given)
+    if below and (is_value or all(is_record(base) for base in classes_of(annotation))):
         return f"{where}: {given} is not a valid value; give {describe_type(annotation)}"
     if near:
         return f"{where}: there is no class {given}; did you mean {near}? {advice}"
