@@ -135,7 +135,12 @@ def _return_of_a_source(evidence: Evidence) -> tuple[int, str] | None:
 
 
 ILLNESSES: tuple[Illness, ...] = (
-    Illness("return of a source after a pause", _return_of_a_source, ("data.sources.NAME.weight",), "arXiv 2407.21770"),
+    Illness(
+        "return of a source after a pause",
+        _return_of_a_source,
+        ("data.sources.NAME.weight",),
+        "the batches of the recording",
+    ),
     Illness(
         "a bad batch", _bad_batch, ("model.gradient.skip_spikes", "model.gradient.clip_norm"), "PaLM, arXiv 2204.02311"
     ),
