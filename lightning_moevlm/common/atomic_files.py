@@ -19,22 +19,20 @@ def write_atomically(file: Path, text: str) -> None:
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and not file.is_file():
-            file.write_text(text, encoding="utf-8")
-            return
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
-    except OSError as error:
+        with explain_write_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists() and not file.is_file():
+                file.write_text(text, encoding="utf-8")
+                return
+            with beside.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(file)
+    except UserError:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise UserError(
-            f"{file} cannot be written: {error.strerror}; free disk space or grant write permission, then repeat the "
-            "command: it resumes from there"
-        ) from error
+        raise
 
 
 @contextmanager

@@ -71,7 +71,9 @@ def test_a_full_disk_is_an_error_and_leaves_the_old_text(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"state\.json cannot be written: No space left on device; free disk space"):
+    with pytest.raises(
+        UserError, match=r"state\.json could not be written \(No space left on device\); free disk space"
+    ):
         write_atomically(file, "new")
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("state.json", "old")]
 
