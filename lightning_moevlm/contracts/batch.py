@@ -79,21 +79,19 @@ class Batch(NamedTuple):
 
     def first(self, num_samples: int) -> "Batch":
         """Return the first samples."""
-        images_BRYX, text_BL, text_mask_BL = self.images_BRYX, self.text_BL, self.text_mask_BL
         num_samples = min(num_samples, self.num_samples)
         pairs = min(num_samples, self.pairs)
-        num_images = 0 if images_BRYX is None else min(num_samples, len(images_BRYX))
-        num_texts = num_samples - num_images + pairs
-        second = self.second_images_BRYX
+        num_images = min(num_samples, len(self.image_keys))
+        images, texts = slice(num_images), slice(num_samples - num_images + pairs)
         return Batch(
-            images_BRYX[:num_images] if images_BRYX is not None and num_images else None,
-            text_BL[:num_texts] if text_BL is not None and num_texts else None,
-            text_mask_BL[:num_texts] if text_mask_BL is not None and num_texts else None,
+            _take(self.images_BRYX, images),
+            _take(self.text_BL, texts),
+            _take(self.text_mask_BL, texts),
             self.keys[:num_samples],
             pairs,
             self.sources[:num_samples],
             answers=None if self.answers is None else self.answers.select(range(num_samples)),
-            second_images_BRYX=second[:num_images] if second is not None and num_images else None,
+            second_images_BRYX=_take(self.second_images_BRYX, images),
         )
 
     def select(self, rows: Sequence[int]) -> "Batch":
@@ -102,16 +100,14 @@ class Batch(NamedTuple):
         images = [row for row in rows if row < num_images]
         texts = [row if row < pairs else row - num_images + pairs for row in rows if not pairs <= row < num_images]
         return Batch(
-            self.images_BRYX[images] if self.images_BRYX is not None and images else None,
-            self.text_BL[texts] if self.text_BL is not None and texts else None,
-            self.text_mask_BL[texts] if self.text_mask_BL is not None and texts else None,
+            _take(self.images_BRYX, images),
+            _take(self.text_BL, texts),
+            _take(self.text_mask_BL, texts),
             tuple(self.keys[row] for row in rows),
             sum(row < pairs for row in rows),
             tuple(self.sources[row] for row in rows) if self.sources else (),
             answers=None if self.answers is None else self.answers.select(rows),
-            second_images_BRYX=None
-            if self.second_images_BRYX is None or not images
-            else self.second_images_BRYX[images],
+            second_images_BRYX=_take(self.second_images_BRYX, images),
         )
 
     def of_sources(self, names: Collection[str]) -> "Batch":
@@ -124,6 +120,12 @@ class Batch(NamedTuple):
             None if images is None else images.to("meta") for images in (self.images_BRYX, self.second_images_BRYX)
         )
         return self._replace(images_BRYX=first, second_images_BRYX=second, step=None)
+
+
+def _take(tensor_BX: Tensor | None, rows: slice | list[int]) -> Tensor | None:
+    """Return some rows; None instead of no row."""
+    taken_BX = None if tensor_BX is None else tensor_BX[rows]
+    return taken_BX if taken_BX is not None and len(taken_BX) else None
 
 
 class WholeStep:
