@@ -30,7 +30,6 @@ from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.report.tables.table import format_count
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import ROLE, ROLE_ARM
-from lightning_moevlm.study.statistics.arm_stability import summarise_stability
 from lightning_moevlm.study.statistics.effects import (
     Effect,
     Lost,
@@ -50,7 +49,8 @@ from lightning_moevlm.study.statistics.equal_budget import (
 from lightning_moevlm.study.statistics.factor_effects import FactorEffect, factor_effects, find_crossing
 from lightning_moevlm.study.statistics.futility import STOPPED_RULE, find_withdrawals, withhold_verdict
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, find_ladders, largest_stable, sensitivity
-from lightning_moevlm.study.statistics.stability import TRAIN_LOSS, measure_stability
+from lightning_moevlm.study.statistics.outcomes.arm_stability import summarise_stability
+from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS, measure_stability
 from lightning_moevlm.study.statistics.verdict import GuardResult, Rule, Verdict
 from lightning_moevlm.tracking.read.runs import tags_of_runs
 from lightning_moevlm.tracking.read.series import Series, metric_series

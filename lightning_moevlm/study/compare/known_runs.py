@@ -20,7 +20,7 @@ from lightning_moevlm.study.run.ledger import RunState, Status, read_state, writ
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME, ROLE, ROLE_ARM, TAKEN_FROM, StudyRuns
 from lightning_moevlm.study.run.outcome import check_points
 from lightning_moevlm.study.run.processes.overrides_file import write_overrides
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
+from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.read.runs import metric_histories, tags_of_runs_with
 from lightning_moevlm.tracking.record.dataset_input import DIGEST_TAG
 from lightning_moevlm.tracking.record.foreign_code import is_foreign_code, named_texts

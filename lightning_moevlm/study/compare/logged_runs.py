@@ -30,7 +30,7 @@ from lightning_moevlm.study.declare.comparison import (
 )
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
+from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.read.run_selection import name_run
 from lightning_moevlm.tracking.read.runs import RunRow

@@ -11,11 +11,11 @@ from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.study.compare.fairness import Difference
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.run.ledger import RunState
-from lightning_moevlm.study.statistics.arm_stability import ArmStability
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP
 from lightning_moevlm.study.statistics.effects import Effect
 from lightning_moevlm.study.statistics.factor_effects import FactorEffect
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder
+from lightning_moevlm.study.statistics.outcomes.arm_stability import ArmStability
+from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
 from lightning_moevlm.tracking.read.series import Series
 

@@ -16,7 +16,7 @@ from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.figures.report_figure import choose_looks
 from lightning_moevlm.study.run.mlflow_runs import ROLE, ROLE_ARM, StudyRuns
-from lightning_moevlm.study.statistics.stability import TRAIN_LOSS
+from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS
 from lightning_moevlm.tracking.links import server_command, ui_address, view_link
 
 _COLOUR_TAG = "mlflow.runColor"

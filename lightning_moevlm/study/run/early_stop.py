@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.run.ledger import read_state
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_early_divergence
 from lightning_moevlm.study.statistics.futility import Withdrawal, check_futility
+from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP, explain_early_divergence
 
 _LOOK_SECONDS = 2.0
 

@@ -16,7 +16,7 @@ from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 from lightning_moevlm.study.run.processes.run_files import LOG_FILE, log_tail
 from lightning_moevlm.study.run.store_retries import upload_first
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
+from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
 
 MOST_STARTS = 4  # of one run by one sweep: a cluster may keep stopping it

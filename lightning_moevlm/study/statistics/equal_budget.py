@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.budget import samples_per_step
-from lightning_moevlm.study.statistics.stability import value_at
+from lightning_moevlm.study.statistics.outcomes.stability import value_at
 from lightning_moevlm.tracking.read.series import Series
 
 THROUGHPUT = metric_keys.SAMPLES_PER_SECOND.key()

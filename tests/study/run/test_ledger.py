@@ -29,7 +29,7 @@ from lightning_moevlm.study.run.ledger import (
 from lightning_moevlm.study.run.processes.child_process import Child, end_processes, is_alive
 from lightning_moevlm.study.run.processes.command_line import share_environment
 from lightning_moevlm.study.run.processes.run_files import last_checkpoint
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence
+from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP, explain_divergence
 from lightning_moevlm.tracking.point import Point
 from tests.waiting import wait_for
 

@@ -7,11 +7,10 @@ import pytest
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.budget import samples_per_step
-from lightning_moevlm.study.statistics.arm_stability import summarise_stability
 from lightning_moevlm.study.statistics.equal_budget import StepCost, compute_step_cost, find_equal_budgets
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, find_ladders, largest_stable, sensitivity
-from lightning_moevlm.study.statistics.paired_tests import fisher_p
-from lightning_moevlm.study.statistics.stability import (
+from lightning_moevlm.study.statistics.outcomes.arm_stability import summarise_stability
+from lightning_moevlm.study.statistics.outcomes.stability import (
     TRAIN_LOSS,
     Series,
     dead_share,
@@ -21,6 +20,7 @@ from lightning_moevlm.study.statistics.stability import (
     spikes,
     value_at,
 )
+from lightning_moevlm.study.statistics.paired_tests import fisher_p
 
 # Mean 5, deviation 1 (population) of any even number of them.
 EVEN = (4.0, 6.0)

@@ -10,7 +10,7 @@ from lightning_moevlm.study.compare.results import RunResult, StudyResult
 from lightning_moevlm.study.report.figures.report_figure import INK, ReportFigure, new_figure, render_figure
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 from lightning_moevlm.study.run.ledger import Status
-from lightning_moevlm.study.statistics.stability import SPIKE_DEVIATIONS, TRAIN_LOSS, divergence_step, spikes
+from lightning_moevlm.study.statistics.outcomes.stability import SPIKE_DEVIATIONS, TRAIN_LOSS, divergence_step, spikes
 
 _MANY_RUNS = 60  # more rows are illegible
 _MANY_STEPS = 8  # so many does a cell of the table name

@@ -14,9 +14,9 @@ from lightning_moevlm.study.report.tables.table import (
     format_percent,
     format_seed_count,
 )
-from lightning_moevlm.study.statistics.arm_stability import ArmStability
+from lightning_moevlm.study.statistics.outcomes.arm_stability import ArmStability
+from lightning_moevlm.study.statistics.outcomes.stability import Stability
 from lightning_moevlm.study.statistics.paired_tests import format_p
-from lightning_moevlm.study.statistics.stability import Stability
 from lightning_moevlm.study.statistics.verdict import Verdict
 
 _BUDGET_UNITS = {"tokens": "tokens", "active FLOPs": "forward FLOPs", "seconds": "s of training"}

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP
+from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP
 from lightning_moevlm.tracking.read.series import Series
 
 TRAIN_LOSS = metric_keys.TASK_LOSS.key(stage="train")

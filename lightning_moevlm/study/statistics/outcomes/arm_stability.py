@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_moevlm.study.statistics.outcomes.stability import Stability
 from lightning_moevlm.study.statistics.paired_tests import fisher_p
-from lightning_moevlm.study.statistics.stability import Stability
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ import pytest
 
 from lightning_moevlm.study.declare.comparison import Divergence
 from lightning_moevlm.study.run.ledger import Status, read_ledger
-from lightning_moevlm.study.statistics.divergence import NONFINITE_STEP, explain_divergence, explain_early_divergence
+from lightning_moevlm.study.statistics.outcomes.divergence import (
+    NONFINITE_STEP,
+    explain_divergence,
+    explain_early_divergence,
+)
 from lightning_moevlm.tracking.point import Point
 from tests.study.tiny_study import sweep, write_project
 

@@ -1,0 +1,1 @@
+"""Judges how single runs ended: stable, diverged, not learned."""
