@@ -5,7 +5,7 @@ from textwrap import wrap
 
 from lightning_moevlm.study.declare.comparison import Solve
 from lightning_moevlm.study.declare.decode import KeyRow, Record, describe_keys
-from lightning_moevlm.study.declare.design_keys import DESIGNS, DesignPage
+from lightning_moevlm.study.declare.designs.design_keys import DESIGNS, DesignPage
 from lightning_moevlm.study.declare.study_keys import RECORDS, StudyFile
 
 _COLUMNS = 110

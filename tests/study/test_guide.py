@@ -8,7 +8,7 @@ import yaml
 
 from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.declare.decode import describe_keys
-from lightning_moevlm.study.declare.design_keys import DESIGNS
+from lightning_moevlm.study.declare.designs.design_keys import DESIGNS
 from lightning_moevlm.study.declare.study_file import Study, read_study
 from lightning_moevlm.study.declare.study_keys import StudyFile
 from lightning_moevlm.study.guide import skeleton, study_rows

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from lightning_moevlm.study.declare.decode import Positive, Record, Whole, doc, kind
-from lightning_moevlm.study.declare.design import Design
+from lightning_moevlm.study.declare.designs.design import Design
 from lightning_moevlm.study.declare.factors import FactorLevel
 
 Direction = Literal["lower", "higher"]

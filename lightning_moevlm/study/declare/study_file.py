@@ -26,9 +26,9 @@ from lightning_moevlm.study.declare.comparison import (
     Solve,
 )
 from lightning_moevlm.study.declare.decode import decode
-from lightning_moevlm.study.declare.design import REFERENCE, Design
+from lightning_moevlm.study.declare.designs.design import REFERENCE, Design
+from lightning_moevlm.study.declare.designs.read_design import read_design
 from lightning_moevlm.study.declare.factors import read_described_changes, read_factors
-from lightning_moevlm.study.declare.read_design import read_design
 from lightning_moevlm.study.declare.study_keys import DivergedKeys, GuardKeys, PrimaryKeys, StudyFile
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode, compose_yaml
 

@@ -21,7 +21,7 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import NamedTuple
 
-from lightning_moevlm.study.declare.design import Design
+from lightning_moevlm.study.declare.designs.design import Design
 from lightning_moevlm.study.declare.factors import OFF, ON, FactorLevel
 from lightning_moevlm.study.statistics.effects import Effect, Lost, compare_paired, judge_family
 from lightning_moevlm.study.statistics.verdict import Rule, Sides

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.declare.design_keys import LADDER_RATES
+from lightning_moevlm.study.declare.designs.design_keys import LADDER_RATES
+from lightning_moevlm.study.declare.designs.read_design import rate_name
 from lightning_moevlm.study.declare.factors import FactorLevel
-from lightning_moevlm.study.declare.read_design import rate_name
 from lightning_moevlm.study.declare.study_file import Study, read_study
 from lightning_moevlm.study.plan.plan_study import plan_study
 from lightning_moevlm.study.report.plan_records import plan_records

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lightning_moevlm.study.declare.fraction import find_fraction, generate_fraction
+from lightning_moevlm.study.declare.designs.fraction import find_fraction, generate_fraction
 
 
 def test_half_of_three_by_hand():

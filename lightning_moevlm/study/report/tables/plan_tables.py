@@ -7,7 +7,7 @@ from types import MappingProxyType
 from lightning_moevlm.common.durations import format_duration
 from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.compare.known_runs import KnownRuns
-from lightning_moevlm.study.declare.fraction import Fraction
+from lightning_moevlm.study.declare.designs.fraction import Fraction
 from lightning_moevlm.study.plan.baseline_pin import baseline_digest
 from lightning_moevlm.study.plan.planned_run import Plan, PlannedRun
 from lightning_moevlm.study.plan.solve_arms import describe_solved

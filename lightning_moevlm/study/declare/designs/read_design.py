@@ -12,11 +12,11 @@ from typing import cast
 import yaml
 
 from lightning_moevlm.common.nearest_name import suggest
-from lightning_moevlm.study.declare import design as designs
 from lightning_moevlm.study.declare.arm_changes import read_changes
 from lightning_moevlm.study.declare.decode import Positive, decode, decode_value, describe_keys
-from lightning_moevlm.study.declare.design import Design, Kind, num_combinations
-from lightning_moevlm.study.declare.design_keys import (
+from lightning_moevlm.study.declare.designs import design as designs
+from lightning_moevlm.study.declare.designs.design import Design, Kind, num_combinations
+from lightning_moevlm.study.declare.designs.design_keys import (
     DESIGNS,
     LADDER_RATES,
     DesignKeys,
@@ -24,8 +24,8 @@ from lightning_moevlm.study.declare.design_keys import (
     RateKeys,
     SizeKeys,
 )
+from lightning_moevlm.study.declare.designs.fraction import Fraction, find_fraction, generate_fraction
 from lightning_moevlm.study.declare.factors import Factor, Level, read_levels, refuse_conflicts
-from lightning_moevlm.study.declare.fraction import Fraction, find_fraction, generate_fraction
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 LADDERS: dict[Kind, str] = {"lr_sensitivity": "lr", "size_ladder": "size"}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from lightning_moevlm.study.declare.decode import Record, doc, kind
-from lightning_moevlm.study.declare.design import KINDS, Kind
+from lightning_moevlm.study.declare.designs.design import KINDS, Kind
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 LADDER_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of arXiv 2309.14322

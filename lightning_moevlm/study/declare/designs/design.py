@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_moevlm.study.declare.designs.fraction import Fraction
 from lightning_moevlm.study.declare.factors import OFF, ON, Factor, FactorLevel
-from lightning_moevlm.study.declare.fraction import Fraction
 
 Kind = Literal[
     "one_in", "leave_one_out", "factorial", "fractional_factorial", "grid", "lr_sensitivity", "size_ladder", "product"

@@ -1,0 +1,1 @@
+"""Designs: factors become the combinations of levels that are trained."""
