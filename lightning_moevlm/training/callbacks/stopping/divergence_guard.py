@@ -47,12 +47,13 @@ class DivergenceGuard(Callback):
         assert isinstance(pl_module, VisionLanguageModule)
         if pl_module.can_roll_back:
             return
-        step = trainer.global_step
+        adds = trainer.fit_loop._should_accumulate()  # the batch only added to the gradient of the step
+        step = trainer.global_step + adds
         patience = 1 if pl_module.gradient.skip_spikes is None else self.every_n_steps
         self._bad_in_a_row = torch.where(outputs["loss"].isfinite(), 0, self._bad_in_a_row + 1)
         is_bad = self._bad_in_a_row >= patience
         self._first_bad = torch.where(is_bad, self._first_bad.clamp(max=step), self._first_bad)
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+        if not adds and (step % self.every_n_steps == 0 or step == trainer.max_steps):
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,5 +72,5 @@ class DivergenceGuard(Callback):
         if self._first_bad is None:
             return False
         first = int(-trainer.strategy.reduce(-self._first_bad.double(), reduce_op="max"))
-        self.diverged_at = first if first <= trainer.global_step else None
+        self.diverged_at = first if first <= trainer.global_step + 1 else None  # 1: within an accumulation
         return self.diverged_at is not None
