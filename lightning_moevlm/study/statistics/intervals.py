@@ -33,7 +33,7 @@ class Interval:
     low: float
     high: float
     method: str
-    """"t", "bootstrap", "wilcoxon" or "sign"."""
+    """"t", "bootstrap", "wilcoxon", "sign" or "fieller"."""
 
     @property
     def width(self) -> float:

@@ -1,0 +1,1 @@
+"""Judges cures: the share of an illness's damage that a change undoes."""

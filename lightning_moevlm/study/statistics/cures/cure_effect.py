@@ -1,0 +1,249 @@
+"""Judges a cure of an illness from the share of the damage that it undoes (`share_undone`).
+
+A cure
+
+- cures, if it undoes 80 % or more by estimate, and is shown to undo more than half;
+- helps, if it is shown to undo more than nothing;
+- harms, if it is shown to undo less than nothing: the cured model is worse than the sick one;
+- does none of it, if neither is shown, and the share is shown to lie between minus a half and a half.
+
+Everything else is unclear. "Shown" means that the interval of the share says so, and the p of the same paired t-test,
+corrected over the family of cells, is at most alpha. "More than nothing", "more than half" and "between" are a family
+each. All tests are t-tests of undone_i - k damage_i, k a share; the study's `test` is not used.
+
+A failed run counts with its capped value (`Final`), so a cure of divergence is seen, and one that diverges itself is
+not judged by its survivors. A seed without a result in the cured model alone (a crash) takes away "cures" and "helps".
+"""
+
+import dataclasses
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from lightning_moevlm.study.statistics.cures.share_undone import fieller_interval, share_undone
+from lightning_moevlm.study.statistics.intervals import Interval
+from lightning_moevlm.study.statistics.outcomes.survival import Final, Survival
+from lightning_moevlm.study.statistics.paired_tests import format_p, holm, p_above, paired_p
+from lightning_moevlm.study.statistics.verdict import Rule
+
+CURED = 0.8
+"""The least share, by estimate, of a cure that cures."""
+HALF = 0.5
+"""The share that such a cure is shown to exceed, and that one that does nothing is shown not to reach."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class CureVerdict(StrEnum):
+    """The result of a cell."""
+
+    CURES = "cures"
+    HELPS = "helps"
+    NONE = "none"
+    HARMS = "harms"
+    UNCLEAR = "unclear"
+
+
+@dataclass(frozen=True)
+class CureEffect:
+    """One cure of one illness."""
+
+    seeds: tuple[int, ...]
+    """Those with a value in all three models."""
+    damage: tuple[float, ...]
+    """By seed, in the metric's unit; positive: the sick model is worse than the healthy one."""
+    undone: tuple[float, ...]
+    """By seed, likewise; positive: the cured model is better than the sick one."""
+    share: float | None
+    """None if no damage is shown."""
+    interval: Interval | None
+    """Of the share; None likewise."""
+    p_value: float | None
+    """Of "nothing is undone", two-sided."""
+    p_adjusted: float | None
+    """Corrected over the family of cells, as the next ones."""
+    p_half: float | None
+    """Of "at most half is undone", doubled: its alpha is that of the two-sided interval."""
+    p_half_adjusted: float | None
+    p_small: float | None
+    """Of "the share lies at or beyond +- a half", the greater of two one-sided tests."""
+    p_small_adjusted: float | None
+    survival: Survival
+    """Of the cured model."""
+    lost: int
+    """Seeds in which the cured model alone has no value."""
+    left_out: int
+    """Seeds of the study that are not compared."""
+    verdict: CureVerdict
+    limit: str
+    """Reason or limit of the verdict, in words."""
+
+    @property
+    def stable(self) -> int:
+        """Runs of the cured model that survived."""
+        return self.survival.stable
+
+    @property
+    def total(self) -> int:
+        """Runs of the cured model with a result."""
+        return self.survival.total
+
+    @property
+    def note(self) -> str:
+        """Limit of the verdict, failed runs and missing seeds, in words."""
+        failed, parts = self.total - self.stable, [self.limit] if self.limit else []
+        if failed:
+            parts.append(f"{failed} of {self.total} runs failed and count with their capped value")
+        if self.left_out:
+            parts.append(f"{self.left_out} of {self.left_out + len(self.seeds)} seeds left out")
+        return "; ".join(parts)
+
+
+def judge_cell(
+    healthy: Mapping[int, Final],
+    sick: Mapping[int, Final],
+    cured: Mapping[int, Final],
+    seeds: tuple[int, ...],
+    rule: Rule,
+) -> CureEffect:
+    """Judge a cure as a single comparison; `judge_cures` corrects for the others.
+
+    Args:
+        healthy: Last value of the primary metric by seed; a seed without a result is absent.
+        sick: The same with the illness.
+        cured: The same with illness and cure.
+        seeds: All seeds of the study.
+        rule: Direction of the metric, and alpha.
+    """
+    sign = 1.0 if rule.direction == "lower" else -1.0
+    both = [seed for seed in seeds if seed in healthy and seed in sick]
+    compared = tuple(seed for seed in both if seed in cured)
+    damage = tuple(sign * (sick[seed].value - healthy[seed].value) for seed in compared)
+    undone = tuple(sign * (sick[seed].value - cured[seed].value) for seed in compared)
+    interval = fieller_interval(damage, undone, rule.alpha)
+    p_value = paired_p(undone) if interval else None
+    p_half = _p_half(damage, undone) if interval else None
+    p_small = _p_small(damage, undone) if interval else None
+    effect = CureEffect(
+        seeds=compared,
+        damage=damage,
+        undone=undone,
+        share=share_undone(damage, undone) if interval else None,
+        interval=interval,
+        p_value=p_value,
+        p_adjusted=p_value,
+        p_half=p_half,
+        p_half_adjusted=p_half,
+        p_small=p_small,
+        p_small_adjusted=p_small,
+        survival=Survival.of(cured),
+        lost=len(both) - len(compared),
+        left_out=len(seeds) - len(compared),
+        verdict=CureVerdict.UNCLEAR,
+        limit="",
+    )
+    return _judge(effect, rule)
+
+
+def judge_cures(cells: Mapping[Key, CureEffect], rule: Rule, unproved: Collection[Key] = ()) -> dict[Key, CureEffect]:
+    """Judge the cells of a family together, with Holm's correction if the rule asks for it.
+
+    Args:
+        cells: The family. A cell without a p counts with p = 1: no other cell's p gets smaller by its absence.
+        rule: Direction of the metric, alpha and correction.
+        unproved: Cells of illnesses whose damage is not shown after a correction of its own; they are unclear.
+    """
+    judged = {key: _withhold(cell) if key in unproved else cell for key, cell in cells.items()}
+    if rule.correction == "none":
+        return judged
+    plain, half, small = (
+        holm({str(i): 1.0 if p is None else p for i, p in enumerate(values)})
+        for values in (
+            [cell.p_value for cell in judged.values()],
+            [cell.p_half for cell in judged.values()],
+            [cell.p_small for cell in judged.values()],
+        )
+    )
+    return {
+        key: cell
+        if cell.interval is None
+        else _judge(
+            dataclasses.replace(
+                cell, p_adjusted=plain[str(i)], p_half_adjusted=half[str(i)], p_small_adjusted=small[str(i)]
+            ),
+            rule,
+        )
+        for i, (key, cell) in enumerate(judged.items())
+    }
+
+
+def _p_half(damage: tuple[float, ...], undone: tuple[float, ...]) -> float | None:
+    above = p_above("t", tuple(u - HALF * d for u, d in zip(undone, damage, strict=True)))
+    return None if above is None else min(1.0, 2 * above)
+
+
+def _p_small(damage: tuple[float, ...], undone: tuple[float, ...]) -> float | None:
+    """Return the p of two one-sided tests whose bounds are shares of the damage, itself measured."""
+    below = p_above("t", tuple(HALF * d - u for u, d in zip(undone, damage, strict=True)))
+    above = p_above("t", tuple(HALF * d + u for u, d in zip(undone, damage, strict=True)))
+    return None if below is None or above is None else max(below, above)
+
+
+def _withhold(cell: CureEffect) -> CureEffect:
+    """Return a cell whose illness did not prove itself: without a share."""
+    return dataclasses.replace(
+        cell,
+        share=None,
+        interval=None,
+        p_value=None,
+        p_adjusted=None,
+        p_half=None,
+        p_half_adjusted=None,
+        p_small=None,
+        p_small_adjusted=None,
+        verdict=CureVerdict.UNCLEAR,
+        limit=_UNPROVED,
+    )
+
+
+_UNPROVED = "the illness did not prove itself: no damage is shown"
+
+
+def _judge(cell: CureEffect, rule: Rule) -> CureEffect:
+    verdict, limit = _decide(cell, rule)
+    return dataclasses.replace(cell, verdict=verdict, limit=limit)
+
+
+def _decide(cell: CureEffect, rule: Rule) -> tuple[CureVerdict, str]:
+    if len(cell.seeds) < 2:
+        count = "no seed" if not cell.seeds else "1 seed"
+        return CureVerdict.UNCLEAR, f"{count} with a value in all three models; at least 2 are needed"
+    if cell.interval is None or cell.share is None:
+        return CureVerdict.UNCLEAR, _UNPROVED
+    low, high = cell.interval.low, cell.interval.high
+    if not any(cell.undone):
+        limit = f"exactly as the sick model in all {len(cell.seeds)} seeds, as if it changed nothing"
+        return (CureVerdict.NONE if _passes(cell.p_small_adjusted, rule) else CureVerdict.UNCLEAR), limit
+    if low > 0 or high < 0:
+        if cell.p_adjusted is None:
+            return CureVerdict.UNCLEAR, f"all {len(cell.seeds)} seeds give exactly the same difference"
+        if cell.p_adjusted > rule.alpha:
+            family = " over the family of cells" if rule.correction == "holm" else ""
+            return (
+                CureVerdict.UNCLEAR,
+                f"its interval excludes 0, but p = {format_p(cell.p_adjusted, rule.alpha)}{family}",
+            )
+        if high < 0:
+            return CureVerdict.HARMS, ""
+        if cell.lost:
+            return CureVerdict.UNCLEAR, f"better in the seeds that ended, but {cell.lost} of its runs have no result"
+        is_cure = cell.share >= CURED and low > HALF and _passes(cell.p_half_adjusted, rule)
+        return (CureVerdict.CURES if is_cure else CureVerdict.HELPS), ""
+    if low > -HALF and high < HALF and _passes(cell.p_small_adjusted, rule):
+        return CureVerdict.NONE, ""
+    return CureVerdict.UNCLEAR, ""
+
+
+def _passes(p: float | None, rule: Rule) -> bool:
+    return p is not None and p <= rule.alpha
