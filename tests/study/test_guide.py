@@ -59,7 +59,7 @@ def test_a_new_study_file_becomes_a_designed_one(tmp_path: Path) -> None:
 def test_the_example_of_a_design_is_read(tmp_path: Path, kind: str) -> None:
     page = DESIGNS[kind]
     names = {"fractional_factorial": "abcd", "product": "ab"}.get(kind, ("qk_norm", "router_z"))
-    factors = {name: {"off": {f"model.{name}": False}} for name in names}
+    factors = {name: {"on": {f"model.{name}": True}} for name in names}
     design = yaml.safe_load(page.example)
     file = write_project(tmp_path, "sqlite://", {"factors": factors, "design": design})
     declared = yaml.safe_load(file.read_text())

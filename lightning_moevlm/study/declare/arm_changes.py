@@ -5,7 +5,7 @@ key that ends in + adds items to a list, `trainer.callbacks+: [...]`; several fa
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,27 @@ def read_changes(key: str, node: YamlNode) -> tuple[Change, ...]:
     return (Change(key, node),)
 
 
+def lay_over(below: Sequence[Change], above: Sequence[Change]) -> tuple[Change, ...]:
+    """Return both, without changes of `below` whose key `above` sets too.
+
+    Raises:
+        UserError: One of `above` sets a key so that others set by `below` would be lost.
+    """
+    for mine in above:
+        for theirs in below:
+            high, low = _without_init_args(mine.key), _without_init_args(theirs.key)
+            place = f"{theirs.node.file}:{theirs.node.line} sets {theirs.key!r}"
+            if low.startswith(f"{high}."):
+                raise mine.node.error(
+                    f"{mine.key!r} would also undo what {place}; set the keys below it, e.g. {mine.key}.class_path"
+                )
+            if high.startswith(f"{low}.") and theirs.node.plain() not in (None, {}):
+                raise mine.node.error(f"{mine.key!r} would undo what {place}; set {theirs.key}.class_path there")
+    over = [f"{_without_init_args(change.key)}." for change in above if not change.key.endswith(_MORE)]
+    kept = [change for change in below if not any(key.startswith(f"{_without_init_args(change.key)}.") for key in over)]
+    return (*kept, *above)
+
+
 def merge(changes: Iterable[Change]) -> dict[str, Any]:
     """Return changes as one nested config.
 
@@ -97,6 +118,10 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         else:
             config[key] = copy.deepcopy(value)
     return config
+
+
+def _without_init_args(key: str) -> str:
+    return key.replace(".init_args", "")
 
 
 def _items(node: YamlNode) -> list[Any]:

@@ -110,8 +110,8 @@ def read_levels(node: YamlNode) -> tuple[Level, ...]:
     return levels
 
 
-def refuse_conflicts(factors: tuple[Factor, ...]) -> None:
-    """Refuse two factors that set the same key.
+def refuse_conflicts(factors: tuple[Factor, ...], advice: str = "make them levels of one factor") -> None:
+    """Refuse two factors that set the same key. advice: what the author should do.
 
     Raises:
         UserError: Names both places.
@@ -122,7 +122,7 @@ def refuse_conflicts(factors: tuple[Factor, ...]) -> None:
                 if mine.overlaps(theirs):
                     raise theirs.node.error(
                         f"factor {two.name!r} sets {theirs.key!r}, and factor {one.name!r} sets {mine.key!r} in line "
-                        f"{mine.node.line}: together they would undo each other; make them levels of one factor"
+                        f"{mine.node.line}: together they would undo each other; {advice}"
                     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.study.declare.arm_changes import Change, merge, read_changes
+from lightning_moevlm.study.declare.arm_changes import Change, lay_over, merge, read_changes
 from lightning_moevlm.study.declare.budget import Budget, check_budget
 from lightning_moevlm.study.declare.comparison import (
     Arm,
@@ -80,7 +80,7 @@ def read_study(file: Path) -> Study:
         source=keys.source,
         baseline=_baseline(root, keys, arms),
         arms=arms,
-        seeds=_check_seeds(keys.seeds, root.child("seeds")),
+        seeds=_check_seeds(keys.seeds, root.child("seeds"), design),
         spends=keys.budget.text,
         equal_steps=keys.budget.max_steps is not None,
         primary=primary,
@@ -171,10 +171,12 @@ def _designed_arms(design: Design, node: YamlNode) -> tuple[Arm, ...]:
         if name in arms:
             raise node.error(f"two points of the design have the name {name!r}; rename a factor or a level")
         levels = [design.factor(here.factor).level(here.level) for here in point.levels]
-        changes = merge(change for level in levels for change in level.changes)
+        laid: tuple[Change, ...] = ()
+        for level in levels:
+            laid = lay_over(laid, level.changes)
         leaving = design.changed_levels(point)
         line = design.factor(leaving[0].factor).line if len(leaving) == 1 else node.line
-        arms[name] = Arm(name, design.describe(point), changes, line, point.levels)
+        arms[name] = Arm(name, design.describe(point), merge(laid), line, point.levels)
     return tuple(arms.values())
 
 
@@ -202,10 +204,12 @@ def _all_arms(node: YamlNode | None) -> dict[str, Any]:
     return merge(change for key, child in node.items() for change in read_changes(key, child))
 
 
-def _check_seeds(seeds: tuple[int, ...], node: YamlNode) -> tuple[int, ...]:
+def _check_seeds(seeds: tuple[int, ...], node: YamlNode, design: Design | None) -> tuple[int, ...]:
     for place, (child, seed) in enumerate(zip(node.sequence(), seeds, strict=True)):
         if seed in seeds[:place]:
             raise child.error(f"seed {seed} occurs twice; every seed is one independent repetition")
+        if design is not None and design.cure_study is not None and seed in design.cure_study.fresh_seeds:
+            raise child.error(f"seed {seed} is one of `fresh_seeds` too; a repetition takes seeds of its own")
     return seeds
 
 

@@ -18,9 +18,12 @@ def refuse_twins(study: Study, runs: tuple[PlannedRun, ...]) -> None:
     for run in runs:
         twin = seen.setdefault(run.digest, run)
         if twin is not run and twin.arm != run.arm:
+            design = study.comparison.design
+            of_cure = design is not None and design.cure_study is not None and twin.arm == study.comparison.baseline
             raise UserError(
                 f"{study.file}: arms {twin.arm!r} and {run.arm!r} are the same run (digest {run.digest}): "
-                f"{run.arm!r} sets nothing that differs; change a value or remove the arm"
+                f"{run.arm!r} sets nothing that differs; change a value or "
+                + ("leave the cure out of `on_healthy`" if of_cure else "remove the arm")
             )
         if twin is not run:
             raise UserError(

@@ -17,7 +17,8 @@ from lightning_moevlm.study.plan.plan_study import plan_study
 from lightning_moevlm.study.plan.planned_run import Plan
 
 REPOSITORY = Path(__file__).parents[3]
-STUDIES = sorted(path.stem for path in (REPOSITORY / "ablations").glob("*.yaml"))
+ABLATIONS = REPOSITORY / "ablations"
+STUDIES = sorted(path.relative_to(ABLATIONS).with_suffix("").as_posix() for path in ABLATIONS.rglob("*.yaml"))
 IN_EVERY_RUN = {"quickstart"}  # an arm takes half a second and more
 
 
@@ -52,6 +53,7 @@ def test_plan_is_the_golden_one(
     text = json.dumps(told, indent=1) + "\n"
     golden = REPOSITORY / "tests" / "golden" / f"{study}_plan.json"
     if os.environ.get("MOEVLM_WRITE_GOLDEN") == "1":
+        golden.parent.mkdir(exist_ok=True)
         golden.write_text(text)
     assert json.loads(text) == json.loads(golden.read_text())
     check_pairing(plan)

@@ -8,13 +8,21 @@ file names another. A point's name lists its differences from the reference: `ro
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from lightning_moevlm.study.declare.designs.fraction import Fraction
 from lightning_moevlm.study.declare.factors import OFF, ON, Factor, FactorLevel
 
 Kind = Literal[
-    "one_in", "leave_one_out", "factorial", "fractional_factorial", "grid", "lr_sensitivity", "size_ladder", "product"
+    "one_in",
+    "leave_one_out",
+    "factorial",
+    "fractional_factorial",
+    "grid",
+    "lr_sensitivity",
+    "size_ladder",
+    "product",
+    "cures",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REFERENCE = "baseline"
@@ -31,6 +39,13 @@ class Point:
     levels: tuple[FactorLevel, ...]  # one per factor, in the design's order
 
 
+class CureStudy(NamedTuple):
+    """What a cure study says beside its arms."""
+
+    signs: tuple[str, ...]  # metrics that show the illness
+    fresh_seeds: tuple[int, ...]  # for the strongest cells of the matrix, trained again
+
+
 @dataclass(frozen=True)
 class Design:
     """Points and the factors that they vary."""
@@ -40,6 +55,7 @@ class Design:
     points: tuple[Point, ...]  # the reference first
     fraction: Fraction | None = None  # alias structure of a fractional factorial
     parts: "tuple[Design, ...]" = ()  # of a product
+    cure_study: CureStudy | None = None  # of the design `cures`
 
     @property
     def fractions(self) -> tuple[Fraction, ...]:

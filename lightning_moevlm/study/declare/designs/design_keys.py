@@ -5,8 +5,11 @@ from typing import Annotated
 
 from lightning_moevlm.study.declare.decode import Record, doc, kind
 from lightning_moevlm.study.declare.designs.design import KINDS, Kind
+from lightning_moevlm.study.declare.factors import Changes
+from lightning_moevlm.study.declare.value_types import ConfigFile, Metric, Seed
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
+_CURES = "list of cures, or [] for none"
 LADDER_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # of arXiv 2309.14322
 
 
@@ -71,6 +74,38 @@ class SizeKeys(DesignKeys, frozen=True, kw_only=True):
     ]
 
 
+class CureKeys(DesignKeys, frozen=True, kw_only=True):
+    """Options of a cure study."""
+
+    illness: Annotated[
+        tuple[ConfigFile, ...],
+        doc("Overlays that make the model sick. Later files win.", "[conf/illnesses/attention_logits.yaml]"),
+    ]
+    dose: Annotated[
+        Changes | None, doc("Changes over the overlays: how sick.", "{model.optimizer.init_args.lr: 2.0e-2}")
+    ] = None
+    signs: Annotated[tuple[Metric, ...], doc("Metrics that show the illness.", "[attention_logit_max/block0]")] = ()
+    all: Annotated[
+        YamlNode | None,
+        doc("Cures that are combined in the arm `sick__all`.", "[qk_norm, clip_norm]", _CURES, "every cure"),
+    ] = None
+    all_but: Annotated[
+        YamlNode | None, doc("Cures that are left out of `all`, one at a time.", "[qk_norm]", _CURES, "each of `all`")
+    ] = None
+    together: Annotated[
+        YamlNode | None,
+        doc("Further combinations.", "[[qk_norm, clip_norm]]", "list of lists of cures"),
+    ] = None
+    on_healthy: Annotated[
+        YamlNode | None,
+        doc("Cures to try on the healthy model, for side effects and cost.", "[clip_norm]", _CURES, "every cure"),
+    ] = None
+    fresh_seeds: Annotated[
+        tuple[Seed, ...],
+        doc("Seeds on which `moevlm sweep run FOLDER` repeats the strongest cells of the matrix.", "[10, 11, 12]"),
+    ] = ()
+
+
 class ProductKeys(Record, frozen=True):
     """A product has no options: it lists its parts."""
 
@@ -127,6 +162,14 @@ _PAGES = (
         "a list of designs, each naming its factors",
         "{product: [{leave_one_out: {factors: [a, b]}}, {lr_sensitivity: {factors: []}}]}",
         ProductKeys,
+    ),
+    DesignPage(
+        "cures",
+        "A healthy and a sick model: the sick one with each cure, with all and with all but one; the healthy one with "
+        "each cure. `moevlm sweep matrix` draws the matrix of several such studies.",
+        "switches, the cures",
+        "{cures: {illness: [conf/overlays/no_balance_loss.yaml]}}",
+        CureKeys,
     ),
 )
 DESIGNS: dict[Kind, DesignPage] = {page.kind: page for page in _PAGES}

@@ -15,10 +15,12 @@ from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.study.declare.arm_changes import read_changes
 from lightning_moevlm.study.declare.decode import Positive, decode, decode_value, describe_keys
 from lightning_moevlm.study.declare.designs import design as designs
+from lightning_moevlm.study.declare.designs.cures import read_cures
 from lightning_moevlm.study.declare.designs.design import Design, Kind, num_combinations
 from lightning_moevlm.study.declare.designs.design_keys import (
     DESIGNS,
     LADDER_RATES,
+    CureKeys,
     DesignKeys,
     FractionKeys,
     RateKeys,
@@ -31,7 +33,7 @@ from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 LADDERS: dict[Kind, str] = {"lr_sensitivity": "lr", "size_ladder": "size"}
 """Designs that bring a factor of their own, and its name."""
 
-_SWITCHES_ONLY: tuple[Kind, ...] = ("leave_one_out", "factorial", "fractional_factorial")
+_SWITCHES_ONLY: tuple[Kind, ...] = ("leave_one_out", "factorial", "fractional_factorial", "cures")
 _MOST_POINTS = 1024
 _MOST_IN_FRACTION = 15
 
@@ -47,7 +49,8 @@ def read_design(node: YamlNode, factors: tuple[Factor, ...]) -> Design:
     for factor in factors:
         if factor.name not in used:
             raise node.error(f"the design leaves out factor {factor.name!r}; name it under `factors`, or remove it")
-    refuse_conflicts(design.factors)
+    if design.kind != "cures":  # a cure may set what the illness sets
+        refuse_conflicts(design.factors)
     return design
 
 
@@ -76,6 +79,10 @@ def _design(node: YamlNode, factors: tuple[Factor, ...], in_product: bool) -> De
         return designs.one_in(chosen)
     if kind == "leave_one_out":
         return designs.leave_one_out(chosen)
+    if isinstance(keys, CureKeys):
+        if in_product:
+            raise node.error("cures is a whole study, not a part of a product; declare one study per size or rate")
+        return read_cures(options, keys, chosen)
     if isinstance(keys, FractionKeys):
         return designs.fractional(chosen, _fraction(node, options, keys, chosen))
     return designs.crossing(kind, chosen)
