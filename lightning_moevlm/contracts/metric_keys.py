@@ -170,15 +170,39 @@ _OF_VALIDATION = ("val", "val_loss")  # what keys with a stage begin with
 
 def is_untrained(key: str, first_step: int) -> bool:
     """Say whether a metric's first value is the untrained model's; on held-out data only a value at step 0 is."""
-    return first_step == 0 or key.partition("/")[0] not in _OF_VALIDATION
+    return first_step == 0 or not is_of_validation(key)
+
+
+def is_of_validation(key: str) -> bool:
+    """Say whether a metric is measured in validation."""
+    return key.partition("/")[0] in _OF_VALIDATION
 
 
 ALL: tuple[MetricKey, ...] = tuple(value for value in list(globals().values()) if isinstance(value, MetricKey))
+
+# By family: the one, with braces of the same names, of values that need no model. They are logged beside the metric.
+_TRIVIAL: dict[MetricKey, MetricKey] = {
+    ACCURACY: MAJORITY_ACCURACY,
+    RECALL: CHANCE_RECALL,
+    VQA_ACCURACY: VQA_MAJORITY,
+    MATCHING_ACCURACY: MATCHING_MAJORITY,
+    STATEMENT_ACCURACY: STATEMENT_MAJORITY,
+    CONSISTENCY: CHANCE_CONSISTENCY,
+    PERPLEXITY: UNIGRAM_PERPLEXITY,
+    CAPTION_SCORE: CAPTION_CHANCE,
+}
 
 
 def find_metric(key: str) -> MetricKey | None:
     """Return the declaration of `key`; None if it is not declared."""
     return next((metric for metric in ALL if metric.match(key) is not None), None)
+
+
+def find_trivial(key: str) -> str | None:
+    """Return the key of the value without a model that is logged beside a metric; None if its family has none."""
+    metric = find_metric(key)
+    trivial = _TRIVIAL.get(metric) if metric is not None else None
+    return trivial.key(**(metric.match(key) or {})) if metric is not None and trivial is not None else None
 
 
 def name_and_unit(key: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from lightning_moevlm.study.compare.results import (
     Mean,
     RunResult,
     StudyResult,
+    list_also,
     make_rule,
     mean_of,
     read_finals,
@@ -168,7 +169,7 @@ def _arm_result(
         effect=effect,
         accuracy=_by_term(done, metric_keys.ACCURACY),
         majority=_by_term(done, metric_keys.MAJORITY_ACCURACY),
-        also={key: mean for key in study.also if (mean := mean_of([r.last(key) for r in done]))},
+        also={key: mean for key in list_also(study) if (mean := mean_of([r.last(key) for r in done]))},
         stability=summarise_stability(
             [measure_stability(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
             _count(runs, Status.DIVERGED),

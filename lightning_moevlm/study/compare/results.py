@@ -83,7 +83,7 @@ class ArmResult:
     majority: Mapping[str, Mean]
     """Accuracy of the constant answer, likewise."""
     also: Mapping[str, Mean]
-    """Last values of the study's further metrics."""
+    """Last values of the further metrics and of the trivial values, by key (`list_also`)."""
     stability: ArmStability
     equal: Mapping[str, Mean]
     """The primary metric at equal cost, by kind of cost."""
@@ -151,6 +151,13 @@ def make_rule(comparison: Comparison) -> Rule:
     """Return how the verdicts are reached."""
     decide = comparison.decide
     return Rule(comparison.primary.direction, decide.alpha, decide.test, decide.correction, decide.within)
+
+
+def list_also(comparison: Comparison) -> tuple[str, ...]:
+    """Return the keys of the further metrics, then those of the trivial values beside them and the primary metric."""
+    measured = (comparison.primary.metric, *comparison.also)
+    trivial = (beside for key in measured if (beside := metric_keys.find_trivial(key)) is not None)
+    return tuple(dict.fromkeys((*comparison.also, *trivial)))
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:

@@ -6,8 +6,8 @@ One builder serves the terminal, Markdown and HTML, so that they cannot say diff
 from collections import Counter
 
 from lightning_moevlm.common.durations import format_duration
-from lightning_moevlm.contracts.metric_keys import name_and_unit
-from lightning_moevlm.study.compare.results import ArmResult, StudyResult, make_rule
+from lightning_moevlm.contracts.metric_keys import find_trivial, is_of_validation, name_and_unit
+from lightning_moevlm.study.compare.results import ArmResult, StudyResult, list_also, make_rule, mean_of
 from lightning_moevlm.study.declare.comparison import Correction, Test
 from lightning_moevlm.study.plan.solve_arms import describe_solved
 from lightning_moevlm.study.report.tables.table import (
@@ -29,6 +29,7 @@ _DECIDING: dict[Test, str] = {
     "wilcoxon": "Wilcoxon's signed-rank test decides. Effect and interval are of the centre (Hodges-Lehmann).",
     "sign": "The sign test decides. Effect and interval are of the median.",
 }
+_MOST_COLUMNS = 8  # of arms, beside three others
 _CORRECTED: dict[Correction, str] = {
     "none": "Neither p nor intervals are corrected for the number of comparisons.",
     "holm": "p is corrected for the number of comparisons (Holm). Intervals are not.",
@@ -145,14 +146,60 @@ def models_table(result: StudyResult) -> Table:
     return Table("Models and cost", columns, rows, notes, figure="pareto")
 
 
-def also_table(result: StudyResult) -> Table | None:
-    """Return the last values of the study's other metrics; None without any."""
-    if not result.comparison.also:
+def metrics_table(result: StudyResult) -> Table | None:
+    """Return the last values of the primary and the further metrics beside trivial ones; None without any of these.
+
+    A row per metric and a column per arm. Where the arms are too many for that, it is turned round.
+    """
+    study = result.comparison
+    if not list_also(study):
         return None
-    units = {key: name_and_unit(key)[1] for key in result.comparison.also}
-    columns = ("arm", *(f"{key} ({unit})" if unit else key for key, unit in units.items()))
-    rows = tuple((arm.arm.name, *(format_mean(arm.also.get(key), 4) for key in units)) for arm in result.arms)
-    return Table("Also measured, mean ± standard deviation over seeds", columns, rows)
+    keys = tuple(dict.fromkeys((study.primary.metric, *study.also)))
+    rows = [("metric", "trivial", "untrained", *(arm.arm.name for arm in result.arms))]
+    rows += [
+        (
+            _name_with_unit(key),
+            _trivial(result, key),
+            _untrained(result, key),
+            *(_last(arm, None if key == study.primary.metric else key) for arm in result.arms),
+        )
+        for key in keys
+    ]
+    notes = (
+        "trivial: on the same samples, without a model: the best constant answer, a random ranking, another image's "
+        "caption or token frequencies.",
+        "untrained: validated before the first step, mean over the runs of all arms.",
+    )
+    if len(result.arms) > _MOST_COLUMNS:
+        rows = [("arm", *rows[0][1:]), *rows[1:]]
+        rows = list(zip(*rows, strict=True))
+    return Table("Metrics, mean ± standard deviation over seeds", rows[0], tuple(rows[1:]), notes)
+
+
+def _last(arm: ArmResult, key: str | None) -> str:
+    """Return an arm's last value of a metric; of the primary one without a key."""
+    mean = arm.final if key is None else arm.also.get(key)
+    return format_mean(mean, 4) + format_seed_count(mean, arm.planned)
+
+
+def _name_with_unit(key: str) -> str:
+    unit = name_and_unit(key)[1]
+    return f"{key} ({unit})" if unit else key
+
+
+def _untrained(result: StudyResult, key: str) -> str:
+    if not is_of_validation(key):
+        return NOTHING
+    mean = mean_of([run.first(key) for arm in result.arms for run in arm.runs])
+    return f"{mean.mean:.4f}" if mean else NOTHING
+
+
+def _trivial(result: StudyResult, key: str) -> str:
+    """Return the trivial value beside a metric; the range of it where arms are measured on unlike samples."""
+    trivial = find_trivial(key)
+    values = sorted(arm.also[trivial].mean for arm in result.arms if trivial in arm.also) if trivial else []
+    shown = dict.fromkeys(f"{value:.4f}" for value in (values[:1] + values[-1:]))
+    return " to ".join(shown) or NOTHING
 
 
 def answer_table(result: StudyResult) -> Table:

@@ -13,7 +13,7 @@ def report_tables(result: StudyResult) -> tuple[Table, ...]:
         effect_tables.factors_table(result),
         effect_tables.effects_table(result),
         effect_tables.learning_table(result),
-        effect_tables.also_table(result),
+        effect_tables.metrics_table(result),
         stability_tables.stability_table(result),
         stability_tables.signs_table(result),
         stability_tables.sensitivity_table(result),
