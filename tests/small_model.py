@@ -28,10 +28,13 @@ def small_vl_moe(
     router: Callable[[int, int], Router] | None = None,
     stabilisers: ModelStabilisers = ModelStabilisers(),
     causal: bool = False,
+    is_gated: bool = False,
     seed: int = 0,
 ) -> VLMoE:
     """Width 32, 2 heads, 16 px images in 8 px patches (4 of them), texts of 8 out of 300 tokens."""
     moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher)
+    if is_gated:
+        moe = partial(moe, experts=partial(GatedExperts, hidden_dim=48))
     model = VLMoE(
         dim=32,
         num_heads=2,

@@ -26,6 +26,7 @@ from lightning_moevlm.model.layers import (
     PatchEmbedding,
     StackOutput,
     TextEmbedding,
+    bound_gates,
     check_causal,
     count_parameters,
     idle_in_blocks,
@@ -82,6 +83,7 @@ class Trunk(Backbone):
         self.causal = causal
         self.patch_codes = PatchCodes(spec.patch_size, codebook=patch_codebook) if reads_identity(self) else None
         name_layers(self)
+        bound_gates(self, stabilisers.glu)
         if causal:
             check_causal(self)
 

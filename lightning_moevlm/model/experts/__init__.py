@@ -3,7 +3,20 @@
 from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
 from lightning_moevlm.model.experts.expert_stack import ExpertStack
 from lightning_moevlm.model.experts.gated import GatedExperts
+from lightning_moevlm.model.experts.gated_unit import GLU, ClampedGLU, SiTUGLU, gated_unit, kept_by_unit
 from lightning_moevlm.model.experts.mlp import MLPExperts
 from lightning_moevlm.model.initial_weights import ExpertInit
 
-__all__ = ["Activation", "ExpertInit", "ExpertStack", "GatedExperts", "Linear", "MLPExperts"]
+__all__ = [
+    "GLU",
+    "Activation",
+    "ClampedGLU",
+    "ExpertInit",
+    "ExpertStack",
+    "GatedExperts",
+    "Linear",
+    "MLPExperts",
+    "SiTUGLU",
+    "gated_unit",
+    "kept_by_unit",
+]

@@ -1,11 +1,14 @@
 """Gated experts (SwiGLU): (SiLU(x W_gate) * x W_up) W_down. Shazeer 2020 (arXiv 2002.05202)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
 from lightning_moevlm.model.experts.expert_stack import ExpertStack
+from lightning_moevlm.model.experts.gated_unit import GLU, gated_unit, gated_unit_backward
 
 
 class GatedExperts(ExpertStack):
@@ -18,7 +21,11 @@ class GatedExperts(ExpertStack):
         dropout: share of hidden units left out in training (expert dropout, arXiv 2101.03961, section 2.4), drawn per
             row, so it differs between dispatchers.
         init: initial weights.
+
+    The switch `stabilisers.glu` of a model bounds the unit; see `gated_unit.py`.
     """
+
+    glu: GLU = None
 
     def add_stacks(self) -> None:
         """Create gate_EDF, up_EDF and down_EFD."""
@@ -34,25 +41,15 @@ class GatedExperts(ExpertStack):
     def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
         """Return (SiLU(x W_gate) * x W_up) W_down."""
         gate, up, down = weights
-        hidden_NF = _swiglu(linear(rows_ND, gate), linear(rows_ND, up))
+        hidden_NF = gated_unit(linear(rows_ND, gate), linear(rows_ND, up), self.glu)
         return linear(F.dropout(hidden_NF, self.dropout, self.training), down)
 
     def activation(self) -> Activation | None:
-        """SiLU(gate) * up; none while dropout draws at random."""
+        """SiLU(gate) * up, or a bounded form of it; none while dropout draws at random."""
         if self.training and self.dropout:
             return None
-        return Activation(_swiglu, _swiglu_backward)
+        return Activation(partial(gated_unit, glu=self.glu), partial(gated_unit_backward, glu=self.glu))
 
     def forward_flops_per_row(self) -> int:
         """6 D F."""
         return 6 * self.dim * self.hidden_dim
-
-
-def _swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    return F.silu(gate_NF) * up_NF
-
-
-def _swiglu_backward(gradient_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    activated_NF = F.silu(gate_NF)
-    gate_gradient_NF = torch.ops.aten.silu_backward(gradient_NF * up_NF, gate_NF)
-    return activated_NF * up_NF, (gate_gradient_NF, gradient_NF * activated_NF)

@@ -14,6 +14,7 @@ from lightning_moevlm.model.layers.block import (
 from lightning_moevlm.model.layers.causality import check_causal
 from lightning_moevlm.model.layers.depth import Depth
 from lightning_moevlm.model.layers.embeddings import PatchEmbedding, TextEmbedding
+from lightning_moevlm.model.layers.feed_forward.bound_gates import bound_gates, gated_parts
 from lightning_moevlm.model.layers.feed_forward.dense import DenseFFN, dense_twin
 from lightning_moevlm.model.layers.feed_forward.feed_forward import (
     FeedForward,
@@ -47,11 +48,13 @@ __all__ = [
     "StackOutput",
     "TextEmbedding",
     "batch_dependence",
+    "bound_gates",
     "check_causal",
     "count_parameters",
     "defer_initialisation",
     "dense_twin",
     "find_evaluation_limits",
+    "gated_parts",
     "idle_in_blocks",
     "initialise",
     "make_norm",

@@ -3,11 +3,13 @@
     what grows                   what holds it
     attention logits             qk_norm, logit_cap                (arXiv 2302.05442; 2408.00118, section 2)
     branches of a block          sub_norm, norm_placement          (2210.06423; 2111.09883; 2501.00656)
+    gated hidden units           glu                               (DeepSeek-V4, section 4.2.3; Kimi K3, section 2.3.2)
     the residual stream          layer_scale, residual_scaling     (2103.17239; 2203.00555)
     the first steps              init_scheme, init_scale           (2101.03961, section 2.4)
     the gradient of the patches  freeze_patches                    (2104.02057, section 4)
 
-Each switch is explained in its file: attention.py, norms.py, block.py, init_scheme.py, embeddings.py.
+Each switch is explained in its file: attention.py, norms.py, block.py, init_scheme.py, embeddings.py,
+experts/gated_unit.py.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Literal
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.model.experts import GLU
 from lightning_moevlm.model.layers.norms import NormKind
 
 NormPlacement = Literal["pre", "post", "sandwich", "output"]
@@ -48,6 +51,8 @@ class ModelStabilisers:
             fan_in (std 1 / sqrt(fan-in), truncated; Switch), depth_scaled (fan_in, and matrices that write to the
             residual in the n-th block smaller by 1 / sqrt(2 n)).
         init_scale: multiplies the variance of those matrices; Switch uses 0.1 with fan_in.
+        glu: bound of the gated units of experts and dense feed-forwards: {limit: 10} clamps both factors (DeepSeek-V4),
+            {gate_scale: 4, up_scale: 25} bends them by tanh (SiTU-GLU of Kimi K3); null leaves SwiGLU.
         freeze_patches: leave the patch projection at its random start (MoCo v3).
 
     Raises:
@@ -63,6 +68,7 @@ class ModelStabilisers:
     residual_scaling: ResidualScaling | None = None
     init_scheme: InitScheme = "truncated_normal"
     init_scale: float = 1.0
+    glu: GLU = None
     freeze_patches: bool = False
 
     def __post_init__(self) -> None:

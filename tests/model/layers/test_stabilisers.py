@@ -12,7 +12,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.model.dispatch import Dispatcher, GroupedDispatcher, LoopDispatcher, SegmentDispatcher
-from lightning_moevlm.model.experts import ExpertStack, GatedExperts, MLPExperts
+from lightning_moevlm.model.experts import ClampedGLU, ExpertStack, GatedExperts, MLPExperts, SiTUGLU
 from lightning_moevlm.model.layers import Attention, Block, DenseFFN, Depth, ModelStabilisers, MoEFFN, initialise
 from lightning_moevlm.model.layers.layer_scale import LayerScale
 from lightning_moevlm.model.routers import Gate, TopKRouter
@@ -35,14 +35,16 @@ ACTIVE = {
     "init_scheme_normal": {"init_scheme": "normal"},
     "init_scheme_depth": {"init_scheme": "depth_scaled"},
     "init_scale": {"init_scale": 0.1},
+    "glu": {"glu": ClampedGLU(0.01)},
+    "glu_situ": {"glu": SiTUGLU(0.01, 0.01)},
     "freeze_patches": {"freeze_patches": True},
 }
 LAYOUT = Layout((Span(Modality.TEXT, 0, 5),), torch.arange(5).expand(2, 5) < 4)
 
 
-def encode(stabilisers: ModelStabilisers) -> Tensor:
-    batch = pair_batch()
-    return small_vl_moe(stabilisers=stabilisers)(batch.images_BRYX, batch.text_BL, batch.text_mask_BL).tokens_BSD
+def encode(stabilisers: ModelStabilisers, is_gated: bool = False) -> Tensor:
+    batch, model = pair_batch(), small_vl_moe(stabilisers=stabilisers, is_gated=is_gated)
+    return model(batch.images_BRYX, batch.text_BL, batch.text_mask_BL).tokens_BSD
 
 
 def test_every_switch_has_a_case() -> None:
@@ -51,8 +53,8 @@ def test_every_switch_has_a_case() -> None:
 
 @pytest.mark.parametrize("name", ACTIVE)
 def test_a_switch_changes_the_model_and_every_parameter_still_learns(name: str) -> None:
-    stabilisers = ModelStabilisers(**ACTIVE[name])
-    model, batch = small_vl_moe(stabilisers=stabilisers), pair_batch()
+    stabilisers, is_gated = ModelStabilisers(**ACTIVE[name]), name.startswith("glu")
+    model, batch = small_vl_moe(stabilisers=stabilisers, is_gated=is_gated), pair_batch()
     loss = sum(
         model(*inputs).tokens_BSD.pow(3).mean()  # a sum of squares would be constant behind a norm
         for inputs in (
@@ -65,15 +67,17 @@ def test_a_switch_changes_the_model_and_every_parameter_still_learns(name: str) 
     silent = {n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())}
     assert silent == ({"patches.project.weight", "patches.project.bias"} if name == "freeze_patches" else set())
     if name != "freeze_patches":
-        assert not torch.allclose(encode(stabilisers), encode(ModelStabilisers()), rtol=1e-3, atol=1e-4)
+        plain = encode(ModelStabilisers(), is_gated)
+        assert not torch.allclose(encode(stabilisers, is_gated), plain, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ACTIVE)
 def test_every_switch_works_under_autocast(name: str) -> None:
+    stabilisers, is_gated = ModelStabilisers(**ACTIVE[name]), name.startswith("glu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        tokens = encode(ModelStabilisers(**ACTIVE[name]))
+        tokens = encode(stabilisers, is_gated)
         tokens.float().square().sum().backward()
-    error = (tokens.float() - encode(ModelStabilisers(**ACTIVE[name]))).abs()
+    error = (tokens.float() - encode(stabilisers, is_gated)).abs()
     assert float(error.detach().median()) < 0.05  # a token near a tie may take another expert
 
 

@@ -39,7 +39,8 @@ def module_of(
     capacity: Capacity | None = None,
     **options: Any,
 ) -> VisionLanguageModule:
-    backbone = small_vl_moe(router=router, stabilisers=stabilisers, capacity=capacity)
+    is_gated = stabilisers.glu is not None
+    backbone = small_vl_moe(router=router, stabilisers=stabilisers, capacity=capacity, is_gated=is_gated)
     return VisionLanguageModule(
         backbone, losses=losses, **({"optimizer": partial(AdamW, lr=1e-3), "init_std": 0.1} | options)
     )

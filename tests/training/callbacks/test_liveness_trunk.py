@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_moevlm.model.experts import ClampedGLU, GatedExperts, SiTUGLU
 from lightning_moevlm.model.layers import Attention, Block, ModelStabilisers
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import QKClip
@@ -23,6 +24,7 @@ STABILISERS = {
     "layer_scale": ModelStabilisers(layer_scale=0.0),
     "residual_scaling": ModelStabilisers(norm_placement="post", residual_scaling="deepnorm"),
     "logit_cap": ModelStabilisers(qk_norm=False, logit_cap=0.01),
+    "glu": ModelStabilisers(glu=ClampedGLU(0.01)),
     "freeze_patches": ModelStabilisers(freeze_patches=True),
     "init_scheme": ModelStabilisers(init_scheme="fan_in"),
     "init_scale": ModelStabilisers(init_scale=0.1),
@@ -94,6 +96,27 @@ def test_a_part_that_one_layer_does_not_use_is_dead(name: str, kind: type, ignor
     layer = module.backbone.blocks[2]
     (layer if kind is Block else layer.attention).__class__ = ignoring
     refused(module, f"stabilisers.{name}", word)
+
+
+class IgnoresBound(GatedExperts):
+    """Has a bound, and does not use it."""
+
+    def run(self, *args: Any) -> Any:
+        with replace_attribute(self, "glu", None):
+            return super().run(*args)
+
+    def activation(self) -> None:
+        return None
+
+
+def test_a_bound_that_experts_do_not_use_is_dead_and_one_far_above_is_idle() -> None:
+    module = module_of(stabilisers=STABILISERS["glu"])
+    module.backbone.blocks[1].ffn.text.experts.__class__ = IgnoresBound
+    refused(module, "stabilisers.glu", "blocks.1.ffn.text gives the same under a bound of 1e-09")
+    above, _ = asked(module_of(stabilisers=ModelStabilisers(glu=ClampedGLU(1e3))))
+    assert above["stabilisers.glu"].startswith("idle: without it the output of 2 feed-forwards changes by up to 0 ")
+    bent, _ = asked(module_of(stabilisers=ModelStabilisers(glu=SiTUGLU(0.1, 0.1))))
+    assert bent["stabilisers.glu"].startswith("alive: ")
 
 
 def test_a_cap_far_above_the_logits_is_idle() -> None:

@@ -9,6 +9,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
+from lightning_moevlm.model.experts import GLU, gated_unit, kept_by_unit
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput
 from lightning_moevlm.model.layers.norms import NormKind, make_norm, normalise
 from lightning_moevlm.model.precision import PrecisionPolicy
@@ -16,6 +17,8 @@ from lightning_moevlm.model.precision import PrecisionPolicy
 
 class DenseFFN(FeedForward):
     """GELU(x W_up) W_down without bias, or gated: (SiLU(x W_gate) * x W_up) W_down (SwiGLU, arXiv 2002.05202).
+
+    The switch `stabilisers.glu` bounds the gated unit; see `experts/gated_unit.py`.
 
     Args:
         dim: model width D.
@@ -27,6 +30,7 @@ class DenseFFN(FeedForward):
     """
 
     precision = PrecisionPolicy()
+    glu: GLU = None
 
     def __init__(self, dim: int, hidden_dim: int, is_gated: bool = False) -> None:
         super().__init__()
@@ -43,7 +47,9 @@ class DenseFFN(FeedForward):
     def forward(self, tokens_BSD: Tensor, layout: Layout) -> FFNOutput:
         """Apply to every position; the layout does not matter."""
         hidden_BSF = self.up(tokens_BSD)
-        hidden_BSF = F.gelu(hidden_BSF) if self.gate is None else F.silu(self.gate(tokens_BSD)) * hidden_BSF
+        hidden_BSF = (
+            F.gelu(hidden_BSF) if self.gate is None else gated_unit(self.gate(tokens_BSD), hidden_BSF, self.glu)
+        )
         return FFNOutput(self.down(normalise(hidden_BSF, self.hidden_norm, self.precision)), ())
 
     def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
@@ -52,7 +58,7 @@ class DenseFFN(FeedForward):
         return Costs(
             feed_forward=(4.0 if self.gate is None else 6.0) * dim * hidden_dim * total,
             kept_by_norms=float(total * hidden_dim * (self.hidden_norm is not None)),
-            kept_by_products=float(total * (dim + (2 if self.gate is None else 4) * hidden_dim)),
+            kept_by_products=float(total * (dim + (2 if self.gate is None else kept_by_unit(self.glu)) * hidden_dim)),
         )
 
 

@@ -145,7 +145,7 @@ class Rehearsal:
                 found.append(read(output))
             if is_own:
                 self._outputs[path] = found[-1]
-        return _difference(*found)
+        return difference(*found)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -193,7 +193,7 @@ def _is_padding(argument: object) -> bool:
     return isinstance(argument, Layout) and not bool(argument.valid_BS.any())
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     """Return the root mean square of the difference over that of the first."""
     size = torch.linalg.vector_norm(one.float())
     return float(torch.linalg.vector_norm(one.float() - other.float()) / size.clamp(min=1e-30))

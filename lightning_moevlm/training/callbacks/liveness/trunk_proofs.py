@@ -12,21 +12,35 @@ is dead. Every layer that ran must differ.
     norm_placement     blocks without one of their norms
     layer_scale        blocks without the factors
     residual_scaling   deepnorm: blocks with the residual at weight 1; depth: see init_proofs.py
+    glu                feed-forwards with the bound of their gated units, and with none; within rounding the switch is
+                       idle, if a tiny bound makes a difference
     freeze_patches     the projection takes no step, though the loss has a gradient at its output
 """
 
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_moevlm.model.layers import Attention, Block, DenseFFN, ModelStabilisers, MoEFFN, PatchEmbedding
+from lightning_moevlm.model.experts import GLU, ClampedGLU
+from lightning_moevlm.model.layers import (
+    Attention,
+    Block,
+    DenseFFN,
+    ModelStabilisers,
+    MoEFFN,
+    PatchEmbedding,
+    gated_parts,
+)
 from lightning_moevlm.training.callbacks.liveness.loss_proofs import gradients_of, norm_of
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
-from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
+from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, difference, replace_attribute
 
 _NO_CAP = 1e4  # times the cap: tanh is the identity there up to rounding
 _TINY_CAP = 1e-3  # times the largest logit
+_TINY_UNIT = ClampedGLU(1e-9)
 _ROUNDING = 1e-6  # of fp32 sums in another order
 
 
@@ -56,6 +70,8 @@ def trunk_receipts(rehearsal: Rehearsal) -> list[Receipt]:
     receipts = [_by_removal(rehearsal, _switch(name), parts) for is_on, name, parts in asked if is_on]
     if switches.logit_cap is not None:
         receipts.append(_logit_cap(rehearsal, layers))
+    if switches.glu is not None:
+        receipts.append(_glu(rehearsal, layers, switches.glu))
     if switches.freeze_patches:
         receipts.append(_frozen_patches(rehearsal, layers))
     return receipts
@@ -113,6 +129,38 @@ def _logit_cap(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Receipt:
         )
     evidence = f"largest attention logit {largest:.3g}; the cap changes attention by {moved:.2g} of it"
     return switch.is_("alive" if moved > _ROUNDING else "idle", evidence, moved)
+
+
+def _glu(rehearsal: Rehearsal, layers: dict[str, nn.Module], glu: GLU) -> Receipt:
+    switch, moved = _switch("glu"), 0.0
+    found = {path: layer for path, layer in _of(layers, DenseFFN, MoEFFN) if gated_parts(layer)}
+    num_ran = 0
+    for path, layer in found.items():
+        if path not in rehearsal.calls:
+            continue
+        bounded, plain, tiny = (_with_unit(rehearsal, path, layer, unit) for unit in (glu, None, _TINY_UNIT))
+        if not bool(bounded.any()):
+            continue  # nothing comes out of it yet, whatever its units do
+        num_ran += 1
+        if not difference(bounded, tiny) > 0:
+            return switch.dead(
+                f"{path} gives the same under a bound of {_TINY_UNIT.limit:g}",
+                f"let its gated units use their glu, or set model.backbone.init_args.{switch.name} to null",
+                0.0,
+            )
+        moved = max(moved, difference(bounded, plain) if bool(plain.isfinite().all()) else math.inf)
+    if not num_ran:
+        return switch.is_("unproven", "no gated feed-forward gave an output on this batch")
+    evidence = f"without it the output of {num_ran} feed-forwards changes by up to {moved:.2g} of its size"
+    return switch.is_("alive" if moved > _ROUNDING else "idle", evidence, moved)
+
+
+def _with_unit(rehearsal: Rehearsal, path: str, layer: nn.Module, glu: GLU) -> Tensor:
+    with ExitStack() as stack:
+        for part in gated_parts(layer):
+            stack.enter_context(replace_attribute(part, "glu", glu))
+        tokens_BSD: Tensor = rehearsal.layer(path).tokens_BSD
+        return tokens_BSD
 
 
 def _frozen_patches(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Receipt:
