@@ -12,7 +12,7 @@ sources that are used as pairs, one after the other, or all sources if there are
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -22,7 +22,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.data.format.faults import MAX_PIXELS
-from lightning_moevlm.data.format.manifest import Manifest, Split
+from lightning_moevlm.data.format.manifest import Manifest, MixedManifest, Split
 from lightning_moevlm.data.images.augment import Augment
 from lightning_moevlm.data.load.device_stage import DeviceStage, warn_without_gpu
 from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, refuse_uneven_workers
@@ -49,12 +49,6 @@ from lightning_moevlm.data.read.train_reader import TrainReader
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step, whole_steps
 from lightning_moevlm.data.storage.shard_storage import CACHE_GIB, PROTOCOLS, ShardStorage
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
-
-
-class MixedManifest(NamedTuple):
-    """The name of a mixture."""
-
-    name: str
 
 
 class ShardDataModule(LightningDataModule):
@@ -91,6 +85,8 @@ class ShardDataModule(LightningDataModule):
         tokenizer: A tokenizer.json of the tokenizers library in place of the set's; null uses the set's.
         urls: Tars without a manifest in place of `root`: `s3://bucket/name-{0000..0331}.tar`, a folder, or a list.
         webdataset: Reading of `urls`: members, decoding, a function for samples, tars held out.
+        skip: Keys of training samples that are left out; a later sample of the stream stands in for each, and other
+            batches stay as they are. Null skips none.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
     """
 
@@ -120,6 +116,7 @@ class ShardDataModule(LightningDataModule):
         tokenizer: str | None = None,
         urls: list[str] | str | None = None,
         webdataset: WebDatasetOptions | None = None,
+        skip: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -148,7 +145,10 @@ class ShardDataModule(LightningDataModule):
         refuse_invalid_names(list(mixed))
         protocols, tolerant = tuple(allowed_protocols), max_lost_fraction > 0
         self.plain = None
+        self.skip = frozenset(skip or ())
         if urls is not None:
+            if skip:
+                raise UserError("data.skip needs a set with a manifest: index data.urls by `moevlm data index`")
             reading = webdataset or WebDatasetOptions()
             self.plain = PlainTars(urls, reading, protocols, cache_dir, vocab_size, tokenizer is None, tolerant)
         self.sources = mixed or {"": Source(str(root))}
@@ -257,6 +257,8 @@ class ShardDataModule(LightningDataModule):
         trainer = self.trainer
         opened = self._open("train", self.sets)
         if trainer is not None and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            if self.skip:
+                raise UserError("data.skip replaces samples of shuffled batches: set trainer.overfit_batches to 0")
             loader = self._fixed(opened)
         else:
             rank = self._rank
@@ -273,7 +275,7 @@ class ShardDataModule(LightningDataModule):
             else:
                 reader = TrainReader(
                     opened, self.mixture, self.batch_size, rank, self.shuffle_buffer, self.seed, self.num_streams,
-                    clock, tolerant,
+                    clock, tolerant, self.skip,
                 )  # fmt: skip
             stage = self._stage(self.augment, fills=True)
             loader = ShardLoader(

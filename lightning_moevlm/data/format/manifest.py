@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -111,6 +111,12 @@ class Manifest:
         if is_plain:
             del content["layout"]
         return content
+
+
+class MixedManifest(NamedTuple):
+    """The name of a mixture."""
+
+    name: str
 
 
 class _Version(msgspec.Struct):

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.format.faults import Cause, Lost
+from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
 from lightning_moevlm.data.read.collate import Decoded
@@ -19,15 +21,19 @@ from lightning_moevlm.data.read.sample_order import Rank, running_range, train_b
 from lightning_moevlm.data.read.source_stream import OpenSource, Place, SourceStream
 from lightning_moevlm.data.read.whole_steps import whole_steps
 
+SKIPPED = Decoded("", None, None)
+"""Stands in a batch until another sample takes its row."""
+
 
 @dataclass(frozen=True)
 class TrainReader(Reader):
     """Reads whole batches in a new order every epoch, equally many on every rank.
 
     One source is read in epochs: each sample at most once. Less than a batch per rank is left out, and lost samples are
-    replaced from a second pass. Several sources run on over the ends of epochs, each with its own epoch. An epoch of
-    the mixture has as many samples as all of them. One source runs on too if its batches do not make whole optimiser
-    steps: the rest of an epoch comes in the next one.
+    replaced from a second pass. For a skipped sample the next one after its batch stands in, which keeps its own turn
+    too, so that all later batches stay as they are. Several sources run on over the ends of epochs, each with its own
+    epoch. An epoch of the mixture has as many samples as all of them. One source runs on too if its batches do not make
+    whole optimiser steps: the rest of an epoch comes in the next one.
     """
 
     sources: tuple[OpenSource, ...]
@@ -39,6 +45,7 @@ class TrainReader(Reader):
     num_streams: int
     clock: StepClock
     tolerant: bool  # whether samples may be lost; otherwise the first loss ends the run
+    skip: frozenset[str] = frozenset()  # keys of samples that others stand in for
 
     def __post_init__(self) -> None:
         ranks, num_samples = self.rank.world_size, sum(source.num_samples for source in self.sources)
@@ -87,7 +94,7 @@ class TrainReader(Reader):
         """Yield the rest of a stream's batches of the epoch, from the places of `start` on."""
         places = list(start.places[stream])
         takers = [
-            _Taker(source_stream, place)
+            _Taker(source_stream, place, self.skip)
             for source_stream, place in zip(self._source_streams(stream), places, strict=True)
         ]
         first = start.batch + (stream - start.batch) % self.num_streams
@@ -109,15 +116,20 @@ class TrainReader(Reader):
             rows = collate.image_rows(count, allocate)
             samples: list[Decoded] = []
             num_fresh = 0
+            skipped: list[int] = []  # rows
             while len(samples) < count:
                 places[k], sample = takers[k].take(None if rows is None else rows[len(samples)])
                 if isinstance(sample, Decoded):
+                    if sample is SKIPPED:
+                        skipped.append(len(samples))
                     samples.append(sample)
                     num_fresh += places[k].lap == 0
                     continue
                 # replacements meet the losses of the first pass again; these are counted already
                 lost[self._accept_loss(sample).cause] += 1 if places[k].lap == 0 else 0
                 last_error = sample.message
+            for row, stand_in in zip(skipped, takers[k].stand_ins(places[k], rows, skipped), strict=True):
+                samples[row] = stand_in
             batches[k] = collate.make_batch(samples, rows)
             jpegs[k] = collate.pack_jpegs(samples, num_fresh)
         batch, images = join_batches(batches, [source.name for source in self.sources]), _join_jpegs(batches, jpegs)
@@ -146,14 +158,17 @@ class TrainReader(Reader):
 class _Taker:
     """Takes samples from a stream and decodes them, while any can be used."""
 
-    def __init__(self, source_stream: SourceStream, start: Place) -> None:
+    def __init__(self, source_stream: SourceStream, start: Place, skip: frozenset[str]) -> None:
         self._stream = source_stream
+        self._skip = skip
         self._samples = source_stream.samples(start)
         self._lost_in_a_row = 0
 
     def take(self, into: Tensor | None) -> tuple[Place, Decoded | Lost]:
-        """Return the next sample and the place after it. into: a row of a batch for its image."""
+        """Return the next sample, or SKIPPED, and the place after it. into: a row of a batch for its image."""
         place, raw = next(self._samples)
+        if self._is_skipped(raw):
+            return place, SKIPPED
         sample = self._stream.source.decode(raw, into, self._stream.draw(place))
         if isinstance(sample, Decoded):
             self._lost_in_a_row = 0
@@ -165,6 +180,34 @@ class _Taker:
                 f"{self._stream.source.name} is usable; the last error: {sample.message}"
             )
         return place, sample
+
+    def stand_ins(self, place: Place, rows_BRYX: Tensor | None, skipped: Sequence[int]) -> Iterator[Decoded]:
+        """Yield a sample from `place` on for each of the skipped rows.
+
+        Raises:
+            UserError: the stream has no other sample.
+        """
+        waiting = list(skipped)
+        # two laps: the rest of this one may hold none
+        later = islice(self._stream.samples(place), 2 * len(self._stream.sample_range)) if skipped else ()
+        for after, raw in later:
+            if self._is_skipped(raw):
+                continue
+            into = None if rows_BRYX is None else rows_BRYX[waiting[0]]
+            sample = self._stream.source.decode(raw, into, self._stream.draw(after))
+            if isinstance(sample, Decoded):
+                yield sample
+                waiting.pop(0)
+            if not waiting:
+                return
+        if waiting:
+            raise UserError(
+                f"data.skip leaves none of the {len(self._stream.sample_range)} samples that one of data.num_streams "
+                f"reads from {self._stream.source.name}: name fewer"
+            )
+
+    def _is_skipped(self, raw: RawSample | Lost) -> bool:
+        return isinstance(raw, RawSample) and raw.key in self._skip
 
 
 def _join_jpegs(batches: dict[int, Batch], jpegs: dict[int, JpegBatch | None]) -> JpegBatch | None:
