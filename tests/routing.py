@@ -9,6 +9,9 @@ from lightning_moevlm.model.dispatch.capacity import Priority
 from lightning_moevlm.model.losses import LossInput, PlanLoss
 from lightning_moevlm.model.routers.choices import make_plan
 
+NOTHING = torch.zeros(0, dtype=torch.int64)
+"""The tally of a router that needs none."""
+
 
 def routing_input(num_tokens: int, dim: int, *, num_padding: int = 0, seed: int = 0) -> RoutingInput:
     """Random tokens; the last `num_padding` are padding, filled with huge values that must not matter."""

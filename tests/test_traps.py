@@ -46,7 +46,7 @@ from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.optim import parameter_groups
 from tests.model.losses.every_loss import LOSSES, raw_loss
 from tests.model.routers.test_routers import LEARNED, ROUTERS
-from tests.routing import full_plan, loss_of, routing_input
+from tests.routing import NOTHING, full_plan, loss_of, routing_input
 from tests.small_model import pair_batch, small_vl_moe
 from tests.training.small_fit import NoTask, build, fit, routers
 
@@ -215,7 +215,7 @@ def test_the_balancing_bias_does_not_drift_in_mean() -> None:
     for step in range(50):
         load_AE = torch.zeros(2, 8, dtype=torch.int64)
         load_AE[0, step % 8] = 100  # one expert above the mean, seven below
-        router.rebalance(load_AE)
+        router.rebalance(load_AE, NOTHING)
     assert float(router.bias_AE.mean().abs()) < 1e-6
     assert float(router.bias_AE.abs().max()) > 1e-4
 

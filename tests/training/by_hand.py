@@ -17,6 +17,7 @@ from lightning_moevlm.model.routers import (
     TopKRouter,
 )
 from lightning_moevlm.training.actions.action import StepFacts, Training
+from tests.routing import NOTHING
 from tests.small_model import pair_batch
 
 LEARNED: dict[str, Callable[[int, int], Router]] = {
@@ -42,7 +43,7 @@ def facts(step: int, load_E: list[int] | None = None, loss: float = 1.0) -> Step
     if load_E is None:
         return StepFacts(step, {}, {}, torch.tensor(loss))
     load_AE = torch.tensor([load_E, [0] * len(load_E)])
-    counts = LayerCounts(load_AE, load_AE, load_AE.sum(dim=1), 1 / len(load_E))
+    counts = LayerCounts(load_AE, load_AE, load_AE.sum(dim=1), 1 / len(load_E), NOTHING)
     return StepFacts(step, {PATH: counts}, {}, torch.tensor(loss))
 
 

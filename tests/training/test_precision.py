@@ -147,9 +147,9 @@ class Told(SigmoidBiasRouter):
 
     told: list[Tensor]
 
-    def rebalance(self, load_E: Tensor) -> None:
-        self.told = [*getattr(self, "told", []), load_E]
-        super().rebalance(load_E)
+    def rebalance(self, load_AE: Tensor, tally: Tensor) -> None:
+        self.told = [*getattr(self, "told", []), load_AE]
+        super().rebalance(load_AE, tally)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

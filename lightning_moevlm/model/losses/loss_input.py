@@ -29,12 +29,14 @@ class LayerCounts(NamedTuple):
     chosen_AE, kept_AE: int64, pairs of each modality at each expert before and after capacity.
     token_A: int64, tokens.
     aimed_share: experts per token that the router aims at, divided by E.
+    tally: int64, what the router counts for its own balance, see `Router.tally`.
     """
 
     chosen_AE: Tensor
     kept_AE: Tensor
     token_A: Tensor
     aimed_share: float
+    tally: Tensor
 
 
 class Place(NamedTuple):

@@ -13,6 +13,7 @@ from lightning_moevlm.model.routers.learned.sinkhorn import SinkhornRouter
 from lightning_moevlm.model.routers.learned.soft import SoftRouter
 from lightning_moevlm.model.routers.learned.top_k import TopKRouter
 from lightning_moevlm.model.routers.learned.top_p import TopPRouter
+from lightning_moevlm.model.routers.quantile_update import QuantileUpdate
 from lightning_moevlm.model.routers.router import ExpertAxis, Router
 from lightning_moevlm.model.routers.unlearned.fixed import FixedRouter
 from lightning_moevlm.model.routers.unlearned.hash import HashRouter
@@ -30,6 +31,7 @@ __all__ = [
     "HashRouter",
     "ModalityRouter",
     "NoisyTopKRouter",
+    "QuantileUpdate",
     "ReLURouter",
     "Router",
     "SigmoidBiasRouter",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_moevlm.contracts.routing_plan import RoutingInput, RoutingPlan
+from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput, RoutingPlan
 from lightning_moevlm.model.initial_weights import Module
 from lightning_moevlm.model.precision import Region
 from lightning_moevlm.model.routers.gate import Gate
@@ -35,6 +35,7 @@ class Router(Module):
     reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only for it.
     adds_noise: its plans of training steps carry noisy logits and the noise's std.
     mixes: its plans are `MixPlan`s: slots of mixed tokens, without choices.
+    tally_size: number of counts that `rebalance` needs beside the loads, see `tally`.
     """
 
     competes = False
@@ -44,6 +45,7 @@ class Router(Module):
     reads_identity = False
     adds_noise = False
     mixes = False
+    tally_size = 0
     region: Region = "router"
 
     def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:
@@ -90,10 +92,20 @@ class Router(Module):
         """
         return self._parameters.get("weight_ED")
 
-    def rebalance(self, load_AE: Tensor) -> None:
+    def tally(self, plan: PairPlan) -> Tensor:
+        """Return what `rebalance` needs of a plan beside its loads: int64 (tally_size), summed as the loads are.
+
+        Called outside of `forward`, which activation checkpointing runs twice, with the state that the plan was made
+        with. Most routers need nothing.
+        """
+        return plan.expert_N.new_zeros(self.tally_size)
+
+    def rebalance(self, load_AE: Tensor, tally: Tensor) -> None:
         """Adapt routing state once per optimiser step. Most routers have none.
 
-        load_AE: chosen pairs of each modality at each expert, summed over ranks and accumulation; int64.
+        load_AE: chosen pairs of each modality at each expert, summed over forward passes, ranks and accumulation;
+            int64.
+        tally: the same sum of `tally`, int64 (tally_size).
         """
 
 

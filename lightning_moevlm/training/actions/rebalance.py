@@ -1,7 +1,8 @@
 """Loss-free balancing: passes expert loads to routers with a balancing bias.
 
 `Router.rebalance` moves a router's state, such as the bias of `SigmoidBiasRouter` (arXiv 2408.15664, algorithm 1), by
-the counts of its own choices. It is on for every router with such state and needs no option.
+the counts of its own choices and by its tally, over all micro-batches and ranks of the step. It is on for every router
+with such state and needs no option.
 """
 
 from collections.abc import Sequence
@@ -28,13 +29,13 @@ class Rebalancer(Action):
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Rebalance each router; its state stays if it is frozen or the update was undone."""
         if self._last_step is None or facts.step <= self._last_step:
-            for path, load_AE in facts.load.items():
+            for path, counts in facts.counts.items():
                 layer = training.backbone.get_submodule(path)
                 assert isinstance(layer, MoEFFN)
                 if is_frozen(layer.router):
                     continue
                 before = {name: buffer.clone() for name, buffer in layer.router.named_buffers()}
-                layer.router.rebalance(load_AE)
+                layer.router.rebalance(counts.chosen_AE, counts.tally)
                 for name, buffer in layer.router.named_buffers():
                     buffer.copy_(facts.unless_skipped(buffer, before[name]))
         return {}

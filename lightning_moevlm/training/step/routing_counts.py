@@ -17,16 +17,18 @@ from lightning_moevlm.contracts.step_records import NamedPlan
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.losses import LayerCounts, LossInput, Place
+from lightning_moevlm.model.routers import Router
 
 
 class _Layer(NamedTuple):
     num_experts: int
-    aimed_share: float
+    router: Router
 
     @property
     def sizes(self) -> list[int]:
-        """Sizes of the three counts, in order."""
-        return [len(Modality) * self.num_experts, len(Modality) * self.num_experts, len(Modality)]
+        """Sizes of the four counts, in order."""
+        pairs = len(Modality) * self.num_experts
+        return [pairs, pairs, len(Modality), self.router.tally_size]
 
 
 class RoutingCounter:
@@ -41,10 +43,7 @@ class RoutingCounter:
 
     def __init__(self, backbone: Backbone) -> None:
         layers = {path: module for path, module in backbone.named_modules() if isinstance(module, MoEFFN)}
-        self._layers = {
-            path: _Layer(module.num_experts, module.router.experts_per_token / module.num_experts)
-            for path, module in layers.items()
-        }
+        self._layers = {path: _Layer(module.num_experts, module.router) for path, module in layers.items()}
         self._step = 0
         self._counts: dict[str, Tensor] = {}
         self._totals: dict[str, LayerCounts] | None = None
@@ -61,7 +60,8 @@ class RoutingCounter:
             chosen_AE = plan.chosen_loads(plan.modality_T, len(Modality))
             kept_AE = plan.kept_loads(plan.modality_T, len(Modality))
             token_A = torch.stack([(plan.valid_T & (plan.modality_T == modality)).sum() for modality in Modality])
-            counts = torch.cat([chosen_AE.flatten(), kept_AE.flatten(), token_A])
+            tally = self._layers[named.layer].router.tally(plan)
+            counts = torch.cat([chosen_AE.flatten(), kept_AE.flatten(), token_A, tally])
             before = self._counts.get(named.layer)
             self._counts[named.layer] = counts if before is None else before + counts
         self._totals = None
@@ -89,9 +89,10 @@ class RoutingCounter:
 
 
 def _layer_counts(piece: Tensor, layer: _Layer) -> LayerCounts:
-    chosen, kept, token_A = piece.split(layer.sizes)
+    chosen, kept, token_A, tally = piece.split(layer.sizes)
     shape = (len(Modality), layer.num_experts)
-    return LayerCounts(chosen.view(shape), kept.view(shape), token_A, layer.aimed_share)
+    aimed_share = layer.router.experts_per_token / layer.num_experts
+    return LayerCounts(chosen.view(shape), kept.view(shape), token_A, aimed_share, tally)
 
 
 def loss_inputs(

@@ -32,7 +32,7 @@ from lightning_moevlm.model.losses import (
 )
 from lightning_moevlm.model.losses.balancing.load import chances
 from lightning_moevlm.model.routers import NoisyTopKRouter, SoftRouter
-from tests.routing import full_plan, loss_of, relu_plan, routing_input, top_1_plan
+from tests.routing import NOTHING, full_plan, loss_of, relu_plan, routing_input, top_1_plan
 
 # two experts, three tokens with p = (3/4, 1/4), (3/4, 1/4), (1/4, 3/4): chosen 0, 0, 1
 THREE_TOKENS = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]).log()
@@ -115,7 +115,9 @@ def test_a_modality_or_sequence_without_tokens_does_not_dilute_the_mean() -> Non
 def test_global_balance_takes_the_load_from_the_step_by_hand() -> None:
     # load of the step: (3, 1) from images and (0, 4) from text. P of this plan is (7/12, 5/12), all of it images
     chosen_AE = torch.tensor([[3, 1], [0, 4]])
-    inputs = LossInput(top_1_plan(THREE_TOKENS), None, LayerCounts(chosen_AE, chosen_AE, torch.tensor([4, 4]), 0.5))
+    inputs = LossInput(
+        top_1_plan(THREE_TOKENS), None, LayerCounts(chosen_AE, chosen_AE, torch.tensor([4, 4]), 0.5, NOTHING)
+    )
     # pooled f = (3/8, 5/8): 2 (21/96 + 25/96) = 92/96
     assert float(LoadBalance(scope="global")(inputs)) == pytest.approx(92 / 96)
     # of images alone f = (3/4, 1/4): 2 (21/48 + 5/48) = 52/48

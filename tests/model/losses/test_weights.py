@@ -13,7 +13,7 @@ from lightning_moevlm.training.actions.loss_weights import LossWeights
 def counts(chosen: list[int], kept: list[int] | None = None, *, tokens: int = 8, aimed: float = 0.5) -> LayerCounts:
     """Of a layer that saw images alone; the router aims at `aimed` x E experts per token."""
     chosen_AE, kept_AE = (torch.tensor([row, [0] * len(row)]) for row in (chosen, kept or chosen))
-    return LayerCounts(chosen_AE, kept_AE, torch.tensor([tokens, 0]), aimed)
+    return LayerCounts(chosen_AE, kept_AE, torch.tensor([tokens, 0]), aimed, chosen_AE.new_zeros(0))
 
 
 def test_by_overflow_by_hand() -> None:

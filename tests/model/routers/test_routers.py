@@ -34,6 +34,7 @@ from lightning_moevlm.model.routers import (
     HashRouter,
     ModalityRouter,
     NoisyTopKRouter,
+    QuantileUpdate,
     ReLURouter,
     Router,
     SigmoidBiasRouter,
@@ -56,6 +57,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "sigmoid with bias per modality": lambda: SigmoidBiasRouter(16, 8, per_modality=True),
     "sigmoid with bias, in groups": lambda: SigmoidBiasRouter(16, 8, top_k=3, groups=GroupLimit(4, 2)),
     "sigmoid with bias, top-1": lambda: SigmoidBiasRouter(16, 8, top_k=1),
+    "sigmoid with bias by quantiles": lambda: SigmoidBiasRouter(16, 8, update=QuantileUpdate(num_bins=50)),
     "group-limited": lambda: GroupLimitedRouter(16, 8, top_k=3, groups=GroupLimit(4, 2)),
     "top-p": lambda: TopPRouter(16, 8),
     "cosine": lambda: CosineRouter(16, 8),
@@ -198,6 +200,16 @@ def test_padding_content_changes_nothing(router: Router) -> None:
     assert torch.equal(plan.weight_N[kept_N], other.weight_N[kept_N])
 
 
+def test_a_tally_counts_no_padding(router: Router) -> None:
+    inputs = routing_input(40, 16, num_padding=7)
+    other_TD = inputs.tokens_TD.clone()
+    other_TD[33:] = -3.0
+    plan = router.eval()(inputs)
+    tally, other = router.tally(plan), router.tally(router(inputs._replace(tokens_TD=other_TD)))
+    assert tally.dtype == torch.int64 and tally.shape == (router.tally_size,) and not tally.requires_grad
+    assert torch.equal(tally, other)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_task_gradient_reaches_the_gate(name: str) -> None:
     router = build(name)
@@ -256,7 +268,7 @@ def test_nothing_is_read_from_the_device(router: Router, priority: Priority, tra
     plan = router.train(training).to("meta")(inputs)
     some = apply_capacity(plan, Capacity(1.0, ModalityFactors(1.0, None), priority, group_size=2), training)
     assert some.kept_N.is_meta and some.kept_loads()[0].shape == (8,)
-    router.rebalance(some.chosen_loads(some.modality_T, 2))
+    router.rebalance(some.chosen_loads(some.modality_T, 2), router.tally(some))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])

@@ -128,41 +128,6 @@ def test_sigmoid_weights_by_hand() -> None:
         torch.testing.assert_close(plan.probs_TE, torch.tensor([[3 / 6, 2 / 6, 1 / 6]]))
 
 
-def test_bias_update_by_hand() -> None:
-    # loads 6, 2, 1: mean 3. sign: -u, +u, +u; proportional: -3/3 u, 1/3 u, 2/3 u
-    load_AE = torch.tensor([[4, 2, 0], [2, 0, 1]])
-    sign = SigmoidBiasRouter(4, 3, update_rate=0.1, recentre=False)
-    sign.rebalance(load_AE)
-    torch.testing.assert_close(sign.bias_AE, torch.tensor([[-0.1, 0.1, 0.1]]))
-    proportional = SigmoidBiasRouter(4, 3, update_rate=0.3, update="proportional", recentre=False)
-    proportional.rebalance(load_AE)
-    torch.testing.assert_close(proportional.bias_AE, torch.tensor([[-0.3, 0.1, 0.2]]))
-    # torchtitan issue 1506: the mean of the bias drifted
-    centred = SigmoidBiasRouter(4, 3, update_rate=0.1)
-    for _ in range(100):
-        centred.rebalance(load_AE)
-    assert float(centred.bias_AE.mean()) == pytest.approx(0.0, abs=1e-5)
-
-
-def test_bias_is_state_and_takes_no_gradient() -> None:
-    # KempnerForge: a trainable bias inside the sigmoid
-    router = SigmoidBiasRouter(4, 3)
-    assert "bias_AE" in router.state_dict() and "bias_AE" not in dict(router.named_parameters())
-
-
-def test_rebalancing_evens_out_a_lopsided_router() -> None:
-    router = SigmoidBiasRouter(16, 8, top_k=1, update_rate=0.01)
-    initialise(router, seed=0, std=0.5)
-    inputs = routing_input(512, 16)
-    inputs = inputs._replace(tokens_TD=inputs.tokens_TD + 1.0)
-    violation = []
-    for _ in range(300):
-        load_E = torch.bincount(router(inputs).expert_N, minlength=8)
-        violation.append(float(load_E.max() / load_E.float().mean() - 1))
-        router.rebalance(load_E.unsqueeze(0))
-    assert violation[0] > 1.0 and violation[-1] < 0.2
-
-
 def test_groups_by_hand() -> None:
     # two groups of two: p = (5, 1 | 3, 4) / 13. By the sum of both: 6 against 7, so the second group; its order is 3, 2
     tokens_TD = torch.tensor([[5.0, 1.0, 3.0, 4.0]]).log()
@@ -314,16 +279,6 @@ def test_hash_follows_the_identity_alone() -> None:
 def test_hash_without_identities_is_refused() -> None:
     with pytest.raises(UserError, match="routes by token ids and patch codes, which this backbone does not provide"):
         HashRouter(16, 8)(routing_input(4, 16)._replace(identity_T=None))
-
-
-def test_bias_per_modality_moves_by_its_own_load() -> None:
-    router = SigmoidBiasRouter(4, 2, top_k=1, update_rate=0.5, recentre=False, per_modality=True)
-    router.rebalance(torch.tensor([[4, 2], [0, 6]]))  # means 3 and 3
-    torch.testing.assert_close(router.bias_AE, torch.tensor([[-0.5, 0.5], [0.5, -0.5]]))
-    with torch.no_grad():
-        router.weight_ED.zero_()  # all scores equal
-    plan = router.eval()(routing_input(8, 4))
-    assert torch.equal(plan.expert_N, torch.tensor([1, 0] * 4))  # images prefer 1, texts 0
 
 
 def test_competing_routers_say_so() -> None:

@@ -2,6 +2,7 @@
 
     s = sigmoid(x W^T),   experts = top-k(s + b),   weight_e = s_e (divided by the sum of the chosen s)
     after each optimiser step:  b += u * sign(mean load - load)      or  b += u * (mean load - load) / mean load
+                                or  b is solved for, by `quantile_update`
 
 Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-V3 (arXiv 2412.19437).
 The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
@@ -15,11 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
 from lightning_moevlm.model.routers.choices import check_top_k, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
+from lightning_moevlm.model.routers.quantile_update import QuantileUpdate, count_required_bias, solve_bias
 from lightning_moevlm.model.routers.router import LinearRouter
 
 
@@ -31,15 +34,16 @@ class SigmoidBiasRouter(LinearRouter):
         num_experts: E.
         top_k: experts per token.
         renormalise: divide the chosen weights by their sum; switched off with top_k 1, where it would cut the gradient.
-        update_rate: u, 0 switches balancing off; 1e-3 in the papers.
-        update: by the sign of the imbalance or in proportion to it.
+        update_rate: u, 0 switches balancing off; 1e-3 in the papers. QuantileUpdate has no rate.
+        update: by the sign of the imbalance, in proportion to it, or QuantileUpdate, which solves for the bias.
         recentre: keep the mean of the bias at 0.
         per_modality: one bias for each modality, moved by that modality's load alone.
         groups: limit a token to the experts of its best groups; null: all experts.
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: top_k outside 1..E, a negative update_rate, or groups that do not fit.
+        UserError: top_k outside 1..E, a negative update_rate, groups that do not fit, or QuantileUpdate where no expert
+            is left to compete for a place, or with groups.
     """
 
     bias_AE: Tensor
@@ -51,7 +55,7 @@ class SigmoidBiasRouter(LinearRouter):
         top_k: int = 2,
         renormalise: bool = True,
         update_rate: float = 1e-3,
-        update: Literal["sign", "proportional"] = "sign",
+        update: Literal["sign", "proportional"] | QuantileUpdate = "sign",
         recentre: bool = True,
         per_modality: bool = False,
         groups: GroupLimit | None = None,
@@ -71,6 +75,9 @@ class SigmoidBiasRouter(LinearRouter):
         self.groups = groups
         rows = len(Modality) if per_modality else 1
         self.register_buffer("bias_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
+        if isinstance(update, QuantileUpdate):
+            _check_quantiles(top_k, num_experts, groups)
+            self.tally_size = rows * num_experts * update.num_bins
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens; probs_TE are the scores divided by their sum, so that losses see a distribution."""
@@ -87,12 +94,46 @@ class SigmoidBiasRouter(LinearRouter):
         return make_plan(inputs, logits_TE, renormalise_weights(scores_TE), expert_TK, weight_TK)
 
     @torch.no_grad()
-    def rebalance(self, load_AE: Tensor) -> None:
+    def tally(self, plan: PairPlan) -> Tensor:
+        """Return the histogram that QuantileUpdate solves for the bias."""
+        if not isinstance(self.update, QuantileUpdate):
+            return super().tally(plan)
+        row_T = plan.modality_T if self.per_modality else torch.zeros_like(plan.modality_T)
+        scores_TE, num_bins = plan.logits_TE.sigmoid(), self.update.num_bins
+        return count_required_bias(scores_TE, self.bias_AE, row_T, plan.valid_T, self.top_k, num_bins).flatten()
+
+    @torch.no_grad()
+    def rebalance(self, load_AE: Tensor, tally: Tensor) -> None:
         """Raise the bias of experts below the mean load and lower that of the others; no load, no change."""
-        load_AE = (load_AE if self.per_modality else load_AE.sum(dim=0, keepdim=True)).float()
-        mean_A1 = load_AE.mean(dim=1, keepdim=True)
-        shortfall_AE = mean_A1 - load_AE
-        direction_AE = shortfall_AE.sign() if self.update == "sign" else shortfall_AE / mean_A1.clamp(min=1)
-        self.bias_AE += self.update_rate * direction_AE
+        if self.update_rate == 0:
+            return
+        if isinstance(self.update, QuantileUpdate):
+            histogram_AEN = tally.view(*self.bias_AE.shape, self.update.num_bins)
+            solved_AE = solve_bias(histogram_AEN, self.bias_AE, self.top_k / self.num_experts)
+            self.bias_AE.lerp_(solved_AE, 1 - self.update.memory)
+        else:
+            load_AE = (load_AE if self.per_modality else load_AE.sum(dim=0, keepdim=True)).float()
+            mean_A1 = load_AE.mean(dim=1, keepdim=True)
+            shortfall_AE = mean_A1 - load_AE
+            direction_AE = shortfall_AE.sign() if self.update == "sign" else shortfall_AE / mean_A1.clamp(min=1)
+            self.bias_AE += self.update_rate * direction_AE
         if self.recentre:
             self.bias_AE -= self.bias_AE.mean(dim=1, keepdim=True)
+
+
+def _check_quantiles(top_k: int, num_experts: int, groups: GroupLimit | None) -> None:
+    """Refuse what a bias cannot be solved for.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if top_k == num_experts:
+        raise UserError(
+            f"router.update QuantileUpdate balances experts that compete, and with router.top_k {top_k} of "
+            f"{num_experts} every token gets all: choose a smaller top_k, or router.update sign"
+        )
+    if groups is not None:
+        raise UserError(
+            "router.update QuantileUpdate does not know how groups cut off experts: set router.groups to null, or "
+            "router.update to sign"
+        )

@@ -35,6 +35,7 @@ from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 
 _FAR = 1e6  # times one move of a balancing state
+_CROWD = 10.0  # on the logits of the expert that all tokens go to
 _Proof = Callable[[Switch, Rehearsal, Trainer], Receipt]
 
 
@@ -168,7 +169,9 @@ def _rebalance(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receip
         load_AE = torch.zeros_like(rehearsal.counts[layer.path].chosen_AE)
         favourite = int(plan.chosen_loads()[0].argmax())
         load_AE[:, favourite] = plan.num_tokens
-        router.rebalance(load_AE)
+        crowded_TE = plan.logits_TE.detach().clone()
+        crowded_TE[:, favourite] += _CROWD
+        router.rebalance(load_AE, router.tally(plan._replace(logits_TE=crowded_TE)))
         moved = max(
             (float((buffer - before[name]).abs().max()) for name, buffer in router.named_buffers()), default=0.0
         )
@@ -206,7 +209,7 @@ def _revive(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
         idle_E = torch.full_like(chosen_AE[0], options.idle_steps)
         idle_E[:-1] = 0
         reviver.load_state_dict({"idle": {"layer": idle_E}})
-        counts = LayerCounts(chosen_AE, chosen_AE, chosen_AE.sum(dim=1), 1.0)
+        counts = LayerCounts(chosen_AE, chosen_AE, chosen_AE.sum(dim=1), 1.0, chosen_AE.new_zeros(0))
         reviver.after_step(holder.training(), StepFacts(options.every_n_steps, {"layer": counts}, {}, None))
         if torch.equal(before, holder.layer.experts.stacks()[0][-1]):
             return switch.dead("on a copy an expert without tokens stays what it was", "fix the action")
