@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +22,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.metrics.gather import gather_objects
+from lightning_moevlm.study.forensics.watch import WINDOW, Watch
 from lightning_moevlm.tracking.recordings.recording import (
     FOLDER,
     Event,
@@ -33,6 +34,7 @@ from lightning_moevlm.tracking.recordings.recording import (
 )
 from lightning_moevlm.tracking.write.run_logger import RunLogger
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
+from lightning_moevlm.training.callbacks.recording.kept_checkpoint import keep_checkpoint_before
 from lightning_moevlm.training.callbacks.recording.layer_norms import LayerNorms
 from lightning_moevlm.training.callbacks.recording.step_values import (
     StepCollector,
@@ -41,7 +43,6 @@ from lightning_moevlm.training.callbacks.recording.step_values import (
     fixed_weights,
     to_shares,
 )
-from lightning_moevlm.training.callbacks.recording.watch import WINDOW, Watch
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
 from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
@@ -75,6 +76,7 @@ class FlightRecorder(Callback):
         threshold: robust deviations of the total loss above its past that make a spike; null looks for none.
         attention_every: optimiser steps between measurements of the attention logits; null takes those of other parts.
         max_recordings: recordings of a run; 0 turns the recorder off.
+        max_checkpoints: checkpoints of a run from before an event that are kept for `moevlm replay`; 0 keeps none.
 
     Raises:
         UserError: a value outside its range.
@@ -87,10 +89,12 @@ class FlightRecorder(Callback):
         threshold: float | None = 6.0,
         attention_every: int | None = 50,
         max_recordings: int = 8,
+        max_checkpoints: int = 2,
     ) -> None:
         check_number("keep of FlightRecorder", keep, least=2 * WINDOW)
         check_number("every_n_steps of FlightRecorder", every_n_steps, least=1)
         check_number("max_recordings of FlightRecorder", max_recordings, least=0)
+        check_number("max_checkpoints of FlightRecorder", max_checkpoints, least=0)
         if threshold is not None:
             check_number("threshold of FlightRecorder", threshold, above=0, advice=", or null")
         if attention_every is not None:
@@ -100,6 +104,7 @@ class FlightRecorder(Callback):
         self.threshold = threshold
         self.attention_every = attention_every
         self.max_recordings = max_recordings
+        self.max_checkpoints = max_checkpoints
         self._is_on = False
         self._norms: LayerNorms | None = None
 
@@ -159,6 +164,11 @@ class FlightRecorder(Callback):
         if trainer.global_step % self.every_n_steps == 0:
             self._look(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look before a checkpoint is overwritten, so that one from before an event is kept."""
+        if self._is_on and self._pending:
+            self._look(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the last steps, and note a divergence."""
         if not self._is_on:
@@ -214,7 +224,7 @@ class FlightRecorder(Callback):
         new = _join_ranks(_fetch(self._pending), self._task)
         self._pending = []
         self._ring.extend(new)
-        events = [*self._rollbacks, *(event for step in new for event in self._watch.judge(step)), *more]
+        events = [*self._rollbacks, *(event for step in new for event in self._watch.judge(step).events), *more]
         events.sort(key=lambda event: event.step)
         self._rollbacks = []
         if events and self._episode is None:
@@ -222,6 +232,8 @@ class FlightRecorder(Callback):
                 return
             self._num_written += 1
             self._episode = _Episode(events[0].step, events[0].step + self.keep // 4)
+            if trainer.is_global_zero:
+                keep_checkpoint_before(events[0].step, trainer, _run_dir(trainer) / FOLDER, self.max_checkpoints)
         episode = self._episode
         if episode is None:
             return
@@ -233,14 +245,15 @@ class FlightRecorder(Callback):
             self._episode = None
 
     def _write(self, trainer: Trainer, episode: _Episode) -> None:
-        logger = next((each for each in trainer.loggers if isinstance(each, RunLogger)), None)
-        folder = Path(trainer.default_root_dir) if logger is None else logger.run_dir
+        logger, folder = _run_logger(trainer), _run_dir(trainer)
         file = folder / FOLDER / recording_name(episode.first_step)
         is_new = not file.exists()
         about = {
             "ranks": str(trainer.world_size),
             "micro_batches": str(trainer.accumulate_grad_batches),
             "precision": str(trainer.precision),
+            "threads": str(torch.get_num_threads()),
+            "device": trainer.strategy.root_device.type,
         }
         try:
             write_recording(Recording(tuple(episode.events), tuple(self._ring), about), file)
@@ -254,6 +267,15 @@ class FlightRecorder(Callback):
             what = f"{first.kind} at step {first.step}"
             run = folder if logger is None or logger.run_id is None else logger.run_id[:8]
             rank_zero_info(f"flight recorder: {what} is recorded; `moevlm spikes {run}` explains it")
+
+
+def _run_logger(trainer: Trainer) -> RunLogger | None:
+    return next((each for each in trainer.loggers if isinstance(each, RunLogger)), None)
+
+
+def _run_dir(trainer: Trainer) -> Path:
+    logger = _run_logger(trainer)
+    return Path(trainer.default_root_dir) if logger is None else logger.run_dir
 
 
 def _keys_by_source(batch: Batch) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Declares what is worth a recording, from the losses of successive steps.
+"""Declares what went wrong, from the losses of successive steps: the rule of the flight recorder and of replays.
 
     not finite   a loss is NaN or infinite
     skipped      the step was not taken (`model.gradient.skip_spikes`)
@@ -11,6 +11,7 @@ of one modality have other losses than pairs, so they have a past of their own.
 
 import math
 from collections import defaultdict, deque
+from typing import NamedTuple
 
 from lightning_moevlm.study.forensics.deviation import find_level, robust_score
 from lightning_moevlm.tracking.recordings.recording import Event, RecordedStep
@@ -18,6 +19,17 @@ from lightning_moevlm.tracking.recordings.recording import Event, RecordedStep
 WINDOW, LEAST = 32, 12
 """Differences from the trend in the past, and those that must be known before a step is judged."""
 _FLOOR = 0.01  # of the loss: least standard deviation
+
+
+class Judgement(NamedTuple):
+    """What the watch says of a step."""
+
+    events: tuple[Event, ...]
+    """Those that begin in it."""
+    kinds: frozenset[str]
+    """Of all events that are there, those that began earlier too."""
+    score: float
+    """Robust z of the total loss; 0 while too little is known."""
 
 
 class _Past:
@@ -52,16 +64,15 @@ class Watch:
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
         self._past = defaultdict[tuple[str, ...], _Past](_Past)
-        self._before: set[str] = set()  # kinds that the step before had
+        self._before = frozenset[str]()  # kinds that the step before had
 
-    def judge(self, step: RecordedStep) -> list[Event]:
-        """Return the events that begin in this step."""
-        found = self._find(step)
-        new = [event for event in found if event.kind not in self._before]
-        self._before = {event.kind for event in found}
-        return new
+    def judge(self, step: RecordedStep) -> Judgement:
+        """Judge the next step."""
+        events, score = self._find(step)
+        before, self._before = self._before, frozenset(event.kind for event in events)
+        return Judgement(tuple(event for event in events if event.kind not in before), self._before, score)
 
-    def _find(self, step: RecordedStep) -> list[Event]:
+    def _find(self, step: RecordedStep) -> tuple[list[Event], float]:
         events = []
         if step.values.get("skipped"):
             events.append(Event(step.step, "skipped", "the step was not taken"))
@@ -69,13 +80,11 @@ class Watch:
         wrong = [name.partition("/")[2] for name, value in losses.items() if not math.isfinite(value)]
         total = step.values["total_loss"]
         if wrong or not math.isfinite(total):
-            return [*events, Event(step.step, "not finite", ", ".join(wrong) or "total loss")]
+            return [*events, Event(step.step, "not finite", ", ".join(wrong) or "total loss")], math.inf
         past = self._past[tuple(losses)]
         score = past.judge(total)
         if self._threshold is not None and score > self._threshold:
-            return [
-                *events,
-                Event(step.step, "spike", f"total loss {total:.4g}, {score:.1f} deviations above its past"),
-            ]
+            text = f"total loss {total:.4g}, {score:.1f} deviations above its past"
+            return [*events, Event(step.step, "spike", text)], score
         past.add(total)
-        return events
+        return events, score

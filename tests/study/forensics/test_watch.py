@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from lightning_moevlm.study.forensics.watch import Watch
 from lightning_moevlm.tracking.recordings.recording import RecordedStep
-from lightning_moevlm.training.callbacks.recording.watch import Watch
 
 
 def judge(losses: list[float], threshold: float | None = 6.0, term: str = "text") -> list[tuple[int, str]]:
@@ -13,7 +13,7 @@ def judge(losses: list[float], threshold: float | None = 6.0, term: str = "text"
     steps = [
         RecordedStep(number, {"total_loss": loss, f"loss/{term}": loss}, {}) for number, loss in enumerate(losses, 1)
     ]
-    return [(event.step, event.kind) for step in steps for event in watch.judge(step)]
+    return [(event.step, event.kind) for step in steps for event in watch.judge(step).events]
 
 
 LEAST = 16  # the first four steps have no level before them, and 12 differences from it are needed
@@ -39,6 +39,18 @@ def test_few_steps_are_not_judged() -> None:
     assert judge([*CALM[: LEAST - 1], 90.0]) == []
 
 
+def test_every_step_of_a_spike_has_its_kind_and_its_score() -> None:
+    watch = Watch(6.0)
+    losses = [*CALM, 9.0, 9.0, 2.0]
+    found = [
+        watch.judge(RecordedStep(step, {"total_loss": loss, "loss/text": loss}, {})) for step, loss in enumerate(losses)
+    ]
+    assert [each.kinds for each in found[-3:]] == [{"spike"}, {"spike"}, frozenset()]
+    deviations = (9.0 - 2.0) / (1.4826 * 0.05)
+    assert [each.score for each in found[-3:]] == pytest.approx([deviations, deviations, 0.0])
+    assert [each.score for each in found[: LEAST - 1]] == [0.0] * (LEAST - 1)
+
+
 def test_a_long_spike_is_declared_once_and_again_after_a_pause() -> None:
     assert judge([*CALM, 9.0, 9.0, 9.0, 2.0, 9.0]) == [(LEAST + 1, "spike"), (LEAST + 5, "spike")]
 
@@ -50,20 +62,19 @@ def test_a_loss_that_is_not_finite_is_declared_from_the_first_step(wrong: float)
 
 def test_the_terms_that_are_not_finite_are_named() -> None:
     values = {"total_loss": math.nan, "loss/text": 1.0, "loss/image": math.nan}
-    (event,) = Watch(6.0).judge(RecordedStep(1, values, {}))
+    (event,) = Watch(6.0).judge(RecordedStep(1, values, {})).events
     assert event.detail == "image"
 
 
 def test_batches_of_one_modality_have_a_past_of_their_own() -> None:
     watch = Watch(6.0)
     for number, loss in enumerate(CALM):
-        assert watch.judge(RecordedStep(number, {"total_loss": loss, "loss/text": loss}, {})) == []
-    assert watch.judge(RecordedStep(90, {"total_loss": 9.0, "loss/image": 9.0}, {})) == []
-    assert [event.kind for event in watch.judge(RecordedStep(91, {"total_loss": 9.0, "loss/text": 9.0}, {}))] == [
-        "spike"
-    ]
+        assert not watch.judge(RecordedStep(number, {"total_loss": loss, "loss/text": loss}, {})).events
+    assert not watch.judge(RecordedStep(90, {"total_loss": 9.0, "loss/image": 9.0}, {})).events
+    found = watch.judge(RecordedStep(91, {"total_loss": 9.0, "loss/text": 9.0}, {}))
+    assert [event.kind for event in found.events] == ["spike"]
 
 
 def test_a_skipped_step_is_declared() -> None:
-    (event,) = Watch(None).judge(RecordedStep(4, {"total_loss": 1.0, "skipped": 1.0}, {}))
+    (event,) = Watch(None).judge(RecordedStep(4, {"total_loss": 1.0, "skipped": 1.0}, {})).events
     assert (event.step, event.kind) == (4, "skipped")
