@@ -13,8 +13,9 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.special_tokens import BOS, EOS, PAD
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.dispatch import Capacity
+from lightning_moevlm.model.experts import SiTUGLU
 from lightning_moevlm.model.generation import Decoding, Generated, generate, sample_tokens
-from lightning_moevlm.model.layers import initialise
+from lightning_moevlm.model.layers import ModelStabilisers, initialise
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import ExpertChoiceRouter, HashRouter
 from tests.small_model import pair_batch, small_decoder, small_limoe, small_moma, small_vl_moe
@@ -26,6 +27,7 @@ BUILDERS = {
     "top-2": partial(small_limoe, top_k=2),
     "decoder": partial(small_decoder, top_k=2),
     "moma": small_moma,
+    "gated attention": partial(small_decoder, stabilisers=ModelStabilisers(attention_gate="head")),
 }
 
 
@@ -195,7 +197,14 @@ def test_what_cannot_be_generated_is_refused() -> None:
         Decoding(top_p=0.0)
 
 
-@pytest.mark.parametrize("build", [small_vl_moe, small_decoder])
+@pytest.mark.parametrize(
+    "build",
+    [
+        small_vl_moe,
+        small_decoder,
+        partial(small_vl_moe, is_gated=True, stabilisers=ModelStabilisers(attention_gate="element", glu=SiTUGLU(1, 1))),
+    ],
+)
 def test_the_past_is_what_one_pass_computes(build: Callable[..., Backbone]) -> None:
     backbone, _ = model(build)
     batch = pair_batch(3)

@@ -9,6 +9,10 @@ logit cap: logits become cap * tanh(logits / cap) before the softmax (Gemma 2, a
 kernels know no cap, and torch's flex_attention has no backward on CPUs, so the cap is written out: it keeps the logits
 and two more tensors of shape (B, H, S, S) for the backward pass, where the fused kernel keeps none.
 
+gate: heads' outputs are multiplied by sigmoid(x W_gate) before W_out, x the input of attention: by one number per head,
+or by one per head and channel (Qwen, arXiv 2505.06708, whose abstract and equation were read, not its tables). It makes
+W_v W_out more than one low-rank map, and lets a head give nothing without attending to a sink token.
+
 sub-norm: a norm between the heads' outputs and W_out (Magneto, arXiv 2210.06423, section 2.2).
 
 The largest logit of a head is the early warning of divergence (arXiv 2309.14322, section 3.1) and what QK-clip acts on.
@@ -77,7 +81,7 @@ class Attention(Module):
     Args:
         dim: model width D.
         num_heads: H; must divide D.
-        stabilisers: `qk_norm`, `logit_cap` and `sub_norm` (of kind `norm`) act here.
+        stabilisers: `qk_norm`, `logit_cap`, `attention_gate` and `sub_norm` (of kind `norm`) act here.
     """
 
     precision = PrecisionPolicy()
@@ -92,6 +96,8 @@ class Attention(Module):
         self.logit_cap = stabilisers.logit_cap
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
+        gates = {None: 0, "head": num_heads, "element": dim}[stabilisers.attention_gate]
+        self.gate = nn.Linear(dim, gates, bias=False) if gates else None
         width = dim // num_heads
         self.query_norm = make_norm(_QK_NORM, width) if stabilisers.qk_norm else None
         self.key_norm = make_norm(_QK_NORM, width) if stabilisers.qk_norm else None
@@ -126,22 +132,32 @@ class Attention(Module):
         logit_max_H = (
             largest_logits(query_BHSW, key_BHSW, allowed, layout.valid_BS) if measure and past is None else None
         )
-        heads_BSD = attended_BHSW.to(value.dtype).transpose(1, 2).flatten(2)
+        heads_BSHW = attended_BHSW.to(value.dtype).transpose(1, 2)
+        if self.gate is not None:
+            gate_BSD = torch.sigmoid(self.gate(tokens_BSD))
+            heads_BSHW = heads_BSHW * gate_BSD.unflatten(-1, (self.num_heads, -1))
+        heads_BSD = heads_BSHW.flatten(2)
         return AttentionOutput(self.out(normalise(heads_BSD, self.out_norm, self.precision)), logit_max_H)
 
     def costs(self, num_tokens: int) -> Costs:
         """8 S D^2 FLOPs for the projections and 4 S^2 D for scores and values, for one sequence of S tokens.
 
+        A gate takes 2 S D per number that it gives: H, or D.
+
         Kept of each token: the input, query, key and value, the heads' outputs and its row of the mask; with qk-norm
-        queries and keys before and after the scale, with sub-norm its input; with a logit cap three tensors (H, S, S).
+        queries and keys before and after the scale, with sub-norm its input; with a gate its numbers and
+        the gated outputs; with a logit cap three tensors (H, S, S).
         """
         values = num_tokens * self.dim
         has_qk_norm, has_out_norm = self.query_norm is not None, self.out_norm is not None
+        gates = 0 if self.gate is None else self.gate.out_features
         maps = 1 if self.logit_cap is None else 3 * self.num_heads
         return Costs(
-            attention=8.0 * values * self.dim + 4.0 * values * num_tokens,
+            attention=8.0 * values * self.dim + 4.0 * values * num_tokens + 2.0 * values * gates,
             kept_by_norms=float(values * (2 * has_qk_norm + has_out_norm)),
-            kept_by_products=float(values * (5 + 2 * has_qk_norm) + maps * num_tokens**2),
+            kept_by_products=float(
+                values * (5 + 2 * has_qk_norm + bool(gates)) + gates * num_tokens + maps * num_tokens**2
+            ),
         )
 
 

@@ -7,7 +7,8 @@ With s = `init_scale` (Switch: 0.1), N blocks and n the number of a block from 1
     depth_scaled               sqrt(s / fan-in), and where it writes to the residual sqrt(s / (2 n fan-in))
                                                                  Zhang et al. 2019 (arXiv 1908.11365), as in OLMo
     x 1 / sqrt(2 N)            where it writes to the residual, with residual_scaling depth (GPT-2)
-    x (8 N)^(-1/4)             values, outputs and feed-forwards, with residual_scaling deepnorm (arXiv 2203.00555)
+    x (8 N)^(-1/4)             values, outputs and feed-forwards, with residual_scaling deepnorm (arXiv 2203.00555);
+                               not routers and gates of attention
 
 All are cut at two std but `normal`. Draws depend on the name alone, so that schemes differ by a factor or in the tails.
 Embeddings, patches and heads lie outside of blocks and stay truncated normal; a router with an `initial_std` keeps it.
@@ -51,7 +52,7 @@ def _scale(block: "Block", name: str, parameter: Tensor, std: float) -> InitialS
         beta = deepnorm_beta(block.depth)
         if parameter is block.attention.query_key_value.weight:
             value_factor = beta
-        elif ".router." not in name:
+        elif ".router." not in name and name != "attention.gate.weight":
             std *= beta
     return InitialScale(std, math.inf if switches.init_scheme == "normal" else 2.0, value_factor)
 

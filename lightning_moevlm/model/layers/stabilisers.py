@@ -2,6 +2,7 @@
 
     what grows                   what holds it
     attention logits             qk_norm, logit_cap                (arXiv 2302.05442; 2408.00118, section 2)
+    attention sinks              attention_gate                    (2505.06708)
     branches of a block          sub_norm, norm_placement          (2210.06423; 2111.09883; 2501.00656)
     gated hidden units           glu                               (DeepSeek-V4, section 4.2.3; Kimi K3, section 2.3.2)
     the residual stream          layer_scale, residual_scaling     (2103.17239; 2203.00555)
@@ -38,6 +39,8 @@ class ModelStabilisers:
         qk_norm: RMS-normalise queries and keys per head before their product. The action `QKClip` needs it off.
         logit_cap: attention logits become cap * tanh(logits / cap); 50 in Gemma 2. Leaves the fused attention kernel,
             see attention.py for the cost; null is off.
+        attention_gate: multiplies heads' outputs by sigmoid(x W): head by one number per head, element by one per head
+            and channel, with as many weights as the output projection (Qwen's gated attention); null is off.
         sub_norm: a norm inside each branch: before attention's output projection, and on the hidden units of every
             feed-forward before its last matrix (Sub-LN of Magneto and BEiT-3).
         norm: kind of all norms of the trunk but qk_norm's.
@@ -61,6 +64,7 @@ class ModelStabilisers:
 
     qk_norm: bool = True
     logit_cap: float | None = None
+    attention_gate: Literal["head", "element"] | None = None
     sub_norm: bool = False
     norm: NormKind = "layer"
     norm_placement: NormPlacement = "pre"

@@ -1,6 +1,7 @@
 """Attention sees what it may see; its cap and its largest logits by hand."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.model.layers import Attention, ModelStabilisers, initialise
 from lightning_moevlm.model.layers.attention import allowed_keys, attend_with_cap, largest_logits
+from tests.counting import count_flops, kept_bytes
 
 TEXT = (Span(Modality.TEXT, 0, 4),)
 PAIR = (Span(Modality.IMAGE, 0, 2), Span(Modality.TEXT, 2, 4))
@@ -20,6 +22,8 @@ SWITCHES = [
     ModelStabilisers(qk_norm=False),
     ModelStabilisers(logit_cap=1.0),
     ModelStabilisers(sub_norm=True),
+    ModelStabilisers(attention_gate="head"),
+    ModelStabilisers(attention_gate="element", sub_norm=True),
 ]
 
 
@@ -79,6 +83,49 @@ def test_a_cap_that_nothing_reaches_is_torchs_own_attention() -> None:
         *(torch.autograd.grad(o.square().sum(), (query, key, value)) for o in (capped, fused)), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+GATES = pytest.mark.parametrize(("kind", "num_gates"), [("head", 4), ("element", 16)])
+
+
+@GATES
+def test_a_gate_weighs_each_head_by_hand(kind: Literal["head", "element"], num_gates: int) -> None:
+    # the first channel is 1 everywhere: weights of ln 3, 0, -ln 3 and 50 on it open the heads by 3/4, 1/2, 1/4 and 1
+    plain, gated = attention(ModelStabilisers()), attention(ModelStabilisers(attention_gate=kind))
+    assert gated.gate is not None and gated.gate.weight.shape == (num_gates, 16)
+    shared = dict(plain.named_parameters())
+    assert all(torch.equal(value, shared[name]) for name, value in gated.named_parameters() if name in shared)
+    tokens = random_tokens()
+    tokens[..., 0] = 1.0
+    with torch.no_grad():
+        gated.gate.weight.zero_()
+        gated.gate.weight[:, 0] = torch.tensor([math.log(3), 0.0, -math.log(3), 50.0]).repeat_interleave(num_gates // 4)
+        for layer in (plain, gated):
+            layer.out.weight.copy_(torch.eye(16))
+    opened = torch.tensor([0.75, 0.5, 0.25, 1.0]).repeat_interleave(4)
+    expected = plain(tokens, layout()).tokens_BSD * opened
+    torch.testing.assert_close(gated(tokens, layout()).tokens_BSD, expected)
+    torch.testing.assert_close(
+        gated(tokens, layout(), measure=True).logit_max_H, plain(tokens, layout(), measure=True).logit_max_H
+    )
+
+
+@GATES
+def test_what_a_gate_costs_is_counted(kind: Literal["head", "element"], num_gates: int) -> None:
+    # 2 FLOPs x 4 tokens x 16 channels x gates more; 4 gates' values and 4 x 16 gated outputs are kept
+    plain, gated = attention(ModelStabilisers()), attention(ModelStabilisers(attention_gate=kind))
+    more = [layer.costs(4).flops for layer in (gated, plain)]
+    assert more[0] - more[1] == 2 * 4 * 16 * num_gates
+    assert gated.costs(4).kept_by_products - plain.costs(4).kept_by_products == 4 * num_gates + 4 * 16
+    tokens = random_tokens().requires_grad_()
+    counted = [count_flops(lambda layer=layer: layer(tokens, layout())) for layer in (gated, plain)]
+    assert counted[0] - counted[1] == 2 * 4 * 16 * num_gates
+    kept = []
+    for layer in (gated, plain):
+        with kept_bytes(layer) as total:
+            layer(tokens, layout())
+        kept.append(total[0])
+    assert kept[0] - kept[1] == 4 * (4 * num_gates + 4 * 16)
 
 
 def test_largest_logit_by_hand() -> None:

@@ -22,6 +22,8 @@ from tests.small_model import pair_batch, small_vl_moe
 ACTIVE = {
     "qk_norm": {"qk_norm": False},
     "logit_cap": {"logit_cap": 1.0},
+    "attention_gate": {"attention_gate": "head"},
+    "attention_gate_element": {"attention_gate": "element"},
     "sub_norm": {"sub_norm": True},
     "norm": {"norm": "rms"},
     "norm_without_scale": {"norm": "rms_without_scale"},

@@ -18,6 +18,7 @@ from tests.training.small_fit import fit
 
 STABILISERS = {
     "qk_norm": ModelStabilisers(),
+    "attention_gate": ModelStabilisers(attention_gate="head"),
     "sub_norm": ModelStabilisers(sub_norm=True),
     "norm": ModelStabilisers(norm="rms", sub_norm=True),
     "norm_placement": ModelStabilisers(norm_placement="sandwich"),
@@ -65,6 +66,14 @@ class IgnoresCap(Attention):
             return super().forward(*args)
 
 
+class IgnoresGate(Attention):
+    """Has a gate, and does not use it."""
+
+    def forward(self, *args: Any) -> Any:
+        with replace_attribute(self, "gate", None):
+            return super().forward(*args)
+
+
 class KeepsLayerNorms(Block):
     """Ignores the kind of norm, and makes LayerNorms."""
 
@@ -87,6 +96,7 @@ class IgnoresScales(Block):
     [
         ("qk_norm", Attention, IgnoresNorms, "blocks.2.attention gives the same without its query_norm"),
         ("logit_cap", Attention, IgnoresCap, "blocks.2.attention gives the same under a cap of"),
+        ("attention_gate", Attention, IgnoresGate, "blocks.2.attention gives the same without its gate"),
         ("norm", Block, KeepsLayerNorms, "blocks.2 gives the same without its attention_norm"),
         ("layer_scale", Block, IgnoresScales, "blocks.2 gives the same without its attention_scale"),
     ],

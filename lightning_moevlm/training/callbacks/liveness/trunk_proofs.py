@@ -5,6 +5,7 @@ difference (root mean square over that of the output). A part that is there but 
 is dead. Every layer that ran must differ.
 
     qk_norm            attention without the norm of queries, or of keys
+    attention_gate     attention without the gate
     logit_cap          attention with the cap, and with one that no logit reaches; within rounding the switch is idle,
                        if a cap far below the logits makes a difference
     sub_norm           attention and feed-forwards without the norm inside
@@ -61,6 +62,7 @@ def trunk_receipts(rehearsal: Rehearsal) -> list[Receipt]:
     moves_norms, has_alpha = switches.norm_placement != "pre", switches.residual_scaling == "deepnorm"
     asked = (
         (switches.qk_norm, "qk_norm", _qk_norms(layers)),
+        (switches.attention_gate is not None, "attention_gate", _gates(layers)),
         (switches.sub_norm, "sub_norm", _sub_norms(layers)),
         (switches.norm != "layer", "norm", _other_norms(layers)),
         (moves_norms, "norm_placement", _block_norms(layers)),
@@ -182,6 +184,10 @@ def _frozen_patches(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Recei
 def _qk_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
     for path, _ in _of(layers, Attention):
         yield from (_Part(path, name, None) for name in ("query_norm", "key_norm"))
+
+
+def _gates(layers: dict[str, nn.Module]) -> Iterator[_Part]:
+    yield from (_Part(path, "gate", None) for path, _ in _of(layers, Attention))
 
 
 def _sub_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
