@@ -29,6 +29,7 @@ from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, re
 from lightning_moevlm.data.plain.draw_reader import DrawReader
 from lightning_moevlm.data.plain.options import WebDatasetOptions
 from lightning_moevlm.data.plain.plain_tars import PlainTars
+from lightning_moevlm.data.read.bad_batches import BadBatches
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
 from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_invalid_names
@@ -88,6 +89,7 @@ class ShardDataModule(LightningDataModule):
         skip: Keys of training samples that are left out; a later sample of the stream stands in for each, and other
             batches stay as they are. Null skips none.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
+        bad_batches: Training batches to spoil on purpose, for studies of faults; null spoils none.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class ShardDataModule(LightningDataModule):
         urls: list[str] | str | None = None,
         webdataset: WebDatasetOptions | None = None,
         skip: list[str] | None = None,
+        bad_batches: BadBatches | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -143,9 +146,10 @@ class ShardDataModule(LightningDataModule):
                 "data.sources, the other to null"
             )
         refuse_invalid_names(list(mixed))
+        if bad_batches is not None:
+            bad_batches.check(decode == "device", urls is not None)
         protocols, tolerant = tuple(allowed_protocols), max_lost_fraction > 0
-        self.plain = None
-        self.skip = frozenset(skip or ())
+        self.plain, self.skip = None, frozenset(skip or ())
         if urls is not None:
             if skip:
                 raise UserError("data.skip needs a set with a manifest: index data.urls by `moevlm data index`")
@@ -159,14 +163,10 @@ class ShardDataModule(LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.image_size, self.max_text_len, self.vocab_size = image_size, max_text_len, vocab_size
         self.shuffle_buffer, self.seed, self.num_streams = shuffle_buffer, seed, num_streams
-        self.max_lost_fraction = max_lost_fraction
-        self.decode = decode
-        self.max_pixels = max_pixels
-        self.augment = augment
-        self.prefetch = prefetch
+        self.max_lost_fraction, self.max_pixels, self.decode = max_lost_fraction, max_pixels, decode
+        self.augment, self.prefetch = augment, prefetch
         self.annotation, self.append_answer = annotation, bool(append_answer)
-        self.tokenizer_file = tokenizer
-        self.second_image = second_image
+        self.tokenizer_file, self.second_image, self.bad_batches = tokenizer, second_image, bad_batches
         if append_answer and not any((each.annotation or annotation) == "answers" for each in self.sources.values()):
             raise UserError("data.append_answer is true, and no answers are read: set data.annotation to answers")
         second = next((each.second_image for each in self.sources.values() if each.second_image), second_image)
@@ -275,7 +275,7 @@ class ShardDataModule(LightningDataModule):
             else:
                 reader = TrainReader(
                     opened, self.mixture, self.batch_size, rank, self.shuffle_buffer, self.seed, self.num_streams,
-                    clock, tolerant, self.skip,
+                    clock, tolerant, self.skip, self.bad_batches,
                 )  # fmt: skip
             stage = self._stage(self.augment, fills=True)
             loader = ShardLoader(

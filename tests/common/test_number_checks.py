@@ -13,6 +13,7 @@ from torch import nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.schedules import Ramp
+from lightning_moevlm.data.read.bad_batches import BadBatches
 from lightning_moevlm.model import routers
 from lightning_moevlm.model.backbones import LIMoE, VLMoE
 from lightning_moevlm.model.dispatch import Capacity, ModalityFactors, PaddedDispatcher
@@ -44,10 +45,11 @@ _PARTS: list[Callable[..., Any]] = [
     *(partial(part, _PARAMETERS) for part in (optim.Lion, optim.MuonAdamW, optim.StableAdamW)),
     *(
         partial(part, torch.optim.SGD(_PARAMETERS, lr=1.0), total_steps=10)
-        for part in (optim.WarmupCosine, optim.WarmupLinear, optim.WarmupStableDecay)
+        for part in (optim.WarmupCosine, optim.WarmupLinear, optim.WarmupStableDecay, optim.RateJump)
     ),
     *(partial(MoEFFN, 16), partial(DenseFFN, 16, hidden_dim=8)),
     *(DivergenceGuard, Liveness, PrecisionShadow),
+    partial(BadBatches, "repeated", begin=3),
     partial(VLMoE, **_SMALL, num_vl_blocks=0, vocab_size=300, max_text_len=8),
     partial(LIMoE, **_SMALL, vocab_size=300, max_text_len=8),
 ]

@@ -13,6 +13,7 @@ from lightning_moevlm.data.format.faults import Cause, Lost
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate
 from lightning_moevlm.data.images.jpeg_batch import JpegBatch
+from lightning_moevlm.data.read.bad_batches import BadBatches
 from lightning_moevlm.data.read.collate import Decoded
 from lightning_moevlm.data.read.join_batches import join_batches, order_sources
 from lightning_moevlm.data.read.mixture import Mixture, StepClock
@@ -46,6 +47,7 @@ class TrainReader(Reader):
     clock: StepClock
     tolerant: bool  # whether samples may be lost; otherwise the first loss ends the run
     skip: frozenset[str] = frozenset()  # keys of samples that others stand in for
+    bad_batches: BadBatches | None = None  # batches to spoil on purpose
 
     def __post_init__(self) -> None:
         ranks, num_samples = self.rank.world_size, sum(source.num_samples for source in self.sources)
@@ -133,6 +135,8 @@ class TrainReader(Reader):
             batches[k] = collate.make_batch(samples, rows)
             jpegs[k] = collate.pack_jpegs(samples, num_fresh)
         batch, images = join_batches(batches, [source.name for source in self.sources]), _join_jpegs(batches, jpegs)
+        if self.bad_batches is not None:
+            batch = self.bad_batches.spoil(batch, self.clock.step(epoch, number), self.seed)
         return Delivery(batch, tuple(places), dict(+lost), last_error, images)
 
     @property

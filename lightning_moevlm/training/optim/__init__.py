@@ -16,6 +16,7 @@ from lightning_moevlm.training.optim.parameter_groups import (
     build_optimizer,
     parameter_groups,
 )
+from lightning_moevlm.training.optim.schedules.rate_jump import RateJump
 from lightning_moevlm.training.optim.schedules.warmup import WarmupSchedule
 from lightning_moevlm.training.optim.schedules.warmup_cosine import WarmupCosine
 from lightning_moevlm.training.optim.schedules.warmup_linear import WarmupLinear
@@ -31,6 +32,7 @@ __all__ = [
     "Lion",
     "MuonAdamW",
     "ParameterGroup",
+    "RateJump",
     "SkipSpikes",
     "StableAdamW",
     "WarmupCosine",

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.training.optim import WarmupCosine, WarmupLinear, WarmupSchedule, WarmupStableDecay
+from lightning_moevlm.training.optim import RateJump, WarmupCosine, WarmupLinear, WarmupSchedule, WarmupStableDecay
 
-SCHEDULES = [WarmupCosine, WarmupLinear, WarmupStableDecay]
+SCHEDULES = [WarmupCosine, WarmupLinear, WarmupStableDecay, RateJump]
 
 
 def rates_of(schedule_class: type[WarmupSchedule], steps: int, *, peak: float = 2.0, **options: object) -> list[float]:
@@ -48,6 +48,13 @@ def test_warmup_stable_decay_by_hand(shape: str, half: float) -> None:
 
 def test_without_decay_the_peak_stays() -> None:
     assert rates_of(WarmupStableDecay, 6, total_steps=4, warmup=0.5, decay=0.0) == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_a_jump_multiplies_the_rate_of_its_steps_alone() -> None:
+    options = {"total_steps": 12, "warmup": 0.25, "final_ratio": 0.1}
+    steady = rates_of(WarmupCosine, 14, **options)
+    jumping = rates_of(RateJump, 14, begin=5, num_steps=2, jump=10.0, **options)
+    assert jumping == pytest.approx([*steady[:5], 10 * steady[5], 10 * steady[6], *steady[7:]])
 
 
 @pytest.mark.parametrize("schedule_class", SCHEDULES)
