@@ -24,6 +24,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm sweep run ablations/quickstart.yaml        train every arm x seed of a study; run again to resume
   moevlm sweep new FILE                             write a commented study file to start from
   moevlm sweep plan|status|report FILE              show the planned runs, their state, their results
+  moevlm sweep matrix ablations/cures               draw which cure undoes which illness, from all studies of a folder
   moevlm compare RUN RUN...                         compare any runs in MLflow; unfair comparisons are refused
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
   moevlm data convert KIND INPUT                    make a set of your own: csv, jsonl, img2dataset, coco_captions,

@@ -12,7 +12,8 @@ from lightning_moevlm.cli.output import console, show
 from lightning_moevlm.cli.parts import new
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.part_checks import refuse_abstract
-from lightning_moevlm.study import sweep
+from lightning_moevlm.study import cure_folder, sweep
+from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.run.engines import Engine, LocalEngine, RayEngine, SlurmEngine
 
 _ENGINES = {engine.name: engine.__name__ for engine in (LocalEngine, SlurmEngine, RayEngine)}
@@ -44,7 +45,8 @@ def run(
     """Train the missing runs of a study, then report. The same command resumes after any interruption.
 
     Args:
-        file: Study file, e.g. ablations/quickstart.yaml.
+        file: Study file, e.g. ablations/quickstart.yaml. Or a folder of cure studies: each of them, then the matrix,
+            then its strongest cells again on `fresh_seeds`.
         jobs: Runs at once; by default one per GPU, or one per core without a GPU; unlimited on a cluster.
         retry: Run failed runs again, from step 0; one that --timeout_minutes ended resumes from its last checkpoint.
         only: Runs to train, arm=NAME[,NAME] or seed=NUMBER. May be repeated; then only runs that match all of them
@@ -61,19 +63,25 @@ def run(
     if timeout_minutes is not None and timeout_minutes <= 0:
         raise UserError(f"--timeout_minutes is {timeout_minutes:g}; give more than 0, or leave it out for no limit")
     chosen = _build(engine)
-    planned = sweep.plan(file, _builders)
-    return sweep.run(
-        planned,
-        _builders,
-        console(),
-        chosen,
-        jobs,
-        timeout_minutes,
-        only=only or (),
-        retry=retry,
-        reuse=reuse,
-        retrain=retrain,
-    )
+
+    def run_study(planned: Plan) -> int:
+        return sweep.run(
+            planned,
+            _builders,
+            console(),
+            chosen,
+            jobs,
+            timeout_minutes,
+            only=only or (),
+            retry=retry,
+            reuse=reuse,
+            retrain=retrain,
+        )
+
+    if cure_folder.is_folder(file):
+        cures = cure_folder.plan_folder(file, _builders)
+        return cure_folder.run(cures, _builders, console(), run_study, fresh=not only)
+    return run_study(sweep.plan(file, _builders))
 
 
 def status(file: str, json: str | None = None, only: list[str] | None = None) -> None:
@@ -112,12 +120,27 @@ def report(
         _show(((), sweep.list_results(planned, records, unfair)), json)
 
 
+def matrix(folder: str, json: str | None = None) -> None:
+    """Draw the matrix of illnesses and cures from what the cure studies of a folder have run, without training.
+
+    Args:
+        folder: Folder of cure studies, e.g. ablations/cures. `moevlm sweep run FOLDER` trains what is missing.
+        json: Write the matrix to this file as JSON instead; - is standard output.
+    """
+    cures = cure_folder.plan_folder(folder, _builders)
+    if json is None:
+        cure_folder.draw(cures, _builders, console())
+    else:
+        _show(((), cure_folder.list_rows(cures, _builders)), json)
+
+
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "new": new,
     "plan": plan,
     "run": run,
     "status": status,
     "report": report,
+    "matrix": matrix,
 }
 
 

@@ -28,6 +28,12 @@ def find_file(path: Path, beside: Sequence[Path] = ()) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def find_folder(path: Path) -> Path | None:
+    """Return the folder, or the shipped one of that name; None if there is none."""
+    places = [path, shipped_root() / path] if path.parts and path.parts[0] in _FOLDERS else [path]
+    return next((place for place in places if place.is_dir()), None)
+
+
 def describe_missing_file(kind: str, path: Path, beside: Sequence[Path] = ()) -> UserError:
     """Return the refusal of a YAML file of a kind (such as "configuration file") that is missing, with the nearest."""
     root = shipped_root()

@@ -72,6 +72,8 @@ def plan(file: str, builders: Callable[[], Builders], only: Sequence[str] = ()) 
         UserError: A mistake in the file or in a configuration.
     """
     found = find_file(Path(file))
+    if found is None and Path(file).is_dir():
+        raise UserError(f"{file} is a folder; give a study file in it. `sweep run` and `sweep matrix` take a folder")
     if found is None:
         raise describe_missing_file("study file", Path(file))
     study, make = read_study(found), builders()
@@ -162,7 +164,7 @@ def report(planned: Plan, terminal: "Console", unfair: bool, full: bool) -> None
     Raises:
         UserError: Nothing has run, or runs are not alike and `unfair` is false.
     """
-    answer(planned, _settle(planned), terminal, redraw=True, unfair=unfair, full=full)
+    answer(planned, settle(planned), terminal, redraw=True, unfair=unfair, full=full)
 
 
 def list_results(planned: Plan, kind: str | None, unfair: bool) -> Sequence[Mapping[str, object]]:
@@ -175,7 +177,7 @@ def list_results(planned: Plan, kind: str | None, unfair: bool) -> Sequence[Mapp
     from lightning_moevlm.study.compare.fairness import refuse_biased
     from lightning_moevlm.study.report.result_records import make_records
 
-    experiment = _settle(planned)
+    experiment = settle(planned)
     result = collect_results(planned, read_ledger(planned), experiment.uri)
     kind = kind or ("factors" if result.factors else "arms")
     if not unfair and kind in ("arms", "factors"):
@@ -183,7 +185,7 @@ def list_results(planned: Plan, kind: str | None, unfair: bool) -> Sequence[Mapp
     return dict(make_records(result))[kind]  # type: ignore[index]  # the command line allows its keys alone
 
 
-def _settle(planned: Plan) -> StudyRuns:
+def settle(planned: Plan) -> StudyRuns:
     """Return the study's runs, after uploading what they kept on disk and judging those that have ended."""
     from lightning_moevlm.study.run.outcome import judge_ended
 

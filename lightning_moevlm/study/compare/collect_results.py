@@ -65,14 +65,22 @@ def collect_results(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], u
     Raises:
         MlflowException: The store cannot be read.
     """
+    return compare_arms(plan.comparison, plan.cards, fetch_results(plan, ledger, uri))
+
+
+def fetch_results(plan: Plan, ledger: Sequence[tuple[PlannedRun, RunState]], uri: str) -> list[RunResult]:
+    """Fetch every series of every started run.
+
+    Raises:
+        MlflowException: The store cannot be read.
+    """
     ids = [state.run_id for _, state in ledger if state.run_id is not None]
-    series = metric_series(uri, ids)
-    tags = tags_of_runs(uri, plan.comparison.name, {ROLE: ROLE_ARM})
-    results = [
+    series = metric_series(uri, ids) if ids else {}
+    tags = tags_of_runs(uri, plan.comparison.name, {ROLE: ROLE_ARM}) if ids else {}
+    return [
         to_result(run, state, series.get(state.run_id or "", {}), tags.get(state.run_id or "", {}))
         for run, state in ledger
     ]
-    return compare_arms(plan.comparison, plan.cards, results)
 
 
 def to_result(

@@ -24,7 +24,7 @@ from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.tables.table import Table, format_changes
 from lightning_moevlm.study.report.terminal import print_tables
 
-_PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
+PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Report:
 
 def make_report(origin: Origin, result: StudyResult) -> Report:
     """Compute all sentences, tables and figures."""
-    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return Report(
         result=result,
         count=count_verdicts(result),

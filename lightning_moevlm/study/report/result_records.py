@@ -26,10 +26,10 @@ def make_records(result: StudyResult) -> dict[Records, list[dict[str, Any]]]:
     study = {"study": result.comparison.name, "metric": result.comparison.primary.metric}
     solved = list_solved(result.comparison, {arm.arm.name: arm.card for arm in result.arms})
     return {
-        "arms": [study | _arm_record(arm) | {"solved": _to_json(solved.get(arm.arm.name))} for arm in result.arms],
-        "factors": [study | {"name": one.name, "note": one.effect.note} | _to_json(one) for one in result.factors],
-        "learning_rates": [study | {"name": one.ladder.name} | _to_json(one) for one in result.ladders],
-        "fairness": [study | _to_json(one) for one in result.unlike],
+        "arms": [study | _arm_record(arm) | {"solved": to_json(solved.get(arm.arm.name))} for arm in result.arms],
+        "factors": [study | {"name": one.name, "note": one.effect.note} | to_json(one) for one in result.factors],
+        "learning_rates": [study | {"name": one.ladder.name} | to_json(one) for one in result.ladders],
+        "fairness": [study | to_json(one) for one in result.unlike],
     }
 
 
@@ -39,18 +39,19 @@ def _arm_record(arm: ArmResult) -> dict[str, Any]:
     note, guards = (arm.effect.note, arm.effect.guards) if arm.effect else ("", ())
     broken = [guard.metric for guard in guards if guard.is_broken]
     named = {"arm": arm.arm.name, "verdict": str(arm.verdict), "note": note, "broken_guards": broken}
-    return named | _to_json(numbers)
+    return named | to_json(numbers)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Return a record, with all that it holds, as plain data for JSON."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if hasattr(value, "_asdict"):
-        return _to_json(value._asdict())
+        return to_json(value._asdict())
     if isinstance(value, Mapping):
-        return {str(key): _to_json(one) for key, one in value.items()}
-    if isinstance(value, tuple):
-        return [_to_json(one) for one in value]
+        return {str(key): to_json(one) for key, one in value.items()}
+    if isinstance(value, tuple | frozenset):
+        return [to_json(one) for one in (value if isinstance(value, tuple) else sorted(value))]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, str) else value

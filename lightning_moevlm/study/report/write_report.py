@@ -1,24 +1,17 @@
 """Writes a report to disk: HTML, Markdown, CSV tables and JSON records."""
 
-import base64
 import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.report.make_report import Report
+from lightning_moevlm.study.report.render import render
 from lightning_moevlm.study.report.result_records import RECORDS_FILES, make_records
 from lightning_moevlm.study.report.tables.table import Table
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-from lightning_moevlm.study.report.make_report import Report
-from lightning_moevlm.study.report.tables.table import find_verdict
-
 HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER = "report.html", "report.md", "tables"
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -32,8 +25,9 @@ def write_report(report: Report, folder: Path) -> Path:
     beside.mkdir(parents=True)
     for figure in report.figures:
         (beside / f"{figure.name}.png").write_bytes(figure.png)
-    (beside / HTML_FILE).write_text(_render("report.html.j2", report), encoding="utf-8")
-    (beside / MARKDOWN_FILE).write_text(_render("report.md.j2", report), encoding="utf-8")
+    values = {"report": report, "result": report.result, "study": report.result.comparison}
+    (beside / HTML_FILE).write_text(render("report.html.j2", **values), encoding="utf-8")
+    (beside / MARKDOWN_FILE).write_text(render("report.md.j2", **values), encoding="utf-8")
     (beside / TABLES_FOLDER).mkdir()
     for table in report.tables:
         (beside / table_file(table)).write_text(json.dumps(_as_columns(table)) + "\n", encoding="utf-8")
@@ -70,29 +64,3 @@ def table_file(table: Table) -> str:
 
 def _as_columns(table: Table) -> dict[str, object]:
     return {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
-
-
-def _breakable(name: str) -> "Markup":
-    """Return a name as HTML that may be broken after _ and /; copying it gives the plain name."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"(?<=[_/])(?=[^_/])", "<wbr>", str(escape(name))))
-
-
-def _render(template: str, report: Report) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=template.startswith("report.html"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-    environment.filters["verdict_class"] = lambda cell: find_verdict(cell).replace(" ", "-")
-    environment.filters["breakable"] = _breakable
-    environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
-    return environment.get_template(template).render(
-        report=report, result=report.result, study=report.result.comparison
-    )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_moevlm.study.compare.results import Mean
+from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
 from lightning_moevlm.study.statistics.intervals import Interval
 from lightning_moevlm.study.statistics.verdict import Verdict
 
@@ -75,6 +76,10 @@ STYLES: dict[str, str] = {
     Verdict.NO_DIFFERENCE: "blue",
     Verdict.INCONCLUSIVE: "yellow",
     Verdict.STOPPED_EARLY: "yellow",
+    CureVerdict.CURES: "green",
+    CureVerdict.HARMS: "red",
+    CureVerdict.NONE: "blue",
+    CureVerdict.UNCLEAR: "yellow",
 }
 
 

@@ -1,0 +1,165 @@
+"""Carries the cure studies of a folder through: train what is missing, draw the matrix, repeat its strongest cells.
+
+One command does all of it and resumes: finished studies are skipped, healthy runs that another study has trained are
+taken, and the strongest cells are chosen anew only from complete studies, so the choice stays.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_moevlm.common.atomic_files import explain_write_errors
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.shipped_files import find_folder
+from lightning_moevlm.study import sweep
+from lightning_moevlm.study.declare.study_file import read_study
+from lightning_moevlm.study.plan.plan_study import plan_study
+from lightning_moevlm.study.plan.planned_run import Plan
+from lightning_moevlm.study.run.ledger import read_ledger
+from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri, open_experiment
+from lightning_moevlm.study.sweep import Builders
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightning_moevlm.study.matrix.records import Matrix, Row
+
+RunStudy = Callable[[Plan], int]
+"""Trains the missing runs of a plan; returns an exit code."""
+
+_STOPPED = 130
+
+
+@dataclass(frozen=True)
+class CureFolder:
+    """The planned studies of a folder."""
+
+    folder: str  # as the command takes it
+    plans: tuple[Plan, ...]  # in the order of the files' names
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return Path(self.folder).name
+
+
+def is_folder(path: str) -> bool:
+    """Whether a study file is a folder, of this place or shipped."""
+    return find_folder(Path(path)) is not None
+
+
+def plan_folder(path: str, builders: Callable[[], Builders]) -> CureFolder:
+    """Read and plan the cure studies of a folder.
+
+    Raises:
+        UserError: There is no such folder or no study in it, one of them has another design, or cannot be planned.
+    """
+    folder = find_folder(Path(path))
+    if folder is None:
+        raise UserError(f"there is no folder {path}; give one that holds cure studies, such as ablations/cures")
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise UserError(f"{path} holds no study; put cure studies there, NAME.yaml with `design: {{cures: ...}}`")
+    for file in files:
+        design = read_study(file).comparison.design
+        if design is None or design.cure_study is None:
+            raise UserError(f"{file}: not a cure study; give it the design `cures`, or move it out of {path}")
+    return CureFolder(path.rstrip("/"), tuple(sweep.plan(str(file), builders) for file in files))
+
+
+def run(
+    cures: CureFolder, builders: Callable[[], Builders], terminal: "Console", run_study: RunStudy, fresh: bool
+) -> int:
+    """Train what is missing, draw the matrix, then repeat its strongest cells on fresh seeds and draw it again.
+
+    Args:
+        cures: The planned studies.
+        builders: Functions of the folders above.
+        terminal: For the reader.
+        run_study: Trains one study.
+        fresh: Whether to repeat the strongest cells.
+    """
+    code = _run_each(cures.plans, run_study)
+    if code == _STOPPED:
+        return code
+    _, repetitions = draw(cures, builders, terminal)
+    if fresh and repetitions:
+        code = max(code, _run_each(repetitions, run_study))
+        if code != _STOPPED:
+            draw(cures, builders, terminal)
+    return code
+
+
+def draw(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console") -> tuple["Matrix", tuple[Plan, ...]]:
+    """Draw the matrix of what has run, write it, log it to MLflow and print the finding; return as `collect`."""
+    from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows
+    from lightning_moevlm.study.matrix.write_matrix import log_matrix, write_matrix
+
+    matrix, repetitions = collect(cures, builders())
+    folder = cures.plans[0].folder.parent / f"{cures.name}_matrix"
+    with explain_write_errors(folder, "free disk space, or grant write permission"):
+        page = write_matrix(matrix, folder)
+    if any(row.damage is not None for row in matrix.rows):
+        log_matrix(open_experiment(find_tracking_uri(cures.plans[0]), folder.name), matrix, folder)
+    for line in (*describe_rows(matrix), describe_missing(matrix), f"Matrix with all numbers: {page.absolute()}"):
+        if line:
+            terminal.print(line, highlight=False, soft_wrap=True, markup=False)
+    return matrix, repetitions
+
+
+def collect(cures: CureFolder, make: Builders) -> tuple["Matrix", tuple[Plan, ...]]:
+    """Return the matrix of what has run, and the studies that repeat its strongest cells, if it is complete."""
+    from lightning_moevlm.study.matrix.judge_matrix import make_matrix
+
+    rows = [_collect_row(planned) for planned in cures.plans]
+    first = make_matrix(cures.name, cures.folder, rows, {})
+    if first.missing:
+        return first, ()
+    repetitions = _plan_repetitions(cures, first, make)
+    fresh = {planned.study.file.stem: _collect_row(planned) for planned in repetitions}
+    return make_matrix(cures.name, cures.folder, rows, fresh), repetitions
+
+
+def list_rows(cures: CureFolder, builders: Callable[[], Builders]) -> list[dict[str, object]]:
+    """Return a record per illness, as in the written JSON."""
+    from lightning_moevlm.study.report.result_records import to_json
+
+    return [to_json(row) for row in collect(cures, builders())[0].rows]
+
+
+def _run_each(plans: Sequence[Plan], run_study: RunStudy) -> int:
+    """Train each study; return the largest exit code, or that of a stop, which ends it."""
+    code = 0
+    for planned in plans:
+        code = max(code, run_study(planned))
+        if code == _STOPPED:
+            break
+    return code
+
+
+def _collect_row(planned: Plan) -> "Row":
+    from lightning_moevlm.study.compare.collect_results import fetch_results
+    from lightning_moevlm.study.matrix.collect_row import collect_row
+
+    ledger = read_ledger(planned)
+    if any(state.run_id is not None for _, state in ledger):
+        sweep.settle(planned)
+        ledger = read_ledger(planned)
+    return collect_row(planned.comparison, fetch_results(planned, ledger, find_tracking_uri(planned)))
+
+
+def _plan_repetitions(cures: CureFolder, matrix: "Matrix", make: Builders) -> tuple[Plan, ...]:
+    """Plan the studies that repeat the strongest cells."""
+    from lightning_moevlm.study.matrix.strongest import find_strongest, repeat
+
+    studies = {}
+    for planned in cures.plans:
+        design = planned.comparison.design
+        if design is not None and design.cure_study is not None and design.cure_study.fresh_seeds:
+            studies[planned.comparison.name] = planned.study
+    chosen = find_strongest(matrix, frozenset(studies))
+    sweeps = cures.plans[0].folder.parent
+    return tuple(
+        plan_study(repeat(studies[name], arms), make.resolve, make.describe, sweeps) for name, arms in chosen.items()
+    )

@@ -1,0 +1,149 @@
+"""Makes a row of the matrix from the runs of one cure study, each cell as a single comparison."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightning_moevlm.study.compare.collect_results import measure_throughput
+from lightning_moevlm.study.compare.results import RunResult, make_rule, peak_memory_of_run
+from lightning_moevlm.study.declare.comparison import Arm, Comparison, Primary
+from lightning_moevlm.study.declare.designs.cures import HEALTHY, ILLNESS, SICK
+from lightning_moevlm.study.declare.factors import ON
+from lightning_moevlm.study.matrix.records import Cell, CellKind, Row, SideEffect
+from lightning_moevlm.study.matrix.signs import find_lead
+from lightning_moevlm.study.plan.run_identity import compute_digest
+from lightning_moevlm.study.run.ledger import Status
+from lightning_moevlm.study.statistics.cures.cure_effect import judge_cell
+from lightning_moevlm.study.statistics.cures.damage import judge_damage
+from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS
+from lightning_moevlm.study.statistics.outcomes.survival import Final, Survival
+from lightning_moevlm.study.statistics.verdict import Rule
+from lightning_moevlm.tracking.read.series import Series
+
+Runs = Sequence[RunResult]
+_ALL, _ALL_BUT = f"{SICK}__all", f"{SICK}__all_but_"
+
+
+def collect_row(study: Comparison, results: Runs) -> Row:
+    """Return the row of a cure study.
+
+    Args:
+        study: Arms, seeds and rules; its design is `cures`.
+        results: Every run, at most one per arm and seed.
+    """
+    by_arm = {arm.name: [run for run in results if run.arm == arm.name] for arm in study.arms}
+    rule = replace(make_rule(study), correction="holm")
+    finals = {name: read_finals(runs, study.primary) for name, runs in by_arm.items()}
+    missing = {name: name_missing(runs) for name, runs in by_arm.items()}
+    shared = missing[HEALTHY] + missing[SICK]
+    cells, side_effects = [], []
+    for arm in study.arms:
+        cures = _cures_on(arm)
+        if not cures:
+            continue
+        if arm.name.startswith(HEALTHY):
+            side_effects.append(_side_effect(study, rule, cures[0], by_arm[HEALTHY], by_arm[arm.name]))
+            continue
+        effect = None
+        if not shared and not missing[arm.name]:
+            effect = judge_cell(finals[HEALTHY], finals[SICK], finals[arm.name], study.seeds, rule)
+        kind = _kind(arm.name, cures)
+        cells.append(Cell(arm.name, kind, cures, _label(arm.name, kind, cures), effect, missing[arm.name]))
+    design = study.design
+    assert design is not None and design.cure_study is not None, "a cure study"
+    signs = () if shared else design.cure_study.signs
+    return Row(
+        illness=study.name,
+        question=study.question,
+        source=study.source,
+        metric=study.primary.metric,
+        rule=rule,
+        seeds=study.seeds,
+        spends=study.spends,
+        damage=None if shared else judge_damage(finals[HEALTHY], finals[SICK], study.seeds, rule),
+        signs=tuple(
+            find_lead(
+                sign,
+                _series(by_arm[SICK], sign),
+                _series(by_arm[HEALTHY], sign),
+                _series(by_arm[SICK], TRAIN_LOSS),
+                _series(by_arm[HEALTHY], TRAIN_LOSS),
+            )
+            for sign in signs
+        ),
+        cells=tuple(cells),
+        side_effects=tuple(side_effects),
+        missing=shared,
+    )
+
+
+def read_finals(runs: Runs, primary: Primary) -> dict[int, Final]:
+    """Return the last value of the primary metric by seed; a failed run has the value of its untrained model."""
+    finals = {}
+    for run in runs:
+        if not run.state.status.has_result:
+            continue
+        failed = run.state.status is Status.DIVERGED
+        last, untrained = run.last(primary.metric), run.first(primary.metric)
+        if failed and untrained is not None and math.isfinite(untrained):
+            last = untrained
+        if last is not None and math.isfinite(last):
+            finals[run.seed] = Final(last, failed)
+    return finals
+
+
+def name_missing(runs: Runs) -> tuple[str, ...]:
+    """Return the names of the runs that still have to run; a crash is not missing."""
+    settled = (*(status for status in Status if status.is_settled), Status.FAILED)
+    return tuple(run.name for run in runs if run.state.status not in settled)
+
+
+def _side_effect(study: Comparison, rule: Rule, cure: str, healthy: Runs, cured: Runs) -> SideEffect:
+    missing = name_missing([*healthy, *cured])
+    before, after = read_finals(healthy, study.primary), read_finals(cured, study.primary)
+    return SideEffect(
+        cure,
+        frozenset(compute_digest(run.resolved) for run in healthy),
+        frozenset(compute_digest(run.resolved) for run in cured),
+        (study.name,),
+        None if missing else judge_damage(before, after, study.seeds, rule).effect,
+        Survival.of(after),
+        _relative([_seconds(run) for run in cured], [_seconds(run) for run in healthy]),
+        _relative([peak_memory_of_run(run) for run in cured], [peak_memory_of_run(run) for run in healthy]),
+        missing,
+    )
+
+
+def _seconds(run: RunResult) -> float | None:
+    """Return the seconds per sample of a run."""
+    speed = measure_throughput(run)
+    return 1 / speed if speed else None
+
+
+def _relative(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+    """Return the median of ours relative to the median of theirs, minus 1."""
+    mine, usual = ([value for value in values if value is not None] for values in (ours, theirs))
+    return statistics.median(mine) / statistics.median(usual) - 1 if mine and usual else None
+
+
+def _series(runs: Runs, metric: str) -> list[Series]:
+    return [run.series[metric] for run in runs if metric in run.series]
+
+
+def _cures_on(arm: Arm) -> tuple[str, ...]:
+    return tuple(here.factor for here in arm.levels if here.level == ON and here.factor != ILLNESS)
+
+
+def _kind(arm: str, cures: tuple[str, ...]) -> CellKind:
+    if arm.startswith(_ALL_BUT):
+        return "all_but"
+    if arm == _ALL:
+        return "all"
+    return "alone" if len(cures) == 1 else "together"
+
+
+def _label(arm: str, kind: CellKind, cures: tuple[str, ...]) -> str:
+    if kind == "all":
+        return "all"
+    return f"all but {arm.removeprefix(_ALL_BUT)}" if kind == "all_but" else " + ".join(cures)

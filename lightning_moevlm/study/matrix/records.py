@@ -1,0 +1,127 @@
+"""Records of the matrix. A row is an illness, one cure study; a column is a cure. All outputs are made from these."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_moevlm.study.matrix.signs import SignLead
+from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect
+from lightning_moevlm.study.statistics.cures.damage import Damage
+from lightning_moevlm.study.statistics.effects import Effect
+from lightning_moevlm.study.statistics.outcomes.survival import Survival
+from lightning_moevlm.study.statistics.verdict import Rule
+
+CellKind = Literal["alone", "together", "all", "all_but"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The sick model with one cure, or with several."""
+
+    arm: str
+    kind: CellKind
+    cures: tuple[str, ...]
+    """Those that are on."""
+    label: str
+    """For people: `qk_norm`, `qk_norm + warmup`, `all`, `all but qk_norm`."""
+    effect: CureEffect | None
+    """None if runs of it, of the sick or of the healthy model are missing."""
+    missing: tuple[str, ...] = ()
+    """Its runs without a result."""
+    fresh: CureEffect | None = None
+    """The same on fresh seeds; None if it was not repeated."""
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the fresh seeds give the same verdict; None if it was not repeated."""
+        if self.effect is None or self.fresh is None:
+            return None
+        return self.effect.verdict is self.fresh.verdict
+
+
+@dataclass(frozen=True)
+class SideEffect:
+    """A cure on a healthy model."""
+
+    cure: str
+    healthy: frozenset[str]
+    """Digests of the healthy runs, as the next: studies that share them measure the same."""
+    cured: frozenset[str]
+    studies: tuple[str, ...]
+    effect: Effect | None
+    """Cured minus healthy in the primary metric's unit; failed runs with capped values. None if runs are missing."""
+    survival: Survival
+    """Of the model with the cure."""
+    time: float | None
+    """Time of a step relative to the healthy model's, minus 1."""
+    memory: float | None
+    """Peak memory likewise."""
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One illness."""
+
+    illness: str
+    """Name of its study."""
+    question: str
+    source: str
+    metric: str
+    """The primary one."""
+    rule: Rule
+    seeds: tuple[int, ...]
+    spends: str
+    """Budget of a run in words."""
+    damage: Damage | None
+    """None if runs of the sick or the healthy model are missing."""
+    signs: tuple[SignLead, ...]
+    cells: tuple[Cell, ...]
+    side_effects: tuple[SideEffect, ...]
+    missing: tuple[str, ...]
+    """Runs of the healthy and the sick model without a result."""
+
+    @property
+    def proved(self) -> bool:
+        """Whether the illness has shown itself."""
+        return self.damage is not None and self.damage.proved
+
+    def alone(self) -> dict[str, Cell]:
+        """Return the cells of single cures, by cure."""
+        return {cell.cures[0]: cell for cell in self.cells if cell.kind == "alone"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Everything, after the corrections for several comparisons."""
+
+    name: str
+    """Of the folder."""
+    folder: str
+    """As the command takes it."""
+    rows: tuple[Row, ...]
+    side_effects: tuple[SideEffect, ...]
+    """One per cure and healthy model, over all studies."""
+    cures: tuple[str, ...] = field(init=False)
+    """The columns: those that most illnesses have first."""
+
+    def __post_init__(self) -> None:
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            for cell in row.cells:
+                for cure in cell.cures if cell.kind == "alone" else ():
+                    counts[cure] = counts.get(cure, 0) + 1
+        object.__setattr__(self, "cures", tuple(sorted(counts, key=lambda cure: -counts[cure])))
+
+    @property
+    def missing(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of runs without a result, by study; studies that have all are absent."""
+        lacking = {
+            row.illness: (
+                *row.missing,
+                *(name for cell in row.cells for name in cell.missing),
+                *(name for one in row.side_effects for name in one.missing if name not in row.missing),
+            )
+            for row in self.rows
+        }
+        return {name: runs for name, runs in lacking.items() if runs}

@@ -1,0 +1,230 @@
+"""Tables of the matrix, the same on the page, in Markdown and in the terminal."""
+
+from lightning_moevlm.contracts.metric_keys import name_and_unit
+from lightning_moevlm.study.matrix.judge_matrix import FAMILIES
+from lightning_moevlm.study.matrix.records import Cell, Matrix, Row
+from lightning_moevlm.study.matrix.texts import (
+    UNPROVED,
+    describe_cell,
+    describe_cost,
+    describe_damage,
+    describe_share,
+    describe_side_effect,
+    find_side_effect,
+)
+from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_signed
+from lightning_moevlm.study.statistics.cures.cure_effect import CURED, HALF, CureVerdict
+from lightning_moevlm.study.statistics.outcomes.survival import Survival
+from lightning_moevlm.study.statistics.paired_tests import format_p
+
+_WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
+_MOST_ADVICE = 4  # cures named for one illness
+
+
+def all_tables(matrix: Matrix) -> tuple[Table, ...]:
+    """Return every table that has rows, the one for a person with a sick run first."""
+    tables = (
+        advice_table(matrix),
+        illness_table(matrix),
+        share_table(matrix),
+        combination_table(matrix),
+        side_effect_table(matrix),
+        fresh_table(matrix),
+        missing_table(matrix),
+    )
+    return tuple(table for table in tables if table.rows)
+
+
+def advice_table(matrix: Matrix) -> Table:
+    """Return sign -> illness -> what to switch on, what it costs, how sure it is."""
+    rows = []
+    for row in matrix.rows:
+        if not row.proved:
+            continue
+        works = [cell for cell in row.cells if cell.effect and cell.effect.verdict in _WORKS and cell.kind != "all_but"]
+        ranked = sorted(works, key=_surest_first)
+        signs = ", ".join(sign.metric for sign in row.signs) or NOTHING
+        for cell in ranked[:_MOST_ADVICE]:
+            rows.append((signs, row.illness, cell.label, *_cost(matrix, cell), _how_sure(row, cell)))
+        if not ranked:
+            rows.append((signs, row.illness, "nothing tried is shown to help", *3 * (NOTHING,), _how_sure(row, None)))
+    return Table(
+        "From the sign to the cure",
+        ("sign", "probable illness", "switch on", "side effect", "time", "memory", "damage undone, how sure"),
+        tuple(rows),
+        (
+            "The sign is a metric of the run. Each illness has at most four cures here, the surest first.",
+            "Side effect: on the healthy model, in the metric's unit. Time of a step and peak memory: relative to it.",
+        ),
+        essential=3,
+    )
+
+
+def illness_table(matrix: Matrix) -> Table:
+    """Return the proof of each illness."""
+    rows = tuple(
+        (
+            row.illness,
+            describe_damage(row),
+            "missing runs" if row.damage is None else "proved" if row.proved else UNPROVED,
+            NOTHING
+            if row.damage is None or row.damage.p_value is None
+            else format_p(row.damage.p_value, row.rule.alpha),
+            _survival(row.damage.healthy if row.damage else None),
+            _survival(row.damage.sick if row.damage else None),
+            "; ".join([*(f"{sign.metric} {sign.text}" for sign in row.signs), *_notes(row)]) or NOTHING,
+        )
+        for row in matrix.rows
+    )
+    metrics = sorted({row.metric for row in matrix.rows})
+    titles = ", ".join(f"{name} ({unit})" if unit else name for name, unit in map(name_and_unit, metrics))
+    return Table(
+        "Each illness proves itself first",
+        ("illness", "damage", "proof", "p", "healthy stable", "sick stable", "signs and notes"),
+        rows,
+        (
+            f"Damage: sick minus healthy in {titles}, paired by seed, with its interval. A failed run has its "
+            "untrained model's value.",
+            "A sign leads if it left the range of the healthy runs, in all sick runs and for good, before the loss.",
+            FAMILIES,
+        ),
+        essential=4,
+    )
+
+
+def share_table(matrix: Matrix) -> Table:
+    """Return the matrix itself: the share of the damage that each single cure undoes."""
+    rows = []
+    for row in matrix.rows:
+        alone = row.alone()
+        everything = next((cell for cell in row.cells if cell.kind == "all"), None)
+        cells = [*(alone.get(cure) for cure in matrix.cures), everything]
+        rows.append((row.illness, *(NOTHING if cell is None else describe_cell(cell) for cell in cells)))
+    return Table(
+        "Share of the damage undone by each cure",
+        ("illness", *matrix.cures, "all"),
+        tuple(rows),
+        (
+            "(sick - cured) / (sick - healthy), paired by seed. 100 %: as good as healthy. 0 %: as sick as without. In "
+            "brackets Fieller's interval. No entry: not tried.",
+            f"cures: {CURED:.0%} or more by estimate, and shown to exceed {HALF:.0%}; helps: shown to exceed 0; "
+            f"harms: shown to be less than 0; none: shown to lie within ±{HALF:.0%}; unclear: none of these is shown.",
+            "3/3 stable: runs that neither diverged nor failed to learn by the study's rule. Named where some did.",
+        ),
+        figure="matrix",
+    )
+
+
+def combination_table(matrix: Matrix) -> Table:
+    """Return the cells of several cures, and of all but one."""
+    rows = tuple(
+        (
+            row.illness,
+            cell.label,
+            describe_share(cell.effect),
+            str(cell.effect.verdict) if cell.effect else NOTHING,
+            NOTHING if cell.effect is None or cell.effect.p_adjusted is None else f"{cell.effect.p_adjusted:.2g}",
+            _survival(cell.effect.survival if cell.effect else None),
+            cell.effect.note if cell.effect else f"{len(cell.missing)} runs missing",
+        )
+        for row in matrix.rows
+        for cell in row.cells
+        if cell.kind != "alone"
+    )
+    return Table(
+        "Cures together, and all but one",
+        ("illness", "cures", "share undone", "verdict", "p", "stable", "note"),
+        rows,
+        ("`all but X` below `all` means that X is missed when the others are there.",),
+        essential=4,
+    )
+
+
+def side_effect_table(matrix: Matrix) -> Table:
+    """Return what each cure does to a healthy model, and its cost."""
+    rows = tuple(
+        (
+            one.cure,
+            describe_side_effect(one),
+            str(one.effect.text) if one.effect else f"{len(one.missing)} runs missing",
+            _survival(one.survival),
+            describe_cost(one.time),
+            describe_cost(one.memory),
+            ", ".join(one.studies),
+        )
+        for one in sorted(matrix.side_effects, key=lambda one: one.cure)
+    )
+    return Table(
+        "Side effects and cost on the healthy model",
+        ("cure", "effect", "verdict", "stable", "time of a step", "peak memory", "healthy model of"),
+        rows,
+        (
+            "Effect: with the cure minus without, in the primary metric's unit, paired by seed. A cure that the "
+            "healthy model has already is not measured.",
+            "Time and memory: medians of runs, relative to the healthy model. Runs may have shared the machine.",
+        ),
+        essential=6,
+    )
+
+
+def fresh_table(matrix: Matrix) -> Table:
+    """Return the strongest cells beside their repetition on fresh seeds."""
+    cells = [(row.illness, cell) for row in matrix.rows for cell in row.cells if cell.fresh is not None]
+    agree = sum(cell.agrees is True for _, cell in cells)
+    rows = tuple(
+        (
+            illness,
+            cell.label,
+            describe_share(cell.effect),
+            str(cell.effect.verdict) if cell.effect else NOTHING,
+            describe_share(cell.fresh),
+            str(cell.fresh.verdict) if cell.fresh else NOTHING,
+            "agree" if cell.agrees else "differ",
+        )
+        for illness, cell in cells
+    )
+    return Table(
+        "The strongest cells again, on fresh seeds",
+        ("illness", "cure", "share undone", "verdict", "on fresh seeds", "verdict there", "verdicts"),
+        rows,
+        (f"{agree} of {len(rows)} verdicts agree. The cells were chosen by the first seeds alone.",),
+    )
+
+
+def missing_table(matrix: Matrix) -> Table:
+    """Return the runs without a result, by study."""
+    rows = tuple((name, str(len(runs)), ", ".join(runs)) for name, runs in matrix.missing.items())
+    return Table("Missing runs", ("study", "runs", "names"), rows, essential=2)
+
+
+def _notes(row: Row) -> tuple[str, ...]:
+    if row.damage is None:
+        return (f"{len(row.missing)} runs missing",)
+    return (row.damage.note,) if row.damage.note else ()
+
+
+def _survival(survival: Survival | None) -> str:
+    return NOTHING if survival is None else f"{survival.stable}/{survival.total}"
+
+
+def _surest_first(cell: Cell) -> tuple[bool, float]:
+    assert cell.effect is not None and cell.effect.share is not None, "it has a verdict"
+    return cell.effect.verdict is not CureVerdict.CURES, -cell.effect.share
+
+
+def _cost(matrix: Matrix, cell: Cell) -> tuple[str, str, str]:
+    """Return side effect, time and memory of a single cure."""
+    if len(cell.cures) > 1:
+        return ("see its parts", NOTHING, NOTHING)
+    one = find_side_effect(matrix, cell.cures[0])
+    if one is None or one.effect is None or one.effect.centre is None:
+        return ("not measured", NOTHING, NOTHING)
+    return (f"{format_signed(one.effect.centre)} {one.effect.text}", describe_cost(one.time), describe_cost(one.memory))
+
+
+def _how_sure(row: Row, cell: Cell | None) -> str:
+    seeds = f"{len(row.seeds)} seeds"
+    if cell is None:
+        return f"damage {describe_damage(row)}, {seeds}"
+    again = {True: "; fresh seeds agree", False: "; fresh seeds differ", None: ""}[cell.agrees]
+    return f"{describe_cell(cell)}; {seeds}{again}"

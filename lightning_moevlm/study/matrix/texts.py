@@ -1,0 +1,130 @@
+"""Words for numbers of the matrix."""
+
+from lightning_moevlm.study.matrix.records import Cell, Matrix, Row, SideEffect
+from lightning_moevlm.study.report.tables.table import NOTHING, format_interval, format_signed
+from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, CureVerdict
+from lightning_moevlm.study.statistics.intervals import Interval
+
+UNPROVED = "not proved"
+
+
+def format_share(share: float) -> str:
+    """Return a share as a whole percentage."""
+    return f"{_bound(share)} %"
+
+
+def format_share_interval(interval: Interval) -> str:
+    """Return the interval of a share in percent; a bound beyond a thousand is shortened."""
+    return f"[{_bound(interval.low)}, {_bound(interval.high)}]"
+
+
+def describe_share(effect: CureEffect | None) -> str:
+    """Return share and interval."""
+    if effect is None or effect.share is None:
+        return NOTHING
+    return f"{format_share(effect.share)} {format_share_interval(effect.interval) if effect.interval else ''}".strip()
+
+
+def describe_cell(cell: Cell) -> str:
+    """Return share, interval, verdict and surviving runs of a cell."""
+    effect = cell.effect
+    if effect is None:
+        return f"missing: {len(cell.missing)} runs" if cell.missing else "missing: healthy or sick runs"
+    stable = "" if effect.stable == effect.total else f", {effect.stable}/{effect.total} stable"
+    if effect.share is None:
+        return f"{effect.verdict}{stable}"
+    return f"{describe_share(effect)} {effect.verdict}{stable}"
+
+
+def describe_damage(row: Row) -> str:
+    """Return the damage with its interval."""
+    if row.damage is None or row.damage.mean is None:
+        return NOTHING
+    interval = f" {format_interval(row.damage.interval)}" if row.damage.interval else ""
+    return f"{format_signed(row.damage.mean)}{interval}"
+
+
+def describe_side_effect(one: SideEffect | None) -> str:
+    """Return the effect of a cure on a healthy model, with its interval."""
+    if one is None or one.effect is None or one.effect.centre is None:
+        return NOTHING
+    interval = f" {format_interval(one.effect.interval)}" if one.effect.interval else ""
+    return f"{format_signed(one.effect.centre)}{interval}"
+
+
+def describe_cost(fraction: float | None) -> str:
+    """Return a relative cost in percent, with its sign."""
+    return NOTHING if fraction is None else f"{100 * fraction:+.0f} %"
+
+
+def describe_rows(matrix: Matrix) -> tuple[str, ...]:
+    """Return one sentence per illness: what cures it, what helps, what harms."""
+    return tuple(_describe_row(row) for row in matrix.rows)
+
+
+def describe_surprises(matrix: Matrix) -> tuple[str, ...]:
+    """Return sentences on cures that harm, and on cures that work together only."""
+    found = []
+    for row in matrix.rows:
+        alone = row.alone()
+        for cell in row.cells:
+            if cell.effect is None:
+                continue
+            if cell.effect.verdict is CureVerdict.HARMS:
+                found.append(f"{row.illness}: {cell.label} harms, {describe_share(cell.effect)} of the damage undone.")
+            parts = [alone[cure].effect for cure in cell.cures if cure in alone]
+            works = cell.effect.verdict in (CureVerdict.CURES, CureVerdict.HELPS)
+            if len(parts) > 1 and works and not any(part and part.verdict in _WORKS for part in parts):
+                found.append(
+                    f"{row.illness}: {cell.label} {cell.effect.verdict} ({describe_share(cell.effect)}), and no part "
+                    "of it is shown to do so alone."
+                )
+    return tuple(found) or ("No cure is shown to harm, and none to work together only.",)
+
+
+def describe_missing(matrix: Matrix) -> str:
+    """Return a sentence on runs without a result; empty if all have one."""
+    count = sum(map(len, matrix.missing.values()))
+    advice = f"To train them: moevlm sweep run {matrix.folder}"
+    return f"{count} runs have no result yet, and their cells are empty. {advice}" if count else ""
+
+
+def find_side_effect(matrix: Matrix, cure: str) -> SideEffect | None:
+    """Return the side effect of a cure on the healthy model that most studies share; None if it was not measured."""
+    return max((one for one in matrix.side_effects if one.cure == cure), key=lambda one: len(one.studies), default=None)
+
+
+_WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
+
+
+def _describe_row(row: Row) -> str:
+    if row.damage is None:
+        return f"{row.illness}: not run yet."
+    size = f"{describe_damage(row)}, {len(row.damage.effect.seeds)} seeds"
+    if not row.proved:
+        return f"{row.illness}: {UNPROVED} ({size}), so no cure of it is judged."
+    lists = []
+    for verdict, word in (
+        (CureVerdict.CURES, "cured by"),
+        (CureVerdict.HELPS, "helped by"),
+        (CureVerdict.HARMS, "harmed by"),
+        (CureVerdict.NONE, "no effect of"),
+        (CureVerdict.UNCLEAR, "unclear:"),
+    ):
+        cells = [cell for cell in row.cells if cell.effect is not None and cell.effect.verdict is verdict]
+        ranked = sorted(cells, key=lambda cell: -(cell.effect.share or 0.0) if cell.effect else 0.0)
+        names = [
+            cell.label if verdict is CureVerdict.UNCLEAR else f"{cell.label} ({format_share(cell.effect.share)})"
+            for cell in ranked
+            if cell.kind != "all_but" and cell.effect is not None and cell.effect.share is not None
+        ]
+        if names:
+            lists.append(f"{word} {', '.join(names)}")
+    return f"{row.illness} ({size}): {'; '.join(lists) or 'no cure has run yet'}."
+
+
+def _bound(share: float) -> str:
+    percent = 100 * share
+    if abs(percent) < 0.5:
+        return "0"
+    return f"{percent:.0f}" if abs(percent) < 1000 else f"{'-' if percent < 0 else ''}>999"

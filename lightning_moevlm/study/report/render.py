@@ -1,0 +1,38 @@
+"""Renders the templates of pages, as HTML or Markdown."""
+
+import base64
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_moevlm.study.report.tables.table import find_verdict
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, **values: object) -> str:
+    """Return a template with its values; those of HTML are escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=".html" in template,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    environment.filters["verdict_class"] = lambda cell: find_verdict(cell).replace(" ", "-")
+    environment.filters["breakable"] = _breakable
+    environment.filters["markdown_cell"] = lambda text: text.replace("|", "\\|")
+    return environment.get_template(template).render(**values)
+
+
+def _breakable(name: str) -> "Markup":
+    """Return a name as HTML that may be broken after _ and /; copying it gives the plain name."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[_/])(?=[^_/])", "<wbr>", str(escape(name))))
