@@ -30,7 +30,7 @@ from lightning_moevlm.common.shipped_files import find_config
 from lightning_moevlm.configuration.lightning_notices import quiet_lightning
 from lightning_moevlm.configuration.messages.parse_errors import short_message
 from lightning_moevlm.configuration.messages.signatures import find_imported_class
-from lightning_moevlm.configuration.overlays import NamesMerger, move_nulls_to_files
+from lightning_moevlm.configuration.overlays import NamesMerger, move_values_to_files
 from lightning_moevlm.configuration.parsers import (
     DEFAULTS,
     PARSER_OPTIONS,
@@ -275,7 +275,7 @@ def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
     prepare_parsers()
     args = expand_run_option(args)
     with TemporaryDirectory() as folder, report_once(Path(folder)), quiet_lightning() as speak_again, user_errors():
-        words = move_nulls_to_files(_with_shipped_configs(args, Path(folder)), Path(folder))
+        words = move_values_to_files(_with_shipped_configs(args, Path(folder)), Path(folder))
         # on sys.argv: Lightning runs this command line again to start further ranks
         sys.argv = [sys.argv[0], *words]
         try:

@@ -1,7 +1,7 @@
 """Merges mappings of names, such as `data.sources`, entry by entry across configuration files.
 
 jsonargparse alone keeps only the last file's mapping, so an arm that sets one weight would silently lose the other
-sources or losses. Nulls that the parser cannot read from the command line are moved to files here too.
+sources or losses. Values that the parser reads only in files are moved there from the command line.
 """
 
 import json
@@ -85,11 +85,11 @@ def _nested(path: Sequence[str], value: object) -> object:
     return value
 
 
-def move_nulls_to_files(words: Sequence[str], folder: Path) -> list[str]:
-    """Replace `--model...capacity null` and `--data.image_size '${...}'` by a file.
+def move_values_to_files(words: Sequence[str], folder: Path) -> list[str]:
+    """Replace `--model.losses null` and `--data.image_size '${...}'` by a file.
 
-    In a factory, jsonargparse reads 'None', and for a group it looks for a file of that name. It resolves references
-    from the root of the configuration only in files.
+    For a group, jsonargparse looks for a file named null. It resolves references from the root of the configuration
+    only in files.
     """
     result: list[str] = []
     position = 0
@@ -97,11 +97,10 @@ def move_nulls_to_files(words: Sequence[str], folder: Path) -> list[str]:
         key, equals, value = words[position].partition("=")
         if not equals and key.startswith("--") and position + 1 < len(words):
             value = words[position + 1]
-        is_whole = key.startswith("--") and ".init_args." in key
         is_group = key.startswith("--model.") and key.count(".") == 1
-        is_reference = _REFERENCE.fullmatch(value) and key.startswith("--")
-        if (value == "null" and (is_group or is_whole)) or (is_reference and (is_whole or key.count(".") == 1)):
-            path = folder / f"null{position}.yaml"
+        is_whole = key.startswith("--") and (".init_args." in key or key.count(".") == 1)
+        if (value == "null" and is_group) or (_REFERENCE.fullmatch(value) and is_whole):
+            path = folder / f"value{position}.yaml"
             path.write_text(
                 json.dumps(_nested(key.removeprefix("--").split("."), None if value == "null" else value)),
                 encoding="utf-8",

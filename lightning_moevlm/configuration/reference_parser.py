@@ -5,6 +5,8 @@ jsonargparse writes the whole configuration once, unresolved, and reads it back 
 They are written if they still give the option's value. An option set by a later file or flag keeps that value.
 """
 
+import ast
+import json
 import re
 from argparse import Action
 from collections.abc import Iterator, Mapping
@@ -73,6 +75,16 @@ class ReferenceParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
         self._references = references
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse words.
+
+        jsonargparse reads the value of an option within a part, and gives it to the part's own parser as Python writes
+        it. YAML would read None as a word, so that null could not be given there.
+        """
+        if self._references is None and isinstance(args, list) and len(args) == 1:
+            args = [_as_yaml(args[0])]
+        return super().parse_args(args, *rest, **kwargs)
+
     def _check_value_key(
         self, action: Action, value: Any, key: str, cfg: Namespace | None, append: bool = False
     ) -> Any:
@@ -96,6 +108,16 @@ class ReferenceParser(LightningArgumentParser):
         elif isinstance(tree, dict) and self._references.put_back(tree):
             return dump_yaml(tree)
         return text
+
+
+def _as_yaml(word: str) -> str:
+    """Return `--key=value` with a value that Python has written, such as None or {'a': None}, as YAML."""
+    key, equals, value = word.partition("=")
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError):
+        return word
+    return f"{key}{equals}{json.dumps(read)}" if read is None or isinstance(read, dict | list) else word
 
 
 def _texts(node: object, path: Path) -> Iterator[tuple[Path, str]]:
