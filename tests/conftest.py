@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
@@ -136,6 +136,20 @@ def moevlm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., 
         return told
 
     return run
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a report's images be empty, for tests that read its sentences and tables; drawing takes most of their time.
+
+    `tests/study/report` looks at the images.
+    """
+    from matplotlib.figure import Figure
+
+    def save(self: Figure, file: IO[Any], format: str, **_: object) -> None:
+        file.write("<svg><defs></defs></svg>" if format == "svg" else b"")
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from tests.cli.small_study import Study
 from tests.mlflow_server import MlflowServer
 from tests.study.many_runs import fill
 
+pytestmark = pytest.mark.usefixtures("unrendered")
 ARMS: dict[str, Any] = {
     "baseline": None,
     "no_router_z": {"model.losses.router_z": None},

@@ -24,6 +24,7 @@ def rows(file: Path) -> list[dict]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_plan_run_status_report(moevlm: Moevlm, study: Study, workplace: Path) -> None:
     file = study()
     moevlm("sweep", "plan", file, "--json", "plan.json")

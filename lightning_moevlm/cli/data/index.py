@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from typing import Literal
 
 from lightning_moevlm.cli.data.convert.command import run_conversion
 from lightning_moevlm.common.errors import UserError
@@ -18,6 +19,7 @@ def index(
     image_member: str | None = None,
     caption_member: str | None = "txt",
     caption_field: str | None = None,
+    split: Literal["train", "val", "test"] | None = None,
     tokenizer: str | None = None,
     vocab_size: int = 8192,
     max_bad: int = 0,
@@ -36,6 +38,7 @@ def index(
         image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
         caption_member: Extension of the captions; null for a set of images alone.
         caption_field: Field of KEY.json with the caption, or with a list of captions; each epoch draws one.
+        split: Split that all the tars are; null deals three or more tars out to train, val and test.
         tokenizer: A tokenizer.json of the tokenizers library; null trains one on the captions.
         vocab_size: Largest number of token ids, at least 260.
         max_bad: Largest number of bad samples to tolerate; they stay in their tars.
@@ -59,6 +62,7 @@ def index(
         vocab_size,
         None if tokenizer is None else Path(tokenizer),
         MemberNames(image_member, caption_member, caption_field),
+        split,
     )
     effort = ConvertOptions(max_bad, len(os.sched_getaffinity(0)) if jobs is None else jobs, force)
     tars = find_tars(urls, option="URLS")

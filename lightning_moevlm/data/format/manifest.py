@@ -25,6 +25,8 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Scalar = str | int | float | bool
 Count = Annotated[int, msgspec.Meta(ge=0)]
+SPLIT = "split"
+"""In `build`: the one split that a set has by intention; the others are empty."""
 OTHER_SPELLINGS = {"jpeg": "jpg"}
 """Extensions in tars, and their spelling in manifests and messages."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.faults import Cause, Lost, SampleFault, decode_fault
-from lightning_moevlm.data.format.manifest import SPLITS, Manifest, Split
+from lightning_moevlm.data.format.manifest import SPLIT, SPLITS, Manifest, Split
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS, decode_image, image_kind
 from lightning_moevlm.data.images.open_image import ImageTooLargeError
@@ -87,7 +87,8 @@ def check_set(storage: ShardStorage) -> CheckReport:
     check = _Check(storage, manifest, tokenizer)
     if tokenizer.vocab_size != manifest.tokenizer.vocab_size:
         check.problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, not {manifest.tokenizer.vocab_size}")
-    empty = [split for split in SPLITS if not manifest.num_samples(split)]
+    wanted = [split for split in SPLITS if manifest.build.get(SPLIT, split) == split]
+    empty = [split for split in wanted if not manifest.num_samples(split)]
     check.problems.extend(
         f"the {split} split of {storage} is empty; build the set again with more samples" for split in empty
     )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.data.format.manifest import Scalar
+from lightning_moevlm.data.format.manifest import SPLIT, Scalar, Split
 from lightning_moevlm.data.storage.find_tars import FoundTar
 from lightning_moevlm.data.text.tokenizer import check_vocab_size, read_tokenizer
 from lightning_moevlm.data.write.build_set import Recipe, find_existing_set, put_in_place
@@ -29,7 +29,9 @@ from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_NAM
 from lightning_moevlm.data.write.convert.sources.row_source import make_set_name
 from lightning_moevlm.data.write.convert.work_folder import open_work_folder
 
-_REWRITE = "`moevlm data convert img2dataset FOLDER --keep_tars false`"
+_REMEDY = (
+    "`moevlm data convert img2dataset FOLDER --keep_tars false`, or index them as one split: --split train, val or test"
+)
 _COPIED_BYTES = 2**20
 
 
@@ -41,16 +43,22 @@ class IndexOptions(NamedTuple):
     vocab_size: int
     tokenizer: Path | None = None  # a user's own; None trains one
     names: MemberNames = DEFAULT_NAMES
+    split: Split | None = None  # of all tars; None deals them out to three
 
 
 def index_tars(tars: Sequence[FoundTar], out: Path, options: IndexOptions, effort: ConvertOptions) -> Converted:
     """Write a set of tars that stay where they are.
 
     Raises:
-        UserError: the tars lie in several folders, are missing, broken or fewer than three, more samples are bad than
-            allowed, or `out` holds something else.
+        UserError: the tars lie in several folders, are missing, broken or fewer than three without a split, more
+            samples are bad than allowed, a tokenizer is missing, or `out` holds something else.
     """
     check_vocab_size(options.vocab_size)
+    if options.split in ("val", "test") and options.tokenizer is None:
+        raise UserError(
+            f"--split {options.split} needs --tokenizer FILE, that of the training set: a tokenizer is not made of "
+            "held-out captions"
+        )
     if options.tokenizer is not None:
         read_tokenizer(options.tokenizer)
     place = _place_of(tars)
@@ -60,20 +68,22 @@ def index_tars(tars: Sequence[FoundTar], out: Path, options: IndexOptions, effor
         "vocab_size": options.vocab_size,
         **({} if options.tokenizer is None else {"tokenizer": _sha256(options.tokenizer)}),
         **options.names.as_arguments(),
+        **({} if options.split is None else {SPLIT: options.split}),
     }
     name = make_set_name(options.name or urlsplit(place).path.rstrip("/").rpartition("/")[2] or "tars")
     recipe = Recipe(name, VERSION, {**arguments, **options.licence.as_arguments()})
     there = find_existing_set(out, recipe, effort.force)
     if there is not None:
         return Converted(there, False, ())
-    refuse_few(place, len(tars), remedy=_REWRITE)
+    if options.split is None:
+        refuse_few(place, len(tars), remedy=_REMEDY)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open_work_folder(out, recipe.fingerprint, keeps=True) as work:
         fetched = work.folder / "fetched"
         shutil.rmtree(fetched, ignore_errors=True)  # of an attempt that was killed
         inspect = partial(_inspect, names=options.names, folder=fetched)
         reports = inspect_all({tar: _task(tar) for tar in tars}, inspect, lambda tar: tar.place, effort.num_jobs, work)
-        contents, bad = describe(reports, options.names, effort.max_bad, place, _REWRITE)
+        contents, bad = describe(reports, options.names, effort.max_bad, place, _REMEDY, options.split)
         contents = contents._replace(shards_at=place, tokenizer_file=options.tokenizer)
         manifest = finish_set(work.folder, recipe, options.licence, contents, options.vocab_size)
         shutil.rmtree(fetched, ignore_errors=True)

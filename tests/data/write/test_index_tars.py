@@ -15,7 +15,7 @@ import pytest
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
-from lightning_moevlm.data.format.manifest import read_manifest
+from lightning_moevlm.data.format.manifest import SPLITS, read_manifest
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.find_tars import find_tars
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
@@ -67,6 +67,26 @@ def test_tars_stay_and_are_read_exactly(tars: Path, tmp_path: Path) -> None:
     (tars / "part-1.tar").write_bytes(before[tars / "part-0.tar"])
     with pytest.raises(UserError, match=rf"shard {tars}/part-1.tar is"):
         batches(tmp_path / "set", tmp_path)
+
+
+def test_tars_of_a_benchmark_are_one_split(tars: Path, tmp_path: Path) -> None:
+    (tars / "part-2.tar").unlink()
+    with pytest.raises(UserError, match=r"2 tars, but .* or index them as one split: --split train"):
+        index(str(tars), tmp_path / "set")
+    with pytest.raises(UserError, match="--split test needs --tokenizer FILE"):
+        index(str(tars), tmp_path / "set", OPTIONS._replace(split="test"))
+    own = OPTIONS._replace(split="train")
+    for name, options in {
+        "train": own,
+        "test": own._replace(split="test", tokenizer=tmp_path / "train" / TOKENIZER_FILE),
+    }.items():
+        manifest = index(str(tars), tmp_path / name, options).manifest
+        assert {split: manifest.num_samples(split) for split in SPLITS} == dict.fromkeys(SPLITS, 0) | {name: 16}
+        assert not check_set(ShardStorage(str(tmp_path / name))).problems
+    data = ShardDataModule(str(tmp_path / "test"), 4, 16, 16, 400, num_streams=2)
+    assert sum(len(batch.keys) for batch in data.test_dataloader()) == 16
+    with pytest.raises(UserError, match="the evaluation split of found is empty"):
+        data.val_dataloader()
 
 
 def test_the_place_of_tars_is_no_part_of_the_digest(tars: Path, tmp_path: Path) -> None:

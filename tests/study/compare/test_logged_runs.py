@@ -294,6 +294,7 @@ def test_arms_of_two_studies_are_not_one() -> None:
     assert [arm.arm.name for arm in compared(tagged, ENDS).arms] == ["one/baseline", "two/baseline"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_report_takes_the_place_of_a_report_alone(filled: tuple[Plan, str], tmp_path: Path) -> None:
     plan, uri = filled
     result = of_store(uri, ["sweep=tiny"], Rules(METRIC))

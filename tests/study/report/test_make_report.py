@@ -18,8 +18,8 @@ from lightning_moevlm.study.compare.collect_results import collect_results
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.figures import curves, draw_all, expert_load
 from lightning_moevlm.study.report.figures.expert_load import read_loads
-from lightning_moevlm.study.report.figures.report_figure import choose_looks, render_figure
-from lightning_moevlm.study.report.make_report import describe_origin, make_report
+from lightning_moevlm.study.report.figures.report_figure import choose_looks
+from lightning_moevlm.study.report.make_report import Report, describe_origin, make_report
 from lightning_moevlm.study.report.mlflow_summary import log_summary
 from lightning_moevlm.study.report.result_records import make_records
 from lightning_moevlm.study.report.sentences import describe_arm
@@ -57,6 +57,12 @@ def swept(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory):
 def result(swept) -> StudyResult:
     plan, experiment = swept
     return collect_results(plan, read_ledger(plan), experiment.uri)
+
+
+@pytest.fixture(scope="module")
+def report(swept, result) -> Report:
+    plan, _ = swept
+    return make_report(describe_origin(plan, result), result)
 
 
 def expected_loss(step: int, seed: int, speed: float) -> float:
@@ -169,8 +175,8 @@ def test_terminal_tables_fit(result, width):
     assert ("more columns need a terminal of " in text) is (width == 80)
 
 
-def test_figures_are_drawn_and_described(result, tmp_path):
-    figures = {figure.name: figure for figure in draw_all(result)}
+def test_figures_are_drawn_and_described(report, result, tmp_path):
+    figures = {figure.name: figure for figure in report.figures}
     assert list(figures) == FIGURES
     for figure in figures.values():
         file = tmp_path / f"{figure.name}.png"
@@ -196,7 +202,7 @@ def test_finding_is_a_sentence(result):
 
 def figures_of(monkeypatch, module, draw, result):
     kept = []
-    monkeypatch.setattr(module, "render_figure", lambda drawn, *rest: kept.append(drawn) or render_figure(drawn, *rest))
+    monkeypatch.setattr(module, "render_figure", lambda drawn, *rest: kept.append(drawn) or drawn)
     assert draw(result) is not None
     return kept[0]
 
@@ -224,6 +230,7 @@ def test_steps_on_the_heatmap_are_whole_numbers(result, monkeypatch):
     )
     for shown in (result, short):
         figure = figures_of(monkeypatch, expert_load, expert_load.draw_expert_load, shown)
+        figure.draw_without_rendering()  # ticks depend on the room
         for axes in figure.axes[:-1]:  # the last is the colour bar
             ticks = axes.get_xticks()
             assert len(ticks) >= 2
@@ -277,9 +284,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
+def test_page_is_whole_and_needs_nothing_from_outside(swept, report, result, tmp_path):
     plan, _ = swept
-    file = write_report(make_report(describe_origin(plan, result), result), tmp_path / "report")
+    file = write_report(report, tmp_path / "report")
     html = file.read_text()
     page = Page()
     page.feed(html)
@@ -319,9 +326,8 @@ def test_page_is_whole_and_needs_nothing_from_outside(swept, result, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["report"]
 
 
-def test_summary_run_is_used_again(swept, result, tmp_path):
+def test_summary_run_is_used_again(swept, report, tmp_path):
     plan, experiment = swept
-    report = make_report(describe_origin(plan, result), result)
     write_report(report, tmp_path / "report")
     first = log_summary(experiment, report, tmp_path / "report")
     assert log_summary(experiment, report, tmp_path / "report") == first

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.layout import Layout
-from lightning_moevlm.data.format.manifest import MANIFEST_FILE, Scalar, Split
+from lightning_moevlm.data.format.manifest import MANIFEST_FILE, SPLITS, Scalar, Split
 from lightning_moevlm.data.text.tokenizer import TOKENIZER_FILE, check_vocab_size
 from lightning_moevlm.data.write.build_set import Recipe, find_existing_set, put_in_place
 from lightning_moevlm.data.write.convert.bad_rows import BadRows
@@ -136,7 +136,12 @@ class Described(NamedTuple):
 
 
 def describe(
-    reports: list[TarReport], names: MemberNames, max_bad: int, place: str, remedy: str = "--keep_tars false"
+    reports: list[TarReport],
+    names: MemberNames,
+    max_bad: int,
+    place: str,
+    remedy: str = "--keep_tars false",
+    split: Split | None = None,
 ) -> Described:
     """Return the content of a set that consists of tars.
 
@@ -146,6 +151,7 @@ def describe(
         max_bad: bad samples allowed.
         place: of the tars, for messages.
         remedy: the command or option that writes samples again.
+        split: of all tars; None deals them out.
 
     Raises:
         UserError: more samples are bad, none can be used, or too few tars have good ones.
@@ -163,8 +169,11 @@ def describe(
             "--caption_member, or download the tars again"
         )
     full = [report for report in reports if any(chosen.required <= set(choice.split()) for choice in report.choices)]
-    refuse_few(place, len(full), " with a sample that can be used", remedy)
-    splits = _deal(full)
+    if split is None:
+        refuse_few(place, len(full), " with a sample that can be used", remedy)
+        splits = _deal(full)
+    else:
+        splits = {each: full if each == split else [] for each in SPLITS}
     contents = Contents(
         image_size=typical_size(Counter(side for report in reports for side in report.sides)),
         members=chosen.members,

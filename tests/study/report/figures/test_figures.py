@@ -78,6 +78,7 @@ def test_front_holds_arms_shown_to_be_better_than_all_cheaper_ones():
     assert find_front(cost, means, lambda arm, other: False) == ("d",)  # nothing is shown: the first of the cheapest
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_points_within_noise_of_each_other_are_not_both_ringed(tmp_path):
     """`fast` takes less memory; its loss differs from the baseline's by -0.3, +0.1 and +0.3, which shows nothing."""
     noise = {"baseline": (0.0, 0.0, 0.0), "fast": (-0.3, 0.1, 0.3)}
@@ -90,6 +91,7 @@ def test_points_within_noise_of_each_other_are_not_both_ringed(tmp_path):
     assert [row[-1] for row in figure.table.rows] == ["108.0 ± 0.0", "104.0 ± 0.0, on the front"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_curves_have_paired_differences(tmp_path):
     """Differences at step 4 are 0.1, 0.3, 0.5: mean 0.3, s 0.2, half width 4.303 * 0.2 / sqrt(3) = 0.4968."""
     figure = draw_curves(
@@ -189,6 +191,7 @@ def test_interactions(tmp_path):
     assert figure.alt.endswith("Coloured, since the interval excludes 0: skew, speed, skew x speed.")
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_an_interaction_whose_interval_contains_0_has_no_colour(tmp_path, monkeypatch):
     factors = {name: {"on": {f"model.{name}": 0.9}} for name in FACTORS}
 
@@ -304,6 +307,7 @@ def test_svg_follows_the_scheme_of_the_page(tmp_path):
         assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", text)  # nothing from outside
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_unfinished_runs_are_marked_in_every_figure(tmp_path, monkeypatch):
     """Of three seeds one of `fast` diverges; `slow` is withdrawn as a whole at step 2."""
     arms = FAST["arms"] | {"slow": {"model.speed": 0.01}}
@@ -386,6 +390,7 @@ def test_legends_fit_the_width(longest, columns):
     assert box.x1 <= figure.bbox.width
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_many_arms_have_differences_without_bands_and_say_so(tmp_path, monkeypatch):
     arms = {"baseline": None} | {f"arm_{i}": {"model.speed": 1.0 + i} for i in range(9)}
     figures = []
