@@ -26,7 +26,7 @@ from lightning_moevlm.model.losses import (
     SequenceBalance,
 )
 from lightning_moevlm.model.objectives import Matching
-from lightning_moevlm.model.routers import QuantileUpdate, ReLURouter, SigmoidBiasRouter
+from lightning_moevlm.model.routers import SMEBU, QuantileUpdate, ReLURouter, SigmoidBiasRouter
 from lightning_moevlm.training import VisionLanguageModule
 from tests.small_model import pair_batch, small_limoe, uneven_batch
 from tests.training.small_fit import NoTask, build, fit, routers
@@ -101,9 +101,9 @@ def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
     overflow = small(
         AuxiliaryLosses(LoadBalance(ByOverflow(0.2))), capacity=Capacity(1.0, 1.0), lr=1.0, objective=NoTask
     )
-    bias, quantiles = (
+    bias, smebu, quantiles = (
         small(AuxiliaryLosses(None), partial(SigmoidBiasRouter, update_rate=0.1, update=rule))
-        for rule in ("sign", QuantileUpdate())
+        for rule in ("sign", SMEBU(), QuantileUpdate())
     )
     return {
         "sums": routers(trained(small(SUMS), mine)),
@@ -114,6 +114,7 @@ def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
         "relu": trained(relu, mine)._loss_weights.state_dict(),
         "overflow": trained(overflow, same)._loss_weights.state_dict(),
         "bias": {name: value for name, value in routers(trained(bias, mine)).items() if "bias" in name},
+        "smebu": {name: value for name, value in routers(trained(smebu, mine)).items() if "bias" in name},
         "quantiles": {name: value for name, value in routers(trained(quantiles, mine)).items() if "bias" in name},
     }
 

@@ -28,5 +28,5 @@ def test_two_ranks_train_like_one(tmp_path: Path) -> None:
         for name, value in values.items():
             torch.testing.assert_close(two[case][name], value, msg=lambda text, c=case, n=name: f"{c}, {n}: {text}")
     assert float(one["relu"]["relu_l1"]) == pytest.approx(1.44e-8)
-    for moved in ("bias", "quantiles"):
+    for moved in ("bias", "smebu", "quantiles"):
         assert any(bool((bias != 0).any()) for bias in one[moved].values())

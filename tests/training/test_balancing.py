@@ -29,7 +29,7 @@ from lightning_moevlm.model.losses import (
     router_orthogonality,
 )
 from lightning_moevlm.model.objectives import Draws, MaskedModelling
-from lightning_moevlm.model.routers import NoisyTopKRouter, QuantileUpdate, ReLURouter, SigmoidBiasRouter
+from lightning_moevlm.model.routers import SMEBU, NoisyTopKRouter, QuantileUpdate, ReLURouter, SigmoidBiasRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.step.routing_counts import RoutingCounter
 from tests.routing import loss_of
@@ -132,9 +132,10 @@ def test_a_scheduled_weight_is_that_of_the_optimiser_step() -> None:
         (AuxiliaryLosses(None, None, relu_l1=ReLUL1()), ReLURouter),
         (AuxiliaryLosses(LoadBalance(ByOverflow(0.2), scope="global")), NoisyTopKRouter),
         (AuxiliaryLosses(None), partial(SigmoidBiasRouter, update_rate=0.1)),
+        (AuxiliaryLosses(None), partial(SigmoidBiasRouter, update_rate=0.1, update=SMEBU())),
         (AuxiliaryLosses(None), partial(SigmoidBiasRouter, update=QuantileUpdate())),
     ],
-    ids=["relu", "overflow, global scope", "bias", "bias by quantiles"],
+    ids=["relu", "overflow, global scope", "bias", "bias by SMEBU", "bias by quantiles"],
 )
 def test_resumed_equals_uninterrupted(tmp_path: Path, losses: AuxiliaryLosses, router: RouterFactory) -> None:
     batches = [pair_batch(4, seed=seed) for seed in range(8)]

@@ -15,11 +15,13 @@ from lightning_moevlm.model.routers.learned.top_k import TopKRouter
 from lightning_moevlm.model.routers.learned.top_p import TopPRouter
 from lightning_moevlm.model.routers.quantile_update import QuantileUpdate
 from lightning_moevlm.model.routers.router import ExpertAxis, Router
+from lightning_moevlm.model.routers.smebu import SMEBU
 from lightning_moevlm.model.routers.unlearned.fixed import FixedRouter
 from lightning_moevlm.model.routers.unlearned.hash import HashRouter
 from lightning_moevlm.model.routers.unlearned.modality import ModalityRouter
 
 __all__ = [
+    "SMEBU",
     "CosineRouter",
     "ExpertAxis",
     "ExpertChoiceRouter",

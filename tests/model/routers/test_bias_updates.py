@@ -5,7 +5,7 @@ import torch
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.layers import initialise
-from lightning_moevlm.model.routers import GroupLimit, QuantileUpdate, SigmoidBiasRouter
+from lightning_moevlm.model.routers import SMEBU, GroupLimit, QuantileUpdate, SigmoidBiasRouter
 from lightning_moevlm.model.routers.quantile_update import count_required_bias, solve_bias
 from tests.routing import NOTHING, routing_input
 
@@ -36,10 +36,11 @@ def test_bias_is_state_and_takes_no_gradient() -> None:
     ("router", "steps"),
     [
         (SigmoidBiasRouter(16, 8, top_k=1, update_rate=0.01), 300),
+        (SigmoidBiasRouter(16, 8, top_k=1, update_rate=0.01, update=SMEBU()), 300),
         (SigmoidBiasRouter(16, 8, top_k=1, update=QuantileUpdate()), 10),
         (SigmoidBiasRouter(16, 8, top_k=1, update=QuantileUpdate(memory=0.5)), 20),
     ],
-    ids=["sign", "quantile", "quantile with memory"],
+    ids=["sign", "SMEBU", "quantile", "quantile with memory"],
 )
 def test_rebalancing_evens_out_a_lopsided_router(router: SigmoidBiasRouter, steps: int) -> None:
     initialise(router, seed=0, std=0.5)
@@ -64,6 +65,28 @@ def test_bias_per_modality_moves_by_its_own_load() -> None:
         router.weight_ED.zero_()  # all scores equal
     plan = router.eval()(routing_input(8, 4))
     assert torch.equal(plan.expert_N, torch.tensor([1, 0] * 4))  # images prefer 1, texts 0
+
+
+def test_smebu_by_hand() -> None:
+    # loads 6, 2, 1: v = -1, 1/3, 2/3; tanh 2v = -0.96403, 0.58278, 0.87006 less their mean 0.16294, times 0.1
+    load_AE, step_E = torch.tensor([[4, 2, 0], [2, 0, 1]]), torch.tensor([-0.112697, 0.041984, 0.070712])
+    router = SigmoidBiasRouter(4, 3, update_rate=0.1, update=SMEBU())
+    router.rebalance(load_AE, NOTHING)  # m = d / 2
+    torch.testing.assert_close(router.bias_AE[0], step_E / 2, rtol=0, atol=1e-6)
+    router.rebalance(load_AE, NOTHING)  # m = d / 4 + d / 2
+    torch.testing.assert_close(router.bias_AE[0], step_E * 1.25, rtol=0, atol=1e-6)
+    torch.testing.assert_close(router.momentum_AE[0], step_E * 0.75, rtol=0, atol=1e-6)
+    before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+    assert {"bias_AE", "momentum_AE"} < before.keys()
+    router.rebalance(torch.zeros_like(load_AE), NOTHING)  # no token, no change
+    assert all(torch.equal(tensor, before[name]) for name, tensor in router.state_dict().items())
+
+
+def test_smebu_per_modality_moves_by_its_own_load() -> None:
+    # images 3 : 1, v = -1/2, 1/2, tanh 2v = -+0.761594; no text, so its row stays
+    router = SigmoidBiasRouter(4, 2, top_k=1, update_rate=1.0, update=SMEBU(beta=0.0), per_modality=True)
+    router.rebalance(torch.tensor([[3, 1], [0, 0]]), NOTHING)
+    torch.testing.assert_close(router.bias_AE, torch.tensor([[-0.761594, 0.761594], [0.0, 0.0]]))
 
 
 def test_quantile_by_hand() -> None:
@@ -129,6 +152,7 @@ def test_quantiles_are_those_of_the_step_however_it_is_cut() -> None:
     [
         ("with router.top_k 8 of 8 every token gets all", {"top_k": 8}),
         ("does not know how groups cut off experts", {"groups": GroupLimit(2, 1)}),
+        ("score sqrt_softplus has no upper end", {"score": "sqrt_softplus"}),
     ],
 )
 def test_quantiles_that_cannot_be_solved_are_refused(message: str, options: dict) -> None:
@@ -136,7 +160,16 @@ def test_quantiles_that_cannot_be_solved_are_refused(message: str, options: dict
         SigmoidBiasRouter(16, 8, update=QuantileUpdate(), **options)
 
 
-@pytest.mark.parametrize("options", [{"memory": 1.0}, {"num_bins": 1}])
-def test_impossible_options_of_an_update_are_refused(options: dict) -> None:
-    with pytest.raises(UserError, match=f"router.update.{next(iter(options))} is 1"):
-        QuantileUpdate(**options)
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (QuantileUpdate, {"memory": 1.0}),
+        (QuantileUpdate, {"num_bins": 1}),
+        (SMEBU, {"kappa": 0.0}),
+        (SMEBU, {"beta": 1.0}),
+    ],
+)
+def test_impossible_options_of_an_update_are_refused(rule: type, options: dict) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"router.update.{name} is {value}"):
+        rule(**options)

@@ -24,6 +24,7 @@ from lightning_moevlm.model.layers import initialise
 from lightning_moevlm.model.losses import LoadBalance, RouterZ
 from lightning_moevlm.model.metrics import routing_metrics
 from lightning_moevlm.model.routers import (
+    SMEBU,
     CosineRouter,
     ExpertChoiceRouter,
     FixedRouter,
@@ -57,6 +58,9 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "sigmoid with bias per modality": lambda: SigmoidBiasRouter(16, 8, per_modality=True),
     "sigmoid with bias, in groups": lambda: SigmoidBiasRouter(16, 8, top_k=3, groups=GroupLimit(4, 2)),
     "sigmoid with bias, top-1": lambda: SigmoidBiasRouter(16, 8, top_k=1),
+    "sigmoid with bias by SMEBU": lambda: SigmoidBiasRouter(16, 8, update=SMEBU()),
+    "sqrt-softplus with bias": lambda: SigmoidBiasRouter(16, 8, score="sqrt_softplus"),
+    "sigmoid with bias, weighed by softmax": lambda: SigmoidBiasRouter(16, 8, weight_score="softmax"),
     "sigmoid with bias by quantiles": lambda: SigmoidBiasRouter(16, 8, update=QuantileUpdate(num_bins=50)),
     "group-limited": lambda: GroupLimitedRouter(16, 8, top_k=3, groups=GroupLimit(4, 2)),
     "top-p": lambda: TopPRouter(16, 8),

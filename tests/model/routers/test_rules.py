@@ -1,5 +1,7 @@
 """What is particular to each router, by hand."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -126,6 +128,36 @@ def test_sigmoid_weights_by_hand() -> None:
     torch.testing.assert_close(divided.weight_N, torch.tensor([3 / 5, 2 / 5]))
     for plan in (plain, divided):
         torch.testing.assert_close(plan.probs_TE, torch.tensor([[3 / 6, 2 / 6, 1 / 6]]))
+
+
+def test_other_scores_by_hand() -> None:
+    # softplus of ln(e^a - 1) is a: square roots of 1, 4 and 9 are 1, 2, 3
+    roots = route(
+        identity(SigmoidBiasRouter(3, 3, score="sqrt_softplus")), torch.tensor([[1.0, 4.0, 9.0]]).expm1().log()
+    )
+    assert roots.expert_N.tolist() == [2, 1]
+    torch.testing.assert_close(roots.weight_N, torch.tensor([3 / 5, 2 / 5]))
+    torch.testing.assert_close(roots.probs_TE, torch.tensor([[1 / 6, 2 / 6, 3 / 6]]))
+    softmax = route(identity(SigmoidBiasRouter(3, 3, score="softmax")), LN)
+    torch.testing.assert_close(softmax.weight_N, torch.tensor([5 / 7, 2 / 7]))
+    torch.testing.assert_close(softmax.probs_TE, torch.tensor([[1 / 8, 2 / 8, 5 / 8]]))
+
+
+def test_weights_may_have_a_score_of_their_own() -> None:
+    # sigmoid: 1/2, 2/3, 5/6, so with a bias of 1 on expert 0 it chooses 0 and 2; softmax weighs them 1 : 5
+    router = identity(SigmoidBiasRouter(3, 3, weight_score="softmax"))
+    router.bias_AE.copy_(torch.tensor([[1.0, 0.0, 0.0]]))
+    plan = route(router, LN)
+    assert plan.expert_N.tolist() == [0, 2]
+    torch.testing.assert_close(plan.weight_N, torch.tensor([1 / 6, 5 / 6]))
+    torch.testing.assert_close(plan.probs_TE, torch.tensor([[1 / 4, 2 / 6, 5 / 12]]))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sqrt_softplus", None])
+def test_scores_have_finite_gradients_far_out(score: Literal["softmax", "sqrt_softplus"] | None) -> None:
+    tokens_TD = torch.tensor([[-300.0, 0.0, 300.0]]).requires_grad_()
+    route(identity(SigmoidBiasRouter(3, 3, top_k=3, score=score)), tokens_TD).weight_N[0].backward()
+    assert tokens_TD.grad is not None and bool(tokens_TD.grad.isfinite().all())
 
 
 def test_groups_by_hand() -> None:

@@ -14,7 +14,7 @@ from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.layers import Attention, ModelStabilisers
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import Draws, MaskedModelling
-from lightning_moevlm.model.routers import QuantileUpdate, SigmoidBiasRouter
+from lightning_moevlm.model.routers import SMEBU, QuantileUpdate, SigmoidBiasRouter
 from lightning_moevlm.training import Actions
 from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from lightning_moevlm.training.callbacks import Liveness
@@ -105,8 +105,9 @@ def test_the_balancing_state_is_alive_and_off_without_a_rate() -> None:
     assert receipts["actions.rebalance"].startswith("alive: state moves by up to 0.0015 a step")
     # signs: the favourite of 4 experts -1, others +1; less their mean of 0.5: -1.5 and 0.5, times 1e-3
     assert points[metric_keys.LIVENESS.key(switch="actions.rebalance")] == [(0, pytest.approx(1.5e-3))]
-    solved, _ = asked(module_of(router=partial(SigmoidBiasRouter, update=QuantileUpdate())))
-    assert solved["actions.rebalance"].startswith("alive: state moves by up to ")
+    for rule in (SMEBU(), QuantileUpdate()):
+        receipts, _ = asked(module_of(router=partial(SigmoidBiasRouter, update=rule)))
+        assert receipts["actions.rebalance"].startswith("alive: state moves by up to ")
     still, _ = asked(module_of(router=partial(SigmoidBiasRouter, update_rate=0.0)))
     assert still["actions.rebalance"] == "off: the routers' update_rate is 0 (step 0)"
 

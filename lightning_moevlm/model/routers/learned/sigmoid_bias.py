@@ -1,14 +1,15 @@
-"""Sigmoid scores with loss-free balancing: a bias steers the choice of experts, not their weights.
+"""Scores with loss-free balancing: a bias steers the choice of experts, not their weights.
 
     s = sigmoid(x W^T),   experts = top-k(s + b),   weight_e = s_e (divided by the sum of the chosen s)
     after each optimiser step:  b += u * sign(mean load - load)      or  b += u * (mean load - load) / mean load
-                                or  b is solved for, by `quantile_update`
+                                or  b += momentum of a soft clamp (`smebu`)   or  b is solved for (`quantile_update`)
 
 Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-V3 (arXiv 2412.19437).
 The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
 step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0. With a bias
 per modality, each modality's load is evened out on its own, as LIMoE's losses do (arXiv 2206.02770, section 2.2).
-With `groups` the top-k is among the experts of a token's best groups, by s + b, as in DeepSeek-V3.
+With `groups` the top-k is among the experts of a token's best groups, by s + b, as in DeepSeek-V3. The sigmoid may be
+another score function (`scores`), and weights may have a score of their own.
 """
 
 from typing import Literal
@@ -24,29 +25,35 @@ from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
 from lightning_moevlm.model.routers.quantile_update import QuantileUpdate, count_required_bias, solve_bias
 from lightning_moevlm.model.routers.router import LinearRouter
+from lightning_moevlm.model.routers.scores import Score, score_logits
+from lightning_moevlm.model.routers.smebu import SMEBU, next_momentum
 
 
 class SigmoidBiasRouter(LinearRouter):
-    """Sigmoid top-k balanced by a bias.
+    """Top-k of sigmoid or other scores, balanced by a bias.
 
     Args:
         dim: model width D.
         num_experts: E.
         top_k: experts per token.
         renormalise: divide the chosen weights by their sum; switched off with top_k 1, where it would cut the gradient.
-        update_rate: u, 0 switches balancing off; 1e-3 in the papers. QuantileUpdate has no rate.
-        update: by the sign of the imbalance, in proportion to it, or QuantileUpdate, which solves for the bias.
+        update_rate: u, 0 switches balancing off; 1e-3 in the papers, 5e-4 with SMEBU. QuantileUpdate has no rate.
+        update: by the sign of the imbalance, in proportion to it, by SMEBU, or by QuantileUpdate, which solves for the
+            bias.
         recentre: keep the mean of the bias at 0.
         per_modality: one bias for each modality, moved by that modality's load alone.
         groups: limit a token to the experts of its best groups; null: all experts.
+        score: function of the logits that choices are made by; null is the sigmoid.
+        weight_score: function of the logits that weights are made of; null is that of the choice.
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
         UserError: top_k outside 1..E, a negative update_rate, groups that do not fit, or QuantileUpdate where no expert
-            is left to compete for a place, or with groups.
+            is left to compete for a place, with groups, or with scores above 1.
     """
 
     bias_AE: Tensor
+    momentum_AE: Tensor
 
     def __init__(
         self,
@@ -55,10 +62,12 @@ class SigmoidBiasRouter(LinearRouter):
         top_k: int = 2,
         renormalise: bool = True,
         update_rate: float = 1e-3,
-        update: Literal["sign", "proportional"] | QuantileUpdate = "sign",
+        update: Literal["sign", "proportional"] | SMEBU | QuantileUpdate = "sign",
         recentre: bool = True,
         per_modality: bool = False,
         groups: GroupLimit | None = None,
+        score: Literal["softmax", "sqrt_softplus"] | None = None,
+        weight_score: Score | None = None,
         gate: Gate = Gate(),
     ) -> None:
         super().__init__(dim, num_experts, gate)
@@ -73,22 +82,27 @@ class SigmoidBiasRouter(LinearRouter):
         self.recentre = recentre
         self.per_modality = per_modality
         self.groups = groups
+        self.score: Score = score or "sigmoid"
+        self.weight_score: Score = weight_score or self.score
         rows = len(Modality) if per_modality else 1
         self.register_buffer("bias_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
+        if isinstance(update, SMEBU):
+            self.register_buffer("momentum_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
         if isinstance(update, QuantileUpdate):
-            _check_quantiles(top_k, num_experts, groups)
+            self._check_quantiles()
             self.tally_size = rows * num_experts * update.num_bins
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens; probs_TE are the scores divided by their sum, so that losses see a distribution."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
-        scores_TE = logits_TE.sigmoid()
+        scores_TE = score_logits(logits_TE, self.score)
         bias_TE = self.bias_AE.float()[inputs.modality_T if self.per_modality else 0]
         steered_TE = scores_TE.detach() + bias_TE
         if self.groups is not None:
             steered_TE = self.groups.limit_scores(steered_TE)
         expert_TK = steered_TE.topk(self.top_k, dim=-1).indices
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        weights_TE = scores_TE if self.weight_score == self.score else score_logits(logits_TE, self.weight_score)
+        weight_TK = weights_TE.gather(-1, expert_TK)
         if self.renormalise:
             weight_TK = renormalise_weights(weight_TK)
         return make_plan(inputs, logits_TE, renormalise_weights(scores_TE), expert_TK, weight_TK)
@@ -99,7 +113,7 @@ class SigmoidBiasRouter(LinearRouter):
         if not isinstance(self.update, QuantileUpdate):
             return super().tally(plan)
         row_T = plan.modality_T if self.per_modality else torch.zeros_like(plan.modality_T)
-        scores_TE, num_bins = plan.logits_TE.sigmoid(), self.update.num_bins
+        scores_TE, num_bins = score_logits(plan.logits_TE, self.score), self.update.num_bins
         return count_required_bias(scores_TE, self.bias_AE, row_T, plan.valid_T, self.top_k, num_bins).flatten()
 
     @torch.no_grad()
@@ -107,12 +121,17 @@ class SigmoidBiasRouter(LinearRouter):
         """Raise the bias of experts below the mean load and lower that of the others; no load, no change."""
         if self.update_rate == 0:
             return
+        load_AE = (load_AE if self.per_modality else load_AE.sum(dim=0, keepdim=True)).float()
         if isinstance(self.update, QuantileUpdate):
             histogram_AEN = tally.view(*self.bias_AE.shape, self.update.num_bins)
             solved_AE = solve_bias(histogram_AEN, self.bias_AE, self.top_k / self.num_experts)
             self.bias_AE.lerp_(solved_AE, 1 - self.update.memory)
+        elif isinstance(self.update, SMEBU):
+            momentum_AE = next_momentum(load_AE, self.momentum_AE, self.update_rate, self.update)
+            seen_A1 = load_AE.sum(dim=1, keepdim=True) > 0
+            self.momentum_AE.copy_(torch.where(seen_A1, momentum_AE, self.momentum_AE))
+            self.bias_AE += momentum_AE * seen_A1
         else:
-            load_AE = (load_AE if self.per_modality else load_AE.sum(dim=0, keepdim=True)).float()
             mean_A1 = load_AE.mean(dim=1, keepdim=True)
             shortfall_AE = mean_A1 - load_AE
             direction_AE = shortfall_AE.sign() if self.update == "sign" else shortfall_AE / mean_A1.clamp(min=1)
@@ -120,20 +139,24 @@ class SigmoidBiasRouter(LinearRouter):
         if self.recentre:
             self.bias_AE -= self.bias_AE.mean(dim=1, keepdim=True)
 
+    def _check_quantiles(self) -> None:
+        """Refuse what a bias cannot be solved for.
 
-def _check_quantiles(top_k: int, num_experts: int, groups: GroupLimit | None) -> None:
-    """Refuse what a bias cannot be solved for.
-
-    Raises:
-        UserError: with what to change.
-    """
-    if top_k == num_experts:
-        raise UserError(
-            f"router.update QuantileUpdate balances experts that compete, and with router.top_k {top_k} of "
-            f"{num_experts} every token gets all: choose a smaller top_k, or router.update sign"
-        )
-    if groups is not None:
-        raise UserError(
-            "router.update QuantileUpdate does not know how groups cut off experts: set router.groups to null, or "
-            "router.update to sign"
-        )
+        Raises:
+            UserError: with what to change.
+        """
+        if self.top_k == self.num_experts:
+            raise UserError(
+                f"router.update QuantileUpdate balances experts that compete, and with router.top_k {self.top_k} of "
+                f"{self.num_experts} every token gets all: choose a smaller top_k, or router.update sign"
+            )
+        if self.groups is not None:
+            raise UserError(
+                "router.update QuantileUpdate does not know how groups cut off experts: set router.groups to null, or "
+                "router.update to sign"
+            )
+        if self.score == "sqrt_softplus":
+            raise UserError(
+                "router.update QuantileUpdate counts scores from 0 to 1, and router.score sqrt_softplus has no upper "
+                "end: choose softmax, null for the sigmoid, or router.update sign"
+            )
