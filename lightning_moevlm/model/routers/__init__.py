@@ -7,12 +7,14 @@ from lightning_moevlm.model.routers.learned.expert_choice import ExpertChoiceRou
 from lightning_moevlm.model.routers.learned.group_limited import GroupLimitedRouter
 from lightning_moevlm.model.routers.learned.gshard import GShardRouter
 from lightning_moevlm.model.routers.learned.noisy_top_k import NoisyTopKRouter
-from lightning_moevlm.model.routers.learned.relu import ReLURouter
 from lightning_moevlm.model.routers.learned.sigmoid_bias import SigmoidBiasRouter
 from lightning_moevlm.model.routers.learned.sinkhorn import SinkhornRouter
 from lightning_moevlm.model.routers.learned.soft import SoftRouter
 from lightning_moevlm.model.routers.learned.top_k import TopKRouter
-from lightning_moevlm.model.routers.learned.top_p import TopPRouter
+from lightning_moevlm.model.routers.learned.varying.long_tail import LongTailRouter
+from lightning_moevlm.model.routers.learned.varying.relu import ReLURouter
+from lightning_moevlm.model.routers.learned.varying.sequence_top_k import SequenceTopKRouter
+from lightning_moevlm.model.routers.learned.varying.top_p import TopPRouter
 from lightning_moevlm.model.routers.quantile_update import QuantileUpdate
 from lightning_moevlm.model.routers.router import ExpertAxis, Router
 from lightning_moevlm.model.routers.smebu import SMEBU
@@ -31,11 +33,13 @@ __all__ = [
     "GroupLimit",
     "GroupLimitedRouter",
     "HashRouter",
+    "LongTailRouter",
     "ModalityRouter",
     "NoisyTopKRouter",
     "QuantileUpdate",
     "ReLURouter",
     "Router",
+    "SequenceTopKRouter",
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SoftRouter",

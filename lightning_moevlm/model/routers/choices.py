@@ -43,7 +43,7 @@ def make_plan(
     )
 
 
-def check_top_k(top_k: int, most: int, key: str = "top_k", limit: str = "num_experts") -> None:
+def check_top_k(top_k: int, most: int, key: str = "top_k", limit: str = "num_experts", least: int = 1) -> None:
     """Refuse a number of choices that the experts cannot serve.
 
     Args:
@@ -51,12 +51,13 @@ def check_top_k(top_k: int, most: int, key: str = "top_k", limit: str = "num_exp
         most: largest number that is allowed.
         key: name of the option.
         limit: meaning of `most`, for the message.
+        least: smallest number that is allowed.
 
     Raises:
-        UserError: top_k outside 1..most.
+        UserError: top_k outside least..most.
     """
-    if not 1 <= top_k <= most:
-        raise UserError(f"router.{key} is {top_k}: choose a number between 1 and {most}, the {limit}")
+    if not least <= top_k <= most:
+        raise UserError(f"router.{key} is {top_k}: choose a number between {least} and {most}, the {limit}")
 
 
 def check_renormalise(renormalise: bool, top_k: int) -> None:

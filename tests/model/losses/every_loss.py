@@ -24,6 +24,8 @@ from tests.routing import full_plan, relu_plan
 LOSSES: dict[str, Any] = {
     "load_balance": LoadBalance(),
     "load_balance per modality": LoadBalance(per_modality=True),
+    "load_balance of images alone": LoadBalance(only="image"),
+    "load_balance of sequences of images": LoadBalance(scope="sequence", only="image"),
     "load_balance of sequences": LoadBalance(scope="sequence", per_modality=True),
     "load_balance, global": LoadBalance(scope="global"),
     "router_z": RouterZ(),

@@ -126,6 +126,24 @@ def test_global_balance_takes_the_load_from_the_step_by_hand() -> None:
     assert float(LoadBalance(scope="global")(LossInput(inputs.plan, training=False))) == pytest.approx(38 / 36)
 
 
+def test_balance_of_one_modality_by_hand() -> None:
+    # images: f = (1, 0), P = (3/4, 1/4): 3/2; a sequence or plan without one has nothing to balance
+    plan = two_by_two()
+    without_text = plan._replace(valid_T=plan.modality_T == 0, chosen_N=plan.chosen_N & (plan.modality_T == 0))
+    for scope in ("micro_batch", "sequence"):
+        image, text = (LoadBalance(scope=scope, only=name) for name in ("image", "text"))  # type: ignore[arg-type]
+        assert float(loss_of(image, plan)) == float(loss_of(text, plan)) == pytest.approx(1.5)
+        assert float(loss_of(image, without_text)) == pytest.approx(1.5)
+        assert float(loss_of(text, without_text)) == 0.0
+    # by the load of the step (3, 1) and (0, 4), see above
+    chosen_AE = torch.tensor([[3, 1], [0, 4]])
+    counts = LayerCounts(chosen_AE, chosen_AE, torch.tensor([4, 4]), 0.5, NOTHING)
+    inputs = LossInput(top_1_plan(THREE_TOKENS), None, counts)
+    assert float(LoadBalance(scope="global", only="image")(inputs)) == pytest.approx(52 / 48)
+    with pytest.raises(UserError, match=r"load_balance\.only is text, and per_modality balances both"):
+        LoadBalance(only="text", per_modality=True)
+
+
 def test_importance_by_hand() -> None:
     # p = (3/4, 1/4) and (1/4, 3/4) is even: 0. Twice the first: I = (3/2, 1/2), mean 1, variance 1/4
     even = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()

@@ -17,10 +17,12 @@ from lightning_moevlm.model.routers import (
     GroupLimitedRouter,
     GShardRouter,
     HashRouter,
+    LongTailRouter,
     ModalityRouter,
     NoisyTopKRouter,
     ReLURouter,
     Router,
+    SequenceTopKRouter,
     SigmoidBiasRouter,
     SinkhornRouter,
     SoftRouter,
@@ -274,6 +276,50 @@ def test_sigmoid_scores_of_an_expert_ignore_the_others() -> None:
     assert route(identity(ExpertChoiceRouter(2, 2)), tokens).token_N.tolist() == [3, 1, 0, 2]
 
 
+def test_a_sequence_spends_its_budget_on_its_best_pairs() -> None:
+    # two samples of two tokens, one expert each on average. The first token's two best, 0.5 and 0.45, beat the second's
+    # 0.4; in the other sample 0.9 and 0.6 are of different tokens. With one expert at most, each token takes its best
+    probs_TE = torch.tensor([[0.5, 0.45, 0.05], [0.4, 0.35, 0.25], [0.9, 0.05, 0.05], [0.1, 0.3, 0.6]])
+    inputs = routing_input(4, 3)._replace(tokens_TD=probs_TE.log(), num_sequences=2)
+    plan, capped = (identity(SequenceTopKRouter(3, 3, top_k=1, max_k=most))(inputs) for most in (None, 1))
+    assert [*zip(plan.token_N[plan.chosen_N].tolist(), plan.expert_N[plan.chosen_N].tolist(), strict=True)] == [
+        (0, 0), (2, 0), (3, 2), (0, 1)
+    ]  # fmt: skip
+    torch.testing.assert_close(plan.weight_N[plan.chosen_N], torch.tensor([0.5, 0.9, 0.6, 0.45]))
+    assert capped.chosen_N.all() and capped.expert_N.tolist() == [0, 0, 0, 2]
+    # padding spends nothing: one token left has a budget of one
+    padded = identity(SequenceTopKRouter(3, 3, top_k=1))(
+        inputs._replace(valid_T=torch.tensor([True, False, True, True]))
+    )
+    assert sorted(padded.token_N[padded.chosen_N].tolist()) == [0, 2, 3]
+
+
+def test_renormalised_weights_of_a_sequence_sum_to_one_where_there_are_any() -> None:
+    # of the four largest, the first token has 0.5, 0.45 and the second 0.4, 0.35; the next, 0.25, is over the budget
+    probs_TE = torch.tensor([[0.5, 0.45, 0.05], [0.4, 0.35, 0.25]])
+    inputs = routing_input(2, 3)._replace(tokens_TD=probs_TE.log())
+    plan = identity(SequenceTopKRouter(3, 3, renormalise=True))(inputs)
+    torch.testing.assert_close(plan.weight_N[plan.chosen_N], torch.tensor([50 / 95, 40 / 75, 45 / 95, 35 / 75]))
+
+
+def test_patches_of_the_tail_get_more_experts() -> None:
+    # variances 0.109, 0.002, 0.002 of three patches, mean 0.038: the first is of the tail. The text varies more, and is
+    # no patch; the fifth token is padding
+    sharp, flat = [0.8, 0.1, 0.1], [0.4, 0.35, 0.25]
+    probs_TE = torch.tensor([sharp, flat, flat, [0.9, 0.06, 0.04], [0.98, 0.01, 0.01]])
+    inputs = routing_input(5, 3, num_padding=1)._replace(
+        tokens_TD=probs_TE.log(), modality_T=torch.tensor([0, 0, 0, 1, 0])
+    )
+    plan = identity(LongTailRouter(3, 3, top_k=2, tail_k=3))(inputs)
+    assert plan.chosen_N.view(3, 5).sum(dim=0).tolist() == [3, 2, 2, 2, 0]
+    weight_TK = plan.weight_N.view(3, 5).t()
+    torch.testing.assert_close(weight_TK[0], torch.tensor(sharp).softmax(dim=0))
+    torch.testing.assert_close(
+        weight_TK[1], torch.tensor([0.4, 0.35]).softmax(dim=0).new_tensor([0.5125, 0.4875, 0.0]), rtol=0, atol=1e-4
+    )
+    assert not LongTailRouter(4, 4).competes  # a text's experts follow from its own token
+
+
 def test_relu_uses_positive_scores_alone() -> None:
     plan = route(identity(ReLURouter(3, 3)), torch.tensor([[1.0, -2.0, 0.5]]))
     assert plan.expert_N[plan.chosen_N].tolist() == [0, 2]
@@ -315,7 +361,7 @@ def test_hash_without_identities_is_refused() -> None:
 
 def test_competing_routers_say_so() -> None:
     assert SoftRouter(4, 2).competes
-    assert SinkhornRouter(4, 2).competes and ExpertChoiceRouter(4, 2).competes
+    assert SinkhornRouter(4, 2).competes and ExpertChoiceRouter(4, 2).competes and SequenceTopKRouter(4, 2).competes
     assert not TopKRouter(4, 2).competes and not SigmoidBiasRouter(4, 2).competes
 
 
@@ -337,6 +383,11 @@ REFUSED = {
     "top_k is 5: choose a number between 1 and 4, the experts of groups": lambda: SigmoidBiasRouter(
         16, 8, top_k=5, groups=GroupLimit(2, 1)
     ),
+    "max_k is 9: choose a number between 1 and 8, the num_experts": lambda: SequenceTopKRouter(16, 8, max_k=9),
+    "top_k is 4: choose a number between 1 and 3, the max_k": lambda: SequenceTopKRouter(16, 8, top_k=4, max_k=3),
+    "top_k is 4: choose a number between 2 and 3, the tail_k less 1": lambda: LongTailRouter(16, 8, top_k=4),
+    "top_k is 1: choose a number between 2 and 3": lambda: LongTailRouter(16, 8, top_k=1),
+    "tail_k is 9": lambda: LongTailRouter(16, 8, tail_k=9),
     "threshold is 1.5": lambda: TopPRouter(16, 8, threshold=1.5),
     "capacity_factor is 9": lambda: ExpertChoiceRouter(16, 8, capacity_factor=9),
     "top_k is 5: choose a number between 1 and 4, the num_experts per modality": lambda: ModalityRouter(16, 8, top_k=5),

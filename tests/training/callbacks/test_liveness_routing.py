@@ -7,7 +7,7 @@ import pytest
 
 from lightning_moevlm.model.dispatch import Capacity
 from lightning_moevlm.model.layers import MoEFFN
-from lightning_moevlm.model.routers import CosineRouter, Gate, TopKRouter
+from lightning_moevlm.model.routers import CosineRouter, Gate, LongTailRouter, SequenceTopKRouter, TopKRouter
 from lightning_moevlm.training.callbacks.liveness.rehearsal import replace_attribute
 from tests.training.callbacks.asked_run import asked, module_of, refused
 
@@ -46,6 +46,18 @@ class IgnoresGate(TopKRouter):
 def test_a_router_that_does_not_use_its_gate_is_dead(name: str) -> None:
     module = module_of(router=partial(IgnoresGate, gate=GATES[name]))
     refused(module, f"gate.{name}", f".router gives the same logits without its gate.{name}")
+
+
+def test_choices_that_vary_are_counted() -> None:
+    # two of four experts on average; capped at one, every token takes one and nothing varies
+    free, points = asked(module_of(router=SequenceTopKRouter))
+    assert free["router.choices"].startswith("alive: tokens use ") and ", 2.00 on average" in free["router.choices"]
+    assert points["liveness/router.choices"] == [(0, pytest.approx(2.0))]
+    fixed, _ = asked(module_of(router=partial(SequenceTopKRouter, top_k=1, max_k=1)))
+    assert fixed["router.choices"].startswith("idle: tokens use 1 to 1 experts")
+    tail, _ = asked(module_of(router=LongTailRouter))
+    assert tail["router.choices"].startswith("alive: tokens use 2 to 4 experts")
+    assert "router.choices" not in asked(module_of(router=TopKRouter))[0]
 
 
 def test_a_capacity_leaves_pairs_out_or_could() -> None:

@@ -2,6 +2,7 @@
 
     gate.jitter, gate.dropout   the router's logits with the noise, and without any
     gate.temperature            the router's logits with it, and with a temperature of 1
+    router.choices              tokens use different numbers of experts, where the router says that they may
     moe.capacity                it drops pairs here; if not, a capacity of one place per expert does, so the layer is
                                 known to respect its capacity
 
@@ -43,6 +44,9 @@ def routing_receipts(rehearsal: Rehearsal) -> list[Receipt]:
         }
         if pairs:
             receipts.append(_gate(rehearsal, name, pairs))
+    varying = [path for path, layer in ran.items() if isinstance(layer, Router) and layer.choices_vary]
+    if varying:
+        receipts.append(_choices(rehearsal, varying))
     limited = {path: layer for path, layer in ran.items() if isinstance(layer, MoEFFN) and _limits(layer)}
     if limited:
         receipts.append(_capacity(rehearsal, limited))
@@ -73,6 +77,21 @@ def _gate(rehearsal: Rehearsal, name: str, pairs: dict[str, tuple[Gate, Gate]]) 
     least = min(found)
     evidence = f"without it the logits of each of {len(found)} routers change by {least:.2g} of their size or more"
     return switch.is_("alive", evidence, least)
+
+
+def _choices(rehearsal: Rehearsal, varying: list[str]) -> Receipt:
+    switch, found = Switch("router.choices", "routing"), []
+    for path in varying:
+        plan = rehearsal.calls[path].output
+        assert isinstance(plan, PairPlan)
+        used_T = torch.zeros_like(plan.modality_T).index_add(0, plan.token_N, plan.chosen_N.to(torch.int64))
+        found.append(used_T[plan.valid_T])
+    used = torch.cat(found)
+    if not len(used):
+        return switch.is_("unproven", "no token was routed by such a router on this batch")
+    least, most, mean = int(used.min()), int(used.max()), float(used.float().mean())
+    evidence = f"tokens use {least} to {most} experts, {mean:.2f} on average, by {len(varying)} routers"
+    return switch.is_("alive" if least < most else "idle", evidence, mean)
 
 
 def _capacity(rehearsal: Rehearsal, layers: dict[str, MoEFFN]) -> Receipt:

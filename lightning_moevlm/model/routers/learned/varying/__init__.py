@@ -1,0 +1,1 @@
+"""Learned routers whose tokens use different numbers of experts."""
