@@ -11,6 +11,7 @@ from lightning_moevlm.model.losses.balancing.sequence_balance import SequenceBal
 from lightning_moevlm.model.losses.groups import Grouping
 from lightning_moevlm.model.losses.loss_input import LayerCounts, LossInput, Place, RoutedLayer, StepSize
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
+from lightning_moevlm.model.losses.regularising.expert_coupling import ExpertCoupling
 from lightning_moevlm.model.losses.regularising.output_z import OutputZ, output_z
 from lightning_moevlm.model.losses.regularising.relu_l1 import ReLUL1
 from lightning_moevlm.model.losses.regularising.router_orthogonality import RouterOrthogonality, router_orthogonality
@@ -24,6 +25,7 @@ __all__ = [
     "AuxiliaryLosses",
     "ByOverflow",
     "BySparsity",
+    "ExpertCoupling",
     "GShard",
     "GlobalEntropy",
     "Grouping",

@@ -2,9 +2,10 @@
 
 A loss on routing is the mean over the plans of a step (MoE layers x forward passes), so its scale does not move with
 depth. Over micro-batches and ranks the gradient is that of the joined batch for router_z, output_z, sequence_balance,
-local_entropy, router_orthogonality, load_balance over a sequence and relu_l1 without loads, and over ranks for
-load_balance of global scope. The others are balances of a batch: their loss is the mean of those of micro-batches, and
-it moves with the size of these. In evaluation each is one value, of all batches together.
+local_entropy, router_orthogonality, load_balance over a sequence, relu_l1 without loads and, but for its noise,
+expert_coupling; over ranks for load_balance of global scope. The others are balances of a batch: their loss is the mean
+of those of micro-batches, and it moves with the size of these. In evaluation each is one value, of all batches
+together.
 """
 
 import re
@@ -29,6 +30,7 @@ from lightning_moevlm.model.losses.balancing.sequence_balance import SequenceBal
 from lightning_moevlm.model.losses.groups import size_of
 from lightning_moevlm.model.losses.loss_input import LossInput, Place, RoutedLayer, StepSize
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
+from lightning_moevlm.model.losses.regularising.expert_coupling import ExpertCoupling
 from lightning_moevlm.model.losses.regularising.output_z import OutputZ, output_z_sums
 from lightning_moevlm.model.losses.regularising.relu_l1 import ReLUL1
 from lightning_moevlm.model.losses.regularising.router_orthogonality import RouterOrthogonality
@@ -69,6 +71,7 @@ class AuxiliaryLosses:
         mutual_information: Mutual information loss: raises the mutual information of tokens and experts.
         relu_l1: ReMoE L1 loss: few active experts per token under ReLU routing.
         router_orthogonality: Orthogonality loss: the rows of a router have different directions.
+        expert_coupling: ERC loss: each expert answers strongest to its own row of the router.
         others: Losses from other packages, each under a name of your choice.
 
     Raises:
@@ -87,6 +90,7 @@ class AuxiliaryLosses:
     mutual_information: MutualInformation | None = None
     relu_l1: ReLUL1 | None = None
     router_orthogonality: RouterOrthogonality | None = None
+    expert_coupling: ExpertCoupling | None = None
     others: dict[str, RoutingLoss | None] | None = None
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ class RoutedLayer(NamedTuple):
     router: name of its class.
     adds_noise, mixes: see `Router`.
     has_rows: whether `LossInput.rows` will be there.
+    rows_fit_experts: whether they are one per expert, of the width of a token.
     """
 
     router: str
@@ -21,6 +22,7 @@ class RoutedLayer(NamedTuple):
     adds_noise: bool
     mixes: bool
     has_rows: bool
+    rows_fit_experts: bool = False
 
 
 class LayerCounts(NamedTuple):
@@ -73,6 +75,7 @@ class LossInput(NamedTuple):
     rows: vectors that the router scores tokens against, one per expert or slot, with gradient; None if there are none.
     counts: counts of the plan's layer, this plan included; None in evaluation, and if no loss reads them.
     training: whether this is a training step; only then is there router noise.
+    first_EDF: the first matrix of each of the layer's experts, with gradient; None if a loss is computed without them.
     """
 
     plan: RoutingPlan
@@ -80,3 +83,4 @@ class LossInput(NamedTuple):
     counts: LayerCounts | None = None
     training: bool = True
     place: Place = Place()
+    first_EDF: Tensor | None = None

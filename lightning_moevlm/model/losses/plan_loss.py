@@ -11,6 +11,7 @@ A loss with an option of its own name is `@final`: the command line then takes i
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +21,14 @@ from lightning_moevlm.model.losses.loss_input import LossInput
 
 
 class PlanLoss(ABC):
-    """A loss on the plan of one layer and forward pass."""
+    """A loss on the plan of one layer and forward pass.
+
+    draws: it draws random numbers in training, so that its value is another one each time.
+    reaches_experts: it is computed through the experts' weights too, and trains them.
+    """
+
+    draws: ClassVar[bool] = False
+    reaches_experts: ClassVar[bool] = False
 
     @property
     def adds_up(self) -> bool:

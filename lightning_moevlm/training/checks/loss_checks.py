@@ -16,13 +16,16 @@ def refuse_unsuited_losses(losses: AuxiliaryLosses, backbone: Backbone, objectiv
             "or choose image targets that are codes"
         )
     layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
-    losses.check(
-        RoutedLayer(
-            router=type(layer.router).__name__,
-            num_experts=layer.num_experts,
-            adds_noise=layer.router.adds_noise,
-            mixes=layer.router.mixes,
-            has_rows=layer.router.rows() is not None,
-        )
-        for layer in layers
+    losses.check(_describe(layer) for layer in layers)
+
+
+def _describe(layer: MoEFFN) -> RoutedLayer:
+    rows = layer.router.rows()
+    return RoutedLayer(
+        router=type(layer.router).__name__,
+        num_experts=layer.num_experts,
+        adds_noise=layer.router.adds_noise,
+        mixes=layer.router.mixes,
+        has_rows=rows is not None,
+        rows_fit_experts=rows is not None and rows.shape == layer.experts.stacks()[0].shape[:2],
     )

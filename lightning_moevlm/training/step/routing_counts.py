@@ -98,12 +98,13 @@ def _layer_counts(piece: Tensor, layer: _Layer) -> LayerCounts:
 def loss_inputs(
     backbone: Backbone, plans: Iterable[NamedPlan], counts: Mapping[str, LayerCounts], training: bool
 ) -> list[LossInput]:
-    """Return one input per plan, with the rows of its router; counts: by MoE layer, of the optimiser step so far."""
+    """Return one input per plan, with the weights that losses read; counts: of each layer, of the step so far."""
     inputs = []
     for named in plans:
         layer = backbone.get_submodule(named.layer)
         assert isinstance(layer, MoEFFN)
         layer_counts = None if isinstance(named.plan, MixPlan) else counts.get(named.layer)
         place = Place(named.source, named.block, named.layer, named.modalities)
-        inputs.append(LossInput(named.plan, layer.router.rows(), layer_counts, training, place))
+        rows, first_EDF = layer.router.rows(), layer.experts.stacks()[0]
+        inputs.append(LossInput(named.plan, rows, layer_counts, training, place, first_EDF))
     return inputs

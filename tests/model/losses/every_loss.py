@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_moevlm.model.losses import (
+    ExpertCoupling,
     GlobalEntropy,
     GShard,
     Importance,
@@ -44,6 +46,8 @@ LOSSES: dict[str, Any] = {
     "relu_l1": ReLUL1(),
     "relu_l1, not by load": ReLUL1(load_weighted=False),
     "router_orthogonality": RouterOrthogonality(),
+    "expert_coupling": ExpertCoupling(),
+    "expert_coupling, strict": ExpertCoupling(alpha=0.0),
 }
 
 
@@ -64,4 +68,13 @@ def loss_input(
         plan = relu_plan(logits_TE, valid_T=valid_T)
     else:
         plan = full_plan(logits_TE, valid_T=valid_T, noise=noise)
-    return LossInput(plan, (logits_TE * plan.valid_T.unsqueeze(-1)).t())
+    rows = (logits_TE * plan.valid_T.unsqueeze(-1)).t()
+    # losses that draw noise are compared without it
+    return LossInput(plan, rows, training=not LOSSES[name].draws, first_EDF=first_matrices(rows))
+
+
+def first_matrices(rows: Tensor) -> Tensor:
+    """First matrices of experts, (E, D, 3); they answer alike to a row and to the row twice over."""
+    num_experts, dim = rows.shape
+    period = torch.randn(num_experts, 8, 3, dtype=rows.dtype, generator=torch.Generator().manual_seed(3))
+    return period[:, torch.arange(dim) % 8] * (8 / max(1, dim))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_moevlm.model.losses import OWN_LOSSES, AuxiliaryLosses, LossInput
-from tests.model.losses.every_loss import LOSSES, loss_input, raw_loss
+from tests.model.losses.every_loss import LOSSES, first_matrices, loss_input, raw_loss
 from tests.routing import full_plan
 
 
@@ -82,7 +82,9 @@ def test_value_and_gradient_are_finite_at_the_edges(name: str, logits_TE: Tensor
 @pytest.mark.parametrize("name", LOSSES)
 def test_scale_does_not_move_with_the_number_of_layers(name: str) -> None:
     losses = AuxiliaryLosses(**{"load_balance": None, "router_z": None, name.split(",")[0].split()[0]: LOSSES[name]})
-    layer = LossInput(full_plan(random_logits(8, 4)), random_logits(4, 6))
+    rows = random_logits(4, 6)
+    draws = getattr(LOSSES[name], "draws", False)
+    layer = LossInput(full_plan(random_logits(8, 4)), rows, training=not draws, first_EDF=first_matrices(rows))
     partitions = {"text": random_logits(5, 1)[:, 0]}
     (one,) = losses.terms([layer], partitions).values()
     (three,) = losses.terms([layer] * 3, partitions | {"image": partitions["text"]}).values()

@@ -178,7 +178,7 @@ def test_load_threshold_is_the_kth_noisy_logit() -> None:
 
 def a_layer() -> RoutedLayer:
     """What losses that are not for every router ask of a layer; this one is of softmax top-k."""
-    return RoutedLayer("TopKRouter", num_experts=4, adds_noise=False, mixes=False, has_rows=True)
+    return RoutedLayer("TopKRouter", num_experts=4, adds_noise=False, mixes=False, has_rows=True, rows_fit_experts=True)
 
 
 def test_load_needs_noise_and_says_so() -> None:

@@ -16,6 +16,7 @@ from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.losses import (
     AuxiliaryLosses,
     ByOverflow,
+    ExpertCoupling,
     GlobalEntropy,
     Importance,
     Load,
@@ -45,6 +46,7 @@ from tests.training.callbacks.asked_run import asked, module_of, refused
         (AuxiliaryLosses(None, None, load=Load(), importance=Importance()), NoisyTopKRouter),
         (AuxiliaryLosses(LoadBalance(ByOverflow(0.1)), router_orthogonality=RouterOrthogonality()), None),
         (AuxiliaryLosses(None, None, relu_l1=ReLUL1()), ReLURouter),
+        (AuxiliaryLosses(LoadBalance(only="text"), None, expert_coupling=ExpertCoupling()), None),
         (AuxiliaryLosses(None, None, global_entropy=GlobalEntropy(), mutual_information=MutualInformation()), None),
     ],
 )

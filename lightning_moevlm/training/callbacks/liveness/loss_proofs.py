@@ -2,10 +2,10 @@
 
     reaches    the gradient of the raw loss on router weights that the optimiser trains (output z-loss: on the heads)
                exceeds rounding: |g| > 1e-6 |loss| rms |x| for the tokens x at the routers
-    spares     experts of the last sparse block have no gradient: no loss on routing is computed through them
+    spares     experts of the last sparse block have no gradient, unless the loss says that it is computed through them
     changes    without the term, some bit of the step's gradient on those weights differs
     scale      every layer counted twice gives the same raw loss, and so do doubled counts of the step: the loss does
-               not grow with layers, ranks or micro-batches
+               not grow with layers, ranks or micro-batches; a loss that draws noise is asked without it
     idle       if the gradient is 0, as at a minimum, plans pushed out of balance have one
 
 Published code had balance gradients that never arrive, ignored coefficients, and losses constant by a mistake in
@@ -23,7 +23,7 @@ from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.contracts.schedules import Ramp
 from lightning_moevlm.contracts.step_records import Term
 from lightning_moevlm.model.layers import MoEFFN
-from lightning_moevlm.model.losses import AdaptiveWeight, LossInput
+from lightning_moevlm.model.losses import AdaptiveWeight, LossInput, PlanLoss
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
@@ -83,6 +83,10 @@ class _Proof:
         self.whole = whole
         self.module: VisionLanguageModule = rehearsal.module
         self.name = name
+        loss = self.module.losses.enabled[name]
+        self.draws, self.reaches_experts = (
+            (loss.draws, loss.reaches_experts) if isinstance(loss, PlanLoss) else (False, False)
+        )
         self.switch = Switch(self.module.losses.key(name), "loss")
         self.on_routing = name != "output_z"
         self.target = "router weights" if self.on_routing else "the heads"
@@ -134,7 +138,7 @@ class _Proof:
                 "may reach",
                 self._advice(),
             )
-        moves = self._moves_with_scale(raw)
+        moves = self._moves_with_scale()
         if moves is not None:
             return self.switch.dead(moves, "take the mean over layers and shares of counts, not sums")
         if size <= _ROUNDING * abs(float(raw.detach())) * self._token_size():
@@ -187,11 +191,13 @@ class _Proof:
             self._advice(),
         )
 
-    def _moves_with_scale(self, raw: Tensor) -> str | None:
+    def _moves_with_scale(self) -> str | None:
         """Return how the raw loss moves with layers or counts; None if it does not."""
         if not self.on_routing:
             return None
-        twice = [*self.rehearsal.inputs, *self.rehearsal.inputs]
+        own = [inputs._replace(training=inputs.training and not self.draws) for inputs in self.rehearsal.inputs]
+        raw = self._value(own)
+        twice = [*own, *own]
         counted = [
             inputs
             if inputs.counts is None
@@ -202,18 +208,22 @@ class _Proof:
                     token_A=2 * inputs.counts.token_A,
                 )
             )
-            for inputs in self.rehearsal.inputs
+            for inputs in own
         ]
         for change, other in (("every layer counted twice", twice), ("the counts of two equal ranks", counted)):
-            with self.rehearsal.in_losses(), torch.no_grad():
-                term = self.module.losses.terms(other, self.rehearsal.output.log_partitions)[self.name]
-            if not torch.allclose(term.raw, raw.detach(), rtol=1e-4, atol=1e-7):
-                return f"its scale moves: {change} turns {float(raw.detach()):.4g} into {float(term.raw):.4g}"
+            moved = self._value(other)
+            if not torch.allclose(moved, raw, rtol=1e-4, atol=1e-7):
+                return f"its scale moves: {change} turns {float(raw):.4g} into {float(moved):.4g}"
         return None
+
+    def _value(self, inputs: Sequence[LossInput]) -> Tensor:
+        """Return the raw loss of these inputs, without gradient."""
+        with self.rehearsal.in_losses(), torch.no_grad():
+            return self.module.losses.terms(inputs, self.rehearsal.output.log_partitions)[self.name].raw
 
     def _must_not_reach(self) -> list[nn.Parameter]:
         """Return the experts of the last sparse block; other weights may lie between a router and the inputs."""
-        if not self.on_routing:
+        if not self.on_routing or self.reaches_experts:
             return []
         last = max(named.block for named in self.rehearsal.output.plans)
         layers = {named.layer for named in self.rehearsal.output.plans if named.block == last}
