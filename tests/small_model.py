@@ -9,7 +9,7 @@ import torch
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.backbones import ConnectorOptions, LIMoE, MoEDecoder, MoMa, VisionOptions, VLMoE
 from lightning_moevlm.model.dispatch import Capacity, Dispatcher
-from lightning_moevlm.model.experts import GatedExperts, MLPExperts
+from lightning_moevlm.model.experts import FreeExperts, GatedExperts, MLPExperts
 from lightning_moevlm.model.initial_weights import defer_initialisation
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN, initialise
 from lightning_moevlm.model.routers import Router, TopKRouter
@@ -29,10 +29,11 @@ def small_vl_moe(
     stabilisers: ModelStabilisers = ModelStabilisers(),
     causal: bool = False,
     is_gated: bool = False,
+    free: Callable[[int], FreeExperts] | None = None,
     seed: int = 0,
 ) -> VLMoE:
     """Width 32, 2 heads, 16 px images in 8 px patches (4 of them), texts of 8 out of 300 tokens."""
-    moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher)
+    moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher, free)
     if is_gated:
         moe = partial(moe, experts=partial(GatedExperts, hidden_dim=48))
     model = VLMoE(
@@ -168,6 +169,7 @@ def small_moe(
     router: Callable[[int, int], Router],
     capacity: Capacity | None,
     dispatcher: Dispatcher | None,
+    free: Callable[[int], FreeExperts] | None = None,
 ) -> Callable[[int], MoEFFN]:
     """Experts of hidden width 48."""
     return partial(
@@ -177,6 +179,7 @@ def small_moe(
         experts=partial(MLPExperts, hidden_dim=48),
         capacity=capacity,
         dispatcher=dispatcher,
+        free=free,
     )
 
 

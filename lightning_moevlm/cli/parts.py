@@ -208,14 +208,14 @@ def _parts() -> dict[str, list[type]]:
     from lightning_moevlm.contracts.schedules import Ramp
     from lightning_moevlm.model.backbones import Backbone
     from lightning_moevlm.model.dispatch import Capacity, Dispatcher, ModalityFactors
-    from lightning_moevlm.model.experts import ExpertInit, ExpertStack
+    from lightning_moevlm.model.experts import ExpertInit, ExpertStack, FreeExperts
     from lightning_moevlm.model.layers import FeedForward, ModelStabilisers
     from lightning_moevlm.model.losses import OWN_LOSSES, AuxiliaryLosses, RoutingLoss
     from lightning_moevlm.model.losses.weights import ByOverflow, BySparsity
     from lightning_moevlm.model.objectives import ImageTargets, Objective
     from lightning_moevlm.model.objectives.masked_modelling import MaskRatios, TermWeights
     from lightning_moevlm.model.precision import PrecisionPolicy
-    from lightning_moevlm.model.routers import Gate, Router
+    from lightning_moevlm.model.routers import SMEBU, Gate, QuantileUpdate, Router
     from lightning_moevlm.training import Actions
 
     load_plugins()
@@ -235,13 +235,16 @@ def _parts() -> dict[str, list[type]]:
             BySparsity,
             Capacity,
             ExpertInit,
+            FreeExperts,
             Gate,
             optim.GroupOptions,
             MaskRatios,
             ModalityFactors,
             ModelStabilisers,
             PrecisionPolicy,
+            QuantileUpdate,
             Ramp,
+            SMEBU,
             TermWeights,
         ],
         "optimizers": [AdamW, optim.Lion, optim.MuonAdamW, optim.StableAdamW, *_offered(Optimizer)],

@@ -107,6 +107,7 @@ def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
     )
     return {
         "sums": routers(trained(small(SUMS), mine)),
+        "text": routers(trained(small(AuxiliaryLosses(LoadBalance(0.5, scope="global", only="text"), None)), mine)),
         "uneven": dict(trained(build(SUMS, lr=0.1), uneven).named_parameters()),
         "evaluation": evaluated(build(EVALUATED), rank, ranks),
         "matching": evaluated(VisionLanguageModule(small_limoe(), partial(Matching, num_evaluated=4)), rank, ranks),

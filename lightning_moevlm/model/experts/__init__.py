@@ -2,6 +2,7 @@
 
 from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
 from lightning_moevlm.model.experts.expert_stack import ExpertStack
+from lightning_moevlm.model.experts.free import FreeExperts, leave_out_free
 from lightning_moevlm.model.experts.gated import GatedExperts
 from lightning_moevlm.model.experts.gated_unit import GLU, ClampedGLU, SiTUGLU, gated_unit, kept_by_unit
 from lightning_moevlm.model.experts.mlp import MLPExperts
@@ -13,10 +14,12 @@ __all__ = [
     "ClampedGLU",
     "ExpertInit",
     "ExpertStack",
+    "FreeExperts",
     "GatedExperts",
     "Linear",
     "MLPExperts",
     "SiTUGLU",
     "gated_unit",
     "kept_by_unit",
+    "leave_out_free",
 ]

@@ -50,6 +50,11 @@ def _check_capacity(layer: MoEFFN) -> None:
             f"a causal model cannot use capacity priority {capacity.priority}: a later token with a larger gate would "
             "take the place of an earlier one; set capacity.priority to position, or capacity to null (dropless)"
         )
+    if layer.free is not None:
+        raise UserError(
+            "a causal model cannot limit capacity with moe.free: how many tokens leave the other experts out differs, "
+            "so the places of early ones depend on later ones; set capacity to null (dropless), or moe.free to null"
+        )
     if layer.router.choices_vary:
         raise UserError(
             f"a causal model cannot limit capacity with {type(layer.router).__name__}: the number of "

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput, RoutingPlan
 from lightning_moevlm.model.initial_weights import Module
 from lightning_moevlm.model.precision import Region
@@ -36,6 +37,7 @@ class Router(Module):
     adds_noise: its plans of training steps carry noisy logits and the noise's std.
     mixes: its plans are `MixPlan`s: slots of mixed tokens, without choices.
     tally_size: number of counts that `rebalance` needs beside the loads, see `tally`.
+    num_free: number of its experts, the last ones, that compute nothing, see `set_free`.
     """
 
     competes = False
@@ -46,6 +48,7 @@ class Router(Module):
     adds_noise = False
     mixes = False
     tally_size = 0
+    num_free = 0
     region: Region = "router"
 
     def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:
@@ -68,9 +71,27 @@ class Router(Module):
     def experts_per_token(self) -> float:
         """Experts that run for one token on average; active parameters are counted with it."""
 
+    @property
+    def computing_per_token(self) -> float:
+        """Experts that compute for one token on average: all that it uses, but the free ones at even loads."""
+        return self.experts_per_token * (1 - self.num_free / self.num_experts)
+
     def expert_rows(self, num_tokens: int) -> float:
         """Return how many rows all experts run together for a sequence of so many tokens, on average."""
-        return self.experts_per_token * num_tokens
+        return self.computing_per_token * num_tokens
+
+    def set_free(self, num_free: int) -> None:
+        """Learn that the last experts compute nothing (`model.experts.FreeExperts`); 0 are free without them.
+
+        Raises:
+            UserError: a router for which no expert can be free.
+        """
+        if num_free and self.mixes:
+            raise UserError(
+                f"moe.free adds experts that tokens may choose, and {type(self).__name__} mixes tokens and chooses "
+                "none: set moe.free to null, or choose another router, such as TopKRouter"
+            )
+        self.num_free = num_free
 
     def forward_flops_per_token(self) -> int:
         """Matrix FLOPs of the routing itself for one token: 0 without learned scores."""

@@ -102,7 +102,7 @@ class ExpertReviver(Action):
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Count idle steps; at a check, restart dead experts."""
         for path, load_AE in facts.load.items():
-            load_E = load_AE.sum(dim=0)
+            load_E = _load_of_stack(training, path, load_AE)
             idle_E = self._idle.get(path, torch.zeros_like(load_E)).to(load_E.device)
             # a layer without any token (its modality was not in the batch) says nothing about its experts
             counted_E = torch.where(load_E > 0, 0, idle_E + (load_E.sum() > 0))
@@ -132,7 +132,7 @@ class ExpertReviver(Action):
         assert isinstance(layer, MoEFFN)
         if is_frozen(layer.router) or is_frozen(layer.experts):
             return 0
-        load_E = facts.load[path].sum(dim=0)
+        load_E = _load_of_stack(training, path, facts.load[path])
         busy = load_E.argsort(descending=True, stable=True)[: int((load_E > 0).sum())].tolist()
         if not busy:
             return 0
@@ -141,6 +141,13 @@ class ExpertReviver(Action):
             copy_expert(layer, busy[position % len(busy)], expert, self._options.noise, generator, training.optimizers)
             self._idle[path][expert] = 0
         return len(dead)
+
+
+def _load_of_stack(training: Training, path: str, load_AE: Tensor) -> Tensor:
+    """Return the load of the experts that have weights, int64 (E): free ones come after them."""
+    layer = training.backbone.get_submodule(path)
+    assert isinstance(layer, MoEFFN)
+    return load_AE[:, : layer.num_experts].sum(dim=0)
 
 
 @torch.no_grad()

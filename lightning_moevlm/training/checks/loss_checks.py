@@ -23,7 +23,7 @@ def _describe(layer: MoEFFN) -> RoutedLayer:
     rows = layer.router.rows()
     return RoutedLayer(
         router=type(layer.router).__name__,
-        num_experts=layer.num_experts,
+        num_experts=layer.router.num_experts,
         adds_noise=layer.router.adds_noise,
         mixes=layer.router.mixes,
         has_rows=rows is not None,

@@ -21,13 +21,12 @@ from lightning_moevlm.model.routers import Router
 
 
 class _Layer(NamedTuple):
-    num_experts: int
     router: Router
 
     @property
     def sizes(self) -> list[int]:
         """Sizes of the four counts, in order."""
-        pairs = len(Modality) * self.num_experts
+        pairs = len(Modality) * self.router.num_experts
         return [pairs, pairs, len(Modality), self.router.tally_size]
 
 
@@ -43,7 +42,7 @@ class RoutingCounter:
 
     def __init__(self, backbone: Backbone) -> None:
         layers = {path: module for path, module in backbone.named_modules() if isinstance(module, MoEFFN)}
-        self._layers = {path: _Layer(module.num_experts, module.router) for path, module in layers.items()}
+        self._layers = {path: _Layer(module.router) for path, module in layers.items()}
         self._step = 0
         self._counts: dict[str, Tensor] = {}
         self._totals: dict[str, LayerCounts] | None = None
@@ -90,8 +89,8 @@ class RoutingCounter:
 
 def _layer_counts(piece: Tensor, layer: _Layer) -> LayerCounts:
     chosen, kept, token_A, tally = piece.split(layer.sizes)
-    shape = (len(Modality), layer.num_experts)
-    aimed_share = layer.router.experts_per_token / layer.num_experts
+    shape = (len(Modality), layer.router.num_experts)
+    aimed_share = layer.router.experts_per_token / layer.router.num_experts
     return LayerCounts(chosen.view(shape), kept.view(shape), token_A, aimed_share, tally)
 
 

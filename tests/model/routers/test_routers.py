@@ -61,13 +61,13 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "sigmoid with bias, in groups": lambda: SigmoidBiasRouter(16, 8, top_k=3, groups=GroupLimit(4, 2)),
     "sigmoid with bias, top-1": lambda: SigmoidBiasRouter(16, 8, top_k=1),
     "sigmoid with bias by SMEBU": lambda: SigmoidBiasRouter(16, 8, update=SMEBU()),
-    "sqrt-softplus with bias": lambda: SigmoidBiasRouter(16, 8, score="sqrt_softplus"),
-    "sigmoid with bias, weighed by softmax": lambda: SigmoidBiasRouter(16, 8, weight_score="softmax"),
+    "sqrt-softplus, weighed by softmax": lambda: SigmoidBiasRouter(
+        16, 8, score="sqrt_softplus", weight_score="softmax"
+    ),
     "sigmoid with bias by quantiles": lambda: SigmoidBiasRouter(16, 8, update=QuantileUpdate(num_bins=50)),
     "group-limited": lambda: GroupLimitedRouter(16, 8, top_k=3, groups=GroupLimit(4, 2)),
     "top-p": lambda: TopPRouter(16, 8),
-    "sequence top-2": lambda: SequenceTopKRouter(16, 8),
-    "sequence top-2, capped and renormalised": lambda: SequenceTopKRouter(16, 8, max_k=3, renormalise=True),
+    "sequence top-2": lambda: SequenceTopKRouter(16, 8, max_k=3, renormalise=True),
     "long tail": lambda: LongTailRouter(16, 8),
     "cosine": lambda: CosineRouter(16, 8),
     "cosine at one temperature": lambda: CosineRouter(16, 8, learn_temperature=False),
@@ -284,6 +284,18 @@ def test_nothing_is_read_from_the_device(router: Router, priority: Priority, tra
     some = apply_capacity(plan, Capacity(1.0, ModalityFactors(1.0, None), priority, group_size=2), training)
     assert some.kept_N.is_meta and some.kept_loads()[0].shape == (8,)
     router.rebalance(some.chosen_loads(some.modality_T, 2), router.tally(some))
+
+
+@pytest.mark.slow  # compiles, seconds each
+@pytest.mark.parametrize(
+    "name", ["sequence top-2", "long tail", "sqrt-softplus, weighed by softmax", "sigmoid with bias by SMEBU"]
+)
+def test_a_router_is_one_graph_and_gives_the_same(name: str) -> None:
+    router, inputs = build(name), routing_input(40, 16, num_padding=7)
+    plain, compiled = router(inputs), torch.compile(router, backend="aot_eager", fullgraph=True)(inputs)
+    assert torch.equal(compiled.chosen_N, plain.chosen_N)
+    assert torch.equal(compiled.expert_N[plain.chosen_N], plain.expert_N[plain.chosen_N])
+    torch.testing.assert_close(compiled.weight_N[plain.chosen_N], plain.weight_N[plain.chosen_N])
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.dispatch import Capacity
+from lightning_moevlm.model.experts import FreeExperts
 from lightning_moevlm.model.layers import ModelStabilisers
 from lightning_moevlm.model.losses import AuxiliaryLosses
 from lightning_moevlm.training import VisionLanguageModule
@@ -37,10 +38,11 @@ def module_of(
     router: Callable[[int, int], Any] | None = None,
     stabilisers: ModelStabilisers = ModelStabilisers(),
     capacity: Capacity | None = None,
+    free: Callable[[int], FreeExperts] | None = None,
     **options: Any,
 ) -> VisionLanguageModule:
     is_gated = stabilisers.glu is not None
-    backbone = small_vl_moe(router=router, stabilisers=stabilisers, capacity=capacity, is_gated=is_gated)
+    backbone = small_vl_moe(router=router, stabilisers=stabilisers, capacity=capacity, is_gated=is_gated, free=free)
     return VisionLanguageModule(
         backbone, losses=losses, **({"optimizer": partial(AdamW, lr=1e-3), "init_std": 0.1} | options)
     )

@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 from lightning_moevlm.model.dispatch import Capacity
+from lightning_moevlm.model.experts import FreeExperts
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.routers import CosineRouter, Gate, LongTailRouter, SequenceTopKRouter, TopKRouter
+from lightning_moevlm.training import Actions
+from lightning_moevlm.training.actions import ReviveDeadExperts
 from lightning_moevlm.training.callbacks.liveness.rehearsal import replace_attribute
 from tests.training.callbacks.asked_run import asked, module_of, refused
 
@@ -58,6 +61,16 @@ def test_choices_that_vary_are_counted() -> None:
     tail, _ = asked(module_of(router=LongTailRouter))
     assert tail["router.choices"].startswith("alive: tokens use 2 to 4 experts")
     assert "router.choices" not in asked(module_of(router=TopKRouter))[0]
+
+
+def test_free_experts_get_their_share() -> None:
+    actions = Actions(revive_dead_experts=ReviveDeadExperts())
+    module = module_of(router=partial(TopKRouter, top_k=2), free=FreeExperts, actions=actions)
+    receipts, points = asked(module)
+    assert receipts["moe.free"].startswith("alive: ")
+    assert " choices of 2 layers go to free experts" in receipts["moe.free"]
+    assert 0 < points["liveness/moe.free"][0][1] < 1
+    assert " of 8 experts have no token here" in receipts["actions.revive_dead_experts"]  # free ones are none of them
 
 
 def test_a_capacity_leaves_pairs_out_or_could() -> None:

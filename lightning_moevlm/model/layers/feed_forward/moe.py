@@ -17,7 +17,7 @@ from lightning_moevlm.model.dispatch import (
     apply_capacity,
     run_everywhere,
 )
-from lightning_moevlm.model.experts import ExpertStack, MLPExperts
+from lightning_moevlm.model.experts import ExpertStack, FreeExperts, MLPExperts, leave_out_free
 from lightning_moevlm.model.layers.attention import Attention
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan, count_parameters
 from lightning_moevlm.model.layers.feed_forward.sub_norm import SubNormedExperts
@@ -39,9 +39,12 @@ class MoEFFN(FeedForward):
         shared: factory (dim, num_shared) -> ExpertStack of experts that every token visits beside its routed ones, with
             weight 1 (DeepSeekMoE, arXiv 2401.06066, section 3.2); null is none.
         num_shared: number of shared experts.
+        free: factory (dim) -> FreeExperts, which the router may choose beside the E others, and which cost nothing;
+            null is none.
 
     Raises:
-        UserError: num_experts or num_shared below 1, or a dispatcher that could not serve the capacity.
+        UserError: num_experts or num_shared below 1, a dispatcher that could not serve the capacity, or free experts
+            with a router that cannot choose them.
     """
 
     precision = PrecisionPolicy()
@@ -56,6 +59,7 @@ class MoEFFN(FeedForward):
         dispatcher: Dispatcher | None = None,
         shared: Callable[[int, int], ExpertStack] | None = None,
         num_shared: int = 1,
+        free: Callable[[int], FreeExperts] | None = None,
     ) -> None:
         super().__init__()
         if num_experts < 1:
@@ -64,7 +68,10 @@ class MoEFFN(FeedForward):
             raise UserError(f"moe.num_shared is {num_shared}: choose at least 1, or leave moe.shared null for none")
         self.dim = dim
         self.num_experts = num_experts
-        self.router = router(dim, num_experts)
+        self.free = None if free is None else free(dim)
+        num_free = 0 if self.free is None else self.free.num_free
+        self.router = router(dim, num_experts + num_free)
+        self.router.set_free(num_free)
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
         self.factor_in_force: Tensor | None = None  # the capacity factor of the current step, if it changes
@@ -96,8 +103,8 @@ class MoEFFN(FeedForward):
                     None if layout.identity_BS is None else layout.identity_BS.reshape(-1),
                 )
             )
-        if self.capacity is not None and isinstance(plan, PairPlan):  # slots are never over it
-            plan = apply_capacity(plan, self.capacity, self.training, self.factor_in_force)
+        if isinstance(plan, PairPlan):  # slots are never over a capacity
+            plan = self._limit(plan)
         out_TD = self._compute(plan, tokens_TD)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
@@ -118,7 +125,7 @@ class MoEFFN(FeedForward):
         return Costs(
             router=float(self.router.forward_flops_per_token() * total),
             experts=float(experts),
-            kept_by_norms=2.0 * total * self.num_experts,
+            kept_by_norms=2.0 * total * self.router.num_experts,
             kept_by_products=float(total * self.dim + kept),
         )
 
@@ -128,11 +135,22 @@ class MoEFFN(FeedForward):
 
     def idle_parameters(self) -> float:
         """Parameters of the experts that a token does not visit."""
-        return count_parameters(self.experts) * (1 - min(1.0, self.router.experts_per_token / self.num_experts))
+        return count_parameters(self.experts) * (1 - min(1.0, self.router.computing_per_token / self.num_experts))
 
     def num_plans(self, modalities: Collection[Modality]) -> int:
         """One."""
         return 1
+
+    def _limit(self, plan: PairPlan) -> PairPlan:
+        """Apply the capacity; free experts have none."""
+        if self.capacity is None:
+            return plan
+        if self.free is None:
+            return apply_capacity(plan, self.capacity, self.training, self.factor_in_force)
+        others = leave_out_free(plan, self.free.num_free)
+        limited = apply_capacity(others, self.capacity, self.training, self.factor_in_force)
+        free_N = plan.kept_N & ~others.kept_N
+        return plan._replace(kept_N=limited.kept_N | free_N, capacity_T=limited.capacity_T)
 
     def _compute(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
         if self.precision.dtype_of("experts") is None:
@@ -141,7 +159,13 @@ class MoEFFN(FeedForward):
             return self._run(plan, cast(tokens_TD)).to(tokens_TD.dtype)
 
     def _run(self, plan: RoutingPlan, tokens_TD: Tensor) -> Tensor:
-        out_TD = self.dispatcher(plan, tokens_TD, self._add_norm(self.experts, self.hidden_norm))
+        experts = self._add_norm(self.experts, self.hidden_norm)
+        if self.free is None:
+            out_TD = self.dispatcher(plan, tokens_TD, experts)
+        else:
+            assert isinstance(plan, PairPlan), "checked by the router"
+            out_TD = self.dispatcher(leave_out_free(plan, self.free.num_free), tokens_TD, experts)
+            out_TD = out_TD + self.free(plan, tokens_TD)
         if self.shared is None:
             return out_TD
         shared_TD = run_everywhere(tokens_TD, self._add_norm(self.shared, self.shared_hidden_norm))

@@ -8,6 +8,9 @@ Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), used by DeepSeek-
 The bias is a buffer: it is in the checkpoint, takes no gradient and no weight decay. It moves on the counts of the
 step before, so no token sees the future. Only differences of b matter; recentring keeps their mean at 0. With a bias
 per modality, each modality's load is evened out on its own, as LIMoE's losses do (arXiv 2206.02770, section 2.2).
+Where some experts are free (`MoEFFN.free`) only the others' biases move, each towards k' / (k (E - free)) of the pairs:
+k' = target_k of the k experts of a token compute then, on average. With the proportional update this is LongCat-Flash's
+controller (arXiv 2509.01322, section 2: delta b = mu (K_e / (K N) - T_i / (K T)), its K_e is target_k).
 With `groups` the top-k is among the experts of a token's best groups, by s + b, as in DeepSeek-V3. The sigmoid may be
 another score function (`scores`), and weights may have a score of their own.
 """
@@ -45,11 +48,13 @@ class SigmoidBiasRouter(LinearRouter):
         groups: limit a token to the experts of its best groups; null: all experts.
         score: function of the logits that choices are made by; null is the sigmoid.
         weight_score: function of the logits that weights are made of; null is that of the choice.
+        target_k: with free experts, how many others a token uses on average, below top_k; null steers to equal loads.
         gate: jitter, dropout, temperature, initial scale.
 
     Raises:
-        UserError: top_k outside 1..E, a negative update_rate, groups that do not fit, or QuantileUpdate where no expert
-            is left to compete for a place, with groups, or with scores above 1.
+        UserError: top_k outside 1..E, a negative update_rate, groups or target_k that do not fit, QuantileUpdate where
+            no expert is left to compete for a place, with groups, or with scores above 1, or SMEBU or QuantileUpdate
+            with free experts.
     """
 
     bias_AE: Tensor
@@ -68,6 +73,7 @@ class SigmoidBiasRouter(LinearRouter):
         groups: GroupLimit | None = None,
         score: Literal["softmax", "sqrt_softplus"] | None = None,
         weight_score: Score | None = None,
+        target_k: float | None = None,
         gate: Gate = Gate(),
     ) -> None:
         super().__init__(dim, num_experts, gate)
@@ -84,6 +90,7 @@ class SigmoidBiasRouter(LinearRouter):
         self.groups = groups
         self.score: Score = score or "sigmoid"
         self.weight_score: Score = weight_score or self.score
+        self.target_k = target_k
         rows = len(Modality) if per_modality else 1
         self.register_buffer("bias_AE", torch.zeros(rows, num_experts, dtype=torch.float32))
         if isinstance(update, SMEBU):
@@ -91,6 +98,31 @@ class SigmoidBiasRouter(LinearRouter):
         if isinstance(update, QuantileUpdate):
             self._check_quantiles()
             self.tally_size = rows * num_experts * update.num_bins
+
+    @property
+    def computing_per_token(self) -> float:
+        """target_k, which the bias steers to; without it as of equal loads."""
+        return super().computing_per_token if self.target_k is None else self.target_k
+
+    def set_free(self, num_free: int) -> None:
+        """Leave the bias of the last experts alone.
+
+        Raises:
+            UserError: target_k without free experts or not below top_k, or an update that knows no free experts.
+        """
+        super().set_free(num_free)
+        if self.target_k is not None:
+            if not num_free:
+                raise UserError(
+                    "router.target_k steers how many choices are not free, and no expert is: set moe.free, or "
+                    "router.target_k to null"
+                )
+            check_number("router.target_k", self.target_k, above=0, below=self.top_k, advice=", the top_k")
+        if num_free and not isinstance(self.update, str):
+            raise UserError(
+                f"router.update {type(self.update).__name__} makes the loads of all experts equal, free ones too: "
+                "choose proportional or sign, or set moe.free to null"
+            )
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens; probs_TE are the scores divided by their sum, so that losses see a distribution."""
@@ -114,7 +146,8 @@ class SigmoidBiasRouter(LinearRouter):
             return super().tally(plan)
         row_T = plan.modality_T if self.per_modality else torch.zeros_like(plan.modality_T)
         scores_TE, num_bins = score_logits(plan.logits_TE, self.score), self.update.num_bins
-        return count_required_bias(scores_TE, self.bias_AE, row_T, plan.valid_T, self.top_k, num_bins).flatten()
+        bias_AE = self.bias_AE.float()
+        return count_required_bias(scores_TE, bias_AE, row_T, plan.valid_T, self.top_k, num_bins).flatten()
 
     @torch.no_grad()
     def rebalance(self, load_AE: Tensor, tally: Tensor) -> None:
@@ -124,17 +157,22 @@ class SigmoidBiasRouter(LinearRouter):
         load_AE = (load_AE if self.per_modality else load_AE.sum(dim=0, keepdim=True)).float()
         if isinstance(self.update, QuantileUpdate):
             histogram_AEN = tally.view(*self.bias_AE.shape, self.update.num_bins)
-            solved_AE = solve_bias(histogram_AEN, self.bias_AE, self.top_k / self.num_experts)
-            self.bias_AE.lerp_(solved_AE, 1 - self.update.memory)
+            bias_AE = self.bias_AE.float()
+            solved_AE = solve_bias(histogram_AEN, bias_AE, self.top_k / self.num_experts)
+            self.bias_AE.copy_(bias_AE.lerp(solved_AE, 1 - self.update.memory))
         elif isinstance(self.update, SMEBU):
-            momentum_AE = next_momentum(load_AE, self.momentum_AE, self.update_rate, self.update)
+            momentum_AE = next_momentum(load_AE, self.momentum_AE.float(), self.update_rate, self.update)
             seen_A1 = load_AE.sum(dim=1, keepdim=True) > 0
-            self.momentum_AE.copy_(torch.where(seen_A1, momentum_AE, self.momentum_AE))
+            self.momentum_AE.copy_(torch.where(seen_A1, momentum_AE, self.momentum_AE.float()))
             self.bias_AE += momentum_AE * seen_A1
         else:
-            mean_A1 = load_AE.mean(dim=1, keepdim=True)
-            shortfall_AE = mean_A1 - load_AE
-            direction_AE = shortfall_AE.sign() if self.update == "sign" else shortfall_AE / mean_A1.clamp(min=1)
+            aim_A1 = load_AE.mean(dim=1, keepdim=True)
+            if self.target_k is not None:
+                num_others = self.num_experts - self.num_free
+                aim_A1 = load_AE.sum(dim=1, keepdim=True) * (self.target_k / (self.top_k * num_others))
+            shortfall_AE = aim_A1 - load_AE
+            direction_AE = shortfall_AE.sign() if self.update == "sign" else shortfall_AE / aim_A1.clamp(min=1)
+            direction_AE[:, self.num_experts - self.num_free :] = 0
             self.bias_AE += self.update_rate * direction_AE
         if self.recentre:
             self.bias_AE -= self.bias_AE.mean(dim=1, keepdim=True)

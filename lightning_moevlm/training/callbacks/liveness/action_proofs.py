@@ -202,7 +202,7 @@ def _revive(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     smallest = min(layers.values(), key=lambda layer: sum(p.numel() for p in layer.parameters()))
     if trainer.global_step == 0 and smallest.num_experts > 1:
         holder = _LayerCopy(smallest, copy.deepcopy(smallest.router), copy.deepcopy(smallest.experts))
-        chosen_AE = torch.ones_like(rehearsal.counts[smallest.path].chosen_AE)
+        chosen_AE = torch.ones_like(rehearsal.counts[smallest.path].chosen_AE[:, : smallest.num_experts])
         chosen_AE[:, -1] = 0
         before = holder.layer.experts.stacks()[0][-1].clone()
         reviver = ExpertReviver(options)
@@ -213,7 +213,10 @@ def _revive(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
         reviver.after_step(holder.training(), StepFacts(options.every_n_steps, {"layer": counts}, {}, None))
         if torch.equal(before, holder.layer.experts.stacks()[0][-1]):
             return switch.dead("on a copy an expert without tokens stays what it was", "fix the action")
-    empty = sum(int((counts.chosen_AE.sum(dim=0) == 0).sum()) for counts in rehearsal.counts.values())
+    empty = sum(
+        int((rehearsal.counts[path].chosen_AE[:, : layer.num_experts].sum(dim=0) == 0).sum())
+        for path, layer in layers.items()
+    )
     experts = sum(layer.num_experts for layer in layers.values())
     what = f"{empty} of {experts} experts have no token here; {options.idle_steps} steps in a row make one dead"
     return switch.is_("idle", what, float(empty))

@@ -3,6 +3,7 @@
     gate.jitter, gate.dropout   the router's logits with the noise, and without any
     gate.temperature            the router's logits with it, and with a temperature of 1
     router.choices              tokens use different numbers of experts, where the router says that they may
+    moe.free                    a share of the choices go to free experts
     moe.capacity                it drops pairs here; if not, a capacity of one place per expert does, so the layer is
                                 known to respect its capacity
 
@@ -47,6 +48,9 @@ def routing_receipts(rehearsal: Rehearsal) -> list[Receipt]:
     varying = [path for path, layer in ran.items() if isinstance(layer, Router) and layer.choices_vary]
     if varying:
         receipts.append(_choices(rehearsal, varying))
+    free = [path for path, layer in ran.items() if isinstance(layer, MoEFFN) and layer.free is not None]
+    if free:
+        receipts.append(_free(rehearsal, free))
     limited = {path: layer for path, layer in ran.items() if isinstance(layer, MoEFFN) and _limits(layer)}
     if limited:
         receipts.append(_capacity(rehearsal, limited))
@@ -92,6 +96,22 @@ def _choices(rehearsal: Rehearsal, varying: list[str]) -> Receipt:
     least, most, mean = int(used.min()), int(used.max()), float(used.float().mean())
     evidence = f"tokens use {least} to {most} experts, {mean:.2f} on average, by {len(varying)} routers"
     return switch.is_("alive" if least < most else "idle", evidence, mean)
+
+
+def _free(rehearsal: Rehearsal, paths: list[str]) -> Receipt:
+    switch, chosen, taken = Switch("moe.free", "routing"), 0, 0
+    for path in paths:
+        layer, load_E = (
+            rehearsal.module.get_submodule(path),
+            rehearsal.calls[path].output.plans[0].plan.chosen_loads()[0],
+        )
+        assert isinstance(layer, MoEFFN)
+        chosen += int(load_E.sum())
+        taken += int(load_E[layer.num_experts :].sum())
+    if not chosen:
+        return switch.is_("unproven", "no layer with it chose experts on this batch")
+    evidence = f"{taken} of {chosen} choices of {len(paths)} layers go to free experts"
+    return switch.is_("alive" if taken else "idle", evidence, taken / chosen)
 
 
 def _capacity(rehearsal: Rehearsal, layers: dict[str, MoEFFN]) -> Receipt:

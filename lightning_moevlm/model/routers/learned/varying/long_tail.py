@@ -63,7 +63,7 @@ class LongTailRouter(LinearRouter):
 def find_tail(probs_TE: Tensor, patch_T: Tensor, num_sequences: int) -> Tensor:
     """Return which patches have a variance over experts above the mean of their sample's patches: bool (T)."""
     length = len(patch_T) // num_sequences
-    spread_BS = probs_TE.var(dim=-1, correction=0).view(num_sequences, length)
+    spread_BS = (probs_TE - probs_TE.mean(dim=-1, keepdim=True)).square().mean(dim=-1).view(num_sequences, length)
     patch_BS = patch_T.view(num_sequences, length)
     sum_B1 = (spread_BS * patch_BS).sum(dim=-1, keepdim=True)
     mean_B1 = sum_B1 / patch_BS.sum(dim=-1, keepdim=True).clamp(min=1)
