@@ -136,6 +136,9 @@ QK_CLIPPED_HEADS = MetricKey(
 )
 REVIVED_EXPERTS = MetricKey("action/revived_experts/{layer}", "experts revived", "experts", "neither")
 ROUTER_FROZEN = MetricKey("action/router_frozen", "routers frozen from here on", "", "neither")
+ANTICIPATED_ROUTING = MetricKey(
+    "action/anticipated_routing", "experts chosen by older routers from here on (1), or no longer (0)", "", "neither"
+)
 ROLLBACK = MetricKey("action/rollback_to_step", "rolled back to the state after step", "optimiser steps", "neither")
 
 LIVENESS = MetricKey("liveness/{switch}", "by how much a switch acts", "unit of the switch", "neither")

@@ -35,6 +35,7 @@ class RoutingInput(NamedTuple):
     modality_T: int64, `Modality` values.
     valid_T: bool, False on padding.
     identity_T: int64, token id or patch code; None if no router reads it.
+    expert_TK: int64, experts chosen elsewhere, for routers that take choices; None lets the router choose.
     """
 
     tokens_TD: Tensor
@@ -42,6 +43,7 @@ class RoutingInput(NamedTuple):
     valid_T: Tensor
     num_sequences: int = 1
     identity_T: Tensor | None = None
+    expert_TK: Tensor | None = None
 
 
 class PairPlan(NamedTuple):

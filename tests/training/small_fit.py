@@ -24,7 +24,7 @@ from lightning_moevlm.model.losses import AuxiliaryLosses
 from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.model.routers import Router, TopKRouter
 from lightning_moevlm.training import Actions, StepOutput, VisionLanguageModule
-from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
+from lightning_moevlm.training.actions import AnticipateRouting, FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from tests.small_model import pair_batch, small_vl_moe
 
 RouterFactory = Callable[[int, int], Router]
@@ -120,6 +120,7 @@ def every_action() -> Actions:
         qk_clip=QKClip(threshold=0.05),
         revive_dead_experts=ReviveDeadExperts(idle_steps=3, every_n_steps=1),
         freeze_router=FreezeRouter(after_steps=8),
+        anticipate_routing=AnticipateRouting(delay=2, num_steps=3, spike_threshold=None),
         rollback=Rollback(every_n_steps=2, keep=4, lookback=4, window=8, spike_threshold=None),
     )
 

@@ -1,5 +1,6 @@
 """Routers: turn tokens into plans, and know nothing of experts, losses, metrics or configuration."""
 
+from lightning_moevlm.model.routers.earlier_choices import EarlierChoices
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
 from lightning_moevlm.model.routers.learned.cosine import CosineRouter
@@ -25,6 +26,7 @@ from lightning_moevlm.model.routers.unlearned.modality import ModalityRouter
 __all__ = [
     "SMEBU",
     "CosineRouter",
+    "EarlierChoices",
     "ExpertAxis",
     "ExpertChoiceRouter",
     "FixedRouter",

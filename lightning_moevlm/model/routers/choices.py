@@ -43,6 +43,16 @@ def make_plan(
     )
 
 
+def choose_experts(scores_TE: Tensor, top_k: int, inputs: RoutingInput) -> Tensor:
+    """Return the experts with the largest scores, int64 (T, K), or those that were chosen elsewhere."""
+    return scores_TE.topk(top_k, dim=-1).indices if inputs.expert_TK is None else inputs.expert_TK
+
+
+def list_choices(plan: PairPlan) -> Tensor:
+    """Return the experts of each token, int64 (T, K), of a plan that `make_plan` made."""
+    return plan.expert_N.view(-1, plan.num_tokens).t()
+
+
 def check_top_k(top_k: int, most: int, key: str = "top_k", limit: str = "num_experts", least: int = 1) -> None:
     """Refuse a number of choices that the experts cannot serve.
 

@@ -35,6 +35,7 @@ class Router(Module):
     never_starves: every expert always has the same work, so none can be dead.
     reads_identity: needs token ids and patch codes (`RoutingInput.identity_T`), which models compute only for it.
     adds_noise: its plans of training steps carry noisy logits and the noise's std.
+    takes_choices: it weighs experts that were chosen elsewhere (`RoutingInput.expert_TK`) by its own scores.
     mixes: its plans are `MixPlan`s: slots of mixed tokens, without choices.
     tally_size: number of counts that `rebalance` needs beside the loads, see `tally`.
     num_free: number of its experts, the last ones, that compute nothing, see `set_free`.
@@ -46,6 +47,7 @@ class Router(Module):
     never_starves = False
     reads_identity = False
     adds_noise = False
+    takes_choices = False
     mixes = False
     tally_size = 0
     num_free = 0

@@ -1,6 +1,7 @@
-"""Actions on a model, once per optimiser step: QK-clip, revival of experts, frozen routers, rollback."""
+"""Actions on a model, once per optimiser step: QK-clip, revival of experts, frozen and older routers, rollback."""
 
 from lightning_moevlm.training.actions.action import Action
+from lightning_moevlm.training.actions.anticipate_routing import AnticipateRouting
 from lightning_moevlm.training.actions.freeze_router import FreezeRouter
 from lightning_moevlm.training.actions.options import Actions, build_actions
 from lightning_moevlm.training.actions.qk_clip import QKClip
@@ -12,6 +13,7 @@ __all__ = [
     "Action",
     "ActionRunner",
     "Actions",
+    "AnticipateRouting",
     "FreezeRouter",
     "QKClip",
     "ReviveDeadExperts",

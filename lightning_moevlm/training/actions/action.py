@@ -91,6 +91,10 @@ class Action(ABC):
     def after_step(self, training: Training, facts: StepFacts) -> dict[str, float]:
         """Act, and return events by metric key; empty without any."""
 
+    def after_rollback(self) -> dict[str, float]:
+        """Act in place of `after_step` where a rollback has restored the model and this action's state."""
+        return {}
+
     def pending(self) -> dict[str, float]:
         """Return the counts on the device since the last call; called on logging steps."""
         return {}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.training.actions.action import Action
+from lightning_moevlm.training.actions.anticipate_routing import AnticipateRouting, RoutingAnticipator
 from lightning_moevlm.training.actions.capacity_factors import CapacityFactors, find_changing_layers
 from lightning_moevlm.training.actions.freeze_router import FreezeRouter, RouterFreezer
 from lightning_moevlm.training.actions.qk_clip import QKClip, QKClipper
@@ -21,12 +22,14 @@ class Actions:
         revive_dead_experts: restarts experts without tokens as noisy copies of busy ones.
         freeze_router: freezes routers after some steps.
         rollback: restores an earlier state after a loss spike.
+        anticipate_routing: lets older routers choose experts for a while after a loss spike.
     """
 
     qk_clip: QKClip | None = None
     revive_dead_experts: ReviveDeadExperts | None = None
     freeze_router: FreezeRouter | None = None
     rollback: Rollback | None = None
+    anticipate_routing: AnticipateRouting | None = None
 
 
 def build_actions(options: Actions, backbone: Backbone) -> dict[str, Action]:
@@ -50,6 +53,9 @@ def build_actions(options: Actions, backbone: Backbone) -> dict[str, Action]:
     if options.revive_dead_experts is not None:
         options.revive_dead_experts.check(backbone)
         actions["revive_dead_experts"] = ExpertReviver(options.revive_dead_experts, last_step)
+    if options.anticipate_routing is not None:
+        options.anticipate_routing.check(backbone)
+        actions["anticipate_routing"] = RoutingAnticipator(options.anticipate_routing, backbone)
     if options.rollback is not None:
         actions["rollback"] = SnapshotRing(options.rollback)
     return actions

@@ -20,7 +20,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
@@ -125,7 +125,7 @@ class SnapshotRing(Action):
         loss = float(facts.loss)
         if not math.isfinite(loss):
             return {}
-        self._losses = [*self._losses, loss][-self._options.window :]
+        self._losses = add_good_loss(self._losses, loss, self._options.window)
         if self.can_roll_back and facts.step % self._options.every_n_steps == 0:
             self._ring = [*self._ring, take_snapshot(training, facts.step, self._losses)][-self._options.keep :]
         return {}
@@ -141,7 +141,24 @@ class SnapshotRing(Action):
         self._done = int(state["done"])
 
 
-def is_bad(loss: float, good: Sequence[float], options: Rollback) -> bool:
+class SpikeRule(Protocol):
+    """The options of the rule at the top of this file."""
+
+    @property
+    def spike_threshold(self) -> float | None:
+        """Standard deviations above the mean."""
+
+    @property
+    def window(self) -> int:
+        """Good losses in mean and std."""
+
+
+def add_good_loss(good: Sequence[float], loss: float, window: int) -> list[float]:
+    """Return the last good losses, with this one."""
+    return [*good, loss][-window:]
+
+
+def is_bad(loss: float, good: Sequence[float], options: SpikeRule) -> bool:
     """Apply the rule at the top of this file."""
     if not math.isfinite(loss):
         return True

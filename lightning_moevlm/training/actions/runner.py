@@ -84,6 +84,9 @@ class ActionRunner(Callback):
         if not events:
             for action in self._actions.values():
                 events |= action.after_step(training, facts)
+        else:
+            for action in self._actions.values():
+                events |= action.after_rollback()
         self._prepare(step)
         if is_logging_step(trainer, step):
             for action in self._actions.values():

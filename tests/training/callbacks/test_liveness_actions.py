@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.batch import Batch
@@ -14,9 +15,9 @@ from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.layers import Attention, ModelStabilisers
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import Draws, MaskedModelling
-from lightning_moevlm.model.routers import SMEBU, QuantileUpdate, SigmoidBiasRouter
+from lightning_moevlm.model.routers import SMEBU, QuantileUpdate, SigmoidBiasRouter, TopKRouter
 from lightning_moevlm.training import Actions
-from lightning_moevlm.training.actions import FreezeRouter, QKClip, ReviveDeadExperts, Rollback
+from lightning_moevlm.training.actions import AnticipateRouting, FreezeRouter, QKClip, ReviveDeadExperts, Rollback
 from lightning_moevlm.training.callbacks import Liveness
 from lightning_moevlm.training.callbacks.liveness.rehearsal import replace_attribute
 from lightning_moevlm.training.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
@@ -110,6 +111,28 @@ def test_the_balancing_state_is_alive_and_off_without_a_rate() -> None:
         assert receipts["actions.rebalance"].startswith("alive: state moves by up to ")
     still, _ = asked(module_of(router=partial(SigmoidBiasRouter, update_rate=0.0)))
     assert still["actions.rebalance"] == "off: the routers' update_rate is 0 (step 0)"
+
+
+class IgnoresChoices(TopKRouter):
+    """Chooses by itself alone."""
+
+    def forward(self, inputs: Any) -> Any:
+        return super().forward(inputs._replace(expert_TK=None))
+
+
+def test_older_routers_are_alive_while_they_choose_and_dead_where_a_router_ignores_them() -> None:
+    always = Actions(anticipate_routing=AnticipateRouting(delay=2, num_steps=None))
+    fast = partial(AdamW, lr=3e-2)
+    receipts, _ = asked(module_of(actions=always, optimizer=fast), steps=4)
+    assert receipts["actions.anticipate_routing"].startswith("alive: routers of step 1 choose 0.")
+    waiting = Actions(anticipate_routing=AnticipateRouting(delay=2))
+    receipts, _ = asked(module_of(actions=waiting, optimizer=fast), steps=4)
+    assert receipts["actions.anticipate_routing"].startswith("idle: no spike; routers of step 1 would choose 0.")
+    refused(
+        module_of(actions=always, router=IgnoresChoices),
+        "actions.anticipate_routing",
+        "takes other experts than those that were chosen for it",
+    )
 
 
 class StandsStill(SigmoidBiasRouter):

@@ -75,6 +75,7 @@ class MoEFFN(FeedForward):
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
         self.factor_in_force: Tensor | None = None  # the capacity factor of the current step, if it changes
+        self.choose: Callable[[RoutingInput], Tensor] | None = None  # experts (T, K) in training; None: the router
         self.shared = None if shared is None else shared(dim, num_shared)
         self.dispatcher = dispatcher or AutoDispatcher()
         self.dispatcher.check(capacity)
@@ -94,15 +95,16 @@ class MoEFFN(FeedForward):
         tokens_TD = tokens_BSD.reshape(batch * length, dim)
         modality_T = layout.modality_S.expand(batch, length).reshape(-1)
         with region(self.precision, "router", tokens_TD.device.type) as cast:
-            plan: RoutingPlan = self.router(
-                RoutingInput(
-                    cast(tokens_TD),
-                    modality_T,
-                    layout.valid_BS.reshape(-1),
-                    batch,
-                    None if layout.identity_BS is None else layout.identity_BS.reshape(-1),
-                )
+            inputs = RoutingInput(
+                cast(tokens_TD),
+                modality_T,
+                layout.valid_BS.reshape(-1),
+                batch,
+                None if layout.identity_BS is None else layout.identity_BS.reshape(-1),
             )
+            if self.choose is not None and self.training:
+                inputs = inputs._replace(expert_TK=self.choose(inputs))
+            plan: RoutingPlan = self.router(inputs)
         if isinstance(plan, PairPlan):  # slots are never over a capacity
             plan = self._limit(plan)
         out_TD = self._compute(plan, tokens_TD)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, make_plan
+from lightning_moevlm.model.routers.choices import check_top_k, choose_experts, make_plan
 from lightning_moevlm.model.routers.gate import Gate, refuse_zero_start
 from lightning_moevlm.model.routers.router import ExpertAxis, Router
 
@@ -30,6 +30,8 @@ class CosineRouter(Router):
     Raises:
         UserError: top_k outside 1..E, a space without dimensions, or a gate that starts at 0.
     """
+
+    takes_choices = True
 
     def __init__(
         self,
@@ -76,5 +78,5 @@ class CosineRouter(Router):
         if self.scale is not None:
             logits_TE = logits_TE * self.scale.float()
         probs_TE = logits_TE.softmax(dim=-1)
-        weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
-        return make_plan(inputs, logits_TE, probs_TE, expert_TK, weight_TK)
+        expert_TK = choose_experts(probs_TE, self.top_k, inputs)
+        return make_plan(inputs, logits_TE, probs_TE, expert_TK, probs_TE.gather(-1, expert_TK))

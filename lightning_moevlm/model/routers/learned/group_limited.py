@@ -7,7 +7,7 @@ DeepSeek-V2 (arXiv 2405.04434, section 2.2.2). DeepSeek-V3 limits groups too, by
 """
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import make_plan
+from lightning_moevlm.model.routers.choices import choose_experts, make_plan
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
 from lightning_moevlm.model.routers.router import LinearRouter
@@ -27,6 +27,8 @@ class GroupLimitedRouter(LinearRouter):
         UserError: numbers that do not fit each other.
     """
 
+    takes_choices = True
+
     def __init__(
         self, dim: int, num_experts: int, top_k: int = 2, groups: GroupLimit = GroupLimit(), gate: Gate = Gate()
     ) -> None:
@@ -39,5 +41,5 @@ class GroupLimitedRouter(LinearRouter):
         """Route T tokens to K experts each."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         probs_TE = logits_TE.softmax(dim=-1)
-        expert_TK = self.groups.limit_scores(probs_TE.detach()).topk(self.top_k, dim=-1).indices
+        expert_TK = choose_experts(self.groups.limit_scores(probs_TE.detach()), self.top_k, inputs)
         return make_plan(inputs, logits_TE, probs_TE, expert_TK, probs_TE.gather(-1, expert_TK))

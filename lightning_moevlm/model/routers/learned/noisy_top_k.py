@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_renormalise, check_top_k, make_plan, renormalise_weights
+from lightning_moevlm.model.routers.choices import (
+    check_renormalise,
+    check_top_k,
+    choose_experts,
+    make_plan,
+    renormalise_weights,
+)
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.router import LinearRouter
 
@@ -33,6 +39,8 @@ class NoisyTopKRouter(LinearRouter):
     Raises:
         UserError: top_k outside 1..E, a negative noise_scale, or renormalise with top_k = 1.
     """
+
+    takes_choices = True
 
     def __init__(
         self,
@@ -64,7 +72,8 @@ class NoisyTopKRouter(LinearRouter):
         std_TE = self._noise_std(inputs.tokens_TD, logits_TE) if self.training else None
         noisy_TE = None if std_TE is None else logits_TE + torch.randn_like(logits_TE) * std_TE
         probs_TE = (logits_TE if noisy_TE is None else noisy_TE).softmax(dim=-1)
-        weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
+        expert_TK = choose_experts(probs_TE, self.top_k, inputs)
+        weight_TK = probs_TE.gather(-1, expert_TK)
         if self.renormalise:
             weight_TK = renormalise_weights(weight_TK)
         return make_plan(

@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, make_plan, renormalise_weights
+from lightning_moevlm.model.routers.choices import check_top_k, choose_experts, make_plan, renormalise_weights
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.group_limit import GroupLimit
 from lightning_moevlm.model.routers.quantile_update import QuantileUpdate, count_required_bias, solve_bias
@@ -57,6 +57,7 @@ class SigmoidBiasRouter(LinearRouter):
             with free experts.
     """
 
+    takes_choices = True
     bias_AE: Tensor
     momentum_AE: Tensor
 
@@ -132,7 +133,7 @@ class SigmoidBiasRouter(LinearRouter):
         steered_TE = scores_TE.detach() + bias_TE
         if self.groups is not None:
             steered_TE = self.groups.limit_scores(steered_TE)
-        expert_TK = steered_TE.topk(self.top_k, dim=-1).indices
+        expert_TK = choose_experts(steered_TE, self.top_k, inputs)
         weights_TE = scores_TE if self.weight_score == self.score else score_logits(logits_TE, self.weight_score)
         weight_TK = weights_TE.gather(-1, expert_TK)
         if self.renormalise:

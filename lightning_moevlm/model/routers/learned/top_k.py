@@ -8,7 +8,13 @@ the chosen logits alone, so "softmax after selection" is the same switch.
 """
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_renormalise, check_top_k, make_plan, renormalise_weights
+from lightning_moevlm.model.routers.choices import (
+    check_renormalise,
+    check_top_k,
+    choose_experts,
+    make_plan,
+    renormalise_weights,
+)
 from lightning_moevlm.model.routers.gate import Gate
 from lightning_moevlm.model.routers.router import LinearRouter
 
@@ -28,6 +34,8 @@ class TopKRouter(LinearRouter):
         UserError: top_k outside 1..E, or renormalise with top_k = 1.
     """
 
+    takes_choices = True
+
     def __init__(
         self, dim: int, num_experts: int, top_k: int = 1, renormalise: bool = False, gate: Gate = Gate()
     ) -> None:
@@ -41,7 +49,8 @@ class TopKRouter(LinearRouter):
         """Route T tokens to K experts each."""
         logits_TE = self.gate.logits(inputs.tokens_TD, self.weight_ED, self.training)
         probs_TE = logits_TE.softmax(dim=-1)
-        weight_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
+        expert_TK = choose_experts(probs_TE, self.top_k, inputs)
+        weight_TK = probs_TE.gather(-1, expert_TK)
         if self.renormalise:
             weight_TK = renormalise_weights(weight_TK)
         return make_plan(inputs, logits_TE, probs_TE, expert_TK, weight_TK)

@@ -6,6 +6,8 @@
     revive_dead_experts  counts reach it; in a copy of a layer a long idle expert gets other weights
     freeze_router        a copy of a router keeps its gradients until the step and loses them after it; past that step
                          the run's router weights stand still
+    anticipate_routing   layers take experts that were chosen elsewhere; the run has older routers, and while they
+                         choose, some pairs are others than the current ones would take
     rollback             a copy goes back after a loss that is not finite; the run has a snapshot to go back to
 
 Until its condition occurs an action is idle, and the receipt says how far off the condition is.
@@ -19,20 +21,21 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_moevlm.contracts.routing_plan import PairPlan
+from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.layers import Attention, AttentionOutput, MoEFFN
 from lightning_moevlm.model.losses import LayerCounts
-from lightning_moevlm.model.routers import SigmoidBiasRouter
+from lightning_moevlm.model.routers import EarlierChoices, SigmoidBiasRouter
 from lightning_moevlm.training.actions import Action
 from lightning_moevlm.training.actions.action import StepFacts, Training
+from lightning_moevlm.training.actions.anticipate_routing import RoutingAnticipator
 from lightning_moevlm.training.actions.freeze_router import RouterFreezer
 from lightning_moevlm.training.actions.qk_clip import QKClipper
 from lightning_moevlm.training.actions.rebalance import find_self_balancing
 from lightning_moevlm.training.actions.revive_experts import ExpertReviver
 from lightning_moevlm.training.actions.rollback import SnapshotRing
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
-from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
+from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, replace_attribute
 
 _FAR = 1e6  # times one move of a balancing state
 _CROWD = 10.0  # on the logits of the expert that all tokens go to
@@ -52,6 +55,7 @@ class ActionProofs:
             "rebalance": _rebalance,
             "revive_dead_experts": _revive,
             "freeze_router": self._freeze,
+            "anticipate_routing": _anticipate,
             "rollback": _rollback,
         }
         active_actions = rehearsal.module.active_actions
@@ -220,6 +224,44 @@ def _revive(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     experts = sum(layer.num_experts for layer in layers.values())
     what = f"{empty} of {experts} experts have no token here; {options.idle_steps} steps in a row make one dead"
     return switch.is_("idle", what, float(empty))
+
+
+def _anticipate(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
+    action = rehearsal.module.active_actions["anticipate_routing"]
+    assert isinstance(action, RoutingAnticipator)
+    if action.chosen_by is None:
+        return switch.dead("the run keeps no router", "fix the code that prepares steps")
+    changed = total = 0
+    for path, layer in rehearsal.module.backbone.named_modules():
+        full_path = f"backbone.{path}"
+        if not isinstance(layer, MoEFFN) or full_path not in rehearsal.calls:
+            continue
+        earlier, own = action.earlier(path), EarlierChoices(layer.router)
+
+        def shifted(inputs: RoutingInput, own: EarlierChoices = own, count: int = layer.router.num_experts) -> Tensor:
+            return (own(inputs) + 1) % count
+
+        plans = []
+        for choose in (own, shifted, earlier):
+            with replace_attribute(layer, "choose", choose):
+                plans.append(rehearsal.layer(full_path).plans[0].plan)
+        by_itself, moved, by_earlier = plans
+        if not torch.equal(moved.expert_N, (by_itself.expert_N + 1) % layer.router.num_experts):
+            return switch.dead(
+                f"{full_path} takes other experts than those that were chosen for it",
+                "let its router take choices, or set model.actions.anticipate_routing to null",
+            )
+        changed += int(((by_earlier.expert_N != by_itself.expert_N) & by_itself.chosen_N).sum())
+        total += int(by_itself.chosen_N.sum())
+    if not total:
+        return switch.is_("unproven", "no layer with a router ran on this batch")
+    step, share = action.chosen_by, changed / total
+    if not action.is_on:
+        return switch.is_(
+            "idle", f"no spike; routers of step {step} would choose {share:.2g} of pairs otherwise", share
+        )
+    evidence = f"routers of step {step} choose {share:.2g} of pairs otherwise than the current ones"
+    return switch.is_("alive" if changed else "idle", evidence, share)
 
 
 def _rollback(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
