@@ -39,6 +39,9 @@ INTERFACES = {
     ),
     "training/callbacks/liveness/loss_proofs.py": {"_foreach_norm": "torch"},
     "training/callbacks/recording/flight_recorder.py": {"_get_scale_async": "torch.amp:GradScaler"},
+    "training/callbacks/stopping/divergence_guard.py": {
+        "_should_accumulate": "lightning.pytorch.loops.fit_loop:_FitLoop"
+    },
     "training/callbacks/stopping/last_checkpoint.py": {
         "_last_global_step_saved": "lightning.pytorch.callbacks:ModelCheckpoint",
         "_monitor_candidates": "lightning.pytorch.callbacks:ModelCheckpoint",

@@ -33,12 +33,12 @@ def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: st
     write_atomically(Path(json), text)
 
 
-def console() -> "Console":
+def console(to_stderr: bool = False) -> "Console":
     """Return a console; a log file gets a width that tables fit in."""
     from rich.console import Console
 
-    terminal = Console()
-    return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+    terminal = Console(stderr=to_stderr)
+    return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=120, stderr=to_stderr)
 
 
 def print_built(out: str, verb: str | None, manifest: "Manifest") -> None:

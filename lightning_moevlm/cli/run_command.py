@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, auto_cli
 
 from lightning_moevlm.cli import bench, compare, export, parts, sweep
 from lightning_moevlm.cli.data import commands as data
-from lightning_moevlm.cli.runs import spikes, sync
+from lightning_moevlm.cli.runs import replay, spikes, sync
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.messages.parse_errors import short_message
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "sweep": sweep.COMMANDS,
     "compare": compare.compare,
     "export": export.export,
+    "replay": replay.replay,
     "spikes": spikes.spikes,
     "sync": sync.sync,
     "list": parts.list_parts,
@@ -50,6 +51,8 @@ def run_command(arguments: Sequence[str]) -> int:
         words = sweep.expand_shorthand(words)
     if words[0] == "describe":
         words = parts.expand_shorthand(words)
+    if words[0] == "replay":
+        words = replay.expand_shorthand(words)
     if words[0] == "compare":
         words = compare.expand_shorthand(words)
     try:

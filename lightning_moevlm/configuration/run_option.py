@@ -2,9 +2,11 @@
 
 A run is repeated from its record (`config/`: command line and configuration files as they were), so references such as
 `${trainer.max_steps}` follow the options given beside `--run`. `fit` resumes in the same MLflow run; `validate` and
-`test` log to a run of their own, with the tag `evaluates`. A job that SLURM restarts gets `--run` by itself.
+`test` log to a run of their own, with the tag `evaluates`. A job that SLURM restarts gets `--run` by itself. A replay
+(`moevlm replay`) trains some steps of a run again, in a run of its own.
 """
 
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -27,11 +29,15 @@ from lightning_moevlm.training.checkpoints.checkpoint_file import find_best_chec
 
 RUN, CHECKPOINT = "--run", "--ckpt_path"
 _LOGGER = "--trainer.logger.init_args"
+_REPLAY = (
+    *("enable_checkpointing=false", "limit_val_batches=0", "num_sanity_val_steps=0", "enable_progress_bar=false"),
+    *("min_steps=null", "min_epochs=null"),
+)
 _RUN_ID, _URI = f"{_LOGGER}.run_id", f"{_LOGGER}.tracking_uri"
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class RecordedRun:
     """A run on disk."""
 
     folder: Path
@@ -40,6 +46,7 @@ class _Recorded:
 
     @property
     def resolved(self) -> Mapping[str, Any]:
+        """Its whole configuration."""
         return read_yaml((self.config / "config.yaml").read_text(encoding="utf-8"))
 
     @property
@@ -53,6 +60,50 @@ class _Recorded:
                 words[place] = f"{'--config=' if before not in ('-c', '--config') else ''}{next(sources)}"
             before = word
         return words
+
+    @property
+    def checkpoint_folders(self) -> list[Path]:
+        """Folders of its checkpoints, those of the configuration included."""
+        named = [value for key, value in flatten(self.resolved).items() if key.endswith(".dirpath") and value]
+        return [self.folder / "checkpoints", *(Path(str(folder)) for folder in named)]
+
+
+def find_recorded_run(name: str, uri: str | None) -> tuple[RecordedRun, str]:
+    """Return a run that has logged to MLflow, and its store.
+
+    Args:
+        name: its id, name or folder.
+        uri: its store; None is that beside its folder, or the one in force.
+
+    Raises:
+        UserError: the run is not here, has no record of a training, or did not log to MLflow.
+    """
+    run, store = _find(name, uri, "RUN")
+    if not _uses_run_logger(run.resolved):
+        raise UserError(f"RUN is {name}: it has not logged to MLflow (trainer.logger), so there is no run to replay")
+    return run, store
+
+
+def replay_words(
+    run: RecordedRun, store: str, checkpoint: Path | None, run_name: str, tags: Mapping[str, str], given: Sequence[str]
+) -> list[str]:
+    """Return the command line that trains a run again from a checkpoint, or from the start, in a run of its own.
+
+    Nothing is validated or saved, and nothing but the caller's callback ends it early.
+
+    Raises:
+        UserError: the record masks a secret.
+    """
+    words = run.words
+    for option in (CHECKPOINT, _RUN_ID):
+        words = _take(option, words)[1]
+    recorded = run.resolved["trainer"]["logger"].get("init_args") or {}
+    own = [] if recorded.get("tracking_uri") is None else [_URI, store]
+    own += [_RUN_ID, "null", f"{_LOGGER}.run_name", run_name, f"{_LOGGER}.tags", json.dumps(dict(tags))]
+    own += [f"--trainer.{key}" for key in _REPLAY]
+    own += [] if checkpoint is None else [CHECKPOINT, str(checkpoint)]
+    _refuse_masked(run, [*words, *own, *given], given)
+    return ["fit", *words, *own, *given]
 
 
 def expand_run_option(args: Sequence[str]) -> list[str]:
@@ -107,47 +158,45 @@ def find_run_of_checkpoint(words: Sequence[str]) -> Path | None:
     return folder if folder is not None and (folder / "config").is_dir() else None
 
 
-def _find(name: str, uri: str | None) -> tuple[_Recorded, str]:
-    """Return a run and its store."""
+def _find(name: str, uri: str | None, label: str = RUN) -> tuple[RecordedRun, str]:
+    """Return a run and its store. label: names the argument in messages."""
     folder = Path(name)
     if folder.is_dir():
         database = folder.absolute().parent.parent / "mlflow.db"
         beside = f"sqlite:///{database}" if database.exists() else resolve_tracking_uri(None)
-        return _read(folder, name), uri or beside
+        return _read(folder, name, label), uri or beside
     store = resolve_tracking_uri(uri)
     path = sqlite_path(store)
     if path is not None and not path.exists():
         raise UserError(
-            f"{RUN} is {name}: there is no such folder, and no database {path} with run names; give the run's folder, "
-            "or the store in MLFLOW_TRACKING_URI"
+            f"{label} is {name}: there is no such folder, and no database {path} with run names; give the run's "
+            "folder, or the store in MLFLOW_TRACKING_URI"
         )
     rows = choose_runs(store, [name])
     if len(rows) > 1:
         ids = ", ".join(row.run_id[:SHOWN_DIGITS] for row in rows[:4])
-        raise UserError(f"{RUN} is {name}, the name of {len(rows)} runs ({ids}, ...): give one of their ids")
-    return _read(runs_dir(store) / rows[0].experiment_id / rows[0].run_id, name), store
+        raise UserError(f"{label} is {name}, the name of {len(rows)} runs ({ids}, ...): give one of their ids")
+    return _read(runs_dir(store) / rows[0].experiment_id / rows[0].run_id, name, label), store
 
 
-def _read(folder: Path, name: str) -> _Recorded:
+def _read(folder: Path, name: str, label: str) -> RecordedRun:
     if not folder.is_dir():
         raise UserError(
-            f"{RUN} is {name}: its folder {folder} is not on this machine; copy it here and give {RUN} FOLDER"
+            f"{label} is {name}: its folder {folder} is not on this machine; copy it here and give {label} FOLDER"
         )
     configs = sorted(folder.glob("config*/command.txt"), key=lambda path: int(path.parent.suffix[1:] or 0))
     trainings = [path.parent for path in configs if path.read_text(encoding="utf-8").startswith("moevlm fit ")]
     if not trainings:
         raise UserError(
-            f"{RUN} is {name}: {folder} has no record of a training (config/command.txt); give the folder, id or name "
-            f"of a run of `moevlm fit`, or -c CONFIG and {CHECKPOINT} FILE"
+            f"{label} is {name}: {folder} has no record of a training (config/command.txt); give the folder, id or "
+            f"name of a run of `moevlm fit`, or -c CONFIG and {CHECKPOINT} FILE"
         )
-    return _Recorded(folder, trainings[-1])
+    return RecordedRun(folder, trainings[-1])
 
 
-def _checkpoint(run: _Recorded, wanted: str) -> Path:
+def _checkpoint(run: RecordedRun, wanted: str) -> Path:
     """Return the file of `last`, `best` or a file's name, which may be that in the run's folder."""
-    named = [value for key, value in flatten(run.resolved).items() if key.endswith(".dirpath") and value]
-    folders = [run.folder / "checkpoints", *(Path(str(folder)) for folder in named)]
-    found = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
+    found = [path for folder in run.checkpoint_folders for path in sorted(folder.glob("*.ckpt"))]
     last = next((path for path in found if path.name == "last.ckpt"), None)
     if wanted in ("last", "best"):
         chosen = find_best_checkpoint(last) if wanted == "best" and last is not None else last
@@ -164,7 +213,7 @@ def _uses_run_logger(resolved: Mapping[str, Any]) -> bool:
     return isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger")
 
 
-def _logger_words(subcommand: str, run: _Recorded, uri: str) -> list[str]:
+def _logger_words(subcommand: str, run: RecordedRun, uri: str) -> list[str]:
     recorded = run.resolved["trainer"]["logger"].get("init_args") or {}
     words = [] if recorded.get("tracking_uri") is None and uri == resolve_tracking_uri(None) else [_URI, uri]
     run_id = run.folder.name
@@ -175,7 +224,7 @@ def _logger_words(subcommand: str, run: _Recorded, uri: str) -> list[str]:
     return [*words, _RUN_ID, "null", f"{_LOGGER}.run_name", run_name, f"{_LOGGER}.tags", tags]
 
 
-def _refuse_masked(run: _Recorded, words: Sequence[str], given: Sequence[str]) -> None:
+def _refuse_masked(run: RecordedRun, words: Sequence[str], given: Sequence[str]) -> None:
     """Refuse a record that has *** in place of a secret."""
     texts = [*run.config.glob("source*_*")]
     keys = [

@@ -30,6 +30,8 @@ from lightning_moevlm.common.errors import UserError
 FORMAT = "moevlm-recording/1"
 FOLDER = "recordings"
 """Of a run's folder and of its artifacts."""
+REPLAY_FOLDER, REPLAY_FILE = "replay", "steps.safetensors"
+"""Of a replay: the recording of all of its steps."""
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -16,6 +16,11 @@ def training_command(base: tuple[Path, ...], overrides: Path) -> list[str]:
     return [*_PROGRAM, "fit", *configs]
 
 
+def moevlm_command(words: Sequence[str]) -> list[str]:
+    """Return a command line of `moevlm` with these arguments."""
+    return [*_PROGRAM, *words]
+
+
 def run_options(run_id: str, checkpoint: Path | None) -> list[str]:
     """Return the options of a run that writes to an MLflow run, and resumes from a checkpoint if there is one."""
     resume = ["--ckpt_path", str(checkpoint)] if checkpoint else []

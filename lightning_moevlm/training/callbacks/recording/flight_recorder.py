@@ -123,6 +123,7 @@ class FlightRecorder(Callback):
         self._task: dict[str, None] = {}  # terms of the task so far
         self._episode: _Episode | None = None
         self._num_written = 0
+        self._events: list[Event] = []
         self._learning_rate = 0.0
         self._step_seen = trainer.global_step
         self._rollbacks_seen = _num_rollbacks(pl_module)
@@ -194,6 +195,7 @@ class FlightRecorder(Callback):
             self._ring.append(RecordedStep(step, {}, merge_keys(self._keys)))
         line = (str(exception).splitlines() or [""])[0]
         event = Event(step, "exception", mask_url_secrets(f"{type(exception).__name__}: {line}{lost}"))
+        self._events.append(event)
         events = [] if self._episode is None else self._episode.events
         self._write(trainer, _Episode(self._episode.first_step if self._episode else step, step, [*events, event]))
 
@@ -227,6 +229,7 @@ class FlightRecorder(Callback):
         events = [*self._rollbacks, *(event for step in new for event in self._watch.judge(step).events), *more]
         events.sort(key=lambda event: event.step)
         self._rollbacks = []
+        self._events += events
         if events and self._episode is None:
             if self._num_written == self.max_recordings:
                 return
@@ -245,28 +248,34 @@ class FlightRecorder(Callback):
             self._episode = None
 
     def _write(self, trainer: Trainer, episode: _Episode) -> None:
-        logger, folder = _run_logger(trainer), _run_dir(trainer)
-        file = folder / FOLDER / recording_name(episode.first_step)
-        is_new = not file.exists()
+        name = recording_name(episode.first_step)
+        is_new = not (_run_dir(trainer) / FOLDER / name).exists()
+        if self._write_to(trainer, FOLDER, name, episode.events) and is_new:
+            first = episode.events[0]
+            logger = _run_logger(trainer)
+            run = _run_dir(trainer) if logger is None or logger.run_id is None else logger.run_id[:8]
+            what = f"{first.kind} at step {first.step}"
+            rank_zero_info(f"flight recorder: {what} is recorded; `moevlm spikes {run}` explains it")
+
+    def _write_to(self, trainer: Trainer, folder: str, name: str, events: Sequence[Event]) -> bool:
+        """Write the steps and events into a folder of the run and of its artifacts; False if the disk takes nothing."""
+        logger, file = _run_logger(trainer), _run_dir(trainer) / folder / name
         about = {
             "ranks": str(trainer.world_size),
             "micro_batches": str(trainer.accumulate_grad_batches),
             "precision": str(trainer.precision),
             "threads": str(torch.get_num_threads()),
             "device": trainer.strategy.root_device.type,
+            "threshold": str(self.threshold),
         }
         try:
-            write_recording(Recording(tuple(episode.events), tuple(self._ring), about), file)
+            write_recording(Recording(tuple(events), tuple(self._ring), about), file)
         except OSError as error:
             rank_zero_warn(f"flight recorder: {file} cannot be written ({error.strerror}): free disk space")
-            return
+            return False
         if logger is not None:
-            logger.log_file(file, FOLDER)
-        if is_new:
-            first = episode.events[0]
-            what = f"{first.kind} at step {first.step}"
-            run = folder if logger is None or logger.run_id is None else logger.run_id[:8]
-            rank_zero_info(f"flight recorder: {what} is recorded; `moevlm spikes {run}` explains it")
+            logger.log_file(file, folder)
+        return True
 
 
 def _run_logger(trainer: Trainer) -> RunLogger | None:
