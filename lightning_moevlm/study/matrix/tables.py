@@ -193,8 +193,14 @@ def fresh_table(matrix: Matrix) -> Table:
 
 def missing_table(matrix: Matrix) -> Table:
     """Return the runs without a result, by study."""
-    rows = tuple((name, str(len(runs)), ", ".join(runs)) for name, runs in matrix.missing.items())
-    return Table("Missing runs", ("study", "runs", "names"), rows, essential=2)
+    rows = []
+    for name, runs in matrix.missing.items():
+        seeds: dict[str, list[str]] = {}
+        for run in runs:
+            arm, _, seed = run.rpartition("-seed")
+            seeds.setdefault(arm, []).append(seed)
+        rows.append((name, str(len(runs)), ", ".join(f"{arm} ({' '.join(each)})" for arm, each in seeds.items())))
+    return Table("Missing runs", ("study", "runs", "arms (seeds)"), tuple(rows), essential=2)
 
 
 def _notes(row: Row) -> tuple[str, ...]:

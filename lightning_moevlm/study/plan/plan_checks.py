@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.declare.designs.cures import HEALTHY
 from lightning_moevlm.study.declare.study_file import Study
 from lightning_moevlm.study.plan.planned_run import PlannedRun
 from lightning_moevlm.study.plan.run_identity import compute_digest
@@ -19,11 +20,11 @@ def refuse_twins(study: Study, runs: tuple[PlannedRun, ...]) -> None:
         twin = seen.setdefault(run.digest, run)
         if twin is not run and twin.arm != run.arm:
             design = study.comparison.design
-            of_cure = design is not None and design.cure_study is not None and twin.arm == study.comparison.baseline
+            is_optional = design is not None and design.cure_study is not None and run.arm.startswith(HEALTHY)
             raise UserError(
                 f"{study.file}: arms {twin.arm!r} and {run.arm!r} are the same run (digest {run.digest}): "
                 f"{run.arm!r} sets nothing that differs; change a value or "
-                + ("leave the cure out of `on_healthy`" if of_cure else "remove the arm")
+                + ("leave the cure out of `on_healthy`" if is_optional else "remove the arm")
             )
         if twin is not run:
             raise UserError(

@@ -75,7 +75,7 @@ def test_missing_runs_are_named_and_their_cell_is_empty(row) -> None:
     assert alone["clip"].effect is None
     assert alone["warm"].effect is not None
     assert judged.missing == {"fever": ("sick__clip-seed1", "healthy__warm-seed0")}
-    assert missing_table(judged).rows == (("fever", "2", "sick__clip-seed1, healthy__warm-seed0"),)
+    assert missing_table(judged).rows == (("fever", "2", "sick__clip (1), healthy__warm (0)"),)
     assert share_table(judged).rows[0][2] == "missing: 1 runs"
     assert describe_missing(judged).startswith("2 runs have no result yet")
     # the cell that is missing counts in the correction: no other p gets smaller by its absence
