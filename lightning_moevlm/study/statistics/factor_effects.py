@@ -115,7 +115,7 @@ def find_crossing(design: Design | None, arms: Mapping[str, Sequence[FactorLevel
         design: The design that made the arms; None if they were listed.
         arms: The levels of every arm.
     """
-    if design is None or design.kind in _ALONE or len(design.factors) < 2:
+    if design is None or design.kind in (*_ALONE, "cures") or len(design.factors) < 2:
         return None
     contrasts = tuple(
         contrast

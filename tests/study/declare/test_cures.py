@@ -8,6 +8,7 @@ import pytest
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.declare.study_file import Study, read_study
 from lightning_moevlm.study.plan.planned_run import Plan
+from lightning_moevlm.study.statistics.factor_effects import find_crossing
 from tests.study.refusals import assert_refused
 from tests.study.tiny_study import plan_of
 
@@ -64,6 +65,8 @@ def test_arms_of_a_cure_study(write) -> None:
         "healthy__norm": {"norm": True},
     }
     assert study.comparison.baseline == "healthy"
+    # its report compares arms: the combinations are too few for main effects
+    assert find_crossing(study.comparison.design, {arm.name: arm.levels for arm in study.comparison.arms}) is None
     told = {arm.name: arm.description for arm in study.comparison.arms}
     assert told["sick"] == "with the illness fever."
     assert told["sick__warm"] == "with the illness fever; with a warm-up."
