@@ -43,6 +43,7 @@ DATA = sorted(  # of folders; tests/data/storage/test_object_store.py trains fro
     if "root: data/shards/" in path.read_text(encoding="utf-8")
 )
 CALLBACKS = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/callbacks").glob("*.yaml"))
+ILLNESSES = sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "conf/illnesses").glob("*.yaml"))
 LIKE_BASE = ("conf/vl_moe/large.yaml", "conf/limoe/small.yaml", "conf/moma/small.yaml")
 BACKBONE = "--model.backbone.init_args"
 Resolve = Callable[..., dict[str, Any]]
@@ -143,6 +144,22 @@ def test_every_data_configuration_trains_a_step_over_the_file_that_it_names(
     moevlm("fit", *SMALL, "-c", config, "--trainer.fast_dev_run=true")
 
 
+@pytest.mark.parametrize("config", ILLNESSES)
+def test_every_illness_changes_the_healthy_model_and_has_a_study_and_a_row(config: str, resolve: Resolve) -> None:
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    assert f"moevlm fit -c conf/healthy.yaml -c {config}" in text and "Sign: " in text and "Mild: " in text
+    assert resolve("conf/healthy.yaml", config) != resolve("conf/healthy.yaml")
+    studies = "".join(study.read_text(encoding="utf-8") for study in (PROJECT / "ablations/cures").glob("*.yaml"))
+    assert f"illness: [{config}]" in studies
+    assert f"| `{Path(config).name}` | " in (PROJECT / "conf/illnesses/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow  # each is a run; the golden plans build them all
+@pytest.mark.parametrize("config", ILLNESSES)
+def test_every_illness_trains_a_step(config: str, moevlm: Callable[..., str], scenes_root: Path) -> None:
+    moevlm("fit", "-c", "conf/healthy.yaml", "-c", config, "--trainer.fast_dev_run=true", f"--data.root={scenes_root}")
+
+
 def test_an_arm_changes_one_source_and_leaves_the_others(resolver: ConfigResolver) -> None:
     files = [PROJECT / "conf/quickstart.yaml", PROJECT / "conf/data/mixture.yaml"]
     before = resolver(files, {})["data"]["sources"]
@@ -239,7 +256,8 @@ def test_a_variant_of_a_family_costs_what_its_model_costs(config: str, describe:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_evaluation_is_dropless_as_shipped(config: str, resolve: Resolve) -> None:
     capacity = resolve(config)["model"]["backbone"]["init_args"]["moe"]["init_args"]["capacity"]
-    if config.startswith(("conf/moma", "conf/decoder")):  # experts choose; two experts per token in a causal model
+    # experts choose; two experts per token in a causal model; illnesses alone drop tokens
+    if config.startswith(("conf/moma", "conf/decoder", "conf/healthy")):
         assert capacity is None
     else:
         assert capacity["train_factor"] == 1.25 and capacity["eval_factor"] is None
