@@ -14,7 +14,15 @@ from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.model.backbones import Backbone, model_card
 from lightning_moevlm.model.dispatch import Capacity, LoopDispatcher
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN
-from lightning_moevlm.model.routers import ExpertChoiceRouter, HashRouter, ReLURouter, SinkhornRouter, TopPRouter
+from lightning_moevlm.model.routers import (
+    ExpertChoiceRouter,
+    HashRouter,
+    LongTailRouter,
+    ReLURouter,
+    SequenceTopKRouter,
+    SinkhornRouter,
+    TopPRouter,
+)
 from tests.small_model import pair_batch, small_decoder, small_limoe, small_moma, small_vl_moe
 
 BACKBONES = {"VLMoE": small_vl_moe, "LIMoE": small_limoe, "MoMa": small_moma}
@@ -92,11 +100,20 @@ def test_measuring_logits_changes_nothing_and_costs_nothing_when_off(name: str) 
 
 @each_causal_backbone
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("capacity", [None, Capacity(1.0, 1.0)], ids=["dropless", "limited"])
-def test_causal_outputs_do_not_know_later_words(name: str, switch: str, capacity: Capacity | None) -> None:
+@pytest.mark.parametrize("options", [{}, {"capacity": Capacity(1.0, 1.0)}], ids=["dropless", "limited"])
+def test_causal_outputs_do_not_know_later_words(name: str, switch: str, options: dict[str, object]) -> None:
+    refuse_later_words(CAUSAL[name](causal=True, stabilisers=SWITCHES[switch], **options))
+
+
+@pytest.mark.parametrize("name", ["LIMoE", "MoEDecoder"])
+def test_more_experts_for_rare_patches_are_causal(name: str) -> None:
+    refuse_later_words(CAUSAL[name](causal=True, router=LongTailRouter))
+
+
+def refuse_later_words(model: Backbone) -> None:
+    """Change one word after the other: only what comes after it may change."""
     batch = pair_batch(1)
     assert batch.text_BL is not None
-    model = CAUSAL[name](causal=True, stabilisers=SWITCHES[switch], capacity=capacity)
 
     def run(text_BL: Tensor) -> Tensor:
         return model(batch.images_BRYX, text_BL, batch.text_mask_BL).tokens_BSD.detach()
@@ -146,6 +163,7 @@ def test_bidirectional_outputs_know_later_words(name: str) -> None:
             "cannot use ExpertChoiceRouter: its tokens compete for experts across positions",
         ),
         ({"router": SinkhornRouter}, "cannot use SinkhornRouter"),
+        ({"router": SequenceTopKRouter}, "cannot use SequenceTopKRouter"),
         (
             {"capacity": Capacity(), "router": ReLURouter},
             "capacity with ReLURouter: the number of experts differs between its tokens",
