@@ -1,19 +1,18 @@
 """Collects the metrics of runs from MLflow, groups them by arm and compares the arms with the baseline.
 
-Only runs with a result (finished or diverged) enter comparisons. Unfinished runs are drawn, not counted.
+Only runs with a result (finished, diverged, did not learn) enter comparisons. Unfinished runs are drawn, not counted.
+Means are over runs that survived. In differences paired by seed, a failed run counts with its capped value.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import replace
 from types import MappingProxyType
-
-from msgspec import structs
 
 from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.study.compare.fairness import Subject, find_differences
+from lightning_moevlm.study.compare.judged_runs import find_withdrawn, judge_learned, mark_stopped
 from lightning_moevlm.study.compare.results import (
     ArmResult,
     LadderResult,
@@ -24,6 +23,7 @@ from lightning_moevlm.study.compare.results import (
     make_rule,
     mean_of,
     read_finals,
+    read_values,
 )
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.plan.plan_checks import FLOPS_TOLERANCE
@@ -48,10 +48,11 @@ from lightning_moevlm.study.statistics.equal_budget import (
     median_after_warm_up,
 )
 from lightning_moevlm.study.statistics.factor_effects import FactorEffect, factor_effects, find_crossing
-from lightning_moevlm.study.statistics.futility import STOPPED_RULE, find_withdrawals, withhold_verdict
+from lightning_moevlm.study.statistics.futility import withhold_verdict
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, find_ladders, largest_stable, sensitivity
 from lightning_moevlm.study.statistics.outcomes.arm_stability import summarise_stability
 from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS, measure_stability
+from lightning_moevlm.study.statistics.outcomes.survival import Final
 from lightning_moevlm.study.statistics.verdict import GuardResult, Rule, Verdict
 from lightning_moevlm.tracking.read.runs import tags_of_runs
 from lightning_moevlm.tracking.read.series import Series, metric_series
@@ -97,9 +98,13 @@ def compare_arms(study: Comparison, cards: Cards, results: Sequence[RunResult]) 
         study: Arms, seeds and rules.
         cards: Model card by arm; None if unknown.
         results: Every run, at most one per arm and seed.
+
+    Raises:
+        UserError: A finished run has not logged what the study's rule `did_not_learn` needs.
     """
-    withdrawn = _find_withdrawn(study, results)
-    results = [_mark_stopped(r) if r.arm in withdrawn else r for r in results]
+    withdrawn = find_withdrawn(study, results)
+    results = [mark_stopped(r) if r.arm in withdrawn else r for r in results]
+    results, unjudged = judge_learned(study, results)
     by_arm = {arm.name: tuple(r for r in results if r.arm == arm.name) for arm in study.arms}
     base = by_arm[study.baseline]
     rule = make_rule(study)
@@ -110,7 +115,7 @@ def compare_arms(study: Comparison, cards: Cards, results: Sequence[RunResult]) 
     costs = [_cost(cards, r) for r in done]
     budgets = find_equal_budgets(
         [(cost, r.series.get(study.primary.metric, Series((), ()))) for cost, r in zip(costs, done, strict=True)],
-        [r.state.status is Status.FINISHED for r in done],
+        [r.state.status.has_whole_budget for r in done],
     )
     equal = _by_arm(budgets, done)
     arms = tuple(
@@ -127,25 +132,8 @@ def compare_arms(study: Comparison, cards: Cards, results: Sequence[RunResult]) 
             for ladder in find_ladders({arm: runs[0].resolved for arm, runs in by_arm.items() if runs})
         ),
         factors=_factors(study, rule, by_arm),
+        unjudged=unjudged,
     )
-
-
-def _find_withdrawn(study: Comparison, results: Sequence[RunResult]) -> dict[str, str]:
-    """Return the reason of each withdrawn arm: the rule now, or the one that stopped one of its runs."""
-    now = find_withdrawals(study, ((r.arm, r.seed, r.series.get(study.primary.metric)) for r in results))
-    before = {
-        r.arm: f"stopped by rule: {r.tags.get(STOPPED_RULE, 'not logged')}"
-        for r in results
-        if r.state.status is Status.STOPPED
-    }
-    return before | {name: found.text for name, found in now.items()}
-
-
-def _mark_stopped(result: RunResult) -> RunResult:
-    """Return a run of a withdrawn arm as stopped, also if it reached its end."""
-    if result.state.status is not Status.FINISHED:
-        return result
-    return replace(result, state=structs.replace(result.state, status=Status.STOPPED))
 
 
 def measure_throughput(result: RunResult) -> float | None:
@@ -164,32 +152,37 @@ def _arm_result(
 ) -> ArmResult:
     primary = study.primary.metric
     done = [r for r in runs if r.state.status.has_result]
+    survived = [r for r in done if r.state.status is Status.FINISHED]
     sign = 1 if study.primary.direction == "lower" else -1
     is_withdrawn = effect is not None and effect.verdict is Verdict.STOPPED_EARLY
-    stable, total = _count(base, Status.FINISHED), sum(r.state.status.has_result for r in base)
     return ArmResult(
         arm=arm,
         card=cards[arm.name],
         runs=runs,
-        final=mean_of([r.last(primary) for r in done]),
+        final=mean_of([r.last(primary) for r in survived]),
         untrained=mean_of([r.first(primary) for r in done]),
         learned=sum(_has_improved(r, primary, sign) for r in done),
         effect=effect,
-        accuracy=_by_term(done, metric_keys.ACCURACY),
-        majority=_by_term(done, metric_keys.MAJORITY_ACCURACY),
-        also={key: mean for key in list_also(study) if (mean := mean_of([r.last(key) for r in done]))},
+        accuracy=_by_term(survived, metric_keys.ACCURACY),
+        majority=_by_term(survived, metric_keys.MAJORITY_ACCURACY),
+        also={key: mean for key in list_also(study) if (mean := mean_of([r.last(key) for r in survived]))},
         stability=summarise_stability(
-            [measure_stability(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens) for r in done],
-            _count(runs, Status.DIVERGED),
+            {
+                r.seed: measure_stability(r.series, r.state.status is Status.DIVERGED, _cost(cards, r).tokens)
+                for r in done
+            },
+            _survival(runs),
             # a withdrawn arm has a result only of runs that diverged: not a sample
-            None if arm.name == study.baseline or is_withdrawn else (stable, total),
+            None if arm.name == study.baseline or is_withdrawn else _survival(base),
+            study.decide.alpha,
         ),
         equal=equal,
         samples_per_second=mean_of([measure_throughput(r) for r in done]),
         seconds=mean_of([r.state.seconds for r in done]),
         finished=_count(runs, Status.FINISHED),
         diverged=_count(runs, Status.DIVERGED),
-        failed=_count(runs, Status.FAILED),
+        not_learned=_count(runs, Status.DID_NOT_LEARN),
+        crashed=_count(runs, Status.FAILED),
         planned=len(runs),
     )
 
@@ -200,14 +193,17 @@ def _has_improved(result: RunResult, key: str, sign: int) -> bool:
 
 
 def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequence[RunResult]) -> Effect:
+    mine, theirs = read_finals(runs, study.primary), read_finals(base, study.primary)
     return compare_paired(
-        arm=read_finals(runs, study.primary.metric),
-        baseline=read_finals(base, study.primary.metric),
+        arm=_values(mine),
+        baseline=_values(theirs),
         seeds=study.seeds,
         rule=rule,
-        arm_lost=_lost(runs, _ended(base)),
-        baseline_lost=_lost(base, _ended(runs)),
+        arm_lost=_lost(runs, mine, _ended(base)),
+        baseline_lost=_lost(base, theirs, _ended(runs)),
         guards=_guards(study, runs, base),
+        arm_failed=_failed(mine),
+        baseline_failed=_failed(theirs),
     )
 
 
@@ -216,21 +212,29 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
     crossing = find_crossing(study.design, {arm.name: arm.levels for arm in study.arms})
     if crossing is None:
         return ()
-    values = {name: read_finals(runs, study.primary.metric) for name, runs in by_arm.items()}
+    finals = {name: read_finals(runs, study.primary) for name, runs in by_arm.items()}
     ended = set(study.seeds).intersection(*map(_ended, by_arm.values()))
     return factor_effects(
-        values, crossing, study.seeds, rule, {name: _lost(runs, ended) for name, runs in by_arm.items()}
+        {name: _values(own) for name, own in finals.items()},
+        crossing,
+        study.seeds,
+        rule,
+        {name: _lost(runs, finals[name], ended) for name, runs in by_arm.items()},
+        {name: _failed(own) for name, own in finals.items()},
     )
 
 
 def _guards(study: Comparison, runs: Sequence[RunResult], base: Sequence[RunResult]) -> tuple[GuardResult, ...]:
-    primary = study.primary.metric
-    compared = tuple(pair_differences(read_finals(runs, primary), read_finals(base, primary), study.seeds))
+    """Return the guards over runs that survived. They lack a seed in which the arm alone failed."""
+    mine, theirs = read_finals(runs, study.primary), read_finals(base, study.primary)
+    compared = tuple(
+        seed for seed in pair_differences(_values(mine), _values(theirs), study.seeds) if not theirs[seed].failed
+    )
     return tuple(
         check_guard(
             guard.metric,
-            read_finals(runs, guard.metric),
-            read_finals(base, guard.metric),
+            read_values(runs, guard.metric),
+            read_values(base, guard.metric),
             study.seeds,
             guard.direction,
             guard.at_most,
@@ -251,7 +255,8 @@ def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[s
     arms: dict[str, dict[str, Mean]] = {}
     for budget in budgets:
         for arm in dict.fromkeys(r.arm for r in done):
-            mean = mean_of([v for r, v in zip(done, budget.values, strict=True) if r.arm == arm])
+            survived = [r.arm == arm and r.state.status is Status.FINISHED for r in done]
+            mean = mean_of([v for v, own in zip(budget.values, survived, strict=True) if own])
             if mean:
                 arms.setdefault(arm, {})[budget.what] = mean
     return arms
@@ -260,7 +265,7 @@ def _by_arm(budgets: Sequence[EqualBudget], done: Sequence[RunResult]) -> dict[s
 def _subject(study: Comparison, cards: Cards, result: RunResult) -> Subject:
     arm = next(arm for arm in study.arms if arm.name == result.arm)
     logged = [result.series[key].steps[-1] for key in (TRAIN_LOSS, study.primary.metric) if key in result.series]
-    finished = result.state.status is Status.FINISHED
+    finished = result.state.status.has_whole_budget
     return Subject(
         arm.name,
         result.seed,
@@ -285,18 +290,19 @@ def _compute(base: ModelCard | None, card: ModelCard | None) -> str:
 def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[RunResult]]) -> LadderResult:
     primary = study.primary.metric
     done = {rate: {r.seed: r for r in by_arm[arm] if r.state.status.has_result} for rate, arm in ladder.rungs.items()}
+    finals = {rate: read_finals(list(runs.values()), study.primary) for rate, runs in done.items()}
     per_seed = []
     for seed in study.seeds:
         if study.primary.direction == "lower" and all(seed in runs for runs in done.values()):
             rungs = {rate: runs[seed] for rate, runs in done.items()}
-            losses = {rate: math.nan if _diverged(r) else _or_nan(r.last(primary)) for rate, r in rungs.items()}
+            losses = {rate: finals[rate][seed].value if seed in finals[rate] else math.nan for rate in rungs}
             per_seed.append(sensitivity(losses, _or_nan(next(iter(rungs.values())).first(primary))))
-    stable = {rate: sum(not _diverged(r) for r in runs.values()) for rate, runs in done.items()}
+    stable = {rate: sum(not r.state.status.is_failed_result for r in runs.values()) for rate, runs in done.items()}
     total = {rate: len(runs) for rate, runs in done.items()}
     return LadderResult(
         ladder,
         mean_of(per_seed),
-        {rate: mean_of([r.last(primary) for r in runs.values()]) for rate, runs in done.items()},
+        {rate: mean_of([final.value for final in runs.values()]) for rate, runs in finals.items()},
         stable,
         total,
         # a rate whose runs all crashed, or are still to come, is unknown: what is stable ends below it
@@ -309,10 +315,6 @@ def _missing(seeds: Sequence[int], having: Collection[int]) -> tuple[int, ...]:
     return tuple(seed for seed in seeds if seed not in having)
 
 
-def _diverged(result: RunResult) -> bool:
-    return result.state.status is Status.DIVERGED
-
-
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
@@ -322,11 +324,31 @@ def _ended(results: Sequence[RunResult]) -> set[int]:
     return {r.seed for r in results if r.state.status.has_result or r.state.status is Status.FAILED}
 
 
-def _lost(results: Sequence[RunResult], paired: Set[int]) -> Lost:
-    """Return the lost runs. paired: seeds for which the other side has an ended run, too."""
-    unpaired = [r for r in results if r.seed not in paired]
-    counted = (_count(results, Status.DIVERGED), _count(results, Status.FAILED))
+def _lost(results: Sequence[RunResult], finals: Mapping[int, Final], paired: Set[int]) -> Lost:
+    """Return the runs that have no value to compare: crashed, or diverged beside an untrained model without one.
+
+    Args:
+        results: All runs of an arm.
+        finals: Those with a value.
+        paired: Seeds for which the other side has an ended run, too.
+    """
+    gone = [r for r in results if r.seed not in finals]
+    unpaired = [r for r in gone if r.seed not in paired]
+    counted = (_count(gone, Status.DIVERGED), _count(gone, Status.FAILED))
     return Lost(*counted, unpaired=_count(unpaired, Status.DIVERGED) + _count(unpaired, Status.FAILED))
+
+
+def _survival(results: Sequence[RunResult]) -> dict[int, bool]:
+    """Return whether each run with a result survived, by seed."""
+    return {r.seed: r.state.status is Status.FINISHED for r in results if r.state.status.has_result}
+
+
+def _values(finals: Mapping[int, Final]) -> dict[int, float]:
+    return {seed: final.value for seed, final in finals.items()}
+
+
+def _failed(finals: Mapping[int, Final]) -> set[int]:
+    return {seed for seed, final in finals.items() if final.failed}
 
 
 def _by_term(results: Sequence[RunResult], family: metric_keys.MetricKey) -> dict[str, Mean]:

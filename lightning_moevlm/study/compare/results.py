@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.study.compare.fairness import Difference
-from lightning_moevlm.study.declare.comparison import Arm, Comparison
-from lightning_moevlm.study.run.ledger import RunState
+from lightning_moevlm.study.declare.comparison import Arm, Comparison, Primary
+from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.statistics.effects import Effect
 from lightning_moevlm.study.statistics.factor_effects import FactorEffect
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder
 from lightning_moevlm.study.statistics.outcomes.arm_stability import ArmStability
 from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP
+from lightning_moevlm.study.statistics.outcomes.survival import Final, cap_failed
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
 from lightning_moevlm.tracking.read.series import Series
 
@@ -64,38 +65,49 @@ class RunResult:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm over its seeds; means are over runs with a result."""
+    """One arm over its seeds. A run survived if it finished, and neither diverged nor did not learn."""
 
     arm: Arm
     card: ModelCard | None
     """None if its model cannot be built."""
     runs: tuple[RunResult, ...]
     final: Mean | None
-    """Last value of the primary metric."""
+    """Last value of the primary metric, over runs that survived."""
     untrained: Mean | None
-    """First value of the primary metric."""
+    """First value of the primary metric, over runs with a result."""
     learned: int
     """Seeds whose last value is better than the first."""
     effect: Effect | None
     """None for the baseline."""
     accuracy: Mapping[str, Mean]
-    """Final accuracy by term of the objective that predicts classes, a fraction."""
+    """Final accuracy by term of the objective that predicts classes, a fraction, over runs that survived."""
     majority: Mapping[str, Mean]
     """Accuracy of the constant answer, likewise."""
     also: Mapping[str, Mean]
-    """Last values of the further metrics and of the trivial values, by key (`list_also`)."""
+    """Last values of the further metrics and of the trivial values, by key (`list_also`), over runs that survived."""
     stability: ArmStability
     equal: Mapping[str, Mean]
-    """The primary metric at equal cost, by kind of cost."""
+    """The primary metric at equal cost, by kind of cost, over runs that survived."""
     samples_per_second: Mean | None
     """Median after warm-up."""
     seconds: Mean | None
     """Wall time of a run."""
     finished: int
-    """Number of runs, as the next three."""
+    """Number of runs that survived; the next ones are numbers of runs too."""
     diverged: int
-    failed: int
+    not_learned: int
+    crashed: int
     planned: int
+
+    @property
+    def failed(self) -> int:
+        """Number of runs that diverged or did not learn."""
+        return self.diverged + self.not_learned
+
+    @property
+    def done(self) -> int:
+        """Number of runs with a result."""
+        return self.finished + self.failed
 
     @property
     def verdict(self) -> Verdict:
@@ -111,7 +123,7 @@ class LadderResult:
     sensitivity: Mean | None
     """Over the seeds that have a result at every rate."""
     finals: Mapping[float, Mean | None]
-    """The primary metric by rate."""
+    """The primary metric by rate, over runs with a result; a failed one counts with its capped value."""
     stable: Mapping[float, int]
     """Runs by rate."""
     total: Mapping[float, int]
@@ -135,6 +147,8 @@ class StudyResult:
     """Arms that differ in the learning rate alone."""
     factors: tuple[FactorEffect, ...] = ()
     """Main effects and interactions of a design that crosses factors."""
+    unjudged: tuple[str, ...] = ()
+    """Runs for which the rule `did_not_learn` waits for the healthy arm, each with the reason."""
 
     @property
     def complete(self) -> bool:
@@ -168,10 +182,22 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
     return Mean(statistics.fmean(finite), statistics.stdev(finite) if len(finite) > 1 else None, len(finite))
 
 
-def read_finals(runs: Sequence[RunResult], key: str) -> dict[int, float]:
-    """Return the last value of a metric by seed, of the runs with a result that have logged it."""
-    done = [run for run in runs if run.state.status.has_result]
-    return {run.seed: value for run in done if (value := run.last(key)) is not None}
+def read_finals(runs: Sequence[RunResult], primary: Primary) -> dict[int, Final]:
+    """Return the value with which each run counts, by seed; runs without a result or a value are absent."""
+    finals = {}
+    for run in runs:
+        value, failed = run.last(primary.metric), run.state.status.is_failed_result
+        if failed:
+            value = cap_failed(value, run.first(primary.metric), primary.direction)
+        if run.state.status.has_result and value is not None:
+            finals[run.seed] = Final(value, failed)
+    return finals
+
+
+def read_values(runs: Sequence[RunResult], key: str) -> dict[int, float]:
+    """Return the last value of a metric by seed, of the runs that survived and have logged it."""
+    survived = [run for run in runs if run.state.status is Status.FINISHED]
+    return {run.seed: value for run in survived if (value := run.last(key)) is not None}
 
 
 def peak_memory_of_run(run: RunResult) -> float | None:

@@ -62,6 +62,30 @@ class Divergence:
         )
 
 
+@dataclass(frozen=True)
+class DidNotLearn:
+    """The rule by which a run that reached its end did not learn. Each part that is not None is enough by itself."""
+
+    metric: str
+    direction: Direction  # of progress
+    healthy: str  # arm whose progress is the measure
+    share_of_healthy: float | None = None  # least share of its way from untrained model to end, at the same seed
+    no_better_than: str | None = None  # metric of a constant answer
+    stalled_steps: int | None = None  # optimiser steps at the end without a new best value
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        parts = []
+        if self.share_of_healthy is not None:
+            parts.append(f"ended at less than {self.share_of_healthy:g} of the way of {self.healthy} at the same seed")
+        if self.no_better_than is not None:
+            parts.append(f"no better than {self.no_better_than} at the end")
+        if self.stalled_steps is not None:
+            parts.append(f"no new best value in the last {self.stalled_steps} steps")
+        return f"{self.metric}: {', or '.join(parts)}"
+
+
 class FutilityStop(Record, frozen=True):
     """An arm that is withdrawn gets no verdict. Needs a budget of max_steps."""
 
@@ -119,3 +143,4 @@ class Comparison:
     guard: tuple[Guard, ...] = ()  # metrics that may not get worse
     design: Design | None = None  # the design that made the arms; None if they were listed
     futility_stop: FutilityStop | None = None  # the rule that withdraws arms early
+    did_not_learn: DidNotLearn | None = None  # None: a run that did not diverge has learned

@@ -28,6 +28,7 @@ from lightning_moevlm.study.declare.comparison import (
 from lightning_moevlm.study.declare.decode import decode
 from lightning_moevlm.study.declare.designs.design import REFERENCE, Design
 from lightning_moevlm.study.declare.designs.read_design import read_design
+from lightning_moevlm.study.declare.did_not_learn import read_did_not_learn
 from lightning_moevlm.study.declare.factors import read_described_changes, read_factors
 from lightning_moevlm.study.declare.study_keys import DivergedKeys, GuardKeys, PrimaryKeys, StudyFile
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode, compose_yaml
@@ -73,12 +74,13 @@ def read_study(file: Path) -> Study:
     design = _design(root, keys)
     arms = _designed_arms(design, keys.design) if design and keys.design else _explicit_arms(root.child("arms"))
     primary = Primary(keys.primary.metric, _better(keys.primary, root.child("primary")))
+    baseline = _baseline(root, keys, arms)
     comparison = Comparison(
         name=file.stem,
         question=keys.question,
         hypothesis=keys.hypothesis,
         source=keys.source,
-        baseline=_baseline(root, keys, arms),
+        baseline=baseline,
         arms=arms,
         seeds=_check_seeds(keys.seeds, root.child("seeds"), design),
         spends=keys.budget.text,
@@ -93,6 +95,9 @@ def read_study(file: Path) -> Study:
         ),
         design=design,
         futility_stop=keys.futility_stop and _check_futility(root.child("futility_stop"), keys, design),
+        did_not_learn=None
+        if keys.did_not_learn is None
+        else read_did_not_learn(keys.did_not_learn, root.child("did_not_learn"), primary, baseline, arms, keys.budget),
     )
     return Study(
         comparison,

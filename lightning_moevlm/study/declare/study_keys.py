@@ -14,6 +14,7 @@ from lightning_moevlm.study.declare.value_types import ConfigFile, Metric, Seed
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 
 Amount = Annotated[float, kind("number >= 0", ge=0)]
+Share = Annotated[float, kind("number above 0, at most 1", gt=0, le=1)]
 BetterDirection = Annotated[
     Direction | None,
     doc("Direction of improvement.", "lower", default="as the metric is declared; required where it declares none"),
@@ -69,6 +70,35 @@ class DivergedKeys(Record, frozen=True):
             "null",
             default="none: the last value alone decides",
         ),
+    ] = None
+
+
+class DidNotLearnKeys(Record, frozen=True):
+    """A run that reached its end counts as failed if one of the rules holds. At least one is needed."""
+
+    metric: Annotated[Metric | None, doc("The metric that is judged.", "val/task_loss", default="the primary one")] = (
+        None
+    )
+    share_of_healthy: Annotated[
+        Share | None,
+        doc(
+            "Least share, to be reached, of the healthy arm's way from untrained model to end, at the same seed.", "0.8"
+        ),
+    ] = None
+    healthy: Annotated[
+        YamlNode | None,
+        doc("The arm whose progress is the measure.", "baseline", "name of an arm", "the baseline"),
+    ] = None
+    no_better_than: Annotated[
+        Metric | None,
+        doc(
+            "Metric of a constant answer, which must be beaten at the end. Needs `metric` in the same unit.",
+            "val/majority_text",
+        ),
+    ] = None
+    stalled_steps: Annotated[
+        Whole | None,
+        doc("Optimiser steps at the end that may not pass without a new best value.", "200"),
     ] = None
 
 
@@ -169,6 +199,15 @@ class StudyFile(Record, frozen=True, kw_only=True):
             "see its keys",
         ),
     ] = DivergedKeys()
+    did_not_learn: Annotated[
+        DidNotLearnKeys | None,
+        doc(
+            "Rules by which a run that did not diverge counts as failed all the same. Its keys are below.",
+            "{share_of_healthy: 0.8}",
+            "mapping",
+            "none: a run that did not diverge has learned",
+        ),
+    ] = None
     futility_stop: Annotated[
         FutilityStop | None,
         doc("Withdraw arms that are far behind early. Its keys are below.", "{at_step: 30, worse_by: 0.5}", "mapping"),
@@ -187,6 +226,7 @@ RECORDS: dict[str, type[Record]] = {
     "primary": PrimaryKeys,
     "guard[]": GuardKeys,
     "diverged": DivergedKeys,
+    "did_not_learn": DidNotLearnKeys,
     "futility_stop": FutilityStop,
     "decide": Decision,
 }

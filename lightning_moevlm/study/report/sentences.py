@@ -75,16 +75,19 @@ def describe_learning(result: StudyResult) -> str:
     behind = [
         f"{arm.arm.name} ({better} in {arm.learned} of {done} seeds)"
         for arm in result.arms
-        if (done := arm.finished + arm.diverged) and arm.untrained and arm.learned < done
+        if (done := arm.done) and arm.untrained and arm.learned < done
     ]
     title, _ = name_and_unit(result.comparison.primary.metric)
-    if not any(arm.finished + arm.diverged for arm in result.arms):
+    if not any(arm.done for arm in result.arms):
         return "No run has a result yet."
     if not any(arm.untrained for arm in result.arms):
         return f"No run has logged {title} of its untrained model, so learning cannot be judged."
     if behind:
-        return f"Some runs do not end with a {better} {title} than their untrained model: {', '.join(behind)}."
-    return f"Every run with a result ends with a {better} {title} than its untrained model."
+        learned = f"Some runs do not end with a {better} {title} than their untrained model: {', '.join(behind)}."
+    else:
+        learned = f"Every run with a result ends with a {better} {title} than its untrained model."
+    failed = [f"{arm.arm.name} ({arm.failed} of {arm.done})" for arm in result.arms if arm.failed]
+    return f"{learned} Runs that diverged or did not learn: {', '.join(failed)}." if failed else learned
 
 
 def describe_undrawn(result: StudyResult) -> str:

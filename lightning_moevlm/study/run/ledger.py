@@ -34,8 +34,9 @@ _REMEDY = "remove the folder; a result in MLflow is then read back, without one 
 
 
 class Status(StrEnum):
-    """The state of a run. FINISHED and DIVERGED are results; FAILED is a crash; the others still have to run.
+    """The state of a run. FINISHED, DIVERGED and DID_NOT_LEARN are results; FAILED is a crash; the others have to run.
 
+    DID_NOT_LEARN is a finished run that the comparison of arms has judged; no ledger holds it.
     STOPPED was ended by the study's futility rule: it has no result and needs none. ENDED waits to be judged: its
     process has ended, and the store has not answered since.
     """
@@ -46,13 +47,24 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"
     FINISHED = "finished"
     DIVERGED = "diverged"
+    DID_NOT_LEARN = "did not learn"
     FAILED = "failed"
     STOPPED = "stopped early"
 
     @property
     def has_result(self) -> bool:
-        """Whether the run went to its end."""
-        return self in (Status.FINISHED, Status.DIVERGED)
+        """Whether the run ended, well or badly, and not by a crash."""
+        return self is Status.FINISHED or self.is_failed_result
+
+    @property
+    def is_failed_result(self) -> bool:
+        """Whether the run ended badly: it did not survive, see `statistics.outcomes.survival`."""
+        return self in (Status.DIVERGED, Status.DID_NOT_LEARN)
+
+    @property
+    def has_whole_budget(self) -> bool:
+        """Whether the run went to the end of its budget; one that diverged may have been ended before."""
+        return self in (Status.FINISHED, Status.DID_NOT_LEARN)
 
     @property
     def is_settled(self) -> bool:

@@ -5,11 +5,22 @@ within a seed carries the information. Of these n differences: the mean, the int
 values (`paired_tests`), the share of better seeds, the number of seeds needed (`power`) and the verdict (`verdict`). A
 bootstrap of three numbers covers far less than it promises, so of t and bootstrap the wider interval decides. Pure
 functions of numbers.
+
+A run that failed counts with its capped value (`outcomes.survival`). The t-test of one comparison keeps its error rate
+if both sides fail alike, at any rate. At the small p that a family asks for it does not: at a rate of 1/2, three runs
+of one side fail and three of the other survive in 1 of 32 studies. So chance limits p in a family: if an arm failed
+with some seeds and not with others, and its failed runs end far from its other runs (`find_jump`: half of a difference
+or more), the p of that difference is at least that of the two counts of failures (`chance_p`).
+
+The interval is of the mean capped difference. It covers that as often as it says if runs never or always fail. In
+between it covers less: three runs without a failure do not exclude a failure in ten. So the mean over the seeds in
+which both runs survived, with its t interval, and the exact interval of the share of survivors stand beside it; these
+two cover at any rate of failure.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +35,16 @@ from lightning_moevlm.study.statistics.intervals import (
     is_constant,
     t_interval,
 )
-from lightning_moevlm.study.statistics.paired_tests import holm, least_seeds, p_outside, paired_p, two_sided_p
+from lightning_moevlm.study.statistics.outcomes.survival import find_jump, is_within_jump
+from lightning_moevlm.study.statistics.paired_tests import (
+    chance_p,
+    format_p,
+    holm,
+    least_seeds,
+    p_outside,
+    paired_p,
+    two_sided_p,
+)
 from lightning_moevlm.study.statistics.power import seeds_needed
 from lightning_moevlm.study.statistics.verdict import Evidence, GuardResult, Rule, Sides, Verdict, apply_guards, decide
 
@@ -32,7 +52,7 @@ _LEAST_PAIRS = 2  # of one no test has a p
 
 
 class Lost(NamedTuple):
-    """Runs of an arm without a sound result."""
+    """Runs of an arm without a value that could be compared; a failed run with a capped value is not lost."""
 
     diverged: int = 0
     crashed: int = 0
@@ -54,6 +74,16 @@ class Effect:
     left_out: tuple[int, ...]
     """Seeds of the study without a difference: crashed, non-finite or not yet run, in either arm."""
     differences: tuple[float, ...]
+    failed: tuple[int, ...]
+    """Compared seeds in which a run of either side failed and counts with its capped value."""
+    failures: tuple[int, int]
+    """Number of these runs, of the arm and of the baseline."""
+    jump: float
+    """How far failed runs of one side end from its other runs; 0 if none or all of them failed."""
+    survivors: float | None
+    """Mean over the other seeds, in which both runs survived."""
+    survivors_interval: Interval | None
+    """Of that mean, t."""
     mean: float | None
     centre: float | None
     """Estimate of the rule's test: the mean; for ranks the Hodges-Lehmann estimate; for signs the median."""
@@ -82,7 +112,7 @@ class Effect:
     more_lost: int
     """Lost runs of the arm, minus those of the baseline."""
     losses: tuple[str, ...]
-    """Reasons for missing seeds, in words."""
+    """Failed runs that count with a capped value, and reasons for missing seeds, in words."""
     guards: tuple[GuardResult, ...]
     verdict: Verdict
     limit: str
@@ -112,24 +142,30 @@ def compare_paired(
     baseline_lost: Lost | None = None,
     guards: tuple[GuardResult, ...] = (),
     sides: Sides | None = None,
+    arm_failed: Collection[int] = (),
+    baseline_failed: Collection[int] = (),
 ) -> Effect:
     """Compare an arm with the baseline as a single comparison; `judge_family` corrects for the others.
 
     Args:
-        arm: Final value of the metric by seed; a seed without a result is absent, a diverged one may be non-finite.
+        arm: Final value of the metric by seed; a seed without a result is absent, a failed run has its capped value.
         baseline: The same of the baseline.
         seeds: All seeds of the study.
         rule: How the verdict is reached.
-        arm_lost: Runs of the arm that diverged or crashed. If the arm lost more than the baseline, a mean over the
-            survivors cannot show that it helps; if it lost fewer, none can show that it hurts.
+        arm_lost: Runs of the arm that crashed, or diverged without any value. If the arm lost more than the baseline, a
+            mean over the others cannot show that it helps; if it lost fewer, none can show that it hurts.
         baseline_lost: The same of the baseline.
         guards: Results of the guard metrics.
         sides: Names for arm and baseline, if they are something else.
+        arm_failed: Seeds whose run of the arm failed.
+        baseline_failed: The same of the baseline.
     """
     arm_lost, baseline_lost = arm_lost or Lost(), baseline_lost or Lost()
     paired = pair_differences(arm, baseline, seeds)
     differences = tuple(paired.values())
     left_out = tuple(s for s in seeds if s not in paired)
+    failed = tuple(s for s in paired if s in arm_failed or s in baseline_failed)
+    survivors = tuple(d for s, d in paired.items() if s not in failed)
     allowed = len(differences) >= least_seeds("sign", rule.alpha)
     p_value = two_sided_p(rule.test, differences) if differences else None
     outside = None if rule.within is None or not differences else p_outside(rule.test, differences, rule.within)
@@ -139,6 +175,14 @@ def compare_paired(
             seeds=tuple(paired),
             left_out=left_out,
             differences=differences,
+            failed=failed,
+            failures=(sum(s in arm_failed for s in failed), sum(s in baseline_failed for s in failed)),
+            jump=max(
+                find_jump({s: arm[s] for s in paired}, arm_failed),
+                find_jump({s: baseline[s] for s in paired}, baseline_failed),
+            ),
+            survivors=float(np.mean(survivors)) if survivors else None,
+            survivors_interval=t_interval(survivors, rule.alpha),
             mean=float(np.mean(differences)) if differences else None,
             centre=centre_of(rule.test, differences),
             bootstrap=bootstrap_interval(differences, rule.alpha),
@@ -154,7 +198,10 @@ def compare_paired(
             share_better=sum(sign * d > 0 for d in differences) / len(differences) if differences else None,
             seeds_needed=seeds_needed(differences, rule.alpha),
             more_lost=arm_lost.against - baseline_lost.against,
-            losses=tuple(_explain_losses(left_out, seeds, arm_lost, baseline_lost, sides)),
+            losses=(
+                *_explain_failures(tuple(paired), arm_failed, baseline_failed, survivors, rule, sides),
+                *_explain_losses(left_out, seeds, arm_lost, baseline_lost, sides),
+            ),
             guards=guards,
             verdict=Verdict.INCONCLUSIVE,
             limit="",
@@ -165,15 +212,25 @@ def compare_paired(
     )
 
 
-def judge_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]:
+def judge_family(
+    effects: Mapping[str, Effect], rule: Rule, jumps: Mapping[str, float] | None = None
+) -> dict[str, Effect]:
     """Judge the comparisons of one study together, with Holm's correction if the rule asks for it.
 
     "No difference" and "differs by at least `within`" are two families, since only one of them can be true of an arm.
     An arm without a p (stopped early, or too few seeds so far) counts in both with p = 1. So no other arm's p gets
     smaller by its absence, and arms to come take back no verdict of a running study.
+
+    Args:
+        effects: The family, by name.
+        rule: How verdicts are reached.
+        jumps: What chance can make of the runs of each comparison; None: the largest jump of any of them.
     """
     if rule.correction == "none":
         return dict(effects)
+    if jumps is None:
+        jumps = dict.fromkeys(effects, max((effect.jump for effect in effects.values()), default=0.0))
+    effects = {name: _limit_p(effect, rule, jumps[name]) for name, effect in effects.items()}
     absent = {name: 1.0 for name, effect in effects.items() if len(effect.differences) < _LEAST_PAIRS}
     plain = holm({name: effect.p_value for name, effect in effects.items()} | absent)
     outside = holm({name: effect.p_outside for name, effect in effects.items()} | absent)
@@ -183,6 +240,18 @@ def judge_family(effects: Mapping[str, Effect], rule: Rule) -> dict[str, Effect]
         else _judge(dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]), rule)
         for name, effect in effects.items()
     }
+
+
+def _limit_p(effect: Effect, rule: Rule, jump: float) -> Effect:
+    """Return an effect whose p is at least that of its counts of failures, if a jump could have made the effect."""
+    mine, theirs = effect.failures
+    if effect.p_value is None or effect.mean is None or mine == theirs or not is_within_jump(effect.mean, jump):
+        return effect
+    limit = chance_p(mine, theirs, len(effect.seeds))
+    if limit <= effect.p_value:
+        return effect
+    text = f"p of {mine} against {theirs} failures by chance: {format_p(limit, rule.alpha)}"
+    return dataclasses.replace(effect, p_value=limit, p_adjusted=limit, losses=(*effect.losses, text))
 
 
 def check_guard(
@@ -231,6 +300,29 @@ def _judge(effect: Effect, rule: Rule) -> Effect:
     )
     verdict, limit = decide(evidence, rule)
     return dataclasses.replace(effect, verdict=apply_guards(verdict, effect.guards), limit=limit)
+
+
+def _explain_failures(
+    seeds: tuple[int, ...],
+    arm: Collection[int],
+    baseline: Collection[int],
+    survivors: tuple[float, ...],
+    rule: Rule,
+    sides: Sides | None,
+) -> list[str]:
+    """Return how many runs failed on each side, how they count, and the mean over the other seeds."""
+    mine, theirs = sides or ("this arm", "the baseline")
+    counts = [(sum(seed in failed for seed in seeds), whose) for failed, whose in ((arm, mine), (baseline, theirs))]
+    phrases = [f"{whose} failed in {count} of {len(seeds)} seeds" for count, whose in counts if count]
+    if not phrases:
+        return []
+    phrases.append("failed runs count with their capped value")
+    if survivors:
+        interval = t_interval(survivors, rule.alpha)
+        around = f" [{interval.low:+.4g}, {interval.high:+.4g}]" if interval else ""
+        where = "the seed" if len(survivors) == 1 else f"the {len(survivors)} seeds"
+        phrases.append(f"{float(np.mean(survivors)):+.4g}{around} in {where} without a failure")
+    return phrases
 
 
 def _explain_losses(

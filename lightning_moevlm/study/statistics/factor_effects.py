@@ -15,7 +15,7 @@ Source: Box, Hunter and Hunter, Statistics for Experimenters, chapter 5.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from types import MappingProxyType
@@ -140,16 +140,18 @@ def factor_effects(
     seeds: tuple[int, ...],
     rule: Rule,
     lost: Mapping[str, Lost] = MappingProxyType({}),
+    failed: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> tuple[FactorEffect, ...]:
     """Return every main effect, then every two-way interaction.
 
     Args:
-        values: Final value of the metric by arm and seed. A contrast leaves out a seed in which one of its arms has no
-            finite value: it would not be balanced.
+        values: Final value of the metric by arm and seed, of a failed run the capped one. A contrast leaves out a seed
+            in which one of its arms has no finite value: it would not be balanced.
         crossing: Contrasts and levels.
         seeds: All seeds of the study.
         rule: How verdicts are reached.
-        lost: Runs that diverged or crashed, by arm; none of an arm that is absent.
+        lost: Runs without a value, by arm; none of an arm that is absent.
+        failed: Seeds whose run failed, by arm, likewise.
 
     Raises:
         ValueError: An arm lacks a factor, or a factor never changes.
@@ -164,7 +166,18 @@ def factor_effects(
         contrast = {s: len(term) * _contrast({arm: values[arm][s] for arm in signs}, signs) for s in whole}
         mine, theirs = (_lost_by(sign, signs, lost) for sign in (1, -1))
         zero = dict.fromkeys(whole, 0.0)
-        effects[term] = compare_paired(contrast, zero, seeds, rule, mine, theirs, sides=_sides(term))
+        my_failed, their_failed = (_failed_of(sign, signs, failed) for sign in (1, -1))
+        effects[term] = compare_paired(
+            contrast,
+            zero,
+            seeds,
+            rule,
+            mine,
+            theirs,
+            sides=_sides(term),
+            arm_failed=my_failed,
+            baseline_failed=their_failed,
+        )
     judged = judge_family({str(term): effect for term, effect in effects.items()}, rule)
     return tuple(FactorEffect(term, judged[str(term)]) for term in effects)
 
@@ -193,6 +206,11 @@ def _lost_by(sign: int, signs: Mapping[str, int], lost: Mapping[str, Lost]) -> L
     """Return the runs that the arms of one sign lost."""
     mine = [lost[arm] for arm, own in signs.items() if own == sign and arm in lost]
     return Lost(*(sum(counts) for counts in zip(*mine, strict=True)))
+
+
+def _failed_of(sign: int, signs: Mapping[str, int], failed: Mapping[str, Collection[int]]) -> set[int]:
+    """Return the seeds in which a run of the arms of one sign failed."""
+    return {seed for arm, own in signs.items() if own == sign for seed in failed.get(arm, ())}
 
 
 def _refuse_holes(crossing: Crossing) -> None:

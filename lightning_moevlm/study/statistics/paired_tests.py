@@ -94,6 +94,25 @@ def fisher_p(stable: int, total: int, baseline_stable: int, baseline_total: int)
     return float(stats.fisher_exact(table).pvalue)
 
 
+def mcnemar_p(better: int, worse: int) -> float:
+    """Return the two-sided p of McNemar's exact test: 1 if no pair differs. Source: McNemar 1947.
+
+    Args:
+        better: Pairs in which the first run is stable and the second is not.
+        worse: Pairs in which it is the other way round.
+    """
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def chance_p(mine: int, theirs: int, n: int) -> float:
+    """Return the two-sided p of two counts of failed runs out of n each, if all runs fail at one rate, by chance.
+
+    At the worst rate, 1/2, the difference of the counts is Binomial(2n, 1/2) - n. Runs of one seed may fail together;
+    that makes p smaller than it says. 3 of 3 against none: 1/32; 5 of 5: 1/512.
+    """
+    return float(stats.binomtest(n + abs(mine - theirs), 2 * n).pvalue)
+
+
 def _t(differences: tuple[float, ...]) -> float | None:
     n = len(differences)
     if n < 2 or is_constant(differences):

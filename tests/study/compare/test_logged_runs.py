@@ -235,7 +235,7 @@ def test_states_come_from_the_study_or_from_the_points() -> None:
     ]
     result = compared(crashed, ENDS)
     assert [run.state.status for run in result.arms[1].runs] == [Status.FAILED, Status.RUNNING]
-    assert (result.arms[1].failed, result.complete) == (1, False)
+    assert (result.arms[1].crashed, result.complete) == (1, False)
     judged = [
         *runs[:3],
         dataclasses.replace(runs[3], tags={"outcome": "stopped early", "stopped_early/rule": "far behind"}),
@@ -250,7 +250,7 @@ def test_states_come_from_the_study_or_from_the_points() -> None:
 
 def test_runs_lost_in_seeds_of_one_arm_alone_do_not_count_against_it() -> None:
     # Seeds 0 to 2 are in both: there the arm lost one. The baseline lost its seed 3, which the arm never ran.
-    lost = series_of(math.nan)
+    lost = {METRIC: Series((4,), (math.nan,))}  # no untrained model whose value could stand for it
     runs = [row(s, config(s)) for s in range(4)] + [row(10 + s, config(s, model__dim=4)) for s in range(3)]
     ends = [*(series_of(5.0 + s / 10) for s in range(3)), lost, *(series_of(4.0 + s / 9) for s in range(2)), lost]
     effect = compared(runs, ends).arms[1].effect

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import yaml
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.compare.collect_results import compare_arms
 from lightning_moevlm.study.compare.collect_results import to_result as result_of_run
 from lightning_moevlm.study.compare.results import mean_of
@@ -141,10 +143,15 @@ def test_values_from_before_a_non_finite_loss_are_not_final(tmp_path):
 
     result = to_result(tmp_path, study, final, more=lambda run: gone if is_gone(run) else {})
     fast = result.arms[1]
-    assert fast.effect.seeds == (0, 1)
+    # Seed 2 counts as its untrained model, 7, which the baseline equals there: 5 + 2.
+    assert (fast.effect.seeds, fast.effect.failed, fast.effect.differences[2]) == ((0, 1, 2), (2,), 0.0)
+    assert fast.effect.survivors == pytest.approx(-(1.010 + 0.988) / 2)
     assert (fast.final.n, fast.learned, fast.untrained.n) == (2, 2, 3)
     assert fast.also["drop_rate/block1/text"].mean == pytest.approx(0.1)
     assert fast.effect.verdict is Verdict.INCONCLUSIVE  # ahead where it survives
+    assert fast.effect.note.startswith(
+        "this arm failed in 1 of 3 seeds; failed runs count with their capped value; -0.999 [-1.139, -0.8592] in the 2"
+    )
     rows = report_tables(result)[0].rows
     assert [row[1] for row in rows] == ["6.0000 ± 1.0000", "4.5010 ± 0.7227 (2 of 3)"]
 
@@ -196,7 +203,7 @@ def test_a_withdrawn_arm_has_no_share_of_stable_runs(tmp_path):
     assert result.arms[1].verdict is Verdict.STOPPED_EARLY
     assert result.arms[1].stability.p is None
     table = next(table for table in report_tables(result) if table.title == "Stability")
-    assert [row[1:3] for row in table.rows] == [("3/3", "–"), ("–", "–")]
+    assert [row[1:4] for row in table.rows] == [("3/3", "0.29 to 1.00", "–"), ("–", "–", "–")]
 
 
 def test_seeds_are_asked_for_only_where_more_would_help(tmp_path):
@@ -207,7 +214,7 @@ def test_seeds_are_asked_for_only_where_more_would_help(tmp_path):
         shift = -(1 + run.seed / 10) * (run.arm == "fast")
         return None if (run.arm, run.seed) == ("fast", 3) else 5.0 + run.seed + shift
 
-    gone = {"val/task_loss": Series((0, 4), (7.0, math.nan))}
+    gone = {"val/task_loss": Series((4,), (math.nan,))}  # no value of the untrained model that could stand for it
     result = to_result(tmp_path, study, final, more=lambda run: gone if final(run) is None else {})
     effect = result.arms[1].effect
     assert effect.verdict is Verdict.INCONCLUSIVE
@@ -241,7 +248,100 @@ def test_a_factor_of_a_study_does_not_help_over_its_survivors(tmp_path):
     study = {"arms": None, "factors": FACTORS, "design": "factorial"}
     result = to_result(tmp_path, study, final, more=lambda run: gone if final(run) is None else {})
     speed = next(one.effect for one in result.factors if one.name == "speed")
+    # Two of two runs with it on count as untrained, 7, which is what the runs with it off ended at.
+    assert (speed.failed, speed.more_lost, speed.verdict) == ((2,), 0, Verdict.INCONCLUSIVE)
+    assert speed.differences[2] == pytest.approx(0.0, abs=1e-3)
+    assert speed.survivors == pytest.approx(-2.0 - (0.010 - 0.012) / 2)
+    assert speed.note.startswith(
+        "runs with it on failed in 1 of 3 seeds; failed runs count with their capped value; -1.999"
+    )
+    unknown = {"val/task_loss": Series((4,), (math.nan,))}
+    result = to_result(tmp_path, study, final, more=lambda run: unknown if final(run) is None else {})
+    speed = next(one.effect for one in result.factors if one.name == "speed")
     assert (speed.interval.high < 0, speed.more_lost, speed.verdict) == (True, 2, Verdict.INCONCLUSIVE)
     assert speed.note.endswith("1 of 3 seeds left out; 2 of the runs with it on diverged")
     table = next(table for table in report_tables(result) if table.title.startswith("Main effects"))
     assert any("runs with it on lost 2 more" in note for note in table.notes)
+
+
+SICK = {"arms": {"baseline": None, "sick": {"model.speed": 0.1}, "well": {"model.speed": 0.6}}}
+
+
+def sick_study(tmp_path, rule, crashed=lambda run: False):
+    """Baseline and `well` go from 15 to about 4; `sick` ends at 6.5 with seeds 0 and 1, at 4 with seed 2."""
+
+    def final(run):
+        return 6.5 if run.arm == "sick" and run.seed < 2 else 4.0 + NOISE[run.seed] * (2 if run.arm == "well" else 1)
+
+    def curve(run):
+        return {"val/task_loss": Series((0, 4), (15.0, final(run))), "val/accuracy_text": Series((4,), (0.5,))}
+
+    return to_result(tmp_path, SICK | {"did_not_learn": rule}, final, more=curve, crashed=crashed)
+
+
+def test_a_run_that_did_not_learn_is_failed_and_in_no_mean(tmp_path):
+    result = sick_study(tmp_path, {"share_of_healthy": 0.8})
+    baseline, sick, well = result.arms
+    assert [(arm.finished, arm.not_learned, arm.done) for arm in result.arms] == [(3, 0, 3), (1, 2, 3), (3, 0, 3)]
+    assert [run.state.status for run in sick.runs] == [*[Status.DID_NOT_LEARN] * 2, Status.FINISHED]
+    assert sick.runs[0].state.reason.startswith("val/task_loss ended at 6.5, at 0.77 of the way of baseline")
+    assert (sick.final.mean, sick.final.n) == (pytest.approx(4.008), 1)
+    assert (sick.stability.stable, sick.stability.total, sick.stability.p) == (1, 3, pytest.approx(0.5))
+    # In the differences the two count with what they ended at: 6.5 - 4.01 and 6.5 - 3.988.
+    assert sick.effect.differences == pytest.approx((2.490, 2.512, 0.0))
+    assert sick.effect.failed == (0, 1)
+    assert [arm.equal for arm in (baseline, well)] == [{}, {}]
+    tables = {table.title: table for table in report_tables(result)}
+    stability = tables["Stability"]
+    assert stability.rows[1][1:6] == ("1/3", "0.01 to 0.91", "0.5", "–", "2 of 3")
+    assert (
+        "did not learn: val/task_loss: ended at less than 0.8 of the way of baseline at the same seed."
+        in stability.notes
+    )
+    assert any(note.startswith("sick-seed0: val/task_loss ended at 6.5") for note in stability.notes)
+    assert tables["Effect on validation task loss"].rows[1][1] == "4.0080 (1 of 3)"
+    assert describe_learning(result).endswith("Runs that diverged or did not learn: sick (2 of 3).")
+    records = make_records(result)["arms"]
+    assert [record["not_learned"] for record in records] == [0, 2, 0]
+
+
+def test_without_a_rule_every_finished_run_has_learned(tmp_path):
+    assert [arm.finished for arm in sick_study(tmp_path, None).arms] == [3, 3, 3]
+
+
+def test_a_run_whose_healthy_partner_crashed_is_not_judged(tmp_path):
+    rule = {"share_of_healthy": 0.8}
+    result = sick_study(tmp_path, rule, crashed=lambda run: (run.arm, run.seed) == ("baseline", 0))
+    assert [arm.not_learned for arm in result.arms] == [0, 1, 0]
+    assert result.unjudged == tuple(
+        f"{arm}-seed0: baseline has no sound result with its seed" for arm in ("sick", "well")
+    )
+    stability = next(table for table in report_tables(result) if table.title == "Stability")
+    assert stability.notes[-1] == f"not judged yet: {result.unjudged[-1]}."
+
+
+def test_a_rule_that_the_log_cannot_answer_is_refused(tmp_path):
+    rule = {"metric": "val/accuracy_text", "no_better_than": "val/majority_text"}
+    message = (
+        "tiny: did_not_learn cannot judge baseline-seed0: the log has no val/majority_text. Change or remove the rule "
+        "in the study file; no run has to be trained again"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        sick_study(tmp_path, rule)
+
+
+def test_a_guard_is_judged_where_the_baseline_survives(tmp_path):
+    """A cure of a baseline that failed with one seed may help; an arm that failed itself lacks its guard."""
+    study = {
+        "arms": {"baseline": None, "cure": {"model.speed": 0.6}},
+        "guard": [{"metric": "drop_rate/block1/text", "at_most": 0.05}],
+    }
+
+    def compared(gone):
+        def final(run):
+            return None if run.arm == gone and run.seed == 2 else 5.0 - (2.0 + NOISE[run.seed]) * (run.arm == "cure")
+
+        [_, cure] = to_result(tmp_path, study, final).arms
+        return cure.effect.guards[0]
+
+    assert (compared("baseline").missing, compared("cure").missing) == (0, 1)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.study.declare.comparison import Decision, Divergence, Guard, Primary
+from lightning_moevlm.study.declare.comparison import Decision, DidNotLearn, Divergence, Guard, Primary
 from lightning_moevlm.study.declare.study_file import read_study
 from tests.study.refusals import assert_refused
 
@@ -82,6 +82,22 @@ def test_how_a_verdict_is_reached(write):
     assert study.comparison.decide == Decision(0.05, "wilcoxon", "holm", 0.01)
 
 
+def test_rules_of_learning(write):
+    assert read_study(write(GOOD)).comparison.did_not_learn is None
+    rule = "did_not_learn: {share_of_healthy: 0.8, stalled_steps: 4}\n"
+    assert read_study(write(GOOD + rule)).comparison.did_not_learn == DidNotLearn(
+        "val/task_loss", "lower", "baseline", share_of_healthy=0.8, stalled_steps=4
+    )
+    rule = "did_not_learn: {metric: val/accuracy_text, no_better_than: val/majority_text, "
+    rule += "share_of_healthy: 1, healthy: hot}\n"
+    found = read_study(write(GOOD + rule)).comparison.did_not_learn
+    assert found == DidNotLearn("val/accuracy_text", "higher", "hot", 1.0, "val/majority_text")
+    assert found.text == (
+        "val/accuracy_text: ended at less than 1 of the way of hot at the same seed, or no better than "
+        "val/majority_text at the end"
+    )
+
+
 def test_guard(write):
     assert read_study(write(GOOD)).comparison.guard == ()
     guard = "guard:\n- {metric: val/accuracy_text, at_most: 0.01}\n"
@@ -143,6 +159,40 @@ def test_shipped_study_is_valid():
         ("decide:", "futility_stop: {at_step: 3, worse_by: 0}\ndecide:", 19, ["expected a number > 0, got '0'"]),
         ("decide:", "futility_stop: {at_step: 3}\ndecide:", 19, ["futility_stop: the key 'worse_by' is missing"]),
         ("decide:", "futilty_stop: {at_step: 3}\ndecide:", 19, ["did you mean 'futility_stop'?"]),
+        ("decide:", "did_not_learn: {}\ndecide:", 19, ["no rule is set", "share_of_healthy, no_better_than, stalled"]),
+        ("decide:", "did_not_learn: {share_of_healthy: 2}\ndecide:", 19, ["a number above 0, at most 1, got '2'"]),
+        ("decide:", "did_not_learn: {share_of_healhty: 0.5}\ndecide:", 19, ["did you mean 'share_of_healthy'?"]),
+        (
+            "decide:",
+            "did_not_learn: {stalled_steps: 3, healthy: hot}\ndecide:",
+            19,
+            ["did_not_learn.healthy: the healthy arm is the measure of share_of_healthy alone"],
+        ),
+        (
+            "decide:",
+            "did_not_learn: {share_of_healthy: 0.5, healthy: hto}\ndecide:",
+            19,
+            ["got 'hto'", "did you mean 'hot'?", "baseline, no_z, hot"],
+        ),
+        ("decide:", "did_not_learn: {stalled_steps: 10}\ndecide:", 19, ["no value before its last 10 steps"]),
+        (
+            "decide:",
+            "did_not_learn: {no_better_than: val/majority_text}\ndecide:",
+            19,
+            ["val/majority_text (fraction) cannot be compared with val/task_loss (sum of term losses); set `metric`"],
+        ),
+        (
+            "decide:",
+            "did_not_learn: {no_better_than: val/task_loss}\ndecide:",
+            19,
+            ["val/task_loss is compared with itself"],
+        ),
+        (
+            "decide:",
+            "did_not_learn: {metric: val/majority_text, stalled_steps: 3}\ndecide:",
+            19,
+            ["not declared whether lower or higher val/majority_text is better"],
+        ),
         ("alpha: 0.1", "alpha: 5", 19, ["expected a number between 0 and 1, got '5'"]),
         ("alpha: 0.1", "test: ttest", 19, ["decide.test: got 'ttest'", "allowed: t, wilcoxon, sign"]),
         ("alpha: 0.1", "correction: hlm", 19, ["did you mean 'holm'?", "none, holm"]),

@@ -86,9 +86,12 @@ def test_numbers_of_the_arms(result):
     assert slow.effect.differences == pytest.approx(differences)
     assert slow.verdict is Verdict.HURTS
     assert (explode.diverged, explode.finished, explode.final) == (3, 0, None)
-    assert explode.verdict is Verdict.INCONCLUSIVE
-    assert "every run of this arm diverged" in explode.effect.note
-    assert (crash.failed, crash.final) == (3, None)
+    # Each diverged run counts as its untrained model.
+    untrained = [expected_loss(0, seed, 0.5) - finals[seed] for seed in range(3)]
+    assert explode.effect.differences == pytest.approx(untrained)
+    assert explode.effect.verdict is (Verdict.HURTS if max(untrained) - min(untrained) > 1e-9 else Verdict.INCONCLUSIVE)
+    assert "this arm failed in 3 of 3 seeds; failed runs count with their capped value" in explode.effect.note
+    assert (crash.crashed, crash.failed, crash.final) == (3, 0, None)
     assert not result.complete
 
 
@@ -104,17 +107,17 @@ def test_tables_agree_with_the_records(result):
     effects, learning, also, stability, signs, models, fairness = report_tables(result)
     assert [row[0] for row in effects.rows] == list(ARMS)
     assert effects.rows[1][4] == "hurts"
-    assert effects.rows[2][1] == "diverged"
+    assert effects.rows[2][1] == "3 of 3 failed"
     effect = make_records(result)["arms"][1]["effect"]
     assert effects.rows[1][2] == f"{effect['centre']:+.4f}"
     assert effects.rows[1][3] == f"[{effect['interval']['low']:+.4f}, {effect['interval']['high']:+.4f}]"
     assert learning.rows[0][-1] == "3 of 3 seeds"
     assert learning.rows[0][3] == "45.6 % (14.0 %)"
     assert also.rows[1][:4] == ("throughput/samples_per_second (samples/s)", "–", "–", "115.0000 ± 5.0000")
-    assert models.rows[2][-3:] == ("0/3", "3", "0")
-    # 3 of 3 against 0 of 3: C(6, 3) = 20 ways, the two extreme ones. The validation loss is NaN from step 3 on.
-    assert stability.rows[2][1:4] == ("0/3", "0.1", "step 3")
-    assert stability.rows[0][1:4] == ("3/3", "–", "–")
+    assert models.rows[2][-4:] == ("0/3", "3", "0", "0")
+    # Three pairs differ, all against the arm: 2 of 8 ways. The validation loss is NaN from step 3 on.
+    assert stability.rows[2][1:6] == ("0/3", "0.00 to 0.71", "0.25", "step 3", "–")
+    assert stability.rows[0][1:5] == ("3/3", "0.29 to 1.00", "–", "–")
     assert stability.rows[3][1] == "–"  # crashes are no instability
     assert [(row[0], row[1]) for row in fairness.rows] == [("everything compared", "alike")]
     for table in (effects, learning, also, stability, signs, models, fairness):
@@ -140,17 +143,18 @@ def test_schema_of_the_records(result):
             "effect",
         ),
         *("accuracy", "majority", "also", "stability", "equal", "samples_per_second", "seconds"),
-        *("finished", "diverged", "failed", "planned", "solved"),
+        *("finished", "diverged", "not_learned", "crashed", "planned", "solved"),
     ]
     assert list(records[1]["final"]) == ["mean", "deviation", "n"]
     assert list(records[1]["card"]) == ["total_parameters", "active_parameters", "active_flops_per_sample"]
     assert list(records[1]["effect"]) == [
-        *("seeds", "left_out", "differences", "mean", "centre", "bootstrap", "t", "interval", "p_t", "p_sign"),
+        *("seeds", "left_out", "differences", "failed", "failures", "jump", "survivors", "survivors_interval"),
+        *("mean", "centre", "bootstrap", "t", "interval", "p_t", "p_sign"),
         *("p_wilcoxon", "p_value", "p_adjusted", "p_outside", "p_outside_adjusted", "share_better", "seeds_needed"),
         *("more_lost", "losses", "guards", "verdict", "limit", "within", "sides"),
     ]
     assert list(records[1]["effect"]["interval"]) == ["low", "high", "method"]
-    assert list(records[1]["stability"]) == ["runs", "stable", "p"]
+    assert list(records[1]["stability"]) == ["runs", "survival", "interval", "test", "p", "recovery"]
     assert list(records[1]["stability"]["runs"][0]) == [
         *("diverged_at", "spikes_loss", "spikes_gradient", "spikes_update", "recovered", "recovery_steps"),
         *("recovery_tokens", "largest_attention_logit", "largest_router_logit", "largest_log_partition"),

@@ -16,7 +16,16 @@ from lightning_moevlm.study.statistics.intervals import (
     t_interval,
     wilcoxon_interval,
 )
-from lightning_moevlm.study.statistics.paired_tests import format_p, holm, least_seeds, p_outside, paired_p, two_sided_p
+from lightning_moevlm.study.statistics.outcomes.survival import find_jump
+from lightning_moevlm.study.statistics.paired_tests import (
+    chance_p,
+    format_p,
+    holm,
+    least_seeds,
+    p_outside,
+    paired_p,
+    two_sided_p,
+)
 from lightning_moevlm.study.statistics.power import power, seeds_needed
 from lightning_moevlm.study.statistics.verdict import Evidence, Rule, Verdict, decide
 
@@ -183,6 +192,33 @@ def test_losses_are_noted_even_if_they_do_not_limit_the_verdict():
     assert effect.note == "1 of 3 seeds left out; 1 run of this arm diverged; 1 run of the baseline crashed"
     effect = compare_paired(arm, {}, (0, 1, 2), LOWER, Lost(diverged=1), Lost(diverged=3))
     assert effect.note.endswith("1 run of this arm diverged; every run of the baseline diverged")
+
+
+def test_p_of_failures_by_chance():
+    # Three runs of each fail with chance 1/2: all of one and none of the other, either way, in 2 of 2^6 = 64 cases.
+    assert chance_p(3, 0, 3) == chance_p(0, 3, 3) == pytest.approx(2 / 64)
+    assert chance_p(5, 0, 5) == pytest.approx(2 / 1024)
+    assert chance_p(2, 0, 3) == pytest.approx(2 * (1 + 6) / 64)  # 5 or 6 of 6
+    assert chance_p(1, 1, 3) == 1.0
+    assert find_jump({0: 1.0, 1: 9.0, 2: 2.0}, {1}) == 7.5
+    assert find_jump({0: 1.0, 1: 9.0}, {0, 1}) == find_jump({0: 1.0, 1: 9.0}, {7}) == 0.0
+
+
+def test_failures_that_may_be_chance_limit_the_p_of_a_family():
+    rule, baseline = Rule("lower", 0.05, correction="holm"), {0: 1.0, 1: 1.1, 2: 0.9}
+    worst = compare_paired({0: 9.0, 1: 9.0, 2: 9.1}, baseline, (0, 1, 2), rule, arm_failed={0, 1, 2})
+    mixed = compare_paired({0: 1.2, 1: 9.0, 2: 1.0}, baseline, (0, 1, 2), rule, arm_failed={1})
+    assert (worst.failures, mixed.failures) == ((3, 0), (1, 0))
+    same = compare_paired({0: 1.1, 1: 1.3, 2: 0.8}, baseline, (0, 1, 2), rule)
+    assert judge_family({"worst": worst, "same": same}, rule)["worst"].verdict is Verdict.HURTS
+    limited = judge_family({"worst": worst, "mixed": mixed}, rule)["worst"]
+    assert (limited.p_value, limited.p_adjusted) == (pytest.approx(2 / 64), pytest.approx(4 / 64))
+    assert limited.verdict is Verdict.INCONCLUSIVE
+    assert limited.note.endswith("p of 3 against 0 failures by chance: 0.0312")
+    # Failed by a hair: 1.6 beside 1.5 and 1.4 is a jump of 0.15, which does not make a difference of 8.
+    close = compare_paired({0: 1.5, 1: 1.6, 2: 1.4}, baseline, (0, 1, 2), rule, arm_failed={1})
+    assert close.jump == pytest.approx(0.15)
+    assert judge_family({"worst": worst, "close": close}, rule)["worst"].verdict is Verdict.HURTS
 
 
 def test_wider_interval_covers_at_three_seeds():

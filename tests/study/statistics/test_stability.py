@@ -1,6 +1,7 @@
 """Stability of a run against histories worked out by hand."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.budget import samples_per_step
 from lightning_moevlm.study.statistics.equal_budget import StepCost, compute_step_cost, find_equal_budgets
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder, find_ladders, largest_stable, sensitivity
-from lightning_moevlm.study.statistics.outcomes.arm_stability import summarise_stability
+from lightning_moevlm.study.statistics.outcomes.arm_stability import Recovery, summarise_stability
 from lightning_moevlm.study.statistics.outcomes.stability import (
     TRAIN_LOSS,
     Series,
@@ -20,7 +21,7 @@ from lightning_moevlm.study.statistics.outcomes.stability import (
     spikes,
     value_at,
 )
-from lightning_moevlm.study.statistics.paired_tests import fisher_p
+from lightning_moevlm.study.statistics.paired_tests import fisher_p, mcnemar_p
 
 # Mean 5, deviation 1 (population) of any even number of them.
 EVEN = (4.0, 6.0)
@@ -113,15 +114,40 @@ def test_largest_logits_dead_experts_and_violation():
 def test_arm_counts_stable_runs_and_compares_them():
     sound = measure_stability({TRAIN_LOSS: series(3.0)}, has_diverged=False)
     early, late = (measure_stability({TRAIN_LOSS: series(*(3.0,) * n, math.nan)}, has_diverged=True) for n in (2, 5))
-    arm = summarise_stability([late, sound, early], diverged=2, baseline=(3, 3))
+    runs, survived = {0: late, 1: sound, 2: early}, {0: False, 1: True, 2: False}
+    arm = summarise_stability(runs, survived, dict.fromkeys(range(3), True), 0.05)
     assert (arm.stable, arm.total, arm.first_divergence) == (1, 3, 3)
-    # 1 of 3 against 3 of 3: the margins leave 2 failures of 6; both in this arm: C(3,2)/C(6,2) = 3/15, both in the
-    # other as likely, one each 9/15; tables no likelier than this one: 3/15 + 3/15 = 0.4.
-    assert arm.p == pytest.approx(0.4)
+    # Two pairs differ, both against the arm: 2 of 4 ways of two coins are as extreme.
+    assert (arm.test, arm.p) == ("McNemar", pytest.approx(0.5))
+    # Exact ends for 1 of 3: P(>= 1) = 1 - (1 - p)^3 = 0.025, and P(<= 1) = (1 - p)^3 + 3 p (1 - p)^2 = 0.025.
+    assert arm.interval == (pytest.approx(1 - 0.975 ** (1 / 3)), pytest.approx(0.9057, abs=1e-4))
+    # Against other seeds, 1 of 3 and 3 of 3: the margins leave 2 failures of 6; both in this arm: C(3,2)/C(6,2) = 3/15,
+    # both in the other as likely, one each 9/15; tables no likelier than this one: 3/15 + 3/15 = 0.4.
+    unpaired = summarise_stability(runs, survived, dict.fromkeys(range(5, 8), True), 0.05)
+    assert (unpaired.test, unpaired.p) == ("Fisher", pytest.approx(0.4))
     assert fisher_p(0, 3, 3, 3) == pytest.approx(2 / 20)  # C(6,3) = 20 ways, the two extreme ones
     assert fisher_p(0, 0, 3, 3) is None
-    assert summarise_stability([sound], diverged=0, baseline=None).p is None
+    assert summarise_stability({0: sound}, {0: True}, None, 0.05).p is None
     assert arm.worst(lambda run: run.recovery_steps) is None  # too few points to call anything a spike
+    assert arm.recovery == Recovery(0, 0, None, None)
+
+
+def test_mcnemar_counts_pairs_that_differ():
+    assert mcnemar_p(0, 3) == pytest.approx(2 / 8)  # three coins: the least p of three seeds
+    assert mcnemar_p(6, 0) == pytest.approx(2 / 64)
+    assert mcnemar_p(1, 4) == pytest.approx(2 * (1 + 5) / 32)
+    assert mcnemar_p(0, 0) == 1.0
+
+
+def test_time_to_recover_is_a_geometric_mean_with_its_interval():
+    times = (10.0, 40.0, 0.0, math.inf)  # no spike in the third run; the fourth never came back
+    sound = measure_stability({}, has_diverged=False)
+    runs = {seed: dataclasses.replace(sound, recovery_steps=time) for seed, time in enumerate(times)}
+    found = summarise_stability(runs, dict.fromkeys(runs, True), None, 0.05).recovery
+    assert (found.spiked, found.recovered) == (3, 2)
+    # Logarithms ln 20 -+ ln 2: deviation ln 2 sqrt(2), over sqrt(2) runs: half width t_{1, 0.975} ln 2 = 12.706 ln 2.
+    assert found.steps == pytest.approx(20.0)
+    assert found.interval.high / found.steps == pytest.approx(2**12.7062, rel=1e-4)
 
 
 def test_value_between_points():

@@ -1,8 +1,9 @@
 """Draws the primary metric over steps, and below it the arms' differences from the baseline.
 
 Above: mean and range over seeds, from the untrained model on. Below: differences paired by seed, mean and t interval
-over seeds, with a line at 0. A cross stands where a run diverged, a bar where the study's rule stopped one. Of many
-arms the baseline alone has a band.
+over seeds, with a line at 0. Means are over runs that did not fail; a failed run is a thin line of its own, with a
+cross where it diverged and a star where it ended without having learned. A bar stands where the study's rule stopped a
+run. Of many arms the baseline alone has a band.
 """
 
 import math
@@ -70,6 +71,7 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
             points = _spread(columns[name], _range, since)
             has_band = name == baseline or len(columns) <= _MANY_BANDS
             _draw(above, points, look[name], name, name == baseline, has_band)
+            _draw_failed(above, arm, metric, look[name], since)
             _mark_ends(above, arm, metric, look[name], since)
         above.set_title("from the untrained model (first point)" if not since else "second half, enlarged", fontsize=10)
     for below, since in zip(grid[1] if apart else (), (0.0, half), strict=False):
@@ -96,8 +98,8 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
     figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names), frameon=False)
     bands = "bands" if few else "the baseline's band"
     alt = (
-        f"Line plots over optimiser steps. Above, {title} of {len(columns)} arms: lines are means over "
-        f"{len(result.comparison.seeds)} seeds, {bands} their range. "
+        f"Line plots over optimiser steps. Above, {title} of {len(columns)} arms: lines are means over the runs of "
+        f"{len(result.comparison.seeds)} seeds that did not fail, {bands} their range. "
         + " ".join(_sentence(name, column) for name, column in columns.items() if column)
     )
     if apart:
@@ -110,9 +112,11 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
 
 
 def group_by_step(arm: ArmResult, metric: str) -> Column:
-    """Return the finite values of all seeds at each step."""
+    """Return the finite values at each step of all seeds whose run did not fail."""
     column: dict[int, dict[int, float]] = {}
     for run in arm.runs:
+        if run.state.status.is_failed_result:
+            continue
         series = run.series.get(metric)
         for step, value in zip(series.steps, series.values, strict=True) if series else ():
             if math.isfinite(value):
@@ -160,15 +164,29 @@ def _draw(axes: Axes, points: list[Point], look: Look, name: str, is_baseline: b
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)
 
 
+def _draw_failed(axes: Axes, arm: ArmResult, metric: str, look: Look, since: float) -> None:
+    """Draw each failed run as a thin line."""
+    for run in arm.runs:
+        series = run.series.get(metric) if run.state.status.is_failed_result else None
+        pairs = [(step, value) for step, value in zip(*series, strict=True) if step >= since] if series else []
+        finite = [pair for pair in pairs if math.isfinite(pair[1])]
+        if len(finite) > 1:
+            axes.plot(*zip(*finite, strict=True), color=look.colour, linewidth=0.9, linestyle=":", zorder=3)
+
+
 def _marks(result: StudyResult) -> list[tuple[str, str]]:
     """Return meaning and marker of the marks at ends of curves that the study has."""
     statuses = {run.state.status for arm in result.arms for run in arm.runs}
-    marks = ((Status.DIVERGED, "a run diverged", "x"), (Status.STOPPED, "a run was stopped early", "|"))
+    marks = (
+        (Status.DIVERGED, "a run diverged", "x"),
+        (Status.DID_NOT_LEARN, "a run did not learn", "*"),
+        (Status.STOPPED, "a run was stopped early", "|"),
+    )
     return [(text, marker) for status, text, marker in marks if status in statuses]
 
 
 def _mark_ends(axes: Axes, arm: ArmResult, metric: str, look: Look, since: float) -> None:
-    """Put a cross at the last number of a run that diverged, and a bar where the study's rule stopped it."""
+    """Mark the last number of a run that diverged, did not learn, or was stopped by the study's rule."""
     for run in arm.runs:
         series = run.series.get(metric)
         pairs = list(zip(series.steps, series.values, strict=True)) if series else []
@@ -177,6 +195,8 @@ def _mark_ends(axes: Axes, arm: ArmResult, metric: str, look: Look, since: float
             continue
         if len(finite) < len(pairs) or run.state.status is Status.DIVERGED:
             axes.plot(*finite[-1], marker="x", markersize=10, markeredgewidth=2.5, color=look.colour, zorder=4)
+        elif run.state.status is Status.DID_NOT_LEARN:
+            axes.plot(*finite[-1], marker="*", markersize=11, color=look.colour, zorder=4)
         elif run.state.status is Status.STOPPED:
             axes.plot(*finite[-1], marker="|", markersize=12, markeredgewidth=2.5, color=look.colour, zorder=4)
 
@@ -212,7 +232,12 @@ def _table(result: StudyResult, columns: Mapping[str, Column], apart: Mapping[st
     )
     heading = f"{title} ({unit})" if unit else title
     table_columns = ("arm", *(f"step {step}" for step in shown))
-    return Table(f"{heading}, mean over seeds", table_columns, means + differences, notes if differences else ())
+    return Table(
+        f"{heading}, mean over seeds whose run did not fail",
+        table_columns,
+        means + differences,
+        notes if differences else (),
+    )
 
 
 def _format_mean(values: Mapping[int, float] | None) -> str:

@@ -1,4 +1,4 @@
-"""Draws the final value over the learning rate, one curve per ladder, with best rate and divergences."""
+"""Draws the final value over the learning rate, one curve per ladder, with best rate and failed runs."""
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
@@ -40,7 +40,9 @@ def draw_learning_rates(result: StudyResult) -> ReportFigure | None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"final {title}\n({unit})" if unit else f"final {title}")
-    axes.set_title("mean ± deviation over seeds; ring: best rate; cross at the top: a run diverged", fontsize=10)
+    axes.set_title(
+        "mean ± deviation over seeds, failed runs capped; ring: best rate; cross at the top: a run failed", fontsize=10
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
@@ -50,7 +52,7 @@ def draw_learning_rates(result: StudyResult) -> ReportFigure | None:
 
 
 def find_best_rate(result: StudyResult, one: LadderResult) -> float | None:
-    """Return the learning rate with the best mean; one with a diverged run is never the best."""
+    """Return the learning rate with the best mean; one with a failed run is never the best."""
     sound = {rate: mean.mean for rate, mean in one.finals.items() if mean and one.stable[rate] == one.total[rate]}
     if not sound:
         return None
@@ -59,7 +61,7 @@ def find_best_rate(result: StudyResult, one: LadderResult) -> float | None:
 
 
 def _num_rates(one: LadderResult) -> int:
-    """Return the number of rates with a result; a divergence is a result."""
+    """Return the number of rates with a result; a failure is a result."""
     return sum(total > 0 for total in one.total.values())
 
 
@@ -91,7 +93,7 @@ def _draw_untrained(axes: Axes, untrained: float) -> None:
 
 
 def _mark_divergences(axes: Axes, shown: list[LadderResult], look: dict[str, Look]) -> None:
-    """Put a cross at the top for every rate with a diverged run, one ladder beside the other."""
+    """Put a cross at the top for every rate with a failed run, one ladder beside the other."""
     for place, one in enumerate(shown):
         for rate in one.ladder.rungs:
             if one.stable[rate] < one.total[rate]:
@@ -110,7 +112,7 @@ def _label(one: LadderResult) -> str:
 def _sentence(result: StudyResult, one: LadderResult) -> str:
     best = find_best_rate(result, one)
     mean = one.finals[best] if best is not None else None
-    where = f"best at {best:g} with {mean.mean:.4f}" if best is not None and mean else "no rate without a divergence"
+    where = f"best at {best:g} with {mean.mean:.4f}" if best is not None and mean else "no rate without a failed run"
     return f"{_label(one)}; {where}."
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
-from lightning_moevlm.study.compare.results import ArmResult, Mean, StudyResult, peak_memory_of, read_finals
+from lightning_moevlm.study.compare.results import ArmResult, Mean, StudyResult, peak_memory_of, read_values
 from lightning_moevlm.study.report.figures.report_figure import (
     INK,
     Look,
@@ -100,7 +100,7 @@ def find_front(cost: Cost, finals: Mapping[str, Mean], is_better: Callable[[str,
 def _compare_arms(result: StudyResult, arms: Sequence[ArmResult]) -> Callable[[str, str], bool]:
     """Return a function that says whether one arm is shown to be better than another."""
     study = result.comparison
-    values = {arm.arm.name: read_finals(arm.runs, study.primary.metric) for arm in arms}
+    values = {arm.arm.name: read_values(arm.runs, study.primary.metric) for arm in arms}
 
     def is_better(arm: str, other: str) -> bool:
         differences = tuple(pair_differences(values[arm], values[other], study.seeds).values())

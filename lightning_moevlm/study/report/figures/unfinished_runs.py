@@ -6,12 +6,12 @@ from lightning_moevlm.study.statistics.verdict import Verdict
 
 
 def describe_unfinished_runs(arm: ArmResult) -> tuple[str, ...]:
-    """Return e.g. ("2 of 5 diverged", "1 of 5 failed"), or ("stopped early",) for a withdrawn arm."""
+    """Return e.g. ("2 of 5 diverged", "1 of 5 did not learn"), or ("stopped early",) for a withdrawn arm."""
     if arm.verdict is Verdict.STOPPED_EARLY:
         return (str(arm.verdict),)
     return tuple(
         f"{number} of {arm.planned} {what}"
-        for number, what in ((arm.diverged, "diverged"), (arm.failed, "failed"))
+        for number, what in ((arm.diverged, "diverged"), (arm.not_learned, "did not learn"), (arm.crashed, "crashed"))
         if number
     )
 

@@ -30,6 +30,11 @@ _DECIDING: dict[Test, str] = {
     "sign": "The sign test decides. Effect and interval are of the median.",
 }
 _MOST_COLUMNS = 8  # of arms, beside three others
+_BADLY = ("diverged", "did not learn", "crashed")
+_CAPPED = (
+    "In effects a run that failed counts with its capped value: its last one, but no worse than its untrained model's. "
+    "That also stands for a value that is not finite."
+)
 _CORRECTED: dict[Correction, str] = {
     "none": "Neither p nor intervals are corrected for the number of comparisons.",
     "holm": "p is corrected for the number of comparisons (Holm). Intervals are not.",
@@ -47,8 +52,10 @@ def effects_table(result: StudyResult) -> Table:
     rows = tuple(_effect_row(arm, rule.alpha) for arm in result.arms)
     notes = [
         f"final: {title} ({study.primary.metric}, {unit or 'no unit'}, {study.primary.direction} is better), mean ± "
-        "standard deviation over seeds. (k of n): over k of the n seeds.",
+        "standard deviation over runs that survived, without those that diverged or did not learn. (k of n): over k of "
+        "the n seeds.",
         f"effect: arm minus {study.baseline}, paired by seed. {_DECIDING[rule.test]} {_CORRECTED[rule.correction]}",
+        *([_CAPPED] if any(arm.failed for arm in result.arms) else []),
         "seeds needed: for 80 % power of one t-test at this effect and spread. It is estimated from 3 seeds on, up to "
         "1,000.",
     ]
@@ -111,7 +118,8 @@ def learning_table(result: StudyResult) -> Table:
         for arm in result.arms
     )
     notes = (
-        f"untrained, final: {title}, mean over seeds. learned: seeds in which final is better than untrained.",
+        f"untrained, final: {title}, mean over seeds. Final and accuracy are of runs that survived. learned: seeds in "
+        "which final is better than untrained.",
         "accuracy: at masked positions of held-out data. In brackets: that of always answering the commonest class.",
     )
     return Table("Has anything been learned?", columns, rows, notes, figure="accuracy")
@@ -119,7 +127,7 @@ def learning_table(result: StudyResult) -> Table:
 
 def models_table(result: StudyResult) -> Table:
     """Return size, compute, speed and number of runs of each arm."""
-    columns = ("arm", "parameters", "active", "active FLOPs", "samples/s", "time/run", "finished", "diverged", "failed")
+    columns = ("arm", "parameters", "active", "active FLOPs", "samples/s", "time/run", "finished", *_BADLY)
     rows = tuple(
         (
             arm.arm.name,
@@ -128,7 +136,8 @@ def models_table(result: StudyResult) -> Table:
             format_duration(arm.seconds.mean) if arm.seconds else NOTHING,
             f"{arm.finished}/{arm.planned}",
             str(arm.diverged),
-            str(arm.failed),
+            str(arm.not_learned),
+            str(arm.crashed),
         )
         for arm in result.arms
     )
@@ -173,7 +182,7 @@ def metrics_table(result: StudyResult) -> Table | None:
     if len(result.arms) > _MOST_COLUMNS:
         rows = [("arm", *rows[0][1:]), *rows[1:]]
         rows = list(zip(*rows, strict=True))
-    return Table("Metrics, mean ± standard deviation over seeds", rows[0], tuple(rows[1:]), notes)
+    return Table("Metrics, mean ± standard deviation over runs that survived", rows[0], tuple(rows[1:]), notes)
 
 
 def _last(arm: ArmResult, key: str | None) -> str:
@@ -257,12 +266,11 @@ def _contrast_cells(effect: Effect, alpha: float) -> tuple[str, ...]:
 def _no_final(arm: ArmResult) -> str:
     if arm.verdict is Verdict.STOPPED_EARLY:
         return str(arm.verdict)
-    return "diverged" if arm.diverged else NOTHING
+    return f"{arm.failed} of {arm.planned} failed" if arm.failed else NOTHING
 
 
 def _format_learned(arm: ArmResult) -> str:
-    done = arm.finished + arm.diverged
-    return f"{arm.learned} of {done} seeds" if done and arm.untrained else NOTHING
+    return f"{arm.learned} of {arm.done} seeds" if arm.done and arm.untrained else NOTHING
 
 
 def _accuracy(arm: ArmResult, term: str) -> str:

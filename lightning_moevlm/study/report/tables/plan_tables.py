@@ -79,6 +79,7 @@ def plan_table(plan: Plan, statuses: dict[str, str], known: KnownRuns | None = N
         f"{study.primary.metric} decides, {study.primary.direction} is better.",
         *_notes_on_seeds(plan),
         f"diverged: {study.diverged.text}.",
+        *((f"did not learn: {study.did_not_learn.text}.",) if study.did_not_learn else ()),
         *(f"{line}." for line in (known.describe(len(plan.runs)) if known else ())),
         *(("`sweep run` takes the results of known runs. With --reuse=false it trains them again.",) if taken else ()),
         *_notes_on_baseline(plan),

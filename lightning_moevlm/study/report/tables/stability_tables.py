@@ -1,11 +1,10 @@
 """Builds the tables of stability, learning rates, equal budgets and fairness."""
 
-import math
 from collections.abc import Callable
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.fairness import ASPECTS
-from lightning_moevlm.study.compare.results import LadderResult, StudyResult
+from lightning_moevlm.study.compare.results import ArmResult, LadderResult, StudyResult
 from lightning_moevlm.study.report.tables.table import (
     NOTHING,
     Table,
@@ -14,30 +13,35 @@ from lightning_moevlm.study.report.tables.table import (
     format_percent,
     format_seed_count,
 )
+from lightning_moevlm.study.run.ledger import Status
 from lightning_moevlm.study.statistics.outcomes.arm_stability import ArmStability
 from lightning_moevlm.study.statistics.outcomes.stability import Stability
 from lightning_moevlm.study.statistics.paired_tests import format_p
 from lightning_moevlm.study.statistics.verdict import Verdict
 
+_MANY_FAILURES = 12  # reasons that a table gives
 _BUDGET_UNITS = {"tokens": "tokens", "active FLOPs": "forward FLOPs", "seconds": "s of training"}
 
 
 def stability_table(result: StudyResult) -> Table:
     """Return stable runs, spikes and recovery of each arm."""
-    columns = ("arm", "stable", "p", "diverged at", "spikes: loss", "gradient", "update", "recovery")
     alpha = result.comparison.decide.alpha
-    rows = tuple(
-        (arm.arm.name, *_stability_cells(arm.stability, arm.verdict is Verdict.STOPPED_EARLY, alpha))
-        for arm in result.arms
-    )
+    level = f"{100 * (1 - alpha):g} %"
+    columns = (
+        "arm", "stable", f"{level} interval", "p", "diverged at", "did not learn",
+        "spikes: loss", "gradient", "update", "recovery",
+    )  # fmt: skip
+    rows = tuple((arm.arm.name, *_stability_cells(arm, alpha)) for arm in result.arms)
+    tests = sorted({arm.stability.test for arm in result.arms if arm.stability.test})
     notes = (
-        "stable: runs with a result that did not diverge. p: Fisher's exact test against the baseline. diverged at: "
-        "step of the first divergence.",
+        "stable: runs with a result that neither diverged nor did not learn, and the exact interval of their share. "
+        f"{_explain_tests(tests)}diverged at: step of the first divergence. did not learn: runs.",
         "spikes: share of logged points at least 7 deviations from the mean of the 1,000 points before them, mean over "
-        "seeds. A run needs 11 points. recovery: longest recovery of the loss, in optimiser steps and in tokens of "
-        "their batches.",
+        "seeds. A run needs 11 points. recovery: optimiser steps from a spike of the loss until it is back, the "
+        f"longest of each run; geometric mean over the runs that recovered, with its {level} t interval.",
+        *_notes_on_failures(result),
     )
-    return Table("Stability", columns, rows, notes, essential=5, figure="spikes")
+    return Table("Stability", columns, rows, notes, essential=6, figure="spikes")
 
 
 def signs_table(result: StudyResult) -> Table:
@@ -79,8 +83,8 @@ def equal_budget_table(result: StudyResult) -> Table | None:
     )
     notes = (
         "Each budget is the least that any finished run spent. Values between two validations are interpolated. Time "
-        "is that of training at the run's median throughput. Mean ± standard deviation over seeds. (k of n): the other "
-        "runs have no finite value there, or no result.",
+        "is that of training at the run's median throughput. Mean ± standard deviation over runs that survived. (k of "
+        "n): the other runs failed, have no finite value there, or no result.",
     )
     return Table(f"{title[0].upper() + title[1:]} at equal budgets", columns, rows, notes, figure="pareto")
 
@@ -104,7 +108,8 @@ def sensitivity_table(result: StudyResult) -> Table | None:
     notes = (
         f"sensitivity: mean over learning rates of min({title}, untrained) - best of the ladder (arXiv 2309.14322). "
         "Lower is better. Mean over seeds. (k of n): over the k seeds with a result at every rate. largest stable: up "
-        "to this rate no run diverged. lr: mean final value, stable/all runs.",
+        "to this rate every run is stable. lr: mean of final values, those of failed runs capped at the untrained "
+        "model's; stable/all runs.",
         *(note for one in result.ladders for note in _notes_on_ladder(one)),
     )
     return Table("Sensitivity to the learning rate", columns, rows, notes, essential=3, figure="learning_rates")
@@ -124,7 +129,7 @@ def _notes_on_ladder(one: LadderResult) -> list[str]:
 
 def fairness_table(result: StudyResult) -> Table:
     """Return the differences between the runs."""
-    runs = sum(arm.finished + arm.diverged for arm in result.arms)
+    runs = sum(arm.done for arm in result.arms)
     aspects = ", ".join(aspect.name.removesuffix(" of") for aspect in ASPECTS)
     alike = (("everything compared", "alike", f"{runs} runs: {aspects}"),)
     rows = tuple((one.name, str(one.weight), one.text) for one in result.unlike) or alike
@@ -135,15 +140,41 @@ def fairness_table(result: StudyResult) -> Table:
     return Table("Fairness: what was not the same in all runs", ("what", "weight", "values"), rows, notes)
 
 
-def _stability_cells(arm: ArmStability, is_withdrawn: bool, alpha: float) -> tuple[str, ...]:
-    first = arm.first_divergence
+def _stability_cells(arm: ArmResult, alpha: float) -> tuple[str, ...]:
+    own = arm.stability
+    first, is_sample = own.first_divergence, arm.verdict is not Verdict.STOPPED_EARLY
     return (
-        f"{arm.stable}/{arm.total}" if arm.total and not is_withdrawn else NOTHING,
-        NOTHING if arm.p is None else format_p(arm.p, alpha),
+        f"{own.stable}/{own.total}" if own.total and is_sample else NOTHING,
+        f"{own.interval[0]:.2f} to {own.interval[1]:.2f}" if own.interval and is_sample else NOTHING,
+        NOTHING if own.p is None else format_p(own.p, alpha),
         NOTHING if first is None else f"step {first}",
-        *(_share(arm.mean(read)) for read in _SPIKES),
-        _recovery(arm),
+        f"{arm.not_learned} of {arm.done}" if arm.not_learned else NOTHING,
+        *(_share(own.mean(read)) for read in _SPIKES),
+        _format_recovery(own),
     )
+
+
+def _explain_tests(tests: list[str]) -> str:
+    """Return one sentence on the tests of the shares; empty without a comparison."""
+    paired = "McNemar's exact test of the seeds in which only one of the two runs is stable"
+    named = {"McNemar": paired, "Fisher": "Fisher's exact test, where the seeds of both differ"}
+    return f"p: against the baseline, {', or '.join(named[test] for test in reversed(tests))}. " if tests else ""
+
+
+def _notes_on_failures(result: StudyResult) -> list[str]:
+    """Return the rule of learning, why each run failed by it, and the runs that wait for their judgement."""
+    rule = result.comparison.did_not_learn
+    if rule is None:
+        return []
+    failed = [
+        f"{run.name}: {run.state.reason}."
+        for arm in result.arms
+        for run in arm.runs
+        if run.state.status is Status.DID_NOT_LEARN
+    ]
+    more = [f"... and {len(failed) - _MANY_FAILURES} more."] if len(failed) > _MANY_FAILURES else []
+    waiting = [f"not judged yet: {reason}." for reason in result.unjudged]
+    return [f"did not learn: {rule.text}.", *failed[:_MANY_FAILURES], *more, *waiting]
 
 
 Read = Callable[[Stability], float | None]
@@ -167,13 +198,16 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}"
 
 
-def _recovery(arm: ArmStability) -> str:
-    steps, tokens = arm.worst(lambda run: run.recovery_steps), arm.worst(lambda run: run.recovery_tokens)
-    if steps is None:
-        return NOTHING
-    if math.isinf(steps):
-        return "never"
-    return f"{steps:.0f}" + (f" ({format_count(tokens)} tokens)" if tokens else "")
+def _format_recovery(arm: ArmStability) -> str:
+    """Return e.g. `12 [5, 29], never in 1 of 3`; 0 if no run had a spike."""
+    found = arm.recovery
+    if not found.spiked:
+        return NOTHING if arm.worst(lambda run: run.recovery_steps) is None else "0"
+    never = f"never in {found.spiked - found.recovered} of {found.spiked}" if found.recovered < found.spiked else ""
+    if found.steps is None:
+        return never
+    around = f" [{found.interval.low:.3g}, {found.interval.high:.3g}]" if found.interval else ""
+    return ", ".join(filter(None, (f"{found.steps:.3g}{around}", never)))
 
 
 def _rung(one: LadderResult, rate: float) -> str:

@@ -12,10 +12,12 @@ corrected over the family of cells, is at most alpha. "More than nothing", "more
 each. All tests are t-tests of undone_i - k damage_i, k a share; the study's `test` is not used.
 
 A failed run counts with its capped value (`Final`), so a cure of divergence is seen, and one that diverges itself is
-not judged by its survivors. A seed without a result in the cured model alone (a crash) takes away "cures" and "helps".
+not judged by its survivors. If a model of the family failed with some seeds and not with others, chance limits p, as
+in `effects`. A seed without a result in the cured model alone (a crash) takes away "cures" and "helps".
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,8 +25,8 @@ from typing import TypeVar
 
 from lightning_moevlm.study.statistics.cures.share_undone import fieller_interval, share_undone
 from lightning_moevlm.study.statistics.intervals import Interval
-from lightning_moevlm.study.statistics.outcomes.survival import Final, Survival
-from lightning_moevlm.study.statistics.paired_tests import format_p, holm, p_above, paired_p
+from lightning_moevlm.study.statistics.outcomes.survival import Final, Survival, find_jump, is_within_jump
+from lightning_moevlm.study.statistics.paired_tests import chance_p, format_p, holm, p_above, paired_p
 from lightning_moevlm.study.statistics.verdict import Rule
 
 CURED = 0.8
@@ -71,6 +73,10 @@ class CureEffect:
     p_small_adjusted: float | None
     survival: Survival
     """Of the cured model."""
+    failures: tuple[int, int, int]
+    """Failed runs among the compared seeds: healthy, sick, cured."""
+    jump: float
+    """How far failed runs of one of the three models end from its other runs; 0 if none or all of them failed."""
     lost: int
     """Seeds in which the cured model alone has no value."""
     left_out: int
@@ -138,6 +144,8 @@ def judge_cell(
         p_small=p_small,
         p_small_adjusted=p_small,
         survival=Survival.of(cured),
+        failures=(_count(healthy, compared), _count(sick, compared), _count(cured, compared)),
+        jump=max(_jump(healthy, compared), _jump(sick, compared), _jump(cured, compared)),
         lost=len(both) - len(compared),
         left_out=len(seeds) - len(compared),
         verdict=CureVerdict.UNCLEAR,
@@ -150,13 +158,16 @@ def judge_cures(cells: Mapping[Key, CureEffect], rule: Rule, unproved: Collectio
     """Judge the cells of a family together, with Holm's correction if the rule asks for it.
 
     Args:
-        cells: The family. A cell without a p counts with p = 1: no other cell's p gets smaller by its absence.
+        cells: The family: cures of one illness. A cell without a p counts with p = 1: no other cell's p gets smaller by
+            its absence.
         rule: Direction of the metric, alpha and correction.
         unproved: Cells of illnesses whose damage is not shown after a correction of its own; they are unclear.
     """
     judged = {key: _withhold(cell) if key in unproved else cell for key, cell in cells.items()}
     if rule.correction == "none":
         return judged
+    jump = max((cell.jump for cell in cells.values()), default=0.0)
+    judged = {key: _limit_p(cell, jump) for key, cell in judged.items()}
     plain, half, small = (
         holm({str(i): 1.0 if p is None else p for i, p in enumerate(values)})
         for values in (
@@ -176,6 +187,24 @@ def judge_cures(cells: Mapping[Key, CureEffect], rule: Rule, unproved: Collectio
         )
         for i, (key, cell) in enumerate(judged.items())
     }
+
+
+def _count(finals: Mapping[int, Final], seeds: tuple[int, ...]) -> int:
+    return sum(finals[seed].failed for seed in seeds)
+
+
+def _jump(finals: Mapping[int, Final], seeds: tuple[int, ...]) -> float:
+    return find_jump({seed: finals[seed].value for seed in seeds}, {seed for seed in seeds if finals[seed].failed})
+
+
+def _limit_p(cell: CureEffect, jump: float) -> CureEffect:
+    """Return a cell whose p is at least that of its counts of failures, if a jump could have made what is undone."""
+    _, sick, cured = cell.failures
+    if cell.p_value is None or sick == cured or not is_within_jump(math.fsum(cell.undone) / len(cell.undone), jump):
+        return cell
+    limit = chance_p(sick, cured, len(cell.seeds))
+    half = None if cell.p_half is None else max(cell.p_half, limit)
+    return dataclasses.replace(cell, p_value=max(cell.p_value, limit), p_half=half)
 
 
 def _p_half(damage: tuple[float, ...], undone: tuple[float, ...]) -> float | None:

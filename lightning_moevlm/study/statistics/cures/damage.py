@@ -47,12 +47,7 @@ class Damage:
     @property
     def note(self) -> str:
         """Limit of the judgement, failed runs and missing seeds, in words."""
-        parts = [self.effect.note] if self.effect.note else []
-        for name, survival in (("healthy", self.healthy), ("sick", self.sick)):
-            if survival.stable < survival.total:
-                failed = survival.total - survival.stable
-                parts.append(f"{failed} of {survival.total} {name} runs failed and count with their capped value")
-        return "; ".join(parts)
+        return self.effect.note
 
 
 def judge_damage(healthy: Mapping[int, Final], sick: Mapping[int, Final], seeds: tuple[int, ...], rule: Rule) -> Damage:
@@ -72,11 +67,17 @@ def judge_damage(healthy: Mapping[int, Final], sick: Mapping[int, Final], seeds:
         arm_lost=Lost(crashed=sum(seed in healthy and seed not in sick for seed in seeds)),
         baseline_lost=Lost(crashed=sum(seed in sick and seed not in healthy for seed in seeds)),
         sides=Sides("sick runs", "healthy runs"),
+        arm_failed={seed for seed, final in sick.items() if final.failed},
+        baseline_failed={seed for seed, final in healthy.items() if final.failed},
     )
     return Damage(effect, Survival.of(healthy), Survival.of(sick))
 
 
 def judge_damages(damages: Mapping[Key, Damage], rule: Rule) -> dict[Key, Damage]:
-    """Judge the illnesses of a family together, with Holm's correction if the rule asks for it."""
-    judged = judge_family({str(i): damage.effect for i, damage in enumerate(damages.values())}, rule)
+    """Judge the illnesses of a family together, with Holm's correction if the rule asks for it.
+
+    What chance can make of the runs of one illness is seen in its own runs: those of another tell nothing of it.
+    """
+    effects = {str(i): damage.effect for i, damage in enumerate(damages.values())}
+    judged = judge_family(effects, rule, {name: effect.jump for name, effect in effects.items()})
     return {key: dataclasses.replace(damage, effect=judged[str(i)]) for i, (key, damage) in enumerate(damages.items())}

@@ -161,7 +161,7 @@ def test_learning_rates(tmp_path):
     assert "lr: sensitivity 1.3333 ± 0.0000, stable up to 0.1; best at 0.1 with 4.0000." in figure.alt
     assert "more: sensitivity 0.5000 ± 0.0000, stable up to 1; best at 1 with 4.5000." in figure.alt
     assert [row[0] for row in figure.table.rows] == list(arms)[1:]
-    assert figure.table.rows[2][3:] == ("–", "0/3", "")
+    assert figure.table.rows[2][3:] == ("7.0000 ± 0.0000", "0/3", "")  # capped at the untrained model's
 
 
 def test_a_ladder_of_two_rates_is_no_curve(tmp_path):

@@ -143,6 +143,18 @@ def test_holm_over_the_cells() -> None:
     assert judge_cures({"0": one}, Rule("lower", 0.05)) == {"0": one}
 
 
+def test_failures_that_may_be_chance_limit_a_family_of_cells() -> None:
+    sick = finals(SICK, failed=[0, 1, 2])
+    whole = judge_cell(finals(HEALTHY), sick, finals((1.1, 1.0, 1.0)), SEEDS, RULE)
+    part = judge_cell(finals(HEALTHY), sick, finals((1.1, 1.0, 3.0), failed=[2]), SEEDS, RULE)
+    assert (whole.failures, part.failures) == ((0, 3, 0), (0, 3, 1))
+    assert (whole.jump, part.jump) == (0.0, pytest.approx(1.95))
+    assert judge_cures({"a": whole, "b": whole}, RULE)["a"].verdict is CureVerdict.CURES
+    # One cure failed with one seed of three: that all sick runs failed may be chance, in 2 of 64 cases.
+    limited = judge_cures({"a": whole, "b": part}, RULE)["a"]
+    assert (limited.verdict, limited.p_adjusted) == (CureVerdict.UNCLEAR, pytest.approx(4 / 64))
+
+
 def test_cells_of_an_unproved_illness_are_withheld() -> None:
     judged = judge_cures({"a": cell((1.1, 1.0, 1.0)), "b": cell((1.1, 1.0, 1.0))}, RULE, unproved={"a"})
     assert (judged["a"].share, judged["a"].verdict) == (None, CureVerdict.UNCLEAR)
@@ -153,7 +165,7 @@ def test_damage_proves_itself() -> None:
     damage = judge_damage(finals(HEALTHY), finals(SICK, failed=[0, 1]), SEEDS, RULE)
     assert damage.proved and damage.mean == pytest.approx(2.0)
     assert (damage.healthy, damage.sick) == (Survival(3, 3), Survival(1, 3))
-    assert damage.note == "2 of 3 sick runs failed and count with their capped value"
+    assert damage.note.startswith("sick runs failed in 2 of 3 seeds; failed runs count with their capped value; +2.1")
     # t = 2 / (0.1 / sqrt(3)) = 34.641: p = 0.000833, and 60 such illnesses would need 0.05 / 60.
     assert damage.p_value == pytest.approx(p_of_t(34.6410), rel=1e-4)
     assert judge_damages({"a": damage, "b": damage}, RULE)["a"].p_value == pytest.approx(2 * p_of_t(34.6410), rel=1e-4)
